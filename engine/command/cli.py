@@ -17,8 +17,6 @@ from typing import TYPE_CHECKING, Any
 from engine.command.flags import add_flags, add_grouped_flags, flags_of, read_config
 from engine.config import BUILTIN_PROMPTS, ConfigError, EngineConfig, check_no_foreign_kernels
 from engine.models import read_model
-from engine.plugins import ENGINE
-from engine.plugins.tiers import TierConfig
 from engine.server.settings import API_KEY_VARIABLE, ServerConfig
 from engine.weights.hub import resolve_config
 from hybridcache.command.extras import how_to_install, version
@@ -35,21 +33,16 @@ if TYPE_CHECKING:
 
 Command = Callable[[argparse.Namespace], int]
 GROUPS = {
-    "most used": "model revision device quantization cache_gib max_model_len max_running host port "
+    "most used": "model device quantization cache_gib max_model_len max_running host port "
     "api_key_file log_requests state_dir",
-    "model and weights": "tokenizer chat_template load_format dtype state_dtype fp8_activations "
-    "sampling_defaults seed",
-    "computing": "kernels graphs warm_up overlap",
-    "prefix cache": "prefix_cache checkpoints eviction grid page_size exact checkpoint_dtype",
-    "scheduling": "admission token_budget max_queue",
-    "clients and connections": "served_model_name admin_key_file salt_by_key cors_origin "
-    "keep_alive_s drain_s body_timeout_s",
-    "limits of one request": "max_body_mib default_max_tokens images chat_template_kwargs",
-    "memory of chats": "replay_mib preserve_thinking explain_mib responses_mib",
-    "logs and checks": "log_level log_format check",
-    "replicas": "replicas ray router",
+    "model": "revision tokenizer chat_template dtype",
+    "prefix cache": "prefix_cache checkpoints checkpoint_dtype eviction grid exact admission "
+    "host_gib disk_gib",
+    "clients": "served_model_name admin_key_file salt_by_key cors_origin",
+    "chats": "default_max_tokens chat_template_kwargs preserve_thinking images",
+    "speed and several engines": "draft tp replicas router role transfer_at prefill",
 }
-"""Titles of the help -> settings in that group."""
+"""Titles of the help -> settings in that group. The others have no flag."""
 SERVE_EXAMPLES = """examples:
   engine serve                                           the small built-in model
   engine serve --model Qwen/Qwen3-0.6B                   a model of the Hugging Face Hub
@@ -64,7 +57,9 @@ FOREIGN = {
     **dict.fromkeys(
         ("-np", "--parallel", "--max-num-seqs", "--max-running-requests"), "use --max-running"
     ),
-    **dict.fromkeys(("--max-num-batched-tokens", "--chunked-prefill-size"), "use --token-budget"),
+    **dict.fromkeys(
+        ("--max-num-batched-tokens", "--chunked-prefill-size"), "use --set token_budget=N"
+    ),
     **dict.fromkeys(
         ("--gpu-memory-utilization", "--mem-fraction-static"), "use --cache-gib, a size in GiB"
     ),
@@ -73,10 +68,10 @@ FOREIGN = {
     **dict.fromkeys(("--cpu-offload-gb", "--swap-space", "--cache-ram"), "use --host-gib"),
     **dict.fromkeys(("--speculative-config", "--draft-model", "-md"), "use --draft"),
     **dict.fromkeys(("-ngl", "--n-gpu-layers", "--gpu-layers"), "use --device"),
-    "--block-size": "use --page-size",
+    "--block-size": "use --set page_size=N",
     "--kv-cache-dtype": "use --dtype and --checkpoint-dtype",
     "--api-key": "use --api-key-file",
-    "--enforce-eager": "use --graphs off",
+    "--enforce-eager": "use --set graphs=off",
     "--default-chat-template-kwargs": "use --chat-template-kwargs",
     "--disable-log-requests": "use --no-log-requests",
     **dict.fromkeys(
@@ -117,7 +112,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         parsed = _parser(sys.argv[1:] if arguments is None else arguments).parse_args(arguments)
         name += f" {parsed.verb}"
-        flags |= vars(parsed).keys() - {"prompt", "named"}  # Arguments without a flag.
+        flags |= vars(parsed).keys() - {
+            "prompt",
+            "named",
+            *getattr(parsed, "set", ()),
+        }  # Without a flag.
         check_no_foreign_kernels()
         code: int = parsed.command(parsed)
         sys.stdout.flush()  # Here, so that a broken pipe is handled below.
@@ -215,7 +214,7 @@ def _verb(verb: str) -> Any:
 def _add_serve(serve: Parser) -> None:
     serve.epilog = SERVE_EXAMPLES
     serve.add_argument("named", nargs="?", metavar="MODEL", help="the same as --model")
-    add_grouped_flags(serve, (ServerConfig, EngineConfig, *ENGINE), GROUPS)
+    add_grouped_flags(serve, (ServerConfig, EngineConfig), GROUPS)
 
 
 def _add_sampling(parser: Parser, *skipped: str) -> argparse._ArgumentGroup:
@@ -245,7 +244,7 @@ def _add_generate(generate: Parser) -> None:
         metavar="TEXT",
         help="end the answer before this text; may be repeated",
     )
-    add_grouped_flags(generate, (EngineConfig, *ENGINE), GROUPS)
+    add_grouped_flags(generate, (EngineConfig,), GROUPS)
 
 
 def _add_chat(chat: Parser) -> None:
@@ -256,7 +255,7 @@ def _add_chat(chat: Parser) -> None:
         metavar="N",
         help="maximum number of tokens of an answer; by default there is no limit",
     )
-    add_grouped_flags(chat, (EngineConfig, *ENGINE), GROUPS)
+    add_grouped_flags(chat, (EngineConfig,), GROUPS)
 
 
 def _engine_config(arguments: argparse.Namespace) -> EngineConfig:
@@ -266,8 +265,7 @@ def _engine_config(arguments: argparse.Namespace) -> EngineConfig:
                 f"MODEL is {named} and --model is {arguments.model}: give one of them."
             )
         arguments.model = named
-    plugins = tuple(read_config(one, arguments) for one in ENGINE)
-    return read_config(EngineConfig, arguments, plugins=plugins)
+    return read_config(EngineConfig, arguments)
 
 
 def _serve(arguments: argparse.Namespace) -> int:
@@ -291,7 +289,7 @@ def _serve(arguments: argparse.Namespace) -> int:
             print("loading the model ...", file=sys.stderr, flush=True)
         start: Callable[[], tuple[AsyncEngine, str]]
         if server_config.replicas > 1:
-            if engine_config.of(TierConfig).state_dir is not None:
+            if engine_config.state_dir is not None:
                 raise ConfigError("--replicas cannot share a --state-dir: remove one of them.")
             from engine.worker.replicas import start_replicas
 

@@ -174,7 +174,9 @@ def sampling_defaults(config: EngineConfig) -> dict[str, Any]:
     try:
         SamplingParams(**found)
     except ValueError as error:
-        raise ConfigError(f"{path}: {error} Correct it, or use --sampling-defaults none.") from None
+        raise ConfigError(
+            f"{path}: {error} Correct it, or use --set sampling_defaults=none."
+        ) from None
     return found
 
 

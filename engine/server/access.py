@@ -33,7 +33,7 @@ from engine.text.bounded import REPLACEMENT
 
 logger = logging.getLogger(__name__)
 request_log = logging.getLogger(f"{__name__}.requests")
-request_log.setLevel(logging.INFO)  # Regardless of --log-level.
+request_log.setLevel(logging.INFO)  # Regardless of log_level.
 PROBES = ("/health", "/metrics")
 """Paths that monitors poll and that are not logged."""
 OPEN = ("/", *PROBES)

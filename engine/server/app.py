@@ -29,7 +29,6 @@ from starlette.routing import Route
 from engine.async_engine import AsyncEngine
 from engine.errors import EngineStopped
 from engine.messages import Ask
-from engine.plugins.tiers import TierConfig
 from engine.server.access import Access, JsonFormatter, Requests
 from engine.server.bodies import HANDLERS, APIError, Body, json_response
 from engine.server.endpoints.anthropic import CountRequest, MessagesRequest, count_tokens, messages
@@ -140,7 +139,7 @@ class Server(uvicorn.Server):
         """Stop serving other engines at once, and requests after ``drain_s`` or a second signal."""
         if self._engine.failure is None:  # Else the command prints the reason.
             logger.warning(
-                "Stopping: new requests are refused; %s may run for %g s more (--drain-s), or "
+                "Stopping: new requests are refused; %s may run for %g s more (drain_s), or "
                 "until a second signal.",
                 counted(len(self.server_state.tasks), "request"),
                 self._drain_s,
@@ -209,7 +208,7 @@ def create_app(
     """Make the application that serves ``engine``. The engine starts and stops with it.
     ``access``: the keys of ``config``, if they were read before."""
     access = access or Access(config)
-    if (folder := engine.config.of(TierConfig).state_dir) is not None:
+    if (folder := engine.config.state_dir) is not None:
         access.keep_secret(folder)
     assert engine.tokenizer is not None, "a served engine always has a tokenizer"
     grid = engine.config.grid if engine.config.prefix_cache == "hybrid" else 0
@@ -315,7 +314,7 @@ def _model_routes(context: ServingContext) -> list[Route]:
         engine = context.engine
         if not engine.is_alive:
             raise APIError(503, "The engine has stopped; see the server's log for the reason.")
-        if engine.config.plugins:
+        if engine.config.state_dir is not None:
             with suppress(EngineStopped, ValueError, TimeoutError):  # Or no replica is up.
                 async with asyncio.timeout(HEALTH_WAIT_S):
                     folder = (await engine.report()).folder

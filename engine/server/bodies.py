@@ -369,7 +369,7 @@ async def _receive(request: Request, max_mib: float) -> bytes:
                 break
         else:
             return bytes(body)
-    message = f"The body is larger than {max_mib:g} MiB: send less, or raise --max-body-mib."
+    message = f"The body is larger than {max_mib:g} MiB: send less, or raise --set max_body_mib=N."
     raise APIError(413, message)
 
 

@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable, Sequence
 
 import pytest
 
-from engine import AsyncEngine, Engine, QueueFull, RequestOutput, SamplingParams, engine_config
+from engine import AsyncEngine, Engine, EngineConfig, QueueFull, RequestOutput, SamplingParams
 from engine.errors import DuplicateId, EngineStopped, StepFailed
 from engine.messages import Ask
 from engine.requests.request import RequestSpec
@@ -49,7 +49,7 @@ def serve(
     """Run ``scenario`` with a started engine, and check that it holds no memory afterwards."""
     runner = GatedRunner()
     runner.is_open = not gated
-    engine = Engine(engine_config(check=True, **settings), runner=runner, sampler=OracleSampler())
+    engine = Engine(EngineConfig(check=True, **settings), runner=runner, sampler=OracleSampler())
     async_engine = AsyncEngine(engine)
 
     async def main() -> None:
@@ -166,7 +166,7 @@ def test_random_clients_get_right_answers_or_errors(seed: int) -> None:
     """A hundred clients at once, with failing steps, aborts and resets. Nothing stays held."""
     draw = random.Random(seed)
     runner = FailingRunner(seed, draw.choice((512, 2048, 8192)), draw.choice((4, 8, 24)))
-    config = engine_config(
+    config = EngineConfig(
         max_running=draw.choice((1, 3, 8)),
         token_budget=draw.choice((64, 128, 1024)),
         max_queue=draw.choice((4, 512)),

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from engine import Engine, Grammar, RequestSpec, SamplingParams, engine_config
+from engine import Engine, EngineConfig, Grammar, RequestSpec, SamplingParams
 from engine.plugins.guided import guides as guides_module
 from engine.plugins.guided.guides import Guides
 from engine.requests.logit_rules import FREE
@@ -68,7 +68,7 @@ def oracle(**config: Any) -> Engine:
     runner = OracleRunner(config.pop("num_kv_tokens", 4096), 16, max_model_len=2048)
     runner.is_asynchronous = config.pop("asynchronous", False)
     return Engine(
-        engine_config(check=True, **config),
+        EngineConfig(check=True, **config),
         runner=runner,
         sampler=OracleSampler(),
         tokenizer=HFTokenizer(),
@@ -269,7 +269,7 @@ def test_a_probe_of_another_tenants_grammar_finds_a_cold_memory(
 
     monkeypatch.setattr(guides_module, "make_matcher", counting)
     engine = Engine(
-        engine_config(),
+        EngineConfig(),
         runner=OracleRunner(4096, 16),
         sampler=OracleSampler(),
         tokenizer=HFTokenizer(),
