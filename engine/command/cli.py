@@ -330,8 +330,6 @@ def _loaded(arguments: argparse.Namespace, **asked: Any) -> tuple[Engine, Sampli
 
 
 def _generate(arguments: argparse.Namespace) -> int:
-    from msgspec import structs
-
     from engine.requests.chat_prompt import render_chat
     from engine.requests.request import RequestSpec
 
@@ -344,7 +342,7 @@ def _generate(arguments: argparse.Namespace) -> int:
         spec = RequestSpec(text, sampling)
         if arguments.chat:
             chat = render_chat(engine.tokenizer, [{"role": "user", "content": text}])
-            spec = structs.replace(chat.spec, sampling=sampling)
+            spec = RequestSpec(chat.tokens, sampling, **chat.marks)
         for output in engine.stream(spec):
             if not arguments.json:
                 print(output.new_text, end="", flush=True)
@@ -361,10 +359,9 @@ def _chat(arguments: argparse.Namespace) -> int:
     """Answer the lines of the standard input until its end or Ctrl-C, and return the exit code. A
     message that is refused, for example because it is too long, is removed from the conversation.
     Raises ValueError if the model has no chat template."""
-    from msgspec import structs
-
     from engine.errors import RequestError
     from engine.requests.chat_prompt import render_chat
+    from engine.requests.request import RequestSpec
 
     engine, sampling = _loaded(arguments)
     tokenizer, system = engine.tokenizer, arguments.system
@@ -379,7 +376,8 @@ def _chat(arguments: argparse.Namespace) -> int:
         for line in _messages_of_user():
             messages.append({"role": "user", "content": line})
             try:
-                spec = structs.replace(render_chat(tokenizer, messages).spec, sampling=sampling)
+                prompt = render_chat(tokenizer, messages)
+                spec = RequestSpec(prompt.tokens, sampling, **prompt.marks)
                 for output in engine.stream(spec):  # Leaving the loop aborts the request.
                     print(output.new_text, end="", flush=True)
                 print(flush=True)

@@ -177,7 +177,7 @@ class TraceWriter:
             return ids, [], _piece_ids([said]) + _piece_ids([END])[:has_end]
         how: dict[str, Any] = {"tools": tools, "variables": body.get("chat_template_kwargs")}
         prompt = render_chat(tokenizer, chat[:-1], **how)
-        ids, boundaries = prompt.tokens.tolist(), list(prompt.spec.boundaries.positions)
+        ids, boundaries = prompt.tokens.tolist(), list(prompt.boundaries.positions)
         whole = render_chat(tokenizer, chat, add_generation_prompt=False, **how).tokens.tolist()
         ends = tokenizer.eos_token_ids
         if whole[: len(ids)] != ids or len(whole) == len(ids):

@@ -14,7 +14,6 @@ from functools import cache, partial
 from typing import Any
 
 import numpy as np
-from msgspec import structs
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
@@ -215,42 +214,47 @@ class Writer(ABC):
 
     async def submit(
         self,
-        prompts: Sequence[RequestSpec],
+        prompts: Sequence[Tokens],
+        marks: Mapping[str, Any],
         limit: int | None,
         num_scores: int | None,
         forms: Mapping[str, Callable[[], Grammar]],
-        is_thinking: bool = False,
     ) -> None:
-        """Submit all choices of ``prompts`` in order, or none. ``limit``: maximum length of an
-        answer; None means ``--default-max-tokens``. ``forms`` and ``is_thinking`` are those of
-        ``grammar_of``. Raises APIError for a value out of range or a choice that is refused."""
+        """Submit all choices of ``prompts`` in order, or none. ``marks``: further fields of their
+        ``RequestSpec``. ``limit``: maximum length of an answer; None means
+        ``--default-max-tokens``. ``forms``: those of ``grammar_of``. Raises APIError for a value
+        out of range or a choice that is refused."""
         context, body, engine = self._context, self._body, self._context.engine
         limit = context.config.default_max_tokens if limit is None else limit
-        room, valid = engine.facts.max_model_len - (limit or 0), list[RequestSpec]()
+        room, namespace = engine.facts.max_model_len - (limit or 0), self._call.tenant.namespace
         samplings = cache(
             partial(body.samplings, logprobs=num_scores, defaults=engine.sampling_defaults)
         )
         self._stream = engine.stream(context.metrics.observe)
         self._call.request.state.answer_id = self.answer_id
         try:
-            for spec in prompts:
-                first = None
-                for sampling in samplings(limit if len(spec.prompt) <= room else None):
-                    request_id = f"{self.answer_id}-{len(valid)}" if valid else self.answer_id
-                    choice = structs.replace(
-                        spec,
-                        sampling=sampling,
-                        ends_session=body.ends_session,
-                        request_id=request_id,
-                        choice_of=first,
-                    )
-                    first = first or request_id
-                    valid.append(engine.validate(choice))
-                    await asyncio.sleep(0)  # Let the event loop run between two choices.
-            namespace = self._call.tenant.namespace
+            choices = []
+            for tokens in prompts:
+                of_prompt = samplings(limit if len(tokens) <= room else None)
+                engine.check(tokens, of_prompt[0], marks.get("prompt_logprobs"))
+                choices += [(tokens, *choice) for choice in enumerate(of_prompt)]
+                await asyncio.sleep(0)  # Let the event loop run between two prompts.
+            is_thinking = marks.get("is_thinking", False)
             grammar = await context.grammar_of(forms, namespace, is_thinking)
-            for spec in valid:
-                engine.submit_valid(structs.replace(spec, grammar=grammar), self._stream)
+            for number, (tokens, at, sampling) in enumerate(choices):
+                first = self._name(number - at)
+                spec = RequestSpec(
+                    tokens,
+                    sampling,
+                    namespace,
+                    ends_session=body.ends_session,
+                    request_id=self._name(number),
+                    choice_of=first if at else None,
+                    grammar=grammar,
+                    arrival_s=time.perf_counter(),
+                    **marks,
+                )
+                engine.submit_valid(spec, self._stream)
                 await asyncio.sleep(0)
         except BaseException as error:
             self._stream.abort()
@@ -258,6 +262,10 @@ class Writer(ABC):
                 raise
             context.metrics.count_failure(error)
             raise of_failure(RequestError.of(error)) from error
+
+    def _name(self, number: int) -> str:
+        """Return the id of the request for the choice of this ``number``."""
+        return f"{self.answer_id}-{number}" if number else self.answer_id
 
     async def news(self) -> AsyncGenerator[tuple[int, bool], None]:
         """Yield (index of the answer, whether it is its first output) after each output. Closing

@@ -8,6 +8,7 @@ import random
 import threading
 from collections.abc import Awaitable, Callable, Sequence
 
+import numpy as np
 import pytest
 
 from engine import AsyncEngine, Engine, EngineConfig, QueueFull, RequestOutput, SamplingParams
@@ -92,10 +93,10 @@ def test_one_stream_has_the_outputs_of_several_requests() -> None:
     async def scenario(engine: AsyncEngine, runner: GatedRunner) -> None:
         stream = engine.stream()
         for name, params in (("a", ENDLESS), ("b", ONE)):
-            spec = RequestSpec([1, 2, 3], params, request_id=name)
-            engine.submit_valid(engine.validate(spec), stream)
+            spec = RequestSpec(np.array([1, 2, 3], np.int32), params, request_id=name)
+            engine.submit_valid(spec, stream)
         with pytest.raises(DuplicateId):
-            engine.submit_valid(engine.validate(spec), stream)
+            engine.submit_valid(spec, stream)
         stream.abort("stop", "a")
         outputs = await read(stream)
         ends = {one.request_id: one.finish_reason for one in outputs if one.is_finished}

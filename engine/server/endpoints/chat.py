@@ -8,7 +8,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from msgspec import structs
 from starlette.responses import Response
 
 from engine.requests.chat_prompt import NO_CHAT, ChatPrompt
@@ -73,24 +72,24 @@ class ChatWriter(Writer):
         self.readers = [
             read(
                 thinks=template.thinks,
-                is_thinking=prompt.spec.is_thinking,
-                starts_text=prompt.spec.answer_starts_text,
+                is_thinking=prompt.is_thinking,
+                starts_text=prompt.starts_text,
                 end_token_ids=context.tokenizer.eos_token_ids,
             )
             for _ in range(body.n)
         ]
-        specs = [prompt.spec]
+        marks = prompt.marks
         if calls is not None:
-            specs = [structs.replace(prompt.spec, call_marks=calls.marks)]
-            calls.restrict(forms, self.FORMAT, template.thinks and not prompt.spec.is_thinking)
+            marks["call_marks"] = calls.marks
+            calls.restrict(forms, self.FORMAT, template.thinks and not prompt.is_thinking)
         num_scores = (body.top_logprobs or 0) if body.logprobs else None
-        await self.submit(specs, body.limit, num_scores, forms, prompt.spec.is_thinking)
+        await self.submit([prompt.tokens], marks, body.limit, num_scores, forms)
         return await self.respond(is_stream)
 
     def written(self) -> dict[str, int]:
         """Return the tokens computed up to the last position that later prompts may share."""
         is_off = self._context.engine.config.prefix_cache == "none"
-        shared = 0 if is_off else max(self._prompt.spec.boundaries.positions, default=0)
+        shared = 0 if is_off else max(self._prompt.boundaries.positions, default=0)
         return {"cache_write_tokens": max(0, shared - self.outputs[0].cached_len)}
 
     def read(self, index: int, output: RequestOutput) -> None:

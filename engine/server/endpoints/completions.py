@@ -8,7 +8,6 @@ from typing import Any
 
 from starlette.responses import Response
 
-from engine.requests.request import RequestSpec
 from engine.server.schemas import CompletionRequest
 from engine.server.transport import event
 from engine.server.writers import Call, Writer, finite, new_id, token_text
@@ -22,10 +21,9 @@ async def complete(call: Call, body: CompletionRequest) -> Response:
     writer = _CompletionWriter(call, body)
     prompts = await context.encode(body.prompts, body.add_special_tokens, namespace)
     scores_prompt = body.echo and (body.logprobs is not None or body.max_tokens == 0)
-    num_scores = (body.logprobs or 0) if scores_prompt else None
-    specs = [RequestSpec(ids, namespace=namespace, prompt_logprobs=num_scores) for ids in prompts]
+    marks = {"prompt_logprobs": (body.logprobs or 0) if scores_prompt else None}
     forms = body.forms("response_format")
-    await writer.submit(specs, body.max_tokens, body.logprobs, forms)
+    await writer.submit(prompts, marks, body.max_tokens, body.logprobs, forms)
     return await writer.respond(body.stream)
 
 

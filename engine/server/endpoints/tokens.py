@@ -38,7 +38,7 @@ async def tokenize(call: Call, body: TokenizeRequest) -> Response:
     answer: dict[str, Any] = {"max_model_len": context.engine.facts.max_model_len}
     if body.messages:
         prompt = await render(call, body)
-        tokens, answer["boundaries"] = prompt.tokens, list(prompt.spec.boundaries.positions)
+        tokens, answer["boundaries"] = prompt.tokens, list(prompt.boundaries.positions)
     else:
         [tokens] = await context.encode(
             [body.prompt or ""], body.add_special_tokens, call.tenant.namespace
