@@ -538,7 +538,20 @@ class Intake:
         """Return ``spec`` with token ids for its prompt, complete sampling parameters, an id and
         its ``arrival_s``. O(length of the prompt). Raises ValueError for a request that cannot be
         served, except for errors in its grammar."""
-        tokens, sampling = self._tokens(spec.prompt), spec.sampling or self.default_sampling
+        prompt, sampling = spec.prompt, spec.sampling or self.default_sampling
+        if isinstance(prompt, str):
+            if self.tokenizer is None:
+                raise ValueError("prompt must be token ids, because the engine has no tokenizer.")
+            prompt = self.tokenizer.encode(prompt)
+        if isinstance(prompt, Sequence) and len(prompt) > self.max_model_len:
+            raise ContextOverflow(len(prompt), 1, self.max_model_len)
+        try:
+            tokens = np.asarray(prompt)
+        except ValueError:
+            tokens = np.empty((0, 0))
+        if tokens.ndim != 1 or (len(tokens) and tokens.dtype.kind not in "iu"):
+            ids = f"token ids from 0 to {self.vocab_size - 1}"
+            raise ValueError(f"prompt must be a text or a flat list of {ids}.")
         self.check(tokens, sampling, spec.prompt_logprobs)
         require_namespace(spec.namespace)
         require_boundaries(spec.boundaries)
@@ -584,19 +597,3 @@ class Intake:
     def make(self, spec: RequestSpec) -> Request:
         """Make a request from a valid ``spec``. Raises GrammarError. O(length of the prompt)."""
         return Request(spec, self, next(self._arrivals))
-
-    def _tokens(self, prompt: Prompt) -> npt.NDArray[np.integer[Any]]:
-        if isinstance(prompt, str):
-            if self.tokenizer is None:
-                raise ValueError("prompt must be token ids, because the engine has no tokenizer.")
-            prompt = self.tokenizer.encode(prompt)
-        if isinstance(prompt, Sequence) and len(prompt) > self.max_model_len:
-            raise ContextOverflow(len(prompt), 1, self.max_model_len)
-        try:
-            tokens = np.asarray(prompt)
-        except ValueError:
-            tokens = np.empty((0, 0))
-        if tokens.ndim != 1 or (len(tokens) and tokens.dtype.kind not in "iu"):
-            ids = f"token ids from 0 to {self.vocab_size - 1}"
-            raise ValueError(f"prompt must be a text or a flat list of {ids}.")
-        return tokens
