@@ -20,8 +20,8 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.types import Receive, Scope, Send
 
 from engine.requests.chat_prompt import NO_CHAT, render_chat
-from engine.server.bodies import APIError, ClientGone, settled
-from engine.server.schemas import read_messages
+from engine.server.bodies import APIError, ClientGone, converted, opened, settled
+from engine.server.schemas import KNOWN, Message, completed
 from engine.server.transport import unless_gone
 from engine.text.tokenizer import Tokenizer
 
@@ -164,7 +164,8 @@ class TraceWriter:
     ) -> tuple[list[int], list[int], list[int]]:
         """Return (ids of the prompt, known boundaries, ids of ``answer`` behind it, as the next
         prompt has them). Raises ValueError if the chat cannot be rendered."""
-        messages = read_messages([*body["messages"], answer])
+        given = [opened(one, KNOWN) for one in (*body["messages"], answer)]
+        messages = completed(converted(given, list[Message], "messages"))
         chat = [message.as_template_input() for message in messages]
         tokenizer, tools = self._tokenizer, body.get("tools")
         said = _text(chat[-1])

@@ -38,7 +38,7 @@ from engine.server.endpoints.explain import Explanations, explanation
 from engine.server.endpoints.observe import Page
 from engine.server.endpoints.responses import Responses, ResponsesRequest
 from engine.server.endpoints.tokens import DetokenizeRequest, TokenizeRequest, detokenize, tokenize
-from engine.server.schemas import ChatRequest, CompletionRequest, Message
+from engine.server.schemas import ChatRequest, CompletionRequest
 from engine.server.settings import ACCEPTED_AT_ONCE, BACKLOG, SWITCH_S, ServerConfig
 from engine.server.transport import HEADERS_S, ClientConnection
 from engine.server.writers import Handler, ServingContext
@@ -338,8 +338,7 @@ def _model_routes(context: ServingContext) -> list[Route]:
 def _described(routes: Sequence[Route], bodies: dict[str, type[Body]]) -> dict[str, Any]:
     """Return the OpenAPI description of ``routes``, generated from the types of their bodies."""
     place = "#/components/schemas/{name}"
-    types = (*bodies.values(), Message)
-    (*schemas, _), shapes = msgspec.json.schema_components(types, ref_template=place)
+    schemas, shapes = msgspec.json.schema_components(bodies.values(), ref_template=place)
     paths: dict[str, dict[str, Any]] = {}
     of_body = dict(zip(bodies, schemas, strict=True))
     for route in routes:

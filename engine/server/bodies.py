@@ -201,6 +201,8 @@ class Body(Part, kw_only=True):
     """Parameters that are not supported -> values without effect, or None if all have none."""
     KINDS: ClassVar[Mapping[str, str]] = {}
     """Lists of objects -> type of entries that do not name one."""
+    OPEN: ClassVar[Mapping[str, Collection[str]]] = {}
+    """Lists of objects -> names of fixed form. Others become a field ``extra`` of each object."""
 
     model: str | None = None
     cache_salt: str | None = None
@@ -232,7 +234,18 @@ def decode(kind: type[Kind], raw: bytes, refuses_images: bool = False) -> Kind:
     for name, usual in kind.KINDS.items():
         if isinstance(entries := given.get(name), list):
             given[name] = [{"type": usual} | e if isinstance(e, dict) else e for e in entries]
+    for name, fixed in kind.OPEN.items():
+        if isinstance(entries := given.get(name), list):
+            given[name] = [opened(entry, fixed) for entry in entries]
     return converted(given, kind)
+
+
+def opened(entry: Any, fixed: Collection[str]) -> Any:
+    """Return an object with all names but the ``fixed`` ones in a field ``extra``."""
+    if not isinstance(entry, dict):
+        return entry
+    extra = {name: value for name, value in entry.items() if name not in fixed}
+    return {name: entry[name] for name in fixed if name in entry} | {"extra": extra}
 
 
 MEDIA = {
