@@ -4,6 +4,7 @@ The notebooks of ``examples/`` and the README files of the packages are copied h
 in ``docs/figures`` are drawn. Notebooks are executed.
 """
 
+import ast
 import os
 import re
 import shutil
@@ -40,11 +41,20 @@ LINK = re.compile(r"\[([^\]\n]+)\]\(([\w./-]+\.(?:md|py|ipynb))(#[\w-]+)?\)")
 READMES = {
     ROOT / folder / "README.md": DOCS / "packages" / f"{folder.rpartition('/')[2]}.md"
     for folder in (
-        *("hybridcache", "hybridcache/lab", "hybridcache/export/sglang", "hybridcache/watch"),
+        *("hybridcache", "hybridcache/lab", "hybridcache/sglang", "hybridcache/watch"),
         *("engine", "kernels"),
     )
 }
 NOTEBOOKS = {path: DOCS / "examples" / path.name for path in (ROOT / "examples").glob("*.ipynb")}
+
+
+def lines_of(file, name):
+    """Return the lines of a class or function, as in "12-40", or "" if the file has none."""
+    body, found = ast.parse(file.read_text()).body if file.suffix == ".py" else [], None
+    for part in name.split("."):
+        found = next((one for one in body if getattr(one, "name", None) == part), None)
+        body = getattr(found, "body", [])
+    return f"{found.lineno}-{found.end_lineno}" if found is not None else ""
 
 
 def on_site(text, folder, page_folder):
@@ -57,6 +67,8 @@ def on_site(text, folder, page_folder):
         if target.is_relative_to(DOCS):
             return f"[{found[1]}]({os.path.relpath(target, page_folder)}{found[3] or ''})"
         path = target.relative_to(ROOT)
+        if lines := lines_of(target, found[1].strip("`")):
+            return f"{found[1]} (`{path}`, lines {lines})"
         return found[1] if found[1].startswith("`") else f"{found[1]} (`{path}`)"
 
     return LINK.sub(link, text)

@@ -117,6 +117,7 @@ def _option(action: argparse.Action, parser: argparse.ArgumentParser) -> tuple[s
 def cli() -> str:
     """Return every command with its options."""
     from engine.command.cli import main as engine
+    from engine.command.flags import Set
     from hybridcache.lab.cli import main as laboratory
 
     parts = []
@@ -131,6 +132,9 @@ def cli() -> str:
                     continue
                 title = group.title or "options"
                 rows = [_option(action, parser) for action in actions]
+                for action in actions:
+                    if isinstance(action, Set):
+                        rows = [(f"`--set {name}=`", text) for name, text in action.texts().items()]
                 lines = [f"| {shown} | {_cell(help)} |" for shown, help in rows]
                 parts.append("\n".join([f"| {_cell(title)} | |", "|---|---|", *lines, ""]))
     return "\n".join(parts)
@@ -178,11 +182,11 @@ def admission() -> str:
 
 def metrics() -> str:
     """Return the metrics of a server whose engine has a host tier and a state folder."""
-    from engine import Engine, engine_config
+    from engine import Engine, EngineConfig
     from engine.server.metrics import TRANSFERS, Metrics
 
     with tempfile.TemporaryDirectory() as folder:
-        config = engine_config(cache_gib=0.05, host_gib=0.05, state_dir=folder, disk_gib=0.1)
+        config = EngineConfig(cache_gib=0.05, host_gib=0.05, state_dir=folder, disk_gib=0.1)
         engine = Engine(config)
         text = Metrics(os.getpid()).render(engine.report()).decode()
         engine.close()

@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from engine.config import EngineConfig as EngineConfig
     from engine.engine import Engine as Engine
     from engine.errors import QueueFull as QueueFull
-    from engine.plugins import engine_config as engine_config
     from engine.requests.request import RequestSpec as RequestSpec
     from engine.requests.request import SamplingParams as SamplingParams
     from engine.text.answers import RequestOutput as RequestOutput
@@ -30,7 +29,6 @@ _MODULES = {
     "RequestOutput": "engine.text.answers",
     "RequestSpec": "engine.requests.request",
     "SamplingParams": "engine.requests.request",
-    "engine_config": "engine.plugins",
 }
 
 __all__ = [*_MODULES]

@@ -18,11 +18,11 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 import msgspec
-import numpy as np
 from msgspec import structs
 
+from engine.cache_watch import Watch
 from engine.config import EngineConfig
-from engine.engine import Engine, watch
+from engine.engine import Engine
 from engine.errors import (
     FAILED,
     STOPPED,
@@ -52,6 +52,7 @@ from engine.messages import (
 from engine.requests.request import Intake, Prompt, Request, RequestSpec, SamplingParams
 from engine.schedule.report import CacheReport
 from engine.text.answers import Answer, FinishReason, RequestOutput
+from hybridcache.tokens import Tokens
 
 if TYPE_CHECKING:
     from engine.text.tokenizer import Tokenizer
@@ -72,7 +73,7 @@ class EngineHost:
         """``send`` passes a message to the front end, from any thread and without waiting."""
         self.engine, self._send = engine, send
         self._commands: deque[Callable[[], None]] = deque()
-        self._views: dict[int, Any] = {}
+        self._views: dict[int, Watch] = {}
         self._numbers = itertools.count()
         self._compiler = ThreadPoolExecutor(1, thread_name_prefix="grammars")
         self._wake = threading.Condition()  # With a lock that its owner may take again.
@@ -158,7 +159,7 @@ class EngineHost:
                 engine.end_session(question.request_id)
             case OpenView():
                 number = next(self._numbers)
-                views[number] = watch(engine)
+                views[number] = Watch(engine)
                 return number
             case AskView(view, "close"):
                 views.pop(view).close()
@@ -281,7 +282,7 @@ class RequestStream:
             self._open.discard(each)
             self._on_abort(each, reason)
 
-    def open(self, request_id: str, prompt: np.ndarray) -> None:
+    def open(self, request_id: str, prompt: Tokens) -> None:
         """Expect outputs of a request."""
         self.answers[request_id] = Answer(prompt)
         self._open.add(request_id)
@@ -385,6 +386,8 @@ class AsyncEngine:
             vocab_size=facts.vocab_size,
             max_model_len=facts.max_model_len,
         )
+        self.check = self._intake.check
+        """See ``Intake.check``."""
         self.sampling_defaults = self._intake.sampling_defaults
         """Sampling parameters that the model's files recommend."""
         self._streams: dict[str, RequestStream] = {}
@@ -414,28 +417,24 @@ class AsyncEngine:
     ) -> RequestStream:
         """Queue a prompt; see ``Engine.submit``. Raises a RequestError such as QueueFull, or a
         ValueError, before anything is queued."""
-        return self.submit_valid(self.validate(RequestSpec.of(prompt, sampling, options)))
-
-    def validate(self, spec: RequestSpec) -> RequestSpec:
-        """See ``Engine.validate``."""
-        return self._intake.validate(spec)
+        spec = RequestSpec.of(prompt, sampling, options)
+        return self.submit_valid(self._intake.validate(spec, time.perf_counter()))
 
     def submit_valid(self, spec: RequestSpec, stream: RequestStream | None = None) -> RequestStream:
-        """Queue a request that another front end has validated, and return its outputs. ``stream``
-        has those of the reader's other requests."""
+        """Queue a complete request that was checked, and return its outputs. ``stream`` has those
+        of the reader's other requests."""
         if not self._is_open:
             raise EngineStopped(self.failure or STOPPING)
-        request_id = spec.request_id or f"request-{next(self._numbers)}"
+        request_id = spec.request_id
+        assert request_id is not None, "its maker numbers it"
         if request_id in self._streams:
             raise DuplicateId(request_id)
         max_running = self.channel.num_engines * self.config.max_running
         if len(self._streams) >= max_running + self.config.max_queue:
             raise QueueFull(self.config.max_queue)
-        tokens = np.ascontiguousarray(spec.prompt, np.int32)
         stream = self._streams[request_id] = stream or self.stream()
-        stream.open(request_id, tokens)
-        sent = {"prompt": tokens, "request_id": request_id, "arrival_s": time.perf_counter()}
-        self.channel.send(structs.replace(spec, **sent))
+        stream.open(request_id, cast("Tokens", spec.prompt))
+        self.channel.send(spec)
         return stream
 
     def stream(

@@ -1,7 +1,5 @@
-"""Settings of an engine, and the base of the settings of plugins.
-
-The flags of the command line and their help are derived from the fields and their docstrings.
-"""
+"""Settings of an engine. The flags of the command line and their help are derived from the fields
+and their docstrings."""
 
 from __future__ import annotations
 
@@ -10,13 +8,12 @@ import functools
 import math
 import os
 import typing
-from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib import metadata
 from numbers import Integral, Real
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, NamedTuple, TypeVar
+from typing import Annotated, Any, Literal, NamedTuple
 
 from hybridcache.geometry.checkpoints import CheckpointFormat
 from hybridcache.geometry.units import GIB
@@ -49,6 +46,8 @@ BUILTIN_PROMPTS = (
 OF_CACHE = ("checkpoints", "eviction", "exact", "checkpoint_dtype")
 """Settings that have no effect without a prefix cache."""
 
+DRAFT_LENS = {"tree": (8, 32), "mtp": (3, 4)}
+"""Drafter -> (default, maximum) number of tokens drafted for a sequence in one step."""
 DRAFTED_FULLY = 4
 """Number of sequences that may have drafts of full length in one step. More sequences share the
 same number of verified tokens."""
@@ -87,6 +86,7 @@ ABOVE_0 = math.ulp(0)
 """Smallest positive number."""
 COUNT = Limits("an integer of 1 or more", 1, is_whole=True)
 GIB_SIZE = Limits("a number of GiB above 0, at most 1,048,576", ABOVE_0, 2**20)
+HOST_SIZE = Limits("a number of GiB of 0 or more, at most 1,048,576", 0, 2**20)
 MIB_SIZE = Limits("a number of MiB of 0 or more", 0, 2**30)
 SECONDS = Limits("a number of seconds above 0, at most 1e6", ABOVE_0, 1e6)
 SEED = Limits("an integer from 0 to 2**63 - 1", 0, 2**63 - 1, is_whole=True)
@@ -134,64 +134,22 @@ class DraftSizes(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class PluginConfig:
-    """Settings of one plugin. Their words and limits are checked when it is made."""
-
-    plugin: ClassVar[str]
-    """Name of the plugin's folder."""
-    title: ClassVar[str]
-    """Title of the plugin's flags in the help."""
-
-    def __post_init__(self) -> None:
-        check_fields(self)
-
-    @property
-    def is_used(self) -> bool:
-        """True if these settings differ from the defaults, so that the plugin is loaded."""
-        return self != type(self)()
-
-    @property
-    def num_ranks(self) -> int:
-        """Number of processes that compute the model together."""
-        return 1
-
-    @property
-    def drafts(self) -> DraftSizes:
-        """Memory that the runner needs for drafts."""
-        return DraftSizes()
-
-    @property
-    def host_bytes(self) -> Mapping[str, int]:
-        """Memory of the host that each setting reserves, in bytes."""
-        return {}
-
-    def check(self, config: Any) -> None:
-        """Raise ConfigError if these settings contradict the other ones of ``config``."""
-
-
-P = TypeVar("P", bound=PluginConfig)
-
-
-@dataclass(frozen=True, slots=True)
 class EngineConfig:
-    """Settings of one engine. Raises ConfigError for a bad value. ``engine.engine_config`` takes
-    the settings of plugins as keywords too."""
-
-    plugins: tuple[PluginConfig, ...] = dataclasses.field(default=(), kw_only=True)
-    """Settings of the plugins in use."""
+    """Settings of one engine, those of its optional parts included. Raises ConfigError for a bad
+    value, or for values that contradict each other."""
 
     model: str | None = None
-    """Model directory in Hugging Face format, a GGUF file, or ORG/NAME of a model of the Hugging
-    Face Hub, or ORG/NAME:Q4_K_M of a GGUF file there (a directory of that name is preferred); by
-    default the built-in byte model, which is small and trained on code and synthetic tasks."""
+    """Model directory, GGUF file, or ORG/NAME of the Hugging Face Hub; ORG/NAME:Q4_K_M is a GGUF
+    file there, and a directory of that name is preferred; by default the built-in byte model, which
+    is small and trained on code and synthetic tasks."""
     revision: str | None = None
     """For a model of the hub: branch, tag or commit; by default its main branch."""
     tokenizer: str | None = None
-    """Directory or GGUF file of the tokenizer, ORG/NAME, or builtin, if it is not that of the
+    """Directory, GGUF file or ORG/NAME of the tokenizer, or builtin; by default that of the
     model."""
     chat_template: str | None = None
-    """File with a chat template in place of the model's, or tools-first: the form of Qwen2.5 and
-    Qwen3, with the tools before the system text, so that sessions share them."""
+    """File with a chat template in place of the model's, or tools-first; that is the form of
+    Qwen2.5 and Qwen3 with the tools before the system text, so that sessions share them."""
     load_format: Literal["auto", "dummy"] = "auto"
     """auto: read the weights; dummy: seeded random weights for any config.json."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -201,11 +159,11 @@ class EngineConfig:
     (or --grid, if that is less) of a prompt and at every token of an answer; 8 bits are for
     checkpoints only (--checkpoint-dtype), because errors of a running state accumulate."""
     checkpoint_dtype: str = "auto"
-    """Number format of recurrent states in checkpoints: bfloat16, int8 or fp8, the last two with a
+    """Number format of states in checkpoints: auto, bfloat16, int8 or fp8; the last two with a
     scale per channel, or per head as in int8:head; auto: unchanged and exact."""
     quantization: Literal["int8", "fp8", "int4", "int4-128"] | None = None
-    """Quantize weights to 8 bits while loading, or on a CPU to 4 bits in groups of 32 or 128
-    columns."""
+    """Quantize weights to 8 bits while loading, or on a CPU to 4 bits; these have groups of 32 or
+    128 columns."""
     fp8_activations: bool = False
     """Also round the inputs of products with fp8 weights to fp8, in blocks of 128, on a GPU: faster
     prompts, less exact."""
@@ -227,12 +185,12 @@ class EngineConfig:
     prefix_cache: Literal["hybrid", "none"] = "hybrid"
     """hybrid: KV, and checkpoints of states if the model has any; none: no cache."""
     checkpoints: tuple[str, ...] = ("adaptive",)
-    """Positions at which states are saved: names of placements, joined by commas (adaptive, branch,
-    boundary, backoff, end, every:1024, ...)."""
+    """Positions at which states are saved: adaptive, branch, boundary, backoff, end, every:1024,
+    ...; names of placements, joined by commas."""
     eviction: str = "survival"
     """Eviction policy: survival, lru, gdsf, s3-fifo, ...; an unknown name lists all."""
     grid: Annotated[int, COUNT] = TILE
-    """Checkpoint positions are multiples of this number of tokens: a multiple of 64, or, for short
+    """Checkpoint positions are multiples of this number of tokens; a multiple of 64, or, for short
     prompts, 32 or 16 with kernels that support such tiles."""
     page_size: Annotated[int, COUNT] = 1
     """KV allocation unit, tokens."""
@@ -240,7 +198,7 @@ class EngineConfig:
     """Reuse only tokens that a prefill computed, so that a hit does not change the logits."""
 
     cache_gib: Annotated[float | None, GIB_SIZE] = None
-    """Memory for KV and states together, one arena, GiB (of each replica); by default a quarter of
+    """Memory for KV and states together, GiB; one arena, of each replica; by default a quarter of
     the free memory, at most 4 GiB, on a CPU, and elsewhere 90 % of the memory that weights, graphs
     and the largest step leave."""
     max_model_len: Annotated[int | None, Limits("an integer of 2 or more", 2, is_whole=True)] = None
@@ -252,8 +210,9 @@ class EngineConfig:
     """Tokens computed per step, including decoded ones; at least 64 are for prompts, regardless of
     the number of decoding requests; by default 1024 on a CPU, 8192 elsewhere."""
     admission: str = "sessions"
-    """Policy that admits waiting requests: sessions (resident ones first, others as the cache
-    permits), oldest, cached-first, longest-match, live:N (sessions at a time), or module:Class."""
+    """Policy that admits waiting requests: sessions, oldest, cached-first, longest-match, live:N,
+    or module:Class; sessions: resident ones first, others as the cache permits; live:N: that many
+    sessions at a time."""
     max_queue: Annotated[int, COUNT] = 1024
     """Requests in progress beyond --max-running; further ones are refused."""
     overlap: Literal["auto", "on", "off"] = "auto"
@@ -263,13 +222,41 @@ class EngineConfig:
     """Verify the request table after every step, and every cache invariant whenever the engine is
     idle."""
 
-    def of(self, kind: type[P]) -> P:
-        """Return the settings of one plugin; its defaults if it is not in use."""
-        return next((one for one in self.plugins if isinstance(one, kind)), None) or kind()
+    host_gib: Annotated[float | None, HOST_SIZE] = None
+    """Host memory for entries that are evicted from the device, GiB; by default they are lost, or
+    stay on disk (--state-dir); 0: none."""
+    state_dir: str | None = None
+    """Folder on disk that keeps the cache for the next start, even after a kill; also the lowest
+    tier; by default nothing is written."""
+    disk_gib: Annotated[float | None, GIB_SIZE] = None
+    """Maximum size of --state-dir, GiB; by default 2.5 times device and host memory, and at most 90
+    % of the free disk."""
 
-    def uses(self, plugin: str) -> bool:
-        """Return whether a plugin is in use, by the name of its folder."""
-        return any(one.plugin == plugin for one in self.plugins)
+    draft: str = "none"
+    """Draft tokens and verify them together: tree:8, mtp:3, tree,mtp, or none; a step may then
+    produce several tokens; tree: text that followed earlier, in the cache or in the request itself,
+    at most 8 tokens; mtp: the model's own multi-token head; tree,mtp: the head if the tree has no
+    draft."""
+    draft_running: Annotated[int | None, COUNT] = None
+    """Maximum number of requests that decode in a step with drafts (default: 4 on a CPU, where more
+    requests lose speed with drafts; no limit on a device)."""
+
+    tp: Annotated[int, COUNT] = 1
+    """Processes that compute the model together; each a part of every layer, and each on its own
+    device if there are several."""
+
+    role: Literal["prefill", "decode"] | None = None
+    """Compute prompts for decode engines, or have them computed by prefill engines; by default
+    neither; a prefill engine also serves its own requests."""
+    transfer_at: str | None = None
+    """With role prefill: HOST:PORT to listen on for decode engines; in a trusted network."""
+    prefill: tuple[str, ...] = ()
+    """With role decode: HOST:PORT of every prefill engine."""
+    fetch_above: Annotated[int, COUNT] = 256
+    """With role decode: prompts with fewer tokens that are not cached are computed here."""
+    transfer_timeout_s: Annotated[float, SECONDS] = 10.0
+    """With a role: seconds without a message after which the other engine is considered gone; must
+    be longer than a step of the prefill engine."""
 
     def settled(self, *, on_cpu: bool) -> EngineConfig:
         """Return the settings with defaults for those that depend on the device and the machine."""
@@ -294,9 +281,48 @@ class EngineConfig:
         return max(self.token_budget, self.max_running + TILE) + self.num_step_states
 
     @property
+    def has_tiers(self) -> bool:
+        """True if evicted entries move to the host's memory or to a disk."""
+        return self.host_gib is not None or self.state_dir is not None
+
+    @property
+    def drafters(self) -> dict[str, int]:
+        """Drafters in the order in which they are tried -> maximum number of tokens that each
+        drafts for a sequence in one step. Raises ConfigError."""
+        lengths: dict[str, int] = {}
+        for word in self.draft.split(",") if self.draft != "none" else ():
+            name, colon, number = word.partition(":")
+            usual, limit = DRAFT_LENS.get(name, (0, 0))
+            most = usual if not colon else int(number) if number.isdecimal() else 0
+            if name in lengths or not 1 <= most <= limit:
+                known = " and ".join(
+                    f"{name} (1 to {limit} tokens, as in {name}:{usual})"
+                    for name, (usual, limit) in DRAFT_LENS.items()
+                )
+                raise ConfigError(
+                    f"draft must be none, or drafters joined by a comma, each once: {known}; not "
+                    f"{self.draft!r}."
+                )
+            lengths[name] = most
+        return lengths
+
+    @property
     def drafts(self) -> DraftSizes:
         """Memory that the runner needs for drafts."""
-        return max((one.drafts for one in self.plugins), default=DraftSizes())
+        lengths = self.drafters
+        return DraftSizes(max(lengths.values(), default=0), lengths.get("mtp", 0))
+
+    @property
+    def addresses(self) -> tuple[tuple[str, int], ...]:
+        """(host, port) of the engine itself if it is a prefill engine, and otherwise of all prefill
+        engines. Raises ConfigError."""
+        found = []
+        for text in self.prefill if self.transfer_at is None else (self.transfer_at,):
+            host, _, port = text.rpartition(":")
+            if not host or not port.isdecimal() or int(port) > 65535:
+                raise ConfigError(f"{text!r} is not HOST:PORT, as in 127.0.0.1:7000.")
+            found.append((host.strip("[]"), int(port)))
+        return tuple(found)
 
     @property
     def num_step_states(self) -> int:
@@ -306,16 +332,13 @@ class EngineConfig:
         return (1 + longest) * min(self.max_running, DRAFTED_FULLY) if longest else 0
 
     @property
-    def num_ranks(self) -> int:
-        """Number of processes that compute the model together."""
-        return max((one.num_ranks for one in self.plugins), default=1)
-
-    @property
     def cache_bytes(self) -> int | None:
         """Memory of KV and states in bytes, for all ranks together, or None if it is not set."""
         return None if self.cache_gib is None else int(self.cache_gib * GIB)
 
     def __post_init__(self) -> None:
+        if self.host_gib == 0:
+            object.__setattr__(self, "host_gib", None)
         check_fields(self)
         if self.grid % TILE and self.grid not in SMALL_TILES:
             small = " or ".join(map(str, SMALL_TILES))
@@ -332,9 +355,36 @@ class EngineConfig:
             if field.name in OF_CACHE and getattr(self, field.name) != field.default:
                 flag = "--" + field.name.replace("_", "-")
                 raise ConfigError(f"{flag} requires --prefix-cache hybrid.")
-        object.__setattr__(self, "plugins", tuple(one for one in self.plugins if one.is_used))
-        for one in self.plugins:
-            one.check(self)
+        if self.disk_gib is not None and self.state_dir is None:
+            raise ConfigError("disk_gib requires state_dir.")
+        if self.draft_running is not None and self.draft == "none":
+            raise ConfigError("draft_running requires --draft.")
+        head_len = self.drafts.head_len
+        if self.tp > 1:
+            for is_set, what in (
+                (self.has_tiers, "host and disk tiers: remove --host-gib and --state-dir"),
+                (head_len > 0, "the multi-token head: use draft tree, or none"),
+                (self.graphs in ("decode", "all"), "graphs: set graphs to auto or off"),
+                (self.role is not None, "roles: remove --role"),
+                (":" in (self.device or ""), "a numbered device: remove the number of --device"),
+            ):
+                if is_set:
+                    raise ConfigError(f"--tp does not support {what}.")
+        self._check_role()
+
+    def _check_role(self) -> None:
+        for role, name in (("prefill", "transfer_at"), ("decode", "prefill")):
+            if (self.role == role) != bool(getattr(self, name)):
+                flag = "--" + name.replace("_", "-")
+                raise ConfigError(
+                    f"--role {role} and {flag} HOST:PORT require each other: set both."
+                )
+        _ = self.addresses
+        if self.role is not None and (self.prefix_cache == "none" or self.has_tiers):
+            raise ConfigError(
+                f"--role {self.role} requires a prefix cache without tiers: remove --prefix-cache "
+                "none, --host-gib and --state-dir."
+            )
 
 
 def check_no_foreign_kernels() -> None:

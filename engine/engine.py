@@ -87,38 +87,27 @@ def engine_plugins(config: EngineConfig) -> dict[str, Plugin]:
     """Return the plugins with settings in ``config`` by name, in the order in which they are
     called."""
     plugins: dict[str, Plugin] = {}
-    if config.uses("tensor_parallel"):
+    if config.tp > 1:
         from engine.plugins.tensor_parallel.coordinator import TensorParallelPlugin
 
         plugins["tensor_parallel"] = TensorParallelPlugin(config)
-    if config.uses("speculation"):
+    if config.draft != "none":
         from engine.plugins.speculation.draft_manager import SpeculationPlugin
 
         plugins["speculation"] = SpeculationPlugin(config)
-    if config.uses("tiers"):
+    if config.has_tiers:
         from engine.plugins.tiers.plugin import TierPlugin
 
         plugins["tiers"] = TierPlugin(config)
-    if config.uses("disaggregation"):
-        from engine.plugins.disaggregation import DisaggregationConfig
+    if config.role == "prefill":
+        from engine.plugins.disaggregation.prefill_server import PrefillServer
 
-        if config.of(DisaggregationConfig).role == "prefill":
-            from engine.plugins.disaggregation.prefill_server import PrefillServer
+        plugins["disaggregation"] = PrefillServer(config)
+    elif config.role == "decode":
+        from engine.plugins.disaggregation.prefix_fetch import DecodePlugin
 
-            plugins["disaggregation"] = PrefillServer(config)
-        else:
-            from engine.plugins.disaggregation.prefix_fetch import DecodePlugin
-
-            plugins["disaggregation"] = DecodePlugin(config)
+        plugins["disaggregation"] = DecodePlugin(config)
     return plugins
-
-
-def watch(engine: EngineCore) -> Any:
-    """Open a view of the cache of ``engine``, for a page. Raises ValueError if the tree is too
-    large for one."""
-    from engine.plugins.observe.cache_watch import Watch
-
-    return Watch(engine)
 
 
 def load(config: EngineConfig) -> tuple[ModelRunner, Sampler, Tokenizer]:
@@ -137,11 +126,11 @@ def load_runner(config: EngineConfig) -> ModelRunner:
     from engine.runner.steps import Drafts
 
     drafts = Drafts
-    if config.uses("speculation"):
+    if config.draft != "none":
         from engine.plugins.speculation.verification import Verification
 
         drafts = Verification
-    if config.uses("tensor_parallel"):
+    if config.tp > 1:
         from engine.plugins.tensor_parallel.coordinator import LeadingRunner
 
         return LeadingRunner.start(config, drafts)

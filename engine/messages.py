@@ -89,7 +89,7 @@ class Exactness(msgspec.Struct, frozen=True):
     @property
     def sentence(self) -> str:
         if not self.digest:
-            return "not checked: Triton's kernels are checked on a GPU, with --warm-up"
+            return "not checked: Triton's kernels are checked on a GPU, unless warm_up is off"
         if self.different:
             return (
                 f"NOT exact with these kernels on this processor: {', '.join(self.different)} "

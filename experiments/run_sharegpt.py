@@ -5,6 +5,7 @@ the engine with its built-in model: without a cache, with KV alone (`radix`) and
 checkpoints (`hybrid`). With --simulate they run through the same caches without arithmetic, for
 more conversations, sizes and policies.
 
+    python experiments/run_sharegpt.py      # from any folder, or as a module:
     python -m experiments.run_sharegpt
     python -m experiments.run_sharegpt --data conversations.json --requests 200
     python -m experiments.run_sharegpt --simulate --data sharegpt --policy survival lru --gib 2:32:5
@@ -24,6 +25,9 @@ from itertools import product
 from pathlib import Path
 from time import perf_counter
 from typing import Any
+
+if not __package__:  # Run by its path: the folder of the script would hide packages of its names.
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import numpy as np
 from tqdm import tqdm

@@ -34,8 +34,7 @@ STORE = ROOT / "tests" / "budget.json"
 FOLDERS = {
     "hybridcache/lab": "hybridcache/lab",
     "hybridcache without lab": "hybridcache",
-    "engine/plugins": "engine/plugins",
-    "engine without plugins": "engine",
+    "engine": "engine",
     "kernels": "kernels",
     "experiments": "experiments",
     "tests": "tests",
@@ -70,12 +69,13 @@ class Walk:
     began after the object was made."""
 
     def __init__(self) -> None:
-        self.functions: set[tuple[str, int]] = set()
+        self.functions: dict[tuple[str, int], str] = {}
+        """(file, first line) -> qualified name, in the order of the first calls."""
         self.is_open = False
         threading.setprofile(self._note)
 
     def start(self) -> None:
-        self.functions, self.is_open = set(), True
+        self.functions, self.is_open = {}, True
         sys.setprofile(self._note)
 
     def stop(self) -> int:
@@ -88,7 +88,8 @@ class Walk:
         code = frame.f_code
         is_counted = self.is_open and code.co_name not in COMPREHENSIONS
         if is_counted and event == "call" and code.co_filename.startswith(COUNTED):
-            self.functions.add((code.co_filename, code.co_firstlineno))
+            place = code.co_filename, code.co_firstlineno
+            self.functions.setdefault(place, code.co_qualname)
 
 
 def cache_walk(walk: Walk) -> int:
@@ -168,12 +169,14 @@ def chat_walk(walk: Walk) -> int:
     return asyncio.run(chats())
 
 
-def measure() -> dict[str, int]:
-    """Return today's numbers."""
+def measure(walks: dict[str, dict[tuple[str, int], str]] | None = None) -> dict[str, int]:
+    """Return today's numbers. ``walks`` gets the functions of each walk."""
     found, walk = num_lines() | {"flags of engine serve": num_flags()}, Walk()
     try:
         for count in (cache_walk, generate_walk, chat_walk):
             found[f"functions of {count.__name__}"] = count(walk)
+            if walks is not None:
+                walks[count.__name__] = walk.functions
     finally:
         threading.setprofile(None)
     return found

@@ -30,7 +30,7 @@ from typing import Any
 
 import numpy as np
 
-from engine import Engine, SamplingParams, engine_config
+from engine import Engine, EngineConfig, SamplingParams
 from engine.config import BUILTIN_DIR
 from engine.plugins.speculation.draft_manager import Drafting
 from engine.plugins.speculation.drafters import drafters_of
@@ -210,7 +210,7 @@ def in_engine(policy: str, slots: int | None, overlap: str, drafts: bool, **sett
     recorder = runner.recorder = Recorder()
     placement = "adaptive" if policy == "survival" else FIXED
     settings |= {"eviction": policy, "checkpoints": tuple(placement.split(","))}
-    config = engine_config(max_running=6, token_budget=256, overlap=overlap, **settings)
+    config = EngineConfig(max_running=6, token_budget=256, overlap=overlap, **settings)
     drafters = drafters_of({"tree": 4, "mtp": 3}, runner.guess, shares=True)
     hooks = {"drafting": Drafting(drafters, max_verified=16)} if drafts else {}
     parts = {"runner": runner, "sampler": OracleSampler(), "clock": lambda: runner.now_s}
@@ -252,7 +252,7 @@ def bits(family: str, dtype: str, kernels: str = "") -> Log:
     with tempfile.TemporaryDirectory() as folder:
         save_oracle(family, Path(folder))
         settings = {"model": folder, "device": "cpu", "dtype": dtype, "kernels": kernels}
-        engine = Engine(engine_config(**settings, cache_gib=0.02))
+        engine = Engine(EngineConfig(**settings, cache_gib=0.02))
     rng = np.random.default_rng(3)
     first, other = (rng.integers(0, 199, 150).tolist() for _ in range(2))
     params = SamplingParams(max_tokens=16, temperature=0, logprobs=0, ignore_eos=True)

@@ -207,7 +207,7 @@ def test_a_weight_format_is_added_in_two_places(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Run the page, and compare hits with a cold run in the format that it adds."""
-    from engine import Engine, SamplingParams, engine_config
+    from engine import Engine, EngineConfig, SamplingParams
     from engine.weights.forms import readers
     from tests import documents
 
@@ -216,7 +216,7 @@ def test_a_weight_format_is_added_in_two_places(
     with monkeypatch.context() as patch:
         patch.setitem(readers(), "toy", None)  # Removed again after the test.
         assert documents.run(page, tmp_path) == 5
-        engine = Engine(engine_config(model="toy-model", cache_gib=0.02))
+        engine = Engine(EngineConfig(model="toy-model", cache_gib=0.02))
         prompt, greedy = list(range(97, 257)), SamplingParams(max_tokens=8, temperature=0.0)
         cold, hit = (engine.generate([prompt], greedy)[0] for _ in range(2))
         engine.close()

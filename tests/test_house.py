@@ -87,26 +87,42 @@ def test_packages_import_only_allowed_packages(package: str) -> None:
     assert wrong == []
 
 
+NO_ROOMS = {"__init__", "__main__", "setup"}
 ORDER = {
     "hybridcache": "command tokens radix allocators policies api watch cache tiers config lease "
-    "scheduling geometry export routing lab",
+    "scheduling geometry export sglang routing lab",
     "engine": "config weights layers models errors text requests schedule messages runner "
-    "core engine async_engine server worker command",
+    "core plugins engine cache_watch async_engine server worker command",
+    "engine/server": "settings bodies transport metrics access schemas tool_calls writers "
+    "endpoints app",
+    "engine/server/endpoints": "chat completions anthropic responses tokens explain observe",
 }
-"""Modules and folders of a package. Each imports only earlier ones; ``plugins`` has rules below."""
+"""Modules and folders of a package. Each imports only earlier ones: what is below the engine, above
+it and above the server is visible in the tree."""
 
 
 @pytest.mark.parametrize("package", ORDER)
 def test_imports_inside_a_package_point_to_earlier_modules(package: str) -> None:
-    order = ORDER[package].split()
+    order, at = ORDER[package].split(), package.count("/") + 1
+    if package.startswith("engine"):
+        here = {file.relative_to(ROOT / package).parts[0] for file in files_of(package)}
+        assert {*order} == {name.removesuffix(".py") for name in here} - NO_ROOMS
     wrong = [
         (file, module)
         for file, module in imports_of(package)
-        if (parts := module.split("."))[0] == package and len(parts) > 1 and parts[1] in order
-        if (own := Path(file).parts[1].removesuffix(".py")) in order
-        if order.index(parts[1]) > order.index(own)
+        if (parts := module.split("."))[:at] == package.split("/")
+        and len(parts) > at
+        and parts[at] in order
+        if (own := Path(file).parts[at].removesuffix(".py")) in order
+        if order.index(parts[at]) > order.index(own)
     ]
     assert wrong == []
+
+
+def test_dialects_import_no_other_endpoint_but_the_chat() -> None:
+    base = "engine.server.endpoints."
+    for file, module in imports_of("engine/server/endpoints"):
+        assert not module.startswith(base) or module == f"{base}chat", (file, module)
 
 
 def test_engine_does_not_import_the_laboratory() -> None:
@@ -138,17 +154,12 @@ def plugins_named_in(path: Path) -> set[str]:
     return {parts[2] for parts in names if parts[:2] == ["engine", "plugins"] and len(parts) > 2}
 
 
-ROOTS = ("engine/engine.py", "engine/command/cli.py", "engine/server/app.py")
-"""Composition roots: the only files of the core that import plugins."""
-
-
-def test_engine_core_imports_no_plugin() -> None:
-    """``ROOTS`` hand over the objects of plugins."""
+def test_only_the_composition_root_imports_plugins() -> None:
     found = {
         str(file.relative_to(ROOT)): plugins
         for file in files_of("engine")
         if "plugins" not in file.parts
-        and str(file.relative_to(ROOT)) not in ROOTS
+        and file != ROOT / "engine/engine.py"
         and (plugins := plugins_named_in(file))
     }
     assert found == {}
@@ -169,12 +180,12 @@ def plugin_of(file: Path) -> str:
 
 def test_hybridcache_never_imports_torch() -> None:
     """Except in the SGLang plugin."""
-    plugin = "hybridcache/export/sglang/"
+    plugin = "hybridcache/sglang/"
     tops = ((file, module.split(".")[0]) for file, module in imports_of("hybridcache"))
     torch = [file for file, top in tops if top in ("torch", "sglang")]
     assert torch and all(file.startswith(plugin) for file in torch)
     heavy = "('torch', 'matplotlib', 'scipy', 'transformers', 'triton', 'sglang')"
-    load = "import sys, hybridcache, hybridcache.lab.cli, hybridcache.export.sglang"
+    load = "import sys, hybridcache, hybridcache.lab.cli, hybridcache.sglang"
     code = f"{load}; print([m for m in {heavy} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

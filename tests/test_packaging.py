@@ -208,7 +208,7 @@ def test_wheel_with_kernels_serves_without_a_compiler(tmp_path: Path) -> None:
     assert "5 + 3 = 8" in first["text"] and again["text"] == first["text"]
     restarted, _ = answers()
     assert restarted["text"] == first["text"] and restarted["cached_tokens"] > 0
-    answers("--kernels", "gdn=reference", refused=True)
+    answers("--set", "kernels=gdn=reference", refused=True)
     script = "from kernels.native import kernel_choices; print(kernel_choices()['build'])"
     done = subprocess.run(
         [sys.executable, "-c", script], cwd=home, env=environment, capture_output=True, text=True

@@ -21,10 +21,10 @@ import numpy as np
 import pytest
 
 from engine import EngineConfig, SamplingParams
-from engine.command.cli import FOREIGN
+from engine.command.cli import FOREIGN, _parser
 from engine.command.cli import main as engine
+from engine.command.flags import read_config
 from engine.config import BUILTIN_DIR
-from engine.plugins import ENGINE
 from engine.server.settings import ServerConfig
 from engine.weights.checkpoint import Checkpoint
 from experiments.benchmarks.gguf_files import vocabulary, write_gguf
@@ -62,10 +62,7 @@ OTHERS: dict[str, tuple[Any, ...]] = {
     "eviction": ("odd",),
 }
 """Wrong values of parameters whose type does not tell them."""
-CONFIGS: tuple[type, ...] = (
-    *(EngineConfig, SamplingParams, ServerConfig, CacheConfig),
-    *ENGINE,
-)
+CONFIGS: tuple[type, ...] = (*(EngineConfig, SamplingParams, ServerConfig, CacheConfig),)
 LATER = {"eviction", "model"}
 """Parameters that an engine checks when it loads them. ``test_wrong_flag`` tests these."""
 
@@ -129,9 +126,9 @@ def test_wrong_values_of_a_scenario_are_refused() -> None:
 
 
 FLAGS = {
-    "serve": (EngineConfig, ServerConfig, *ENGINE),
-    "generate": (EngineConfig, SamplingParams, *ENGINE),
-    "chat": (EngineConfig, SamplingParams, *ENGINE),
+    "serve": (EngineConfig, ServerConfig),
+    "generate": (EngineConfig, SamplingParams),
+    "chat": (EngineConfig, SamplingParams),
 }
 
 
@@ -147,10 +144,16 @@ def test_wrong_flag_of_the_engine_is_refused(verb: str, capsys: pytest.CaptureFi
         flag = "--" + name.replace("_", "-")
         text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
         is_loaded = name in ("eviction", "admission", "checkpoints", "kernels")
-        if f" {flag} " not in known or text in ("", "7") or (is_loaded and verb != "chat"):
+        is_set = re.search(rf"\b{name}[,;]", known) is not None
+        if (
+            not (is_set or f" {flag} " in known)
+            or text in ("", "7")
+            or (is_loaded and verb != "chat")
+        ):
             continue
+        given = ["--set", f"{name}={text}"] if is_set else [f"{flag}={text}"]
         model = ["--cache-gib", "0.05"] if is_loaded else ["--model", "/no"]
-        assert exit_code(engine, [verb, *first, *model, f"{flag}={text}"]) == 2, flag
+        assert exit_code(engine, [verb, *first, *model, *given]) == 2, flag
         check_refusal(capsys.readouterr().err, name, value)
 
 
@@ -158,10 +161,36 @@ def test_the_line_that_serves_has_flags_of_the_engine(capsys: pytest.CaptureFixt
     settings: dict[str, Any] = {"grid": 32, "page_size": 4, "max_running": 4, "host_gib": 2.0}
     settings |= {"disk_gib": 2.0, "state_dtype": "bfloat16", "checkpoint_dtype": "int8"}
     result = simulate("short?head=60", gib=1, policy=["lru", "fifo"], bound=False, **settings)
-    flags = re.findall("--[a-z-]+", result.verdict())
-    assert exit_code(engine, ["serve", "--help"]) == 0
+    flags = re.findall("--set [a-z_]+|--[a-z-]+", result.verdict())
+    assert exit_code(engine, ["serve", "--set", "help"]) == 0
     known = capsys.readouterr().out
-    assert len(flags) == 12 and [flag for flag in flags if f" {flag} " not in known] == []
+    missing = [flag for flag in flags if f" {flag.removeprefix('--set ')} " not in known]
+    assert len(flags) == 12 and missing == []
+
+
+def test_settings_without_flags_are_set_by_name(capsys: pytest.CaptureFixture[str]) -> None:
+    def parsed(*given: str) -> Any:
+        return _parser(["serve"]).parse_args(["serve", *given])
+
+    found = parsed("--set", "warm_up=false", "--set", "page-size=4", "--set", "kernels=gdn=fused")
+    config = read_config(EngineConfig, found)
+    assert (config.warm_up, config.page_size, config.kernels) == (False, 4, "gdn=fused")
+    assert read_config(EngineConfig, parsed()) == EngineConfig()
+    assert read_config(ServerConfig, parsed("--set", "drain_s=2.5")).drain_s == 2.5
+    for given, said in {
+        "page_sise=4": "did you mean 'page_size'?",
+        "max_running=4": "'max_running' is not one of its settings: use --max-running",
+        "page_size": "write page_size=VALUE",
+        "page_size=x": "page_size: invalid int value: 'x'",
+        "graphs=most": "graphs must be one of auto, off, decode, all (got 'most')",
+        "check=1": "check must be one of true, false (got '1')",
+    }.items():
+        assert exit_code(engine, ["serve", "--set", given]) == 2
+        assert said in capsys.readouterr().err
+    for flag in ("--page-size=4", "--no-warm-up"):
+        assert exit_code(engine, ["serve", flag]) == 2
+        name = flag.removeprefix("--no").strip("-").partition("=")[0].replace("-", "_")
+        assert f"use --set {name}=" in capsys.readouterr().err
 
 
 def test_wrong_flags_of_a_simulation_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
@@ -189,7 +218,7 @@ def test_wrong_flags_of_a_simulation_are_refused(capsys: pytest.CaptureFixture[s
         "generate x --max-tokens 10000000",
         *("generate x --cache-gib 100000", "generate x --cache-gib 0.1 --max-running 100000000"),
         *("serve --port 0 --model /no/such/model", "generate x --device banana"),
-        *("generate x --kernels attention=banana", "serve --port 0 --replicas 2 --state-dir x"),
+        *("generate x --set kernels=attention=banana", "serve --port 0 --replicas 2 --state-dir x"),
         *(
             "generate x --prefix-cache none --exact",
             "generate x --prefix-cache none --eviction lru",
@@ -295,7 +324,7 @@ def gguf_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "ok.gguf --revision main",
             "--revision main needs a model of the hub, as in --model ORG/N",
         ),
-        ("ok.gguf --fp8-activations", "--fp8-activations needs a GPU"),
+        ("ok.gguf --set fp8_activations=true", "fp8_activations needs a GPU"),
     ],
 )
 def test_models_that_cannot_be_used_are_refused(

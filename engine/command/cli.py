@@ -17,8 +17,6 @@ from typing import TYPE_CHECKING, Any
 from engine.command.flags import add_flags, add_grouped_flags, flags_of, read_config
 from engine.config import BUILTIN_PROMPTS, ConfigError, EngineConfig, check_no_foreign_kernels
 from engine.models import read_model
-from engine.plugins import ENGINE
-from engine.plugins.tiers import TierConfig
 from engine.server.settings import API_KEY_VARIABLE, ServerConfig
 from engine.weights.hub import resolve_config
 from hybridcache.command.extras import how_to_install, version
@@ -35,21 +33,16 @@ if TYPE_CHECKING:
 
 Command = Callable[[argparse.Namespace], int]
 GROUPS = {
-    "most used": "model revision device quantization cache_gib max_model_len max_running host port "
+    "most used": "model device quantization cache_gib max_model_len max_running host port "
     "api_key_file log_requests state_dir",
-    "model and weights": "tokenizer chat_template load_format dtype state_dtype fp8_activations "
-    "sampling_defaults seed",
-    "computing": "kernels graphs warm_up overlap",
-    "prefix cache": "prefix_cache checkpoints eviction grid page_size exact checkpoint_dtype",
-    "scheduling": "admission token_budget max_queue",
-    "clients and connections": "served_model_name admin_key_file salt_by_key cors_origin "
-    "keep_alive_s drain_s body_timeout_s",
-    "limits of one request": "max_body_mib default_max_tokens images chat_template_kwargs",
-    "memory of chats": "replay_mib preserve_thinking explain_mib responses_mib",
-    "logs and checks": "log_level log_format check",
-    "replicas": "replicas ray router",
+    "model": "revision tokenizer chat_template dtype",
+    "prefix cache": "prefix_cache checkpoints checkpoint_dtype eviction grid exact admission "
+    "host_gib disk_gib",
+    "clients": "served_model_name admin_key_file salt_by_key cors_origin",
+    "chats": "default_max_tokens chat_template_kwargs preserve_thinking images",
+    "speed and several engines": "draft tp replicas router role transfer_at prefill",
 }
-"""Titles of the help -> settings in that group."""
+"""Titles of the help -> settings in that group. The others have no flag."""
 SERVE_EXAMPLES = """examples:
   engine serve                                           the small built-in model
   engine serve --model Qwen/Qwen3-0.6B                   a model of the Hugging Face Hub
@@ -64,7 +57,9 @@ FOREIGN = {
     **dict.fromkeys(
         ("-np", "--parallel", "--max-num-seqs", "--max-running-requests"), "use --max-running"
     ),
-    **dict.fromkeys(("--max-num-batched-tokens", "--chunked-prefill-size"), "use --token-budget"),
+    **dict.fromkeys(
+        ("--max-num-batched-tokens", "--chunked-prefill-size"), "use --set token_budget=N"
+    ),
     **dict.fromkeys(
         ("--gpu-memory-utilization", "--mem-fraction-static"), "use --cache-gib, a size in GiB"
     ),
@@ -73,10 +68,10 @@ FOREIGN = {
     **dict.fromkeys(("--cpu-offload-gb", "--swap-space", "--cache-ram"), "use --host-gib"),
     **dict.fromkeys(("--speculative-config", "--draft-model", "-md"), "use --draft"),
     **dict.fromkeys(("-ngl", "--n-gpu-layers", "--gpu-layers"), "use --device"),
-    "--block-size": "use --page-size",
+    "--block-size": "use --set page_size=N",
     "--kv-cache-dtype": "use --dtype and --checkpoint-dtype",
     "--api-key": "use --api-key-file",
-    "--enforce-eager": "use --graphs off",
+    "--enforce-eager": "use --set graphs=off",
     "--default-chat-template-kwargs": "use --chat-template-kwargs",
     "--disable-log-requests": "use --no-log-requests",
     **dict.fromkeys(
@@ -117,7 +112,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         parsed = _parser(sys.argv[1:] if arguments is None else arguments).parse_args(arguments)
         name += f" {parsed.verb}"
-        flags |= vars(parsed).keys() - {"prompt", "named"}  # Arguments without a flag.
+        flags |= vars(parsed).keys() - {
+            "prompt",
+            "named",
+            *getattr(parsed, "set", ()),
+        }  # Without a flag.
         check_no_foreign_kernels()
         code: int = parsed.command(parsed)
         sys.stdout.flush()  # Here, so that a broken pipe is handled below.
@@ -187,27 +186,27 @@ def _parser(arguments: Sequence[str]) -> Parser:
     )
     add(
         "convert",
-        lambda arguments: _plugin("convert").run(arguments),
+        lambda arguments: _verb("convert").run(arguments),
         "MODEL OUT --to int8|fp8 [--ignore PATTERN ...]",
         "convert the weights of a model to eight bits",
-        lambda parser: _plugin("convert").add_flags(parser),
+        lambda parser: _verb("convert").add_flags(parser),
     )
     add(
         "record",
-        lambda arguments: _plugin("record").run(arguments),
+        lambda arguments: _verb("record").run(arguments),
         "--to URL --out FILE [options]",
         "pass requests on to any OpenAI-compatible server and write its chats as a trace",
-        lambda parser: _plugin("record").add_flags(parser),
+        lambda parser: _verb("record").add_flags(parser),
     )
     return parser
 
 
-def _plugin(verb: str) -> Any:
+def _verb(verb: str) -> Any:
     if verb == "record":
-        from engine.plugins.record import command as record
+        from engine.command import record
 
         return record
-    from engine.plugins import convert
+    from engine.command import convert
 
     return convert
 
@@ -215,7 +214,7 @@ def _plugin(verb: str) -> Any:
 def _add_serve(serve: Parser) -> None:
     serve.epilog = SERVE_EXAMPLES
     serve.add_argument("named", nargs="?", metavar="MODEL", help="the same as --model")
-    add_grouped_flags(serve, (ServerConfig, EngineConfig, *ENGINE), GROUPS)
+    add_grouped_flags(serve, (ServerConfig, EngineConfig), GROUPS)
 
 
 def _add_sampling(parser: Parser, *skipped: str) -> argparse._ArgumentGroup:
@@ -245,7 +244,7 @@ def _add_generate(generate: Parser) -> None:
         metavar="TEXT",
         help="end the answer before this text; may be repeated",
     )
-    add_grouped_flags(generate, (EngineConfig, *ENGINE), GROUPS)
+    add_grouped_flags(generate, (EngineConfig,), GROUPS)
 
 
 def _add_chat(chat: Parser) -> None:
@@ -256,7 +255,7 @@ def _add_chat(chat: Parser) -> None:
         metavar="N",
         help="maximum number of tokens of an answer; by default there is no limit",
     )
-    add_grouped_flags(chat, (EngineConfig, *ENGINE), GROUPS)
+    add_grouped_flags(chat, (EngineConfig,), GROUPS)
 
 
 def _engine_config(arguments: argparse.Namespace) -> EngineConfig:
@@ -266,8 +265,7 @@ def _engine_config(arguments: argparse.Namespace) -> EngineConfig:
                 f"MODEL is {named} and --model is {arguments.model}: give one of them."
             )
         arguments.model = named
-    plugins = tuple(read_config(one, arguments) for one in ENGINE)
-    return read_config(EngineConfig, arguments, plugins=plugins)
+    return read_config(EngineConfig, arguments)
 
 
 def _serve(arguments: argparse.Namespace) -> int:
@@ -291,9 +289,9 @@ def _serve(arguments: argparse.Namespace) -> int:
             print("loading the model ...", file=sys.stderr, flush=True)
         start: Callable[[], tuple[AsyncEngine, str]]
         if server_config.replicas > 1:
-            if engine_config.of(TierConfig).state_dir is not None:
+            if engine_config.state_dir is not None:
                 raise ConfigError("--replicas cannot share a --state-dir: remove one of them.")
-            from engine.plugins.replicas.replicas_client import start_replicas
+            from engine.worker.replicas import start_replicas
 
             start = partial(start_replicas, engine_config, server_config, address)
         else:
@@ -332,8 +330,6 @@ def _loaded(arguments: argparse.Namespace, **asked: Any) -> tuple[Engine, Sampli
 
 
 def _generate(arguments: argparse.Namespace) -> int:
-    from msgspec import structs
-
     from engine.requests.chat_prompt import render_chat
     from engine.requests.request import RequestSpec
 
@@ -346,7 +342,7 @@ def _generate(arguments: argparse.Namespace) -> int:
         spec = RequestSpec(text, sampling)
         if arguments.chat:
             chat = render_chat(engine.tokenizer, [{"role": "user", "content": text}])
-            spec = structs.replace(chat.spec, sampling=sampling)
+            spec = RequestSpec(chat.tokens, sampling, **chat.marks)
         for output in engine.stream(spec):
             if not arguments.json:
                 print(output.new_text, end="", flush=True)
@@ -363,10 +359,9 @@ def _chat(arguments: argparse.Namespace) -> int:
     """Answer the lines of the standard input until its end or Ctrl-C, and return the exit code. A
     message that is refused, for example because it is too long, is removed from the conversation.
     Raises ValueError if the model has no chat template."""
-    from msgspec import structs
-
     from engine.errors import RequestError
     from engine.requests.chat_prompt import render_chat
+    from engine.requests.request import RequestSpec
 
     engine, sampling = _loaded(arguments)
     tokenizer, system = engine.tokenizer, arguments.system
@@ -381,7 +376,8 @@ def _chat(arguments: argparse.Namespace) -> int:
         for line in _messages_of_user():
             messages.append({"role": "user", "content": line})
             try:
-                spec = structs.replace(render_chat(tokenizer, messages).spec, sampling=sampling)
+                prompt = render_chat(tokenizer, messages)
+                spec = RequestSpec(prompt.tokens, sampling, **prompt.marks)
                 for output in engine.stream(spec):  # Leaving the loop aborts the request.
                     print(output.new_text, end="", flush=True)
                 print(flush=True)

@@ -30,11 +30,10 @@ from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from engine.requests.request import RequestSpec
 from engine.text.answers import RequestOutput
 from engine.text.bounded import BoundedMemory, read_json
 from engine.text.tokenizer import (
@@ -47,7 +46,7 @@ from engine.text.tokenizer import (
     any_of,
     as_tokens,
 )
-from hybridcache.policies.protocol import chat_boundaries
+from hybridcache.policies.protocol import PromptBoundaries, chat_boundaries
 from hybridcache.tokens import Tokens, common_prefix_len
 
 MARK = "\ufdd0"
@@ -161,10 +160,15 @@ class Cut(NamedTuple):
 class ChatPrompt:
     """A chat as the input of the model."""
 
-    spec: RequestSpec
-    """Request for the answer, without sampling parameters. Its boundaries are the end of the system
-    segment and the positions where the next turn, and in a tool loop the prompt with the tool's
-    result, differ."""
+    tokens: Tokens
+    """int32[n]."""
+    boundaries: PromptBoundaries
+    """End of the system segment, and the positions where the next turn, and in a tool loop the
+    prompt with the tool's result, differ."""
+    is_thinking: bool = False
+    """True if the prompt ends inside reasoning."""
+    starts_text: bool = True
+    """False if the answer continues the last message."""
     cuts: tuple[int, ...] = ()
     """Positions of the requested cuts, without those at which the template rejects the chat."""
     header: str = ""
@@ -173,9 +177,13 @@ class ChatPrompt:
     """Place of the chat's end, if its answer is to be replayed."""
 
     @property
-    def tokens(self) -> Tokens:
-        """The prompt, int32[n]."""
-        return cast("Tokens", self.spec.prompt)
+    def marks(self) -> dict[str, Any]:
+        """Other fields of the ``RequestSpec`` of its answer."""
+        return {
+            "boundaries": self.boundaries,
+            "answer_starts_text": self.starts_text,
+            "is_thinking": self.is_thinking,
+        }
 
 
 NO_CHAT = "This model has no chat template, so it cannot chat: use /v1/completions."
@@ -271,14 +279,14 @@ def render_chat(
     if keeps_thinking and add_generation_prompt:
         kept.add(len(tokens))
     header = text[controls[-1].start() :] if add_generation_prompt and controls else ""
-    spec = RequestSpec(
+    return ChatPrompt(
         tokens,
-        namespace=namespace,
-        boundaries=chat_boundaries(len(tokens), {*shared(other), *cut_at}, kept),
-        answer_starts_text=not continues_last,
-        is_thinking=is_thinking,
+        chat_boundaries(len(tokens), {*shared(other), *cut_at}, kept),
+        is_thinking,
+        starts_text=not continues_last,
+        cuts=tuple(cut_at),
+        header=header,
     )
-    return ChatPrompt(spec, tuple(cut_at), header)
 
 
 def _codes(text: str) -> Tokens:

@@ -174,7 +174,9 @@ def sampling_defaults(config: EngineConfig) -> dict[str, Any]:
     try:
         SamplingParams(**found)
     except ValueError as error:
-        raise ConfigError(f"{path}: {error} Correct it, or use --sampling-defaults none.") from None
+        raise ConfigError(
+            f"{path}: {error} Correct it, or use --set sampling_defaults=none."
+        ) from None
     return found
 
 
@@ -259,10 +261,9 @@ class Request(ScheduledRequest):
         """Start a request from a valid ``spec``. Raises GrammarError."""
         sampling = spec.sampling or intake.default_sampling
         prompt = np.asarray(spec.prompt, np.int32)
-        name = f"request-{arrival}" if spec.request_id is None else spec.request_id
         longest = intake.max_model_len
         super().__init__(
-            structs.replace(spec, request_id=name),
+            spec,
             prompt,
             arrival=arrival,
             arrival_s=intake.clock() if spec.arrival_s is None else spec.arrival_s,
@@ -531,61 +532,68 @@ class Intake:
         """Defaults of ``SamplingParams`` that the model recommends."""
         self.default_sampling = SamplingParams(**self.sampling_defaults)
         self.clock, self.grammar_rule = clock, grammar_rule
-        self._arrivals = itertools.count()
+        self._arrivals, self._names = itertools.count(), itertools.count()
 
-    def validate(self, spec: RequestSpec) -> RequestSpec:
-        """Return ``spec`` with token ids for its prompt and with complete sampling parameters.
-        O(length of the prompt). Raises ValueError for a request that cannot be served, except for
-        errors in its grammar."""
-        tokens = self._tokens(spec.prompt)
-        sampling, num_scores = spec.sampling or self.default_sampling, spec.prompt_logprobs
-        if num_scores is not None:
-            SCORES.check("prompt_logprobs", num_scores)
-        require_namespace(spec.namespace)
-        if sampling.max_tokens == 0 and num_scores is None:
-            raise ValueError("max_tokens must be at least 1 (got 0).")
-        max_tokens = 1 if sampling.max_tokens is None else sampling.max_tokens
-        if len(tokens) + max_tokens > self.max_model_len:
-            raise ContextOverflow(len(tokens), max_tokens, self.max_model_len)
-        named = {"stop_token_ids": sampling.stop_token_ids, "logit_bias": dict(sampling.logit_bias)}
-        for name, ids in named.items():
-            if ids and max(ids) >= self.vocab_size:
-                raise ValueError(
-                    f"{name} must contain token ids from 0 to {self.vocab_size - 1} "
-                    f"(got {max(ids)})."
-                )
-        has_text = self.tokenizer is not None and not isinstance(self.tokenizer, IdTokenizer)
-        if sampling.thinking_token_budget is not None and not has_text:
-            raise ValueError("thinking_token_budget requires a tokenizer, and the engine has none.")
-        if self.tokenizer is None and sampling.stop:
-            raise ValueError("stop requires a tokenizer, and the engine has none.")
-        require_boundaries(spec.boundaries)
-        positions = spec.boundaries.positions
-        positions = positions[bisect(positions, 0) : bisect(positions, len(tokens))]
-        boundaries = spec.boundaries._replace(positions=tuple(map(int, positions)))
-        return structs.replace(spec, prompt=tokens, sampling=sampling, boundaries=boundaries)
-
-    def make(self, spec: RequestSpec) -> Request:
-        """Make a request from a valid ``spec``. Raises GrammarError. O(length of the prompt)."""
-        return Request(spec, self, next(self._arrivals))
-
-    def _tokens(self, prompt: Prompt) -> Tokens:
+    def validate(self, spec: RequestSpec, arrival_s: float | None = None) -> RequestSpec:
+        """Return ``spec`` with token ids for its prompt, complete sampling parameters, an id and
+        its ``arrival_s``. O(length of the prompt). Raises ValueError for a request that cannot be
+        served, except for errors in its grammar."""
+        prompt, sampling = spec.prompt, spec.sampling or self.default_sampling
         if isinstance(prompt, str):
             if self.tokenizer is None:
                 raise ValueError("prompt must be token ids, because the engine has no tokenizer.")
             prompt = self.tokenizer.encode(prompt)
         if isinstance(prompt, Sequence) and len(prompt) > self.max_model_len:
             raise ContextOverflow(len(prompt), 1, self.max_model_len)
-        ids = f"token ids from 0 to {self.vocab_size - 1}"
         try:
             tokens = np.asarray(prompt)
         except ValueError:
             tokens = np.empty((0, 0))
         if tokens.ndim != 1 or (len(tokens) and tokens.dtype.kind not in "iu"):
+            ids = f"token ids from 0 to {self.vocab_size - 1}"
             raise ValueError(f"prompt must be a text or a flat list of {ids}.")
+        self.check(tokens, sampling, spec.prompt_logprobs)
+        require_namespace(spec.namespace)
+        require_boundaries(spec.boundaries)
+        positions = spec.boundaries.positions
+        positions = positions[bisect(positions, 0) : bisect(positions, len(tokens))]
+        return structs.replace(
+            spec,
+            prompt=np.ascontiguousarray(tokens, np.int32),
+            sampling=sampling,
+            boundaries=spec.boundaries._replace(positions=tuple(map(int, positions))),
+            request_id=spec.request_id or f"request-{next(self._names)}",
+            arrival_s=spec.arrival_s if arrival_s is None else arrival_s,
+        )
+
+    def check(
+        self, tokens: npt.NDArray[np.integer[Any]], sampling: SamplingParams, num_scores: int | None
+    ) -> None:
+        """Raise ValueError for a prompt and parameters that cannot be served. ``num_scores``: the
+        spec's ``prompt_logprobs``. O(length of the prompt)."""
+        ids = f"token ids from 0 to {self.vocab_size - 1}"
         if not len(tokens):
             raise ValueError("prompt must have at least one token (got none).")
         least, most = int(tokens.min()), int(tokens.max())
         if least < 0 or most >= self.vocab_size:
             raise ValueError(f"prompt must contain {ids} (got {least if least < 0 else most}).")
-        return tokens.astype(np.int32, copy=False)
+        if num_scores is not None:
+            SCORES.check("prompt_logprobs", num_scores)
+        if sampling.max_tokens == 0 and num_scores is None:
+            raise ValueError("max_tokens must be at least 1 (got 0).")
+        max_tokens = 1 if sampling.max_tokens is None else sampling.max_tokens
+        if len(tokens) + max_tokens > self.max_model_len:
+            raise ContextOverflow(len(tokens), max_tokens, self.max_model_len)
+        named = {"stop_token_ids": sampling.stop_token_ids, "logit_bias": dict(sampling.logit_bias)}
+        for name, given in named.items():
+            if given and max(given) >= self.vocab_size:
+                raise ValueError(f"{name} must contain {ids} (got {max(given)}).")
+        has_text = self.tokenizer is not None and not isinstance(self.tokenizer, IdTokenizer)
+        if sampling.thinking_token_budget is not None and not has_text:
+            raise ValueError("thinking_token_budget requires a tokenizer, and the engine has none.")
+        if self.tokenizer is None and sampling.stop:
+            raise ValueError("stop requires a tokenizer, and the engine has none.")
+
+    def make(self, spec: RequestSpec) -> Request:
+        """Make a request from a valid ``spec``. Raises GrammarError. O(length of the prompt)."""
+        return Request(spec, self, next(self._arrivals))

@@ -56,8 +56,8 @@ def load_runner(
     except torch.OutOfMemoryError:
         raise ModelError(
             f"{device.torch_device} has too little memory for weights, graphs and the largest "
-            "step: lower --cache-gib or --token-budget, or use --graphs off, --quantization or "
-            "--tp."
+            "step: lower --cache-gib or --set token_budget=N, or use --set graphs=off, "
+            "--quantization or --tp."
         ) from None
 
 

@@ -112,9 +112,11 @@ class LoadedModel:
         first = {sizes: index for index, sizes in reversed([*enumerate(self.sizes.layers)])}
         indices = sorted(first.values())
         layers = tuple(self.sizes.layers[index] for index in indices)
+        settings = replace(self.settings, graphs="off", draft="none", draft_running=None, tp=1)
+        settings = replace(settings, max_running=max_running)
         return replace(
             self,
-            settings=replace(self.settings, graphs="off", max_running=max_running, plugins=()),
+            settings=settings,
             sizes=replace(self.sizes, layers=layers, beside=()),
             checkpoints=None,
             model=self.model.excerpt(indices),
@@ -165,7 +167,7 @@ def _weight_spec(
     if config.fp8_activations:
         fused = [kernels[name].__name__.endswith(".fused") for name in ("linear", "moe")]
         if not (device.supports("fp8") and all(fused)):
-            raise ModelError("--fp8-activations needs a GPU with fp8 products, and Triton.")
+            raise ModelError("fp8_activations needs a GPU with fp8 products, and Triton.")
     own = PRECISIONS.get(config.quantization or "")
     if isinstance(own, Grouped) and not own.has_product(kernels["linear"]):
         raise ModelError(
@@ -180,7 +182,7 @@ def _weight_spec(
 
     spec = WeightSpec(*place, files.formats, multiplies, config.fp8_activations)
     if spec.fp8_activations and not spec.has_fp8_products:
-        raise ModelError("--fp8-activations needs fp8 weights: use --quantization fp8.")
+        raise ModelError("fp8_activations needs fp8 weights: use --quantization fp8.")
     return spec
 
 

@@ -90,10 +90,10 @@ class MemoryPlan(MemorySizes):
 def check_sizes(config: EngineConfig, device: Device) -> None:
     """Raise ConfigError if the sizes of ``config`` exceed the memory that is available now."""
     own = {"cache_gib": config.cache_bytes or 0}
-    host = {name: size for one in config.plugins for name, size in one.host_bytes.items()}
+    host = {"host_gib": int(config.host_gib * GIB)} if config.host_gib is not None else {}
     checks = [(own | host, host_free_bytes(), "memory")]
     if not device.is_cpu:
-        per_device = {name: size // config.num_ranks for name, size in own.items()}
+        per_device = {name: size // config.tp for name, size in own.items()}
         checks = [
             (per_device, device.unused_bytes(), f"memory of {device.torch_device}"),
             (host, host_free_bytes(), "host memory"),

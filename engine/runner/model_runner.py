@@ -132,8 +132,8 @@ class ModelRunner:
                 if word == "auto":
                     return
                 raise ModelError(
-                    f"--graphs {word} needs a GPU and Triton kernels ({self.device.describe()}; "
-                    f"other kernels: {others or 'none'}): use --graphs off."
+                    f"graphs={word} needs a GPU and Triton kernels ({self.device.describe()}; "
+                    f"other kernels: {others or 'none'}): use --set graphs=off."
                 )
             record = self.device.recorder()
         self.graphs = self._decode_graphs(record)

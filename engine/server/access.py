@@ -22,13 +22,10 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import Any
 from urllib.parse import urlsplit
 
-import h11
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
-from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
 
 from engine.server.bodies import ANTHROPIC, APIError, short
 from engine.server.settings import API_KEY_VARIABLE, ServerConfig
@@ -36,7 +33,7 @@ from engine.text.bounded import REPLACEMENT
 
 logger = logging.getLogger(__name__)
 request_log = logging.getLogger(f"{__name__}.requests")
-request_log.setLevel(logging.INFO)  # Regardless of --log-level.
+request_log.setLevel(logging.INFO)  # Regardless of log_level.
 PROBES = ("/health", "/metrics")
 """Paths that monitors poll and that are not logged."""
 OPEN = ("/", *PROBES)
@@ -213,52 +210,6 @@ def _sendable(lines: list[bytes], source: str) -> list[bytes]:
         said = "must be printable ASCII without spaces; `openssl rand -hex 24` prints such a key."
         raise ValueError(f"{source}: each key {said}")
     return keys
-
-
-# --- Connections ----------------------------------------------------------------------------------
-
-HEADERS_S = 10.0
-"""Time from the start of a connection, or the end of an answer, to the end of the next headers."""
-
-
-MALFORMED = re.compile(rb"(?<!\r)\n|\n[ \t]")
-"""Bare line feed, or a folded header. Proxies may read either as another request than h11 does."""
-
-
-class StrictHeaders(h11.Connection):
-    """Connection that refuses what h11 only tolerates in the headers of a request."""
-
-    def next_event(self) -> Any:
-        if self.their_state is h11.IDLE:
-            head = self.trailing_data[0].partition(b"\r\n\r\n")[0]
-            if MALFORMED.search(head):
-                raise h11.RemoteProtocolError("a bare line feed, or a folded header")
-        return super().next_event()
-
-
-class ClientConnection(H11Protocol):
-    """Connection of a client, closed if the headers of a request do not arrive in time."""
-
-    def __init__(self, *args: Any, **options: Any) -> None:
-        super().__init__(*args, **options)
-        self.conn = StrictHeaders(h11.SERVER)
-
-    def connection_made(self, transport: Any) -> None:
-        super().connection_made(transport)
-        self._wait_for_headers()
-
-    def on_response_complete(self) -> None:
-        super().on_response_complete()
-        self._wait_for_headers()
-
-    def _wait_for_headers(self) -> None:
-        self.loop.call_later(HEADERS_S, self._close_if_late, self.cycle)
-
-    def _close_if_late(self, previous: RequestResponseCycle | None) -> None:
-        # The next request may have arrived before the end of the previous answer.
-        is_answering = previous is not None and not previous.response_complete
-        if self.cycle is previous and not is_answering and not self.transport.is_closing():
-            self.transport.close()
 
 
 # --- Middleware and the log -----------------------------------------------------------------------

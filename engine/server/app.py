@@ -29,18 +29,19 @@ from starlette.routing import Route
 from engine.async_engine import AsyncEngine
 from engine.errors import EngineStopped
 from engine.messages import Ask
-from engine.plugins.diagnostics.explanations import Explanations, explanation
-from engine.plugins.dialects.anthropic import CountRequest, MessagesRequest, count_tokens, messages
-from engine.plugins.dialects.responses import Responses, ResponsesRequest
-from engine.plugins.dialects.tokens import DetokenizeRequest, TokenizeRequest, detokenize, tokenize
-from engine.plugins.observe.server import Page
-from engine.plugins.tiers import TierConfig
-from engine.plugins.tool_calls.forms import tool_calls
-from engine.server.access import HEADERS_S, Access, ClientConnection, JsonFormatter, Requests
+from engine.server.access import Access, JsonFormatter, Requests
 from engine.server.bodies import HANDLERS, APIError, Body, json_response
-from engine.server.schemas import ChatRequest, CompletionRequest, Message
+from engine.server.endpoints.anthropic import CountRequest, MessagesRequest, count_tokens, messages
+from engine.server.endpoints.chat import chat
+from engine.server.endpoints.completions import complete
+from engine.server.endpoints.explain import Explanations, explanation
+from engine.server.endpoints.observe import Page
+from engine.server.endpoints.responses import Responses, ResponsesRequest
+from engine.server.endpoints.tokens import DetokenizeRequest, TokenizeRequest, detokenize, tokenize
+from engine.server.schemas import ChatRequest, CompletionRequest
 from engine.server.settings import ACCEPTED_AT_ONCE, BACKLOG, SWITCH_S, ServerConfig
-from engine.server.writers import Answer, ServingContext, chat, complete
+from engine.server.transport import HEADERS_S, ClientConnection
+from engine.server.writers import Handler, ServingContext
 from hybridcache.command.extras import version as installed_version
 from hybridcache.command.signals import log_to_stderr
 from hybridcache.geometry.units import counted
@@ -138,7 +139,7 @@ class Server(uvicorn.Server):
         """Stop serving other engines at once, and requests after ``drain_s`` or a second signal."""
         if self._engine.failure is None:  # Else the command prints the reason.
             logger.warning(
-                "Stopping: new requests are refused; %s may run for %g s more (--drain-s), or "
+                "Stopping: new requests are refused; %s may run for %g s more (drain_s), or "
                 "until a second signal.",
                 counted(len(self.server_state.tasks), "request"),
                 self._drain_s,
@@ -207,16 +208,16 @@ def create_app(
     """Make the application that serves ``engine``. The engine starts and stops with it.
     ``access``: the keys of ``config``, if they were read before."""
     access = access or Access(config)
-    if (folder := engine.config.of(TierConfig).state_dir) is not None:
+    if (folder := engine.config.state_dir) is not None:
         access.keep_secret(folder)
     assert engine.tokenizer is not None, "a served engine always has a tokenizer"
     grid = engine.config.grid if engine.config.prefix_cache == "hybrid" else 0
     explain_bytes = int(config.explain_mib * 2**20)
     explanations = Explanations(engine.tokenizer, explain_bytes, grid)
-    context = ServingContext(engine, config, access, explanations.remember, tool_calls)
+    context = ServingContext(engine, config, access, explanations.remember)
     responses = Responses(context)
     page = Page(context, config.replicas)
-    bodies: dict[str, tuple[type[Body], Answer]] = {
+    bodies: dict[str, tuple[type[Body], Handler]] = {
         "/v1/completions": (CompletionRequest, complete),
         "/v1/chat/completions": (ChatRequest, chat),
         "/v1/messages": (MessagesRequest, messages),
@@ -313,7 +314,7 @@ def _model_routes(context: ServingContext) -> list[Route]:
         engine = context.engine
         if not engine.is_alive:
             raise APIError(503, "The engine has stopped; see the server's log for the reason.")
-        if engine.config.plugins:
+        if engine.config.state_dir is not None:
             with suppress(EngineStopped, ValueError, TimeoutError):  # Or no replica is up.
                 async with asyncio.timeout(HEALTH_WAIT_S):
                     folder = (await engine.report()).folder
@@ -337,8 +338,7 @@ def _model_routes(context: ServingContext) -> list[Route]:
 def _described(routes: Sequence[Route], bodies: dict[str, type[Body]]) -> dict[str, Any]:
     """Return the OpenAPI description of ``routes``, generated from the types of their bodies."""
     place = "#/components/schemas/{name}"
-    types = (*bodies.values(), Message)
-    (*schemas, _), shapes = msgspec.json.schema_components(types, ref_template=place)
+    schemas, shapes = msgspec.json.schema_components(bodies.values(), ref_template=place)
     paths: dict[str, dict[str, Any]] = {}
     of_body = dict(zip(bodies, schemas, strict=True))
     for route in routes:

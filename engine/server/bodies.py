@@ -9,10 +9,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
-import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from functools import partial
 from typing import Any, ClassVar, TypeVar
 
@@ -20,7 +18,7 @@ import msgspec
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
-from starlette.types import Receive, Scope, Send
+from starlette.types import Scope
 
 from engine.errors import (
     ContextOverflow,
@@ -203,6 +201,8 @@ class Body(Part, kw_only=True):
     """Parameters that are not supported -> values without effect, or None if all have none."""
     KINDS: ClassVar[Mapping[str, str]] = {}
     """Lists of objects -> type of entries that do not name one."""
+    OPEN: ClassVar[Mapping[str, Collection[str]]] = {}
+    """Lists of objects -> names of fixed form. Others become a field ``extra`` of each object."""
 
     model: str | None = None
     cache_salt: str | None = None
@@ -234,7 +234,18 @@ def decode(kind: type[Kind], raw: bytes, refuses_images: bool = False) -> Kind:
     for name, usual in kind.KINDS.items():
         if isinstance(entries := given.get(name), list):
             given[name] = [{"type": usual} | e if isinstance(e, dict) else e for e in entries]
+    for name, fixed in kind.OPEN.items():
+        if isinstance(entries := given.get(name), list):
+            given[name] = [opened(entry, fixed) for entry in entries]
     return converted(given, kind)
+
+
+def opened(entry: Any, fixed: Collection[str]) -> Any:
+    """Return an object with all names but the ``fixed`` ones in a field ``extra``."""
+    if not isinstance(entry, dict):
+        return entry
+    extra = {name: value for name, value in entry.items() if name not in fixed}
+    return {name: entry[name] for name in fixed if name in entry} | {"extra": extra}
 
 
 MEDIA = {
@@ -371,119 +382,10 @@ async def _receive(request: Request, max_mib: float) -> bytes:
                 break
         else:
             return bytes(body)
-    message = f"The body is larger than {max_mib:g} MiB: send less, or raise --max-body-mib."
+    message = f"The body is larger than {max_mib:g} MiB: send less, or raise --set max_body_mib=N."
     raise APIError(413, message)
 
 
 def json_response(value: Any) -> Response:
     """Return ``value`` as a response. O(its size)."""
     return Response(msgspec.json.encode(value), media_type="application/json")
-
-
-# --- Streams of events ----------------------------------------------------------------------------
-
-DONE = b"data: [DONE]\n\n"
-PAUSE = b": waiting\n\n"
-"""Comment, which readers of server-sent events skip."""
-QUIET_S = 5.0
-"""Seconds of silence between two events that are filled."""
-
-
-def event(data: Any, name: str | None = None) -> bytes:
-    """Return one server-sent event. O(its size)."""
-    head = b"" if name is None else f"event: {name}\n".encode()
-    return head + b"data: " + msgspec.json.encode(data) + b"\n\n"
-
-
-async def unless_gone(receive: Receive, work: Awaitable[Result]) -> Result:
-    """Return the result of ``work``. If the client disconnects, cancel it and raise ClientGone."""
-    working = asyncio.ensure_future(work)
-    leaving = asyncio.ensure_future(_hang_up(receive))
-    try:
-        await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
-        if working.done():
-            return working.result()
-        raise ClientGone
-    finally:
-        leaving.cancel()
-        if not working.done():
-            working.cancel()
-            with suppress(asyncio.CancelledError, Exception):
-                await working
-
-
-async def _hang_up(receive: Receive) -> None:
-    """Return when the client has disconnected."""
-    while (await receive())["type"] != "http.disconnect":
-        pass
-
-
-class EventStream(Response):
-    """Server-sent events that close their iterator when the client disconnects, even between
-    events. Silence is filled, so that proxies do not close the stream."""
-
-    media_type = "text/event-stream"
-
-    def __init__(
-        self,
-        events: AsyncGenerator[bytes, None],
-        late_headers: Callable[[], Mapping[str, str]] = dict,
-        on_error: Callable[[APIError], bytes] = lambda failure: event(failure.body()),
-        keep_alive_s: float | None = None,
-    ) -> None:
-        """Prepare a response. It starts with the first event, or after ``keep_alive_s`` with a
-        comment. Another one follows each silence of ``QUIET_S``, or ``keep_alive_s``. An earlier
-        error is raised; a later one is written by ``on_error`` as the last event. ``late_headers``
-        is called when the first event is available."""
-        super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
-        del self.headers["content-length"]
-        self._events, self._late_headers, self._on_error = events, late_headers, on_error
-        self._keep_alive_s = keep_alive_s
-        self._has_begun = self._is_sending = False
-        self._sent_s = time.monotonic()
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        filler = asyncio.create_task(self._fill_pauses(send))
-        try:
-            with suppress(OSError, ClientGone):  # OSError: the client left during a send.
-                await unless_gone(receive, self._send_all(scope, send))
-        finally:
-            filler.cancel()
-            await self._events.aclose()
-
-    async def _send_all(self, scope: Scope, send: Send) -> None:
-        try:
-            async for event in self._events:
-                if not self._has_begun:
-                    self.headers.update(self._late_headers())
-                await self._send(send, event)
-        except Exception as error:
-            if not self._has_begun or isinstance(error, OSError):
-                raise
-            failure = of_failure(error)
-            scope.setdefault("state", {})["error"] = str(failure)
-            await self._send(send, self._on_error(failure))
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
-
-    async def _fill_pauses(self, send: Send) -> None:
-        pause_s = self._keep_alive_s or QUIET_S
-        while True:
-            await asyncio.sleep(max(self._sent_s + pause_s - time.monotonic(), 0.01))
-            if self._is_sending or time.monotonic() < self._sent_s + pause_s:
-                continue
-            self._sent_s = time.monotonic()
-            if self._has_begun or self._keep_alive_s is not None:
-                with suppress(OSError):  # Also of a timeout. The sender of events finds out.
-                    await self._send(send, PAUSE)
-
-    async def _send(self, send: Send, piece: bytes) -> None:
-        """Send a piece, after the headers, and give the event loop a turn. Otherwise a burst is
-        written to a closed connection, and asyncio logs a warning."""
-        self._is_sending = True
-        if not self._has_begun:
-            self._has_begun = True
-            headers = self.raw_headers
-            await send({"type": "http.response.start", "status": 200, "headers": headers})
-        await send({"type": "http.response.body", "body": piece, "more_body": True})
-        await asyncio.sleep(0)
-        self._is_sending, self._sent_s = False, time.monotonic()

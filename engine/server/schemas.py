@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from functools import lru_cache, partial
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import msgspec
 from msgspec import Meta, structs
@@ -312,14 +312,11 @@ def cuts_of(messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | No
     return [cut for cut in cuts if cut != Cut(len(messages) - 1)][-MAX_CUTS:]
 
 
-def read_messages(given: Sequence[Mapping[str, Any]]) -> list[Message]:
-    """Return the messages of a chat. Raises APIError 400 or ValueError."""
-    known = [{name: one[name] for name in KNOWN if name in one} for one in given]
-    messages = converted(known, list[Message], "messages")
-    for index, (one, sent) in enumerate(zip(messages, given, strict=True)):
+def completed(messages: list[Message]) -> list[Message]:
+    """Return the messages of a chat with the arguments of calls as objects. Raises ValueError."""
+    for index, one in enumerate(messages):
         if one.content is None and one.role != "assistant":
             raise ValueError(f"'messages.{index}' has no 'content': add its text.")
-        one.extra = {name: value for name, value in sent.items() if name not in KNOWN}
         for call in one.tool_calls or ():
             if isinstance(function := call.get("function"), dict):
                 arguments = function.get("arguments") or {}  # PHP writes {} as [].
@@ -365,16 +362,13 @@ class NamedTool(Tool, kw_only=True):
         return cls(function=Function(name=name))
 
 
-if TYPE_CHECKING:
-    Messages = list[Message]
-else:  # Read one by one in ``__post_init__``, unless another dialect has read them.
-    described = Meta(extra_json_schema={"$ref": "#/components/schemas/Message"})
-    limits = Meta(min_length=1, max_length=MAX_MESSAGES)
-    Messages = Annotated[list[Annotated[dict[str, Any], described]], limits]
+Messages = Annotated[list[Message], Meta(min_length=1, max_length=MAX_MESSAGES)]
 
 
 class ChatRequest(Sampling, kw_only=True):
     """POST /v1/chat/completions, and the chat that the body of another dialect means."""
+
+    OPEN: ClassVar[Mapping[str, tuple[str, ...]]] = {"messages": KNOWN}
 
     messages: Messages
     tools: list[dict[str, Any]] | None = None
@@ -397,9 +391,7 @@ class ChatRequest(Sampling, kw_only=True):
     """False to end the answer after its first call."""
 
     def __post_init__(self) -> None:
-        given: Any = self.messages
-        if given and isinstance(given[0], dict):
-            self.messages = read_messages(given)
+        completed(self.messages)
         for tool in self.tools or ():
             function = tool.get("function")
             if isinstance(function, dict) and function.get("parameters") == []:

@@ -31,9 +31,9 @@ class ServerConfig:
     port: Annotated[int, PORT] = 8000
     """Port to listen on; 0 chooses a free one."""
     log_requests: bool | None = None
-    """Write one line per request, except for /health and /metrics: method, path, status, tokens of
-    the prompt, cached tokens, tokens of the answer, and milliseconds; by default if the log is a
-    terminal."""
+    """Write one line per request, except for /health and /metrics; it has method, path, status,
+    tokens of the prompt, cached tokens, tokens of the answer, and milliseconds; by default if the
+    log is a terminal."""
     log_level: Literal["debug", "info", "warning", "error"] = "warning"
     """Minimum level of messages in the log."""
     log_format: Literal["text", "json"] = "text"
@@ -43,8 +43,8 @@ class ServerConfig:
     """Model names for clients, of which answers have the first; with * any name is accepted; by
     default the name of the model directory."""
     chat_template_kwargs: str | None = None
-    """Switches of the chat template for requests that do not set them, as a JSON object such as
-    {"enable_thinking": false}."""
+    """Switches of the chat template, such as {"enable_thinking": false}; a JSON object, for
+    requests that do not set them."""
     max_body_mib: Annotated[float, BODY_MIB] = 4.0
     """Maximum size of a request body, MiB."""
     body_timeout_s: Annotated[float, SECONDS] = 60.0
@@ -53,8 +53,8 @@ class ServerConfig:
     """Maximum tokens of an answer to a chat without a limit; by default as many as the context
     permits."""
     images: Literal["text", "refuse"] = "text"
-    """Treatment of images, documents and sound in a chat, which no model here reads: text replaces
-    each by a line of text, so that the session of an agent can go on; refuse answers 400."""
+    """Images, documents and sound in a chat, which no model here reads; text replaces each by a
+    line of text, so that the session of an agent can go on; refuse answers 400."""
     replay_mib: Annotated[float, MIB_SIZE] = 64.0
     """Memory for sampled tokens of answers, which replace an answer that a client sends back, MiB;
     with 0 such answers are tokenized again."""
@@ -63,21 +63,21 @@ class ServerConfig:
     responses_mib: Annotated[float, MIB_SIZE] = 64.0
     """Memory for responses that a later request can continue (/v1/responses), MiB."""
     preserve_thinking: bool = False
-    """Keep reasoning in the history as it was sampled, even if the chat template or the client
+    """Keep reasoning in the history as it was sampled; even if the chat template or the client
     drops it; a request can override this with chat_template_kwargs."""
     admin_key_file: str | None = None
-    """File with the key that /v1/cache, /reset_prefix_cache and /flush_cache then require
+    """File with the key for /v1/cache, /reset_prefix_cache and /flush_cache; they then require it
     (Authorization: Bearer KEY); by default only this machine can use them."""
     api_key_file: str | None = None
-    """File with the keys of clients, one per line (# begins a comment): each request then needs one
+    """File with the keys of clients, one per line (# begins a comment); each request then needs one
     (Authorization: Bearer KEY, or x-api-key), except on /, /health and /metrics;
     HYBRIDCACHE_API_KEY can have one more; SIGHUP reads the files of keys again."""
     salt_by_key: bool | None = None
-    """Requests with different API keys share no cache entries, as with different salts (default: if
+    """Requests with different API keys share no cache entries; as with different salts (default: if
     there are several keys)."""
     cors_origin: tuple[str, ...] = ()
-    """Origins of web pages that may use this server, as https://host or http://host:port, or *; by
-    default only the server's own."""
+    """Origins of web pages that may use this server, or *; written as https://host or
+    http://host:port; by default only the server's own."""
     keep_alive_s: Annotated[float | None, SECONDS] = None
     """Seconds of silence after which a stream sends its headers and a comment, and again after each
     such time, so that clients and proxies do not give up during a long prefill; such headers do not
@@ -85,14 +85,13 @@ class ServerConfig:
     drain_s: Annotated[float, DRAIN] = 30.0
     """After SIGTERM, seconds that running requests may take to finish."""
     replicas: Annotated[int, COUNT] = 1
-    """Number of engines on Ray, with one core each, and one GPU if Ray has enough, behind one
-    router."""
+    """Number of engines on Ray behind one router; with one core each, and one GPU if Ray has
+    enough."""
     ray: str | None = None
     """With replicas: address of their Ray cluster (auto: the one that ray start created here); by
     default a new one on this machine."""
     router: str = "checkpoint"
-    """With replicas: policy that chooses one for a request: checkpoint, text, least_loaded, or
-    module:Class."""
+    """With replicas: policy that chooses one: checkpoint, text, least_loaded, or module:Class."""
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -109,7 +108,7 @@ class ServerConfig:
                     "https://host:port, in lower case, without a path, or * for all."
                 )
         if self.replicas == 1 and (self.ray, self.router) != (None, "checkpoint"):
-            raise ConfigError("--router and --ray need --replicas (2 or more).")
+            raise ConfigError("--router and ray need --replicas (2 or more).")
 
     @property
     def default_switches(self) -> dict[str, Any] | None:

@@ -1,5 +1,5 @@
-"""Answers of all endpoints and dialects: the context of one server, the writers, which submit a
-request and write its outputs whole or as a stream, and OpenAI's chats and completions."""
+"""Answers of all endpoints: the context of one server, and the base of the writers, which submit a
+request and write its outputs whole or as a stream."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import asyncio
 import time
 import uuid
 from abc import ABC, abstractmethod
-from collections import Counter
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
@@ -15,7 +14,6 @@ from functools import cache, partial
 from typing import Any
 
 import numpy as np
-from msgspec import structs
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
@@ -23,35 +21,17 @@ from starlette.routing import Route
 from engine.async_engine import AsyncEngine, RequestStream
 from engine.errors import RequestError
 from engine.messages import Compile
-from engine.requests.chat_prompt import NO_CHAT, ChatPrompt, Replay
+from engine.requests.chat_prompt import Replay
 from engine.requests.request import RequestSpec
 from engine.server.access import Access, Tenant
-from engine.server.bodies import (
-    DONE,
-    APIError,
-    Body,
-    EventStream,
-    event,
-    json_response,
-    of_failure,
-    quoted,
-    read_body,
-    run,
-    unless_gone,
-)
+from engine.server.bodies import APIError, Body, json_response, of_failure, quoted, read_body, run
 from engine.server.metrics import Metrics
-from engine.server.schemas import ChatRequest, CompletionRequest, Sampling, arranged, cuts_of
+from engine.server.schemas import ChatRequest, Sampling
 from engine.server.settings import ServerConfig
-from engine.text.answers import (
-    AnswerReader,
-    Event,
-    RequestOutput,
-    SampledToken,
-    ToolCalls,
-    as_message,
-)
+from engine.server.transport import DONE, EventStream, event, unless_gone
+from engine.text.answers import RequestOutput
 from engine.text.grammar import MAX_CHARS, Grammar
-from engine.text.tokenizer import CLOSE, ChatTemplate, StreamDecoder, Tokenizer, as_tokens
+from engine.text.tokenizer import CLOSE, Tokenizer, as_tokens
 from hybridcache.api import Losses
 from hybridcache.tokens import Tokens
 
@@ -65,14 +45,12 @@ class ServingContext:
         config: ServerConfig,
         access: Access,
         remember: Callable[[str, Call, ChatRequest, RequestOutput, Mapping[str, Any]], None],
-        tool_calls: Callable[[ChatRequest, ChatTemplate], ToolCalls | None],
     ) -> None:
         """``remember`` stores a chat: id of its answer, call, chat, first answer as output and
-        message. ``tool_calls`` returns the calls of a chat with tools, or None if they are text; it
-        raises APIError 400 if this model does not call tools."""
+        message."""
         self.engine, self.config, self.access, self.remember = engine, config, access, remember
         assert engine.tokenizer is not None, "a served engine always has a tokenizer"
-        self.tokenizer, self.tool_calls = engine.tokenizer, tool_calls
+        self.tokenizer = engine.tokenizer
         replay_bytes, thinks = int(config.replay_mib * 2**20), config.preserve_thinking
         self.history = Replay(self.tokenizer, replay_bytes, keeps_thinking=thinks)
         names = [name for name in config.served_model_name if name != "*"]
@@ -82,14 +60,14 @@ class ServingContext:
         self.metrics = Metrics(engine.channel.pid)
         self.created = int(time.time())
 
-    def body_route(self, path: str, kind: type[Body], answer: Answer) -> Route:
+    def body_route(self, path: str, kind: type[Body], handler: Handler) -> Route:
         """Return the route of requests with a body of this ``kind``."""
 
         async def operation(request: Request) -> Response:
             body, size = await read_body(request, kind, self.config)
             self.check_model(body.model)
             tenant = self.access.tenant(request.scope, body.cache_salt)
-            return await answer(Call(self, request, size, tenant), body)
+            return await handler(Call(self, request, size, tenant), body)
 
         return Route(path, operation, methods=["POST"])
 
@@ -171,7 +149,7 @@ class Call:
     """Time at which its body was complete."""
 
 
-Answer = Callable[[Call, Any], Awaitable[Response]]
+Handler = Callable[[Call, Any], Awaitable[Response]]
 """Answers a request with its body."""
 
 
@@ -236,42 +214,47 @@ class Writer(ABC):
 
     async def submit(
         self,
-        prompts: Sequence[RequestSpec],
+        prompts: Sequence[Tokens],
+        marks: Mapping[str, Any],
         limit: int | None,
         num_scores: int | None,
         forms: Mapping[str, Callable[[], Grammar]],
-        is_thinking: bool = False,
     ) -> None:
-        """Submit all choices of ``prompts`` in order, or none. ``limit``: maximum length of an
-        answer; None means ``--default-max-tokens``. ``forms`` and ``is_thinking`` are those of
-        ``grammar_of``. Raises APIError for a value out of range or a choice that is refused."""
+        """Submit all choices of ``prompts`` in order, or none. ``marks``: further fields of their
+        ``RequestSpec``. ``limit``: maximum length of an answer; None means
+        ``--default-max-tokens``. ``forms``: those of ``grammar_of``. Raises APIError for a value
+        out of range or a choice that is refused."""
         context, body, engine = self._context, self._body, self._context.engine
         limit = context.config.default_max_tokens if limit is None else limit
-        room, valid = engine.facts.max_model_len - (limit or 0), list[RequestSpec]()
+        room, namespace = engine.facts.max_model_len - (limit or 0), self._call.tenant.namespace
         samplings = cache(
             partial(body.samplings, logprobs=num_scores, defaults=engine.sampling_defaults)
         )
         self._stream = engine.stream(context.metrics.observe)
         self._call.request.state.answer_id = self.answer_id
         try:
-            for spec in prompts:
-                first = None
-                for sampling in samplings(limit if len(spec.prompt) <= room else None):
-                    request_id = f"{self.answer_id}-{len(valid)}" if valid else self.answer_id
-                    choice = structs.replace(
-                        spec,
-                        sampling=sampling,
-                        ends_session=body.ends_session,
-                        request_id=request_id,
-                        choice_of=first,
-                    )
-                    first = first or request_id
-                    valid.append(engine.validate(choice))
-                    await asyncio.sleep(0)  # Let the event loop run between two choices.
-            namespace = self._call.tenant.namespace
+            choices = []
+            for tokens in prompts:
+                of_prompt = samplings(limit if len(tokens) <= room else None)
+                engine.check(tokens, of_prompt[0], marks.get("prompt_logprobs"))
+                choices += [(tokens, *choice) for choice in enumerate(of_prompt)]
+                await asyncio.sleep(0)  # Let the event loop run between two prompts.
+            is_thinking = marks.get("is_thinking", False)
             grammar = await context.grammar_of(forms, namespace, is_thinking)
-            for spec in valid:
-                engine.submit_valid(structs.replace(spec, grammar=grammar), self._stream)
+            for number, (tokens, at, sampling) in enumerate(choices):
+                first = self._name(number - at)
+                spec = RequestSpec(
+                    tokens,
+                    sampling,
+                    namespace,
+                    ends_session=body.ends_session,
+                    request_id=self._name(number),
+                    choice_of=first if at else None,
+                    grammar=grammar,
+                    arrival_s=time.perf_counter(),
+                    **marks,
+                )
+                engine.submit_valid(spec, self._stream)
                 await asyncio.sleep(0)
         except BaseException as error:
             self._stream.abort()
@@ -279,6 +262,10 @@ class Writer(ABC):
                 raise
             context.metrics.count_failure(error)
             raise of_failure(RequestError.of(error)) from error
+
+    def _name(self, number: int) -> str:
+        """Return the id of the request for the choice of this ``number``."""
+        return f"{self.answer_id}-{number}" if number else self.answer_id
 
     async def news(self) -> AsyncGenerator[tuple[int, bool], None]:
         """Yield (index of the answer, whether it is its first output) after each output. Closing
@@ -397,294 +384,15 @@ LEAST = -9999.0
 """Log-probability of an impossible token, as in OpenAI's API. JSON has no infinity."""
 
 
-def _finite(logprob: float | None) -> float | None:
+def finite(logprob: float | None) -> float | None:
     """Return ``logprob`` as a number that JSON can represent."""
     return None if logprob is None else max(logprob, LEAST)
 
 
-def _token_text(tokenizer: Tokenizer, token_id: int) -> str:
+def token_text(tokenizer: Tokenizer, token_id: int) -> str:
     """Return a token as text, or as ``bytes:\\xe2`` if it is not valid UTF-8."""
     raw = tokenizer.token_bytes(token_id)
     try:
         return raw.decode("utf-8") if raw else f"token:{token_id}"
     except UnicodeDecodeError:
         return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
-
-
-# --- Chats ----------------------------------------------------------------------------------------
-
-
-async def render(call: Call, body: ChatRequest) -> ChatPrompt:
-    """Return the prompt of a chat. Raises APIError 400 if the template rejects it."""
-    context, tenant = call.context, call.tenant
-    template = context.tokenizer.chat_template
-    if template is None:
-        raise APIError(400, NO_CHAT)
-
-    def work() -> ChatPrompt:
-        messages = arranged(body.messages, template)
-        return context.history.render(
-            [message.as_template_input() for message in messages],
-            tenant,
-            tools=body.plain_tools or None,
-            variables=(context.switches | (body.chat_template_kwargs or {})) or None,
-            add_generation_prompt=body.add_generation_prompt is not False
-            and not body.continue_final_message,
-            continues_last=body.continue_final_message,
-            namespace=tenant.namespace,
-            cuts=cuts_of(messages, body.tools),
-        )
-
-    try:
-        return await run(call.size, work)
-    except ValueError as error:
-        message = f"The chat template rejects these messages: {error}"
-        raise APIError(400, message, param="messages") from error
-
-
-class ChatWriter(Writer):
-    """Generates the answers to one chat, and reads them as events for a dialect to write."""
-
-    FORMAT = "response_format"
-    """The dialect's name of the answer's format."""
-    _body: ChatRequest
-
-    async def answer(self, is_stream: bool) -> Response:
-        """Submit the chat and return the response. Raises APIError if the chat is refused."""
-        context, body, template = self._context, self._body, self._context.tokenizer.chat_template
-        prompt = self._prompt = await render(self._call, body)
-        assert template is not None, "render raises an error without one"
-        calls = context.tool_calls(body, template) if body.tools else None
-        forms = body.forms(self.FORMAT)
-        read = AnswerReader if calls is None else calls.reader
-        self.readers = [
-            read(
-                thinks=template.thinks,
-                is_thinking=prompt.spec.is_thinking,
-                starts_text=prompt.spec.answer_starts_text,
-                end_token_ids=context.tokenizer.eos_token_ids,
-            )
-            for _ in range(body.n)
-        ]
-        specs = [prompt.spec]
-        if calls is not None:
-            specs = [structs.replace(prompt.spec, call_marks=calls.marks)]
-            calls.restrict(forms, self.FORMAT, template.thinks and not prompt.spec.is_thinking)
-        num_scores = (body.top_logprobs or 0) if body.logprobs else None
-        await self.submit(specs, body.limit, num_scores, forms, prompt.spec.is_thinking)
-        return await self.respond(is_stream)
-
-    def written(self) -> dict[str, int]:
-        """Return the tokens computed up to the last position that later prompts may share."""
-        is_off = self._context.engine.config.prefix_cache == "none"
-        shared = 0 if is_off else max(self._prompt.spec.boundaries.positions, default=0)
-        return {"cache_write_tokens": max(0, shared - self.outputs[0].cached_len)}
-
-    def read(self, index: int, output: RequestOutput) -> None:
-        reader = self.readers[index]
-        reader.read(output)
-        super().read(index, reader.output)
-        if reader.finish is not None and not reader.is_over:
-            self._context.history.keep(self._prompt, as_message(reader.events), output)
-        elif reader.is_over and reader.finish is None:
-            self._stream.abort("stop", output.request_id)
-
-    def ended(self) -> None:
-        """Also remember the chat with its first answer, for explanations."""
-        super().ended()
-        if first := self._latest.get(0):
-            message = as_message(self.readers[0].events)
-            self._context.remember(self.answer_id, self._call, self._body, first, message)
-
-
-async def chat(call: Call, body: ChatRequest) -> Response:
-    """Answer one chat request."""
-    return await _ChatWriter(call, body, new_id("chatcmpl")).answer(body.stream)
-
-
-class _ChatWriter(ChatWriter):
-    """Writes OpenAI's chat completions."""
-
-    def __init__(self, call: Call, body: ChatRequest, answer_id: str) -> None:
-        super().__init__(call, body, answer_id)
-        self.KIND = "chat.completion.chunk" if body.stream else "chat.completion"
-        self._num_calls = Counter[int]()
-        """Number of calls of each answer that were written."""
-
-    def whole(self) -> dict[str, Any]:
-        choices = [
-            {"index": index, "message": _message(self.readers[index].events)}
-            | self._more(index, output.logprobs, output.token_ids)
-            for index, output in enumerate(self.outputs)
-        ]
-        ids = self._ids("prompt_token_ids", self.outputs[0].prompt_token_ids)
-        return self._completion(choices, usage=self._usage(), **ids)
-
-    def write(self, index: int, is_first: bool) -> Iterator[bytes]:
-        """Yield one event, after the role of the choice if it is its first."""
-        news, ids = self.readers[index], dict[str, Any]()
-        empty = {"index": index, "delta": {}, "logprobs": None, "finish_reason": None}
-        if is_first:
-            if len(self._latest) == 1:
-                ids = self._ids("prompt_token_ids", news.output.prompt_token_ids)
-            role = {"delta": {"role": "assistant", "content": ""}}
-            yield event(self._completion([empty | role]))
-        delta, output = _delta(news.new, self._num_calls[index]), news.output
-        self._num_calls[index] += len(delta.get("tool_calls", ()))
-        more = self._more(index, output.new_logprobs, output.new_token_ids)
-        choice = {"index": index, "delta": delta} | more
-        if ids or choice != empty:
-            yield event(self._completion([choice], **ids))
-
-    def _more(
-        self, index: int, scores: Sequence[SampledToken] | None, token_ids: Sequence[int]
-    ) -> dict[str, Any]:
-        """Return the fields of a choice, or of a part of it, besides its text."""
-        answer = self.readers[index]
-        told = {"logprobs": self._scores(scores), "finish_reason": answer.finish, **answer.warned}
-        return told | self._ids("token_ids", token_ids)
-
-    def _usage(self) -> dict[str, Any]:
-        counts = super()._usage()
-        counts["prompt_tokens_details"] |= self.written()
-        num_thought = sum(reader.num_reasoning_tokens for reader in self.readers)
-        details = counts.setdefault("completion_tokens_details", {})
-        details["reasoning_tokens"] = num_thought
-        return counts
-
-    def _scores(self, scores: Sequence[SampledToken] | None) -> dict[str, Any] | None:
-        """Return one object per token, with its best alternatives, if they are requested."""
-        if not self._body.logprobs:
-            return None
-        tokenizer, num_top = self._context.tokenizer, self._body.top_logprobs or 0
-
-        def entry(token_id: int, logprob: float | None) -> dict[str, Any]:
-            return {
-                "token": _token_text(tokenizer, token_id),
-                "logprob": _finite(logprob),
-                "bytes": list(tokenizer.token_bytes(token_id)),
-            }
-
-        content = []
-        for score in scores or ():
-            rivals = [entry(*pair) for pair in score.top_logprobs[:num_top]]
-            content.append({**entry(score.token_id, score.logprob), "top_logprobs": rivals})
-        return {"content": content}
-
-
-def _message(events: Sequence[Event]) -> dict[str, Any]:
-    """Return an answer as a message that clients can send back unchanged."""
-    delta = _delta(events)
-    message = {"role": "assistant", "content": delta.pop("content", ""), "refusal": None, **delta}
-    for call in message.get("tool_calls", ()):
-        del call["index"]
-        if not message["content"]:
-            message["content"] = None
-    return message
-
-
-def _delta(events: Sequence[Event], num_calls: int = 0) -> dict[str, Any]:
-    """Return ``events`` as one delta of a message that has ``num_calls`` already. O(length)."""
-    said = as_message(events)
-    delta = {name: said[name] for name in ("reasoning_content", "content") if said[name]}
-    if calls := [
-        {"index": number, "id": new_id("call", "_"), **call}
-        for number, call in enumerate(said["tool_calls"], num_calls)
-    ]:
-        delta["tool_calls"] = calls
-    return delta
-
-
-# --- Completions of texts -------------------------------------------------------------------------
-
-
-async def complete(call: Call, body: CompletionRequest) -> Response:
-    """Answer one completion request."""
-    context, namespace = call.context, call.tenant.namespace
-    writer = _CompletionWriter(call, body)
-    prompts = await context.encode(body.prompts, body.add_special_tokens, namespace)
-    scores_prompt = body.echo and (body.logprobs is not None or body.max_tokens == 0)
-    num_scores = (body.logprobs or 0) if scores_prompt else None
-    specs = [RequestSpec(ids, namespace=namespace, prompt_logprobs=num_scores) for ids in prompts]
-    forms = body.forms("response_format")
-    await writer.submit(specs, body.max_tokens, body.logprobs, forms)
-    return await writer.respond(body.stream)
-
-
-class _CompletionWriter(Writer):
-    """Writes completions. The first part of each choice has the echoed prompt."""
-
-    KIND = "text_completion"
-    _body: CompletionRequest
-
-    def __init__(self, call: Call, body: CompletionRequest) -> None:
-        super().__init__(call, body, new_id("cmpl"), len(body.prompts))
-        self._skips_special = body.skip_special_tokens is not False
-        self._decoders: dict[int, StreamDecoder] = {}
-        """Decoder of each choice, which gives the offsets of tokens in the text."""
-        self._offsets = Counter[int]()
-        """Length of the text of each choice, as decoded so far."""
-
-    def whole(self) -> dict[str, Any]:
-        choices = [
-            self._choice(index, True, output.text, output.token_ids, output.logprobs or ())
-            for index, output in enumerate(self.outputs)
-        ]
-        return self._completion(choices, usage=self._usage())
-
-    def write(self, index: int, is_first: bool) -> Iterator[bytes]:
-        output = self._latest[index]
-        news = output.new_text, output.new_token_ids, output.new_logprobs
-        yield event(self._completion([self._choice(index, is_first, *news)]))
-
-    def _choice(
-        self,
-        index: int,
-        is_first: bool,
-        text: str,
-        token_ids: Sequence[int],
-        scores: Sequence[SampledToken | None],
-    ) -> dict[str, Any]:
-        """Return the next part of a choice, or all of it."""
-        output, body, tokenizer = self._latest[index], self._body, self._context.tokenizer
-        told = self._ids("token_ids", token_ids)
-        if is_first:
-            told |= self._ids("prompt_token_ids", output.prompt_token_ids)
-            if body.logprobs is not None:
-                self._decoders[index] = tokenizer.stream_decoder(self._skips_special, body.echo)
-            if body.echo:
-                prompt = output.prompt_token_ids.tolist()
-                text = tokenizer.decode(prompt, self._skips_special) + text
-                if output.prompt_logprobs is not None:
-                    token_ids = (*prompt, *token_ids)
-                    scores = (*output.prompt_logprobs, *scores)
-        return {
-            "index": index,
-            "text": text,
-            "logprobs": self._scores(index, token_ids, scores),
-            "finish_reason": output.finish_reason,
-            **told,
-        }
-
-    def _scores(
-        self, index: int, token_ids: Sequence[int], scores: Sequence[SampledToken | None]
-    ) -> dict[str, list[Any]] | None:
-        """Return the lists of scores for the next tokens, or None if they are not requested. A
-        score is None if the token was not predicted (the first of a prompt)."""
-        if self._body.logprobs is None:
-            return None
-        tokenizer = self._context.tokenizer
-        written: dict[str, list[Any]] = {
-            name: [] for name in ("tokens", "token_logprobs", "top_logprobs", "text_offset")
-        }
-        for token_id, score in zip(token_ids, scores, strict=False):
-            top = None
-            if score is not None:
-                best = score.top_logprobs[: self._body.logprobs]
-                top = {_token_text(tokenizer, one): _finite(number) for one, number in best}
-            written["tokens"].append(_token_text(tokenizer, token_id))
-            written["token_logprobs"].append(None if score is None else _finite(score.logprob))
-            written["top_logprobs"].append(top)
-            written["text_offset"].append(self._offsets[index])
-            self._offsets[index] += len(self._decoders[index].push(token_id))
-        return written

@@ -9,8 +9,7 @@ behind the reasoning.
 from __future__ import annotations
 
 import itertools
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, cast
 
@@ -19,7 +18,6 @@ import numpy.typing as npt
 from msgspec import Struct, structs
 
 from engine.errors import RequestError, WireError
-from engine.text.grammar import Grammar
 from engine.text.tokenizer import CLOSE, OPEN, StreamDecoder
 from hybridcache.api import Losses
 
@@ -370,7 +368,7 @@ Finish = FinishReason | Literal["tool_calls"]
 
 class AnswerReader:
     """Reads the text of one answer as it grows. The events do not depend on the pieces in which the
-    text arrives. Calls of tools are text, unless ``ToolCalls`` made the reader."""
+    text arrives. Calls of tools are text, except in its subclass that reads a form of calls."""
 
     def __init__(
         self,
@@ -495,22 +493,3 @@ class AnswerReader:
         if thoughts := text if self._has_thoughts else text.lstrip():
             self._has_thoughts = True
             yield ReasoningDelta(thoughts)
-
-
-class ToolCalls(ABC):
-    """Calls of tools in the answers to one chat, in the form in which the model writes them."""
-
-    marks: Sequence[str]
-    """Texts with which a call begins; () if every call is text."""
-
-    @abstractmethod
-    def reader(self, **options: Any) -> AnswerReader:
-        """Return a reader of an answer with calls, with the ``options`` of ``AnswerReader``."""
-
-    @abstractmethod
-    def restrict(
-        self, forms: dict[str, Callable[[], Grammar]], format_name: str, may_think: bool
-    ) -> None:
-        """Add required or strict calls to the requested forms of an answer: parameter of the body
-        -> function that makes its grammar. The form ``format_name`` is then that of an answer
-        without calls. ``may_think``: the answer may begin with reasoning."""

@@ -25,7 +25,7 @@ def screen_rows(engine: Engine, address: str) -> list[tuple[str, str]]:
     dtype, of_files = str(runner.dtype).removeprefix("torch."), runner.loaded.config.dtype
     note = "" if dtype == of_files else f" (the model's is {of_files})"
     place = runner.device.describe() + _instructions() * runner.device.is_cpu
-    warm_up = "none needed on a CPU" if runner.device.is_cpu else "none, because of --no-warm-up"
+    warm_up = "none needed on a CPU" if runner.device.is_cpu else "none, because warm_up is off"
     reuses_none, num_states = config.prefix_cache == "none", report.slots.total
     places = f"; checkpoints at {', '.join(config.checkpoints)} (grid {config.grid})"
     cache = f"{config.prefix_cache}; evicts by {config.eviction}{places if num_states else ''}"
@@ -48,7 +48,7 @@ def screen_rows(engine: Engine, address: str) -> list[tuple[str, str]]:
         "sampling": recommended
         and f"{recommended}, unless a request sets them (generation_config.json)",
         "context": _context_words(engine, runner.config.max_len),
-        "memory": f"{arena}, {format_bytes(memory.total_bytes * config.num_ranks)}",
+        "memory": f"{arena}, {format_bytes(memory.total_bytes * config.tp)}",
         "KV": f"{report.kv.total:,} tokens at most, {format_bytes(geometry.kv_bytes_per_token)} "
         "each",
         "states": f"{num_states:,} at most, {format_bytes(geometry.state_bytes)} each, as much as "

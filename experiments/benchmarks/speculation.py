@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from engine import Engine, RequestOutput, SamplingParams, engine_config
+from engine import Engine, EngineConfig, RequestOutput, SamplingParams
 from engine.engine import load_runner
 from engine.runner.sampler import Sampler
 from engine.text.tokenizer import HFTokenizer
@@ -163,7 +163,7 @@ def compare(engines: dict[str, Engine], workload: str, streams: int) -> Iterator
 
 
 def make_engine(draft: str) -> Engine:
-    config = engine_config(device="cpu", cache_gib=0.25, max_running=8, draft=draft)
+    config = EngineConfig(device="cpu", cache_gib=0.25, max_running=8, draft=draft)
     runner = load_runner(config)
     sampler = Sampler()
     return Engine(config, runner=runner, sampler=sampler, tokenizer=HFTokenizer())

@@ -24,7 +24,6 @@ import numpy as np
 import torch
 from msgspec.structs import asdict
 
-from engine import engine_config
 from engine.config import EngineConfig
 from engine.engine import Engine, load_runner
 from engine.requests.request import SamplingParams
@@ -106,7 +105,7 @@ def make_runner(path: str, dry: bool, dtype: str, **options: Any) -> ModelRunner
     ``dry``."""
     placement: dict[str, Any] = {"device": "cpu", "kernels": override_all("fused")} if dry else {}
     memory = {"cache_gib": 0.02 if dry else 10.0}
-    config = engine_config(
+    config = EngineConfig(
         model=path,
         dtype=dtype,
         max_running=MAX_RUNNING,

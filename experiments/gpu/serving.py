@@ -28,7 +28,6 @@ from typing import Any
 
 import numpy as np
 
-from engine import engine_config
 from engine.config import EngineConfig
 from engine.engine import Engine, load_runner
 from engine.requests.request import SamplingParams
@@ -136,7 +135,7 @@ class Bench:
         sizes: dict[str, Any] = {"max_running": MAX_RUNNING, "max_model_len": scale.max_model_len}
         if dry:
             sizes = {"device": "cpu", "kernels": override_all("fused"), "cache_gib": 0.02}
-        self.config = engine_config(model=path, load_format="dummy", **(sizes | options))
+        self.config = EngineConfig(model=path, load_format="dummy", **(sizes | options))
         self.steps: list[StepReport] = []
         begin = time.perf_counter()
         self.runner = load_runner(self.config)
@@ -362,7 +361,7 @@ def http(path: str, dry: bool, scale: Scale, vocab_size: int) -> list[dict[str, 
         "cache_gib": 0.02 if dry else round(SERVED_SHARE * device.free_bytes() / GIB, 1),
     }
     settings["token_budget"] = EngineConfig().settled(on_cpu=device.is_cpu).token_budget
-    flags = ["--model", path, "--load-format", "dummy", *(["--device", "cpu"] if dry else [])]
+    flags = ["--model", path, "--set", "load_format=dummy", *(["--device", "cpu"] if dry else [])]
     for name, value in settings.items():
         flags += [f"--{name.replace('_', '-')}", str(value)]
     servers = {c: over_http([*flags, "--prefix-cache", c]) for c in ("hybrid", "none")}

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from hybridcache.export.sglang.cache import HybridRadixBackend
+from hybridcache.sglang.cache import HybridRadixBackend
 from sglang.srt.configs.mamba_utils import Mamba2CacheParams, Mamba2StateShape
 from sglang.srt.environ import envs
 from sglang.srt.mem_cache.allocator import PagedTokenToKVPoolAllocator, TokenToKVPoolAllocator

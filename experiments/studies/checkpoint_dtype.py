@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from engine import Engine, SamplingParams, engine_config
+from engine import Engine, EngineConfig, SamplingParams
 from engine.config import TILE
 from engine.engine import load_runner
 from engine.runner.sampler import Sampler
@@ -65,7 +65,7 @@ class Resumer:
     """Runner that computes the second half of a text from a checkpoint at its middle."""
 
     def __init__(self, dtype: str, model: str | None = None, gib: float = 0.05) -> None:
-        self.config = engine_config(
+        self.config = EngineConfig(
             model=model,
             device="cpu",
             checkpoint_dtype=dtype,

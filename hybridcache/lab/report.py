@@ -90,15 +90,15 @@ def ties(run: RunResult, best: RunResult) -> bool:
 
 
 SERVE = {
-    "policy": ("eviction", None),
-    "checkpoints": ("checkpoints", None),
-    "grid": ("grid", GRID),
-    "page_size": ("page-size", 1),
-    "max_running": ("max-running", None),
-    "state_dtype": ("state-dtype", "float32"),
-    "checkpoint_dtype": ("checkpoint-dtype", "auto"),
-    "host_gib": ("host-gib", 0.0),
-    "disk_gib": ("state-dir DIR --disk-gib", 0.0),
+    "policy": ("--eviction ", None),
+    "checkpoints": ("--checkpoints ", None),
+    "grid": ("--grid ", GRID),
+    "page_size": ("--set page_size=", 1),
+    "max_running": ("--max-running ", None),
+    "state_dtype": ("--set state_dtype=", "float32"),
+    "checkpoint_dtype": ("--checkpoint-dtype ", "auto"),
+    "host_gib": ("--host-gib ", 0.0),
+    "disk_gib": ("--state-dir DIR --disk-gib ", 0.0),
 }
 """Flags of ``engine serve`` and their defaults, by the setting."""
 
@@ -110,7 +110,7 @@ def to_serve(run: RunResult, model: str) -> str:
     state_dtype, grid, memory = (config[name] for name in ("state_dtype", "grid", "memory"))
     unsupported = {
         f"--memory {memory}": MEMORIES[memory] != "arena",
-        f"--state-dtype {state_dtype}": state_dtype not in ("float32", "bfloat16"),
+        f"--set state_dtype={state_dtype}": state_dtype not in ("float32", "bfloat16"),
         f"--grid {grid}": grid % GRID and grid not in (16, 32),
     }
     try:
@@ -124,7 +124,7 @@ def to_serve(run: RunResult, model: str) -> str:
     flags = f"--cache-gib {run.gib:.4g}"
     for name, (flag, usual) in SERVE.items():
         if (value := config[name]) != usual:
-            flags += f" --{flag} {shlex.quote(str(value))}"
+            flags += f" {flag}{shlex.quote(str(value))}"
     return f"to serve: engine serve --model {model} {flags}"
 
 

@@ -91,7 +91,7 @@ time_t time(time_t *at) {
 
 The clock is a day ahead in odd seconds and a day behind in even ones.
 """
-FLAGS = ("--body-timeout-s", "2", "--max-running", "8")
+FLAGS = ("--set", "body_timeout_s=2", "--max-running", "8")
 BODY = {"ignore_eos": True, "temperature": 0}
 
 

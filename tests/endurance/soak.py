@@ -26,9 +26,18 @@ from tqdm import tqdm
 from tests.endurance.faults import child_of, server_port
 
 NUM_CLIENTS = 16
-MIB = ("--explain-mib", "2", "--replay-mib", "2", "--responses-mib", "2", "--cache-gib", "0.1")
+MIB = (
+    "--set",
+    "explain_mib=2",
+    "--set",
+    "replay_mib=2",
+    "--set",
+    "responses_mib=2",
+    "--cache-gib",
+    "0.1",
+)
 """Memory limits, small enough that every store is full and evicts before half of the run."""
-FLAGS = ("--draft", "tree", "--max-model-len", "4096", "--max-queue", "64", *MIB)
+FLAGS = ("--draft", "tree", "--max-model-len", "4096", "--set", "max_queue=64", *MIB)
 FORGOTTEN = "forgotten"
 """Outcome of a request that continues a response which the server no longer stores."""
 GROWTH = 1.1

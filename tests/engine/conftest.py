@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from engine import Engine, engine_config
+from engine import Engine, EngineConfig
 from engine.engine import load_runner
 from engine.plugins.guided import guides
 from engine.plugins.tiers.staging import MeasuredExchange
@@ -37,9 +37,9 @@ def make_engine(tmp_path: Path) -> MakeEngine:
     ) -> Engine:
         (tmp_path / "config.json").write_text(json.dumps(model))
         settings = {"model": str(tmp_path), "load_format": "dummy", "device": "cpu"} | settings
-        sizes = load_runner(engine_config(**settings, cache_gib=0.02)).geometry
+        sizes = load_runner(EngineConfig(**settings, cache_gib=0.02)).geometry
         cache_bytes = kv_tokens * sizes.kv_bytes_per_token + slots * max(sizes.state_bytes, 1)
-        config = engine_config(**settings, cache_gib=cache_bytes / GIB, check=True)
+        config = EngineConfig(**settings, cache_gib=cache_bytes / GIB, check=True)
         runner = load_runner(config)
         runner.tensors.rows.fill_(255)
         return Engine(config, runner=runner, sampler=Sampler())

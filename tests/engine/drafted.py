@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from engine import Engine, RequestOutput, SamplingParams, engine_config
+from engine import Engine, EngineConfig, RequestOutput, SamplingParams
 from engine.engine import load_runner
 from engine.plugins.speculation.draft_manager import Drafting
 from engine.plugins.speculation.drafters import Drafter
@@ -90,7 +90,7 @@ def drafting_engine(
     }
     if settings["draft"] != "none":
         settings["draft_running"] = 64
-    config = engine_config(**settings)
+    config = EngineConfig(**settings)
     runner = load_runner(config)
     runner.tensors.rows.fill_(255)
     hooks: dict[str, Any] = {}

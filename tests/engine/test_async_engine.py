@@ -8,9 +8,10 @@ import random
 import threading
 from collections.abc import Awaitable, Callable, Sequence
 
+import numpy as np
 import pytest
 
-from engine import AsyncEngine, Engine, QueueFull, RequestOutput, SamplingParams, engine_config
+from engine import AsyncEngine, Engine, EngineConfig, QueueFull, RequestOutput, SamplingParams
 from engine.errors import DuplicateId, EngineStopped, StepFailed
 from engine.messages import Ask
 from engine.requests.request import RequestSpec
@@ -49,7 +50,7 @@ def serve(
     """Run ``scenario`` with a started engine, and check that it holds no memory afterwards."""
     runner = GatedRunner()
     runner.is_open = not gated
-    engine = Engine(engine_config(check=True, **settings), runner=runner, sampler=OracleSampler())
+    engine = Engine(EngineConfig(check=True, **settings), runner=runner, sampler=OracleSampler())
     async_engine = AsyncEngine(engine)
 
     async def main() -> None:
@@ -92,10 +93,10 @@ def test_one_stream_has_the_outputs_of_several_requests() -> None:
     async def scenario(engine: AsyncEngine, runner: GatedRunner) -> None:
         stream = engine.stream()
         for name, params in (("a", ENDLESS), ("b", ONE)):
-            spec = RequestSpec([1, 2, 3], params, request_id=name)
-            engine.submit_valid(engine.validate(spec), stream)
+            spec = RequestSpec(np.array([1, 2, 3], np.int32), params, request_id=name)
+            engine.submit_valid(spec, stream)
         with pytest.raises(DuplicateId):
-            engine.submit_valid(engine.validate(spec), stream)
+            engine.submit_valid(spec, stream)
         stream.abort("stop", "a")
         outputs = await read(stream)
         ends = {one.request_id: one.finish_reason for one in outputs if one.is_finished}
@@ -166,7 +167,7 @@ def test_random_clients_get_right_answers_or_errors(seed: int) -> None:
     """A hundred clients at once, with failing steps, aborts and resets. Nothing stays held."""
     draw = random.Random(seed)
     runner = FailingRunner(seed, draw.choice((512, 2048, 8192)), draw.choice((4, 8, 24)))
-    config = engine_config(
+    config = EngineConfig(
         max_running=draw.choice((1, 3, 8)),
         token_budget=draw.choice((64, 128, 1024)),
         max_queue=draw.choice((4, 512)),

@@ -71,7 +71,7 @@ def _wait_until_ready(url: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "server", [("--log-requests", "--log-level", "error", "--host", "0.0.0.0")], indirect=True
+    "server", [("--log-requests", "--set", "log_level=error", "--host", "0.0.0.0")], indirect=True
 )
 def test_serve_starts_with_one_screen_and_drains_on_sigterm(server: subprocess.Popen[str]) -> None:
     screen, url = _address(server)

@@ -11,7 +11,7 @@ from typing import Any
 import gguf
 import pytest
 
-from engine import Engine, SamplingParams, engine_config
+from engine import Engine, EngineConfig, SamplingParams
 from engine.config import BUILTIN_DIR
 from engine.engine import load_tokenizer_of
 from engine.text.tokenizer import HFTokenizer
@@ -29,7 +29,7 @@ def make_engine(
     tokenizer: HFTokenizer | None = None,
     **settings: object,
 ) -> Engine:
-    config = engine_config(check=True, **settings)
+    config = EngineConfig(check=True, **settings)
     runner = OracleRunner(kv_tokens, slots, exact=config.exact)
     return Engine(config, runner=runner, sampler=OracleSampler(), tokenizer=tokenizer)
 
@@ -218,16 +218,16 @@ def test_grid_without_a_position_in_the_context_is_refused() -> None:
     """It would start, and no prompt would ever be reused."""
     small: Any = {"cache_gib": 0.05, "max_model_len": 512}
     with pytest.raises(ValueError, match="grid 1024 must be less than the context of 512 tokens"):
-        Engine(engine_config(**small, grid=1024))
-    Engine(engine_config(**small, grid=256)).close()
+        Engine(EngineConfig(**small, grid=1024))
+    Engine(EngineConfig(**small, grid=256)).close()
 
 
 def test_chat_template_is_that_of_a_file(tmp_path: Path) -> None:
     file = tmp_path / "own.jinja"
     file.write_text("{{ messages[0].content }}")
     for name, said in ((str(file), "{{ messages"), ("tools-first", "# Tools")):
-        tokenizer = load_tokenizer_of(engine_config(chat_template=name), None)
+        tokenizer = load_tokenizer_of(EngineConfig(chat_template=name), None)
         assert tokenizer is not None and tokenizer.chat_template is not None
         assert said in tokenizer.chat_template.source
     with pytest.raises(ValueError, match=r"--chat-template none.jinja cannot be read"):
-        load_tokenizer_of(engine_config(chat_template="none.jinja"), None)
+        load_tokenizer_of(EngineConfig(chat_template="none.jinja"), None)

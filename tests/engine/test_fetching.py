@@ -8,7 +8,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from engine import Engine, RequestOutput, SamplingParams, engine_config
+from engine import Engine, EngineConfig, RequestOutput, SamplingParams
 from engine.plugins.disaggregation.prefix_fetch import ReceivedPrefix
 from engine.requests.request import Request
 from engine.schedule.fetching import Fetch, Fetching
@@ -97,7 +97,7 @@ def write(runner: OracleRunner, arrival: ReceivedPrefix, request: Request) -> No
 
 def make(fetcher: SlowFetcher, kv: int, slots: int, max_running: int) -> Engine:
     parts = {"runner": OracleRunner(kv, slots, exact=True), "sampler": OracleSampler(320)}
-    config = engine_config(check=True, exact=True, max_running=max_running)
+    config = EngineConfig(check=True, exact=True, max_running=max_running)
     engine = engine_with(lambda m: {"fetching": Fetching(m, fetcher)}, config, **parts)
     fetcher.engine = engine
     return engine

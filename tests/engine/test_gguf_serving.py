@@ -8,7 +8,7 @@ from pathlib import Path
 import gguf
 import pytest
 
-from engine import Engine, SamplingParams, engine_config
+from engine import Engine, EngineConfig, SamplingParams
 from engine.config import BUILTIN_DIR
 from experiments import texts
 from experiments.benchmarks.gguf_files import vocabulary, write_gguf
@@ -30,7 +30,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def engine_of(path: Path, **settings: object) -> Engine:
-    return Engine(engine_config(model=str(path), device="cpu", **({"cache_gib": 0.1} | settings)))
+    return Engine(EngineConfig(model=str(path), device="cpu", **({"cache_gib": 0.1} | settings)))
 
 
 def test_word_problems_are_solved_as_in_full_precision(files: dict[str, Path]) -> None:
@@ -106,7 +106,7 @@ def test_a_store_belongs_to_one_file(files: dict[str, Path], tmp_path: Path) -> 
 def test_thoughts_and_tools_work_from_the_template_of_a_file(files: dict[str, Path]) -> None:
     for kind in ("F32", "Q4_0"):
         engine = engine_of(files[kind])
-        original = Engine(engine_config(cache_gib=0.05, device="cpu"))
+        original = Engine(EngineConfig(cache_gib=0.05, device="cpu"))
         own, expected = engine.tokenizer, original.tokenizer
         assert own.chat_template is not None and expected.chat_template is not None
         tools = [{"type": "function", "function": {"name": "f", "parameters": {}}}]

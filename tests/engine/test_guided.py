@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from engine import Engine, Grammar, RequestSpec, SamplingParams, engine_config
+from engine import Engine, EngineConfig, Grammar, RequestSpec, SamplingParams
 from engine.plugins.guided import guides as guides_module
 from engine.plugins.guided.guides import Guides
-from engine.plugins.tool_calls.forms import Hermes
 from engine.requests.logit_rules import FREE
+from engine.server.tool_calls.forms import Hermes
 from engine.text.grammar import GrammarError
 from engine.text.tokenizer import HFTokenizer
 from tests.engine.history.agent import make_model_dir
@@ -68,7 +68,7 @@ def oracle(**config: Any) -> Engine:
     runner = OracleRunner(config.pop("num_kv_tokens", 4096), 16, max_model_len=2048)
     runner.is_asynchronous = config.pop("asynchronous", False)
     return Engine(
-        engine_config(check=True, **config),
+        EngineConfig(check=True, **config),
         runner=runner,
         sampler=OracleSampler(),
         tokenizer=HFTokenizer(),
@@ -269,7 +269,7 @@ def test_a_probe_of_another_tenants_grammar_finds_a_cold_memory(
 
     monkeypatch.setattr(guides_module, "make_matcher", counting)
     engine = Engine(
-        engine_config(),
+        EngineConfig(),
         runner=OracleRunner(4096, 16),
         sampler=OracleSampler(),
         tokenizer=HFTokenizer(),

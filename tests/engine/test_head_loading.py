@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from engine import engine_config
+from engine import EngineConfig
 from engine.engine import load_runner
 from engine.runner.loading import load_model
 from engine.weights.checkpoint import Dummy
@@ -53,16 +53,16 @@ def test_the_head_is_loaded_from_files(tmp_path: Path, make_engine: MakeEngine) 
         seeded, _ = load_model(own, family, runner.config, build, None)
     save_file(tensors, tmp_path / "model.safetensors")
     settings = {"model": str(tmp_path), "device": "cpu", "cache_gib": 0.01, "draft": "mtp"}
-    loaded = load_runner(engine_config(**settings))
+    loaded = load_runner(EngineConfig(**settings))
     embedded, before = torch.randn(2, 4, MODEL["hidden_size"])
     ours, theirs = (model.prediction._enter(embedded, before) for model in (loaded.model, seeded))
     assert torch.equal(ours, theirs)
     save_file({**tensors, "mtp.odd": torch.zeros(2)}, tmp_path / "model.safetensors")
     with pytest.raises(WeightsError, match=r"1 unexpected: mtp\.odd"):
-        load_runner(engine_config(**settings))
+        load_runner(EngineConfig(**settings))
     del tensors["mtp.layers.0.self_attn.k_norm.weight"]
     save_file(tensors, tmp_path / "model.safetensors")
     with pytest.raises(WeightsError, match=r"1 missing: mtp\.layers\.0\.self_attn\.k_norm\.weight"):
-        load_runner(engine_config(**settings))
-    plain = load_runner(engine_config(**(settings | {"draft": "none"})))
+        load_runner(EngineConfig(**settings))
+    plain = load_runner(EngineConfig(**(settings | {"draft": "none"})))
     assert "; its multi-token head is read with --draft mtp only" in plain.loaded.weights_note

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import GenerationConfig, GenerationMixin, PretrainedConfig
 
-from engine import engine_config
+from engine import EngineConfig
 from engine.requests.logit_rules import FREE, Penalties
 from engine.requests.request import Intake, RequestSpec, SamplingInput, SamplingParams
 from engine.runner import sampler
@@ -109,7 +109,7 @@ def test_tokens_do_not_depend_on_the_batch(mix):
 
 
 def test_a_seed_may_be_an_integer_of_numpy():
-    intake = Intake(engine_config(), None, vocab_size=VOCAB, max_model_len=64)
+    intake = Intake(EngineConfig(), None, vocab_size=VOCAB, max_model_len=64)
     made = intake.make(intake.validate(RequestSpec([1, 2], SamplingParams(seed=np.int64(-5)))))
     assert uniform(made.seed, 3) == uniform(-5, 3)
 

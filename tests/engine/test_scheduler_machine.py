@@ -14,12 +14,11 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from engine import Engine, RequestOutput, SamplingParams, engine_config
+from engine import Engine, EngineConfig, RequestOutput, SamplingParams
 from engine.config import OF_CACHE
 from engine.plugins.speculation.draft_manager import Drafting
 from engine.plugins.speculation.drafters import drafters_of
 from engine.plugins.speculation.predictor import Newest
-from engine.plugins.tiers import TierConfig
 from engine.schedule.scheduler import NO_DRAFTS, Batch, DraftPlanner
 from hybridcache.allocators.moves import Move
 from hybridcache.geometry.model import ModelGeometry
@@ -83,16 +82,15 @@ def make_engine(
     kind = "hybrid" if prefix_cache == "radix" else prefix_cache
     if kind == "none":
         settings = {name: value for name, value in settings.items() if name not in OF_CACHE}
-    config = engine_config(prefix_cache=kind, **settings)
+    config = EngineConfig(prefix_cache=kind, **settings)
     if slab_rows is not None and prefix_cache == "hybrid":
         least = 10 * (slab_rows + 2 * config.page_size)
         if host_rows is not None:
-            config = engine_config(config, host_gib=(least + 10 * host_rows) / GIB)
+            config = dataclasses.replace(config, host_gib=(least + 10 * host_rows) / GIB)
         if disk_rows is not None:
             folder_bytes = 2 * (1 << 13) + 4 * (least + 10 * disk_rows)
-            config = engine_config(
-                config, state_dir=tempfile.mkdtemp(), disk_gib=folder_bytes / GIB
-            )
+            disk_gib = folder_bytes / GIB
+            config = dataclasses.replace(config, state_dir=tempfile.mkdtemp(), disk_gib=disk_gib)
     geometry = ModelGeometry.preset("qwen3-next")
     num_slots: int | None = 0 if prefix_cache == "radix" else slots
     if slab_rows is not None and num_slots:
@@ -313,7 +311,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             self.finish()
         finally:
             self.engine.close()
-            if (folder := self.engine.config.of(TierConfig).state_dir) is not None:
+            if (folder := self.engine.config.state_dir) is not None:
                 shutil.rmtree(folder)
 
     def finish(self) -> None:

@@ -71,7 +71,7 @@ def test_chat_contents_stay_text_and_boundaries_are_exact(
     turn = [{"role": "assistant", "content": "\ue000"}, {"role": "user", "content": "\ue000"}]
     later = render_chat(tokenizer, [*chat, *turn], tools=tools, variables=variables)
     ids = (one.tokens for one in (prompt, later))
-    assert common_prefix_len(*ids) in prompt.spec.boundaries.positions
+    assert common_prefix_len(*ids) in prompt.boundaries.positions
 
 
 def test_roles_stay_roles() -> None:

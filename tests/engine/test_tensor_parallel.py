@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from engine import Engine, SamplingParams, engine_config
+from engine import Engine, EngineConfig, SamplingParams
 from engine.errors import RunnerLost
 from engine.plugins.tensor_parallel import coordinator
 from engine.plugins.tensor_parallel.coordinator import LeadingRunner
@@ -26,7 +26,7 @@ BEGINNING = "The same beginning, again and again. " * 8
 
 def make_engine(tp: int, **settings: object) -> Engine:
     config = {"device": "cpu", "dtype": "float32", "cache_gib": 0.02, "check": True}
-    return Engine(engine_config(**(config | settings), tp=tp))
+    return Engine(EngineConfig(**(config | settings), tp=tp))
 
 
 @pytest.fixture(scope="module")
@@ -53,8 +53,8 @@ def test_hits_change_no_bit_and_ranks_no_token(engine: Engine) -> None:
 
 
 KILLED = """
-from engine import Engine, SamplingParams, engine_config
-engine = Engine(engine_config(device="cpu", cache_gib=0.02, tp=2))
+from engine import Engine, SamplingParams, EngineConfig
+engine = Engine(EngineConfig(device="cpu", cache_gib=0.02, tp=2))
 print(engine.runner.followers._all[0].process.pid, flush=True)
 while True:
     engine.generate(["again"], SamplingParams(max_tokens=64, temperature=0, ignore_eos=True))

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast as TokenizersBackend
 
-from engine import engine_config
+from engine import EngineConfig
 from engine.engine import load_tokenizer_of
 from engine.text.tokenizer import (
     KIMI_WORDS,
@@ -126,7 +126,7 @@ def test_tokens_outside_the_byte_alphabet_decode_to_themselves(tmp_path: Path) -
     described = json.loads(_train("byte-level").to_str())
     described["model"]["vocab"]["<pad 0>"] = pad = 1 + max(described["model"]["vocab"].values())
     (tmp_path / "tokenizer.json").write_text(json.dumps(described))
-    config = engine_config(tokenizer=str(tmp_path))
+    config = EngineConfig(tokenizer=str(tmp_path))
     with pytest.raises(ValueError, match="belongs to the model"):
         load_tokenizer_of(config, pad)
     for vocab_size in (None, pad + 1):

@@ -268,7 +268,7 @@ def quotes() -> dict[str, list[str]]:
         "docs/how-to/tiers.md": [
             f"host memory saved {tier_share('host 16')[1]:.1f} % of the prefill time that 20 GiB on the device saved; 4 GiB alone saved {tier_share('device 4')[1]:.1f} %",
         ],
-        "hybridcache/export/sglang/README.md": [
+        "hybridcache/sglang/README.md": [
             f"{soaked('requests') + soaked('aborted'):,} random requests in four strategies",
             f"{soaked('retracted')} retractions, {soaked('aborted')} aborts and {soaked('flushes')} flushes",
             f"after each of {soaked('steps'):,} steps",

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -65,3 +68,19 @@ def test_lengths_and_generated_conversations_are_simulated(data: Path) -> None:
         cells = [(record["policy"], record["gib"]) for record in records]
         assert cells == [("lru", 0.05), ("lru", 1), ("survival", 0.05), ("survival", 1)]
         assert records[1]["hit_tokens"] > 0
+
+
+def test_the_script_runs_by_its_path_from_any_folder(tmp_path: Path) -> None:
+    """Without the checkout in PYTHONPATH; the folder of the script has packages such as sglang."""
+    environment = os.environ | {"HYBRIDCACHE_RESULTS": str(tmp_path / "out")}
+    environment.pop("PYTHONPATH", None)
+    script = Path(run_sharegpt.__file__).resolve()
+    few = ["--simulate", "--requests", "4", "--caches", "hybrid", "--gib", "0.05"]
+    command = [sys.executable, script, *few]
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    first, records = read_json_lines(tmp_path / "out" / "results" / "sharegpt.jsonl")
+    assert first["command"].startswith("python -m experiments.run_sharegpt --simulate")
+    assert [record["cache"] for record in records] == ["hybrid"]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from engine import Engine, engine_config
+from engine import Engine, EngineConfig
 from engine.config import BUILTIN_DIR
 from engine.plugins.tiers.staging import MeasuredExchange
 from experiments.benchmarks import second_turn
@@ -50,7 +50,7 @@ def served(needs: str, folder: Path) -> Iterator[Client]:
         settings["host_gib"] = memory.host_bytes / GIB
     if needs == "state":
         settings["state_dir"] = str(folder)
-    engine = Engine(engine_config(device="cpu", warm_up=False, **settings))
+    engine = Engine(EngineConfig(device="cpu", warm_up=False, **settings))
     with serving(engine) as (_, port):
         yield Client(port, max_tokens=3, answer_id=ord("r"))
 

@@ -25,10 +25,9 @@ import pytest
 
 import engine as engine_package
 import hybridcache
-from engine import Engine, Grammar, SamplingParams, engine_config
+from engine import Engine, EngineConfig, Grammar, SamplingParams
 from engine.plugins.speculation.draft_manager import Drafting
 from engine.plugins.speculation.drafters import drafters_of
-from engine.plugins.tiers import TierConfig
 from engine.text.tokenizer import HFTokenizer
 from hybridcache.policies.protocol import PromptBoundaries
 from tests.engine.drafted import ScriptedDrafter
@@ -160,14 +159,14 @@ class Service:
     def close(self) -> None:
         self.engine.close()
         assert not self.engine.has_work()
-        if (folder := self.engine.config.of(TierConfig).state_dir) is not None:
+        if (folder := self.engine.config.state_dir) is not None:
             shutil.rmtree(folder)
 
 
 def text_engine(kv_tokens: int, slots: int, **settings: Any) -> Engine:
     """Return an engine with a tokenizer, for answers with text, penalties, stops and grammars."""
     runner = OracleRunner(kv_tokens, slots)
-    config = engine_config(**settings)
+    config = EngineConfig(**settings)
     return Engine(config, runner=runner, sampler=OracleSampler(), tokenizer=HFTokenizer())
 
 

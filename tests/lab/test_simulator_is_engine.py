@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from engine import engine_config
 from engine.config import BUILTIN_DIR, EngineConfig
 from engine.engine import Engine
 from engine.requests.request import SamplingParams
@@ -117,7 +116,7 @@ def test_builtin_model_has_the_simulated_hits_and_evictions(
     evictions: list[EvictionRecord],
 ) -> None:
     cache_bytes = 1200 * 640 + 7 * 215040
-    engine = Engine(engine_config(token_budget=256, cache_gib=cache_bytes / 2**30))
+    engine = Engine(EngineConfig(token_budget=256, cache_gib=cache_bytes / 2**30))
     served = serve_in_turn(engine, prompts(seed=3, sessions=3, vocab=256))
     assert_simulator_agrees(DEFAULT_EVICTION, engine, served, evictions)
 
@@ -146,7 +145,7 @@ def test_sequential_requests_have_the_simulated_hits_and_evictions(
     if memory != "pools":  # A small model with states as large as the KV of 105 tokens.
         geometry = ModelGeometry.from_config(read_config(BUILTIN_DIR) | {"head_dim": 128})
         runner = OracleRunner(3200, None, geometry=geometry, page_size=page_size)
-    config = engine_config(
+    config = EngineConfig(
         eviction=policy,
         checkpoints=tuple(checkpoints.split(",")),
         token_budget=256,

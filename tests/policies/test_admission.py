@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine import Engine, SamplingParams, engine_config
+from engine import Engine, EngineConfig, SamplingParams
 from experiments.studies.admission import LinearSteps
 from hybridcache.geometry.model import ModelGeometry
 from hybridcache.geometry.units import GIB
@@ -387,7 +387,7 @@ def serve_without_cache(admission: str, num_streams: int) -> dict[str, tuple[flo
     """Return the times of the first and last token of each request of conversations that go on for
     20 s, in an engine on the simulated clock: 6 ms a step, 8,000 prompt tokens a second."""
     now_s, runner = [0.0], OracleRunner(20_000, 40, vocab_size=300, max_model_len=2000)
-    config = engine_config(
+    config = EngineConfig(
         prefix_cache="none", admission=admission, max_running=32, token_budget=2048
     )
     engine = Engine(config, runner=runner, sampler=OracleSampler(300), clock=lambda: now_s[0])

@@ -12,7 +12,7 @@ from typing import ClassVar
 
 import pytest
 
-from engine import Engine, EngineConfig, SamplingParams, engine_config
+from engine import Engine, EngineConfig, SamplingParams
 from hybridcache.lab.cli import main
 from hybridcache.lab.simulation.closed_loop import closed_loop
 from hybridcache.lab.simulation.simulate import simulate
@@ -347,7 +347,7 @@ RAISING = [
 
 @pytest.mark.parametrize("policy", RAISING)
 def test_a_request_is_refused_or_served_if_an_admission_policy_raises(policy: str) -> None:
-    config = engine_config(admission=policy, max_running=2, check=True)
+    config = EngineConfig(admission=policy, max_running=2, check=True)
     engine = Engine(config, runner=OracleRunner(2000, 8), sampler=OracleSampler())
     refused, served, num_failed = [], [], 0
     for number in range(8):

@@ -24,7 +24,7 @@ from msgspec import structs
 from engine.config import ConfigError, EngineConfig
 from engine.core import EngineCore, Plugin
 from engine.errors import EngineStopped, RequestError, StepFailed
-from engine.plugins.disaggregation import DisaggregationConfig, wire
+from engine.plugins.disaggregation import wire
 from engine.plugins.disaggregation.wire import PIECE_BYTES, PrefixBuffer, identity
 from engine.requests.request import Request
 from engine.runner.device import HostCopy
@@ -133,7 +133,7 @@ class PrefillServer(Plugin):
 
     def __init__(self, config: EngineConfig) -> None:
         super().__init__(config)
-        self.settings = config.of(DisaggregationConfig)
+        self.settings = config
         self._timeout_s, self.counts = self.settings.transfer_timeout_s, wire.TransferCounts()
         self.unsent: deque[tuple[bytes, HostCopy]] = deque()
         """Connection and bytes of ``Data`` that wait for these bytes."""

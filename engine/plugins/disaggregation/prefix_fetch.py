@@ -21,7 +21,7 @@ import zmq
 from engine.config import EngineConfig
 from engine.core import Plugin
 from engine.errors import InvalidRequest, RequestError
-from engine.plugins.disaggregation import DisaggregationConfig, wire
+from engine.plugins.disaggregation import wire
 from engine.plugins.disaggregation.wire import PIECE_BYTES, PrefixBuffer, identity
 from engine.requests.request import Request, RequestSpec, SamplingParams
 from engine.runner.model_runner import ModelRunner
@@ -219,7 +219,7 @@ class PeerFetcher:
         config: EngineConfig,
         counts: wire.TransferCounts,
     ) -> None:
-        settings = config.of(DisaggregationConfig)
+        settings = config
         self._manager, self.unit, self.counts = manager, PrefixBuffer(runner), counts
         self._own = identity(runner)
         self._rests_until = dict.fromkeys(settings.addresses, 0.0)
@@ -339,7 +339,7 @@ class DecodePlugin(Plugin):
         return {"transfers": asdict(self.counts)}
 
     def start_screen(self) -> Sequence[tuple[str, str]]:
-        addresses = ", ".join(self.config.of(DisaggregationConfig).prefill)
+        addresses = ", ".join(self.config.prefill)
         return [("role", f"decode, with prefill at {addresses}")]
 
 

@@ -9,9 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import cast
 
-from engine.config import EngineConfig
 from engine.core import Plugin
-from engine.plugins.speculation import SpeculationConfig
 from engine.plugins.speculation.drafters import WEIGHT, Drafter, GlobalAcceptance, drafters_of
 from engine.plugins.speculation.verification import Verification
 from engine.requests.request import Request
@@ -229,15 +227,11 @@ RUNNING_ON_CPU = 4
 class SpeculationPlugin(Plugin):
     """Plans drafts (setting ``draft``)."""
 
-    def __init__(self, config: EngineConfig) -> None:
-        super().__init__(config)
-        self.settings = config.of(SpeculationConfig)
-
     def draft_planner(self, runner: ModelRunner, *, shares: bool) -> DraftPlanner:
         verification = cast("Verification", runner.drafts)
         self._state_bytes = verification.state_bytes
-        limit = self.settings.draft_running or (None if runner.is_asynchronous else RUNNING_ON_CPU)
-        drafters = drafters_of(self.settings.drafters, verification.guess, shares=shares)
+        limit = self.config.draft_running or (None if runner.is_asynchronous else RUNNING_ON_CPU)
+        drafters = drafters_of(self.config.drafters, verification.guess, shares=shares)
         room = self.config.num_step_states
         return Drafting(drafters, max_verified=room, max_decoding=limit)
 
@@ -245,7 +239,7 @@ class SpeculationPlugin(Plugin):
         longest, number = self.config.drafts.max_len, self.config.num_step_states
         states = f", whose states take {format_bytes(self._state_bytes)}"
         words = (
-            f"{self.settings.draft}: up to {counted(longest, 'token')} a request; up to {number} "
+            f"{self.config.draft}: up to {counted(longest, 'token')} a request; up to {number} "
             f"verified a step{states if self._state_bytes else ''}"
         )
         return [("drafts", words)]

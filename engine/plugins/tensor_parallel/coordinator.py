@@ -143,8 +143,8 @@ def _follow(
     if device.is_cpu:
         torch.set_num_threads(num_threads)
     device.make_current()
-    group = TorchGroup(number, config.num_ranks, meeting, device)
-    runner = load_runner(config, Rank(number, config.num_ranks, group), drafts=drafts)
+    group = TorchGroup(number, config.tp, meeting, device)
+    runner = load_runner(config, Rank(number, config.tp, group), drafts=drafts)
     line.send(None)
     while True:
         order: Order = line.recv()
@@ -192,7 +192,7 @@ class Followers:
 
     def __init__(self, config: EngineConfig, drafts: type[Drafts], num_threads: int) -> None:
         """Start the processes and wait until all run. Raises RunnerLost if one ends."""
-        self._count, self._sentence = config.num_ranks, ""
+        self._count, self._sentence = config.tp, ""
         folder = tempfile.TemporaryDirectory(prefix="hybridcache-ranks-")
         self.meeting = str(Path(folder.name) / "meeting")
         """Path of the file through which the ranks connect."""
@@ -288,19 +288,17 @@ class LeadingRunner(ModelRunner):
     def start(cls, config: EngineConfig, drafts: type[Drafts]) -> LeadingRunner:
         """Start the other ranks and load all parts. Raises ModelError or RunnerLost."""
         _, model = read_model(read_config(config.model_dir))
-        shared_sizes(model, config.num_ranks)  # Raises before any process starts.
-        places = [
-            Device.resolve(config.device).of_rank(number) for number in range(config.num_ranks)
-        ]
+        shared_sizes(model, config.tp)  # Raises before any process starts.
+        places = [Device.resolve(config.device).of_rank(number) for number in range(config.tp)]
         device = places[0]
         num_threads = torch.get_num_threads()
         if device.is_cpu:
-            num_threads = max(1, num_threads // config.num_ranks)
+            num_threads = max(1, num_threads // config.tp)
             torch.set_num_threads(num_threads)
         followers = Followers(config, drafts, num_threads)
         try:
-            group = TorchGroup(0, config.num_ranks, followers.meeting, device)
-            runner = load_runner(config, Rank(0, config.num_ranks, group), cls, drafts)
+            group = TorchGroup(0, config.tp, followers.meeting, device)
+            runner = load_runner(config, Rank(0, config.tp, group), cls, drafts)
             assert isinstance(runner, cls)
             followers.wait()
         except RunnerLost as error:
@@ -362,6 +360,6 @@ class TensorParallelPlugin(Plugin):
             self._followers.close()
 
     def start_screen(self) -> Sequence[tuple[str, str]]:
-        number = self.config.num_ranks
+        number = self.config.tp
         words = f"{number}, each with its part of every layer; memory is for all of them"
         return [("ranks", words)]

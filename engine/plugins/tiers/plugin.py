@@ -15,7 +15,6 @@ import numpy as np
 
 from engine.config import ConfigError, EngineConfig
 from engine.core import EngineCore, Plugin
-from engine.plugins.tiers import TierConfig
 from engine.plugins.tiers.disk import Disk
 from engine.plugins.tiers.prefixes import RecordPart, covering
 from engine.plugins.tiers.records import RecordStore
@@ -97,7 +96,7 @@ class TierPlugin(Plugin):
         super().__init__(config)
         self._store_bytes = 0
         """Maximum size of all records."""
-        state_dir = config.of(TierConfig).state_dir
+        state_dir = config.state_dir
         weights_dir = None if config.load_format == "dummy" else config.model_dir
         self._store = None if state_dir is None else RecordStore(Path(state_dir), weights_dir)
         self.disk: Disk | None = None
@@ -110,7 +109,7 @@ class TierPlugin(Plugin):
 
     def size_cache(self, cache: CacheConfig, runner: ModelRunner) -> CacheConfig:
         """Add the tiers that the settings select. Raises ConfigError if none are possible."""
-        memory, tiers = runner.memory, self.config.of(TierConfig)
+        memory, tiers = runner.memory, self.config
         if not memory.slab_rows or self.config.prefix_cache != "hybrid":
             raise ConfigError(
                 "host and disk tiers require a model with states, the hybrid prefix cache and one "
@@ -193,7 +192,7 @@ class TierPlugin(Plugin):
                 "The state of other policies (%s) in %s is ignored: eviction and placement start "
                 "without history.",
                 ", ".join(unfit),
-                self.config.of(TierConfig).state_dir,
+                self.config.state_dir,
             )
         return Staging(manager, self.disk, self.exchange)
 
@@ -306,7 +305,7 @@ class TierPlugin(Plugin):
         if (folder := usage["folder"]) is not None:
             words = (
                 f"{format_bytes(folder.kept)} kept of {format_bytes(folder.total)} at most, for "
-                f"the next start too, in {self.config.of(TierConfig).state_dir}"
+                f"the next start too, in {self.config.state_dir}"
             )
             rows.append(("disk", words))
         return rows

@@ -16,9 +16,9 @@ from engine import EngineConfig, SamplingParams
 from engine.async_engine import AsyncEngine
 from engine.errors import EngineStopped, QueueFull, RequestError
 from engine.messages import Ask, AskView, Compile, OpenView
-from engine.plugins.replicas.replicas_client import EngineReplica, FleetChannel
 from engine.requests.request import RequestSpec
 from engine.text.grammar import Grammar
+from engine.worker.replicas import EngineReplica, FleetChannel
 from hybridcache.routing.registry import find_router
 
 CONFIG = EngineConfig(cache_gib=0.02, max_model_len=1024, check=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from engine import Engine, RequestOutput, RequestSpec, SamplingParams, engine_config
+from engine import Engine, EngineConfig, RequestOutput, RequestSpec, SamplingParams
 from engine.requests.request import SamplingInput
 from engine.text.answers import SampledToken
 from engine.text.tokenizer import HFTokenizer, Tokenizer
@@ -58,7 +58,7 @@ class ScriptedEngine:
         self.sampler = ScriptedSampler()
         runner = OracleRunner(num_kv_tokens, num_slots, vocab_size=self.tokenizer.vocab_size)
         self.engine = Engine(
-            engine_config(**config), runner=runner, sampler=self.sampler, tokenizer=self.tokenizer
+            EngineConfig(**config), runner=runner, sampler=self.sampler, tokenizer=self.tokenizer
         )
 
     def answer(self, spec: RequestSpec, answer: Sequence[int]) -> RequestOutput:

@@ -10,12 +10,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from msgspec import structs
 
 from engine import RequestSpec
-from engine.plugins.diagnostics.explanations import Explanations
 from engine.requests.chat_prompt import render_chat
 from engine.server.access import Tenant
+from engine.server.endpoints.explain import Explanations
 from engine.server.schemas import ChatRequest
 from engine.text.answers import AnswerReader, RequestOutput, as_message
 from engine.text.tokenizer import ChatTemplate, HFTokenizer
@@ -262,9 +261,9 @@ def run(pair: Pair, namespace: str | None = None) -> tuple[dict[str, Any], Expla
             pair.prepare(engine)
         parts = {"tools": body.get("tools"), "variables": body.get("variables")}
         prompt = render_chat(tokenizer, body["messages"], **parts)
-        spec = structs.replace(prompt.spec, namespace=namespace)
+        spec = RequestSpec(prompt.tokens, namespace=namespace, **prompt.marks)
         output = engine.answer(spec, tokenizer.encode(pair.answer))
-        reader = AnswerReader(True, is_thinking=prompt.spec.is_thinking)
+        reader = AnswerReader(True, is_thinking=prompt.is_thinking)
         answer = as_message([*reader.push(output.text), *reader.flush()])
         store(explanations, name, output, body, answer, namespace)
     first, second = (explanations.memory.get(name) for name in ("first", "second"))

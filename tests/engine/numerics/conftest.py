@@ -15,7 +15,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from engine import engine_config
 from engine.config import EngineConfig
 from engine.engine import load_runner
 from engine.plugins.speculation.verification import Verification
@@ -97,7 +96,7 @@ def checkpoint(
 
 def load(path: Path, **options: Any) -> ModelRunner:
     config = {"device": "cpu", "dtype": "float32", "cache_gib": 0.02}
-    return load_runner(engine_config(model=str(path), **(config | options)))
+    return load_runner(EngineConfig(model=str(path), **(config | options)))
 
 
 @dataclass

@@ -28,7 +28,7 @@ from typing import Any
 
 import torch
 
-from engine import engine_config
+from engine import EngineConfig
 from engine.engine import load_runner
 from engine.weights.model_config import ModelError
 from tests.engine.numerics.conftest import FAMILIES, Driver, make_oracle
@@ -283,7 +283,7 @@ def compare(case: Case, names: set[str], directory: Path, tokens: list[int]) -> 
 def engine_logits(directory: Path, tokens: list[int]) -> torch.Tensor:
     options = {"device": "cpu", "dtype": "float32", "cache_gib": 0.02}
     options |= {"max_running": 2, "max_model_len": 2 * NUM_TOKENS}
-    runner = load_runner(engine_config(model=str(directory), **options))
+    runner = load_runner(EngineConfig(model=str(directory), **options))
     return Driver(runner).cold(tokens, all_logits=True)
 
 

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from engine.command.cli import main
-from engine.plugins.convert.converter import SCHEMES, convert
+from engine.command.convert import SCHEMES, convert
 from engine.weights.forms import read_quantization
 from engine.weights.scheme import EightBitScheme
 from tests.engine.numerics import eight_bit

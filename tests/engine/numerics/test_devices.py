@@ -12,7 +12,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
-from engine import engine_config
+from engine import EngineConfig
 from engine.engine import load_runner
 from engine.requests.logit_rules import FREE, Repeats
 from engine.requests.request import SamplingInput, SamplingParams
@@ -114,7 +114,7 @@ def test_steps_compute_on_the_device(watch, tmp_path, name, options) -> None:
         pytest.skip("only this family has a multi-token head")
     sizes = {"max_running": 4, "max_model_len": 96, "cache_gib": 0.01, "token_budget": 128}
     path = write_geometry(tmp_path, MODELS[name])
-    config = engine_config(
+    config = EngineConfig(
         model=path, load_format="dummy", dtype="bfloat16", warm_up=False, **sizes | options
     )
     with watch, torch.inference_mode():

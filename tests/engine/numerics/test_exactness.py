@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine import Engine, SamplingParams, engine_config
+from engine import Engine, EngineConfig, SamplingParams
 from engine.engine import load_runner
 from engine.plugins.disaggregation.wire import identity
 from engine.plugins.tiers.records import StoreError
@@ -134,7 +134,7 @@ def test_only_preempted_answers_differ_and_none_with_exact():
     greedy = SamplingParams(temperature=0, max_tokens=90, ignore_eos=True, logprobs=3)
 
     def answers(prompts, **settings):
-        engine = Engine(engine_config(device="cpu", dtype="float32", max_model_len=512, **settings))
+        engine = Engine(EngineConfig(device="cpu", dtype="float32", max_model_len=512, **settings))
         outputs = engine.generate(prompts, greedy)
         return outputs, [(output.token_ids, output.logprobs) for output in outputs]
 
@@ -232,7 +232,7 @@ class TestCheckAtTheStart:
 
 
 def small_config(**settings):
-    return engine_config(device="cpu", cache_gib=0.05, max_model_len=512, **settings)
+    return EngineConfig(device="cpu", cache_gib=0.05, max_model_len=512, **settings)
 
 
 def load_small(**settings):

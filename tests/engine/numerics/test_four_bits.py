@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Qwen3Config
 
+from engine.command.convert import convert
 from engine.config import BUILTIN_DIR
-from engine.plugins.convert.converter import convert
 from engine.weights.model_config import ModelError
 from kernels import native
 from tests.engine.numerics import eight_bit

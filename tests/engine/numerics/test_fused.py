@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from engine import engine_config
+from engine import EngineConfig
 from engine.engine import load_runner
 from engine.runner.backends import override_all
 from engine.runner.model_runner import ModelRunner
@@ -26,7 +26,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 def make_runner(path, device: str | None = "cpu", **options) -> ModelRunner:
     interpreter.repair()
-    config = engine_config(
+    config = EngineConfig(
         model=str(path), device=device, dtype="float32", cache_gib=0.04, **options
     )
     return load_runner(config)
@@ -82,5 +82,5 @@ def test_8_bit_weights_are_close_and_hits_exact(name, oracles, error, options) -
     ],
 )
 def test_fp8_activations_without_fp8_products_are_refused(oracles, options, message) -> None:
-    with pytest.raises(ModelError, match=f"--fp8-activations {message}"):
+    with pytest.raises(ModelError, match=f"--set fp8_activations {message}"):
         make_runner(oracles("qwen3_next").path, fp8_activations=True, **options)

@@ -17,7 +17,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from engine import engine_config
+from engine import EngineConfig
 from engine.engine import load_runner
 from engine.runner.device import Device
 from experiments.gpu.models import QWEN3_NEXT_80B, write_geometry
@@ -67,7 +67,7 @@ def serve(driver, prompts, num_steps):
 
 @pytest.mark.full
 def test_decode_graphs_change_no_bit(oracles, drivers):
-    config = engine_config(model=str(oracles("qwen3_5").path), cache_gib=0.003, **OPTIONS)
+    config = EngineConfig(model=str(oracles("qwen3_5").path), cache_gib=0.003, **OPTIONS)
     driver = type(drivers("qwen3_5"))(load_runner(config))
     prompts = [random_tokens(length, seed=length) for length in (5, 2, 3)]
     plain = serve(driver, prompts, 2)
@@ -146,7 +146,7 @@ def make_verify_driver(tmp_path):
     def make(model="states", draft="tree:4"):
         path = write_geometry(tmp_path, MODELS[model])
         settings = {"load_format": "dummy", "max_running": 6, "graphs": "off", "cache_gib": 0.002}
-        config = engine_config(model=path, draft=draft, **OPTIONS | settings)
+        config = EngineConfig(model=path, draft=draft, **OPTIONS | settings)
         return Driver(load_runner(config))
 
     return make
@@ -194,7 +194,7 @@ def test_graphs_of_pieces_change_no_bit(kind, tmp_path):
     """A cold prompt, then the prompt's tail after a hit with a decode of another sequence."""
     path = write_geometry(tmp_path, (MODELS | {"parallel": SIDE_BY_SIDE})[kind])
     options = {"device": "cpu", "load_format": "dummy", "max_model_len": 256, "cache_gib": 0.02}
-    driver = Driver(load_runner(engine_config(model=path, **options)))
+    driver = Driver(load_runner(EngineConfig(model=path, **options)))
     tokens, recorder = random_tokens(150, 2, 160), Recorder()
     plain = driver.cold_and_mixed(tokens)
     driver.reset()
@@ -208,7 +208,7 @@ def test_graphs_do_not_keep_their_runner(tmp_path):
     """The memory of a rehearsal is free before that of the engine is allocated."""
     path = write_geometry(tmp_path, MODELS["states"])
     options = OPTIONS | {"load_format": "dummy", "cache_gib": 0.02, "draft": "mtp"}
-    runner = load_runner(engine_config(model=path, **options, graphs="off"))
+    runner = load_runner(EngineConfig(model=path, **options, graphs="off"))
     runner.use_graphs("all", lambda work: work)
     rows = weakref.ref(runner.tensors.rows)
     gc.disable()
@@ -293,7 +293,7 @@ def test_launches_of_a_decode_step_are_those_of_the_documentation(tmp_path, monk
     sizes = {"num_hidden_layers": 2, "full_attention_interval": 2, "num_experts": 16}
     path = write_geometry(tmp_path, QWEN3_NEXT_80B | sizes | {"vocab_size": 512})
     with stubbed(monkeypatch) as (_, launches):
-        config = engine_config(
+        config = EngineConfig(
             model=path,
             load_format="dummy",
             quantization="int8",

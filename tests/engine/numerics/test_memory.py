@@ -9,9 +9,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from engine import EngineConfig
 from engine.config import BUILTIN_DIR, ConfigError
 from engine.models import read_model
-from engine.plugins import engine_config
 from engine.runner import device as device_module
 from engine.runner.device import Device, host_free_bytes
 from engine.runner.memory import (
@@ -146,10 +146,10 @@ def test_more_memory_than_a_container_has_is_refused(system):
     write_meminfo(system, MemAvailable=20, MemTotal=20)
     system("proc/self/cgroup", "0::/")
     write_group(system, CGROUP, 4 * GIB, 0, 0)
-    config = engine_config(cache_gib=3, host_gib=2)
+    config = EngineConfig(cache_gib=3, host_gib=2)
     with pytest.raises(ConfigError, match=r"and host_gib: 5\.0 GiB are needed, but 4\.0 GiB"):
         check_sizes(config, CPU)
-    check_sizes(engine_config(cache_gib=3, host_gib=0), CPU)  # 0: no host tier
+    check_sizes(EngineConfig(cache_gib=3, host_gib=0), CPU)  # 0: no host tier
     write_group(system, CGROUP, 5 * GIB, 0, 0)
     check_sizes(config, CPU)
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from engine import engine_config
+from engine import EngineConfig
 from engine.engine import load_runner
 from engine.runner import backends
 from engine.runner.model_runner import ModelRunner
@@ -31,7 +31,7 @@ FORMATS = pytest.mark.parametrize(
 
 def make_runner(dtype: str = "float32", **options) -> ModelRunner:
     return load_runner(
-        engine_config(
+        EngineConfig(
             device="cpu", dtype=dtype, cache_gib=0.1, max_model_len=512, max_running=8, **options
         )
     )

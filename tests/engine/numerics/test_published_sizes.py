@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers
 
-from engine import engine_config
+from engine import EngineConfig
 from engine.engine import load_runner
 from engine.runner.backends import override_all
 from engine.weights.products import Linear
@@ -170,7 +170,7 @@ def test_hits_are_exact(name, dtype, quantization, backend, num_threads, monkeyp
     gc.collect()
     with threads(num_threads):
         runner = load_runner(
-            engine_config(
+            EngineConfig(
                 model=str(tmp_path),
                 load_format="dummy",
                 device="cpu",

@@ -14,7 +14,6 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from engine import engine_config
 from engine.config import EngineConfig
 from engine.runner.build import load_runner
 from engine.runner.model_runner import ModelRunner
@@ -79,7 +78,7 @@ def run_ranks(count: int, config: EngineConfig, work: Callable[[ModelRunner], An
 
 def test_two_ranks_agree_with_one(family, oracles) -> None:
     sizes = {"dtype": "float32", "cache_gib": 0.04, "max_running": 8}
-    config = engine_config(model=str(oracles(family).path), device="cpu", **sizes)
+    config = EngineConfig(model=str(oracles(family).path), device="cpu", **sizes)
     tokens = random_tokens(150, 3)
 
     def work(runner: ModelRunner) -> tuple[torch.Tensor, torch.Tensor]:

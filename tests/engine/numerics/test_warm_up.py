@@ -12,7 +12,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from engine import engine_config
+from engine import EngineConfig
 from engine.engine import Engine, load_runner
 from engine.plugins.speculation.draft_manager import Drafting
 from engine.plugins.speculation.drafters import TreeDrafter
@@ -47,7 +47,7 @@ MIXES = (
 def make_engine(tmp_path, shape: str = "tiny", **settings) -> Engine:
     path = write_geometry(tmp_path, SHAPES[shape])
     settings = {"token_budget": 200, "max_running": 7, "max_model_len": 600} | settings
-    config = engine_config(model=path, load_format="dummy", **settings)
+    config = EngineConfig(model=path, load_format="dummy", **settings)
     runner = load_runner(config)
     return Engine(config, runner=runner, sampler=Sampler())
 

@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable
 import numpy as np
 import pytest
 
-from engine import Engine, RequestOutput, RequestSpec, SamplingParams, engine_config
+from engine import Engine, EngineConfig, RequestOutput, RequestSpec, SamplingParams
 from engine.async_engine import AsyncEngine
 from engine.errors import EngineStopped, StepFailed
 from engine.messages import Ask
@@ -62,7 +62,7 @@ def run(
     ``step`` is code that runs before every step.
     """
     boot = BOOT.format(step=step, kv_tokens=kv_tokens)
-    config = engine_config(**{"check": True} | settings)
+    config = EngineConfig(**{"check": True} | settings)
     engine, screen = start_engine(config, spawn(config, "here", boot))
     assert screen.split() == ["oracle", "here"]
 
@@ -106,7 +106,7 @@ def test_a_process_gives_the_outputs_of_a_thread() -> None:
     runner = OracleRunner(8192, 16, max_model_len=4096)
     settings = {"draft": "tree:4"}
     alone = Engine(
-        engine_config(**settings),
+        EngineConfig(**settings),
         runner=runner,
         sampler=OracleSampler(),
         tokenizer=HFTokenizer(),

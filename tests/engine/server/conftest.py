@@ -19,7 +19,7 @@ import numpy as np
 import openai
 import pytest
 
-from engine import Engine, EngineConfig, engine_config
+from engine import Engine, EngineConfig
 from engine.requests.logit_rules import Mask
 from engine.requests.request import SamplingInput
 from engine.schedule.scheduler import Batch
@@ -131,7 +131,7 @@ def oracle_engine(step_s: float = 0.0, num_kv_tokens: int = 8192, **config: Any)
     runner = SlowRunner(num_kv_tokens, 16, max_model_len=4096)
     runner.step_s = step_s
     return Engine(
-        engine_config(**config),
+        EngineConfig(**config),
         runner=runner,
         sampler=OracleSampler(),
         tokenizer=HFTokenizer(),

@@ -295,7 +295,7 @@ def test_body_above_the_limit_is_refused(serve_oracle: Callable[..., Live]) -> N
             answer = httpx.post(small.url + path, content=content, headers=kind, timeout=120)
             assert answer.status_code == 413, path
             error = answer.json()["error"]
-            assert "--max-body-mib" in error["message"]
+            assert "max_body_mib" in error["message"]
             assert error["type"] == "request_too_large" or "messages" not in path
     small.check_conserved()
 

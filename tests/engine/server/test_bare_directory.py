@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from engine import Engine, EngineConfig, RequestSpec, SamplingParams, engine_config
+from engine import Engine, EngineConfig, RequestSpec, SamplingParams
 from engine.config import BUILTIN_DIR
 from engine.requests.request import sampling_defaults
 from engine.text.tokenizer import IdTokenizer, named_eos
@@ -27,7 +27,7 @@ RECOMMENDED = {"temperature": 0.6, "top_k": 20, "top_p": 0.95, "do_sample": True
 
 def make_engine(directory: Path, **settings: object) -> Engine:
     config = {"load_format": "dummy", "device": "cpu", "cache_gib": 0.02} | settings
-    return Engine(engine_config(model=str(directory), **config))
+    return Engine(EngineConfig(model=str(directory), **config))
 
 
 @pytest.fixture(scope="module")
@@ -142,7 +142,7 @@ def test_sampling_defaults_of_trainers_are_read_or_the_file_is_named(
         assert found == expected and not isinstance(found.get("top_k"), float)
         return
     path = re.escape(str(tmp_path / "generation_config.json"))
-    with pytest.raises(ValueError, match=f"{path}: {expected}.* --sampling-defaults none"):
+    with pytest.raises(ValueError, match=f"{path}: {expected}.* --set sampling_defaults=none"):
         sampling_defaults(config)
     assert sampling_defaults(EngineConfig(model=str(tmp_path), sampling_defaults="none")) == {}
 

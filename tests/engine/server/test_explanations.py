@@ -10,7 +10,7 @@ import httpx
 import numpy as np
 import pytest
 
-from engine.plugins.diagnostics.explanations import AnsweredChat, Explanations
+from engine.server.endpoints.explain import AnsweredChat, Explanations
 from hybridcache.api import Losses
 
 from .conftest import Live

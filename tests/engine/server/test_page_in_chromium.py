@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from engine.plugins.observe.cache_watch import Watch
+from engine.cache_watch import Watch
 from engine.server.settings import ServerConfig
 from tests.waiting import wait_until
 from tests.watch.browser import chromium, tab

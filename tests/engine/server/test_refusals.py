@@ -25,11 +25,11 @@ from engine.errors import (
     RequestError,
     StepFailed,
 )
-from engine.plugins.replicas import replicas_client as fleet
 from engine.requests.request import Request
 from engine.server.app import create_app
 from engine.server.settings import ServerConfig
 from engine.text.tokenizer import HFTokenizer
+from engine.worker import replicas as fleet
 from engine.worker.process_channel import start_engine
 from engine.worker.spawn import spawn
 from tests.engine.fleet.test_fleet import LocalFleet, serve

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from engine import Engine, engine_config
+from engine import Engine, EngineConfig
 from engine.config import BUILTIN_DIR
 from engine.text.tokenizer import HFTokenizer
 from hybridcache import open_trace
@@ -92,7 +92,7 @@ def test_server_and_simulation_of_its_log_have_the_same_leases(
     thought = b"</think>" if thinks else b""
     sampler.script = thought + b"An answer of forty bytes, more or less."
     engine = Engine(
-        engine_config(token_budget=256),
+        EngineConfig(token_budget=256),
         runner=OracleRunner(6000, 9, max_model_len=4096),
         sampler=sampler,
         tokenizer=HFTokenizer(),

@@ -16,7 +16,7 @@ from typing import Any
 import httpx
 import pytest
 
-from engine import Engine, engine_config
+from engine import Engine, EngineConfig
 from engine.server.access import Access
 from engine.server.settings import ServerConfig
 from tests.waiting import wait_until
@@ -115,7 +115,7 @@ def test_tenant_entries_are_found_after_a_restart(tmp_path: Path, caplog: Any) -
 
     def start(*lines: str) -> AbstractContextManager[Live]:
         keys.write_text("\n".join(lines))
-        return serving(Engine(engine_config(cache_gib=0.05, state_dir=str(folder))), settings)
+        return serving(Engine(EngineConfig(cache_gib=0.05, state_dir=str(folder))), settings)
 
     def ask(live: Live, key: str, salt: str | None = None) -> int:
         return cached_tokens(live, salt, Authorization=f"Bearer {key}")

@@ -17,7 +17,6 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from engine import Engine, EngineConfig
-from engine.plugins import engine_config
 from engine.plugins.tiers.records import NAME, RecordStore, StoreError, record_name
 from engine.weights.model_config import ModelError
 
@@ -231,8 +230,8 @@ def test_a_folder_is_locked_while_the_model_is_loaded_and_released_if_that_fails
 
     monkeypatch.setattr("engine.engine.load", fail)
     with pytest.raises(ModelError):
-        Engine(engine_config(state_dir=str(tmp_path)))
+        Engine(EngineConfig(state_dir=str(tmp_path)))
     reopen(tmp_path)[0].close()
     with pytest.raises(ModelError):
-        Engine(engine_config(state_dir=str(tmp_path / "made" / "state")))
+        Engine(EngineConfig(state_dir=str(tmp_path / "made" / "state")))
     assert not (tmp_path / "made").exists()

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from engine import AsyncEngine, Engine, EngineConfig, RequestSpec, SamplingParams, engine_config
+from engine import AsyncEngine, Engine, EngineConfig, RequestSpec, SamplingParams
 from engine.engine import load_runner
 from engine.runner.sampler import Sampler
 from hybridcache.policies.protocol import PromptBoundaries
@@ -30,7 +30,7 @@ def text(seed: int, length: int) -> list[int]:
 def decode_engine(port: int, **settings: object) -> Engine:
     """Return a decode engine. Its memory begins as NaNs, so reads of unwritten memory show."""
     settings = SMALL | PATIENT | {"fetch_above": 64} | settings
-    config = engine_config(role="decode", prefill=(f"127.0.0.1:{port}",), **settings)
+    config = EngineConfig(role="decode", prefill=(f"127.0.0.1:{port}",), **settings)
     runner = load_runner(config)
     runner.tensors.rows.fill_(255)
     return Engine(config, runner=runner, sampler=Sampler())
@@ -45,7 +45,7 @@ def prefix(prompt: bytes) -> RequestSpec:
 
 def prefill_config(**settings: object) -> EngineConfig:
     settings = SMALL | PATIENT | settings
-    return engine_config(role="prefill", transfer_at="127.0.0.1:0", **settings)
+    return EngineConfig(role="prefill", transfer_at="127.0.0.1:0", **settings)
 
 
 @contextlib.contextmanager
@@ -88,7 +88,7 @@ def prefill_process() -> Iterator[tuple[subprocess.Popen[str], int]]:
 
 
 def plain_engine(**settings: object) -> Engine:
-    return Engine(engine_config(**(SMALL | settings)))
+    return Engine(EngineConfig(**(SMALL | settings)))
 
 
 def assert_same(one: Engine, other: Engine, prompts: list[list[int]]) -> None:

@@ -34,7 +34,7 @@ from sglang.srt.sampling.sampling_params import SamplingParams
 from sglang.srt.server_args import PortArgs, ServerArgs
 
 from experiments.sglang.pools import CHUNK, World, new_pools
-from hybridcache.export.sglang import NAME, plug_in
+from hybridcache.sglang import NAME, plug_in
 
 VOCAB = 64
 CONFIG = {

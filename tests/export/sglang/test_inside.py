@@ -22,8 +22,8 @@ from sglang.srt.managers.schedule_batch import FINISH_LENGTH, Req
 from sglang.srt.sampling.sampling_params import SamplingParams
 from torch.overrides import TorchFunctionMode
 
-from hybridcache.export.sglang import cache as backend
-from hybridcache.export.sglang.cache import sizes_in_bytes
+from hybridcache.sglang import cache as backend
+from hybridcache.sglang.cache import sizes_in_bytes
 
 
 class Waits(TorchFunctionMode):

@@ -12,7 +12,7 @@ import torch
 
 from hybridcache import CacheConfig
 from hybridcache.config import build_on
-from hybridcache.export.sglang.translation import (
+from hybridcache.sglang.translation import (
     NO_TOKEN,
     RequestStates,
     RowView,

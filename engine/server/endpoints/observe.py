@@ -18,7 +18,8 @@ from starlette.routing import Route
 
 from engine.errors import EngineStopped
 from engine.messages import AskView, OpenView
-from engine.server.bodies import APIError, EventStream, event, json_response, run
+from engine.server.bodies import APIError, json_response, run
+from engine.server.transport import EventStream, event
 from engine.server.writers import ServingContext
 from hybridcache.watch.page import POLICY, live_page
 

@@ -600,7 +600,7 @@ def needed(
     if not has_cores or (config.device not in (None, "cpu") and not has_gpus):
         raise ValueError(
             f"--replicas {num_replicas} need one core each, and one GPU with --device, but Ray has "
-            f"{dict(resources)}: use fewer, or name a larger cluster with --ray."
+            f"{dict(resources)}: use fewer, or name a larger cluster with --set ray=ADDRESS."
         )
     return {"num_cpus": 1} | ({"num_gpus": 1} if has_gpus and config.device != "cpu" else {})
 
@@ -616,7 +616,7 @@ def _join_ray(address: str | None) -> None:
     try:
         ray.init(**({"address": address} | options))
     except Exception as error:  # Ray raises errors of many types, for example on a busy machine.
-        where = "did not start" if address is None else f"has no cluster at --ray {address}"
+        where = "did not start" if address is None else f"has no cluster at ray={address}"
         raise ValueError(
             f"--replicas: Ray {where} ({error}): `ray start --head` starts a cluster."
         ) from error
@@ -632,8 +632,8 @@ def start_replicas(
     Returns (the engines, the start screen). Raises ValueError for settings that replicas do not
     support, a router or cluster that does not exist, or too few cores or GPUs.
     """
-    for plugin, flag in (("disaggregation", "--role"), ("tensor_parallel", "--tp")):
-        if config.uses(plugin):
+    for is_set, flag in ((config.role is not None, "--role"), (config.tp > 1, "--tp")):
+        if is_set:
             raise ConfigError(f"--replicas and {flag} cannot be combined: remove one of them.")
     config, make_router = resolve_config(config, read_model), find_router(settings.router)
     fleet = RayFleet(config, settings)

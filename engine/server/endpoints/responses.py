@@ -17,9 +17,9 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from engine.messages import EndSession
-from engine.plugins.dialects import PartWriter, as_tool, chat_of, named_event
 from engine.server.access import Tenant
 from engine.server.bodies import APIError, Part, json_response, quoted
+from engine.server.endpoints.chat import PartWriter, as_tool, chat_of, named_event
 from engine.server.schemas import (
     IGNORED,
     MAX_MESSAGES,

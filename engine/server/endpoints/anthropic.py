@@ -14,9 +14,9 @@ import msgspec
 from msgspec import Meta
 from starlette.responses import Response
 
-from engine.plugins.dialects import PartWriter, as_tool, chat_of, named_event
 from engine.requests.request import MAX_COUNT
 from engine.server.bodies import APIError, Body, Part, json_response
+from engine.server.endpoints.chat import PartWriter, as_tool, chat_of, named_event, render
 from engine.server.schemas import (
     MAX_MESSAGES,
     AnswerLimit,
@@ -33,7 +33,7 @@ from engine.server.schemas import (
     TopK,
     TopP,
 )
-from engine.server.writers import Call, new_id, render
+from engine.server.writers import Call, new_id
 from engine.text.answers import Event, Finish, ReasoningDelta, TextDelta, ToolCall, joined
 from engine.text.bounded import read_json
 
@@ -343,7 +343,7 @@ class _MessagesWriter(PartWriter):
         """
         prompt, output = self._prompt, self._answer.output
         num_cached = output.cached_len
-        known = prompt.spec.boundaries.positions
+        known = prompt.boundaries.positions
         marked = [*prompt.cuts, *(known[-1:] if self._given.marks_end else ())]
         num_created = max(0, max(marked, default=0) - num_cached)
         return {

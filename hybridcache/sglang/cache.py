@@ -31,7 +31,8 @@ from hybridcache.allocators.pools import SlotAllocator
 from hybridcache.api import Listener
 from hybridcache.cache import HybridRadixCache, LockHandle
 from hybridcache.config import CacheConfig, build_on
-from hybridcache.export.sglang.translation import (
+from hybridcache.radix.tree import NodeHandle, PathPart, RadixNode
+from hybridcache.sglang.translation import (
     LossMeter,
     Offer,
     RequestStates,
@@ -45,7 +46,6 @@ from hybridcache.export.sglang.translation import (
     tokens_of,
     why_not,
 )
-from hybridcache.radix.tree import NodeHandle, PathPart, RadixNode
 from hybridcache.tokens import Indices, Tokens
 
 

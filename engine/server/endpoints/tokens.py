@@ -8,8 +8,9 @@ from msgspec import field
 from starlette.responses import Response
 
 from engine.server.bodies import APIError, Body, json_response, run
+from engine.server.endpoints.chat import render
 from engine.server.schemas import ChatRequest, Messages, TokenId
-from engine.server.writers import Call, render
+from engine.server.writers import Call
 
 
 class TokenizeRequest(ChatRequest, kw_only=True):
@@ -37,7 +38,7 @@ async def tokenize(call: Call, body: TokenizeRequest) -> Response:
     answer: dict[str, Any] = {"max_model_len": context.engine.facts.max_model_len}
     if body.messages:
         prompt = await render(call, body)
-        tokens, answer["boundaries"] = prompt.tokens, list(prompt.spec.boundaries.positions)
+        tokens, answer["boundaries"] = prompt.tokens, list(prompt.boundaries.positions)
     else:
         [tokens] = await context.encode(
             [body.prompt or ""], body.add_special_tokens, call.tenant.namespace

@@ -20,8 +20,9 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.types import Receive, Scope, Send
 
 from engine.requests.chat_prompt import NO_CHAT, render_chat
-from engine.server.bodies import APIError, ClientGone, settled, unless_gone
-from engine.server.schemas import read_messages
+from engine.server.bodies import APIError, ClientGone, converted, opened, settled
+from engine.server.schemas import KNOWN, Message, completed
+from engine.server.transport import unless_gone
 from engine.text.tokenizer import Tokenizer
 
 Fields = Mapping[str, Any]
@@ -163,7 +164,8 @@ class TraceWriter:
     ) -> tuple[list[int], list[int], list[int]]:
         """Return (ids of the prompt, known boundaries, ids of ``answer`` behind it, as the next
         prompt has them). Raises ValueError if the chat cannot be rendered."""
-        messages = read_messages([*body["messages"], answer])
+        given = [opened(one, KNOWN) for one in (*body["messages"], answer)]
+        messages = completed(converted(given, list[Message], "messages"))
         chat = [message.as_template_input() for message in messages]
         tokenizer, tools = self._tokenizer, body.get("tools")
         said = _text(chat[-1])
@@ -176,7 +178,7 @@ class TraceWriter:
             return ids, [], _piece_ids([said]) + _piece_ids([END])[:has_end]
         how: dict[str, Any] = {"tools": tools, "variables": body.get("chat_template_kwargs")}
         prompt = render_chat(tokenizer, chat[:-1], **how)
-        ids, boundaries = prompt.tokens.tolist(), list(prompt.spec.boundaries.positions)
+        ids, boundaries = prompt.tokens.tolist(), list(prompt.boundaries.positions)
         whole = render_chat(tokenizer, chat, add_generation_prompt=False, **how).tokens.tolist()
         ends = tokenizer.eos_token_ids
         if whole[: len(ids)] != ids or len(whole) == len(ids):

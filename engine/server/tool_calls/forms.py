@@ -4,25 +4,17 @@ from __future__ import annotations
 
 import json
 import re
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
 from msgspec import structs
 
-from engine.plugins.tool_calls.parameters import STRING_PARTS, Pairs, Parameters, read_leniently
 from engine.server.bodies import APIError
 from engine.server.schemas import ChatRequest, Choice, NamedTool
-from engine.text.answers import (
-    MAX_NAME,
-    AnswerReader,
-    Event,
-    RequestOutput,
-    TextDelta,
-    ToolCall,
-    ToolCalls,
-)
+from engine.server.tool_calls.parameters import STRING_PARTS, Pairs, Parameters, read_leniently
+from engine.text.answers import MAX_NAME, AnswerReader, Event, RequestOutput, TextDelta, ToolCall
 from engine.text.grammar import Grammar, GrammarError, quoted
 from engine.text.tokenizer import CALL_CLOSE, CALL_OPEN, CLOSE, OPEN, ChatTemplate, any_of
 
@@ -56,8 +48,8 @@ class Call(NamedTuple):
     """Warning about the arguments."""
 
 
-class Form(ToolCalls):
-    """Common part of the forms, whose calls are between the same marks."""
+class Form(ABC):
+    """Calls of tools in the answers to one chat, between the marks of a form."""
 
     MARKS: tuple[str, ...]
     ENDS: tuple[str, ...]
@@ -78,6 +70,7 @@ class Form(ToolCalls):
         self._offered: list[Function] = [tool["function"] for tool in tools]
         self.functions = {one["name"]: Parameters(one) for one in self._offered}
         self.marks = self.MARKS if tools else ()
+        """Texts with which a call begins; () if every call is text."""
         self.is_single, self._choice = is_single, choice
 
     @abstractmethod
@@ -98,11 +91,15 @@ class Form(ToolCalls):
         return unknown if self.functions else "'tool_choice' is 'none'"
 
     def reader(self, **options: Any) -> AnswerReader:
+        """Return a reader of an answer with calls, with the ``options`` of ``AnswerReader``."""
         return CallReader(self, options)
 
     def restrict(
         self, forms: dict[str, Callable[[], Grammar]], format_name: str, may_think: bool
     ) -> None:
+        """Add required or strict calls to the requested forms of an answer: parameter of the body
+        -> function that makes its grammar. The form ``format_name`` is then that of an answer
+        without calls. ``may_think``: the answer may begin with reasoning."""
         functions, choice = self._offered, self._choice
         if choice not in (None, "none", "auto"):
             name = choice.function.name if isinstance(choice, NamedTool) else None
@@ -589,7 +586,7 @@ def tag(name: str) -> str:
     return quoted(f"{name}>\n")
 
 
-def tool_calls(body: ChatRequest, template: ChatTemplate) -> ToolCalls | None:
+def tool_calls(body: ChatRequest, template: ChatTemplate) -> Form | None:
     """Return the calls in the answers to a chat with tools, or None if they are text. Raises
     APIError 400 if this model does not call tools."""
     choice, source = body.tool_choice, template.source

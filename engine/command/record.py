@@ -61,7 +61,7 @@ def run(arguments: argparse.Namespace) -> int:
     upstream = arguments.to.rstrip("/").removesuffix("/v1")
     import uvicorn
 
-    from engine.plugins.record.proxy import PIECE, Proxy, TraceWriter
+    from engine.command.proxy import PIECE, Proxy, TraceWriter
     from engine.server.settings import ServerConfig, bind, local_address
     from engine.text.gguf_tokenizer import load_tokenizer
     from engine.text.tokenizer import BackendTokenizer, HFTokenizer

@@ -17,7 +17,7 @@ def plug_in() -> None:
     from sglang.srt.arg_groups import choices
     from sglang.srt.mem_cache import registry
 
-    from hybridcache.export.sglang.translation import ADDED_EVICTION
+    from hybridcache.sglang.translation import ADDED_EVICTION
 
     registry.register_radix_cache_backend(NAME, _build)
     choices.add_radix_eviction_policy_choices(
@@ -27,6 +27,6 @@ def plug_in() -> None:
 
 def _build(ctx: Any) -> Any:
     """Build the backend. Its module is imported lazily, because only schedulers need it."""
-    from hybridcache.export.sglang.cache import build_backend
+    from hybridcache.sglang.cache import build_backend
 
     return build_backend(ctx)

@@ -1,1 +1,0 @@
-"""The page: a view of a running engine's cache."""

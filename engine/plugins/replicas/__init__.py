@@ -1,2 +1,0 @@
-"""Several engines behind one server, on Ray. Each request goes to a replica that has much of
-its prompt in the cache."""
