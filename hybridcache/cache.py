@@ -283,12 +283,9 @@ class HybridRadixCache:
         loadable = () if offload is None else offload.loadable(deepest, cached_len, num_tokens)
         never_seen, kv_evicted = num_tokens - seen_len, seen_len - kv_match_len
         never_saved, below_grid = grid_len - saved_len, kv_match_len - grid_len
-        causes = never_seen, kv_evicted, saved_len - cached_len, never_saved, below_grid, 0, 0
-        # The constructors take twice as long as the function that they call.
-        losses = tuple.__new__(Losses, causes)
+        losses = Losses(never_seen, kv_evicted, saved_len - cached_len, never_saved, below_grid)
         lengths = num_tokens, cached_len, kv_match_len, seen_len
-        found = (*lengths, losses, last, namespace, missed, checkpoint, loadable, forks)
-        return tuple.__new__(PrefixMatch, found)
+        return PrefixMatch(*lengths, losses, last, namespace, missed, checkpoint, loadable, forks)
 
     def gather(self, node: NodeHandle | None) -> Indices:
         """Return a copy of the KV indices from the root to the end of ``node``: int32[position].
@@ -883,8 +880,8 @@ class HybridRadixCache:
         if kv_match_len < num_tokens and leaf.children is None and leaf.kv is not None:
             self.policy.add(leaf.kv)
         duplicates = kv_indices[owned_from:kv_match_len] if kv_match_len > owned_from else EMPTY
-        result = num_tokens, duplicates, rejected, None if leaf.parent is None else leaf
-        return tuple.__new__(InsertResult, result)
+        end = None if leaf.parent is None else leaf
+        return InsertResult(num_tokens, duplicates, rejected, end)
 
     def label_tip(self, node: NodeHandle | None, stop_reason: str) -> None:
         """Add ``stop_reason`` to the label of the deepest checkpoint of the answer that ends at

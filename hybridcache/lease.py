@@ -475,23 +475,21 @@ class Lease:
                 placement.on_hit(match.resumed)
             if match.missed is not None:
                 placement.on_ghost_hit(match.missed, match.missed_tokens)
-        positions, answer_survives = request.boundaries
-        fields = (
-            self.prompt_len,
-            match.cached_len,
-            match.kv_match_len,
-            match.seen_len,
-            positions,
-            self._step,
-            match.resumed,
-            match.missed,
-            match.forks,
-            answer_survives and not request.exact,
-            cache.free_slots,
-            cache.num_checkpoints,
-            cache.shares_memory,
+        prefill = Prefill(
+            prompt_len=self.prompt_len,
+            cached_len=match.cached_len,
+            kv_match_len=match.kv_match_len,
+            seen_len=match.seen_len,
+            boundaries=request.boundaries.positions,
+            grid=self._step,
+            resumed=match.resumed,
+            missed=match.missed,
+            forks=match.forks,
+            answer_survives=request.boundaries.answer_survives and not request.exact,
+            free_slots=cache.free_slots,
+            num_checkpoints=cache.num_checkpoints,
+            shares_memory=cache.shares_memory,
         )
-        prefill: Prefill = tuple.__new__(Prefill, fields)  # As in ``cache.match``.
         placement.on_prefill(prefill)
         for position, label in prefill.on_grid(placement.plan(prefill)).items():
             self._planned.setdefault(position, label)
