@@ -396,7 +396,7 @@ def api() -> str:
 STEPS = {
     "hybridcache.allocators.moves": ("Move", "Copy", "Drop", "RowWrite", "StepMemory"),
     "hybridcache.api": ("CacheStats", "Losses", "Listener"),
-    "hybridcache.tiers": ("path_of",),
+    "hybridcache.offload": ("path_of",),
     "hybridcache.policies.protocol": ("PromptBoundaries", "FetchRule", "PolicyError"),
     "hybridcache.geometry.times": ("Exchange", "PrefillTimes"),
 }

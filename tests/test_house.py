@@ -88,8 +88,8 @@ def test_packages_import_only_allowed_packages(package: str) -> None:
 
 
 ORDER = {
-    "hybridcache": "command tokens radix allocators policies api watch cache tiers config lease "
-    "scheduling geometry export routing lab",
+    "hybridcache": "command tokens radix allocators policies api offload watch cache tiers config "
+    "lease scheduling geometry export routing lab",
     "engine": "config weights layers models errors text requests schedule messages runner "
     "core engine async_engine server worker command",
 }

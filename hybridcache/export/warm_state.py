@@ -36,8 +36,7 @@ from hybridcache.cache import HybridRadixCache
 from hybridcache.policies.eviction.survival import Survival
 from hybridcache.policies.placement import Adaptive
 from hybridcache.policies.protocol import PlacementPolicy
-from hybridcache.radix.tree import GHOST_NODE_BYTES, Checkpoint, RadixNode
-from hybridcache.tiers import is_superseded
+from hybridcache.radix.tree import GHOST_NODE_BYTES, Checkpoint, RadixNode, is_superseded
 from hybridcache.tokens import read_namespace
 
 MAGIC = b"HCMEMRY5"
@@ -215,7 +214,8 @@ class Memory:
                 policy.load_memo(item, memo)
             for node in cache.iter_nodes():
                 state = node.offloaded.state if node.offloaded else None
-                if state is not None:  # ``adopt`` has added it without a history.
+                if state is not None and cache.offload is not None:
+                    # ``adopt`` has added it without a history.
                     tier, lost = cache.offload.tiers[state.tier], node.lost_checkpoint
                     tier.policy.discard(state, evicted=False)
                     state.memo = None if lost is None else lost.memo

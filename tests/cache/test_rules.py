@@ -36,7 +36,7 @@ def test_check_finds_an_arena_that_does_not_notify_the_tree():
     sizes = {"total_bytes": 400, "kv_bytes_per_token": 2, "state_bytes": 20}
     cache = build_prefix_cache(CacheConfig(memory="arena", **sizes))
     cache.check()
-    del cache.arena.holders[cache._segments]
+    del cache.arena.holders[cache._row_index]
     with pytest.raises(AssertionError, match="the tree is not notified of moves"):
         cache.check()
 

@@ -14,8 +14,8 @@ from hybridcache.lease import Lease, LeaseRequest
 from hybridcache.policies.eviction.scored import FIFO
 from hybridcache.policies.protocol import Item, PolicyError
 from hybridcache.policies.registry import EvictionSpec, parse_placement
-from hybridcache.radix.tree import RadixNode
-from hybridcache.tiers import OffloadedCheckpoint, TieredRadixCache
+from hybridcache.radix.tree import OffloadedCheckpoint, RadixNode
+from hybridcache.tiers import TieredRadixCache
 from hybridcache.tokens import Tokens
 from tests.cache.serving import PerToken, Rate, carried_out, ids, serve
 from tests.cache.tiers import TieredMemory

@@ -32,10 +32,11 @@ from hybridcache.cache import HybridRadixCache
 from hybridcache.config import CacheConfig
 from hybridcache.export.warm_state import Memory, pack, unpack, write_memory
 from hybridcache.geometry.units import GIB, format_bytes
+from hybridcache.offload import path_of
 from hybridcache.policies.protocol import PlacementPolicy
 from hybridcache.radix.tree import Kind, RadixNode
 from hybridcache.scheduling.cache_manager import CacheManager
-from hybridcache.tiers import TieredRadixCache, path_of
+from hybridcache.tiers import TieredRadixCache
 from hybridcache.tokens import EMPTY, Indices
 
 

@@ -17,6 +17,7 @@ from engine.schedule.report import StepReport
 from hybridcache.allocators.moves import DISK, Copy, Transfer
 from hybridcache.api import PrefixMatch
 from hybridcache.geometry.model import ModelGeometry
+from hybridcache.offload import OffloadTiers
 from hybridcache.policies.protocol import FetchRule
 from hybridcache.radix.tree import RadixNode
 from hybridcache.scheduling.cache_manager import CacheManager
@@ -104,6 +105,12 @@ class Staging(Fetcher):
         self._manager, self._disk, self._exchange = manager, disk, exchange
         self._readings: list[Reading] = []
 
+    @property
+    def _offload(self) -> OffloadTiers:
+        offload = self._manager.cache.offload
+        assert offload is not None, "the cache was made with tiers"
+        return offload
+
     def wants(self, request: Request, match: PrefixMatch) -> bool:
         best = match.best_load(self._exchange)
         return best is not None and best.num_bytes[DISK] > 0
@@ -111,8 +118,7 @@ class Staging(Fetcher):
     def begin(self, request: Request, match: PrefixMatch) -> Fetch | None:
         best = match.best_load(self._exchange)
         assert best is not None, "a load is begun only if it is wanted"
-        tier = self._manager.cache.offload.names.index(DISK)
-        reads = self._disk.stage(_disk_rows(best.node, tier))
+        reads = self._disk.stage(_disk_rows(best.node, self._offload.names.index(DISK)))
         reading = Reading(request, best.position, best.position - match.cached_len, reads)
         self._readings.append(reading)
         return reading
@@ -121,7 +127,7 @@ class Staging(Fetcher):
         """See ``Fetcher``. Entries that cannot be read are dropped from the tree first, so that no
         request waits for them again."""
         done = [one for one in self._readings if all(read.done() for read in one.reads)]
-        disk, offload, steps = self._disk, self._manager.cache.offload, self._manager.cache.steps
+        disk, offload, steps = self._disk, self._offload, self._manager.cache.steps
         disk.settle()
         if disk.is_off:
             offload.closed.add(offload.names.index(DISK))
