@@ -929,7 +929,7 @@ class HybridRadixCache:
         return InsertResult(num_tokens, duplicates, rejected, last)
 
     def label_tip(self, node: NodeHandle | None, stop_reason: str) -> None:
-        """Add ``stop_reason`` to the label of the deepest checkpoint of the answer that ends at
+        """Set the ``stop_reason`` of the deepest checkpoint of the answer that ends at
         ``node``.
 
         Replaces an earlier stop reason. Does nothing if there is no checkpoint, or if the path
@@ -939,9 +939,8 @@ class HybridRadixCache:
         while last is not None and type(last.children) is not dict:
             tip = last.checkpoint
             if tip is not None:
-                label = f"{tip.label.partition('/')[0]}/{stop_reason}"
-                if label != tip.label:
-                    tip.label = label
+                if stop_reason != tip.stop_reason:
+                    tip.stop_reason = stop_reason
                     self.policy.on_relabelled(tip)
                 return
             last = last.parent
@@ -1022,16 +1021,23 @@ class HybridRadixCache:
         return tuple(rejected)
 
     def _store_checkpoint(
-        self, node: RadixNode, slot: int, label: str, offered: bool, uses: int = 0
+        self,
+        node: RadixNode,
+        slot: int,
+        label: str,
+        offered: bool,
+        was: Checkpoint | None = None,
     ) -> None:
-        """Store ``slot`` as the checkpoint of ``node``, with ``uses`` earlier uses.
+        """Store ``slot`` as the checkpoint of ``node``, with the uses and the stop reason of
+        ``was``, which a tier had.
 
         ``offered`` is True if the policy holds the KV of ``node`` as a candidate. O(nodes down to
         the next checkpoint, or else up to it).
         """
         serial, self.num_items = self.num_items, self.num_items + 1
         checkpoint = Checkpoint(node, slot, self.now, serial, self.item_bytes, label)
-        checkpoint.uses = uses
+        if was is not None:
+            checkpoint.uses, checkpoint.stop_reason = was.uses, was.stop_reason
         self._is_cached[slot] = 1
         self.num_checkpoints += 1
         self.stats.inserted_slots += 1

@@ -145,7 +145,7 @@ class TieredRadixCache(HybridRadixCache):
             self._review(base)
         dst = np.array([slot], np.int32)
         offload.copy("checkpoint", offload.names[state.tier], state.rows, DEVICE, dst, target)
-        self._store_checkpoint(target, slot, state.label, not path, state.uses)
+        self._store_checkpoint(target, slot, state.label, not path, state)
         if path:  # It was a ghost, so it has no resident children.
             assert target.kv is not None
             self.policy.add(target.kv)
@@ -159,12 +159,17 @@ class TieredRadixCache(HybridRadixCache):
             lost.stored = None if node.offloaded is None else node.offloaded.state
 
     def _store_checkpoint(
-        self, node: RadixNode, slot: int, label: str, offered: bool, uses: int = 0
+        self,
+        node: RadixNode,
+        slot: int,
+        label: str,
+        offered: bool,
+        was: Checkpoint | None = None,
     ) -> None:
         """Free the offloaded state of ``node``, which is on the device again."""
         if node.offloaded is not None:
             self.offload.drop_state(node)
-        super()._store_checkpoint(node, slot, label, offered, uses)
+        super()._store_checkpoint(node, slot, label, offered, was)
 
     def adopt(
         self, tokens: Tokens, namespace: Hashable = None, tier: str = "disk"

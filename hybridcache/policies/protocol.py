@@ -150,15 +150,6 @@ class Placed(NamedTuple):
     """Name of the rule."""
 
 
-def base_label(label: str) -> str:
-    """Return ``label`` without the stop reason that may follow a slash.
-
-    >>> base_label("decode/tool_use"), base_label("back:4")
-    ('decode', 'back:4')
-    """
-    return label.partition("/")[0]
-
-
 class Prefill(NamedTuple):
     """Prompt data for placement policies, known before the prefill. All lengths are in tokens."""
 

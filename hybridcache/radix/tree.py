@@ -187,8 +187,10 @@ class Item:
     """True if a deeper checkpoint exists on the same unforked path, or is about to: a running
     request has taken its slot."""
     label: str
-    """Placement rule that saved it: end, branch, boundary, backoff, every ... The deepest
-    checkpoint of a finished request carries its stop reason, if that is known: decode/tool_use."""
+    """Placement rule that saved it: end, branch, boundary, backoff, every ..."""
+    stop_reason: str
+    """Reason why the answer before it ended (``hybridcache.lease.STOP_REASONS``), for the deepest
+    checkpoint of a finished request. Empty for others, or if it is not known."""
     node: RadixNode
     """Node of the tree, for the cache only."""
     item_bytes: ItemBytes
@@ -275,7 +277,7 @@ class Edge(Item):
 
     kind = "kv"
     superseded = False
-    label = ""
+    label = stop_reason = ""
 
     def __init__(
         self, node: RadixNode, rows: Indices, now: int, serial: int, item_bytes: ItemBytes
@@ -308,7 +310,7 @@ class Edge(Item):
 class Checkpoint(Item):
     """State after exactly ``node.end`` tokens: an evictable item of kind ``checkpoint``."""
 
-    __slots__ = ("label", "num_successors", "slot", "stored", "superseded")
+    __slots__ = ("label", "num_successors", "slot", "stop_reason", "stored", "superseded")
 
     kind = "checkpoint"
     dead = False
@@ -323,6 +325,7 @@ class Checkpoint(Item):
         self.serial = serial
         self.item_bytes = item_bytes
         self.label = label
+        self.stop_reason = ""
         self.uses = 0
         self.num_successors = 0
         """Running requests that will save a deeper checkpoint (``LockHandle.superseded``)."""
@@ -330,6 +333,11 @@ class Checkpoint(Item):
         self.stored: OffloadedCheckpoint | None = None
         """Item in an offload tier that replaced it, or None."""
         self.memo = None
+
+    @property
+    def title(self) -> str:
+        """Label, with the stop reason if that is known, for people: decode/tool_use."""
+        return f"{self.label}/{self.stop_reason}" if self.stop_reason else self.label
 
     def __repr__(self) -> str:
         return f"<checkpoint slot={self.slot} at {self.node.end} used={self.last_used}>"
@@ -464,7 +472,7 @@ class OffloadedCheckpoint(Checkpoint):
     def __init__(self, was: Checkpoint, tier: int, rows: Indices) -> None:
         """Make the item for ``was`` in ``tier``, with its uses and age but without its memo."""
         super().__init__(was.node, -1, was.created, was.serial, was.item_bytes, was.label)
-        self.last_used, self.uses = was.last_used, was.uses
+        self.last_used, self.uses, self.stop_reason = was.last_used, was.uses, was.stop_reason
         self.superseded = is_superseded(was.node)
         self.tier = tier
         self.rows = rows
