@@ -403,7 +403,8 @@ STEPS = {
 """Names of boundaries and results, and for an engine with an arena or tiers."""
 
 SCHEDULING = {
-    "hybridcache.scheduling.planner": ("StepPlanner", "Holding", "AdmissionReport"),
+    "hybridcache.scheduling.planner": ("StepPlanner", "AdmissionReport"),
+    "hybridcache.scheduling.loading": ("Loader", "PrefixLoad"),
     "hybridcache.scheduling.cache_manager": (
         "CacheManager",
         "ScheduledRequest",

@@ -27,7 +27,6 @@ from engine.requests.request import (
     SamplingInput,
     SamplingParams,
 )
-from engine.schedule.fetching import Fetcher
 from engine.schedule.report import CacheReport, PoolReport, StepReport, cache_kind
 from engine.schedule.scheduler import EMPTY, Batch, BytesLost, Scheduler, StepHooks
 from engine.text.answers import FinishReason, RequestOutput
@@ -38,6 +37,7 @@ from hybridcache.cache import HybridRadixCache
 from hybridcache.policies.protocol import PolicyError
 from hybridcache.policies.registry import make_admission
 from hybridcache.scheduling.cache_manager import CacheManager
+from hybridcache.scheduling.loading import Loader
 
 if TYPE_CHECKING:
     from engine.runner.model_runner import ModelRunner
@@ -79,7 +79,7 @@ class EngineCore:
         self.on_end: list[Callable[[Request], None]] = [scheduler.drafting.forget]
         """Functions that are called with every request that has ended."""
         self._scheduler = scheduler
-        self._manager = scheduler.manager
+        self._manager, self._loader = scheduler.manager, scheduler.loader
         overlap = self.config.overlap
         self._overlaps = overlap == "on" or (overlap == "auto" and runner.is_asynchronous)
         self._in_flight: Batch | None = None
@@ -189,6 +189,8 @@ class EngineCore:
         """Accept no more work from other engines, because the engine is about to end. Local
         requests can still be submitted. Work in progress for other engines, or requested from
         them, is finished unless ``at_once``."""
+        if self._loader is not None and at_once:
+            self._loader.end_all()
         for hooks in self._hooks:
             hooks.disconnect(at_once=at_once)
 
@@ -209,6 +211,8 @@ class EngineCore:
         try:
             self._is_changing = True
             if not self._scheduler.must_commit:
+                if self._loader is not None:
+                    self._loader.advance()
                 for hooks in self._hooks:
                     hooks.before_step()
             step = due = self._launch()
@@ -232,6 +236,8 @@ class EngineCore:
         # After a step with drafts, published states are in their slots only after the runner's
         # commit.
         was_lost = self._manager.lost_moves() or half_done.has_drafts
+        if self._loader is not None and was_lost:
+            self._loader.end_all()
         for hooks in self._hooks:
             hooks.on_step_failed(was_lost=was_lost)
         if was_lost:
@@ -250,6 +256,8 @@ class EngineCore:
         }
         admission = make_admission(self.config.admission)
         interrupted = self._scheduler.begin_again(requests, admission)
+        if self._loader is not None:
+            self._loader.end_all()
         for hooks in self._hooks:
             try:
                 hooks.on_step_failed(was_lost=True)
@@ -263,6 +271,8 @@ class EngineCore:
         self._laps = [self.clock()]
         step = self._scheduler.schedule()
         if step is EMPTY and self._in_flight is None:
+            if self._loader is not None:
+                self._loader.wait()
             for hooks in self._hooks:
                 hooks.wait()
             if self._scheduler.withholds_all:
@@ -549,8 +559,8 @@ class Plugin(StepHooks):
     def __init__(self, config: EngineConfig) -> None:
         self.config = config
 
-    def open_manager(self, manager: CacheManager, runner: ModelRunner) -> Fetcher | None:
-        """Prepare the new ``manager``. Returns a fetcher of prefixes, or None."""
+    def open_manager(self, manager: CacheManager, runner: ModelRunner) -> Loader[Request] | None:
+        """Prepare the new ``manager``. Returns a loader of prefixes, or None."""
         return None
 
     def attach(self, engine: EngineCore, manager: CacheManager) -> None:

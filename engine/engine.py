@@ -14,7 +14,6 @@ from engine.core import EngineCore, Plugin
 from engine.models import read_model
 from engine.requests.logit_rules import LogitRule
 from engine.requests.request import Intake
-from engine.schedule.fetching import Fetching
 from engine.schedule.report import cache_kind
 from engine.schedule.scheduler import NO_DRAFTS, Scheduler
 from engine.text.grammar import Grammar
@@ -107,7 +106,7 @@ def engine_plugins(config: EngineConfig) -> dict[str, Plugin]:
 
             plugins["disaggregation"] = PrefillServer(config)
         else:
-            from engine.plugins.disaggregation.prefix_fetch import DecodePlugin
+            from engine.plugins.disaggregation.prefix_load import DecodePlugin
 
             plugins["disaggregation"] = DecodePlugin(config)
     return plugins
@@ -223,7 +222,6 @@ def assemble(intake: Intake, runner: ModelRunner, plugins: Mapping[str, Plugin])
         **options,
     )
     opened = [plugin.open_manager(manager, runner) for plugin in plugins.values()]
-    fetcher = next((one for one in opened if one is not None), None)
     speculation = cast("SpeculationPlugin | None", plugins.get("speculation"))
     return Scheduler(
         manager,
@@ -232,7 +230,7 @@ def assemble(intake: Intake, runner: ModelRunner, plugins: Mapping[str, Plugin])
         admission=make_admission(config.admission),
         shares=caches,
         drafting=speculation.draft_planner(runner, shares=caches) if speculation else NO_DRAFTS,
-        fetching=None if fetcher is None else Fetching(manager, fetcher),
+        loader=next((one for one in opened if one is not None), None),
         clock=intake.clock,
     )
 

@@ -21,7 +21,7 @@ from engine.text.grammar import GrammarError
 from hybridcache.allocators.moves import Transfer
 from hybridcache.policies.admission import AdmissionPolicy
 from hybridcache.scheduling.cache_manager import CacheManager
-from hybridcache.scheduling.planner import Holding, StepPlanner
+from hybridcache.scheduling.planner import StepPlanner
 from hybridcache.tokens import Tokens
 
 
@@ -300,14 +300,12 @@ class Scheduler(StepPlanner[Request]):
         manager: CacheManager,
         *,
         drafting: DraftPlanner = NO_DRAFTS,
-        fetching: Holding[Request] | None = None,
         **options: Any,
     ) -> None:
         """``options`` are those of ``StepPlanner``."""
-        super().__init__(manager, fetching=fetching, **options)
+        super().__init__(manager, **options)
         self.manager = manager
-        parts = fetching, None if drafting is NO_DRAFTS else drafting
-        self.hooks = tuple(part for part in parts if isinstance(part, StepHooks))
+        self.hooks: tuple[StepHooks, ...] = () if drafting is NO_DRAFTS else (drafting,)
         self.drafting = drafting
         self._verifies = False
         self.progressed: list[Request] = []

@@ -156,8 +156,8 @@ class ScheduledRequest(WaitingRequest):
         """Its claims on the cache: None while it waits. It has a row for as long as a lease."""
         self.losses: Losses | None = None
         """Causes of the tokens that were not reused; None before the first admission."""
-        self.fetched_len: int | None = None
-        """Tokens of KV that were fetched for it; None if no fetch was considered yet."""
+        self.loaded_len: int | None = None
+        """Tokens of KV that were loaded for it; None if no load was considered yet."""
         self.scheduled_s: float | None = None
         """Time of its first admission."""
         self.is_counted = False

@@ -30,6 +30,7 @@ from typing import Generic, TypeVar, cast
 from hybridcache.lease import Lease
 from hybridcache.policies.admission import AdmissionPolicy, Load, Sessions, WaitingRequest
 from hybridcache.scheduling.cache_manager import CacheManager, ScheduledRequest
+from hybridcache.scheduling.loading import Loader
 from hybridcache.tokens import common_prefix_len, require_index
 
 TILE = 64
@@ -51,7 +52,6 @@ longer."""
 _age = attrgetter("arrival")
 
 R = TypeVar("R", bound=ScheduledRequest)
-Q = TypeVar("Q", bound=ScheduledRequest)
 
 
 @dataclass(slots=True)
@@ -89,29 +89,6 @@ class PrefillBudget:
         self.tokens -= num_tokens
         self.tiles -= -(-num_tokens // TILE)
         self.scored -= num_tokens * scores
-
-
-class Holding(Generic[Q]):
-    """Waiting requests that are held until their prefix is loaded. This class holds none."""
-
-    loads = False
-    """True if a request can be held."""
-
-    @property
-    def requests(self) -> set[Q]:
-        """Waiting requests that are held or being loaded."""
-        return set()
-
-    def is_holding(self, request: Q) -> bool:
-        """Return whether ``holds`` would be True again, without looking at tokens. O(1)."""
-        return False
-
-    def holds(self, request: Q) -> bool:
-        """Return whether waiting ``request`` must wait for a load; may begin it."""
-        return False
-
-    def forget(self, request: Q) -> None:
-        """Record that ``request`` no longer waits."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,7 +163,7 @@ class StepPlanner(Generic[R]):
         token_budget: int,
         admission: AdmissionPolicy,
         shares: bool = True,
-        fetching: Holding[R] | None = None,
+        loader: Loader[R] | None = None,
         clock: Callable[[], float],
     ) -> None:
         """
@@ -197,7 +174,7 @@ class StepPlanner(Generic[R]):
             admission: order of the waiting requests.
             shares: True if published entries are kept, so that waiting for another request's prefix
                 can pay.
-            fetching: prefixes of waiting requests that are loaded from tiers, or None.
+            loader: loads of prefixes for waiting requests, or None.
             clock: function that returns seconds.
 
         Raises:
@@ -214,7 +191,7 @@ class StepPlanner(Generic[R]):
         self.max_running = max_running
         self._token_budget = token_budget
         self._shares = shares
-        self._holding: Holding[R] = Holding() if fetching is None else fetching
+        self.loader = loader
         self._clock = clock
         self._begin_empty(admission)
 
@@ -318,7 +295,8 @@ class StepPlanner(Generic[R]):
             self._matches.pop(request, None)
             if self._sharing is not None:
                 self._sharing.forget(request)
-            self._holding.forget(request)
+            if self.loader is not None:
+                self.loader.forget(request)
         self._has_left(request)
 
     def choose(self) -> dict[R, int]:
@@ -488,13 +466,13 @@ class StepPlanner(Generic[R]):
         waiting = self.admission.order(tuple(self._waiting), self._load)
         candidates = cast("tuple[R, ...]", tuple(islice(waiting, len(self._waiting))))
         self._withholds_all = not candidates
-        num_looked_at = num_unled = 0
+        num_looked_at, num_unled, loader = 0, 0, self.loader
         for request in candidates:
-            is_held = self._holding.is_holding(request)
+            is_held = loader is not None and loader.is_holding(request)
             yield request
             num_looked_at += not is_held
             follows = self._sharing is not None and self._sharing.follows(request)
-            num_unled += not (follows or self._holding.is_holding(request))
+            num_unled += not (follows or (loader is not None and loader.is_holding(request)))
             if num_unled == 2 * self.max_running or num_looked_at == 8 * self.max_running:
                 return
 
@@ -508,12 +486,12 @@ class StepPlanner(Generic[R]):
             goal = self._sharing.goal(request) if self._sharing is not None else 0
             num_taken = len(self._running) + len(passed)
             has_turn = not budget.is_spent and num_taken < self.max_running
-            may_begin = has_turn or self._holding.loads
+            may_begin = has_turn or self.loader is not None
             if self._is_full or not may_begin or self._manager.num_slots_at_hand == 0:
                 continue
             if goal and self._manager.match(request).cached_len < goal:
                 continue
-            if self._holding.holds(request):
+            if self.loader is not None and self.loader.holds(request):
                 continue
             if not has_turn:
                 continue
@@ -580,8 +558,9 @@ class StepPlanner(Generic[R]):
         assert len(self._running) <= self.max_running, f"{len(self._running)} requests run"
         assert self._num_in_flight in (0, 1), f"{self._num_in_flight} steps are in flight"
         compared = set() if self._sharing is None else self._sharing.followers
+        held = set() if self.loader is None else self.loader.requests
         fault = "a request that does not wait follows a leader, or is held for a load"
-        assert compared | self._holding.requests <= set(self._waiting), fault
+        assert compared | held <= set(self._waiting), fault
 
 
 # --- Prefix sharing -------------------------------------------------------------------------------

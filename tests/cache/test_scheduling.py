@@ -14,7 +14,8 @@ from hybridcache.scheduling.cache_manager import (
     MemorySizes,
     ScheduledRequest,
 )
-from hybridcache.scheduling.planner import Holding, StepPlanner
+from hybridcache.scheduling.loading import Loader
+from hybridcache.scheduling.planner import StepPlanner
 from tests.cache.serving import hybrid, ids, publish
 from tests.cache.test_refusals import manager, planner, scheduled, spec
 
@@ -226,10 +227,12 @@ def test_a_waiting_request_is_matched_once_while_the_cache_does_not_change(monke
     assert len(matched) == 2
 
 
-class Counting(Holding[ScheduledRequest]):
-    """Holding that counts the requests that it is asked for, and those forgotten."""
+class Counting(Loader[ScheduledRequest]):
+    """Loader that loads nothing, and counts the requests that it is asked for, and those
+    forgotten."""
 
-    def __init__(self) -> None:
+    def __init__(self, manager: CacheManager) -> None:
+        super().__init__(manager)
         self.seen: set[ScheduledRequest] = set()
         self.forgotten: list[ScheduledRequest] = []
 
@@ -237,15 +240,19 @@ class Counting(Holding[ScheduledRequest]):
         self.seen.add(request)
         return False
 
+    def wants(self, *_: object) -> bool:
+        return False
+
+    begin = advance = wait_for_data = wants  # type: ignore[assignment]
+
     def forget(self, request: ScheduledRequest) -> None:
         self.forgotten.append(request)
 
 
 @pytest.mark.parametrize(("are_equal", "num_seen"), [(False, 4), (True, 16)])
 def test_a_step_looks_at_few_waiting_requests(are_equal: bool, num_seen: int):
-    counting = Counting()
     owned = manager(cache=hybrid(grid=8), placement=parse_placement("backoff"))
-    owner = planner(manager=owned, fetching=counting, token_budget=64)
+    owner = planner(manager=owned, loader=(counting := Counting(owned)), token_budget=64)
     requests = [
         scheduled(ids(range(first, first + 90)), arrival=number, max_len=99)
         for number in range(30)

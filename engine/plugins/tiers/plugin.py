@@ -23,7 +23,6 @@ from engine.plugins.tiers.staging import MeasuredExchange, Staging, is_kept
 from engine.plugins.tiers.tier_copies import KEPT, TierCopier
 from engine.runner.backends import digest_of
 from engine.runner.model_runner import ModelRunner
-from engine.schedule.fetching import Fetcher
 from engine.schedule.report import FolderReport, StepReport, TierReport
 from engine.text.tokenizer import Tokenizer
 from hybridcache.allocators.moves import DEVICE, DISK, HOST, Copy
@@ -182,8 +181,8 @@ class TierPlugin(Plugin):
             )
         self.adopt()
 
-    def open_manager(self, manager: CacheManager, runner: ModelRunner) -> Fetcher | None:
-        """See ``Plugin``. The fetcher reads from disk for waiting requests."""
+    def open_manager(self, manager: CacheManager, runner: ModelRunner) -> Staging | None:
+        """See ``Plugin``. The loader reads from disk for waiting requests."""
         self._manager = manager
         if self.disk is None:
             return None
