@@ -38,6 +38,7 @@ from hybridcache.policies.protocol import PolicyError
 from hybridcache.policies.registry import make_admission
 from hybridcache.scheduling.cache_manager import CacheManager
 from hybridcache.scheduling.loading import Loader
+from hybridcache.tokens import EMPTY as NO_TOKENS
 
 if TYPE_CHECKING:
     from engine.runner.model_runner import ModelRunner
@@ -76,8 +77,10 @@ class EngineCore:
         """Functions that are called after every step."""
         self.recent = BoundedMemory[str, Request](RECENT_BYTES)
         """Requests that ended last, by id."""
-        self.on_end: list[Callable[[Request], None]] = [scheduler.drafting.forget]
+        self.on_end: list[Callable[[Request], None]] = []
         """Functions that are called with every request that has ended."""
+        if scheduler.drafting is not None:
+            self.on_end.append(scheduler.drafting.forget)
         self._scheduler = scheduler
         self._manager, self._loader = scheduler.manager, scheduler.loader
         overlap = self.config.overlap
@@ -94,7 +97,7 @@ class EngineCore:
         """Outputs of the requests that ``stream`` follows, not yet taken."""
         self._is_changing = False
         """True during a step while it changes the cache and the queue."""
-        self._hooks: tuple[StepHooks, ...] = (*scheduler.hooks, *plugins.values())
+        self._hooks: tuple[StepHooks, ...] = tuple(plugins.values())
         self._is_closed = False
 
     @property
@@ -309,7 +312,8 @@ class EngineCore:
                 drawn = None
                 if index in late_tokens:
                     drawn = partial(_token, self._in_flight, late_tokens[index])
-                inputs += request.sampling_inputs(segment.draft.tokens, drawn)
+                drafts = NO_TOKENS if segment.draft is None else segment.draft.tokens
+                inputs += request.sampling_inputs(drafts, drawn)
                 rows += range(num_rows - 1 - segment.num_drafts, num_rows)
         if inputs:
             step.drawn = self._sampler.launch(logits, inputs, rows)
@@ -451,6 +455,8 @@ class EngineCore:
 
     def _forget(self, *, was_lost: bool) -> None:
         self.cache.reset()
+        if self._scheduler.drafting is not None:
+            self._scheduler.drafting.reset()
         for hooks in self._hooks:
             hooks.on_cache_emptied(was_lost=was_lost)
 

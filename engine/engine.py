@@ -15,7 +15,7 @@ from engine.models import read_model
 from engine.requests.logit_rules import LogitRule
 from engine.requests.request import Intake
 from engine.schedule.report import cache_kind
-from engine.schedule.scheduler import NO_DRAFTS, Scheduler
+from engine.schedule.scheduler import Scheduler
 from engine.text.grammar import Grammar
 from engine.weights.hub import resolve_config
 from engine.weights.model_config import read_config
@@ -25,7 +25,7 @@ from hybridcache.policies.registry import make_admission, parse_placement
 from hybridcache.scheduling.cache_manager import CacheManager
 
 if TYPE_CHECKING:
-    from engine.plugins.speculation.draft_manager import SpeculationPlugin
+    from engine.plugins.speculation.drafters import SpeculationPlugin
     from engine.plugins.tiers.plugin import TierPlugin
     from engine.runner.model_runner import ModelRunner
     from engine.runner.sampler import Sampler
@@ -91,7 +91,7 @@ def engine_plugins(config: EngineConfig) -> dict[str, Plugin]:
 
         plugins["tensor_parallel"] = TensorParallelPlugin(config)
     if config.uses("speculation"):
-        from engine.plugins.speculation.draft_manager import SpeculationPlugin
+        from engine.plugins.speculation.drafters import SpeculationPlugin
 
         plugins["speculation"] = SpeculationPlugin(config)
     if config.uses("tiers"):
@@ -133,18 +133,12 @@ def load(config: EngineConfig) -> tuple[ModelRunner, Sampler, Tokenizer]:
 def load_runner(config: EngineConfig) -> ModelRunner:
     """Load the model that ``config`` names, with the parts of its plugins. Raises ModelError."""
     from engine.runner import build
-    from engine.runner.steps import Drafts
 
-    drafts = Drafts
-    if config.uses("speculation"):
-        from engine.plugins.speculation.verification import Verification
-
-        drafts = Verification
     if config.uses("tensor_parallel"):
         from engine.plugins.tensor_parallel.coordinator import LeadingRunner
 
-        return LeadingRunner.start(config, drafts)
-    return build.load_runner(config, drafts=drafts)
+        return LeadingRunner.start(config)
+    return build.load_runner(config)
 
 
 def load_tokenizer_of(config: EngineConfig, vocab_size: int | None) -> Tokenizer | None:
@@ -229,7 +223,7 @@ def assemble(intake: Intake, runner: ModelRunner, plugins: Mapping[str, Plugin])
         token_budget=config.token_budget,
         admission=make_admission(config.admission),
         shares=caches,
-        drafting=speculation.draft_planner(runner, shares=caches) if speculation else NO_DRAFTS,
+        drafting=speculation.drafting(runner, shares=caches) if speculation else None,
         loader=next((one for one in opened if one is not None), None),
         clock=intake.clock,
     )

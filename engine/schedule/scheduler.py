@@ -5,7 +5,7 @@ their results."""
 from __future__ import annotations
 
 import logging
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from operator import attrgetter
@@ -16,6 +16,7 @@ import numpy.typing as npt
 from msgspec import Struct, structs
 
 from engine.requests.request import Request
+from engine.schedule.drafting import Draft, Drafting
 from engine.text.answers import NO_TOKEN, FinishReason, SampledToken
 from engine.text.grammar import GrammarError
 from hybridcache.allocators.moves import Transfer
@@ -31,19 +32,6 @@ class BytesLost(RuntimeError):
 
 UNKNOWN: Tokens = np.zeros(1, np.int32)
 """Tokens of a segment whose one token is drawn but has not reached the host."""
-
-
-@dataclass(frozen=True, slots=True)
-class Draft:
-    """Tokens proposed as a continuation of a request."""
-
-    tokens: Tokens
-    """int32[d] with d of 1 or more."""
-    source: str
-    """Name of the drafter."""
-
-
-NO_DRAFT = Draft(np.empty(0, np.int32), "")
 
 
 class Segment(Struct, frozen=True):
@@ -76,8 +64,8 @@ class Segment(Struct, frozen=True):
     """True if the logits of the last position give the next token."""
     scores: bool = False
     """True if the logits give the prompt's log-probabilities."""
-    draft: Draft = NO_DRAFT
-    """Draft at the end of ``token_ids``."""
+    draft: Draft | None = None
+    """Draft at the end of ``token_ids``, or None."""
 
     @classmethod
     def of(
@@ -85,7 +73,7 @@ class Segment(Struct, frozen=True):
         request: Request,
         end: int,
         exports: tuple[tuple[int, int], ...],
-        draft: Draft = NO_DRAFT,
+        draft: Draft | None = None,
     ) -> Segment:
         """Make the segment from the scheduled length of ``request`` to ``end``, and ``draft``."""
         lease, row = request.claims
@@ -95,7 +83,7 @@ class Segment(Struct, frozen=True):
         token_ids = request.tokens[start:end] if end <= request.num_tokens else UNKNOWN
         scores = not is_decode and request.wants_scores
         num_logits, num_drafts = len(token_ids) if scores else int(samples), 0
-        if draft is not NO_DRAFT:
+        if draft is not None:
             token_ids = np.concatenate([token_ids, draft.tokens])
             num_logits, num_drafts = len(token_ids), len(draft.tokens)
         return cls(
@@ -131,7 +119,7 @@ class Segment(Struct, frozen=True):
         if not self.samples:
             return []
         run = [next(sampled)]
-        if not self.num_drafts:
+        if self.draft is None:
             return run
         drawn = [next(sampled) for _ in range(self.num_drafts)]
         for guess, token in zip(self.draft.tokens.tolist(), drawn, strict=True):
@@ -263,32 +251,6 @@ class StepHooks:
         return {}
 
 
-class DraftPlanner(StepHooks):
-    """Decides which decoding requests get drafts, by default none."""
-
-    @property
-    def requests(self) -> Set[Request]:
-        """Requests with private state."""
-        return frozenset()
-
-    def propose(self, decoding: Iterable[tuple[Request, int]]) -> dict[Request, Draft]:
-        """Return drafts for some of the decoding (request, maximum length), once per step."""
-        return {}
-
-    def may_guess(self, running: Iterable[Request]) -> bool:
-        """Return True if any of them may get a draft in its next step."""
-        return False
-
-    def learn(self, segment: Segment, num_accepted: int, num_new: int) -> None:
-        """Record how many drafts of ``segment`` were accepted. The answer, which may have ended
-        inside the draft, got ``num_new`` tokens."""
-
-    def forget(self, request: Request) -> None:
-        """Drop the state of a request that has ended."""
-
-
-NO_DRAFTS = DraftPlanner()
-
 logger = logging.getLogger(__name__)
 
 
@@ -299,13 +261,12 @@ class Scheduler(StepPlanner[Request]):
         self,
         manager: CacheManager,
         *,
-        drafting: DraftPlanner = NO_DRAFTS,
+        drafting: Drafting | None = None,
         **options: Any,
     ) -> None:
         """``options`` are those of ``StepPlanner``."""
         super().__init__(manager, **options)
         self.manager = manager
-        self.hooks: tuple[StepHooks, ...] = () if drafting is NO_DRAFTS else (drafting,)
         self.drafting = drafting
         self._verifies = False
         self.progressed: list[Request] = []
@@ -361,7 +322,8 @@ class Scheduler(StepPlanner[Request]):
         interrupted = tuple(one for one in self._running if one.finish_reason is None)
         self.restart(going, admission)
         for request in known:
-            self.drafting.forget(request)
+            if self.drafting is not None:
+                self.drafting.forget(request)
             is_listed = request in self.progressed
             if request.finish_reason is not None:
                 request.lose_claims()
@@ -388,18 +350,18 @@ class Scheduler(StepPlanner[Request]):
         """
         if self.must_commit or (self._num_in_flight and self._must_wait):
             return EMPTY
-        if self._num_in_flight and self.drafting.may_guess(self._running):
+        if self._num_in_flight and self.drafting and self.drafting.may_guess(self._running):
             return EMPTY
         ends = self.choose()
-        drafts = {} if self.drafting is NO_DRAFTS else self._drafts(ends)
+        drafts = {} if self.drafting is None else self._drafts(self.drafting, ends)
         segments: list[Segment] = []
         late_tokens: list[tuple[int, int]] = []
         num_drawn = 0
         for request in sorted(
             ends, key=lambda one: (one.scheduled_len < one.prefill_len, one in drafts)
         ):
-            draft, end = drafts.get(request, NO_DRAFT), ends[request]
-            full_end = end if draft is NO_DRAFT else end + len(draft.tokens)
+            draft, end = drafts.get(request), ends[request]
+            full_end = end if draft is None else end + len(draft.tokens)
             exports = self._manager.take_checkpoint_slots(request, full_end)
             if exports is None:
                 continue
@@ -421,10 +383,10 @@ class Scheduler(StepPlanner[Request]):
         late = tuple(late_tokens)
         return Batch(tuple(segments), copies.restores, copies.row_writes, late, copies.transfers)
 
-    def _drafts(self, ends: Mapping[Request, int]) -> dict[Request, Draft]:
+    def _drafts(self, drafting: Drafting, ends: Mapping[Request, int]) -> dict[Request, Draft]:
         """Return drafts for requests that compute their newest token, if there is memory."""
         # A draft follows the newest token, which a step in flight has yet to draw.
-        drafts = self.drafting.propose(
+        drafts = drafting.propose(
             (request, request.max_len - 1 - end)
             for request, end in ends.items()
             if not self._num_in_flight
@@ -479,11 +441,12 @@ class Scheduler(StepPlanner[Request]):
                     self._fail(request, error)
                     if not isinstance(error, Exception):
                         raise
-            if segment.num_drafts and has_logits:
+            draft, drafting = segment.draft, self.drafting
+            if draft is not None and drafting is not None and has_logits:
                 # The newest token is not computed. Tokens after a stop do not count.
                 request.computed_len = request.scheduled_len = request.num_tokens - 1
                 self._manager.roll_back(request)
-                self.drafting.learn(segment, len(run) - 1, request.num_tokens - num_before)
+                drafting.learn(request, draft, len(run) - 1, request.num_tokens - num_before)
             if segment.num_drafts:
                 taken.append(request.computed_len - segment.start if has_logits else 0)
             if request.finish_reason is not None:
@@ -501,4 +464,5 @@ class Scheduler(StepPlanner[Request]):
 
     def check(self) -> None:
         super().check()
-        assert self.drafting.requests <= {*self._waiting, *self._running, *self.progressed}
+        drafted = set() if self.drafting is None else self.drafting.requests
+        assert drafted <= {*self._waiting, *self._running, *self.progressed}
