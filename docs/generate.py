@@ -407,10 +407,9 @@ SCHEDULING = {
     "hybridcache.scheduling.loading": ("Loader", "PrefixLoad"),
     "hybridcache.scheduling.cache_manager": (
         "CacheManager",
-        "ScheduledRequest",
-        "RequestFields",
         "MemorySizes",
     ),
+    "hybridcache.scheduling.request": ("ScheduledRequest", "RequestFields"),
     "hybridcache.policies.registry": ("make_admission",),
     "hybridcache.policies.admission": ("AdmissionPolicy",),
 }

@@ -217,6 +217,28 @@ def test_public_names_are_few_and_have_docstrings() -> None:
         assert (getattr(hybridcache, name).__doc__ or "").strip(), f"{name} has no docstring"
 
 
+JOINED = (
+    *("hybridcache/scheduling", "engine/schedule", "engine/plugins/tiers"),
+    *("engine/plugins/disaggregation", "engine/plugins/speculation"),
+)
+"""Folders whose classes derive from classes of other files."""
+
+
+@pytest.mark.parametrize("folder", JOINED)
+def test_joints_of_the_scheduler_are_public(folder: str) -> None:
+    """No file uses a private name that another one defines."""
+    for file in files_of(folder):
+        nodes, defined, used = [*ast.walk(parsed(file))], set[str](), set[str]()
+        for node in nodes:
+            if isinstance(node, ast.FunctionDef | ast.ClassDef):
+                defined.add(node.name)
+            elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+                defined.add(node.target.id)
+            elif isinstance(node, ast.Attribute) and re.match(r"_[a-z]", node.attr):
+                (used if isinstance(node.ctx, ast.Load) else defined).add(node.attr)
+        assert used - defined <= {"_replace"}, (file.name, used - defined)
+
+
 def test_ranks_stay_in_the_room_for_weights() -> None:
     """Layers, models and the runner describe units; ``engine/weights`` divides them among ranks."""
     word = re.compile(r"\b(?:Rank|rank|ranks|Cut|cut|cuts|own_ids|shares_inputs)\b|\.join\(x")

@@ -44,7 +44,7 @@ from engine.text.grammar import Grammar, GrammarError
 from engine.text.tokenizer import CLOSE, IdTokenizer, read_json
 from hybridcache.geometry.gguf import is_gguf
 from hybridcache.policies.protocol import PromptBoundaries, require_boundaries
-from hybridcache.scheduling.cache_manager import ScheduledRequest
+from hybridcache.scheduling.request import ScheduledRequest
 from hybridcache.tokens import Tokens, require_namespace
 
 if TYPE_CHECKING:
@@ -297,7 +297,7 @@ class Request(ScheduledRequest):
         """True if the answer ended with a stop string."""
         self._intake = intake
         self.make_rules()
-        self.answer = Answer(self._buffer[: self.prompt_len])
+        self.answer = Answer(self.buffer[: self.prompt_len])
         self.scores: list[SampledToken] = []
         """Log-probabilities of prompt tokens 1, 2, ..."""
         self.transferred: Transferred | None = None
@@ -320,7 +320,7 @@ class Request(ScheduledRequest):
 
     def _make_rules(self) -> Iterator[LogitRule]:
         """Yield the rules of the answer, in the order in which they apply."""
-        params, intake, prompt = self.params, self._intake, self._buffer[: self.prompt_len]
+        params, intake, prompt = self.params, self._intake, self.buffer[: self.prompt_len]
         vocab_size = intake.vocab_size
         if self.spec.grammar is not None:
             yield intake.grammar_rule(self.spec.grammar, self.namespace)
@@ -338,7 +338,7 @@ class Request(ScheduledRequest):
     @property
     def output(self) -> npt.NDArray[np.int32]:
         """The answer so far, as a view."""
-        return self._buffer[self.prompt_len : self.num_tokens]
+        return self.buffer[self.prompt_len : self.num_tokens]
 
     @property
     def wants_scores(self) -> bool:
@@ -476,7 +476,7 @@ class Request(ScheduledRequest):
         if last is not None and not self.output_is_taken:
             return last
         first, num_chars = (0, 0) if last is None else (last.num_tokens, last.num_chars)
-        answer.tokens = self._buffer[self.prompt_len :]
+        answer.tokens = self.buffer[self.prompt_len :]
         num_pieces = len(answer.text)
         new_text = "".join(answer.text[self._num_pieces :])
         scores = None

@@ -20,6 +20,7 @@ from engine.schedule.drafting import Draft, Drafting
 from engine.text.answers import NO_TOKEN, FinishReason, SampledToken
 from engine.text.grammar import GrammarError
 from hybridcache.allocators.moves import Transfer
+from hybridcache.lease import Lease
 from hybridcache.policies.admission import AdmissionPolicy
 from hybridcache.scheduling.cache_manager import CacheManager
 from hybridcache.scheduling.planner import StepPlanner
@@ -58,7 +59,7 @@ class Segment(Struct, frozen=True):
     """Draft tokens at the end of a decode. ``ModelRunner.commit`` writes its state and exports."""
     request: Request = None  # type: ignore[assignment]
     """Request of the tokens; set in every segment that the scheduler makes."""
-    lease: object = None
+    lease: Lease = None  # type: ignore[assignment]
     """Lease of the request when the step was planned. The results apply only if it still has it."""
     samples: bool = False
     """True if the logits of the last position give the next token."""
@@ -266,7 +267,6 @@ class Scheduler(StepPlanner[Request]):
     ) -> None:
         """``options`` are those of ``StepPlanner``."""
         super().__init__(manager, **options)
-        self.manager = manager
         self.drafting = drafting
         self._verifies = False
         self.progressed: list[Request] = []
@@ -275,7 +275,7 @@ class Scheduler(StepPlanner[Request]):
     @property
     def must_commit(self) -> bool:
         """True if the step in flight has drafts, so memory must not change before its commit."""
-        return self._verifies and self._num_in_flight > 0
+        return self._verifies and self.num_in_flight > 0
 
     def abort(self, request: Request, reason: FinishReason = "abort") -> None:
         """End ``request`` at once, in any state, and publish the computed tokens: a client that
@@ -285,7 +285,7 @@ class Scheduler(StepPlanner[Request]):
         if request.finish_reason is not None:
             return
         try:
-            request.finish(reason, self._clock())
+            request.finish(reason, self.clock())
         except Exception as error:
             self._fail(request, error)
         if request.lease is None:
@@ -297,17 +297,16 @@ class Scheduler(StepPlanner[Request]):
         """Requeue the running requests after a failed step, which left their states unknown. They
         continue from published entries. Returns those without their last token."""
         interrupted = []
-        for request in tuple(self._running):
+        for request in tuple(self.running):
             if request.finish_reason is None:
-                self._manager.abort(request)
-                self._requeue(request)
+                self.requeue(request)
                 interrupted.append(request)
             else:
                 self.remove(request)
-        for request in self._waiting:
+        for request in self.waiting:
             if request.lease is not None:  # The step failed while it was being admitted.
-                self._manager.abort(request)
-        self._num_in_flight = 0
+                self.manager.release(request)
+        self.num_in_flight = 0
         self._renew_rules(interrupted)
         return tuple(interrupted)
 
@@ -319,7 +318,7 @@ class Scheduler(StepPlanner[Request]):
         no last token."""
         known = sorted(requests, key=attrgetter("arrival"))
         going = [one for one in known if one.finish_reason is None]
-        interrupted = tuple(one for one in self._running if one.finish_reason is None)
+        interrupted = tuple(one for one in self.running if one.finish_reason is None)
         self.restart(going, admission)
         for request in known:
             if self.drafting is not None:
@@ -348,9 +347,9 @@ class Scheduler(StepPlanner[Request]):
         the device. No request is then preempted. It is empty if the previous one must be committed
         first: if memory is short, the previous step has drafts, or a request is due for a draft.
         """
-        if self.must_commit or (self._num_in_flight and self._must_wait):
+        if self.must_commit or (self.num_in_flight and self.must_wait):
             return EMPTY
-        if self._num_in_flight and self.drafting and self.drafting.may_guess(self._running):
+        if self.num_in_flight and self.drafting and self.drafting.may_guess(self.running):
             return EMPTY
         ends = self.choose()
         drafts = {} if self.drafting is None else self._drafts(self.drafting, ends)
@@ -362,7 +361,7 @@ class Scheduler(StepPlanner[Request]):
         ):
             draft, end = drafts.get(request), ends[request]
             full_end = end if draft is None else end + len(draft.tokens)
-            exports = self._manager.take_checkpoint_slots(request, full_end)
+            exports = self.take_checkpoint_slots(request, full_end)
             if exports is None:
                 continue
             segment = Segment.of(request, end, exports, draft)
@@ -374,12 +373,12 @@ class Scheduler(StepPlanner[Request]):
                 request.num_drawn += 1
                 request.drawn_row = num_drawn
                 num_drawn += 1
-        if not segments and not self._manager.has_moves:
+        if not segments and not self.manager.has_moves:
             # Changes that ``publish`` makes to a request's row wait for the next segments.
             return EMPTY
-        self._num_in_flight += bool(segments)
+        self.num_in_flight += bool(segments)
         self._verifies = bool(drafts)
-        copies = self._manager.take_step()
+        copies = self.manager.take_step()
         late = tuple(late_tokens)
         return Batch(tuple(segments), copies.restores, copies.row_writes, late, copies.transfers)
 
@@ -389,14 +388,14 @@ class Scheduler(StepPlanner[Request]):
         drafts = drafting.propose(
             (request, request.max_len - 1 - end)
             for request, end in ends.items()
-            if not self._num_in_flight
+            if not self.num_in_flight
             and request.scheduled_len >= request.prefill_len
             and end == request.num_tokens
         )
         return {
             request: draft
             for request, draft in drafts.items()
-            if self._manager.extend(request, ends[request] + len(draft.tokens))
+            if self.extend(request, ends[request] + len(draft.tokens))
         }
 
     def commit(
@@ -413,14 +412,14 @@ class Scheduler(StepPlanner[Request]):
 
         Returns the number of computed tokens that count for each segment with drafts.
         """
-        self._num_in_flight -= bool(step.segments)
+        self.num_in_flight -= bool(step.segments)
         taken: list[int] = []
-        tokens, scores, now_s = iter(sampled), iter(scored), self._clock()
+        tokens, scores, now_s = iter(sampled), iter(scored), self.clock()
         for segment in step.segments:
             run = segment.run_of(tokens)
-            request = segment.request
+            request, lease = segment.request, segment.lease
             scored_now = next(scores) if segment.scores else ()
-            if request.lease is not segment.lease:
+            if request.lease is not lease:
                 taken += [0] * bool(segment.num_drafts)
                 continue
             request.num_drawn -= segment.samples
@@ -445,7 +444,7 @@ class Scheduler(StepPlanner[Request]):
             if draft is not None and drafting is not None and has_logits:
                 # The newest token is not computed. Tokens after a stop do not count.
                 request.computed_len = request.scheduled_len = request.num_tokens - 1
-                self._manager.roll_back(request)
+                lease.roll_back(request.computed_len, unwritten=True)
                 drafting.learn(request, draft, len(run) - 1, request.num_tokens - num_before)
             if segment.num_drafts:
                 taken.append(request.computed_len - segment.start if has_logits else 0)
@@ -456,7 +455,7 @@ class Scheduler(StepPlanner[Request]):
 
     def _fail(self, request: Request, error: BaseException) -> None:
         """End ``request`` alone with an error that was raised for it."""
-        request.fail(error, self._clock())
+        request.fail(error, self.clock())
         if isinstance(error, GrammarError | FloatingPointError):
             logger.warning("Request %s ends: %s", request.request_id, error)
         else:
@@ -465,4 +464,4 @@ class Scheduler(StepPlanner[Request]):
     def check(self) -> None:
         super().check()
         drafted = set() if self.drafting is None else self.drafting.requests
-        assert drafted <= {*self._waiting, *self._running, *self.progressed}
+        assert drafted <= {*self.waiting, *self.running, *self.progressed}

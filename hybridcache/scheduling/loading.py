@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from hybridcache.api import PrefixMatch
-from hybridcache.scheduling.cache_manager import CacheManager, ScheduledRequest
+from hybridcache.scheduling.cache_manager import CacheManager
+from hybridcache.scheduling.request import ScheduledRequest
 from hybridcache.tokens import common_prefix_len
 
 logger = logging.getLogger(__name__)
@@ -50,7 +51,7 @@ class Loader(ABC, Generic[R]):
     """Maximum number of loads in progress."""
 
     def __init__(self, manager: CacheManager) -> None:
-        self._manager = manager
+        self.manager = manager
         self._pending: dict[R, PrefixLoad] = {}
         self._held: dict[R, R | None] = {}
         """Requests without a load in progress, each with the request that loads its prefix, or None
@@ -111,7 +112,7 @@ class Loader(ABC, Generic[R]):
             request.loaded_len = ended.num_loaded
         if request.loaded_len is not None or request.wants_scores:
             return False
-        match = self._manager.match(request)
+        match = self.manager.cache.match(request.tokens, request.namespace)
         other = self._loading_for_another(request, match.kv_match_len)
         must_load = other is not None or self.wants(request, match)
         if other is not None or (must_load and not self._has_room):
@@ -126,7 +127,7 @@ class Loader(ABC, Generic[R]):
 
     def _loading_for_another(self, request: R, kv_match_len: int) -> R | None:
         """Return a request whose load covers more of ``request`` than the cache, or None."""
-        least = kv_match_len + self._manager.cache.checkpoint_grid
+        least = kv_match_len + self.manager.cache.checkpoint_grid
         for other, load in self._pending.items():
             if (
                 other.namespace == request.namespace

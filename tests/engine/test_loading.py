@@ -102,7 +102,7 @@ def make(loader: SlowLoader, kv: int, slots: int, max_running: int) -> Engine:
     config = engine_config(check=True, exact=True, max_running=max_running)
 
     def hooks(manager: CacheManager) -> dict[str, Loader[Request]]:
-        loader._manager = manager
+        loader.manager = manager
         return {"loader": loader}
 
     loader.engine = engine = engine_with(hooks, config, **parts)
@@ -186,12 +186,12 @@ class LoadMachine(RuleBasedStateMachine):
         """Check that only requests with a load, or behind one, are left; no load ends meanwhile."""
         for _ in range(400):
             self.step(1)
-            if not self.engine._scheduler.num_running:
+            if not self.engine._scheduler.running:
                 break
         waiting = [r for r in self.engine.requests if r.lease is None]
         loading = [load.request for load in self.loader.pending]
         for request in waiting:
-            match = self.engine._manager.match(request)
+            match = self.engine.cache.match(request.tokens, request.namespace)
             is_behind = any(
                 common_prefix_len(request.tokens, other.tokens) > match.kv_match_len
                 for other in loading

@@ -250,13 +250,13 @@ class PeerLoader(Loader[Request]):
         except wire.TransferError as error:
             self._report(address, end, error)
             return None
-        cache, stateful = self._manager.cache, self._manager.stateful
+        cache, stateful = self.manager.cache, self.manager.stateful
         tokens = request.tokens[:end].copy()
         arrival = ReceivedPrefix.begin(cache, tokens, namespace, stateful=stateful)
         if arrival is None:
             connection.close()
             return None
-        self._manager.other_holders[arrival] = None
+        self.manager.other_holders[arrival] = None
         load = PeerLoad(self, request, address, connection, arrival)
         self._active.append(load)
         assert isinstance(namespace, str | None)
@@ -272,7 +272,7 @@ class PeerLoader(Loader[Request]):
 
     def _end(self, request: Request) -> int:
         """Return the last grid position below the end of ``request``."""
-        grid = self._manager.cache.checkpoint_grid
+        grid = self.manager.cache.checkpoint_grid
         return (request.num_tokens - 1) // grid * grid
 
     def _choose(self) -> tuple[str, int] | None:
@@ -310,7 +310,7 @@ class PeerLoader(Loader[Request]):
     def end(self, load: PeerLoad) -> None:
         """Publish a complete prefix, or release its memory."""
         self._active.remove(load)
-        self._manager.other_holders.pop(load.arrival, None)
+        self.manager.other_holders.pop(load.arrival, None)
         load.connection.close()
         wire_bytes, needed_bytes = load.connection.num_bytes, 0
         self.counts.wire_bytes += wire_bytes

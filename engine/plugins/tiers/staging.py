@@ -108,7 +108,7 @@ class Staging(Loader[Request]):
 
     @property
     def _offload(self) -> OffloadTiers:
-        offload = self._manager.cache.offload
+        offload = self.manager.cache.offload
         assert offload is not None, "the cache was made with tiers"
         return offload
 
@@ -128,7 +128,7 @@ class Staging(Loader[Request]):
         """See ``Loader``. Entries that cannot be read are dropped from the tree first, so that no
         request waits for them again."""
         done = [one for one in self._readings if all(read.done() for read in one.reads)]
-        disk, offload, steps = self._disk, self._offload, self._manager.cache.steps
+        disk, offload, steps = self._disk, self._offload, self.manager.cache.steps
         disk.settle()
         if disk.is_off:
             offload.closed.add(offload.names.index(DISK))
