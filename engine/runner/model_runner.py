@@ -99,10 +99,9 @@ class ModelRunner:
 
     def settle(self) -> None:
         """Copy every state to its request's slot. See ``Verification.settle``."""
-        if self.drafts is None:
-            return
         self.device.make_current()  # The calling thread may be a new one, as in ``forward``.
-        self._copy_states(self.drafts.settle())
+        if self.drafts is not None:
+            self._copy_states(self.drafts.settle())
 
     def table_row(self, row: int, end: int) -> Indices:
         """Return the KV indices of the positions of ``row`` below ``end``, on the host."""
