@@ -28,7 +28,7 @@ from engine.requests.request import (
     SamplingParams,
 )
 from engine.schedule.report import CacheReport, PoolReport, StepReport, cache_kind
-from engine.schedule.scheduler import EMPTY, Batch, BytesLost, Scheduler, StepHooks
+from engine.schedule.scheduler import EMPTY, Batch, BytesLost, Scheduler
 from engine.text.answers import FinishReason, RequestOutput
 from engine.text.bounded import BoundedMemory
 from engine.text.grammar import Grammar, GrammarError
@@ -97,7 +97,6 @@ class EngineCore:
         """Outputs of the requests that ``stream`` follows, not yet taken."""
         self._is_changing = False
         """True during a step while it changes the cache and the queue."""
-        self._hooks: tuple[StepHooks, ...] = tuple(plugins.values())
         self._is_closed = False
 
     @property
@@ -177,7 +176,7 @@ class EngineCore:
             or self._in_flight is not None
             or bool(self._scheduler.progressed)
             or bool(self._outputs)
-            or any(hooks.has_work for hooks in self._hooks)
+            or any(plugin.has_work for plugin in self.plugins.values())
         )
 
     def run_idle_tasks(self) -> float | None:
@@ -185,7 +184,7 @@ class EngineCore:
         task is due, or None if there is none."""
         if self.config.check:
             self.check()
-        delays = [hooks.on_idle() for hooks in self._hooks]
+        delays = [plugin.on_idle() for plugin in self.plugins.values()]
         return min((delay for delay in delays if delay is not None), default=None)
 
     def disconnect(self, *, at_once: bool) -> None:
@@ -194,8 +193,8 @@ class EngineCore:
         them, is finished unless ``at_once``."""
         if self._loader is not None and at_once:
             self._loader.end_all()
-        for hooks in self._hooks:
-            hooks.disconnect(at_once=at_once)
+        for plugin in self.plugins.values():
+            plugin.disconnect(at_once=at_once)
 
     def step(self) -> list[RequestOutput]:
         """Compute one batch; returns the new output of each request.
@@ -216,8 +215,8 @@ class EngineCore:
             if not self._scheduler.must_commit:
                 if self._loader is not None:
                     self._loader.advance()
-                for hooks in self._hooks:
-                    hooks.before_step()
+                for plugin in self.plugins.values():
+                    plugin.before_step()
             step = due = self._launch()
             if self._overlaps:  # The device has probably finished the previous step.
                 due, self._in_flight = self._in_flight or EMPTY, step if step.segments else None
@@ -241,8 +240,8 @@ class EngineCore:
         was_lost = self._manager.lost_moves() or half_done.has_drafts
         if self._loader is not None and was_lost:
             self._loader.end_all()
-        for hooks in self._hooks:
-            hooks.on_step_failed(was_lost=was_lost)
+        for plugin in self.plugins.values():
+            plugin.on_step_failed(was_lost=was_lost)
         if was_lost:
             self._forget(was_lost=True)
         return interrupted
@@ -261,9 +260,9 @@ class EngineCore:
         interrupted = self._scheduler.begin_again(requests, admission)
         if self._loader is not None:
             self._loader.end_all()
-        for hooks in self._hooks:
+        for plugin in self.plugins.values():
             try:
-                hooks.on_step_failed(was_lost=True)
+                plugin.on_step_failed(was_lost=True)
             except Exception:  # It may be half changed too.
                 logger.exception("A part of the engine could not end its work.")
         self._forget(was_lost=True)
@@ -276,8 +275,8 @@ class EngineCore:
         if step is EMPTY and self._in_flight is None:
             if self._loader is not None:
                 self._loader.wait()
-            for hooks in self._hooks:
-                hooks.wait()
+            for plugin in self.plugins.values():
+                plugin.wait()
             if self._scheduler.withholds_all:
                 time.sleep(WITHHELD_S)
         self._laps.append(self.clock())
@@ -457,8 +456,8 @@ class EngineCore:
         self.cache.reset()
         if self._scheduler.drafting is not None:
             self._scheduler.drafting.reset()
-        for hooks in self._hooks:
-            hooks.on_cache_emptied(was_lost=was_lost)
+        for plugin in self.plugins.values():
+            plugin.on_cache_emptied(was_lost=was_lost)
 
     def report(self) -> CacheReport:
         """Return the current sizes, rates and losses of the cache. O(running requests +
@@ -467,7 +466,9 @@ class EngineCore:
         held_rows, held_slots = self._manager.held()
         kv = PoolReport.of(cache.free_tokens, cache.cached_tokens, held_rows)
         slots = PoolReport.of(cache.free_slots, cache.num_checkpoints, held_slots)
-        optional = {key: value for hooks in self._hooks for key, value in hooks.report().items()}
+        optional = {
+            key: value for plugin in self.plugins.values() for key, value in plugin.report().items()
+        }
         total, is_kept = cache.stats.total, config.prefix_cache != "none"
         return CacheReport(
             prefix_cache=cache_kind(config, memory),
@@ -506,8 +507,8 @@ class EngineCore:
         self.disconnect(at_once=True)
         while self.has_work():
             self.step()
-        for hooks in self._hooks:
-            hooks.close()
+        for plugin in self.plugins.values():
+            plugin.close()
 
     def check(self) -> None:
         """Raise AssertionError unless every invariant of the cache holds, ``free + cached + held ==
@@ -557,10 +558,10 @@ def _token(before: Batch | None, row: int) -> int:
     return int(before.drawn.wait()[row].token_id)
 
 
-class Plugin(StepHooks):
+class Plugin:
     """One optional capability of one engine, made from its settings before anything is loaded. The
-    hooks here are called in this order while the engine is built, those of ``StepHooks``
-    afterwards. Each does nothing unless it is overridden."""
+    methods are called in this order: first, once each, while the engine is built; then around its
+    steps, in its thread. Each does nothing unless it is overridden."""
 
     def __init__(self, config: EngineConfig) -> None:
         self.config = config
@@ -575,3 +576,36 @@ class Plugin(StepHooks):
     def start_screen(self) -> Sequence[tuple[str, str]]:
         """Return lines of the start screen: (title, text)."""
         return ()
+
+    @property
+    def has_work(self) -> bool:
+        """True if ``before_step`` has something to do although no request waits or runs."""
+        return False
+
+    def before_step(self) -> None:
+        """Process events since the last step, in a bounded time."""
+
+    def wait(self) -> None:
+        """Sleep briefly, or until ``before_step`` has work, because nothing can be computed."""
+
+    def on_step_failed(self, *, was_lost: bool) -> None:
+        """End work that depends on the failed step. ``was_lost``: the contents of all rows are
+        unknown too, and the cache is emptied next."""
+
+    def on_cache_emptied(self, *, was_lost: bool) -> None:
+        """Update the plugin. ``was_lost``: rows were lost, and no caller emptied the cache."""
+
+    def on_idle(self) -> float | None:
+        """Do background work. Returns the seconds until the next task is due, or None."""
+        return None
+
+    def disconnect(self, *, at_once: bool) -> None:
+        """Accept no more work from other processes. End ``at_once`` all work done for them or
+        requested from them, or finish it. May be called repeatedly."""
+
+    def close(self) -> None:
+        """Complete pending writes and end other processes, after the last step."""
+
+    def report(self) -> Mapping[str, Any]:
+        """Return fields of ``CacheReport``."""
+        return {}

@@ -6,7 +6,7 @@ from __future__ import annotations
 import itertools
 import time
 from bisect import bisect
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
@@ -313,27 +313,25 @@ class Request(ScheduledRequest):
         """Pieces of the text that outputs contain."""
 
     def make_rules(self) -> None:
-        """Make the rules of the answer, which follow it from its beginning. Raises GrammarError."""
+        """Make the rules of the answer, in the order in which they apply. They follow it from its
+        beginning. Raises GrammarError."""
         self._fault: tuple[int, GrammarError] | None = None
         """(draw, error) of the first draw that a grammar could not be followed to."""
-        self._rules: tuple[LogitRule, ...] = tuple(self._make_rules())
-
-    def _make_rules(self) -> Iterator[LogitRule]:
-        """Yield the rules of the answer, in the order in which they apply."""
         params, intake, prompt = self.params, self._intake, self.buffer[: self.prompt_len]
-        vocab_size = intake.vocab_size
+        vocab_size, rules = intake.vocab_size, list[LogitRule]()
         if self.spec.grammar is not None:
-            yield intake.grammar_rule(self.spec.grammar, self.namespace)
+            rules.append(intake.grammar_rule(self.spec.grammar, self.namespace))
         if params.thinking_token_budget is not None and intake.tokenizer is not None:
             budget = params.thinking_token_budget
             is_open = self.spec.is_thinking
-            yield ReasoningBudget(intake.tokenizer, vocab_size, prompt, budget, is_open)
+            rules.append(ReasoningBudget(intake.tokenizer, vocab_size, prompt, budget, is_open))
         if params.logit_bias or params.min_tokens:
             ends = [token for token in sorted(self.end_token_ids) if token < vocab_size]
-            yield BansAndBiases(params.logit_bias, ends, params.min_tokens, vocab_size)
+            rules.append(BansAndBiases(params.logit_bias, ends, params.min_tokens, vocab_size))
         costs = params.repetition_penalty, params.presence_penalty, params.frequency_penalty
         if costs != (1, 0, 0):
-            yield Penalties(prompt, *costs)
+            rules.append(Penalties(prompt, *costs))
+        self._rules: tuple[LogitRule, ...] = tuple(rules)
 
     @property
     def output(self) -> npt.NDArray[np.int32]:

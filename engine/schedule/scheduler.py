@@ -215,43 +215,6 @@ EMPTY = Batch(())
 """Step without work: the runner is not called."""
 
 
-class StepHooks:
-    """Hooks around the steps of one engine, called in its thread. Each does nothing by default."""
-
-    @property
-    def has_work(self) -> bool:
-        """True if ``before_step`` has something to do although no request waits or runs."""
-        return False
-
-    def before_step(self) -> None:
-        """Process events since the last step, in a bounded time."""
-
-    def wait(self) -> None:
-        """Sleep briefly, or until ``before_step`` has work, because nothing can be computed."""
-
-    def on_step_failed(self, *, was_lost: bool) -> None:
-        """End work that depends on the failed step. ``was_lost``: the contents of all rows are
-        unknown too, and the cache is emptied next."""
-
-    def on_cache_emptied(self, *, was_lost: bool) -> None:
-        """Update the plugin. ``was_lost``: rows were lost, and no caller emptied the cache."""
-
-    def on_idle(self) -> float | None:
-        """Do background work. Returns the seconds until the next task is due, or None."""
-        return None
-
-    def disconnect(self, *, at_once: bool) -> None:
-        """Accept no more work from other processes. End ``at_once`` all work done for them or
-        requested from them, or finish it. May be called repeatedly."""
-
-    def close(self) -> None:
-        """Complete pending writes and end other processes, after the last step."""
-
-    def report(self) -> Mapping[str, Any]:
-        """Return fields of ``CacheReport``."""
-        return {}
-
-
 logger = logging.getLogger(__name__)
 
 

@@ -566,7 +566,7 @@ class StepPlanner(Generic[R]):
         if self._sharing is not None:
             self._sharing.let_in(request)
         lease, _ = request.claims
-        session, is_first, losses = request.session, request.scheduled_s is None, lease.losses
+        session, is_first, losses = request.session, request.scheduled_s is None, lease.match.losses
         forgotten = session.known_len - (lease.prompt_len - losses.never_seen)
         forgotten *= self._sharing is not None  # Else nothing is kept, so nothing is evicted.
         request.lost_len = losses.kv_evicted + losses.checkpoint_evicted + max(0, forgotten)
@@ -630,7 +630,7 @@ class Sharing:
 
     def let_in(self, request: ScheduledRequest) -> None:
         """Register ``request`` as running: it follows no leader, and others may follow it."""
-        self.forget(request)
+        self._points.pop(request, None)
         self._leaders = [one for one in self._leaders if one.is_prefilling and one is not request]
         self._leaders.append(request)
 

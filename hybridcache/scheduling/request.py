@@ -74,6 +74,7 @@ class ScheduledRequest(WaitingRequest):
         self.arrival, self.arrival_s, self.max_len = arrival, arrival_s, max_len
         self.num_tokens = self.prefill_len = self.prompt_len = len(prompt)
         self.spec = spec
+        self.namespace = spec.namespace
         self.request_id = str(spec.request_id)
         self.buffer = np.empty(min(len(prompt) + 256, max_len), np.int32)
         """Prompt and answer so far, and room for more tokens."""
@@ -92,10 +93,6 @@ class ScheduledRequest(WaitingRequest):
         """Time of its first admission."""
         self.is_counted = False
         """True if an earlier lease of this request is counted in the cache's statistics."""
-
-    @property
-    def namespace(self) -> Hashable:
-        return self.spec.namespace
 
     @property
     def tokens(self) -> Tokens:

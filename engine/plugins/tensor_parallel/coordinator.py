@@ -349,7 +349,7 @@ class TensorParallelPlugin(Plugin):
         self._followers = runner.followers if isinstance(runner, LeadingRunner) else None
 
     def on_idle(self) -> float | None:
-        """See ``StepHooks``. Raises RunnerLost if a rank has ended."""
+        """See ``Plugin``. Raises RunnerLost if a rank has ended."""
         if self._followers is None:
             return None
         self._followers.check()

@@ -199,7 +199,7 @@ class TierPlugin(Plugin):
 
     @property
     def has_work(self) -> bool:
-        """See ``StepHooks``: transfers wait for a batch."""
+        """See ``Plugin``: transfers wait for a batch."""
         return self._manager.has_moves
 
     def attach(self, engine: EngineCore, manager: CacheManager) -> None:
@@ -235,7 +235,7 @@ class TierPlugin(Plugin):
         return None
 
     def report(self) -> Mapping[str, Any]:
-        """See ``StepHooks``. O(tiers)."""
+        """See ``Plugin``. O(tiers)."""
         disk, offload = self.disk, self._cache.offload
         tiers = []
         for tier in offload.tiers:
@@ -271,7 +271,7 @@ class TierPlugin(Plugin):
         return num_adopted
 
     def on_cache_emptied(self, *, was_lost: bool) -> None:
-        """See ``StepHooks``. Entries on disk are adopted again if the rows were lost, and removed
+        """See ``Plugin``. Entries on disk are adopted again if the rows were lost, and removed
         if the cache was emptied on request."""
         self._cache = cast("TieredRadixCache", self._manager.cache)  # There may be another one.
         steps, disk = self._cache.steps, self.disk
@@ -288,7 +288,7 @@ class TierPlugin(Plugin):
             disk.remove_file(NAME)
 
     def close(self) -> None:
-        """See ``StepHooks``. Writes all pending entries and releases the folder."""
+        """See ``Plugin``. Writes all pending entries and releases the folder."""
         if self._store is not None:  # The engine was not built.
             self._store.close()
         if self.disk is not None:
