@@ -397,7 +397,7 @@ STEPS = {
     "hybridcache.allocators.moves": ("Move", "Copy", "Drop", "RowWrite", "StepMemory"),
     "hybridcache.api": ("CacheStats", "Losses", "Listener"),
     "hybridcache.offload": ("path_of",),
-    "hybridcache.policies.protocol": ("PromptBoundaries", "FetchRule", "PolicyError"),
+    "hybridcache.policies.protocol": ("PromptBoundaries", "LoadRule", "PolicyError"),
     "hybridcache.geometry.times": ("Exchange", "PrefillTimes"),
 }
 """Names of boundaries and results, and for an engine with an arena or tiers."""

@@ -514,7 +514,7 @@ class HybridRadixCache:
             handle.superseded = None
             old.num_successors -= 1
             if old.node.checkpoint is old and not old.num_successors:
-                self._rank(old, has_deeper_checkpoint(old.node))
+                self._note_superseded(old, has_deeper_checkpoint(old.node))
         node.locks -= 1
         if node.locks:
             return
@@ -585,7 +585,7 @@ class HybridRadixCache:
                 replaces.superseded = before
                 before.num_successors += 1
                 if not before.superseded:
-                    self._rank(before, True)
+                    self._note_superseded(before, True)
         slots, budget = self._slots, self._slots.budget
         if slots.num_taken == slots.capacity:
             self._evict_one("checkpoint")
@@ -711,8 +711,8 @@ class HybridRadixCache:
         """
         return self.steps.take()
 
-    def fetch(self, resumable: Resumable) -> bool:
-        """Return False, because this cache has no offload tiers; see ``TieredRadixCache.fetch``."""
+    def load(self, resumable: Resumable) -> bool:
+        """Return False, because this cache has no offload tiers; see ``TieredRadixCache.load``."""
         return False
 
     def _can_free(self, wanted_bytes: int, wanted_tokens: int) -> bool:
@@ -1048,7 +1048,7 @@ class HybridRadixCache:
         before = None if checkpoint.superseded else last_checkpoint(node)
         node.checkpoint = checkpoint
         if before is not None and not before.superseded:
-            self._rank(before, True)
+            self._note_superseded(before, True)
         if node.locks:
             self._locked_slots += 1
         node.lost_checkpoint = None
@@ -1079,9 +1079,9 @@ class HybridRadixCache:
         there. O(nodes between it and the next deeper one)."""
         last = last_checkpoint(node)
         if last is not None:
-            self._rank(last, last.num_successors > 0 or has_deeper_checkpoint(node))
+            self._note_superseded(last, last.num_successors > 0 or has_deeper_checkpoint(node))
 
-    def _rank(self, item: Checkpoint, superseded: bool) -> None:
+    def _note_superseded(self, item: Checkpoint, superseded: bool) -> None:
         """Note that ``item`` is ``superseded`` or not, and notify the policy of a change."""
         if superseded == item.superseded:
             return

@@ -27,7 +27,7 @@ from hybridcache.allocators.moves import NOT_CARRIED_OUT, Move, Transfer
 from hybridcache.api import Losses, PrefixMatch, losses_of
 from hybridcache.cache import HybridRadixCache, LockHandle
 from hybridcache.policies.protocol import (
-    FetchRule,
+    LoadRule,
     PlacementPolicy,
     Prefill,
     PromptBoundaries,
@@ -228,7 +228,7 @@ class Lease:
         cache: HybridRadixCache,
         placement: PlacementPolicy,
         request: LeaseRequest,
-        exchange: FetchRule | None = None,
+        exchange: LoadRule | None = None,
     ) -> Lease | None:
         """Match the tokens, lock the result, take a state slot, and load from tiers if that saves
         time.
@@ -298,7 +298,7 @@ class Lease:
                         raise ValueError(NO_STATES)
                     cache.unlock(lock)
                     return None
-            if best is not None and cache.fetch(best):
+            if best is not None and cache.load(best):
                 match, before = cache.match(tokens, namespace), lock
                 lock = cache.lock(match.node)
                 cache.unlock(before)

@@ -79,7 +79,7 @@ class OffloadTiers(GhostList):
         self.row_bytes = row_bytes
         self._steps = steps
         self.loading: OffloadedCheckpoint | None = None
-        """State that ``fetch`` is loading: no candidate of its tier. None if it was dropped."""
+        """State that ``load`` is loading: no candidate of its tier. None if it was dropped."""
         self.closed: set[int] = set()
         """Numbers of the tiers to which nothing is offloaded now."""
         self.copied_rows: dict[tuple[str, str], int] = {}

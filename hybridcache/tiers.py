@@ -40,7 +40,7 @@ class TieredRadixCache(HybridRadixCache):
     >>> match = cache.match(prompt)
     >>> match.cached_len, [(one.position, one.num_bytes) for one in match.loadable]
     (0, [(8, {'host': 24})])
-    >>> cache.fetch(match.loadable[0]), cache.match(prompt).cached_len
+    >>> cache.load(match.loadable[0]), cache.match(prompt).cached_len
     (True, 8)
 
     The next step plan has the copies in both directions:
@@ -59,7 +59,7 @@ class TieredRadixCache(HybridRadixCache):
     ghosts: OffloadTiers
     """The same object: nodes with evicted KV."""
     is_loading: bool = False
-    """True during ``fetch``: listeners are notified before the bytes have arrived."""
+    """True during ``load``: listeners are notified before the bytes have arrived."""
 
     def attach(self, tiers: tuple[Tier, ...], state_rows: int) -> None:
         """Use ``tiers``, the nearest first, in which a state takes ``state_rows`` rows. The cache
@@ -68,7 +68,7 @@ class TieredRadixCache(HybridRadixCache):
             self.ghosts, self.steps, tiers, self.item_bytes.kv_token, state_rows
         )
 
-    def fetch(self, resumable: Resumable) -> bool:
+    def load(self, resumable: Resumable) -> bool:
         """Load ``resumable``, of the latest ``match``, to the device. Returns False if there is no
         room.
 
@@ -103,7 +103,7 @@ class TieredRadixCache(HybridRadixCache):
             is_there = offload.loading is state
             if slot is not None and rows is not None and is_there:
                 self.is_loading = True
-                self._load(state, path[::-1], rows, slot)
+                self._make_resident(state, path[::-1], rows, slot)
                 self.is_loading = False
                 return True
             if rows is not None:  # Making room has dropped the state.
@@ -120,7 +120,7 @@ class TieredRadixCache(HybridRadixCache):
             self.offload.loading = None
             self.offload.tiers[state.tier].policy.add(state)
 
-    def _load(
+    def _make_resident(
         self, state: OffloadedCheckpoint, path: list[RadixNode], rows: Indices, slot: int
     ) -> None:
         """Make the ghosts of ``path`` resident in ``rows``, and ``state`` in ``slot``."""

@@ -127,7 +127,7 @@ class EvictionPolicy(ABC):
         return None
 
 
-class FetchRule(Protocol):
+class LoadRule(Protocol):
     """Rule that decides if loading from a lower tier is worth the copy, in seconds."""
 
     def seconds_saved(

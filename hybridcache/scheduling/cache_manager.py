@@ -16,7 +16,7 @@ from hybridcache.allocators.moves import StepPlan
 from hybridcache.allocators.pools import slab_rows
 from hybridcache.cache import HybridRadixCache
 from hybridcache.lease import Lease, LeaseRequest
-from hybridcache.policies.protocol import FetchRule, PlacementPolicy, Prefill
+from hybridcache.policies.protocol import LoadRule, PlacementPolicy, Prefill
 from hybridcache.scheduling.request import ScheduledRequest
 from hybridcache.tokens import Indices, require_index
 
@@ -101,7 +101,7 @@ class CacheManager:
         stateful: bool,
         exact: bool = False,
         owns_states: bool = False,
-        exchange: FetchRule | None = None,
+        exchange: LoadRule | None = None,
     ) -> None:
         """
         Args:

@@ -55,7 +55,7 @@ class ScheduledRequest(WaitingRequest):
         Args:
             spec: its fields.
             prompt: int32[n], at least one token. It is copied.
-            arrival: rank among all requests: older is smaller.
+            arrival: number of the request in order of arrival: older is smaller.
             arrival_s: time of arrival, of the planner's clock.
             max_len: most tokens of prompt and answer together.
 

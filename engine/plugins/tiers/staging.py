@@ -17,7 +17,7 @@ from hybridcache.allocators.moves import DISK, Copy, Transfer
 from hybridcache.api import PrefixMatch
 from hybridcache.geometry.model import ModelGeometry
 from hybridcache.offload import OffloadTiers
-from hybridcache.policies.protocol import FetchRule
+from hybridcache.policies.protocol import LoadRule
 from hybridcache.radix.tree import RadixNode
 from hybridcache.scheduling.cache_manager import CacheManager
 from hybridcache.scheduling.loading import IDLE_S, Loader, PrefixLoad
@@ -31,7 +31,7 @@ SPREAD = 0.1
 
 
 class MeasuredExchange:
-    """``FetchRule`` that is measured while the engine serves.
+    """``LoadRule`` that is measured while the engine serves.
 
     The fixed cost of a step and the cost of one operation are those of the line through the prefill
     steps so far, recent ones weighted most. A load saves only the operations.
@@ -73,7 +73,7 @@ class MeasuredExchange:
     def seconds_saved(
         self, cached_len: int, position: int, prompt_len: int, num_bytes: Mapping[str, int]
     ) -> float:
-        """See ``policies.protocol.FetchRule``."""
+        """See ``policies.protocol.LoadRule``."""
         each_s = self.seconds_per_operation
         if each_s is None:
             return position - cached_len  # Before the first measurement, the longest load is tried.
@@ -101,7 +101,7 @@ class Staging(Loader[Request]):
 
     max_loads = 4
 
-    def __init__(self, manager: CacheManager, disk: Disk, exchange: FetchRule) -> None:
+    def __init__(self, manager: CacheManager, disk: Disk, exchange: LoadRule) -> None:
         super().__init__(manager)
         self._disk, self._exchange = disk, exchange
         self._readings: list[Reading] = []
