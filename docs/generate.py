@@ -400,20 +400,20 @@ def api() -> str:
 STEPS = {
     "hybridcache.allocators.moves": ("Move", "Copy", "Drop", "RowWrite", "StepMemory"),
     "hybridcache.api": ("CacheStats", "Losses", "Listener"),
-    "hybridcache.tiers": ("path_of",),
-    "hybridcache.policies.protocol": ("PromptBoundaries", "FetchRule", "PolicyError"),
+    "hybridcache.offload": ("path_of",),
+    "hybridcache.policies.protocol": ("PromptBoundaries", "LoadRule", "PolicyError"),
     "hybridcache.geometry.times": ("Exchange", "PrefillTimes"),
 }
 """Names of boundaries and results, and for an engine with an arena or tiers."""
 
 SCHEDULING = {
-    "hybridcache.scheduling.planner": ("StepPlanner", "Holding", "AdmissionReport"),
+    "hybridcache.scheduling.planner": ("StepPlanner", "AdmissionReport"),
+    "hybridcache.scheduling.loading": ("Loader", "PrefixLoad"),
     "hybridcache.scheduling.cache_manager": (
         "CacheManager",
-        "ScheduledRequest",
-        "RequestFields",
         "MemorySizes",
     ),
+    "hybridcache.scheduling.request": ("ScheduledRequest", "RequestFields"),
     "hybridcache.policies.registry": ("make_admission",),
     "hybridcache.policies.admission": ("AdmissionPolicy",),
 }

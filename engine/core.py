@@ -27,9 +27,8 @@ from engine.requests.request import (
     SamplingInput,
     SamplingParams,
 )
-from engine.schedule.fetching import Fetcher
 from engine.schedule.report import CacheReport, PoolReport, StepReport, cache_kind
-from engine.schedule.scheduler import EMPTY, Batch, BytesLost, Scheduler, StepHooks
+from engine.schedule.scheduler import EMPTY, Batch, BytesLost, Scheduler
 from engine.text.answers import FinishReason, RequestOutput
 from engine.text.bounded import BoundedMemory
 from engine.text.grammar import Grammar, GrammarError
@@ -38,6 +37,8 @@ from hybridcache.cache import HybridRadixCache
 from hybridcache.policies.protocol import PolicyError
 from hybridcache.policies.registry import make_admission
 from hybridcache.scheduling.cache_manager import CacheManager
+from hybridcache.scheduling.loading import Loader
+from hybridcache.tokens import EMPTY as NO_TOKENS
 
 if TYPE_CHECKING:
     from engine.runner.model_runner import ModelRunner
@@ -76,10 +77,12 @@ class EngineCore:
         """Functions that are called after every step."""
         self.recent = BoundedMemory[str, Request](RECENT_BYTES)
         """Requests that ended last, by id."""
-        self.on_end: list[Callable[[Request], None]] = [scheduler.drafting.forget]
+        self.on_end: list[Callable[[Request], None]] = []
         """Functions that are called with every request that has ended."""
+        if scheduler.drafting is not None:
+            self.on_end.append(scheduler.drafting.forget)
         self._scheduler = scheduler
-        self._manager = scheduler.manager
+        self._manager, self._loader = scheduler.manager, scheduler.loader
         overlap = self.config.overlap
         self._overlaps = overlap == "on" or (overlap == "auto" and runner.is_asynchronous)
         self._in_flight: Batch | None = None
@@ -94,7 +97,6 @@ class EngineCore:
         """Outputs of the requests that ``stream`` follows, not yet taken."""
         self._is_changing = False
         """True during a step while it changes the cache and the queue."""
-        self._hooks: tuple[StepHooks, ...] = (*scheduler.hooks, *plugins.values())
         self._is_closed = False
 
     @property
@@ -174,7 +176,7 @@ class EngineCore:
             or self._in_flight is not None
             or bool(self._scheduler.progressed)
             or bool(self._outputs)
-            or any(hooks.has_work for hooks in self._hooks)
+            or any(plugin.has_work for plugin in self.plugins.values())
         )
 
     def run_idle_tasks(self) -> float | None:
@@ -182,15 +184,17 @@ class EngineCore:
         task is due, or None if there is none."""
         if self.config.check:
             self.check()
-        delays = [hooks.on_idle() for hooks in self._hooks]
+        delays = [plugin.on_idle() for plugin in self.plugins.values()]
         return min((delay for delay in delays if delay is not None), default=None)
 
     def disconnect(self, *, at_once: bool) -> None:
         """Accept no more work from other engines, because the engine is about to end. Local
         requests can still be submitted. Work in progress for other engines, or requested from
         them, is finished unless ``at_once``."""
-        for hooks in self._hooks:
-            hooks.disconnect(at_once=at_once)
+        if self._loader is not None and at_once:
+            self._loader.end_all()
+        for plugin in self.plugins.values():
+            plugin.disconnect(at_once=at_once)
 
     def step(self) -> list[RequestOutput]:
         """Compute one batch; returns the new output of each request.
@@ -209,8 +213,10 @@ class EngineCore:
         try:
             self._is_changing = True
             if not self._scheduler.must_commit:
-                for hooks in self._hooks:
-                    hooks.before_step()
+                if self._loader is not None:
+                    self._loader.advance()
+                for plugin in self.plugins.values():
+                    plugin.before_step()
             step = due = self._launch()
             if self._overlaps:  # The device has probably finished the previous step.
                 due, self._in_flight = self._in_flight or EMPTY, step if step.segments else None
@@ -232,8 +238,10 @@ class EngineCore:
         # After a step with drafts, published states are in their slots only after the runner's
         # commit.
         was_lost = self._manager.lost_moves() or half_done.has_drafts
-        for hooks in self._hooks:
-            hooks.on_step_failed(was_lost=was_lost)
+        if self._loader is not None and was_lost:
+            self._loader.end_all()
+        for plugin in self.plugins.values():
+            plugin.on_step_failed(was_lost=was_lost)
         if was_lost:
             self._forget(was_lost=True)
         return interrupted
@@ -250,9 +258,11 @@ class EngineCore:
         }
         admission = make_admission(self.config.admission)
         interrupted = self._scheduler.begin_again(requests, admission)
-        for hooks in self._hooks:
+        if self._loader is not None:
+            self._loader.end_all()
+        for plugin in self.plugins.values():
             try:
-                hooks.on_step_failed(was_lost=True)
+                plugin.on_step_failed(was_lost=True)
             except Exception:  # It may be half changed too.
                 logger.exception("A part of the engine could not end its work.")
         self._forget(was_lost=True)
@@ -263,8 +273,10 @@ class EngineCore:
         self._laps = [self.clock()]
         step = self._scheduler.schedule()
         if step is EMPTY and self._in_flight is None:
-            for hooks in self._hooks:
-                hooks.wait()
+            if self._loader is not None:
+                self._loader.wait()
+            for plugin in self.plugins.values():
+                plugin.wait()
             if self._scheduler.withholds_all:
                 time.sleep(WITHHELD_S)
         self._laps.append(self.clock())
@@ -299,7 +311,8 @@ class EngineCore:
                 drawn = None
                 if index in late_tokens:
                     drawn = partial(_token, self._in_flight, late_tokens[index])
-                inputs += request.sampling_inputs(segment.draft.tokens, drawn)
+                drafts = NO_TOKENS if segment.draft is None else segment.draft.tokens
+                inputs += request.sampling_inputs(drafts, drawn)
                 rows += range(num_rows - 1 - segment.num_drafts, num_rows)
         if inputs:
             step.drawn = self._sampler.launch(logits, inputs, rows)
@@ -441,8 +454,10 @@ class EngineCore:
 
     def _forget(self, *, was_lost: bool) -> None:
         self.cache.reset()
-        for hooks in self._hooks:
-            hooks.on_cache_emptied(was_lost=was_lost)
+        if self._scheduler.drafting is not None:
+            self._scheduler.drafting.reset()
+        for plugin in self.plugins.values():
+            plugin.on_cache_emptied(was_lost=was_lost)
 
     def report(self) -> CacheReport:
         """Return the current sizes, rates and losses of the cache. O(running requests +
@@ -451,7 +466,9 @@ class EngineCore:
         held_rows, held_slots = self._manager.held()
         kv = PoolReport.of(cache.free_tokens, cache.cached_tokens, held_rows)
         slots = PoolReport.of(cache.free_slots, cache.num_checkpoints, held_slots)
-        optional = {key: value for hooks in self._hooks for key, value in hooks.report().items()}
+        optional = {
+            key: value for plugin in self.plugins.values() for key, value in plugin.report().items()
+        }
         total, is_kept = cache.stats.total, config.prefix_cache != "none"
         return CacheReport(
             prefix_cache=cache_kind(config, memory),
@@ -463,8 +480,8 @@ class EngineCore:
             bytes=kv.with_slots(slots, memory),
             kv=kv,
             slots=slots,
-            num_running=self._scheduler.num_running,
-            num_waiting=self._scheduler.num_waiting,
+            num_running=len(self._scheduler.running),
+            num_waiting=len(self._scheduler.waiting),
             token_hit_rate=total.token_hit_rate,
             request_hit_rate=total.request_hit_rate,
             usage=cache.stats.as_dict(),
@@ -490,8 +507,8 @@ class EngineCore:
         self.disconnect(at_once=True)
         while self.has_work():
             self.step()
-        for hooks in self._hooks:
-            hooks.close()
+        for plugin in self.plugins.values():
+            plugin.close()
 
     def check(self) -> None:
         """Raise AssertionError unless every invariant of the cache holds, ``free + cached + held ==
@@ -541,16 +558,16 @@ def _token(before: Batch | None, row: int) -> int:
     return int(before.drawn.wait()[row].token_id)
 
 
-class Plugin(StepHooks):
+class Plugin:
     """One optional capability of one engine, made from its settings before anything is loaded. The
-    hooks here are called in this order while the engine is built, those of ``StepHooks``
-    afterwards. Each does nothing unless it is overridden."""
+    methods are called in this order: first, once each, while the engine is built; then around its
+    steps, in its thread. Each does nothing unless it is overridden."""
 
     def __init__(self, config: EngineConfig) -> None:
         self.config = config
 
-    def open_manager(self, manager: CacheManager, runner: ModelRunner) -> Fetcher | None:
-        """Prepare the new ``manager``. Returns a fetcher of prefixes, or None."""
+    def open_manager(self, manager: CacheManager, runner: ModelRunner) -> Loader[Request] | None:
+        """Prepare the new ``manager``. Returns a loader of prefixes, or None."""
         return None
 
     def attach(self, engine: EngineCore, manager: CacheManager) -> None:
@@ -559,3 +576,36 @@ class Plugin(StepHooks):
     def start_screen(self) -> Sequence[tuple[str, str]]:
         """Return lines of the start screen: (title, text)."""
         return ()
+
+    @property
+    def has_work(self) -> bool:
+        """True if ``before_step`` has something to do although no request waits or runs."""
+        return False
+
+    def before_step(self) -> None:
+        """Process events since the last step, in a bounded time."""
+
+    def wait(self) -> None:
+        """Sleep briefly, or until ``before_step`` has work, because nothing can be computed."""
+
+    def on_step_failed(self, *, was_lost: bool) -> None:
+        """End work that depends on the failed step. ``was_lost``: the contents of all rows are
+        unknown too, and the cache is emptied next."""
+
+    def on_cache_emptied(self, *, was_lost: bool) -> None:
+        """Update the plugin. ``was_lost``: rows were lost, and no caller emptied the cache."""
+
+    def on_idle(self) -> float | None:
+        """Do background work. Returns the seconds until the next task is due, or None."""
+        return None
+
+    def disconnect(self, *, at_once: bool) -> None:
+        """Accept no more work from other processes. End ``at_once`` all work done for them or
+        requested from them, or finish it. May be called repeatedly."""
+
+    def close(self) -> None:
+        """Complete pending writes and end other processes, after the last step."""
+
+    def report(self) -> Mapping[str, Any]:
+        """Return fields of ``CacheReport``."""
+        return {}

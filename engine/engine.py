@@ -14,9 +14,8 @@ from engine.core import EngineCore, Plugin
 from engine.models import read_model
 from engine.requests.logit_rules import LogitRule
 from engine.requests.request import Intake
-from engine.schedule.fetching import Fetching
 from engine.schedule.report import cache_kind
-from engine.schedule.scheduler import NO_DRAFTS, Scheduler
+from engine.schedule.scheduler import Scheduler
 from engine.text.grammar import Grammar
 from engine.weights.hub import resolve_config
 from engine.weights.model_config import read_config
@@ -26,7 +25,7 @@ from hybridcache.policies.registry import make_admission, parse_placement
 from hybridcache.scheduling.cache_manager import CacheManager
 
 if TYPE_CHECKING:
-    from engine.plugins.speculation.draft_manager import SpeculationPlugin
+    from engine.plugins.speculation.drafters import SpeculationPlugin
     from engine.plugins.tiers.plugin import TierPlugin
     from engine.runner.model_runner import ModelRunner
     from engine.runner.sampler import Sampler
@@ -92,7 +91,7 @@ def engine_plugins(config: EngineConfig) -> dict[str, Plugin]:
 
         plugins["tensor_parallel"] = TensorParallelPlugin(config)
     if config.draft != "none":
-        from engine.plugins.speculation.draft_manager import SpeculationPlugin
+        from engine.plugins.speculation.drafters import SpeculationPlugin
 
         plugins["speculation"] = SpeculationPlugin(config)
     if config.has_tiers:
@@ -104,7 +103,7 @@ def engine_plugins(config: EngineConfig) -> dict[str, Plugin]:
 
         plugins["disaggregation"] = PrefillServer(config)
     elif config.role == "decode":
-        from engine.plugins.disaggregation.prefix_fetch import DecodePlugin
+        from engine.plugins.disaggregation.prefix_load import DecodePlugin
 
         plugins["disaggregation"] = DecodePlugin(config)
     return plugins
@@ -123,18 +122,12 @@ def load(config: EngineConfig) -> tuple[ModelRunner, Sampler, Tokenizer]:
 def load_runner(config: EngineConfig) -> ModelRunner:
     """Load the model that ``config`` names, with the parts of its plugins. Raises ModelError."""
     from engine.runner import build
-    from engine.runner.steps import Drafts
 
-    drafts = Drafts
-    if config.draft != "none":
-        from engine.plugins.speculation.verification import Verification
-
-        drafts = Verification
     if config.tp > 1:
         from engine.plugins.tensor_parallel.coordinator import LeadingRunner
 
-        return LeadingRunner.start(config, drafts)
-    return build.load_runner(config, drafts=drafts)
+        return LeadingRunner.start(config)
+    return build.load_runner(config)
 
 
 def load_tokenizer_of(config: EngineConfig, vocab_size: int | None) -> Tokenizer | None:
@@ -212,7 +205,6 @@ def assemble(intake: Intake, runner: ModelRunner, plugins: Mapping[str, Plugin])
         **options,
     )
     opened = [plugin.open_manager(manager, runner) for plugin in plugins.values()]
-    fetcher = next((one for one in opened if one is not None), None)
     speculation = cast("SpeculationPlugin | None", plugins.get("speculation"))
     return Scheduler(
         manager,
@@ -220,8 +212,8 @@ def assemble(intake: Intake, runner: ModelRunner, plugins: Mapping[str, Plugin])
         token_budget=config.token_budget,
         admission=make_admission(config.admission),
         shares=caches,
-        drafting=speculation.draft_planner(runner, shares=caches) if speculation else NO_DRAFTS,
-        fetching=None if fetcher is None else Fetching(manager, fetcher),
+        drafting=speculation.drafting(runner, shares=caches) if speculation else None,
+        loader=next((one for one in opened if one is not None), None),
         clock=intake.clock,
     )
 

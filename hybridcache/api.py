@@ -23,7 +23,7 @@ from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from hybridcache.policies.protocol import FetchRule, Item
+from hybridcache.policies.protocol import Item, LoadRule
 from hybridcache.radix.tree import Checkpoint, NodeHandle, RadixNode
 from hybridcache.tokens import Indices
 
@@ -59,7 +59,7 @@ class Resumable(NamedTuple):
     position: int
     """Number of tokens that could be skipped after the load."""
     node: RadixNode
-    """Node that ends at ``position``, for ``fetch``."""
+    """Node that ends at ``position``, for ``load``."""
     num_bytes: Mapping[str, int]
     """Number of bytes to copy to the device, by tier."""
 
@@ -92,7 +92,7 @@ class PrefixMatch(NamedTuple):
     resumed: Checkpoint | None = None
     """Checkpoint at ``cached_len``. None at 0 and in attention-only caches."""
     loadable: tuple[Resumable, ...] = ()
-    """Positions past ``cached_len`` that ``fetch`` could load, ascending."""
+    """Positions past ``cached_len`` that ``load`` could load, ascending."""
     forks: bool = True
     """True if other tokens were seen after ``seen_len``, or if that is not known. False if all
     known prompts end there."""
@@ -110,7 +110,7 @@ class PrefixMatch(NamedTuple):
             return 0
         return max(self.missed.position - self.cached_len - self.losses.refused, 0)
 
-    def best_load(self, exchange: FetchRule) -> Resumable | None:
+    def best_load(self, exchange: LoadRule) -> Resumable | None:
         """Return the position whose load saves the most time, or None if none saves any. Raises
         TypeError if the rule returns no number."""
         best, most = None, 0.0
@@ -275,7 +275,7 @@ class CacheStats:
         """Number of victims. One eviction can free the KV and the checkpoint of its node."""
         self.refusals = 0
         """Number of calls of ``allocate_kv`` and ``allocate_slot`` that returned None. A refused
-        ``begin``, ``extend`` or ``fetch`` is one of them. ``refused`` counts tokens, not calls."""
+        ``begin``, ``extend`` or ``load`` is one of them. ``refused`` counts tokens, not calls."""
         self.rebuilds = 0
         """Number of times that ``HybridRadixCache.rebuilt`` has replaced the cache."""
 

@@ -27,14 +27,8 @@ from typing import Any
 
 import numpy as np
 
-from hybridcache.allocators.moves import NOT_CARRIED_OUT, StepPlan, StepQueue
-from hybridcache.allocators.pools import (
-    ArenaAllocator,
-    PageAllocator,
-    RowIndex,
-    SlotAllocator,
-    are_distinct,
-)
+from hybridcache.allocators.moves import NOT_CARRIED_OUT, Move, StepPlan, StepQueue
+from hybridcache.allocators.pools import ArenaAllocator, PageAllocator, SlotAllocator, are_distinct
 from hybridcache.api import (
     CacheStats,
     Eviction,
@@ -45,17 +39,18 @@ from hybridcache.api import (
     Protected,
     Resumable,
 )
+from hybridcache.offload import OffloadTiers
 from hybridcache.policies.protocol import EvictionPolicy, Item, Kind, raise_failure
 from hybridcache.radix.tree import (
     TOKEN_BYTES,
     Checkpoint,
+    Edge,
     GhostList,
     ItemBytes,
     NodeHandle,
     PathPart,
     RadixNode,
     RadixTree,
-    Segment,
     has_deeper_checkpoint,
     last_checkpoint,
     members,
@@ -108,6 +103,56 @@ class LockHandle:
 
     def __exit__(self, *_: object) -> None:
         self.cache.unlock(self)
+
+
+class RowIndex:
+    """Edges of one tree by row: a ``RowHolder``, which owns the cached rows.
+
+    Finds the rows of an emptied slab without a search. It is updated only when a slab is emptied:
+    until then, a new edge costs one dictionary entry.
+    """
+
+    def __init__(self, num_rows: int) -> None:
+        # By row the serial of its edge: right for rows that the tree had at the last move and
+        # still has, unless a split has moved them. Host memory is taken as rows are used.
+        self._serials = np.zeros(num_rows, np.int64)
+        self._known: dict[int, Edge] = {}
+        """Edges in the table, by serial."""
+        self.new: dict[int, Edge] = {}
+        """Edges that are not in the table yet, by serial. Callers add each new one here."""
+
+    def remove(self, edge: Edge) -> None:
+        """Remove the edge of an evicted node. O(1)."""
+        if self.new.pop(edge.serial, None) is None:
+            del self._known[edge.serial]
+
+    def rows_moved(self, move: Move) -> int:
+        """Rename the rows of ``move`` in their edges, and return how many of them are cached.
+        O(rows of those edges + rows added since the last move)."""
+        if self.new:
+            added = [edge.rows for edge in self.new.values()]
+            # Four times as fast as with int32 for an index, which numpy casts a piece at a time.
+            index = np.concatenate(added, dtype=np.intp)
+            self._serials[index] = np.repeat(list(self.new), list(map(len, added)))
+            self._known |= self.new
+            self.new.clear()
+        serials = self._serials.take(move.src)
+        self._serials[move.dst.astype(np.intp)] = serials
+        ends = np.flatnonzero(serials[1:] != serials[:-1])
+        num_owned = 0
+        for serial in {*serials[ends].tolist(), serials.item(-1)}:
+            # A row that left the tree keeps the serial of an edge that is gone, or has lost it.
+            if (edge := self._known.get(serial)) is not None:
+                num_owned += len(move.rename(edge.rows))
+        return num_owned
+
+    def check(self, edges: list[Edge]) -> None:
+        """Check that the index has ``edges``, those of all resident nodes. O(rows)."""
+        known = {edge.serial: edge for edge in edges}
+        assert known == self._known | self.new, "the edges known are not those of the tree"
+        for serial in self._known.keys() - self.new.keys():
+            is_found = self._serials[self._known[serial].rows] == serial
+            assert is_found.all(), f"a row of edge {serial} is lost"
 
 
 class HybridRadixCache:
@@ -170,8 +215,8 @@ class HybridRadixCache:
         """Counters since the construction."""
         self.arena = pages if isinstance(pages, ArenaAllocator) else None
         """Shared memory of rows and slots, or None if rows never move."""
-        self.offload: Any = None
-        """Host and disk tiers (``hybridcache.tiers.OffloadTiers``), or None if there are none."""
+        self.offload: OffloadTiers | None = None
+        """Host and disk tiers, or None if there are none."""
         self.steps = StepQueue()
         """Step plan under construction. Leases register here."""
         self.policy = policy
@@ -201,11 +246,11 @@ class HybridRadixCache:
         self._tree = RadixTree(pages.page_size)
         self.ghosts = GhostList(self._tree, ghost_bytes)
         """Nodes with evicted KV, for inspection."""
-        self._segments: RowIndex | None = None
-        """Segment of each row, if rows can move, else None."""
+        self._row_index: RowIndex | None = None
+        """Edge of each row, if rows can move, else None."""
         if self.arena is not None:
-            self._segments = RowIndex(pages.capacity)
-            self.arena.holders.update({self.steps: None, self._segments: None})
+            self._row_index = RowIndex(pages.capacity)
+            self.arena.holders.update({self.steps: None, self._row_index: None})
         self.make: Callable[[], HybridRadixCache] | None = None
         """Maker of another cache of the same configuration, set by ``build_prefix_cache``."""
         self._listeners: tuple[Listener, ...] = ()
@@ -283,12 +328,9 @@ class HybridRadixCache:
         loadable = () if offload is None else offload.loadable(deepest, cached_len, num_tokens)
         never_seen, kv_evicted = num_tokens - seen_len, seen_len - kv_match_len
         never_saved, below_grid = grid_len - saved_len, kv_match_len - grid_len
-        causes = never_seen, kv_evicted, saved_len - cached_len, never_saved, below_grid, 0, 0
-        # The constructors take twice as long as the function that they call.
-        losses = tuple.__new__(Losses, causes)
+        losses = Losses(never_seen, kv_evicted, saved_len - cached_len, never_saved, below_grid)
         lengths = num_tokens, cached_len, kv_match_len, seen_len
-        found = (*lengths, losses, last, namespace, missed, checkpoint, loadable, forks)
-        return tuple.__new__(PrefixMatch, found)
+        return PrefixMatch(*lengths, losses, last, namespace, missed, checkpoint, loadable, forks)
 
     def gather(self, node: NodeHandle | None) -> Indices:
         """Return a copy of the KV indices from the root to the end of ``node``: int32[position].
@@ -472,7 +514,7 @@ class HybridRadixCache:
             handle.superseded = None
             old.num_successors -= 1
             if old.node.checkpoint is old and not old.num_successors:
-                self._rank(old, has_deeper_checkpoint(old.node))
+                self._note_superseded(old, has_deeper_checkpoint(old.node))
         node.locks -= 1
         if node.locks:
             return
@@ -543,7 +585,7 @@ class HybridRadixCache:
                 replaces.superseded = before
                 before.num_successors += 1
                 if not before.superseded:
-                    self._rank(before, True)
+                    self._note_superseded(before, True)
         slots, budget = self._slots, self._slots.budget
         if slots.num_taken == slots.capacity:
             self._evict_one("checkpoint")
@@ -669,8 +711,8 @@ class HybridRadixCache:
         """
         return self.steps.take()
 
-    def fetch(self, resumable: Resumable) -> bool:
-        """Return False, because this cache has no offload tiers; see ``TieredRadixCache.fetch``."""
+    def load(self, resumable: Resumable) -> bool:
+        """Return False, because this cache has no offload tiers; see ``TieredRadixCache.load``."""
         return False
 
     def _can_free(self, wanted_bytes: int, wanted_tokens: int) -> bool:
@@ -752,10 +794,10 @@ class HybridRadixCache:
                 above.uses += kv.uses
                 if kv.last_used > above.last_used:
                     above.last_used = kv.last_used
-            if self._segments is not None:
-                self._segments.remove(kv)
+            if self._row_index is not None:
+                self._row_index.remove(kv)
             leaf.kv = None
-            kv.rows = EMPTY  # a policy's queue may hold the segment for a while yet
+            kv.rows = EMPTY  # a policy's queue may hold the edge for a while yet
             self._tree.fade(leaf)
             self.ghosts.add(leaf, rows)
             if parent.children is not None:
@@ -883,11 +925,11 @@ class HybridRadixCache:
         if kv_match_len < num_tokens and leaf.children is None and leaf.kv is not None:
             self.policy.add(leaf.kv)
         duplicates = kv_indices[owned_from:kv_match_len] if kv_match_len > owned_from else EMPTY
-        result = num_tokens, duplicates, rejected, None if leaf.parent is None else leaf
-        return tuple.__new__(InsertResult, result)
+        last = None if leaf.parent is None else leaf
+        return InsertResult(num_tokens, duplicates, rejected, last)
 
     def label_tip(self, node: NodeHandle | None, stop_reason: str) -> None:
-        """Add ``stop_reason`` to the label of the deepest checkpoint of the answer that ends at
+        """Set the ``stop_reason`` of the deepest checkpoint of the answer that ends at
         ``node``.
 
         Replaces an earlier stop reason. Does nothing if there is no checkpoint, or if the path
@@ -897,9 +939,8 @@ class HybridRadixCache:
         while last is not None and type(last.children) is not dict:
             tip = last.checkpoint
             if tip is not None:
-                label = f"{tip.label.partition('/')[0]}/{stop_reason}"
-                if label != tip.label:
-                    tip.label = label
+                if stop_reason != tip.stop_reason:
+                    tip.stop_reason = stop_reason
                     self.policy.on_relabelled(tip)
                 return
             last = last.parent
@@ -944,12 +985,12 @@ class HybridRadixCache:
         """
         serial, now, item_bytes = self.num_items, self.now, self.item_bytes
         start = path[0].end - len(path[0].edge) // TOKEN_BYTES - first
-        segments, listeners = self._segments, self._listeners
+        index, listeners = self._row_index, self._listeners
         for node in path:
             end = node.end - first
-            node.kv = Segment(node, rows[start:end].copy(), now, serial, item_bytes)
-            if segments is not None:
-                segments.new[serial] = node.kv
+            node.kv = Edge(node, rows[start:end].copy(), now, serial, item_bytes)
+            if index is not None:
+                index.new[serial] = node.kv
             if listeners:
                 self._notify("kv_stored", node)
             start, serial = end, serial + 1
@@ -980,16 +1021,23 @@ class HybridRadixCache:
         return tuple(rejected)
 
     def _store_checkpoint(
-        self, node: RadixNode, slot: int, label: str, offered: bool, uses: int = 0
+        self,
+        node: RadixNode,
+        slot: int,
+        label: str,
+        offered: bool,
+        was: Checkpoint | None = None,
     ) -> None:
-        """Store ``slot`` as the checkpoint of ``node``, with ``uses`` earlier uses.
+        """Store ``slot`` as the checkpoint of ``node``, with the uses and the stop reason of
+        ``was``, which a tier had.
 
         ``offered`` is True if the policy holds the KV of ``node`` as a candidate. O(nodes down to
         the next checkpoint, or else up to it).
         """
         serial, self.num_items = self.num_items, self.num_items + 1
         checkpoint = Checkpoint(node, slot, self.now, serial, self.item_bytes, label)
-        checkpoint.uses = uses
+        if was is not None:
+            checkpoint.uses, checkpoint.stop_reason = was.uses, was.stop_reason
         self._is_cached[slot] = 1
         self.num_checkpoints += 1
         self.stats.inserted_slots += 1
@@ -1000,7 +1048,7 @@ class HybridRadixCache:
         before = None if checkpoint.superseded else last_checkpoint(node)
         node.checkpoint = checkpoint
         if before is not None and not before.superseded:
-            self._rank(before, True)
+            self._note_superseded(before, True)
         if node.locks:
             self._locked_slots += 1
         node.lost_checkpoint = None
@@ -1017,11 +1065,11 @@ class HybridRadixCache:
         upper.pins = 1 if lower.pins else 0
         cut = len(kv.rows) - (lower.end - position)
         serial, rows = self.num_items, kv.rows
-        upper.kv = Segment(upper, rows[:cut].copy(), kv.created, serial, self.item_bytes)
+        upper.kv = Edge(upper, rows[:cut].copy(), kv.created, serial, self.item_bytes)
         self.num_items += 1
         kv.rows = rows[cut:].copy()
-        if self._segments is not None:
-            self._segments.new[serial] = upper.kv
+        if self._row_index is not None:
+            self._row_index.new[serial] = upper.kv
         if self._listeners:
             self._notify("kv_split", upper, lower)
         return upper
@@ -1031,9 +1079,9 @@ class HybridRadixCache:
         there. O(nodes between it and the next deeper one)."""
         last = last_checkpoint(node)
         if last is not None:
-            self._rank(last, last.num_successors > 0 or has_deeper_checkpoint(node))
+            self._note_superseded(last, last.num_successors > 0 or has_deeper_checkpoint(node))
 
-    def _rank(self, item: Checkpoint, superseded: bool) -> None:
+    def _note_superseded(self, item: Checkpoint, superseded: bool) -> None:
         """Note that ``item`` is ``superseded`` or not, and notify the policy of a change."""
         if superseded == item.superseded:
             return
@@ -1119,24 +1167,24 @@ class HybridRadixCache:
             AssertionError: an invariant fails; the message names the first.
         """
         self._tree.check(self.ghosts)
-        segments, checkpoints = list[Segment](), list[Checkpoint]()
+        edges, checkpoints = list[Edge](), list[Checkpoint]()
         for node in self._tree.nodes():
-            segments += [] if node.kv is None else [node.kv]
+            edges += [] if node.kv is None else [node.kv]
             checkpoints += [] if node.checkpoint is None else [node.checkpoint]
         for one in checkpoints:
             assert one.position % self.checkpoint_grid == 0, f"{one} is off the grid"
             expected = one.num_successors > 0 or has_deeper_checkpoint(one.node)
             assert one.superseded == expected, f"{one} superseded: {not expected}"
-        self._check_rows(segments)
+        self._check_rows(edges)
         self._check_slots([one.slot for one in checkpoints])
         self._check_locks()
         self._check_candidates()
         plan = self.steps.open_plan
         assert plan is None or plan.is_done, "the last step plan was taken but not carried out"
-        serials = [item.serial for item in (*segments, *checkpoints)]
+        serials = [item.serial for item in (*edges, *checkpoints)]
         assert len(set(serials)) == len(serials), "two items share a serial"
         assert all(serial < self.num_items for serial in serials), "a serial from the future"
-        assert self._keeps or not segments, "a cache that keeps nothing has entries"
+        assert self._keeps or not edges, "a cache that keeps nothing has entries"
         held = self._pages.num_taken - self.cached_tokens
         assert held_tokens in (None, held), f"{held} KV rows held, the caller has {held_tokens}"
         held = self._slots.num_taken - self.num_checkpoints
@@ -1168,19 +1216,19 @@ class HybridRadixCache:
             assert len(set(held)) == len(held), "the policy holds an item twice"
             assert due == set(held), f"the policy lacks or must not hold {due ^ set(held)}"
 
-    def _check_rows(self, segments: list[Segment]) -> None:
+    def _check_rows(self, edges: list[Edge]) -> None:
         pages, counted = self._pages, self.cached_tokens
         pages.check()
-        cached = np.concatenate([EMPTY, *(segment.rows for segment in segments)])
+        cached = np.concatenate([EMPTY, *(edge.rows for edge in edges)])
         assert len(cached) == counted, f"{len(cached)} rows cached, counted {counted}"
         is_in_range = cached.min(initial=0) >= 0 and cached.max(initial=-1) < pages.capacity
         assert is_in_range, "a cached row is out of range"
         both = np.concatenate([cached, pages.free_rows()])
         assert are_distinct(both), "a KV row is cached twice, or cached and free"
-        if self._segments is not None and self.arena is not None:
-            self._segments.check(segments)
+        if self._row_index is not None and self.arena is not None:
+            self._row_index.check(edges)
             self.arena.check_taken(cached)
-            assert self._segments in self.arena.holders, "the tree is not notified of moves"
+            assert self._row_index in self.arena.holders, "the tree is not notified of moves"
         if pages.budget is not None:
             taken = pages.num_taken * pages.unit_bytes
             taken += self._slots.num_taken * self._slots.unit_bytes

@@ -202,7 +202,8 @@ def build_on(config: CacheConfig, pages: PageAllocator, slots: SlotAllocator) ->
         from hybridcache.debug import DebugCache
 
         return DebugCache(pages, slots, policy, **options)
-    from hybridcache.tiers import Tier, TieredRadixCache
+    from hybridcache.offload import Tier
+    from hybridcache.tiers import TieredRadixCache
 
     kind = TieredRadixCache
     if config.debug:

@@ -27,7 +27,7 @@ from hybridcache.allocators.moves import NOT_CARRIED_OUT, Move, Transfer
 from hybridcache.api import Losses, PrefixMatch, losses_of
 from hybridcache.cache import HybridRadixCache, LockHandle
 from hybridcache.policies.protocol import (
-    FetchRule,
+    LoadRule,
     PlacementPolicy,
     Prefill,
     PromptBoundaries,
@@ -228,7 +228,7 @@ class Lease:
         cache: HybridRadixCache,
         placement: PlacementPolicy,
         request: LeaseRequest,
-        exchange: FetchRule | None = None,
+        exchange: LoadRule | None = None,
     ) -> Lease | None:
         """Match the tokens, lock the result, take a state slot, and load from tiers if that saves
         time.
@@ -298,7 +298,7 @@ class Lease:
                         raise ValueError(NO_STATES)
                     cache.unlock(lock)
                     return None
-            if best is not None and cache.fetch(best):
+            if best is not None and cache.load(best):
                 match, before = cache.match(tokens, namespace), lock
                 lock = cache.lock(match.node)
                 cache.unlock(before)
@@ -475,23 +475,21 @@ class Lease:
                 placement.on_hit(match.resumed)
             if match.missed is not None:
                 placement.on_ghost_hit(match.missed, match.missed_tokens)
-        positions, answer_survives = request.boundaries
-        fields = (
-            self.prompt_len,
-            match.cached_len,
-            match.kv_match_len,
-            match.seen_len,
-            positions,
-            self._step,
-            match.resumed,
-            match.missed,
-            match.forks,
-            answer_survives and not request.exact,
-            cache.free_slots,
-            cache.num_checkpoints,
-            cache.shares_memory,
+        prefill = Prefill(
+            prompt_len=self.prompt_len,
+            cached_len=match.cached_len,
+            kv_match_len=match.kv_match_len,
+            seen_len=match.seen_len,
+            boundaries=request.boundaries.positions,
+            grid=self._step,
+            resumed=match.resumed,
+            missed=match.missed,
+            forks=match.forks,
+            answer_survives=request.boundaries.answer_survives and not request.exact,
+            free_slots=cache.free_slots,
+            num_checkpoints=cache.num_checkpoints,
+            shares_memory=cache.shares_memory,
         )
-        prefill: Prefill = tuple.__new__(Prefill, fields)  # As in ``cache.match``.
         placement.on_prefill(prefill)
         for position, label in prefill.on_grid(placement.plan(prefill)).items():
             self._planned.setdefault(position, label)

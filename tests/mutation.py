@@ -49,6 +49,7 @@ GROUPS = {
             "hybridcache/radix/*",
             "hybridcache/allocators/*",
             "hybridcache/cache.py",
+            "hybridcache/offload.py",
             "hybridcache/tiers.py",
         ),
         (

@@ -38,7 +38,7 @@ from hybridcache.scheduling.cache_manager import CacheManager, MemorySizes
 from hybridcache.tokens import Indices, Tokens
 
 if TYPE_CHECKING:
-    from engine.plugins.speculation.predictor import Newest
+    from engine.runner.predictor import Newest
 
 Fingerprints = npt.NDArray[np.int64]
 MASK = (1 << 62) - 1

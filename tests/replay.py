@@ -32,9 +32,9 @@ import numpy as np
 
 from engine import Engine, EngineConfig, SamplingParams
 from engine.config import BUILTIN_DIR
-from engine.plugins.speculation.draft_manager import Drafting
 from engine.plugins.speculation.drafters import drafters_of
 from engine.runner.backends import digest_of, machine_words, override_all
+from engine.schedule.drafting import Drafting
 from engine.weights.model_config import read_config
 from hybridcache.allocators.moves import Copy
 from hybridcache.api import Listener

@@ -89,8 +89,8 @@ def test_packages_import_only_allowed_packages(package: str) -> None:
 
 NO_ROOMS = {"__init__", "__main__", "setup"}
 ORDER = {
-    "hybridcache": "command tokens radix allocators policies api watch cache tiers config lease "
-    "scheduling geometry export sglang routing lab",
+    "hybridcache": "command tokens radix allocators policies api offload watch cache tiers config "
+    "lease scheduling geometry export sglang routing lab",
     "engine": "config weights layers models errors text requests schedule messages runner "
     "core plugins engine cache_watch async_engine server worker command",
     "engine/server": "settings bodies transport metrics access schemas tool_calls writers "
@@ -226,6 +226,28 @@ def test_public_names_are_few_and_have_docstrings() -> None:
     assert len(hybridcache.__all__) <= 20
     for name in hybridcache.__all__:
         assert (getattr(hybridcache, name).__doc__ or "").strip(), f"{name} has no docstring"
+
+
+JOINED = (
+    *("hybridcache/scheduling", "engine/schedule", "engine/plugins/tiers"),
+    *("engine/plugins/disaggregation", "engine/plugins/speculation"),
+)
+"""Folders whose classes derive from classes of other files."""
+
+
+@pytest.mark.parametrize("folder", JOINED)
+def test_joints_of_the_scheduler_are_public(folder: str) -> None:
+    """No file uses a private name that another one defines."""
+    for file in files_of(folder):
+        nodes, defined, used = [*ast.walk(parsed(file))], set[str](), set[str]()
+        for node in nodes:
+            if isinstance(node, ast.FunctionDef | ast.ClassDef):
+                defined.add(node.name)
+            elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+                defined.add(node.target.id)
+            elif isinstance(node, ast.Attribute) and re.match(r"_[a-z]", node.attr):
+                (used if isinstance(node.ctx, ast.Load) else defined).add(node.attr)
+        assert used - defined <= {"_replace"}, (file.name, used - defined)
 
 
 def test_ranks_stay_in_the_room_for_weights() -> None:

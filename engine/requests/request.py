@@ -6,7 +6,7 @@ from __future__ import annotations
 import itertools
 import time
 from bisect import bisect
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,7 +44,7 @@ from engine.text.grammar import Grammar, GrammarError
 from engine.text.tokenizer import CLOSE, IdTokenizer, read_json
 from hybridcache.geometry.gguf import is_gguf
 from hybridcache.policies.protocol import PromptBoundaries, require_boundaries
-from hybridcache.scheduling.cache_manager import ScheduledRequest
+from hybridcache.scheduling.request import ScheduledRequest
 from hybridcache.tokens import Tokens, require_namespace
 
 if TYPE_CHECKING:
@@ -298,7 +298,7 @@ class Request(ScheduledRequest):
         """True if the answer ended with a stop string."""
         self._intake = intake
         self.make_rules()
-        self.answer = Answer(self._buffer[: self.prompt_len])
+        self.answer = Answer(self.buffer[: self.prompt_len])
         self.scores: list[SampledToken] = []
         """Log-probabilities of prompt tokens 1, 2, ..."""
         self.transferred: Transferred | None = None
@@ -314,32 +314,30 @@ class Request(ScheduledRequest):
         """Pieces of the text that outputs contain."""
 
     def make_rules(self) -> None:
-        """Make the rules of the answer, which follow it from its beginning. Raises GrammarError."""
+        """Make the rules of the answer, in the order in which they apply. They follow it from its
+        beginning. Raises GrammarError."""
         self._fault: tuple[int, GrammarError] | None = None
         """(draw, error) of the first draw that a grammar could not be followed to."""
-        self._rules: tuple[LogitRule, ...] = tuple(self._make_rules())
-
-    def _make_rules(self) -> Iterator[LogitRule]:
-        """Yield the rules of the answer, in the order in which they apply."""
-        params, intake, prompt = self.params, self._intake, self._buffer[: self.prompt_len]
-        vocab_size = intake.vocab_size
+        params, intake, prompt = self.params, self._intake, self.buffer[: self.prompt_len]
+        vocab_size, rules = intake.vocab_size, list[LogitRule]()
         if self.spec.grammar is not None:
-            yield intake.grammar_rule(self.spec.grammar, self.namespace)
+            rules.append(intake.grammar_rule(self.spec.grammar, self.namespace))
         if params.thinking_token_budget is not None and intake.tokenizer is not None:
             budget = params.thinking_token_budget
             is_open = self.spec.is_thinking
-            yield ReasoningBudget(intake.tokenizer, vocab_size, prompt, budget, is_open)
+            rules.append(ReasoningBudget(intake.tokenizer, vocab_size, prompt, budget, is_open))
         if params.logit_bias or params.min_tokens:
             ends = [token for token in sorted(self.end_token_ids) if token < vocab_size]
-            yield BansAndBiases(params.logit_bias, ends, params.min_tokens, vocab_size)
+            rules.append(BansAndBiases(params.logit_bias, ends, params.min_tokens, vocab_size))
         costs = params.repetition_penalty, params.presence_penalty, params.frequency_penalty
         if costs != (1, 0, 0):
-            yield Penalties(prompt, *costs)
+            rules.append(Penalties(prompt, *costs))
+        self._rules: tuple[LogitRule, ...] = tuple(rules)
 
     @property
     def output(self) -> npt.NDArray[np.int32]:
         """The answer so far, as a view."""
-        return self._buffer[self.prompt_len : self.num_tokens]
+        return self.buffer[self.prompt_len : self.num_tokens]
 
     @property
     def wants_scores(self) -> bool:
@@ -477,7 +475,7 @@ class Request(ScheduledRequest):
         if last is not None and not self.output_is_taken:
             return last
         first, num_chars = (0, 0) if last is None else (last.num_tokens, last.num_chars)
-        answer.tokens = self._buffer[self.prompt_len :]
+        answer.tokens = self.buffer[self.prompt_len :]
         num_pieces = len(answer.text)
         new_text = "".join(answer.text[self._num_pieces :])
         scores = None

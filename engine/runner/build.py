@@ -19,7 +19,6 @@ from engine.runner.device import Device
 from engine.runner.loading import DTYPES, LoadedModel
 from engine.runner.memory import MemoryPlan, check_sizes
 from engine.runner.model_runner import ModelRunner, WarmUp
-from engine.runner.steps import Drafts
 from engine.schedule.scheduler import Batch, Segment
 from engine.weights.model_config import ModelError
 from engine.weights.ranks import ALONE, Rank
@@ -30,7 +29,6 @@ def load_runner(
     config: EngineConfig,
     rank: Rank = ALONE,
     kind: type[ModelRunner] = ModelRunner,
-    drafts: type[Drafts] = Drafts,
 ) -> ModelRunner:
     """Load the model that ``config`` names, and allocate its memory. Raises ModelError."""
     device = Device.resolve(config.device)
@@ -44,11 +42,11 @@ def load_runner(
         # allocated counts as used memory below.
         is_checked = warms_up or "fused" not in loaded.kernels.words().values()
         exactness = check_exactness(loaded) if is_checked else Exactness()
-        reserved_bytes = measure(loaded, drafts) if warms_up else loaded.outer_state_bytes
+        reserved_bytes = measure(loaded) if warms_up else loaded.outer_state_bytes
         plan = loaded.plan(page_size=config.page_size).fit(
             loaded.device, config.cache_bytes, reserved_bytes, rank
         )
-        runner = kind(loaded, plan, _max_model_len(loaded, plan), drafts)
+        runner = kind(loaded, plan, _max_model_len(loaded, plan))
         runner.exactness = exactness
         if warms_up:
             runner.warmed = warm_up(runner)
@@ -132,7 +130,7 @@ def _results(excerpt: LoadedModel) -> Iterator[tuple[str, torch.Tensor, torch.Te
 
     def step(*segments: Segment) -> torch.Tensor:
         """Return the hidden states of all tokens."""
-        token_ids, inputs = runner.step_inputs.of(Batch(segments), runner.drafts)
+        token_ids, inputs = runner.step_inputs.of(Batch(segments))
         return runner.model.forward(token_ids, inputs, runner.tensors.pools)[: inputs.num_tokens]
 
     cold = step(part(0, prompt, 0))
@@ -167,7 +165,8 @@ def warm_up(runner: ModelRunner) -> WarmUp:
     steps: list[Callable[[], object]] = [
         partial(runner.forward, batch) for batch in rehearsals(runner)
     ]
-    steps += runner.drafts.rehearsals()
+    if runner.drafts is not None:
+        steps += runner.drafts.rehearsals()
     from tqdm import tqdm  # Here, because a start without warm-up does not need it.
 
     for work in tqdm([*graphs, *steps], desc="warm-up", leave=False, disable=None):
@@ -182,7 +181,7 @@ def warm_up(runner: ModelRunner) -> WarmUp:
 
 
 @torch.inference_mode()
-def measure(loaded: LoadedModel, drafts: type[Drafts]) -> int:
+def measure(loaded: LoadedModel) -> int:
     """Measure the bytes to keep free for tables, graphs and the largest step, on the smallest
     memory.
 
@@ -193,7 +192,7 @@ def measure(loaded: LoadedModel, drafts: type[Drafts]) -> int:
     device, num_bytes = loaded.device, 0
     free_bytes = device.unused_bytes()
     longest = loaded.settings.max_model_len or loaded.config.max_len
-    runner = ModelRunner(loaded, loaded.plan(), longest, drafts)
+    runner = ModelRunner(loaded, loaded.plan(), longest)
     before = device.unused_bytes()
     for kind in captures(runner):
         for capture in kind[:1]:
@@ -203,7 +202,7 @@ def measure(loaded: LoadedModel, drafts: type[Drafts]) -> int:
             capture()
         num_bytes += (shared - device.unused_bytes()) * max(0, len(kind) - 2)
     runner.forward(next(rehearsals(runner)))
-    for work in runner.drafts.rehearsals():
+    for work in () if runner.drafts is None else runner.drafts.rehearsals():
         work()
     device.synchronize()
     return num_bytes + max(0, free_bytes - before) + max(0, before - device.free_bytes())

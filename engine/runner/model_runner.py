@@ -17,7 +17,6 @@ from engine.runner.memory import Memory, MemoryPlan
 from engine.runner.steps import (
     Copies,
     DecodeGraphs,
-    Drafts,
     Graphs,
     PrefillGraphs,
     Record,
@@ -25,6 +24,7 @@ from engine.runner.steps import (
     StepInputs,
     decode_buckets,
 )
+from engine.runner.verification import Verification
 from engine.schedule.scheduler import Batch, logit_rows, pieces
 from engine.weights.model_config import ModelError
 from engine.weights.model_files import config_bytes
@@ -61,7 +61,6 @@ class ModelRunner:
         loaded: LoadedModel,
         plan: MemoryPlan,
         max_model_len: int,
-        drafts: type[Drafts] = Drafts,
     ) -> None:
         config, self.loaded = loaded.settings, loaded
         self.device, self.kernels, self.model = loaded.device, loaded.kernels, loaded.model
@@ -91,15 +90,18 @@ class ModelRunner:
         rotary = RotaryTable(self.config.rope, max_model_len, self.device.torch_device, self.dtype)
         multiple: int = self.kernels["linear"].ROWS
         self.step_inputs = StepInputs(self.tensors, self.table, rotary, multiple, config.tile_size)
-        self.drafts = drafts(loaded, self.step_inputs)
+        has_drafts = config.drafts.max_len > 0
+        self.drafts = Verification(loaded, self.step_inputs) if has_drafts else None
+        """Part of the steps with drafts, or None if the settings have none."""
         self.warmed: WarmUp | None = None
         self.exactness = Exactness()
         self.use_graphs(config.graphs)
 
     def settle(self) -> None:
-        """Copy every state to its request's slot. See ``Drafts.settle``."""
+        """Copy every state to its request's slot. See ``Verification.settle``."""
         self.device.make_current()  # The calling thread may be a new one, as in ``forward``.
-        self._copy_states(self.drafts.settle())
+        if self.drafts is not None:
+            self._copy_states(self.drafts.settle())
 
     def table_row(self, row: int, end: int) -> Indices:
         """Return the KV indices of the positions of ``row`` below ``end``, on the host."""
@@ -146,6 +148,8 @@ class ModelRunner:
     def _decode_graphs(self, record: Record, *, is_native: bool = False) -> Graphs:
         buckets = decode_buckets(self.table)
         decodes = DecodeGraphs(self.model, self.step_inputs, record, buckets)
+        if self.drafts is None:
+            return Graphs(decodes)
         return Graphs(decodes, self.drafts.graphs(record, is_native=is_native))
 
     @torch.inference_mode()
@@ -156,7 +160,8 @@ class ModelRunner:
         step drew, int64 on the device, for the batch's ``late_tokens``.
         """
         self.device.make_current()  # The calling thread may be a new one.
-        self._copy_states(self.drafts.place(batch))
+        if self.drafts is not None:
+            self._copy_states(self.drafts.place(batch))
         saved = self.tensors.checkpoints
         if saved is None:
             return self._forward_piece(batch, drawn)
@@ -195,7 +200,8 @@ class ModelRunner:
     @torch.inference_mode()
     def commit(self, batch: Batch, taken: Sequence[int]) -> None:
         """Keep the states and checkpoints of segments with drafts after ``taken`` tokens."""
-        self._save(self.drafts.commit(batch, taken))
+        if self.drafts is not None:
+            self._save(self.drafts.commit(batch, taken))
 
     def _save(self, copies: Copies) -> None:
         """Copy states to checkpoints: (slot of a state, checkpoint slot)."""
@@ -231,7 +237,9 @@ class ModelRunner:
                 if len(rows) == len(logits):
                     return logits
                 return logits[upload(rows, torch.int64, device)]
-        token_ids, step = self.step_inputs.of(batch, self.drafts)
+        drafted = [segment for segment in batch.segments if segment.num_drafts]
+        verified = self.drafts.part(drafted) if self.drafts is not None and drafted else None
+        token_ids, step = self.step_inputs.of(batch, verified)
         patch(token_ids)
         hidden: torch.Tensor | None = None
         if self.graphs.prefills is not None:

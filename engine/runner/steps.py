@@ -9,7 +9,7 @@ memory of a graph is overwritten by the next replay, so results are written to s
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -22,7 +22,6 @@ from engine.layers.blocks import DecodePart, LayerInputs, PrefillPart, Rows, Ste
 from engine.layers.rotary import RotaryTable
 from engine.models.decoder import Decoder
 from engine.runner.device import Device
-from engine.runner.loading import LoadedModel
 from engine.runner.memory import Memory, allocate
 from engine.schedule.scheduler import Batch, Segment
 from hybridcache.tokens import Indices, Tokens
@@ -64,13 +63,16 @@ class StepInputs:
     def _device(self) -> torch.device:
         return self.table.device.device
 
-    def of(self, batch: Batch, drafts: Drafts) -> tuple[torch.Tensor, LayerInputs]:
-        """Return token ids ``[num_rows]`` and all other inputs of the layers."""
-        decodes, verified, prefills = list[Segment](), list[Segment](), list[Segment]()
+    def of(
+        self, batch: Batch, verified: StepPart | None = None
+    ) -> tuple[torch.Tensor, LayerInputs]:
+        """Return token ids ``[num_rows]`` and all other inputs of the layers. ``verified`` is the
+        part of the segments with drafts, if there are any."""
+        decodes, prefills = list[Segment](), list[Segment]()
         tokens, positions, indices = list[Tokens](), list[Tokens](), list[Indices]()
         for segment in batch.segments:
-            kind = verified if segment.num_drafts else decodes if segment.is_decode else prefills
-            kind.append(segment)
+            if not segment.num_drafts:
+                (decodes if segment.is_decode else prefills).append(segment)
             tokens.append(segment.token_ids)
             positions.append(np.arange(segment.start, segment.end, dtype=np.int32))
             indices.append(self.table.host[segment.row, segment.start : segment.end])
@@ -82,8 +84,8 @@ class StepInputs:
         parts = list[StepPart]()
         if decodes:
             parts.append(DecodePart(*self._sequences(decodes)))
-        if verified:
-            parts.append(drafts.part(verified))
+        if verified is not None:
+            parts.append(verified)
         if prefills:
             parts.append(self._prefill_part(prefills))
         step = LayerInputs(
@@ -343,40 +345,3 @@ class Graphs(NamedTuple):
 
 Copies = Sequence[tuple[int, int]]
 """Copies of states: (source slot, target slot)."""
-
-
-class Drafts:
-    """Part of a runner for segments with drafts; this one is for runners without any.
-
-    A verification may leave the newest state of a sequence outside the sequence's slot. It is
-    copied back before any operation but the sequence's next verification.
-    """
-
-    def __init__(self, loaded: LoadedModel, inputs: StepInputs) -> None:
-        """Called when the runner's memory is allocated. Must not keep the runner."""
-
-    def place(self, batch: Batch) -> Copies:
-        """Assign slots to the states of the next step. Returns the copies to make before it."""
-        return ()
-
-    def part(self, segments: Sequence[Segment]) -> StepPart:
-        """Return the part of a step for segments with drafts."""
-        raise NotImplementedError
-
-    def commit(self, batch: Batch, taken: Sequence[int]) -> Copies:
-        """Accept ``taken`` tokens of each segment with drafts. Returns the checkpoints to save."""
-        return ()
-
-    def settle(self) -> Copies:
-        """Return the copies after which every state is in its sequence's slot, except for a step
-        that is not committed yet."""
-        return ()
-
-    def graphs(self, record: Record, *, is_native: bool) -> DecodeGraphs | None:
-        """Return graphs of decode steps with drafts. ``is_native``: recordings of native kernels.
-        Raises NotRecordableError."""
-        return None
-
-    def rehearsals(self) -> Iterable[Callable[[], object]]:
-        """Return the work of a warm-up that is not part of a step."""
-        return ()

@@ -5,7 +5,7 @@ their results."""
 from __future__ import annotations
 
 import logging
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from operator import attrgetter
@@ -16,12 +16,14 @@ import numpy.typing as npt
 from msgspec import Struct, structs
 
 from engine.requests.request import Request
+from engine.schedule.drafting import Draft, Drafting
 from engine.text.answers import NO_TOKEN, FinishReason, SampledToken
 from engine.text.grammar import GrammarError
 from hybridcache.allocators.moves import Transfer
+from hybridcache.lease import Lease
 from hybridcache.policies.admission import AdmissionPolicy
 from hybridcache.scheduling.cache_manager import CacheManager
-from hybridcache.scheduling.planner import Holding, StepPlanner
+from hybridcache.scheduling.planner import StepPlanner
 from hybridcache.tokens import Tokens
 
 
@@ -31,19 +33,6 @@ class BytesLost(RuntimeError):
 
 UNKNOWN: Tokens = np.zeros(1, np.int32)
 """Tokens of a segment whose one token is drawn but has not reached the host."""
-
-
-@dataclass(frozen=True, slots=True)
-class Draft:
-    """Tokens proposed as a continuation of a request."""
-
-    tokens: Tokens
-    """int32[d] with d of 1 or more."""
-    source: str
-    """Name of the drafter."""
-
-
-NO_DRAFT = Draft(np.empty(0, np.int32), "")
 
 
 class Segment(Struct, frozen=True):
@@ -70,14 +59,14 @@ class Segment(Struct, frozen=True):
     """Draft tokens at the end of a decode. ``ModelRunner.commit`` writes its state and exports."""
     request: Request = None  # type: ignore[assignment]
     """Request of the tokens; set in every segment that the scheduler makes."""
-    lease: object = None
+    lease: Lease = None  # type: ignore[assignment]
     """Lease of the request when the step was planned. The results apply only if it still has it."""
     samples: bool = False
     """True if the logits of the last position give the next token."""
     scores: bool = False
     """True if the logits give the prompt's log-probabilities."""
-    draft: Draft = NO_DRAFT
-    """Draft at the end of ``token_ids``."""
+    draft: Draft | None = None
+    """Draft at the end of ``token_ids``, or None."""
 
     @classmethod
     def of(
@@ -85,7 +74,7 @@ class Segment(Struct, frozen=True):
         request: Request,
         end: int,
         exports: tuple[tuple[int, int], ...],
-        draft: Draft = NO_DRAFT,
+        draft: Draft | None = None,
     ) -> Segment:
         """Make the segment from the scheduled length of ``request`` to ``end``, and ``draft``."""
         lease, row = request.claims
@@ -95,7 +84,7 @@ class Segment(Struct, frozen=True):
         token_ids = request.tokens[start:end] if end <= request.num_tokens else UNKNOWN
         scores = not is_decode and request.wants_scores
         num_logits, num_drafts = len(token_ids) if scores else int(samples), 0
-        if draft is not NO_DRAFT:
+        if draft is not None:
             token_ids = np.concatenate([token_ids, draft.tokens])
             num_logits, num_drafts = len(token_ids), len(draft.tokens)
         return cls(
@@ -131,7 +120,7 @@ class Segment(Struct, frozen=True):
         if not self.samples:
             return []
         run = [next(sampled)]
-        if not self.num_drafts:
+        if self.draft is None:
             return run
         drawn = [next(sampled) for _ in range(self.num_drafts)]
         for guess, token in zip(self.draft.tokens.tolist(), drawn, strict=True):
@@ -226,69 +215,6 @@ EMPTY = Batch(())
 """Step without work: the runner is not called."""
 
 
-class StepHooks:
-    """Hooks around the steps of one engine, called in its thread. Each does nothing by default."""
-
-    @property
-    def has_work(self) -> bool:
-        """True if ``before_step`` has something to do although no request waits or runs."""
-        return False
-
-    def before_step(self) -> None:
-        """Process events since the last step, in a bounded time."""
-
-    def wait(self) -> None:
-        """Sleep briefly, or until ``before_step`` has work, because nothing can be computed."""
-
-    def on_step_failed(self, *, was_lost: bool) -> None:
-        """End work that depends on the failed step. ``was_lost``: the contents of all rows are
-        unknown too, and the cache is emptied next."""
-
-    def on_cache_emptied(self, *, was_lost: bool) -> None:
-        """Update the plugin. ``was_lost``: rows were lost, and no caller emptied the cache."""
-
-    def on_idle(self) -> float | None:
-        """Do background work. Returns the seconds until the next task is due, or None."""
-        return None
-
-    def disconnect(self, *, at_once: bool) -> None:
-        """Accept no more work from other processes. End ``at_once`` all work done for them or
-        requested from them, or finish it. May be called repeatedly."""
-
-    def close(self) -> None:
-        """Complete pending writes and end other processes, after the last step."""
-
-    def report(self) -> Mapping[str, Any]:
-        """Return fields of ``CacheReport``."""
-        return {}
-
-
-class DraftPlanner(StepHooks):
-    """Decides which decoding requests get drafts, by default none."""
-
-    @property
-    def requests(self) -> Set[Request]:
-        """Requests with private state."""
-        return frozenset()
-
-    def propose(self, decoding: Iterable[tuple[Request, int]]) -> dict[Request, Draft]:
-        """Return drafts for some of the decoding (request, maximum length), once per step."""
-        return {}
-
-    def may_guess(self, running: Iterable[Request]) -> bool:
-        """Return True if any of them may get a draft in its next step."""
-        return False
-
-    def learn(self, segment: Segment, num_accepted: int, num_new: int) -> None:
-        """Record how many drafts of ``segment`` were accepted. The answer, which may have ended
-        inside the draft, got ``num_new`` tokens."""
-
-    def forget(self, request: Request) -> None:
-        """Drop the state of a request that has ended."""
-
-
-NO_DRAFTS = DraftPlanner()
-
 logger = logging.getLogger(__name__)
 
 
@@ -299,15 +225,11 @@ class Scheduler(StepPlanner[Request]):
         self,
         manager: CacheManager,
         *,
-        drafting: DraftPlanner = NO_DRAFTS,
-        fetching: Holding[Request] | None = None,
+        drafting: Drafting | None = None,
         **options: Any,
     ) -> None:
         """``options`` are those of ``StepPlanner``."""
-        super().__init__(manager, fetching=fetching, **options)
-        self.manager = manager
-        parts = fetching, None if drafting is NO_DRAFTS else drafting
-        self.hooks = tuple(part for part in parts if isinstance(part, StepHooks))
+        super().__init__(manager, **options)
         self.drafting = drafting
         self._verifies = False
         self.progressed: list[Request] = []
@@ -316,7 +238,7 @@ class Scheduler(StepPlanner[Request]):
     @property
     def must_commit(self) -> bool:
         """True if the step in flight has drafts, so memory must not change before its commit."""
-        return self._verifies and self._num_in_flight > 0
+        return self._verifies and self.num_in_flight > 0
 
     def abort(self, request: Request, reason: FinishReason = "abort") -> None:
         """End ``request`` at once, in any state, and publish the computed tokens: a client that
@@ -326,7 +248,7 @@ class Scheduler(StepPlanner[Request]):
         if request.finish_reason is not None:
             return
         try:
-            request.finish(reason, self._clock())
+            request.finish(reason, self.clock())
         except Exception as error:
             self._fail(request, error)
         if request.lease is None:
@@ -338,17 +260,16 @@ class Scheduler(StepPlanner[Request]):
         """Requeue the running requests after a failed step, which left their states unknown. They
         continue from published entries. Returns those without their last token."""
         interrupted = []
-        for request in tuple(self._running):
+        for request in tuple(self.running):
             if request.finish_reason is None:
-                self._manager.abort(request)
-                self._requeue(request)
+                self.requeue(request)
                 interrupted.append(request)
             else:
                 self.remove(request)
-        for request in self._waiting:
+        for request in self.waiting:
             if request.lease is not None:  # The step failed while it was being admitted.
-                self._manager.abort(request)
-        self._num_in_flight = 0
+                self.manager.release(request)
+        self.num_in_flight = 0
         self._renew_rules(interrupted)
         return tuple(interrupted)
 
@@ -360,10 +281,11 @@ class Scheduler(StepPlanner[Request]):
         no last token."""
         known = sorted(requests, key=attrgetter("arrival"))
         going = [one for one in known if one.finish_reason is None]
-        interrupted = tuple(one for one in self._running if one.finish_reason is None)
+        interrupted = tuple(one for one in self.running if one.finish_reason is None)
         self.restart(going, admission)
         for request in known:
-            self.drafting.forget(request)
+            if self.drafting is not None:
+                self.drafting.forget(request)
             is_listed = request in self.progressed
             if request.finish_reason is not None:
                 request.lose_claims()
@@ -388,21 +310,21 @@ class Scheduler(StepPlanner[Request]):
         the device. No request is then preempted. It is empty if the previous one must be committed
         first: if memory is short, the previous step has drafts, or a request is due for a draft.
         """
-        if self.must_commit or (self._num_in_flight and self._must_wait):
+        if self.must_commit or (self.num_in_flight and self.must_wait):
             return EMPTY
-        if self._num_in_flight and self.drafting.may_guess(self._running):
+        if self.num_in_flight and self.drafting and self.drafting.may_guess(self.running):
             return EMPTY
         ends = self.choose()
-        drafts = {} if self.drafting is NO_DRAFTS else self._drafts(ends)
+        drafts = {} if self.drafting is None else self._drafts(self.drafting, ends)
         segments: list[Segment] = []
         late_tokens: list[tuple[int, int]] = []
         num_drawn = 0
         for request in sorted(
             ends, key=lambda one: (one.scheduled_len < one.prefill_len, one in drafts)
         ):
-            draft, end = drafts.get(request, NO_DRAFT), ends[request]
-            full_end = end if draft is NO_DRAFT else end + len(draft.tokens)
-            exports = self._manager.take_checkpoint_slots(request, full_end)
+            draft, end = drafts.get(request), ends[request]
+            full_end = end if draft is None else end + len(draft.tokens)
+            exports = self.take_checkpoint_slots(request, full_end)
             if exports is None:
                 continue
             segment = Segment.of(request, end, exports, draft)
@@ -414,29 +336,29 @@ class Scheduler(StepPlanner[Request]):
                 request.num_drawn += 1
                 request.drawn_row = num_drawn
                 num_drawn += 1
-        if not segments and not self._manager.has_moves:
+        if not segments and not self.manager.has_moves:
             # Changes that ``publish`` makes to a request's row wait for the next segments.
             return EMPTY
-        self._num_in_flight += bool(segments)
+        self.num_in_flight += bool(segments)
         self._verifies = bool(drafts)
-        copies = self._manager.take_step()
+        copies = self.manager.take_step()
         late = tuple(late_tokens)
         return Batch(tuple(segments), copies.restores, copies.row_writes, late, copies.transfers)
 
-    def _drafts(self, ends: Mapping[Request, int]) -> dict[Request, Draft]:
+    def _drafts(self, drafting: Drafting, ends: Mapping[Request, int]) -> dict[Request, Draft]:
         """Return drafts for requests that compute their newest token, if there is memory."""
         # A draft follows the newest token, which a step in flight has yet to draw.
-        drafts = self.drafting.propose(
+        drafts = drafting.propose(
             (request, request.max_len - 1 - end)
             for request, end in ends.items()
-            if not self._num_in_flight
+            if not self.num_in_flight
             and request.scheduled_len >= request.prefill_len
             and end == request.num_tokens
         )
         return {
             request: draft
             for request, draft in drafts.items()
-            if self._manager.extend(request, ends[request] + len(draft.tokens))
+            if self.extend(request, ends[request] + len(draft.tokens))
         }
 
     def commit(
@@ -453,14 +375,14 @@ class Scheduler(StepPlanner[Request]):
 
         Returns the number of computed tokens that count for each segment with drafts.
         """
-        self._num_in_flight -= bool(step.segments)
+        self.num_in_flight -= bool(step.segments)
         taken: list[int] = []
-        tokens, scores, now_s = iter(sampled), iter(scored), self._clock()
+        tokens, scores, now_s = iter(sampled), iter(scored), self.clock()
         for segment in step.segments:
             run = segment.run_of(tokens)
-            request = segment.request
+            request, lease = segment.request, segment.lease
             scored_now = next(scores) if segment.scores else ()
-            if request.lease is not segment.lease:
+            if request.lease is not lease:
                 taken += [0] * bool(segment.num_drafts)
                 continue
             request.num_drawn -= segment.samples
@@ -481,11 +403,12 @@ class Scheduler(StepPlanner[Request]):
                     self._fail(request, error)
                     if not isinstance(error, Exception):
                         raise
-            if segment.num_drafts and has_logits:
+            draft, drafting = segment.draft, self.drafting
+            if draft is not None and drafting is not None and has_logits:
                 # The newest token is not computed. Tokens after a stop do not count.
                 request.computed_len = request.scheduled_len = request.num_tokens - 1
-                self._manager.roll_back(request)
-                self.drafting.learn(segment, len(run) - 1, request.num_tokens - num_before)
+                lease.roll_back(request.computed_len, unwritten=True)
+                drafting.learn(request, draft, len(run) - 1, request.num_tokens - num_before)
             if segment.num_drafts:
                 taken.append(request.computed_len - segment.start if has_logits else 0)
             if request.finish_reason is not None:
@@ -495,7 +418,7 @@ class Scheduler(StepPlanner[Request]):
 
     def _fail(self, request: Request, error: BaseException) -> None:
         """End ``request`` alone with an error that was raised for it."""
-        request.fail(error, self._clock())
+        request.fail(error, self.clock())
         if isinstance(error, GrammarError | FloatingPointError):
             logger.warning("Request %s ends: %s", request.request_id, error)
         else:
@@ -503,4 +426,5 @@ class Scheduler(StepPlanner[Request]):
 
     def check(self) -> None:
         super().check()
-        assert self.drafting.requests <= {*self._waiting, *self._running, *self.progressed}
+        drafted = set() if self.drafting is None else self.drafting.requests
+        assert drafted <= {*self.waiting, *self.running, *self.progressed}

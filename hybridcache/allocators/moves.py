@@ -253,11 +253,6 @@ class StepQueue:
         self.num_moves += 1
         return 0
 
-    @property
-    def is_due(self) -> bool:
-        """Whether the next plan has any work."""
-        return bool(self.transfers or self.row_writes or self.restores)
-
     def due_row_writes(self) -> tuple[RowWrite, ...]:
         """Return the row writes of the next plan, which stay due. O(rows written)."""
         return tuple(
@@ -270,7 +265,7 @@ class StepQueue:
         carried out. O(transfers + rows written)."""
         if self.open_plan is not None and not self.open_plan.is_done:
             raise RuntimeError(NOT_CARRIED_OUT)
-        if not self.is_due:
+        if not (self.transfers or self.row_writes or self.restores):
             return StepPlan()
         row_writes = self.due_row_writes() if self.row_writes else ()
         plan = StepPlan(tuple(self.transfers), row_writes, tuple(self.restores.values()))

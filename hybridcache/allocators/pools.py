@@ -31,7 +31,6 @@ import numpy as np
 import numpy.typing as npt
 
 from hybridcache.allocators.moves import Move, RowHolder
-from hybridcache.radix.tree import Segment
 from hybridcache.tokens import Indices, require_index
 
 MAX_ROWS = 1 << 31
@@ -455,53 +454,3 @@ class ArenaSlots(SlotAllocator):
 
     def check(self) -> None:
         assert sum(self.is_taken) == self.num_taken, f"{self.num_taken} states counted"
-
-
-class RowIndex:
-    """Segments of one tree by row: a ``RowHolder``, which owns the cached rows.
-
-    Finds the rows of an emptied slab without a search. It is updated only when a slab is emptied:
-    until then, a new segment costs one dictionary entry.
-    """
-
-    def __init__(self, num_rows: int) -> None:
-        # By row the serial of its segment: right for rows that the tree had at the last move and
-        # still has, unless a split has moved them. Host memory is taken as rows are used.
-        self._serials = np.zeros(num_rows, np.int64)
-        self._known: dict[int, Segment] = {}
-        """Segments in the table, by serial."""
-        self.new: dict[int, Segment] = {}
-        """Segments that are not in the table yet, by serial. Callers add each new one here."""
-
-    def remove(self, segment: Segment) -> None:
-        """Remove the segment of an evicted node. O(1)."""
-        if self.new.pop(segment.serial, None) is None:
-            del self._known[segment.serial]
-
-    def rows_moved(self, move: Move) -> int:
-        """Rename the rows of ``move`` in their segments, and return how many of them are cached.
-        O(rows of those segments + rows added since the last move)."""
-        if self.new:
-            added = [segment.rows for segment in self.new.values()]
-            # Four times as fast as with int32 for an index, which numpy casts a piece at a time.
-            index = np.concatenate(added, dtype=np.intp)
-            self._serials[index] = np.repeat(list(self.new), list(map(len, added)))
-            self._known |= self.new
-            self.new.clear()
-        serials = self._serials.take(move.src)
-        self._serials[move.dst.astype(np.intp)] = serials
-        ends = np.flatnonzero(serials[1:] != serials[:-1])
-        num_owned = 0
-        for serial in {*serials[ends].tolist(), serials.item(-1)}:
-            # A row that left the tree keeps the serial of a segment that is gone, or has lost it.
-            if (segment := self._known.get(serial)) is not None:
-                num_owned += len(move.rename(segment.rows))
-        return num_owned
-
-    def check(self, segments: list[Segment]) -> None:
-        """Check that the index has ``segments``, those of all resident nodes. O(rows)."""
-        known = {segment.serial: segment for segment in segments}
-        assert known == self._known | self.new, "the segments known are not those of the tree"
-        for serial in self._known.keys() - self.new.keys():
-            is_found = self._serials[self._known[serial].rows] == serial
-            assert is_found.all(), f"a row of segment {serial} is lost"

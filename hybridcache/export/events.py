@@ -24,7 +24,7 @@ from typing import NamedTuple
 import numpy as np
 
 from hybridcache.api import Listener
-from hybridcache.radix.tree import Checkpoint, ItemBytes, RadixNode, RadixTree, Segment
+from hybridcache.radix.tree import Checkpoint, Edge, ItemBytes, RadixNode, RadixTree
 from hybridcache.tokens import EMPTY, Tokens, require_int32
 
 
@@ -196,7 +196,7 @@ class Mirror:
                 self.num_checkpoints -= 1
 
     def _add(self, id_: int, node: RadixNode) -> None:
-        node.kv = Segment(node, EMPTY, 0, id_, _NO_BYTES)
+        node.kv = Edge(node, EMPTY, 0, id_, _NO_BYTES)
         self.nodes[id_] = node
 
     def match(self, tokens: Tokens, namespace: Hashable = None) -> MirrorMatch:

@@ -36,11 +36,10 @@ from hybridcache.cache import HybridRadixCache
 from hybridcache.policies.eviction.survival import Survival
 from hybridcache.policies.placement import Adaptive
 from hybridcache.policies.protocol import PlacementPolicy
-from hybridcache.radix.tree import GHOST_NODE_BYTES, Checkpoint, RadixNode
-from hybridcache.tiers import is_superseded
+from hybridcache.radix.tree import GHOST_NODE_BYTES, Checkpoint, RadixNode, is_superseded
 from hybridcache.tokens import read_namespace
 
-MAGIC = b"HCMEMRY5"
+MAGIC = b"HCMEMRY6"
 NOTHING = (-1, 0, 0, 0, 0)
 
 
@@ -54,7 +53,7 @@ def write_memory(cache: HybridRadixCache, placement: Sequence[PlacementPolicy] =
     survival = policy if isinstance(policy, Survival) else None
     numbers = {node: number for number, node in enumerate(nodes)}
     namespaces: dict[str, int] = {}
-    rows, labels, memos, tokens = [], [], [], [np.empty(0, np.int32)]
+    rows, labels, reasons, memos, tokens = [], [], [], [], [np.empty(0, np.int32)]
     for node in nodes:
         item, own = _items_at(node)
         parent = node.parent
@@ -69,6 +68,7 @@ def write_memory(cache: HybridRadixCache, placement: Sequence[PlacementPolicy] =
             facts = item.serial, item.created, item.last_used, item.uses, superseded
         rows.append((above, node.end, *facts))
         labels.append("" if item is None else item.label)
+        reasons.append("" if item is None else item.stop_reason)
         memos.append(None if item is None or survival is None else survival.memo_state(item))
         tokens.append(node.tokens)
     body = {
@@ -79,6 +79,7 @@ def write_memory(cache: HybridRadixCache, placement: Sequence[PlacementPolicy] =
         "namespaces": list(namespaces),
         "nodes": np.array(rows, np.int64).reshape(-1, 7),
         "labels": labels,
+        "stop_reasons": reasons,
         "tokens": np.concatenate(tokens),
         "eviction": None if survival is None else survival.hazards.state_dict(),
         "memos": memos,
@@ -182,7 +183,8 @@ class Memory:
         roots = [tree.root(read_namespace(text)) for text in dict.fromkeys(plain["namespaces"])]
         rows, tokens = plain["nodes"].tolist(), plain["tokens"]
         item_bytes, at = cache.item_bytes, 0
-        for row, label, memo in zip(rows, plain["labels"], plain["memos"], strict=True):
+        columns = (plain[name] for name in ("labels", "stop_reasons", "memos"))
+        for row, label, stop_reason, memo in zip(rows, *columns, strict=True):
             above, end, serial, created, last_used, uses, superseded = row
             parent = nodes[above] if above >= 0 else roots[-1 - above]
             start, at = at, at + end - parent.end
@@ -192,6 +194,7 @@ class Memory:
             if serial >= 0:
                 item = Checkpoint(node, -1, created, serial, item_bytes, label)
                 item.last_used, item.uses, item.superseded = last_used, uses, bool(superseded)
+                item.stop_reason = stop_reason
                 node.lost_checkpoint = item
                 self._items.append((item, memo))
         for node in reversed(nodes):
@@ -215,7 +218,8 @@ class Memory:
                 policy.load_memo(item, memo)
             for node in cache.iter_nodes():
                 state = node.offloaded.state if node.offloaded else None
-                if state is not None:  # ``adopt`` has added it without a history.
+                if state is not None and cache.offload is not None:
+                    # ``adopt`` has added it without a history.
                     tier, lost = cache.offload.tiers[state.tier], node.lost_checkpoint
                     tier.policy.discard(state, evicted=False)
                     state.memo = None if lost is None else lost.memo

@@ -160,7 +160,7 @@ LATENCY_S = {"host": 20e-6, "disk": 200e-6}
 
 @dataclass(frozen=True)
 class Exchange:
-    """Copy times by tier and prefill times of a model on a machine. Implements ``FetchRule``."""
+    """Copy times by tier and prefill times of a model on a machine. Implements ``LoadRule``."""
 
     times: PrefillTimes
     """Seconds of a prefill, for example ``MeasuredTimes`` or ``Roofline``."""
@@ -182,7 +182,7 @@ class Exchange:
     def seconds_saved(
         self, cached_len: int, position: int, prompt_len: int, num_bytes: Mapping[str, int]
     ) -> float:
-        """Return the seconds saved by a load; see ``FetchRule``."""
+        """Return the seconds saved by a load; see ``LoadRule``."""
         unit, seconds = self.unit, self.times.seconds
         without = seconds(cached_len * unit, prompt_len * unit)
         return without - seconds(position * unit, prompt_len * unit) - self.copy_seconds(num_bytes)

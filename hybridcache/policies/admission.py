@@ -56,31 +56,32 @@ class Session:
 class WaitingRequest:
     """Part of a ``ScheduledRequest`` that admission policies read."""
 
-    def __init__(self, *, arrival: int, arrival_s: float, num_tokens: int, max_len: int) -> None:
-        self.arrival = arrival
-        """Rank among all requests: older is smaller."""
-        self.arrival_s = arrival_s
-        """Time of arrival."""
-        self.num_tokens = self.prefill_len = num_tokens
-        """Tokens to have before the next one is sampled: the prompt; after a preemption also the
-        answer so far. The first ``prefill_len`` are computed by prefills."""
-        self.max_len = max_len
-        """Most tokens of prompt and answer together."""
-        self.computed_len = 0
-        """Computed tokens."""
-        self.num_preemptions = 0
-        self.num_passes = 0
-        """Requests that arrived later and were admitted before this one."""
-        self.cached_len = 0
-        """Reused tokens, set at the first admission."""
-        self.lost_len = 0
-        """Prompt tokens to compute again because they, or a checkpoint after them, were evicted.
-        Set at each admission. Includes tokens of the session's previous prompt even if their
-        eviction is no longer recorded in the cache."""
-        self.row: int | None = None
-        """Row of the request table while it runs, else None."""
-        self.session: Session
-        """Set when it is queued."""
+    arrival: int
+    """Rank among all requests: older is smaller."""
+    arrival_s: float
+    """Time of arrival."""
+    num_tokens: int
+    """Tokens to have before the next one is sampled: the prompt; after a preemption also the answer
+    so far."""
+    prefill_len: int
+    """Number of first tokens that are computed by prefills."""
+    max_len: int
+    """Most tokens of prompt and answer together."""
+    session: Session
+    """Set when it is queued."""
+    computed_len = 0
+    """Computed tokens."""
+    num_preemptions = 0
+    num_passes = 0
+    """Requests that arrived later and were admitted before this one."""
+    cached_len = 0
+    """Reused tokens, set at the first admission."""
+    lost_len = 0
+    """Prompt tokens to compute again because they, or a checkpoint after them, were evicted. Set at
+    each admission. Includes tokens of the session's previous prompt even if their eviction is no
+    longer recorded in the cache."""
+    row: int | None = None
+    """Row of the request table while it runs, else None."""
 
     @property
     def is_running(self) -> bool:

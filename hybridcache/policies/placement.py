@@ -6,14 +6,7 @@ from collections.abc import Iterable, Iterator
 from math import inf
 from typing import Any
 
-from hybridcache.policies.protocol import (
-    Item,
-    Placed,
-    PlacementPolicy,
-    Prefill,
-    base_label,
-    end_of_prompt,
-)
+from hybridcache.policies.protocol import Item, Placed, PlacementPolicy, Prefill, end_of_prompt
 
 
 class Branch(PlacementPolicy):
@@ -315,9 +308,11 @@ class Adaptive(PlacementPolicy):
         self._latest = prefill, planned
 
     def on_hit(self, item: Item) -> None:
-        label, above = base_label(item.label), item.above
+        label, above = item.label, item.above
         if label in END_LABELS:
-            while above is not None and above.label.startswith("back:") and above.label != "back:1":
+            while above is not None and above.label.startswith("back:"):
+                if above.label == "back:1" and not above.stop_reason:
+                    break
                 above = above.above
         account = self._account(label)
         num_tokens = item.position - (0 if above is None else above.position)
@@ -326,13 +321,13 @@ class Adaptive(PlacementPolicy):
         account.uses += 1
 
     def on_ghost_hit(self, item: Item, num_tokens: int) -> None:
-        account = self._account(base_label(item.label))
+        account = self._account(item.label)
         account.earned += num_tokens
         account.uses += 1
         self._missed_tokens += num_tokens
 
     def on_saved(self, position: int, label: str) -> None:
-        self._account(base_label(label)).save()
+        self._account(label).save()
         self._num_placed += 1
         if self._num_placed > 4 * MEMORY:
             self._num_placed *= 0.5
@@ -399,7 +394,7 @@ class Adaptive(PlacementPolicy):
         ):
             label, account = "decode", decode
         resumed = prefill.resumed
-        if resumed is not None and not resumed.superseded and base_label(resumed.label) in TIPS:
+        if resumed is not None and not resumed.superseded and resumed.label in TIPS:
             return label
         if account is None:
             return None

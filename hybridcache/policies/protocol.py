@@ -127,7 +127,7 @@ class EvictionPolicy(ABC):
         return None
 
 
-class FetchRule(Protocol):
+class LoadRule(Protocol):
     """Rule that decides if loading from a lower tier is worth the copy, in seconds."""
 
     def seconds_saved(
@@ -148,15 +148,6 @@ class Placed(NamedTuple):
     """Number of tokens before the checkpoint."""
     label: str
     """Name of the rule."""
-
-
-def base_label(label: str) -> str:
-    """Return ``label`` without the stop reason that may follow a slash.
-
-    >>> base_label("decode/tool_use"), base_label("back:4")
-    ('decode', 'back:4')
-    """
-    return label.partition("/")[0]
 
 
 class Prefill(NamedTuple):

@@ -1,8 +1,8 @@
 """Radix tree over token ids: nodes, their items, walks and splits; and a bounded list of ghosts.
 
 ``RadixTree`` has one root per namespace. ``RadixNode`` is the structure; its evictable items are
-the ``Segment`` (KV rows of its edge) and the ``Checkpoint`` (state at its end), with the attributes
-that policies see (``Item``). A node without a segment is a *ghost*: its tokens are remembered, but
+the ``Edge`` (KV rows of its edge) and the ``Checkpoint`` (state at its end), with the attributes
+that policies see (``Item``). A node without KV is a *ghost*: its tokens are remembered, but
 it has no KV on the device. Resident children and ghosts are separate families, so that the length
 of the KV and the length of the seen tokens are two plain walks without recursion.
 
@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Collection, Hashable, Iterable, Iterator
+from itertools import chain
 from typing import Any, Literal, NamedTuple, TypeAlias, final
 
 import numpy as np
@@ -85,7 +86,7 @@ class RadixNode:
         """Children with resident KV: None, the only child, or a dict of them."""
         self.ghosts: Family = None
         """Children with evicted KV, in the same form."""
-        self.kv: Segment | None = None
+        self.kv: Edge | None = None
         """KV of the edge; None for ghosts and roots. ``kv.indices`` are its rows, int32[n], and
         ``kv.serial`` identifies it for the lifetime of the cache."""
         self.checkpoint: Checkpoint | None = None
@@ -97,8 +98,8 @@ class RadixNode:
         """
         # 1 if the node is locked, plus the number of children with pins (``protected``).
         self.pins = 0
-        # Offloaded KV and state of this node, or None (``hybridcache.tiers.OffloadedEntry``).
-        self.offloaded: Any = None
+        self.offloaded: OffloadedEntry | None = None
+        """KV and state of this node in offload tiers, or None."""
 
     @property
     def start(self) -> int:
@@ -186,8 +187,10 @@ class Item:
     """True if a deeper checkpoint exists on the same unforked path, or is about to: a running
     request has taken its slot."""
     label: str
-    """Placement rule that saved it: end, branch, boundary, backoff, every ... The deepest
-    checkpoint of a finished request carries its stop reason, if that is known: decode/tool_use."""
+    """Placement rule that saved it: end, branch, boundary, backoff, every ..."""
+    stop_reason: str
+    """Reason why the answer before it ended (``hybridcache.lease.STOP_REASONS``), for the deepest
+    checkpoint of a finished request. Empty for others, or if it is not known."""
     node: RadixNode
     """Node of the tree, for the cache only."""
     item_bytes: ItemBytes
@@ -227,8 +230,8 @@ class Item:
 
         This is the distance to the nearest checkpoint above, for both kinds, regardless of rows
         that remain in between. Neither ``span`` nor ``size_bytes`` depends on earlier node splits.
-        An attention-only cache evicts whole segments and can resume anywhere: there it is the
-        length of the segment. Costs as ``above``.
+        An attention-only cache evicts whole edges and can resume anywhere: there it is the
+        length of the edge. Costs as ``above``.
         """
         if not self.item_bytes.state:
             return self.position - self.node.start
@@ -242,7 +245,7 @@ class Item:
         - KV: its rows, the state at its end, and the tail above. The tail is the path up to the
           nearest checkpoint, fork or lock, which is evicted with it.
         - Checkpoint: its state, and for a leaf the same tail.
-        - Attention-only cache: the rows of the segment.
+        - Attention-only cache: the rows of the edge.
         """
         return Item.span_and_size(self)[1]
 
@@ -267,14 +270,14 @@ class Item:
         return self.position if above is None else self.position - above.end, size_bytes
 
 
-class Segment(Item):
+class Edge(Item):
     """KV rows of the edge of one node: an evictable item of kind ``kv``."""
 
     __slots__ = ("rows",)
 
     kind = "kv"
     superseded = False
-    label = ""
+    label = stop_reason = ""
 
     def __init__(
         self, node: RadixNode, rows: Indices, now: int, serial: int, item_bytes: ItemBytes
@@ -307,7 +310,7 @@ class Segment(Item):
 class Checkpoint(Item):
     """State after exactly ``node.end`` tokens: an evictable item of kind ``checkpoint``."""
 
-    __slots__ = ("label", "num_successors", "slot", "stored", "superseded")
+    __slots__ = ("label", "num_successors", "slot", "stop_reason", "stored", "superseded")
 
     kind = "checkpoint"
     dead = False
@@ -322,13 +325,19 @@ class Checkpoint(Item):
         self.serial = serial
         self.item_bytes = item_bytes
         self.label = label
+        self.stop_reason = ""
         self.uses = 0
         self.num_successors = 0
         """Running requests that will save a deeper checkpoint (``LockHandle.superseded``)."""
         self.superseded = False
-        self.stored: Any = None
+        self.stored: OffloadedCheckpoint | None = None
         """Item in an offload tier that replaced it, or None."""
         self.memo = None
+
+    @property
+    def title(self) -> str:
+        """Label, with the stop reason if that is known, for people: decode/tool_use."""
+        return f"{self.label}/{self.stop_reason}" if self.stop_reason else self.label
 
     def __repr__(self) -> str:
         return f"<checkpoint slot={self.slot} at {self.node.end} used={self.last_used}>"
@@ -385,6 +394,143 @@ def has_deeper_checkpoint(node: RadixNode) -> bool:
             return True
         child = child.children
     return False
+
+
+# --- Offloaded parts ------------------------------------------------------------------------------
+
+
+class OffloadedEntry:
+    """Offloaded parts of one node. Tiers are numbered from the nearest, 0."""
+
+    __slots__ = ("kv", "kv_tier", "num_children", "state")
+
+    def __init__(self, num_tiers: int) -> None:
+        self.kv: Indices | None = None
+        """Rows of the edge in tier ``kv_tier``, or None. Only ghosts have offloaded KV."""
+        self.kv_tier = 0
+        self.state: OffloadedCheckpoint | None = None
+        """Offloaded state, or None if the checkpoint is on the device or does not exist."""
+        self.num_children = [0] * num_tiers
+        """Number of ghosts below this node with KV in each tier."""
+
+    @property
+    def nearest(self) -> int | None:
+        """Nearest tier with an entry that needs the KV of this node, or None. O(tiers)."""
+        for tier, num_children in enumerate(self.num_children):
+            if num_children or (self.state is not None and self.state.tier == tier):
+                return tier
+        return None
+
+
+ON_DEVICE = -1
+"""Number of the device; tiers are numbered from the nearest, 0."""
+
+
+def tier_of(node: RadixNode) -> int | None:
+    """Return the number of the tier that holds the KV of ``node``, or None."""
+    if node.kv is not None or node.parent is None:
+        return ON_DEVICE
+    entry = node.offloaded
+    return entry.kv_tier if entry is not None and entry.kv is not None else None
+
+
+def is_superseded(node: RadixNode) -> bool:
+    """Return whether a state, on the device or offloaded, is on the unforked path below ``node``.
+    O(nodes to it)."""
+    while True:
+        resident, entry = members(node.children), node.offloaded
+        num_stored = 0 if entry is None else sum(entry.num_children)
+        if len(resident) + num_stored != 1:
+            return False
+        stored = (ghost for ghost in members(node.ghosts) if tier_of(ghost) is not None)
+        node = next(chain(resident, stored))
+        if node.checkpoint is not None or (node.offloaded and node.offloaded.state):
+            return True
+
+
+def next_state(node: RadixNode) -> Checkpoint | None:
+    """Return the nearest state above ``node``, on the device or offloaded. O(nodes between)."""
+    above = node.parent
+    while above is not None:
+        entry = above.offloaded
+        state = above.checkpoint or (None if entry is None else entry.state)
+        if state is not None:
+            return state
+        above = above.parent
+    return None
+
+
+class OffloadedCheckpoint(Checkpoint):
+    """State in an offload tier. It has no slot.
+
+    ``superseded`` is updated only when this item or a deeper one is stored, and before it is
+    evicted.
+    """
+
+    __slots__ = ("rows", "tier")
+
+    def __init__(self, was: Checkpoint, tier: int, rows: Indices) -> None:
+        """Make the item for ``was`` in ``tier``, with its uses and age but without its memo."""
+        super().__init__(was.node, -1, was.created, was.serial, was.item_bytes, was.label)
+        self.last_used, self.uses, self.stop_reason = was.last_used, was.uses, was.stop_reason
+        self.superseded = is_superseded(was.node)
+        self.tier = tier
+        self.rows = rows
+        """Rows of its tier. Empty until there is room for them."""
+
+    @property
+    def above(self) -> OffloadedCheckpoint | None:
+        """Nearest item above in the same tier. O(nodes between)."""
+        above = self.node.parent
+        while above is not None:
+            entry = above.offloaded
+            if entry is not None and entry.state is not None and entry.state.tier == self.tier:
+                return entry.state
+            above = above.parent
+        return None
+
+    predecessor = above
+
+    @property
+    def span(self) -> int:
+        """Number of tokens back to the nearest state above, in any tier. O(nodes between)."""
+        above = next_state(self.node)
+        return self.node.end - (0 if above is None else above.position)
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of its state, and of the KV that its tier holds for it alone. O(nodes of it)."""
+        node, item_bytes = self.node, self.item_bytes
+        if node.kv is not None:
+            # It has just left the device: where it was a leaf, its tail is about to follow.
+            return super().size_bytes
+        num_tokens, tier = 0, self.tier
+        entry = node.offloaded
+        while entry is not None and entry.kv is not None and entry.kv_tier == tier:
+            if any(entry.num_children[: tier + 1]) and num_tokens == 0:
+                break
+            assert node.parent is not None
+            num_tokens += node.end - node.parent.end
+            node = node.parent
+            entry = node.offloaded
+            if entry is None or entry.num_children[tier] > 1:
+                break
+            if entry.state is not None and entry.state.tier <= tier:
+                break
+        return item_bytes.state + num_tokens * item_bytes.kv_token
+
+    def span_and_size(self) -> tuple[int, int]:
+        return self.span, self.size_bytes
+
+    def __lt__(self, other: object) -> bool:
+        """Return False, because a state that is stored again has the serial of its first item,
+        which a policy's heap may still hold."""
+        return False
+
+    __gt__ = __lt__
+
+    def __repr__(self) -> str:
+        return f"<state in tier {self.tier} at {self.node.end} used={self.last_used}>"
 
 
 # --- The tree -------------------------------------------------------------------------------------
@@ -464,7 +610,7 @@ class RadixTree:
         """Split the edge of ``lower`` at ``position``, and return the new upper node.
 
         ``lower`` keeps its end, checkpoint and locks. The upper half is a ghost if ``lower`` is
-        one; otherwise the caller must give it a segment. O(tokens of the edge).
+        one; otherwise the caller must give it KV. O(tokens of the edge).
         """
         parent = lower.parent
         assert parent is not None and parent.end < position < lower.end
@@ -486,7 +632,7 @@ class RadixTree:
         return upper
 
     def revive(self, path: Iterable[RadixNode]) -> None:
-        """Turn ghosts into resident children. The caller must give them segments. O(ghosts)."""
+        """Turn ghosts into resident children. The caller must give them KV. O(ghosts)."""
         for ghost in path:
             parent = ghost.parent
             assert parent is not None

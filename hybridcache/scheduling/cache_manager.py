@@ -1,25 +1,24 @@
-"""Requests as a scheduler sees them, the sizes of a memory, and the manager of both: leases of the
-running requests, rows of the request table, and copies for the next batch.
+"""The sizes of a memory, and its manager: leases of the running requests, rows of the request
+table, and copies for the next batch.
 
 KV rows and slots belong to the lease (``hybridcache/lease.py`` has the map).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import numpy as np
 
 from hybridcache.allocators.moves import StepPlan
 from hybridcache.allocators.pools import slab_rows
-from hybridcache.api import Losses, PrefixMatch
 from hybridcache.cache import HybridRadixCache
 from hybridcache.lease import Lease, LeaseRequest
-from hybridcache.policies.admission import WaitingRequest
-from hybridcache.policies.protocol import FetchRule, PlacementPolicy, Prefill, PromptBoundaries
-from hybridcache.tokens import Indices, Tokens, require_index, require_int32
+from hybridcache.policies.protocol import LoadRule, PlacementPolicy, Prefill
+from hybridcache.scheduling.request import ScheduledRequest
+from hybridcache.tokens import Indices, require_index
 
 SLOTS_OF_ONE = 3
 """States of one request that cannot be evicted: its own, the checkpoint that it resumed from, and
@@ -83,148 +82,9 @@ class MemorySizes:
         return max(0, whole - SLOTS_OF_ONE * self.slab_rows)
 
 
-class RequestFields(Protocol):
-    """Fields of a request that its run only reads: a message of an engine, or a turn of a trace."""
-
-    @property
-    def request_id(self) -> str | None:
-        """Name. Must be a string once the request is scheduled."""
-
-    @property
-    def namespace(self) -> Hashable:
-        """Requests of different namespaces share nothing."""
-
-    @property
-    def boundaries(self) -> PromptBoundaries: ...
-
-    @property
-    def ends_session(self) -> bool:
-        """True if no request of its session follows."""
-
-    @property
-    def choice_of(self) -> str | None:
-        """Name of the first request, if this is another choice of the same answer."""
-
-    @property
-    def save_at(self) -> Sequence[int]:
-        """Further positions of checkpoints."""
-
-
-class ScheduledRequest(WaitingRequest):
-    """Tokens, lengths and claims of one request.
-
-    ``tokens`` is prompt and answer. ``computed_len`` of them are computed; below ``prefill_len`` by
-    prefill, from there on one by one. The newest token is never computed before the next step.
-    """
-
-    def __init__(
-        self, spec: RequestFields, prompt: Tokens, *, arrival: int, arrival_s: float, max_len: int
-    ) -> None:
-        """
-        Args:
-            spec: its fields.
-            prompt: int32[n], at least one token. It is copied.
-            arrival: rank among all requests: older is smaller.
-            arrival_s: time of arrival, of the planner's clock.
-            max_len: most tokens of prompt and answer together.
-
-        Raises:
-            TypeError, ValueError: the prompt is empty or not int32[n], or longer than ``max_len``.
-                ``Lease.begin`` raises those of other fields.
-        """
-        require_int32(prompt, "prompt")
-        if not 0 < len(prompt) <= require_index(max_len, "max_len"):
-            raise ValueError(
-                f"a prompt must have from 1 to max_len tokens (got {len(prompt)}, and max_len is "
-                f"{max_len})"
-            )
-        for position in spec.save_at:
-            require_index(position, "each of save_at", 0)
-        super().__init__(
-            arrival=arrival, arrival_s=arrival_s, num_tokens=len(prompt), max_len=max_len
-        )
-        self.spec = spec
-        self.request_id = str(spec.request_id)
-        self._buffer = np.empty(min(len(prompt) + 256, max_len), np.int32)
-        self._buffer[: len(prompt)] = prompt
-        self.prompt_len = len(prompt)
-        self.scheduled_len = 0
-        """Value of ``computed_len`` once every step planned so far is committed."""
-        self.num_drawn = 0
-        """Tokens sampled in steps that are not committed yet: unknown to the host."""
-        self.lease: Lease | None = None
-        """Its claims on the cache: None while it waits. It has a row for as long as a lease."""
-        self.losses: Losses | None = None
-        """Causes of the tokens that were not reused; None before the first admission."""
-        self.fetched_len: int | None = None
-        """Tokens of KV that were fetched for it; None if no fetch was considered yet."""
-        self.scheduled_s: float | None = None
-        """Time of its first admission."""
-        self.is_counted = False
-        """True if an earlier lease of this request is counted in the cache's statistics."""
-
-    @property
-    def namespace(self) -> Hashable:
-        return self.spec.namespace
-
-    @property
-    def tokens(self) -> Tokens:
-        """Prompt and answer so far: int32[num_tokens], a view."""
-        return self._buffer[: self.num_tokens]
-
-    def append(self, token_id: int) -> None:
-        """Add the newest token of the answer. O(1) amortised. Raises ValueError if the request has
-        ``max_len`` tokens."""
-        if self.num_tokens == len(self._buffer):
-            if self.num_tokens == self.max_len:
-                raise ValueError(
-                    f"request {self.request_id} has its max_len of {self.max_len} tokens: end it"
-                )
-            longer = np.empty(min(2 * self.num_tokens, self.max_len), np.int32)
-            longer[: self.num_tokens] = self._buffer
-            self._buffer = longer
-        self._buffer[self.num_tokens] = token_id
-        self.num_tokens += 1
-
-    @property
-    def claims(self) -> tuple[Lease, int]:
-        """Lease and row of the request. Raises RuntimeError while it waits."""
-        if self.lease is None or self.row is None:
-            raise RuntimeError(f"request {self.request_id} holds no lease.")
-        return self.lease, self.row
-
-    @property
-    def known_len(self) -> int:
-        """Tokens available on the device: ``num_tokens`` plus ``num_drawn``."""
-        return self.num_tokens + self.num_drawn
-
-    @property
-    def wants_scores(self) -> bool:
-        """True if every prompt position must be computed, even if it is cached."""
-        return False
-
-    @property
-    def stop_reason(self) -> str:
-        """Reason why the answer ended, as ``Lease.finish`` takes it; empty if it is not known."""
-        return "session_end" if self.spec.ends_session else ""
-
-    def restart(self) -> None:
-        """Discard partial results of the prompt before its computation begins, for the first time
-        or again."""
-
-    def lose_claims(self) -> None:
-        """Forget the lease, the row and all computed tokens, without a call of the cache."""
-        if self.lease is not None:
-            self.is_counted = self.lease.is_counted
-        self.lease = self.row = None
-        self.computed_len = self.scheduled_len = self.num_drawn = 0
-
-
 TableRow = Callable[[int, int], Indices]
 """Function of (row, end): KV indices that a runner was given for the positions of a row below
 ``end``, possibly fewer."""
-DECODE_PIECE = 32
-"""Tokens of KV allocated at once while decoding, so that most steps allocate nothing."""
 MAX_MOVES = 1
 """Slabs of an arena emptied per step. The bound keeps the wait shorter than the step."""
 
@@ -241,7 +101,7 @@ class CacheManager:
         stateful: bool,
         exact: bool = False,
         owns_states: bool = False,
-        exchange: FetchRule | None = None,
+        exchange: LoadRule | None = None,
     ) -> None:
         """
         Args:
@@ -315,35 +175,15 @@ class CacheManager:
         request.prefill_len, request.num_drawn = prefill_len, 0
         return True
 
-    def extend(self, request: ScheduledRequest, to_len: int) -> bool:
-        """Allocate KV rows for every position below ``to_len``. Returns False, and changes nothing,
-        if there is no memory."""
-        lease, _ = request.claims
-        before = lease.extended_len
-        if to_len <= before:
-            return True
-        ahead = max(to_len, min(before + DECODE_PIECE, request.max_len))
-        to_len = ahead if not request.is_prefilling and lease.extend(ahead) else to_len
-        return lease.extended_len >= to_len or lease.extend(to_len)
-
-    def take_checkpoint_slots(
-        self, request: ScheduledRequest, end: int
-    ) -> tuple[tuple[int, int], ...] | None:
-        """Return (position, slot) of the checkpoints to save while computing from ``scheduled_len``
-        to ``end``. Returns None if more slabs must be emptied than one step allows. In that case,
-        call again in the next step; slots already taken are kept."""
-        lease, _ = request.claims
-        while True:
-            num_slots = self.num_slots_at_hand
-            saves = lease.take_checkpoint_slots(request.scheduled_len, end, num_slots)
-            if saves is not None or not num_slots:
-                return saves
-
-    def roll_back(self, request: ScheduledRequest) -> None:
-        """Discard the work of the last step at and after ``computed_len``, for an engine that
-        writes checkpoints after acceptance."""
-        lease, _ = request.claims
-        lease.roll_back(request.computed_len, True)
+    def release(self, request: ScheduledRequest) -> None:
+        """Take back the row of ``request``, whose lease has ended; one that has not is aborted, so
+        that everything is freed that was not published."""
+        lease, row = request.claims
+        lease.abort()
+        request.is_counted = lease.is_counted
+        del self._requests[row]
+        self._free_rows.append(row)
+        request.lease = request.row = None
 
     @property
     def num_slots_at_hand(self) -> int | None:
@@ -354,40 +194,6 @@ class CacheManager:
         if arena is None:
             return None
         return max(0, len(arena.free_slabs) + MAX_MOVES - self.cache.steps.num_moves)
-
-    def match(self, request: ScheduledRequest) -> PrefixMatch:
-        """Return the current match of waiting ``request`` in the cache. O(its length)."""
-        return self.cache.match(request.tokens, request.namespace)
-
-    def finish(self, request: ScheduledRequest) -> None:
-        """End the lease of a finished request and publish everything computed. The state is not
-        donated if a step planned earlier still advances it."""
-        lease, _ = request.claims
-        is_state_final = request.scheduled_len == request.computed_len
-        lease.finish(request.tokens, request.computed_len, is_state_final, request.stop_reason)
-        self._release(request)
-
-    def preempt(self, request: ScheduledRequest) -> None:
-        """End the lease of a request that will begin again. Publishes everything computed and keeps
-        the state if possible."""
-        lease, _ = request.claims
-        lease.preempt(request.tokens, request.computed_len)
-        self._release(request)
-        request.computed_len = request.scheduled_len = 0
-        request.num_preemptions += 1
-
-    def abort(self, request: ScheduledRequest) -> None:
-        """End a lease at once and free everything that was not published."""
-        lease, _ = request.claims
-        lease.abort()
-        self._release(request)
-
-    def _release(self, request: ScheduledRequest) -> None:
-        lease, row = request.claims
-        request.is_counted = lease.is_counted
-        del self._requests[row]
-        self._free_rows.append(row)
-        request.lease = request.row = None
 
     @property
     def has_moves(self) -> bool:

@@ -27,9 +27,12 @@ from math import inf
 from operator import attrgetter
 from typing import Generic, TypeVar, cast
 
+from hybridcache.api import PrefixMatch
 from hybridcache.lease import Lease
 from hybridcache.policies.admission import AdmissionPolicy, Load, Sessions, WaitingRequest
-from hybridcache.scheduling.cache_manager import CacheManager, ScheduledRequest
+from hybridcache.scheduling.cache_manager import CacheManager
+from hybridcache.scheduling.loading import Loader
+from hybridcache.scheduling.request import ScheduledRequest
 from hybridcache.tokens import common_prefix_len, require_index
 
 TILE = 64
@@ -48,10 +51,12 @@ TILES = 2
 nearly half as much as a whole tile, so a hundred short chunks would make a step several times
 longer."""
 
+DECODE_PIECE = 32
+"""Tokens of KV allocated at once while decoding, so that most steps allocate nothing."""
+
 _age = attrgetter("arrival")
 
 R = TypeVar("R", bound=ScheduledRequest)
-Q = TypeVar("Q", bound=ScheduledRequest)
 
 
 @dataclass(slots=True)
@@ -91,29 +96,6 @@ class PrefillBudget:
         self.scored -= num_tokens * scores
 
 
-class Holding(Generic[Q]):
-    """Waiting requests that are held until their prefix is loaded. This class holds none."""
-
-    loads = False
-    """True if a request can be held."""
-
-    @property
-    def requests(self) -> set[Q]:
-        """Waiting requests that are held or being loaded."""
-        return set()
-
-    def is_holding(self, request: Q) -> bool:
-        """Return whether ``holds`` would be True again, without looking at tokens. O(1)."""
-        return False
-
-    def holds(self, request: Q) -> bool:
-        """Return whether waiting ``request`` must wait for a load; may begin it."""
-        return False
-
-    def forget(self, request: Q) -> None:
-        """Record that ``request`` no longer waits."""
-
-
 @dataclass(frozen=True, slots=True)
 class AdmissionReport:
     """State of the queue and of the policy that orders it."""
@@ -137,7 +119,8 @@ class StepPlanner(Generic[R]):
     >>> from hybridcache import CacheConfig, build_prefix_cache, parse_placement
     >>> from hybridcache.policies.protocol import PromptBoundaries
     >>> from hybridcache.policies.registry import make_admission
-    >>> from hybridcache.scheduling.cache_manager import CacheManager, ScheduledRequest
+    >>> from hybridcache.scheduling.cache_manager import CacheManager
+    >>> from hybridcache.scheduling.request import ScheduledRequest
     >>> from hybridcache.scheduling.planner import StepPlanner
     >>> cache = build_prefix_cache(CacheConfig(num_kv_tokens=4000, num_slots=40))
     >>> manager = CacheManager(cache, parse_placement("adaptive"), num_rows=8, stateful=True)
@@ -154,7 +137,7 @@ class StepPlanner(Generic[R]):
     ...     planner.add(ScheduledRequest(spec, prompt, arrival=number, arrival_s=0.0, max_len=303))
     >>> while planner.has_work():
     ...     ends = planner.choose()  # with memory for the tokens up to each end
-    ...     saves = {one: manager.take_checkpoint_slots(one, end) for one, end in ends.items()}
+    ...     saves = {one: planner.take_checkpoint_slots(one, end) for one, end in ends.items()}
     ...     manager.take_step().done()  # or carry_out(memory); its table_row is one.row
     ...     for one, end in ends.items():
     ...         if saves[one] is None:  # no free slab in this step
@@ -169,9 +152,9 @@ class StepPlanner(Generic[R]):
     >>> reused
     [0, 256]
 
-    With drafts, claim ``manager.extend(one, end + num_drafts)`` before the step. After it, append
-    the accepted tokens, call ``advance(one, good_len)``, ``manager.roll_back(one)``, and append the
-    newest token.
+    With drafts, claim ``planner.extend(one, end + num_drafts)`` before the step. After it, append
+    the accepted tokens, call ``advance(one, good_len)``, ``one.lease.roll_back(good_len)``, and
+    append the newest token.
 
     The last token is never computed: ``leave`` as soon as ``num_tokens == max_len``, because
     ``choose`` does not return the request again. ``remove(request)`` aborts one. If ``choose``
@@ -186,7 +169,7 @@ class StepPlanner(Generic[R]):
         token_budget: int,
         admission: AdmissionPolicy,
         shares: bool = True,
-        fetching: Holding[R] | None = None,
+        loader: Loader[R] | None = None,
         clock: Callable[[], float],
     ) -> None:
         """
@@ -197,7 +180,7 @@ class StepPlanner(Generic[R]):
             admission: order of the waiting requests.
             shares: True if published entries are kept, so that waiting for another request's prefix
                 can pay.
-            fetching: prefixes of waiting requests that are loaded from tiers, or None.
+            loader: loads of prefixes for waiting requests, or None.
             clock: function that returns seconds.
 
         Raises:
@@ -209,13 +192,15 @@ class StepPlanner(Generic[R]):
         if max_running > manager.num_rows:
             most = f"at most {manager.num_rows}, the num_rows of the manager"
             raise ValueError(f"max_running must be {most} (got {max_running}).")
-        self._manager = manager
+        self.manager = manager
+        """Leases and rows of the running requests."""
         self._longest = manager.memory.max_request_len
         self.max_running = max_running
         self._token_budget = token_budget
         self._shares = shares
-        self._holding: Holding[R] = Holding() if fetching is None else fetching
-        self._clock = clock
+        self.loader = loader
+        self.clock = clock
+        """Function that returns seconds."""
         self._begin_empty(admission)
 
     def _begin_empty(self, admission: AdmissionPolicy) -> None:
@@ -224,38 +209,34 @@ class StepPlanner(Generic[R]):
         """Order of the waiting requests."""
         self.sessions = Sessions()
         """Sessions of waiting and running requests, and idle ones."""
-        self._sharing = Sharing(self._manager) if self._shares else None
-        self._waiting: list[R] = []
-        self._running: list[R] = []
+        self._sharing = Sharing(self.manager) if self._shares else None
+        self.waiting: list[R] = []
+        """Waiting requests, the oldest first."""
+        self.running: list[R] = []
+        """Running requests, the oldest first."""
         self._matches: dict[WaitingRequest, tuple[int, int]] = {}
         """(version of the cache, cached length at that version) by waiting request."""
         self._load = Load(
             max_running=self.max_running,
-            running=self._running,
+            running=self.running,
             open_sessions=self.sessions.open,
             idle_sessions=self.sessions.idle,
             cached_len=self._cached_len,
-            footprint=lambda one: self._manager.memory.share(one.num_tokens - one.shared_len, 1),
+            footprint=lambda one: self.manager.memory.share(one.num_tokens - one.shared_len, 1),
         )
         self._is_full = False
-        self._num_in_flight = 0
+        self.num_in_flight = 0
         """Planned steps that are not committed."""
-        self._must_wait = self._withholds_all = False
+        self.must_wait = False
+        """True if a request needs memory that only the commit of a planned step can free."""
+        self._withholds_all = False
         self._num_prefilling = 0
         """Prompt tokens of the last step."""
         self._step_began_s = 0.0
 
-    @property
-    def num_waiting(self) -> int:
-        return len(self._waiting)
-
-    @property
-    def num_running(self) -> int:
-        return len(self._running)
-
     def has_work(self) -> bool:
         """Return whether any request waits or runs."""
-        return bool(self._waiting or self._running)
+        return bool(self.waiting or self.running)
 
     def add(self, request: R) -> None:
         """Add ``request`` to the waiting requests, unless the policy raises.
@@ -263,7 +244,7 @@ class StepPlanner(Generic[R]):
         Raises ValueError if a waiting or running request has the same ``arrival``, or if the
         request can be longer than ``manager.memory.max_request_len``, so that it would never end.
         """
-        for requests in (self._waiting, self._running):
+        for requests in (self.waiting, self.running):
             place = bisect_left(requests, request.arrival, key=_age)
             if place < len(requests) and requests[place].arrival == request.arrival:
                 raise ValueError(
@@ -275,7 +256,7 @@ class StepPlanner(Generic[R]):
                 f"request {request.request_id} has max_len {request.max_len}, more than fits in "
                 f"the memory, {self._longest}: refuse it, or give it a shorter answer"
             )
-        self._load.now_s = self._clock()
+        self._load.now_s = self.clock()
         request.session = self.sessions.arrived(
             request.request_id,
             request.tokens[: request.prompt_len],
@@ -289,7 +270,7 @@ class StepPlanner(Generic[R]):
         except BaseException:  # a user's policy can raise anything
             self.sessions.left(request.session, request.num_tokens, self._load.now_s)
             raise
-        insort(self._waiting, request, key=_age)
+        insort(self.waiting, request, key=_age)
 
     def restart(self, requests: Iterable[R], admission: AdmissionPolicy) -> None:
         """Begin again with an empty cache, and with ``requests`` as if they arrived now.
@@ -298,7 +279,7 @@ class StepPlanner(Generic[R]):
         changed. ``requests`` are those that have no answer yet; ``admission`` is a new policy.
         O(rows + their tokens).
         """
-        self._manager.restart()
+        self.manager.restart()
         self._begin_empty(admission)
         for request in sorted(requests, key=_age):
             request.lose_claims()
@@ -307,46 +288,47 @@ class StepPlanner(Generic[R]):
     def remove(self, request: R) -> None:
         """Drop ``request``, waiting or running; its rows, pages and slots are free afterwards. Does
         nothing if it has left, or was never added."""
-        if request in self._running:
-            self._manager.abort(request)
-            self._running.remove(request)
+        if request in self.running:
+            self.manager.release(request)
+            self.running.remove(request)
             self._is_full = False
-        elif request not in self._waiting:
+        elif request not in self.waiting:
             return
         else:
-            self._waiting.remove(request)
+            self.waiting.remove(request)
             self._matches.pop(request, None)
             if self._sharing is not None:
                 self._sharing.forget(request)
-            self._holding.forget(request)
+            if self.loader is not None:
+                self.loader.forget(request)
         self._has_left(request)
 
     def choose(self) -> dict[R, int]:
         """Choose the requests of the next step and claim memory for them. Returns the end position
         of each: its ``scheduled_len`` after the step."""
-        self._must_wait = False
-        self._load.now_s = self._clock()
+        self.must_wait = False
+        self._load.now_s = self.clock()
         self._account()
         budget = self._budget()
         ends: dict[R, int] = {}
-        for request in tuple(self._running):
+        for request in tuple(self.running):
             if request.lease is None:
                 continue
             end = self._end(request, request.scheduled_len, budget)
             if end > request.scheduled_len and self._claim(request, end):
                 self._take(ends, request, end, budget)
-        passed = self._admit(self._candidates(), ends, budget) if self._waiting else []
+        passed = self._admit(self._candidates(), ends, budget) if self.waiting else []
         if budget.num_for_short and budget.tokens:
             budget.num_for_short = 0
-            for request in self._running:  # The rest goes to their prefills, oldest first.
+            for request in self.running:  # The rest goes to their prefills, oldest first.
                 start = ends.get(request, request.scheduled_len)
                 if start < request.prefill_len:
                     end = self._end(request, start, budget)
-                    if end > start and self._manager.extend(request, end):
+                    if end > start and self.extend(request, end):
                         self._take(ends, request, end, budget)
             self._admit(passed, ends, budget)
-        if self._waiting and not self._running and self.wakes_at_s is None:
-            self._admit(self._waiting[:1], ends, budget)
+        if self.waiting and not self.running and self.wakes_at_s is None:
+            self._admit(self.waiting[:1], ends, budget)
         self._num_prefilling = sum(
             end - request.scheduled_len
             for request, end in ends.items()
@@ -361,6 +343,28 @@ class StepPlanner(Generic[R]):
             seconds = self._load.now_s - self._step_began_s
             self.admission.computed(self._num_prefilling, seconds, self._load)
             self._num_prefilling = 0
+
+    def extend(self, request: R, to_len: int) -> bool:
+        """Allocate KV rows for every position below ``to_len``. Returns False, and changes nothing,
+        if there is no memory."""
+        lease, _ = request.claims
+        before = lease.extended_len
+        if to_len <= before:
+            return True
+        ahead = max(to_len, min(before + DECODE_PIECE, request.max_len))
+        to_len = ahead if not request.is_prefilling and lease.extend(ahead) else to_len
+        return lease.extended_len >= to_len or lease.extend(to_len)
+
+    def take_checkpoint_slots(self, request: R, end: int) -> tuple[tuple[int, int], ...] | None:
+        """Return (position, slot) of the checkpoints to save while computing from ``scheduled_len``
+        to ``end``. Returns None if more slabs must be emptied than one step allows. In that case,
+        call again in the next step; slots already taken are kept."""
+        lease, _ = request.claims
+        while True:
+            num_slots = self.manager.num_slots_at_hand
+            saves = lease.take_checkpoint_slots(request.scheduled_len, end, num_slots)
+            if saves is not None or not num_slots:
+                return saves
 
     def advance(self, request: R, end: int, publishes: bool = True) -> None:
         """Record that ``request`` has computed its tokens below ``end``; publish those of a
@@ -380,11 +384,12 @@ class StepPlanner(Generic[R]):
     def leave(self, request: R, publishes: bool = True) -> None:
         """Finish running ``request`` after its last token: publish everything and free its
         claims."""
-        if publishes:
-            self._manager.finish(request)
-        else:
-            self._manager.abort(request)
-        self._running.remove(request)
+        if publishes:  # The state is not final if a step planned earlier still advances it.
+            lease, _ = request.claims
+            is_final = request.scheduled_len == request.computed_len
+            lease.finish(request.tokens, request.computed_len, is_final, request.stop_reason)
+        self.manager.release(request)
+        self.running.remove(request)
         self._is_full = False
         self._has_left(request)
 
@@ -397,30 +402,28 @@ class StepPlanner(Generic[R]):
     @property
     def withholds_all(self) -> bool:
         """True if nothing runs and the policy withheld all waiting requests from the last step."""
-        return self._withholds_all and bool(self._waiting) and not self._running
+        return self._withholds_all and bool(self.waiting) and not self.running
 
     @property
     def is_stuck(self) -> bool:
         """True if no waiting request can be admitted before one leaves, one arrives, or the
         policy's ``wakes_at_s``: there is none, no place to run, no memory, or the last step
         withheld all."""
-        is_full = self._is_full or self.num_running == self.max_running
-        return not self._waiting or is_full or self._withholds_all
+        is_full = self._is_full or len(self.running) == self.max_running
+        return not self.waiting or is_full or self._withholds_all
 
     def admission_report(self) -> AdmissionReport:
         """Return the state of queue and policy. O(waiting + live sessions)."""
-        now_s = self._clock()
+        now_s = self.clock()
         return AdmissionReport(
             live_sessions=self.sessions.num_live(now_s),
-            waiting_sessions=len({request.session for request in self._waiting}),
-            oldest_wait_s=max(
-                (now_s - request.arrival_s for request in self._waiting), default=0.0
-            ),
+            waiting_sessions=len({request.session for request in self.waiting}),
+            oldest_wait_s=max((now_s - request.arrival_s for request in self.waiting), default=0.0),
             figures=dict(self.admission.report()),
         )
 
     def _has_left(self, request: R) -> None:
-        self._load.now_s = self._clock()
+        self._load.now_s = self.clock()
         if not self.has_work():
             self._account()
         self.sessions.left(request.session, request.num_tokens, self._load.now_s)
@@ -430,18 +433,22 @@ class StepPlanner(Generic[R]):
 
     def _cached_len(self, request: WaitingRequest) -> int:
         """See ``Load.cached_len``."""
-        version = self._manager.cache.stats.num_changes
+        version = self.manager.cache.stats.num_changes
         known = self._matches.get(request)
         if known is None or known[0] != version:
-            match = self._manager.match(cast("ScheduledRequest", request))
+            match = self._match(cast("R", request))
             loadable_len = match.loadable[-1].position if match.loadable else 0
             known = self._matches[request] = version, max(match.cached_len, loadable_len)
         return known[1]
 
+    def _match(self, request: R) -> PrefixMatch:
+        """Return the current match of waiting ``request`` in the cache. O(its length)."""
+        return self.manager.cache.match(request.tokens, request.namespace)
+
     def _budget(self) -> PrefillBudget:
-        num_decodes = sum(r.scheduled_len >= r.prefill_len for r in self._running)
+        num_decodes = sum(r.scheduled_len >= r.prefill_len for r in self.running)
         tokens = max(self._token_budget - num_decodes, TILE)
-        is_alone = len(self._running) - num_decodes + len(self._waiting) <= 1
+        is_alone = len(self.running) - num_decodes + len(self.waiting) <= 1
         num_for_short = 0 if is_alone else min(tokens // SHORT_SHARE, tokens - TILE)
         return PrefillBudget(tokens, num_for_short, TILES * tokens // TILE)
 
@@ -463,38 +470,42 @@ class StepPlanner(Generic[R]):
     def _claim(self, request: R, end: int) -> bool:
         """Allocate KV rows up to ``end``, if necessary by preempting younger requests. Returns
         False if ``request`` must sit this step out."""
-        while not self._manager.extend(request, end):
-            if self._num_in_flight:
-                self._must_wait = True
+        while not self.extend(request, end):
+            if self.num_in_flight:
+                self.must_wait = True
                 return False
-            youngest = self._running[-1]
+            youngest = self.running[-1]
             if youngest is request:
                 self._is_full = True
                 return False
-            self._manager.preempt(youngest)
-            self._requeue(youngest)
+            lease, _ = youngest.claims
+            lease.preempt(youngest.tokens, youngest.computed_len)
+            youngest.num_preemptions += 1
+            self.requeue(youngest)
             self._is_full = True
         return True
 
-    def _requeue(self, request: R) -> None:
-        """Move running ``request``, which has lost its claims, back to the waiting requests."""
-        self._running.remove(request)
-        insort(self._waiting, request, key=_age)
+    def requeue(self, request: R) -> None:
+        """Move running ``request`` back to the waiting requests, without its claims."""
+        self.manager.release(request)
+        request.computed_len = request.scheduled_len = 0
+        self.running.remove(request)
+        insort(self.waiting, request, key=_age)
 
     def _candidates(self) -> Iterator[R]:
         """Yield waiting requests in the policy's order: at most ``2 * max_running`` that are ready
         to run, and ``8 * max_running`` in all. Requests held for a load count for neither, so they
         never hide the requests behind them."""
-        waiting = self.admission.order(tuple(self._waiting), self._load)
-        candidates = cast("tuple[R, ...]", tuple(islice(waiting, len(self._waiting))))
+        waiting = self.admission.order(tuple(self.waiting), self._load)
+        candidates = cast("tuple[R, ...]", tuple(islice(waiting, len(self.waiting))))
         self._withholds_all = not candidates
-        num_looked_at = num_unled = 0
+        num_looked_at, num_unled, loader = 0, 0, self.loader
         for request in candidates:
-            is_held = self._holding.is_holding(request)
+            is_held = loader is not None and loader.is_holding(request)
             yield request
             num_looked_at += not is_held
             follows = self._sharing is not None and self._sharing.follows(request)
-            num_unled += not (follows or self._holding.is_holding(request))
+            num_unled += not (follows or (loader is not None and loader.is_holding(request)))
             if num_unled == 2 * self.max_running or num_looked_at == 8 * self.max_running:
                 return
 
@@ -502,18 +513,18 @@ class StepPlanner(Generic[R]):
         """Admit waiting requests in the given order, except those that follow a running prefill.
         Returns those that were passed over because the budget was too small. Followers are detected
         even if none can be admitted, so that their leader saves its state in time."""
-        self._is_full &= bool(self._running)
+        self._is_full &= bool(self.running)
         passed: list[R] = []
         for request in candidates:
             goal = self._sharing.goal(request) if self._sharing is not None else 0
-            num_taken = len(self._running) + len(passed)
+            num_taken = len(self.running) + len(passed)
             has_turn = not budget.is_spent and num_taken < self.max_running
-            may_begin = has_turn or self._holding.loads
-            if self._is_full or not may_begin or self._manager.num_slots_at_hand == 0:
+            may_begin = has_turn or self.loader is not None
+            if self._is_full or not may_begin or self.manager.num_slots_at_hand == 0:
                 continue
-            if goal and self._manager.match(request).cached_len < goal:
+            if goal and self._match(request).cached_len < goal:
                 continue
-            if self._holding.holds(request):
+            if self.loader is not None and self.loader.holds(request):
                 continue
             if not has_turn:
                 continue
@@ -531,31 +542,31 @@ class StepPlanner(Generic[R]):
             return True
         rest = request.num_tokens
         if rest > budget.tokens and not request.wants_scores:
-            rest -= self._manager.match(request).cached_len
+            rest -= self._match(request).cached_len
         return budget.most(rest, request.wants_scores) == rest
 
     def _start(self, request: R, budget: PrefillBudget) -> bool:
         """Move ``request`` from waiting to running. Returns False if there is no memory for its
         first chunk, or if less than expected was reusable and the rest exceeds the budget."""
-        place = self._waiting.index(request)
-        if not self._manager.begin(request):
+        place = self.waiting.index(request)
+        if not self.manager.begin(request):
             self._is_full = True
             return False
         end = self._end(request, request.scheduled_len, budget)
         fits = end > request.scheduled_len
-        if not fits or not self._manager.extend(request, end):
-            self._manager.abort(request)
+        if not fits or not self.extend(request, end):
+            self.manager.release(request)
             self._is_full = fits
             return False
-        for older in self._waiting[:place]:
+        for older in self.waiting[:place]:
             older.num_passes += 1
-        del self._waiting[place]
+        del self.waiting[place]
         self._matches.pop(request, None)
-        insort(self._running, request, key=_age)
+        insort(self.running, request, key=_age)
         if self._sharing is not None:
             self._sharing.let_in(request)
         lease, _ = request.claims
-        session, is_first, losses = request.session, request.scheduled_s is None, lease.losses
+        session, is_first, losses = request.session, request.scheduled_s is None, lease.match.losses
         forgotten = session.known_len - (lease.prompt_len - losses.never_seen)
         forgotten *= self._sharing is not None  # Else nothing is kept, so nothing is evicted.
         request.lost_len = losses.kv_evicted + losses.checkpoint_evicted + max(0, forgotten)
@@ -571,17 +582,18 @@ class StepPlanner(Generic[R]):
     def check(self) -> None:
         """Raise AssertionError unless exactly the running requests have a lease, and both lists are
         in order of age. Call only between two steps. O(requests)."""
-        for requests, have_leases in ((self._waiting, False), (self._running, True)):
+        for requests, have_leases in ((self.waiting, False), (self.running, True)):
             ages = [_age(request) for request in requests]
             assert ages == sorted(set(ages)), "requests out of order"
             for one in requests:
                 fault = f"request {one.request_id} waits with a lease, or runs without one"
                 assert (one.lease is not None) == have_leases, fault
-        assert len(self._running) <= self.max_running, f"{len(self._running)} requests run"
-        assert self._num_in_flight in (0, 1), f"{self._num_in_flight} steps are in flight"
+        assert len(self.running) <= self.max_running, f"{len(self.running)} requests run"
+        assert self.num_in_flight in (0, 1), f"{self.num_in_flight} steps are in flight"
         compared = set() if self._sharing is None else self._sharing.followers
+        held = set() if self.loader is None else self.loader.requests
         fault = "a request that does not wait follows a leader, or is held for a load"
-        assert compared | self._holding.requests <= set(self._waiting), fault
+        assert compared | held <= set(self.waiting), fault
 
 
 # --- Prefix sharing -------------------------------------------------------------------------------
@@ -618,7 +630,7 @@ class Sharing:
 
     def let_in(self, request: ScheduledRequest) -> None:
         """Register ``request`` as running: it follows no leader, and others may follow it."""
-        self.forget(request)
+        self._points.pop(request, None)
         self._leaders = [one for one in self._leaders if one.is_prefilling and one is not request]
         self._leaders.append(request)
 

@@ -45,7 +45,8 @@ def _describe(node: RadixNode) -> str:
         words.append("v below" if stored else "~ ghost")
     if node.checkpoint is not None:
         superseded = " superseded" if node.checkpoint.superseded else ""
-        label = f" {_short(repr(node.checkpoint.label)[1:-1])}" if node.checkpoint.label else ""
+        title = node.checkpoint.title
+        label = f" {_short(repr(title)[1:-1])}" if title else ""
         words.append(f"* slot {node.checkpoint.slot}{label}{superseded}")
     elif node.offloaded is not None and node.offloaded.state is not None:
         words.append("v checkpoint below")

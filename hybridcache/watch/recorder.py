@@ -71,7 +71,7 @@ class Recorder(Listener):
     def checkpoint_stored(self, node: RadixNode) -> None:
         saved = node.checkpoint
         assert saved is not None
-        label = saved.label[:MAX_LETTERS]
+        label = saved.title[:MAX_LETTERS]
         record = ["checkpoint", node.serial, saved.slot, label, saved.uses, saved.last_used]
         self._records.append(record)
         self._saved.add(node.serial)

@@ -101,8 +101,8 @@ def test_a_prompt_that_ends_at_a_planned_position_gives_its_own_slot() -> None:
             prefill(lease, prompt)
         carried_out(cache)
         lease.finish(prompt, 128, stop_reason="tool_use")
-        labels = [node.checkpoint.label for node in cache.iter_nodes() if node.checkpoint]
-        assert labels == ["rejoin/tool_use"] * is_planned
+        titles = [node.checkpoint.title for node in cache.iter_nodes() if node.checkpoint]
+        assert titles == ["rejoin/tool_use"] * is_planned
 
 
 def test_the_placement_sees_the_match_and_is_told_of_dropped_positions() -> None:

@@ -23,7 +23,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from engine.plugins.disaggregation.prefix_fetch import ReceivedPrefix
+from engine.plugins.disaggregation.prefix_load import ReceivedPrefix
 from hybridcache import lease as lease_module
 from hybridcache.allocators.moves import DEVICE, Copy, Drop, Move, RowWrite
 from hybridcache.config import CacheConfig, build_prefix_cache

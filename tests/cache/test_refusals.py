@@ -20,8 +20,9 @@ from hybridcache.policies.protocol import Prefill, PromptBoundaries
 from hybridcache.policies.registry import make_admission
 from hybridcache.routing.protocol import ReplicaSpec, RouteRequest
 from hybridcache.routing.registry import ROUTERS, find_router
-from hybridcache.scheduling.cache_manager import CacheManager, ScheduledRequest
+from hybridcache.scheduling.cache_manager import CacheManager
 from hybridcache.scheduling.planner import StepPlanner
+from hybridcache.scheduling.request import ScheduledRequest
 from tests.cache.serving import PerToken, hybrid, ids, publish
 from tests.cache.twins import VictimLog
 from tests.export.segments import segments_of
@@ -384,7 +385,7 @@ def test_a_request_is_added_once_and_its_removal_can_be_repeated():
     with pytest.raises(ValueError, match="arrival 0"):
         owner.add(request)
     with pytest.raises(RuntimeError, match="has a lease already"):
-        owner._manager.begin(request)
+        owner.manager.begin(request)
     owner.remove(other)
     owner.remove(request)
     owner.remove(request)

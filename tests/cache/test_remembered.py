@@ -15,8 +15,8 @@ from hybridcache.export.warm_state import MAGIC, _read, _written, pack, unpack, 
 from hybridcache.lab.generators import agent, chat
 from hybridcache.lab.scenario import Scenario
 from hybridcache.lab.simulation.target import LeaseTarget, build_target
+from hybridcache.offload import path_of
 from hybridcache.policies.eviction.survival import Hazards
-from hybridcache.tiers import path_of
 from tests.cache import twins
 
 GEOMETRY = ModelGeometry.preset("qwen3-next")

@@ -36,7 +36,7 @@ def test_check_finds_an_arena_that_does_not_notify_the_tree():
     sizes = {"total_bytes": 400, "kv_bytes_per_token": 2, "state_bytes": 20}
     cache = build_prefix_cache(CacheConfig(memory="arena", **sizes))
     cache.check()
-    del cache.arena.holders[cache._segments]
+    del cache.arena.holders[cache._row_index]
     with pytest.raises(AssertionError, match="the tree is not notified of moves"):
         cache.check()
 
@@ -100,8 +100,8 @@ def test_a_stop_reason_labels_the_deepest_checkpoint_of_an_unforked_answer(monke
         cache.label_tip(None, reason)
     publish(cache, ids("abcdXY"))
     cache.label_tip(end, "end_turn")
-    labels = [node.checkpoint.label for node in cache.iter_nodes() if node.checkpoint]
-    assert labels == ["", "/tool_use"] and len(relabelled) == 2
+    reasons = [node.checkpoint.stop_reason for node in cache.iter_nodes() if node.checkpoint]
+    assert reasons == ["", "tool_use"] and len(relabelled) == 2
 
 
 def test_match_changes_nothing():

@@ -8,13 +8,10 @@ import pytest
 
 from hybridcache import CacheConfig, build_prefix_cache
 from hybridcache.policies.registry import parse_placement
-from hybridcache.scheduling.cache_manager import (
-    DECODE_PIECE,
-    CacheManager,
-    MemorySizes,
-    ScheduledRequest,
-)
-from hybridcache.scheduling.planner import Holding, StepPlanner
+from hybridcache.scheduling.cache_manager import CacheManager, MemorySizes
+from hybridcache.scheduling.loading import Loader
+from hybridcache.scheduling.planner import DECODE_PIECE, StepPlanner
+from hybridcache.scheduling.request import ScheduledRequest
 from tests.cache.serving import hybrid, ids, publish
 from tests.cache.test_refusals import manager, planner, scheduled, spec
 
@@ -30,9 +27,9 @@ def step(owner: StepPlanner[ScheduledRequest]) -> dict[ScheduledRequest, int]:
     """Compute one step, and return the number of tokens of each request."""
     ends, computed = owner.choose(), {}
     for one, end in ends.items():
-        if owner._manager.take_checkpoint_slots(one, end) is not None:
+        if owner.take_checkpoint_slots(one, end) is not None:
             computed[one] = end - one.scheduled_len
-    owner._manager.take_step().done()
+    owner.manager.take_step().done()
     for one in computed:
         owner.advance(one, ends[one])
         if ends[one] == one.num_tokens:
@@ -67,7 +64,7 @@ def test_decoding_takes_rows_in_pieces_when_it_needs_them():
     lengths = []
     while one.num_tokens < 72:
         step(owner)
-        assert owner._manager.extend(one, one.lease.extended_len)
+        assert owner.extend(one, one.lease.extended_len)
         lengths.append(one.lease.extended_len)
     assert lengths == [5, *[5 + DECODE_PIECE] * 32, *[5 + 2 * DECODE_PIECE] * 32, 100, 100]
 
@@ -82,10 +79,11 @@ def test_one_slab_is_emptied_per_step():
         cache.free_kv(rows)
     owner = CacheManager(cache, parse_placement("every:4"), num_rows=1, stateful=True)
     one = scheduled(ids(range(5000, 5012)), max_len=20)
-    assert owner.begin(one) and owner.extend(one, 12)
+    steps = planner(manager=owner, max_running=1)
+    assert owner.begin(one) and steps.extend(one, 12)
     counts, saves = [], None
     while saves is None:
-        saves = owner.take_checkpoint_slots(one, 12)
+        saves = steps.take_checkpoint_slots(one, 12)
         counts.append(cache.steps.num_moves)
         owner.take_step().done()
     assert [position for position, _ in saves] == [4, 8, 12] and counts == [1, 1, 1]
@@ -93,28 +91,29 @@ def test_one_slab_is_emptied_per_step():
 
 @pytest.mark.parametrize("is_behind", [False, True])
 def test_the_state_is_kept_at_the_end_unless_a_step_still_advances_it(is_behind: bool):
-    owner = manager(cache=hybrid(grid=8))
-    one = request(0, 16, save_at=(0, 16))
-    assert owner.begin(one) and owner.extend(one, 16)
-    owner.take_step().done()
+    owner = planner(manager=manager(cache=hybrid(grid=8)))
+    owner.add(one := request(0, 16, save_at=(0, 16)))
+    owner.choose()
+    owner.manager.take_step().done()
     one.computed_len, one.scheduled_len = 16, 16 + is_behind
-    owner.finish(one)
-    labels = [node.checkpoint.label for node in owner.cache.iter_nodes() if node.checkpoint]
+    owner.leave(one)
+    labels = [node.checkpoint.label for node in owner.manager.cache.iter_nodes() if node.checkpoint]
     assert labels == ["asked"] * (not is_behind)
 
 
 def test_a_preempted_request_has_the_slot_of_its_row_and_is_counted_once():
     owner, one = manager(owns_states=True), request(0, 16)
     for _ in range(2):
-        assert owner.begin(one) and owner.extend(one, 8)
+        assert owner.begin(one) and one.lease.extend(8)
         assert (one.lease.state_slot, owner.cache.free_slots) == (one.row, 10)
-        owner.preempt(one)
+        one.lease.preempt(one.tokens, 0)
+        owner.release(one)
     assert owner.cache.stats.total.requests == 1
 
 
 def test_a_row_write_that_was_lost_is_found():
     owner, one = manager(), request(0, 5)
-    assert not owner.lost_moves() and owner.begin(one) and owner.extend(one, 5)
+    assert not owner.lost_moves() and owner.begin(one) and one.lease.extend(5)
     owner.check(lambda row, end: ids())
     owner.take_step().done()
     owner.check(lambda row, end: one.lease.kv_indices[:end])
@@ -127,12 +126,12 @@ def test_rejected_drafts_leave_the_checkpoint_before_them():
     owner.add(one)
     while one.computed_len < 16:
         step(owner)
-    assert owner._manager.extend(one, 32)
-    assert owner._manager.take_checkpoint_slots(one, 30) is not None
-    owner._manager.roll_back(one)
+    assert owner.extend(one, 32)
+    assert owner.take_checkpoint_slots(one, 30) is not None
+    one.lease.roll_back(one.computed_len, unwritten=True)
     assert one.lease.held_slots == 2
     owner.leave(one)
-    [found] = [node.checkpoint for node in owner._manager.cache.iter_nodes() if node.checkpoint]
+    [found] = [node.checkpoint for node in owner.manager.cache.iter_nodes() if node.checkpoint]
     assert (found.position, found.label) == (16, "decode")
 
 
@@ -141,9 +140,9 @@ def test_a_request_that_may_not_publish_leaves_nothing():
     owner.add(one)
     owner.choose()
     owner.leave(one, publishes=False)
-    assert owner._manager.cache.num_nodes == 0 and owner._manager.held() == (0, 0)
+    assert owner.manager.cache.num_nodes == 0 and owner.manager.held() == (0, 0)
     owner.add(other := request(1, 5))
-    assert owner._manager.begin(other)
+    assert owner.manager.begin(other)
     with pytest.raises(AssertionError, match="waits with a lease"):
         owner.check()
 
@@ -217,8 +216,8 @@ def test_the_rest_of_a_step_goes_to_the_next_prompt():
 
 def test_a_waiting_request_is_matched_once_while_the_cache_does_not_change(monkeypatch):
     owner, one, matched = planner(), request(0, 100), []
-    cache, match = owner._manager.cache, owner._manager.match
-    monkeypatch.setattr(owner._manager, "match", lambda one: matched.append(one) or match(one))
+    cache, match = owner.manager.cache, owner.manager.cache.match
+    monkeypatch.setattr(cache, "match", lambda *asked: matched.append(asked) or match(*asked))
     owner.add(one)
     assert [owner._load.cached_len(one) for _ in range(3)] == [0] * 3
     publish(cache, one.tokens[:50], [50])
@@ -226,10 +225,12 @@ def test_a_waiting_request_is_matched_once_while_the_cache_does_not_change(monke
     assert len(matched) == 2
 
 
-class Counting(Holding[ScheduledRequest]):
-    """Holding that counts the requests that it is asked for, and those forgotten."""
+class Counting(Loader[ScheduledRequest]):
+    """Loader that loads nothing, and counts the requests that it is asked for, and those
+    forgotten."""
 
-    def __init__(self) -> None:
+    def __init__(self, manager: CacheManager) -> None:
+        super().__init__(manager)
         self.seen: set[ScheduledRequest] = set()
         self.forgotten: list[ScheduledRequest] = []
 
@@ -237,15 +238,19 @@ class Counting(Holding[ScheduledRequest]):
         self.seen.add(request)
         return False
 
+    def wants(self, *_: object) -> bool:
+        return False
+
+    begin = advance = wait_for_data = wants  # type: ignore[assignment]
+
     def forget(self, request: ScheduledRequest) -> None:
         self.forgotten.append(request)
 
 
 @pytest.mark.parametrize(("are_equal", "num_seen"), [(False, 4), (True, 16)])
 def test_a_step_looks_at_few_waiting_requests(are_equal: bool, num_seen: int):
-    counting = Counting()
     owned = manager(cache=hybrid(grid=8), placement=parse_placement("backoff"))
-    owner = planner(manager=owned, fetching=counting, token_budget=64)
+    owner = planner(manager=owned, loader=(counting := Counting(owned)), token_budget=64)
     requests = [
         scheduled(ids(range(first, first + 90)), arrival=number, max_len=99)
         for number in range(30)

@@ -14,8 +14,8 @@ from hybridcache.lease import Lease, LeaseRequest
 from hybridcache.policies.eviction.scored import FIFO
 from hybridcache.policies.protocol import Item, PolicyError
 from hybridcache.policies.registry import EvictionSpec, parse_placement
-from hybridcache.radix.tree import RadixNode
-from hybridcache.tiers import OffloadedCheckpoint, TieredRadixCache
+from hybridcache.radix.tree import OffloadedCheckpoint, RadixNode
+from hybridcache.tiers import TieredRadixCache
 from hybridcache.tokens import Tokens
 from tests.cache.serving import PerToken, Rate, carried_out, ids, serve
 from tests.cache.tiers import TieredMemory
@@ -48,7 +48,7 @@ def test_a_hit_from_a_tier_counts_as_one_use(eviction: str):
         if uses % 2:
             cache.evict(num_tokens=4)
             [found] = cache.match(ids("abcdX")).loadable
-            cache.fetch(found)
+            cache.load(found)
         match = cache.match(ids("abcdX"))
         cache.touch(match, resumes=uses > 2)
         assert match.node.checkpoint.uses == uses
@@ -145,10 +145,10 @@ def test_a_load_does_not_evict_the_prefix_that_it_continues():
     _, found = cache.match(ids(range(17))).loadable
     state, held = found.node.offloaded.state, cache.allocate_kv(6)
     Recorder.calls.clear()
-    assert not cache.fetch(found) and (state.last_used, state.uses) == (cache.now + 1, 0)
+    assert not cache.load(found) and (state.last_used, state.uses) == (cache.now + 1, 0)
     assert cache.match(ids(range(17))).cached_len == 4
     cache.free_kv(held)
-    assert cache.fetch(found) and cache.match(ids(range(17))).cached_len == 15
+    assert cache.load(found) and cache.match(ids(range(17))).cached_len == 15
     assert Recorder.calls == [(False, 15), ("add", 15), (False, 15)]
     assert cache.stats.inserted_tokens == 16 + 11
     assert loads.seen == [False] * 4 + [True] * 2
@@ -173,7 +173,7 @@ def test_a_lease_fetches_if_it_saves_time_and_counts_the_rest(
     cache.check(held_tokens=0, held_slots=0)
 
 
-@pytest.mark.parametrize("call", ["allocate_kv", "allocate_slot", "fetch", "lock"])
+@pytest.mark.parametrize("call", ["allocate_kv", "allocate_slot", "load", "lock"])
 @pytest.mark.parametrize("number", [1, 2])
 def test_a_lease_that_cannot_begin_for_an_error_holds_nothing(
     call: str, number: int, monkeypatch: pytest.MonkeyPatch
@@ -330,7 +330,7 @@ def test_a_load_ends_if_making_room_for_it_drops_its_state() -> None:
     cache.adopt(ids("abcd"), None, "disk")
     serve(cache, ids("wx"), [2])
     _, found = cache.match(ids("abcdX")).loadable
-    assert not cache.fetch(found) and loadable(cache, ids("wxX")) == [(2, (7, 0))]
+    assert not cache.load(found) and loadable(cache, ids("wxX")) == [(2, (7, 0))]
     cache.check(held_tokens=0, held_slots=0)
 
 

@@ -85,7 +85,7 @@ class TieredMemory:
         self.compare(match, tokens, namespace)
         if fetch < len(match.loadable):
             wanted = match.loadable[fetch]
-            if cache.fetch(wanted):
+            if cache.load(wanted):
                 match = cache.match(tokens, namespace)
                 assert match.cached_len == wanted.position
         handle = cache.lock(match.node)

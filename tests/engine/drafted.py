@@ -14,10 +14,10 @@ import numpy as np
 
 from engine import Engine, EngineConfig, RequestOutput, SamplingParams
 from engine.engine import load_runner
-from engine.plugins.speculation.draft_manager import Drafting
 from engine.plugins.speculation.drafters import Drafter
 from engine.requests.request import Request
 from engine.runner.sampler import Sampler
+from engine.schedule.drafting import Drafting
 from engine.text.tokenizer import HFTokenizer
 from tests.engine.test_hits_change_nothing import HYBRID
 from tests.oracle import engine_with

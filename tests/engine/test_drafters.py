@@ -11,7 +11,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.plugins.speculation import drafters
-from engine.plugins.speculation.draft_manager import MAX_REST, MIN_REST, DraftLength
 from engine.plugins.speculation.drafters import (
     MAX_KEPT,
     MAX_TEXTS,
@@ -19,6 +18,7 @@ from engine.plugins.speculation.drafters import (
     SuffixDrafter,
     continuation,
 )
+from engine.schedule.drafting import MAX_REST, MIN_REST, DraftLength
 
 
 def reference(texts: list[list[int]], size: int, most: int) -> list[int]:

@@ -74,7 +74,7 @@ def test_steps_are_committed_while_the_device_computes_the_next(
     for owner, name in (
         (engine.runner, "forward"),
         (Lease, "publish"),
-        (engine._manager, "finish"),
+        (Lease, "finish"),
         (OracleDrawn, "wait"),
     ):
         original = getattr(owner, name)

@@ -55,7 +55,7 @@ def make_engine(tmp_path: Path) -> MakeEngine:
 @pytest.fixture
 def eager(monkeypatch: pytest.MonkeyPatch) -> None:
     """Draft even if no draft was ever accepted."""
-    monkeypatch.setattr("engine.plugins.speculation.draft_manager.MIN_ACCEPTANCE", 0.0)
+    monkeypatch.setattr("engine.schedule.drafting.MIN_ACCEPTANCE", 0.0)
 
 
 @pytest.mark.full("mtp:4-greedy", "tree,mtp:2-penalties")

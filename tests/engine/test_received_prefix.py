@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from engine.plugins.disaggregation.prefix_fetch import ReceivedPrefix
+from engine.plugins.disaggregation.prefix_load import ReceivedPrefix
 from hybridcache.policies.registry import EVICTION_NAMES
 from tests.cache.serving import hybrid
 from tests.cache.test_lease import begin, prefill, tokens

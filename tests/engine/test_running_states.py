@@ -6,7 +6,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from engine.plugins.speculation.verification import RunningStates
+from engine.runner.verification import RunningStates
 
 OWN, STEPS = range(4), range(10, 20)
 

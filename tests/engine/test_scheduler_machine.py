@@ -16,10 +16,10 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from engine import Engine, EngineConfig, RequestOutput, SamplingParams
 from engine.config import OF_CACHE
-from engine.plugins.speculation.draft_manager import Drafting
 from engine.plugins.speculation.drafters import drafters_of
-from engine.plugins.speculation.predictor import Newest
-from engine.schedule.scheduler import NO_DRAFTS, Batch, DraftPlanner
+from engine.runner.predictor import Newest
+from engine.schedule.drafting import Drafting
+from engine.schedule.scheduler import Batch
 from hybridcache.allocators.moves import Move
 from hybridcache.geometry.model import ModelGeometry
 from hybridcache.geometry.units import GIB
@@ -67,7 +67,7 @@ def make_engine(
     kv_tokens: int = 1024,
     slots: int = 6,
     slab_rows: int | None = None,
-    drafting: DraftPlanner = NO_DRAFTS,
+    drafting: Drafting | None = None,
     owns_states: bool = False,
     host_rows: int | None = None,
     disk_rows: int | None = None,
@@ -196,7 +196,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             lengths |= {"tree": 3} if drafts == "tree,mtp" else {}
             drafters = drafters_of(lengths, self.guess, shares=True)
         drafting = Drafting(drafters, max_verified=2 * (1 + draft_len))
-        drafting = drafting if drafts != "none" else NO_DRAFTS
+        drafting = drafting if drafts != "none" else None
         self.serve(make_engine(kv_tokens=64 * kv_pages, drafting=drafting, **settings))
 
     def guess(self, newest: Sequence[Newest], most: Sequence[int]) -> list[np.ndarray]:
@@ -358,7 +358,7 @@ class TightMachine(SchedulerMachine):
     )
     def start(self, drafts: bool, **settings: object) -> None:
         self.drafter = ScriptedDrafter(half_right)
-        drafting = Drafting([(self.drafter, 3)], max_verified=8) if drafts else NO_DRAFTS
+        drafting = Drafting([(self.drafter, 3)], max_verified=8) if drafts else None
         self.serve(make_engine(overlap="on", drafting=drafting, **settings))
 
     @rule(

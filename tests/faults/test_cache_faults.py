@@ -279,7 +279,7 @@ def moved_rows_are_gathered_from_their_old_place(patch: Patch) -> None:
 
 @FAULTS.detected_by(fetch_into_a_lease)
 def a_fetch_reports_success_without_copying(patch: Patch) -> None:
-    @patch(TieredRadixCache, "fetch")
+    @patch(TieredRadixCache, "load")
     def fetch(original: Any, self: Any, resumable: Any) -> bool:
         return True
 

@@ -17,9 +17,9 @@ import pytest
 from msgspec import structs
 
 from engine import Engine, SamplingParams
-from engine.plugins.speculation.draft_manager import DraftLength
 from engine.plugins.tiers.records import RecordStore
 from engine.requests.logit_rules import TokenCounts
+from engine.schedule.drafting import DraftLength
 from engine.schedule.scheduler import Batch
 from hybridcache.allocators.moves import Move, StepQueue
 from hybridcache.lease import Lease

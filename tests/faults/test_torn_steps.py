@@ -26,8 +26,8 @@ import pytest
 import engine as engine_package
 import hybridcache
 from engine import Engine, EngineConfig, Grammar, SamplingParams
-from engine.plugins.speculation.draft_manager import Drafting
 from engine.plugins.speculation.drafters import drafters_of
+from engine.schedule.drafting import Drafting
 from engine.text.tokenizer import HFTokenizer
 from hybridcache.policies.protocol import PromptBoundaries
 from tests.engine.drafted import ScriptedDrafter

@@ -33,8 +33,9 @@ from hybridcache.lab.simulation.closed_loop import (
 from hybridcache.lab.trace import Trace, TraceRequest
 from hybridcache.policies.admission import AdmissionPolicy, Load, WaitingRequest
 from hybridcache.policies.registry import parse_placement
-from hybridcache.scheduling.cache_manager import CacheManager, ScheduledRequest
+from hybridcache.scheduling.cache_manager import CacheManager
 from hybridcache.scheduling.planner import StepPlanner
+from hybridcache.scheduling.request import ScheduledRequest
 from tests.oracle import OracleRunner, OracleSampler
 
 VOCABULARY = 320
@@ -141,7 +142,7 @@ def test_text_that_a_tier_can_load_counts_as_cached_for_admission() -> None:
         planner.add(request)
         while request.computed_len < 260:
             for one, end in planner.choose().items():
-                assert manager.take_checkpoint_slots(one, end) is not None
+                assert planner.take_checkpoint_slots(one, end) is not None
                 manager.take_step().done()
                 planner.advance(one, end)
         planner.leave(request)

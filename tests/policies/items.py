@@ -27,6 +27,7 @@ class FakeItem(Item):
     superseded: bool = False
     above: Any = None
     label: str = ""
+    stop_reason: str = ""
     memo: Any = None
     serial: int = field(default_factory=_serials.__next__)
     evicted_above: Any = None

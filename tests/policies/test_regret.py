@@ -203,7 +203,7 @@ def test_survival_learns_by_stop_reason(rule: str) -> None:
             lease = serve_lease(cache, placement, LeaseRequest(prompt), answer, stop)
             if turn:
                 assert lease.match.resumed is not None
-                labels[reason] = lease.match.resumed.label
+                labels[reason] = lease.match.resumed.title
             history = np.concatenate((prompt, answer))
             prompt = history if rule == "end" else prompt
             prompt = np.concatenate((prompt, rng.integers(0, 1000, 10, dtype=np.int32)))
@@ -219,8 +219,8 @@ def test_survival_learns_by_stop_reason(rule: str) -> None:
     )
     assert used > 4 * ended
     learned = Adaptive()
-    learned.on_saved(60, "decode/tool_use")
-    learned.on_hit(FakeItem("tip", label="decode/tool_use"))
+    learned.on_saved(60, "decode")
+    learned.on_hit(FakeItem("tip", label="decode", stop_reason="tool_use"))
     assert learned._accounts.keys() == {"decode"}, (
         "a placement policy decides before the stop reason is known"
     )

@@ -260,7 +260,7 @@ class PrefillServer(Plugin):
 
     @property
     def has_work(self) -> bool:
-        """See ``StepHooks``. While the engine drains, prefixes that are still being sent count."""
+        """See ``Plugin``. While the engine drains, prefixes that are still being sent count."""
         sessions = self._sessions.values()
         is_sending = not self._is_accepting and bool(sessions)
         return is_sending or bool(self.unsent) or not all(each.has_ended for each in sessions)
@@ -284,7 +284,7 @@ class PrefillServer(Plugin):
             self._router.poll(round(1e3 * IDLE_S))
 
     def on_step_failed(self, *, was_lost: bool) -> None:
-        """See ``StepHooks``. Prefixes end, because the data sent in the failed step is unknown."""
+        """See ``Plugin``. Prefixes end, because the data sent in the failed step is unknown."""
         self._end_all(StepFailed("a step of the prefill engine failed"))
 
     def _end_all(self, error: RequestError) -> None:
@@ -294,7 +294,7 @@ class PrefillServer(Plugin):
                 self.fail(peer, error)
 
     def disconnect(self, *, at_once: bool) -> None:
-        """See ``StepHooks``. Decode engines get an error for new prefixes, and compute them.
+        """See ``Plugin``. Decode engines get an error for new prefixes, and compute them.
         ``at_once`` ends prefixes in progress and all connections."""
         self._is_accepting = False
         if at_once and not self._router.closed:

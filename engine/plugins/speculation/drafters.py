@@ -1,5 +1,5 @@
 """Drafters: continuations of earlier text, in the radix tree or after the same tokens, and the
-multi-token head."""
+multi-token head; and the plugin that makes them from the settings."""
 
 from __future__ import annotations
 
@@ -8,9 +8,13 @@ from itertools import islice
 
 import numpy as np
 
-from engine.plugins.speculation.predictor import Newest
+from engine.core import Plugin
 from engine.requests.request import Request
+from engine.runner.model_runner import ModelRunner
+from engine.runner.predictor import Newest
+from engine.schedule.drafting import Drafter, Drafting, GlobalAcceptance
 from engine.text.bounded import BoundedMemory
+from hybridcache.geometry.units import counted, format_bytes
 from hybridcache.radix.tree import TOKEN_BYTES, NodeHandle, RadixNode, edge_tokens, members
 from hybridcache.tokens import EMPTY, Tokens
 
@@ -19,52 +23,6 @@ MAX_TEXTS, MAX_KEPT = 16, 1 << 16
 as an equal share."""
 MAX_SEARCHED = 1 << 16
 """Maximum number of tokens of a text that are searched, the latest ones."""
-
-
-FIRST_ACCEPTANCE = 0.7
-"""Assumed acceptance before the first draft."""
-WEIGHT = 1 / 4
-"""Weight of the newest draft of a request. Half of it is used for the average of all requests."""
-
-
-class GlobalAcceptance:
-    """Recent acceptance of the first token of a draft, over all requests."""
-
-    __slots__ = ("right",)
-
-    def __init__(self) -> None:
-        self.right = FIRST_ACCEPTANCE
-
-    def learn(self, is_right: bool) -> None:
-        self.right += (is_right - self.right) * WEIGHT / 2
-
-
-class Drafter:
-    """Source of drafts. A wrong draft costs time but changes no token. Every method does nothing
-    unless it is overridden.
-
-    It is called between two steps, once for all requests that may take drafts. A drafter that
-    computes, such as the model's multi-token head, makes one pass over the batch. It reads a hidden
-    vector of each request, declared as a state of the sequence: like any other state, it is saved
-    with checkpoints and advanced by commits.
-    """
-
-    name: str
-    acceptance: GlobalAcceptance | None = None
-    """Acceptance with which a new request starts, or None if requests do not share it."""
-
-    def propose(self, wanted: Sequence[tuple[Request, int]]) -> Sequence[Tokens]:
-        """Return a draft for each (request, maximum number of tokens), in order: int32[d].
-
-        Must take a bounded time, because all requests wait for it.
-        """
-        return [EMPTY] * len(wanted)
-
-    def forget(self, request: Request) -> None:
-        """Drop the state of ``request``, which has ended."""
-
-    def reset(self) -> None:
-        """Drop the state of requests that ended: the cache was emptied."""
 
 
 class TreeDrafter(Drafter):
@@ -265,3 +223,29 @@ def _last_end(run: Tokens, text: Tokens) -> int | None:
         if len(starts):
             return int(starts[-1]) + len(run)
     return None
+
+
+RUNNING_ON_CPU = 4
+"""Maximum number of decoding requests with drafts where each token of a step costs time."""
+
+
+class SpeculationPlugin(Plugin):
+    """Plans drafts (setting ``draft``)."""
+
+    def drafting(self, runner: ModelRunner, *, shares: bool) -> Drafting:
+        verification = runner.drafts
+        assert verification is not None, "the runner was loaded with the same settings"
+        self._state_bytes = verification.state_bytes
+        limit = self.config.draft_running or (None if runner.is_asynchronous else RUNNING_ON_CPU)
+        drafters = drafters_of(self.config.drafters, verification.guess, shares=shares)
+        room = self.config.num_step_states
+        return Drafting(drafters, max_verified=room, max_decoding=limit)
+
+    def start_screen(self) -> Sequence[tuple[str, str]]:
+        longest, number = self.config.drafts.max_len, self.config.num_step_states
+        states = f", whose states take {format_bytes(self._state_bytes)}"
+        words = (
+            f"{self.config.draft}: up to {counted(longest, 'token')} a request; up to {number} "
+            f"verified a step{states if self._state_bytes else ''}"
+        )
+        return [("drafts", words)]

@@ -38,7 +38,6 @@ from engine.runner.build import load_runner
 from engine.runner.device import Device
 from engine.runner.loading import shared_sizes
 from engine.runner.model_runner import ModelRunner
-from engine.runner.steps import Drafts
 from engine.schedule.scheduler import Batch
 from engine.weights.model_config import ModelError, read_config
 from engine.weights.ranks import Rank
@@ -132,7 +131,6 @@ def _follow(
     line: Connection,
     number: int,
     config: EngineConfig,
-    drafts: type[Drafts],
     meeting: str,
     num_threads: int,
 ) -> NoReturn:
@@ -144,7 +142,7 @@ def _follow(
         torch.set_num_threads(num_threads)
     device.make_current()
     group = TorchGroup(number, config.tp, meeting, device)
-    runner = load_runner(config, Rank(number, config.tp, group), drafts=drafts)
+    runner = load_runner(config, Rank(number, config.tp, group))
     line.send(None)
     while True:
         order: Order = line.recv()
@@ -190,7 +188,7 @@ class Follower:
 class Followers:
     """Ranks 1 to ``count - 1``. They end when this is closed or collected, or this process ends."""
 
-    def __init__(self, config: EngineConfig, drafts: type[Drafts], num_threads: int) -> None:
+    def __init__(self, config: EngineConfig, num_threads: int) -> None:
         """Start the processes and wait until all run. Raises RunnerLost if one ends."""
         self._count, self._sentence = config.tp, ""
         folder = tempfile.TemporaryDirectory(prefix="hybridcache-ranks-")
@@ -198,7 +196,7 @@ class Followers:
         """Path of the file through which the ranks connect."""
         self._all = [Follower(number) for number in range(1, self._count)]
         self._end = weakref.finalize(self, _end, self._all, folder)
-        self.send((one.number, config, drafts, self.meeting, num_threads) for one in self._all)
+        self.send((one.number, config, self.meeting, num_threads) for one in self._all)
         self.wait()
 
     def wait(self) -> None:
@@ -285,7 +283,7 @@ class LeadingRunner(ModelRunner):
     """The other ranks, set when all have loaded."""
 
     @classmethod
-    def start(cls, config: EngineConfig, drafts: type[Drafts]) -> LeadingRunner:
+    def start(cls, config: EngineConfig) -> LeadingRunner:
         """Start the other ranks and load all parts. Raises ModelError or RunnerLost."""
         _, model = read_model(read_config(config.model_dir))
         shared_sizes(model, config.tp)  # Raises before any process starts.
@@ -295,10 +293,10 @@ class LeadingRunner(ModelRunner):
         if device.is_cpu:
             num_threads = max(1, num_threads // config.tp)
             torch.set_num_threads(num_threads)
-        followers = Followers(config, drafts, num_threads)
+        followers = Followers(config, num_threads)
         try:
             group = TorchGroup(0, config.tp, followers.meeting, device)
-            runner = load_runner(config, Rank(0, config.tp, group), cls, drafts)
+            runner = load_runner(config, Rank(0, config.tp, group), cls)
             assert isinstance(runner, cls)
             followers.wait()
         except RunnerLost as error:
@@ -349,7 +347,7 @@ class TensorParallelPlugin(Plugin):
         self._followers = runner.followers if isinstance(runner, LeadingRunner) else None
 
     def on_idle(self) -> float | None:
-        """See ``StepHooks``. Raises RunnerLost if a rank has ended."""
+        """See ``Plugin``. Raises RunnerLost if a rank has ended."""
         if self._followers is None:
             return None
         self._followers.check()

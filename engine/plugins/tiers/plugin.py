@@ -22,7 +22,6 @@ from engine.plugins.tiers.staging import MeasuredExchange, Staging, is_kept
 from engine.plugins.tiers.tier_copies import KEPT, TierCopier
 from engine.runner.backends import digest_of
 from engine.runner.model_runner import ModelRunner
-from engine.schedule.fetching import Fetcher
 from engine.schedule.report import FolderReport, StepReport, TierReport
 from engine.text.tokenizer import Tokenizer
 from hybridcache.allocators.moves import DEVICE, DISK, HOST, Copy
@@ -31,10 +30,11 @@ from hybridcache.cache import HybridRadixCache
 from hybridcache.config import CacheConfig
 from hybridcache.export.warm_state import Memory, pack, unpack, write_memory
 from hybridcache.geometry.units import GIB, format_bytes
+from hybridcache.offload import path_of
 from hybridcache.policies.protocol import PlacementPolicy
 from hybridcache.radix.tree import Kind, RadixNode
 from hybridcache.scheduling.cache_manager import CacheManager
-from hybridcache.tiers import TieredRadixCache, path_of
+from hybridcache.tiers import TieredRadixCache
 from hybridcache.tokens import EMPTY, Indices
 
 
@@ -180,8 +180,8 @@ class TierPlugin(Plugin):
             )
         self.adopt()
 
-    def open_manager(self, manager: CacheManager, runner: ModelRunner) -> Fetcher | None:
-        """See ``Plugin``. The fetcher reads from disk for waiting requests."""
+    def open_manager(self, manager: CacheManager, runner: ModelRunner) -> Staging | None:
+        """See ``Plugin``. The loader reads from disk for waiting requests."""
         self._manager = manager
         if self.disk is None:
             return None
@@ -198,7 +198,7 @@ class TierPlugin(Plugin):
 
     @property
     def has_work(self) -> bool:
-        """See ``StepHooks``: transfers wait for a batch."""
+        """See ``Plugin``: transfers wait for a batch."""
         return self._manager.has_moves
 
     def attach(self, engine: EngineCore, manager: CacheManager) -> None:
@@ -234,7 +234,7 @@ class TierPlugin(Plugin):
         return None
 
     def report(self) -> Mapping[str, Any]:
-        """See ``StepHooks``. O(tiers)."""
+        """See ``Plugin``. O(tiers)."""
         disk, offload = self.disk, self._cache.offload
         tiers = []
         for tier in offload.tiers:
@@ -270,7 +270,7 @@ class TierPlugin(Plugin):
         return num_adopted
 
     def on_cache_emptied(self, *, was_lost: bool) -> None:
-        """See ``StepHooks``. Entries on disk are adopted again if the rows were lost, and removed
+        """See ``Plugin``. Entries on disk are adopted again if the rows were lost, and removed
         if the cache was emptied on request."""
         self._cache = cast("TieredRadixCache", self._manager.cache)  # There may be another one.
         steps, disk = self._cache.steps, self.disk
@@ -287,7 +287,7 @@ class TierPlugin(Plugin):
             disk.remove_file(NAME)
 
     def close(self) -> None:
-        """See ``StepHooks``. Writes all pending entries and releases the folder."""
+        """See ``Plugin``. Writes all pending entries and releases the folder."""
         if self._store is not None:  # The engine was not built.
             self._store.close()
         if self.disk is not None:

@@ -12,14 +12,15 @@ import numpy as np
 from engine.plugins.tiers.disk import Disk, Read
 from engine.plugins.tiers.tier_copies import KEPT
 from engine.requests.request import Request
-from engine.schedule.fetching import Fetch, Fetcher
 from engine.schedule.report import StepReport
 from hybridcache.allocators.moves import DISK, Copy, Transfer
 from hybridcache.api import PrefixMatch
 from hybridcache.geometry.model import ModelGeometry
-from hybridcache.policies.protocol import FetchRule
+from hybridcache.offload import OffloadTiers
+from hybridcache.policies.protocol import LoadRule
 from hybridcache.radix.tree import RadixNode
 from hybridcache.scheduling.cache_manager import CacheManager
+from hybridcache.scheduling.loading import IDLE_S, Loader, PrefixLoad
 from hybridcache.tokens import Indices
 
 FADING = 0.95
@@ -30,7 +31,7 @@ SPREAD = 0.1
 
 
 class MeasuredExchange:
-    """``FetchRule`` that is measured while the engine serves.
+    """``LoadRule`` that is measured while the engine serves.
 
     The fixed cost of a step and the cost of one operation are those of the line through the prefill
     steps so far, recent ones weighted most. A load saves only the operations.
@@ -72,7 +73,7 @@ class MeasuredExchange:
     def seconds_saved(
         self, cached_len: int, position: int, prompt_len: int, num_bytes: Mapping[str, int]
     ) -> float:
-        """See ``policies.protocol.FetchRule``."""
+        """See ``policies.protocol.LoadRule``."""
         each_s = self.seconds_per_operation
         if each_s is None:
             return position - cached_len  # Before the first measurement, the longest load is tried.
@@ -84,7 +85,7 @@ class MeasuredExchange:
         return each_s * self._geometry.flops(cached_len, position) - copy_s
 
 
-class Reading(Fetch):
+class Reading(PrefixLoad):
     """The records of one request, which are kept in memory until it has begun."""
 
     def __init__(self, request: Request, end: int, num_tokens: int, reads: list[Read]) -> None:
@@ -95,33 +96,39 @@ class Reading(Fetch):
         self.reads = []
 
 
-class Staging(Fetcher):
-    """Fetcher that reads ahead from one disk."""
+class Staging(Loader[Request]):
+    """Loader that reads ahead from one disk."""
 
     max_loads = 4
 
-    def __init__(self, manager: CacheManager, disk: Disk, exchange: FetchRule) -> None:
-        self._manager, self._disk, self._exchange = manager, disk, exchange
+    def __init__(self, manager: CacheManager, disk: Disk, exchange: LoadRule) -> None:
+        super().__init__(manager)
+        self._disk, self._exchange = disk, exchange
         self._readings: list[Reading] = []
+
+    @property
+    def _offload(self) -> OffloadTiers:
+        offload = self.manager.cache.offload
+        assert offload is not None, "the cache was made with tiers"
+        return offload
 
     def wants(self, request: Request, match: PrefixMatch) -> bool:
         best = match.best_load(self._exchange)
         return best is not None and best.num_bytes[DISK] > 0
 
-    def begin(self, request: Request, match: PrefixMatch) -> Fetch | None:
+    def begin(self, request: Request, match: PrefixMatch) -> Reading | None:
         best = match.best_load(self._exchange)
         assert best is not None, "a load is begun only if it is wanted"
-        tier = self._manager.cache.offload.names.index(DISK)
-        reads = self._disk.stage(_disk_rows(best.node, tier))
+        reads = self._disk.stage(_disk_rows(best.node, self._offload.names.index(DISK)))
         reading = Reading(request, best.position, best.position - match.cached_len, reads)
         self._readings.append(reading)
         return reading
 
     def advance(self) -> None:
-        """See ``Fetcher``. Entries that cannot be read are dropped from the tree first, so that no
+        """See ``Loader``. Entries that cannot be read are dropped from the tree first, so that no
         request waits for them again."""
         done = [one for one in self._readings if all(read.done() for read in one.reads)]
-        disk, offload, steps = self._disk, self._manager.cache.offload, self._manager.cache.steps
+        disk, offload, steps = self._disk, self._offload, self.manager.cache.steps
         disk.settle()
         if disk.is_off:
             offload.closed.add(offload.names.index(DISK))
@@ -132,17 +139,17 @@ class Staging(Fetcher):
             offload.drop_lost(DISK, disk.is_lost)
             disk.has_lost_rows = False
         for reading in done:
-            reading.has_ended, reading.num_fetched = True, reading.num_tokens
+            reading.has_ended, reading.num_loaded = True, reading.num_tokens
         self._readings = [
             one
             for one in self._readings
             if one.reads and one.request.lease is None and one.request.finish_reason is None
         ]
 
-    def wait(self, timeout_s: float) -> None:
+    def wait_for_data(self) -> None:
         for reading in self._readings:
             if not reading.has_ended:
-                wait(reading.reads, timeout_s)
+                wait(reading.reads, IDLE_S)
                 return
 
 

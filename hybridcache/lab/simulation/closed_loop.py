@@ -30,8 +30,9 @@ from hybridcache.lab.simulation.sizes import sizes
 from hybridcache.lab.trace import Trace, TraceRequest
 from hybridcache.policies.protocol import PromptBoundaries
 from hybridcache.policies.registry import make_admission
-from hybridcache.scheduling.cache_manager import CacheManager, ScheduledRequest
+from hybridcache.scheduling.cache_manager import CacheManager
 from hybridcache.scheduling.planner import StepPlanner
+from hybridcache.scheduling.request import ScheduledRequest
 from hybridcache.tokens import Tokens
 
 if TYPE_CHECKING:
@@ -61,8 +62,6 @@ class Turn:
 class SimulatedRequest(ScheduledRequest):
     """A request with a fixed answer, its session's number ``place``, and its times."""
 
-    __slots__ = ("_stop_reason", "finished_s", "first_token_s", "place", "turn")
-
     def __init__(
         self,
         spec: Turn,
@@ -75,7 +74,7 @@ class SimulatedRequest(ScheduledRequest):
         text = spec.text
         prompt = text[: spec.prompt_len]
         super().__init__(spec, prompt, arrival=arrival, arrival_s=arrival_s, max_len=len(text))
-        self._buffer, self._stop_reason = text, spec.stop_reason
+        self.buffer, self._stop_reason = text, spec.stop_reason
         self.place, self.turn = place, turn
         self.first_token_s: float | None = None
         self.finished_s = 0.0
@@ -228,7 +227,7 @@ class LoopRun:
         tasks = [
             (request, end)
             for request, end in order
-            if manager.take_checkpoint_slots(request, end) is not None
+            if planner.take_checkpoint_slots(request, end) is not None
         ]
         makes_room = manager.has_moves
         manager.take_step()
@@ -246,7 +245,7 @@ class LoopRun:
                 num_decodes += 1
                 context += end
         self._pass(self.times.step_seconds(prefills, num_decodes, context))
-        is_calm &= not prefills and len(tasks) == planner.num_running
+        is_calm &= not prefills and len(tasks) == len(planner.running)
         for request, end in tasks:
             planner.advance(request, end)
             if end == request.num_tokens:
@@ -270,7 +269,7 @@ class LoopRun:
     def _coast(self, requests: Sequence[SimulatedRequest], context: int) -> None:
         """Take the steps in which ``requests`` decode and nothing else happens."""
         num_steps = min(request.num_quiet_steps for request in requests)
-        until_s = self.planner.wakes_at_s if self.planner.num_waiting else None
+        until_s = self.planner.wakes_at_s if self.planner.waiting else None
         if self.events:
             until_s = min(self.events[0][0], until_s or self.events[0][0])
         count, num_decodes, step_seconds = 0, len(requests), self.times.step_seconds

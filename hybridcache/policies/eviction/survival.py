@@ -428,8 +428,9 @@ class _Memo:
         """Number of earlier tips in the lineage, through forks too: a prompt may end at one."""
         before = item.predecessor
         if before is not None and isinstance(before.memo, _Memo):
-            is_tip = before.label not in FORKS and (before.uses > 0 or not before.superseded)
-            is_earlier = before.position < item.position and (is_tip or before.label == REJOIN)
+            label = "" if before.stop_reason else before.label  # An answer's end is no fork.
+            is_tip = label not in FORKS and (before.uses > 0 or not before.superseded)
+            is_earlier = before.position < item.position and (is_tip or label == REJOIN)
             self.turn = before.memo.turn + is_earlier
         self.active = item.last_used
         """Latest use of the item or of an evicted descendant."""
@@ -630,6 +631,7 @@ class Survival(EvictionPolicy):
             superseded or demand is not None,
             item.kind,
             item.label,
+            item.stop_reason,
             uses if uses < 2 else 2,
             memo.turn if memo.turn < MAX_TURN else MAX_TURN,
             octave,
@@ -646,10 +648,17 @@ class Survival(EvictionPolicy):
         memo.stage = hazards.open(row, memo.active)
 
     def _row(
-        self, superseded: bool, kind: Kind, label: str, uses: int, turn: int, octave: int, top: int
+        self,
+        superseded: bool,
+        kind: Kind,
+        label: str,
+        stop_reason: str,
+        uses: int,
+        turn: int,
+        octave: int,
+        top: int,
     ) -> int:
         """Return the row of a class. ``top`` has the two highest bits of the position."""
-        label, _, stop_reason = label.partition("/")
         is_speculative = label not in COMMON
         label = label or kind
         prior = SPECULATIVE_PRIOR if is_speculative else 1.0

@@ -17,7 +17,6 @@ from safetensors.torch import load_file, save_file
 
 from engine.config import EngineConfig
 from engine.engine import load_runner
-from engine.plugins.speculation.verification import Verification
 from engine.runner.model_runner import ModelRunner
 from engine.schedule.scheduler import Batch, Segment
 from tests.engine.numerics import families
@@ -202,7 +201,7 @@ class Driver:
     def states(self, slot: int) -> list[torch.Tensor]:
         """Return a copy of the newest state of ``slot`` in each pool."""
         drafts = self.runner.drafts
-        place = drafts.running.at(slot) if isinstance(drafts, Verification) else slot
+        place = slot if drafts is None else drafts.running.at(slot)
         return [pool[:, place].clone() for pool in self.runner.tensors.states]
 
     def verify(

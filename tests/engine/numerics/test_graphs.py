@@ -173,7 +173,7 @@ def test_verify_graphs_change_no_bit(options, make_verify_driver, check_launch_b
     driver = make_verify_driver(**options)
     expected = driver.verify(VERIFIED, STEPS)
     driver.reset()
-    monkeypatch.setattr("engine.plugins.speculation.verification.KV_BOUNDS", (10, 40))
+    monkeypatch.setattr("engine.runner.verification.KV_BOUNDS", (10, 40))
     recorder = Recorder()
     driver.runner.use_graphs("decode", recorder)
     graphs = driver.runner.graphs.verifies

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from engine.plugins.disaggregation.wire import PrefixBuffer
-from engine.plugins.speculation.predictor import Newest, Predictor
+from engine.runner.predictor import Newest, Predictor
 from engine.schedule.scheduler import Batch, Segment
 from engine.weights.parameters import Source
 from tests.engine.numerics.conftest import Driver, load, random_tokens

@@ -14,12 +14,12 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 
 from engine import EngineConfig
 from engine.engine import Engine, load_runner
-from engine.plugins.speculation.draft_manager import Drafting
 from engine.plugins.speculation.drafters import TreeDrafter
-from engine.plugins.speculation.predictor import Newest
 from engine.requests.request import SamplingParams
 from engine.runner.memory import ACCELERATOR_SHARE
+from engine.runner.predictor import Newest
 from engine.runner.sampler import Drawn, Sampler
+from engine.schedule.drafting import Drafting
 from engine.weights.model_config import ModelError
 from experiments.gpu.models import QWEN3_NEXT_80B, TINY, write_geometry
 from tests.selection import is_quick

@@ -92,7 +92,7 @@ def test_checkpoint_class_includes_the_stop_reason(
     policy = live.engine.cache.policy
     assert isinstance(policy, Survival)
     newest = max(policy._checkpoints.items, key=lambda item: (item.created, item.position))
-    assert newest.label.endswith(f"/{reason}")
+    assert newest.stop_reason == reason
     assert [*policy.hazards.rows][newest.memo.row][-1] == reason
 
 

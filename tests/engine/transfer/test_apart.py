@@ -12,7 +12,7 @@ from dataclasses import asdict
 import pytest
 
 from engine import Engine
-from engine.plugins.disaggregation.prefix_fetch import PeerFetch
+from engine.plugins.disaggregation.prefix_load import PeerLoad
 from engine.plugins.disaggregation.wire import PrefixBuffer
 from tests.engine.transfer.pair import (
     GREEDY,
@@ -63,16 +63,16 @@ def test_a_prefill_engine_killed_during_a_transfer_loses_no_token(
 ) -> None:
     """Run last in this file, because it kills the process of ``prefill``."""
     engine = decode_engine(prefill[1])
-    write, num_messages = PeerFetch._write, 0
+    write, num_messages = PeerLoad._write, 0
 
-    def kill_at_third_message(self: PeerFetch, data: memoryview) -> None:
+    def kill_at_third_message(self: PeerLoad, data: memoryview) -> None:
         nonlocal num_messages
         num_messages += 1
         if num_messages == 3:
             os.kill(prefill[0], signal.SIGKILL)
         write(self, data)
 
-    monkeypatch.setattr(PeerFetch, "_write", kill_at_third_message)
+    monkeypatch.setattr(PeerLoad, "_write", kill_at_third_message)
     prompts = [text(10, 900), text(11, 200)]
     with caplog.at_level(logging.WARNING):  # type: ignore[attr-defined]
         assert_same(plain, engine, prompts)

@@ -55,15 +55,15 @@ class Predictor:
         before = self.pools[-1].new_zeros(most, self.pools[-1].shape[1])
         self._kept = columns[0], before, columns[1], columns[2], rows
         self._lengths = torch.ones(most, dtype=torch.int32)
-        self._ranks = torch.arange(most, dtype=torch.int32)
+        self._places = torch.arange(most, dtype=torch.int32)
         self._record = record
         self._replay(self._kept, 1)
 
     def guess(self, newest: Sequence[Newest], most: Sequence[int]) -> list[Tokens]:
         """Draft the ``most`` (1 or more) most likely tokens after each request's newest one, with
         one pass of the head per token over all requests that still need one."""
-        order = sorted(range(len(newest)), key=lambda rank: -most[rank])
-        requests, wanted = [newest[rank] for rank in order], [most[rank] for rank in order]
+        order = sorted(range(len(newest)), key=lambda place: -most[place])
+        requests, wanted = [newest[place] for place in order], [most[place] for place in order]
         device = self.table.device.device
         tokens = upload([request.token_id for request in requests], torch.int64, device)
         slots = upload([request.slot for request in requests], torch.int64, device)
@@ -82,7 +82,7 @@ class Predictor:
             guessed.append(tokens.clone())
         drafts = torch.nn.utils.rnn.pad_sequence(guessed).int().cpu().numpy()
         found = dict(zip(order, drafts, strict=True))
-        return [found[rank][:length] for rank, length in enumerate(most)]
+        return [found[place][:length] for place, length in enumerate(most)]
 
     def _pass(
         self, inputs: Sequence[torch.Tensor], sequences: Sequences
@@ -108,8 +108,8 @@ class Predictor:
         if count in self._replays:
             self._replays[count]()
             return kept[0], kept[1]
-        ranks = self._ranks[:count]  # Kept here, because a recording uses its address.
-        sequences = Sequences(tuple(range(count)), (1,) * count, ranks, lengths)
+        places = self._places[:count]  # Kept here, because a recording uses its address.
+        sequences = Sequences(tuple(range(count)), (1,) * count, places, lengths)
 
         def work() -> None:
             for own, result in zip(kept, self._pass(kept, sequences), strict=False):

@@ -25,13 +25,13 @@ from engine.plugins.disaggregation import wire
 from engine.plugins.disaggregation.wire import PIECE_BYTES, PrefixBuffer, identity
 from engine.requests.request import Request, RequestSpec, SamplingParams
 from engine.runner.model_runner import ModelRunner
-from engine.schedule.fetching import Fetch
 from engine.text.answers import Transferred
 from hybridcache.allocators.moves import Move
 from hybridcache.api import PrefixMatch
 from hybridcache.cache import HybridRadixCache, LockHandle
 from hybridcache.geometry.units import counted
 from hybridcache.scheduling.cache_manager import CacheManager
+from hybridcache.scheduling.loading import IDLE_S, Loader, PrefixLoad
 from hybridcache.tokens import EMPTY, Indices, Tokens
 
 logger = logging.getLogger(__name__)
@@ -145,18 +145,20 @@ class ReceivedPrefix:
         self.rows = EMPTY
 
 
-class PeerFetch(Fetch):
+class PeerLoad(PrefixLoad):
     """Load of one prefix from another engine."""
 
     def __init__(
         self,
-        fetcher: PeerFetcher,
+        loader: PeerLoader,
+        request: Request,
         address: tuple[str, int],
         connection: wire.Connection,
         arrival: ReceivedPrefix,
     ) -> None:
         super().__init__(arrival.end)
-        self._fetcher, self._unit, self.arrival = fetcher, fetcher.unit, arrival
+        self._loader, self._unit = loader, loader.unit
+        self.request, self.arrival = request, arrival
         self.address, self.connection, self.start = address, connection, arrival.start
         state_bytes = 0 if arrival.slot is None else self._unit.state_bytes
         self.needed_bytes = (self.end - self.start) * self._unit.row_bytes + state_bytes
@@ -204,11 +206,11 @@ class PeerFetch(Fetch):
 
     def cancel(self) -> None:
         if not self.has_ended:
-            self._fetcher.end(self)
+            self._loader.end(self)
 
 
-class PeerFetcher:
-    """A ``Fetcher`` that loads from prefill engines."""
+class PeerLoader(Loader[Request]):
+    """Loader of prefixes from prefill engines."""
 
     max_loads = 8
 
@@ -219,24 +221,25 @@ class PeerFetcher:
         config: EngineConfig,
         counts: wire.TransferCounts,
     ) -> None:
+        super().__init__(manager)
         settings = config
-        self._manager, self.unit, self.counts = manager, PrefixBuffer(runner), counts
+        self.unit, self.counts = PrefixBuffer(runner), counts
         self._own = identity(runner)
         self._rests_until = dict.fromkeys(settings.addresses, 0.0)
         """Time by ``time.monotonic`` before which each prefill engine is not used."""
         self._fetch_above, self._timeout_s = settings.fetch_above, settings.transfer_timeout_s
         self._max_bytes = max(PIECE_BYTES, self.unit.state_bytes, self.unit.row_bytes)
-        self._active: list[PeerFetch] = []
+        self._active: list[PeerLoad] = []
         # That of the process: closed connections end in the background.
         self._context: zmq.Context[Any] = zmq.Context.instance(wire.IO_THREADS)
 
     def wants(self, request: Request, match: PrefixMatch) -> bool:
-        """See ``Fetcher``. A namespace that is not text cannot be sent."""
+        """See ``Loader``. A namespace that is not text cannot be sent."""
         is_worth_it = self._end(request) - match.cached_len >= self._fetch_above
         can_be_sent = isinstance(request.namespace, str | None)
         return is_worth_it and can_be_sent and self._choose() is not None
 
-    def begin(self, request: Request, match: PrefixMatch) -> PeerFetch | None:
+    def begin(self, request: Request, match: PrefixMatch) -> PeerLoad | None:
         address, end, namespace = self._choose(), self._end(request), request.namespace
         if address is None:
             return None
@@ -247,15 +250,15 @@ class PeerFetcher:
         except wire.TransferError as error:
             self._report(address, end, error)
             return None
-        cache, stateful = self._manager.cache, self._manager.stateful
+        cache, stateful = self.manager.cache, self.manager.stateful
         tokens = request.tokens[:end].copy()
         arrival = ReceivedPrefix.begin(cache, tokens, namespace, stateful=stateful)
         if arrival is None:
             connection.close()
             return None
-        self._manager.other_holders[arrival] = None
-        fetch = PeerFetch(self, address, connection, arrival)
-        self._active.append(fetch)
+        self.manager.other_holders[arrival] = None
+        load = PeerLoad(self, request, address, connection, arrival)
+        self._active.append(load)
         assert isinstance(namespace, str | None)
         spec = RequestSpec(
             request.tokens[: end + 1].copy(),
@@ -265,18 +268,18 @@ class PeerFetcher:
             save_at=(end,),
         )
         connection.send(wire.Ask(self._own, arrival.start, spec))
-        return fetch
+        return load
 
     def _end(self, request: Request) -> int:
         """Return the last grid position below the end of ``request``."""
-        grid = self._manager.cache.checkpoint_grid
+        grid = self.manager.cache.checkpoint_grid
         return (request.num_tokens - 1) // grid * grid
 
     def _choose(self) -> tuple[str, int] | None:
         """Return the available prefill engine with the fewest loads in progress, or None."""
         now = time.monotonic()
         awake = [address for address, until in self._rests_until.items() if until <= now]
-        busy = [fetch.address for fetch in self._active]
+        busy = [load.address for load in self._active]
         return min(awake, key=busy.count, default=None)
 
     def _report(self, address: tuple[str, int], end: int, error: Exception) -> None:
@@ -295,45 +298,45 @@ class PeerFetcher:
 
     def advance(self) -> None:
         left = MAX_COPIED_BYTES
-        for fetch in tuple(self._active):
+        for load in tuple(self._active):
             try:
-                left -= fetch.receive(left)
-                if fetch.is_whole:
-                    self.end(fetch)
+                left -= load.receive(left)
+                if load.is_whole:
+                    self.end(load)
             except Exception as error:
-                self._report(fetch.address, fetch.end, error)
-                self.end(fetch)
+                self._report(load.address, load.end, error)
+                self.end(load)
 
-    def end(self, fetch: PeerFetch) -> None:
+    def end(self, load: PeerLoad) -> None:
         """Publish a complete prefix, or release its memory."""
-        self._active.remove(fetch)
-        self._manager.other_holders.pop(fetch.arrival, None)
-        fetch.connection.close()
-        wire_bytes, needed_bytes = fetch.connection.num_bytes, 0
+        self._active.remove(load)
+        self.manager.other_holders.pop(load.arrival, None)
+        load.connection.close()
+        wire_bytes, needed_bytes = load.connection.num_bytes, 0
         self.counts.wire_bytes += wire_bytes
-        fetch.has_ended = True
-        if fetch.is_whole:
-            fetch.arrival.publish()
-            fetch.num_fetched, needed_bytes = fetch.end - fetch.start, fetch.needed_bytes
+        load.has_ended = True
+        if load.is_whole:
+            load.arrival.publish()
+            load.num_loaded, needed_bytes = load.end - load.start, load.needed_bytes
             self.counts.prefixes += 1
-            self.counts.tokens += fetch.num_fetched
+            self.counts.tokens += load.num_loaded
             self.counts.needed_bytes += needed_bytes
         else:
-            fetch.arrival.abort()
+            load.arrival.abort()
             self.counts.failed += 1
-        fetch.transferred = Transferred(fetch.num_fetched, needed_bytes, wire_bytes)
+        load.request.transferred = Transferred(load.num_loaded, needed_bytes, wire_bytes)
 
-    def wait(self, timeout_s: float) -> None:
+    def wait_for_data(self) -> None:
         if self._active:
-            self._active[0].connection.wait(timeout_s)
+            self._active[0].connection.wait(IDLE_S)
 
 
 class DecodePlugin(Plugin):
     """Has prompts computed by prefill engines (setting ``role`` decode)."""
 
-    def open_manager(self, manager: CacheManager, runner: ModelRunner) -> PeerFetcher:
+    def open_manager(self, manager: CacheManager, runner: ModelRunner) -> PeerLoader:
         self.counts = wire.TransferCounts()
-        return PeerFetcher(manager, runner, self.config, self.counts)
+        return PeerLoader(manager, runner, self.config, self.counts)
 
     def report(self) -> Mapping[str, Any]:
         return {"transfers": asdict(self.counts)}

@@ -1,22 +1,74 @@
-"""Draft manager: selects the requests that get drafts in a step, their drafters and lengths.
+"""Drafts: the requests that get drafts in a step, their drafters and lengths.
 
-``DraftLength`` is the length for one request and drafter. The plugin makes the manager from the
-settings.
+``DraftLength`` is the length for one request and drafter. Drafters are in
+``engine.plugins.speculation``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence, Set
-from typing import cast
+from dataclasses import dataclass
 
-from engine.core import Plugin
-from engine.plugins.speculation.drafters import WEIGHT, Drafter, GlobalAcceptance, drafters_of
-from engine.plugins.speculation.verification import Verification
 from engine.requests.request import Request
-from engine.runner.model_runner import ModelRunner
-from engine.schedule.scheduler import Draft, DraftPlanner, Segment
 from engine.text.answers import DraftCounts
-from hybridcache.geometry.units import counted, format_bytes
+from hybridcache.tokens import EMPTY, Tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """Tokens proposed as a continuation of a request."""
+
+    tokens: Tokens
+    """int32[d] with d of 1 or more."""
+    source: str
+    """Name of the drafter."""
+
+
+FIRST_ACCEPTANCE = 0.7
+"""Assumed acceptance before the first draft."""
+WEIGHT = 1 / 4
+"""Weight of the newest draft of a request. Half of it is used for the average of all requests."""
+
+
+class GlobalAcceptance:
+    """Recent acceptance of the first token of a draft, over all requests."""
+
+    __slots__ = ("right",)
+
+    def __init__(self) -> None:
+        self.right = FIRST_ACCEPTANCE
+
+    def learn(self, is_right: bool) -> None:
+        self.right += (is_right - self.right) * WEIGHT / 2
+
+
+class Drafter:
+    """Source of drafts. A wrong draft costs time but changes no token. Every method does nothing
+    unless it is overridden.
+
+    It is called between two steps, once for all requests that may take drafts. A drafter that
+    computes, such as the model's multi-token head, makes one pass over the batch. It reads a hidden
+    vector of each request, declared as a state of the sequence: like any other state, it is saved
+    with checkpoints and advanced by commits.
+    """
+
+    name: str
+    acceptance: GlobalAcceptance | None = None
+    """Acceptance with which a new request starts, or None if requests do not share it."""
+
+    def propose(self, wanted: Sequence[tuple[Request, int]]) -> Sequence[Tokens]:
+        """Return a draft for each (request, maximum number of tokens), in order: int32[d].
+
+        Must take a bounded time, because all requests wait for it.
+        """
+        return [EMPTY] * len(wanted)
+
+    def forget(self, request: Request) -> None:
+        """Drop the state of ``request``, which has ended."""
+
+    def reset(self) -> None:
+        """Drop the state of requests that ended: the cache was emptied."""
+
 
 MIN_REST, MAX_REST = 16, 512
 """Minimum and maximum pause in steps, of one drafter and one request."""
@@ -93,7 +145,7 @@ class DraftLength:
             self._rest = min(2 * self._rest, MAX_REST)
 
 
-class Drafting(DraftPlanner):
+class Drafting:
     """Calls the drafters, divides the tokens that a step may verify, and keeps draft lengths.
 
     Probes of all requests and drafters share a step. So short requests, or several drafters that
@@ -196,15 +248,16 @@ class Drafting(DraftPlanner):
                     self._probes_from = self._step + PROBE_GAP
         return fitting
 
-    def learn(self, segment: Segment, num_accepted: int, num_new: int) -> None:
-        """See ``DraftPlanner``. Counted are tokens of the answer: one of them is not a draft."""
-        num_drafts = segment.num_drafts
-        source = segment.draft.source
-        length = self._lengths[segment.request][source]
+    def learn(self, request: Request, draft: Draft, num_accepted: int, num_new: int) -> None:
+        """Record how many tokens of ``draft`` were accepted. The answer, which may have ended
+        inside the draft, got ``num_new`` tokens. Counted are tokens of the answer: one of them is
+        not a draft."""
+        num_drafts, source = len(draft.tokens), draft.source
+        length = self._lengths[request][source]
         if length.is_trying and num_accepted:
             self._probes_from = self._step + 1
         length.learn(self._step, num_drafts, num_accepted)
-        counts = segment.request.drafts
+        counts = request.drafts
         assert counts is not None
         counts.count(source, num_drafts, max(0, min(num_accepted, num_new - 1)))
 
@@ -214,32 +267,7 @@ class Drafting(DraftPlanner):
         for drafter, _ in self._drafters:
             drafter.forget(request)
 
-    def on_cache_emptied(self, *, was_lost: bool) -> None:
-        """Drop the state of ended requests."""
+    def reset(self) -> None:
+        """Drop the state of ended requests: the cache was emptied."""
         for drafter, _ in self._drafters:
             drafter.reset()
-
-
-RUNNING_ON_CPU = 4
-"""Maximum number of decoding requests with drafts where each token of a step costs time."""
-
-
-class SpeculationPlugin(Plugin):
-    """Plans drafts (setting ``draft``)."""
-
-    def draft_planner(self, runner: ModelRunner, *, shares: bool) -> DraftPlanner:
-        verification = cast("Verification", runner.drafts)
-        self._state_bytes = verification.state_bytes
-        limit = self.config.draft_running or (None if runner.is_asynchronous else RUNNING_ON_CPU)
-        drafters = drafters_of(self.config.drafters, verification.guess, shares=shares)
-        room = self.config.num_step_states
-        return Drafting(drafters, max_verified=room, max_decoding=limit)
-
-    def start_screen(self) -> Sequence[tuple[str, str]]:
-        longest, number = self.config.drafts.max_len, self.config.num_step_states
-        states = f", whose states take {format_bytes(self._state_bytes)}"
-        words = (
-            f"{self.config.draft}: up to {counted(longest, 'token')} a request; up to {number} "
-            f"verified a step{states if self._state_bytes else ''}"
-        )
-        return [("drafts", words)]

@@ -11,18 +11,9 @@ import torch
 
 from engine.layers.blocks import StepPart, VerifyPart, padded_count, tokens_before
 from engine.models.decoder import Decoder
-from engine.plugins.speculation.predictor import Newest, Predictor
 from engine.runner.loading import LoadedModel
-from engine.runner.steps import (
-    KV_BOUNDS,
-    Bucket,
-    Copies,
-    DecodeGraphs,
-    Drafts,
-    Record,
-    StepInputs,
-    up_to,
-)
+from engine.runner.predictor import Newest, Predictor
+from engine.runner.steps import KV_BOUNDS, Bucket, Copies, DecodeGraphs, Record, StepInputs, up_to
 from engine.schedule.scheduler import Batch, Segment
 from hybridcache.geometry.mixers import AttentionSizes
 from hybridcache.tokens import Tokens
@@ -112,10 +103,11 @@ NATIVE_SIZES = (2, 3, 4, 5, 6, 7, 8, 9, 12, 16, 20, 24, 28, 32, 36, 40, 48, 56, 
 """Numbers of tokens, including every length of one sequence with drafts of default length."""
 
 
-class Verification(Drafts):
+class Verification:
     """Verifies drafts with the bits of single steps, and drafts with the multi-token head."""
 
     def __init__(self, loaded: LoadedModel, inputs: StepInputs) -> None:
+        """Called when the runner's memory is allocated. Must not keep the runner."""
         self.running = RunningStates(inputs.memory.step_slots)
         self.state_bytes = loaded.settings.num_step_states * loaded.state_bytes
         self._loaded, self._inputs, self._table = loaded, inputs, inputs.table
@@ -124,6 +116,7 @@ class Verification(Drafts):
             self._predictor = Predictor(loaded.model.prediction, loaded.model, inputs)
 
     def place(self, batch: Batch) -> Copies:
+        """Assign slots to the states of the next step. Returns the copies to make before it."""
         verified = [
             (segment.slot, len(segment.token_ids))
             for segment in batch.segments
@@ -132,6 +125,7 @@ class Verification(Drafts):
         return self.running.place(verified, moves=bool(batch.moves or batch.restores))
 
     def part(self, segments: Sequence[Segment]) -> StepPart:
+        """Return the part of a step for segments with drafts."""
         device = self._table.device.device
         lengths = [len(segment.token_ids) for segment in segments]
         rows = [segment.row for segment in segments for _ in segment.token_ids]
@@ -149,6 +143,7 @@ class Verification(Drafts):
         )
 
     def commit(self, batch: Batch, taken: Sequence[int]) -> Copies:
+        """Accept ``taken`` tokens of each segment with drafts. Returns the checkpoints to save."""
         if not self._inputs.memory.states:
             return ()
         saved: list[tuple[int, int]] = []
@@ -163,6 +158,8 @@ class Verification(Drafts):
         return saved
 
     def settle(self) -> Copies:
+        """Return the copies after which every state is in its sequence's slot, except for a step
+        that is not committed yet."""
         return self.running.settle()
 
     @torch.inference_mode()
@@ -175,6 +172,7 @@ class Verification(Drafts):
         return self._predictor.guess(at, most)
 
     def rehearsals(self) -> Sequence[Callable[[], object]]:
+        """Return the work of a warm-up that is not part of a step."""
         slot, most = self._inputs.memory.padding_slot, self._table.padding_row
         if self._predictor is None or slot is None:
             return ()
@@ -183,6 +181,8 @@ class Verification(Drafts):
         return [partial(self.guess, [newest] * count, [1] * count) for count in counts]
 
     def graphs(self, record: Record, *, is_native: bool) -> DecodeGraphs | None:
+        """Return graphs of decode steps with drafts. ``is_native``: recordings of native kernels.
+        Raises NotRecordableError."""
         if is_native and self._predictor is not None:
             self._predictor.record(record)
         longest = 1 + self._loaded.settings.drafts.max_len

@@ -9,10 +9,11 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from engine import Engine, EngineConfig, RequestOutput, SamplingParams
-from engine.plugins.disaggregation.prefix_fetch import ReceivedPrefix
+from engine.plugins.disaggregation.prefix_load import ReceivedPrefix
 from engine.requests.request import Request
-from engine.schedule.fetching import Fetch, Fetching
 from hybridcache.api import PrefixMatch
+from hybridcache.scheduling.cache_manager import CacheManager
+from hybridcache.scheduling.loading import Loader, PrefixLoad
 from hybridcache.tokens import common_prefix_len
 from tests.engine.test_scheduler_machine import answer, pattern
 from tests.oracle import OracleRunner, OracleSampler, OracleState, engine_with, fingerprint
@@ -20,23 +21,23 @@ from tests.oracle import OracleRunner, OracleSampler, OracleState, engine_with, 
 GREEDY = SamplingParams(max_tokens=5)
 
 
-class SlowFetch(Fetch):
+class SlowLoad(PrefixLoad):
     """Load that arrives after some steps, or never."""
 
-    def __init__(self, fetcher: SlowFetcher, arrival: ReceivedPrefix, request: Request) -> None:
-        self.fetcher, self.arrival, self.request = fetcher, arrival, request
+    def __init__(self, loader: SlowLoader, arrival: ReceivedPrefix, request: Request) -> None:
+        self.loader, self.arrival, self.request = loader, arrival, request
         super().__init__(arrival.end)
-        self.steps_left = fetcher.delay
+        self.steps_left = loader.delay
 
     def settle(self, is_whole: bool) -> None:
-        self.num_fetched = len(self.arrival.rows) if is_whole else 0
-        manager = self.fetcher.engine._manager
+        self.num_loaded = len(self.arrival.rows) if is_whole else 0
+        manager = self.loader.engine._manager
         del manager.other_holders[self.arrival]
         if is_whole:
             self.arrival.publish()
         else:
             self.arrival.abort()
-        self.fetcher.pending.remove(self)
+        self.loader.pending.remove(self)
         self.has_ended = True
 
     def cancel(self) -> None:
@@ -44,18 +45,19 @@ class SlowFetch(Fetch):
             self.settle(False)
 
 
-class SlowFetcher:
-    """Fetcher that finds every prefix, after ``delay`` steps."""
+class SlowLoader(Loader[Request]):
+    """Loader that finds every prefix, after ``delay`` steps."""
 
     def __init__(self, delay: int, most: int) -> None:
+        super().__init__(None)  # type: ignore[arg-type]
         self.delay, self.max_loads = delay, most
         self.engine: Engine = None  # type: ignore[assignment]
-        self.pending: list[SlowFetch] = []
+        self.pending: list[SlowLoad] = []
 
     def wants(self, request: Request, match: PrefixMatch) -> bool:
         return (request.num_tokens - 1) // 64 * 64 - match.cached_len >= 64
 
-    def begin(self, request: Request, match: PrefixMatch) -> SlowFetch | None:
+    def begin(self, request: Request, match: PrefixMatch) -> SlowLoad | None:
         assert len(self.pending) < self.max_loads and self.wants(request, match)
         end = (request.num_tokens - 1) // 64 * 64
         manager, tokens = self.engine._manager, request.tokens[:end]
@@ -65,18 +67,18 @@ class SlowFetcher:
         if arrival is None:
             return None
         manager.other_holders[arrival] = None
-        self.pending.append(SlowFetch(self, arrival, request))
+        self.pending.append(SlowLoad(self, arrival, request))
         return self.pending[-1]
 
     def advance(self) -> None:
         assert not self.engine._manager.has_moves
-        for fetch in tuple(self.pending):
-            fetch.steps_left -= 1
-            if not fetch.steps_left:
-                write(self.engine.runner, fetch.arrival, fetch.request)
-                fetch.settle(True)
+        for load in tuple(self.pending):
+            load.steps_left -= 1
+            if not load.steps_left:
+                write(self.engine.runner, load.arrival, load.request)
+                load.settle(True)
 
-    def wait(self, timeout_s: float) -> None:
+    def wait_for_data(self) -> None:
         pass
 
 
@@ -95,11 +97,15 @@ def write(runner: OracleRunner, arrival: ReceivedPrefix, request: Request) -> No
         runner._write_state(arrival.slot, OracleState(arrival.end, before, request.namespace))
 
 
-def make(fetcher: SlowFetcher, kv: int, slots: int, max_running: int) -> Engine:
+def make(loader: SlowLoader, kv: int, slots: int, max_running: int) -> Engine:
     parts = {"runner": OracleRunner(kv, slots, exact=True), "sampler": OracleSampler(320)}
     config = EngineConfig(check=True, exact=True, max_running=max_running)
-    engine = engine_with(lambda m: {"fetching": Fetching(m, fetcher)}, config, **parts)
-    fetcher.engine = engine
+
+    def hooks(manager: CacheManager) -> dict[str, Loader[Request]]:
+        loader.manager = manager
+        return {"loader": loader}
+
+    loader.engine = engine = engine_with(hooks, config, **parts)
     return engine
 
 
@@ -113,7 +119,7 @@ def test_full_load_slots_do_not_delay_requests_without_loads(most: int, num_long
     without them."""
 
     def finished_in(num_long: int) -> list[int]:
-        engine = make(SlowFetcher(delay=NEVER, most=most), kv=65536, slots=400, max_running=4)
+        engine = make(SlowLoader(delay=NEVER, most=most), kv=65536, slots=400, max_running=4)
         for k in range(num_long):
             engine.submit(pattern(10 + k, 300), GREEDY)
         order: dict[str, int] = {}
@@ -135,14 +141,14 @@ def test_full_load_slots_do_not_delay_requests_without_loads(most: int, num_long
     )
 
 
-class FetchMachine(RuleBasedStateMachine):
+class LoadMachine(RuleBasedStateMachine):
     """State machine of loads and admission: requests, steps, loads that end or fail, and aborts, in
     any order."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.fetcher = SlowFetcher(delay=NEVER, most=2)
-        self.engine = make(self.fetcher, kv=2048, slots=12, max_running=3)
+        self.loader = SlowLoader(delay=NEVER, most=2)
+        self.engine = make(self.loader, kv=2048, slots=12, max_running=3)
         self.prompts: dict[str, list[int]] = {}
         self.finals: dict[str, RequestOutput] = {}
 
@@ -157,15 +163,15 @@ class FetchMachine(RuleBasedStateMachine):
             outputs = self.engine.step()
             self.finals |= {o.request_id: o for o in outputs if o.is_finished}
 
-    @precondition(lambda self: self.fetcher.pending)
+    @precondition(lambda self: self.loader.pending)
     @rule(place=st.integers(0, 1), is_whole=st.booleans())
     def load_ends(self, place: int, is_whole: bool) -> None:
         if self.engine._manager.has_moves:
             self.step(1)
-        fetch = self.fetcher.pending[place % len(self.fetcher.pending)]
+        load = self.loader.pending[place % len(self.loader.pending)]
         if is_whole:
-            write(self.engine.runner, fetch.arrival, fetch.request)
-        fetch.settle(is_whole)
+            write(self.engine.runner, load.arrival, load.request)
+        load.settle(is_whole)
 
     @precondition(lambda self: self.engine.requests)
     @rule(place=st.integers(0, 100))
@@ -180,28 +186,28 @@ class FetchMachine(RuleBasedStateMachine):
         """Check that only requests with a load, or behind one, are left; no load ends meanwhile."""
         for _ in range(400):
             self.step(1)
-            if not self.engine._scheduler.num_running:
+            if not self.engine._scheduler.running:
                 break
         waiting = [r for r in self.engine.requests if r.lease is None]
-        loading = [fetch.request for fetch in self.fetcher.pending]
+        loading = [load.request for load in self.loader.pending]
         for request in waiting:
-            match = self.engine._manager.match(request)
+            match = self.engine.cache.match(request.tokens, request.namespace)
             is_behind = any(
                 common_prefix_len(request.tokens, other.tokens) > match.kv_match_len
                 for other in loading
             )
-            assert request in loading or is_behind or self.fetcher.wants(request, match)
+            assert request in loading or is_behind or self.loader.wants(request, match)
         assert not waiting or len(loading) > 0
 
     @invariant()
     def check_engine(self) -> None:
         self.engine.check()
-        assert len(self.fetcher.pending) <= self.fetcher.max_loads
+        assert len(self.loader.pending) <= self.loader.max_loads
 
     def teardown(self) -> None:
-        self.fetcher.delay = 2
-        for fetch in self.fetcher.pending:
-            fetch.steps_left = 1
+        self.loader.delay = 2
+        for load in self.loader.pending:
+            load.steps_left = 1
         self.step(1)
         open_ = {request.request_id for request in self.engine.requests}
         for _ in range(2000):
@@ -209,13 +215,13 @@ class FetchMachine(RuleBasedStateMachine):
             self.finals |= {output.request_id: output for output in outputs if output.is_finished}
         assert open_ <= self.finals.keys(), "some requests never finish"
         self.engine.check()
-        assert not self.fetcher.pending
+        assert not self.loader.pending
         for name, prompt in self.prompts.items():
             assert self.finals[name].output.tolist() == answer(prompt, GREEDY, True)[0]
 
 
-TestFetchMachine = FetchMachine.TestCase
-TestFetchMachine.settings = settings(
+TestLoadMachine = LoadMachine.TestCase
+TestLoadMachine.settings = settings(
     max_examples=settings.default.max_examples // 2,
     stateful_step_count=settings.default.stateful_step_count // 2,
 )

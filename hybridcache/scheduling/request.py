@@ -1,0 +1,147 @@
+"""Requests as a scheduler sees them: tokens, lengths, and claims on the cache."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from typing import Protocol
+
+import numpy as np
+
+from hybridcache.api import Losses
+from hybridcache.lease import Lease
+from hybridcache.policies.admission import WaitingRequest
+from hybridcache.policies.protocol import PromptBoundaries
+from hybridcache.tokens import Tokens, require_index, require_int32
+
+
+class RequestFields(Protocol):
+    """Fields of a request that its run only reads: a message of an engine, or a turn of a trace."""
+
+    @property
+    def request_id(self) -> str | None:
+        """Name. Must be a string once the request is scheduled."""
+
+    @property
+    def namespace(self) -> Hashable:
+        """Requests of different namespaces share nothing."""
+
+    @property
+    def boundaries(self) -> PromptBoundaries: ...
+
+    @property
+    def ends_session(self) -> bool:
+        """True if no request of its session follows."""
+
+    @property
+    def choice_of(self) -> str | None:
+        """Name of the first request, if this is another choice of the same answer."""
+
+    @property
+    def save_at(self) -> Sequence[int]:
+        """Further positions of checkpoints."""
+
+
+class ScheduledRequest(WaitingRequest):
+    """Tokens, lengths and claims of one request.
+
+    ``tokens`` is prompt and answer. ``computed_len`` of them are computed; below ``prefill_len`` by
+    prefill, from there on one by one. The newest token is never computed before the next step.
+    """
+
+    def __init__(
+        self, spec: RequestFields, prompt: Tokens, *, arrival: int, arrival_s: float, max_len: int
+    ) -> None:
+        """
+        Args:
+            spec: its fields.
+            prompt: int32[n], at least one token. It is copied.
+            arrival: number of the request in order of arrival: older is smaller.
+            arrival_s: time of arrival, of the planner's clock.
+            max_len: most tokens of prompt and answer together.
+
+        Raises:
+            TypeError, ValueError: the prompt is empty or not int32[n], or longer than ``max_len``.
+                ``Lease.begin`` raises those of other fields.
+        """
+        require_int32(prompt, "prompt")
+        if not 0 < len(prompt) <= require_index(max_len, "max_len"):
+            raise ValueError(
+                f"a prompt must have from 1 to max_len tokens (got {len(prompt)}, and max_len is "
+                f"{max_len})"
+            )
+        for position in spec.save_at:
+            require_index(position, "each of save_at", 0)
+        self.arrival, self.arrival_s, self.max_len = arrival, arrival_s, max_len
+        self.num_tokens = self.prefill_len = self.prompt_len = len(prompt)
+        self.spec = spec
+        self.namespace = spec.namespace
+        self.request_id = str(spec.request_id)
+        self.buffer = np.empty(min(len(prompt) + 256, max_len), np.int32)
+        """Prompt and answer so far, and room for more tokens."""
+        self.buffer[: len(prompt)] = prompt
+        self.scheduled_len = 0
+        """Value of ``computed_len`` once every step planned so far is committed."""
+        self.num_drawn = 0
+        """Tokens sampled in steps that are not committed yet: unknown to the host."""
+        self.lease: Lease | None = None
+        """Its claims on the cache: None while it waits. It has a row for as long as a lease."""
+        self.losses: Losses | None = None
+        """Causes of the tokens that were not reused; None before the first admission."""
+        self.loaded_len: int | None = None
+        """Tokens of KV that were loaded for it; None if no load was considered yet."""
+        self.scheduled_s: float | None = None
+        """Time of its first admission."""
+        self.is_counted = False
+        """True if an earlier lease of this request is counted in the cache's statistics."""
+
+    @property
+    def tokens(self) -> Tokens:
+        """Prompt and answer so far: int32[num_tokens], a view."""
+        return self.buffer[: self.num_tokens]
+
+    def append(self, token_id: int) -> None:
+        """Add the newest token of the answer. O(1) amortised. Raises ValueError if the request has
+        ``max_len`` tokens."""
+        if self.num_tokens == len(self.buffer):
+            if self.num_tokens == self.max_len:
+                raise ValueError(
+                    f"request {self.request_id} has its max_len of {self.max_len} tokens: end it"
+                )
+            longer = np.empty(min(2 * self.num_tokens, self.max_len), np.int32)
+            longer[: self.num_tokens] = self.buffer
+            self.buffer = longer
+        self.buffer[self.num_tokens] = token_id
+        self.num_tokens += 1
+
+    @property
+    def claims(self) -> tuple[Lease, int]:
+        """Lease and row of the request. Raises RuntimeError while it waits."""
+        if self.lease is None or self.row is None:
+            raise RuntimeError(f"request {self.request_id} holds no lease.")
+        return self.lease, self.row
+
+    @property
+    def known_len(self) -> int:
+        """Tokens available on the device: ``num_tokens`` plus ``num_drawn``."""
+        return self.num_tokens + self.num_drawn
+
+    @property
+    def wants_scores(self) -> bool:
+        """True if every prompt position must be computed, even if it is cached."""
+        return False
+
+    @property
+    def stop_reason(self) -> str:
+        """Reason why the answer ended, as ``Lease.finish`` takes it; empty if it is not known."""
+        return "session_end" if self.spec.ends_session else ""
+
+    def restart(self) -> None:
+        """Discard partial results of the prompt before its computation begins, for the first time
+        or again."""
+
+    def lose_claims(self) -> None:
+        """Forget the lease, the row and all computed tokens, without a call of the cache."""
+        if self.lease is not None:
+            self.is_counted = self.lease.is_counted
+        self.lease = self.row = None
+        self.computed_len = self.scheduled_len = self.num_drawn = 0
