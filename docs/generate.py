@@ -1,7 +1,9 @@
 """Generate the parts of the reference that follow from the code: commands, policies, API.
 
-``insert`` replaces each line "(`make docs` inserts this list: NAME)" of a page by that part.
+They are part of the pages, between two comments. After a change of a docstring, an option or a
+policy, write them again; ``tests/test_readme.py`` compares.
 
+    python docs/generate.py            # write all pages of docs/reference
     python docs/generate.py cli        # print one part
 """
 
@@ -29,12 +31,18 @@ import hybridcache.api
 import hybridcache.policies.admission
 import hybridcache.radix.tree
 
-MARK = re.compile(r"^\(`make docs` inserts this list: (\w+)\)$", re.MULTILINE)
+PAGES = Path(__file__).resolve().parent / "reference"
+LIST = re.compile(r"^<!-- list: (\w+) -->\n.*?^<!-- end of list -->$", re.MULTILINE | re.DOTALL)
 
 
 def insert(page: str) -> str:
-    """Return ``page`` with every "(`make docs` inserts this list: NAME)" replaced by that part."""
-    return MARK.sub(lambda found: PARTS[found[1]](), page)
+    """Return ``page`` with each part between "list: NAME" and "end of list" generated again."""
+    return LIST.sub(
+        lambda found: (
+            f"<!-- list: {found[1]} -->\n\n{PARTS[found[1]]().strip()}\n\n<!-- end of list -->"
+        ),
+        page,
+    )
 
 
 # --- Commands -----------------------------------------------------------------------------------
@@ -262,6 +270,7 @@ def _signature(thing: Any) -> str:
     text = re.sub(r"ForwardRef\((['\"])(.+?)\1\)", r"\2", str(signature))
     text = LIMITED.sub(r"\1", text)
     text = re.sub(r"(: |-> )'(.+?)'", r"\1\2", text)  # annotations are strings, defaults stay
+    text = re.sub(r"<function \S+ at 0x\w+>", "<function>", text)
     text = re.sub(r"^\((?:self|cls)(?:, )?", "(", text)
     return text.removesuffix(" -> None") if inspect.isclass(thing) else text
 
@@ -513,4 +522,8 @@ PARTS: dict[str, Callable[[], str]] = {
 
 
 if __name__ == "__main__":
-    print(PARTS[sys.argv[1]]())
+    if len(sys.argv) > 1:
+        print(PARTS[sys.argv[1]]())
+    else:
+        for path in PAGES.glob("*.md"):
+            path.write_text(insert(path.read_text()))
