@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
+import os
 import re
 import subprocess
 import sys
@@ -92,6 +93,33 @@ def test_readme_policy_can_be_simulated(tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "mine:CheapestFirst" in done.stdout
+
+
+@pytest.mark.full
+def test_tutorials_and_policies_pass_strict_type_checks(tmp_path: Path) -> None:
+    """As files of a user, whose type checker reads the annotations of the installed package."""
+    for name in ("embed-the-cache", "own-policy"):
+        page = (ROOT / f"docs/tutorials/{name}.md").read_text()
+        for name, text in re.findall(r"```python\n# (\w+\.py)\n(.*?)```", page, re.DOTALL):
+            (tmp_path / name).write_text(text)
+    files = [*tmp_path.glob("*.py"), *(ROOT / "examples/policies").glob("*.py")]
+    assert {"toy.py", "second_chance.py"} <= {path.name for path in files}
+    command = [
+        sys.executable,
+        "-m",
+        "mypy",
+        "--strict",
+        "--config-file=",
+        "--follow-imports=silent",
+    ]
+    done = subprocess.run(
+        [*command, f"--cache-dir={tmp_path}", *map(str, files)],
+        cwd=tmp_path,
+        env={**os.environ, "MYPYPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout
 
 
 # --- The reference ------------------------------------------------------------------------------
