@@ -92,15 +92,18 @@ stress: install  ## run a million random operations on caches, leases and tiers,
 CLIENTS := anthropic langchain-openai langchain-anthropic 'pydantic-ai-slim[openai,anthropic]' openai-agents mcp \
 	aiohttp docstring-parser fastuuid h2 'importlib-metadata<9' pydantic-settings python-dotenv requests tenacity tokenizers typer
 
+AGENTS := @anthropic-ai/claude-code @openai/codex opencode-ai @qwen-code/qwen-code
+
 out/clients/.installed: Makefile
 	$(BIN)/pip install $(PIP_FLAGS) --upgrade --target out/clients -c constraints.txt $(CLIENTS)
 	$(BIN)/pip install $(PIP_FLAGS) --upgrade --target out/clients --no-deps litellm instructor
-	if command -v npm; then npm install --no-save --prefix out/clients openai@6; fi
+	if command -v npm; then npm install --no-save --prefix out/clients openai@6 $(AGENTS); fi
 	@touch $@
 
 clients: install out/clients/.installed  ## test the server with published clients and agent frameworks
 	PYTHONPATH=out/clients OMP_NUM_THREADS=1 $(BIN)/pytest tests/engine/server/test_agents.py \
 		tests/engine/server/test_other_clients.py tests/engine/server/test_clients.py tests/engine/server/test_messages.py tests/engine/server/test_responses.py
+	$(BIN)/python -m tests.endurance clients --size large
 
 faults: install  ## inject failures of clients, sockets, processes, memory, clock and disk; check that nothing leaks
 	$(BIN)/python -m tests.endurance faults --size large

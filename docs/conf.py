@@ -15,7 +15,6 @@ DOCS = Path(__file__).resolve().parent
 ROOT = DOCS.parent
 sys.path[:0] = [str(ROOT), str(DOCS)]
 
-import generate  # noqa: E402
 import match_figure  # noqa: E402
 
 project = "hybridcache"
@@ -86,15 +85,10 @@ os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.getenv("P
 
 
 def setup(app):
-    """Insert the generated parts of the reference, and name pages outside of the site by path."""
+    """Name pages outside of the site by path."""
 
     def read(app, name, source):
         folder = (DOCS / name).parent
-        source[0] = on_site(generate.insert(source[0]), folder, folder)
-
-    def with_lists(app, env, added, changed, removed):
-        """Return the pages with inserted lists, whose own text may be unchanged."""
-        return [page for page in env.found_docs if page.startswith("reference/")]
+        source[0] = on_site(source[0], folder, folder)
 
     app.connect("source-read", read)
-    app.connect("env-get-outdated", with_lists)

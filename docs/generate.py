@@ -1,7 +1,9 @@
 """Generate the parts of the reference that follow from the code: commands, policies, API.
 
-``insert`` replaces each line "(`make docs` inserts this list: NAME)" of a page by that part.
+They are part of the pages, between two comments. After a change of a docstring, an option or a
+policy, write them again; ``tests/test_readme.py`` compares.
 
+    python docs/generate.py            # write all pages of docs/reference
     python docs/generate.py cli        # print one part
 """
 
@@ -28,13 +30,20 @@ import hybridcache.allocators.pools
 import hybridcache.api
 import hybridcache.policies.admission
 import hybridcache.radix.tree
+from hybridcache.fields import FieldTexts, class_body, documented
 
-MARK = re.compile(r"^\(`make docs` inserts this list: (\w+)\)$", re.MULTILINE)
+PAGES = Path(__file__).resolve().parent / "reference"
+LIST = re.compile(r"^<!-- list: (\w+) -->\n.*?^<!-- end of list -->$", re.MULTILINE | re.DOTALL)
 
 
 def insert(page: str) -> str:
-    """Return ``page`` with every "(`make docs` inserts this list: NAME)" replaced by that part."""
-    return MARK.sub(lambda found: PARTS[found[1]](), page)
+    """Return ``page`` with each part between "list: NAME" and "end of list" generated again."""
+    return LIST.sub(
+        lambda found: (
+            f"<!-- list: {found[1]} -->\n\n{PARTS[found[1]]().strip()}\n\n<!-- end of list -->"
+        ),
+        page,
+    )
 
 
 # --- Commands -----------------------------------------------------------------------------------
@@ -227,10 +236,15 @@ def _plain(text: str) -> str:
     return re.sub(r"``(.+?)``", r"`\1`", text, flags=re.DOTALL)
 
 
+def _written(thing: Any) -> str:
+    """Return the docstring of ``thing`` without the fields that ``help`` adds."""
+    own = vars(thing).get("__doc__") if inspect.isclass(thing) else None
+    return inspect.cleandoc(own.own) if isinstance(own, FieldTexts) else inspect.getdoc(thing) or ""
+
+
 def _first(thing: Any) -> str:
     """Return the first paragraph of a docstring."""
-    text = inspect.getdoc(thing) if hasattr(thing, "__doc__") else None
-    return (text or "").split("\n\n")[0]
+    return _written(thing).split("\n\n")[0]
 
 
 SECTION = re.compile(r"(Args|Raises|Returns|Yields):\n")
@@ -240,7 +254,7 @@ def _body(thing: Any) -> str:
     """Return a docstring as Markdown: paragraphs, lists of arguments and errors, doctests as
     code."""
     parts = []
-    for part in (inspect.getdoc(thing) or "").split("\n\n"):
+    for part in _written(thing).split("\n\n"):
         section = SECTION.match(part)
         if part.lstrip().startswith(">>>"):
             parts.append(f"```python\n{textwrap.dedent(part)}\n```")
@@ -266,46 +280,23 @@ def _signature(thing: Any) -> str:
     text = re.sub(r"ForwardRef\((['\"])(.+?)\1\)", r"\2", str(signature))
     text = LIMITED.sub(r"\1", text)
     text = re.sub(r"(: |-> )'(.+?)'", r"\1\2", text)  # annotations are strings, defaults stay
+    text = re.sub(r"<function \S+ at 0x\w+>", "<function>", text)
     text = re.sub(r"^\((?:self|cls)(?:, )?", "(", text)
     return text.removesuffix(" -> None") if inspect.isclass(thing) else text
-
-
-def _documented(body: Sequence[ast.stmt], owner: str = "") -> Iterator[tuple[str, str, str]]:
-    """Yield (name, annotation, text) of every public variable in ``body``, or of every attribute
-    of ``owner`` that is assigned there. The text is the string that follows, or empty."""
-    for index, node in enumerate(body):
-        target = node.targets[0] if isinstance(node, ast.Assign) else getattr(node, "target", None)
-        if owner:
-            is_ours = isinstance(target, ast.Attribute) and ast.unparse(target.value) == owner
-            name = target.attr if is_ours else ""
-        else:
-            name = target.id if isinstance(target, ast.Name) else ""
-        if not name or name.startswith("_"):
-            continue
-        after = body[index + 1] if index + 1 < len(body) else None
-        text = ""
-        if isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant):
-            text = _plain(inspect.cleandoc(str(after.value.value)))
-        kind = ast.unparse(node.annotation) if isinstance(node, ast.AnnAssign) else ""
-        yield name, LIMITED.sub(r"\1", kind), text
 
 
 def _fields(thing: type) -> Iterator[tuple[str, str]]:
     """Yield the fields and attributes of a class, with their types, and the strings that follow
     them. An attribute that ``__init__`` assigns is public if a string follows it."""
-    try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(thing)))
-    except (OSError, TypeError, SyntaxError):
-        return
-    body = tree.body[0].body if isinstance(tree.body[0], ast.ClassDef) else []
-    for name, kind, text in _documented(body):
+    body = class_body(thing)
+    for name, kind, text in documented(body):
         if kind and name not in INTERNAL:
-            yield f"{name}: {kind}", text
+            yield f"{name}: " + LIMITED.sub(r"\1", kind), _plain(text)
     for node in body:
         if isinstance(node, ast.FunctionDef) and node.name == "__init__":
-            for name, _, text in _documented(node.body, "self"):
+            for name, _, text in documented(node.body, "self"):
                 if text:
-                    yield name, text
+                    yield name, _plain(text)
 
 
 INTERNAL = {"rows_moved", "steps"}
@@ -517,4 +508,8 @@ PARTS: dict[str, Callable[[], str]] = {
 
 
 if __name__ == "__main__":
-    print(PARTS[sys.argv[1]]())
+    if len(sys.argv) > 1:
+        print(PARTS[sys.argv[1]]())
+    else:
+        for path in PAGES.glob("*.md"):
+            path.write_text(insert(path.read_text()))

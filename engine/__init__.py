@@ -37,8 +37,11 @@ __all__ = [*_MODULES]
 def __getattr__(name: str) -> Any:
     if name not in _MODULES:
         raise AttributeError(f"module 'engine' has no attribute {name!r}")
+    from hybridcache.fields import describe_fields
+
     value = getattr(import_module(_MODULES[name]), name)
     globals()[name] = value
+    describe_fields(__name__)
     return value
 
 

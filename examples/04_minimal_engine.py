@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from hybridcache import CacheConfig, Lease, LeaseRequest, build_prefix_cache, parse_placement
+from hybridcache.allocators.moves import StepMemory
 from hybridcache.policies.protocol import PromptBoundaries
 
 GRID = 8  # checkpoints are at multiples of it
@@ -52,7 +53,7 @@ class AlwaysLoad:
         return position - cached_len
 
 
-class MinimalEngine:
+class MinimalEngine(StepMemory):
     """Chunked prefill, greedy decode, preemption, checkpoints, and a cache; one thread."""
 
     def __init__(self, config: CacheConfig, reserves: bool = False) -> None:

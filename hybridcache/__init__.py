@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from hybridcache.allocators.moves import StepPlan
 from hybridcache.cache import HybridRadixCache
 from hybridcache.config import CacheConfig, build_prefix_cache
+from hybridcache.fields import describe_fields
 from hybridcache.lease import Lease, LeaseRequest
 from hybridcache.policies.eviction.scored import ScorePolicy
 from hybridcache.policies.protocol import EvictionPolicy, Item, Placed, PlacementPolicy, Prefill
@@ -51,6 +52,7 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     found = getattr(import_module(f"{__name__}.{module}"), name)
     globals()[name] = found
+    describe_fields(__name__)
     return found
 
 
@@ -80,3 +82,5 @@ __all__ = [
     "parse_placement",
     "simulate",
 ]
+
+describe_fields(__name__)

@@ -1,8 +1,7 @@
 """Caches and leases that find misuse when it happens: ``CacheConfig(debug=True)``.
 
 A wrong call raises before it changes anything, and a lease that is dropped before its end warns.
-A request takes half as long again, the shortest calls up to 2.5 times as long. Ordinary caches
-have nothing of this.
+No call takes more than twice its time. Ordinary caches have nothing of this.
 """
 
 from __future__ import annotations
@@ -23,10 +22,11 @@ from hybridcache.cache import HybridRadixCache
 from hybridcache.lease import Lease, LeaseRequest
 from hybridcache.radix.tree import RadixNode
 from hybridcache.tiers import TieredRadixCache
-from hybridcache.tokens import Indices, Tokens, require_int32
+from hybridcache.tokens import INT32, Indices, Tokens, require_int32
 
 FREE, HELD, LEASED, CACHED = 0, 1, 2, 3
 """Owners of a row: none, a caller of ``allocate_kv``, a lease, the tree."""
+ALL_HELD = bytes((HELD,))
 OWNERS = "free", "held", "a lease's", "the cache's"
 
 
@@ -36,7 +36,7 @@ class DebugLease(Lease):
     _is_made = False
 
     def __init__(self, cache: Any, placement: Any, request: LeaseRequest, *rest: Any) -> None:
-        running = [one for one in cache.leases if not one._has_ended]
+        running = [one for one in cache.live_leases() if not one._has_ended]
         for what in ("table_row", "own_slot"):
             number = getattr(request, what)
             if number is not None and number in [getattr(one._request, what) for one in running]:
@@ -48,7 +48,7 @@ class DebugLease(Lease):
         if cache.arena is not None:  # A strong reference would keep it after its last one.
             del cache.arena.holders[self]
             cache.arena.holders[_WeakHolder(self)] = None
-        cache.leases.add(self)
+        cache.leases.add(weakref.ref(self, cache.leases.discard))
         self._is_made = True
 
     def __del__(self) -> None:
@@ -113,13 +113,17 @@ class _Checks(HybridRadixCache):
         self.owner: int | None = None
         """Thread that may call. Another one may if nothing is held, or if this is None: callers
         that share a lock set it to None before they release that."""
-        self.leases: weakref.WeakSet[DebugLease] = weakref.WeakSet()
+        self.leases: set[weakref.ref[DebugLease]] = set()
+        """Leases that were not dropped, ended ones included."""
         self.in_lease = False
         """True during the call of a lease, which may do what its callers may not."""
         self._owners = np.zeros(self._pages.capacity, np.int8)
         self._free_rows, vars(self._pages)["free"] = self._pages.free, self._note_freed
         if self.arena is not None:
             self.arena.holders[self] = None
+
+    def live_leases(self) -> list[DebugLease]:
+        return [lease for one in tuple(self.leases) if (lease := one()) is not None]
 
     def _note_freed(self, rows: Indices) -> None:
         self._free_rows(rows)
@@ -142,22 +146,29 @@ class _Checks(HybridRadixCache):
         self.owner = get_ident()
 
     def rebuilt(self) -> HybridRadixCache:
-        for lease in self.leases:
+        for lease in self.live_leases():
             lease._has_ended = True  # Its memory is gone, so that it may be dropped.
         return super().rebuilt()
 
     def allocate_kv(self, num_tokens: int) -> Indices | None:
+        if get_ident() != self.owner:
+            self.change_owner("allocate_kv")
         rows = super().allocate_kv(num_tokens)
         if rows is not None:
             self._owners.put(rows, LEASED if self.in_lease else HELD)
         return rows
 
     def free_kv(self, kv_indices: Indices) -> None:
+        if get_ident() != self.owner:
+            self.change_owner("free_kv")
         self._require_held(kv_indices)
         super().free_kv(kv_indices)
 
     def free_slot(self, slot: int) -> None:
-        self._require_not_leased(slot)
+        if get_ident() != self.owner:
+            self.change_owner("free_slot")
+        if self.leases and not self.in_lease:
+            self._require_not_leased(slot)
         super().free_slot(slot)
 
     def insert(
@@ -172,8 +183,9 @@ class _Checks(HybridRadixCache):
     ) -> InsertResult:
         require_int32(kv_indices, "KV indices")
         self._require_held(kv_indices[owned_from:])
-        for _, slot in checkpoints:
-            self._require_not_leased(slot)
+        if self.leases and not self.in_lease:
+            for _, slot in checkpoints:
+                self._require_not_leased(slot)
         return super().insert(tokens, kv_indices, checkpoints, namespace, owned_from, *rest, **more)
 
     def _store_rows(self, path: Sequence[RadixNode], rows: Indices, first: int) -> None:
@@ -184,21 +196,23 @@ class _Checks(HybridRadixCache):
 
     def _require_held(self, rows: Indices) -> None:
         """Raise ValueError unless callers of ``allocate_kv`` hold ``rows``, each given once."""
-        require_int32(rows, "rows")
-        if len(rows) and rows.view(np.uint32).max() >= len(self._owners):  # Negative: large.
-            raise ValueError(f"a row is not of this pool of {len(self._owners)}")
-        owners, ordered = self._owners.take(rows), np.sort(rows)
-        if owners.tobytes() != bytes((HELD,)) * len(rows):
+        if type(rows) is not np.ndarray or rows.dtype is not INT32 or rows.ndim != 1:
+            require_int32(rows, "rows")
+        try:
+            owners = self._owners.take(rows.view(np.uint32))  # Negative: large.
+        except IndexError:
+            raise ValueError(f"a row is not of this pool of {len(self._owners)}") from None
+        if owners.tobytes() != ALL_HELD * len(rows):
             first = int((owners != HELD).argmax())
             raise ValueError(
                 f"row {rows[first]} is {OWNERS[owners[first]]}: give only rows of allocate_kv that "
                 "were neither published nor returned"
             )
-        if (ordered[1:] == ordered[:-1]).any():
+        if len(set(rows.tolist())) != len(rows):
             raise ValueError("a row is given twice")
 
     def _require_not_leased(self, slot: int) -> None:
-        for one in () if self.in_lease else self.leases:
+        for one in self.live_leases():
             own = [] if one._request.own_slot is not None else [one.state_slot]
             saved = [*one._pending, *([] if one._rolling is None else [one._rolling])]
             if slot in own or slot in [each for _, each in saved]:
@@ -215,30 +229,32 @@ class DebugTieredCache(_Checks, TieredRadixCache):
 
 def _in_one_thread(kind: type[Any], name: str) -> None:
     """Let only the owner thread call the method ``name`` of ``kind``."""
-    own, is_lease = vars(kind).get(name), issubclass(kind, Lease)
+    method = getattr(kind, name)
 
-    @wraps(getattr(kind, name))
     def call(self: Any, *args: Any, **options: Any) -> Any:
-        cache = self.cache if is_lease else self
+        if get_ident() != self.owner:
+            self.change_owner(name)
+        return method(self, *args, **options)
+
+    def call_lease(self: Any, *args: Any, **options: Any) -> Any:
+        cache = self.cache
         if get_ident() != cache.owner:
             cache.change_owner(name)
-        was_in_lease, cache.in_lease = cache.in_lease, cache.in_lease or is_lease
+        was_in_lease, cache.in_lease = cache.in_lease, True
         try:
-            if own is not None:
-                return own(self, *args, **options)
-            return getattr(super(kind, self), name)(*args, **options)
+            return method(self, *args, **options)
         finally:
             cache.in_lease = was_in_lease
 
-    setattr(kind, name, call)
+    setattr(kind, name, wraps(method)(call_lease if issubclass(kind, Lease) else call))
 
 
 UNGUARDED = {
     Lease: {"is_saving_at", "num_quiet_tokens", "rows_moved"},
     HybridRadixCache: {"candidates", "check", "iter_nodes", "publish", "rebuilt", "render", "root"}
-    | {"subscribe", "take_back", "unsubscribe"},
+    | {"subscribe", "take_back", "unsubscribe", "allocate_kv", "free_kv", "free_slot"},
 }
-"""Methods that only read, or are called by the others."""
+"""Methods that only read, are called by the others, or check their thread themselves."""
 for _kind in (DebugLease, DebugCache, DebugTieredCache):
     for _base in UNGUARDED.keys() & set(_kind.__mro__):
         for _name in vars(_base).keys() - UNGUARDED[_base]:

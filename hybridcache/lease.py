@@ -19,7 +19,7 @@ carried out, or TypeError for a wrong type. Nothing is changed.
 from __future__ import annotations
 
 from collections.abc import Hashable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, overload
 
 import numpy as np
 
@@ -517,6 +517,16 @@ class Lease:
         position -= position % self._step
         if self.cached_len < position <= self.prompt_len and not self.is_saving_at(position):
             self._planned.setdefault(position, label)
+
+    @overload
+    def take_checkpoint_slots(
+        self, start: int, end: int, max_slots: None = None
+    ) -> tuple[Saved, ...]: ...
+
+    @overload
+    def take_checkpoint_slots(
+        self, start: int, end: int, max_slots: int | None
+    ) -> tuple[Saved, ...] | None: ...
 
     def take_checkpoint_slots(
         self, start: int, end: int, max_slots: int | None = None

@@ -250,6 +250,18 @@ def test_joints_of_the_scheduler_are_public(folder: str) -> None:
         assert used - defined <= {"_replace"}, (file.name, used - defined)
 
 
+def test_help_shows_the_texts_of_fields() -> None:
+    import pydoc
+
+    from engine import SamplingParams
+    from hybridcache import CacheConfig, LeaseRequest
+
+    assert "debug: Find misuse when it happens" in pydoc.render_doc(CacheConfig)
+    shown = pydoc.render_doc(LeaseRequest)
+    assert "resumes: Whether the request continues" in shown and "Alias for field" not in shown
+    assert "seed: Seed with which" in (SamplingParams.__doc__ or "")
+
+
 def test_ranks_stay_in_the_room_for_weights() -> None:
     """Layers, models and the runner describe units; ``engine/weights`` divides them among ranks."""
     word = re.compile(r"\b(?:Rank|rank|ranks|Cut|cut|cuts|own_ids|shares_inputs)\b|\.join\(x")

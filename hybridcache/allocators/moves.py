@@ -124,31 +124,34 @@ class RowWrite(NamedTuple):
         return self._replace(kv_indices=self.kv_indices[: max(end - self.start, 0)])
 
 
-class StepMemory(Protocol):
-    """Owner of the tensors, for ``StepPlan.carry_out``.
+class StepMemory:
+    """Owner of the tensors, for ``StepPlan.carry_out``: a class that derives from this one.
 
     Two pools need ``restore``. An arena adds ``move``, tiers add ``copy``, and requests with a
-    ``table_row`` add ``write_row``. A method that no plan needs can be missing. A class may derive
-    from this one, for type checkers.
+    ``table_row`` add ``write_row``. A plan that needs a missing method raises TypeError.
     """
 
     def move(self, move: Move) -> None:
         """Copy rows ``move.src`` of the arena to ``move.dst``."""
-        raise NotImplementedError
+        raise self._lacks("move")
 
     def copy(self, copy: Copy) -> None:
         """Copy ``copy.src`` of ``copy.src_tier`` to ``copy.dst`` of ``copy.dst_tier``, rows or one
         state (``copy.kind``)."""
-        raise NotImplementedError
+        raise self._lacks("copy")
 
     def write_row(self, write: RowWrite) -> None:
         """Write ``write.kv_indices`` into row ``write.table_row``, from ``write.start`` on."""
-        raise NotImplementedError
+        raise self._lacks("write_row")
 
     def restore(self, checkpoint: int, own: int) -> None:
         """Copy the state in slot ``checkpoint`` to slot ``own``, which is ``own_slot`` if the
         request has one."""
-        raise NotImplementedError
+        raise self._lacks("restore")
+
+    def _lacks(self, name: str) -> TypeError:
+        kind = type(self).__name__
+        return TypeError(f"{kind} has no method {name}, which this step plan needs: see StepMemory")
 
 
 SPENT = (
@@ -173,7 +176,8 @@ class StepPlan:
 
     >>> import numpy as np
     >>> from hybridcache import CacheConfig, build_prefix_cache
-    >>> class Rows:
+    >>> from hybridcache.allocators.moves import StepMemory
+    >>> class Rows(StepMemory):
     ...     def __init__(self, num_rows):
     ...         self.memory = np.zeros(num_rows)
     ...     def move(self, move):

@@ -36,6 +36,7 @@ PARTS = {
     "faults": Part("faults", 4, 9, 9),
     "soak": Part("requests", 60, 5_000, 200_000),
     "hostile": Part("rounds", 1, 1, 3),
+    "clients": Part("sessions", 1, 2, 2),
 }
 
 
@@ -59,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("parts", nargs="+", choices=PARTS, metavar="PART", help=", ".join(PARTS))
     parser.add_argument("--size", default="medium", help="small, medium, large or a number")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", help="text in the names of the attacks of hostile")
+    parser.add_argument("--only", help="text in the names of the attacks of hostile, or a client")
     options = parser.parse_args(arguments)
     more = {} if options.only is None else {"only": options.only}
     for name in options.parts:

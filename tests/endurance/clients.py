@@ -1,0 +1,148 @@
+"""Coding agents from npm, with the settings of ``docs/tutorials/serve-an-agent.md``.
+
+``engine serve`` runs the built-in model, whose tokens are characters: an agent's first prompt has
+30,000 to 90,000. Each agent gets the same question in new sessions and must end without an error.
+Each request must be answered with 200, and from the second session on the prompt must be reused.
+The agents are those of ``make clients`` or on the ``PATH``; others are reported as not installed.
+The model's answers to agents make no sense.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tests.documents import ROOT, SERVER
+from tests.endurance.faults import server_port
+
+BIN = ROOT / "out/clients/node_modules/.bin"
+PAGE = ROOT / "docs/tutorials/serve-an-agent.md"
+CONTEXT = 131_072
+QUESTION = "Ada has 5 apples. Ada buys 3 more. How many apples does Ada have now?"
+MAX_S = 1_800.0
+"""Time of one session. A slow machine needs minutes for the first prompt."""
+LEAST_REUSED = 0.9
+"""Least share of the longest prompt of a second session that comes from the cache."""
+
+
+class Agent(NamedTuple):
+    """One program."""
+
+    command: tuple[str, ...]
+    """Its arguments before the question."""
+    file: str = ""
+    """Place of its settings below the home folder; empty if it has variables alone."""
+    block: str = ""
+    """Beginning of the block of the page with the settings."""
+
+
+AGENTS = {
+    "claude": Agent(("-p",)),
+    "codex": Agent(("exec", "--skip-git-repo-check"), ".codex/config.toml", "model = "),
+    "opencode": Agent(("run",), ".config/opencode/opencode.json", '{\n  "model": "local'),
+    "qwen": Agent(("-p",), ".qwen/settings.json", '{\n  "model": {'),
+}
+SHORTER = {
+    **{"CLAUDE_CODE_MAX_OUTPUT_TOKENS": "64", "API_TIMEOUT_MS": "1800000"},
+    "DISABLE_TELEMETRY": "1",
+}
+"""Variables of the test alone: the model's answers have no end, and no network is needed."""
+
+
+def page(port: int) -> tuple[dict[str, str], list[str]]:
+    """Return the variables and the other settings of the page, for a server at ``port``."""
+    text = PAGE.read_text().replace(SERVER, f"http://127.0.0.1:{port}").replace("NAME", "builtin")
+    text = text.replace("32768", str(CONTEXT)).replace('"output": 8192', '"output": 64')
+    text = text.replace('"timeout": 600000', f'"timeout": {1000 * MAX_S}')
+    blocks = re.findall(r"^```(\w+)\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+    exports = "".join(body for language, body in blocks if language == "sh" and "export" in body)
+    variables = dict(re.findall(r"(\w+)=(\S+)", exports))
+    return variables, [body for language, body in blocks if language in ("toml", "json")]
+
+
+def find(name: str) -> str | None:
+    """Return the path of an installed agent, or None."""
+    return shutil.which(name, path=f"{BIN}{os.pathsep}{os.environ.get('PATH', '')}")
+
+
+def requests_in(log: Path) -> list[tuple[int, int, int]]:
+    """Return (status, prompt tokens, cached tokens) of each request for an answer in a log."""
+    lines = map(json.loads, filter(lambda line: line.startswith("{"), log.read_text().splitlines()))
+    answers = [one for one in lines if one.get("method") == "POST" and "status" in one]
+    return [
+        (one["status"], one["prompt_tokens"] or 0, one["cached_tokens"] or 0) for one in answers
+    ]
+
+
+def session(name: str, program: str, home: Path, port: int) -> float:
+    """Ask in a new session of an agent. Returns its seconds; raises AssertionError if it fails."""
+    agent, (variables, files) = AGENTS[name], page(port)
+    if agent.file:
+        [text] = [each for each in files if each.startswith(agent.block)]
+        (home / agent.file).parent.mkdir(parents=True, exist_ok=True)
+        (home / agent.file).write_text(text)
+    work = home / "work"
+    work.mkdir(exist_ok=True)
+    (work / "a.py").write_text("print(1)\n")
+    began = time.monotonic()
+    done = subprocess.run(
+        [program, *agent.command, QUESTION],
+        cwd=work,
+        env={**os.environ, **variables, **SHORTER, "HOME": str(home), "XDG_CONFIG_HOME": ""},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=MAX_S,
+    )
+    assert done.returncode == 0, f"{name} ended with {done.returncode}: {done.stdout[-2000:]}"
+    return time.monotonic() - began
+
+
+def run(seed: int, number: int, only: str = "") -> dict[str, Any]:
+    """Run ``number`` sessions of every installed agent. Returns their seconds and reused tokens."""
+    found: dict[str, Any] = {}
+    for name in AGENTS:
+        program = find(name)
+        if only and name != only:
+            continue
+        if program is None:
+            found[name] = "not installed"
+            continue
+        with tempfile.TemporaryDirectory() as folder, open(Path(folder) / "log", "w") as log:
+            command = [sys.executable, "-m", "engine", "serve", "--port", "0", "--cache-gib", "1"]
+            command += ["--served-model-name", "*", "--max-model-len", str(CONTEXT)]
+            command += ["--log-requests", "--log-level", "info", "--log-format", "json"]
+            pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": log, "text": True}
+            with subprocess.Popen(command, cwd=ROOT, **pipes) as server:
+                try:
+                    found[name] = _sessions(
+                        name, program, Path(folder), server_port(server), number
+                    )
+                finally:
+                    server.terminate()
+    return found
+
+
+def _sessions(name: str, program: str, home: Path, port: int, number: int) -> dict[str, Any]:
+    """Run sessions of one agent, and compare the requests that the server has answered."""
+    seconds, sent = [], 0
+    reused = ""
+    for index in range(number):
+        seconds.append(round(session(name, program, home, port), 1))
+        answers = requests_in(home / "log")[sent:]
+        sent += len(answers)
+        assert answers and all(status == 200 for status, *_ in answers), f"{name}: {answers}"
+        _, prompt, cached = max(answers, key=lambda one: one[1])
+        reused = f"{cached:,} of {prompt:,}"
+        if index:
+            assert cached >= LEAST_REUSED * prompt, f"{name} reused {reused} tokens"
+    return {"seconds": seconds, "reused in the last session": reused}
