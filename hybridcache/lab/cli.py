@@ -287,7 +287,7 @@ def add_simulate(commands: Commands) -> None:
     add(
         "--optimum",
         action="store_true",
-        help="also compute a plan with hindsight at each size",
+        help="also compute a plan with hindsight and an upper bound at each size",
     )
     known = ", ".join(METRICS)
     help = f"metrics of tables and figure, joined by commas: {known}"
@@ -397,7 +397,7 @@ def _draw(
 
 def add_optimum(commands: Commands) -> None:
     """Add the command's parser."""
-    text = "a plan that knows all requests, and the bound of an infinite cache"
+    text = "a plan that knows all requests, and a bound that no cache exceeds"
     parser = add_command(commands, "optimum", text, _optimum)
     add = parser.add_argument
     add("--trace", type=str, required=True, help=TRACE_HELP)

@@ -196,6 +196,11 @@ def hindsight_percent(run: RunResult) -> float:
     return 100 * (run.optimum_tokens or 0) / run.prompt_tokens
 
 
+def limit_percent(run: RunResult) -> float:
+    """Token hit rate that no cache of this memory exceeds, %."""
+    return 100 * (run.limit_tokens or 0) / run.prompt_tokens
+
+
 def size_label(run: RunResult) -> str:
     """Return a run's GiB, as short as it can be read."""
     return f"{run.gib:.0f}" if run.gib >= 100 else f"{run.gib:.3g}"

@@ -135,6 +135,8 @@ class RunResult(_Run):
     optimum_tokens: int | None = None
     """Tokens that the best known plan with hindsight reuses with this memory. It is the optimum
     only if a bound proves it."""
+    limit_tokens: int | None = None
+    """Tokens that no cache of this memory exceeds (``Optimum.bound``)."""
 
     def __repr__(self) -> str:
         """Return one line: competitor, size and token hit rate. ``as_record`` has all figures."""
