@@ -44,7 +44,7 @@ def test_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
         ("simulate --trace short --gib 4:1", "as low:high:points (low first, 2 or more)"),
         ("simulate --trace short --rate 1:4:1", "as a,b,c, or as numbers\n"),
         ("simulate --trace short --gib 1e9", "are more than the 2147483648 that int32"),
-        ("simulate --closed-loop --trace short --baseline vllm", "baseline has no meaning in"),
+        ("simulate --closed-loop --trace short --servers 2", "servers has no meaning in"),
         ("simulate --trace short --gib 1 --metric hitt", "'hitt', did you mean 'hit'?"),
         ("simulate --trace short --seeds 1 2", ": 2: join several values with commas"),
         ("simulate --closed-loop --trace short --seeds 1,x", "invalid number or list value"),

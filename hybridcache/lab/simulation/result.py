@@ -227,8 +227,9 @@ class ClosedLoopRun(_Run):
     prompt_tokens: int
     cached_tokens: int
     """Prompt tokens that were reused."""
-    lost_tokens: int
-    """Prompt tokens computed again because they, or a checkpoint after them, were evicted."""
+    lost_tokens: int | None
+    """Prompt tokens computed again because they, or a checkpoint after them, were evicted; None for
+    a rebuilt peer, which does not say."""
     ttft_mean_s: float
     """Mean time to first token, waiting included."""
     ttft_p50_s: float
