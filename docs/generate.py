@@ -433,6 +433,7 @@ RESULTS = {
     "hybridcache.lab.simulation.result": ("RunResult", "SessionResult", "ClosedLoopRun"),
     "hybridcache.lab.simulation.closed_loop": ("ClosedLoopResult",),
     "hybridcache.lab.optimum": ("Optimum",),
+    "hybridcache.lab.benchmark": ("benchmark", "Ranking", "data_hash"),
     "hybridcache.lab.leaderboard": ("leaderboard", "Split", "Board"),
     "hybridcache.policies.eviction.scored": ("SampledPolicy",),
 }

@@ -69,6 +69,8 @@ FOREIGN = {
     **dict.fromkeys(("--speculative-config", "--draft-model", "-md"), "use --draft"),
     **dict.fromkeys(("-ngl", "--n-gpu-layers", "--gpu-layers"), "use --device"),
     "--block-size": "use --set page_size=N",
+    "--policy": "use --eviction, the name of `hybridcache simulate --policy` here",
+    "--gib": "use --cache-gib, the name of `hybridcache simulate --gib` here",
     "--kv-cache-dtype": "use --dtype and --checkpoint-dtype",
     "--api-key": "use --api-key-file",
     "--enforce-eager": "use --set graphs=off",

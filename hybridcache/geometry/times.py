@@ -37,7 +37,7 @@ class Roofline:
     bytes_per_s: float = 3.35e12
     overhead_s: float = 0.005
     """Seconds added to each prefill: launches, sampling and scheduling."""
-    weight_bytes_per_param: int = 2
+    weight_bytes_per_param: float = 2
 
     def describe(self) -> str:
         tera, tera_bytes = self.flops_per_s / 1e12, self.bytes_per_s / 1e12

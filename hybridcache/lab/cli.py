@@ -1,4 +1,4 @@
-"""``hybridcache``: traces, simulations, the optimum and the leaderboard on the command line."""
+"""``hybridcache``: traces, simulations, the optimum and both rankings on the command line."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from hybridcache.command.extras import how_to_install, version
 from hybridcache.command.parser import Parser, with_flags
 from hybridcache.command.signals import end_by_exception, open_closed_streams
 from hybridcache.geometry.units import counted
+from hybridcache.lab.benchmark import Ranking, benchmark
 from hybridcache.lab.figures import closed_loop_figure, figure_path, losses_figure, sweep_figure
 from hybridcache.lab.leaderboard import BUILT_IN, Split, leaderboard
 from hybridcache.lab.progress import shown_progress
@@ -122,7 +123,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"hybridcache {version()}")
     commands = parser.add_subparsers(title="commands", required=True)
-    for add in (add_trace, add_simulate, add_optimum, add_leaderboard):
+    for add in (add_trace, add_simulate, add_optimum, add_benchmark, add_leaderboard):
         add(commands)
     return parser
 
@@ -136,6 +137,11 @@ TRACE_HELP = (
 )
 
 
+OF_THE_ENGINE = {
+    "--eviction": "write --policy, the name of `engine serve --eviction` here",
+    "--cache-gib": "write --gib, the name of `engine serve --cache-gib` here",
+}
+"""Flags of ``engine serve`` that have another name in the laboratory."""
 PROCESSES: Any = {"type": int, "default": 1, "metavar": "N"}
 PROCESSES["help"] = "runs at the same time; changes no result"
 SKIP_BAD: Any = {"action": "store_true", "help": "skip and count records that cannot be read"}
@@ -144,11 +150,11 @@ SKIP_BAD: Any = {"action": "store_true", "help": "skip and count records that ca
 
 def add_command(
     commands: Commands, name: str, help: str, run: Command, *, input_flag: str = "", **defaults: Any
-) -> argparse.ArgumentParser:
+) -> Parser:
     """Add and return the parser of a command."""
-    parser = commands.add_parser(name, help=help, input_flag=input_flag)
+    parser: Any = commands.add_parser(name, help=help, input_flag=input_flag)
     parser.set_defaults(run=run, parser=parser, **defaults)
-    return parser
+    return cast("Parser", parser)
 
 
 def add_settings(parser: argparse._ActionsContainer, *names: str) -> None:
@@ -264,6 +270,7 @@ def add_simulate(commands: Commands) -> None:
     """Add the command's parser. Its settings are the fields of ``Scenario``."""
     text = "replay a trace through caches of many sizes"
     parser = add_command(commands, "simulate", text, _simulate, input_flag="--trace", goes_on=True)
+    parser.foreign = OF_THE_ENGINE
     group = parser.add_argument_group(MOST_USED)
     add = group.add_argument
     add("--trace", action="append", help=TRACE_HELP + "; may be repeated")
@@ -287,7 +294,7 @@ def add_simulate(commands: Commands) -> None:
     add(
         "--optimum",
         action="store_true",
-        help="also compute a plan with hindsight at each size",
+        help="also compute a plan with hindsight and an upper bound at each size",
     )
     known = ", ".join(METRICS)
     help = f"metrics of tables and figure, joined by commas: {known}"
@@ -397,7 +404,7 @@ def _draw(
 
 def add_optimum(commands: Commands) -> None:
     """Add the command's parser."""
-    text = "a plan that knows all requests, and the bound of an infinite cache"
+    text = "a plan that knows all requests, and a bound that no cache exceeds"
     parser = add_command(commands, "optimum", text, _optimum)
     add = parser.add_argument
     add("--trace", type=str, required=True, help=TRACE_HELP)
@@ -416,7 +423,42 @@ def _optimum(options: argparse.Namespace) -> int:
     return 0
 
 
-# --- Leaderboard ----------------------------------------------------------------------------------
+# --- Benchmark and leaderboard --------------------------------------------------------------------
+
+
+def add_benchmark(commands: Commands) -> None:
+    """Add the command's parser."""
+    text = "your policy on the frozen benchmark, next to rebuilt systems and the upper bound"
+    parser = add_command(commands, "benchmark", text, _benchmark, goes_on=True)
+    parser.foreign = OF_THE_ENGINE
+    add = parser.add_argument
+    help = "module:Class of an eviction policy, or eviction@placement; may be repeated"
+    add("--policy", action="append", default=[], metavar="POLICY", help=help)
+    add("--quick", action="store_true", help="three traces with one seed: under two minutes")
+    add("--seeds", type=int, metavar="N", help="only the first N seeds (default: all five)")
+    add("--data", type=Path, metavar="FOLDER", help="files that are not part of the package")
+    add("--processes", **PROCESSES)
+    file: Any = {"type": Path, "metavar": "FILE"}
+    add("--json", **file, help="new JSON file of all figures, which `leaderboard --results` reads")
+    add("--output", **file, help="JSON lines of finished runs; a repeated command continues")
+
+
+def _benchmark(options: argparse.Namespace) -> int:
+    if options.json and options.json.exists():
+        raise ValueError(f"--json {options.json}: the file exists: remove it, or name another")
+    ranking = benchmark(
+        options.policy,
+        quick=options.quick,
+        seeds=options.seeds,
+        data=options.data,
+        processes=options.processes,
+        resume_from=options.output,
+    )
+    print(ranking.table())
+    if options.json:
+        ranking.write(options.json)
+        print(f"results: {options.json}")
+    return 0
 
 
 def add_leaderboard(commands: Commands) -> None:
@@ -437,9 +479,14 @@ def add_leaderboard(commands: Commands) -> None:
     help = "JSON lines of finished runs; a repeated command continues"
     add("--output", type=Path, metavar="FILE", help=help)
     add("--json", action="store_true", help="JSON lines, one per policy, instead of a table")
+    help = "rank the systems in these files of `benchmark --json` instead; nothing is run"
+    add("--results", type=Path, nargs="+", metavar="FILE", help=help)
 
 
 def _leaderboard(options: argparse.Namespace) -> int:
+    if options.results:
+        print(Ranking.read(*options.results).table())
+        return 0
     named = options.built_in
     built_in = BUILT_IN if named is None else tuple(filter(None, split_specs(named)))
     board = leaderboard(

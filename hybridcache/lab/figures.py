@@ -23,6 +23,7 @@ from hybridcache.lab.report import (
     find_metric,
     hindsight_percent,
     interval_notes,
+    limit_percent,
     notes_on,
 )
 from hybridcache.lab.simulation.result import ClosedLoopRun, RunResult, SweepRuns
@@ -207,11 +208,14 @@ def draw_curves(axis: Any, result: SweepRuns, metric: Metric) -> None:
 
 
 def draw_limits(axis: Any, result: SweepRuns) -> None:
-    """Draw the limits of token hit rates: the best plan with hindsight and the infinite cache."""
-    planned = (run for run in result.runs if run.optimum_tokens is not None)
-    plans = sorted({(run.gib, hindsight_percent(run)) for run in planned})
-    if plans:
+    """Draw the limits of token hit rates: the best plan with hindsight, the upper bound, and the
+    infinite cache."""
+    planned = [run for run in result.runs if run.optimum_tokens is not None]
+    if planned:
+        plans = sorted({(run.gib, hindsight_percent(run)) for run in planned})
         axis.plot(*zip(*plans, strict=True), "k.-", linewidth=1.0, markersize=4, label=PLAN)
+        limits = sorted({(run.gib, limit_percent(run)) for run in planned})
+        axis.plot(*zip(*limits, strict=True), "k--", linewidth=0.8, label="upper bound")
     if result.bound_rate is not None:
         bound = 100 * result.bound_rate
         axis.axhline(bound, color="black", linewidth=0.8, linestyle=":", label="infinite cache")

@@ -1,7 +1,7 @@
-"""Best plan with hindsight over KV segments and checkpoints, and the bound of an infinite cache.
+"""Best plan with hindsight over KV segments and checkpoints, and an upper bound for every cache.
 
 A trie of the positions of a trace where keeping entries could be useful, a greedy search that
-builds a plan on it, and a verifier of plans.
+builds a plan on it, a verifier of plans, and a relaxation whose value no cache exceeds.
 """
 
 from __future__ import annotations
@@ -15,15 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hybridcache.geometry.model import ModelGeometry
-from hybridcache.lab.prefix_tree import (
-    InfiniteCache,
-    PrefixNode,
-    grow,
-    new_root,
-    nodes,
-    split,
-    walk,
-)
+from hybridcache.lab.prefix_tree import PrefixNode, grow, new_root, nodes, split, walk
 from hybridcache.lab.simulation.sizes import budget_bytes
 from hybridcache.lab.trace import Trace, TraceRequest
 
@@ -322,6 +314,99 @@ def clairvoyant_greedy(trie: VisitedTrie, budget: MemoryBudget) -> Plan:
     return plan
 
 
+# --- Upper bound ----------------------------------------------------------------------------------
+
+ROUNDS = 1000
+"""Most evaluations of the dual function."""
+
+
+class Relaxation:
+    """Upper bound on the reused tokens of every cache of a capacity, on every checkpoint grid.
+
+    A request that resumes at ``depth`` on its path needs the checkpoint there, which occupies
+    ``state_bytes`` since the last visit of that position, and the KV of each segment above it,
+    which occupies its bytes since the last visit of that segment. Each of these intervals ends at
+    this request, so no other hit has any use for it. The relaxation keeps this and the capacity
+    between two requests. It leaves out that a state must have been computed when its interval
+    begins, and the memory of running requests, so it is solved by the entries of every real cache.
+
+    Let ``price[s] >= 0`` be the price, in tokens, of the whole capacity between requests s and s +
+    1. Multiply each capacity limit by its price and add it to the objective: the reused tokens are
+    at most ``sum(price)`` plus, for each request, the largest value of ``depth`` less the price of
+    its bytes, or 0 for no hit. This holds for any prices (weak duality), and inside a segment too:
+    the value is linear in ``depth`` there, and at the lower end it is at most that of the position
+    above, whose interval is no longer. A subgradient method lowers the sum; with the best prices,
+    it is the value of the linear program.
+    """
+
+    def __init__(self, trie: VisitedTrie) -> None:
+        """``trie`` has a grid of 1. O(positions on all paths)."""
+        rows: list[tuple[int, int, int, int]] = []
+        for request, path in enumerate(trie.paths):
+            for position, visit in path.items():
+                if not visit or position.depth >= trie.prompt_lens[request]:
+                    break
+                before = int(position.visits[visit - 1])
+                rows.append((request, before, position.span, position.depth))
+        self.num_requests = len(trie.paths)
+        columns = np.asarray(rows, np.int64).reshape(-1, 4).T
+        self._end, self._start, self._span, self._depth = columns
+        is_first = np.diff(self._end, prepend=-1) > 0
+        self._firsts, self._group = np.flatnonzero(is_first), np.cumsum(is_first) - 1
+
+    def bound(self, budget: MemoryBudget) -> int:
+        """Return tokens that no cache exceeds. O(rounds * positions on all paths)."""
+        num_steps = self.num_requests
+        flat = (np.full(num_steps, price) for price in (0.0, *np.geomspace(1e-3, 1e6, 46)))
+        lowest, best = min(
+            ((self._dual(one, budget)[0], one) for one in flat), key=lambda it: it[0]
+        )
+        prices, gap, num_worse = best, lowest / 20, 0
+        for _ in range(ROUNDS):
+            value, slope = self._dual(prices, budget)
+            if value < lowest - gap / 1000:
+                lowest, best, num_worse = value, prices, 0
+            else:
+                num_worse += 1
+            if num_worse == 8:  # aim at a smaller improvement, from the best prices
+                gap, num_worse, prices = gap / 2, 0, best
+                value, slope = self._dual(prices, budget)
+            slope = np.where((prices > 0) | (slope < 0), slope, 0)
+            length = float(slope @ slope)
+            if gap < 1e-4 * lowest or not length:
+                break
+            prices = np.maximum(0, prices - (value - lowest + gap) / length * slope)
+        return int(lowest * (1 + 1e-9))  # hits are whole tokens
+
+    def _dual(
+        self, prices: npt.NDArray[np.float64], budget: MemoryBudget
+    ) -> tuple[float, npt.NDArray[np.float64]]:
+        """Return the bound of ``prices``, and its slope: the free part of the capacity."""
+        if not len(self._end):
+            return float(prices.sum()), np.ones(self.num_requests)
+        until = np.concatenate(([0.0], np.cumsum(prices)))
+        price = (until[self._end] - until[self._start]) / budget.capacity_bytes
+        costs = np.cumsum(paid := self._span * budget.kv_bytes_per_token * price)
+        costs -= (costs - paid)[self._firsts][self._group]
+        values = self._depth - costs - budget.state_bytes * price
+        most = np.maximum.reduceat(values, self._firsts)
+        at = np.flatnonzero((values == most[self._group]) & (values > 0))
+        hits = at[np.diff(self._group[at], prepend=-1) > 0]  # the first of equal ones
+        last = np.full(len(self._firsts), -1)
+        last[self._group[hits]] = hits
+        held = np.flatnonzero(np.arange(len(values)) <= last[self._group])
+        size = self._span[held] * budget.kv_bytes_per_token
+        which = np.concatenate((held, hits))
+        parts = np.concatenate((size, np.full(len(hits), budget.state_bytes)))
+        parts = parts / budget.capacity_bytes
+        begun, ended = (
+            np.bincount(times[which], parts, self.num_requests + 1)
+            for times in (self._start, self._end)
+        )
+        usage = np.cumsum(begun - ended)[:-1]
+        return float(prices.sum() + np.maximum(most, 0).sum()), 1 - usage
+
+
 # --- A trace and a budget -------------------------------------------------------------------------
 
 
@@ -338,7 +423,7 @@ class Optimum:
     reached: float
     """Token hit rate of the plan, 0 to 1."""
     bound: float
-    """Token hit rate of an infinite token-granular cache, which no plan exceeds."""
+    """Token hit rate that no cache of this memory exceeds, on any grid (``Relaxation``)."""
     cached_tokens: npt.NDArray[np.int64]
     """Tokens that each request skips under the plan: int64[requests]."""
 
@@ -385,8 +470,9 @@ def best_plan(
     budget = MemoryBudget(capacity_bytes, kv_bytes, state_bytes, running_bytes)
     plan = clairvoyant_greedy(trie, budget)
     plan.verify()
-    infinite = InfiniteCache()
-    bound_tokens = sum(infinite.ideal_tokens(request, trace.unit) for request in requests)
+    if grid > trace.unit:
+        trie = build_trie(requests)
+    bound_tokens = Relaxation(trie).bound(budget) * trace.unit
     prompt_tokens = sum(request.num_tokens(trace.unit) for request in requests)
     cached = plan.cached_lens * trace.unit
     return Optimum(

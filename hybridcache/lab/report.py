@@ -146,11 +146,17 @@ def notes_on(result: SweepRuns, words: Sequence[str]) -> list[str]:
     notes = plan_notes(result, words)
     if result.times and any(word.startswith(("ttft", "seconds")) for word in words):
         notes.append(f"prefill times: {result.times}")
+    return [*notes, *uncharged_notes(result.runs), *result.trace_notes]
+
+
+def uncharged_notes(runs: Sequence[RunResult | ClosedLoopRun]) -> list[str]:
+    """Return the notes on memory that rebuilt systems use in addition to their size."""
+    notes = []
     for memory in dict.fromkeys(UNCHARGED.values()):
-        users = (run for run in result.runs if UNCHARGED.get(run.config["baseline"]) == memory)
+        users = (run for run in runs if UNCHARGED.get(run.config["baseline"]) == memory)
         if names := ", ".join(dict.fromkeys(run.label for run in users)):
             notes.append(f"in addition to their GiB, not counted: {memory} ({names})")
-    return [*notes, *result.trace_notes]
+    return notes
 
 
 def interval_notes(result: SweepRuns) -> list[str]:
@@ -194,6 +200,11 @@ def plan_notes(result: SweepRuns, words: Sequence[str]) -> list[str]:
 def hindsight_percent(run: RunResult) -> float:
     """Token hit rate of the best plan with hindsight, %."""
     return 100 * (run.optimum_tokens or 0) / run.prompt_tokens
+
+
+def limit_percent(run: RunResult) -> float:
+    """Token hit rate that no cache of this memory exceeds, %."""
+    return 100 * (run.limit_tokens or 0) / run.prompt_tokens
 
 
 def size_label(run: RunResult) -> str:

@@ -117,7 +117,7 @@ MOST_USED, MEMORY, TIERS, LOAD = (
 """Groups of settings. Those of ``TIERS`` and some of ``MEMORY`` concern replays alone, those of
 ``LOAD`` closed loops alone."""
 REPLAY_ONLY = (
-    *("baseline", "priority_classes", "checkpoint_dtype", "servers", "tpot_s"),
+    *("priority_classes", "checkpoint_dtype", "servers", "tpot_s"),
     *("host_gib", "disk_gib", "host_gb_s", "disk_gb_s"),
 )
 
@@ -167,8 +167,8 @@ class Scenario:
     )
     baseline: Words = _setting(
         (),
-        "caches of other systems, rebuilt, for replays alone: they have no lease and no planner; "
-        "joined by commas",
+        "caches of other systems, rebuilt; in closed loop their requests are admitted in the order "
+        "of arrival; joined by commas",
         "results",
         names=lambda: list(BASELINES),
     )

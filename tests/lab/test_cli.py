@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from engine.command.cli import main as engine_main
 from hybridcache.command.extras import CACHE_DISTRIBUTION
 from hybridcache.lab.cli import main
 from tests.test_refusals import exit_code
@@ -44,7 +45,11 @@ def test_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
         ("simulate --trace short --gib 4:1", "as low:high:points (low first, 2 or more)"),
         ("simulate --trace short --rate 1:4:1", "as a,b,c, or as numbers\n"),
         ("simulate --trace short --gib 1e9", "are more than the 2147483648 that int32"),
-        ("simulate --closed-loop --trace short --baseline vllm", "baseline has no meaning in"),
+        (
+            "simulate --trace short --eviction lru",
+            "--eviction lru: write --policy, the name of `en",
+        ),
+        ("simulate --closed-loop --trace short --servers 2", "servers has no meaning in"),
         ("simulate --trace short --gib 1 --metric hitt", "'hitt', did you mean 'hit'?"),
         ("simulate --trace short --seeds 1 2", ": 2: join several values with commas"),
         ("simulate --closed-loop --trace short --seeds 1,x", "invalid number or list value"),
@@ -243,3 +248,10 @@ def test_optimum_prints_a_table(capsys: pytest.CaptureFixture[str]) -> None:
     base = ["optimum", "--trace", "short?head=45", "--gib", "0.3"]
     whole = run(capsys, *base)[1]
     assert run(capsys, *base, "--counts-running")[1].split()[:-1] != whole.split()[:-1]
+
+
+def test_the_server_names_the_laboratory_s_flag_too(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        engine_main(["serve", "--policy", "lru"])
+    assert ended.value.code == 2
+    assert "--policy: use --eviction, the name of `hybridcache simulate" in capsys.readouterr().err

@@ -423,3 +423,39 @@ def test_closed_loop_runs_are_written_and_resumed(tmp_path: Path) -> None:
     run = seeded[0][0]
     long = replace(run, config=run.config | {"label": "mine:LongestNameOfAll(weight=2,other=3)"})
     assert "All\n(weight=2,other=3)" in closed_loop_figure([run, long], None).axes[4].get_title()
+
+
+# --- rebuilt systems ------------------------------------------------------------------------------
+
+
+def test_peers_without_hits_wait_as_long_as_a_cache_without_hits() -> None:
+    """All prompts differ, so only the schedule counts: that of the engine's planner."""
+    rng = np.random.default_rng(0)
+    requests = [
+        TraceRequest(
+            float(number), number % 13, number,
+            *(rng.integers(0, 9, size, np.int32) for size in rng.integers((100, 1), (9000, 80))),
+        )
+        for number in range(40)
+    ]  # fmt: skip
+    loop = {"gib": 3, "rate": 20, "max_running": 4, "progress": False}
+    trace = Trace("unique", 1, lambda: requests)
+    [ours] = closed_loop(trace, policy="lru", checkpoints=["none"], admission="oldest", **loop).runs
+    peers = closed_loop(trace, policy=(), baseline=["vllm", "sglang", "marconi-static"], **loop)
+    assert "not counted: the memory of running requests (marconi-static" in peers.table()
+    for run in peers.runs:
+        assert (run.cached_tokens, run.num_requests, run.lost_tokens) == (0, 40, None)
+        assert run.ttft_mean_s == pytest.approx(ours.ttft_mean_s, rel=0.03)
+        assert run.makespan_s == pytest.approx(ours.makespan_s, rel=1e-3)
+        assert (run.live_most, run.admission) == (ours.live_most, "arrival")
+
+
+def test_a_peer_in_closed_loop_refuses_only_a_request_that_never_fits() -> None:
+    answer = np.ones(2, np.int32)
+    prompts = [np.arange(size, dtype=np.int32) for size in (99_999, 50, 50)]
+    requests = [TraceRequest(0.0, 1, None, prompt, answer) for prompt in prompts]
+    trace = Trace("long", 1, lambda: requests)
+    [run] = closed_loop(trace, gib=0.6, policy=(), baseline="marconi", rate=1).runs
+    assert (run.num_requests, run.num_refused) == (3, 0), "its running requests take no memory"
+    [run] = closed_loop(trace, gib=0.6, policy=(), baseline="sglang", rate=1).runs
+    assert (run.num_requests, run.num_refused, run.prompt_tokens) == (2, 1, 100)

@@ -13,7 +13,14 @@ from hypothesis import strategies as st
 
 from hybridcache.geometry.model import ModelGeometry
 from hybridcache.geometry.units import GIB
-from hybridcache.lab.optimum import MemoryBudget, best_plan, build_trie, clairvoyant_greedy
+from hybridcache.lab.optimum import (
+    MemoryBudget,
+    Relaxation,
+    best_plan,
+    build_trie,
+    clairvoyant_greedy,
+)
+from hybridcache.lab.simulation.simulate import simulate
 from hybridcache.lab.trace import Trace, TraceRequest
 
 GEOMETRY = ModelGeometry.preset("qwen3.5-0.8b")
@@ -133,3 +140,22 @@ def test_optimum_of_a_worked_example() -> None:
         budget = MemoryBudget(capacity, kv_bytes_per_token=1, state_bytes=2)
         trie = build_trie(trace_of(pairs))
         assert clairvoyant_greedy(trie, budget).cached_lens.tolist() == cached
+        assert Relaxation(trie).bound(budget) == sum(cached)
+    # Memory for the short one and 5/6 of the long one in part: the linear program has 3 + 1/3.
+    assert Relaxation(trie).bound(MemoryBudget(5, 1, 2)) == 3
+
+
+def test_no_cache_exceeds_the_bound_and_more_memory_never_lowers_it() -> None:
+    """Rebuilt systems have other grids."""
+    peers = ["vllm", "vllm-unit32", "sglang", "sglang-end", "marconi-static", "sglang-plus"]
+    for spec in ("short?head=60", "few-shot?head=40"):
+        result = simulate(
+            spec, gib=[0.15, 6], policy=["lru", "survival"], baseline=peers,
+            optimum=True, progress=False,
+        )  # fmt: skip
+        limits = [run.limit_tokens for run in next(iter(result.by_label().values()))]
+        assert limits == sorted(limits) and limits[0] < 0.8 * limits[-1]
+        assert limits[-1] == result.runs[0].bound_tokens, "all of it fits"
+        for run in result.runs:
+            assert max(run.cached_tokens, run.optimum_tokens) <= run.limit_tokens, run
+        assert "(upper bound)" in result.table()

@@ -5,11 +5,15 @@ complete and the trace's own pause is over. Requests are scheduled by ``StepPlan
 engine, on the same leases and cache. The clock moves by ``StepTimes`` from step to step; runs of
 steps in which requests only decode are taken at once, with the same result. A trace in blocks is
 expanded to tokens: prompts that share n blocks share the tokens of n blocks, and no more.
+
+Rebuilt systems have no lease and no planner (``PeerLoop``): their requests are admitted in the
+order of arrival, as soon as the system has memory for the whole prompt.
 """
 
 from __future__ import annotations
 
 import heapq
+from collections import deque
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,16 +21,17 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from hybridcache.api import Losses
 from hybridcache.config import build_prefix_cache
 from hybridcache.geometry.units import counted
+from hybridcache.lab.baselines.protocol import PeerSession
 from hybridcache.lab.figures import closed_loop_figure
 from hybridcache.lab.progress import Progress
-from hybridcache.lab.report import LOOP_METRICS, text_table
+from hybridcache.lab.report import LOOP_METRICS, text_table, uncharged_notes
 from hybridcache.lab.scenario import CLOSED_LOOP_GIB, REPLAY_ONLY, Scenario, named_policies
 from hybridcache.lab.simulation.grid import RunFailed, run_grid
 from hybridcache.lab.simulation.result import ClosedLoopRun, describe_times, identify
 from hybridcache.lab.simulation.sizes import sizes
+from hybridcache.lab.simulation.target import BaselineTarget
 from hybridcache.lab.trace import Trace, TraceRequest
 from hybridcache.policies.protocol import PromptBoundaries
 from hybridcache.policies.registry import make_admission
@@ -95,7 +100,7 @@ class SimulatedRequest(ScheduledRequest):
 def simulate_closed_loop(trace: Trace, cell: Scenario) -> LoopRun:
     """Serve the sessions of ``trace``, expanded to tokens, in the order of their first requests,
     with the one cache, admission, rate and seed of ``cell``."""
-    return LoopRun(cell, sessions_of(trace)).run()
+    return (PeerLoop if cell.baseline else LoopRun)(cell, sessions_of(trace)).run()
 
 
 def sessions_of(trace: Trace) -> list[list[Turn]]:
@@ -136,7 +141,7 @@ class LoopRun:
     """One run: an event loop around a planner. Times are in seconds."""
 
     def __init__(self, cell: Scenario, sessions: Sequence[Sequence[Turn]]) -> None:
-        self.answered: list[SimulatedRequest] = []
+        self.answered: list[SimulatedRequest | PeerRequest] = []
         """Requests in the order of their last tokens."""
         self.num_refused = 0
         self.now_s = 0.0
@@ -144,28 +149,13 @@ class LoopRun:
         self.live_s = 0.0
         """Integral of the live sessions over time."""
         self.num_live = self.max_live = 0
-        geometry = cell.geometry()
-        cache = build_prefix_cache(cell.cache_config(geometry, unit=1))
-        max_running = cell.max_running or MAX_RUNNING
-        self.manager = CacheManager(
-            cache,
-            cell.placement(unit=1),
-            num_rows=max_running,
-            stateful=bool(geometry.num_linear_layers),
-            owns_states=geometry.checkpoint_bytes is not None,
-        )
-        cache.policy.set_clock(lambda: self.now_s)
-        self.planner: StepPlanner[SimulatedRequest] = StepPlanner(
-            self.manager,
-            max_running=max_running,
-            token_budget=cell.token_budget,
-            admission=make_admission(cell.admission),  # type: ignore[arg-type]
-            clock=lambda: self.now_s,
-        )
-        self.tells_ends, self.times = cell.tells_ends, cell.step_times(geometry)
-        [rate], [seed] = sizes(cell.rate, "rate"), seeds_of(cell)
-        self.priority_classes = cache.policy.has_priority_classes
+        self.max_running = cell.max_running or MAX_RUNNING
+        self.token_budget = cell.token_budget
+        self.priority_classes: bool | None = None
         """True if the cache evicts unreachable KV and superseded checkpoints first."""
+        self._build(cell)
+        self.tells_ends, self.times = cell.tells_ends, cell.step_times(cell.geometry())
+        [rate], [seed] = sizes(cell.rate, "rate"), seeds_of(cell)
         self.events: list[tuple[float, int, int]] = []
         """(time, order, session) of the next request of each session that has one."""
         self.num_events = self.num_asked = 0
@@ -175,14 +165,39 @@ class LoopRun:
         for number, start_s in enumerate(starts.tolist()):
             self._push(start_s, number)
 
+    def _build(self, cell: Scenario) -> None:
+        """Build the cache and the planner of ``cell``."""
+        geometry = cell.geometry()
+        cache = build_prefix_cache(cell.cache_config(geometry, unit=1))
+        self.manager = CacheManager(
+            cache,
+            cell.placement(unit=1),
+            num_rows=self.max_running,
+            stateful=bool(geometry.num_linear_layers),
+            owns_states=geometry.checkpoint_bytes is not None,
+        )
+        cache.policy.set_clock(lambda: self.now_s)
+        self.planner: StepPlanner[SimulatedRequest] = StepPlanner(
+            self.manager,
+            max_running=self.max_running,
+            token_budget=self.token_budget,
+            admission=make_admission(cell.admission),  # type: ignore[arg-type]
+            clock=lambda: self.now_s,
+        )
+        self.priority_classes = cache.policy.has_priority_classes
+
+    def has_work(self) -> bool:
+        """Return whether a request waits or runs."""
+        return self.planner.has_work()
+
     def run(self) -> LoopRun:
         """Serve all sessions."""
-        planner, events = self.planner, self.events
-        while events or planner.has_work():
+        events = self.events
+        while events or self.has_work():
             while events and events[0][0] <= self.now_s:
                 when_s, _, number = heapq.heappop(events)
                 self._ask(when_s, number)
-            if planner.has_work():
+            if self.has_work():
                 self._step()
             elif events:
                 # The clock is set, not advanced: a sum may round to a time before the event.
@@ -200,24 +215,32 @@ class LoopRun:
         turn = self.sessions[number][place]
         self.num_live += place == 0
         self.max_live = max(self.max_live, self.num_live)
+        self._submit(turn, number, place, when_s)
+
+    def _submit(self, turn: Turn, number: int, place: int, when_s: float) -> None:
+        """Queue a request, or refuse it if it is longer than the memory."""
         if len(turn.text) > self.manager.memory.max_request_len:
-            self.num_refused += 1
-            self._go_on(number, None)
+            self._refuse(number)
             return
         request = SimulatedRequest(turn, number, place, arrival=self.num_asked, arrival_s=when_s)
         self.num_asked += 1
         self.planner.add(request)
 
-    def _go_on(self, number: int, request: SimulatedRequest | None) -> None:
-        """Schedule the next request of session ``number``, after its pause, if there is one."""
+    def _refuse(self, number: int) -> None:
+        self.num_refused += 1
+        self._go_on(number)
+
+    def _go_on(self, number: int, ended_id: str | None = None) -> None:
+        """Schedule the next request of session ``number``, after its pause, if there is one.
+        ``ended_id`` is that of the session in the planner."""
         self.next_turns[number] += 1
         place = self.next_turns[number]
         if place < len(self.sessions[number]):
             self._push(self.now_s + self.sessions[number][place].pause_s, number)
             return
         self.num_live -= 1
-        if self.tells_ends and request is not None:
-            self.planner.sessions.end(request.session.newest_id)
+        if self.tells_ends and ended_id is not None:
+            self.planner.sessions.end(ended_id)
 
     def _step(self) -> None:
         planner, manager = self.planner, self.manager
@@ -263,7 +286,7 @@ class LoopRun:
         self.planner.leave(request)
         request.finished_s = self.now_s
         self.answered.append(request)
-        self._go_on(request.place, request)
+        self._go_on(request.place, request.session.newest_id)
         return False
 
     def _coast(self, requests: Sequence[SimulatedRequest], context: int) -> None:
@@ -294,6 +317,106 @@ class LoopRun:
         self.live_s += self.num_live * seconds
 
 
+class PeerRequest:
+    """One request of a rebuilt system, and its times."""
+
+    __slots__ = (
+        *("arrival_s", "cached_len", "computed_len", "first_token_s", "place", "scheduled_s"),
+        *("served", "turn"),
+    )
+    losses = None
+
+    def __init__(self, turn: Turn, place: int, arrival_s: float) -> None:
+        self.turn, self.place, self.arrival_s = turn, place, arrival_s
+        self.served: PeerSession | None = None
+        self.cached_len = self.computed_len = 0
+        self.scheduled_s: float | None = None
+        self.first_token_s: float | None = None
+
+    @property
+    def prompt_len(self) -> int:
+        """Tokens of the prompt."""
+        return self.turn.prompt_len
+
+    @property
+    def is_decoding(self) -> bool:
+        """True if the whole prompt is computed."""
+        return self.computed_len >= self.turn.prompt_len
+
+    @property
+    def num_left(self) -> int:
+        """Tokens of the answer that are still to be decoded, after the first one."""
+        return len(self.turn.text) - 1 - self.computed_len
+
+
+class PeerLoop(LoopRun):
+    """A run of a rebuilt system. Steps are those of the engine: a token of each decoding request,
+    and prefills with the rest of ``token_budget``. A system matches and publishes a prompt when it
+    is admitted, and its answer at the end."""
+
+    def _build(self, cell: Scenario) -> None:
+        self.peer = BaselineTarget(cell, unit=1).baseline
+        self.waiting: deque[PeerRequest] = deque()
+        self.running: list[PeerRequest] = []
+
+    def has_work(self) -> bool:
+        return bool(self.waiting or self.running)
+
+    def _submit(self, turn: Turn, number: int, place: int, when_s: float) -> None:
+        self.waiting.append(PeerRequest(turn, number, when_s))
+
+    def _admit(self) -> None:
+        """Begin waiting requests in order. One that does not fit on its own is refused."""
+        while self.waiting and len(self.running) < self.max_running:
+            request = self.waiting[0]
+            turn = request.turn
+            request.served = self.peer.begin(turn.text[: turn.prompt_len], turn.namespace)
+            if request.served is None and self.running:
+                return
+            self.waiting.popleft()
+            if request.served is None:
+                self._refuse(request.place)
+                continue
+            request.cached_len = request.computed_len = request.served.cached_len
+            request.scheduled_s = self.now_s
+            self.running.append(request)
+
+    def _step(self) -> None:
+        self._admit()
+        decoding = [request for request in self.running if request.is_decoding]
+        prefills: list[tuple[PeerRequest, int]] = []
+        room = self.token_budget - len(decoding)
+        for request in self.running:
+            if not request.is_decoding and room > 0:
+                end = min(request.prompt_len, request.computed_len + room)
+                room -= end - request.computed_len
+                prefills.append((request, end))
+        count = 1
+        if not prefills and decoding:  # until an answer ends or a session asks
+            count = max(1, min(request.num_left for request in decoding))
+        ranges = [(request.computed_len, end) for request, end in prefills]
+        context = sum(request.computed_len for request in decoding)
+        num_steps = 0
+        while num_steps < count and (prefills or decoding):
+            num_steps += 1
+            context += len(decoding)
+            self._pass(self.times.step_seconds(ranges, len(decoding), context))
+            if self.events and self.events[0][0] <= self.now_s:
+                break
+        for request, end in prefills:
+            request.computed_len = end
+            if request.is_decoding:
+                request.first_token_s = self.now_s
+        for request in decoding:
+            request.computed_len += num_steps
+        for request in [one for one in self.running if one.is_decoding and one.num_left <= 0]:
+            assert request.served is not None
+            request.served.finish(request.turn.text[request.prompt_len :])
+            self.running.remove(request)
+            self.answered.append(request)
+            self._go_on(request.place)
+
+
 def run_closed_loop(trace: Trace, cell: Scenario) -> ClosedLoopRun:
     """Serve ``trace`` with the one cache, admission policy, rate and seed of ``cell``, and return
     the figures. ValueError if no request fits."""
@@ -307,7 +430,7 @@ def run_closed_loop(trace: Trace, cell: Scenario) -> ClosedLoopRun:
         [(one.arrival_s, one.scheduled_s, one.first_token_s) for one in answered], np.float64
     ).T
     ttft_s = first_s - asked_s
-    losses = Losses(*map(sum, zip(*(one.losses for one in answered if one.losses), strict=True)))
+    lost = [one.losses.kv_evicted + one.losses.checkpoint_evicted for one in answered if one.losses]
     p50_s, p99_s = np.percentile(ttft_s, (50, 99)).tolist()
     return ClosedLoopRun(
         trace_name=trace.name,
@@ -318,7 +441,7 @@ def run_closed_loop(trace: Trace, cell: Scenario) -> ClosedLoopRun:
         num_refused=served.num_refused,
         prompt_tokens=sum(one.prompt_len for one in answered),
         cached_tokens=sum(one.cached_len for one in answered),
-        lost_tokens=losses.kv_evicted + losses.checkpoint_evicted,
+        lost_tokens=None if cell.baseline else sum(lost),
         ttft_mean_s=float(ttft_s.mean()),
         ttft_p50_s=p50_s,
         ttft_p99_s=p99_s,
@@ -383,7 +506,8 @@ class ClosedLoopResult:
                 notes.append(f"means of {seeds} seeds; most and oldest wait: the largest")
             header = ["admission, sessions/s", *(metric.title for metric in LOOP_METRICS)]
             tables.append("\n".join([title, text_table(header, rows), *notes]))
-        return "\n".join(["\n\n".join(tables), *self.trace_notes, *self.failures])
+        notes = [*uncharged_notes(self.runs), *self.trace_notes, *self.failures]
+        return "\n".join(["\n\n".join(tables), *notes])
 
     def figure(self, path: str | Path | None = None) -> Figure:
         """Draw hits, times to first token and makespan over the rate, a row of panels per cache.
@@ -434,7 +558,7 @@ def closed_loop(
     cells = [
         replace(cell, admission=policy, rate=rate, seeds=(seed,))
         for cell in replace(asked, trace=opened.full_name).cells(points)
-        for policy in admissions
+        for policy in (["arrival"] if cell.baseline else admissions)
         for rate in sizes(asked.rate, "rate")
         for seed in seeds_of(asked)
     ]

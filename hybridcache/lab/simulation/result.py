@@ -135,6 +135,8 @@ class RunResult(_Run):
     optimum_tokens: int | None = None
     """Tokens that the best known plan with hindsight reuses with this memory. It is the optimum
     only if a bound proves it."""
+    limit_tokens: int | None = None
+    """Tokens that no cache of this memory exceeds (``Optimum.bound``)."""
 
     def __repr__(self) -> str:
         """Return one line: competitor, size and token hit rate. ``as_record`` has all figures."""
@@ -225,8 +227,9 @@ class ClosedLoopRun(_Run):
     prompt_tokens: int
     cached_tokens: int
     """Prompt tokens that were reused."""
-    lost_tokens: int
-    """Prompt tokens computed again because they, or a checkpoint after them, were evicted."""
+    lost_tokens: int | None
+    """Prompt tokens computed again because they, or a checkpoint after them, were evicted; None for
+    a rebuilt peer, which does not say."""
     ttft_mean_s: float
     """Mean time to first token, waiting included."""
     ttft_p50_s: float

