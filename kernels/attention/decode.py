@@ -1,7 +1,8 @@
 """Attention of one token per sequence, or of several drafted tokens, over a KV pool in Triton.
 
 A decode program takes one sequence, one KV head and SPLIT keys; of long sequences, several times
-SPLIT keys one after the other. A second kernel combines the splits. A verify program is a decode program with several tokens as its rows.
+SPLIT keys one after the other. A second kernel combines the splits. A verify program is a decode
+program with several tokens as its rows.
 """
 
 from __future__ import annotations

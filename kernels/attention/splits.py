@@ -64,8 +64,8 @@ def combine_splits_kernel(
 
 
 PROGRAMS = 4096
-"""Programs of a launch beyond which splits share them. Enough for every multiprocessor to have many;
-with more, a long sequence would cost the launch of as many for each short one."""
+"""Programs of a launch beyond which splits share them. Every multiprocessor has many; with more, a
+long sequence would cost the launch of as many for each short one."""
 
 
 def splits_at_once(num_rows: int, num_splits: int) -> int:
