@@ -164,15 +164,15 @@ def _weight_spec(
 ) -> WeightSpec:
     """Return the format of the weights. Raises ModelError if it is not supported."""
     place = device.torch_device, dtype, config.quantization
-    if config.fp8_activations:
-        fused = [kernels[name].__name__.endswith(".fused") for name in ("linear", "moe")]
-        if not (device.supports("fp8") and all(fused)):
-            raise ModelError("fp8_activations needs a GPU with fp8 products, and Triton.")
+    fused = [kernels[name].__name__.endswith(".fused") for name in ("linear", "moe")]
+    has_fp8 = device.supports("fp8") and all(fused)
+    if config.fp8_activations and not has_fp8:
+        raise ModelError("fp8_activations needs a GPU with fp8 products, and Triton.")
     own = PRECISIONS.get(config.quantization or "")
     if isinstance(own, Grouped) and not own.has_product(kernels["linear"]):
         raise ModelError(
             f"--quantization {config.quantization} needs a CPU with AVX2 and the compiled kernels, "
-            "which are not in use here: use int8, or a checkpoint with 4 bits."
+            "or a GPU and Triton, which are not in use here: use int8, or a checkpoint with 4 bits."
         )
     if files is None:
         return WeightSpec(*place, fp8_activations=config.fp8_activations)
@@ -180,7 +180,8 @@ def _weight_spec(
     def multiplies(format: Format) -> bool:
         return device.supports(format.kind) and format.has_product(kernels["linear"])
 
-    spec = WeightSpec(*place, files.formats, multiplies, config.fp8_activations)
+    follows = has_fp8 and not device.is_cpu
+    spec = WeightSpec(*place, files.formats, multiplies, config.fp8_activations, follows)
     if spec.fp8_activations and not spec.has_fp8_products:
         raise ModelError("fp8_activations needs fp8 weights: use --quantization fp8.")
     return spec

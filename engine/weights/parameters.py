@@ -187,7 +187,9 @@ class WeightSpec:
     multiplies: Callable[[Format], bool] = lambda format: False
     """Returns True for formats that the products of this device multiply as they are."""
     fp8_activations: bool = False
-    """True to quantise the inputs of products with fp8 weights."""
+    """True to quantise the inputs of all products with fp8 weights."""
+    follows_files: bool = False
+    """True to quantise those of fp8 weights in checkpoints that say so (dynamic activations)."""
 
     @property
     def has_fp8_products(self) -> bool:
@@ -199,7 +201,12 @@ class WeightSpec:
 
     def product_options(self, format: Format) -> dict[str, bool]:
         """Return keyword arguments of ``Format.product`` for weights of this format."""
-        return {"fp8_rows": True} if self.fp8_activations and format.kind == "fp8" else {}
+        if format.kind != "fp8":
+            return {}
+        described = () if self.files is None else self.files.described()
+        is_said = not format.keeps_inputs and any(format == known for _, known in described)
+        rounds = self.fp8_activations or (self.follows_files and is_said)
+        return {"fp8_rows": True} if rounds else {}
 
     def storage(self, name: str) -> Storage:
         """Return the storage of the module ``name`` (full, without ``.weight``).

@@ -1,4 +1,4 @@
-"""Triton's interpreter, which runs kernels on the CPU, with repairs of five of its faults."""
+"""Triton's interpreter, which runs kernels on the CPU, with repairs of six of its faults."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ def repair() -> None:
     """Repair the interpreter, once per process. Does nothing if triton is not installed.
 
     - ``tl.dot`` multiplies the bit patterns of bfloat16 operands, so they are widened first.
+    - Sums, differences and products of bfloat16 are those of the bit patterns, too, and it has no
+      constants.
     - Rounding to fp8 loses the carry into the exponent.
     - ``tl.dot`` leaves the order of a sum to BLAS. On some CPUs it differs for the last columns of
       a tile, while tensor cores use one order for all.
@@ -25,6 +27,7 @@ def repair() -> None:
     except ImportError:
         return
     multiply = interpreter.InterpreterBuilder.create_dot
+    operate = interpreter.InterpreterBuilder.binary_op
     patch_tensor = interpreter._patch_lang_tensor
 
     tl, convert = interpreter.tl, interpreter._convert_float
@@ -42,8 +45,8 @@ def repair() -> None:
             return interpreter.TensorHandle(data.float().numpy(), tl.float32)
         if dtype != tl.bfloat16:
             return x
-        data = convert(x.data, dtype, tl.float32, None)
-        return interpreter.TensorHandle(data.view(np.float32), tl.float32)
+        data = (x.data.astype(np.uint32) << 16).view(np.float32)
+        return interpreter.TensorHandle(data, tl.float32)
 
     def create_dot(builder: Any, a: Any, b: Any, *rest: Any) -> Any:
         a, b = widen(a), widen(b)
@@ -57,6 +60,18 @@ def repair() -> None:
             total.astype(accumulated.data.dtype), accumulated.dtype.scalar
         )
 
+    def rounded(data: Any) -> Any:
+        values = torch.from_numpy(np.ascontiguousarray(data, np.float32)).to(torch.bfloat16)
+        return interpreter.TensorHandle(values.view(torch.uint16).numpy(), tl.bfloat16)
+
+    def get_bf16(builder: Any, value: float) -> Any:
+        return rounded([value])
+
+    def binary_op(builder: Any, a: Any, b: Any, operation: Any) -> Any:
+        if a.dtype.scalar != tl.bfloat16 or operation not in (np.add, np.subtract, np.multiply):
+            return operate(builder, a, b, operation)
+        return rounded(operation(widen(a).data, widen(b).data))
+
     def patch_tensor_index(tensor: Any, scope: Any) -> None:
         patch_tensor(tensor, scope)
         scope.set_attr(tensor, "__index__", lambda x: int(x.handle.data.item()))
@@ -66,5 +81,7 @@ def repair() -> None:
 
     autotuner.Autotuner._bench = time_nothing
     interpreter.InterpreterBuilder.create_dot = create_dot
+    interpreter.InterpreterBuilder.binary_op = binary_op
+    interpreter.InterpreterBuilder.get_bf16 = get_bf16
     interpreter._convert_float = convert_float
     interpreter._patch_lang_tensor = patch_tensor_index

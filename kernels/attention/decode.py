@@ -1,7 +1,8 @@
 """Attention of one token per sequence, or of several drafted tokens, over a KV pool in Triton.
 
-A decode program takes one sequence, one KV head and SPLIT keys. A second kernel combines the
-splits. A verify program is a decode program with several tokens as its rows.
+A decode program takes one sequence, one KV head and SPLIT keys; of long sequences, several times
+SPLIT keys one after the other. A second kernel combines the splits. A verify program is a decode
+program with several tokens as its rows.
 """
 
 from __future__ import annotations
@@ -13,7 +14,13 @@ import triton
 import triton.language as tl
 
 from kernels.attention.sequences import Sequences
-from kernels.attention.splits import COMBINED, SPLIT, combine_splits_kernel, group_size
+from kernels.attention.splits import (
+    COMBINED,
+    SPLIT,
+    combine_splits_kernel,
+    group_size,
+    splits_at_once,
+)
 from kernels.attention.tile import LOG2_E, attend_tile, keys_per_tile
 from kernels.packed import Packed, running_sum
 from kernels.strides import row_stride
@@ -24,7 +31,7 @@ from kernels.tuning import tuned
 DECODE_STAGES = 5
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_splits"])
 def decode_attention_kernel(
     q,
     k,
@@ -34,6 +41,7 @@ def decode_attention_kernel(
     table,
     rows,
     kv_lens,
+    num_splits,
     table_stride,
     pool_stride,
     scale,
@@ -45,31 +53,33 @@ def decode_attention_kernel(
 ):
     BD: tl.constexpr = triton.next_power_of_2(D)
     BG: tl.constexpr = max(16, triton.next_power_of_2(G))
-    i_b, i_kv, i_s = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    i_b, i_kv, first = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     kv_len = tl.load(kv_lens + i_b)
-    if i_s * BS < kv_len:
+    if first * BS < kv_len:
         o_g, o_d = tl.arange(0, BG), tl.arange(0, BD)
         o_h = i_b.to(tl.int64) * HQ + i_kv * G + o_g
         m_q = (o_g < G)[:, None] & (o_d < D)[None, :]
         b_q = tl.load(q + o_h[:, None] * D + o_d[None, :], mask=m_q, other=0.0)  # [BG, BD]
-        b_m = tl.full([BG], float("-inf"), tl.float32)
-        b_l = tl.zeros([BG], tl.float32)
-        b_o = tl.zeros([BG, BD], tl.float32)
         b_limit = tl.zeros([BG], tl.int32) + kv_len - 1
         p_indices = table + tl.load(rows + i_b).to(tl.int64) * table_stride
-        kv_end = tl.minimum(i_s * BS + BS, kv_len)
-        for i_n in range(i_s * BS, kv_end, BN):
-            b_m, b_l, b_o = attend_tile(
-                b_q, b_m, b_l, b_o, p_indices, k + i_kv * D, v + i_kv * D,
-                i_n + tl.arange(0, BN), b_limit,
-                kv_end, pool_stride, scale, D, BD,
-            )  # fmt: skip
-        p_part = o_h * tl.num_programs(2) + i_s
-        tl.store(partial_out + p_part[:, None] * D + o_d[None, :], b_o / b_l[:, None], mask=m_q)
-        tl.store(partial_lse + p_part, b_m + tl.log2(b_l), mask=o_g < G)
+        for i_s in range(first, tl.cdiv(kv_len, BS), tl.num_programs(2)):
+            b_m = tl.full([BG], float("-inf"), tl.float32)
+            b_l = tl.zeros([BG], tl.float32)
+            b_o = tl.zeros([BG, BD], tl.float32)
+            kv_end = tl.minimum(i_s * BS + BS, kv_len)
+            for i_n in range(i_s * BS, kv_end, BN):
+                b_m, b_l, b_o = attend_tile(
+                    b_q, b_m, b_l, b_o, p_indices, k + i_kv * D, v + i_kv * D,
+                    i_n + tl.arange(0, BN), b_limit,
+                    kv_end, pool_stride, scale, D, BD,
+                )  # fmt: skip
+            p_part = o_h * num_splits + i_s
+            p_out = partial_out + p_part[:, None] * D + o_d[None, :]
+            tl.store(p_out, b_o / b_l[:, None], mask=m_q)
+            tl.store(partial_lse + p_part, b_m + tl.log2(b_l), mask=o_g < G)
 
 
-@triton.jit(do_not_specialize=["num_groups"])
+@triton.jit(do_not_specialize=["num_groups", "num_splits"])
 def verify_attention_kernel(
     q,
     k,
@@ -82,6 +92,7 @@ def verify_attention_kernel(
     kv_lens,
     cu_seqlens,
     num_groups,
+    num_splits,
     table_stride,
     pool_stride,
     scale,
@@ -91,8 +102,8 @@ def verify_attention_kernel(
     BS: tl.constexpr,
     BN: tl.constexpr,
 ):
-    """Program (i_sequence * num_groups + i_group, i_kv, i_s): several tokens of a sequence, BS
-    keys.
+    """Program (i_sequence * num_groups + i_group, i_kv, i): several tokens of a sequence, and BS
+    keys in each split from i on, in steps of the number of programs.
 
     The tokens fill the rows that one token has in `decode_attention_kernel`, so the bits are equal.
     Also stores the number of keys of each token, for `combine_splits_kernel`.
@@ -101,35 +112,37 @@ def verify_attention_kernel(
     BG: tl.constexpr = max(16, triton.next_power_of_2(G))
     TOKENS: tl.constexpr = BG // G
     i_b, i_group = tl.program_id(0) // num_groups, tl.program_id(0) % num_groups
-    i_kv, i_s = tl.program_id(1), tl.program_id(2)
+    i_kv, i_first = tl.program_id(1), tl.program_id(2)
     bos, eos = tl.load(cu_seqlens + i_b), tl.load(cu_seqlens + i_b + 1)
     first = bos + i_group * TOKENS
     start = tl.load(kv_lens + i_b) - (eos - bos)  # position of the sequence's first token here
     last = start + tl.minimum(first + TOKENS, eos) - bos  # number of keys of this block's last one
-    if first < eos and i_s * BS < last:
+    if first < eos and i_first * BS < last:
         o_row, o_d = tl.arange(0, BG), tl.arange(0, BD)
         o_t = first + o_row // G
         o_h = (o_t.to(tl.int64) - tl.load(cu_seqlens)) * HQ + i_kv * G + o_row % G
         m_row = (o_row < TOKENS * G) & (o_t < eos)
         m_q = m_row[:, None] & (o_d < D)[None, :]
         b_q = tl.load(q + o_h[:, None] * D + o_d[None, :], mask=m_q, other=0.0)  # [BG, BD]
-        b_m = tl.full([BG], float("-inf"), tl.float32)
-        b_l = tl.zeros([BG], tl.float32)
-        b_o = tl.zeros([BG, BD], tl.float32)
         b_limit = start + o_t - bos
         p_indices = table + tl.load(rows + i_b).to(tl.int64) * table_stride
-        kv_end = tl.minimum(i_s * BS + BS, last)
-        for i_n in range(i_s * BS, kv_end, BN):
-            b_m, b_l, b_o = attend_tile(
-                b_q, b_m, b_l, b_o, p_indices, k + i_kv * D, v + i_kv * D,
-                i_n + tl.arange(0, BN), b_limit,
-                kv_end, pool_stride, scale, D, BD,
-            )  # fmt: skip
-        # A token without keys in this split stores NaN here, which is never read.
-        p_part = o_h * tl.num_programs(2) + i_s
-        tl.store(partial_out + p_part[:, None] * D + o_d[None, :], b_o / b_l[:, None], mask=m_q)
-        tl.store(partial_lse + p_part, b_m + tl.log2(b_l), mask=m_row)
-        if i_s == 0 and i_kv == 0:
+        for i_s in range(i_first, tl.cdiv(last, BS), tl.num_programs(2)):
+            b_m = tl.full([BG], float("-inf"), tl.float32)
+            b_l = tl.zeros([BG], tl.float32)
+            b_o = tl.zeros([BG, BD], tl.float32)
+            kv_end = tl.minimum(i_s * BS + BS, last)
+            for i_n in range(i_s * BS, kv_end, BN):
+                b_m, b_l, b_o = attend_tile(
+                    b_q, b_m, b_l, b_o, p_indices, k + i_kv * D, v + i_kv * D,
+                    i_n + tl.arange(0, BN), b_limit,
+                    kv_end, pool_stride, scale, D, BD,
+                )  # fmt: skip
+            # A token without keys in this split stores NaN here, which is never read.
+            p_part = o_h * num_splits + i_s
+            p_out = partial_out + p_part[:, None] * D + o_d[None, :]
+            tl.store(p_out, b_o / b_l[:, None], mask=m_q)
+            tl.store(partial_lse + p_part, b_m + tl.log2(b_l), mask=m_row)
+        if i_first == 0 and i_kv == 0:
             tl.store(token_kv_lens + o_h // HQ, b_limit + 1, mask=m_row & (o_row % G == 0))
 
 
@@ -159,13 +172,14 @@ def decode_attention(
         "attention.decode_attention_kernel", query.dtype, size, num_heads // num_kv_heads
     )
     group = group_size(num_heads, num_splits, size)
+    num_programs = splits_at_once(batch * num_kv_heads, num_splits)
     partial_shape = (min(batch, group), num_heads, num_splits)
     partial_out = query.new_empty(*partial_shape, size, dtype=torch.float32)
     partial_lse = query.new_empty(partial_shape, dtype=torch.float32)
     for first in range(0, batch, group):
         part = slice(first, first + group)
         kv_lens = sequences.kv_len_table[part]
-        decode_attention_kernel[(len(kv_lens), num_kv_heads, num_splits)](
+        decode_attention_kernel[(len(kv_lens), num_kv_heads, num_programs)](
             query[part],
             key_pool,
             value_pool,
@@ -174,6 +188,7 @@ def decode_attention(
             table,
             sequences.row_table[part],
             kv_lens,
+            num_splits,
             table.stride(0),
             row_stride("a KV row", key_pool, value_pool),
             scale * LOG2_E,
@@ -228,6 +243,8 @@ def verify_attention(
     launch |= tuned("attention.decode_attention_kernel", query.dtype, size, group)
     tokens_a_program = max(16, triton.next_power_of_2(group)) // group
     num_groups = triton.cdiv(most, tokens_a_program)
+    num_rows = len(packed.lengths) * num_groups * num_kv_heads
+    num_programs = splits_at_once(num_rows, num_splits)
     starts = running_sum(packed.lengths)
     for part in _chunks(starts, group_size(num_heads, num_splits, size)):
         tokens = slice(starts[part.start], starts[part.stop])
@@ -235,7 +252,8 @@ def verify_attention(
         partial_out = query.new_empty(num_tokens, num_heads, num_splits, size, dtype=torch.float32)
         partial_lse = partial_out.new_empty(num_tokens, num_heads, num_splits)
         token_kv_lens = packed.cu_seqlens.new_empty(num_tokens)
-        verify_attention_kernel[(part.stop - part.start) * num_groups, num_kv_heads, num_splits](
+        grid = (part.stop - part.start) * num_groups, num_kv_heads, num_programs
+        verify_attention_kernel[grid](
             query[tokens],
             key_pool,
             value_pool,
@@ -247,6 +265,7 @@ def verify_attention(
             sequences.kv_len_table[part],
             packed.cu_seqlens[part.start :],
             num_groups,
+            num_splits,
             table.stride(0),
             row_stride("a KV row", key_pool, value_pool),
             scale * LOG2_E,

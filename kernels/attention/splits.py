@@ -63,6 +63,17 @@ def combine_splits_kernel(
     tl.store(out + i_bh * D + o_d, (b_o / b_l).to(out.dtype.element_ty), mask=o_d < D)
 
 
+PROGRAMS = 4096
+"""Programs of a launch beyond which splits share them. Every multiprocessor has many; with more, a
+long sequence would cost the launch of as many for each short one."""
+
+
+def splits_at_once(num_rows: int, num_splits: int) -> int:
+    """Return the number of programs for the splits of each of ``num_rows`` queries, of which the
+    longest has ``num_splits``. Does not change results."""
+    return min(num_splits, triton.cdiv(PROGRAMS, num_rows))
+
+
 @cache
 def workspace_bytes() -> int:
     """Return the maximum size of the partial outputs. Sequences that exceed it are decoded in

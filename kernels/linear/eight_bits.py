@@ -54,7 +54,7 @@ class EightBits(Format):
         dtype: torch.dtype,
         **options: Any,
     ) -> Product:
-        product: Product = linear.prepare_8bit(*_as_kernels_take(matrix), bias, dtype, **options)
+        product: Product = linear.prepare_8bit(*stored_parts(matrix), bias, dtype, **options)
         return product
 
     def experts(
@@ -62,12 +62,12 @@ class EightBits(Format):
     ) -> Callable[..., torch.Tensor]:
         if down.format != up.format:
             return Format.experts(self, moe, up, down, dtype, **options)
-        weights = *_as_kernels_take(up), *_as_kernels_take(down)
+        weights = *stored_parts(up), *stored_parts(down)
         experts: Callable[..., torch.Tensor] = moe.prepare_8bit(*weights, dtype, **options)
         return experts
 
 
-def _as_kernels_take(matrix: Matrix) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the weight, and its scales ``[..., M, blocks]``, or ``[..., M]`` for one block."""
+def stored_parts(matrix: Matrix) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the weight in 8 bits, and its scales ``[..., M, blocks]``, or ``[..., M]`` of one."""
     scale = matrix.fields["scale"]
     return matrix.fields["weight"], scale.squeeze(-1) if scale.shape[-1] == 1 else scale

@@ -102,7 +102,11 @@ class Format(ABC):
         self, moe: ModuleType, up: Matrix, down: Matrix, dtype: torch.dtype, **options: Any
     ) -> Callable[..., torch.Tensor]:
         """Return ``kernels.moe.reference.experts`` with the weights of all experts, stacked, for
-        hidden states of ``dtype``. By default each expert has two products."""
+        hidden states of ``dtype``. By default each expert has two products, unless ``moe``
+        multiplies the weights of all experts together in any formats."""
+        if hasattr(moe, "prepare_matrices"):
+            together: Callable[..., torch.Tensor] = moe.prepare_matrices(up, down, dtype, **options)
+            return together
         products = [
             (
                 one.format.product(moe.linear, one, None, dtype, **options),

@@ -11,7 +11,7 @@ program adds span after span. The additions and their order are the same.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,8 +20,19 @@ import triton
 import triton.language as tl
 
 from kernels.linear import reference
+from kernels.linear.groups import GroupFormat
 from kernels.linear.reference import SCALE_BLOCK, STORAGE, Format, quantize
-from kernels.target import pipeline_stages
+from kernels.linear.words import (
+    SPAN,
+    Words,
+    WordsForm,
+    form_of,
+    has_words,
+    multiply_words,
+    num_of,
+    words_of,
+)
+from kernels.target import has_roomy_memory, pipeline_stages
 from kernels.tuning import token_class, tuned
 
 ROWS = 4
@@ -29,12 +40,14 @@ ROWS = 4
 
 __all__ = [
     "ROWS",
+    "has_groups",
     "join",
     "linear",
     "linear_8bit",
     "linear_fp8",
     "prepare",
     "prepare_8bit",
+    "prepare_groups",
     "quantize",
     "quantize_rows",
 ]
@@ -78,8 +91,17 @@ def quantize_rows_kernel(x, rows, scales, N, x_stride, BLOCKS: tl.constexpr):
 
 
 @triton.jit
-def add_product(b_y, b_w, b_x, b_scale, p_scale, b_x_scale, i_k, m_m):
-    """Add ``w @ x`` for columns of w from i_k on to a tile ``[BM, BT]``.
+def load(pointers, mask, EVEN: tl.constexpr):
+    """Load numbers, or zeros where ``mask`` is False. If EVEN, all pointers are valid."""
+    if EVEN:
+        return tl.load(pointers)
+    else:
+        return tl.load(pointers, mask=mask, other=0.0)
+
+
+@triton.jit
+def add_product(b_y, b_w, b_x, b_scale, p_scale, b_x_scale, i_block, m_m, EVEN: tl.constexpr):
+    """Add ``w @ x`` for columns of w in block i_block to a tile ``[BM, BT]``.
 
     Scales of w's rows are in ``b_scale``, or loaded from ``p_scale``, or None; ``b_x_scale`` are
     those of x, or None.
@@ -87,13 +109,12 @@ def add_product(b_y, b_w, b_x, b_scale, p_scale, b_x_scale, i_k, m_m):
     if b_scale is None and p_scale is None:
         b_y = tl.dot(b_w, b_x, b_y, input_precision="ieee")
     else:
-        if p_scale is not None:
-            b_factor = tl.load(p_scale + i_k // BLOCK, mask=m_m, other=0.0)
-        else:
-            b_factor = b_scale
+        b_factor = load(p_scale + i_block, m_m, EVEN) if p_scale is not None else b_scale
         # The tensor cores of Hopper read widened weights from registers while the program runs on.
         # The scale keeps the product apart from the sum, so it is waited for before the next
         # weights overwrite them (tests/kernels/machine_code.py).
+        if b_w.dtype.is_fp8() and not b_x.dtype.is_fp8():
+            b_w = b_w.to(tl.float32)  # Hopper converts slowly without this step.
         b_product = tl.dot(b_w.to(b_x.dtype), b_x, input_precision="ieee")
         if b_x_scale is not None:
             b_product *= b_x_scale[None, :]
@@ -104,30 +125,31 @@ def add_product(b_y, b_w, b_x, b_scale, p_scale, b_x_scale, i_k, m_m):
 @triton.jit
 def multiply_span(
     p_w, p_x, scale, p_scale, p_x_scale, m_m, m_t, start, end,
-    BM: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr,
-    NARROW: tl.constexpr,
+    BM: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, SPANS: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     """Compute ``w[:, start:end] @ x[:, start:end].T`` in float32, ``[BM, BT]``, from row pointers.
 
     ``scale``: pointers to the scales of w's rows, or None. ``p_scale``: pointers to rows of scales,
-    one scale per BLOCK elements, or None. ``p_x_scale``: the same of x. NARROW: x is quantised
-    here. Both require that BK is BLOCK.
+    one scale per BLOCK elements, or None. ``p_x_scale``: the same of x. Both require that BK is
+    BLOCK. SPANS: number of BK per turn. EVEN: True if there are only whole turns, and all pointers
+    are valid: loads have no masks.
     """
     b_y = tl.zeros([BM, BT], tl.float32)
     b_scale = None
     if scale is not None:
         b_scale = tl.load(scale, mask=m_m, other=0.0)
-    for i_k in range(start, end, BK):
-        o_k = i_k + tl.arange(0, BK)
-        m_k = o_k < end
-        b_w = tl.load(p_w[:, None] + o_k[None, :], mask=m_m[:, None] & m_k[None, :], other=0.0)
-        b_x = tl.load(p_x[None, :] + o_k[:, None], mask=m_k[:, None] & m_t[None, :], other=0.0)
-        b_x_scale = None
-        if NARROW:
-            b_x, b_x_scale = narrow(b_x, 0)
-        elif p_x_scale is not None:
-            b_x_scale = tl.load(p_x_scale + i_k // BLOCK, mask=m_t, other=0.0)
-        b_y = add_product(b_y, b_w, b_x, b_scale, p_scale, b_x_scale, i_k, m_m)
+    for i_start in range(start, end, SPANS * BK):
+        for s in tl.static_range(SPANS):
+            o_k, i_block = i_start + s * BK + tl.arange(0, BK), i_start // BLOCK + s
+            m_w, m_x = m_m[:, None], m_t[None, :]
+            if not EVEN:
+                m_w, m_x = m_w & (o_k < end)[None, :], (o_k < end)[:, None] & m_x
+            b_w = load(p_w[:, None] + o_k[None, :], m_w, EVEN)
+            b_x = load(p_x[None, :] + o_k[:, None], m_x, EVEN)
+            b_x_scale = None
+            if p_x_scale is not None:
+                b_x_scale = load(p_x_scale + i_block, m_t, EVEN)
+            b_y = add_product(b_y, b_w, b_x, b_scale, p_scale, b_x_scale, i_block, m_m, EVEN)
     return b_y
 
 
@@ -166,24 +188,30 @@ def add_spans(b_span, p_span, stride, num_spans, counter, mask):
 def compute_tile(
     x, x_scale, w, scale, block_scale, bias, y, spans, counter, first_row, num_tokens, M, N, span,
     x_stride, y_stride, BM: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr,
-    NARROW: tl.constexpr,
+    FORM: tl.constexpr, SPANS: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     """Compute a tile of ``y = x @ w.T + bias`` from row ``first_row`` of w on, or the span of this
-    program if ``spans`` is given."""
+    program if ``spans`` is given. w is the tables of ``words.Words`` if FORM is given."""
     o_m = first_row + tl.arange(0, BM)
     o_t = tl.program_id(1) * BT + tl.arange(0, BT)
     m_m, m_t = o_m < M, o_t < num_tokens
     mask = m_m[:, None] & m_t[None, :]
-    p_w = w + o_m.to(tl.int64) * N
-    p_x = x + o_t.to(tl.int64) * x_stride
+    i_row, i_t = o_m, o_t
+    if EVEN:  # Pointers outside of a tensor repeat the last one.
+        i_row, i_t = tl.minimum(o_m, M - 1), tl.minimum(o_t, num_tokens - 1)
+    if FORM is None:
+        p_w = w + i_row.to(tl.int64) * N
+    else:
+        p_w = w.codes + i_row.to(tl.int64) * num_of(N, 8, FORM)
+    p_x = x + i_t.to(tl.int64) * x_stride
     p_channel, p_scale = scale, block_scale
     if scale is not None:
         p_channel += o_m
     if block_scale is not None:
-        p_scale += o_m * tl.cdiv(N, BLOCK)
+        p_scale += i_row * tl.cdiv(N, BLOCK)
     p_x_scale = x_scale
     if x_scale is not None:
-        p_x_scale += o_t * tl.cdiv(N, BLOCK)
+        p_x_scale += i_t * tl.cdiv(N, BLOCK)
     own = tl.program_id(2) * span
     first, last = (0, N) if spans is None else (own, tl.minimum(own + span, N))
     b_total = tl.zeros([BM, BT], tl.float32)
@@ -191,10 +219,16 @@ def compute_tile(
     # wait for each other.
     for start in range(first, last, span):
         end = tl.minimum(start + span, N)
-        b_total += multiply_span(
-            p_w, p_x, p_channel, p_scale, p_x_scale, m_m, m_t, start, end,
-            BM, BT, BK, NARROW,
-        )  # fmt: skip
+        if FORM is None:
+            b_total += multiply_span(
+                p_w, p_x, p_channel, p_scale, p_x_scale, m_m, m_t, start, end,
+                BM, BT, BK, SPANS, EVEN,
+            )  # fmt: skip
+        else:
+            b_span, _ = multiply_words(
+                p_x, w, p_w, None, 0, i_row, None, M, start, end, N, BM, BT, SPANS, FORM
+            )
+            b_total += b_span
     is_last = True
     if spans is not None:
         p_span = spans + o_t[None, :] * y_stride + o_m[:, None]
@@ -225,7 +259,9 @@ def linear_kernel(
     BM: tl.constexpr,
     BT: tl.constexpr,
     BK: tl.constexpr,
-    NARROW: tl.constexpr,
+    FORM: tl.constexpr,
+    SPANS: tl.constexpr,
+    EVEN: tl.constexpr,
 ):
     """Program (i_m, i_t, i_s): computes a tile of ``y``, or its span i_s if ``spans`` is given."""
     counter = counters
@@ -233,7 +269,7 @@ def linear_kernel(
         counter += tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
     compute_tile(
         x, x_scale, w, scale, block_scale, bias, y, spans, counter, tl.program_id(0) * BM,
-        num_tokens, M, N, span, x_stride, M, BM, BT, BK, NARROW,
+        num_tokens, M, N, span, x_stride, M, BM, BT, BK, FORM, SPANS, EVEN,
     )  # fmt: skip
 
 
@@ -261,7 +297,9 @@ def joined_kernel(
     BT: tl.constexpr,
     BK: tl.constexpr,
     GATES_BK: tl.constexpr,
-    NARROW: tl.constexpr,
+    FORM: tl.constexpr,
+    SPANS: tl.constexpr,
+    EVEN: tl.constexpr,
 ):
     """Compute ``[rows @ w.T | x @ gates_w.T]``, as ``linear_kernel`` computes each part. ``rows``
     is x, perhaps quantised.
@@ -280,12 +318,13 @@ def joined_kernel(
                 gates_spans += M
             compute_tile(
                 x, None, gates_w, None, None, None, y + M, gates_spans, counter, i_m * BM,
-                num_tokens, GATES_M, N, gates_span, x_stride, M + GATES_M, BM, BT, GATES_BK, False,
+                num_tokens, GATES_M, N, gates_span, x_stride, M + GATES_M, BM, BT, GATES_BK,
+                None, 1, False,
             )  # fmt: skip
     elif i_s * span < N:
         compute_tile(
             rows, x_scale, w, scale, block_scale, None, y, spans, counter, (i_m - num_gates) * BM,
-            num_tokens, M, N, span, rows_stride, M + GATES_M, BM, BT, BK, NARROW,
+            num_tokens, M, N, span, rows_stride, M + GATES_M, BM, BT, BK, FORM, SPANS, EVEN,
         )  # fmt: skip
 
 
@@ -293,30 +332,44 @@ def joined_kernel(
 class Product:
     """Product with a prepared weight, for calls on one stream at a time."""
 
-    weight: torch.Tensor
+    weight: torch.Tensor | Words
     scale: torch.Tensor | None
     bias: torch.Tensor | None
     counters: torch.Tensor
     """int32: number of arrived spans of each tile of few tokens, zero between calls."""
     fp8_rows: bool = False
     """True to quantise x to fp8."""
+    form: WordsForm | None = None
+    """Of a weight in words, else None."""
 
     @classmethod
     def of(
         cls,
-        weight: torch.Tensor,
+        weight: torch.Tensor | Words,
         scale: torch.Tensor | None,
         bias: torch.Tensor | None,
         fp8_rows: bool = False,
+        form: WordsForm | None = None,
     ) -> Product:
-        return cls(weight, scale, bias, _counters(len(weight), weight.device), fp8_rows)
+        stored = weight.codes if isinstance(weight, Words) else weight
+        return cls(weight, scale, bias, _counters(len(stored), stored.device), fp8_rows, form)
+
+    @property
+    def num_outputs(self) -> int:
+        return len(self.weight.codes if isinstance(self.weight, Words) else self.weight)
+
+    def span(self, size: int) -> int:
+        """Return the elements of N per span, of N elements."""
+        span = span_of(self.num_outputs, size)
+        has_turns = self.form is not None or self.fp8_rows
+        return triton.cdiv(span, 2 * SPAN) * 2 * SPAN if has_turns else span
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        num_outputs, (num_tokens, size) = len(self.weight), x.shape
+        num_outputs, (num_tokens, size) = self.num_outputs, x.shape
         y = torch.empty(num_tokens, num_outputs, dtype=x.dtype, device=x.device)
         if num_tokens == 0:
             return y
-        span = span_of(num_outputs, size)
+        span = self.span(size)
         num_spans = triton.cdiv(size, span) if num_tokens <= FEW_TOKENS else 1
         rows, row_scale = self.rows(x)
         tile = self.tile(rows)
@@ -339,16 +392,19 @@ class Product:
         return y
 
     def rows(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Return x in the format that the kernel reads, and its scales or None. Few tokens are
-        quantised by the product, which saves a launch."""
-        return quantize_rows(x) if self.fp8_rows and len(x) > FEW_TOKENS else (x, None)
+        """Return x in the format that the kernel reads, and its scales or None. It is quantised
+        once, because each program of a product reads all of x."""
+        return quantize_rows(x) if self.fp8_rows else (x, None)
 
     def tile(self, x: torch.Tensor) -> dict[str, Any]:
         """Return tile and pipeline for ``rows(x)``, from the device's table if it has them."""
+        if isinstance(self.weight, Words):
+            tile = tile_config(len(x), x.dtype, torch.int8)
+            return tile | words_config(self.form, x.shape[1], tile["BT"])
         tile = tile_config(len(x), x.dtype, self.weight.dtype)
-        tile["NARROW"] = self.fp8_rows and len(x) <= FEW_TOKENS
+        tile |= NO_WORDS
         if self.fp8_rows:
-            return tile | {"BK": SCALE_BLOCK}
+            return tile | fp8_config(x.shape[1])
         if scales_of(self.weight, self.scale)[1] is None:
             key = x.dtype, self.weight.dtype, *self.weight.shape, token_class(len(x))
             tile |= tuned("linear.linear_kernel", *key)
@@ -365,12 +421,12 @@ class Joined:
     counters: torch.Tensor
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        num_outputs, num_gates = len(self.product.weight), len(self.gates.weight)
+        num_outputs, num_gates = self.product.num_outputs, self.gates.num_outputs
         num_tokens, size = x.shape
         y = torch.empty(num_tokens, num_outputs + num_gates, dtype=x.dtype, device=x.device)
         if num_tokens == 0:
             return y
-        span, gates_span = span_of(num_outputs, size), span_of(num_gates, size)
+        span, gates_span = self.product.span(size), self.gates.span(size)
         num_spans = triton.cdiv(size, min(span, gates_span)) if num_tokens <= FEW_TOKENS else 1
         rows, row_scale = self.product.rows(x)
         tile = self.product.tile(rows)
@@ -464,6 +520,23 @@ def linear_fp8(
     return Product.of(quantized, scale, bias, fp8_rows=True)(x)
 
 
+def has_groups(format: GroupFormat) -> bool:
+    """Return True if ``prepare_groups`` multiplies this format."""
+    return has_words(format)
+
+
+def prepare_groups(
+    format: GroupFormat,
+    fields: Mapping[str, torch.Tensor],
+    num_columns: int,
+    bias: torch.Tensor | None,
+    dtype: torch.dtype,
+) -> Product:
+    """Return ``x @ weight.T + bias`` for a weight of 4 bits, with full-precision activations: the
+    products of a group are added in float32, and then multiplied by its scale."""
+    return Product.of(words_of(format, fields), None, bias, form=form_of(format))
+
+
 def quantize_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Quantise activations to fp8, with the bits of ``reference.quantize_rows``."""
     num_tokens, size = x.shape
@@ -489,19 +562,21 @@ def join(products: Sequence[Callable[[torch.Tensor], torch.Tensor]]) -> Callable
             isinstance(product, Product)
             and isinstance(gates, Product)
             and product.bias is None
-            and (gates.scale, gates.bias) == (None, None)
-            and len(gates.weight) <= MOST_GATES
+            and (gates.scale, gates.bias, gates.form) == (None, None, None)
+            and gates.num_outputs <= MOST_GATES
         ):
-            num_outputs = len(product.weight) + len(gates.weight) + LEAST_ROWS
-            return Joined(product, gates, _counters(num_outputs, gates.weight.device))
+            num_outputs = product.num_outputs + gates.num_outputs + LEAST_ROWS
+            return Joined(product, gates, _counters(num_outputs, gates.counters.device))
     return reference.join(products)
 
 
 def scales_of(
-    weight: torch.Tensor, scale: torch.Tensor | None
+    weight: torch.Tensor | Words, scale: torch.Tensor | None
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """Return (one scale per row, or None; one scale per block of a row, or None)."""
-    return (None, scale) if scale is not None and scale.ndim == weight.ndim else (scale, None)
+    if scale is None or isinstance(weight, Words):
+        return None, None
+    return (None, scale) if scale.ndim == weight.ndim else (scale, None)
 
 
 def span_of(num_outputs: int, size: int) -> int:
@@ -512,6 +587,32 @@ def span_of(num_outputs: int, size: int) -> int:
     wanted = PROGRAMS // triton.cdiv(num_outputs, 64)
     num_spans = max(1, min(wanted, size // LEAST_SPAN))
     return triton.cdiv(triton.cdiv(size, num_spans), 128) * 128
+
+
+NO_WORDS: dict[str, Any] = {"FORM": None, "SPANS": 1, "EVEN": False}
+"""Constants of kernels for weights that are not in words."""
+
+
+def fp8_config(size: int, *, is_pair: bool = False) -> dict[str, Any]:
+    """Return the constants of products of fp8 rows with weights ``[M, size]``: two blocks per turn
+    of a loop, or one of each of a pair of weights."""
+    spans = 1 if is_pair or size % (2 * SCALE_BLOCK) else 2
+    is_even = size % (spans * SCALE_BLOCK) == 0
+    return NO_WORDS | {"BK": SCALE_BLOCK, "SPANS": spans, "EVEN": is_even}
+
+
+def words_config(form: WordsForm | None, size: int, num_tokens: int) -> dict[str, Any]:
+    """Return the constants of a weight in words ``[M, size]``, for tiles of ``num_tokens``.
+
+    Two spans per turn of a loop, if rows have a whole number of turns and shared memory suffices.
+    """
+    is_large = num_tokens > 32
+    spans = 2 if size % (2 * SPAN) == 0 and (has_roomy_memory() or not is_large) else 1
+    return NO_WORDS | {
+        "FORM": form,
+        "SPANS": spans,
+        "num_stages": pipeline_stages(3 if is_large else 4),
+    }
 
 
 def depth_of(dtype: torch.dtype, weight_dtype: torch.dtype) -> int:

@@ -87,8 +87,9 @@ class GroupFormat(Format):
         return codes - (self.zero if zeros is None else self._each(zeros.int(), self.block))
 
     def has_product(self, linear: ModuleType) -> bool:
-        """Return True for ``native``, if the processor has AVX2 and scales have whole units."""
-        return self.block % UNIT == 0 and hasattr(linear, "has_groups") and linear.has_groups()
+        """Return True if ``linear`` has a product for groups of this kind: of weights in 4 bits on
+        a device, or of blocks with whole units on a processor with AVX2."""
+        return hasattr(linear, "has_groups") and bool(linear.has_groups(self))
 
     def product(
         self,
@@ -98,9 +99,10 @@ class GroupFormat(Format):
         dtype: torch.dtype,
         **options: Any,
     ) -> Product:
-        """Return the product with activations in 8 bits (``linear_groups``), or with the widened
-        weight on processors that have none and for other dtypes than float32 and bfloat16."""
-        if dtype in DTYPES and self.has_product(linear):
+        """Return the product of ``linear``: on a CPU with activations in 8 bits
+        (``linear_groups``). Without one, and on a CPU for other dtypes than float32 and bfloat16,
+        the weight is widened."""
+        if (dtype in DTYPES or matrix.device.type != "cpu") and self.has_product(linear):
             product: Product = linear.prepare_groups(
                 self, matrix.fields, matrix.num_columns, bias, dtype
             )

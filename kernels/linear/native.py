@@ -88,9 +88,9 @@ def prepare_8bit(
     return prepare(widened(quantized, scale, dtype), bias)
 
 
-def has_groups() -> bool:
-    """Return True if ``prepare_groups`` works on this processor."""
-    return kernel_choices()["linear_groups"] != "reference"
+def has_groups(format: GroupFormat) -> bool:
+    """Return True if ``prepare_groups`` works on this processor: blocks have whole units."""
+    return format.block % UNIT == 0 and kernel_choices()["linear_groups"] != "reference"
 
 
 def prepare_groups(

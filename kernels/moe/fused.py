@@ -12,23 +12,29 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
 from kernels.linear import fused as linear
+from kernels.linear.eight_bits import EightBits, stored_parts
+from kernels.linear.formats import Matrix
 from kernels.linear.fused import (
     BLOCK,
-    SCALE_BLOCK,
+    NO_WORDS,
     add_product,
     depth_of,
+    fp8_config,
+    load,
     multiply_span,
-    narrow,
     quantize_rows,
     scales_of,
+    words_config,
 )
+from kernels.linear.groups import GroupFormat
+from kernels.linear.words import Words, WordsForm, form_of, multiply_words, num_of, words_of
 from kernels.moe.reference import prepare_products, quantize_experts
 from kernels.moe.sigmoid import NO_EXPERT
 from kernels.moe.sigmoid import route_sigmoid as route_sigmoid
@@ -41,6 +47,7 @@ __all__ = [
     "linear",
     "prepare",
     "prepare_8bit",
+    "prepare_matrices",
     "prepare_products",
     "quantize_experts",
     "route",
@@ -56,9 +63,13 @@ would cost more than reading some experts twice."""
 FEW_PAIRS = 4096
 """Maximum number of pairs that are sorted in one launch. Each of its programs reads all of them."""
 
-MOST_ROWS, MOST_FP8_ROWS = 64, 128
-"""Most rows per block, in full precision and in fp8, of which a multiprocessor holds twice as
-many."""
+MOST_ROWS, MOST_FP8_ROWS, MOST_SCALED_ROWS = 64, 128, 32
+"""Most rows per block: in full precision; in fp8, of which a multiprocessor holds twice as many;
+and for weights in 4 bits with a scale for each 32 columns, whose sums need more registers."""
+
+ISSUED_ROWS = 40
+"""Rows in fp8 whose products take as long as the other instructions of a loop: 167 for 16 products
+of 32 columns, each of which takes half a cycle per row on Hopper."""
 
 PART = 128
 """Pairs per ranking program, which compares each pair with each."""
@@ -77,6 +88,37 @@ class Blocks(NamedTuple):
     num_blocks: int
     rows: int
     """Rows per block (BT)."""
+
+
+class Stack(NamedTuple):
+    """Weights of all experts ``[E, M, N]``."""
+
+    weight: torch.Tensor | Words
+    scale: torch.Tensor | None
+    num_rows: int
+    """M."""
+    num_columns: int
+    form: WordsForm | None = None
+    """Of weights in words, else None."""
+
+    @classmethod
+    def of(cls, weight: torch.Tensor, scale: torch.Tensor | None = None) -> Stack:
+        return cls(weight, scale, *weight.shape[1:])
+
+    @classmethod
+    def of_matrix(cls, matrix: Matrix, dtype: torch.dtype) -> Stack:
+        """Return the weights in their format if there is a product for it, else in ``dtype``."""
+        format, shape = matrix.format, matrix.shape[1:]
+        if format.has_product(linear):
+            if isinstance(format, GroupFormat):
+                return cls(words_of(format, matrix.fields), None, *shape, form_of(format))
+            if isinstance(format, EightBits):
+                return cls.of(*stored_parts(matrix))
+        return cls.of(matrix.widened(dtype))
+
+    def config(self, rows: int) -> dict[str, Any]:
+        """Return the constants of a kernel for blocks of ``rows``, if they are not the default."""
+        return {} if self.form is None else words_config(self.form, self.num_columns, rows)
 
 
 @triton.jit
@@ -279,12 +321,15 @@ def gate_up_kernel(
     BM: tl.constexpr,
     BT: tl.constexpr,
     BK: tl.constexpr,
-    NARROW: tl.constexpr,
+    FORM: tl.constexpr,
+    SPANS: tl.constexpr,
+    EVEN: tl.constexpr,
     GATED: tl.constexpr,
 ):
     """Compute ``inner[p] = silu(gate) * up`` with ``(gate, up) = w[e] @ x[token of p]``.
 
-    Gate and up rows of w are read together. If not GATED: ``relu(w[e] @ x[token of p])^2``.
+    Gate and up rows of w are read together; w is the tables of ``Words`` if FORM is given. If not
+    GATED: ``relu(w[e] @ x[token of p])^2``.
     """
     i_block = tl.program_id(1)
     if is_unused(i_block, block_experts, block_count, num_pairs, K, BT, SHARED):
@@ -292,39 +337,56 @@ def gate_up_kernel(
     o_m = tl.program_id(0) * BM + tl.arange(0, BM)
     i_e, o_p, o_token, m_t = block_rows(pairs, block_experts, i_block, num_pairs, K, BT, SHARED)
     m_m = o_m < INNER
-    p_x = x + o_token.to(tl.int64) * x_stride
+    i_row, i_t = o_m, o_token
+    if EVEN:  # Pointers outside of a tensor repeat others.
+        i_row, i_t = tl.minimum(o_m, INNER - 1), tl.where(m_t, o_token, 0)
+    p_x = x + i_t.to(tl.int64) * x_stride
     first = i_e * (2 if GATED else 1) * INNER
-    p_gate = w + (first + o_m) * size
-    p_up = w + (first + INNER + o_m) * size
-    p_scale, p_x_scale = block_scale, x_scale
-    if x_scale is not None:
-        p_x_scale += o_token * tl.cdiv(size, BLOCK)
-    b_gate_scale, b_up_scale = None, None
-    if w_scale is not None:
-        b_gate_scale = tl.load(w_scale + first + o_m, mask=m_m, other=0.0)
+    if FORM is not None:
+        rows: tl.constexpr = (2 if GATED else 1) * INNER
+        p_gate = w.codes + (first + i_row) * num_of(size, 8, FORM)
+        p_up = None
         if GATED:
-            b_up_scale = tl.load(w_scale + first + INNER + o_m, mask=m_m, other=0.0)
-    p_up_scale = block_scale
-    if block_scale is not None:
-        p_scale += (first + o_m) * tl.cdiv(size, BLOCK)
-        p_up_scale += (first + INNER + o_m) * tl.cdiv(size, BLOCK)
-    b_gate = tl.zeros([BM, BT], tl.float32)
-    b_up = tl.zeros([BM, BT], tl.float32)
-    for i_k in range(0, size, BK):
-        o_k = i_k + tl.arange(0, BK)
-        m_k = o_k < size
-        m_w = m_m[:, None] & m_k[None, :]
-        b_x = tl.load(p_x[None, :] + o_k[:, None], mask=m_k[:, None] & m_t[None, :], other=0.0)
-        b_x_scale = None
-        if NARROW:
-            b_x, b_x_scale = narrow(b_x, 0)
-        elif x_scale is not None:
-            b_x_scale = tl.load(p_x_scale + i_k // BLOCK, mask=m_t, other=0.0)
-        b_w = tl.load(p_gate[:, None] + o_k[None, :], mask=m_w, other=0.0)
-        b_gate = add_product(b_gate, b_w, b_x, b_gate_scale, p_scale, b_x_scale, i_k, m_m)
-        if GATED:
-            b_w = tl.load(p_up[:, None] + o_k[None, :], mask=m_w, other=0.0)
-            b_up = add_product(b_up, b_w, b_x, b_up_scale, p_up_scale, b_x_scale, i_k, m_m)
+            p_up = p_gate + INNER * num_of(size, 8, FORM)
+        b_gate, b_up = multiply_words(
+            p_x, w, p_gate, p_up, i_e, i_row, INNER + i_row, rows, 0, size, size, BM, BT, SPANS,
+            FORM,
+        )  # fmt: skip
+    else:
+        p_gate = w + (first + i_row) * size
+        p_up = w + (first + INNER + i_row) * size
+        p_scale, p_x_scale = block_scale, x_scale
+        if x_scale is not None:
+            p_x_scale += i_t * tl.cdiv(size, BLOCK)
+        b_gate_scale, b_up_scale = None, None
+        if w_scale is not None:
+            b_gate_scale = tl.load(w_scale + first + o_m, mask=m_m, other=0.0)
+            if GATED:
+                b_up_scale = tl.load(w_scale + first + INNER + o_m, mask=m_m, other=0.0)
+        p_up_scale = block_scale
+        if block_scale is not None:
+            p_scale += (first + i_row) * tl.cdiv(size, BLOCK)
+            p_up_scale += (first + INNER + i_row) * tl.cdiv(size, BLOCK)
+        b_gate = tl.zeros([BM, BT], tl.float32)
+        b_up = tl.zeros([BM, BT], tl.float32)
+        for i_k in range(0, size, BK):
+            o_k, i_block = i_k + tl.arange(0, BK), i_k // BLOCK
+            m_w, m_x = m_m[:, None], m_t[None, :]
+            if not EVEN:
+                m_w, m_x = m_w & (o_k < size)[None, :], (o_k < size)[:, None] & m_x
+            b_x = load(p_x[None, :] + o_k[:, None], m_x, EVEN)
+            b_x_scale = None
+            if x_scale is not None:
+                b_x_scale = load(p_x_scale + i_block, m_t, EVEN)
+            b_w = load(p_gate[:, None] + o_k[None, :], m_w, EVEN)
+            b_gate = add_product(
+                b_gate, b_w, b_x, b_gate_scale, p_scale, b_x_scale, i_block, m_m, EVEN
+            )
+            if GATED:
+                b_w = load(p_up[:, None] + o_k[None, :], m_w, EVEN)
+                b_up = add_product(
+                    b_up, b_w, b_x, b_up_scale, p_up_scale, b_x_scale, i_block, m_m, EVEN
+                )
     # Rounded after the product, as in the reference.
     b_gate = b_gate.to(inner.dtype.element_ty).to(tl.float32)
     if GATED:
@@ -356,28 +418,39 @@ def down_kernel(
     BM: tl.constexpr,
     BT: tl.constexpr,
     BK: tl.constexpr,
-    NARROW: tl.constexpr,
+    FORM: tl.constexpr,
+    SPANS: tl.constexpr,
+    EVEN: tl.constexpr,
 ):
-    """Compute ``y[p] = w[e] @ inner[p]``."""
+    """Compute ``y[p] = w[e] @ inner[p]``. w is as in ``gate_up_kernel``."""
     i_block = tl.program_id(1)
     if is_unused(i_block, block_experts, block_count, num_pairs, K, BT, SHARED):
         return
     o_m = tl.program_id(0) * BM + tl.arange(0, BM)
     i_e, o_p, _, m_t = block_rows(pairs, block_experts, i_block, num_pairs, K, BT, SHARED)
     m_m = o_m < H
-    p_inner = inner + o_p.to(tl.int64) * size
-    p_w = w + (i_e * H + o_m) * size
-    p_channel, p_scale, p_inner_scale = w_scale, block_scale, inner_scale
-    if w_scale is not None:
-        p_channel += i_e * H + o_m
-    if block_scale is not None:
-        p_scale += (i_e * H + o_m) * tl.cdiv(size, BLOCK)
-    if inner_scale is not None:
-        p_inner_scale += o_p * tl.cdiv(size, BLOCK)
-    b_y = multiply_span(
-        p_w, p_inner, p_channel, p_scale, p_inner_scale, m_m, m_t, 0, size, BM, BT, BK,
-        NARROW,
-    )  # fmt: skip
+    i_row, i_p = o_m, o_p
+    if EVEN:
+        i_row, i_p = tl.minimum(o_m, H - 1), tl.where(m_t, o_p, 0)
+    p_inner = inner + i_p.to(tl.int64) * size
+    if FORM is not None:
+        p_w = w.codes + (i_e * H + i_row) * num_of(size, 8, FORM)
+        b_y, _ = multiply_words(
+            p_inner, w, p_w, None, i_e, i_row, None, H, 0, size, size, BM, BT, SPANS, FORM
+        )
+    else:
+        p_w = w + (i_e * H + i_row) * size
+        p_channel, p_scale, p_inner_scale = w_scale, block_scale, inner_scale
+        if w_scale is not None:
+            p_channel += i_e * H + o_m
+        if block_scale is not None:
+            p_scale += (i_e * H + i_row) * tl.cdiv(size, BLOCK)
+        if inner_scale is not None:
+            p_inner_scale += i_p * tl.cdiv(size, BLOCK)
+        b_y = multiply_span(
+            p_w, p_inner, p_channel, p_scale, p_inner_scale, m_m, m_t, 0, size, BM, BT, BK,
+            SPANS, EVEN,
+        )  # fmt: skip
     p_y = y + o_p.to(tl.int64)[None, :] * H + o_m[:, None]
     tl.store(p_y, b_y.to(y.dtype.element_ty), mask=m_m[:, None] & m_t[None, :])
 
@@ -436,7 +509,7 @@ def experts(
     shared_gate: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Compute the weighted sum of each token's experts; see ``reference.experts``."""
-    return _experts(hidden, weights, experts, w13, w2, (None, None), shared_gate, False)
+    return _experts(hidden, weights, experts, Stack.of(w13), Stack.of(w2), shared_gate, False)
 
 
 def experts_8bit(
@@ -455,8 +528,8 @@ def experts_8bit(
 
     See ``reference.experts_8bit``.
     """
-    scales = w13_scale, w2_scale
-    return _experts(hidden, weights, experts, w13, w2, scales, shared_gate, fp8_rows)
+    up, down = Stack.of(w13, w13_scale), Stack.of(w2, w2_scale)
+    return _experts(hidden, weights, experts, up, down, shared_gate, fp8_rows)
 
 
 def prepare(w13: torch.Tensor, w2: torch.Tensor) -> Callable[..., torch.Tensor]:
@@ -479,25 +552,47 @@ def prepare_8bit(
     return partial(experts_8bit, **parts, fp8_rows=fp8_rows)
 
 
+def prepare_matrices(
+    up: Matrix, down: Matrix, dtype: torch.dtype, *, fp8_rows: bool = False
+) -> Callable[..., torch.Tensor]:
+    """Return ``experts`` with weights ``[E, M, N]`` in any formats, for hidden states of ``dtype``.
+
+    ``fp8_rows``: as in ``prepare_8bit``, if both are in fp8.
+    """
+    stacks = Stack.of_matrix(up, dtype), Stack.of_matrix(down, dtype)
+    fp8_rows = fp8_rows and all(stack.scale is not None for stack in stacks)
+
+    def compute(
+        hidden: torch.Tensor,
+        weights: torch.Tensor,
+        experts: torch.Tensor,
+        shared_gate: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        return _experts(hidden, weights, experts, *stacks, shared_gate, fp8_rows)
+
+    return compute
+
+
 def _experts(
     hidden: torch.Tensor,
     weights: torch.Tensor,
     experts: torch.Tensor,
-    w13: torch.Tensor,
-    w2: torch.Tensor,
-    scales: tuple[torch.Tensor | None, torch.Tensor | None],
+    w13: Stack,
+    w2: Stack,
     shared_gate: torch.Tensor | None,
     fp8_rows: bool,
 ) -> torch.Tensor:
     num_tokens, k = experts.shape
-    num_experts, hidden_size, inner_size = w2.shape
+    hidden_size, inner_size = w2.num_rows, w2.num_columns
+    num_experts = len(w2.weight.codes if isinstance(w2.weight, Words) else w2.weight)
     out = torch.empty(num_tokens, hidden_size, dtype=hidden.dtype, device=hidden.device)
     if num_tokens == 0:
         return out
     shared = None if shared_gate is None else num_experts - 1
-    blocks = make_blocks(
-        experts, num_experts if shared is None else shared, MOST_FP8_ROWS if fp8_rows else MOST_ROWS
-    )
+    most_rows = MOST_FP8_ROWS if fp8_rows else MOST_ROWS
+    if any(one.form is not None and one.form.group < 128 for one in (w13, w2)):
+        most_rows = MOST_SCALED_ROWS
+    blocks = make_blocks(experts, num_experts if shared is None else shared, most_rows)
     num_shared = 0 if shared is None else triton.cdiv(num_tokens, blocks.rows)
     num_blocks = num_shared + blocks.num_blocks
     num_pairs = num_tokens * k
@@ -510,31 +605,33 @@ def _experts(
         "SHARED": shared,
         "BM": 64,
         "BT": blocks.rows,
-        "BK": depth_of(hidden.dtype, w13.dtype),
-        "NARROW": fp8_rows and num_tokens <= FEW_TOKENS,
         "num_stages": pipeline_stages(4),
-    }
+    } | NO_WORDS
     x, x_scale, inner_scale = hidden, None, None
     if fp8_rows:
-        config |= {"BK": SCALE_BLOCK, "num_warps": 8 if blocks.rows > MOST_ROWS else 4}
-        if not config["NARROW"]:
-            x, x_scale = quantize_rows(hidden)
-    up, down, dtypes = dict(config), dict(config), (hidden.dtype, w13.dtype)
-    w13_scale, w2_scale = scales
-    if not fp8_rows and (w13_scale is None or w13_scale.ndim == 2):
-        up |= tuned("moe.gate_up_kernel", *dtypes, inner_size, hidden_size, blocks.rows)
-        down |= tuned("moe.down_kernel", *dtypes, hidden_size, inner_size, blocks.rows)
+        config |= {"num_warps": 8 if blocks.rows > MOST_ROWS else 4}
+        x, x_scale = quantize_rows(hidden)
+    up, down = (config | one.config(blocks.rows) for one in (w13, w2))
+    for name, stack, tile in (("gate_up", w13, up), ("down", w2, down)):
+        tile["BK"] = _depth(hidden.dtype, stack)
+        if fp8_rows:
+            tile |= fp8_config(stack.num_columns, is_pair=stack is w13)
+        if not fp8_rows and stack.form is None and (stack.scale is None or stack.scale.ndim == 2):
+            assert isinstance(stack.weight, torch.Tensor)
+            outputs = inner_size if stack is w13 else hidden_size
+            key = hidden.dtype, stack.weight.dtype, outputs, stack.num_columns, blocks.rows
+            tile |= tuned(f"moe.{name}_kernel", *key)
     gate_up_kernel[(triton.cdiv(inner_size, up["BM"]), num_blocks)](
         x,
         x_scale,
-        w13,
-        *scales_of(w13, w13_scale),
+        w13.weight,
+        *scales_of(w13.weight, w13.scale),
         inner,
         *where,
-        w13.shape[2],
+        w13.num_columns,
         x.stride(0),
         INNER=inner_size,
-        GATED=w13.shape[1] == 2 * inner_size,
+        GATED=w13.num_rows == 2 * inner_size,
         **up,
     )
     if x_scale is not None:
@@ -542,8 +639,8 @@ def _experts(
     down_kernel[(triton.cdiv(hidden_size, down["BM"]), num_blocks)](
         inner,
         inner_scale,
-        w2,
-        *scales_of(w2, w2_scale),
+        w2.weight,
+        *scales_of(w2.weight, w2.scale),
         results,
         *where,
         inner_size,
@@ -565,6 +662,10 @@ def _experts(
     return out
 
 
+def _depth(dtype: torch.dtype, stack: Stack) -> int:
+    return depth_of(dtype, torch.int8 if isinstance(stack.weight, Words) else stack.weight.dtype)
+
+
 def make_blocks(experts: torch.Tensor, num_experts: int, most_rows: int = MOST_ROWS) -> Blocks:
     """Build the blocks for ``experts [T, k]``, in the order of tokens within an expert.
 
@@ -576,8 +677,7 @@ def make_blocks(experts: torch.Tensor, num_experts: int, most_rows: int = MOST_R
         return Blocks(None, experts.reshape(-1), None, num_pairs, 16)
     # By powers of two of tokens: one step in each range compiles all kernels of that range.
     most_pairs = triton.next_power_of_2(num_tokens) * k
-    mean = triton.cdiv(most_pairs, num_experts)
-    rows = min(most_rows, max(16, triton.next_power_of_2(mean)))
+    rows = rows_per_block(triton.cdiv(most_pairs, num_experts), most_rows)
     num_blocks = num_pairs // rows + min(num_experts, num_pairs)
     block_experts = torch.empty(num_blocks, dtype=torch.int32, device=experts.device)
     pairs = torch.empty(num_blocks * rows, dtype=torch.int32, device=experts.device)
@@ -598,6 +698,23 @@ def make_blocks(experts: torch.Tensor, num_experts: int, most_rows: int = MOST_R
     else:
         _sort_by_parts(experts, blocks, num_experts)
     return blocks
+
+
+def rows_per_block(mean: int, most_rows: int) -> int:
+    """Return the size of blocks for experts with ``mean`` rows.
+
+    The smallest power of two that holds them, up to ``most_rows``. In fp8 it is the one that takes
+    the least time with its padding: tensor cores are fast enough that a block of fewer than
+    ``ISSUED_ROWS`` rows takes the time of its other instructions.
+    """
+    if most_rows < MOST_FP8_ROWS:
+        return min(most_rows, max(16, triton.next_power_of_2(mean)))
+
+    def cost(rows: int) -> tuple[int, int]:
+        num_blocks = triton.cdiv(mean, rows)
+        return num_blocks * max(rows, ISSUED_ROWS), num_blocks
+
+    return min((16, 32, 64, 128), key=cost)
 
 
 def _sort_by_parts(experts: torch.Tensor, blocks: Blocks, num_experts: int) -> None:

@@ -152,22 +152,25 @@ def _nvidia(kernel: Any, log: str) -> dict[str, int | bool]:
         "mma": ptx.count("mma.sync"),
         "cp_async": ptx.count("cp.async.ca") + ptx.count("cp.async.cg"),
         "tma": ptx.count("cp.async.bulk"),
-        "products_in_danger": _products_in_danger(kernel) if "wgmma.mma_async" in ptx else 0,
-    }
+    } | (_products(kernel) if "wgmma.mma_async" in ptx else {"products_in_danger": 0})
 
 
-def _products_in_danger(kernel: Any) -> int | None:
-    """Return how many asynchronous products have registers that change while they run.
-
-    None if the disassembler is absent.
+def _products(kernel: Any) -> dict[str, Any]:
+    """Return how many asynchronous products have registers that change while they run, and the
+    loops with products: instructions, products, conversions of floating-point numbers, and parts of
+    divisions. None, or no loops, if the disassembler is absent.
     """
     from tests.kernels import machine_code
 
     disassembler = machine_code.find_disassembler()
     if disassembler is None:
-        return None
+        return {"products_in_danger": None, "loops": []}
     code = machine_code.disassemble(kernel.asm["cubin"], disassembler)
-    return len(machine_code.registers_in_danger(code))
+    loops = [
+        [loop.num_instructions, loop.num_products, loop.counts["F2F"], loop.counts["MUFU"]]
+        for loop in machine_code.product_loops(code)
+    ]
+    return {"products_in_danger": len(machine_code.registers_in_danger(code)), "loops": loops}
 
 
 def _amd(kernel: Any) -> dict[str, int]:

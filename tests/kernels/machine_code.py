@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
+from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -100,6 +101,41 @@ def registers_in_danger(code: str) -> list[str]:
                     waiting.append(state)
             break
     return [found[index] for index in sorted(found)]
+
+
+class Loop(NamedTuple):
+    """Loop with products of 64 rows. Each has as many weights per thread as half of its depth: 8 of
+    16 bits, 16 of 8 bits."""
+
+    num_instructions: int
+    num_products: int
+    counts: Counter[str]
+    """Number of instructions by the first part of their names."""
+
+
+def product_loops(code: str) -> list[Loop]:
+    """Return the loops with products that contain no other one, in their order."""
+    lines = parse(code)
+    ranges = sorted(
+        (target, index)
+        for index, line in enumerate(lines)
+        if line.name.startswith("BRA")
+        for target in line.next
+        if target <= index and any(one.product for one in lines[target : index + 1])
+    )
+    inner = [
+        (first, last)
+        for first, last in ranges
+        if not any((a, b) != (first, last) and first <= a and b <= last for a, b in ranges)
+    ]
+    return [
+        Loop(
+            last + 1 - first,
+            sum(line.product is not None for line in lines[first : last + 1]),
+            Counter(line.name.split(".")[0] for line in lines[first : last + 1]),
+        )
+        for first, last in inner
+    ]
 
 
 def _is_conflict(line: Instruction, product: Product | None) -> bool:

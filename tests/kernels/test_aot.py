@@ -105,6 +105,53 @@ def test_registers_of_running_products_do_not_change(
     assert_products_keep_their_registers(records)
 
 
+FOUR_BITS = 6.5
+FP8_ROWS = 180 / 128
+"""Most instructions per weight: 180 for 16,384 weights in a program of 128 threads. Gate and up,
+which share the loads of x, have 147."""
+
+
+@pytest.mark.parametrize(
+    ("launches", "only", "weights_per_product", "most"),
+    [
+        pytest.param(*case, marks=[] if index in (0, 1) else pytest.mark.full)
+        for index, case in enumerate(
+            [
+                ("linear", "int4_zeros_some", 8, FOUR_BITS),
+                ("moe", "fp8_rows_one", 16, FP8_ROWS),
+                *(
+                    ("linear", f"int4{word}", 8, FOUR_BITS)
+                    for word in ("_one", "_some", "_prefill")
+                ),
+                *(("linear", f"int4_in_32{word}", 8, FOUR_BITS) for word in ("_one", "_some")),
+                ("linear", "int4_zeros_one", 8, FOUR_BITS),
+                ("linear", "mxfp4_one", 8, FOUR_BITS),
+                ("linear", "q4_k_one", 4, 8.0),  # Half of the products add up x, for the minima.
+                *(("moe", f"int4{word}", 8, FOUR_BITS) for word in ("_one", "_some", "_prefill")),
+                *(("moe", f"int4_in_32{word}", 8, FOUR_BITS) for word in ("_some", "_prefill")),
+                ("moe", "mxfp4_some", 8, FOUR_BITS),
+                ("moe", "q4_k_some", 4, 8.0),
+                *(("moe", f"fp8_rows{word}", 16, FP8_ROWS) for word in ("_some", "_prefill")),
+                *(("linear", f"fp8_rows{word}", 16, FP8_ROWS) for word in ("_one", "_some")),
+            ]
+        )
+    ],
+)
+def test_loops_have_few_instructions_per_weight(
+    launches: str, only: str, weights_per_product: int, most: float
+) -> None:
+    """And no conversions of floating-point numbers, and no divisions."""
+    file = HERE / "launches" / f"{launches}.py"
+    records = compiled(file, None, "--only", only, "--targets", "sm_90")
+    loops = [loop for record in records if record["wgmma"] for loop in record["loops"]]
+    if not loops:
+        pytest.skip("the triton package has no nvdisasm")
+    assert_products_keep_their_registers(records)
+    for instructions, products, conversions, divisions in loops:
+        assert instructions / (products * weights_per_product) <= most
+        assert conversions == divisions == 0
+
+
 def test_a_product_whose_operand_changes_is_found() -> None:
     """The first product runs on while its left operand R4 is loaded again; the second one not."""
     code = """

@@ -186,8 +186,10 @@ def test_verification_equals_decode(backend, heads, kv_heads, dtype, device, mon
     ends = [(b, end + 1) for b, start, last in spans for end in range(start, last)]
     assert torch.equal(out, cache.decode(backend, ends))
     monkeypatch.setattr(splits, "workspace_bytes", lambda: 1)
+    monkeypatch.setattr(splits, "PROGRAMS", 1)  # Splits follow each other.
     spans *= 2
     assert torch.equal(cache.verify(backend, spans), torch.cat([out, out]))
+    assert torch.equal(out, cache.decode(backend, ends))
     assert not len(cache.verify(backend, [(0, 5, 5)]))
 
 
@@ -277,6 +279,17 @@ def test_long_sequences_are_decoded_in_groups(device, monkeypatch) -> None:
     monkeypatch.setattr(splits, "workspace_bytes", lambda: 1)
     assert splits.group_size(2, 2, 32) == 4
     assert torch.equal(cache.decode(fused, ends), whole)
+    monkeypatch.setattr(splits, "PROGRAMS", 1)  # Splits of a sequence follow each other.
+    assert torch.equal(cache.decode(fused, ends), whole)
+
+
+def test_a_long_sequence_costs_short_ones_few_programs() -> None:
+    """63 sequences of 1,024 tokens, and one of 131,072, with 2 KV heads."""
+    long, short = 131072 // splits.SPLIT, 1024 // splits.SPLIT
+    launched = 64 * 2 * splits.splits_at_once(64 * 2, long)
+    assert launched <= 4 * 2 * (63 * short + long)
+    assert splits.splits_at_once(64 * 2, short) == short
+    assert splits.splits_at_once(2, long) == long  # Alone it has all of the device.
 
 
 def test_workspace_follows_the_memory_of_the_device(monkeypatch) -> None:

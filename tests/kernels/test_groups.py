@@ -10,6 +10,7 @@ import torch
 
 from kernels.linear import grouped, native, reference
 from kernels.linear.blocks import GGML_TYPES, Blocks
+from kernels.linear.eight_bits import EightBits
 from kernels.linear.formats import Matrix
 from kernels.linear.grouped import Grouped
 from kernels.linear.groups import UNIT, GroupFormat, Groups, linear_groups, quantize_units
@@ -380,3 +381,74 @@ def test_layers_and_experts_use_the_product_of_their_backend(format) -> None:
             hidden, weights, chosen, up[:, :32].widened(torch.float32), down.widened(torch.float32)
         )
         assert_close(of_all(hidden, weights, chosen), expected, factor=2000 if has_product else 1)
+
+
+fused = pytest.importorskip("kernels.linear.fused")
+fused_experts = pytest.importorskip("kernels.moe.fused")
+IN_WORDS = [form for form in FORMATS if fused.has_groups(form)]
+
+
+def test_formats_of_four_bits_have_products_on_a_device() -> None:
+    names = {form.describe() for form in IN_WORDS}
+    groups = {f"int4 in groups of {size} columns" for size in (32, 64, 128)}
+    assert names == {"Q4_0", "Q4_1", "Q4_K", "MXFP4"} | groups
+
+
+@pytest.mark.parametrize("format", IN_WORDS, ids=lambda form: form.describe().replace(" ", "-"))
+@pytest.mark.parametrize("num_columns", [256, 300])
+@pytest.mark.parametrize("has_zeros", [True, False])
+def test_products_of_words_are_those_of_the_widened_weight(
+    format, num_columns, has_zeros, device
+) -> None:
+    """With zeros for each group, and the last part of a span."""
+    numbers = draw_numbers(format, 70, num_columns)
+    if has_zeros and format.table is None and "minimum" not in numbers:
+        numbers["zeros"] = torch.randint(16, numbers["scale"].shape, dtype=torch.uint8)
+    run, expected = product_of_words(format, numbers, num_columns, 5, device)
+    assert_close(run().cpu(), expected)
+
+
+@pytest.mark.parametrize("format", [Grouped(4, 64, True), GGML_TYPES[12]], ids=["int4", "Q4_K"])
+def test_products_of_words_do_not_depend_on_the_batch(format, device) -> None:
+    """More tokens than spans are computed in parallel for, and few."""
+    run, _ = product_of_words(format, draw_numbers(format, 70, 512), 512, 70, device)
+    whole = run()
+    for rows in (slice(3, 4), slice(5, 22)):
+        assert torch.equal(run(rows), whole[rows])
+
+
+def product_of_words(format, numbers, num_columns, num_tokens, device):
+    """Return a product of random rows, by a slice of them, and its values."""
+    decoded = Decoded(format)
+    x, bias = torch.randn(num_tokens, num_columns), torch.randn(70)
+    on_device = {name: part.to(device) for name, part in numbers.items()}
+    place = num_columns, bias.to(device), torch.float32
+    product = fused.prepare_groups(decoded, on_device, *place)
+    weight = decoded.widened(numbers, num_columns).double()
+    expected = (x.double() @ weight.T + bias).float()
+    return lambda rows=slice(None): product(x[rows].to(device)), expected
+
+
+@pytest.mark.parametrize("num_tokens", [2, 20])
+def test_experts_multiply_matrices_of_two_formats(num_tokens, device) -> None:
+    """Words, and words with weights of 8 bits or in full precision. The last expert is shared."""
+    torch.manual_seed(1)
+    dtype = torch.bfloat16
+    weights = torch.randn(3, 48, 128) * 0.2, torch.randn(3, 128, 24) * 0.2
+    up, down = (Matrix.of(weight) for weight in weights)
+    up, low, eight = (
+        one.quantized(format)
+        for one, format in ((up, Grouped(4, 64)), (down, Grouped(4, 32)), (down, EightBits("fp8")))
+    )
+    hidden = torch.randn(num_tokens, 128).to(dtype)
+    chosen_weights, chosen = experts.route(torch.randn(num_tokens, 2), 2, True)
+    gate = torch.randn(num_tokens, 1).to(dtype)
+    arguments = [part.to(device) for part in (hidden, chosen_weights, chosen, gate)]
+    for second in (low, eight, down) if num_tokens == 2 else (low,):
+        run = up.format.experts(fused_experts, up.to(device), second.to(device), dtype)
+        wide = [one.widened(dtype) for one in (up, second)]
+        out = run(*arguments)
+        expected = experts.experts(hidden, chosen_weights, chosen, *wide, gate)
+        assert_close(out.cpu(), expected, factor=2)
+        part = run(*(tensor[1:3] for tensor in arguments))
+        assert torch.equal(part, out[1:3])

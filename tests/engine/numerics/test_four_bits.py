@@ -14,8 +14,16 @@ from transformers import AutoModelForCausalLM, Qwen3Config
 
 from engine.command.convert import convert
 from engine.config import BUILTIN_DIR
+from engine.models import read_model
+from engine.runner.backends import Kernels, override_all
+from engine.runner.device import Device
+from engine.weights.forms import read_quantization
 from engine.weights.model_config import ModelError
+from engine.weights.parameters import Build, WeightSpec
+from experiments.gpu.models import QWEN3_NEXT_80B
 from kernels import native
+from kernels.linear.formats import Matrix
+from kernels.linear.grouped import Grouped
 from tests.engine.numerics import eight_bit
 from tests.engine.numerics.conftest import Driver, load, random_tokens
 
@@ -228,3 +236,37 @@ def test_weights_in_full_precision_are_brought_into_four_bits():
     assert torch.equal(hit[1:], cold[64:])
     expected, _ = Driver(load(BUILTIN_DIR, cache_gib=0.1)).cold_and_mixed(tokens)
     assert 1e-3 < (cold - expected).norm() / expected.norm() < 0.3
+
+
+@pytest.mark.parametrize("group, expected_gib", [(128, 39.2), (32, 42.65)])
+def test_an_80b_model_in_four_bits_fits_a_device_of_48_gib(group, expected_gib):
+    """By the tensors of its layers, none of which is allocated. Products on a device keep the
+    sizes of the files."""
+    pytest.importorskip("triton")
+    from kernels.linear.words import words_of
+
+    weights = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": group}
+    described = {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "ignore": ["lm_head", "re:.*mlp.gate$", "re:.*shared_expert_gate$", "re:.*in_proj_ba$"],
+        "config_groups": {"all": {"targets": ["Linear"], "weights": weights}},
+    }
+
+    def num_bytes(num_layers: int) -> int:
+        raw = QWEN3_NEXT_80B | {"quantization_config": described, "num_hidden_layers": num_layers}
+        family, config = read_model(raw)
+        kernels, files = (
+            Kernels(Device.resolve("cpu"), override_all("fused")),
+            read_quantization(raw),
+        )
+        nowhere, linear = torch.device("meta"), kernels["linear"]
+        spec = WeightSpec(nowhere, torch.bfloat16, None, files, lambda f: f.has_product(linear))
+        targets = [one.target for _, one in family(config, Build(kernels, spec)).parameters()]
+        return sum(t.num_bytes if isinstance(t, Matrix) else t.nbytes for t in targets)
+
+    four, eight = num_bytes(4), num_bytes(8)  # Layers repeat after four.
+    assert (four + 11 * (eight - four)) / 2**30 == pytest.approx(expected_gib, abs=0.01)
+    format, stored = Grouped(4, group), Matrix.empty(Grouped(4, group), (8, 512), torch.empty)
+    in_words = words_of(format, stored.fields)
+    assert sum(table.nbytes for table in in_words if table is not None) == stored.num_bytes

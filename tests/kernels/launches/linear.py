@@ -6,7 +6,11 @@ fp8 is launched only on targets that support it.
 import torch
 import triton
 
+from kernels.linear import fused
+from kernels.linear.blocks import GGML_TYPES
+from kernels.linear.formats import Format, Matrix
 from kernels.linear.fused import join, linear, prepare, prepare_8bit
+from kernels.linear.grouped import Grouped
 
 
 def linear_of(num_tokens: int, dtype: torch.dtype = torch.bfloat16) -> None:
@@ -28,6 +32,14 @@ def _quantized(num_tokens: int, dtype: torch.dtype, *blocks: int, fp8_rows: bool
     x = torch.empty(num_tokens, 4096, dtype=torch.bfloat16)
     weight, scale = torch.empty(2048, 4096, dtype=dtype), torch.empty(2048, *blocks)
     prepare_8bit(weight, scale, None, x.dtype, fp8_rows=fp8_rows)(x)
+
+
+def _four_bits(num_tokens: int, format: Format, *, is_joined: bool = False) -> None:
+    matrix = Matrix.empty(format, (2048, 4096), torch.empty)
+    product = format.product(fused, matrix, None, torch.bfloat16)
+    if is_joined:
+        product = join([product, prepare(torch.empty(64, 4096, dtype=torch.bfloat16))])
+    product(torch.empty(num_tokens, 4096, dtype=torch.bfloat16))
 
 
 def _joined(num_tokens: int, dtype: torch.dtype, *blocks: int, fp8_rows: bool = False) -> None:
@@ -64,6 +76,17 @@ LAUNCHES = {
     "fp8_rows_some": lambda: _fp8(64, 32, fp8_rows=True),
     "fp8_rows_prefill": lambda: _fp8(512, 32, fp8_rows=True),
     "fp8_rows_of_channels_prefill": lambda: _fp8(512, fp8_rows=True),
+    "int4_one": lambda: _four_bits(1, Grouped(4, 128)),
+    "int4_some": lambda: _four_bits(64, Grouped(4, 128)),
+    "int4_prefill": lambda: _four_bits(512, Grouped(4, 128)),
+    "int4_zeros_one": lambda: _four_bits(1, Grouped(4, 128, True, torch.float16)),
+    "int4_zeros_some": lambda: _four_bits(64, Grouped(4, 128, True, torch.float16)),
+    "int4_in_32_one": lambda: _four_bits(1, Grouped(4, 32)),
+    "int4_in_32_some": lambda: _four_bits(64, Grouped(4, 32)),
+    "int4_in_32_prefill": lambda: _four_bits(512, Grouped(4, 32)),
+    "mxfp4_one": lambda: _four_bits(1, GGML_TYPES[39]),
+    "q4_k_one": lambda: _four_bits(1, GGML_TYPES[12]),
+    "joined_int4_one": lambda: _four_bits(1, Grouped(4, 128), is_joined=True),
     "joined_fp8_rows_one": lambda: _joined(1, torch.float8_e4m3fn, 16, fp8_rows=True),
     "joined_fp8_rows_prefill": lambda: _joined(512, torch.float8_e4m3fn, 16, fp8_rows=True),
 }

@@ -4,6 +4,12 @@ bfloat16 and 8-bit."""
 import torch
 import triton
 
+from kernels.linear.blocks import GGML_TYPES
+from kernels.linear.formats import Matrix
+from kernels.linear.grouped import Grouped
+from kernels.linear.groups import GroupFormat
+from kernels.linear.words import Words, form_of, words_of
+from kernels.moe import fused
 from kernels.moe.fused import experts, prepare_8bit, route, route_sigmoid
 
 
@@ -34,6 +40,24 @@ def _experts_8bit(
 
 def _fp8_rows(num_tokens: int, *, in_blocks: bool = True) -> None:
     _experts_8bit(num_tokens, torch.float8_e4m3fn, in_blocks=in_blocks, fp8_rows=True)
+
+
+def _four_bits(num_tokens: int, format: GroupFormat) -> None:
+    scores = torch.empty(num_tokens, 513, dtype=torch.bfloat16)
+    weights, chosen = route(scores[:, :512], 10, True)
+    hidden = torch.empty(num_tokens, 2048, dtype=torch.bfloat16)
+
+    def stack(num_rows: int, num_columns: int) -> fused.Stack:
+        """Return words that are those of one expert, because nothing reads them."""
+        one = Matrix.empty(format, (1, num_rows, num_columns), torch.empty)
+        tables = [
+            None if table is None else table.expand(513, -1, -1)
+            for table in words_of(format, one.fields)
+        ]
+        return fused.Stack(Words(*tables), None, num_rows, num_columns, form_of(format))
+
+    stacks = stack(1024, 2048), stack(2048, 512)
+    fused._experts(hidden, weights, chosen, *stacks, scores[:, 512:], False)
 
 
 def _weights(dtype: torch.dtype) -> list[torch.Tensor]:
@@ -68,5 +92,12 @@ LAUNCHES = {
     "fp8_rows_some": lambda: _fp8_rows(64),
     "fp8_rows_prefill": lambda: _fp8_rows(8192),
     "fp8_rows_of_channels_prefill": lambda: _fp8_rows(2048, in_blocks=False),
+    "int4_one": lambda: _four_bits(1, Grouped(4, 128)),
+    "int4_some": lambda: _four_bits(64, Grouped(4, 128)),
+    "int4_prefill": lambda: _four_bits(4096, Grouped(4, 128)),
+    "int4_in_32_some": lambda: _four_bits(64, Grouped(4, 32)),
+    "int4_in_32_prefill": lambda: _four_bits(4096, Grouped(4, 32)),
+    "mxfp4_some": lambda: _four_bits(64, GGML_TYPES[39]),
+    "q4_k_some": lambda: _four_bits(64, GGML_TYPES[12]),
     "fp8_block_prefill": lambda: _experts_8bit(2048, torch.float8_e4m3fn, in_blocks=True),
 }
