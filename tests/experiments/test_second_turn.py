@@ -1,18 +1,32 @@
-"""Prompt tokens that the engine computes a second time, in every case of the benchmark."""
+"""Prompt tokens that the engine computes a second time, in every case of the benchmark, and the
+published table of them."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from engine import Engine, engine_config
 from engine.config import BUILTIN_DIR
 from engine.plugins.tiers.staging import MeasuredExchange
+from experiments import page, provenance
 from experiments.benchmarks import second_turn
-from experiments.benchmarks.second_turn import CASES, Client, Memory, Sent, Side, Steps, Text
+from experiments.benchmarks.second_turn import (
+    CASES,
+    PUBLISHED,
+    RIVALS,
+    Client,
+    Memory,
+    Results,
+    Sent,
+    Side,
+    Steps,
+    Text,
+)
 from hybridcache.geometry.units import GIB
 from tests.served import serving
 
@@ -92,3 +106,43 @@ def test_tokens_read_again(name: str, tmp_path: Path, monkeypatch: pytest.Monkey
     found = [*second_turn.counts(sent, Side("engine").ids_of)]
     assert not any(one["faults"] for one in found), found
     assert [one["read_again"] for one in found] == READ_AGAIN[name]
+
+
+def record(side: str, case: str, read_again: float, ttft_s: float | None) -> dict[str, Any]:
+    """Return a record of the first published plan."""
+    counted = {"row": f"row of {case}", "read_again_mean": read_again, "prompt": 100, "cached": 50}
+    named = {"side": side, "case": case} | PUBLISHED[0].fields
+    return named | counted | {"ttft_s": ttft_s, "resident_bytes": 2**20}
+
+
+def test_results_replace_cases_and_the_page_has_what_was_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(provenance, "RESULTS", tmp_path)
+    section = page.SECTIONS["second turn"]
+    assert page.render("second turn", section, {}) == "No results yet: `second_turn.jsonl`."
+    file, (first, second, *_) = tmp_path / "second_turn.jsonl", PUBLISHED[0].cases
+    for side in RIVALS:
+        seconds = 0.5 if side == "engine" else 2.0
+        Results(file).add([record(side, second, 32, None), record(side, first, 9, None)], {})
+        Results(file).add([record(side, first, 12, seconds)], {})
+    results = Results(file)
+    assert [one["read_again_mean"] for one in results.records] == [32, 12, 32, 12]
+    ours = Side("engine")
+    assert [results.has(ours, PUBLISHED[0], case) for case in (first, second)] == [True, False]
+    assert not results.has(ours, PUBLISHED[1], first)
+    results.commit = "another"
+    assert not results.has(ours, PUBLISHED[0], first)
+    header, rows = section.table()
+    assert rows == [
+        [f"row of {first}", "12", "12", "0.5", "2", "1", "1", "0.25"],
+        [f"row of {second}", "32", "32", "", "", "1", "1", ""],
+    ]
+    assert header[3:5] == ["engine: TTFT, s", "llama-server: TTFT, s"]
+    finding = section.finding((header, rows))
+    assert "at most 32 tokens" in finding and "0.25 to 0.25" in finding
+    rest = ", ".join(PUBLISHED[0].cases[2:])
+    assert f"1 of 2 rows have no times yet. Not run yet: {rest} (530m, 2000 tokens" in finding
+    assert f"row of {first}" in page.render("second turn", section, {})
+    with pytest.raises(FileNotFoundError, match="no records of these plans"):
+        page.second_turns_table()
