@@ -28,6 +28,7 @@ import os
 import random
 import resource
 import shutil
+import signal
 import socket
 import statistics
 import subprocess
@@ -881,6 +882,7 @@ def main() -> None:
     parser.add_argument("--threads", type=positive, default=os.cpu_count() or 1)
     parser.add_argument("--resume", action="store_true", help="leave out cases of this commit")
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # Servers are stopped on the way.
     is_small = options.size == "small"
     tokens = options.tokens or ([600] if is_small else [2000, 16000])
     clients = options.at_once or ([1] if is_small else [1, 4])
