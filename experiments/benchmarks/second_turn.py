@@ -350,6 +350,8 @@ class Sent:
     ids: npt.NDArray[np.int32] | None = None
     """Rendered ids of the prompt, if the server returned them."""
     answer_ids: list[int] = field(default_factory=list)
+    name: str = ""
+    """Id of the answer."""
 
     @property
     def body(self) -> dict[str, Any]:
@@ -367,6 +369,7 @@ class Sent:
         if usage := told.get("usage"):
             self.num_prompt = usage["prompt_tokens"]
             self.cached_len = (usage.get("prompt_tokens_details") or {}).get("cached_tokens", 0)
+        self.name = told.get("id") or self.name
         before = len(self.text) + len(self.thoughts) + len(self.answer_ids)
         for choice in told.get("choices") or ():
             delta = choice.get("delta") or {}

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from experiments.benchmarks.second_turn import (
     CASES,
     PUBLISHED,
     RIVALS,
+    Ask,
     Client,
     Memory,
     Results,
@@ -55,9 +57,9 @@ READ_AGAIN: dict[str, list[int]] = {
 
 
 @contextlib.contextmanager
-def served(needs: str, folder: Path) -> Iterator[Client]:
+def served(needs: str, folder: Path, **options: object) -> Iterator[Client]:
     memory = Memory.of(BUILTIN_DIR, SIZE)
-    settings: dict[str, object] = {"cache_gib": 0.05}
+    settings: dict[str, object] = {"cache_gib": 0.05, **options}
     if needs in ("scarce", "tiered"):
         settings["cache_gib"] = memory.num_bytes / GIB
     if needs == "tiered":
@@ -106,6 +108,37 @@ def test_tokens_read_again(name: str, tmp_path: Path, monkeypatch: pytest.Monkey
     found = [*second_turn.counts(sent, Side("engine").ids_of)]
     assert not any(one["faults"] for one in found), found
     assert [one["read_again"] for one in found] == READ_AGAIN[name]
+
+
+def folders(text: Text, is_marked: bool) -> Steps:
+    """Two folders in a system text before the tools. Its equal part may be marked."""
+    tools, shared = text.tools(), {"type": "text", "text": text.draw(0.4)}
+    mark = {"cache_control": {"type": "ephemeral"}} if is_marked else {}
+    for folder in ("alpha", "beta"):
+        parts = [shared | mark, {"type": "text", "text": f" Directory: {folder}."}]
+        asked = {"role": "user", "content": text.draw(0.2)}
+        row = "second folder" if folder == "beta" else ""
+        yield Ask([{"role": "system", "content": parts}, asked], tools, row=row)
+
+
+def test_rows_above_a_grid_step_are_explained_with_remedies_that_help(tmp_path: Path) -> None:
+    def run(steps: Steps, **options: object) -> tuple[int, str]:
+        """Return the tokens read again in the first row, and the advice of its explanation."""
+        with served("", tmp_path, **options) as client:
+            sent = in_turn(client, [steps], lambda: client)
+            told = client.exchange("GET", f"/v1/cache/explanations/{sent[1].name}")
+        first, *_ = second_turn.counts(sent, Side("engine").ids_of)
+        return first["read_again"], told["advice"] or ""
+
+    text = partial(Text, "edits", 0, SIZE)
+    read_again, advice = run(CASES["edits"].steps(text(), 1))
+    assert read_again == 251 and "--checkpoints adaptive,backoff:2" in advice
+    finer, _ = run(CASES["edits"].steps(text(), 1), checkpoints=("adaptive", "backoff:2"))
+    assert finer == 59
+    read_again, advice = run(folders(text(), is_marked=False))
+    assert read_again > 128 and "cache_control" in advice
+    marked, advice = run(folders(text(), is_marked=True))
+    assert marked < 64 and "cache_control" not in advice
 
 
 def record(side: str, case: str, read_again: float, ttft_s: float | None) -> dict[str, Any]:
