@@ -720,7 +720,7 @@ def _second_turn(table: Table) -> str:
 def _second_turns(table: Table) -> str:
     ours, theirs = max(means(table, 4)), max(means(table, 5))
     return (
-        "With more clients, longer prompts, experts and scarce memory, the engine reads up to "
+        "With experts, more clients, scarce memory and longer prompts, the engine reads up to "
         f"{ours:.0f} tokens of a request again, and llama-server up to {theirs:.0f}."
         + not_run(second_turn.PUBLISHED[1:])
     )
