@@ -56,7 +56,7 @@ from hybridcache.radix.tree import (
     RadixNode,
     RadixTree,
     Segment,
-    has_deeper_checkpoint,
+    is_superseded,
     last_checkpoint,
     members,
     read_ghosts,
@@ -472,7 +472,7 @@ class HybridRadixCache:
             handle.superseded = None
             old.num_successors -= 1
             if old.node.checkpoint is old and not old.num_successors:
-                self._rank(old, has_deeper_checkpoint(old.node))
+                self._rank(old, is_superseded(old))
         node.locks -= 1
         if node.locks:
             return
@@ -720,7 +720,7 @@ class HybridRadixCache:
         self.policy.discard(checkpoint, evicted=True)
         node.checkpoint = None
         node.lost_checkpoint = checkpoint
-        if not checkpoint.superseded or checkpoint.num_successors:
+        if not checkpoint.superseded or checkpoint.num_successors or checkpoint.has_ended:
             self._review(node)
         self._is_cached[checkpoint.slot] = 0
         self.num_checkpoints -= 1
@@ -888,7 +888,7 @@ class HybridRadixCache:
 
     def label_tip(self, node: NodeHandle | None, stop_reason: str) -> None:
         """Add ``stop_reason`` to the label of the deepest checkpoint of the answer that ends at
-        ``node``.
+        ``node``. After ``session_end`` it is superseded: only a repetition would resume from it.
 
         Replaces an earlier stop reason. Does nothing if there is no checkpoint, or if the path
         forks below it, because then it serves other conversations too. O(nodes between).
@@ -901,6 +901,7 @@ class HybridRadixCache:
                 if label != tip.label:
                     tip.label = label
                     self.policy.on_relabelled(tip)
+                    self._rank(tip, tip.num_successors > 0 or is_superseded(tip))
                 return
             last = last.parent
 
@@ -996,8 +997,9 @@ class HybridRadixCache:
         revives = node.kv if offered and not node.children else None
         if revives is not None:
             self._withdraw(revives)
-        checkpoint.superseded = node.children is not None and has_deeper_checkpoint(node)
-        before = None if checkpoint.superseded else last_checkpoint(node)
+        checkpoint.superseded = is_superseded(checkpoint)
+        is_deepest = not checkpoint.superseded or checkpoint.has_ended
+        before = last_checkpoint(node) if is_deepest else None
         node.checkpoint = checkpoint
         if before is not None and not before.superseded:
             self._rank(before, True)
@@ -1031,7 +1033,7 @@ class HybridRadixCache:
         there. O(nodes between it and the next deeper one)."""
         last = last_checkpoint(node)
         if last is not None:
-            self._rank(last, last.num_successors > 0 or has_deeper_checkpoint(node))
+            self._rank(last, last.num_successors > 0 or is_superseded(last))
 
     def _rank(self, item: Checkpoint, superseded: bool) -> None:
         """Note that ``item`` is ``superseded`` or not, and notify the policy of a change."""
@@ -1125,7 +1127,7 @@ class HybridRadixCache:
             checkpoints += [] if node.checkpoint is None else [node.checkpoint]
         for one in checkpoints:
             assert one.position % self.checkpoint_grid == 0, f"{one} is off the grid"
-            expected = one.num_successors > 0 or has_deeper_checkpoint(one.node)
+            expected = one.num_successors > 0 or is_superseded(one)
             assert one.superseded == expected, f"{one} superseded: {not expected}"
         self._check_rows(segments)
         self._check_slots([one.slot for one in checkpoints])

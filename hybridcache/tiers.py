@@ -57,14 +57,15 @@ class OffloadedEntry:
         return None
 
 
-def is_superseded(node: RadixNode) -> bool:
-    """Return whether a state, on the device or offloaded, is on the unforked path below ``node``.
-    O(nodes to it)."""
+def is_superseded(item: Checkpoint) -> bool:
+    """Return whether a state, on the device or offloaded, is on the unforked path below ``item``,
+    or that path is the rest of an ended session. O(nodes to it)."""
+    node = item.node
     while True:
         resident, entry = members(node.children), node.offloaded
         num_stored = 0 if entry is None else sum(entry.num_children)
         if len(resident) + num_stored != 1:
-            return False
+            return not (resident or num_stored) and item.has_ended
         stored = (ghost for ghost in members(node.ghosts) if _place(ghost) is not None)
         node = next(chain(resident, stored))
         if node.checkpoint is not None or (node.offloaded and node.offloaded.state):
@@ -95,7 +96,7 @@ class OffloadedCheckpoint(Checkpoint):
         """Make the item for ``was`` in ``tier``, with its uses and age but without its memo."""
         super().__init__(was.node, -1, was.created, was.serial, was.item_bytes, was.label)
         self.last_used, self.uses = was.last_used, was.uses
-        self.superseded = is_superseded(was.node)
+        self.superseded = is_superseded(was)
         self.tier = tier
         self.rows = rows
         """Rows of its tier. Empty until there is room for them."""
@@ -300,7 +301,7 @@ class OffloadTiers(GhostList):
     def _review(self, state: OffloadedCheckpoint) -> bool:
         """Update whether ``state`` is superseded, notify its policy, and return whether that
         changed."""
-        superseded = is_superseded(state.node)
+        superseded = is_superseded(state)
         if superseded == state.superseded:
             return False
         if state is self.loading:

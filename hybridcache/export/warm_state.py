@@ -219,7 +219,7 @@ class Memory:
                     tier, lost = cache.offload.tiers[state.tier], node.lost_checkpoint
                     tier.policy.discard(state, evicted=False)
                     state.memo = None if lost is None else lost.memo
-                    state.superseded = is_superseded(node)
+                    state.superseded = is_superseded(state)
                     tier.policy.add(state)
         elif learned is not None:
             unfit.append("eviction")

@@ -184,7 +184,7 @@ class Item:
     """Number of requests that resumed from it (checkpoint) or through it (KV)."""
     superseded: bool
     """True if a deeper checkpoint exists on the same unforked path, or is about to: a running
-    request has taken its slot."""
+    request has taken its slot. Also True for the last one of a session that has ended."""
     label: str
     """Placement rule that saved it: end, branch, boundary, backoff, every ... The deepest
     checkpoint of a finished request carries its stop reason, if that is known: decode/tool_use."""
@@ -330,6 +330,11 @@ class Checkpoint(Item):
         """Item in an offload tier that replaced it, or None."""
         self.memo = None
 
+    @property
+    def has_ended(self) -> bool:
+        """True if the client has said that no request of its session follows."""
+        return self.label.endswith("/session_end")
+
     def __repr__(self) -> str:
         return f"<checkpoint slot={self.slot} at {self.node.end} used={self.last_used}>"
 
@@ -363,7 +368,8 @@ def members(family: Family) -> Collection[RadixNode]:
 # --- Superseded checkpoints -----------------------------------------------------------------------
 #
 # A checkpoint is superseded if a deeper one is on its unforked path (one resident child at each
-# step). A checkpoint or fork that comes or goes can change this for the nearest one above only.
+# step), or if its session has ended and the path does not fork. A checkpoint or fork that comes or
+# goes can change this for the nearest one above only.
 
 
 def last_checkpoint(node: RadixNode) -> Checkpoint | None:
@@ -377,14 +383,15 @@ def last_checkpoint(node: RadixNode) -> Checkpoint | None:
     return node.checkpoint
 
 
-def has_deeper_checkpoint(node: RadixNode) -> bool:
-    """Return whether a checkpoint is on the unforked path below ``node``. O(nodes to it)."""
-    child = node.children
+def is_superseded(item: Checkpoint) -> bool:
+    """Return whether a checkpoint is on the unforked path below ``item``, or that path is the rest
+    of an ended session. O(nodes to it)."""
+    child = item.node.children
     while type(child) is RadixNode:
         if child.checkpoint is not None:
             return True
         child = child.children
-    return False
+    return child is None and item.has_ended
 
 
 # --- The tree -------------------------------------------------------------------------------------

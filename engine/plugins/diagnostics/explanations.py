@@ -66,7 +66,10 @@ CHANGED = {
     "replay": "the earlier answer came back, and its sampled tokens could not be used for it",
 }
 """Causes of a difference between two prompts."""
-_MORE_MEMORY = "More memory (--cache-gib) or a tier (--host-gib, --state-dir) would keep them."
+_MORE_MEMORY = (
+    "More memory (--cache-gib) or a tier (--host-gib, --state-dir) would keep them, and so would "
+    "clients that report the ends of other sessions (metadata.session_end)."
+)
 _NEARER = (
     "To resume nearer to the difference, mark the end of the equal text with cache_control, or "
     "save more states before the end of prompts (--checkpoints adaptive,backoff:2)."
