@@ -89,6 +89,8 @@ class Ask:
     """Number of pieces of the answer after which the client closes the connection."""
     restart: bool = False
     """Restart the server first."""
+    ends: bool = False
+    """Report that no request of this conversation follows."""
 
 
 class Text:
@@ -264,13 +266,15 @@ def tools_behind(text: Text, count: int) -> Steps:
         yield from chat.turn(0.2, which and f"{which} folder, tools behind the system text")
 
 
-def many(row: str, text: Text, count: int) -> Steps:
+def many(row: str, text: Text, count: int, reports_ends: bool = False) -> Steps:
     number = max(NUM_MANY // count, 1)
     chats = [opened(text) for _ in range(number)]
     for chat in chats:
         yield from chat.turn(0.3)
-    for index in text.order(number, 2):
-        yield from chats[index].turn(0.1, row)
+    left = text.order(number, 2)
+    while left:
+        index = left.pop(0)
+        yield from chats[index].turn(0.1, row, ends=reports_ends and index not in left)
 
 
 def long_run(text: Text, count: int) -> Steps:
@@ -295,6 +299,7 @@ def one_folder(text: Text, count: int) -> Steps:
 NUM_MANY, NUM_FITTING = 32, 8
 """Conversations of the cases with scarce memory, and how many of them fit."""
 SCARCE, TIERED = f"{NUM_MANY} conversations, memory for {NUM_FITTING}", "with a host tier"
+ENDED = "ends reported"
 
 
 class Case(NamedTuple):
@@ -324,6 +329,7 @@ CASES: dict[str, Case] = {
     "dated turns": Case(dated_turns),
     "tools behind": Case(tools_behind),
     "scarce": Case(partial(many, SCARCE), needs="scarce"),
+    "ended": Case(partial(many, f"{SCARCE}, {ENDED}", reports_ends=True), needs="scarce"),
     "tiered": Case(partial(many, f"{SCARCE}, {TIERED}"), needs="tiered"),
     "long run": Case(long_run),
     "one folder": Case(one_folder, least=2),
@@ -358,6 +364,7 @@ class Sent:
         """Messages, tools and variables of the request."""
         body: dict[str, Any] = {"messages": list(self.ask.messages)}
         body |= {"tools": list(self.ask.tools)} if self.ask.tools else {}
+        body |= {"metadata": {"session_end": "true"}} if self.ask.ends else {}
         return body | ({"chat_template_kwargs": self.ask.variables} if self.ask.variables else {})
 
     def read(self, told: Mapping[str, Any]) -> bool:
@@ -724,7 +731,16 @@ class Plan(NamedTuple):
 
 SHORT = ("subagent", "edits", "branches", "restart", "next turn", "tool result", "thoughts")
 SHORT += ("early edit", "steer", "dated session")
-LONG = ("scarce", "tiered", "twelve", "long run", "one folder", "dated turns", "tools behind")
+LONG = (
+    "scarce",
+    "ended",
+    "tiered",
+    "twelve",
+    "long run",
+    "one folder",
+    "dated turns",
+    "tools behind",
+)
 COUNTED = Plan("builtin", "Q8_0", 600, 1, LONG)
 """Cases of many requests, for counts. Their times are those of a tiny model."""
 PUBLISHED = (

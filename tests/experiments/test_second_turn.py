@@ -49,6 +49,7 @@ READ_AGAIN: dict[str, list[int]] = {
     "dated turns": [9],
     "tools behind": [245, 53],
     "scarce": [7122],
+    "ended": [6758],
     "tiered": [2054],
     "long run": [2064, 45, 56],
     "one folder": [15, 125],
