@@ -19,6 +19,7 @@ from statistics import fmean
 from typing import Any, NamedTuple
 
 from experiments import provenance
+from experiments.benchmarks import second_turn
 from experiments.provenance import ROOT
 from experiments.studies import (
     admission,
@@ -197,6 +198,58 @@ def speculation_table() -> Table:
         rows.append([*cell, *itertools.chain(*figures)])
     header = ["workload", "drafter", "1 stream, ratio", "acceptance length"]
     return [*header, "8 streams, ratio", "acceptance length"], rows
+
+
+def second_turn_records(plans: Sequence[second_turn.Plan]) -> list[dict[str, Any]]:
+    """Return the records of ``plans`` in their order. Raises FileNotFoundError if there is none."""
+    records = records_of("second_turn.jsonl")
+    wanted = [
+        plan.fields | {"case": case, "side": side}
+        for plan in plans
+        for case in plan.cases
+        for side in second_turn.RIVALS
+    ]
+    found = [one for fields in wanted for one in records if fields.items() <= one.items()]
+    if not found:
+        raise FileNotFoundError("second_turn.jsonl has no records of these plans")
+    return found
+
+
+def not_run(plans: Sequence[second_turn.Plan]) -> str:
+    """Return a sentence with the cases of ``plans`` that no record has, or an empty text."""
+    absent = []
+    records = second_turn_records(plans)
+    for plan in plans:
+        ran = {one["case"] for one in records if plan.fields.items() <= one.items()}
+        if cases := [case for case in plan.cases if case not in ran]:
+            size = f"{plan.model}, {plan.num_tokens} tokens, {plan.at_once} at once"
+            absent.append(f"{', '.join(cases)} ({size})")
+    return f" Not run yet: {'; '.join(absent)}." if absent else ""
+
+
+def second_turn_table() -> Table:
+    """Return tokens read again and times of both servers for short prompts of one client."""
+    shown = ("read again, tokens", "TTFT, s", "memory, MiB")
+    header, rows = second_turn.table(second_turn_records(second_turn.PUBLISHED[:1]), shown)
+    rows = [[row[0], *row[4:]] for row in rows]  # Without the size, which is the same.
+    return with_ratio(["case", *header[4:]], rows)
+
+
+def second_turns_table() -> Table:
+    """Return the other sizes and models, with hits where memory is scarce."""
+    shown = ("read again, tokens", "hits, %", "TTFT, s")
+    return with_ratio(*second_turn.table(second_turn_records(second_turn.PUBLISHED[1:]), shown))
+
+
+def with_ratio(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    """Return a table with the ratio of the two columns of times as its last column."""
+    at = [index for index, name in enumerate(header) if name.endswith("TTFT, s")]
+    made = []
+    for row in rows:
+        times = [row[index] for index in at]
+        ratio = f"{float(times[0]) / float(times[1]):.2f}" if len(times) == 2 and all(times) else ""
+        made.append([*row, ratio])
+    return [*header, "TTFT, ratio"], made
 
 
 def processor(name: str) -> str:
@@ -648,6 +701,31 @@ def _tree(table: Table) -> str:
     return f"A match in a tree 100 times as large takes at most {max(ratios):.1f} times as long."
 
 
+def _second_turn(table: Table) -> str:
+    cpu = processor("second_turn.jsonl")
+    ours, theirs = max(means(table, 1)), max(means(table, 2))
+    ratios = [float(row[-1]) for row in table[1] if row[-1]]
+    found = (
+        f"On one {cpu}, the engine reads at most {ours:.0f} tokens of a request again, and "
+        f"llama-server up to {theirs:.0f}."
+    )
+    if ratios:
+        low, high = min(ratios), max(ratios)
+        found += f" Its first token takes {low:.2f} to {high:.2f} times as long as llama-server's."
+    if missing := len(table[1]) - len(ratios):
+        found += f" {missing} of {len(table[1])} rows have no times yet."
+    return found + not_run(second_turn.PUBLISHED[:1])
+
+
+def _second_turns(table: Table) -> str:
+    ours, theirs = max(means(table, 4)), max(means(table, 5))
+    return (
+        "With experts, more clients, scarce memory and longer prompts, the engine reads up to "
+        f"{ours:.0f} tokens of a request again, and llama-server up to {theirs:.0f}."
+        + not_run(second_turn.PUBLISHED[1:])
+    )
+
+
 def study(name: str, table: Callable[[list[dict[str, Any]]], Table]) -> Callable[[], Table]:
     """Return the function that makes the table of a result file."""
     return lambda: table(records_of(f"{name}.jsonl"))
@@ -787,6 +865,16 @@ SECTIONS = {
                 "(`{top[0]}`).", "bench_cpu_kernels.jsonl"),
         Dots({"ratio": -1}, "slowest decay, times the first"),
         "Slowest decay of each recurrence in times of the first.",
+    ),
+    "second turn": Section(
+        "second-turn", second_turn_table, _second_turn,
+        Dots({"engine": 1, "llama-server": 2}, "tokens read again per request"),
+        "Prompt tokens that each server computes a second time, by case.",
+    ),
+    "second turn sizes": Section(
+        "second-turn", second_turns_table, _second_turns,
+        Dots({"engine": 4, "llama-server": 5}, "tokens read again per request", (0, 1, 2, 3)),
+        "Prompt tokens that each server computes a second time, by case, model and size.",
     ),
     "llama": Section(
         "llama", llama_table,

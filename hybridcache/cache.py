@@ -51,7 +51,7 @@ from hybridcache.radix.tree import (
     PathPart,
     RadixNode,
     RadixTree,
-    has_deeper_checkpoint,
+    is_superseded,
     last_checkpoint,
     members,
     read_ghosts,
@@ -514,7 +514,7 @@ class HybridRadixCache:
             handle.superseded = None
             old.num_successors -= 1
             if old.node.checkpoint is old and not old.num_successors:
-                self._note_superseded(old, has_deeper_checkpoint(old.node))
+                self._note_superseded(old, is_superseded(old))
         node.locks -= 1
         if node.locks:
             return
@@ -762,7 +762,7 @@ class HybridRadixCache:
         self.policy.discard(checkpoint, evicted=True)
         node.checkpoint = None
         node.lost_checkpoint = checkpoint
-        if not checkpoint.superseded or checkpoint.num_successors:
+        if not checkpoint.superseded or checkpoint.num_successors or checkpoint.has_ended:
             self._review(node)
         self._is_cached[checkpoint.slot] = 0
         self.num_checkpoints -= 1
@@ -930,7 +930,7 @@ class HybridRadixCache:
 
     def label_tip(self, node: NodeHandle | None, stop_reason: str) -> None:
         """Set the ``stop_reason`` of the deepest checkpoint of the answer that ends at
-        ``node``.
+        ``node``. After ``session_end`` it is superseded: only a repetition would resume from it.
 
         Replaces an earlier stop reason. Does nothing if there is no checkpoint, or if the path
         forks below it, because then it serves other conversations too. O(nodes between).
@@ -942,6 +942,7 @@ class HybridRadixCache:
                 if stop_reason != tip.stop_reason:
                     tip.stop_reason = stop_reason
                     self.policy.on_relabelled(tip)
+                    self._note_superseded(tip, tip.num_successors > 0 or is_superseded(tip))
                 return
             last = last.parent
 
@@ -1044,8 +1045,9 @@ class HybridRadixCache:
         revives = node.kv if offered and not node.children else None
         if revives is not None:
             self._withdraw(revives)
-        checkpoint.superseded = node.children is not None and has_deeper_checkpoint(node)
-        before = None if checkpoint.superseded else last_checkpoint(node)
+        checkpoint.superseded = is_superseded(checkpoint)
+        is_deepest = not checkpoint.superseded or checkpoint.has_ended
+        before = last_checkpoint(node) if is_deepest else None
         node.checkpoint = checkpoint
         if before is not None and not before.superseded:
             self._note_superseded(before, True)
@@ -1079,7 +1081,7 @@ class HybridRadixCache:
         there. O(nodes between it and the next deeper one)."""
         last = last_checkpoint(node)
         if last is not None:
-            self._note_superseded(last, last.num_successors > 0 or has_deeper_checkpoint(node))
+            self._note_superseded(last, last.num_successors > 0 or is_superseded(last))
 
     def _note_superseded(self, item: Checkpoint, superseded: bool) -> None:
         """Note that ``item`` is ``superseded`` or not, and notify the policy of a change."""
@@ -1173,7 +1175,7 @@ class HybridRadixCache:
             checkpoints += [] if node.checkpoint is None else [node.checkpoint]
         for one in checkpoints:
             assert one.position % self.checkpoint_grid == 0, f"{one} is off the grid"
-            expected = one.num_successors > 0 or has_deeper_checkpoint(one.node)
+            expected = one.num_successors > 0 or is_superseded(one)
             assert one.superseded == expected, f"{one} superseded: {not expected}"
         self._check_rows(edges)
         self._check_slots([one.slot for one in checkpoints])

@@ -644,8 +644,8 @@ class Lease:
         ``stop_reason`` says why the answer ended ("tool_use", "end_turn", "stop_sequence",
         "length"). It is "session_end" if no further turn will come, and empty if it is not known.
         Learning eviction policies distinguish these reasons by the label of the conversation's tip
-        (``HybridRadixCache.label_tip``). Raises the errors of ``publish``, and ValueError for
-        another ``stop_reason``. The lease then goes on.
+        (``HybridRadixCache.label_tip``), which is superseded at the end of a session. Raises the
+        errors of ``publish``, and ValueError for another ``stop_reason``. The lease then goes on.
         """
         self._require_computed(tokens, computed_len)
         if stop_reason and stop_reason not in STOP_REASONS:

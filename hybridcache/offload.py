@@ -35,7 +35,7 @@ from hybridcache.radix.tree import (
     OffloadedCheckpoint,
     OffloadedEntry,
     RadixNode,
-    is_superseded,
+    is_superseded_in_tiers,
     members,
     next_state,
     tier_of,
@@ -196,7 +196,7 @@ class OffloadTiers(GhostList):
     def _review(self, state: OffloadedCheckpoint) -> bool:
         """Update whether ``state`` is superseded, notify its policy, and return whether that
         changed."""
-        superseded = is_superseded(state.node)
+        superseded = is_superseded_in_tiers(state)
         if superseded == state.superseded:
             return False
         if state is self.loading:

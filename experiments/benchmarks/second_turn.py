@@ -2,6 +2,7 @@
 
     make llama                                              # builds llama-server, some minutes
     python -m experiments.benchmarks.second_turn --size small        # about a minute
+    python -m experiments.benchmarks.second_turn --size published    # the plan of docs/results.md
     python -m experiments.benchmarks.second_turn --model FILE.gguf --tokens 2000 16000 --at-once 1 4
     python -m experiments.benchmarks.second_turn --url vllm=http://127.0.0.1:8001
 
@@ -11,17 +12,23 @@ answer, and that are computed once more: the longest common prefix with the rend
 requests, less the cached tokens that the server reports. Each report is checked against those ids.
 Answers repeat one token (`logit_bias`), so that all servers get the same prompts.
 
-Counts are valid on a busy machine, times are not: TTFT is left out if the machine was not idle.
+The records of a case are written when it ends, in place of earlier ones of the same case.
+``--resume`` leaves out cases that were measured at the same commit. Counts are valid on a busy
+machine, times are not: TTFT is left out if other processes used more than ``MAX_OTHERS`` of the
+processors.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import json
 import os
 import random
+import resource
 import shutil
+import signal
 import socket
 import statistics
 import subprocess
@@ -41,11 +48,11 @@ import numpy.typing as npt
 
 from engine.config import BUILTIN_DIR
 from engine.weights.model_files import read_config
-from experiments import page, provenance
+from experiments import provenance
 from experiments.benchmarks import gguf_files, llama
 from experiments.benchmarks import llama_cpp as rival
 from experiments.benchmarks.serving import START_S
-from experiments.studies.common import Table, grouped, keep, positive
+from experiments.studies.common import Records, Table, grouped, positive, rounded
 from experiments.texts import KEYS, NAMES, THINGS
 from hybridcache import ModelGeometry
 from hybridcache.geometry.units import GIB
@@ -56,8 +63,13 @@ Message = dict[str, Any]
 Steps = Generator["Ask", Message, None]
 """Requests of a client. Each receives the answer as a message."""
 LLAMA_SERVER = rival.FOLDER / "bin" / "llama-server"
-IDLE_LOAD = 0.5
-"""Largest load average per core at which times are kept."""
+MAX_OTHERS = 0.05
+"""Largest share of the processors in use by other processes at which times are kept."""
+MODELS = provenance.ROOT / "out" / "models"
+"""Folder of written models. They are written once."""
+MAX_LEN = 32768
+DIRECT = ("F32", "F16", "BF16", "Q8_0", "Q4_0")
+"""Formats that are written without llama.cpp."""
 WORDS = (*KEYS, *NAMES, *THINGS)
 
 
@@ -77,6 +89,8 @@ class Ask:
     """Number of pieces of the answer after which the client closes the connection."""
     restart: bool = False
     """Restart the server first."""
+    ends: bool = False
+    """Report that no request of this conversation follows."""
 
 
 class Text:
@@ -252,13 +266,15 @@ def tools_behind(text: Text, count: int) -> Steps:
         yield from chat.turn(0.2, which and f"{which} folder, tools behind the system text")
 
 
-def many(row: str, text: Text, count: int) -> Steps:
+def many(row: str, text: Text, count: int, reports_ends: bool = False) -> Steps:
     number = max(NUM_MANY // count, 1)
     chats = [opened(text) for _ in range(number)]
     for chat in chats:
         yield from chat.turn(0.3)
-    for index in text.order(number, 2):
-        yield from chats[index].turn(0.1, row)
+    left = text.order(number, 2)
+    while left:
+        index = left.pop(0)
+        yield from chats[index].turn(0.1, row, ends=reports_ends and index not in left)
 
 
 def long_run(text: Text, count: int) -> Steps:
@@ -283,6 +299,7 @@ def one_folder(text: Text, count: int) -> Steps:
 NUM_MANY, NUM_FITTING = 32, 8
 """Conversations of the cases with scarce memory, and how many of them fit."""
 SCARCE, TIERED = f"{NUM_MANY} conversations, memory for {NUM_FITTING}", "with a host tier"
+ENDED = "ends reported"
 
 
 class Case(NamedTuple):
@@ -312,6 +329,7 @@ CASES: dict[str, Case] = {
     "dated turns": Case(dated_turns),
     "tools behind": Case(tools_behind),
     "scarce": Case(partial(many, SCARCE), needs="scarce"),
+    "ended": Case(partial(many, f"{SCARCE}, {ENDED}", reports_ends=True), needs="scarce"),
     "tiered": Case(partial(many, f"{SCARCE}, {TIERED}"), needs="tiered"),
     "long run": Case(long_run),
     "one folder": Case(one_folder, least=2),
@@ -338,12 +356,15 @@ class Sent:
     ids: npt.NDArray[np.int32] | None = None
     """Rendered ids of the prompt, if the server returned them."""
     answer_ids: list[int] = field(default_factory=list)
+    name: str = ""
+    """Id of the answer."""
 
     @property
     def body(self) -> dict[str, Any]:
         """Messages, tools and variables of the request."""
         body: dict[str, Any] = {"messages": list(self.ask.messages)}
         body |= {"tools": list(self.ask.tools)} if self.ask.tools else {}
+        body |= {"metadata": {"session_end": "true"}} if self.ask.ends else {}
         return body | ({"chat_template_kwargs": self.ask.variables} if self.ask.variables else {})
 
     def read(self, told: Mapping[str, Any]) -> bool:
@@ -355,6 +376,7 @@ class Sent:
         if usage := told.get("usage"):
             self.num_prompt = usage["prompt_tokens"]
             self.cached_len = (usage.get("prompt_tokens_details") or {}).get("cached_tokens", 0)
+        self.name = told.get("id") or self.name
         before = len(self.text) + len(self.thoughts) + len(self.answer_ids)
         for choice in told.get("choices") or ():
             delta = choice.get("delta") or {}
@@ -656,61 +678,132 @@ class Side:
         return np.asarray(told["tokens"], np.int32), ()
 
 
-def make_model(name: str, format: str, folder: Path) -> Path:
+def make_model(name: str, format: str) -> Path:
     """Return the GGUF file ``name``, or write that of the built-in model or of a larger one with
-    random weights, which has the built-in model's tokenizer."""
+    random weights, which has the built-in model's tokenizer, unless ``MODELS`` has it."""
     if name not in ("builtin", *llama.GEOMETRIES):
         return Path(name)
-    rival.load()
-    import gguf
-
-    source = BUILTIN_DIR
-    if name != "builtin":
-        source = folder / name
-        llama.make_checkpoint(llama.GEOMETRIES[name], str(source))
-        for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-            shutil.copy(BUILTIN_DIR / file, source)
-    path = folder / f"{name}-{format}.gguf"
-    gguf_files.write_gguf(gguf, source, path, format, gguf_files.vocabulary(source, "gpt-2"))
+    path = MODELS / f"{name}-{format}.gguf"
+    if path.exists():
+        return path
+    modules = rival.load()
+    assert modules is not None, rival.ABSENT
+    MODELS.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=MODELS) as folder:
+        source, whole, part = BUILTIN_DIR, Path(folder) / "whole.gguf", Path(folder) / path.name
+        if name != "builtin":
+            source = Path(folder)
+            config = llama.GEOMETRIES[name] | {"max_position_embeddings": MAX_LEN}
+            llama.make_checkpoint(config, folder)
+            for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+                shutil.copy(BUILTIN_DIR / file, source)
+        is_direct = format in DIRECT
+        vocabulary = gguf_files.vocabulary(source, "gpt-2")
+        kind, target = (format, part) if is_direct else ("BF16", whole)
+        gguf_files.write_gguf(modules[1], source, target, kind, vocabulary)
+        if not is_direct:
+            rival.quantize(modules[0], whole, part, format)
+        part.replace(path)
     return path
 
 
 # --- Results --------------------------------------------------------------------------------------
 
 
-def measure(side: Side, name: str, num_tokens: int, at_once: int) -> Iterator[dict[str, Any]]:
+class Plan(NamedTuple):
+    """Cases of one model and size."""
+
+    model: str
+    """Name for ``make_model``, or path of a GGUF file."""
+    format: str
+    num_tokens: int
+    """Length of a prompt."""
+    at_once: int
+    """Number of clients."""
+    cases: Sequence[str]
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """Fields of its records."""
+        names = {"model": Path(self.model).stem, "format": self.format}
+        return names | {"tokens": self.num_tokens, "at_once": self.at_once}
+
+
+SHORT = ("subagent", "edits", "branches", "restart", "next turn", "tool result", "thoughts")
+SHORT += ("early edit", "steer", "dated session")
+LONG = (
+    "scarce",
+    "ended",
+    "tiered",
+    "twelve",
+    "long run",
+    "one folder",
+    "dated turns",
+    "tools behind",
+)
+COUNTED = Plan("builtin", "Q8_0", 600, 1, LONG)
+"""Cases of many requests, for counts. Their times are those of a tiny model."""
+PUBLISHED = (
+    Plan("530m", "Q4_K_M", 2000, 1, SHORT),
+    Plan("1b-moe", "Q4_K_M", 2000, 1, ("subagent", "branches")),
+    Plan("530m", "Q4_K_M", 2000, 4, ("subagent",)),
+    COUNTED,
+    Plan("530m", "Q4_K_M", 16000, 1, ("subagent",)),
+)
+"""Plans of the published table, in order."""
+RIVALS = ("engine", "llama-server")
+"""Servers of the published table."""
+
+
+def measure(side: Side, name: str, plan: Plan) -> Iterator[dict[str, Any]]:
     """Run one case on a server that was started with what it needs."""
     case = CASES[name]
-    clients = max(at_once, case.least)
+    clients = max(plan.at_once, case.least)
     sample = Text("sample", 0, 2000).draw(1)
-    size = num_tokens * len(sample) // len(tokenized(side.client, sample))
+    size = plan.num_tokens * len(sample) // len(tokenized(side.client, sample))
     side.client.answer_id = tokenized(side.client, " pear")[-1]
     steps = [case.steps(Text(name, at, size), clients) for at in range(clients)]
     sent = drive(side.client, steps, side.restart)
     resident = side.resident_bytes()
     for found in counts(sent, side.ids_of):
-        sized = {"side": side.name, "case": name, "tokens": num_tokens, "at_once": at_once}
-        yield {**sized, **found, "resident_bytes": resident}
+        named = {"side": side.name, "case": name, **plan.fields}
+        yield {**named, **found, "resident_bytes": resident}
 
 
-def compare(
-    side: Side, model: Path, names: Sequence[str], sizes: tuple[int, int], is_shared: bool
-) -> Iterator[dict[str, Any]]:
-    """Run cases on one server after the other. ``sizes``: tokens of a prompt, number of clients.
-    ``is_shared``: cases with the same needs share a server, which is emptied between them."""
-    groups: dict[str, list[str]] = defaultdict(list)
-    for name in names:
-        groups[CASES[name].needs if is_shared else name].append(name)
-    for group in groups.values():
-        with tempfile.TemporaryDirectory() as folder:
-            try:
-                side.start(model, CASES[group[0]].needs, sizes[0], Path(folder))
-                for name in group:
-                    if name != group[0]:
-                        side.reset()
-                    yield from measure(side, name, *sizes)
-            finally:
-                side.stop()
+def compare(side: Side, model: Path, plan: Plan, names: Sequence[str]) -> list[dict[str, Any]]:
+    """Run cases with the same needs on one server, which is emptied between them.
+
+    Times are None if the machine was not idle.
+    """
+    found: list[dict[str, Any]] = []
+    begin, used, own = time.perf_counter(), used_s(), own_s()
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            side.start(model, CASES[names[0]].needs, plan.num_tokens, Path(folder))
+            for name in names:
+                if name != names[0]:
+                    side.reset()
+                found += measure(side, name, plan)
+        finally:
+            side.stop()
+    processors = (time.perf_counter() - begin) * (os.cpu_count() or 1)
+    others = (used_s() - used - (own_s() - own)) / processors
+    for one in found:
+        one["others"] = others
+        one["ttft_s"] = one["ttft_s"] if others <= MAX_OTHERS else None
+    return found
+
+
+def used_s() -> float:
+    """Return the processor time of all processes of the machine, in seconds."""
+    ticks = [*map(int, Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9])]
+    return (sum(ticks) - sum(ticks[3:5])) / os.sysconf("SC_CLK_TCK")  # Without idle and iowait.
+
+
+def own_s() -> float:
+    """Return the processor time of this process and of its ended children, in seconds."""
+    used = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return sum(one.ru_utime + one.ru_stime for one in used)
 
 
 def tokenized(client: Client, text: str) -> list[int]:
@@ -723,6 +816,37 @@ def tokenized(client: Client, text: str) -> list[int]:
     raise RuntimeError("The server has no endpoint /tokenize.")
 
 
+class Results:
+    """Result file whose records are replaced case by case."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.commit = path, provenance.provenance()["commit"]
+        try:
+            _, self.records = provenance.read_json_lines(path)
+        except FileNotFoundError:
+            self.records = []
+
+    @staticmethod
+    def _case(record: Mapping[str, Any]) -> tuple[Any, ...]:
+        return tuple(record[name] for name in ("side", "case", *Plan._fields[:2], *SIZES))
+
+    def has(self, side: Side, plan: Plan, case: str) -> bool:
+        """Return True if this commit has measured a case, with times or in the plan for counts."""
+        wanted = self._case({"side": side.name, "case": case, **plan.fields})
+        found = [one for one in self.records if self._case(one) == wanted]
+        is_for_counts = plan.fields == COUNTED.fields
+        has_times = is_for_counts or all(one["ttft_s"] is not None for one in found)
+        return bool(found) and has_times and found[0]["commit"] == self.commit
+
+    def add(self, found: Records, settings: Mapping[str, Any]) -> None:
+        """Write the records of some cases in place of those of the same cases."""
+        new = {self._case(one) for one in found}
+        kept = [one for one in self.records if self._case(one) not in new]
+        self.records = [*kept, *(rounded({**one, "commit": self.commit}) for one in found)]
+        provenance.write_json_lines(self.path, self.records, settings)
+
+
+SIZES = ("tokens", "at_once")
 COLUMNS: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "read again, tokens": lambda one: f"{one['read_again_mean']:.0f}",
     "hits, %": lambda one: f"{100 * one['cached'] / one['prompt']:.1f}",
@@ -732,33 +856,19 @@ COLUMNS: dict[str, Callable[[Mapping[str, Any]], str]] = {
 """Cells of one server in one row. Memory is that of its processes after the case."""
 
 
-def table(records: Sequence[Mapping[str, Any]]) -> Table:
+def table(records: Records, columns: Sequence[str] = tuple(COLUMNS)) -> Table:
     """Return the columns of each server, without those that are empty."""
     sides = list(dict.fromkeys(one["side"] for one in records))
     rows = []
-    for key, of in grouped(records, "row", "tokens", "at_once").items():
+    for key, of in grouped(records, "row", "model", *SIZES).items():
         found = {one["side"]: one for one in of}
         rows.append([*map(str, key)])
-        for shown in COLUMNS.values():
-            rows[-1] += [shown(found[side]) if side in found else "" for side in sides]
-    header = ["case", "prompt", "clients", *(f"{s}: {word}" for word in COLUMNS for s in sides)]
+        for name in columns:
+            rows[-1] += [COLUMNS[name](found[side]) if side in found else "" for side in sides]
+    header = ["case", "model", "prompt", "clients"]
+    header += [f"{side}: {name}" for name in columns for side in sides]
     used = [i for i in range(len(header)) if any(row[i] for row in rows)]
     return [header[i] for i in used], [[row[i] for i in used] for row in rows]
-
-
-def draw(records: Sequence[Mapping[str, Any]]) -> str:
-    """Return the figure of tokens read again as SVG."""
-    header, rows = table([one for one in records if one["at_once"] == records[0]["at_once"]])
-    columns = {
-        name.removesuffix(": read again, tokens"): at
-        for at, name in enumerate(header)
-        if name.endswith(": read again, tokens")
-    }
-    columns = dict(list(columns.items())[: len(page.SERIES)])
-    rows = [row for row in rows if all(row[at] for at in columns.values())]
-    return page.svg(
-        page.Dots(columns, "tokens read again per request", (0, 1)).draw((header, rows))
-    )
 
 
 def sides_of(options: argparse.Namespace) -> list[Side]:
@@ -782,35 +892,51 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="builtin", help="builtin, 7m, 530m or a GGUF file")
     parser.add_argument("--format", default="Q8_0", help="of a model that is written: Q4_0, ...")
-    parser.add_argument("--size", choices=("small", "full"), default="full")
+    parser.add_argument("--size", choices=("small", "full", "published"), default="full")
     parser.add_argument("--tokens", type=positive, nargs="+", help="of a prompt: 2000 16000")
     parser.add_argument("--at-once", type=positive, nargs="+", help="clients: 1 4")
-    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
+    parser.add_argument("--cases", nargs="+", choices=CASES, help="by default all")
     parser.add_argument("--sides", nargs="+", help="names of the servers, by default all")
     parser.add_argument("--url", nargs="+", default=[], metavar="NAME=http://HOST:PORT")
     parser.add_argument("--threads", type=positive, default=os.cpu_count() or 1)
+    parser.add_argument("--resume", action="store_true", help="leave out cases of this commit")
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # Servers are stopped on the way.
     is_small = options.size == "small"
     tokens = options.tokens or ([600] if is_small else [2000, 16000])
     clients = options.at_once or ([1] if is_small else [1, 4])
-    load = os.getloadavg()[0] / (os.cpu_count() or 1)
-    records: list[dict[str, Any]] = []
-    with tempfile.TemporaryDirectory() as folder:
-        model = make_model(options.model, options.format, Path(folder))
-        sides = [s for s in sides_of(options) if not options.sides or s.name in options.sides]
-        for sizes in ((t, n) for t in tokens for n in clients):
-            for side in sides:
-                for record in compare(side, model, options.cases, sizes, is_small):
-                    record["ttft_s"] = record["ttft_s"] if load <= IDLE_LOAD else None
-                    records.append(record)
-                    for fault in record["faults"]:
-                        print(f"{side.name}, {record['row']}: {fault}", file=sys.stderr)
-    settings = {"model": options.model, "format": options.format, "load_per_core": round(load, 2)}
-    path = keep("second_turn", records, settings)
-    path.with_suffix(".svg").write_text(draw(records), encoding="utf-8")
-    print(text_table(*table(records)))
-    if load > IDLE_LOAD:
-        print(f"No times: the load was {load:.1f} per core, and at most {IDLE_LOAD} is idle.")
+    cases = options.cases or list(CASES)
+    plans = [Plan(options.model, options.format, t, n, cases) for t in tokens for n in clients]
+    names = options.sides
+    if options.size == "published":
+        kept = [[case for case in plan.cases if case in cases] for plan in PUBLISHED]
+        plans = [plan._replace(cases=cases) for plan, cases in zip(PUBLISHED, kept, strict=True)]
+        names = names or [*RIVALS]
+    sides = [side for side in sides_of(options) if not names or side.name in names]
+    results = Results(provenance.WRITTEN / "second_turn.jsonl")
+    settings = {"threads": options.threads}
+    ran: list[dict[str, Any]] = []
+    for plan in plans:
+        model = make_model(plan.model, plan.format) if plan.cases else Path()
+        groups: dict[str, list[str]] = defaultdict(list)
+        for name in plan.cases:  # Small ones share a server.
+            groups[CASES[name].needs if is_small else name].append(name)
+        for group, side in itertools.product(groups.values(), sides):
+            left = [one for one in group if not (options.resume and results.has(side, plan, one))]
+            if not left:
+                continue
+            found = compare(side, model, plan, left)
+            results.add(found, settings)
+            ran += found
+            for one in found:
+                for fault in one["faults"]:
+                    print(f"{side.name}, {one['row']}: {fault}", file=sys.stderr)
+            busy = f", no times: others used {found[0]['others']:.0%} of the processors"
+            idle = found[0]["others"] <= MAX_OTHERS
+            print(f"{plan.model}, {plan.num_tokens} tokens, {plan.at_once} at once, "
+                  f"{', '.join(left)}: {side.name}{'' if idle else busy}", flush=True)  # fmt: skip
+    print(results.path)
+    print(text_table(*table(ran)))
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ from hybridcache.cache import HybridRadixCache
 from hybridcache.policies.eviction.survival import Survival
 from hybridcache.policies.placement import Adaptive
 from hybridcache.policies.protocol import PlacementPolicy
-from hybridcache.radix.tree import GHOST_NODE_BYTES, Checkpoint, RadixNode, is_superseded
+from hybridcache.radix.tree import GHOST_NODE_BYTES, Checkpoint, RadixNode, is_superseded_in_tiers
 from hybridcache.tokens import read_namespace
 
 MAGIC = b"HCMEMRY6"
@@ -223,7 +223,7 @@ class Memory:
                     tier, lost = cache.offload.tiers[state.tier], node.lost_checkpoint
                     tier.policy.discard(state, evicted=False)
                     state.memo = None if lost is None else lost.memo
-                    state.superseded = is_superseded(node)
+                    state.superseded = is_superseded_in_tiers(state)
                     tier.policy.add(state)
         elif learned is not None:
             unfit.append("eviction")

@@ -185,7 +185,7 @@ class Item:
     """Number of requests that resumed from it (checkpoint) or through it (KV)."""
     superseded: bool
     """True if a deeper checkpoint exists on the same unforked path, or is about to: a running
-    request has taken its slot."""
+    request has taken its slot. Also True for the last one of a session that has ended."""
     label: str
     """Placement rule that saved it: end, branch, boundary, backoff, every ..."""
     stop_reason: str
@@ -339,6 +339,11 @@ class Checkpoint(Item):
         """Label, with the stop reason if that is known, for people: decode/tool_use."""
         return f"{self.label}/{self.stop_reason}" if self.stop_reason else self.label
 
+    @property
+    def has_ended(self) -> bool:
+        """True if the client has said that no request of its session follows."""
+        return self.stop_reason == "session_end"
+
     def __repr__(self) -> str:
         return f"<checkpoint slot={self.slot} at {self.node.end} used={self.last_used}>"
 
@@ -372,7 +377,8 @@ def members(family: Family) -> Collection[RadixNode]:
 # --- Superseded checkpoints -----------------------------------------------------------------------
 #
 # A checkpoint is superseded if a deeper one is on its unforked path (one resident child at each
-# step). A checkpoint or fork that comes or goes can change this for the nearest one above only.
+# step), or if its session has ended and the path does not fork. A checkpoint or fork that comes or
+# goes can change this for the nearest one above only.
 
 
 def last_checkpoint(node: RadixNode) -> Checkpoint | None:
@@ -386,14 +392,15 @@ def last_checkpoint(node: RadixNode) -> Checkpoint | None:
     return node.checkpoint
 
 
-def has_deeper_checkpoint(node: RadixNode) -> bool:
-    """Return whether a checkpoint is on the unforked path below ``node``. O(nodes to it)."""
-    child = node.children
+def is_superseded(item: Checkpoint) -> bool:
+    """Return whether a checkpoint is on the unforked path below ``item``, or that path is the rest
+    of an ended session. O(nodes to it)."""
+    child = item.node.children
     while type(child) is RadixNode:
         if child.checkpoint is not None:
             return True
         child = child.children
-    return False
+    return child is None and item.has_ended
 
 
 # --- Offloaded parts ------------------------------------------------------------------------------
@@ -434,14 +441,15 @@ def tier_of(node: RadixNode) -> int | None:
     return entry.kv_tier if entry is not None and entry.kv is not None else None
 
 
-def is_superseded(node: RadixNode) -> bool:
-    """Return whether a state, on the device or offloaded, is on the unforked path below ``node``.
-    O(nodes to it)."""
+def is_superseded_in_tiers(item: Checkpoint) -> bool:
+    """Return whether a state, on the device or offloaded, is on the unforked path below ``item``,
+    or that path is the rest of an ended session. O(nodes to it)."""
+    node = item.node
     while True:
         resident, entry = members(node.children), node.offloaded
         num_stored = 0 if entry is None else sum(entry.num_children)
         if len(resident) + num_stored != 1:
-            return False
+            return not (resident or num_stored) and item.has_ended
         stored = (ghost for ghost in members(node.ghosts) if tier_of(ghost) is not None)
         node = next(chain(resident, stored))
         if node.checkpoint is not None or (node.offloaded and node.offloaded.state):
@@ -473,7 +481,7 @@ class OffloadedCheckpoint(Checkpoint):
         """Make the item for ``was`` in ``tier``, with its uses and age but without its memo."""
         super().__init__(was.node, -1, was.created, was.serial, was.item_bytes, was.label)
         self.last_used, self.uses, self.stop_reason = was.last_used, was.uses, was.stop_reason
-        self.superseded = is_superseded(was.node)
+        self.superseded = is_superseded_in_tiers(was)
         self.tier = tier
         self.rows = rows
         """Rows of its tier. Empty until there is room for them."""

@@ -104,6 +104,41 @@ def test_a_stop_reason_labels_the_deepest_checkpoint_of_an_unforked_answer(monke
     assert reasons == ["", "tool_use"] and len(relabelled) == 2
 
 
+def test_the_state_of_an_ended_session_is_superseded_until_another_one_forks_off():
+    cache = hybrid()
+
+    def superseded():
+        return {n.end: n.checkpoint.superseded for n in cache.iter_nodes() if n.checkpoint}
+
+    publish(cache, ids("abcd"), [2, 4])
+    end = publish(cache, ids("abcdef")).node
+    cache.label_tip(end, "session_end")
+    assert superseded() == {2: True, 4: True}
+    cache.check()
+    cache.label_tip(end, "end_turn")
+    assert superseded() == {2: True, 4: False}
+    cache.label_tip(end, "session_end")
+    publish(cache, ids("abcdeXY"))  # It serves another conversation now.
+    assert superseded() == {2: True, 4: False}
+    cache.check()
+    publish(cache, ids("zyx"), [3])
+    cache.label_tip(publish(cache, ids("zyxw")).node, "session_end")
+    cache.evict(num_slots=1)  # The oldest superseded one.
+    cache.evict(num_slots=1)
+    assert superseded() == {4: False}
+    cache.check(held_tokens=0, held_slots=0)
+
+
+def test_without_the_state_of_an_ended_session_the_one_above_is_not_superseded():
+    cache = hybrid()
+    publish(cache, ids("abcd"), [2, 4])
+    cache.label_tip(publish(cache, ids("abcdef")).node, "session_end")
+    last = next(n for n in cache.iter_nodes() if n.end == 4)
+    cache._drop_checkpoint(last)
+    assert [n.checkpoint.superseded for n in cache.iter_nodes() if n.checkpoint] == [False]
+    cache.check()
+
+
 def test_match_changes_nothing():
     cache = hybrid()
     publish(cache, ids("hello world"), [5, 11])

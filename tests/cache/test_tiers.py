@@ -285,6 +285,11 @@ def test_an_offloaded_state_is_superseded_only_while_a_deeper_one_exists():
     Recorder.calls.clear()
     assert cache.offload._victim(0) is older and not shallow.superseded
     assert Recorder.calls == [(False, 2), ("add", 2)]
+    ended = tiered(num_slots=4, num_kv_tokens=40, host_bytes=200)
+    serve(ended, ids("abcd"), [4])
+    ended.label_tip(ended.match(ids("abcdX")).node, "session_end")
+    ended.evict(num_tokens=4, num_slots=1)
+    assert ended.match(ids("abcdX")).loadable[0].node.offloaded.state.superseded
     fork = tiered(num_slots=4, num_kv_tokens=40, host_bytes=200)
     serve(fork, ids("abcd"), [2, 4])
     serve(fork, ids("abxy"), [4])

@@ -66,7 +66,14 @@ CHANGED = {
     "replay": "the earlier answer came back, and its sampled tokens could not be used for it",
 }
 """Causes of a difference between two prompts."""
-_MORE_MEMORY = "More memory (--cache-gib) or a tier (--host-gib, --state-dir) would keep them."
+_MORE_MEMORY = (
+    "More memory (--cache-gib) or a tier (--host-gib, --state-dir) would keep them, and so would "
+    "clients that report the ends of other sessions (metadata.session_end)."
+)
+_NEARER = (
+    "To resume nearer to the difference, mark the end of the equal text with cache_control, or "
+    "save more states before the end of prompts (--checkpoints adaptive,backoff:2)."
+)
 _TOO_LITTLE_MEMORY = ("refused", "checkpoint_evicted", "kv_evicted", "forgotten")
 _ALONE = "No stored request shares any of it."
 _FROM_OTHER = (
@@ -249,6 +256,8 @@ class Explanations:
         advice = None if cause is None else ADVICE[cause]
         if cause == "system" and earlier is not None and self._has_tools_behind(earlier, later):
             advice = ADVICE[TOOLS_BEHIND]
+        if cause in ("messages", "system") and lost["never_checkpointed"]:
+            advice = f"{advice} {_NEARER}"
         # Without a position of the grid between the cached and the shared length, no state could be
         # saved there, however much memory there is.
         is_tail = shared_len - cached_len < self._grid and not cached_len % self._grid
