@@ -312,6 +312,8 @@ class Case(NamedTuple):
     needs: str = ""
     """``scarce`` memory, ``tiered`` for scarce memory with a host tier, or ``state`` for a copy of
     the cache that outlives the server."""
+    drawn_as: str = ""
+    """Case with the same texts and order, or empty."""
 
 
 CASES: dict[str, Case] = {
@@ -329,7 +331,7 @@ CASES: dict[str, Case] = {
     "dated turns": Case(dated_turns),
     "tools behind": Case(tools_behind),
     "scarce": Case(partial(many, SCARCE), needs="scarce"),
-    "ended": Case(partial(many, f"{SCARCE}, {ENDED}", reports_ends=True), needs="scarce"),
+    "ended": Case(partial(many, f"{SCARCE}, {ENDED}", reports_ends=True), 1, "scarce", "scarce"),
     "tiered": Case(partial(many, f"{SCARCE}, {TIERED}"), needs="tiered"),
     "long run": Case(long_run),
     "one folder": Case(one_folder, least=2),
@@ -762,7 +764,8 @@ def measure(side: Side, name: str, plan: Plan) -> Iterator[dict[str, Any]]:
     sample = Text("sample", 0, 2000).draw(1)
     size = plan.num_tokens * len(sample) // len(tokenized(side.client, sample))
     side.client.answer_id = tokenized(side.client, " pear")[-1]
-    steps = [case.steps(Text(name, at, size), clients) for at in range(clients)]
+    drawn_as = case.drawn_as or name
+    steps = [case.steps(Text(drawn_as, at, size), clients) for at in range(clients)]
     sent = drive(side.client, steps, side.restart)
     resident = side.resident_bytes()
     for found in counts(sent, side.ids_of):
