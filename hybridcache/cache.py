@@ -47,6 +47,7 @@ from hybridcache.api import (
 )
 from hybridcache.policies.protocol import EvictionPolicy, Item, Kind, raise_failure
 from hybridcache.radix.tree import (
+    ENDED,
     TOKEN_BYTES,
     Checkpoint,
     GhostList,
@@ -720,7 +721,8 @@ class HybridRadixCache:
         self.policy.discard(checkpoint, evicted=True)
         node.checkpoint = None
         node.lost_checkpoint = checkpoint
-        if not checkpoint.superseded or checkpoint.num_successors or checkpoint.has_ended:
+        has_successor = checkpoint.superseded and not checkpoint.num_successors
+        if not has_successor or checkpoint.label.endswith(ENDED):
             self._review(node)
         self._is_cached[checkpoint.slot] = 0
         self.num_checkpoints -= 1
@@ -998,7 +1000,7 @@ class HybridRadixCache:
         if revives is not None:
             self._withdraw(revives)
         checkpoint.superseded = is_superseded(checkpoint)
-        is_deepest = not checkpoint.superseded or checkpoint.has_ended
+        is_deepest = not checkpoint.superseded or label.endswith(ENDED)
         before = last_checkpoint(node) if is_deepest else None
         node.checkpoint = checkpoint
         if before is not None and not before.superseded:

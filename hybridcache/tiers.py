@@ -30,7 +30,7 @@ from hybridcache.allocators.pools import PageAllocator, are_distinct
 from hybridcache.api import PrefixMatch, Resumable
 from hybridcache.cache import HybridRadixCache
 from hybridcache.policies.protocol import EvictionPolicy, raise_failure
-from hybridcache.radix.tree import Checkpoint, GhostList, Kind, RadixNode, members
+from hybridcache.radix.tree import ENDED, Checkpoint, GhostList, Kind, RadixNode, members
 from hybridcache.tokens import EMPTY, Indices, Tokens, require_int32
 
 
@@ -65,7 +65,7 @@ def is_superseded(item: Checkpoint) -> bool:
         resident, entry = members(node.children), node.offloaded
         num_stored = 0 if entry is None else sum(entry.num_children)
         if len(resident) + num_stored != 1:
-            return not (resident or num_stored) and item.has_ended
+            return not (resident or num_stored) and item.label.endswith(ENDED)
         stored = (ghost for ghost in members(node.ghosts) if _place(ghost) is not None)
         node = next(chain(resident, stored))
         if node.checkpoint is not None or (node.offloaded and node.offloaded.state):

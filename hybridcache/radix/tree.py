@@ -304,6 +304,10 @@ class Segment(Item):
         return f"<kv {self.node.start}..{self.node.end} used={self.last_used}>"
 
 
+ENDED = "/session_end"
+"""End of the label of the last checkpoint of a session, after which no request follows."""
+
+
 class Checkpoint(Item):
     """State after exactly ``node.end`` tokens: an evictable item of kind ``checkpoint``."""
 
@@ -329,11 +333,6 @@ class Checkpoint(Item):
         self.stored: Any = None
         """Item in an offload tier that replaced it, or None."""
         self.memo = None
-
-    @property
-    def has_ended(self) -> bool:
-        """True if the client has said that no request of its session follows."""
-        return self.label.endswith("/session_end")
 
     def __repr__(self) -> str:
         return f"<checkpoint slot={self.slot} at {self.node.end} used={self.last_used}>"
@@ -391,7 +390,7 @@ def is_superseded(item: Checkpoint) -> bool:
         if child.checkpoint is not None:
             return True
         child = child.children
-    return child is None and item.has_ended
+    return child is None and item.label.endswith(ENDED)
 
 
 # --- The tree -------------------------------------------------------------------------------------
