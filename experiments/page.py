@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import partial
 from io import StringIO
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, median
 from typing import Any, NamedTuple
 
 from experiments import provenance
@@ -47,6 +47,7 @@ SHAREGPT_POLICIES = ("survival", "lru", "marconi")
 HITS = "token hit rate, %"
 VERBS = ("match", "insert")
 """Operations of the tree whose growth is shown."""
+RATIO = "TTFT, ratio"
 SLASH = 1.0
 """Points within which policies share one row of a figure."""
 
@@ -216,12 +217,14 @@ def second_turn_records(plans: Sequence[second_turn.Plan]) -> list[dict[str, Any
 
 
 def not_run(plans: Sequence[second_turn.Plan]) -> str:
-    """Return a sentence with the cases of ``plans`` that no record has, or an empty text."""
+    """Return a sentence with the cases of ``plans`` that a server has not run, or an empty text."""
     absent = []
     records = second_turn_records(plans)
     for plan in plans:
-        ran = {one["case"] for one in records if plan.fields.items() <= one.items()}
-        if cases := [case for case in plan.cases if case not in ran]:
+        of_plan = [one for one in records if plan.fields.items() <= one.items()]
+        ran = {(one["case"], one["side"]) for one in of_plan}
+        sides = second_turn.RIVALS
+        if cases := [c for c in plan.cases if not all((c, side) in ran for side in sides)]:
             size = f"{plan.model}, {plan.num_tokens} tokens, {plan.at_once} at once"
             absent.append(f"{', '.join(cases)} ({size})")
     return f" Not run yet: {'; '.join(absent)}." if absent else ""
@@ -242,14 +245,17 @@ def second_turns_table() -> Table:
 
 
 def with_ratio(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
-    """Return a table with the ratio of the two columns of times as its last column."""
+    """Return a table with the ratio of the two columns of times, if it has both, as its last
+    column."""
     at = [index for index, name in enumerate(header) if name.endswith("TTFT, s")]
+    if len(at) < 2:
+        return header, rows
     made = []
     for row in rows:
         times = [row[index] for index in at]
-        ratio = f"{float(times[0]) / float(times[1]):.2f}" if len(times) == 2 and all(times) else ""
+        ratio = f"{float(times[0]) / float(times[1]):.2f}" if all(times) else ""
         made.append([*row, ratio])
-    return [*header, "TTFT, ratio"], made
+    return [*header, RATIO], made
 
 
 def processor(name: str) -> str:
@@ -701,13 +707,20 @@ def _tree(table: Table) -> str:
     return f"A match in a tree 100 times as large takes at most {max(ratios):.1f} times as long."
 
 
+def read_again(table: Table, index: int) -> dict[str, float]:
+    """Return the tokens that a server reads again in each row, by its first cell."""
+    return {row[0]: float(row[index]) for row in table[1] if row[index]}
+
+
 def _second_turn(table: Table) -> str:
     cpu = processor("second_turn.jsonl")
-    ours, theirs = max(means(table, 1)), max(means(table, 2))
-    ratios = [float(row[-1]) for row in table[1] if row[-1]]
+    ours, theirs = read_again(table, 1), read_again(table, 2)
+    top = max(ours, key=lambda row: ours[row])
+    ratios = [float(row[-1]) for row in table[1] if table[0][-1] == RATIO and row[-1]]
     found = (
-        f"On one {cpu}, the engine reads at most {ours:.0f} tokens of a request again, and "
-        f"llama-server up to {theirs:.0f}."
+        f"On one {cpu}, the engine reads up to {ours[top]:.0f} tokens of a request again ({top}), "
+        f"{median(ours.values()):.0f} in the median row, and llama-server up to "
+        f"{max(theirs.values()):.0f}."
     )
     if ratios:
         low, high = min(ratios), max(ratios)
@@ -718,7 +731,7 @@ def _second_turn(table: Table) -> str:
 
 
 def _second_turns(table: Table) -> str:
-    ours, theirs = max(means(table, 4)), max(means(table, 5))
+    ours, theirs = (max(read_again(table, index).values()) for index in (4, 5))
     return (
         "With experts, more clients, scarce memory and longer prompts, the engine reads up to "
         f"{ours:.0f} tokens of a request again, and llama-server up to {theirs:.0f}."

@@ -762,7 +762,8 @@ class HybridRadixCache:
         self.policy.discard(checkpoint, evicted=True)
         node.checkpoint = None
         node.lost_checkpoint = checkpoint
-        if not checkpoint.superseded or checkpoint.num_successors or checkpoint.has_ended:
+        has_successor = checkpoint.superseded and not checkpoint.num_successors
+        if not has_successor or checkpoint.has_ended:
             self._review(node)
         self._is_cached[checkpoint.slot] = 0
         self.num_checkpoints -= 1

@@ -38,7 +38,7 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -312,6 +312,8 @@ class Case(NamedTuple):
     needs: str = ""
     """``scarce`` memory, ``tiered`` for scarce memory with a host tier, or ``state`` for a copy of
     the cache that outlives the server."""
+    drawn_as: str = ""
+    """Case with the same texts and order, or empty."""
 
 
 CASES: dict[str, Case] = {
@@ -329,7 +331,7 @@ CASES: dict[str, Case] = {
     "dated turns": Case(dated_turns),
     "tools behind": Case(tools_behind),
     "scarce": Case(partial(many, SCARCE), needs="scarce"),
-    "ended": Case(partial(many, f"{SCARCE}, {ENDED}", reports_ends=True), needs="scarce"),
+    "ended": Case(partial(many, f"{SCARCE}, {ENDED}", reports_ends=True), 1, "scarce", "scarce"),
     "tiered": Case(partial(many, f"{SCARCE}, {TIERED}"), needs="tiered"),
     "long run": Case(long_run),
     "one folder": Case(one_folder, least=2),
@@ -572,6 +574,7 @@ class Side:
     """Address of a server that runs already."""
     flags: Sequence[str] = ()
     is_llama: bool = False
+    threads: int = 1
     process: subprocess.Popen[bytes] | None = None
     client: Client = field(default_factory=partial(Client, 0))
     command: Sequence[str] = ()
@@ -589,7 +592,7 @@ class Side:
         if needs in ("scarce", "tiered"):
             options += self._scarce(Memory.of(model, num_tokens), needs == "tiered")
         if self.is_llama:
-            command = [str(LLAMA_SERVER), "-m", str(model)]
+            command = [str(LLAMA_SERVER), "-m", str(model), "-t", str(self.threads)]
         else:
             command = [sys.executable, "-m", "engine", "serve", "--model", str(model)]
             options += ["--device", "cpu"]
@@ -614,7 +617,8 @@ class Side:
             self.client.exchange("POST", "/reset_prefix_cache")
 
     def _run(self) -> None:
-        environment = {**os.environ, "PYTHONPATH": str(provenance.ROOT)}
+        variables = {"PYTHONPATH": str(provenance.ROOT), "OMP_NUM_THREADS": str(self.threads)}
+        environment = os.environ | variables
         self.process = subprocess.Popen(
             self.command,
             env=environment,
@@ -762,7 +766,8 @@ def measure(side: Side, name: str, plan: Plan) -> Iterator[dict[str, Any]]:
     sample = Text("sample", 0, 2000).draw(1)
     size = plan.num_tokens * len(sample) // len(tokenized(side.client, sample))
     side.client.answer_id = tokenized(side.client, " pear")[-1]
-    steps = [case.steps(Text(name, at, size), clients) for at in range(clients)]
+    drawn_as = case.drawn_as or name
+    steps = [case.steps(Text(drawn_as, at, size), clients) for at in range(clients)]
     sent = drive(side.client, steps, side.restart)
     resident = side.resident_bytes()
     for found in counts(sent, side.ids_of):
@@ -873,19 +878,16 @@ def table(records: Records, columns: Sequence[str] = tuple(COLUMNS)) -> Table:
 
 def sides_of(options: argparse.Namespace) -> list[Side]:
     """Return the servers to compare."""
-    threads = str(options.threads)
-    sides = [Side("engine")]
+    named = [word.partition("=") for word in options.url]
+    sides = [Side("engine"), *(Side(name, url) for name, _, url in named)]
     if LLAMA_SERVER.is_file():
         best = ["-np", "8", "--ctx-checkpoints", "256", "--checkpoint-min-step", "0"]
-        sides.append(Side("llama-server", flags=["-t", threads], is_llama=True))
-        sides.append(
-            Side("llama-server, best options", flags=["-t", threads, *best], is_llama=True)
-        )
+        sides.insert(1, Side("llama-server", is_llama=True))
+        sides.insert(2, Side("llama-server, best options", flags=best, is_llama=True))
     else:
         print("llama-server is not built. Run `make llama` (some minutes).")
     sides.append(Side("engine, grid 16", flags=["--grid", "16"]))
-    named = [word.partition("=") for word in options.url]
-    return [*sides, *(Side(name, url) for name, _, url in named)]
+    return [replace(side, threads=options.threads) for side in sides]
 
 
 def main() -> None:

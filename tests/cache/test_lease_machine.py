@@ -49,7 +49,7 @@ PLACEMENTS = (
     "every:8",
     "none",
 )
-ENDS = ("finish", "finish", "preempt", "abort")
+ENDS = ("finish", "session_end", "preempt", "abort")
 SPARE_ROWS = (0, 1, 7, lease_module.SPARE_ROWS)
 """Spare capacities of the rows of a lease. Small ones grow the array inside a request."""
 OWN_LABELS = ("decode", "preempt")
@@ -423,10 +423,11 @@ class LeaseMachine(RuleBasedStateMachine):
         assert cached_rows.tolist() == self.cache.gather(lease.node).tolist()
         if how == "abort":
             request.lease.abort()
-        elif how == "finish":
-            request.lease.finish(request.tokens, request.computed_len)
-        else:
+        elif how == "preempt":
             request.lease.preempt(request.tokens, request.computed_len)
+        else:
+            stop_reason = how if how == "session_end" else ""
+            request.lease.finish(request.tokens, request.computed_len, stop_reason=stop_reason)
         self.settle(request, inserted)
         assert request.settled == request.planned, (
             "a planned checkpoint was not reported exactly once"

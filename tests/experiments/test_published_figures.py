@@ -11,6 +11,7 @@ from statistics import fmean
 from typing import Any
 
 from experiments import provenance
+from experiments.benchmarks.second_turn import PUBLISHED, RIVALS
 from experiments.studies import arena, tiers
 from experiments.studies.common import DEFAULT, grouped
 from experiments.studies.default import COMPARED
@@ -165,6 +166,24 @@ def served(load: str) -> str:
     return f"{rates} | {times} | {runs[0]['token_hit_rate']:.2f}; {runs[1]['token_hit_rate']:.0f}"
 
 
+def back_to_a_branch() -> str:
+    """Return the tokens that are read again where a client returns to an earlier branch, and the
+    ratio of the times to the first token if they were measured."""
+    rows = "back to the parent", "back to the original after an edit", "two branches in turn"
+    ours, theirs = (
+        [one("second_turn", side=side, row=row, **PUBLISHED[0].fields) for row in rows]
+        for side in RIVALS
+    )
+    low, high = extent(run["read_again_mean"] for run in theirs)
+    most = max(run["read_again_mean"] for run in ours)
+    told = f"at most {most:.0f} tokens read again, {low:.0f} to {high:.0f} by llama-server"
+    if None in [run["ttft_s"] for run in (*ours, *theirs)]:
+        return told
+    pairs = zip(ours, theirs, strict=True)
+    low, high = extent(mine["ttft_s"] / other["ttft_s"] for mine, other in pairs)
+    return f"{told}; time to first token {low:.2f} to {high:.2f} times as long"
+
+
 def row(cells: Iterable[float], form: str) -> str:
     return " | ".join(format(cell, form) for cell in cells) + " |"
 
@@ -211,6 +230,7 @@ def quotes() -> dict[str, list[str]]:
             f"{100 * result('sharegpt')[-1]['saved_share']:.0f} % of the prompt tokens saved",
             f"mean {slab['request_us_mean']:.0f} µs in one arena, {pools['request_us_mean']:.0f} µs in two pools; medians {slab['request_us_median']:.0f} and {pools['request_us_median']:.0f} µs",
             f"{llama('prefill beside llama.cpp', 'bfloat16'):.1f}x prefill, {llama('one stream beside llama.cpp', 'bfloat16'):.1f}x one stream",
+            back_to_a_branch(),
         ],
         "docs/concepts/admission.md": [
             f"reuse {hit(0.1, 'oldest'):.0f} % of their prompt tokens at 0.1 sessions per second, and {hit(0.2, 'oldest'):.0f} % at 0.2",
