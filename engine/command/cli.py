@@ -12,13 +12,15 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, suppress
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from engine.command import record
 from engine.command.flags import add_flags, add_grouped_flags, flags_of, read_config
 from engine.config import BUILTIN_PROMPTS, ConfigError, EngineConfig, check_no_foreign_kernels
 from engine.models import read_model
 from engine.server.settings import API_KEY_VARIABLE, ServerConfig
-from engine.weights.hub import resolve_config
+from engine.weights.hub import resolve_config, resolve_folder
 from hybridcache.command.extras import how_to_install, version
 from hybridcache.command.parser import Parser, with_flags
 from hybridcache.command.signals import end_by_exception, open_closed_streams
@@ -188,29 +190,19 @@ def _parser(arguments: Sequence[str]) -> Parser:
     )
     add(
         "convert",
-        lambda arguments: _verb("convert").run(arguments),
+        _convert,
         "MODEL OUT --to int8|fp8 [--ignore PATTERN ...]",
         "convert the weights of a model to eight bits",
-        lambda parser: _verb("convert").add_flags(parser),
+        _add_convert,
     )
     add(
         "record",
-        lambda arguments: _verb("record").run(arguments),
+        record.run,
         "--to URL --out FILE [options]",
         "pass requests on to any OpenAI-compatible server and write its chats as a trace",
-        lambda parser: _verb("record").add_flags(parser),
+        record.add_flags,
     )
     return parser
-
-
-def _verb(verb: str) -> Any:
-    if verb == "record":
-        from engine.command import record
-
-        return record
-    from engine.command import convert
-
-    return convert
 
 
 def _add_serve(serve: Parser) -> None:
@@ -258,6 +250,27 @@ def _add_chat(chat: Parser) -> None:
         help="maximum number of tokens of an answer; by default there is no limit",
     )
     add_grouped_flags(chat, (EngineConfig,), GROUPS)
+
+
+def _add_convert(convert: Parser) -> None:
+    convert.add_argument("model", help="model directory in full precision")
+    convert.add_argument("out", help="directory to create")
+    convert.add_argument(
+        "--to",
+        choices=("int8", "fp8", "int4", "int4-128"),
+        required=True,
+        help="int8: one scale per output channel, as in compressed-tensors; fp8: one per block of "
+        "128 x 128; int4: compressed-tensors with a scale per 32 columns, or per 128",
+    )
+    convert.add_argument(
+        "--ignore",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="PATTERN",
+        help="additional layers to leave unchanged: words of their names, such as "
+        "linear_attn.out_proj, or a regular expression after re:",
+    )
 
 
 def _engine_config(arguments: argparse.Namespace) -> EngineConfig:
@@ -329,6 +342,14 @@ def _loaded(arguments: argparse.Namespace, **asked: Any) -> tuple[Engine, Sampli
 
     engine = Engine(engine_config)
     return engine, read_config(SamplingParams, arguments, engine.sampling_defaults, **asked)
+
+
+def _convert(arguments: argparse.Namespace) -> int:
+    from engine.command.convert import convert
+
+    source = Path(resolve_folder(arguments.model, read_model))
+    print(convert(source, Path(arguments.out), arguments.to, arguments.ignore))
+    return 0
 
 
 def _generate(arguments: argparse.Namespace) -> int:

@@ -5,7 +5,6 @@ The format of each weight is decided before any is read.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import re
@@ -23,10 +22,8 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from engine.models import read_model
 from engine.weights.forms import read_quantization
 from engine.weights.forms.compressed_tensors import PACKED, PackedScheme
-from engine.weights.hub import resolve_folder
 from engine.weights.layer_names import INDEX_NAME, Names
 from engine.weights.model_config import ModelError, read_config
 from engine.weights.parameters import FULL_PRECISION, Precision
@@ -52,35 +49,6 @@ STACKED = re.compile(
     r"(.*\.experts)\.(gate_up_proj|down_proj)|"
     r"(.*\.block_sparse_moe)\.(input_linear|output_linear)\.weight"
 )
-
-
-def add_flags(convert: argparse.ArgumentParser) -> None:
-    """Add the flags of the command."""
-    convert.add_argument("model", help="model directory in full precision")
-    convert.add_argument("out", help="directory to create")
-    convert.add_argument(
-        "--to",
-        choices=("int8", "fp8", "int4", "int4-128"),
-        required=True,
-        help="int8: one scale per output channel, as in compressed-tensors; fp8: one per block of "
-        "128 x 128; int4: compressed-tensors with a scale per 32 columns, or per 128",
-    )
-    convert.add_argument(
-        "--ignore",
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="PATTERN",
-        help="additional layers to leave unchanged: words of their names, such as "
-        "linear_attn.out_proj, or a regular expression after re:",
-    )
-
-
-def run(arguments: argparse.Namespace) -> int:
-    """Run the command and return the exit code of the process."""
-    source = Path(resolve_folder(arguments.model, read_model))
-    print(convert(source, Path(arguments.out), arguments.to, arguments.ignore))
-    return 0
 
 
 @dataclass(frozen=True, slots=True)

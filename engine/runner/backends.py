@@ -65,7 +65,7 @@ class Kernels(dict[str, ModuleType]):
             found = [one for one in backends_of().get(name, ()) if one == wanted]
             if not found:
                 known = ", ".join(f"{n}={'|'.join(words)}" for n, words in backends_of().items())
-                raise ModelError(f"--kernels {item!r} is not one of {known}.")
+                raise ModelError(f"kernels: {item!r} is not one of {known}.")
             self._chosen[name] = found[0]
             self._load(name)  # Reports a backend that cannot be loaded at once.
 

@@ -108,7 +108,7 @@ class ServerConfig:
                     "https://host:port, in lower case, without a path, or * for all."
                 )
         if self.replicas == 1 and (self.ray, self.router) != (None, "checkpoint"):
-            raise ConfigError("--router and ray need --replicas (2 or more).")
+            raise ConfigError("router and ray need --replicas (2 or more).")
 
     @property
     def default_switches(self) -> dict[str, Any] | None:

@@ -276,7 +276,7 @@ for line in sys.stdin:
 
 def test_commands_without_their_extras_name_the_missing_extra() -> None:
     """Check that one sentence names the extra to install, for each missing package."""
-    works = ["--help", "--version", "record --help"]
+    works = ["--help", "--version", "record --help", "convert --help"]
     works += ["serve --help"]
     fails = ["serve --port 0", "generate x", "chat", "convert a b --to int8"]
     fails += ["record --to http://127.0.0.1:9 --out never.jsonl"]
