@@ -329,8 +329,19 @@ class HybridRadixCache:
         never_seen, kv_evicted = num_tokens - seen_len, seen_len - kv_match_len
         never_saved, below_grid = grid_len - saved_len, kv_match_len - grid_len
         losses = Losses(never_seen, kv_evicted, saved_len - cached_len, never_saved, below_grid)
-        lengths = num_tokens, cached_len, kv_match_len, seen_len
-        return PrefixMatch(*lengths, losses, last, namespace, missed, checkpoint, loadable, forks)
+        return PrefixMatch(
+            num_tokens,
+            cached_len,
+            kv_match_len,
+            seen_len,
+            losses,
+            last,
+            namespace,
+            missed,
+            checkpoint,
+            loadable,
+            forks,
+        )
 
     def gather(self, node: NodeHandle | None) -> Indices:
         """Return a copy of the KV indices from the root to the end of ``node``: int32[position].
@@ -432,7 +443,8 @@ class HybridRadixCache:
         self.now += 1
         if not resumes:
             self.stats.record(match)
-        self.refresh(last)
+        if last is not None:
+            self._note_use(last)
         if missed is not None:
             policy = self.policy
             policy.on_ghost_hit(missed)
@@ -447,8 +459,11 @@ class HybridRadixCache:
     def refresh(self, node: NodeHandle | None) -> None:
         """Count a use of ``node`` without a request: its recency changes, no statistics. O(1)."""
         last = self._usable(node)
-        if last is None:
-            return
+        if last is not None:
+            self._note_use(last)
+
+    def _note_use(self, last: RadixNode) -> None:
+        """Refresh the checkpoint and the KV of ``last``, and notify the policy."""
         now, policy = self.now, self.policy
         notes_uses = type(policy).touch is not EvictionPolicy.touch
         checkpoint = last.checkpoint
@@ -475,7 +490,7 @@ class HybridRadixCache:
         """
         last = self._usable(node)
         if last is not None:
-            if isinstance(node, PathPart) and last.end > node.length:
+            if type(node) is PathPart and last.end > node.length:
                 last = self._split(last, node.length)
             last.locks += 1
             if last.locks == 1:
@@ -860,7 +875,8 @@ class HybridRadixCache:
                 f"{len(labels)} labels for {len(checkpoints)} checkpoints: give one each, or none"
             )
         for number in (owned_from, *chain.from_iterable(checkpoints)):
-            require_index(number, "owned_from, and each position and slot,")
+            if type(number) is not int:
+                require_index(number, "owned_from, and each position and slot,")
         base = self._usable(after)
         if base is not None and not base.locks:
             raise ValueError("after is not locked: keep its lock until insert returns")
