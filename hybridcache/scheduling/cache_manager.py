@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal, Protocol
 
 import numpy as np
 
@@ -89,6 +89,16 @@ MAX_MOVES = 1
 """Slabs of an arena emptied per step. The bound keeps the wait shorter than the step."""
 
 
+class Holder(Protocol):
+    """Owner of rows and slots: a lease, or a prefix that arrives. Hashable by identity."""
+
+    @property
+    def held_tokens(self) -> int: ...
+
+    @property
+    def held_slots(self) -> int: ...
+
+
 class CacheManager:
     """Assigns leases and rows to requests, and releases them."""
 
@@ -127,8 +137,8 @@ class CacheManager:
         self._free_rows = list(range(num_rows - 1, -1, -1))
         self.num_rows = num_rows
         self._requests: dict[int, ScheduledRequest] = {}
-        self.other_holders: dict[Any, None] = {}
-        """Other owners of rows and slots, with ``held_tokens`` and ``held_slots``."""
+        self.other_holders: dict[Holder, None] = {}
+        """Owners of rows and slots that are no leases."""
         self._step = StepPlan()
         has_pools = cache.arena is None and not cache.shares_memory
         self.memory = MemorySizes(
@@ -248,7 +258,7 @@ class CacheManager:
     def held(self) -> tuple[int, int]:
         """Return (KV rows, slots) held by running requests and by ``other_holders``."""
         leases = [request.claims[0] for request in self._requests.values()]
-        holders = [*leases, *self.other_holders]
+        holders: list[Holder] = [*leases, *self.other_holders]
         return sum(one.held_tokens for one in holders), sum(one.held_slots for one in holders)
 
     def check(self, table_row: TableRow) -> None:
