@@ -443,8 +443,7 @@ class HybridRadixCache:
         self.now += 1
         if not resumes:
             self.stats.record(match)
-        if last is not None:
-            self._note_use(last)
+        self.refresh(last)
         if missed is not None:
             policy = self.policy
             policy.on_ghost_hit(missed)
@@ -459,11 +458,8 @@ class HybridRadixCache:
     def refresh(self, node: NodeHandle | None) -> None:
         """Count a use of ``node`` without a request: its recency changes, no statistics. O(1)."""
         last = self._usable(node)
-        if last is not None:
-            self._note_use(last)
-
-    def _note_use(self, last: RadixNode) -> None:
-        """Refresh the checkpoint and the KV of ``last``, and notify the policy."""
+        if last is None:
+            return
         now, policy = self.now, self.policy
         notes_uses = type(policy).touch is not EvictionPolicy.touch
         checkpoint = last.checkpoint
