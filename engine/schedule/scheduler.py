@@ -388,8 +388,8 @@ class Scheduler(StepPlanner[Request]):
             request.num_drawn -= segment.samples
             num_before = request.num_tokens
             has_logits = all(one.token_id != NO_TOKEN for one in (*run, *scored_now))
-            if has_logits:
-                request.scores.extend(scored_now)
+            if segment.scores and has_logits:  # After a preemption, those of the first run go.
+                request.scores[segment.start :] = scored_now
             self.advance(request, segment.end, publishes=has_logits)
             is_scored_through = request.computed_len >= request.max_len
             if run or is_scored_through or not has_logits:

@@ -180,7 +180,6 @@ class CacheManager:
         row = self._free_rows.pop()
         self._requests[row] = request
         request.lease, request.row = lease, row
-        request.restart()
         request.computed_len = request.scheduled_len = lease.cached_len
         request.prefill_len, request.num_drawn = prefill_len, 0
         return True
