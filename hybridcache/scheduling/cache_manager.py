@@ -6,7 +6,7 @@ KV rows and slots belong to the lease (``hybridcache/lease.py`` has the map).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -16,7 +16,7 @@ from hybridcache.allocators.moves import StepPlan
 from hybridcache.allocators.pools import slab_rows
 from hybridcache.cache import HybridRadixCache
 from hybridcache.lease import Lease, LeaseRequest
-from hybridcache.policies.protocol import LoadRule, PlacementPolicy, Prefill
+from hybridcache.policies.protocol import LoadRule, PlacementPolicy
 from hybridcache.scheduling.request import ScheduledRequest
 from hybridcache.tokens import Indices, require_index
 
@@ -238,21 +238,6 @@ class CacheManager:
         self._requests.clear()
         self.other_holders.clear()
         self._step = StepPlan()
-
-    def checkpoint_positions(self, request: ScheduledRequest, seen_len: int) -> Iterable[int]:
-        """Return the positions where ``request`` would save its state if only the KV of its first
-        ``seen_len`` tokens were cached, without a checkpoint."""
-        if not self.stateful:
-            return (seen_len - seen_len % self.cache.checkpoint_grid,)
-        prefill = Prefill(
-            prompt_len=request.num_tokens,
-            cached_len=0,
-            kv_match_len=seen_len,
-            seen_len=seen_len,
-            boundaries=request.spec.boundaries.positions,
-            grid=self.cache.checkpoint_grid,
-        )
-        return tuple(prefill.on_grid(self.placement.plan(prefill)))
 
     def held(self) -> tuple[int, int]:
         """Return (KV rows, slots) held by running requests and by ``other_holders``."""

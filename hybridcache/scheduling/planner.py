@@ -30,6 +30,7 @@ from typing import Generic, TypeVar, cast
 from hybridcache.api import PrefixMatch
 from hybridcache.lease import Lease
 from hybridcache.policies.admission import AdmissionPolicy, Load, Sessions, WaitingRequest
+from hybridcache.policies.protocol import Prefill
 from hybridcache.scheduling.cache_manager import CacheManager
 from hybridcache.scheduling.loading import Loader
 from hybridcache.scheduling.request import ScheduledRequest
@@ -667,5 +668,20 @@ class Sharing:
         usable = min(shared, request.num_tokens - 1) // grid * grid
         if usable <= at:
             return []
-        positions = self._manager.checkpoint_positions(request, shared)
-        return sorted(position for position in positions if position <= usable)
+        return [point for point in sorted(self.saves_of(request, shared)) if point <= usable]
+
+    def saves_of(self, request: ScheduledRequest, seen_len: int) -> Iterable[int]:
+        """Return the positions where ``request`` would save its state if only the KV of its first
+        ``seen_len`` tokens were cached, without a checkpoint."""
+        manager, grid = self._manager, self._manager.cache.checkpoint_grid
+        if not manager.stateful:
+            return (seen_len - seen_len % grid,)
+        prefill = Prefill(
+            prompt_len=request.num_tokens,
+            cached_len=0,
+            kv_match_len=seen_len,
+            seen_len=seen_len,
+            boundaries=request.spec.boundaries.positions,
+            grid=grid,
+        )
+        return prefill.on_grid(manager.placement.plan(prefill))
