@@ -262,13 +262,13 @@ class Scheduler(StepPlanner[Request]):
         interrupted = []
         for request in tuple(self.running):
             if request.finish_reason is None:
-                self.requeue(request)
+                self.requeue(request, aborts=True)
                 interrupted.append(request)
             else:
                 self.remove(request)
         for request in self.waiting:
             if request.lease is not None:  # The step failed while it was being admitted.
-                self.manager.release(request)
+                self.manager.release(request, aborts=True)
         self.num_in_flight = 0
         self._renew_rules(interrupted)
         return tuple(interrupted)

@@ -184,11 +184,12 @@ class CacheManager:
         request.prefill_len, request.num_drawn = prefill_len, 0
         return True
 
-    def release(self, request: ScheduledRequest) -> None:
-        """Take back the row of ``request``, whose lease has ended; one that has not is aborted, so
-        that everything is freed that was not published."""
+    def release(self, request: ScheduledRequest, *, aborts: bool = False) -> None:
+        """Take back the row of ``request``, whose lease has ended. With ``aborts`` it ends now, and
+        everything is freed that was not published."""
         lease, row = request.claims
-        lease.abort()
+        if aborts:
+            lease.abort()
         request.is_counted = lease.is_counted
         del self._requests[row]
         self._free_rows.append(row)

@@ -290,7 +290,7 @@ class StepPlanner(Generic[R]):
         """Drop ``request``, waiting or running; its rows, pages and slots are free afterwards. Does
         nothing if it has left, or was never added."""
         if request in self.running:
-            self.manager.release(request)
+            self.manager.release(request, aborts=True)
             self.running.remove(request)
             self._is_full = False
         elif request not in self.waiting:
@@ -389,7 +389,7 @@ class StepPlanner(Generic[R]):
             lease, _ = request.claims
             is_final = request.scheduled_len == request.computed_len
             lease.finish(request.tokens, request.computed_len, is_final, request.stop_reason)
-        self.manager.release(request)
+        self.manager.release(request, aborts=not publishes)
         self.running.remove(request)
         self._is_full = False
         self._has_left(request)
@@ -486,9 +486,10 @@ class StepPlanner(Generic[R]):
             self._is_full = True
         return True
 
-    def requeue(self, request: R) -> None:
-        """Move running ``request`` back to the waiting requests, without its claims."""
-        self.manager.release(request)
+    def requeue(self, request: R, *, aborts: bool = False) -> None:
+        """Move running ``request`` back to the waiting requests. It has no claims afterwards; see
+        ``CacheManager.release``."""
+        self.manager.release(request, aborts=aborts)
         request.computed_len = request.scheduled_len = 0
         self.running.remove(request)
         insort(self.waiting, request, key=_age)
@@ -556,7 +557,7 @@ class StepPlanner(Generic[R]):
         end = self._end(request, request.scheduled_len, budget)
         fits = end > request.scheduled_len
         if not fits or not self.extend(request, end):
-            self.manager.release(request)
+            self.manager.release(request, aborts=True)
             self._is_full = fits
             return False
         for older in self.waiting[:place]:
