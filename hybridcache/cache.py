@@ -861,7 +861,8 @@ class HybridRadixCache:
         """
         if type(tokens) is not np.ndarray or tokens.dtype is not INT32 or tokens.ndim != 1:
             require_int32(tokens, "tokens")
-        require_int32(kv_indices, "KV indices")
+        if type(kv_indices) is not np.ndarray or (kv_indices.dtype, kv_indices.ndim) != (INT32, 1):
+            require_int32(kv_indices, "KV indices")
         if len(kv_indices) != len(tokens):
             raise ValueError(
                 f"{len(kv_indices)} kv_indices for {len(tokens)} tokens: give one each"
