@@ -187,13 +187,11 @@ def assemble(intake: Intake, runner: ModelRunner, plugins: Mapping[str, Plugin])
     """Make the scheduler, with the cache and its manager. Raises ConfigError."""
     config = intake.config
     settings = cache_config(config, runner)
-    options: Mapping[str, Any] = {}
     tiers = cast("TierPlugin | None", plugins.get("tiers"))
     if tiers is not None:
         settings = tiers.size_cache(settings, runner)
     cache = build_prefix_cache(settings)
-    if tiers is not None:
-        options = tiers.open_cache(cache, runner, intake.tokenizer)
+    exchange = None if tiers is None else tiers.open_cache(cache, runner, intake.tokenizer)
     caches = config.prefix_cache != "none"
     manager = CacheManager(
         cache,
@@ -202,7 +200,7 @@ def assemble(intake: Intake, runner: ModelRunner, plugins: Mapping[str, Plugin])
         stateful=runner.memory.is_stateful,
         exact=config.exact,
         owns_states=runner.memory.owns_states,
-        **options,
+        exchange=exchange,
     )
     opened = [plugin.open_manager(manager, runner) for plugin in plugins.values()]
     speculation = cast("SpeculationPlugin | None", plugins.get("speculation"))

@@ -329,8 +329,19 @@ class HybridRadixCache:
         never_seen, kv_evicted = num_tokens - seen_len, seen_len - kv_match_len
         never_saved, below_grid = grid_len - saved_len, kv_match_len - grid_len
         losses = Losses(never_seen, kv_evicted, saved_len - cached_len, never_saved, below_grid)
-        lengths = num_tokens, cached_len, kv_match_len, seen_len
-        return PrefixMatch(*lengths, losses, last, namespace, missed, checkpoint, loadable, forks)
+        return PrefixMatch(
+            num_tokens,
+            cached_len,
+            kv_match_len,
+            seen_len,
+            losses,
+            last,
+            namespace,
+            missed,
+            checkpoint,
+            loadable,
+            forks,
+        )
 
     def gather(self, node: NodeHandle | None) -> Indices:
         """Return a copy of the KV indices from the root to the end of ``node``: int32[position].
@@ -475,7 +486,7 @@ class HybridRadixCache:
         """
         last = self._usable(node)
         if last is not None:
-            if isinstance(node, PathPart) and last.end > node.length:
+            if type(node) is PathPart and last.end > node.length:
                 last = self._split(last, node.length)
             last.locks += 1
             if last.locks == 1:
@@ -851,7 +862,8 @@ class HybridRadixCache:
         """
         if type(tokens) is not np.ndarray or tokens.dtype is not INT32 or tokens.ndim != 1:
             require_int32(tokens, "tokens")
-        require_int32(kv_indices, "KV indices")
+        if type(kv_indices) is not np.ndarray or (kv_indices.dtype, kv_indices.ndim) != (INT32, 1):
+            require_int32(kv_indices, "KV indices")
         if len(kv_indices) != len(tokens):
             raise ValueError(
                 f"{len(kv_indices)} kv_indices for {len(tokens)} tokens: give one each"
@@ -861,7 +873,8 @@ class HybridRadixCache:
                 f"{len(labels)} labels for {len(checkpoints)} checkpoints: give one each, or none"
             )
         for number in (owned_from, *chain.from_iterable(checkpoints)):
-            require_index(number, "owned_from, and each position and slot,")
+            if type(number) is not int:
+                require_index(number, "owned_from, and each position and slot,")
         base = self._usable(after)
         if base is not None and not base.locks:
             raise ValueError("after is not locked: keep its lock until insert returns")

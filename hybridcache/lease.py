@@ -785,7 +785,8 @@ class Lease:
         end = self.prompt_len if computed_len > self.prompt_len else computed_len
         if first < end and tokens is not self._tokens:
             new = np.ascontiguousarray(tokens[first:end])
-            prompt: Any = self._tokens.base  # bytes
+            prompt = self._tokens.base
+            assert isinstance(prompt, bytes)
             if not prompt.startswith(new.data, first * new.itemsize):
                 raise ValueError(
                     f"tokens {first} to {end} are not those of the LeaseRequest, as they were at "

@@ -362,10 +362,6 @@ class Request(ScheduledRequest):
                 return "tool_use"
         return "stop_sequence" if self._met_stop_string else "end_turn"
 
-    def restart(self) -> None:
-        if self.wants_scores:
-            self.scores.clear()
-
     def possible(self, drafts: Tokens) -> Tokens:
         """Return the beginning of ``drafts`` that may follow the answer so far."""
         for rule in self._rules:

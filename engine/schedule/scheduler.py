@@ -262,13 +262,13 @@ class Scheduler(StepPlanner[Request]):
         interrupted = []
         for request in tuple(self.running):
             if request.finish_reason is None:
-                self.requeue(request)
+                self.requeue(request, aborts=True)
                 interrupted.append(request)
             else:
                 self.remove(request)
         for request in self.waiting:
             if request.lease is not None:  # The step failed while it was being admitted.
-                self.manager.release(request)
+                self.manager.release(request, aborts=True)
         self.num_in_flight = 0
         self._renew_rules(interrupted)
         return tuple(interrupted)
@@ -388,8 +388,8 @@ class Scheduler(StepPlanner[Request]):
             request.num_drawn -= segment.samples
             num_before = request.num_tokens
             has_logits = all(one.token_id != NO_TOKEN for one in (*run, *scored_now))
-            if has_logits:
-                request.scores.extend(scored_now)
+            if segment.scores and has_logits:  # After a preemption, those of the first run go.
+                request.scores[segment.start :] = scored_now
             self.advance(request, segment.end, publishes=has_logits)
             is_scored_through = request.computed_len >= request.max_len
             if run or is_scored_through or not has_logits:

@@ -28,7 +28,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -70,6 +70,14 @@ class RowHolder(Protocol):
 
         Must not call the arena.
         """
+
+
+class TableOwner(Protocol):
+    """Owner of a row in the request table: a lease. Hashable by identity."""
+
+    @property
+    def kv_indices(self) -> Indices:
+        """KV rows of all positions so far: int32[n]."""
 
 
 DEVICE, HOST, DISK = "device", "host", "disk"
@@ -233,10 +241,7 @@ class StepPlan:
 
 
 class StepQueue:
-    """The next ``StepPlan`` of one cache while it grows. A ``RowHolder`` that records the moves.
-
-    Its entries have leases (``hybridcache.lease.Lease``) as keys.
-    """
+    """The next ``StepPlan`` of one cache while it grows. A ``RowHolder`` that records the moves."""
 
     def __init__(self) -> None:
         self.num_moves = 0
@@ -244,9 +249,9 @@ class StepQueue:
         adding requests to the step when it is 1."""
         self.transfers: list[Transfer] = []
         """Transfers that no plan contains yet."""
-        self.restores: dict[Any, tuple[int, int]] = {}
+        self.restores: dict[TableOwner, tuple[int, int]] = {}
         """(checkpoint slot, own slot) of each lease with a restore that no plan contains yet."""
-        self.row_writes: dict[Any, tuple[int, int, int]] = {}
+        self.row_writes: dict[TableOwner, tuple[int, int, int]] = {}
         """(table row, start, end) of the changed rows of each lease that no plan contains yet."""
         self.open_plan: StepPlan | None = None
         """Plan that was taken last, or None if nothing was due."""

@@ -6,9 +6,9 @@ KV rows and slots belong to the lease (``hybridcache/lease.py`` has the map).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal, Protocol
 
 import numpy as np
 
@@ -16,7 +16,7 @@ from hybridcache.allocators.moves import StepPlan
 from hybridcache.allocators.pools import slab_rows
 from hybridcache.cache import HybridRadixCache
 from hybridcache.lease import Lease, LeaseRequest
-from hybridcache.policies.protocol import LoadRule, PlacementPolicy, Prefill
+from hybridcache.policies.protocol import LoadRule, PlacementPolicy
 from hybridcache.scheduling.request import ScheduledRequest
 from hybridcache.tokens import Indices, require_index
 
@@ -89,6 +89,16 @@ MAX_MOVES = 1
 """Slabs of an arena emptied per step. The bound keeps the wait shorter than the step."""
 
 
+class Holder(Protocol):
+    """Owner of rows and slots: a lease, or a prefix that arrives. Hashable by identity."""
+
+    @property
+    def held_tokens(self) -> int: ...
+
+    @property
+    def held_slots(self) -> int: ...
+
+
 class CacheManager:
     """Assigns leases and rows to requests, and releases them."""
 
@@ -127,8 +137,8 @@ class CacheManager:
         self._free_rows = list(range(num_rows - 1, -1, -1))
         self.num_rows = num_rows
         self._requests: dict[int, ScheduledRequest] = {}
-        self.other_holders: dict[Any, None] = {}
-        """Other owners of rows and slots, with ``held_tokens`` and ``held_slots``."""
+        self.other_holders: dict[Holder, None] = {}
+        """Owners of rows and slots that are no leases."""
         self._step = StepPlan()
         has_pools = cache.arena is None and not cache.shares_memory
         self.memory = MemorySizes(
@@ -170,16 +180,16 @@ class CacheManager:
         row = self._free_rows.pop()
         self._requests[row] = request
         request.lease, request.row = lease, row
-        request.restart()
         request.computed_len = request.scheduled_len = lease.cached_len
         request.prefill_len, request.num_drawn = prefill_len, 0
         return True
 
-    def release(self, request: ScheduledRequest) -> None:
-        """Take back the row of ``request``, whose lease has ended; one that has not is aborted, so
-        that everything is freed that was not published."""
+    def release(self, request: ScheduledRequest, *, aborts: bool = False) -> None:
+        """Take back the row of ``request``, whose lease has ended. With ``aborts`` it ends now, and
+        everything is freed that was not published."""
         lease, row = request.claims
-        lease.abort()
+        if aborts:
+            lease.abort()
         request.is_counted = lease.is_counted
         del self._requests[row]
         self._free_rows.append(row)
@@ -230,25 +240,10 @@ class CacheManager:
         self.other_holders.clear()
         self._step = StepPlan()
 
-    def checkpoint_positions(self, request: ScheduledRequest, seen_len: int) -> Iterable[int]:
-        """Return the positions where ``request`` would save its state if only the KV of its first
-        ``seen_len`` tokens were cached, without a checkpoint."""
-        if not self.stateful:
-            return (seen_len - seen_len % self.cache.checkpoint_grid,)
-        prefill = Prefill(
-            prompt_len=request.num_tokens,
-            cached_len=0,
-            kv_match_len=seen_len,
-            seen_len=seen_len,
-            boundaries=request.spec.boundaries.positions,
-            grid=self.cache.checkpoint_grid,
-        )
-        return tuple(prefill.on_grid(self.placement.plan(prefill)))
-
     def held(self) -> tuple[int, int]:
         """Return (KV rows, slots) held by running requests and by ``other_holders``."""
         leases = [request.claims[0] for request in self._requests.values()]
-        holders = [*leases, *self.other_holders]
+        holders: list[Holder] = [*leases, *self.other_holders]
         return sum(one.held_tokens for one in holders), sum(one.held_slots for one in holders)
 
     def check(self, table_row: TableRow) -> None:

@@ -30,6 +30,7 @@ from typing import Generic, TypeVar, cast
 from hybridcache.api import PrefixMatch
 from hybridcache.lease import Lease
 from hybridcache.policies.admission import AdmissionPolicy, Load, Sessions, WaitingRequest
+from hybridcache.policies.protocol import Prefill
 from hybridcache.scheduling.cache_manager import CacheManager
 from hybridcache.scheduling.loading import Loader
 from hybridcache.scheduling.request import ScheduledRequest
@@ -289,7 +290,7 @@ class StepPlanner(Generic[R]):
         """Drop ``request``, waiting or running; its rows, pages and slots are free afterwards. Does
         nothing if it has left, or was never added."""
         if request in self.running:
-            self.manager.release(request)
+            self.manager.release(request, aborts=True)
             self.running.remove(request)
             self._is_full = False
         elif request not in self.waiting:
@@ -388,7 +389,7 @@ class StepPlanner(Generic[R]):
             lease, _ = request.claims
             is_final = request.scheduled_len == request.computed_len
             lease.finish(request.tokens, request.computed_len, is_final, request.stop_reason)
-        self.manager.release(request)
+        self.manager.release(request, aborts=not publishes)
         self.running.remove(request)
         self._is_full = False
         self._has_left(request)
@@ -485,9 +486,10 @@ class StepPlanner(Generic[R]):
             self._is_full = True
         return True
 
-    def requeue(self, request: R) -> None:
-        """Move running ``request`` back to the waiting requests, without its claims."""
-        self.manager.release(request)
+    def requeue(self, request: R, *, aborts: bool = False) -> None:
+        """Move running ``request`` back to the waiting requests. It has no claims afterwards; see
+        ``CacheManager.release``."""
+        self.manager.release(request, aborts=aborts)
         request.computed_len = request.scheduled_len = 0
         self.running.remove(request)
         insort(self.waiting, request, key=_age)
@@ -555,7 +557,7 @@ class StepPlanner(Generic[R]):
         end = self._end(request, request.scheduled_len, budget)
         fits = end > request.scheduled_len
         if not fits or not self.extend(request, end):
-            self.manager.release(request)
+            self.manager.release(request, aborts=True)
             self._is_full = fits
             return False
         for older in self.waiting[:place]:
@@ -667,5 +669,20 @@ class Sharing:
         usable = min(shared, request.num_tokens - 1) // grid * grid
         if usable <= at:
             return []
-        positions = self._manager.checkpoint_positions(request, shared)
-        return sorted(position for position in positions if position <= usable)
+        return [point for point in sorted(self.saves_of(request, shared)) if point <= usable]
+
+    def saves_of(self, request: ScheduledRequest, seen_len: int) -> Iterable[int]:
+        """Return the positions where ``request`` would save its state if only the KV of its first
+        ``seen_len`` tokens were cached, without a checkpoint."""
+        manager, grid = self._manager, self._manager.cache.checkpoint_grid
+        if not manager.stateful:
+            return (seen_len - seen_len % grid,)
+        prefill = Prefill(
+            prompt_len=request.num_tokens,
+            cached_len=0,
+            kv_match_len=seen_len,
+            seen_len=seen_len,
+            boundaries=request.spec.boundaries.positions,
+            grid=grid,
+        )
+        return prefill.on_grid(manager.placement.plan(prefill))

@@ -135,10 +135,6 @@ class ScheduledRequest(WaitingRequest):
         """Reason why the answer ended, as ``Lease.finish`` takes it; empty if it is not known."""
         return "session_end" if self.spec.ends_session else ""
 
-    def restart(self) -> None:
-        """Discard partial results of the prompt before its computation begins, for the first time
-        or again."""
-
     def lose_claims(self) -> None:
         """Forget the lease, the row and all computed tokens, without a call of the cache."""
         if self.lease is not None:

@@ -28,6 +28,7 @@ from engine.plugins.disaggregation import wire
 from engine.plugins.disaggregation.wire import PIECE_BYTES, PrefixBuffer, identity
 from engine.requests.request import Request
 from engine.runner.device import HostCopy
+from hybridcache.cache import LockHandle
 from hybridcache.scheduling.cache_manager import CacheManager
 from hybridcache.tokens import Indices, Tokens
 
@@ -62,7 +63,7 @@ class Outgoing:
     num_queued_bytes: int = 0
     num_taken_bytes: int = 0
     """Number of queued bytes that the decode engine has confirmed."""
-    _receipt: Any = None
+    _receipt: LockHandle | None = None
     """Lock on the prefix once it is complete, else None."""
 
     @property

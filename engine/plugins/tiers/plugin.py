@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -35,7 +35,7 @@ from hybridcache.policies.protocol import PlacementPolicy
 from hybridcache.radix.tree import Kind, RadixNode
 from hybridcache.scheduling.cache_manager import CacheManager
 from hybridcache.tiers import TieredRadixCache
-from hybridcache.tokens import EMPTY, Indices
+from hybridcache.tokens import EMPTY, Indices, Tokens
 
 
 class WriteThrough(Listener):
@@ -47,8 +47,9 @@ class WriteThrough(Listener):
     followed: TieredRadixCache
 
     def __init__(self) -> None:
-        self._last: tuple[RadixNode | None, Any] = None, None
-        """Node of the last copy and its path: a state is mostly stored right after its KV."""
+        self._node: RadixNode | None = None
+        self._path: tuple[Hashable, Tokens] | None = None
+        """Path of ``_node``, the last copied one: a state is mostly stored right after its KV."""
 
     def kv_stored(self, node: RadixNode) -> None:
         if not self.followed.is_loading and node.kv is not None:
@@ -59,9 +60,9 @@ class WriteThrough(Listener):
             self._queue("checkpoint", node, np.array([node.checkpoint.slot], np.int32))
 
     def _queue(self, kind: Kind, node: RadixNode, rows: Indices) -> None:
-        if self._last[0] is not node:
-            self._last = node, path_of(node)
-        copy = Copy(kind, DEVICE, rows, KEPT, EMPTY, node.end, self._last[1])
+        if self._node is not node:
+            self._node, self._path = node, path_of(node)
+        copy = Copy(kind, DEVICE, rows, KEPT, EMPTY, node.end, self._path)
         self.followed.steps.transfers.append(copy)
 
 
@@ -131,8 +132,9 @@ class TierPlugin(Plugin):
 
     def open_cache(
         self, cache: HybridRadixCache, runner: ModelRunner, tokenizer: Tokenizer | None
-    ) -> Mapping[str, Any]:
-        """See ``Plugin``. Raises StoreError for another fingerprint or an unusable folder."""
+    ) -> MeasuredExchange:
+        """Open the tiers of the new ``cache``, and return the rule for loads from them. Raises
+        StoreError for another fingerprint or an unusable folder."""
         assert isinstance(cache, TieredRadixCache), "the cache was made with tiers"
         self._cache = cache
         rows = {tier.name: tier.pages.capacity for tier in cache.offload.tiers}
@@ -146,7 +148,7 @@ class TierPlugin(Plugin):
         )
         if disk is not None:
             cache.subscribe(WriteThrough())
-        return {"exchange": self.exchange}
+        return self.exchange
 
     def _open_disk(
         self, store: RecordStore, runner: ModelRunner, tokenizer: Tokenizer | None, num_rows: int
