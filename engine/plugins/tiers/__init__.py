@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, Literal
 
 from engine.config import GIB_SIZE, ConfigError, Limits, PluginConfig, check_fields
 from hybridcache.geometry.units import GIB
@@ -25,6 +25,9 @@ class TierConfig(PluginConfig):
     state_dir: str | None = None
     """Folder on disk that keeps a copy of the cache for the next start, even after a kill; also the
     lowest tier; by default nothing is written."""
+    state_dir_mismatch: Literal["refuse", "empty"] = "refuse"
+    """If --state-dir has entries of another model, format or kernel: refuse to start, or delete
+    them."""
     disk_gib: Annotated[float | None, GIB_SIZE] = None
     """Maximum size of --state-dir, GiB; by default 2.5 times device and host memory, and at most 90
     % of the free disk."""
