@@ -36,7 +36,7 @@ from engine.plugins.dialects.tokens import DetokenizeRequest, TokenizeRequest, d
 from engine.plugins.observe.server import Page
 from engine.plugins.tiers import TierConfig
 from engine.plugins.tool_calls.forms import tool_calls
-from engine.server.access import HEADERS_S, Access, ClientConnection, JsonFormatter, Requests
+from engine.server.access import HEADERS_S, Access, ClientConnection, Requests
 from engine.server.bodies import HANDLERS, APIError, Body, json_response
 from engine.server.schemas import ChatRequest, CompletionRequest, Message
 from engine.server.settings import ACCEPTED_AT_ONCE, BACKLOG, SWITCH_S, ServerConfig
@@ -182,9 +182,7 @@ def serve(
         is_ignored = signal.getsignal(number) == signal.SIG_IGN
         if number != signal.SIGHUP or has_keys or not is_ignored:
             signal.signal(number, lambda number, _: told.append(number))
-    log_to_stderr(config.log_level, "engine", "uvicorn")
-    if config.log_format == "json":
-        logging.getLogger("engine").handlers[-1].setFormatter(JsonFormatter())
+    log_to_stderr(config.log_level, "engine", "uvicorn", is_json=config.log_format == "json")
     sys.setswitchinterval(SWITCH_S)
     # Objects made at the start stay alive. Freezing them saves the garbage collector a quarter of a
     # second per run.
