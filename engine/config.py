@@ -226,8 +226,11 @@ class EngineConfig:
     """Host memory for entries that are evicted from the device, GiB; by default they are lost, or
     stay on disk (--state-dir); 0: none."""
     state_dir: str | None = None
-    """Folder on disk that keeps the cache for the next start, even after a kill; also the lowest
-    tier; by default nothing is written."""
+    """Folder on disk that keeps a copy of the cache for the next start, even after a kill; also the
+    lowest tier; by default nothing is written."""
+    state_dir_mismatch: Literal["refuse", "empty"] = "refuse"
+    """If --state-dir has entries of another model, format or kernel: refuse to start, or delete
+    them."""
     disk_gib: Annotated[float | None, GIB_SIZE] = None
     """Maximum size of --state-dir, GiB; by default 2.5 times device and host memory, and at most 90
     % of the free disk."""

@@ -19,7 +19,7 @@ carried out, or TypeError for a wrong type. Nothing is changed.
 from __future__ import annotations
 
 from collections.abc import Hashable
-from typing import Any, NamedTuple, overload
+from typing import NamedTuple, overload
 
 import numpy as np
 

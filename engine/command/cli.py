@@ -311,7 +311,8 @@ def _serve(arguments: argparse.Namespace) -> int:
             start = partial(start_replicas, engine_config, server_config, address)
         else:
             engine_config = resolve_config(engine_config, read_model)
-            spawned = spawn(engine_config, address, log_level=server_config.log_level)
+            log = server_config.log_level, server_config.log_format
+            spawned = spawn(engine_config, address, None, *log)
             stack.callback(spawned.end)
             from engine.worker.process_channel import start_engine
 

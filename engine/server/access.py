@@ -19,7 +19,6 @@ import uuid
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -220,11 +219,14 @@ def _log_request(scope: Scope, status: int, is_sent: bool, began_s: float) -> No
     ``is_sent``: it got the whole answer."""
     state, tokens = scope["state"], scope["state"].get("num_tokens")
     took_ms = 1000 * (time.perf_counter() - began_s)
+    client, key = (scope.get("client") or (None,))[0], state.get("api_key")
     parts = (
         f"{scope['method']} {short(scope['path'], 200)} {status or 499}",
         tokens and "prompt {:,}  cached {:,}  answer {:,}".format(*tokens),
         f"{took_ms:.0f} ms",
         state.get("answer_id"),
+        client and f"from {client}",
+        key is not None and f"key {key}",
         not is_sent and "not sent completely",
         state.get("error"),
     )
@@ -239,8 +241,8 @@ def _log_request(scope: Scope, status: int, is_sent: bool, began_s: float) -> No
         "ms": round(took_ms, 1),
         "answer_id": state.get("answer_id"),
         "request_id": state.get("request_id"),
-        "client": (scope.get("client") or (None,))[0],
-        "key": state.get("api_key"),
+        "client": client,
+        "key": key,
         "is_sent": is_sent,
         "error": state.get("error"),
     }
@@ -250,20 +252,6 @@ def _log_request(scope: Scope, status: int, is_sent: bool, began_s: float) -> No
 
 UNREAD_S = 120.0
 """Seconds that a client may read nothing of a waiting answer before the answer is broken off."""
-
-
-class JsonFormatter(logging.Formatter):
-    """Lines of the log as JSON objects: time, level, message, and the facts of a request."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        line = {
-            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
-            "level": record.levelname.lower(),
-            **(getattr(record, "facts", None) or {"message": record.getMessage()}),
-        }
-        if record.exc_info:
-            line["exception"] = self.formatException(record.exc_info)
-        return json.dumps(line)
 
 
 class Requests:

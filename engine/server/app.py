@@ -29,7 +29,7 @@ from starlette.routing import Route
 from engine.async_engine import AsyncEngine
 from engine.errors import EngineStopped
 from engine.messages import Ask
-from engine.server.access import Access, JsonFormatter, Requests
+from engine.server.access import Access, Requests
 from engine.server.bodies import HANDLERS, APIError, Body, json_response
 from engine.server.endpoints.anthropic import CountRequest, MessagesRequest, count_tokens, messages
 from engine.server.endpoints.chat import chat
@@ -183,9 +183,7 @@ def serve(
         is_ignored = signal.getsignal(number) == signal.SIG_IGN
         if number != signal.SIGHUP or has_keys or not is_ignored:
             signal.signal(number, lambda number, _: told.append(number))
-    log_to_stderr(config.log_level, "engine", "uvicorn")
-    if config.log_format == "json":
-        logging.getLogger("engine").handlers[-1].setFormatter(JsonFormatter())
+    log_to_stderr(config.log_level, "engine", "uvicorn", is_json=config.log_format == "json")
     sys.setswitchinterval(SWITCH_S)
     # Objects made at the start stay alive. Freezing them saves the garbage collector a quarter of a
     # second per run.

@@ -233,9 +233,9 @@ def _receive(sockets: Sockets, folder: str, hosts: Sequence[EngineHost]) -> None
     os._exit(LOST)
 
 
-def main(folder: str, config: str, address: str, log_level: str) -> int:
+def main(folder: str, config: str, address: str, log_level: str, log_format: str) -> int:
     """Run the process and return its exit code. ``config`` is pickled, in hexadecimal digits."""
-    log_to_stderr(log_level, "engine")
+    log_to_stderr(log_level, "engine", is_json=log_format == "json")
     warnings.showwarning = lambda message, *_, **__: logger.warning("%s", message)
     sockets = Sockets(folder, is_server=False)
     hosts: list[EngineHost] = []

@@ -42,13 +42,17 @@ class Spawned(NamedTuple):
 
 
 def spawn(
-    config: EngineConfig, address: str, boot: str | None = None, log_level: str = "warning"
+    config: EngineConfig,
+    address: str,
+    boot: str | None = None,
+    log_level: str = "warning",
+    log_format: str = "text",
 ) -> Spawned:
     """Start a new interpreter with ``boot``, by default ``BOOT``, which loads the model of
     ``config``. Signals that end the server are blocked in it from its first instruction."""
     place = gettempdir() if len(os.fsencode(gettempdir())) <= MAX_FOLDER_BYTES else "/tmp"
     folder = TemporaryDirectory(prefix="engine-", dir=place, ignore_cleanup_errors=True)
-    facts = [folder.name, pickle.dumps(config).hex(), address, log_level]
+    facts = [folder.name, pickle.dumps(config).hex(), address, log_level, log_format]
     command = [sys.executable, "-c", boot or BOOT, json.dumps(sys.path), *facts]
     before = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
     try:

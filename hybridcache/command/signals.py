@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import _thread
+import json
 import logging
 import os
 import signal
 import sys
 import threading
 import time
+from datetime import UTC, datetime
 from types import FrameType
 from typing import NoReturn
 
@@ -24,10 +26,25 @@ def open_closed_streams() -> None:
             setattr(sys, name, stream)
 
 
-def log_to_stderr(level: str, *names: str) -> None:
+class JsonFormatter(logging.Formatter):
+    """Lines of the log as JSON objects: time, level, message, and the facts of a request."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        line = {
+            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
+            "level": record.levelname.lower(),
+            **(getattr(record, "facts", None) or {"message": record.getMessage()}),
+        }
+        if record.exc_info:
+            line["exception"] = self.formatException(record.exc_info)
+        return json.dumps(line)
+
+
+def log_to_stderr(level: str, *names: str, is_json: bool = False) -> None:
     """Send the logs ``names`` from ``level`` on to the standard error output, with times."""
     handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    plain = logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S")
+    handler.setFormatter(JsonFormatter() if is_json else plain)
     for name in names:
         log = logging.getLogger(name)
         log.setLevel(level.upper())

@@ -2,9 +2,10 @@
 
 ``engine serve`` runs the built-in model, whose tokens are characters: an agent's first prompt has
 30,000 to 90,000. Each agent gets the same question in new sessions and must end without an error.
-Each request must be answered with 200, and from the second session on the prompt must be reused.
+No request may be refused, and from the second session on the prompt must be reused.
 The agents are those of ``make clients`` or on the ``PATH``; others are reported as not installed.
-The model's answers to agents make no sense.
+The model's answers to agents make no sense and may have no end: one that Claude Code reports as
+longer than its limit counts as an answer.
 """
 
 from __future__ import annotations
@@ -103,7 +104,8 @@ def session(name: str, program: str, home: Path, port: int) -> float:
         text=True,
         timeout=MAX_S,
     )
-    assert done.returncode == 0, f"{name} ended with {done.returncode}: {done.stdout[-2000:]}"
+    is_done = done.returncode == 0 or "output token maximum" in done.stdout
+    assert is_done, f"{name} ended with {done.returncode}: {done.stdout[-2000:]}"
     return time.monotonic() - began
 
 
@@ -140,8 +142,10 @@ def _sessions(name: str, program: str, home: Path, port: int, number: int) -> di
         seconds.append(round(session(name, program, home, port), 1))
         answers = requests_in(home / "log")[sent:]
         sent += len(answers)
-        assert answers and all(status == 200 for status, *_ in answers), f"{name}: {answers}"
-        _, prompt, cached = max(answers, key=lambda one: one[1])
+        known = (200, 499)  # 499: an agent that waits no longer sends the request again.
+        assert all(status in known for status, *_ in answers), f"{name}: {answers}"
+        status, prompt, cached = max(answers, key=lambda one: one[1])
+        assert status == 200, f"{name}: {answers}"
         reused = f"{cached:,} of {prompt:,}"
         if index:
             assert cached >= LEAST_REUSED * prompt, f"{name} reused {reused} tokens"

@@ -10,7 +10,7 @@ import pytest
 
 from engine import Engine, SamplingParams
 from engine.async_engine import AsyncEngine
-from engine.plugins.tiers.plugin import NAME
+from engine.plugins.tiers.records import MEMORY_NAME
 from hybridcache.export.warm_state import write_memory
 from tests.engine.test_hits_change_nothing import MakeEngine, prompts
 from tests.waiting import wait_until
@@ -77,6 +77,6 @@ def test_an_idle_engine_saves_its_learned_state(
 
     asyncio.run(ask())
     try:
-        wait_until((tmp_path / "state" / NAME).exists)
+        wait_until((tmp_path / "state" / MEMORY_NAME).exists)
     finally:
         loop.stop()

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -82,7 +83,10 @@ def test_a_restarted_engine_reads_its_folder_or_a_copy(
 
 
 def test_a_different_engine_is_refused_and_the_folder_is_unchanged(
-    make_engine: MakeEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    make_engine: MakeEngine,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     """A start that fails after the folder was opened releases it too."""
 
@@ -99,12 +103,17 @@ def test_a_different_engine_is_refused_and_the_folder_is_unchanged(
         patch.setattr("engine.plugins.tiers.tier_copies.allocate", refuse)
         make_engine(state_dir=str(folder))
     with pytest.raises(
-        StoreError, match=r"differs in .*dtype.*: configure both.* delete .* to start"
+        StoreError, match=r"differs in .*dtype.*: configure both.* --set state_dir_mismatch=empty"
     ):
         make_engine(state_dir=str(folder), dtype="bfloat16")
     with pytest.raises(StoreError, match="differs in weights"):
         make_engine(state_dir=str(folder), seed=1)
     assert before == {path.name: path.read_bytes() for path in folder.iterdir()}
+    caplog.clear()
+    make_engine(state_dir=str(folder), seed=1, state_dir_mismatch="empty").close()
+    assert re.search(r"differs in weights, .*: its entries are deleted", caplog.text)
+    left = {path.name for path in folder.iterdir()}
+    assert not any(name.endswith(".record") for name in left) and "fingerprint.json" in left
 
 
 @pytest.mark.full

@@ -17,7 +17,7 @@ from engine.config import ConfigError, EngineConfig
 from engine.core import EngineCore, Plugin
 from engine.plugins.tiers.disk import Disk
 from engine.plugins.tiers.prefixes import RecordPart, covering
-from engine.plugins.tiers.records import RecordStore
+from engine.plugins.tiers.records import MEMORY_NAME, RecordStore
 from engine.plugins.tiers.staging import MeasuredExchange, Staging, is_kept
 from engine.plugins.tiers.tier_copies import KEPT, TierCopier
 from engine.runner.backends import digest_of
@@ -66,8 +66,6 @@ class WriteThrough(Listener):
         self.followed.steps.transfers.append(copy)
 
 
-NAME = "memory"
-"""File of the policy state in a folder."""
 IDLE_EVERY_S, BUSY_EVERY_S = 1.0, 30.0
 """Minimum seconds between two saves of the policy state, while the engine is idle and busy."""
 SHARE = 0.005
@@ -154,13 +152,10 @@ class TierPlugin(Plugin):
         self, store: RecordStore, runner: ModelRunner, tokenizer: Tokenizer | None, num_rows: int
     ) -> None:
         folder, memory = store.folder, runner.memory
-        template = tokenizer and tokenizer.chat_template
-        texts = {
-            "tokenizer": tokenizer and tokenizer.as_json(),
-            "chat template": template and template.source,
-        }
-        digests = {name: digest_of((text or "").encode()) for name, text in texts.items()}
-        store.open({**runner.identity(store.weights_digest), **digests})
+        # Entries are found by token ids: another chat template changes nothing about them.
+        words = digest_of(((tokenizer and tokenizer.as_json()) or "").encode())
+        identity = {**runner.identity(store.weights_digest), "tokenizer": words}
+        store.open(identity, empties=self.config.state_dir_mismatch == "empty")
         self.disk = disk = Disk(
             store,
             max_bytes=self._store_bytes,
@@ -170,7 +165,7 @@ class TierPlugin(Plugin):
         )
         self._store = None
         try:
-            state = unpack((folder / NAME).read_bytes())
+            state = unpack((folder / MEMORY_NAME).read_bytes())
             state.recall_tree(self._cache)
             self._saved_state = state
         except FileNotFoundError:
@@ -178,7 +173,9 @@ class TierPlugin(Plugin):
         except (OSError, ValueError) as error:
             disk.num_errors += 1
             logger.warning(
-                "%s is ignored (%s): the policies start without history.", folder / NAME, error
+                "%s is ignored (%s): the policies start without history.",
+                folder / MEMORY_NAME,
+                error,
             )
         self.adopt()
 
@@ -232,7 +229,7 @@ class TierPlugin(Plugin):
         body = write_memory(self._cache, self._placement)
         self._has_changes, self._saved_at = False, time.perf_counter()
         self._took_s = self._saved_at - start
-        disk.write_file(NAME, lambda: pack(body))
+        disk.write_file(MEMORY_NAME, lambda: pack(body))
         return None
 
     def report(self) -> Mapping[str, Any]:
@@ -286,7 +283,7 @@ class TierPlugin(Plugin):
             transfers = steps.take_transfers()
             steps.transfers += [one for one in transfers if not is_kept(one)]
             disk.clear()
-            disk.remove_file(NAME)
+            disk.remove_file(MEMORY_NAME)
 
     def close(self) -> None:
         """See ``Plugin``. Writes all pending entries and releases the folder."""

@@ -40,8 +40,9 @@ from typing import Any, BinaryIO, NamedTuple
 
 from engine.weights.model_files import weight_files
 
-NAME = "fingerprint.json"
-FORMAT = "engine state 4"
+NAME, MEMORY_NAME = "fingerprint.json", "memory"
+"""Files of the fingerprint, and of the learned state of policies."""
+FORMAT = "engine state 5"
 """Changes with the layout of records and of their meta, and with the names in a fingerprint."""
 SIZES, CRC = struct.Struct("<QQI"), struct.Struct("<I")
 HEAD_BYTES = SIZES.size + CRC.size
@@ -122,30 +123,35 @@ class RecordStore:
         digest: str | None = stored["fields"].get("weights")
         return digest
 
-    def open(self, fields: Mapping[str, str]) -> RecordStore:
+    def open(self, fields: Mapping[str, str], *, empties: bool = False) -> RecordStore:
         """Check the fingerprint of the folder, or write that of a new one. Returns the store.
 
         Raises StoreError, with nothing changed, if the folder belongs to other ``fields`` or
-        another format, or cannot be written.
+        another format, or cannot be written. With ``empties`` the entries of other fields are
+        removed, which the log says.
         """
         ours = {"format": FORMAT, **fields}
         self._digest = digest_of(ours)
         wanted = {"digest": self._digest.hex(), "fields": ours, "files": self._files}
         try:
             stored = self._fingerprint()
+            problem = ""
             if stored is None and any(map(FILE.fullmatch, os.listdir(self._folder_fd))):
-                raise StoreError(
-                    f"{self.folder / NAME} is missing or damaged, so the records next to it cannot "
-                    f"be used: use another folder, or delete {self.folder} with its contents."
-                )
+                problem = f"{self.folder / NAME} is missing or damaged"
             theirs = ours if stored is None else stored["fields"]
-            names = [one for one in {**ours, **theirs} if ours.get(one) != theirs.get(one)]
-            if names:
+            if names := [one for one in {**ours, **theirs} if ours.get(one) != theirs.get(one)]:
+                differ = ", ".join(names)
+                problem = f"{self.folder} contains the state of an engine that differs in {differ}"
+            if problem and not empties:
                 raise StoreError(
-                    f"{self.folder} contains the state of an engine that differs in "
-                    f"{', '.join(names)}: configure both the same, use another folder, or delete "
-                    f"{self.folder} to start without its entries."
+                    f"{problem}: configure both the same, use another folder, or start without its "
+                    "entries with --set state_dir_mismatch=empty, which deletes them."
                 )
+            if problem:
+                logger.warning("%s: its entries are deleted (state_dir_mismatch).", problem)
+                for name in os.listdir(self._folder_fd):
+                    if FILE.fullmatch(name) or name in (NAME, MEMORY_NAME):
+                        self.remove_file(name)
             if stored != wanted:
                 self.write_file(NAME, json.dumps(wanted, indent=1).encode())
         except OSError as error:

@@ -26,8 +26,8 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from engine.messages import Exactness
 from engine.server import access
-from engine.server.access import JsonFormatter
 from engine.server.settings import ServerConfig
+from hybridcache.command.signals import JsonFormatter
 from tests.waiting import wait_until
 
 from .conftest import Live, oracle_engine, serving
@@ -363,7 +363,7 @@ def test_request_log_has_disconnected_requests(
     [line] = _answer_lines(caplog, 1)
     assert re.fullmatch(
         r"POST /v1/completions 200  prompt 1  cached 0  answer \d+  \d+ ms  cmpl-\w+  "
-        "not sent completely",
+        "from 127.0.0.1  not sent completely",
         line,
     )
 
