@@ -299,12 +299,12 @@ def _over_seeds(asked: Scenario, options: dict[str, Any]) -> SimulationResult:
     if failures := [one for result in results for one in result.failures]:
         raise RunFailed(failures[0])
     runs = tuple(merged(of, seeds) for of in zip(*(result.runs for result in results), strict=True))
-    rates = [result.bound_rate for result in results if result.bound_rate is not None]
+    bound_tokens = runs[0].bound_tokens if options["bound"] else None
     note = f"{counted(len(seeds), 'draw')} of the trace (--seeds): rates over all their tokens"
     return replace(
         results[0],
         runs=runs,
-        bound_rate=runs[0].bound_tokens / runs[0].prompt_tokens if rates else None,
+        bound_rate=None if not bound_tokens else bound_tokens / runs[0].prompt_tokens,
         trace_notes=[*opened.notes, note],
         working_set_bytes=whole_bytes,
     )
