@@ -137,12 +137,11 @@ def published_table() -> Table:
     header, rows = default.published_table(records)
     files = grouped([one for one in records if one["seed"] is None], "trace", "gib")
     cells = yardsticks.by_cell(yardstick_records(), yardsticks.EVALUATION)
-    if any((trace, None, gib) not in cells for trace, gib in files):
-        return header, rows
     names = (yardsticks.LRU_ADAPTIVE, yardsticks.BEST_REBUILT, yardsticks.BOUND)
+    more = [cells.get((trace, None, gib), {}) for trace, gib in files]
     return [*header, *(f"{name}, %" for name in names)], [
-        [*row, *(f"{cells[trace, None, gib][name]:.1f}" for name in names)]
-        for (trace, gib), row in zip(files, rows, strict=True)
+        [*row, *(f"{found[name]:.1f}" if found else "-" for name in names)]
+        for found, row in zip(more, rows, strict=True)
     ]
 
 

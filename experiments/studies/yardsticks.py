@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from experiments.studies import common, default
 from hybridcache import ModelGeometry, Trace, open_trace, simulate
-from hybridcache.lab.baselines import BASELINES
+from hybridcache.lab.baselines import COMPARABLE
 from hybridcache.lab.optimum import MemoryBudget, Relaxation, build_trie
 from hybridcache.lab.simulation.sizes import budget_bytes
 
@@ -79,8 +79,8 @@ def bounds(trace: Trace, geometry: ModelGeometry, gib: tuple[float, ...]) -> lis
 
 
 def best_rebuilt(rates: dict[str, list[float]]) -> list[float]:
-    """Return the highest rate of the rebuilt systems at each size."""
-    peers = [of for name, of in rates.items() if name in BASELINES]
+    """Return the highest rate at each size of the rebuilt systems without states elsewhere."""
+    peers = [of for name, of in rates.items() if name in COMPARABLE]
     return [max(of) for of in zip(*peers, strict=True)]
 
 

@@ -28,7 +28,7 @@ from hybridcache.geometry.model import ModelGeometry
 from hybridcache.geometry.times import Roofline
 from hybridcache.geometry.units import GIB, counted
 from hybridcache.lab.arrivals import interleave, parse_starts
-from hybridcache.lab.baselines import BASELINES
+from hybridcache.lab.baselines import BASELINES, COMPARABLE
 from hybridcache.lab.intervals import FEWEST_UNITS, Interval, interval, paired
 from hybridcache.lab.progress import Progress
 from hybridcache.lab.report import text_table
@@ -457,7 +457,7 @@ class Ranking:
         each cell and the upper bound."""
         names = [name for name in self.systems if name != HINDSIGHT]
         limit = self._matrix(HINDSIGHT, lambda run: run.bound)
-        rebuilt = [self.hits(name) for name in names if name in BASELINES]
+        rebuilt = [self.hits(name) for name in names if name in COMPARABLE]
         hits = {name: self.hits(name) for name in (*names, HINDSIGHT)}
         if rebuilt:
             hits["(best rebuilt of each cell)"] = np.max(rebuilt, axis=0)

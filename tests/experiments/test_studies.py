@@ -140,8 +140,9 @@ def test_yardsticks_are_in_tables_and_figures_of_policies(
     for (_, seed, gib), rates in cells.items():
         assert seed in (1, 2) and gib in (0.2, 4.0)
         assert rates[yardsticks.LRU_ADAPTIVE] <= rates[yardsticks.BOUND] <= 100
+        assert rates[yardsticks.BEST_REBUILT] <= rates[yardsticks.BOUND]
     best = yardsticks.best_rebuilt(
-        {"vllm": [0.1, 0.4], "sglang": [0.2, 0.3], "upper bound": [1, 1]}
+        {"vllm": [0.1, 0.4], "sglang": [0.2, 0.3], "lightllm": [0.9, 0.9], "upper bound": [1, 1]}
     )
     assert best == [0.2, 0.4]
     monkeypatch.setattr(provenance, "RESULTS", tmp_path)

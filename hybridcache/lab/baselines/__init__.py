@@ -39,3 +39,6 @@ UNCHARGED = {
     "llama.cpp": _CHECKPOINTS,
     **dict.fromkeys(("marconi", "marconi-static", "marconi-artifact", "sglang-plus"), _RUNNING),
 }
+"""Memory of a system in addition to its size."""
+COMPARABLE = tuple(name for name in BASELINES if UNCHARGED.get(name) in (None, _RUNNING))
+"""Systems whose whole cache is within their size, so that the upper bound is also theirs."""
