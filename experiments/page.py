@@ -431,7 +431,7 @@ class Dots:
             1, 1, 0.75 + (0.16 + 0.07 * len(self.series)) * len(rows) + 0.07 * extra
         )
         for number, name in enumerate(self.series):
-            shift = (number - (len(self.series) - 1) / 2) * 0.28
+            shift = (number - (len(self.series) - 1) / 2) * min(0.28, 0.84 / len(self.series))
             for row, (_, values, _) in enumerate(rows):
                 mean, low, high = values[number]
                 is_known = not math.isnan(low)
