@@ -27,7 +27,7 @@ BASELINES: dict[str, BaselineFactory] = {
     "marconi-artifact": partial(MarconiCache, reading="artifact"),
     "sglang-plus": partial(MarconiCache, leaf_lru=True),
     "tensorrt-llm": TensorRtCache,
-    "llama.cpp": LlamaCppCache,
+    "llama-cpp": LlamaCppCache,
     "ollama": OllamaCache,
 }
 """Baselines by name. ``sglang-plus`` is the baseline of that name in Marconi's paper."""
@@ -36,7 +36,7 @@ _CHECKPOINTS = "up to 128 checkpoints in host memory"
 _RUNNING = "the memory of running requests"
 UNCHARGED = {
     **dict.fromkeys(("lightllm", "lightllm-big", "lightllm-64"), _HOST_STATES),
-    "llama.cpp": _CHECKPOINTS,
+    "llama-cpp": _CHECKPOINTS,
     **dict.fromkeys(("marconi", "marconi-static", "marconi-artifact", "sglang-plus"), _RUNNING),
 }
 """Memory of a system in addition to its size."""
