@@ -34,9 +34,10 @@ from experiments.studies import (
     router,
     shadows,
     tiers,
+    yardsticks,
 )  # fmt: skip
-from experiments.studies.common import Table, grouped
-from hybridcache.lab.intervals import Interval
+from experiments.studies.common import DEFAULT, Table, grouped
+from hybridcache.lab.intervals import Interval, interval, paired
 from hybridcache.lab.leaderboard import BUILT_IN, Board, Scores, Split
 
 TEMPLATE = ROOT / "experiments" / "results_page.md"
@@ -75,12 +76,75 @@ def default_speed_table() -> Table:
     return (["trace", "GiB", "default, %", "LRU with fixed rules, %", "CPU time, ratio"], rows)
 
 
+def yardstick_records() -> list[dict[str, Any]]:
+    """Return the records of the yardsticks, or none if they were not run."""
+    is_known = (provenance.RESULTS / f"{yardsticks.NAME}.jsonl").exists()
+    return records_of(f"{yardsticks.NAME}.jsonl") if is_known else []
+
+
+def yardstick_rates(split: Split) -> dict[str, list[float]]:
+    """Return the rate of the best rebuilt system and the bound, %, as a mean over the replays of
+    ``split`` for each of its seeds; empty unless all of them were run."""
+    cells = yardsticks.by_cell(yardstick_records(), yardsticks.EVALUATION)
+    wanted = [(trace, gib) for trace, sizes in split.gib.items() for gib in sizes]
+    if any((trace, seed, gib) not in cells for trace, gib in wanted for seed in split.seeds):
+        return {}
+    return {
+        name: [
+            fmean(cells[trace, seed, gib][name] for trace, gib in wanted) for seed in split.seeds
+        ]
+        for name in (yardsticks.BEST_REBUILT, yardsticks.BOUND)
+    }
+
+
 def leaderboard_table() -> Table:
-    """Return the leaderboard of the built-in policies."""
+    """Return the leaderboard of the built-in policies, with the best rebuilt systems and the
+    bound."""
     records = records_of("leaderboard.jsonl")
     scores = tuple(map(Scores.from_record, records))
     board = Board(Split.load(), records[0]["reference"], scores)
-    return board.heads(), [row.cells() for row in board.rows() if row.name in BUILT_IN]
+    rows = [row.cells() for row in board.rows() if row.name in BUILT_IN]
+    own = [
+        100 * fmean(rate for one in scores if one.rate is None and one.seed == seed
+                    for rate in one.rates[board.reference])
+        for seed in board.split.seeds
+    ]  # fmt: skip
+    for name, rates in yardstick_rates(board.split).items():
+        rows.append([name, "-", "-", "-", str(interval(rates)), str(paired(rates, own)), "-", "-"])
+    return board.heads(), rows
+
+
+def pairs_table() -> Table:
+    """Return the pairs in replays, with the best rebuilt systems and the bound."""
+    records = [
+        record for record in records_of("study_default.jsonl") if record["split"] == "evaluation"
+    ]
+    header, rows = default.pairs_table(records, "evaluation")
+    ours = [
+        record for record in records if record["pair"] == DEFAULT and record["seed"] is not None
+    ]
+    own = [
+        fmean(100 * record["token_hit_rate"] for record in of)
+        for of in grouped(ours, "seed").values()
+    ]
+    found = yardstick_rates(Split.load())
+    more = [[name, str(interval(of)), str(paired(of, own))] for name, of in found.items()]
+    return header, [*rows, *more]
+
+
+def published_table() -> Table:
+    """Return both pairs on published traces, with LRU under the default placement, the best rebuilt
+    system and the bound."""
+    records = records_of("study_default.jsonl")
+    header, rows = default.published_table(records)
+    files = grouped([one for one in records if one["seed"] is None], "trace", "gib")
+    cells = yardsticks.by_cell(yardstick_records(), yardsticks.EVALUATION)
+    names = (yardsticks.LRU_ADAPTIVE, yardsticks.BEST_REBUILT, yardsticks.BOUND)
+    more = [cells.get((trace, None, gib), {}) for trace, gib in files]
+    return [*header, *(f"{name}, %" for name in names)], [
+        [*row, *(f"{found[name]:.1f}" if found else "-" for name in names)]
+        for found, row in zip(more, rows, strict=True)
+    ]
 
 
 def losses_table() -> Table:
@@ -302,6 +366,11 @@ def value(cell: str) -> Interval:
     return Interval(float(number[0]) if number else math.nan, math.nan, math.nan)
 
 
+def is_number(cell: str) -> bool:
+    """Return whether a cell has a number."""
+    return not math.isnan(value(cell).mean)
+
+
 def shown(cell: str) -> str:
     """Return the number that a cell begins with, and its interval."""
     return one_number((INTERVAL.search(cell) or re.search(r"-?\d+(\.\d+)?", cell) or [cell])[0])
@@ -329,10 +398,12 @@ LIGHT_AND_DARK = {
     "#1b6ca8": "#62b0f0",
     "#c8553d": "#f0876b",
     "#3a7d44": "#6cc07a",
+    "#8a5a9e": "#bf93d4",
+    "#5b6168": "#a9b0b8",
 }
-"""Colour on a light page -> colour on a dark page: ground, text, notes, grid, and three series."""
+"""Colour on a light page -> colour on a dark page: ground, text, notes, grid, and five series."""
 GROUND, TEXT, NOTE, GRID, *SERIES = LIGHT_AND_DARK
-MARKS = "osD"
+MARKS = "osD^v"
 NAME_CHARS = 28
 """Characters of a row's name in one line."""
 
@@ -368,7 +439,7 @@ def legend(figure: Any, axis: Any) -> None:
     handles, labels = axis.get_legend_handles_labels()
     if len(labels) > 1:
         figure.legend(
-            handles, labels, loc="outside upper left", ncols=len(labels), frameon=False,
+            handles, labels, loc="outside upper left", ncols=min(3, len(labels)), frameon=False,
             fontsize=8, labelcolor=TEXT, handletextpad=0.3, columnspacing=1.2,
         )  # fmt: skip
 
@@ -395,7 +466,7 @@ class Dots:
             (
                 "\n".join(wrap(", ".join(row[i].strip("`") for i in self.names), NAME_CHARS)),
                 [value(row[column]) for column in self.series.values()],
-                shown(row[first]),
+                shown(next(filter(is_number, (row[i] for i in self.series.values())), row[first])),
             )
             for row in table[1]
         ]
@@ -419,7 +490,7 @@ class Dots:
             1, 1, 0.75 + (0.16 + 0.07 * len(self.series)) * len(rows) + 0.07 * extra
         )
         for number, name in enumerate(self.series):
-            shift = (number - (len(self.series) - 1) / 2) * 0.28
+            shift = (number - (len(self.series) - 1) / 2) * min(0.28, 0.84 / len(self.series))
             for row, (_, values, _) in enumerate(rows):
                 mean, low, high = values[number]
                 is_known = not math.isnan(low)
@@ -512,7 +583,8 @@ def panel_lines(
 
 
 class CapacityCurves:
-    """Token hit rate over memory with bands, of the default pair and of LRU."""
+    """Token hit rate over memory: the default pair and LRU with bands, LRU with the default
+    placement, the best rebuilt system, and the bound."""
 
     def draw(self, table: Table) -> Any:
         """Return the figure of the traces in the table."""
@@ -524,7 +596,15 @@ class CapacityCurves:
                 low, high = ([100 * rate for rate in run[limit]] for limit in ("low", "high"))
                 means = [sum(limits) / 2 for limits in zip(low, high, strict=True)]
                 panels[name].append(list(zip(run["gib"], means, low, high, strict=True)))
-        series = ("default pair", "LRU with fixed rules")
+        series = ["default pair", "LRU, fixed rules"]
+        cells = yardsticks.by_cell(yardstick_records(), yardsticks.CAPACITY)
+        names = (yardsticks.LRU_ADAPTIVE, yardsticks.BEST_REBUILT, yardsticks.BOUND)
+        for name, lines in panels.items() if cells else ():
+            sizes = [gib for trace, _, gib in cells if trace == name]
+            for one in names:
+                rates = [cells[name, 0, gib][one] for gib in sizes]
+                lines.append(list(zip(sizes, rates, rates, rates, strict=True)))
+        series += [yardsticks.LRU_ADAPTIVE, "best rebuilt", "upper bound"] * bool(cells)
         return panel_lines(panels, series, ("memory, GiB", HITS))
 
 
@@ -744,7 +824,7 @@ def study(name: str, table: Callable[[list[dict[str, Any]]], Table]) -> Callable
     return lambda: table(records_of(f"{name}.jsonl"))
 
 
-OVER = {"default pair": 3, "LRU with fixed rules": 4}
+OVER = {"default pair": 3, "LRU, fixed rules": 4}
 SECTIONS = {
     "leaderboard": Section(
         "leaderboard", leaderboard_table, _ranking,
@@ -752,7 +832,7 @@ SECTIONS = {
         "Token hit rate of each policy in closed loops and in replays, with intervals.",
     ),
     "default": Section(
-        "default", study("study_default", partial(default.pairs_table, split="evaluation")),
+        "default", pairs_table,
         _pairs, Dots({"replay": 1}, HITS),
         "Token hit rate of each pair in replays, with intervals.",
     ),
@@ -772,21 +852,22 @@ SECTIONS = {
         "Mean loss by choice of the pair, for both splits.",
     ),
     "published": Section(
-        "default", study("study_default", default.published_table),
+        "default", published_table,
         between(5, "On published traces the default pair differs from LRU with fixed rules by "
                 "{low:.1f} to {high:.1f} points."),
-        Dots(OVER, HITS, (0, 1)), "Token hit rate of both on published traces, by memory in GiB.",
+        Dots(OVER | {"best rebuilt": -2, "upper bound": -1}, HITS, (0, 1)),
+        "Token hit rate of both on published traces, of the best rebuilt system, and the bound.",
     ),
     "default speed": Section(
         "default-speed", default_speed_table,
         between(4, "The default pair takes {low:.2f} to {high:.2f} times the CPU time of LRU per "
                 "simulated request."),
-        Dots({"default pair": 2, "LRU with fixed rules": 3}, HITS, (0, 1)),
-        "Token hit rate of both at one size per trace.",
+        Dots({"default pair": 4}, "CPU time of a simulated request, times that of LRU", (0, 1)),
+        "CPU time of the default pair in times of LRU's, at one size per trace.",
     ),
     "admission": Section(
         "admission", study("admission", admission.table), _admission,
-        Curves(5, ("oldest", "sessions"), ("sessions/s", "mean TTFT, s")),
+        Curves(5, ("oldest", "sessions", "best fixed limit"), ("sessions/s", "mean TTFT, s")),
         "Mean time to first token over the rate of sessions, one panel per workload.",
     ),
     "overload": Section(

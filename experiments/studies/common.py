@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
+from functools import cache
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from hybridcache.lab.report import text_table
 from hybridcache.lab.simulation.grid import prepare_worker
 from hybridcache.lab.simulation.result import RunResult
 from hybridcache.lab.simulation.sizes import sizes
+from hybridcache.lab.traces import SHIPPED
 from hybridcache.policies.registry import DEFAULT_EVICTION, DEFAULT_PLACEMENT
 
 QWEN3_NEXT = ModelGeometry.preset("qwen3-next")
@@ -92,14 +95,24 @@ class Workload:
 
 
 DATA = (ROOT / "data", ROOT.parent / "shared" / "data", ROOT.parent / "shared" / "traces")
-"""Folders that are searched for published traces."""
+"""Folders that are searched for published traces, before those that the package ships."""
 
 
 def published(spec: str) -> str | None:
-    """Return ``spec`` with the path of its file, or None if the file is missing."""
+    """Return ``spec`` with the path of its file, or None, which is said on standard error, if the
+    file is missing."""
     name, mark, options = spec.partition("?")
-    path = next((path for folder in DATA if (path := folder / name).is_file()), None)
+    shipped = SHIPPED.get(name.partition(".")[0].replace("_", "-"))
+    path = next((path for folder in DATA if (path := folder / name).is_file()), shipped)
+    if path is None:
+        _say(f"left out: {name}: no such file in {' or '.join(map(str, DATA))}")
     return None if path is None else f"{path}{mark}{options}"
+
+
+@cache
+def _say(sentence: str) -> None:
+    """Print a sentence once on standard error."""
+    print(sentence, file=sys.stderr)
 
 
 def seeded(spec: str, seed: int) -> str:

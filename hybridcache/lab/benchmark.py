@@ -28,7 +28,7 @@ from hybridcache.geometry.model import ModelGeometry
 from hybridcache.geometry.times import Roofline
 from hybridcache.geometry.units import GIB, counted
 from hybridcache.lab.arrivals import interleave, parse_starts
-from hybridcache.lab.baselines import BASELINES
+from hybridcache.lab.baselines import BASELINES, COMPARABLE
 from hybridcache.lab.intervals import FEWEST_UNITS, Interval, interval, paired
 from hybridcache.lab.progress import Progress
 from hybridcache.lab.report import text_table
@@ -38,7 +38,7 @@ from hybridcache.lab.simulation.grid import RunFailed, run_grid
 from hybridcache.lab.simulation.result import ClosedLoopRun, RunResult, known_fields
 from hybridcache.lab.simulation.simulate import optimum, simulate
 from hybridcache.lab.trace import Trace, TraceRequest
-from hybridcache.lab.traces import open_trace
+from hybridcache.lab.traces import open_trace, seeded
 from hybridcache.lab.traces.frame import make_folder
 from hybridcache.policies.registry import DEFAULT_PLACEMENT
 
@@ -155,9 +155,7 @@ def drawn(cell: Cell, place: int, seed: int, folder: Path | None) -> Trace:
         if spec is None:
             raise FileNotFoundError(f"{cell.name}: {_missing(cell, folder)}")
     is_generated = len(cell.sha256) > 1
-    if is_generated:
-        spec = f"{spec}{'&' if '?' in cell.trace else '?'}seed={seed}"
-    trace = open_trace(str(spec)).kept()
+    trace = open_trace(seeded(str(spec), seed)).kept()
     found, wanted = data_hash(trace)[:16], cell.sha256[place if is_generated else 0]
     if found != wanted:
         cause = f"numpy {np.__version__} draws other numbers" if is_generated else "another file"
@@ -459,7 +457,7 @@ class Ranking:
         each cell and the upper bound."""
         names = [name for name in self.systems if name != HINDSIGHT]
         limit = self._matrix(HINDSIGHT, lambda run: run.bound)
-        rebuilt = [self.hits(name) for name in names if name in BASELINES]
+        rebuilt = [self.hits(name) for name in names if name in COMPARABLE]
         hits = {name: self.hits(name) for name in (*names, HINDSIGHT)}
         if rebuilt:
             hits["(best rebuilt of each cell)"] = np.max(rebuilt, axis=0)

@@ -26,7 +26,6 @@ import numpy as np
 from hybridcache.command.extras import version
 from hybridcache.geometry.model import ModelGeometry
 from hybridcache.geometry.units import counted
-from hybridcache.lab.generators import GENERATORS
 from hybridcache.lab.intervals import FEWEST_UNITS, Interval, interval, paired
 from hybridcache.lab.progress import Progress
 from hybridcache.lab.report import text_table
@@ -37,7 +36,7 @@ from hybridcache.lab.simulation.result import known_fields
 from hybridcache.lab.simulation.simulate import SimulationResult, optimum, simulate
 from hybridcache.lab.simulation.sizes import sizes
 from hybridcache.lab.trace import Trace
-from hybridcache.lab.traces import open_trace
+from hybridcache.lab.traces import open_trace, seeded
 from hybridcache.policies.registry import (
     DEFAULT_EVICTION,
     DEFAULT_PLACEMENT,
@@ -165,16 +164,9 @@ class Scores:
         return cls(**known_fields(cls, record))
 
 
-def _seeded(spec: str, seed: int) -> str:
-    """Return ``spec`` with the seed; unchanged for a file with recorded times, a single draw."""
-    if spec.partition("?")[0] in GENERATORS or hasattr(open_trace(spec).source, "seed"):
-        return f"{spec}{'&' if '?' in spec else '?'}seed={seed}"
-    return spec
-
-
 def run_job(_trace: Trace, job: BoardJob) -> Scores:
     """Simulate every policy; compute both plans of a replay. O(policies * requests * sizes)."""
-    trace = open_trace(_seeded(job.trace, job.seed)).kept()
+    trace = open_trace(seeded(job.trace, job.seed)).kept()
     asked = Scenario(trace, model=job.model, gib=job.gib)
     plans = [  # in the whole memory, and next to the running request
         [best.reached for best in optimum(asked, counts_running=counts, progress=False)]
@@ -341,7 +333,7 @@ def leaderboard(
         split = Split.load(split)
     split = split.head(seeds)
     for trace in split.gib:
-        if len(split.seeds) > 1 and _seeded(trace, 0) == trace:
+        if len(split.seeds) > 1 and seeded(trace, 0) == trace:
             raise ValueError(f"{trace} is a single draw: give one seed, and compare by sessions")
     named = (one for given in (policies, built_in) for one in named_policies(given, split=True))
     names = tuple(dict.fromkeys(map(written_policy, named)))

@@ -163,10 +163,11 @@ def interval_notes(result: SweepRuns) -> list[str]:
     """Explain the intervals of token hit rates, and why there are none."""
     if not result.runs:
         return []
-    num_sessions = min(len(run.by_session) for run in result.runs)
-    if num_sessions < FEWEST_UNITS:
-        return [f"no intervals: {counted(num_sessions, 'session')}, fewer than {FEWEST_UNITS}"]
-    return [f"intervals: 95 %, over {counted(num_sessions, 'session')}, cut at 0 and 100 %"]
+    num_units = min(len(run.by_session) for run in result.runs)
+    unit = "seed" if "seeds" in result.runs[0].config else "session"
+    if num_units < FEWEST_UNITS:
+        return [f"no intervals: {counted(num_units, unit)}, fewer than {FEWEST_UNITS}"]
+    return [f"intervals: 95 %, over {counted(num_units, unit)}, cut at 0 and 100 %"]
 
 
 def marked(run: RunResult, word: str) -> str:

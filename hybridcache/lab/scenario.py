@@ -246,8 +246,9 @@ class Scenario:
     )
     seeds: int | Sequence[int] = _setting(
         1,
-        "runs with other arrivals, averaged: their number, or seeds as a,b (one: a,)",
-        LOAD,
+        "runs with other arrivals, averaged: their number, or seeds as a,b (one: a,); in replays, "
+        "draws of the trace: its drawn arrivals, and the texts of a generator",
+        "results",
         type=seed_list,
     )
     tells_ends: bool = _setting(
@@ -552,6 +553,15 @@ def _written(name: str, value: Any) -> str:
         raise ValueError(
             f"{name} is an object ({type(value).__name__}), which has no name in a file"
         ) from None
+
+
+def seeds_of(scenario: Scenario) -> Sequence[int]:
+    """Return the seeds of the runs. ValueError if there is none."""
+    seeds = scenario.seeds
+    found = range(seeds) if isinstance(seeds, int) else seeds
+    if not found:
+        raise ValueError("seeds must be at least 1, or a list of seeds.")
+    return found
 
 
 def _each(given: Any) -> Sequence[Any]:

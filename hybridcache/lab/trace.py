@@ -83,6 +83,9 @@ class Trace:
     trace. Empty for traces of ids."""
     recipe: str = ""
     """Specification with options and seed, as ``open_trace`` takes it; empty if there is none."""
+    arrivals: str = ""
+    """Arrivals that are drawn because the file has none; empty if times are recorded or
+    generated."""
     columns: str = ""
     """Columns of a CSV file that are read for each field, and the unused ones."""
 
@@ -102,8 +105,13 @@ class Trace:
 
     @property
     def notes(self) -> list[str]:
-        """Notes under tables: the tokenizer."""
-        return [f"tokens counted by: {self.counted_by}"] if self.counted_by else []
+        """Notes under tables: the tokenizer, and drawn arrivals."""
+        notes = [f"tokens counted by: {self.counted_by}"] if self.counted_by else []
+        return (
+            [*notes, f"arrivals: {self.arrivals} (--seeds draws others)"]
+            if self.arrivals
+            else notes
+        )
 
     @property
     def is_empty_because(self) -> str:

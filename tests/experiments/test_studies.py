@@ -6,16 +6,18 @@ import importlib
 import itertools
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from experiments import page, provenance, reproduce
 from experiments.benchmarks import measure_prefill
-from experiments.studies import capacity, closed_loop
+from experiments.studies import capacity, closed_loop, yardsticks
 from experiments.studies import common as lab
 from hybridcache import open_trace
 from hybridcache.geometry.times import MeasuredTimes
+from hybridcache.lab.leaderboard import Split
 from hybridcache.lab.simulation.step_times import MeasuredSteps
 from hybridcache.lab.traces import recognise
 from tests.engine.server.conftest import oracle_engine
@@ -122,3 +124,37 @@ def test_the_engine_serves_what_the_closed_loop_study_forecasts() -> None:
     assert runs[0]["hit"] == pytest.approx(runs[1]["hit"], abs=1e-9) and runs[0]["hit"] > 50
     _, [row] = closed_loop.table(runs)
     assert row[:4] == ["0.005", "sessions", f"{runs[0]['hit']:.1f}", "0.0"]
+
+
+def test_yardsticks_are_in_tables_and_figures_of_policies(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setitem(lab.WORKLOADS, "short", lab.Workload("short?head=24", "0.2:4:2"))
+    jobs = [
+        yardsticks.Job("evaluation", "short?head=24", seed, (0.2, 4.0), "short?head=24")
+        for seed in (1, 2)
+    ]
+    jobs.append(yardsticks.Job("capacity", "short", 0, (0.2, 4.0), "short"))
+    records = [record for job in jobs for record in yardsticks.measure(job)]
+    cells = yardsticks.by_cell(records, "evaluation")
+    for (_, seed, gib), rates in cells.items():
+        assert seed in (1, 2) and gib in (0.2, 4.0)
+        assert rates[yardsticks.LRU_ADAPTIVE] <= rates[yardsticks.BOUND] <= 100
+        assert rates[yardsticks.BEST_REBUILT] <= rates[yardsticks.BOUND]
+    best = yardsticks.best_rebuilt(
+        {"vllm": [0.1, 0.4], "sglang": [0.2, 0.3], "lightllm": [0.9, 0.9], "upper bound": [1, 1]}
+    )
+    assert best == [0.2, 0.4]
+    monkeypatch.setattr(provenance, "RESULTS", tmp_path)
+    split = Split("tiny", "qwen3-next", (1, 2), {"short?head=24": (0.2, 4.0)})
+    assert page.yardstick_rates(split) == {} and page.yardstick_records() == []
+    provenance.write_json_lines(tmp_path / "yardsticks.jsonl", records)
+    rates = page.yardstick_rates(split)
+    wanted = [cells["short?head=24", 1, gib][yardsticks.BOUND] for gib in (0.2, 4.0)]
+    assert rates[yardsticks.BOUND][0] == pytest.approx(sum(wanted) / 2)
+    assert page.yardstick_rates(replace(split, seeds=(9,))) == {}, "another seed"
+    curve = {"trace": "short", "gib": [0.2, 4.0], "low": [0.1, 0.2], "high": [0.2, 0.3]}
+    runs = [curve | {"label": label} for label in (capacity.OURS, "lru")]
+    provenance.write_json_lines(tmp_path / "study_capacity.jsonl", runs)
+    figure = page.CapacityCurves().draw((["trace", "seeds"], [["short", "10"]]))
+    assert len(figure.axes[0].lines) == 5 and "upper bound" in page.svg(figure)

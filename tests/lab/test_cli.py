@@ -13,7 +13,6 @@ from pathlib import Path
 
 import pytest
 
-from engine.command.cli import main as engine_main
 from hybridcache.command.extras import CACHE_DISTRIBUTION
 from hybridcache.lab.cli import main
 from tests.test_refusals import exit_code
@@ -248,10 +247,3 @@ def test_optimum_prints_a_table(capsys: pytest.CaptureFixture[str]) -> None:
     base = ["optimum", "--trace", "short?head=45", "--gib", "0.3"]
     whole = run(capsys, *base)[1]
     assert run(capsys, *base, "--counts-running")[1].split()[:-1] != whole.split()[:-1]
-
-
-def test_the_server_names_the_laboratory_s_flag_too(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as ended:
-        engine_main(["serve", "--policy", "lru"])
-    assert ended.value.code == 2
-    assert "--policy: use --eviction, the name of `hybridcache simulate" in capsys.readouterr().err

@@ -353,7 +353,7 @@ def test_functions_of_the_laboratory_take_a_scenario() -> None:
     assert simulate(replay, policy="fifo").runs[0].label == "fifo"
     with pytest.raises(ValueError, match="policy has no effect on the optimum"):
         optimum("short?head=9", policy="nonsense")
-    for scenario, others in ((loop, {}), (replay, {"seeds": 2}), (replay, {"tells_ends": True})):
+    for scenario, others in ((loop, {}), (replay, {"rate": 2}), (replay, {"tells_ends": True})):
         with pytest.raises(ValueError, match=r"call closed_loop\(\.\.\.\)"):
             simulate(scenario, **others)
 
@@ -713,3 +713,37 @@ if __name__ == "__main__":
             for trace in GOLDEN_TRACES
         ]
         path.write_text("{\n" + ",\n".join(rows) + "\n}\n")
+
+
+def test_seeds_of_a_replay_are_draws_of_the_trace_and_units_of_its_intervals() -> None:
+    settings = {"gib": [0.5], "policy": "lru", "progress": False}
+    result = simulate("short?head=60", seeds=(3, 5, 7, 8, 9), optimum=True, **settings)
+    [run] = result.runs
+    alone = [
+        simulate(f"short?seed={seed}&head=60", optimum=True, **settings).runs[0]
+        for seed in (3, 5, 7, 8, 9)
+    ]
+    for name in ("requests", "cached_tokens", "bound_tokens", "limit_tokens", "seconds"):
+        assert getattr(run, name) == pytest.approx(sum(getattr(one, name) for one in alone)), name
+    assert [unit.cached_tokens for unit in run.by_session] == [one.cached_tokens for one in alone]
+    assert run.ttft_mean_s == pytest.approx(np.mean([one.ttft_mean_s for one in alone]))
+    assert sum(run.losses) + run.cached_tokens == run.prompt_tokens
+    assert run.interval.low < run.token_hit_rate < run.interval.high
+    assert run.config["seeds"] == [3, 5, 7, 8, 9] and "over 5 seeds" in result.table()
+    assert result.bound_rate == run.bound_tokens / run.prompt_tokens
+    with pytest.raises(ValueError, match="seeds must be left out for oasst-trees: nothing of it"):
+        simulate("oasst-trees", seeds=2, **settings)
+
+
+def test_drawn_arrivals_are_said_in_the_table_and_in_the_record(tmp_path: Path) -> None:
+    path = tmp_path / "chats.json"
+    said = [{"role": role, "content": "word " * 40} for role in ("user", "assistant") * 3]
+    path.write_text(json.dumps([{"messages": said}] * 3))
+    spec = f"{path}?tokenizer=bytes&starts=poisson:2&pause=7"
+    results = [simulate(spec, gib=1, policy="lru", progress=False)]
+    results.append(simulate(spec, gib=1, policy="lru", seeds=2, progress=False))
+    drawn = "drawn, not recorded: poisson:2 sessions a second, pauses 7 s (median)"
+    for result in results:
+        assert f"arrivals: {drawn} (--seeds draws others)" in result.table()
+        assert result.to_dicts()[0]["arrivals"] == drawn
+    assert "arrivals" not in simulate("short?head=9", gib=1, progress=False).to_dicts()[0]

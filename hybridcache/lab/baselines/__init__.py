@@ -5,9 +5,11 @@ from __future__ import annotations
 from functools import partial
 
 from hybridcache.lab.baselines.lightllm import LightllmCache
+from hybridcache.lab.baselines.llama_cpp import LlamaCppCache
 from hybridcache.lab.baselines.marconi import MarconiCache
 from hybridcache.lab.baselines.protocol import BaselineFactory
 from hybridcache.lab.baselines.sglang import SglangCache
+from hybridcache.lab.baselines.snapshots import OllamaCache, TensorRtCache
 from hybridcache.lab.baselines.vllm import VllmCache
 
 BASELINES: dict[str, BaselineFactory] = {
@@ -24,11 +26,19 @@ BASELINES: dict[str, BaselineFactory] = {
     "marconi-static": partial(MarconiCache, alpha=1.0),
     "marconi-artifact": partial(MarconiCache, reading="artifact"),
     "sglang-plus": partial(MarconiCache, leaf_lru=True),
+    "tensorrt-llm": TensorRtCache,
+    "llama-cpp": LlamaCppCache,
+    "ollama": OllamaCache,
 }
 """Baselines by name. ``sglang-plus`` is the baseline of that name in Marconi's paper."""
 _HOST_STATES = "512 states in host memory"
+_CHECKPOINTS = "up to 128 checkpoints in host memory"
 _RUNNING = "the memory of running requests"
 UNCHARGED = {
     **dict.fromkeys(("lightllm", "lightllm-big", "lightllm-64"), _HOST_STATES),
+    "llama-cpp": _CHECKPOINTS,
     **dict.fromkeys(("marconi", "marconi-static", "marconi-artifact", "sglang-plus"), _RUNNING),
 }
+"""Memory of a system in addition to its size."""
+COMPARABLE = tuple(name for name in BASELINES if UNCHARGED.get(name) in (None, _RUNNING))
+"""Systems whose whole cache is within their size, so that the upper bound is also theirs."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from hybridcache.config import GRID
 from hybridcache.tokens import Tokens
@@ -69,6 +69,18 @@ class Baseline(Protocol):
     def check(self) -> None:
         """Check the peer's accounting. Raises AssertionError if it is inconsistent. O(cache)."""
         ...
+
+
+def begin(
+    baseline: Baseline, tokens: Tokens, namespace: Hashable, boundaries: tuple[int, ...]
+) -> PeerSession | None:
+    """Begin a request. Only a system that asks its callers for boundaries (``takes_boundaries``)
+    gets them."""
+    if getattr(baseline, "takes_boundaries", False):
+        declared: Any = baseline
+        found: PeerSession | None = declared.begin(tokens, namespace, boundaries)
+        return found
+    return baseline.begin(tokens, namespace)
 
 
 BaselineFactory = Callable[[BaselineConfig], Baseline]

@@ -72,15 +72,31 @@ class SglangCache:
         self.states: OrderedDict[PrefixNode, None] = OrderedDict()
         self.leaves: SortedDict[int, PrefixNode] = SortedDict()
 
-    def begin(self, tokens: Tokens, namespace: Hashable = None) -> SglangSession | None:
+    def begin(
+        self, tokens: Tokens, namespace: Hashable = None, boundaries: tuple[int, ...] = ()
+    ) -> SglangSession | None:
         """See ``Baseline``."""
         root = self.roots.setdefault(namespace, new_root())
         node, kv_len = self.match(root, tokens[:-1])
         session = SglangSession(self, root, tokens, node)
-        if not session.prefill(kv_len):
+        if not session.prefill(kv_len, boundaries):
             session.abort()
             return None
         return session
+
+    def positions(
+        self, start: int, end: int, cached_len: int, kv_len: int, boundaries: tuple[int, ...]
+    ) -> list[int]:
+        """Return the positions in (start, end] of an extend at which states are saved, ascending.
+        ``kv_len`` is the length of the KV match."""
+        if self.placement != "extra_buffer":
+            return []
+        branch = kv_len // self.grid * self.grid
+        position = start + (end - start) // self.grid * self.grid
+        is_reached = max(cached_len, start) < branch <= end
+        if is_reached and not (branch - start) % self.grid:
+            position = branch
+        return [position] if position > start else []
 
     def check(self) -> None:
         """Raise AssertionError if a token or slot is lost or owned twice. O(tree)."""
@@ -219,22 +235,18 @@ class SglangSession(PeerSession):
         self.cached_len = self.node.depth
         self.cache.lock(self.node, 1)
 
-    def prefill(self, kv_len: int) -> bool:
+    def prefill(self, kv_len: int, boundaries: tuple[int, ...]) -> bool:
         """Take memory and compute the prompt, publishing each extend. False if it is refused."""
         cache, length = self.cache, len(self.tokens)
         if not self.take_slot() or not self._take_tokens(length - self.cached_len):
             return False
-        branch = kv_len // cache.grid * cache.grid
         chunk = max(1, cache.config.prefill_chunk // cache.config.unit)
         for start in range(self.cached_len, length, chunk):
             end = min(start + chunk, length)
             self.num_chunks += 1
-            position = start + (end - start) // cache.grid * cache.grid
-            is_reached = max(self.cached_len, start) < branch <= end
-            if is_reached and not (branch - start) % cache.grid:
-                position = branch
-            if cache.placement == "extra_buffer" and position > start and self.take_slot():
-                self._publish(self.tokens[:position])
+            for position in cache.positions(start, end, self.cached_len, kv_len, boundaries):
+                if self.take_slot():
+                    self._publish(self.tokens[:position])
         return True
 
     def finish(self, output: Tokens) -> None:

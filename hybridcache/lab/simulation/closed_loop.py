@@ -23,11 +23,17 @@ import numpy as np
 
 from hybridcache.config import build_prefix_cache
 from hybridcache.geometry.units import counted
-from hybridcache.lab.baselines.protocol import PeerSession
+from hybridcache.lab.baselines.protocol import PeerSession, begin
 from hybridcache.lab.figures import closed_loop_figure
 from hybridcache.lab.progress import Progress
 from hybridcache.lab.report import LOOP_METRICS, text_table, uncharged_notes
-from hybridcache.lab.scenario import CLOSED_LOOP_GIB, REPLAY_ONLY, Scenario, named_policies
+from hybridcache.lab.scenario import (
+    CLOSED_LOOP_GIB,
+    REPLAY_ONLY,
+    Scenario,
+    named_policies,
+    seeds_of,
+)
 from hybridcache.lab.simulation.grid import RunFailed, run_grid
 from hybridcache.lab.simulation.result import ClosedLoopRun, describe_times, identify
 from hybridcache.lab.simulation.sizes import sizes
@@ -370,7 +376,8 @@ class PeerLoop(LoopRun):
         while self.waiting and len(self.running) < self.max_running:
             request = self.waiting[0]
             turn = request.turn
-            request.served = self.peer.begin(turn.text[: turn.prompt_len], turn.namespace)
+            prompt, known = turn.text[: turn.prompt_len], turn.boundaries.positions
+            request.served = begin(self.peer, prompt, turn.namespace, known)
             if request.served is None and self.running:
                 return
             self.waiting.popleft()
@@ -513,15 +520,6 @@ class ClosedLoopResult:
         """Draw hits, times to first token and makespan over the rate, a row of panels per cache.
         The figure is also written to ``path`` (PNG, SVG or PDF), if there is one."""
         return closed_loop_figure(self.runs, path)
-
-
-def seeds_of(scenario: Scenario) -> Sequence[int]:
-    """Return the seeds of the arrivals. ValueError if there is none."""
-    seeds = scenario.seeds
-    found = range(seeds) if isinstance(seeds, int) else seeds
-    if not found:
-        raise ValueError("seeds must be at least 1, or a list of seeds.")
-    return found
 
 
 def closed_loop(

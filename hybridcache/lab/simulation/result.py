@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
+from statistics import fmean
 from typing import Any, NamedTuple, Self
 
 import numpy as np
@@ -212,6 +213,45 @@ class RunResult(_Run):
             for *figures, lost in record["by_session"]
         )
         return cls(**values)
+
+
+def merged(runs: Sequence[RunResult], seeds: Sequence[int]) -> RunResult:
+    """Return one run for those of several draws of a trace. Counts are summed, times averaged; each
+    draw is one unit of its intervals, which so contain the chance of the arrivals."""
+    first = runs[0]
+    counts: dict[str, Any] = {}
+    for name in SUMMED:
+        values = [getattr(run, name) for run in runs]
+        counts[name] = None if None in values else sum(values)
+    ranks = {rank: fmean(run.ttft_s[rank] for run in runs) for rank in first.ttft_s}
+    bytes_of = [run.tier_bytes for run in runs if run.tier_bytes is not None]
+    losses = [run.losses for run in runs if run.losses is not None]
+    return replace(
+        first,
+        config=first.config | {"seeds": list(seeds)},
+        losses=Losses(*map(sum, zip(*losses, strict=True))) if losses else None,
+        ttft_s=ranks,
+        ttft_mean_s=fmean(run.ttft_mean_s for run in runs),
+        control_us=fmean(run.control_us for run in runs),
+        tier_bytes={name: sum(of[name] for of in bytes_of) for name in bytes_of[0]}
+        if bytes_of
+        else None,
+        by_session=tuple(
+            SessionResult(
+                f"seed {seed}", run.requests, run.prompt_tokens, run.cached_tokens, run.losses
+            )
+            for seed, run in zip(seeds, runs, strict=True)
+        ),
+        **counts,
+    )
+
+
+SUMMED = (
+    *("requests", "hits", "bypassed", "prompt_tokens", "cached_tokens", "seconds"),
+    *("seconds_saved", "checkpoints_made", "written_kv_bytes", "moved_slabs", "moved_kv_bytes"),
+    *("copy_seconds", "bound_tokens", "optimum_tokens", "limit_tokens"),
+)
+"""Fields of a run that ``merged`` adds."""
 
 
 @dataclass(frozen=True, slots=True)

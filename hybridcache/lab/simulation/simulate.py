@@ -38,12 +38,19 @@ from hybridcache.lab.report import (
     ties,
     to_serve,
 )
-from hybridcache.lab.scenario import LOAD, Scenario, settings_of
-from hybridcache.lab.simulation.grid import run_grid
-from hybridcache.lab.simulation.result import RunResult, SweepRuns, describe_times, summarise
+from hybridcache.lab.scenario import LOAD, Scenario, seeds_of, settings_of
+from hybridcache.lab.simulation.grid import RunFailed, run_grid
+from hybridcache.lab.simulation.result import (
+    RunResult,
+    SweepRuns,
+    describe_times,
+    merged,
+    summarise,
+)
 from hybridcache.lab.simulation.serving import serve
 from hybridcache.lab.simulation.target import build_target
 from hybridcache.lab.trace import Trace
+from hybridcache.lab.traces import open_trace, seeded
 from hybridcache.tokens import require_bool
 
 if TYPE_CHECKING:
@@ -228,6 +235,10 @@ def simulate(
     )
     if asked.max_running is None:
         asked.refuse(["tpot_s"], "has an effect with max_running alone: give both, or neither")
+    if asked.seeds != 1:
+        place = {"processes": processes, "ray": ray, "resume_from": resume_from}
+        own = {"bound": bound, "optimum": optimum, "progress": progress}
+        return _over_seeds(asked, place | own)
     opened = asked.opened()
     if optimum and (asked.host_gib or asked.disk_gib):
         raise ValueError(
@@ -270,6 +281,35 @@ def simulate(
     )
 
 
+def _over_seeds(asked: Scenario, options: dict[str, Any]) -> SimulationResult:
+    """Simulate each draw of the trace at the sizes of the first one, and merge the runs. ValueError
+    if nothing of the trace is drawn."""
+    opened, seeds = asked.opened(), seeds_of(asked)
+    if not opened.recipe or seeded(opened.recipe, 0) == seeded(opened.recipe, 1):
+        raise ValueError(
+            f"seeds must be left out for {opened.name}: nothing of it is drawn, its times are its "
+            "own."
+        )
+    traces = [seeded(opened.recipe, seed) for seed in seeds]
+    first = open_trace(traces[0])
+    points, whole_bytes = asked.points(first, max(asked.page_size, first.unit))
+    results = [
+        simulate(replace(asked, trace=trace, gib=points, seeds=1), **options) for trace in traces
+    ]
+    if failures := [one for result in results for one in result.failures]:
+        raise RunFailed(failures[0])
+    runs = tuple(merged(of, seeds) for of in zip(*(result.runs for result in results), strict=True))
+    bound_tokens = runs[0].bound_tokens if options["bound"] else None
+    note = f"{counted(len(seeds), 'draw')} of the trace (--seeds): rates over all their tokens"
+    return replace(
+        results[0],
+        runs=runs,
+        bound_rate=None if not bound_tokens else bound_tokens / runs[0].prompt_tokens,
+        trace_notes=[*opened.notes, note],
+        working_set_bytes=whole_bytes,
+    )
+
+
 def run_cell(
     trace: Trace, cell: Scenario, yardsticks: Mapping[float, dict[str, Any]] = MappingProxyType({})
 ) -> RunResult:
@@ -281,7 +321,8 @@ def run_cell(
     result = summarise(cell, log, target, trace.full_name)
     if not result.requests:
         raise ValueError(f"{trace.name}: {trace.is_empty_because}")
-    return replace(result, **yardsticks.get(cell.size_gib, {}))
+    config = result.config | ({"arrivals": trace.arrivals} if trace.arrivals else {})
+    return replace(result, config=config, **yardsticks.get(cell.size_gib, {}))
 
 
 OF_PLANS = {"model", "gib", "state_dtype", "checkpoint_dtype", "grid"}

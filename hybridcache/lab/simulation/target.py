@@ -11,7 +11,7 @@ from hybridcache.allocators.pools import ByteBudget, PageAllocator, SlotAllocato
 from hybridcache.cache import HybridRadixCache
 from hybridcache.config import CacheConfig, build_on, build_prefix_cache
 from hybridcache.lab.baselines import BASELINES
-from hybridcache.lab.baselines.protocol import BaselineConfig, PeerSession
+from hybridcache.lab.baselines.protocol import BaselineConfig, PeerSession, begin
 from hybridcache.lab.scenario import Scenario
 from hybridcache.lab.trace import TraceRequest
 from hybridcache.lease import Lease, LeaseRequest
@@ -187,7 +187,7 @@ class BaselineTarget:
         self.baseline = BASELINES[str(scenario.baseline)](config)
 
     def begin(self, request: TraceRequest) -> PeerSession | None:
-        return self.baseline.begin(request.tokens, request.namespace)
+        return begin(self.baseline, request.tokens, request.namespace, request.boundaries)
 
     def counters(self) -> dict[str, int]:
         return {}

@@ -78,6 +78,19 @@ def open_trace(spec: str | Path, *, skip_bad: bool = False) -> Trace:
     return trace if head is None else trace.head(_number("head", head))
 
 
+def seeded(spec: str, seed: int) -> str:
+    """Return the specification ``spec`` of another draw of a trace; unchanged if nothing of it is
+    drawn: a file with recorded times."""
+    opened = open_trace(spec)
+    source: Any = opened.source
+    source = getattr(source, "source", source)  # of a head
+    if spec.partition("?")[0] not in GENERATORS and not hasattr(source, "seed"):
+        return spec
+    word, _, query = spec.partition("?")
+    options = dict(parse_qsl(query)) | {"seed": str(seed)}
+    return f"{word}?{urlencode(options, safe=':')}"
+
+
 def _generated(word: str, options: Mapping[str, str]) -> Trace:
     generator = GENERATORS[word]
     parameters = inspect.signature(generator).parameters
@@ -149,7 +162,8 @@ def _read(rest: str, options: dict[str, Any], bad: BadRecords) -> Trace:
     if getattr(reader, "tokenizer", None) == "":
         raise ValueError(f"{rest}: {NO_TOKENIZER}")
     recipe = f"{rest}?{urlencode(options)}" if options else rest
-    return Trace(path.name.split(".")[0], unit, reader, bad, counted_by, recipe, columns)
+    arrivals = getattr(reader, "arrivals", "")
+    return Trace(path.name.split(".")[0], unit, reader, bad, counted_by, recipe, arrivals, columns)
 
 
 COUNTS_ALONE = (

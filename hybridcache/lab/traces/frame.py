@@ -482,6 +482,13 @@ class SessionReader(FileReader):
         return None
 
     @property
+    def arrivals(self) -> str:
+        """Description of the times that ``seed`` draws."""
+        starts = f"{self.starts.kind}:{self.starts.per_s:g}"
+        pauses = "as in the file" if self.pause is None else f"{self.pause.median_s:g} s (median)"
+        return f"drawn, not recorded: {starts} sessions a second, pauses {pauses}"
+
+    @property
     def cap(self) -> int:
         """Longest prompt. A session ends before the first that is longer."""
         return LONGEST

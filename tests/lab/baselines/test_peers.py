@@ -17,8 +17,10 @@ from hypothesis import strategies as st
 
 from hybridcache.lab.baselines import BASELINES
 from hybridcache.lab.baselines.lightllm import LightllmCache
-from hybridcache.lab.baselines.protocol import Baseline, BaselineConfig, replay
+from hybridcache.lab.baselines.llama_cpp import LlamaCppCache
+from hybridcache.lab.baselines.protocol import Baseline, BaselineConfig, begin, replay
 from hybridcache.lab.baselines.sglang import SglangCache
+from hybridcache.lab.baselines.snapshots import OllamaCache, TensorRtCache
 from hybridcache.lab.baselines.vllm import VllmCache
 from hybridcache.lab.generators import GENERATORS, conversations
 from hybridcache.lab.prefix_tree import new_root
@@ -163,3 +165,63 @@ def test_invariants_hold_and_hits_are_prefixes_of_earlier_prompts(
     for finish in running:
         finish()
     peer.check()
+
+
+# --- Systems rebuilt from pull requests: prompts that can be counted by hand ----------------------
+
+
+def followed(
+    peer: Baseline, prompt: Tokens, boundaries: tuple[int, ...] = (), seed: int = 9
+) -> int:
+    """Return the reused tokens of a request with an answer of 21 tokens."""
+    session = begin(peer, prompt, None, boundaries)
+    assert session is not None
+    session.finish(text(seed, 21))
+    peer.check()
+    return session.cached_len
+
+
+def test_llama_cpp_resumes_from_the_slot_s_end_or_its_last_checkpoint() -> None:
+    peer = LlamaCppCache(QWEN3_NEXT)
+    prompt, more = text(0, 2000), text(1, 300)
+    assert followed(peer, prompt, (1500,)) == 0
+    # The last token of the answer is not computed, so the slot has 2,020 tokens.
+    continued = np.concatenate((prompt, text(9, 21)[:20], more))
+    assert followed(peer, continued, (1500, 2020)) == 2020
+    assert peer.slots[0].checkpoints == [1484, 1500, 1996, 2020, 2316]  # 1804 is before 2020
+    # The answer is rewritten: the checkpoint four tokens before the first prompt's end survives.
+    assert followed(peer, np.concatenate((prompt, more)), (1500,)) == 1996
+    assert followed(peer, np.concatenate((prompt[:1490], more)), ()) == 1484
+    # Four other prompts take all slots: nothing is left, though memory for it is.
+    for seed in range(10, 14):
+        assert followed(peer, text(seed, 500)) == 0
+    assert followed(peer, prompt) == 0
+
+
+def test_llama_cpp_clears_idle_slots_for_cells_and_lets_a_fifth_request_wait() -> None:
+    peer = LlamaCppCache(
+        replace(QWEN3_NEXT, budget_bytes=4 * QWEN3_NEXT.state_bytes + 1000 * 24_576)
+    )
+    assert followed(peer, text(0, 600)) == followed(peer, text(1, 700)) == 0
+    assert [len(slot.tokens) for slot in peer.slots if len(slot.tokens)] == [720]
+    assert peer.begin(text(2, 1001)) is None
+    running = [peer.begin(text(seed, 50)) for seed in range(3, 7)]
+    assert None not in running and peer.begin(text(8, 50)) is None
+
+
+def test_tensorrt_llm_saves_at_declared_boundaries_and_at_branches() -> None:
+    peer = TensorRtCache(QWEN3_NEXT)
+    head = text(0, 1500)
+    prompts = [np.concatenate((head, text(seed, 700))) for seed in (1, 2, 3)]
+    assert [followed(peer, prompt, (1000,)) for prompt in prompts] == [0, 992, 1472]
+    undeclared = TensorRtCache(QWEN3_NEXT)
+    assert [followed(undeclared, prompt) for prompt in prompts] == [0, 0, 1472]
+
+
+def test_ollama_falls_back_to_multiples_of_8192() -> None:
+    peer = OllamaCache(QWEN3_NEXT)
+    prompt = text(0, 20_000)
+    assert followed(peer, prompt) == 0
+    whole = np.concatenate((prompt, text(9, 21)))
+    assert followed(peer, np.concatenate((whole, text(1, 50)))) == 20_021
+    assert followed(peer, np.concatenate((prompt, text(2, 50)))) == 16_384
