@@ -21,7 +21,7 @@ import triton.language as tl
 
 from kernels.linear import reference
 from kernels.linear.groups import GroupFormat
-from kernels.linear.reference import SCALE_BLOCK, STORAGE, Format, quantize
+from kernels.linear.reference import SCALE_BLOCK, STORAGE, Format, QuantizedRows, quantize
 from kernels.linear.words import (
     SPAN,
     Words,
@@ -364,14 +364,19 @@ class Product:
         has_turns = self.form is not None or self.fp8_rows
         return triton.cdiv(span, 2 * SPAN) * 2 * SPAN if has_turns else span
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+    def takes_fp8_rows(self, size: int) -> bool:
+        """Return True if rows of ``size`` elements can be quantised by the kernel before it."""
+        return self.fp8_rows and size % SCALE_BLOCK == 0
+
+    def __call__(self, x: torch.Tensor | QuantizedRows) -> torch.Tensor:
+        x, quantized = (x.x, x) if isinstance(x, QuantizedRows) else (x, None)
         num_outputs, (num_tokens, size) = self.num_outputs, x.shape
         y = torch.empty(num_tokens, num_outputs, dtype=x.dtype, device=x.device)
         if num_tokens == 0:
             return y
         span = self.span(size)
         num_spans = triton.cdiv(size, span) if num_tokens <= FEW_TOKENS else 1
-        rows, row_scale = self.rows(x)
+        rows, row_scale = self.rows(x, quantized)
         tile = self.tile(rows)
         tiles = triton.cdiv(num_outputs, tile["BM"]), triton.cdiv(num_tokens, tile["BT"])
         linear_kernel[(*tiles, num_spans)](
@@ -391,10 +396,14 @@ class Product:
         )
         return y
 
-    def rows(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def rows(
+        self, x: torch.Tensor, quantized: QuantizedRows | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return x in the format that the kernel reads, and its scales or None. It is quantised
         once, because each program of a product reads all of x."""
-        return quantize_rows(x) if self.fp8_rows else (x, None)
+        if not self.fp8_rows:
+            return x, None
+        return quantize_rows(x) if quantized is None else (quantized.rows, quantized.scale)
 
     def tile(self, x: torch.Tensor) -> dict[str, Any]:
         """Return tile and pipeline for ``rows(x)``, from the device's table if it has them."""
@@ -420,7 +429,11 @@ class Joined:
     gates: Product
     counters: torch.Tensor
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+    def takes_fp8_rows(self, size: int) -> bool:
+        return self.product.takes_fp8_rows(size)
+
+    def __call__(self, x: torch.Tensor | QuantizedRows) -> torch.Tensor:
+        x, quantized = (x.x, x) if isinstance(x, QuantizedRows) else (x, None)
         num_outputs, num_gates = self.product.num_outputs, self.gates.num_outputs
         num_tokens, size = x.shape
         y = torch.empty(num_tokens, num_outputs + num_gates, dtype=x.dtype, device=x.device)
@@ -428,7 +441,7 @@ class Joined:
             return y
         span, gates_span = self.product.span(size), self.gates.span(size)
         num_spans = triton.cdiv(size, min(span, gates_span)) if num_tokens <= FEW_TOKENS else 1
-        rows, row_scale = self.product.rows(x)
+        rows, row_scale = self.product.rows(x, quantized)
         tile = self.product.tile(rows)
         num_tiles = triton.cdiv(num_outputs, tile["BM"]) + triton.cdiv(num_gates, tile["BM"])
         joined_kernel[(num_tiles, triton.cdiv(num_tokens, tile["BT"]), num_spans)](
