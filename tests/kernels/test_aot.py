@@ -152,6 +152,22 @@ def test_loops_have_few_instructions_per_weight(
         assert conversions == divisions == 0
 
 
+@pytest.mark.parametrize(
+    "only", [pytest.param("qwen3_next", marks=pytest.mark.full), "size_64_odd_group"]
+)
+def test_decoding_and_verification_round_alike(only: str) -> None:
+    """They are two compilations of the same arithmetic. One with other multiply-adds would give a
+    verified token other bits than a decoded one."""
+    file = HERE / "launches" / "attention.py"
+    records = compiled(file, None, "--only", only, "--targets", "sm_90")
+    by_kernel = {record["kernel"]: record["arithmetic"] for record in records}
+    decode, verify = (by_kernel[f"{name}_attention_kernel"] for name in ("decode", "verify"))
+    if decode is None:
+        pytest.skip("the triton package has no nvdisasm")
+    assert decode["HMMA"] > 0
+    assert decode == verify
+
+
 def test_a_product_whose_operand_changes_is_found() -> None:
     """The first product runs on while its left operand R4 is loaded again; the second one not."""
     code = """
