@@ -32,7 +32,7 @@ from kernels.linear.words import (
     num_of,
     words_of,
 )
-from kernels.target import has_roomy_memory, pipeline_stages
+from kernels.target import has_roomy_memory, has_tensor_memory, pipeline_stages
 from kernels.tuning import token_class, tuned
 
 ROWS = 4
@@ -409,11 +409,13 @@ class Product:
         """Return tile and pipeline for ``rows(x)``, from the device's table if it has them."""
         if isinstance(self.weight, Words):
             tile = tile_config(len(x), x.dtype, torch.int8)
+            if has_tensor_memory():  # Triton 3.7 compiles eight sums of 128 rows to nothing.
+                tile |= {"BM": LEAST_ROWS, "num_warps": 4}
             return tile | words_config(self.form, x.shape[1], tile["BT"])
         tile = tile_config(len(x), x.dtype, self.weight.dtype)
         tile |= NO_WORDS
         if self.fp8_rows:
-            return tile | fp8_config(x.shape[1])
+            return tile | fp8_config(x.shape[1], tile["BT"], is_large=tile["BM"] > LEAST_ROWS)
         if scales_of(self.weight, self.scale)[1] is None:
             key = x.dtype, self.weight.dtype, *self.weight.shape, token_class(len(x))
             tile |= tuned("linear.linear_kernel", *key)
@@ -606,12 +608,14 @@ NO_WORDS: dict[str, Any] = {"FORM": None, "SPANS": 1, "EVEN": False}
 """Constants of kernels for weights that are not in words."""
 
 
-def fp8_config(size: int, *, is_pair: bool = False) -> dict[str, Any]:
-    """Return the constants of products of fp8 rows with weights ``[M, size]``: two blocks per turn
-    of a loop, or one of each of a pair of weights."""
-    spans = 1 if is_pair or size % (2 * SCALE_BLOCK) else 2
-    is_even = size % (spans * SCALE_BLOCK) == 0
-    return NO_WORDS | {"BK": SCALE_BLOCK, "SPANS": spans, "EVEN": is_even}
+def fp8_config(size: int, num_tokens: int, *, is_large: bool = False) -> dict[str, Any]:
+    """Return the constants of products of fp8 rows with weights ``[M, size]``, for tiles of
+    ``num_tokens``: two blocks per turn of a loop, or one if tiles are large."""
+    spans = 1 if is_large or size % (2 * SCALE_BLOCK) else 2
+    config = {"BK": SCALE_BLOCK, "SPANS": spans, "EVEN": size % (spans * SCALE_BLOCK) == 0}
+    if spans == 2 and num_tokens > 32:
+        config["num_stages"] = pipeline_stages(3)
+    return NO_WORDS | config
 
 
 def words_config(form: WordsForm | None, size: int, num_tokens: int) -> dict[str, Any]:

@@ -631,7 +631,8 @@ def _experts(
     for name, stack, tile in (("gate_up", w13, up), ("down", w2, down)):
         tile["BK"] = _depth(hidden.dtype, stack)
         if fp8_rows:
-            tile |= fp8_config(stack.num_columns, is_pair=stack is w13)
+            is_large = stack is w13 or blocks.rows > MOST_ROWS
+            tile |= fp8_config(stack.num_columns, blocks.rows, is_large=is_large)
         if not fp8_rows and stack.form is None and (stack.scale is None or stack.scale.ndim == 2):
             assert isinstance(stack.weight, torch.Tensor)
             outputs = inner_size if stack is w13 else hidden_size

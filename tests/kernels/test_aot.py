@@ -130,9 +130,10 @@ which share the loads of x, have 147."""
                 *(("moe", f"int4{word}", 8, FOUR_BITS) for word in ("_one", "_some", "_prefill")),
                 *(("moe", f"int4_in_32{word}", 8, FOUR_BITS) for word in ("_some", "_prefill")),
                 ("moe", "mxfp4_some", 8, FOUR_BITS),
-                ("moe", "q4_k_some", 4, 8.0),
-                *(("moe", f"fp8_rows{word}", 16, FP8_ROWS) for word in ("_some", "_prefill")),
-                *(("linear", f"fp8_rows{word}", 16, FP8_ROWS) for word in ("_one", "_some")),
+                ("moe", "q4_k_some", 4, 8.3),  # 6.2 and 7.5: gate and up share sums of x.
+                ("moe", "fp8_rows_some", 16, FP8_ROWS),
+                ("linear", "fp8_rows_one", 16, FP8_ROWS),
+                ("linear", "fp8_rows_some", 16, 320 / 128),  # Scales of 64 tokens take 128.
             ]
         )
     ],
@@ -220,6 +221,9 @@ def test_kernels_compile_and_fit_their_targets(launches: Path, triton: Path | No
     assert_products_keep_their_registers(records)
     assert [record for record in records if record["carried_bounds"]] == []
     assert {record["target"] for record in records} == set(aot.TARGETS)
+    # A compiler that takes a kernel for undefined leaves nothing of it, and does not fail.
+    nvidia = [record for record in records if record["target"] != "gfx942"]
+    assert [record for record in nvidia if record["registers"] < 8] == []
     assert [r for r in records if r["shared_bytes"] > aot.SHARED_BYTES[r["target"]]] == []
     # float32 products have no tensor cores, and these targets are not tuned for speed.
     slow = ("sm_80", "sm_89", "sm_100")
