@@ -19,9 +19,8 @@ from engine.layers.blocks import (
 )
 from engine.weights.model_config import ModelError
 from engine.weights.parameters import Build, Composite
-from engine.weights.products import Linear, Part
+from engine.weights.products import Linear, Part, QuantizedRows
 from hybridcache.geometry.mixers import AttentionSizes, LatentAttentionSizes
-from kernels.linear.reference import QuantizedRows
 
 
 class Attention(Composite):

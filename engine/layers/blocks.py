@@ -17,10 +17,9 @@ import torch
 import torch.nn.functional as F
 
 from engine.weights.parameters import Build, Composite, Layer, Role
-from engine.weights.products import Linear, Part
+from engine.weights.products import SCALE_BLOCK, Linear, Part, QuantizedRows
 from hybridcache.geometry.sizes import Spec
 from kernels.attention.sequences import Sequences
-from kernels.linear.reference import SCALE_BLOCK, QuantizedRows
 from kernels.packed import Exports, Packed, running_sum
 
 X = TypeVar("X", torch.Tensor, QuantizedRows)

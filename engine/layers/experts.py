@@ -9,9 +9,8 @@ import torch
 
 from engine.layers.blocks import MLP, Rows, pad_rows
 from engine.weights.parameters import Build, Composite
-from engine.weights.products import Experts, Linear, Part
+from engine.weights.products import Experts, Linear, Part, QuantizedRows
 from hybridcache.geometry.sizes import ExpertsSizes
-from kernels.linear.reference import QuantizedRows
 
 Routed = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 """Weights ``[T, k]`` and experts ``[T, k]`` of the T tokens, and the gate of a shared expert

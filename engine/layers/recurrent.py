@@ -12,9 +12,8 @@ import torch
 from engine.layers.blocks import LayerInputs, Pools, PrefillPart, RMSNorm, StepPart, pad_rows
 from engine.weights.model_config import ModelError
 from engine.weights.parameters import Build, Composite, Kinds, Parameter
-from engine.weights.products import Linear, Part
+from engine.weights.products import SCALE_BLOCK, Linear, Part, QuantizedRows
 from hybridcache.geometry.mixers import DeltaSizes, MambaSizes, ShortConvSizes
-from kernels.linear.reference import SCALE_BLOCK, QuantizedRows
 
 
 class CausalConv:

@@ -18,7 +18,8 @@ from engine.weights.ranks import ALONE, Cut, Kinds
 from hybridcache.geometry.sizes import ExpertsSizes
 from hybridcache.geometry.sizes import part as part_of
 from kernels.linear.formats import Matrix, Plain, Product
-from kernels.linear.reference import SCALE_BLOCK, QuantizedRows
+from kernels.linear.formats import QuantizedRows as QuantizedRows
+from kernels.linear.reference import SCALE_BLOCK as SCALE_BLOCK
 from kernels.recording import repeated
 
 

@@ -20,8 +20,9 @@ import triton
 import triton.language as tl
 
 from kernels.linear import reference
+from kernels.linear.formats import QuantizedRows
 from kernels.linear.groups import GroupFormat
-from kernels.linear.reference import SCALE_BLOCK, STORAGE, Format, QuantizedRows, quantize
+from kernels.linear.reference import SCALE_BLOCK, STORAGE, Format, quantize
 from kernels.linear.words import (
     SPAN,
     Words,

@@ -7,7 +7,6 @@ shape of every call is the same for any number of rows.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
@@ -36,21 +35,6 @@ LEAST_LARGEST = 448.0 * torch.finfo(torch.float32).tiny
 PRODUCTS: frozenset[tuple[Format, int | None]] = frozenset({("int8", None)})
 """8-bit weights that are multiplied without widening: format, and elements per scale (None for one
 scale per row). Others are faster if widened once."""
-
-
-@dataclass(frozen=True, slots=True)
-class QuantizedRows:
-    """Activations ``[T, N]``, and the same after ``quantize_rows``, for products with fp8 rows."""
-
-    x: torch.Tensor
-    rows: torch.Tensor
-    scale: torch.Tensor
-
-    def __len__(self) -> int:
-        return len(self.x)
-
-    def __getitem__(self, tokens: slice) -> QuantizedRows:
-        return QuantizedRows(self.x[tokens], self.rows[tokens], self.scale[tokens])
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:

@@ -20,7 +20,7 @@ import triton.language as tl
 
 from kernels.linear import fused as linear
 from kernels.linear.eight_bits import EightBits, stored_parts
-from kernels.linear.formats import Matrix
+from kernels.linear.formats import Matrix, QuantizedRows
 from kernels.linear.fused import (
     BLOCK,
     NO_WORDS,
@@ -35,7 +35,7 @@ from kernels.linear.fused import (
     words_config,
 )
 from kernels.linear.groups import GroupFormat
-from kernels.linear.reference import SCALE_BLOCK, QuantizedRows
+from kernels.linear.reference import SCALE_BLOCK
 from kernels.linear.words import Words, WordsForm, form_of, multiply_words, num_of, words_of
 from kernels.moe.reference import prepare_products, quantize_experts
 from kernels.moe.sigmoid import NO_EXPERT

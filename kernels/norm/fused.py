@@ -12,8 +12,9 @@ import torch
 import triton
 import triton.language as tl
 
+from kernels.linear.formats import QuantizedRows
 from kernels.linear.fused import BLOCK, narrow
-from kernels.linear.reference import SCALE_BLOCK, QuantizedRows
+from kernels.linear.reference import SCALE_BLOCK
 from kernels.tuning import tuned
 
 ELEMENTS = 2048

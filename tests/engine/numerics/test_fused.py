@@ -23,7 +23,7 @@ from engine.weights.model_config import ModelError
 from engine.weights.parameters import Build, WeightSpec
 from experiments.gpu import interpreter
 from experiments.gpu.models import TINY
-from kernels.linear.reference import QuantizedRows
+from kernels.linear.formats import QuantizedRows
 from tests.engine.numerics.conftest import Driver, random_tokens
 
 pytest.importorskip("triton")
