@@ -312,7 +312,7 @@ class Plain(Format):
 
 @dataclass(frozen=True, slots=True)
 class QuantizedRows:
-    """Activations ``[T, N]``, and the same after ``reference.quantize_rows``, for products of both."""
+    """Activations ``[T, N]``, and the same after ``reference.quantize_rows``."""
 
     x: torch.Tensor
     rows: torch.Tensor
