@@ -46,6 +46,11 @@ def is_hopper() -> bool:
     return not knobs.runtime.interpret and _architecture(driver.active.get_current_device()) == 90
 
 
+def has_tensor_memory() -> bool:
+    """Return True if products of 128 rows have their sums in a memory of their own (Blackwell)."""
+    return not knobs.runtime.interpret and _architecture(driver.active.get_current_device()) >= 100
+
+
 def max_recurrence_warps() -> int:
     """Maximum warps of a program with a loop that carries the accumulator of a product.
 

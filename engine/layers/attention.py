@@ -19,7 +19,7 @@ from engine.layers.blocks import (
 )
 from engine.weights.model_config import ModelError
 from engine.weights.parameters import Build, Composite
-from engine.weights.products import Linear, Part
+from engine.weights.products import Linear, Part, QuantizedRows
 from hybridcache.geometry.mixers import AttentionSizes, LatentAttentionSizes
 
 
@@ -76,7 +76,11 @@ class Attention(Composite):
         self._attention, self._activation = build.kernels["attention"], build.kernels["activation"]
         self._rotate_and_write = build.kernels["rotary"].rotate_and_write
 
-    def project(self, hidden: torch.Tensor) -> torch.Tensor:
+    @property
+    def takes_fp8_rows(self) -> bool:
+        return self._projection.takes_fp8_rows
+
+    def project(self, hidden: torch.Tensor | QuantizedRows) -> torch.Tensor:
         return self._projection(hidden)
 
     def mix(self, projected: torch.Tensor, inputs: LayerInputs, pools: Pools) -> torch.Tensor:

@@ -17,11 +17,12 @@ import torch
 import torch.nn.functional as F
 
 from engine.weights.parameters import Build, Composite, Layer, Role
-from engine.weights.products import Linear, Part
+from engine.weights.products import SCALE_BLOCK, Linear, Part, QuantizedRows
 from hybridcache.geometry.sizes import Spec
 from kernels.attention.sequences import Sequences
 from kernels.packed import Exports, Packed, running_sum
 
+X = TypeVar("X", torch.Tensor, QuantizedRows)
 Pools = tuple[torch.Tensor, ...]
 """Tensors that one mixer declares, in its order: KV ``[N, ...]`` by row, states ``[S, ...]`` by
 slot."""
@@ -37,7 +38,7 @@ class Rows:
     """int64 ``[count]``: zero for padding among them, which a graph knows on the device only. None
     if all are tokens."""
 
-    def of(self, x: torch.Tensor) -> torch.Tensor:
+    def of(self, x: X) -> X:
         """Return the rows of ``x`` that may be tokens."""
         return x[: self.count]
 
@@ -198,6 +199,13 @@ class RMSNorm(Composite):
         role: Role = "centred_norm" if centred else "norm"
         self.own = [build.parameter(f"{name}.weight", self.weight, role)]
         self._norm = build.kernels["norm"].rms_norm
+        self._norm_rows = getattr(build.kernels["norm"], "rms_norm_rows", None)
+        self._quantizes = False
+
+    def quantize_for(self, block: object) -> None:
+        """Also quantise the results of ``add`` if ``block``, which is sealed, takes such inputs."""
+        takes = self._norm_rows is not None and self.size % SCALE_BLOCK == 0
+        self._quantizes = takes and getattr(block, "takes_fp8_rows", False)
 
     def seal(self) -> None:
         super().seal()
@@ -206,10 +214,13 @@ class RMSNorm(Composite):
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         return self._norm(x, self.weight, self.eps)
 
-    def add(
-        self, x: torch.Tensor, residual: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return (norm of x + residual, x + residual). ``residual`` is None in the first layer."""
+    def add(self, x: torch.Tensor, residual: torch.Tensor | None) -> tuple[Any, torch.Tensor]:
+        """Return (norm of x + residual, x + residual). ``residual`` is None in the first layer.
+
+        The norm is a tensor, or ``QuantizedRows`` after ``quantize_for``.
+        """
+        if self._quantizes and self._norm_rows is not None:
+            return self._norm_rows(x, self.weight, self.eps, residual=residual)
         if residual is None:
             return self(x), x
         return self._norm(x, self.weight, self.eps, residual=residual)
@@ -230,8 +241,9 @@ class Mixer(Layer, Protocol):
     def mixed_shape(self) -> tuple[int, ...]:
         """Shape of the result of ``mix`` per token."""
 
-    def project(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Convert ``[num_rows, H]`` to ``[num_rows, projected_size]``."""
+    def project(self, hidden: Any) -> torch.Tensor:
+        """Convert ``[num_rows, H]`` to ``[num_rows, projected_size]``. Blocks with
+        ``takes_fp8_rows`` also get ``QuantizedRows``."""
 
     def mix(self, projected: torch.Tensor, inputs: LayerInputs, pools: Pools) -> torch.Tensor:
         """Return ``[T, *mixed_shape]`` and update the pools."""
@@ -243,7 +255,7 @@ class Mixer(Layer, Protocol):
 class FeedForward(Layer, Protocol):
     """A block that processes each token separately."""
 
-    def __call__(self, x: torch.Tensor, rows: Rows) -> torch.Tensor:
+    def __call__(self, x: torch.Tensor | QuantizedRows, rows: Rows) -> torch.Tensor:
         """Convert ``[num_rows, H]`` to the same shape; ``rows`` are those that are tokens."""
 
 
@@ -278,7 +290,11 @@ class MLP(Composite):
         activation = build.kernels["activation"]
         self._activate = activation.silu_and_mul if gated else activation.relu_squared
 
-    def __call__(self, x: torch.Tensor, rows: Rows) -> torch.Tensor:
+    @property
+    def takes_fp8_rows(self) -> bool:
+        return self.gate_up.takes_fp8_rows
+
+    def __call__(self, x: torch.Tensor | QuantizedRows, rows: Rows) -> torch.Tensor:
         gate_up = self.gate_up(x)
         if self._gate_multiplier != 1.0:
             gate, up = gate_up.chunk(2, dim=-1)
@@ -301,9 +317,14 @@ class Residual(Composite, Generic[B]):
         self._before, self._after, self._multiplier = before, after, multiplier
         self.layers = [part for part in (before, block, after) if part is not None]
 
+    def seal(self) -> None:
+        super().seal()
+        if self._before is not None:
+            self._before.quantize_for(self.block)
+
     def enter(
         self, hidden: torch.Tensor, residual: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> tuple[Any, torch.Tensor]:
         """Return (the block's input, the residual stream).
 
         ``hidden`` is the output of the previous block, not yet added; ``residual`` is the stream

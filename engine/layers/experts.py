@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 
 from engine.layers.blocks import MLP, Rows, pad_rows
 from engine.weights.parameters import Build, Composite
-from engine.weights.products import Experts, Linear, Part
+from engine.weights.products import Experts, Linear, Part, QuantizedRows
 from hybridcache.geometry.sizes import ExpertsSizes
 
 Routed = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -37,7 +38,7 @@ class Router(Composite):
         self._linear = Linear(hidden_size, parts, build)
         self.layers, self._moe = (self._linear,), build.kernels["moe"]
 
-    def __call__(self, x: torch.Tensor, rows: Rows) -> Routed:
+    def __call__(self, x: torch.Tensor | QuantizedRows, rows: Rows) -> Routed:
         logits, gate = self._linear(x).tensor_split([self._count], dim=-1)
         routed = self._moe.route(rows.of(logits), self._k, self._renormalises, live=rows.live)
         return *routed, gate
@@ -68,7 +69,8 @@ class SigmoidRouter(Router):
             self._bias = exact.weights.empty(sizes.num_experts)
             self.own = [build.parameter(bias, self._bias)]
 
-    def __call__(self, x: torch.Tensor, rows: Rows) -> Routed:
+    def __call__(self, x: torch.Tensor | QuantizedRows, rows: Rows) -> Routed:
+        x = x.x if isinstance(x, QuantizedRows) else x
         logits, gate = self._linear(x.float()).tensor_split([self._count], dim=-1)
         routed = self._moe.route_sigmoid(
             rows.of(logits),
@@ -102,11 +104,15 @@ class RoutedExperts(Composite):
         self.layers = [layer for layer in layers if layer is not None]
         self._sum, self._gate = build.rank.sum, build.kernels["activation"].sigmoid_mul
 
-    def __call__(self, x: torch.Tensor, rows: Rows) -> torch.Tensor:
+    @property
+    def takes_fp8_rows(self) -> bool:
+        return self._narrow is None and self._experts.takes_fp8_rows
+
+    def __call__(self, x: torch.Tensor | QuantizedRows, rows: Rows) -> torch.Tensor:
         """Compute the block. Padding rows are not routed, because they would load experts for
         nothing."""
         weights, experts, gate = self._router(x, rows)
-        inner = x if self._narrow is None else self._narrow(x)
+        inner: Any = x if self._narrow is None else self._narrow(x)
         joined = rows.of(gate) if self._experts.has_shared else None
         out = self._sum(self._experts(rows.of(inner), weights, experts, joined))
         out = pad_rows(out, len(x))

@@ -12,7 +12,7 @@ import torch
 from engine.layers.blocks import LayerInputs, Pools, PrefillPart, RMSNorm, StepPart, pad_rows
 from engine.weights.model_config import ModelError
 from engine.weights.parameters import Build, Composite, Kinds, Parameter
-from engine.weights.products import Linear, Part
+from engine.weights.products import SCALE_BLOCK, Linear, Part, QuantizedRows
 from hybridcache.geometry.mixers import DeltaSizes, MambaSizes, ShortConvSizes
 
 
@@ -56,7 +56,11 @@ class Recurrent(Composite):
     _output: Linear
     _conv: CausalConv
 
-    def project(self, hidden: torch.Tensor) -> torch.Tensor:
+    @property
+    def takes_fp8_rows(self) -> bool:
+        return self._projection.takes_fp8_rows
+
+    def project(self, hidden: torch.Tensor | QuantizedRows) -> torch.Tensor:
         return self._projection(hidden)
 
     def mix(self, projected: torch.Tensor, inputs: LayerInputs, pools: Pools) -> torch.Tensor:
@@ -205,6 +209,13 @@ class GatedDeltaNet(Recurrent):
             *heads, *gates, states=states[0], max_beta=self._max_beta, **part.scan_inputs
         )
 
+    def finish(self, mixed: torch.Tensor, projected: torch.Tensor) -> torch.Tensor:
+        is_whole = len(mixed) == len(projected) and mixed.shape[-1] % SCALE_BLOCK == 0
+        if not (is_whole and self._output.takes_fp8_rows):
+            return super().finish(mixed, projected)
+        z = projected.split(self._widths, dim=-1)[1].view(mixed.shape)
+        return self._output(self._norm.gated_rms_norm_rows(mixed, self._norm_weight, z, self._eps))
+
     def _gated(self, mixed: torch.Tensor, projected: torch.Tensor) -> torch.Tensor:
         z = projected.split(self._widths, dim=-1)[1].view(mixed.shape)
         return self._norm.gated_rms_norm(mixed, self._norm_weight, z, self._eps)
@@ -254,7 +265,7 @@ class KimiDeltaAttention(Recurrent):
             build.parameter(f"{name}.dt_bias", steps, "time_bias", [by_head]),
         ]
 
-    def project(self, hidden: torch.Tensor) -> torch.Tensor:
+    def project(self, hidden: torch.Tensor | QuantizedRows) -> torch.Tensor:
         qkv, gate, decay, beta = self._projection(hidden).split(self._narrow_widths, dim=-1)
         decay, gate = self._decay(decay.contiguous()), self._gate(gate.contiguous())
         return torch.cat([qkv, decay, gate, beta], dim=-1)
@@ -440,7 +451,7 @@ class Mamba2(Recurrent):
         if self._norm_weight is not None:
             self._norm_weight = self._norm_weight.float().view(self.sizes.num_groups, -1)
 
-    def project(self, hidden: torch.Tensor) -> torch.Tensor:
+    def project(self, hidden: torch.Tensor | QuantizedRows) -> torch.Tensor:
         projected = self._projection(hidden)
         return projected if self._multipliers is None else projected * self._multipliers
 

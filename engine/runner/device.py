@@ -9,9 +9,10 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import ModuleType
-from typing import cast
+from typing import Any, cast
 
 import torch
 
@@ -113,7 +114,7 @@ class Device:
             options = {"pool": pool, "stream": stream, "capture_error_mode": "thread_local"}
             with self.module.graph(graph, **options):
                 work()
-            return cast(Callable[[], None], graph.replay)
+            return partial(_replay, graph, work)
 
         return record
 
@@ -125,6 +126,12 @@ class Device:
         if self.is_cpu:
             return f"cpu, {counted(torch.get_num_threads(), 'thread')}"
         return f"{self.torch_device}, {self.module.get_device_name(self.torch_device)}"
+
+
+def _replay(graph: Any, work: Callable[[], None]) -> None:
+    """Repeat ``graph``, the captured launches of ``work``. The tensors of ``work`` live as long as
+    this partial function."""
+    graph.replay()
 
 
 class HostCopy:

@@ -56,6 +56,11 @@ class Drawn:
         return sampled
 
 
+MOST_NUMBERS = 2**22
+"""Most scores that are sorted and summed at a time, so that temporary memory does not grow with the
+number of requests. Each takes up to 45 bytes."""
+
+
 class Sampler:
     """Draws the next token for each row of logits. Stateless."""
 
@@ -91,7 +96,13 @@ class Sampler:
             rows, chosen = groups.setdefault(_width(request.params, logits.shape[-1]), ([], []))
             rows.append(row)
             chosen.append(request)
-        for width, (rows, chosen) in groups.items():
+        most = max(1, MOST_NUMBERS // logits.shape[-1])
+        parts = [
+            (width, rows[first : first + most], chosen[first : first + most])
+            for width, (rows, chosen) in groups.items()
+            for first in range(0, len(rows), most)
+        ]
+        for width, rows, chosen in parts:
             picked = _pick(scores, rows).float()
             if width == 0:
                 found = picked.argmax(dim=-1)

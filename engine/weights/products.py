@@ -5,7 +5,7 @@ They multiply any format, in the order of the file's columns, and add up the par
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any
@@ -18,6 +18,8 @@ from engine.weights.ranks import ALONE, Cut, Kinds
 from hybridcache.geometry.sizes import ExpertsSizes
 from hybridcache.geometry.sizes import part as part_of
 from kernels.linear.formats import Matrix, Plain, Product
+from kernels.linear.formats import QuantizedRows as QuantizedRows
+from kernels.linear.reference import SCALE_BLOCK as SCALE_BLOCK
 from kernels.recording import repeated
 
 
@@ -82,6 +84,7 @@ class Linear:
         ]
         self._kernel = build.kernels["linear"]
         self._rank = build.rank if sums else ALONE
+        self._in_features = in_features if inputs is None else len(inputs)
 
     def parameters(self) -> Iterator[tuple[str, Parameter]]:
         for stack in self._stacks:
@@ -89,10 +92,18 @@ class Linear:
 
     def seal(self) -> None:
         products = [stack.product(self._kernel) for stack in self._stacks]
-        self._product: Product = self._kernel.join(products)
+        self._product: Callable[[Any], torch.Tensor] = self._kernel.join(products)
         self._stacks.clear()
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+    @property
+    def takes_fp8_rows(self) -> bool:
+        """True if the kernel before this product can quantise its inputs. Only after ``seal``."""
+        takes = getattr(self._product, "takes_fp8_rows", None)
+        return takes is not None and bool(takes(self._in_features))
+
+    def __call__(self, x: torch.Tensor | QuantizedRows) -> torch.Tensor:
+        if isinstance(x, QuantizedRows) and not self.takes_fp8_rows:
+            x = x.x
         return self._rank.sum(self._product(x))
 
 
@@ -251,11 +262,18 @@ class Experts:
         )
         options = self._weights.product_options(up.format)
         self._product = up.format.experts(self._moe, up, down, self._weights.dtype, **options)
+        is_fused = hasattr(self._moe, "prepare_matrices")
+        self._takes_fp8_rows = is_fused and bool(options) and up.num_columns % SCALE_BLOCK == 0
         del self._up, self._down
+
+    @property
+    def takes_fp8_rows(self) -> bool:
+        """As that of ``Linear``."""
+        return self._takes_fp8_rows
 
     def __call__(
         self,
-        x: torch.Tensor,
+        x: torch.Tensor | QuantizedRows,
         weights: torch.Tensor,
         experts: torch.Tensor,
         shared_gate: torch.Tensor | None = None,

@@ -51,6 +51,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -302,9 +303,15 @@ Measure = Callable[[Case], dict[str, Any]]
 
 
 def run_folder(
-    folder: str, setup: Setup, work: Measure, file: Path | None, settings: dict[str, Any]
+    folder: str,
+    setup: Setup,
+    work: Measure,
+    file: Path | None,
+    settings: dict[str, Any],
+    *,
+    only_first: bool = False,
 ) -> Iterator[dict[str, Any]]:
-    """Yield the record of each case, and write all of them after each case.
+    """Yield the record of each case, or of the first one, and write all of them after each case.
 
     Records in ``file`` with the same settings are not made again. The case in progress is written
     first, so that a process which dies in it leaves its name.
@@ -316,7 +323,7 @@ def run_folder(
     }
     records: list[dict[str, Any]] = []
     try:
-        for case in cases(folder, setup):
+        for case in islice(cases(folder, setup), 1 if only_first else None):
             record = known.get(case.name)
             if record is None:
                 if file:
@@ -435,12 +442,14 @@ def bench(
     }
     work = by_mode.get(mode, times_of)
     settings = {"mode": mode, "code": code_hash(), "float32": setup.is_float32, **compiler()}
+    # Of a dry run, "check" and "bench" interpret all cases; other modes only try the script.
+    is_again = setup.is_dry and (mode in ("repeat", "ours") or setup.is_float32)
     counts = {"right": 0, "wrong": 0, "failed rivals": 0}
     for folder in names:
         torch.manual_seed(0)
         start, count = time.monotonic(), 0
         file = out / f"{file_prefix(mode, setup.is_float32)}_{folder}.jsonl" if out else None
-        for record in run_folder(folder, setup, work, file, settings):
+        for record in run_folder(folder, setup, work, file, settings, only_first=is_again):
             count += 1
             counts["right" if record["is_right"] else "wrong"] += 1
             counts["failed rivals"] += sum(

@@ -64,9 +64,9 @@ SERVED_SHARE = 0.5
 Fixed, because otherwise the memory that one run leaves would determine the next.
 """
 
-BIG_BYTES = 90 * GIB
-"""Memory for Qwen3-Next-80B-A3B with 8-bit weights: 75 GiB of weights, a layer in 16 bits while it
-is converted, and the cache. An H100 has less."""
+EIGHT_BIT_BYTES, FOUR_BIT_BYTES = 90 * GIB, 56 * GIB
+"""Memory for Qwen3-Next-80B-A3B with 8-bit weights (75 GiB), and with 4 bits (39 GiB): the weights,
+a layer in 16 bits while it is converted, and the cache. An H100 has less than the former."""
 
 TARGETS = Targets(ttft_s=1.0, tpot_s=0.05)
 
@@ -92,6 +92,9 @@ class Scale:
     seconds: float
     """Time limit under one load."""
     max_model_len: int
+    graphs: tuple[str, ...] = ("all", "decode", "off")
+    """Uses of the graphs that are compared."""
+    max_running: int = MAX_RUNNING
 
 
 FULL = Scale(
@@ -109,7 +112,16 @@ FULL = Scale(
     seconds=6.0,
     max_model_len=16384,
 )
-BIG = replace(FULL, streams=(1, 8, 16, 64), talk=Talk(16, 3, 500, 100), num_talks=1)
+BIG = replace(
+    FULL,
+    streams=(1, 4, 8, 16, 32, 64, 128, 256),
+    num_output=48,
+    talk=Talk(16, 3, 500, 100),
+    num_talks=1,
+    graphs=("all",),
+    max_running=256,
+)
+"""The batches of SGLang's tables, once each, so that the whole part takes two minutes."""
 DRY = Scale(
     streams=(2,),
     num_input=8,
@@ -132,7 +144,10 @@ class Bench:
     """One engine, and the reports of its steps."""
 
     def __init__(self, path: str, dry: bool, scale: Scale, **options: Any) -> None:
-        sizes: dict[str, Any] = {"max_running": MAX_RUNNING, "max_model_len": scale.max_model_len}
+        sizes: dict[str, Any] = {
+            "max_running": scale.max_running,
+            "max_model_len": scale.max_model_len,
+        }
         if dry:
             sizes = {"device": "cpu", "kernels": override_all("fused"), "cache_gib": 0.02}
         self.config = EngineConfig(model=path, load_format="dummy", **(sizes | options))
@@ -281,7 +296,7 @@ def measure(path: str, dry: bool, scale: Scale, **options: Any) -> Iterator[tupl
     yield "start", lambda: bench.start() | options
     captured = runner.graphs
     uses = {"all": captured, "decode": Graphs(captured.decodes), "off": Graphs()}
-    for graphs in uses if captured.decodes is not None else ("off",):
+    for graphs in scale.graphs if captured.decodes is not None else ("off",):
         runner.graphs = uses[graphs]
         setting = {"graphs": graphs, **options}
         for streams in scale.streams:
@@ -380,6 +395,17 @@ def http(path: str, dry: bool, scale: Scale, vocab_size: int) -> list[dict[str, 
     return [{"measure": "serving"} | record | settings for record in records]
 
 
+def formats_for(free_bytes: int, *, has_fp8: bool) -> list[dict[str, Any]]:
+    """Return the formats of the weights of ``big`` that fit, in the order of their value."""
+    formats: list[dict[str, Any]] = []
+    if free_bytes >= EIGHT_BIT_BYTES:
+        eight = {"quantization": "fp8" if has_fp8 else "int8"}
+        formats += [eight | {"fp8_activations": True}] * has_fp8 + [eight]
+    if free_bytes >= FOUR_BIT_BYTES:
+        formats.append({"quantization": "int4-128"})
+    return formats
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--part", choices=("serve", "http", "big"), required=True)
@@ -389,10 +415,14 @@ def main() -> int:
     part, dry = options.part, options.dry
     if dry:
         interpreter.repair()
-    if part == "big" and not dry and (free := Device.resolve(None).free_bytes()) < BIG_BYTES:
-        needed = BIG_BYTES // GIB
-        print(f"Skipped: big needs {needed} GiB; {free // GIB} GiB are free.", file=sys.stderr)
-        return 0
+    formats = [{"quantization": "int8"}] if part == "big" and dry else []
+    if part == "big" and not dry:
+        device = Device.resolve(None)
+        formats = formats_for(free := device.free_bytes(), has_fp8=device.supports("fp8"))
+        if not formats:
+            needed = FOUR_BIT_BYTES // GIB
+            print(f"Skipped: big needs {needed} GiB; {free // GIB} GiB are free.", file=sys.stderr)
+            return 0
     settings, file = {"code": code_hash()}, options.out / f"{part}.jsonl"
     full, small = (BIG, DRY_BIG) if part == "big" else (FULL, DRY)
     scale = small if dry else full
@@ -404,8 +434,11 @@ def main() -> int:
             write_json_lines(file, http(path, dry, scale, config["vocab_size"]), settings)
             return 0
         if part == "big":
-            quantization = "fp8" if Device.resolve(None).supports("fp8") and not dry else "int8"
-            jobs = measure(path, dry, scale, quantization=quantization)
+            jobs = (
+                (", ".join([name, *map(str, options.values())]), work)
+                for options in formats
+                for name, work in measure(path, dry, scale, **options)
+            )
         else:
             jobs = chain(measure(path, dry, scale), drafted(path, dry, scale))
         for record in resumed(file, settings, jobs):

@@ -308,3 +308,18 @@ class Plain(Format):
         weights = (one.fields["weight"].to(dtype) for one in (up, down))
         experts: Callable[..., torch.Tensor] = moe.prepare(*weights)
         return experts
+
+
+@dataclass(frozen=True, slots=True)
+class QuantizedRows:
+    """Activations ``[T, N]``, and the same after ``reference.quantize_rows``."""
+
+    x: torch.Tensor
+    rows: torch.Tensor
+    scale: torch.Tensor
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def __getitem__(self, tokens: slice) -> QuantizedRows:
+        return QuantizedRows(self.x[tokens], self.rows[tokens], self.scale[tokens])

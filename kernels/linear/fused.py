@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 
 from kernels.linear import reference
+from kernels.linear.formats import QuantizedRows
 from kernels.linear.groups import GroupFormat
 from kernels.linear.reference import SCALE_BLOCK, STORAGE, Format, quantize
 from kernels.linear.words import (
@@ -32,7 +33,7 @@ from kernels.linear.words import (
     num_of,
     words_of,
 )
-from kernels.target import has_roomy_memory, pipeline_stages
+from kernels.target import has_roomy_memory, has_tensor_memory, pipeline_stages
 from kernels.tuning import token_class, tuned
 
 ROWS = 4
@@ -364,14 +365,19 @@ class Product:
         has_turns = self.form is not None or self.fp8_rows
         return triton.cdiv(span, 2 * SPAN) * 2 * SPAN if has_turns else span
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+    def takes_fp8_rows(self, size: int) -> bool:
+        """Return True if rows of ``size`` elements can be quantised by the kernel before it."""
+        return self.fp8_rows and size % SCALE_BLOCK == 0
+
+    def __call__(self, x: torch.Tensor | QuantizedRows) -> torch.Tensor:
+        x, quantized = (x.x, x) if isinstance(x, QuantizedRows) else (x, None)
         num_outputs, (num_tokens, size) = self.num_outputs, x.shape
         y = torch.empty(num_tokens, num_outputs, dtype=x.dtype, device=x.device)
         if num_tokens == 0:
             return y
         span = self.span(size)
         num_spans = triton.cdiv(size, span) if num_tokens <= FEW_TOKENS else 1
-        rows, row_scale = self.rows(x)
+        rows, row_scale = self.rows(x, quantized)
         tile = self.tile(rows)
         tiles = triton.cdiv(num_outputs, tile["BM"]), triton.cdiv(num_tokens, tile["BT"])
         linear_kernel[(*tiles, num_spans)](
@@ -391,20 +397,26 @@ class Product:
         )
         return y
 
-    def rows(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def rows(
+        self, x: torch.Tensor, quantized: QuantizedRows | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return x in the format that the kernel reads, and its scales or None. It is quantised
         once, because each program of a product reads all of x."""
-        return quantize_rows(x) if self.fp8_rows else (x, None)
+        if not self.fp8_rows:
+            return x, None
+        return quantize_rows(x) if quantized is None else (quantized.rows, quantized.scale)
 
     def tile(self, x: torch.Tensor) -> dict[str, Any]:
         """Return tile and pipeline for ``rows(x)``, from the device's table if it has them."""
         if isinstance(self.weight, Words):
             tile = tile_config(len(x), x.dtype, torch.int8)
+            if has_tensor_memory():  # Triton 3.7 compiles eight sums of 128 rows to nothing.
+                tile |= {"BM": LEAST_ROWS, "num_warps": 4}
             return tile | words_config(self.form, x.shape[1], tile["BT"])
         tile = tile_config(len(x), x.dtype, self.weight.dtype)
         tile |= NO_WORDS
         if self.fp8_rows:
-            return tile | fp8_config(x.shape[1])
+            return tile | fp8_config(x.shape[1], tile["BT"], is_large=tile["BM"] > LEAST_ROWS)
         if scales_of(self.weight, self.scale)[1] is None:
             key = x.dtype, self.weight.dtype, *self.weight.shape, token_class(len(x))
             tile |= tuned("linear.linear_kernel", *key)
@@ -420,7 +432,11 @@ class Joined:
     gates: Product
     counters: torch.Tensor
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+    def takes_fp8_rows(self, size: int) -> bool:
+        return self.product.takes_fp8_rows(size)
+
+    def __call__(self, x: torch.Tensor | QuantizedRows) -> torch.Tensor:
+        x, quantized = (x.x, x) if isinstance(x, QuantizedRows) else (x, None)
         num_outputs, num_gates = self.product.num_outputs, self.gates.num_outputs
         num_tokens, size = x.shape
         y = torch.empty(num_tokens, num_outputs + num_gates, dtype=x.dtype, device=x.device)
@@ -428,7 +444,7 @@ class Joined:
             return y
         span, gates_span = self.product.span(size), self.gates.span(size)
         num_spans = triton.cdiv(size, min(span, gates_span)) if num_tokens <= FEW_TOKENS else 1
-        rows, row_scale = self.product.rows(x)
+        rows, row_scale = self.product.rows(x, quantized)
         tile = self.product.tile(rows)
         num_tiles = triton.cdiv(num_outputs, tile["BM"]) + triton.cdiv(num_gates, tile["BM"])
         joined_kernel[(num_tiles, triton.cdiv(num_tokens, tile["BT"]), num_spans)](
@@ -593,12 +609,14 @@ NO_WORDS: dict[str, Any] = {"FORM": None, "SPANS": 1, "EVEN": False}
 """Constants of kernels for weights that are not in words."""
 
 
-def fp8_config(size: int, *, is_pair: bool = False) -> dict[str, Any]:
-    """Return the constants of products of fp8 rows with weights ``[M, size]``: two blocks per turn
-    of a loop, or one of each of a pair of weights."""
-    spans = 1 if is_pair or size % (2 * SCALE_BLOCK) else 2
-    is_even = size % (spans * SCALE_BLOCK) == 0
-    return NO_WORDS | {"BK": SCALE_BLOCK, "SPANS": spans, "EVEN": is_even}
+def fp8_config(size: int, num_tokens: int, *, is_large: bool = False) -> dict[str, Any]:
+    """Return the constants of products of fp8 rows with weights ``[M, size]``, for tiles of
+    ``num_tokens``: two blocks per turn of a loop, or one if tiles are large."""
+    spans = 1 if is_large or size % (2 * SCALE_BLOCK) else 2
+    config = {"BK": SCALE_BLOCK, "SPANS": spans, "EVEN": size % (spans * SCALE_BLOCK) == 0}
+    if spans == 2 and num_tokens > 32:
+        config["num_stages"] = pipeline_stages(3)
+    return NO_WORDS | config
 
 
 def words_config(form: WordsForm | None, size: int, num_tokens: int) -> dict[str, Any]:

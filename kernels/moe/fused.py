@@ -20,7 +20,7 @@ import triton.language as tl
 
 from kernels.linear import fused as linear
 from kernels.linear.eight_bits import EightBits, stored_parts
-from kernels.linear.formats import Matrix
+from kernels.linear.formats import Matrix, QuantizedRows
 from kernels.linear.fused import (
     BLOCK,
     NO_WORDS,
@@ -29,11 +29,13 @@ from kernels.linear.fused import (
     fp8_config,
     load,
     multiply_span,
+    narrow,
     quantize_rows,
     scales_of,
     words_config,
 )
 from kernels.linear.groups import GroupFormat
+from kernels.linear.reference import SCALE_BLOCK
 from kernels.linear.words import Words, WordsForm, form_of, multiply_words, num_of, words_of
 from kernels.moe.reference import prepare_products, quantize_experts
 from kernels.moe.sigmoid import NO_EXPERT
@@ -66,6 +68,10 @@ FEW_PAIRS = 4096
 MOST_ROWS, MOST_FP8_ROWS, MOST_SCALED_ROWS = 64, 128, 32
 """Most rows per block: in full precision; in fp8, of which a multiprocessor holds twice as many;
 and for weights in 4 bits with a scale for each 32 columns, whose sums need more registers."""
+
+LEAST_NARROW = 4
+"""Least number of tokens for which the first product quantises its results for the second one. Its
+programs have a block of 128 outputs then; those of fewer tokens would not fill the device."""
 
 ISSUED_ROWS = 40
 """Rows in fp8 whose products take as long as the other instructions of a loop: 167 for 16 products
@@ -309,6 +315,7 @@ def gate_up_kernel(
     w_scale,
     block_scale,
     inner,
+    inner_scale,
     pairs,
     block_experts,
     block_count,
@@ -325,11 +332,13 @@ def gate_up_kernel(
     SPANS: tl.constexpr,
     EVEN: tl.constexpr,
     GATED: tl.constexpr,
+    DTYPE: tl.constexpr,
 ):
     """Compute ``inner[p] = silu(gate) * up`` with ``(gate, up) = w[e] @ x[token of p]``.
 
     Gate and up rows of w are read together; w is the tables of ``Words`` if FORM is given. If not
-    GATED: ``relu(w[e] @ x[token of p])^2``.
+    GATED: ``relu(w[e] @ x[token of p])^2``. Rounded to DTYPE; with ``inner_scale`` also quantised
+    to fp8, for which BM is BLOCK.
     """
     i_block = tl.program_id(1)
     if is_unused(i_block, block_experts, block_count, num_pairs, K, BT, SHARED):
@@ -388,14 +397,18 @@ def gate_up_kernel(
                     b_up, b_w, b_x, b_up_scale, p_up_scale, b_x_scale, i_block, m_m, EVEN
                 )
     # Rounded after the product, as in the reference.
-    b_gate = b_gate.to(inner.dtype.element_ty).to(tl.float32)
+    b_gate = b_gate.to(DTYPE).to(tl.float32)
     if GATED:
-        b_up = b_up.to(inner.dtype.element_ty).to(tl.float32)
+        b_up = b_up.to(DTYPE).to(tl.float32)
         b_inner = b_gate * tl.sigmoid(b_gate) * b_up
     else:
         b_gate = tl.maximum(b_gate, 0.0)
         b_inner = b_gate * b_gate
     p_inner = inner + o_p.to(tl.int64)[None, :] * INNER + o_m[:, None]
+    if inner_scale is not None:
+        b_inner, b_scale = narrow(b_inner.to(DTYPE), 0)
+        p_inner_scale = inner_scale + o_p * (INNER // BLOCK) + tl.program_id(0)
+        tl.store(p_inner_scale, b_scale, mask=m_t)
     tl.store(p_inner, b_inner.to(inner.dtype.element_ty), mask=m_m[:, None] & m_t[None, :])
 
 
@@ -563,7 +576,7 @@ def prepare_matrices(
     fp8_rows = fp8_rows and all(stack.scale is not None for stack in stacks)
 
     def compute(
-        hidden: torch.Tensor,
+        hidden: torch.Tensor | QuantizedRows,
         weights: torch.Tensor,
         experts: torch.Tensor,
         shared_gate: torch.Tensor | None = None,
@@ -574,7 +587,7 @@ def prepare_matrices(
 
 
 def _experts(
-    hidden: torch.Tensor,
+    hidden: torch.Tensor | QuantizedRows,
     weights: torch.Tensor,
     experts: torch.Tensor,
     w13: Stack,
@@ -582,6 +595,7 @@ def _experts(
     shared_gate: torch.Tensor | None,
     fp8_rows: bool,
 ) -> torch.Tensor:
+    hidden, quantized = (hidden.x, hidden) if isinstance(hidden, QuantizedRows) else (hidden, None)
     num_tokens, k = experts.shape
     hidden_size, inner_size = w2.num_rows, w2.num_columns
     num_experts = len(w2.weight.codes if isinstance(w2.weight, Words) else w2.weight)
@@ -610,31 +624,48 @@ def _experts(
     x, x_scale, inner_scale = hidden, None, None
     if fp8_rows:
         config |= {"num_warps": 8 if blocks.rows > MOST_ROWS else 4}
-        x, x_scale = quantize_rows(hidden)
+        x, x_scale = (
+            quantize_rows(hidden) if quantized is None else (quantized.rows, quantized.scale)
+        )
     up, down = (config | one.config(blocks.rows) for one in (w13, w2))
     for name, stack, tile in (("gate_up", w13, up), ("down", w2, down)):
         tile["BK"] = _depth(hidden.dtype, stack)
         if fp8_rows:
-            tile |= fp8_config(stack.num_columns, is_pair=stack is w13)
+            is_large = stack is w13 or blocks.rows > MOST_ROWS
+            tile |= fp8_config(stack.num_columns, blocks.rows, is_large=is_large)
         if not fp8_rows and stack.form is None and (stack.scale is None or stack.scale.ndim == 2):
             assert isinstance(stack.weight, torch.Tensor)
             outputs = inner_size if stack is w13 else hidden_size
             key = hidden.dtype, stack.weight.dtype, outputs, stack.num_columns, blocks.rows
             tile |= tuned(f"moe.{name}_kernel", *key)
+    is_narrow = (
+        fp8_rows
+        and inner_size % SCALE_BLOCK == 0
+        and num_tokens >= LEAST_NARROW
+        and blocks.rows <= MOST_ROWS
+    )
+    if is_narrow:
+        up |= {"BM": SCALE_BLOCK, "num_warps": 8 if blocks.rows > 32 else 4}
+        up |= {"num_stages": pipeline_stages(3)}
+        inner = hidden.new_empty(num_rows, inner_size, dtype=torch.float8_e4m3fn)
+        num_scales = inner_size // SCALE_BLOCK
+        inner_scale = hidden.new_empty(num_rows, num_scales, dtype=torch.float32)
     gate_up_kernel[(triton.cdiv(inner_size, up["BM"]), num_blocks)](
         x,
         x_scale,
         w13.weight,
         *scales_of(w13.weight, w13.scale),
         inner,
+        inner_scale,
         *where,
         w13.num_columns,
         x.stride(0),
         INNER=inner_size,
         GATED=w13.num_rows == 2 * inner_size,
+        DTYPE=getattr(tl, str(hidden.dtype).removeprefix("torch.")),
         **up,
     )
-    if x_scale is not None:
+    if fp8_rows and not is_narrow:
         inner, inner_scale = quantize_rows(inner)
     down_kernel[(triton.cdiv(hidden_size, down["BM"]), num_blocks)](
         inner,

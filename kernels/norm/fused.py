@@ -12,6 +12,9 @@ import torch
 import triton
 import triton.language as tl
 
+from kernels.linear.formats import QuantizedRows
+from kernels.linear.fused import BLOCK, narrow
+from kernels.linear.reference import SCALE_BLOCK
 from kernels.tuning import tuned
 
 ELEMENTS = 2048
@@ -25,6 +28,8 @@ def rms_norm_kernel(
     gate,
     weight,
     y,
+    rows,
+    row_scales,
     total,
     num_rows,
     heads,
@@ -67,7 +72,14 @@ def rms_norm_kernel(
     b_y = b_x * b_rstd[:, None] * b_w
     if gate is not None and not GATE_FIRST:
         b_y *= b_gate
-    tl.store(y + p_out, b_y.to(y.dtype.element_ty), mask=mask)
+    b_y = b_y.to(y.dtype.element_ty)
+    tl.store(y + p_out, b_y, mask=mask)
+    if rows is not None:
+        b_rows, b_scale = narrow(tl.reshape(b_y, [BR, BN // BLOCK, BLOCK]), 2)
+        tl.store(rows + p_out, tl.reshape(b_rows, [BR, BN]), mask=mask)
+        o_b = tl.arange(0, BN // BLOCK)
+        m_b = (o_r < num_rows)[:, None] & (o_b * BLOCK < N)[None, :]
+        tl.store(row_scales + (o_r * (N // BLOCK))[:, None] + o_b[None, :], b_scale, mask=m_b)
 
 
 @overload
@@ -111,6 +123,41 @@ def gated_rms_norm(
     return y
 
 
+def rms_norm_rows(
+    x: torch.Tensor, weight: torch.Tensor, eps: float, *, residual: torch.Tensor | None = None
+) -> tuple[QuantizedRows, torch.Tensor]:
+    """Compute ``rms_norm`` of x ``[T, N]``, also quantised as ``linear.quantize_rows`` does.
+
+    N is a multiple of 128. The second result is the sum with the residual, or x.
+    """
+    out = _empty_rows(x)
+    total = torch.empty_like(out.x) if residual is not None else None
+    residual = None if residual is None else residual.contiguous()
+    _launch(x, residual, None, weight, out.x, total, eps, quantized=out)
+    return out, x if total is None else total
+
+
+def gated_rms_norm_rows(
+    x: torch.Tensor, weight: torch.Tensor, gate: torch.Tensor, eps: float
+) -> QuantizedRows:
+    """Compute ``gated_rms_norm`` of x ``[T, H, N]``, also quantised: ``[T, H * N]``.
+
+    N is a multiple of 128.
+    """
+    out = _empty_rows(x)
+    _launch(x, None, gate, weight, out.x, None, eps, quantized=out)
+    return out
+
+
+def _empty_rows(x: torch.Tensor) -> QuantizedRows:
+    num_tokens, size = len(x), x.shape[1:].numel()
+    return QuantizedRows(
+        x.new_empty(num_tokens, size),
+        x.new_empty(num_tokens, size, dtype=torch.float8_e4m3fn),
+        x.new_empty(num_tokens, size // SCALE_BLOCK, dtype=torch.float32),
+    )
+
+
 def _launch(
     x: torch.Tensor,
     residual: torch.Tensor | None,
@@ -121,6 +168,7 @@ def _launch(
     eps: float,
     *,
     gate_first: bool = False,
+    quantized: QuantizedRows | None = None,
 ) -> None:
     x = as_heads(x)
     gate = as_heads(gate) if gate is not None else None
@@ -135,6 +183,8 @@ def _launch(
         gate,
         weight.contiguous(),
         y,
+        None if quantized is None else quantized.rows,
+        None if quantized is None else quantized.scale,
         total,
         num_rows,
         heads,

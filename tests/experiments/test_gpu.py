@@ -161,8 +161,24 @@ def test_speeds_are_measured_with_and_without_graphs(
 
 
 def test_a_model_too_large_for_the_device_is_skipped(monkeypatch, tmp_path, capsys) -> None:
-    device = SimpleNamespace(free_bytes=lambda: 79 * GIB)
+    device = SimpleNamespace(free_bytes=lambda: 39 * GIB, supports=lambda format: True)
     monkeypatch.setattr(gpu_serving, "Device", SimpleNamespace(resolve=lambda name: device))
     monkeypatch.setattr(sys, "argv", ["serving", "--part", "big", "--out", str(tmp_path)])
     assert gpu_serving.main() == 0
-    assert "needs 90 GiB; 79 GiB are free" in capsys.readouterr().err
+    assert "needs 56 GiB; 39 GiB are free" in capsys.readouterr().err
+
+
+def test_a_large_model_is_measured_in_the_formats_that_fit() -> None:
+    """An H100 has 79 GiB, an H200 139."""
+    four, fp8 = {"quantization": "int4-128"}, {"quantization": "fp8"}
+    assert gpu_serving.formats_for(79 * GIB, has_fp8=True) == [four]
+    found = gpu_serving.formats_for(139 * GIB, has_fp8=True)
+    assert found == [fp8 | {"fp8_activations": True}, fp8, four]
+    found = gpu_serving.formats_for(139 * GIB, has_fp8=False)
+    assert found == [{"quantization": "int8"}, four]
+
+
+def test_the_first_call_begins_all_parts_that_say_the_most() -> None:
+    first = ["check", "repeat", "parity", "big", "tune", "http"]
+    assert list(gpu.PARTS)[: len(first)] == first
+    assert sum(gpu.PARTS[part].limit_s for part in first) <= 560

@@ -23,6 +23,7 @@ import os
 import re
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
@@ -152,25 +153,33 @@ def _nvidia(kernel: Any, log: str) -> dict[str, int | bool]:
         "mma": ptx.count("mma.sync"),
         "cp_async": ptx.count("cp.async.ca") + ptx.count("cp.async.cg"),
         "tma": ptx.count("cp.async.bulk"),
-    } | (_products(kernel) if "wgmma.mma_async" in ptx else {"products_in_danger": 0})
+    } | (_products(kernel) if kernel.metadata.target.arch == 90 else {"products_in_danger": 0})
+
+
+ARITHMETIC = ("FFMA", "FMUL", "FADD", "HMMA", "HGMMA")
 
 
 def _products(kernel: Any) -> dict[str, Any]:
-    """Return how many asynchronous products have registers that change while they run, and the
-    loops with products: instructions, products, conversions of floating-point numbers, and parts of
-    divisions. None, or no loops, if the disassembler is absent.
+    """Return how many asynchronous products have registers that change while they run, the loops
+    with such products (instructions, products, conversions of floating-point numbers, and parts of
+    divisions), and counts of instructions that round. Nothing is known without the disassembler.
     """
     from tests.kernels import machine_code
 
     disassembler = machine_code.find_disassembler()
     if disassembler is None:
-        return {"products_in_danger": None, "loops": []}
+        return {"products_in_danger": None, "loops": [], "arithmetic": None}
     code = machine_code.disassemble(kernel.asm["cubin"], disassembler)
     loops = [
         [loop.num_instructions, loop.num_products, loop.counts["F2F"], loop.counts["MUFU"]]
         for loop in machine_code.product_loops(code)
     ]
-    return {"products_in_danger": len(machine_code.registers_in_danger(code)), "loops": loops}
+    names = Counter(line.name.split(".")[0] for line in machine_code.parse(code))
+    return {
+        "products_in_danger": len(machine_code.registers_in_danger(code)),
+        "loops": loops,
+        "arithmetic": {name: names[name] for name in ARITHMETIC},
+    }
 
 
 def _amd(kernel: Any) -> dict[str, int]:

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 import kernels.activation.reference
 import kernels.cache_write.reference
+import kernels.linear.reference
 import kernels.norm.reference
 import kernels.rotary.reference
 from tests.kernels.compiled import BY_DTYPE, assert_close, by_backend
@@ -42,6 +43,32 @@ def test_rms_norm_equals_the_formula(backend, shape, dtype, device) -> None:
     normed, total = backend.rms_norm(x, weight, 1e-5, residual=residual)
     assert_close(total, x + residual)
     assert_close(normed, rms(total, weight, 1e-5).to(dtype))
+
+
+@pytest.mark.parametrize("size", [128, 640])
+def test_norms_quantise_their_results_once(size, device) -> None:
+    """With the bits of a norm, and of the rows of a product."""
+    torch.manual_seed(2)
+    x, gate = (torch.randn(3, 4, size).to(torch.bfloat16).to(device) for _ in range(2))
+    weight, eps = torch.randn(size, device=device), 1e-6
+    first, residual = x[:, 0], gate[:, 0]
+    for other in (None, residual):
+        quantized, total = kernels.norm.fused.rms_norm_rows(first, weight, eps, residual=other)
+        expected = kernels.norm.fused.rms_norm(first, weight, eps, residual=other)
+        normed, stream = (expected, first) if other is None else expected
+        assert torch.equal(quantized.x, normed) and torch.equal(total, stream)
+        assert_quantized(quantized)
+    quantized = kernels.norm.fused.gated_rms_norm_rows(x, weight, gate, eps)
+    normed = kernels.norm.fused.gated_rms_norm(x, weight, gate, eps)
+    assert torch.equal(quantized.x, normed.flatten(1))
+    assert_quantized(quantized)
+    assert_quantized(quantized[1:3])
+
+
+def assert_quantized(quantized) -> None:
+    rows, scale = kernels.linear.reference.quantize_rows(quantized.x.cpu())
+    assert torch.equal(quantized.rows.cpu().view(torch.uint8), rows.view(torch.uint8))
+    assert torch.equal(quantized.scale.cpu(), scale)
 
 
 @by_backend("norm")

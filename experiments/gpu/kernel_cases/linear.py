@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from engine.runner.device import Device
 from experiments.gpu.kernel_cases import Case, Setup, num_bytes
 from kernels.linear import fused, reference
+from kernels.linear.formats import Matrix
+from kernels.linear.grouped import Grouped
 from kernels.linear.reference import Format
 
 
@@ -34,6 +36,8 @@ def cases(setup: Setup) -> Iterator[Case]:
             if "fp8" in formats:
                 yield _fp8_rows(shape, x, weight)
             yield _joined(shape, x, weight, setup.randn(64, size), formats[-1])
+            for group in (128, 32):
+                yield _four_bits(shape, x, weight, group)
 
 
 def _product(
@@ -87,6 +91,20 @@ def _fp8_rows(shape: str, x: torch.Tensor, weight: torch.Tensor) -> Case:
     run = fused.prepare_8bit(quantized, scale, None, x.dtype, fp8_rows=True)
     expected = partial(reference.linear_fp8, x, quantized, scale)
     return _product(f"fp8 and rows {shape}", run, x, [quantized], expected)
+
+
+def _four_bits(shape: str, x: torch.Tensor, weight: torch.Tensor, group: int) -> Case:
+    """Return a case of the format of 4-bit checkpoints, in groups of columns."""
+    matrix = Matrix.of(weight).quantized(Grouped(4, group))
+    run = matrix.format.product(fused, matrix, None, x.dtype)
+    expected = partial(_exact, x, matrix.widened(torch.float32))
+    return Case(
+        name=f"int4 in {group} {shape}",
+        run=partial(run, x),
+        expected=expected,
+        num_bytes=num_bytes((x, *matrix.fields.values())) + x.element_size() * len(x) * len(weight),
+        num_flops=2 * x.numel() * len(weight),
+    )
 
 
 def _joined(

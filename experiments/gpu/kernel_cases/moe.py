@@ -13,6 +13,8 @@ import torch.nn.functional as F
 
 from engine.runner.device import Device
 from experiments.gpu.kernel_cases import Case, Setup
+from kernels.linear.formats import Matrix
+from kernels.linear.grouped import Grouped
 from kernels.moe import fused, reference
 
 
@@ -25,6 +27,10 @@ def cases(setup: Setup) -> Iterator[Case]:
     fp8 = None
     if setup.is_dry or Device.resolve(setup.device).supports("fp8"):
         fp8 = [part for w in (w13, w2) for part in reference.quantize_experts(w, "fp8")]
+    int4 = {}
+    for group in (128, 32):
+        up, down = (Matrix.of(w).quantized(Grouped(4, group)) for w in (w13, w2))
+        int4[group] = up, down, up.format.experts(fused, up, down, setup.dtype)
     for num_tokens in (2, 20) if setup.is_dry else (1, 4, 16, 64, 1024, 4096):
         logits = setup.randn(num_tokens, num_experts)
         x = setup.randn(num_tokens, hidden)
@@ -55,6 +61,18 @@ def cases(setup: Setup) -> Iterator[Case]:
                 },
                 rival_tolerance=6e-2 if parts is int8 else None,
             )
+        for group, (up, down, run_int4) in int4.items():
+            read = (up.num_bytes + down.num_bytes) * num_used // num_experts
+            wide = partial(_widened, up, down, setup.dtype)
+            yield Case(
+                name=f"int4 experts in {group} {num_tokens}",
+                run=partial(run_int4, x, weights, experts),
+                expected=lambda given=(x, weights, experts), wide=wide: reference.experts(
+                    *given, *wide()
+                ),
+                num_bytes=2 * x.nbytes + read,
+                num_flops=6 * num_tokens * k * hidden * inner,
+            )
         if fp8 is None:
             continue
         gates = logits[:, -1:]
@@ -69,6 +87,10 @@ def cases(setup: Setup) -> Iterator[Case]:
                 num_bytes=2 * x.nbytes + read,
                 num_flops=6 * num_tokens * (k + 1) * hidden * inner,
             )
+
+
+def _widened(up: Matrix, down: Matrix, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    return up.widened(dtype), down.widened(dtype)
 
 
 def _weights(setup: Setup, *shape: int) -> torch.Tensor:

@@ -3,8 +3,10 @@ by the host, and is not the CPU."""
 
 from __future__ import annotations
 
+import gc
 import os
-from unittest.mock import Mock
+import weakref
+from unittest.mock import MagicMock, Mock
 
 import numpy as np
 import pytest
@@ -149,3 +151,19 @@ def test_draws_are_made_on_the_device(watch, ruling) -> None:
         for row, request in enumerate(requests):
             Sampler().launch(logits, [request], [row])
         Sampler().score(logits[:3], [1, 2, 3], 2)
+
+
+def test_tensors_that_a_captured_work_reads_live_as_long_as_its_graph(monkeypatch) -> None:
+    """A graph repeats launches by address, and keeps no tensor alive that was made before it."""
+    monkeypatch.setattr(Device, "module", MagicMock())
+    tensor = torch.zeros(1)
+    alive = weakref.ref(tensor)
+    replay = Device(torch.device("cuda")).recorder()(lambda tensor=tensor: tensor.add_(1))
+    del tensor
+    gc.collect()
+    assert alive() is not None and alive() == 2  # Once before the capture, and once in it.
+    replay()
+    Device.module.CUDAGraph.return_value.replay.assert_called_once_with()
+    del replay
+    gc.collect()
+    assert alive() is None

@@ -13,13 +13,23 @@ from torch.testing import assert_close
 
 from engine import EngineConfig
 from engine.engine import load_runner
-from engine.runner.backends import override_all
+from engine.layers.blocks import Rows
+from engine.models import read_model
+from engine.runner.backends import Kernels, override_all
+from engine.runner.device import Device
 from engine.runner.model_runner import ModelRunner
+from engine.weights.checkpoint import Dummy
 from engine.weights.model_config import ModelError
+from engine.weights.parameters import Build, WeightSpec
 from experiments.gpu import interpreter
+from experiments.gpu.models import TINY
+from kernels.linear.formats import QuantizedRows
 from tests.engine.numerics.conftest import Driver, random_tokens
 
 pytest.importorskip("triton")
+linear, moe, norm = (
+    pytest.importorskip(f"kernels.{name}.fused") for name in ("linear", "moe", "norm")
+)
 PRODUCTS = "linear=fused,moe=fused"
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -72,6 +82,36 @@ def test_8_bit_weights_are_close_and_hits_exact(name, oracles, error, options) -
     cold, mixed = cold_and_mixed(runner, tokens)
     assert 0 < (cold - full).square().mean().sqrt() < error * full.std()
     assert torch.equal(mixed[1:], cold[64:])
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="compares two models on the CPU")
+@pytest.mark.parametrize("num_tokens", [2, 6])
+def test_rows_quantised_by_norms_and_experts_change_no_bit(num_tokens, monkeypatch) -> None:
+    """A layer with Gated DeltaNet and experts, and the projection of the next one, with rows that
+    norms quantise, and with rows that each product quantises."""
+    interpreter.repair()
+    sizes = {"hidden_size": 128, "moe_intermediate_size": 128, "linear_value_head_dim": 128}
+    sizes |= {"shared_expert_intermediate_size": 128, "linear_num_value_heads": 1}
+    family, config = read_model(TINY | sizes)
+    kernels = Kernels(Device.resolve("cpu"), override_all("fused"))
+    spec = WeightSpec(torch.device("cpu"), torch.bfloat16, "fp8", fp8_activations=True)
+    torch.manual_seed(4)
+    mixed = torch.randn(num_tokens, 1, 128).to(torch.bfloat16)
+    kinds = []
+
+    def outputs() -> list[torch.Tensor]:
+        model = family(config, Build(kernels, spec), Dummy(0).fill)
+        rows, ids = Rows(num_tokens), torch.arange(num_tokens)
+        projected, stream = model.start(ids, rows)
+        kinds.append(type(model.mixers[0].enter(stream, None)[0]))
+        return [projected, *model.resume(0, mixed, projected, stream, rows)]
+
+    together = outputs()
+    monkeypatch.setattr(linear.Product, "takes_fp8_rows", lambda self, size: False)
+    monkeypatch.delattr(norm, "rms_norm_rows")
+    monkeypatch.setattr(moe, "LEAST_NARROW", 100)
+    assert all(map(torch.equal, together, outputs()))
+    assert kinds == [QuantizedRows, torch.Tensor]
 
 
 @pytest.mark.parametrize(

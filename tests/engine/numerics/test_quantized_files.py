@@ -128,6 +128,11 @@ def test_fp8_blocks_in_a_layer_on_a_device(tmp_path):
     files = read_quantization(config)
     linear = kernels["linear"]
     place = WeightSpec(device, dtype, files=files, multiplies=lambda one: one.has_product(linear))
+    dynamic = place.files.format("m.in_proj_z")
+    assert place.product_options(dynamic) == {}
+    assert replace(place, follows_files=True).product_options(dynamic) == {"fp8_rows": True}
+    weights_only = replace(dynamic, keeps_inputs=True)
+    assert replace(place, follows_files=True).product_options(weights_only) == {}
     quantised, rounding = (
         Linear(200, parts, Build(kernels, replace(place, fp8_activations=rounds)))
         for rounds in (False, True)
