@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 
 from kernels.linear import reference
-from kernels.linear.reference import SCALE_BLOCK, STORAGE, Format, quantize
+from kernels.linear.reference import SCALE_BLOCK, STORAGE, Format, look_up, quantize
 from kernels.target import pipeline_stages
 from kernels.tuning import token_class, tuned
 
@@ -33,6 +33,7 @@ __all__ = [
     "linear",
     "linear_8bit",
     "linear_fp8",
+    "look_up",
     "prepare",
     "prepare_8bit",
     "quantize",
