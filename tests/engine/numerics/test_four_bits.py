@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, Qwen3Config
 
 from engine.config import BUILTIN_DIR
 from engine.plugins.convert.converter import convert
+from engine.weights.forms import read_quantization
 from engine.weights.model_config import ModelError
 from kernels import native
 from tests.engine.numerics import eight_bit
@@ -178,6 +179,12 @@ def test_descriptions_that_are_not_supported_are_named(form, change, match, chec
     with pytest.raises(ModelError, match=match) as error:
         load(path)
     assert "\n" not in str(error.value)
+
+
+def test_the_form_of_gpt_oss_is_refused_with_the_supported_ones():
+    config = {"quantization_config": {"quant_method": "mxfp4", "modules_to_not_convert": []}}
+    with pytest.raises(ModelError, match=r"form of gpt-oss.*mxfp4-pack-quantized.*GGUF"):
+        read_quantization(config)
 
 
 def test_activation_order_is_refused(checkpoint):
