@@ -36,6 +36,7 @@ REPEATED = {
     aten.fill_.Scalar,
     aten.index.Tensor,
     aten.index_put_.default,
+    aten.index_select.default,
     aten.mul.Tensor,
     aten.mul_.Tensor,
     aten.neg.default,
@@ -53,6 +54,7 @@ INTO: dict[Any, Callable[..., object]] = {
     aten.argmax.default: aten.argmax.out,
     aten.cat.default: aten.cat.out,
     aten.div.Tensor: aten.div.out,
+    aten.index_select.default: aten.index_select.out,
     aten.mul.Tensor: aten.mul.out,
     aten.neg.default: aten.neg.out,
 }

@@ -163,7 +163,7 @@ class _Stack:
         options = self._weights.product_options(format)
         product = format.product(kernel, matrix, self._bias, self._weights.dtype, **options)
         order = self._order
-        return product if order is None else lambda x: product(x[:, order])
+        return product if order is None else lambda x: product(x.index_select(1, order))
 
 
 def expert_names(stem: str, *words: str) -> tuple[str, ...]:
@@ -289,7 +289,7 @@ class Embedding(Composite):
     rows."""
 
     def __init__(self, name: str, vocab_size: int, hidden_size: int, build: Build) -> None:
-        weights, self._rank = build.weights, build.rank
+        weights, self._rank, self._kernel = build.weights, build.rank, build.kernels["linear"]
         self._ids, self._dtype = build.rank.span(vocab_size), weights.dtype
         shape = len(self._ids), hidden_size
         self.matrix = Matrix.empty(weights.storage(name).loaded, shape, weights.empty)
@@ -308,6 +308,9 @@ class Embedding(Composite):
             return F.embedding(token_ids, matrix.fields["weight"])
         shape = len(token_ids), matrix.num_columns
         hidden = torch.empty(shape, dtype=self._dtype, device=token_ids.device)
+        if self.own_ids is None:
+            self._kernel.look_up(matrix, token_ids, hidden)
+            return hidden
         repeated(self._look_up, token_ids, hidden)
         return self._rank.sum(hidden)
 

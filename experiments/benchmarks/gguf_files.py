@@ -220,6 +220,10 @@ def metadata(arch: str, config: Mapping[str, Any], has_head: bool) -> dict[str, 
         found["attention.head_count_kv"] = attends
     if arch.startswith("nemotron_h"):
         found["attention.layer_norm_epsilon"] = found["attention.layer_norm_rms_epsilon"]
+        sizes = {"mlp": config["intermediate_size"], "moe": config.get("moe_intermediate_size")}
+        found["feed_forward_length"] = [sizes.get(kind, 0) for kind in kinds]
+        if "moe" not in kinds:
+            found = {key: value for key, value in found.items() if not key.startswith("expert")}
     if arch in ("kimi-linear", "lfm2moe", "nemotron_h_moe"):
         found["expert_gating_func"] = SIGMOID
     if arch == "falcon-h1":
@@ -229,6 +233,9 @@ def metadata(arch: str, config: Mapping[str, Any], has_head: bool) -> dict[str, 
     if arch == "kimi-linear":
         dims = config["qk_nope_head_dim"] + config["qk_rope_head_dim"]
         found["attention.key_length_mla"] = dims
+        rank = config["kv_lora_rank"]
+        found["attention.value_length"] = rank
+        found["attention.key_length"] = rank + config["qk_rope_head_dim"]
         found["leading_dense_block_count"] = config["mlp_layer_types"].count("dense")
     if has_head:
         found |= {"block_count": config["num_hidden_layers"] + 1, "nextn_predict_layers": 1}

@@ -22,7 +22,7 @@ import triton.language as tl
 from kernels.linear import reference
 from kernels.linear.formats import QuantizedRows
 from kernels.linear.groups import GroupFormat
-from kernels.linear.reference import SCALE_BLOCK, STORAGE, Format, quantize
+from kernels.linear.reference import SCALE_BLOCK, STORAGE, Format, look_up, quantize
 from kernels.linear.words import (
     SPAN,
     Words,
@@ -46,6 +46,7 @@ __all__ = [
     "linear",
     "linear_8bit",
     "linear_fp8",
+    "look_up",
     "prepare",
     "prepare_8bit",
     "prepare_groups",

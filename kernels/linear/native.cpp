@@ -332,13 +332,13 @@ struct ByTiles {
 template <class Product, class T>
 static void multiply_float(
     const T* x, int64_t stride, int64_t rows, const int32_t* w, const float* scale, const T* bias,
-    T* y, int64_t steps, int64_t outputs, int threads) {
+    T* y, int64_t y_stride, int64_t steps, int64_t outputs, int threads) {
     constexpr int64_t PER_WORD = 4 / sizeof(T);
     Product::multiply(
         (const int32_t*)x, stride / PER_WORD, rows, w, steps, outputs, threads,
         [=](int64_t row, int64_t panel, const int32_t* sums) {
             int64_t first = panel * PANEL, count = outputs - first < PANEL ? outputs - first : PANEL;
-            T* to = y + row * outputs + first;
+            T* to = y + row * y_stride + first;
             for (int64_t i = 0; i < count; i += LANES) {
                 Lanes wide = load((const float*)sums + i);
                 if (scale) wide *= load_part(scale + first + i, count - i);
@@ -351,9 +351,9 @@ static void multiply_float(
 #define LINEAR(NAME, T, ...)                                                                      \
     EXPORT void linear_##NAME(                                                                    \
         const T* x, int64_t stride, int64_t rows, const int32_t* w, const float* scale,           \
-        const T* bias, T* y, int64_t steps, int64_t outputs, int threads) {                       \
+        const T* bias, T* y, int64_t y_stride, int64_t steps, int64_t outputs, int threads) {     \
         multiply_float<__VA_ARGS__>(                                                              \
-            x, stride, rows, w, scale, bias, y, steps, outputs, threads);                         \
+            x, stride, rows, w, scale, bias, y, y_stride, steps, outputs, threads);               \
     }
 
 LINEAR(float32_lanes, float, ByLanes<Float32>)
@@ -405,8 +405,8 @@ static void quantize_row(const T* x, int64_t size, int64_t padded, uint8_t* to, 
 template <class Product, class T>
 static void multiply_int8(
     const T* x, int64_t stride, int64_t rows, int64_t size, const int32_t* w,
-    const int32_t* offsets, const float* scale, const T* bias, T* y, int64_t outputs,
-    int threads) {
+    const int32_t* offsets, const float* scale, const T* bias, T* y, int64_t y_stride,
+    int64_t outputs, int threads) {
     int64_t steps = (size + 3) / 4;
     static thread_local std::vector<int32_t> words;
     static thread_local std::vector<float> steps_of_rows;
@@ -422,7 +422,7 @@ static void multiply_int8(
         quantized, steps, rows, w, steps, outputs, threads,
         [=](int64_t row, int64_t panel, const int32_t* sums) {
             int64_t first = panel * PANEL, count = outputs - first < PANEL ? outputs - first : PANEL;
-            T* to = y + row * outputs + first;
+            T* to = y + row * y_stride + first;
             float factor = row_scale[row];
             for (int64_t i = 0; i < count; i += LANES) {
                 __mmask16 mask = count - i < LANES ? (1u << (count - i)) - 1 : 0xffff;
@@ -439,10 +439,10 @@ static void multiply_int8(
 #define LINEAR_INT8(NAME, T, ...)                                                                \
     EXPORT void linear_int8_##NAME(                                                              \
         const T* x, int64_t stride, int64_t rows, int64_t size, const int32_t* w,                \
-        const int32_t* offsets, const float* scale, const T* bias, T* y, int64_t outputs,        \
-        int threads) {                                                                           \
+        const int32_t* offsets, const float* scale, const T* bias, T* y, int64_t y_stride,       \
+        int64_t outputs, int threads) {                                                          \
         multiply_int8<__VA_ARGS__>(                                                              \
-            x, stride, rows, size, w, offsets, scale, bias, y, outputs, threads);                \
+            x, stride, rows, size, w, offsets, scale, bias, y, y_stride, outputs, threads);      \
     }
 
 LINEAR_INT8(lanes_float32, float, ByLanes<Int8Fours>)

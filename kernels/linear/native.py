@@ -5,18 +5,22 @@ Rows need no padding. Otherwise as in ``reference``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 
+import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 
 from kernels import huge_pages
 from kernels.linear import reference
 from kernels.linear.blocks import Blocks
+from kernels.linear.formats import Matrix
 from kernels.linear.groups import UNIT, GroupFormat
 from kernels.linear.reference import (
     PRODUCTS,
-    join,
     linear,
     linear_8bit,
     linear_fp8,
@@ -34,6 +38,7 @@ __all__ = [
     "linear",
     "linear_8bit",
     "linear_fp8",
+    "look_up",
     "prepare",
     "prepare_8bit",
     "prepare_groups",
@@ -53,6 +58,42 @@ GROUP_PARTS = ("scale", "minimum", "zeros", "factors", "minima")
 """Parts of ``Groups`` in the order of ``PackedGroups``, after the codes."""
 BAND_ELEMENTS = 2**22
 """Number of weights that are decoded at a time."""
+
+
+def join(products: Sequence[Callable[[torch.Tensor], torch.Tensor]]) -> Callable[..., torch.Tensor]:
+    """Return the product with the outputs of all ``products``; see ``reference.join``. Native ones
+    write into one result."""
+    native = [product for product in products if isinstance(product, NativeProduct)]
+    if len(products) == 1 or len(native) < len(products):
+        return reference.join(products)
+    sizes = [product.num_outputs for product in native]
+
+    def joined(x: torch.Tensor) -> torch.Tensor:
+        out = x.new_empty(len(x), sum(sizes))
+        for product, part in zip(native, out.split(sizes, dim=1), strict=True):
+            product.write(x, part)
+        return out
+
+    return joined
+
+
+def look_up(matrix: Matrix, index: torch.Tensor, out: torch.Tensor) -> None:
+    """Write widened rows; see ``reference.look_up``. Blocks of GGUF files are read in one pass."""
+    format = matrix.format
+    name = f"look_up_{format.describe().lower()}_{DTYPES.get(out.dtype)}"
+    if not isinstance(format, Blocks) or not has(name) or index.dtype is not torch.int64:
+        reference.look_up(matrix, index, out)
+        return
+    rows, table = matrix.fields["blocks"], table_of(format)
+    function(name, "piipipip")(
+        rows.data_ptr(), rows.stride(0), rows.shape[1] // format.elements, index.data_ptr(),
+        len(index), None if table is None else table.ctypes.data, format.zero, out.data_ptr(),
+    )  # fmt: skip
+
+
+@cache
+def table_of(format: GroupFormat) -> npt.NDArray[np.int8] | None:
+    return None if format.table is None else np.array(format.table, np.int8)
 
 
 def prepare(
@@ -114,7 +155,22 @@ def _method(dtype: torch.dtype) -> str:
     return kernel_choices().get(f"linear_{DTYPES.get(dtype)}", "reference")
 
 
-class NativeLinear:
+class NativeProduct(ABC):
+    """Linear layer that writes rows of any distance, x ``[T, N]`` to out ``[T, M]``."""
+
+    num_outputs: int
+
+    @abstractmethod
+    def write(self, x: torch.Tensor, out: torch.Tensor) -> None:
+        """Compute the product of x into out, whose rows are contiguous."""
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        out = x.new_empty(x.shape[0], self.num_outputs)
+        self.write(x, out)
+        return out
+
+
+class NativeLinear(NativeProduct):
     """Linear layer ``(x @ weight.T) * scale + bias`` for x ``[T, N]`` of the weight's dtype.
 
     ``scale``: float32 ``[M]`` or None. ``method``: of ``kernels.native.kernel_choices``, which is
@@ -128,30 +184,28 @@ class NativeLinear:
         bias: torch.Tensor | None,
         method: str | None = None,
     ) -> None:
-        self._num_outputs = len(weight)
+        self.num_outputs = len(weight)
         self._weight = pack(weight)
         self._bias = None if bias is None else bias.to(weight.dtype).contiguous()
         self._scale = None if scale is None else scale.contiguous()
         self._address = self._weight.data_ptr()
         self._steps = self._weight.shape[1]
         name = f"linear_{DTYPES[weight.dtype]}_{method or _method(weight.dtype)}"
-        self._multiply = function(name, "piippppiit")
+        self._multiply = function(name, "piippppiiit")
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+    def write(self, x: torch.Tensor, out: torch.Tensor) -> None:
         num_rows, stride = x.shape[0], x.stride(0)
         if x.stride(1) != 1 or stride % 2:
             x = x.contiguous()
             stride = x.stride(0)
-        out = x.new_empty(num_rows, self._num_outputs)
         self._multiply(
             x.data_ptr(), stride, num_rows, self._address, address(self._scale),
-            address(self._bias), out.data_ptr(), self._steps, self._num_outputs,
+            address(self._bias), out.data_ptr(), out.stride(0), self._steps, self.num_outputs,
             torch.get_num_threads(),
         )  # fmt: skip
-        return out
 
 
-class NativeInt8Linear:
+class NativeInt8Linear(NativeProduct):
     """Native version of ``int8.Int8Linear`` with equal bits in every method."""
 
     def __init__(
@@ -161,27 +215,25 @@ class NativeInt8Linear:
         bias: torch.Tensor | None,
         method: str | None = None,
     ) -> None:
-        self._num_outputs, self._size = quantized.shape
+        self.num_outputs, self._size = quantized.shape
         self._weight = pack(F.pad(quantized, (0, -self._size % 4)))
         # The instruction takes unsigned rows: 128 is added to them, and this subtracted from sums.
         self._offsets = quantized.sum(dim=1, dtype=torch.int32).mul_(128)
         self._scale, self._bias = scale.contiguous(), bias
         self._name = f"linear_int8_{method or kernel_choices()['linear_int8']}"
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+    def write(self, x: torch.Tensor, out: torch.Tensor) -> None:
         if x.stride(1) != 1:
             x = x.contiguous()
-        out = x.new_empty(x.shape[0], self._num_outputs)
-        function(f"{self._name}_{DTYPES[x.dtype]}", "piiipppppit")(
+        function(f"{self._name}_{DTYPES[x.dtype]}", "piiipppppiit")(
             x.data_ptr(), x.stride(0), x.shape[0], self._size, self._weight.data_ptr(),
             self._offsets.data_ptr(), self._scale.data_ptr(),
-            address(self._bias), out.data_ptr(),
-            self._num_outputs, torch.get_num_threads(),
+            address(self._bias), out.data_ptr(), out.stride(0),
+            self.num_outputs, torch.get_num_threads(),
         )  # fmt: skip
-        return out
 
 
-class NativeGroups:
+class NativeGroups(NativeProduct):
     """Native version of ``groups.linear_groups`` with equal bits in every method.
 
     The packed weight has the format's bits, and one byte for each factor of a group.
@@ -196,35 +248,35 @@ class NativeGroups:
         dtype: torch.dtype,
         method: str | None = None,
     ) -> None:
-        self._num_outputs = len(next(iter(fields.values())))
+        self.num_outputs = len(next(iter(fields.values())))
         self._bias = None if bias is None else bias.to(dtype).contiguous()
         self._packed = pack_groups(format, fields, num_columns)
-        if format.table is not None:
-            self._packed["table"] = torch.tensor(format.table, dtype=torch.int8)
-        parts = (self._packed.get(name) for name in ("codes", *GROUP_PARTS, "table"))
-        self._description = torch.tensor([
-            *(address(part) or 0 for part in parts),
-            self._num_outputs, num_columns, self._packed["codes"].shape[1], format.block // UNIT,
+        parts, table = (
+            (self._packed.get(name) for name in ("codes", *GROUP_PARTS)),
+            table_of(format),
+        )
+        self.description = torch.tensor([
+            *(address(part) or 0 for part in parts), 0 if table is None else table.ctypes.data,
+            self.num_outputs, num_columns, self._packed["codes"].shape[1], format.block // UNIT,
             format.bits, format.zero, SCALE_KINDS[self._packed["scale"].dtype],
             max(1, UNIT // format.group),
         ])  # fmt: skip
-        name = f"linear_groups_{method or kernel_choices()['linear_groups']}_{DTYPES[dtype]}"
-        self._multiply = function(name, "piipppt")
+        self.suffix = f"groups_{method or kernel_choices()['linear_groups']}_{DTYPES[dtype]}"
+        """Method and dtype, in the names of functions."""
+        self._multiply = function(f"linear_{self.suffix}", "piipppit")
 
     @property
     def num_bytes(self) -> int:
         """Memory of the packed weight."""
         return sum(part.nbytes for part in self._packed.values())
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+    def write(self, x: torch.Tensor, out: torch.Tensor) -> None:
         if x.stride(1) != 1:
             x = x.contiguous()
-        out = x.new_empty(x.shape[0], self._num_outputs)
         self._multiply(
-            x.data_ptr(), x.stride(0), x.shape[0], self._description.data_ptr(),
-            address(self._bias), out.data_ptr(), torch.get_num_threads(),
+            x.data_ptr(), x.stride(0), x.shape[0], self.description.data_ptr(),
+            address(self._bias), out.data_ptr(), out.stride(0), torch.get_num_threads(),
         )  # fmt: skip
-        return out
 
 
 def pack_groups(

@@ -15,6 +15,8 @@
 // have two words like the latter, and one with the third bits. Codes of 8 bits fill eight words.
 #include "../amx.h"
 
+#include <algorithm>
+
 #ifdef __AVX2__
 
 constexpr int64_t PANEL = 16;        // outputs
@@ -260,9 +262,13 @@ struct PackedBlock {
 };
 
 // Sizes of a format of blocks.py: BYTES and UNITS of a block, WORDS of a packed unit, FACTORS of a block.
-template <int64_t BYTES_, int64_t UNITS_, int64_t WORDS_, int64_t FACTORS_, class Scale_ = uint16_t>
+// MINIMUM: true if a block has one.
+template <
+    int64_t BYTES_, int64_t UNITS_, int64_t WORDS_, int64_t FACTORS_, bool MINIMUM_ = false,
+    class Scale_ = uint16_t>
 struct BlockSizes {
     static constexpr int64_t BYTES = BYTES_, UNITS = UNITS_, WORDS = WORDS_, FACTORS = FACTORS_;
+    static constexpr bool MINIMUM = MINIMUM_;
     typedef Scale_ Scale;
 };
 
@@ -303,7 +309,7 @@ static void pack_halves(const Words* from, int shift, Words* to) {
 
 // A unit with codes at CODES in the packed order, and their fifth bits at HIGH.
 template <int BITS, int CODES, bool MINIMUM = false, int HIGH = 0, class Scale = uint16_t>
-struct OneUnit : BlockSizes<CODES + (BITS == 8 ? 32 : 16), 1, BITS, 0, Scale> {
+struct OneUnit : BlockSizes<CODES + (BITS == 8 ? 32 : 16), 1, BITS, 0, MINIMUM, Scale> {
     static void pack(const uint8_t* const* rows, const PackedBlock& to) {
         Words first = read_word<0>(rows);
         write_lowest<Scale>(first, to.scale);
@@ -330,7 +336,7 @@ static void pack_twos(const uint8_t* const* rows, Words* to) {
     }
 }
 
-struct Q2K : BlockSizes<84, 8, 2, 16> {
+struct Q2K : BlockSizes<84, 8, 2, 16, true> {
     static void pack(const uint8_t* const* rows, const PackedBlock& to) {
         pack_twos<2, 16>(rows, to.codes);
         Words scales[4], both = read_word<80>(rows);
@@ -359,7 +365,7 @@ struct Q3K : BlockSizes<110, 8, 3, 16> {
 
 // Q4_K and Q5_K.
 template <int BITS>
-struct FourK : BlockSizes<16 + 32 * BITS, 8, BITS, 8> {
+struct FourK : BlockSizes<16 + 32 * BITS, 8, BITS, 8, true> {
     static void pack(const uint8_t* const* rows, const PackedBlock& to) {
         Words head[4], high[8], codes[32], *packed = to.codes;
         read_words<0, 4>(rows, head);
@@ -405,6 +411,29 @@ struct Iq4Xs : BlockSizes<136, 8, 4, 8> {
     }
 };
 
+// The code of a column of a packed unit, in the order of pack_codes.
+template <int64_t BITS>
+static int64_t code_at(const Words* unit, int64_t lane, int64_t column) {
+    int64_t s = column / 4, shift = column % 4 * 8;
+    auto bits = [&](int64_t word, int64_t place, int64_t count) {
+        return int64_t(unit[word][lane] >> (shift + place)) & ((1 << count) - 1);
+    };
+    if (BITS == 8) return bits(s, 0, 8);
+    int64_t code = BITS < 4 ? bits(s / 4, s % 4 * 2, 2) : bits(s % 4, s / 4 * 4, 4);
+    if (BITS == 3) code |= bits(2, s, 1) << 2;
+    if (BITS == 5) code |= bits(4, s, 1) << 4;
+    if (BITS == 6) code |= bits(4 + s / 4, s % 4 * 2, 2) << 4;
+    return code;
+}
+
+// A float16 number, or 2^(e - 128) for one byte.
+static float widened_scale(const uint8_t* from, int64_t bytes) {
+    if (bytes == 1) return ldexpf(1.0f, *from - 128);
+    uint16_t half;
+    memcpy(&half, from, 2);
+    return _cvtsh_ss(half);
+}
+
 // Packs rows of `blocks` blocks each. Outputs that the last panel does not have repeat the last one.
 template <class Format>
 static void pack_rows(
@@ -425,7 +454,51 @@ static void pack_rows(
     });
 }
 
+// Writes the widened rows `ids` of a matrix to y, in the order of operations of groups.py. Rows are packed
+// 16 at a time, so that all formats have one order of codes. table: null if codes less `zero` are values.
+template <class Format, class T>
+static void look_up_rows(
+    const uint8_t* rows, int64_t stride, int64_t blocks, const int64_t* ids, int64_t count,
+    const int8_t* table, int64_t zero, T* y) {
+    constexpr int64_t BLOCK = Format::UNITS * UNIT, SIZE = Format::FACTORS ? Format::FACTORS : 1;
+    constexpr int64_t BYTES = sizeof(typename Format::Scale);
+    for (int64_t first = 0; first < count; first += PANEL) {
+        int64_t some = count - first < PANEL ? count - first : PANEL;
+        for (int64_t b = 0; b < blocks; b++) {
+            Words codes[Format::UNITS * Format::WORDS];
+            uint8_t scale[PANEL * BYTES], minimum[PANEL * 2], factors[SIZE * PANEL], minima[SIZE * PANEL];
+            const uint8_t* own[PANEL];
+            for (int64_t o = 0; o < PANEL; o++)
+                own[o] = rows + ids[first + (o < some ? o : 0)] * stride + b * Format::BYTES;
+            Format::pack(own, {codes, scale, minimum, factors, minima});
+            for (int64_t o = 0; o < some; o++) {
+                T* to = y + ((first + o) * blocks + b) * BLOCK;
+                float step = widened_scale(scale + o * BYTES, BYTES);
+                float low = Format::MINIMUM ? widened_scale(minimum + 2 * o, 2) : 0.0f;
+                for (int64_t i = 0; i < BLOCK; i++) {
+                    int64_t code = code_at<Format::WORDS>(codes + i / UNIT * Format::WORDS, o, i % UNIT);
+                    int64_t group = i * SIZE / BLOCK * PANEL + o;
+                    float factor = Format::FACTORS ? step * float(int8_t(factors[group])) : step;
+                    float value = factor * float(table ? table[code] : code - zero);
+                    if (Format::MINIMUM) value -= Format::FACTORS ? low * float(minima[group]) : low;
+                    to[i] = narrow<T>(value);
+                }
+            }
+        }
+    }
+}
+
 #define PACK(NAME, ...)                                                                            \
+    EXPORT void look_up_##NAME##_float32(                                                          \
+        const uint8_t* rows, int64_t stride, int64_t blocks, const int64_t* ids, int64_t count,    \
+        const int8_t* table, int64_t zero, float* y) {                                             \
+        look_up_rows<__VA_ARGS__>(rows, stride, blocks, ids, count, table, zero, y);               \
+    }                                                                                              \
+    EXPORT void look_up_##NAME##_bfloat16(                                                         \
+        const uint8_t* rows, int64_t stride, int64_t blocks, const int64_t* ids, int64_t count,    \
+        const int8_t* table, int64_t zero, BFloat16* y) {                                          \
+        look_up_rows<__VA_ARGS__>(rows, stride, blocks, ids, count, table, zero, y);               \
+    }                                                                                              \
     EXPORT void pack_##NAME(                                                                       \
         const uint8_t* rows, int64_t stride, int64_t outputs, int64_t blocks, Words* codes,        \
         uint8_t* scale, uint8_t* minimum, uint8_t* factors, uint8_t* minima, int threads) {        \
@@ -709,32 +782,47 @@ static void quantize_unit(const T* x, int64_t count, int32_t factor, Unit* to) {
     to->sum = to->sums[0] + to->sums[1];
 }
 
-// At most AT_ONCE rows.
+// Rows in int8 times a weight. Its items, some panels each, are independent of each other.
 template <class R, class Way, class T>
-static void multiply_some(
-    const T* x, int64_t stride, int64_t rows, const PackedGroups& w, const T* bias, T* y, int threads) {
-    constexpr bool IS_TILED = !std::is_same_v<Way, ByLanes<R>>;
-    if (IS_TILED && rows < 8)
-        return multiply_some<R, ByLanes<R>>(x, stride, rows, w, bias, y, threads);
-    int64_t tiles = (rows + TILE_SIZE - 1) / TILE_SIZE;
-    int64_t tile_rows = IS_TILED ? (rows + tiles - 1) / tiles : 1;
-    static thread_local std::vector<Unit> memory;
-    memory.resize((IS_TILED ? tiles * tile_rows : rows) * w.stride());
-    Unit* units = memory.data();
-    bool is_signed = w.table || w.bits == 8;  // with HalfLanes, which subtract their bias
-    int64_t zero = (w.table ? 128 : w.zero) - (is_signed ? R::BIAS : 0);
-    int32_t factor = w.zeros ? 1 : int32_t(-zero);
-    for_each(rows, threads_for(rows * w.columns, threads), [&](int64_t r) {
-        const T* row = x + r * stride;
-        for (int64_t u = 0; u < w.units; u++, row += UNIT)
-            quantize_unit(row, w.columns - u * UNIT, factor, units + r * w.stride() + u);
-    });
-    Chunk chunk = chunk_of<Way>(w);
-    bool are_many = rows >= BLOCK_ROWS || IS_TILED;
-    int64_t panels = (w.outputs + PANEL - 1) / PANEL, blocks = w.units / w.block;
-    int64_t step = are_many ? CHUNK / w.block : blocks, together = are_many ? MANY_PANELS : 1;
-    int64_t block_rows = IS_TILED ? 2 * tile_rows : BLOCK_ROWS;
-    auto work = [&](int64_t item) {
+struct Product {
+    static constexpr bool IS_TILED = !std::is_same_v<Way, ByLanes<R>>;
+    typedef Way Ways;
+    const PackedGroups& w;
+    const T* bias;
+    const Unit* units;
+    int64_t rows, tile_rows;
+    T* y;
+    int64_t y_stride;
+    Chunk chunk;
+    int64_t panels, blocks, step, together, block_rows;
+
+    // Few rows are faster in lanes.
+    static bool has_tiles(int64_t rows) { return IS_TILED && rows >= 8; }
+    static int64_t rows_of_tile(int64_t rows) {
+        int64_t tiles = (rows + TILE_SIZE - 1) / TILE_SIZE;
+        return has_tiles(rows) ? (rows + tiles - 1) / tiles : 1;
+    }
+    // Number of rows that `units` must have.
+    static int64_t padded(int64_t rows) {
+        int64_t multiple = rows_of_tile(rows);
+        return (rows + multiple - 1) / multiple * multiple;
+    }
+
+    Product(
+        const PackedGroups& w, const T* bias, const Unit* units, int64_t rows, T* y, int64_t y_stride)
+        : w(w), bias(bias), units(units), rows(rows), tile_rows(rows_of_tile(rows)), y(y),
+          y_stride(y_stride), chunk(has_tiles(rows) ? chunk_of<Way>(w) : chunk_of<ByLanes<R>>(w)),
+          panels((w.outputs + PANEL - 1) / PANEL), blocks(w.units / w.block) {
+        bool are_many = rows >= BLOCK_ROWS || has_tiles(rows);
+        step = are_many ? CHUNK / w.block : blocks, together = are_many ? MANY_PANELS : 1;
+        block_rows = has_tiles(rows) ? 2 * tile_rows : BLOCK_ROWS;
+    }
+
+    int64_t items() const { return (panels + together - 1) / together; }
+    int64_t cycles() const { return panels * w.units * (16 + 10 * rows); }
+    int64_t tile_words() const { return w.factors && w.halves == 2 ? 4 : 8; }
+
+    void operator()(int64_t item) const {
         alignas(64) float sums[MANY_PANELS][MOST_ROWS * PANEL];
         int64_t own = item * together, count = panels - own < together ? panels - own : together;
         for (int64_t begin = 0; begin < rows; begin += block_rows) {
@@ -750,44 +838,182 @@ static void multiply_some(
                     int64_t first = (own + p) * PANEL, left = w.outputs - first;
                     Lanes wide = load(sums[p] + r * PANEL);
                     if (bias) wide += load_part(bias + first, left);
-                    store_part(y + (begin + r) * w.outputs + first, wide, left);
+                    store_part(y + (begin + r) * y_stride + first, wide, left);
                 }
         }
-    };
-    int64_t items = (panels + together - 1) / together;
-    int used = threads_for(panels * w.units * (16 + 10 * rows), threads);
-    if constexpr (IS_TILED)
-        for_each<typename Way::Region>(
-            items, used, work, tile_rows, int64_t(w.factors && w.halves == 2 ? 4 : 8));
-    else
-        for_each(items, used, work);
+    }
+};
+
+// Quantises a row for products with w.
+template <class R, class T>
+static void quantize(const T* row, const PackedGroups& w, Unit* to) {
+    bool is_signed = w.table || w.bits == 8;  // with HalfLanes, which subtract their bias
+    int64_t zero = (w.table ? 128 : w.zero) - (is_signed ? R::BIAS : 0);
+    int32_t factor = w.zeros ? 1 : int32_t(-zero);
+    for (int64_t u = 0; u < w.units; u++, row += UNIT)
+        quantize_unit(row, w.columns - u * UNIT, factor, to + u);
+}
+
+// At most AT_ONCE rows.
+template <class R, class Way, class T>
+static void multiply_some(
+    const T* x, int64_t stride, int64_t rows, const PackedGroups& w, const T* bias, T* y,
+    int64_t y_stride, int threads) {
+    typedef Product<R, Way, T> Own;
+    static thread_local std::vector<Unit> memory;
+    memory.resize(Own::padded(rows) * w.stride());
+    Unit* units = memory.data();
+    for_each(rows, threads_for(rows * w.columns, threads), [&](int64_t r) {
+        quantize<R>(x + r * stride, w, units + r * w.stride());
+    });
+    Own product(w, bias, units, rows, y, y_stride);
+    int used = threads_for(product.cycles(), threads);
+    if constexpr (Own::IS_TILED)
+        if (Own::has_tiles(rows))
+            return for_each<typename Way::Region>(
+                product.items(), used, product, product.tile_rows, product.tile_words());
+    for_each(product.items(), used, product);
 }
 
 template <class R, class Way, class T>
 static void multiply_groups(
-    const T* x, int64_t stride, int64_t rows, const PackedGroups& w, const T* bias, T* y, int threads) {
+    const T* x, int64_t stride, int64_t rows, const PackedGroups& w, const T* bias, T* y,
+    int64_t y_stride, int threads) {
     for (int64_t r = 0; r < rows; r += AT_ONCE) {
         int64_t count = rows - r < AT_ONCE ? rows - r : AT_ONCE;
-        multiply_some<R, Way>(x + r * stride, stride, count, w, bias, y + r * w.outputs, threads);
+        multiply_some<R, Way>(
+            x + r * stride, stride, count, w, bias, y + r * y_stride, y_stride, threads);
     }
 }
 
-#define LINEAR_GROUPS(NAME, T, ...)                                                                \
+// --- Experts ---------------------------------------------------------------------------------------------
+
+// All items of products with one weight each.
+template <class Own>
+static void multiply_all(const std::vector<Own>& products, int threads) {
+    int64_t items = 0, cycles = 0;
+    std::vector<int64_t> ends;
+    for (const Own& product : products) ends.push_back(items += product.items()), cycles += product.cycles();
+    for_each(items, threads_for(cycles, threads), [&](int64_t item) {
+        int64_t p = std::upper_bound(ends.begin(), ends.end(), item) - ends.begin();
+        const Own& own = products[p];
+        int64_t first = p ? ends[p - 1] : 0;
+        if constexpr (Own::IS_TILED)
+            if (Own::has_tiles(own.rows)) {
+                typename Own::Ways::Region region(own.tile_rows, own.tile_words());
+                return own(item - first);
+            }
+        own(item - first);
+    });
+}
+
+// SiLU of the first half times the second half, or the square of ReLU.
+template <class T>
+static void activate(const T* x, bool is_gated, int64_t size, T* to) {
+    for (int64_t i = 0; is_gated && i < size; i++)
+        to[i] = narrow<T>(silu(widen(x[i])) * widen(x[size + i]));
+    for (int64_t i = 0; !is_gated && i < size; i++) {
+        float positive = widen(x[i]) < 0.0f ? 0.0f : widen(x[i]);
+        to[i] = narrow<T>(positive * positive);
+    }
+}
+
+// Experts of reference.py for at most AT_ONCE rows. Pairs of a token and one of its experts are ordered by
+// expert, each of which has its rows next to each other.
+template <class R, class Way, class T>
+static void sum_some(
+    const T* x, int64_t stride, int64_t rows, const float* weights, const int32_t* experts, int64_t k,
+    const PackedGroups* up, const PackedGroups* down, int64_t count, bool is_gated, T* y,
+    int64_t y_stride, int threads) {
+    typedef Product<R, Way, T> Own;
+    static thread_local std::vector<Unit> memory;
+    static thread_local std::vector<T> results;
+    int64_t middle = up->outputs, width = down->outputs, units = up->stride() + down->stride();
+    std::vector<int64_t> counts(count), firsts(count + 1), places(rows * k, -1);
+    for (int64_t i = 0; i < rows * k; i++)
+        if (experts[i] >= 0) places[i] = counts[experts[i]]++;
+    for (int64_t e = 0; e < count; e++) firsts[e + 1] = firsts[e] + Own::padded(counts[e]);
+    for (int64_t i = 0; i < rows * k; i++)
+        if (experts[i] >= 0) places[i] += firsts[experts[i]];
+    int64_t padded = firsts[count];
+    memory.resize((padded + rows) * units);
+    results.resize(padded * (middle + width));
+    Unit *first = memory.data(), *second = first + padded * up->stride();
+    Unit* of_rows = second + padded * down->stride();
+    T *inner = results.data(), *outer = inner + padded * middle;
+    for_each(rows, threads_for(rows * up->columns, threads), [&](int64_t r) {
+        Unit* own = of_rows + r * up->stride();
+        quantize<R>(x + r * stride, *up, own);
+        for (int64_t i = r * k; i < (r + 1) * k; i++)
+            if (places[i] >= 0)
+                memcpy(first + places[i] * up->stride(), own, up->units * sizeof(Unit));
+    });
+    std::vector<Own> ups, downs;
+    for (int64_t e = 0; e < count; e++) {
+        if (counts[e] == 0) continue;
+        int64_t f = firsts[e];
+        ups.emplace_back(up[e], nullptr, first + f * up->stride(), counts[e], inner + f * middle, middle);
+        downs.emplace_back(
+            down[e], nullptr, second + f * down->stride(), counts[e], outer + f * width, width);
+    }
+    multiply_all(ups, threads);
+    for_each(rows * k, threads_for(rows * k * middle, threads), [&](int64_t i) {
+        static thread_local std::vector<T> activated;
+        activated.resize(down->columns);
+        if (places[i] < 0) return;
+        activate(inner + places[i] * middle, is_gated, down->columns, activated.data());
+        quantize<R>((const T*)activated.data(), *down, second + places[i] * down->stride());
+    });
+    multiply_all(downs, threads);
+    for_each(rows, threads_for(rows * k * width / LANES, threads), [&](int64_t r) {
+        for (int64_t i = 0; i < width; i += LANES) {
+            Lanes total = {};
+            for (int64_t j = r * k; j < (r + 1) * k; j++) {
+                Lanes own = places[j] < 0 ? Lanes{} : load_part(outer + places[j] * width + i, width - i);
+                total = j == r * k ? own * weights[j] : multiply_add(own, all(weights[j]), total);
+            }
+            store_part(y + r * y_stride + i, total, width - i);
+        }
+    });
+}
+
+template <class R, class Way, class T>
+static void sum_experts(
+    const T* x, int64_t stride, int64_t rows, const float* weights, const int32_t* experts, int64_t k,
+    const PackedGroups* up, const PackedGroups* down, int64_t count, bool is_gated, T* y,
+    int64_t y_stride, int threads) {
+    for (int64_t r = 0; r < rows; r += AT_ONCE) {
+        int64_t some = rows - r < AT_ONCE ? rows - r : AT_ONCE;
+        sum_some<R, Way>(
+            x + r * stride, stride, some, weights + r * k, experts + r * k, k, up, down, count, is_gated,
+            y + r * y_stride, y_stride, threads);
+    }
+}
+
+#define PRODUCTS(NAME, T, ...)                                                                \
     EXPORT void linear_groups_##NAME(                                                              \
         const T* x, int64_t stride, int64_t rows, const PackedGroups* w, const T* bias, T* y,      \
-        int threads) {                                                                             \
-        multiply_groups<__VA_ARGS__>(x, stride, rows, *w, bias, y, threads);                       \
+        int64_t y_stride, int threads) {                                                           \
+        multiply_groups<__VA_ARGS__>(x, stride, rows, *w, bias, y, y_stride, threads);             \
+    }                                                                                              \
+    EXPORT void experts_groups_##NAME(                                                             \
+        const T* x, int64_t stride, int64_t rows, const float* weights, const int32_t* experts,    \
+        int64_t k, const PackedGroups* up, const PackedGroups* down, int64_t count,                \
+        int64_t is_gated, T* y, int64_t y_stride, int threads) {                                   \
+        sum_experts<__VA_ARGS__>(                                                                  \
+            x, stride, rows, weights, experts, k, up, down, count, is_gated, y, y_stride,          \
+            threads);                                                                              \
     }
 
-LINEAR_GROUPS(half_lanes_float32, float, HalfLanes, ByLanes<HalfLanes>)
-LINEAR_GROUPS(half_lanes_bfloat16, BFloat16, HalfLanes, ByLanes<HalfLanes>)
+PRODUCTS(half_lanes_float32, float, HalfLanes, ByLanes<HalfLanes>)
+PRODUCTS(half_lanes_bfloat16, BFloat16, HalfLanes, ByLanes<HalfLanes>)
 #ifdef __AVX512VNNI__
-LINEAR_GROUPS(lanes_float32, float, FullLanes, ByLanes<FullLanes>)
-LINEAR_GROUPS(lanes_bfloat16, BFloat16, FullLanes, ByLanes<FullLanes>)
-LINEAR_GROUPS(plain_tiles_float32, float, FullLanes, ByTiles<PlainTiles>)
+PRODUCTS(lanes_float32, float, FullLanes, ByLanes<FullLanes>)
+PRODUCTS(lanes_bfloat16, BFloat16, FullLanes, ByLanes<FullLanes>)
+PRODUCTS(plain_tiles_float32, float, FullLanes, ByTiles<PlainTiles>)
 #ifdef HAS_AMX
-LINEAR_GROUPS(amx_float32, float, FullLanes, ByTiles<AmxTiles>)
-LINEAR_GROUPS(amx_bfloat16, BFloat16, FullLanes, ByTiles<AmxTiles>)
+PRODUCTS(amx_float32, float, FullLanes, ByTiles<AmxTiles>)
+PRODUCTS(amx_bfloat16, BFloat16, FullLanes, ByTiles<AmxTiles>)
 #endif
 #endif
 #endif

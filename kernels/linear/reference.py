@@ -14,7 +14,9 @@ import torch
 import torch.nn.functional as F
 
 from kernels.linear import prepacked
+from kernels.linear.formats import Matrix
 from kernels.linear.int8 import Int8Linear
+from kernels.recording import repeated
 
 ROWS = prepacked.ROWS
 
@@ -78,6 +80,16 @@ def join(products: Sequence[Callable[[torch.Tensor], torch.Tensor]]) -> Callable
     if len(products) == 1:
         return products[0]
     return lambda x: torch.cat([product(x) for product in products], dim=-1)
+
+
+def look_up(matrix: Matrix, index: torch.Tensor, out: torch.Tensor) -> None:
+    """Write the rows ``index`` (int64 ``[T]``) of a stored matrix to ``out [T, N]`` (contiguous),
+    widened."""
+
+    def write(index: torch.Tensor, out: torch.Tensor) -> None:
+        out.copy_(matrix[index].widened(out.dtype))
+
+    repeated(write, index, out)
 
 
 def linear_8bit(

@@ -22,9 +22,10 @@ from kernels.linear import reference
 from kernels.linear.blocks import GGML_TYPES
 from kernels.linear.groups import linear_groups
 from kernels.linear.native import NativeInt8Linear, NativeLinear
+from kernels.moe.native import NativeExperts
 from tests.kernels.compiled import OneMethod, assert_close
 from tests.kernels.test_attention import Cache
-from tests.kernels.test_groups import Decoded, draw_numbers, make
+from tests.kernels.test_groups import Decoded, draw_numbers, make, pairs_of_products
 from tests.kernels.test_scan import Scan, Sizes
 
 AMX_FLAGS = (*THIS_PROCESSOR, "-shared", "-mamx-tile", "-mamx-bf16", "-mamx-int8")
@@ -41,6 +42,7 @@ SOURCES_OF = {
     "chunk_kda": "kda/native_chunk.cpp",
     "chunk_mamba2": "mamba2/native_chunk.cpp",
     "linear_groups": "linear/native_groups.cpp",
+    "experts_groups": "linear/native_groups.cpp",
     "pack_codes": "linear/native_groups.cpp",
     "linear": "linear/native.cpp",
     "permit_amx": "linear/native.cpp",
@@ -164,6 +166,21 @@ def test_groups_equal_the_reference(emulator, number) -> None:
     expected = linear_groups(x, Decoded(format), numbers)
     for rows in (5, 8, 17, 49):
         assert torch.equal(product(x[:rows]), expected[:rows]), rows
+
+
+def test_experts_equal_their_products(emulator) -> None:
+    """Some experts have too few rows for tiles, and tiles of others have missing rows."""
+    products = pairs_of_products(
+        (GGML_TYPES[12], GGML_TYPES[14]), "amx", torch.float32, 3, 256, 256, False
+    )
+    hidden, weights = torch.randn(30, 256) * 0.1, torch.rand(30, 1)
+    chosen = torch.tensor([0] * 19 + [1] * 3 + [2] * 8, dtype=torch.int32)[:, None]
+    found = NativeExperts(products, False)(hidden, weights, chosen)
+    for (up, down), part in zip(products, hidden.split([19, 3, 8]), strict=True):
+        inner = up(part).relu().square()
+        rows = slice(0, len(part))
+        assert torch.equal(found[rows], down(inner) * weights[rows])
+        found, weights = found[len(part) :], weights[len(part) :]
 
 
 def test_words_after_a_panel_are_not_read_as_numbers(emulator) -> None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from functools import partial
 
 import pytest
 import torch
 
+from kernels.activation import native as native_activation
 from kernels.linear import grouped, native, reference
 from kernels.linear.blocks import GGML_TYPES, Blocks
 from kernels.linear.eight_bits import EightBits
@@ -249,6 +251,80 @@ def test_rows_and_outputs_are_independent_of_the_others(format, method, num_thre
         assert torch.equal(product(x[7 : 7 + rows]), whole[7 : 7 + rows]), rows
     few = {name: part[:3] for name, part in numbers.items()}
     assert torch.equal(make(format, few, size, method)(x), whole[:, :3])
+
+
+def pairs_of_products(formats, method, dtype, num_experts, width, inner, gated):
+    """Return the first and the last product of each expert."""
+    shapes = (inner * (1 + gated), width), (width, inner)
+    stacks = []
+    for format, (rows, size) in zip(formats, shapes, strict=True):
+        numbers = draw_numbers(format, num_experts * rows, size)
+        each = ({name: part[first : first + rows] for name, part in numbers.items()}
+                for first in range(0, num_experts * rows, rows))  # fmt: skip
+        stacks.append([make(format, part, size, method, None, dtype) for part in each])
+    return list(zip(*stacks, strict=True))
+
+
+@NEEDS_NATIVE
+@BY_METHOD
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("numbers", [(12, 14), (2, 12), (14, 8)])
+def test_experts_have_the_bits_of_their_products(method, numbers, gated) -> None:
+    """Experts without tokens, with few and with many, rows without an expert, and more rows than
+    are computed at a time. ReLU is exact in every library; SiLU is that of the native kernels."""
+    formats, dtype = [GGML_TYPES[number] for number in numbers], torch.bfloat16
+    products = pairs_of_products(formats, method, dtype, 5, 256, 256, gated)
+    together = native_experts.prepare_products(products, gated)
+    assert isinstance(together, native_experts.NativeExperts)
+    activate = native_activation.silu_and_mul if gated else native_activation.relu_squared
+    one_by_one = partial(experts.sum_of_products, products=products, activate=activate)
+    hidden = (torch.randn(1100, 300) * 0.1).to(dtype)[:, 10:266]
+    weights, chosen = torch.rand(1100, 2), torch.randint(4, (1100, 2), dtype=torch.int32)
+    chosen[:, 1] += (chosen[:, 1] == chosen[:, 0]).int()
+    chosen[5] = experts.NO_EXPERT
+    chosen[20:, 0] = 2
+    expected = one_by_one(hidden, weights, chosen)
+    assert torch.equal(expected[5], torch.zeros(256, dtype=dtype)) and expected[0].any()
+    for num_threads, rows in ((1, 1), (1, 9), (2, 1100), (2, 0)):
+        torch.set_num_threads(num_threads)
+        found = together(hidden[:rows], weights[:rows], chosen[:rows])
+        assert torch.equal(found, expected[:rows])
+    gate = torch.randn(9, 1).to(dtype)
+    shared = together(hidden[:9], weights[:9], chosen[:9], gate)
+    assert torch.equal(shared, one_by_one(hidden[:9], weights[:9], chosen[:9], gate))
+
+
+@NEEDS_NATIVE
+def test_products_of_several_formats_write_into_one_result() -> None:
+    x = torch.randn(7, 300)[:, :256]
+    parts = [make(GGML_TYPES[12], draw_numbers(GGML_TYPES[12], 40, 256), 256, METHODS[0])]
+    parts += [native.prepare(torch.randn(24, 256), torch.randn(24))]
+    parts += [native.prepare_8bit(*reference.quantize(torch.randn(9, 256), "int8"), None, x.dtype)]
+    parts += [make(GGML_TYPES[14], draw_numbers(GGML_TYPES[14], 3, 256), 256, METHODS[0])]
+    found = native.join(parts)(x)
+    assert torch.equal(found, torch.cat([part(x) for part in parts], dim=1))
+    assert found.is_contiguous()
+
+
+@BY_DTYPE
+@pytest.mark.parametrize(
+    "format",
+    [form for form in GGML_TYPES.values() if isinstance(form, Blocks)],
+    ids=Blocks.describe,
+)
+def test_rows_are_looked_up_with_the_bits_of_the_widened_weight(format, dtype) -> None:
+    """Exponents are those of normal numbers."""
+    torch.manual_seed(0)
+    rows = torch.randint(256, (40, 3 * format.elements), dtype=torch.uint8)
+    if format.describe() == "MXFP4":
+        rows[:, :: format.elements] &= 127
+        rows[:, :: format.elements] |= 2
+    matrix = Matrix(format, {"blocks": rows}, 3 * format.columns)
+    index = torch.tensor([3, 39, 0, 3, *range(5, 22)])
+    found = torch.full((len(index), matrix.num_columns), 7.0, dtype=dtype)
+    native.look_up(matrix, index, found)
+    expected = matrix.widened(dtype)[index]
+    assert torch.equal(found.nan_to_num(1e5), expected.nan_to_num(1e5)) and expected.any()
 
 
 @NEEDS_NATIVE

@@ -58,6 +58,12 @@ def read_quantization(
         f"supported are {served}, ModelSlim's W8A8_DYNAMIC, GGUF files, and the model in full "
         "precision with --quantization"
     )
+    if method == "mxfp4":
+        raise ModelError(
+            "MXFP4 weights in `_blocks` and `_scales` are the form of gpt-oss, whose architecture "
+            "is not supported: for other models use MXFP4 in compressed-tensors "
+            "(mxfp4-pack-quantized) or in a GGUF file."
+        )
     if method not in readers():
         raise ModelError(f"{method or 'unnamed'} weights are not supported; {remedy}.")
     try:

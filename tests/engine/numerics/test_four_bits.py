@@ -188,6 +188,12 @@ def test_descriptions_that_are_not_supported_are_named(form, change, match, chec
     assert "\n" not in str(error.value)
 
 
+def test_the_form_of_gpt_oss_is_refused_with_the_supported_ones():
+    config = {"quantization_config": {"quant_method": "mxfp4", "modules_to_not_convert": []}}
+    with pytest.raises(ModelError, match=r"form of gpt-oss.*mxfp4-pack-quantized.*GGUF"):
+        read_quantization(config)
+
+
 def test_activation_order_is_refused(checkpoint):
     path, _ = checkpoint("qwen3_next")
 
