@@ -28,6 +28,7 @@ from hybridcache.api import Losses, PrefixMatch, losses_of
 from hybridcache.cache import HybridRadixCache, LockHandle
 from hybridcache.policies.protocol import (
     FetchRule,
+    Item,
     PlacementPolicy,
     Prefill,
     PromptBoundaries,
@@ -465,9 +466,11 @@ class Lease:
     def _count(self) -> None:
         """Count the lease as a use and plan its checkpoints, when it gets its first memory."""
         request, match, placement, cache = self._request, self.match, self._placement, self.cache
+        evicted: tuple[Item, ...] = ()
         if request.reuse:
             self.is_counted = True
             cache.touch(match, request.resumes)
+            evicted = tuple(one for one in cache.evicted(match) if one.position > match.cached_len)
         if not request.stateful:
             return
         if request.reuse:
@@ -484,7 +487,7 @@ class Lease:
             positions,
             self._step,
             match.resumed,
-            match.missed,
+            evicted,
             match.forks,
             answer_survives and not request.exact,
             cache.free_slots,
