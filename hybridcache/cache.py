@@ -431,6 +431,18 @@ class HybridRadixCache:
         """Number of nodes, ghosts included. O(1)."""
         return self._tree.num_nodes
 
+    def evicted(self, match: PrefixMatch) -> list[Checkpoint]:
+        """Return ``match.missed`` and the evicted checkpoints between it and the next cached one
+        above, the deepest first. O(nodes between)."""
+        if match.missed is None:
+            return []
+        found, node = [match.missed], match.missed.node.parent
+        while node is not None and node.checkpoint is None:
+            if node.lost_checkpoint is not None:
+                found.append(node.lost_checkpoint)
+            node = node.parent
+        return found
+
     # --- Uses and locks ---------------------------------------------------------------------------
 
     def touch(self, match: PrefixMatch, resumes: bool = False) -> None:
@@ -439,21 +451,16 @@ class HybridRadixCache:
         A request that ``resumes`` after a preemption was counted before, so ``stats`` stays as it
         is. O(1), plus the nodes between the checkpoint and the ghost that was missed.
         """
-        last, missed = self._usable(match.node), match.missed
+        last, missed = self._usable(match.node), self.evicted(match)
         self.now += 1
         if not resumes:
             self.stats.record(match)
         self.refresh(last)
-        if missed is not None:
-            policy = self.policy
-            policy.on_ghost_hit(missed)
-            # Most policies ignore all but the first ghost hit: then no path is searched.
-            is_asked = type(policy).on_ghost_hit_above is not EvictionPolicy.on_ghost_hit_above
-            above = missed.node.parent if is_asked else None
-            while above is not None and above.checkpoint is None:
-                if above.lost_checkpoint is not None:
-                    policy.on_ghost_hit_above(above.lost_checkpoint)
-                above = above.parent
+        notify = self.policy.on_ghost_hit
+        for item in missed:
+            notify(item)
+            item.earlier_uses += 1
+            notify = self.policy.on_ghost_hit_above
 
     def refresh(self, node: NodeHandle | None) -> None:
         """Count a use of ``node`` without a request: its recency changes, no statistics. O(1)."""
@@ -1067,7 +1074,9 @@ class HybridRadixCache:
             self._note_superseded(before, True)
         if node.locks:
             self._locked_slots += 1
-        node.lost_checkpoint = None
+        if (lost := node.lost_checkpoint) is not None:
+            checkpoint.earlier_uses = lost.earlier_uses + lost.uses
+            node.lost_checkpoint = None
         self.policy.add(checkpoint)
         if revives is not None:
             self.policy.add(revives)

@@ -27,6 +27,7 @@ from hybridcache.allocators.moves import NOT_CARRIED_OUT, Move, Transfer
 from hybridcache.api import Losses, PrefixMatch, losses_of
 from hybridcache.cache import HybridRadixCache, LockHandle
 from hybridcache.policies.protocol import (
+    Item,
     LoadRule,
     PlacementPolicy,
     Prefill,
@@ -465,9 +466,11 @@ class Lease:
     def _count(self) -> None:
         """Count the lease as a use and plan its checkpoints, when it gets its first memory."""
         request, match, placement, cache = self._request, self.match, self._placement, self.cache
+        evicted: tuple[Item, ...] = ()
         if request.reuse:
             self.is_counted = True
             cache.touch(match, request.resumes)
+            evicted = tuple(one for one in cache.evicted(match) if one.position > match.cached_len)
         if not request.stateful:
             return
         if request.reuse:
@@ -483,7 +486,7 @@ class Lease:
             boundaries=request.boundaries.positions,
             grid=self._step,
             resumed=match.resumed,
-            missed=match.missed,
+            evicted=evicted,
             forks=match.forks,
             answer_survives=request.boundaries.answer_survives and not request.exact,
             free_slots=cache.free_slots,

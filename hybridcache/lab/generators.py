@@ -394,6 +394,47 @@ def tree_search(
                 second += 1.0
 
 
+@generator
+def retries(
+    seed: int = 0,
+    questions: int = 100,
+    trials: int = 7,
+    parallel: int = 8,
+    heads: int = 1,
+    head: int = 1600,
+    step: int = 170,
+    boundaries: bool = True,
+) -> Requests:
+    """Generate agents that try the same questions again. Few-shot examples are in the user message,
+    and there is no system message: nothing declares the end of the shared head.
+
+    Each of ``heads`` kinds of questions has a head of ``head`` tokens; a question has 150 to 300. A
+    trial has 4 to 12 requests, and each adds an answer and an observation, together about ``step``
+    tokens. A later trial differs from the first answer on. ``parallel`` agents take turns. The end
+    of the user message is declared.
+    """
+    writer = Writer(seed, boundaries)
+    examples = [writer.text(head) for _ in range(heads)]
+    texts = [
+        np.concatenate((examples[number % heads], writer.text(writer.between(150, 300))))
+        for number in range(questions)
+    ]
+    waiting = iter(range(trials * questions))
+    running: list[tuple[int, int, Tokens]] = []
+    """Each agent's trial and question as one number, requests left, and prompt."""
+    while True:
+        while len(running) < parallel and (number := next(waiting, None)) is not None:
+            running.append((number, writer.between(4, 12), texts[number % questions]))
+        if not running:
+            return
+        number, left, prompt = running.pop(0)
+        answer = writer.text(writer.spread(step // 2, 0.4))
+        yield writer.request(number, prompt, answer, len(texts[number % questions]))
+        if left > 1:
+            seen = writer.text(writer.spread(step - step // 2, 0.4))
+            running.append((number, left - 1, np.concatenate((prompt, answer, seen))))
+
+
 # --- Long chats of ShareGPT -----------------------------------------------------------------------
 #
 # Sessions of ten turns or more, as in Marconi's evaluation, with the published statistics: about

@@ -139,9 +139,13 @@ END_LABELS = ("back:1", "decode")
 """Labels of the end of the prompt and of the answer."""
 REJOIN = "rejoin"
 """Label of a checkpoint at which a prompt continues the end of a known text."""
+HEAD = "head"
+"""Label of an evicted checkpoint that is saved again, because many requests used it."""
+HEAD_USES = 4
+"""Fewest uses of such a checkpoint, before and after its eviction together."""
 TIPS = frozenset({*END_LABELS, REJOIN})
 """Labels of positions from which one conversation continues."""
-SHARED = frozenset({"branch", "boundary"})
+SHARED = frozenset({"branch", "boundary", HEAD})
 """Labels of positions that several prompts share. They are always candidates."""
 COMMON = SHARED.union(END_LABELS)
 """Labels of positions that later prompts are expected to reuse."""
@@ -226,8 +230,12 @@ class Adaptive(PlacementPolicy):
     earns ``MARGIN`` times as much. With ample memory nothing is displaced, and every label with
     earnings is saved. Trials of a label that does not pay become rarer with each failure.
 
-    Seven rules keep useful positions from being starved or displaced:
+    Eight rules keep useful positions from being starved or displaced:
 
+    - *Head*: the evicted shared checkpoint on the path with the most uses times tokens saved is
+      saved again, if it has ``HEAD_USES`` uses or more and is above the fork and the declared
+      boundaries, which are candidates anyway. Uses are those of this checkpoint, before and after
+      its eviction, so that heads of equal length are not confused.
     - *Succession*: a prompt that resumes from the tip of its conversation saves the end, of prompt
       or answer, with the higher earnings. This supersedes the old tip, which is then evicted in its
       place. A conversation in the cache therefore stays there.
@@ -344,6 +352,9 @@ class Adaptive(PlacementPolicy):
         spare = self._missed_tokens > 0 and num_spare >= len(shared) + len(back_offs) + 2
         if spare:
             bars = -inf, -inf
+        head = _head(prefill)
+        if head is not None:
+            wanted.append(Placed(head.position, HEAD))
         if seen_len > cached_len:
             if prefill.forks:
                 wanted.append(Placed(seen_len, "branch"))
@@ -433,6 +444,21 @@ class Adaptive(PlacementPolicy):
         used = inf if forks is None or forks.placed < FEW else forks.used / forks.placed + copy
         price = self._missed_tokens / self._num_placed  # displaced by one more checkpoint
         return MARGIN * price + copy, used
+
+
+def _head(prefill: Prefill) -> Item | None:
+    """Return the evicted checkpoint of the rule *Head*, or None. O(evicted checkpoints)."""
+    if not prefill.evicted:
+        return None
+    known = (prefill.seen_len, *prefill.boundaries, prefill.prompt_len)
+    first = min(end - end % prefill.grid for end in known if end > prefill.cached_len)
+    best, most_saved = None, 0
+    for item in prefill.evicted:
+        uses = item.uses + item.earlier_uses
+        saved = uses * (item.position - prefill.cached_len)
+        if uses >= HEAD_USES and item.label in SHARED and saved > most_saved:
+            best, most_saved = item, saved
+    return best if best is not None and best.position < first else None
 
 
 def _positions(prefill: Prefill) -> Positions:

@@ -168,8 +168,10 @@ class Prefill(NamedTuple):
     """Checkpoint grid. Checkpoints are saved at its multiples."""
     resumed: Item | None = None
     """Checkpoint that the request resumes from, or None."""
-    missed: Item | None = None
-    """Deepest evicted checkpoint that the request would have resumed from, or None."""
+    evicted: tuple[Item, ...] = ()
+    """Evicted checkpoints that the request would have resumed from, the deepest first. For each,
+    ``uses`` and ``earlier_uses`` together count the requests, with this one, that resumed from a
+    checkpoint at its position or would have."""
     forks: bool = True
     """True if other prompts continued differently at ``seen_len``. False if the prompt extends
     an earlier request from its end."""

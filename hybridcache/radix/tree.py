@@ -183,6 +183,9 @@ class Item:
     """Logical time of the last use."""
     uses: int
     """Number of requests that resumed from it (checkpoint) or through it (KV)."""
+    earlier_uses: int
+    """Number of requests that resumed from an evicted checkpoint at this position, or would have.
+    Checkpoints only."""
     superseded: bool
     """True if a deeper checkpoint exists on the same unforked path, or is about to: a running
     request has taken its slot. Also True for the last one of a session that has ended."""
@@ -310,7 +313,15 @@ class Edge(Item):
 class Checkpoint(Item):
     """State after exactly ``node.end`` tokens: an evictable item of kind ``checkpoint``."""
 
-    __slots__ = ("label", "num_successors", "slot", "stop_reason", "stored", "superseded")
+    __slots__ = (
+        "earlier_uses",
+        "label",
+        "num_successors",
+        "slot",
+        "stop_reason",
+        "stored",
+        "superseded",
+    )
 
     kind = "checkpoint"
     dead = False
@@ -326,7 +337,7 @@ class Checkpoint(Item):
         self.item_bytes = item_bytes
         self.label = label
         self.stop_reason = ""
-        self.uses = 0
+        self.uses = self.earlier_uses = 0
         self.num_successors = 0
         """Running requests that will save a deeper checkpoint (``LockHandle.superseded``)."""
         self.superseded = False

@@ -16,6 +16,7 @@ from hybridcache.lab.generators import GENERATORS, conversations
 from hybridcache.lab.simulation.grid import identity_of
 from hybridcache.lab.trace import Trace, TraceRequest
 from hybridcache.lab.trace_stats import trace_stats
+from hybridcache.tokens import common_prefix_len
 
 # (requests, ideal token hit rate) as published, with another random stream.
 PUBLISHED = {
@@ -26,7 +27,11 @@ PUBLISHED = {
     "resend": (120, 0.666),
     "short": (120, 0.859),
 }
-SMALL = {"conversations": {"num_conversations": 100}, "sharegpt-like": {"requests": 100}}
+SMALL: dict[str, dict[str, int]] = {
+    "conversations": {"num_conversations": 100},
+    "sharegpt-like": {"requests": 100},
+    "retries": {"questions": 10, "trials": 2},
+}
 
 
 def small(name: str) -> Trace:
@@ -39,6 +44,17 @@ def test_number_of_requests_and_ideal_hit_rate_match_the_published(name: str) ->
     stats = trace_stats(GENERATORS[name]())
     assert stats.num_requests == requests
     assert stats.ideal_hit_rate == pytest.approx(ideal, abs=0.004)
+
+
+def test_agents_repeat_a_head_that_no_boundary_declares() -> None:
+    requests = list(GENERATORS["retries"](questions=9, trials=2, heads=2, parallel=3))
+    first = {one.session: one for one in reversed(requests)}
+    assert sorted(first) == [*range(18)]
+    for number, one in first.items():
+        assert one.boundaries == (len(one.tokens),), "the end of the question, not of the head"
+        assert np.array_equal(one.tokens, first[(number + 9) % 18].tokens), "it is tried twice"
+    shared = [common_prefix_len(first[1].tokens, first[other].tokens) for other in (2, 3, 10)]
+    assert shared == [0, 1600, len(first[1].tokens)]
 
 
 def test_number_of_live_conversations_is_limited() -> None:

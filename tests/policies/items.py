@@ -23,6 +23,7 @@ class FakeItem(Item):
     created: int = 0
     last_used: int = 0
     uses: int = 0
+    earlier_uses: int = 0
     dead: bool = False
     superseded: bool = False
     above: Any = None

@@ -395,12 +395,12 @@ SUPERSEDED_PRIOR = 0.125
 With a hazard of their own they would outlast tips in a new cache, because time without a use lowers
 that of tips, which are many."""
 COMMON = frozenset(
-    {"", "decode", "end", "prompt", "branch", "boundary", "backoff", "back:1", "rejoin"}
+    {"", "decode", "end", "prompt", "branch", "boundary", "backoff", "back:1", "rejoin", "head"}
 )
 """Labels of positions where prompts are known to diverge. Others are speculative."""
 SPECULATIVE_PRIOR = 0.125
 """Assumed hazard of speculative labels relative to common ones, without evidence."""
-FORKS = frozenset({"branch", "boundary"})
+FORKS = frozenset({"branch", "boundary", "head"})
 """Labels of text that other conversations may share. Their class has no generation."""
 REJOIN = "rejoin"
 """Label of a position at which an earlier request of the conversation ended."""
