@@ -164,9 +164,12 @@ def _weight_spec(
 ) -> WeightSpec:
     """Return the format of the weights. Raises ModelError if it is not supported."""
     place = device.torch_device, dtype, config.quantization
-    fused = [kernels[name].__name__.endswith(".fused") for name in ("linear", "moe")]
-    has_fp8 = device.supports("fp8") and all(fused)
-    if config.fp8_activations and not has_fp8:
+
+    def has_fp8() -> bool:
+        fused = [kernels[name].__name__.endswith(".fused") for name in ("linear", "moe")]
+        return all(fused) and device.supports("fp8")
+
+    if config.fp8_activations and not has_fp8():
         raise ModelError("fp8_activations needs a GPU with fp8 products, and Triton.")
     own = PRECISIONS.get(config.quantization or "")
     if isinstance(own, Grouped) and not own.has_product(kernels["linear"]):
@@ -180,7 +183,7 @@ def _weight_spec(
     def multiplies(format: Format) -> bool:
         return device.supports(format.kind) and format.has_product(kernels["linear"])
 
-    follows = has_fp8 and not device.is_cpu
+    follows = not device.is_cpu and has_fp8()
     spec = WeightSpec(*place, files.formats, multiplies, config.fp8_activations, follows)
     if spec.fp8_activations and not spec.has_fp8_products:
         raise ModelError("fp8_activations needs fp8 weights: use --quantization fp8.")

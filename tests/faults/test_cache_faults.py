@@ -302,7 +302,7 @@ def the_last_copy_between_tiers_is_missing(patch: Patch) -> None:
 
 @FAULTS.detected_by(test_tiers.test_an_offloaded_state_is_superseded_only_while_a_deeper_one_exists)
 def a_match_offers_only_the_first_offloaded_state(patch: Patch) -> None:
-    @patch(TieredRadixCache, "match")
+    @patch(HybridRadixCache, "match")
     def match(original: Any, self: Any, tokens: Any, namespace: Any = None) -> Any:
         found = original(self, tokens, namespace)
         return found._replace(loadable=found.loadable[:1])

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.server.bodies import APIError
+from engine.server.bodies import APIError, decode
 from engine.server.schemas import ChatRequest
 from engine.server.tool_calls.forms import Form, Hermes, Xml, tool_calls
 from engine.text.answers import Event, ReasoningDelta, TextDelta, ToolCall, joined
@@ -386,8 +386,8 @@ def test_random_texts_are_read_the_same_in_any_pieces(
     ],
 )
 def test_the_form_is_recognised_in_the_template(source: str, expected: type) -> None:
-    messages: Any = [{"role": "user", "content": "Hi."}]
-    body = ChatRequest(messages=messages, tools=TOOLS, tool_choice="none")
+    sent = {"messages": [{"role": "user", "content": "Hi."}], "tools": TOOLS, "tool_choice": "none"}
+    body = decode(ChatRequest, json.dumps(sent).encode())
     assert type(tool_calls(body, ChatTemplate(source))) is expected
     body.tool_choice = None
     for without, why in (("{{ messages }}", "has no tools"), ("{{ tools }}", "is not supported")):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ import pytest
 from engine import RequestSpec
 from engine.requests.chat_prompt import render_chat
 from engine.server.access import Tenant
+from engine.server.bodies import decode
 from engine.server.endpoints.explain import Explanations
 from engine.server.schemas import ChatRequest
 from engine.text.answers import AnswerReader, RequestOutput, as_message
@@ -279,11 +281,12 @@ def store(
     answer: Chat,
     namespace: str | None = None,
 ) -> None:
-    chat = ChatRequest(
-        messages=copy.deepcopy(body.get("messages", [])),
-        tools=body.get("tools"),
-        chat_template_kwargs=body.get("variables"),
-    )
+    sent = {
+        "messages": body.get("messages", []),
+        "tools": body.get("tools"),
+        "chat_template_kwargs": body.get("variables"),
+    }
+    chat = decode(ChatRequest, json.dumps(sent).encode())
     began_s = time.perf_counter()
     call: Any = SimpleNamespace(tenant=Tenant(0, namespace), size=100, began_s=began_s)
     explanations.remember(name, call, chat, output, answer)
