@@ -456,7 +456,8 @@ def _head(prefill: Prefill) -> Item | None:
     for item in prefill.evicted:
         uses = item.uses + item.earlier_uses
         saved = uses * (item.position - prefill.cached_len)
-        if uses >= HEAD_USES and item.label in SHARED and saved > most_saved:
+        is_shared = item.label in SHARED and not item.stop_reason
+        if uses >= HEAD_USES and is_shared and saved > most_saved:
             best, most_saved = item, saved
     return best if best is not None and best.position < first else None
 
