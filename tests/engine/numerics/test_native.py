@@ -11,7 +11,9 @@ from engine.engine import load_runner
 from engine.runner import backends
 from engine.runner.model_runner import ModelRunner
 from engine.weights.model_config import ModelError
+from experiments.gpu.models import write_checkpoint
 from kernels.native import kernel_choices, shared_library
+from tests.engine.numerics import families
 from tests.engine.numerics.conftest import (
     STEPS,
     VERIFIED,
@@ -19,6 +21,7 @@ from tests.engine.numerics.conftest import (
     assert_equal_results,
     random_tokens,
 )
+from tests.engine.test_hits_change_nothing import HYBRID
 
 COMPILED = pytest.mark.skipif(shared_library() is None, reason="no C++ compiler")
 IS_RECORDED = kernel_choices()["linear_float32"] != "reference"
@@ -58,6 +61,24 @@ def test_batches_and_recording_change_no_bit(dtype, quantization) -> None:
         single = decode_logits(runner, [prompt], 3)
         for step, [logits] in enumerate(single):
             assert torch.equal(logits, batched[step][rank])
+
+
+@COMPILED
+@pytest.mark.full("int4")
+@pytest.mark.parametrize("quantization", ["int4", "int4-128"])
+def test_recorded_experts_of_four_bits_change_no_bit(quantization, tmp_path) -> None:
+    """The router and all experts of a layer are native calls of the recorded step."""
+    names = "hidden_size", "moe_intermediate_size", "shared_expert_intermediate_size"
+    sizes = dict.fromkeys(names, 128) | {"vocab_size": families.SMALL["vocab_size"]}
+    write_checkpoint(tmp_path, HYBRID | sizes | {"mlp_only_layers": []})
+    runner = make_runner("bfloat16", model=str(tmp_path), quantization=quantization)
+    assert (runner.graphs.decodes is not None) == IS_RECORDED
+    prompts = [random_tokens(length, length) for length in (100, 64, 7)]
+    recorded = decode_logits(runner, prompts, 3)
+    runner.use_graphs("off")
+    plain = decode_logits(runner, prompts, 3)
+    for first, second in zip(recorded, plain, strict=True):
+        assert all(map(torch.equal, first, second))
 
 
 @pytest.mark.full("float32-None", "bfloat16-int8")
