@@ -8,15 +8,17 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import islice
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from experiments.gpu import kernels as bench_kernels
-from experiments.gpu.kernel_cases import Case
+from experiments.gpu.kernel_cases import Case, Setup
 from experiments.gpu.kernels import Clock, Machine, measure, row
 from experiments.provenance import known_records, read_json_lines, write_json_lines
+from kernels.tuning import using
 
 MACHINE = Machine("a machine", copy_bytes_s=1e9, gemm_flops_s=1e12)
 
@@ -148,6 +150,22 @@ def test_all_cases_and_installed_rivals_are_correct(tmp_path) -> None:
         assert max(max(record["errors"].values()) for record in records) < 6e-2
         num_cases += len(records)
     assert counts == {"right": num_cases, "wrong": 0, "failed rivals": 0}
+
+
+def test_cases_of_square_states_differ_in_their_launches(monkeypatch) -> None:
+    """A table of the device does not change them."""
+    mamba2 = pytest.importorskip("experiments.gpu.kernel_cases.mamba2")
+    interpreter = pytest.importorskip("triton.runtime.interpreter")
+    launched = []
+    monkeypatch.setattr(
+        interpreter.GridExecutor,
+        "__call__",
+        lambda self, *_, num_warps, num_stages, **sizes: launched.append((num_warps, num_stages)),
+    )
+    with using({("mamba2.scan_kernel", (torch.bfloat16, 64, 64)): {"num_stages": 3}}):
+        for case in islice(mamba2.cases(Setup("cpu", is_dry=False)), 3):
+            case.run()
+    assert launched == [(4, 2)] * 2 + [(2, 2)] * 2 + [(4, 1)] * 2
 
 
 @pytest.mark.full

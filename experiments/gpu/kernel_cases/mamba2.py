@@ -1,12 +1,15 @@
 """Mamba-2 on the sizes of Nemotron-H and Falcon-H1, with float32 states.
 
 Nemotron-H has 128 heads of 64 in 8 groups and a state of 128, Falcon-H1 24 heads of 64 in one group
-and a state of 256.
+and a state of 256. States of 64 x 64 in bfloat16, which no supported model has, gave two results on
+an H200: they also run without products of warp groups (2 warps), and without asynchronous copies (1
+stage).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -14,6 +17,7 @@ import torch
 from experiments.gpu.kernel_cases import LENGTHS, Case, Setup, decode_case, gates_case, prompt_case
 from kernels.mamba2 import fused, reference
 from kernels.packed import TILE, num_tiles
+from kernels.tuning import Config, Table, using
 
 
 class Sizes(NamedTuple):
@@ -27,10 +31,12 @@ class Sizes(NamedTuple):
 
 NEMOTRON_H = Sizes(8, 128, 128, 64)
 FALCON_H1 = Sizes(1, 24, 256, 64)
+SQUARE = Sizes(2, 4, 64, 64)
 
 
 def cases(setup: Setup) -> Iterator[Case]:
     """Yield prompts with and without exports, gates and decoding."""
+    yield from _square(setup)
     for sizes in [Sizes(1, 2, 16, 16)] if setup.is_dry else [NEMOTRON_H, FALCON_H1]:
         for lengths in [(1, 64, 130)] if setup.is_dry else LENGTHS:
             yield _chunk(setup, sizes, lengths)
@@ -39,18 +45,39 @@ def cases(setup: Setup) -> Iterator[Case]:
             yield _decode(setup, sizes, num_sequences)
 
 
-def _chunk(setup: Setup, sizes: Sizes, lengths: tuple[int, ...]) -> Case:
+def _square(setup: Setup) -> Iterator[Case]:
+    """Yield a case with our launch parameters, and with each of two others. None is tuned."""
+    case = _chunk(setup, SQUARE, (70,) if setup.is_dry else (70, 130), torch.bfloat16)
+    keys = ("weigh_kernel", (setup.dtype, 64)), ("scan_kernel", (setup.dtype, 64, 64))
+    others: dict[str, Config] = {", 2 warps": {"num_warps": 2}, ", 1 stage": {"num_stages": 1}}
+    for name, config in {"": {}, **others}.items():
+        table = {(f"mamba2.{kernel}", key): config for kernel, key in keys}
+
+        def run(table: Table = table) -> torch.Tensor:
+            with using(table):
+                return case.run()
+
+        yield replace(case, name=case.name + name, run=run, rivals={})
+
+
+def _chunk(
+    setup: Setup,
+    sizes: Sizes,
+    lengths: tuple[int, ...],
+    state_dtype: torch.dtype = torch.float32,
+) -> Case:
     groups, heads, state_size, head_dim = sizes
     tokens = _tokens(setup, sizes, sum(lengths))
     step = torch.rand(sum(lengths), heads, device=setup.device)
     tiles = sum(num_tiles(length) for length in lengths)
+    state = heads, state_size, head_dim
     return prompt_case(
         setup,
         f"mamba2 chunk, K {state_size},",
         (fused.chunk_mamba2, reference.chunk_mamba2),
         (*tokens, -step, step, setup.randn(heads, dtype=torch.float32)),
         tokens[0],
-        torch.zeros(len(lengths) + 2, heads, state_size, head_dim, device=setup.device),
+        torch.zeros(len(lengths) + 2, *state, dtype=state_dtype, device=setup.device),
         lengths,
         # C B^T of a group; C S, B^T X and P X of a head
         num_flops=2 * tiles * TILE * TILE * (groups * state_size + heads * head_dim)

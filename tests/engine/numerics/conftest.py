@@ -204,6 +204,13 @@ class Driver:
         place = slot if drafts is None else drafts.running.at(slot)
         return [pool[:, place].clone() for pool in self.runner.tensors.states]
 
+    def spoil(self) -> None:
+        """Fill the slots of a driver with drafts that have no sequence's state with NaN."""
+        running = self.runner.drafts.running
+        unused = [*running._free, *running._displaced]
+        for pool in self.runner.tensors.states:
+            pool[:, unused] = 255 if pool.dtype == torch.uint8 else torch.nan
+
     def verify(
         self, prompts: Sequence[Sequence[int]], steps: Sequence[Sequence[tuple[int, int]]]
     ) -> list[Any]:
@@ -226,6 +233,7 @@ class Driver:
                     Segment(row, slot, tokens, ends[b], True, (), num_logits, num_drafts=drafts)
                 )
             batch = Batch(tuple(segments))
+            self.spoil()
             rows = runner.forward(batch)
             runner.commit(batch, [step[b][1] for b in verified if step[b][0] > 1])
             for b in verified:

@@ -15,12 +15,14 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_leaves
 
 from engine import EngineConfig
-from engine.engine import load_runner
+from engine.plugins.tensor_parallel.coordinator import TorchGroup
 from engine.requests.logit_rules import FREE, Repeats
 from engine.requests.request import SamplingInput, SamplingParams
-from engine.runner.build import captures, rehearsals
+from engine.runner.build import captures, load_runner, rehearsals
 from engine.runner.device import Device
+from engine.runner.memory import MemoryPlan
 from engine.runner.sampler import Sampler
+from engine.weights.ranks import ALONE, Rank
 from experiments.gpu.models import write_geometry
 from tests.engine.numerics.test_graphs import MODELS
 from tests.stub_device import StubDevice
@@ -128,6 +130,35 @@ def test_steps_compute_on_the_device(watch, tmp_path, name, options) -> None:
             runner.forward(batch)
         for work in runner.drafts.rehearsals() if runner.drafts else ():
             work()
+
+
+def test_ranks_exchange_on_the_device(watch, tmp_path, monkeypatch) -> None:
+    """Steps of both ranks, which have no graphs, make equal exchanges of contiguous memory, and the
+    host waits for nothing."""
+    fit = MemoryPlan.fit  # Before the first step, it reads the number of rows of all ranks.
+    monkeypatch.setattr(MemoryPlan, "fit", lambda self, *given: fit(self, *given[:3], ALONE))
+    options = {"load_format": "dummy", "max_model_len": 96, "warm_up": False, "cache_gib": 0.01}
+    heads = {"linear_num_key_heads": 2, "linear_num_value_heads": 4}
+    path = write_geometry(tmp_path, MODELS["states"] | heads)
+    config = EngineConfig(model=path, dtype="bfloat16", max_running=4, **options)
+    sizes = [], []
+    for number, own in enumerate(sizes):
+
+        def allgather(outputs, inputs, own=own):
+            parts = *outputs[0], *inputs
+            assert all(x.device.type == "meta" and x.is_contiguous() for x in parts)
+            (size,) = {x.numel() for x in parts}
+            own.append(size)
+            return Mock()
+
+        group = TorchGroup.__new__(TorchGroup)
+        group._count, group._group = 2, Mock(allgather=allgather)
+        with watch, torch.inference_mode():
+            runner = load_runner(config, Rank(number, 2, group))
+            for batch in rehearsals(runner):
+                runner.forward(batch)
+        assert not captures(runner)
+    assert sizes[0] == sizes[1] != []
 
 
 NUMBERS = np.arange(3)

@@ -154,6 +154,40 @@ def test_fp8_blocks_in_a_layer_on_a_device(tmp_path):
     assert torch.equal(rounding(hidden)[:, 430:], quantised(hidden)[:, 430:])
 
 
+@pytest.mark.full
+@pytest.mark.parametrize(
+    "published, prefix",
+    [("qwen3_next", "model."), ("qwen3_5_moe", "model.language_model.")],
+)
+def test_fp8_files_on_a_device_equal_their_dequantised_weights(published, prefix, checkpoint):
+    """Triton multiplies blocks of 128 x 128, of reordered rows and of experts. Scales are different
+    powers of two, which do not round, so that all bits are equal."""
+    pytest.importorskip("kernels.linear.fused")
+    interpreter.repair()
+    scales = set()
+
+    def code(weight):
+        scale = torch.empty(tuple(-(-size // 128) for size in weight.shape))
+        for rank in range(scale.numel()):
+            scale.view(-1)[rank] = 2.0 ** ((7 * rank + len(scales)) % 5 - 9)
+        scales.update(scale.flatten().tolist())
+        each = scale.repeat_interleave(128, 0)[: len(weight)].repeat_interleave(128, 1)
+        each = each[:, : weight.shape[1]]
+        stored = (weight / each).to(torch.float8_e4m3fn)
+        return stored, scale.bfloat16(), stored.float() * each
+
+    path, _ = checkpoint(published)
+    plain = eight_bit.rewrite(path, code, "weight_scale_inv", eight_bit.fp8_section, prefix=prefix)
+    options = {"dtype": "bfloat16", "kernels": "linear=fused,moe=fused"}
+    runner = load(path, **options)
+    assert "fp8 in blocks of 128 x 128, multiplied as they are" in runner.loaded.weights_note
+    tokens = random_tokens(5, seed=3)
+    found, expected = (
+        Driver(one).cold(tokens, all_logits=True) for one in (runner, load(plain, **options))
+    )
+    assert torch.equal(found, expected) and len(scales) == 5
+
+
 COMPRESSED = eight_bit.compressed_section(["lm_head"])
 
 

@@ -5,10 +5,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import torch
 
+from engine.runner.predictor import Newest
 from engine.schedule.scheduler import Batch, Segment
+from experiments.gpu.models import write_geometry
 from tests.engine.numerics.conftest import Driver, load, random_tokens
+from tests.engine.numerics.test_graphs import MODELS, Recorder
+from tests.selection import num_examples
 
 ANSWER = 14
 LENGTHS = (58, 5)
@@ -113,3 +118,53 @@ def test_state_after_rejected_tokens_is_not_saved(oracles) -> None:
     runner.forward(Batch((next_segment,)))
     runner.commit(Batch((next_segment,)), (1,))
     assert all(map(torch.equal, driver.states(saved), steps[1]))
+
+
+def test_random_verifications_in_graphs_equal_single_steps(tmp_path) -> None:
+    """500 steps of random sequences, drafts and acceptances, of slots without a sequence's state
+    that contain NaN; the drafts of the multi-token head are compared, too."""
+    num_steps, recorder = num_examples(500), Recorder()
+    path, draw = write_geometry(tmp_path, MODELS["states"]), np.random.default_rng(3)
+    options = {"load_format": "dummy", "draft": "mtp:4", "max_running": 4, "max_model_len": 1100}
+    driver = Driver(load(path, **options, cache_gib=0.03))
+    runner, verified, states = driver.runner, 0, {}
+    runner.graphs = runner._decode_graphs(recorder, is_native=True)
+    prompts = [random_tokens(length, length) for length in (5, 2, 9, 3)]
+    answers = [random_tokens(1100, seed) for seed in range(4)]
+    sequences, _ = driver.start(prompts, 1090)
+    done, logits = [0] * 4, [[] for _ in prompts]
+
+    def kept(b, count):
+        """Return the states of a sequence, and the next drafts."""
+        own = sequences[b]
+        newest = Newest(own.row, own.slot, answers[b][count], len(prompts[b]) + count)
+        return driver.states(own.slot), runner.drafts.guess([newest], [2])[0].tolist()
+
+    for step in range(num_steps):
+        driver.spoil()
+        drafted = {b: draw.integers(0, 3, 2) for b in range(4) if draw.random() < 0.8}
+        chosen = sorted(drafted, key=lambda b: drafted[b].any())  # Those without drafts are first.
+        if not chosen:
+            continue
+        segments = [verify_segment(sequences[b], answers[b], done[b], *drafted[b]) for b in chosen]
+        batch = Batch(tuple(segments))
+        rows = runner.forward(batch).split([len(segment.token_ids) for segment in segments])
+        runner.commit(batch, [1 + drafted[b][0] for b in chosen if drafted[b].any()])
+        runner.drafts.running.check()
+        verified += any(drafted[b].any() for b in chosen)
+        for b, own in zip(chosen, rows, strict=True):
+            logits[b] += own[: 1 + drafted[b][0]]
+            done[b] += 1 + drafted[b][0]
+            if step % 25 == 0:
+                states[b, done[b]] = kept(b, done[b])
+    assert verified > 0.9 * num_steps and recorder.num_recorded > 10
+    driver.reset()
+    sequences, _ = driver.start(prompts, 1090)
+    for place in range(max(done)):
+        live = [b for b in range(4) if place < done[b]]
+        rows = driver.decode([sequences[b] for b in live], [answers[b][place] for b in live])
+        for b, row in zip(live, rows, strict=True):
+            assert torch.equal(row, logits[b][place])
+            if (b, place + 1) in states:
+                (found, drafts), (expected, single) = states[b, place + 1], kept(b, place + 1)
+                assert all(map(torch.equal, found, expected)) and drafts == single
