@@ -95,7 +95,7 @@ class WaitingRequest:
 
 
 @dataclass(kw_only=True, eq=False)
-class Load:
+class ServerLoad:
     """State of the server as a policy sees it. Read-only."""
 
     now_s: float = 0.0
@@ -135,22 +135,24 @@ class AdmissionPolicy:
     """Time at which ``order`` would withhold less than it last did, if nothing else happens before;
     None if it would not. Set by ``order``."""
 
-    def arrived(self, request: WaitingRequest, load: Load) -> None:
+    def arrived(self, request: WaitingRequest, load: ServerLoad) -> None:
         """Record that ``request`` waits from now on, or refuse it by an exception."""
 
-    def order(self, waiting: Sequence[WaitingRequest], load: Load) -> Iterable[WaitingRequest]:
+    def order(
+        self, waiting: Sequence[WaitingRequest], load: ServerLoad
+    ) -> Iterable[WaitingRequest]:
         """Return the requests that may be admitted now, in this order. ``waiting`` is sorted by
         arrival; requests left out must wait. Called once for each step with waiting requests."""
         return waiting
 
-    def admitted(self, request: WaitingRequest, load: Load) -> None:
+    def admitted(self, request: WaitingRequest, load: ServerLoad) -> None:
         """Record that ``request`` was admitted, for the first time or after a preemption."""
 
-    def computed(self, num_tokens: int, seconds: float, load: Load) -> None:
+    def computed(self, num_tokens: int, seconds: float, load: ServerLoad) -> None:
         """Record that the step ending now took ``seconds`` and computed ``num_tokens`` prompt
         tokens."""
 
-    def left(self, request: WaitingRequest, load: Load) -> None:
+    def left(self, request: WaitingRequest, load: ServerLoad) -> None:
         """Record that ``request`` was answered or aborted."""
 
     def report(self) -> Mapping[str, float | str]:
@@ -364,13 +366,15 @@ class CachedFirst(AdmissionPolicy):
     Source: shortest job first, by the number of tokens left to compute.
     """
 
-    def order(self, waiting: Sequence[WaitingRequest], load: Load) -> Iterable[WaitingRequest]:
+    def order(
+        self, waiting: Sequence[WaitingRequest], load: ServerLoad
+    ) -> Iterable[WaitingRequest]:
         is_late = bool(waiting) and load.now_s - waiting[0].arrival_s >= RANKED_WAIT_S
         late = waiting[:1] if is_late else ()
         near, far = waiting[is_late:LOOK_AHEAD], waiting[LOOK_AHEAD:]
         return *late, *sorted(near, key=lambda request: self._rank(request, load)), *far
 
-    def _rank(self, request: WaitingRequest, load: Load) -> float:
+    def _rank(self, request: WaitingRequest, load: ServerLoad) -> float:
         """Return the sort key of ``request``; requests of one rank are admitted oldest first."""
         uncached = request.num_tokens - load.cached_len(request)
         return uncached - TOKENS_A_PASS * request.num_passes
@@ -383,7 +387,7 @@ class LongestMatch(CachedFirst):
     Source: SGLang's ``lpm``, with the ageing of its pull requests 31723 and 33210.
     """
 
-    def _rank(self, request: WaitingRequest, load: Load) -> float:
+    def _rank(self, request: WaitingRequest, load: ServerLoad) -> float:
         return -load.cached_len(request) - TOKENS_A_PASS * request.num_passes
 
 
@@ -409,7 +413,9 @@ class Live(AdmissionPolicy):
         self._limit = limit
         self._live: dict[Session, None] = {}
 
-    def order(self, waiting: Sequence[WaitingRequest], load: Load) -> Iterable[WaitingRequest]:
+    def order(
+        self, waiting: Sequence[WaitingRequest], load: ServerLoad
+    ) -> Iterable[WaitingRequest]:
         self.wakes_at_s, has_place = None, True
         self._live = {session: None for session in self._live if not session.has_ended}
         for request in waiting:
@@ -539,7 +545,7 @@ class SessionGate(AdmissionPolicy):
         self._num_withheld = 0
         self._reason = OPEN
 
-    def computed(self, num_tokens: int, seconds: float, load: Load) -> None:
+    def computed(self, num_tokens: int, seconds: float, load: ServerLoad) -> None:
         self._squares = FORGETTING * self._squares + num_tokens * num_tokens
         self._products = FORGETTING * self._products + num_tokens * seconds
         self._prompts_s += num_tokens * self._token_s
@@ -566,7 +572,9 @@ class SessionGate(AdmissionPolicy):
             return LEAST_WORTH
         return self._prompt_tokens * self._token_s / self._held_s
 
-    def order(self, waiting: Sequence[WaitingRequest], load: Load) -> Iterable[WaitingRequest]:
+    def order(
+        self, waiting: Sequence[WaitingRequest], load: ServerLoad
+    ) -> Iterable[WaitingRequest]:
         debt_s = self._debt(load.now_s)
         self.wakes_at_s, self._num_withheld = None, 0
         if debt_s <= -CREDIT_S or self._worth < LEAST_WORTH:
@@ -613,7 +621,7 @@ class SessionGate(AdmissionPolicy):
         self.wakes_at_s = min(time_s for time_s in times_s if time_s > load.now_s)
         return resident
 
-    def _room_at_s(self, entering: Sequence[WaitingRequest], load: Load) -> float:
+    def _room_at_s(self, entering: Sequence[WaitingRequest], load: ServerLoad) -> float:
         """Return the time at which the first of ``entering`` fits next to recently active resident
         sessions, if no request arrives. O(sessions)."""
         outside = {request.session for request in entering}
@@ -636,17 +644,17 @@ class SessionGate(AdmissionPolicy):
             self._limit = min(1.0, max(LEAST_LIMIT, factor * self._limit + step))
             self._moves_at_s = now_s + self._pause_s + self._answer_s
 
-    def arrived(self, request: WaitingRequest, load: Load) -> None:
+    def arrived(self, request: WaitingRequest, load: ServerLoad) -> None:
         session = request.session
         if session.num_requests > 1 and session.num_open <= 1 and not session.num_admitted:
             pause_s = min(MAX_PAUSE_S, max(0.0, request.arrival_s - session.idle_since_s))
             self._pause_s = _averaged(self._pause_s, pause_s)
 
-    def _own_len(self, request: WaitingRequest, load: Load) -> int:
+    def _own_len(self, request: WaitingRequest, load: ServerLoad) -> int:
         """Return the number of tokens to compute; 0 for a further choice."""
         return 0 if request.session.num_open > 1 else request.num_tokens - load.cached_len(request)
 
-    def _enters(self, request: WaitingRequest, load: Load) -> bool:
+    def _enters(self, request: WaitingRequest, load: ServerLoad) -> bool:
         """Return whether ``request`` begins a session, or most of its session's text is lost."""
         session = request.session
         if request.num_preemptions or session.num_admitted:
@@ -658,7 +666,7 @@ class SessionGate(AdmissionPolicy):
             return True
         return False
 
-    def admitted(self, request: WaitingRequest, load: Load) -> None:
+    def admitted(self, request: WaitingRequest, load: ServerLoad) -> None:
         self._lost.pop(request, None)
         own_len, _ = self._queued.pop(request, (0, 0))
         for other, lengths in self._queued.items():
@@ -692,7 +700,7 @@ class SessionGate(AdmissionPolicy):
         elif not is_new:
             self._move_limit(now_s, 1.0, INCREASE)
 
-    def left(self, request: WaitingRequest, load: Load) -> None:
+    def left(self, request: WaitingRequest, load: ServerLoad) -> None:
         self._left_s = load.now_s
         if request in self._admitted_at_s:
             admitted_at_s, prompts_s = self._admitted_at_s.pop(request)

@@ -19,7 +19,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from hybridcache.policies.admission import AdmissionPolicy, Load, WaitingRequest
+from hybridcache.policies.admission import AdmissionPolicy, ServerLoad, WaitingRequest
 from hybridcache.policies.protocol import (
     EvictionPolicy,
     Item,
@@ -309,7 +309,7 @@ class GuardedAdmission(Guard, AdmissionPolicy):
         except PolicyError as error:
             return {"reason": str(error)}
 
-    def order(self, waiting: Sequence[WaitingRequest], load: Load) -> list[WaitingRequest]:
+    def order(self, waiting: Sequence[WaitingRequest], load: ServerLoad) -> list[WaitingRequest]:
         def order(policy: AdmissionPolicy) -> list[WaitingRequest]:
             ordered = list(islice(policy.order(waiting, load), len(waiting) + 1))
             if len({id(one) for one in ordered} & {id(one) for one in waiting}) < len(ordered):

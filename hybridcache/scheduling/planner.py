@@ -29,7 +29,7 @@ from typing import Generic, TypeVar, cast
 
 from hybridcache.api import PrefixMatch
 from hybridcache.lease import Lease
-from hybridcache.policies.admission import AdmissionPolicy, Load, Sessions, WaitingRequest
+from hybridcache.policies.admission import AdmissionPolicy, ServerLoad, Sessions, WaitingRequest
 from hybridcache.policies.protocol import Prefill
 from hybridcache.scheduling.cache_manager import CacheManager
 from hybridcache.scheduling.loading import Loader
@@ -217,7 +217,7 @@ class StepPlanner(Generic[R]):
         """Running requests, the oldest first."""
         self._matches: dict[WaitingRequest, tuple[int, int]] = {}
         """(version of the cache, cached length at that version) by waiting request."""
-        self._load = Load(
+        self._load = ServerLoad(
             max_running=self.max_running,
             running=self.running,
             open_sessions=self.sessions.open,
@@ -433,7 +433,7 @@ class StepPlanner(Generic[R]):
             self.sessions.end(request.session.newest_id)
 
     def _cached_len(self, request: WaitingRequest) -> int:
-        """See ``Load.cached_len``."""
+        """See ``ServerLoad.cached_len``."""
         version = self.manager.cache.stats.num_changes
         known = self._matches.get(request)
         if known is None or known[0] != version:

@@ -31,7 +31,7 @@ from hybridcache.lab.simulation.closed_loop import (
     simulate_closed_loop,
 )
 from hybridcache.lab.trace import Trace, TraceRequest
-from hybridcache.policies.admission import AdmissionPolicy, Load, WaitingRequest
+from hybridcache.policies.admission import AdmissionPolicy, ServerLoad, WaitingRequest
 from hybridcache.policies.registry import parse_placement
 from hybridcache.scheduling.cache_manager import CacheManager
 from hybridcache.scheduling.planner import StepPlanner
@@ -56,12 +56,14 @@ class RandomPolicy(AdmissionPolicy):
         """Number of newer requests that were admitted before a request."""
         self.withheld: set[WaitingRequest] = set()
 
-    def arrived(self, request: WaitingRequest, load: Load) -> None:
+    def arrived(self, request: WaitingRequest, load: ServerLoad) -> None:
         assert request not in self.seen
         assert request.session in load.open_sessions
         self.seen[request] = 0
 
-    def order(self, waiting: Sequence[WaitingRequest], load: Load) -> Iterable[WaitingRequest]:
+    def order(
+        self, waiting: Sequence[WaitingRequest], load: ServerLoad
+    ) -> Iterable[WaitingRequest]:
         assert [r.arrival for r in waiting] == sorted(r.arrival for r in waiting)
         assert set(waiting) == {r for r in self.seen if not r.is_running}
         assert all(r.num_passes >= self.passes[r] for r in waiting)
@@ -72,14 +74,14 @@ class RandomPolicy(AdmissionPolicy):
             assert load.cached_len(chosen[0]) <= chosen[0].num_tokens
         return chosen
 
-    def admitted(self, request: Any, load: Load) -> None:
+    def admitted(self, request: Any, load: ServerLoad) -> None:
         assert request.is_running and request.num_preemptions == self.seen[request]
         assert request not in self.withheld or self.wakes_at_s is None or load.running
         self.seen[request] += 1
         older = (r for r in self.seen if not r.is_running and r.arrival < request.arrival)
         self.passes.update(older)
 
-    def left(self, request: WaitingRequest, load: Load) -> None:
+    def left(self, request: WaitingRequest, load: ServerLoad) -> None:
         del self.seen[request]
 
 
@@ -124,7 +126,9 @@ def test_text_that_a_tier_can_load_counts_as_cached_for_admission() -> None:
     found: list[int] = []
 
     class Looks(AdmissionPolicy):
-        def order(self, waiting: Sequence[WaitingRequest], load: Load) -> Iterable[WaitingRequest]:
+        def order(
+            self, waiting: Sequence[WaitingRequest], load: ServerLoad
+        ) -> Iterable[WaitingRequest]:
             found.append(load.cached_len(waiting[0]))
             return waiting
 

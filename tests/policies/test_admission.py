@@ -25,7 +25,7 @@ from hybridcache.policies.admission import (
     LOOK_AHEAD,
     TOKENS_A_PASS,
     AdmissionPolicy,
-    Load,
+    ServerLoad,
     Session,
     SessionGate,
     WaitingRequest,
@@ -428,7 +428,9 @@ class NewestFirst(AdmissionPolicy):
     def __init__(self, keep: int = 0) -> None:
         self.keep = keep
 
-    def order(self, waiting: Sequence[WaitingRequest], load: Load) -> Iterable[WaitingRequest]:
+    def order(
+        self, waiting: Sequence[WaitingRequest], load: ServerLoad
+    ) -> Iterable[WaitingRequest]:
         return reversed(waiting[self.keep :])
 
 

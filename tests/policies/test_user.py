@@ -17,7 +17,7 @@ from hybridcache.lab.cli import main
 from hybridcache.lab.simulation.closed_loop import closed_loop
 from hybridcache.lab.simulation.simulate import simulate
 from hybridcache.lab.traces import open_trace
-from hybridcache.policies.admission import AdmissionPolicy, Load, WaitingRequest
+from hybridcache.policies.admission import AdmissionPolicy, ServerLoad, WaitingRequest
 from hybridcache.policies.eviction.scored import FIFO, ScorePolicy
 from hybridcache.policies.protocol import Item, Placed, PolicyError, Prefill
 from hybridcache.policies.registry import EVICTION_NAMES, make_eviction, parse_placement
@@ -31,7 +31,7 @@ import random
 from typing import NamedTuple
 
 from hybridcache.policies.protocol import EvictionPolicy, Placed, PlacementPolicy
-from hybridcache.policies.admission import AdmissionPolicy, Load, WaitingRequest
+from hybridcache.policies.admission import AdmissionPolicy, ServerLoad, WaitingRequest
 from hybridcache.policies.eviction.scored import SampledPolicy, ScorePolicy
 
 
@@ -311,20 +311,22 @@ class Raises(AdmissionPolicy):
     def __init__(self, method: str, number: int = 3, again: bool = False) -> None:
         self.method, self.again, self.num_left = method, again, number
 
-    def order(self, waiting: Sequence[WaitingRequest], load: Load) -> Sequence[WaitingRequest]:
+    def order(
+        self, waiting: Sequence[WaitingRequest], load: ServerLoad
+    ) -> Sequence[WaitingRequest]:
         self.fail("order")
         return waiting
 
-    def arrived(self, request: WaitingRequest, load: Load) -> None:
+    def arrived(self, request: WaitingRequest, load: ServerLoad) -> None:
         self.fail("arrived")
 
-    def admitted(self, request: WaitingRequest, load: Load) -> None:
+    def admitted(self, request: WaitingRequest, load: ServerLoad) -> None:
         self.fail("admitted")
 
-    def computed(self, num_tokens: int, seconds: float, load: Load) -> None:
+    def computed(self, num_tokens: int, seconds: float, load: ServerLoad) -> None:
         self.fail("computed")
 
-    def left(self, request: WaitingRequest, load: Load) -> None:
+    def left(self, request: WaitingRequest, load: ServerLoad) -> None:
         self.fail("left")
 
     def report(self) -> dict[str, float | str]:
