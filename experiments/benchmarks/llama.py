@@ -96,7 +96,7 @@ FORMATS = {"float32": "F32", "bfloat16": "BF16", "int8": "Q8_0"}
 FILES = ("Q8_0", "Q4_0", "Q4_K_M", "Q6_K", "IQ4_XS")
 """Formats of files that both sides read."""
 PROMPT, CONTEXT, ROOM = 512, 128, 768
-TURNS = {"7m": 60, "530m": 15, "1b-moe": 15}
+TURNS = {"7m": 60, "530m": 9, "1b-moe": 9}
 MAX_ERROR = 2e-2
 """Maximum difference of float32 logits from llama.cpp's (with float16 KV), relative to their
 standard deviation."""
