@@ -45,6 +45,9 @@ BUILTIN_PROMPTS = (
 
 OF_CACHE = ("checkpoints", "eviction", "exact", "checkpoint_dtype")
 """Settings that have no effect without a prefix cache."""
+NEEDS = {"disk_gib": "state_dir", "state_dir_mismatch": "state_dir", "draft_running": "draft"}
+NEEDS |= {"fetch_above": "prefill", "transfer_timeout_s": "role"}
+"""Setting -> the one without which it has no effect."""
 
 DRAFT_LENS = {"tree": (8, 32), "mtp": (3, 4)}
 """Drafter -> (default, maximum) number of tokens drafted for a sequence in one step."""
@@ -354,14 +357,12 @@ class EngineConfig:
         if isinstance(places, str):
             places = tuple(places.split(","))
         object.__setattr__(self, "checkpoints", tuple(places))
-        for field in dataclasses.fields(self) if self.prefix_cache == "none" else ():
-            if field.name in OF_CACHE and getattr(self, field.name) != field.default:
-                flag = "--" + field.name.replace("_", "-")
-                raise ConfigError(f"{flag} requires --prefix-cache hybrid.")
-        if self.disk_gib is not None and self.state_dir is None:
-            raise ConfigError("disk_gib requires state_dir.")
-        if self.draft_running is not None and self.draft == "none":
-            raise ConfigError("draft_running requires --draft.")
+        changed = {f.name for f in dataclasses.fields(self) if getattr(self, f.name) != f.default}
+        for name in sorted(changed & {*OF_CACHE}) if self.prefix_cache == "none" else ():
+            raise ConfigError(f"--{name.replace('_', '-')} requires --prefix-cache hybrid.")
+        for name, needed in NEEDS.items():
+            if name in changed and needed not in changed:
+                raise ConfigError(f"{name} requires --{needed.replace('_', '-')}.")
         head_len = self.drafts.head_len
         if self.tp > 1:
             for is_set, what in (

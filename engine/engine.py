@@ -143,7 +143,7 @@ def load_tokenizer_of(config: EngineConfig, vocab_size: int | None) -> Tokenizer
     try:
         source = (shipped if name == "tools-first" else Path(name)).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--chat-template {name} cannot be read: {error}.") from None
+        raise ConfigError(f"--chat-template {name} cannot be read ({error.args[-1]}).") from None
     own = tokenizer.chat_template
     tokenizer.chat_template = ChatTemplate(source, None if own is None else own.special_tokens)
     return tokenizer

@@ -184,6 +184,9 @@ def test_settings_without_flags_are_set_by_name(capsys: pytest.CaptureFixture[st
         "page_size=x": "page_size: invalid int value: 'x'",
         "graphs=most": "graphs must be one of auto, off, decode, all (got 'most')",
         "check=1": "check must be one of true, false (got '1')",
+        "state_dir_mismatch = empty": "state_dir_mismatch requires --state-dir.",
+        "fetch_above=3": "fetch_above requires --prefill.",
+        "transfer_timeout_s=3": "transfer_timeout_s requires --role.",
     }.items():
         assert exit_code(engine, ["serve", "--set", given]) == 2
         assert said in capsys.readouterr().err
@@ -395,6 +398,8 @@ def test_flags_of_other_programs_name_those_of_the_engine(
         message = capsys.readouterr().err
         assert said in message and len(message.splitlines()) == 1
         assert {*re.findall(r"--[a-z][a-z0-9-]*", said)} <= known and flag not in known
+    assert exit_code(engine, ["generate", "--api-key", "7"]) == 2  # It has no --api-key-file.
+    assert "use --api-key-file" not in capsys.readouterr().err
 
 
 def test_model_is_named_with_or_without_its_flag(capsys: pytest.CaptureFixture[str]) -> None:

@@ -191,7 +191,7 @@ def _parser(arguments: Sequence[str]) -> Parser:
     add(
         "convert",
         _convert,
-        "MODEL OUT --to int8|fp8 [--ignore PATTERN ...]",
+        "MODEL OUT --to FORMAT [--ignore PATTERN ...]",
         "convert the weights of a model to eight bits",
         _add_convert,
     )

@@ -89,7 +89,7 @@ class Set(argparse.Action):
         self, parser: Any, namespace: argparse.Namespace, given: Any, option: str | None = None
     ) -> None:
         name, equals, text = given.partition("=")
-        name = name.strip().replace("-", "_")
+        name, text = name.strip().replace("-", "_"), text.strip()
         if given == "help":
             parser.formatter_class = HelpFormatter
             texts = (f"  {name:32}{text}" for name, text in self.texts().items())

@@ -63,7 +63,7 @@ class Parser(argparse.ArgumentParser):
 
     _given: Sequence[str] = ()
     foreign: Mapping[str, str] = {}
-    """Flags of other programs -> what to use here."""
+    """Flags of other programs -> what to use here, unless this parser lacks the flag named."""
 
     def __init__(self, *args: Any, input_flag: str = "", **options: Any) -> None:
         """``input_flag`` is the flag to suggest for a value without a flag."""
@@ -102,8 +102,10 @@ class Parser(argparse.ArgumentParser):
         names = {known.lstrip("-") for known in self._option_string_actions} - {"help"}
         near = difflib.get_close_matches(flag.lstrip("-"), names, n=1)
         hint = f", did you mean --{near[0]}?" if near else ""
-        if flag in self.foreign:
-            hint = f": {self.foreign[flag]}"
+        said = self.foreign.get(flag, "")
+        own = re.findall(r"--[a-z][a-z-]*", re.sub("`.*?`", "", said))
+        if said and all(name in self._option_string_actions for name in own):
+            hint = f": {said}"
         if self._input_flag and not flag.startswith("-"):
             hint = f": write {self._input_flag} {flag}"
             if any(arg.partition("=")[0] == self._input_flag for arg in self._given):

@@ -229,5 +229,5 @@ def test_chat_template_is_that_of_a_file(tmp_path: Path) -> None:
         tokenizer = load_tokenizer_of(EngineConfig(chat_template=name), None)
         assert tokenizer is not None and tokenizer.chat_template is not None
         assert said in tokenizer.chat_template.source
-    with pytest.raises(ValueError, match=r"--chat-template none.jinja cannot be read"):
+    with pytest.raises(ValueError, match=r"none.jinja cannot be read \(No such file"):
         load_tokenizer_of(EngineConfig(chat_template="none.jinja"), None)
