@@ -291,7 +291,7 @@ def not_run(plans: Sequence[second_turn.Plan]) -> str:
         if cases := [c for c in plan.cases if not all((c, side) in ran for side in sides)]:
             size = f"{plan.model}, {plan.num_tokens} tokens, {plan.at_once} at once"
             absent.append(f"{', '.join(cases)} ({size})")
-    return f" Not run yet: {'; '.join(absent)}." if absent else ""
+    return f" Not run yet on both servers: {'; '.join(absent)}." if absent else ""
 
 
 def second_turn_table() -> Table:

@@ -11,13 +11,15 @@ from typing import Any, NoReturn
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """Return ``, did you mean x?`` with the most similar of the ``known`` names; empty if none is.
+    """Return ``, did you mean x?`` with the most similar of the ``known`` names, in any case; empty
+    if none is.
 
-    >>> did_you_mean("lruu", ("lru", "fifo")), did_you_mean("x", ("lru", "fifo"))
+    >>> did_you_mean("LRUU", ("lru", "fifo")), did_you_mean("x", ("lru", "fifo"))
     (", did you mean 'lru'?", '')
     """
-    near = difflib.get_close_matches(name, [*known], n=1)
-    return f", did you mean {near[0]!r}?" if near else ""
+    lowered = {one.lower(): one for one in known}
+    near = difflib.get_close_matches(name.lower(), [*lowered], n=1)
+    return f", did you mean {lowered[near[0]]!r}?" if near else ""
 
 
 def or_known(name: str, known: Iterable[str]) -> str:

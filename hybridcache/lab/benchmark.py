@@ -340,6 +340,8 @@ def benchmark(
     """
     asked = Benchmark.load().subset(quick, seeds)
     folder = None if data is None else Path(data)
+    if folder is not None and not folder.is_dir():
+        raise ValueError(f"data: there is no folder {folder}")
     left_out = {
         cell.name: _missing(cell, folder)
         for cell in asked.cells
@@ -395,8 +397,10 @@ class Ranking:
 
     @classmethod
     def read(cls, *paths: str | Path) -> Ranking:
-        """Read files of ``write``; systems that only later files have are added. ValueError if a
-        file has another form, or other cells or seeds than the first one."""
+        """Read files of ``write``; systems that only later files have are added. If an own
+        policy has other figures in a later file, as two named ``mine:Policy`` do, the file's name
+        is added to its name. ValueError if a file has another form, or other cells or seeds than
+        the first."""
         found: list[Ranking] = []
         for path in paths:
             try:
@@ -410,9 +414,12 @@ class Ranking:
             if found[-1]._place() != found[0]._place():
                 raise ValueError(f"{path}: its cells, seeds or data are not those of {paths[0]}")
         by_system: dict[str, list[Measured]] = {}
-        for ranking in found:
+        for path, ranking in zip(paths, found, strict=True):
             for system in ranking.systems:
-                by_system.setdefault(system, [*ranking._of(system)])
+                of = [*ranking._of(system)]
+                if by_system.setdefault(system, of) != of and ":" in system:
+                    name = f"{system} ({path})"
+                    by_system[name] = [replace(run, system=name) for run in of]
         return replace(found[0], runs=tuple(run for of in by_system.values() for run in of))
 
     def _place(self) -> tuple[Any, ...]:

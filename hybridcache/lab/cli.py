@@ -338,6 +338,8 @@ def _simulate(options: argparse.Namespace) -> int:
             raise ValueError(f"--{name} has no meaning with --closed-loop: leave it out")
     for word in metrics:
         find_metric(word)
+    if "optimum" in metrics and not options.optimum:
+        raise ValueError("--metric optimum needs a plan: add --optimum")
     if options.figure:
         figure_path(options.figure)
     place = {"processes": options.processes, "ray": options.ray, "resume_from": options.output}

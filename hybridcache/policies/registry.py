@@ -146,6 +146,11 @@ def _maker(
     """Return the factory for a name of ``table``, ``module:Class``, or a user's object."""
     if not isinstance(spec, str):
         return factory_of(spec, protocol)
+    if table is EVICTION_NAMES and "@" in spec.rpartition(")")[2]:
+        raise ValueError(
+            f"{what} {spec!r}: only benchmark and leaderboard take eviction@placement; here "
+            "checkpoints (--checkpoints) names the placement"
+        )
     name, colon, number = spec.partition(":")
     entry = table.get(name)
     if entry is None:

@@ -201,6 +201,8 @@ class Guard:
                 fault = f"the parameters or the result of {name} are wrong: {fault}"
                 if isinstance(error, AttributeError):  # of an attribute that a base class sets
                     fault += "; its __init__ must call super().__init__()"
+                elif name == "plan":
+                    fault += "; plan must return a list of Placed(position, label)"
             raise PolicyError(f"{self._label!r}: {fault}") from error
 
 
@@ -248,7 +250,7 @@ class GuardedEviction(Guard, EvictionPolicy):
             chosen = policy.victim(kind)
             # Without a victim memory would never be freed, and requests would wait for ever.
             if chosen is not oldest and not any(chosen in items for items in held):
-                raise ValueError(f"victim returned {chosen!r} for {kind!r}, which is no candidate")
+                raise ValueError(f"victim(kind={kind!r}) returned {chosen!r}, no candidate")
             return chosen
 
         if self.failure is None:

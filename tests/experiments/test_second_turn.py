@@ -178,7 +178,10 @@ def test_results_replace_cases_and_the_page_has_what_was_run(
     assert f"up to 32 tokens of a request again (row of {second}), 22 in" in finding
     assert "0.25 to 0.25 times" in finding
     rest = ", ".join(PUBLISHED[0].cases[2:])
-    assert f"1 of 2 rows have no times yet. Not run yet: {rest} (530m, 2000 tokens" in finding
+    assert (
+        f"1 of 2 rows have no times yet. Not run yet on both servers: {rest} (530m, 2000 tokens"
+        in finding
+    )
     assert f"row of {first}" in page.render("second turn", section, {})
     with pytest.raises(FileNotFoundError, match="no records of these plans"):
         page.second_turns_table()

@@ -41,6 +41,8 @@ def test_other_data_and_missing_files_are_refused_by_name(tmp_path: Path) -> Non
     [cell] = [cell for cell in FROZEN.cells if cell.name == "toolbench-dfs"]
     with pytest.raises(ValueError, match="toolbench-dfs, seed 1: its data have the hash 6e55"):
         drawn(replace(cell, sha256=("0",)), 0, 1, None)
+    with pytest.raises(ValueError, match=r"data: there is no folder .*absent"):
+        benchmark(quick=True, data=tmp_path / "absent")
     local = replace(cell, trace="own.jsonl", source="a place", starts="")
     with pytest.raises(FileNotFoundError, match=r"no file own.jsonl in .*; source: a place"):
         drawn(local, 0, 1, tmp_path)
@@ -93,6 +95,15 @@ def test_a_policy_of_a_stranger_is_ranked_by_one_command(
     assert main(["leaderboard", "--results", "a.json", "b.json"]) == 0
     table = capsys.readouterr().out
     assert table.count("lru@adaptive  ") == 1 and "\nfifo" in table and "mine_frozen:Mine" in table
+    # So does another policy of the same name; built-in ones are listed once.
+    other = json.loads((tmp_path / "a.json").read_text())
+    for run in other["runs"]:
+        run["replay"] = [rate / 2 for rate in run["replay"]]
+    (tmp_path / "other.json").write_text(json.dumps(other))
+    both = Ranking.read(tmp_path / "a.json", tmp_path / "other.json")
+    added = f"mine_frozen:Mine@adaptive ({tmp_path / 'other.json'})"
+    assert both.systems == [*Ranking.read(tmp_path / "a.json").systems, added]
+    assert both.hits(added).mean() == both.hits("mine_frozen:Mine@adaptive").mean() / 2
     with pytest.raises(ValueError, match=r"c.json: its cells, seeds or data are not those of a"):
         record["facts"]["seeds"] = [7]
         (tmp_path / "c.json").write_text(json.dumps(record))

@@ -130,6 +130,14 @@ def test_skipped_bad_records_are_counted_by_every_command(
         assert code == 2 and "no request in it: all 2 records are bad" in error
 
 
+def test_shares_of_a_plan_without_a_plan_are_refused_before_the_runs(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    command = ["simulate", "--trace", "short?head=9", "--gib", "1", "--metric", "hit,optimum"]
+    code, shown, error = run(capsys, *command)
+    assert code == 2 and not shown and "needs a plan: add --optimum" in error
+
+
 def test_closed_output_pipe_is_not_an_error() -> None:
     command = f"{sys.executable} -m hybridcache simulate --trace short?head=9 --gib 1,2 | true"
     done = subprocess.run(command, shell=True, capture_output=True, text=True, check=True)

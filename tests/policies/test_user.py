@@ -124,11 +124,11 @@ def test_a_custom_eviction_policy_runs_wherever_a_name_does(name: str) -> None:
         ("Words", r"Words.score returned \(1.0, '\w+'\) for a checkpoint item"),
         ("Arguments(weight=x)", r"write module:Class\(alpha=2\), with numbers, lists, and strings"),
         ("Arguments", r"it cannot be created .*'weight'.*; define .*, give arguments defaults"),
-        ("Foreign", "victim returned .* for .*, which is no candidate"),
+        ("Foreign", r"victim\(kind='checkpoint'\) returned .*, no candidate"),
         ("ListOfVictims", "result of victim .* unhashable type: 'list'"),
         ("NoSuper", r"'now'; its __init__ must call super\(\).__init__\(\)"),
         ("Missing", "user_policies has no class 'Missing'"),
-        ("Bare", "the result of plan are wrong: TypeError: .* unpack"),
+        ("Bare", r"the result of plan are wrong: TypeError: .* unpack.*; plan must return a list"),
         ("Half", r"result of plan .* each position of a plan must be an integer .got \d+\."),
         ("NoPlan", "result of plan .* 'NoneType' object is not iterable"),
         ("Lost", r"plan raised IndexError: .* .user_policies.py, line \d+"),
@@ -152,6 +152,11 @@ def test_an_object_that_is_no_policy_is_named() -> None:
         parse_placement(5)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="'every' needs a whole number of at least 1"):
         parse_placement("every:1.5")
+    for pair in ("lru@backoff", "user_policies:CheapestFirst@adaptive", "mine:Dice(2)@adaptive"):
+        with pytest.raises(ValueError, match=r"here checkpoints \(--checkpoints\) names the"):
+            make_eviction(pair)
+    with pytest.raises(ValueError, match="unknown eviction policy 'LRU', did you mean 'lru'"):
+        make_eviction("LRU")
 
 
 def test_an_endless_plan_ends_with_the_prompt() -> None:
@@ -298,7 +303,7 @@ def test_a_policy_that_never_gives_a_victim_ends_with_one_sentence(
     run: Callable[[], object],
 ) -> None:
     """Memory is never freed, so requests would wait for ever."""
-    with pytest.raises(PolicyError, match=r"Stingy.* victim returned None for "):
+    with pytest.raises(PolicyError, match=r"Stingy.* returned None, no candidate"):
         run()
 
 
