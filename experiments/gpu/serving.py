@@ -375,10 +375,11 @@ def http(path: str, dry: bool, scale: Scale, vocab_size: int) -> list[dict[str, 
         "max_model_len": scale.max_model_len,
         "cache_gib": 0.02 if dry else round(SERVED_SHARE * device.free_bytes() / GIB, 1),
     }
-    settings["token_budget"] = EngineConfig().settled(on_cpu=device.is_cpu).token_budget
     flags = ["--model", path, "--set", "load_format=dummy", *(["--device", "cpu"] if dry else [])]
     for name, value in settings.items():
         flags += [f"--{name.replace('_', '-')}", str(value)]
+    settings["token_budget"] = EngineConfig().settled(on_cpu=device.is_cpu).token_budget
+    flags += ["--set", f"token_budget={settings['token_budget']}"]
     servers = {c: over_http([*flags, "--prefix-cache", c]) for c in ("hybrid", "none")}
     loads = [
         *(Load(concurrency=n) for n in scale.concurrency),
