@@ -973,7 +973,7 @@ SECTIONS = {
     "llama": Section(
         "llama", llama_table,
         between(-1, "On one {cpu}, the engine has {low:.2f} to {high:.2f} times the speed of "
-                "llama.cpp in float32 and bfloat16.", "bench_llama.jsonl"),
+                "llama.cpp in 16, 8 and 4 bits.", "bench_llama.jsonl"),
         Dots({"ratio": -1}, "speed, times llama.cpp", (1, 2, 0)),
         "Speed of the engine in times of llama.cpp, by model and precision.",
     ),

@@ -229,7 +229,7 @@ def quotes() -> dict[str, list[str]]:
             "{} traces | {:.1f} % of the prefill time".format(*tier_share("host 16")),
             f"{100 * result('sharegpt')[-1]['saved_share']:.0f} % of the prompt tokens saved",
             f"mean {slab['request_us_mean']:.0f} µs in one arena, {pools['request_us_mean']:.0f} µs in two pools; medians {slab['request_us_median']:.0f} and {pools['request_us_median']:.0f} µs",
-            f"{llama('prefill beside llama.cpp', 'bfloat16'):.1f}x prefill, {llama('one stream beside llama.cpp', 'bfloat16'):.1f}x one stream",
+            f"prefill {llama('prefill beside llama.cpp', 'bfloat16'):.1f}x in bfloat16, {llama('prefill beside llama.cpp', 'Q4_K_M'):.1f}x in Q4_K_M; one stream {llama('one stream beside llama.cpp', 'bfloat16'):.1f}x and {llama('one stream beside llama.cpp', 'Q4_K_M'):.1f}x",
             back_to_a_branch(),
         ],
         "docs/concepts/admission.md": [
