@@ -470,7 +470,6 @@ class Lease:
         if request.reuse:
             self.is_counted = True
             cache.touch(match, request.resumes)
-            evicted = tuple(one for one in cache.evicted(match) if one.position > match.cached_len)
         if not request.stateful:
             return
         if request.reuse:
@@ -478,6 +477,8 @@ class Lease:
                 placement.on_hit(match.resumed)
             if match.missed is not None:
                 placement.on_ghost_hit(match.missed, match.missed_tokens)
+                lost = cache.evicted(match)
+                evicted = tuple(one for one in lost if one.position > match.cached_len)
         prefill = Prefill(
             prompt_len=self.prompt_len,
             cached_len=match.cached_len,
