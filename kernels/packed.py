@@ -127,12 +127,16 @@ class Exports:
 
 
 class ScanInputs(TypedDict):
-    """Arguments that all scans of prompts have: see ``gdn.reference.chunk_gdn``."""
+    """Arguments that all scans of prompts have."""
 
     states: torch.Tensor
+    """``[S, HV, K, V]`` for one layer; changed in place at ``slots`` and at the exports' slots. A
+    state is contiguous, with any stride between slots."""
     packed: Packed
     slots: torch.Tensor
+    """int32[B]. The slot of a sequence without tokens is not changed."""
     resumed: torch.Tensor
+    """bool[B]; False starts from zeros and ignores the slot."""
     exports: Exports | None
 
 

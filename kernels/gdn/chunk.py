@@ -6,10 +6,10 @@ here. Scaling a row of a product equals scaling the row of its left factor. Norm
 sizes are therefore moved out of the operands, and the scan reads unmodified q, k and v::
 
     `solve_kernel`:  T = (I + tril(beta K K^T * D, -1))^-1 diag(beta)   P = scale (Q K^T * D)
-    `scan_kernel`:   N = T (V - exp(G) (K S))          O = scale exp(G) (Q S) + P N
+    `scan_tile`:    N = T (V - exp(G) (K S))          O = scale exp(G) (Q S) + P N
     next state:      S <- exp(G_R) S + K^T (exp(G_R - G) N)
 
-`solve_kernel` needs no state. `scan_kernel` walks tile after tile. Each tile of R tokens and each
+`solve_kernel` needs no state. `scan_tile` walks tile after tile. Each tile of R tokens and each
 head passes two R x R matrices and four vectors between the kernels. These replace W, U, the new
 values and the state before every tile: at R = 64 and K = V = 128 in bfloat16, 17 KiB are written
 instead of 80 KiB, and no state buffer grows with the prompt. The read-out is part of the scan for
@@ -23,15 +23,19 @@ are float32. Each reduction has one order, determined by its tile and head alone
 from __future__ import annotations
 
 import math
+from typing import NamedTuple, Unpack
 
 import torch
 import triton
 import triton.language as tl
 
-from kernels.packed import Exports, Packed
-from kernels.strides import row_stride, rows_contiguous
-from kernels.target import fitting_stages, has_roomy_memory, is_hopper, max_recurrence_warps
+from kernels.packed import ScanInputs
+from kernels.recurrence import block_of, scan, scan_config, scan_kernel, tile_tokens
+from kernels.strides import rows_contiguous
+from kernels.target import has_roomy_memory, is_hopper
 from kernels.tuning import tuned
+
+__all__ = ["chunk_gdn", "invert_unit_lower", "pairwise_decay", "scan_kernel"]
 
 
 @triton.jit
@@ -62,12 +66,8 @@ def solve_kernel(
     BT: tl.constexpr = 1 << LOG_BT
     i_tile, i_first = tl.program_id(0).to(tl.int64), tl.program_id(1) * HEADS
     i_key = i_first // (HV // H)
-    i_sequence = tl.load(packed.tile_sequences + i_tile)
-    first = tl.load(packed.cu_seqlens + i_sequence)
-    first += (i_tile - tl.load(packed.cu_tiles + i_sequence)) * BT
     o_t = tl.arange(0, BT)
-    o_token = (first + o_t).to(tl.int64)
-    m_token = o_token < tl.load(packed.cu_seqlens + i_sequence + 1)
+    o_token, m_token = tile_tokens(packed, i_tile, BT)
 
     p_q += i_key * K + o_token[:, None] * stride_q
     p_k += i_key * K + o_token[:, None] * stride_k
@@ -141,90 +141,45 @@ def invert_unit_lower(b_a, LOG_BT: tl.constexpr, SOLVE_TYPE: tl.constexpr):
     return b_d
 
 
+class Tiles(NamedTuple):
+    """Tokens, results of `solve_kernel`, and strides between tokens, passed as one argument."""
+
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    matrices: torch.Tensor
+    vectors: torch.Tensor
+    strides: tuple[int, ...]
+
+
 @triton.jit
-def scan_kernel(
-    p_q,
-    p_k,
-    p_v,
-    p_matrices,
-    p_vectors,
-    p_out,
-    p_states,
-    p_slots,
-    p_resumed,
-    packed,
-    exports,
-    strides,
-    H: tl.constexpr,
-    HV: tl.constexpr,
-    K: tl.constexpr,
-    V: tl.constexpr,
-    BT: tl.constexpr,
-    BK: tl.constexpr,
-    BV: tl.constexpr,
-):
-    """Program (i_v, i_head, i_sequence): carries ``[K, BV]`` of one state through one sequence.
+def scan_tile(b_state, i_tile, i_head, o_token, m_token, o_k, o_v, tiles,
+              H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
+              BT: tl.constexpr):  # fmt: skip
+    """Advance the state ``[BK, BV]`` by one tile; see `kernels.recurrence`."""
+    stride_q, stride_k, stride_v = tiles.strides
+    o_t, i_key = tl.arange(0, BT), i_head // (HV // H) * K
+    m_k, m_v = m_token & (o_k < K), m_token & (o_v < V)
+    i_matrix = (i_tile * HV + i_head) * 2
+    p_matrix = tiles.matrices + i_matrix * BT * BT + (o_t[:, None] * BT + o_t)
+    p_vector = tiles.vectors + i_matrix * 2 * BT + o_t
+    b_q = tl.load(tiles.query + i_key + o_k + o_token[:, None] * stride_q, mask=m_k, other=0.0)
+    b_operand = b_state.to(b_q.dtype)
+    # Before the key is loaded, so that only one of them is in shared memory.
+    b_read = tl.dot(b_q, b_operand, input_precision="ieee")  # [BT, BV]
+    b_k = tl.load(tiles.key + i_key + o_k + o_token[:, None] * stride_k, mask=m_k, other=0.0)
+    p_v = tiles.value + i_head * V + o_v + o_token[:, None] * stride_v
+    b_v = tl.load(p_v, mask=m_v, other=0.0)
 
-    The loop runs from export to export. The last one is the sequence's own slot at its end.
-    """
-    i_v, i_head, i_sequence = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    stride_q, stride_k, stride_v, stride_slot = strides
-    first = tl.load(packed.cu_seqlens + i_sequence).to(tl.int64)
-    end = tl.load(packed.cu_seqlens + i_sequence + 1)
-    if first == end:
-        return
-    o_t, o_k, o_v = tl.arange(0, BT), tl.arange(0, BK), i_v * BV + tl.arange(0, BV)
-    m_k, m_v = o_k < K, o_v < V
-    m_state = m_k[:, None] & m_v
-    o_matrix = o_t[:, None] * BT + o_t
-    p_q += i_head // (HV // H) * K + o_k
-    p_k += i_head // (HV // H) * K + o_k
-    p_v += i_head * V + o_v
-    p_out += i_head * V + o_v
-    p_states += i_head * K * V + o_k[:, None] * V + o_v
-
-    i_slot = tl.load(p_slots + i_sequence).to(tl.int64)
-    m_initial = m_state & tl.load(p_resumed + i_sequence)
-    b_state = tl.load(p_states + i_slot * stride_slot, mask=m_initial, other=0.0)  # [BK, BV]
-    b_state = b_state.to(tl.float32)
-    i_first = tl.load(packed.cu_tiles + i_sequence).to(tl.int64)
-    i_begin = tl.load(exports.cu_exports + i_sequence)
-    i_last = tl.load(exports.cu_exports + i_sequence + 1)
-    for i_stop in range(i_begin, i_last + 1):
-        # Not carried by this loop: Triton 3.6 and 3.7 replace a carried number by its first value
-        # if only the bounds of an inner loop use it.
-        start = tl.load(exports.ends + i_stop - 1, mask=i_stop > i_begin, other=0)
-        stop = tl.load(exports.ends + i_stop, mask=i_stop < i_last, other=end - first)
-        i_target = tl.load(exports.slots + i_stop, mask=i_stop < i_last, other=i_slot)
-        i_until = i_first + tl.cdiv(stop, BT)
-        for i in range(i_first + tl.cdiv(start, BT), i_until):
-            o_token = first + (i - i_first) * BT + o_t
-            m_token = o_token[:, None] < end
-            i_matrix = (i * HV + i_head) * 2
-            p_matrix = p_matrices + i_matrix * BT * BT + o_matrix
-            p_vector = p_vectors + i_matrix * 2 * BT + o_t
-            b_q = tl.load(p_q + o_token[:, None] * stride_q, mask=m_token & m_k, other=0.0)
-            b_operand = b_state.to(b_q.dtype)
-            # Before the key is loaded, so that only one of them is in shared memory.
-            b_read = tl.dot(b_q, b_operand, input_precision="ieee")  # [BT, BV]
-            b_k = tl.load(p_k + o_token[:, None] * stride_k, mask=m_token & m_k, other=0.0)
-            b_v = tl.load(p_v + o_token[:, None] * stride_v, mask=m_token & m_v, other=0.0)
-
-            b_recalled = tl.dot(b_k, b_operand, input_precision="ieee")
-            b_new = b_v.to(tl.float32) - b_recalled * tl.load(p_vector)[:, None]
-            b_new = tl.dot(tl.load(p_matrix), b_new.to(b_k.dtype), input_precision="ieee")
-            b_out = b_read * tl.load(p_vector + BT)[:, None]
-            b_attention = tl.load(p_matrix + BT * BT)
-            b_out = tl.dot(b_attention, b_new.to(b_k.dtype), b_out, input_precision="ieee")
-            b_new = (b_new * tl.load(p_vector + 2 * BT)[:, None]).to(b_k.dtype)
-            b_state *= tl.load(p_vectors + i_matrix * 2 * BT + 3 * BT)
-            b_state = tl.dot(tl.trans(b_k), b_new, b_state, input_precision="ieee")
-            # Rounded as a resumed run would load it from a slot, so that it has equal bits.
-            b_state = b_state.to(p_states.dtype.element_ty).to(tl.float32)
-            p_row = p_out + o_token[:, None] * (HV * V)
-            tl.store(p_row, b_out.to(p_out.dtype.element_ty), mask=m_token & m_v)
-        p_target = p_states + i_target.to(tl.int64) * stride_slot
-        tl.store(p_target, b_state.to(p_states.dtype.element_ty), mask=m_state)
+    b_recalled = tl.dot(b_k, b_operand, input_precision="ieee")
+    b_new = b_v.to(tl.float32) - b_recalled * tl.load(p_vector)[:, None]
+    b_new = tl.dot(tl.load(p_matrix), b_new.to(b_k.dtype), input_precision="ieee")
+    b_out = b_read * tl.load(p_vector + BT)[:, None]
+    b_attention = tl.load(p_matrix + BT * BT)
+    b_out = tl.dot(b_attention, b_new.to(b_k.dtype), b_out, input_precision="ieee")
+    b_new = (b_new * tl.load(p_vector + 2 * BT)[:, None]).to(b_k.dtype)
+    b_state *= tl.load(tiles.vectors + i_matrix * 2 * BT + 3 * BT)
+    return tl.dot(tl.trans(b_k), b_new, b_state, input_precision="ieee"), b_out
 
 
 def chunk_gdn(
@@ -234,12 +189,8 @@ def chunk_gdn(
     gate: torch.Tensor,
     beta: torch.Tensor,
     *,
-    states: torch.Tensor,
-    packed: Packed,
-    slots: torch.Tensor,
-    resumed: torch.Tensor,
-    exports: Exports | None,
     scale: float | None = None,
+    **where: Unpack[ScanInputs],
 ) -> torch.Tensor:
     """Apply the gated delta rule to packed sequences by tiles; store each last state in its slot.
 
@@ -247,28 +198,22 @@ def chunk_gdn(
       multiple of H. All have one dtype. The heads of a token are contiguous, with any stride
       between tokens.
     - ``gate``: ``[T, HV]`` log-decay, at most 0. ``beta``: ``[T, HV]``.
-    - ``states``: ``[S, HV, K, V]``, for one layer; changed in place at ``slots`` and at the
-      exports' slots. A state is contiguous, with any stride between slots.
-    - ``slots``: int32[B]. ``resumed``: bool[B]; False starts from zeros and ignores the slot. The
-      slot of a sequence without tokens is not changed.
+    - ``where``: states of one layer, changed in place; see `kernels.packed.ScanInputs`.
     - ``scale``: scale of the query; ``K ** -0.5`` if None.
 
     Returns ``[T, HV, V]`` in value's dtype. Two launches. K up to 256, any V.
     Formula and source: `kernels.gdn.reference`.
     """
     query, key, value = (rows_contiguous(x) for x in (query, key, value))
-    strides = (*(x.stride(0) for x in (query, key, value)), row_stride("a state", states))
-    num_heads, key_dim = key.shape[1:]
+    packed, (num_heads, key_dim) = where["packed"], key.shape[1:]
     num_value_heads, value_dim = value.shape[1:]
-    num_tiles, num_sequences = len(packed.tile_sequences), len(packed.lengths)
-    tile_size = packed.tile_size
+    num_tiles, tile_size = len(packed.tile_sequences), packed.tile_size
     out = value.new_empty(value.shape)
     if not num_tiles:
         return out
     matrices = value.new_empty(num_tiles, num_value_heads, 2, tile_size, tile_size)
     vectors = gate.new_empty(num_tiles, num_value_heads, 4, tile_size, dtype=torch.float32)
     exact = value.dtype == torch.float32
-    block_k = max(16, triton.next_power_of_2(key_dim))
     # Solving one system after another takes 1.5 times the registers, so few tiles are solved alone.
     shared = has_roomy_memory() and not exact
     solving = {
@@ -280,7 +225,6 @@ def chunk_gdn(
     }
     solving |= tuned("gdn.solve_kernel", value.dtype, key_dim)
     solving["HEADS"] = math.gcd(solving["HEADS"], num_value_heads // num_heads)
-    scanning = scan_config(value.dtype, key_dim, value_dim, tile_size)
     solve_kernel[num_tiles, num_value_heads // solving["HEADS"]](
         query,
         key,
@@ -296,55 +240,21 @@ def chunk_gdn(
         HV=num_value_heads,
         K=key_dim,
         LOG_BT=tile_size.bit_length() - 1,
-        BK=min(block_k, 32 if exact else 64),
+        BK=min(block_of(key_dim), 32 if exact else 64),
         SOLVE_TYPE=tl.float32 if exact else tl.float16,
         **solving,
     )
-    scan_kernel[triton.cdiv(value_dim, scanning["BV"]), num_value_heads, num_sequences](
-        query,
-        key,
-        value,
-        matrices,
-        vectors,
+    strides = query.stride(0), key.stride(0), value.stride(0)
+    return scan(
+        scan_tile,
+        Tiles(query, key, value, matrices, vectors, strides),
         out,
-        states,
-        slots,
-        resumed,
-        packed.tables,
-        exports.tables if exports else packed.no_exports,
-        strides,
-        H=num_heads,
-        HV=num_value_heads,
-        K=key_dim,
-        V=value_dim,
-        BT=tile_size,
-        BK=block_k,
-        **scanning,
+        num_groups=num_heads,
+        config=scan_config(
+            *(value.dtype, key_dim, value_dim, tile_size),
+            operands=2,
+            matrices=2,
+            **tuned("gdn.scan_kernel", value.dtype, key_dim, value_dim),
+        ),
+        **where,
     )
-    return out
-
-
-def scan_config(
-    dtype: torch.dtype, key_dim: int, value_dim: int, tile_size: int = 64
-) -> dict[str, int]:
-    """Return the tile of V and the launch parameters, by the layer's shape and the device."""
-    exact = dtype == torch.float32
-    config = {
-        "BV": max(16, min(16 if exact else 32, triton.next_power_of_2(value_dim))),
-        "num_warps": 4,
-        "num_stages": 1 if exact else 2,
-    }
-    config |= tuned("gdn.scan_kernel", dtype, key_dim, value_dim)
-    block_k = max(16, triton.next_power_of_2(key_dim))
-    # Query and key, two matrices, and the values; besides, the state as an operand.
-    numbers = tile_size * (2 * block_k + 2 * tile_size + config["BV"])
-    vectors = 4 * 4 * tile_size
-    stages = fitting_stages(
-        config["num_stages"],
-        dtype.itemsize * numbers + vectors,
-        dtype.itemsize * block_k * config["BV"],
-    )
-    return config | {
-        "num_warps": min(config["num_warps"], max_recurrence_warps()),
-        "num_stages": stages,
-    }

@@ -5,7 +5,7 @@ As in `kernels.gdn.chunk`, row factors are kept out of the operands, and the sca
 x, B and C::
 
     `weigh_kernel`, without a state:    P = (C B^T * L) diag(dt)
-    `scan_kernel`, tile after tile:     O = exp(G) (C S) + P X + D X
+    `scan_tile`, tile after tile:     O = exp(G) (C S) + P X + D X
     next state:                         S <- exp(G_R) S + B^T (dt exp(G_R - G) X)
 
 Each tile of R tokens passes one R x R matrix and three vectors per head between the kernels.
@@ -21,16 +21,20 @@ reduction has one order, determined by its tile and head alone.
 from __future__ import annotations
 
 import math
+from typing import NamedTuple, Unpack
 
 import torch
 import triton
 import triton.language as tl
 
 from kernels.gdn.chunk import pairwise_decay
-from kernels.packed import Exports, Packed
-from kernels.strides import row_stride, rows_contiguous
-from kernels.target import has_roomy_memory, max_recurrence_warps
+from kernels.packed import ScanInputs
+from kernels.recurrence import block_of, scan, scan_config, scan_kernel, tile_tokens
+from kernels.strides import rows_contiguous
+from kernels.target import has_roomy_memory
 from kernels.tuning import tuned
+
+__all__ = ["chunk_mamba2", "scan_kernel"]
 
 
 @triton.jit
@@ -58,12 +62,8 @@ def weigh_kernel(
     """
     i_tile, i_first = tl.program_id(0).to(tl.int64), tl.program_id(1) * HEADS
     i_group = i_first // (HV // H)
-    i_sequence = tl.load(packed.tile_sequences + i_tile)
-    first = tl.load(packed.cu_seqlens + i_sequence)
-    first += (i_tile - tl.load(packed.cu_tiles + i_sequence)) * BT
     o_t = tl.arange(0, BT)
-    o_token = (first + o_t).to(tl.int64)
-    m_token = o_token < tl.load(packed.cu_seqlens + i_sequence + 1)
+    o_token, m_token = tile_tokens(packed, i_tile, BT)
 
     p_b += i_group * K + o_token[:, None] * stride_b
     p_c += i_group * K + o_token[:, None] * stride_c
@@ -89,85 +89,41 @@ def weigh_kernel(
         tl.store(p_matrix, b_weights.to(p_matrices.dtype.element_ty))
 
 
+class Tiles(NamedTuple):
+    """Tokens, results of `weigh_kernel`, and strides between tokens, passed as one argument."""
+
+    x: torch.Tensor
+    B: torch.Tensor
+    C: torch.Tensor
+    D: torch.Tensor
+    matrices: torch.Tensor
+    vectors: torch.Tensor
+    strides: tuple[int, ...]
+
+
 @triton.jit
-def scan_kernel(
-    p_x,
-    p_b,
-    p_c,
-    p_d,
-    p_matrices,
-    p_vectors,
-    p_out,
-    p_states,
-    p_slots,
-    p_resumed,
-    packed,
-    exports,
-    strides,
-    H: tl.constexpr,
-    HV: tl.constexpr,
-    K: tl.constexpr,
-    V: tl.constexpr,
-    BT: tl.constexpr,
-    BK: tl.constexpr,
-    BV: tl.constexpr,
-):
-    """Program (i_v, i_head, i_sequence): carries ``[K, BV]`` of one state through one sequence.
+def scan_tile(b_state, i_tile, i_head, o_token, m_token, o_k, o_v, tiles,
+              H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
+              BT: tl.constexpr):  # fmt: skip
+    """Advance the state ``[BK, BV]`` by one tile; see `kernels.recurrence`."""
+    stride_x, stride_b, stride_c = tiles.strides
+    o_t, i_key = tl.arange(0, BT), i_head // (HV // H) * K
+    m_k, m_v = m_token & (o_k < K), m_token & (o_v < V)
+    skip = tl.load(tiles.D + i_head).to(tl.float32)
+    i_matrix = i_tile * HV + i_head
+    p_matrix = tiles.matrices + i_matrix * BT * BT + (o_t[:, None] * BT + o_t)
+    p_vector = tiles.vectors + i_matrix * 3 * BT + o_t
+    p_x = tiles.x + i_head * V + o_v + o_token[:, None] * stride_x
+    b_x = tl.load(p_x, mask=m_v, other=0.0)
+    b_c = tl.load(tiles.C + i_key + o_k + o_token[:, None] * stride_c, mask=m_k, other=0.0)
+    b_out = tl.dot(b_c, b_state.to(b_c.dtype), input_precision="ieee")  # [BT, BV]
+    b_out = b_out * tl.load(p_vector)[:, None] + b_x.to(tl.float32) * skip
+    b_out = tl.dot(tl.load(p_matrix), b_x, b_out, input_precision="ieee")
 
-    The loop runs from export to export. The last one is the sequence's own slot at its end.
-    """
-    i_v, i_head, i_sequence = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    stride_x, stride_b, stride_c, stride_slot = strides
-    first = tl.load(packed.cu_seqlens + i_sequence).to(tl.int64)
-    end = tl.load(packed.cu_seqlens + i_sequence + 1)
-    if first == end:
-        return
-    o_t, o_k, o_v = tl.arange(0, BT), tl.arange(0, BK), i_v * BV + tl.arange(0, BV)
-    m_k, m_v = o_k < K, o_v < V
-    m_state = m_k[:, None] & m_v
-    o_matrix = o_t[:, None] * BT + o_t
-    p_b += i_head // (HV // H) * K + o_k
-    p_c += i_head // (HV // H) * K + o_k
-    p_x += i_head * V + o_v
-    p_out += i_head * V + o_v
-    p_states += i_head * K * V + o_k[:, None] * V + o_v
-    skip = tl.load(p_d + i_head).to(tl.float32)
-
-    i_slot = tl.load(p_slots + i_sequence).to(tl.int64)
-    m_initial = m_state & tl.load(p_resumed + i_sequence)
-    b_state = tl.load(p_states + i_slot * stride_slot, mask=m_initial, other=0.0)  # [BK, BV]
-    b_state = b_state.to(tl.float32)
-    i_first = tl.load(packed.cu_tiles + i_sequence).to(tl.int64)
-    i_begin = tl.load(exports.cu_exports + i_sequence)
-    i_last = tl.load(exports.cu_exports + i_sequence + 1)
-    for i_stop in range(i_begin, i_last + 1):
-        # Not carried by this loop: Triton 3.6 and 3.7 replace a carried number by its first value
-        # if only the bounds of an inner loop use it.
-        start = tl.load(exports.ends + i_stop - 1, mask=i_stop > i_begin, other=0)
-        stop = tl.load(exports.ends + i_stop, mask=i_stop < i_last, other=end - first)
-        i_target = tl.load(exports.slots + i_stop, mask=i_stop < i_last, other=i_slot)
-        i_until = i_first + tl.cdiv(stop, BT)
-        for i in range(i_first + tl.cdiv(start, BT), i_until):
-            o_token = first + (i - i_first) * BT + o_t
-            m_token = o_token[:, None] < end
-            p_matrix = p_matrices + (i * HV + i_head) * BT * BT + o_matrix
-            p_vector = p_vectors + (i * HV + i_head) * 3 * BT + o_t
-            b_x = tl.load(p_x + o_token[:, None] * stride_x, mask=m_token & m_v, other=0.0)
-            b_c = tl.load(p_c + o_token[:, None] * stride_c, mask=m_token & m_k, other=0.0)
-            b_out = tl.dot(b_c, b_state.to(b_c.dtype), input_precision="ieee")  # [BT, BV]
-            b_out = b_out * tl.load(p_vector)[:, None] + b_x.to(tl.float32) * skip
-            b_out = tl.dot(tl.load(p_matrix), b_x, b_out, input_precision="ieee")
-            p_row = p_out + o_token[:, None] * (HV * V)
-            tl.store(p_row, b_out.to(p_out.dtype.element_ty), mask=m_token & m_v)
-
-            b_b = tl.load(p_b + o_token[:, None] * stride_b, mask=m_token & m_k, other=0.0)
-            b_new = (b_x.to(tl.float32) * tl.load(p_vector + BT)[:, None]).to(b_b.dtype)
-            b_state *= tl.load(p_vectors + (i * HV + i_head) * 3 * BT + 2 * BT)
-            b_state = tl.dot(tl.trans(b_b), b_new, b_state, input_precision="ieee")
-            # Rounded as a resumed run would load it from a slot, so that it has equal bits.
-            b_state = b_state.to(p_states.dtype.element_ty).to(tl.float32)
-        p_target = p_states + i_target.to(tl.int64) * stride_slot
-        tl.store(p_target, b_state.to(p_states.dtype.element_ty), mask=m_state)
+    b_b = tl.load(tiles.B + i_key + o_k + o_token[:, None] * stride_b, mask=m_k, other=0.0)
+    b_new = (b_x.to(tl.float32) * tl.load(p_vector + BT)[:, None]).to(b_b.dtype)
+    b_state *= tl.load(tiles.vectors + i_matrix * 3 * BT + 2 * BT)
+    return tl.dot(tl.trans(b_b), b_new, b_state, input_precision="ieee"), b_out
 
 
 def chunk_mamba2(
@@ -177,12 +133,7 @@ def chunk_mamba2(
     gate: torch.Tensor,
     step: torch.Tensor,
     D: torch.Tensor,
-    *,
-    states: torch.Tensor,
-    packed: Packed,
-    slots: torch.Tensor,
-    resumed: torch.Tensor,
-    exports: Exports | None,
+    **where: Unpack[ScanInputs],
 ) -> torch.Tensor:
     """Compute Mamba-2 over packed sequences by tiles; store each last state in its slot.
 
@@ -190,32 +141,25 @@ def chunk_mamba2(
       Each token is contiguous, with any stride between tokens.
     - ``gate``: ``[T, HV]`` log-decay, at most 0. ``step``: ``[T, HV]``, see
       `kernels.mamba2.gates`. ``D``: ``[HV]``.
-    - ``states``: ``[S, HV, K, V]``, for one layer; changed in place at ``slots`` and at the
-      exports' slots. A state is contiguous, with any stride between slots.
-    - ``slots``: int32[B]. ``resumed``: bool[B]; False starts from zeros and ignores the slot. The
-      slot of a sequence without tokens is not changed.
+    - ``where``: states of one layer, changed in place; see `kernels.packed.ScanInputs`.
 
     Returns ``[T, HV, V]`` in x's dtype. Two launches. K up to 256 (above 128 some registers of the
     scan spill to memory on sm_90), any V. Formula and source: `kernels.mamba2.reference`.
     """
     x, B, C = (rows_contiguous(part) for part in (x, B, C))
-    strides = (*(part.stride(0) for part in (x, B, C)), row_stride("a state", states))
-    (num_heads, value_dim), (num_groups, key_dim) = x.shape[1:], B.shape[1:]
-    num_tiles, num_sequences = len(packed.tile_sequences), len(packed.lengths)
+    packed, (num_heads, value_dim) = where["packed"], x.shape[1:]
+    num_groups, key_dim = B.shape[1:]
+    num_tiles, size = len(packed.tile_sequences), packed.tile_size
     out = x.new_empty(x.shape)
     if not num_tiles:
         return out
-    size = packed.tile_size
     matrices = x.new_empty(num_tiles, num_heads, size, size)
     vectors = gate.new_empty(num_tiles, num_heads, 3, size, dtype=torch.float32)
-    exact = x.dtype == torch.float32
-    group = num_heads // num_groups
-    block_k = max(16, triton.next_power_of_2(key_dim))
+    exact, group = x.dtype == torch.float32, num_heads // num_groups
     shared = has_roomy_memory() and not exact
     weighing = {"HEADS": min(group, 4) if shared else 1, "num_warps": 4, "num_stages": 2}
     weighing |= tuned("mamba2.weigh_kernel", x.dtype, key_dim)
     weighing["HEADS"] = math.gcd(weighing["HEADS"], group)
-    scanning = scan_config(x.dtype, key_dim, value_dim)
     weigh_kernel[num_tiles, num_heads // weighing["HEADS"]](
         B,
         C,
@@ -230,41 +174,20 @@ def chunk_mamba2(
         HV=num_heads,
         K=key_dim,
         BT=size,
-        BK=min(block_k, 32 if exact else 64),
+        BK=min(block_of(key_dim), 32 if exact else 64),
         **weighing,
     )
-    scan_kernel[triton.cdiv(value_dim, scanning["BV"]), num_heads, num_sequences](
-        x,
-        B,
-        C,
-        D,
-        matrices,
-        vectors,
+    return scan(
+        scan_tile,
+        Tiles(x, B, C, D, matrices, vectors, (x.stride(0), B.stride(0), C.stride(0))),
         out,
-        states,
-        slots,
-        resumed,
-        packed.tables,
-        exports.tables if exports else packed.no_exports,
-        strides,
-        H=num_groups,
-        HV=num_heads,
-        K=key_dim,
-        V=value_dim,
-        BT=size,
-        BK=block_k,
-        **scanning,
+        num_groups=num_groups,
+        config=scan_config(
+            *(x.dtype, key_dim, value_dim, size),
+            operands=2,
+            matrices=1,
+            is_large=key_dim > 128,
+            **tuned("mamba2.scan_kernel", x.dtype, key_dim, value_dim),
+        ),
+        **where,
     )
-    return out
-
-
-def scan_config(dtype: torch.dtype, key_dim: int, value_dim: int) -> dict[str, int]:
-    """Return the tile of V and the launch parameters, by the layer's shape and the device."""
-    exact, large = dtype == torch.float32, key_dim > 128
-    config = {
-        "BV": max(16, min(16 if exact or large else 32, triton.next_power_of_2(value_dim))),
-        "num_warps": 4,
-        "num_stages": 1 if exact or large else 2,
-    }
-    config |= tuned("mamba2.scan_kernel", dtype, key_dim, value_dim)
-    return config | {"num_warps": min(config["num_warps"], max_recurrence_warps())}

@@ -7,7 +7,9 @@ import ast
 import importlib
 import inspect
 import pkgutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import pytest
 
@@ -25,6 +27,21 @@ FOLDERS = sorted(
 
 NATIVE = sorted(path.parent.name for path in SOURCES.glob("*/native.py"))
 ROOT = Path(kernels.__path__[0])
+
+
+def parameters(function: Callable[..., object]) -> tuple[list[str], set[str]]:
+    """Return the names of positional parameters, and those of keywords. A record of keywords, as
+    ``**name: Unpack[Record]``, stands for its fields."""
+    positional, keywords = [], set[str]()
+    for name, parameter in inspect.signature(function).parameters.items():
+        if parameter.kind is parameter.VAR_KEYWORD:
+            [record] = get_args(get_type_hints(function)[name])
+            keywords |= {*get_type_hints(record)}
+        elif parameter.kind is parameter.KEYWORD_ONLY:
+            keywords.add(name)
+        else:
+            positional.append(name)
+    return positional, keywords
 
 
 @pytest.mark.parametrize(
@@ -48,10 +65,8 @@ def test_backends_have_the_signature_of_the_reference(folder: str, backend_name:
         wanted = {name for name in vars(fused) if inspect.isfunction(vars(reference).get(name))}
         assert wanted <= {*vars(backend)}
     for name in shared:
-        ours, expected = (
-            inspect.signature(getattr(module, name)) for module in (backend, reference)
-        )
-        assert list(ours.parameters) == list(expected.parameters), name
+        ours, expected = (parameters(getattr(module, name)) for module in (backend, reference))
+        assert ours == expected, name
         assert inspect.getdoc(getattr(backend, name)), name
 
 

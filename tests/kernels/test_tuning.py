@@ -6,6 +6,7 @@ import ast
 import inspect
 import textwrap
 from collections.abc import Iterator
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,7 +18,7 @@ from kernels.packed import Packed
 
 pytest.importorskip("triton")
 from kernels import target
-from kernels.gdn.chunk import scan_config
+from kernels.recurrence import scan_config
 from tests.kernels.compiled import triton_functions
 
 OF_OUTPUTS = {"HEADS", "BM", "BT", "BV", "BC", "BLOCK_BYTES"}
@@ -117,12 +118,12 @@ def test_tuning_keys_depend_only_on_the_layer(device) -> None:
 def test_number_of_warps_of_a_recurrence_is_limited(backend, arch, expected, monkeypatch) -> None:
     """More warps than the limit would race, and tuning might not notice the race."""
     use_target(monkeypatch, backend, arch, 227)
-    key = (torch.bfloat16, 128, 128)
+    gated = partial(scan_config, tile_size=64, operands=2, matrices=2)
     for num_warps in (2, 4, 8):
-        with tuning.using({("gdn.scan_kernel", key): {"num_warps": num_warps}}):
-            assert scan_config(*key)["num_warps"] == min(num_warps, expected)
-    for shape in (key, (torch.float32, 128, 128), (torch.bfloat16, 256, 64)):
-        assert scan_config(*shape)["num_warps"] <= expected
+        config = gated(torch.bfloat16, 128, 128, num_warps=num_warps)
+        assert config["num_warps"] == min(num_warps, expected)
+    for shape in ((torch.float32, 128, 128), (torch.bfloat16, 256, 64)):
+        assert gated(*shape)["num_warps"] <= expected
 
 
 @pytest.mark.parametrize(
@@ -137,9 +138,10 @@ def test_number_of_warps_of_a_recurrence_is_limited(backend, arch, expected, mon
 )
 def test_stages_of_a_scan_fit_the_shared_memory(backend, arch, kib, stages, monkeypatch) -> None:
     use_target(monkeypatch, backend, arch, kib)
+    gated = partial(scan_config, tile_size=64, operands=2, matrices=2)
     for width, expected in stages.items():
-        assert scan_config(torch.bfloat16, width, 128)["num_stages"] == expected
-    assert scan_config(torch.float32, 128, 128)["num_stages"] == 1
+        assert gated(torch.bfloat16, width, 128)["num_stages"] == expected
+    assert gated(torch.float32, 128, 128)["num_stages"] == 1
 
 
 def use_target(monkeypatch, backend: str, arch: int | str, kib: int) -> None:
