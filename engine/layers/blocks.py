@@ -185,6 +185,11 @@ def multiplied(x: torch.Tensor, factor: float) -> torch.Tensor:
     return x if factor == 1.0 else x * factor
 
 
+def summed(x: Any) -> Any:
+    """Return x if it is a tensor, or the result of ``ExpertSums``."""
+    return x if isinstance(x, torch.Tensor) else x.sum()
+
+
 B = TypeVar("B", bound=Layer)
 
 
@@ -214,11 +219,13 @@ class RMSNorm(Composite):
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         return self._norm(x, self.weight, self.eps)
 
-    def add(self, x: torch.Tensor, residual: torch.Tensor | None) -> tuple[Any, torch.Tensor]:
-        """Return (norm of x + residual, x + residual). ``residual`` is None in the first layer.
+    def add(self, x: Any, residual: torch.Tensor | None) -> tuple[Any, torch.Tensor]:
+        """Return (norm of x + residual, x + residual). ``residual`` is None in the first layer. x
+        is a tensor, or ``ExpertSums`` that only Triton kernels leave to the next norm.
 
         The norm is a tensor, or ``QuantizedRows`` after ``quantize_for``.
         """
+        x = x if self._norm_rows is not None and residual is not None else summed(x)
         if self._quantizes and self._norm_rows is not None:
             return self._norm_rows(x, self.weight, self.eps, residual=residual)
         if residual is None:
@@ -332,14 +339,15 @@ class Residual(Composite, Generic[B]):
         """
         if self._before is not None:
             return self._before.add(hidden, residual)
-        stream = hidden if residual is None else hidden + residual
+        stream = summed(hidden) if residual is None else summed(hidden) + residual
         return stream, stream
 
     def leave(self, hidden: torch.Tensor) -> torch.Tensor:
         """Return the block's output in the form that is added to the stream."""
-        if self._after is not None:
-            hidden = self._after(hidden)
-        return multiplied(hidden, self._multiplier)
+        if self._after is None and self._multiplier == 1.0:
+            return hidden
+        hidden = summed(hidden)
+        return multiplied(hidden if self._after is None else self._after(hidden), self._multiplier)
 
 
 class MixerStep(Residual[Mixer]):

@@ -103,19 +103,22 @@ class RoutedExperts(Composite):
         layers = router, experts, narrow, widen, shared
         self.layers = [layer for layer in layers if layer is not None]
         self._sum, self._gate = build.rank.sum, build.kernels["activation"].sigmoid_mul
+        experts.defers = shared is None and widen is None and not build.is_divided
 
     @property
     def takes_fp8_rows(self) -> bool:
         return self._narrow is None and self._experts.takes_fp8_rows
 
-    def __call__(self, x: torch.Tensor | QuantizedRows, rows: Rows) -> torch.Tensor:
-        """Compute the block. Padding rows are not routed, because they would load experts for
-        nothing."""
+    def __call__(self, x: torch.Tensor | QuantizedRows, rows: Rows) -> Any:
+        """Compute the block: a tensor, or ``ExpertSums``. Padding rows are not routed, because they
+        would load experts for nothing."""
         weights, experts, gate = self._router(x, rows)
         inner: Any = x if self._narrow is None else self._narrow(x)
         joined = rows.of(gate) if self._experts.has_shared else None
-        out = self._sum(self._experts(rows.of(inner), weights, experts, joined))
-        out = pad_rows(out, len(x))
+        out = self._experts(rows.of(inner), weights, experts, joined)
+        if not isinstance(out, torch.Tensor):
+            return out._replace(num_rows=len(x))
+        out = pad_rows(self._sum(out), len(x))
         out = out if self._widen is None else self._widen(out)
         if self._shared is None:
             return out

@@ -197,6 +197,8 @@ class Experts:
         self._kinds = [(sizes.intermediate, 1)] * (sizes.matrices - 1)
         self._moe = build.kernels["moe"]
         self._storages = self._stored_as(name, names)
+        self.defers = False
+        """True to leave the sum of a token's experts to the next norm, if the kernels can."""
         self._shared = None
         if shared is not None and sizes.shared_intermediate == sizes.intermediate:
             is_joined = self._moe.JOINS_SHARED and self._stored_as("", shared) == self._storages
@@ -277,11 +279,12 @@ class Experts:
         weights: torch.Tensor,
         experts: torch.Tensor,
         shared_gate: torch.Tensor | None = None,
-    ) -> torch.Tensor:
+    ) -> Any:
         """Compute the built part's summand of the output ``[T, width]`` from ``x`` of the same
         shape; ``weights`` and ``experts`` are ``[T, k]``. The shared expert is included if its gate
-        ``[T, 1]`` is given."""
-        return self._product(x, weights, experts, shared_gate=shared_gate)
+        ``[T, 1]`` is given. If it ``defers``, the result may be ``ExpertSums``."""
+        compute = getattr(self._product, "sums", self._product) if self.defers else self._product
+        return compute(x, weights, experts, shared_gate=shared_gate)
 
 
 class Embedding(Composite):

@@ -10,8 +10,6 @@ block.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -38,8 +36,8 @@ from kernels.linear.groups import GroupFormat
 from kernels.linear.reference import SCALE_BLOCK
 from kernels.linear.words import Words, WordsForm, form_of, multiply_words, num_of, words_of
 from kernels.moe.reference import prepare_products, quantize_experts
-from kernels.moe.sigmoid import NO_EXPERT
 from kernels.moe.sigmoid import route_sigmoid as route_sigmoid
+from kernels.moe.sums import NO_EXPERT, ExpertSums, Summands
 from kernels.target import pipeline_stages
 from kernels.tuning import tuned
 
@@ -468,25 +466,6 @@ def down_kernel(
     tl.store(p_y, b_y.to(y.dtype.element_ty), mask=m_m[:, None] & m_t[None, :])
 
 
-@triton.jit(do_not_specialize=["num_pairs"])
-def weighted_sum_kernel(
-    results, weights, experts, shared_gate, y, num_pairs, gate_stride,
-    K: tl.constexpr, H: tl.constexpr, BH: tl.constexpr,
-):  # fmt: skip
-    i_t = tl.program_id(0).to(tl.int64)
-    o_h = tl.program_id(1) * BH + tl.arange(0, BH)
-    b_y = tl.zeros([BH], tl.float32)
-    for i in tl.static_range(K):
-        mask = (o_h < H) & (tl.load(experts + i_t * K + i) != NO_EXPERT)
-        b_result = tl.load(results + (i_t * K + i) * H + o_h, mask=mask, other=0.0)
-        b_y += b_result.to(tl.float32) * tl.load(weights + i_t * K + i)
-    if shared_gate is not None:
-        gate = tl.sigmoid(tl.load(shared_gate + i_t * gate_stride).to(tl.float32))
-        b_result = tl.load(results + (num_pairs + i_t) * H + o_h, mask=o_h < H, other=0.0)
-        b_y += b_result.to(tl.float32) * gate
-    tl.store(y + i_t * H + o_h, b_y.to(y.dtype.element_ty), mask=o_h < H)
-
-
 def route(
     logits: torch.Tensor, k: int, renormalise: bool, live: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -522,7 +501,7 @@ def experts(
     shared_gate: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Compute the weighted sum of each token's experts; see ``reference.experts``."""
-    return _experts(hidden, weights, experts, Stack.of(w13), Stack.of(w2), shared_gate, False)
+    return prepare(w13, w2).sums(hidden, weights, experts, shared_gate).sum()
 
 
 def experts_8bit(
@@ -541,14 +520,14 @@ def experts_8bit(
 
     See ``reference.experts_8bit``.
     """
-    up, down = Stack.of(w13, w13_scale), Stack.of(w2, w2_scale)
-    return _experts(hidden, weights, experts, up, down, shared_gate, fp8_rows)
+    prepared = Prepared(Stack.of(w13, w13_scale), Stack.of(w2, w2_scale), fp8_rows)
+    return prepared.sums(hidden, weights, experts, shared_gate).sum()
 
 
-def prepare(w13: torch.Tensor, w2: torch.Tensor) -> Callable[..., torch.Tensor]:
+def prepare(w13: torch.Tensor, w2: torch.Tensor) -> Prepared:
     """Return ``experts`` with these weights: (hidden, weights, experts, shared_gate=None) to ``[T,
     H]``."""
-    return partial(experts, w13=w13, w2=w2)
+    return Prepared(Stack.of(w13), Stack.of(w2))
 
 
 def prepare_8bit(
@@ -559,138 +538,138 @@ def prepare_8bit(
     dtype: torch.dtype,
     *,
     fp8_rows: bool = False,
-) -> Callable[..., torch.Tensor]:
+) -> Prepared:
     """Return ``experts_8bit`` with these weights, for hidden states of any dtype."""
-    parts = {"w13": w13, "w13_scale": w13_scale, "w2": w2, "w2_scale": w2_scale}
-    return partial(experts_8bit, **parts, fp8_rows=fp8_rows)
+    return Prepared(Stack.of(w13, w13_scale), Stack.of(w2, w2_scale), fp8_rows)
 
 
 def prepare_matrices(
     up: Matrix, down: Matrix, dtype: torch.dtype, *, fp8_rows: bool = False
-) -> Callable[..., torch.Tensor]:
+) -> Prepared:
     """Return ``experts`` with weights ``[E, M, N]`` in any formats, for hidden states of ``dtype``.
 
     ``fp8_rows``: as in ``prepare_8bit``, if both are in fp8.
     """
     stacks = Stack.of_matrix(up, dtype), Stack.of_matrix(down, dtype)
-    fp8_rows = fp8_rows and all(stack.scale is not None for stack in stacks)
+    return Prepared(*stacks, fp8_rows and all(stack.scale is not None for stack in stacks))
 
-    def compute(
+
+class Prepared(NamedTuple):
+    """Experts with their weights."""
+
+    w13: Stack
+    w2: Stack
+    fp8_rows: bool = False
+
+    def __call__(
+        self,
         hidden: torch.Tensor | QuantizedRows,
         weights: torch.Tensor,
         experts: torch.Tensor,
         shared_gate: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        return _experts(hidden, weights, experts, *stacks, shared_gate, fp8_rows)
+        """Compute ``experts``."""
+        return self.sums(hidden, weights, experts, shared_gate).sum()
 
-    return compute
-
-
-def _experts(
-    hidden: torch.Tensor | QuantizedRows,
-    weights: torch.Tensor,
-    experts: torch.Tensor,
-    w13: Stack,
-    w2: Stack,
-    shared_gate: torch.Tensor | None,
-    fp8_rows: bool,
-) -> torch.Tensor:
-    hidden, quantized = (hidden.x, hidden) if isinstance(hidden, QuantizedRows) else (hidden, None)
-    num_tokens, k = experts.shape
-    hidden_size, inner_size = w2.num_rows, w2.num_columns
-    num_experts = len(w2.weight.codes if isinstance(w2.weight, Words) else w2.weight)
-    out = torch.empty(num_tokens, hidden_size, dtype=hidden.dtype, device=hidden.device)
-    if num_tokens == 0:
-        return out
-    shared = None if shared_gate is None else num_experts - 1
-    most_rows = MOST_FP8_ROWS if fp8_rows else MOST_ROWS
-    if any(one.form is not None and one.form.group < 128 for one in (w13, w2)):
-        most_rows = MOST_SCALED_ROWS
-    blocks = make_blocks(experts, num_experts if shared is None else shared, most_rows)
-    num_shared = 0 if shared is None else triton.cdiv(num_tokens, blocks.rows)
-    num_blocks = num_shared + blocks.num_blocks
-    num_pairs = num_tokens * k
-    num_rows = num_pairs if shared is None else num_pairs + num_tokens
-    inner = hidden.new_empty(num_rows, inner_size)
-    results = hidden.new_empty(num_rows, hidden_size)
-    where = (blocks.pairs, blocks.experts, blocks.count, num_pairs)
-    config = {
-        "K": k,
-        "SHARED": shared,
-        "BM": 64,
-        "BT": blocks.rows,
-        "num_stages": pipeline_stages(4),
-    } | NO_WORDS
-    x, x_scale, inner_scale = hidden, None, None
-    if fp8_rows:
-        config |= {"num_warps": 8 if blocks.rows > MOST_ROWS else 4}
-        x, x_scale = (
-            quantize_rows(hidden) if quantized is None else (quantized.rows, quantized.scale)
+    def sums(
+        self,
+        hidden: torch.Tensor | QuantizedRows,
+        weights: torch.Tensor,
+        experts: torch.Tensor,
+        shared_gate: torch.Tensor | None = None,
+    ) -> ExpertSums:
+        """Compute ``experts`` without their sum, which ``norm.rms_norm`` can add up."""
+        hidden, quantized = (
+            (hidden.x, hidden) if isinstance(hidden, QuantizedRows) else (hidden, None)
         )
-    up, down = (config | one.config(blocks.rows) for one in (w13, w2))
-    for name, stack, tile in (("gate_up", w13, up), ("down", w2, down)):
-        tile["BK"] = _depth(hidden.dtype, stack)
-        if fp8_rows:
-            is_large = stack is w13 or blocks.rows > MOST_ROWS
-            tile |= fp8_config(stack.num_columns, blocks.rows, is_large=is_large)
-        if not fp8_rows and stack.form is None and (stack.scale is None or stack.scale.ndim == 2):
-            assert isinstance(stack.weight, torch.Tensor)
-            outputs = inner_size if stack is w13 else hidden_size
-            key = hidden.dtype, stack.weight.dtype, outputs, stack.num_columns, blocks.rows
-            tile |= tuned(f"moe.{name}_kernel", *key)
-    is_narrow = (
-        fp8_rows
-        and inner_size % SCALE_BLOCK == 0
-        and num_tokens >= LEAST_NARROW
-        and blocks.rows <= MOST_ROWS
-    )
-    if is_narrow:
-        up |= {"BM": SCALE_BLOCK, "num_warps": 8 if blocks.rows > 32 else 4}
-        up |= {"num_stages": pipeline_stages(3)}
-        inner = hidden.new_empty(num_rows, inner_size, dtype=torch.float8_e4m3fn)
-        num_scales = inner_size // SCALE_BLOCK
-        inner_scale = hidden.new_empty(num_rows, num_scales, dtype=torch.float32)
-    gate_up_kernel[(triton.cdiv(inner_size, up["BM"]), num_blocks)](
-        x,
-        x_scale,
-        w13.weight,
-        *scales_of(w13.weight, w13.scale),
-        inner,
-        inner_scale,
-        *where,
-        w13.num_columns,
-        x.stride(0),
-        INNER=inner_size,
-        GATED=w13.num_rows == 2 * inner_size,
-        DTYPE=getattr(tl, str(hidden.dtype).removeprefix("torch.")),
-        **up,
-    )
-    if fp8_rows and not is_narrow:
-        inner, inner_scale = quantize_rows(inner)
-    down_kernel[(triton.cdiv(hidden_size, down["BM"]), num_blocks)](
-        inner,
-        inner_scale,
-        w2.weight,
-        *scales_of(w2.weight, w2.scale),
-        results,
-        *where,
-        inner_size,
-        H=hidden_size,
-        **down,
-    )
-    weighted_sum_kernel[(num_tokens, triton.cdiv(hidden_size, 1024))](
-        results,
-        weights,
-        experts,
-        shared_gate,
-        out,
-        num_pairs,
-        0 if shared_gate is None else shared_gate.stride(0),
-        K=k,
-        H=hidden_size,
-        BH=min(1024, triton.next_power_of_2(hidden_size)),
-    )
-    return out
+        num_tokens, k = experts.shape
+        hidden_size, inner_size = self.w2.num_rows, self.w2.num_columns
+        num_experts = len(
+            self.w2.weight.codes if isinstance(self.w2.weight, Words) else self.w2.weight
+        )
+        shared = None if shared_gate is None else num_experts - 1
+        most_rows = MOST_FP8_ROWS if self.fp8_rows else MOST_ROWS
+        if any(one.form is not None and one.form.group < 128 for one in (self.w13, self.w2)):
+            most_rows = MOST_SCALED_ROWS
+        blocks = make_blocks(experts, num_experts if shared is None else shared, most_rows)
+        num_shared = 0 if shared is None else triton.cdiv(num_tokens, blocks.rows)
+        num_blocks = num_shared + blocks.num_blocks
+        num_pairs = num_tokens * k
+        num_rows = num_pairs if shared is None else num_pairs + num_tokens
+        inner = hidden.new_empty(num_rows, inner_size)
+        results = hidden.new_empty(num_rows, hidden_size)
+        where = (blocks.pairs, blocks.experts, blocks.count, num_pairs)
+        config = {
+            "K": k,
+            "SHARED": shared,
+            "BM": 64,
+            "BT": blocks.rows,
+            "num_stages": pipeline_stages(4),
+        } | NO_WORDS
+        x, x_scale, inner_scale = hidden, None, None
+        if self.fp8_rows:
+            config |= {"num_warps": 8 if blocks.rows > MOST_ROWS else 4}
+            x, x_scale = (
+                quantize_rows(hidden) if quantized is None else (quantized.rows, quantized.scale)
+            )
+        up, down = (config | one.config(blocks.rows) for one in (self.w13, self.w2))
+        for name, stack, tile in (("gate_up", self.w13, up), ("down", self.w2, down)):
+            tile["BK"] = _depth(hidden.dtype, stack)
+            if self.fp8_rows:
+                is_large = stack is self.w13 or blocks.rows > MOST_ROWS
+                tile |= fp8_config(stack.num_columns, blocks.rows, is_large=is_large)
+            if (
+                not self.fp8_rows
+                and stack.form is None
+                and (stack.scale is None or stack.scale.ndim == 2)
+            ):
+                assert isinstance(stack.weight, torch.Tensor)
+                outputs = inner_size if stack is self.w13 else hidden_size
+                key = hidden.dtype, stack.weight.dtype, outputs, stack.num_columns, blocks.rows
+                tile |= tuned(f"moe.{name}_kernel", *key)
+        is_narrow = (
+            self.fp8_rows
+            and inner_size % SCALE_BLOCK == 0
+            and num_tokens >= LEAST_NARROW
+            and blocks.rows <= MOST_ROWS
+        )
+        if is_narrow:
+            up |= {"BM": SCALE_BLOCK, "num_warps": 8 if blocks.rows > 32 else 4}
+            up |= {"num_stages": pipeline_stages(3)}
+            inner = hidden.new_empty(num_rows, inner_size, dtype=torch.float8_e4m3fn)
+            num_scales = inner_size // SCALE_BLOCK
+            inner_scale = hidden.new_empty(num_rows, num_scales, dtype=torch.float32)
+        gate_up_kernel[(triton.cdiv(inner_size, up["BM"]), num_blocks)](
+            x,
+            x_scale,
+            self.w13.weight,
+            *scales_of(self.w13.weight, self.w13.scale),
+            inner,
+            inner_scale,
+            *where,
+            self.w13.num_columns,
+            x.stride(0),
+            INNER=inner_size,
+            GATED=self.w13.num_rows == 2 * inner_size,
+            DTYPE=getattr(tl, str(hidden.dtype).removeprefix("torch.")),
+            **up,
+        )
+        if self.fp8_rows and not is_narrow:
+            inner, inner_scale = quantize_rows(inner)
+        down_kernel[(triton.cdiv(hidden_size, down["BM"]), num_blocks)](
+            inner,
+            inner_scale,
+            self.w2.weight,
+            *scales_of(self.w2.weight, self.w2.scale),
+            results,
+            *where,
+            inner_size,
+            H=hidden_size,
+            **down,
+        )
+        gate_stride = 0 if shared_gate is None else shared_gate.stride(0)
+        summands = Summands(results, weights, experts, shared_gate, gate_stride)
+        return ExpertSums(summands, num_tokens, num_tokens)
 
 
 def _depth(dtype: torch.dtype, stack: Stack) -> int:

@@ -6,9 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.moe import reference
-
-NO_EXPERT = tl.constexpr(reference.NO_EXPERT)
+from kernels.moe.sums import NO_EXPERT
 
 
 @triton.jit

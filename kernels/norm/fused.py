@@ -15,15 +15,17 @@ import triton.language as tl
 from kernels.linear.formats import QuantizedRows
 from kernels.linear.fused import BLOCK, narrow
 from kernels.linear.reference import SCALE_BLOCK
+from kernels.moe.sums import ExpertSums, add_experts
 from kernels.tuning import tuned
 
 ELEMENTS = 2048
 """Approximate number of elements per program. Short rows (query and key heads) share one."""
 
 
-@triton.jit(do_not_specialize=["num_rows"])
+@triton.jit(do_not_specialize=["num_rows", "num_tokens"])
 def rms_norm_kernel(
     x,
+    summands,
     residual,
     gate,
     weight,
@@ -32,12 +34,14 @@ def rms_norm_kernel(
     row_scales,
     total,
     num_rows,
+    num_tokens,
     heads,
     x_stride_t,
     x_stride_h,
     gate_stride_t,
     gate_stride_h,
     eps,
+    EXPERTS: tl.constexpr,
     N: tl.constexpr,
     BN: tl.constexpr,
     BR: tl.constexpr,
@@ -50,8 +54,11 @@ def rms_norm_kernel(
     o_t, o_h = o_r // heads, o_r % heads
     p_out = o_r[:, None] * N + o_n[None, :]
 
-    p_x = (o_t * x_stride_t + o_h * x_stride_h)[:, None] + o_n[None, :]
-    b_x = tl.load(x + p_x, mask=mask, other=0.0).to(tl.float32)  # [BR, BN]
+    if summands is None:
+        p_x = (o_t * x_stride_t + o_h * x_stride_h)[:, None] + o_n[None, :]
+        b_x = tl.load(x + p_x, mask=mask, other=0.0).to(tl.float32)  # [BR, BN]
+    else:
+        b_x = add_experts(summands, num_tokens, o_r, o_n, EXPERTS, N).to(tl.float32)
     if residual is not None:
         b_x += tl.load(residual + p_out, mask=mask, other=0.0).to(tl.float32)
         b_sum = b_x.to(total.dtype.element_ty)
@@ -88,17 +95,21 @@ def rms_norm(
 ) -> torch.Tensor: ...
 @overload
 def rms_norm(
-    x: torch.Tensor, weight: torch.Tensor, eps: float, *, residual: torch.Tensor
+    x: torch.Tensor | ExpertSums, weight: torch.Tensor, eps: float, *, residual: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]: ...
 def rms_norm(
-    x: torch.Tensor, weight: torch.Tensor, eps: float, *, residual: torch.Tensor | None = None
+    x: torch.Tensor | ExpertSums,
+    weight: torch.Tensor,
+    eps: float,
+    *,
+    residual: torch.Tensor | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Compute ``x / sqrt(mean(x^2) + eps) * weight``; see ``reference.rms_norm``.
 
     ``x [..., N]`` may be a strided view with a unit last stride, such as heads of a wider
-    projection.
+    projection. With a residual it may be the sums of experts.
     """
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    y = torch.empty_like(residual) if isinstance(x, ExpertSums) else x.new_empty(x.shape)
     total = torch.empty_like(y) if residual is not None else None
     if residual is not None:
         residual = residual.contiguous()
@@ -124,13 +135,17 @@ def gated_rms_norm(
 
 
 def rms_norm_rows(
-    x: torch.Tensor, weight: torch.Tensor, eps: float, *, residual: torch.Tensor | None = None
+    x: torch.Tensor | ExpertSums,
+    weight: torch.Tensor,
+    eps: float,
+    *,
+    residual: torch.Tensor | None = None,
 ) -> tuple[QuantizedRows, torch.Tensor]:
     """Compute ``rms_norm`` of x ``[T, N]``, also quantised as ``linear.quantize_rows`` does.
 
     N is a multiple of 128. The second result is the sum with the residual, or x.
     """
-    out = _empty_rows(x)
+    out = _empty_rows(x if residual is None else residual)
     total = torch.empty_like(out.x) if residual is not None else None
     residual = None if residual is None else residual.contiguous()
     _launch(x, residual, None, weight, out.x, total, eps, quantized=out)
@@ -159,7 +174,7 @@ def _empty_rows(x: torch.Tensor) -> QuantizedRows:
 
 
 def _launch(
-    x: torch.Tensor,
+    x: torch.Tensor | ExpertSums,
     residual: torch.Tensor | None,
     gate: torch.Tensor | None,
     weight: torch.Tensor,
@@ -170,6 +185,10 @@ def _launch(
     gate_first: bool = False,
     quantized: QuantizedRows | None = None,
 ) -> None:
+    summands, num_tokens, experts_per_token = None, 0, 0
+    if isinstance(x, ExpertSums):
+        summands, num_tokens, x = x.summands, x.num_tokens, y
+        experts_per_token = summands.experts.shape[1]
     x = as_heads(x)
     gate = as_heads(gate) if gate is not None else None
     tokens, heads, size = x.shape
@@ -179,6 +198,7 @@ def _launch(
     block, rows = triton.next_power_of_2(size), rows_per_program(size)
     rms_norm_kernel[(triton.cdiv(num_rows, rows),)](
         x,
+        summands,
         residual,
         gate,
         weight.contiguous(),
@@ -187,12 +207,14 @@ def _launch(
         None if quantized is None else quantized.scale,
         total,
         num_rows,
+        num_tokens,
         heads,
         x.stride(0),
         x.stride(1),
         gate.stride(0) if gate is not None else 0,
         gate.stride(1) if gate is not None else 0,
         eps,
+        EXPERTS=experts_per_token,
         N=size,
         BN=block,
         BR=rows,

@@ -17,6 +17,7 @@ from kernels.moe import reference
 from tests.kernels.compiled import BY_DTYPE, assert_close, by_backend
 
 fused = pytest.importorskip("kernels.moe.fused")
+norms = pytest.importorskip("kernels.norm.fused")
 BACKENDS = by_backend("moe")
 
 
@@ -288,6 +289,28 @@ def test_fp8_rows_equal_the_reference_in_any_batch(num_tokens, in_blocks, device
     for rows in (slice(0, 1), slice(1, 3), slice(0, 17)):
         own = (x[rows] for x in (inputs["hidden"], weights, experts))
         assert torch.equal(product(*own, shared_gate=shared_gate[rows]), out[rows])
+
+
+@BY_DTYPE
+@pytest.mark.parametrize("has_shared", [False, True])
+def test_a_norm_adds_up_experts_with_the_bits_of_their_sum(has_shared, dtype, device) -> None:
+    """Rows after those of tokens are zero, and so are tokens without experts."""
+    case = layer(5, 4, 128, 16, dtype, device)
+    live = torch.tensor([1, 1, 0, 1, 1], device=device)
+    routed = fused.route(case["logits"][:, :3], 2, True, live)
+    gate = case["logits"][:, 3:] if has_shared else None
+    prepared = fused.prepare(case["w13"], case["w2"])
+    sums = prepared.sums(case["hidden"], *routed, gate)._replace(num_rows=8)
+    weight, residual = torch.rand(128, device=device), torch.randn(8, 128, device=device).to(dtype)
+    whole = sums.sum()
+    assert torch.equal(whole[:5], prepared(case["hidden"], *routed, gate)) and not whole[5:].any()
+    for norm in (norms.rms_norm, norms.rms_norm_rows):
+        (got, total), (expected, added) = (
+            norm(x, weight, 1e-6, residual=residual) for x in (sums, whole)
+        )
+        assert torch.equal(total, added)
+        for name in ("x", "rows", "scale") if norm is norms.rms_norm_rows else ("data",):
+            assert torch.equal(getattr(got, name).float(), getattr(expected, name).float())
 
 
 @pytest.fixture

@@ -282,7 +282,6 @@ LAUNCHES = {
     "gate_mul_kernel": 1,
     "gate_up_kernel": 2,
     "down_kernel": 2,
-    "weighted_sum_kernel": 2,
     "rotate_kernel": 1,
     "decode_attention_kernel": 1,
     "combine_splits_kernel": 1,
