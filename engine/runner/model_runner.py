@@ -116,18 +116,19 @@ class ModelRunner:
         function. Raises ModelError for a device without graphs, and for reference kernels, which
         read lengths on the host.
         """
-        self.graphs = Graphs()
+        self._stop_graphs()
         if word == "off":
             return
         words = self.kernels.words()
         if record is None and word != "all" and words.get("linear") == "native":
             with suppress(NotRecordableError), torch.inference_mode():
                 graphs = self._decode_graphs(record_native, is_native=True)
-                for kind in (graphs.decodes, graphs.verifies):
+                for kind in (graphs.decodes, graphs.verifies, graphs.guesses):
                     if kind is not None:
                         kind.capture(kind.buckets[-1])
                 self.graphs = graphs
                 return
+            self._stop_graphs()
         if record is None:
             others = ", ".join(name for name, used in words.items() if used != "fused")
             if self.device.is_cpu or others:
@@ -145,12 +146,18 @@ class ModelRunner:
             prefills = PrefillGraphs(*parts, most_tokens=most_tokens)
             self.graphs = self.graphs._replace(prefills=prefills)
 
+    def _stop_graphs(self) -> None:
+        self.graphs = Graphs()
+        if self.drafts is not None and self.drafts.predictor is not None:
+            self.drafts.predictor.compute_directly()
+
     def _decode_graphs(self, record: Record, *, is_native: bool = False) -> Graphs:
         buckets = decode_buckets(self.table)
         decodes = DecodeGraphs(self.model, self.step_inputs, record, buckets)
         if self.drafts is None:
             return Graphs(decodes)
-        return Graphs(decodes, self.drafts.graphs(record, is_native=is_native))
+        verifies = self.drafts.graphs(record, is_native=is_native)
+        return Graphs(decodes, verifies, guesses=self.drafts.predictor)
 
     @torch.inference_mode()
     def forward(self, batch: Batch, drawn: torch.Tensor | None = None) -> torch.Tensor:

@@ -10,7 +10,7 @@ import torch
 from engine.layers.blocks import pad_rows, padded_count
 from engine.layers.prediction import PredictionHead
 from engine.models.decoder import Decoder
-from engine.runner.steps import Record, Replay, StepInputs
+from engine.runner.steps import Bucket, Record, Replay, StepInputs, bucket_for
 from hybridcache.tokens import Tokens
 from kernels.attention.sequences import Sequences
 from kernels.upload import upload
@@ -40,24 +40,38 @@ class Predictor:
         drafts."""
         memory, self.table, self.rotary = inputs.memory, inputs.table, inputs.rotary
         self.model, self.head, self.pools = model, head, memory.pools[-1]
-        self.first_row = memory.padding_row + 1
+        self._padding, self.first_row = memory.padding_row, memory.padding_row + 1
         self._row_multiple: int = model.build.kernels["linear"].ROWS
-        self._replays: dict[int, Replay] = {}
-        """Recorded passes by number of requests."""
+        self._sizes, self._bounds = list[int](), list[int]()
+        self._replays: dict[Bucket, Replay] = {}
 
-    def record(self, record: Record) -> None:
-        """Record the passes of a CPU: without Python between native calls, those of a small model
-        take a third of the time. Raises NotRecordableError; passes are then computed directly."""
-        most, length = self.table.padding_row, self.table.host.shape[1]
-        columns = torch.ones(3, most, dtype=torch.int64)
-        columns[2] = self.first_row
-        rows = torch.full((most, length), self.first_row, dtype=torch.int32)
+    def record(self, record: Record, sizes: Sequence[int], bounds: Sequence[int]) -> None:
+        """Repeat passes from now on, for numbers of requests up to one of ``sizes``, with keys up
+        to one of ``bounds``: without Python between native calls or launches, those of a small
+        model take a third of the time. Longer ones are computed directly."""
+        self._sizes, self._bounds, self._record = sorted(sizes), sorted(bounds), record
+        most = self._sizes[-1]
+        columns = torch.ones(3, most, dtype=torch.int64, device=self.table.device.device)
+        columns[2] = self._padding
+        width = padded_count(self._bounds[-1], ALIGNED_COLUMNS)
+        rows = columns.new_full((most, width), self._padding, dtype=torch.int32)
         before = self.pools[-1].new_zeros(most, self.pools[-1].shape[1])
         self._kept = columns[0], before, columns[1], columns[2], rows
-        self._lengths = torch.ones(most, dtype=torch.int32)
-        self._places = torch.arange(most, dtype=torch.int32)
-        self._record = record
-        self._replay(self._kept, 1)
+        self._lengths = columns.new_ones(most, dtype=torch.int32)
+        self._places = torch.arange(most, dtype=torch.int32, device=columns.device)
+
+    def compute_directly(self) -> None:
+        """Repeat no recording from now on."""
+        self._sizes, self._bounds, self._replays = [], [], {}
+
+    @property
+    def buckets(self) -> list[Bucket]:
+        """List the numbers of requests with the bounds of their keys, largest first."""
+        return [(size, bound) for size in self._sizes[::-1] for bound in self._bounds[::-1]]
+
+    def capture(self, bucket: Bucket) -> None:
+        """Record the pass of one of the ``buckets``, computed on padding."""
+        self._replay((), bucket)
 
     def guess(self, newest: Sequence[Newest], most: Sequence[int]) -> list[Tokens]:
         """Draft the ``most`` (1 or more) most likely tokens after each request's newest one, with
@@ -68,18 +82,24 @@ class Predictor:
         tokens = upload([request.token_id for request in requests], torch.int64, device)
         slots = upload([request.slot for request in requests], torch.int64, device)
         before, rows = self.pools[-1][slots], self._rows(requests, wanted[0])
+        if self._sizes:
+            kept = self._kept[-1][: len(rows), : rows.shape[1]]
+            kept.copy_(rows[: len(kept), : kept.shape[1]])
         guessed = []
         for step in range(wanted[0]):
             count = sum(length > step for length in wanted)
             lengths = [request.position + step for request in requests[:count]]
             at = upload(lengths, torch.int64, device)
             kv_indices = rows[:count].gather(1, at[:, None] - 1)[:, 0].long()
-            inputs = tokens[:count], before[:count], at, kv_indices, rows[:count]
-            if self._replays:
-                tokens, before = self._replay(inputs, count)
+            inputs = tokens[:count], before[:count], at, kv_indices
+            size = bucket_for(count, self._sizes)
+            bound = bucket_for(max(lengths), self._bounds)
+            if size is None or bound is None:
+                sequences = Sequences.of(range(count), lengths, device)
+                tokens, before = self._pass((*inputs, rows[:count]), sequences)
             else:
-                tokens, before = self._pass(inputs, Sequences.of(range(count), lengths, device))
-            guessed.append(tokens.clone())
+                tokens, before = self._replay(inputs, (size, bound))
+            guessed.append(tokens[:count].clone())
         drafts = torch.nn.utils.rnn.pad_sequence(guessed).int().cpu().numpy()
         found = dict(zip(order, drafts, strict=True))
         return [found[place][:length] for place, length in enumerate(most)]
@@ -97,25 +117,29 @@ class Predictor:
         return self.model.head(padded)[:count].argmax(-1), hidden
 
     def _replay(
-        self, inputs: Sequence[torch.Tensor], count: int
+        self, inputs: Sequence[torch.Tensor], bucket: Bucket
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Compute ``_pass`` by a recording, which reads lengths from memory."""
-        kept = [tensor[:count] for tensor in self._kept]
-        for own, given in zip(kept[:-1], inputs, strict=False):
-            own.copy_(given[:count])
-        kept[-1][:, : inputs[-1].shape[1]].copy_(inputs[-1][:count])
-        lengths = self._lengths[:count].copy_(kept[2])
-        if count in self._replays:
-            self._replays[count]()
+        """Compute ``_pass`` by a recording, which reads lengths and rows from memory. Requests that
+        fill the bucket have one key, and write to the padding row."""
+        size, bound = bucket
+        kept = [tensor[:size] for tensor in self._kept]
+        for own, given in zip(kept, inputs, strict=False):
+            if given.data_ptr() != own.data_ptr():  # Not the results of the pass before.
+                own[: len(given)].copy_(given)
+        count = len(inputs[0]) if inputs else 0
+        kept[2][count:], kept[3][count:] = 1, self._padding
+        lengths = self._lengths[:size].copy_(kept[2])
+        if bucket in self._replays:
+            self._replays[bucket]()
             return kept[0], kept[1]
-        places = self._places[:count]  # Kept here, because a recording uses its address.
-        sequences = Sequences(tuple(range(count)), (1,) * count, places, lengths)
+        places = self._places[:size]  # Kept here, because a recording uses its address.
+        sequences = Sequences(tuple(range(size)), (bound,) * size, places, lengths)
 
         def work() -> None:
             for own, result in zip(kept, self._pass(kept, sequences), strict=False):
                 own.copy_(result)
 
-        self._replays[count] = self._record(work)
+        self._replays[bucket] = self._record(work)
         return kept[0], kept[1]
 
     def _rows(self, requests: Sequence[Newest], depth: int) -> torch.Tensor:

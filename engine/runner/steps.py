@@ -341,6 +341,8 @@ class Graphs(NamedTuple):
     decodes: DecodeGraphs | None = None
     verifies: DecodeGraphs | None = None
     prefills: PrefillGraphs | None = None
+    guesses: Any = None
+    """Passes of a multi-token head (``Predictor``)."""
 
 
 Copies = Sequence[tuple[int, int]]

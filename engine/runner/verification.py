@@ -111,9 +111,10 @@ class Verification:
         self.running = RunningStates(inputs.memory.step_slots)
         self.state_bytes = loaded.settings.num_step_states * loaded.state_bytes
         self._loaded, self._inputs, self._table = loaded, inputs, inputs.table
-        self._predictor: Predictor | None = None
+        self.predictor: Predictor | None = None
+        """Computes drafts with the multi-token head, or None if the model has none."""
         if loaded.model.prediction is not None:
-            self._predictor = Predictor(loaded.model.prediction, loaded.model, inputs)
+            self.predictor = Predictor(loaded.model.prediction, loaded.model, inputs)
 
     def place(self, batch: Batch) -> Copies:
         """Assign slots to the states of the next step. Returns the copies to make before it."""
@@ -166,15 +167,15 @@ class Verification:
     def guess(self, newest: Sequence[Newest], most: Sequence[int]) -> Sequence[Tokens]:
         """Draft at most ``most`` tokens (1 or more) after each newest token with the multi-token
         head. Called between the ``commit`` of a batch and the next forward pass."""
-        assert self._predictor is not None, "no multi-token head is loaded"
+        assert self.predictor is not None, "no multi-token head is loaded"
         self._loaded.device.make_current()
         at = [one._replace(slot=self.running.at(one.slot)) for one in newest]
-        return self._predictor.guess(at, most)
+        return self.predictor.guess(at, most)
 
     def rehearsals(self) -> Sequence[Callable[[], object]]:
         """Return the work of a warm-up that is not part of a step."""
         slot, most = self._inputs.memory.padding_slot, self._table.padding_row
-        if self._predictor is None or slot is None:
+        if self.predictor is None or slot is None:
             return ()
         newest = Newest(most, slot, 0, self._table.host.shape[1] - 1)
         counts = [count for count in (4, 3, 2, 1) if count <= most]
@@ -183,8 +184,13 @@ class Verification:
     def graphs(self, record: Record, *, is_native: bool) -> DecodeGraphs | None:
         """Return graphs of decode steps with drafts. ``is_native``: recordings of native kernels.
         Raises NotRecordableError."""
-        if is_native and self._predictor is not None:
-            self._predictor.record(record)
+        most, max_model_len = self._table.padding_row, self._table.host.shape[1]
+        if self.predictor is not None and is_native:
+            self.predictor.record(record, range(1, most + 1), [max_model_len])
+        elif self.predictor is not None:
+            bounds = up_to(min(max_model_len, KV_BOUNDS[-2]), KV_BOUNDS)
+            powers = [1 << power for power in range(most.bit_length())]
+            self.predictor.record(record, up_to(most, powers), bounds)
         longest = 1 + self._loaded.settings.drafts.max_len
         longest = min(longest, self._table.host.shape[1])
         buckets, model = self._buckets(is_native=is_native), self._loaded.model

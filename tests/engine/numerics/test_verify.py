@@ -120,6 +120,30 @@ def test_state_after_rejected_tokens_is_not_saved(oracles) -> None:
     assert all(map(torch.equal, driver.states(saved), steps[1]))
 
 
+def test_recorded_passes_of_the_head_draft_the_same_tokens(tmp_path) -> None:
+    """Of three requests in a recording for four, with keys that outgrow one bound and then all.
+    Requests that fill it write to the padding row."""
+    path, recorder = write_geometry(tmp_path, MODELS["states"]), Recorder()
+    options = {"load_format": "dummy", "draft": "mtp:4", "max_running": 4, "max_model_len": 100}
+    driver = Driver(load(path, **options, cache_gib=0.03))
+    runner, lengths = driver.runner, (14, 5, 60)
+    sequences, _ = driver.start([random_tokens(length, length) for length in lengths], 20)
+    newest = [Newest(one.row, one.slot, 7, one.computed_len) for one in sequences]
+    runner.use_graphs("off")
+    rows, pools = runner.tensors.padding_row, runner.tensors.pools[-1][:2]
+    expected, kept = runner.drafts.guess(newest, [4, 1, 3]), [pool[:rows].clone() for pool in pools]
+    runner.drafts.predictor.record(recorder, [1, 4], [16, 62])
+    for _ in range(2):
+        found = runner.drafts.guess(newest, [4, 1, 3])
+        assert all(map(np.array_equal, found, expected))
+        [alone] = runner.drafts.guess(newest[:1], [4])
+        assert np.array_equal(alone, expected[0])
+    assert recorder.num_recorded == 3 and set(runner.drafts.predictor.buckets) == {
+        (4, 62), (4, 16), (1, 62), (1, 16)
+    }  # fmt: skip
+    assert all(map(torch.equal, kept, (pool[:rows] for pool in pools)))
+
+
 def test_random_verifications_in_graphs_equal_single_steps(tmp_path) -> None:
     """500 steps of random sequences, drafts and acceptances, of slots without a sequence's state
     that contain NaN; the drafts of the multi-token head are compared, too."""

@@ -134,13 +134,21 @@ def test_the_largest_graph_has_the_rows_of_the_largest_step(monkeypatch, tmp_pat
         assert runner.graphs.prefills.buckets[0] == 212
 
 
-def test_guesses_at_every_position_need_no_compilation(monkeypatch, tmp_path) -> None:
-    with stubbed(monkeypatch) as (_, launches):
-        runner = make_engine(tmp_path, draft="mtp:3").runner
-        compiled = set(launches.seen)
+@pytest.mark.parametrize("graphs", ["auto", "off"])
+def test_guesses_at_every_position_need_no_capture_or_compilation(
+    monkeypatch, tmp_path, graphs
+) -> None:
+    with stubbed(monkeypatch) as (device, launches):
+        runner = make_engine(tmp_path, draft="mtp:3", graphs=graphs).runner
+        compiled, num_graphs = set(launches.seen), device.counts["graphs"]
+        replayed = Mock(wraps=runner.drafts.predictor._replay)
+        monkeypatch.setattr(runner.drafts.predictor, "_replay", replayed)
         for position in range(1, 70):
-            runner.drafts.guess([Newest(0, 0, 0, position)], [3])
+            count = 1 + position % 3
+            runner.drafts.guess([Newest(0, 0, 0, position)] * count, [3, 1, 2][:count])
         assert launches.seen == compiled
+        assert device.counts["graphs"] == num_graphs
+        assert replayed.call_count == (3 * 69 if num_graphs else 0)
 
 
 @pytest.mark.parametrize("work", ["LoadedModel.load", "measure"])
