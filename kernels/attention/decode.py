@@ -1,8 +1,9 @@
 """Attention of one token per sequence, or of several drafted tokens, over a KV pool in Triton.
 
-A decode program takes one sequence, one KV head and SPLIT keys; of long sequences, several times
-SPLIT keys one after the other. A second kernel combines the splits. A verify program is a decode
-program with several tokens as its rows.
+A decode program takes one KV head and SPLIT keys of a sequence, one such split after the other. The
+splits of all sequences are numbered on the device, so programs are shared among them by their
+lengths. A second kernel combines the splits. A verify program is a decode program with several
+tokens as its rows.
 """
 
 from __future__ import annotations
@@ -18,8 +19,10 @@ from kernels.attention.splits import (
     COMBINED,
     SPLIT,
     combine_splits_kernel,
+    count_splits,
+    find_split,
     group_size,
-    splits_at_once,
+    num_programs,
 )
 from kernels.attention.tile import LOG2_E, attend_tile, keys_per_tile
 from kernels.packed import Packed, running_sum
@@ -31,7 +34,34 @@ from kernels.tuning import tuned
 DECODE_STAGES = 5
 
 
-@triton.jit(do_not_specialize=["num_splits"])
+@triton.jit
+def attend_split(
+    q, k, v, partial_out, partial_lse, p_indices, o_h, m_row, b_limit, i_s, end, num_splits,
+    pool_stride, scale, D: tl.constexpr, BS: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """Attend rows ``o_h [BG]`` of the queries to split i_s of the keys up to ``end``, and store
+    their partial outputs. A row without keys in the split stores NaN, which is never read."""
+    BD: tl.constexpr = triton.next_power_of_2(D)
+    BG: tl.constexpr = o_h.shape[0]
+    o_d = tl.arange(0, BD)
+    m_q = m_row[:, None] & (o_d < D)[None, :]
+    b_q = tl.load(q + o_h[:, None] * D + o_d[None, :], mask=m_q, other=0.0)  # [BG, BD]
+    b_m = tl.full([BG], float("-inf"), tl.float32)
+    b_l = tl.zeros([BG], tl.float32)
+    b_o = tl.zeros([BG, BD], tl.float32)
+    kv_end = tl.minimum(i_s * BS + BS, end)
+    for i_n in range(i_s * BS, kv_end, BN):
+        b_m, b_l, b_o = attend_tile(
+            b_q, b_m, b_l, b_o, p_indices, k, v, i_n + tl.arange(0, BN), b_limit, kv_end,
+            pool_stride, scale, D, BD,
+        )  # fmt: skip
+    p_part = o_h * num_splits + i_s
+    p_out = partial_out + p_part[:, None] * D + o_d[None, :]
+    tl.store(p_out, b_o / b_l[:, None], mask=m_q)
+    tl.store(partial_lse + p_part, b_m + tl.log2(b_l), mask=m_row)
+
+
+@triton.jit(do_not_specialize=["num_sequences", "num_splits"])
 def decode_attention_kernel(
     q,
     k,
@@ -41,6 +71,7 @@ def decode_attention_kernel(
     table,
     rows,
     kv_lens,
+    num_sequences,
     num_splits,
     table_stride,
     pool_stride,
@@ -51,35 +82,25 @@ def decode_attention_kernel(
     BS: tl.constexpr,
     BN: tl.constexpr,
 ):
-    BD: tl.constexpr = triton.next_power_of_2(D)
-    BG: tl.constexpr = max(16, triton.next_power_of_2(G))
-    i_b, i_kv, first = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    kv_len = tl.load(kv_lens + i_b)
-    if first * BS < kv_len:
-        o_g, o_d = tl.arange(0, BG), tl.arange(0, BD)
+    """Program (i, i_kv): every split of a sequence from i on, in steps of the number of programs,
+    for the heads of one KV head."""
+    i_kv = tl.program_id(1)
+    o_g = tl.arange(0, max(16, triton.next_power_of_2(G)))
+    for i in range(
+        tl.program_id(0), count_splits(kv_lens, None, num_sequences, BS, 1), tl.num_programs(0)
+    ):
+        i_b, i_s = find_split(i, kv_lens, None, num_sequences, BS, 1)
+        kv_len = tl.load(kv_lens + i_b)
         o_h = i_b.to(tl.int64) * HQ + i_kv * G + o_g
-        m_q = (o_g < G)[:, None] & (o_d < D)[None, :]
-        b_q = tl.load(q + o_h[:, None] * D + o_d[None, :], mask=m_q, other=0.0)  # [BG, BD]
-        b_limit = tl.zeros([BG], tl.int32) + kv_len - 1
+        b_limit = tl.zeros(o_g.shape, tl.int32) + kv_len - 1
         p_indices = table + tl.load(rows + i_b).to(tl.int64) * table_stride
-        for i_s in range(first, tl.cdiv(kv_len, BS), tl.num_programs(2)):
-            b_m = tl.full([BG], float("-inf"), tl.float32)
-            b_l = tl.zeros([BG], tl.float32)
-            b_o = tl.zeros([BG, BD], tl.float32)
-            kv_end = tl.minimum(i_s * BS + BS, kv_len)
-            for i_n in range(i_s * BS, kv_end, BN):
-                b_m, b_l, b_o = attend_tile(
-                    b_q, b_m, b_l, b_o, p_indices, k + i_kv * D, v + i_kv * D,
-                    i_n + tl.arange(0, BN), b_limit,
-                    kv_end, pool_stride, scale, D, BD,
-                )  # fmt: skip
-            p_part = o_h * num_splits + i_s
-            p_out = partial_out + p_part[:, None] * D + o_d[None, :]
-            tl.store(p_out, b_o / b_l[:, None], mask=m_q)
-            tl.store(partial_lse + p_part, b_m + tl.log2(b_l), mask=o_g < G)
+        attend_split(
+            q, k + i_kv * D, v + i_kv * D, partial_out, partial_lse, p_indices, o_h, o_g < G,
+            b_limit, i_s, kv_len, num_splits, pool_stride, scale, D, BS, BN,
+        )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["num_groups", "num_splits"])
+@triton.jit(do_not_specialize=["num_sequences", "num_splits"])
 def verify_attention_kernel(
     q,
     k,
@@ -91,7 +112,7 @@ def verify_attention_kernel(
     rows,
     kv_lens,
     cu_seqlens,
-    num_groups,
+    num_sequences,
     num_splits,
     table_stride,
     pool_stride,
@@ -102,47 +123,34 @@ def verify_attention_kernel(
     BS: tl.constexpr,
     BN: tl.constexpr,
 ):
-    """Program (i_sequence * num_groups + i_group, i_kv, i): several tokens of a sequence, and BS
-    keys in each split from i on, in steps of the number of programs.
+    """Program (i, i_kv): as in `decode_attention_kernel`, with several tokens of a sequence.
 
-    The tokens fill the rows that one token has in `decode_attention_kernel`, so the bits are equal.
-    Also stores the number of keys of each token, for `combine_splits_kernel`.
+    The tokens fill the rows that one token has there, so the bits are equal. Also stores the number
+    of keys of each token, for `combine_splits_kernel`.
     """
-    BD: tl.constexpr = triton.next_power_of_2(D)
     BG: tl.constexpr = max(16, triton.next_power_of_2(G))
     TOKENS: tl.constexpr = BG // G
-    i_b, i_group = tl.program_id(0) // num_groups, tl.program_id(0) % num_groups
-    i_kv, i_first = tl.program_id(1), tl.program_id(2)
-    bos, eos = tl.load(cu_seqlens + i_b), tl.load(cu_seqlens + i_b + 1)
-    first = bos + i_group * TOKENS
-    start = tl.load(kv_lens + i_b) - (eos - bos)  # position of the sequence's first token here
-    last = start + tl.minimum(first + TOKENS, eos) - bos  # number of keys of this block's last one
-    if first < eos and i_first * BS < last:
-        o_row, o_d = tl.arange(0, BG), tl.arange(0, BD)
+    i_kv, o_row = tl.program_id(1), tl.arange(0, BG)
+    total = count_splits(kv_lens, cu_seqlens, num_sequences, BS, TOKENS)
+    for i in range(tl.program_id(0), total, tl.num_programs(0)):
+        i_b, i_part = find_split(i, kv_lens, cu_seqlens, num_sequences, BS, TOKENS)
+        kv_len = tl.load(kv_lens + i_b)
+        i_group, i_s = i_part // tl.cdiv(kv_len, BS), i_part % tl.cdiv(kv_len, BS)
+        bos, eos = tl.load(cu_seqlens + i_b), tl.load(cu_seqlens + i_b + 1)
+        first = bos + i_group * TOKENS
+        start = kv_len - (eos - bos)  # position of the sequence's first token here
+        last = start + tl.minimum(first + TOKENS, eos) - bos  # keys of this block's last token
         o_t = first + o_row // G
         o_h = (o_t.to(tl.int64) - tl.load(cu_seqlens)) * HQ + i_kv * G + o_row % G
         m_row = (o_row < TOKENS * G) & (o_t < eos)
-        m_q = m_row[:, None] & (o_d < D)[None, :]
-        b_q = tl.load(q + o_h[:, None] * D + o_d[None, :], mask=m_q, other=0.0)  # [BG, BD]
         b_limit = start + o_t - bos
         p_indices = table + tl.load(rows + i_b).to(tl.int64) * table_stride
-        for i_s in range(i_first, tl.cdiv(last, BS), tl.num_programs(2)):
-            b_m = tl.full([BG], float("-inf"), tl.float32)
-            b_l = tl.zeros([BG], tl.float32)
-            b_o = tl.zeros([BG, BD], tl.float32)
-            kv_end = tl.minimum(i_s * BS + BS, last)
-            for i_n in range(i_s * BS, kv_end, BN):
-                b_m, b_l, b_o = attend_tile(
-                    b_q, b_m, b_l, b_o, p_indices, k + i_kv * D, v + i_kv * D,
-                    i_n + tl.arange(0, BN), b_limit,
-                    kv_end, pool_stride, scale, D, BD,
-                )  # fmt: skip
-            # A token without keys in this split stores NaN here, which is never read.
-            p_part = o_h * num_splits + i_s
-            p_out = partial_out + p_part[:, None] * D + o_d[None, :]
-            tl.store(p_out, b_o / b_l[:, None], mask=m_q)
-            tl.store(partial_lse + p_part, b_m + tl.log2(b_l), mask=m_row)
-        if i_first == 0 and i_kv == 0:
+        if i_s * BS < last:
+            attend_split(
+                q, k + i_kv * D, v + i_kv * D, partial_out, partial_lse, p_indices, o_h, m_row,
+                b_limit, i_s, last, num_splits, pool_stride, scale, D, BS, BN,
+            )  # fmt: skip
+        if i_s == 0 and i_kv == 0:
             tl.store(token_kv_lens + o_h // HQ, b_limit + 1, mask=m_row & (o_row % G == 0))
 
 
@@ -172,14 +180,14 @@ def decode_attention(
         "attention.decode_attention_kernel", query.dtype, size, num_heads // num_kv_heads
     )
     group = group_size(num_heads, num_splits, size)
-    num_programs = splits_at_once(batch * num_kv_heads, num_splits)
     partial_shape = (min(batch, group), num_heads, num_splits)
     partial_out = query.new_empty(*partial_shape, size, dtype=torch.float32)
     partial_lse = query.new_empty(partial_shape, dtype=torch.float32)
     for first in range(0, batch, group):
         part = slice(first, first + group)
         kv_lens = sequences.kv_len_table[part]
-        decode_attention_kernel[(len(kv_lens), num_kv_heads, num_programs)](
+        count = num_programs(len(kv_lens) * num_splits, num_kv_heads)
+        decode_attention_kernel[(count, num_kv_heads)](
             query[part],
             key_pool,
             value_pool,
@@ -188,6 +196,7 @@ def decode_attention(
             table,
             sequences.row_table[part],
             kv_lens,
+            len(kv_lens),
             num_splits,
             table.stride(0),
             row_stride("a KV row", key_pool, value_pool),
@@ -243,8 +252,6 @@ def verify_attention(
     launch |= tuned("attention.decode_attention_kernel", query.dtype, size, group)
     tokens_a_program = max(16, triton.next_power_of_2(group)) // group
     num_groups = triton.cdiv(most, tokens_a_program)
-    num_rows = len(packed.lengths) * num_groups * num_kv_heads
-    num_programs = splits_at_once(num_rows, num_splits)
     starts = running_sum(packed.lengths)
     for part in _chunks(starts, group_size(num_heads, num_splits, size)):
         tokens = slice(starts[part.start], starts[part.stop])
@@ -252,7 +259,8 @@ def verify_attention(
         partial_out = query.new_empty(num_tokens, num_heads, num_splits, size, dtype=torch.float32)
         partial_lse = partial_out.new_empty(num_tokens, num_heads, num_splits)
         token_kv_lens = packed.cu_seqlens.new_empty(num_tokens)
-        grid = (part.stop - part.start) * num_groups, num_kv_heads, num_programs
+        most_splits = (part.stop - part.start) * num_groups * num_splits
+        grid = num_programs(most_splits, num_kv_heads), num_kv_heads
         verify_attention_kernel[grid](
             query[tokens],
             key_pool,
@@ -264,7 +272,7 @@ def verify_attention(
             sequences.row_table[part],
             sequences.kv_len_table[part],
             packed.cu_seqlens[part.start :],
-            num_groups,
+            part.stop - part.start,
             num_splits,
             table.stride(0),
             row_stride("a KV row", key_pool, value_pool),

@@ -63,15 +63,55 @@ def combine_splits_kernel(
     tl.store(out + i_bh * D + o_d, (b_o / b_l).to(out.dtype.element_ty), mask=o_d < D)
 
 
-PROGRAMS = 4096
-"""Programs of a launch beyond which splits share them. Every multiprocessor has many; with more, a
-long sequence would cost the launch of as many for each short one."""
+PROGRAMS = 1024
+"""Programs of a launch that share all splits of its sequences: two to three for each place of an
+H100. A long sequence costs no program for the short ones."""
+SEQUENCES = tl.constexpr(128)
+"""Sequences whose splits are counted at once."""
 
 
-def splits_at_once(num_rows: int, num_splits: int) -> int:
-    """Return the number of programs for the splits of each of ``num_rows`` queries, of which the
-    longest has ``num_splits``. Does not change results."""
-    return min(num_splits, triton.cdiv(PROGRAMS, num_rows))
+def num_programs(num_splits: int, per_split: int) -> int:
+    """Return the number of programs that walk over at most ``num_splits`` splits, of which each
+    takes ``per_split``. Does not change results."""
+    return min(num_splits, triton.cdiv(PROGRAMS, per_split))
+
+
+@triton.jit
+def splits_of(kv_lens, cu_seqlens, o_b, num_sequences, BS: tl.constexpr, TOKENS: tl.constexpr):
+    """Return the number of splits of BS keys of sequences ``o_b``, for each TOKENS tokens of
+    ``cu_seqlens`` if that is given."""
+    mask = o_b < num_sequences
+    b_count = tl.cdiv(tl.load(kv_lens + o_b, mask=mask, other=0), BS)
+    if cu_seqlens is not None:
+        b_tokens = tl.load(cu_seqlens + o_b + 1, mask=mask, other=0)
+        b_tokens -= tl.load(cu_seqlens + o_b, mask=mask, other=0)
+        b_count *= tl.cdiv(b_tokens, TOKENS)
+    return b_count
+
+
+@triton.jit
+def count_splits(kv_lens, cu_seqlens, num_sequences, BS: tl.constexpr, TOKENS: tl.constexpr):
+    """Return the number of splits of all sequences."""
+    total = 0
+    for first in range(0, num_sequences, SEQUENCES):
+        o_b = first + tl.arange(0, SEQUENCES)
+        b_count = splits_of(kv_lens, cu_seqlens, o_b, num_sequences, BS, TOKENS)
+        total += tl.sum(b_count, axis=0)
+    return total
+
+
+@triton.jit
+def find_split(i, kv_lens, cu_seqlens, num_sequences, BS: tl.constexpr, TOKENS: tl.constexpr):
+    """Return the sequence of split i of all sequences, and its number in the sequence."""
+    i_b, before, total = 0, 0, 0
+    for first in range(0, num_sequences, SEQUENCES):
+        o_b = first + tl.arange(0, SEQUENCES)
+        b_count = splits_of(kv_lens, cu_seqlens, o_b, num_sequences, BS, TOKENS)
+        is_before = (total + tl.cumsum(b_count, axis=0) <= i) & (o_b < num_sequences)
+        i_b += tl.sum(is_before.to(tl.int32), axis=0)
+        before += tl.sum(tl.where(is_before, b_count, 0), axis=0)
+        total += tl.sum(b_count, axis=0)
+    return i_b, i - before
 
 
 @cache

@@ -21,8 +21,10 @@ from kernels.attention.splits import (
     COMBINED,
     SPLIT,
     combine_splits_kernel,
+    count_splits,
+    find_split,
     group_size,
-    splits_at_once,
+    num_programs,
 )
 from kernels.attention.tile import LOG2_E
 from kernels.packed import Packed
@@ -130,7 +132,7 @@ def prefill_mla_kernel(
         tl.store(out + o_token * R + o_r, b_o, mask=m_q & (o_r < R))
 
 
-@triton.jit(do_not_specialize=["num_splits"])
+@triton.jit(do_not_specialize=["num_sequences", "num_splits"])
 def decode_mla_kernel(
     q,
     pool,
@@ -139,6 +141,7 @@ def decode_mla_kernel(
     table,
     rows,
     kv_lens,
+    num_sequences,
     num_splits,
     table_stride,
     pool_stride,
@@ -152,29 +155,30 @@ def decode_mla_kernel(
     BS: tl.constexpr,
     BN: tl.constexpr,
 ):
-    """Program (i_b, i_group, i): HEADS heads of one token, and BS rows in each split from i on, in
-    steps of the number of programs."""
-    i_b, first = tl.program_id(0), tl.program_id(2)
-    kv_len = tl.load(kv_lens + i_b)
-    if first * BS < kv_len:
-        o_h = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
-        o_r, o_p = tl.arange(0, BR), R + tl.arange(0, BP)
-        m_q = (o_h < H)[:, None]
+    """Program (i, i_group): HEADS heads of a token; every split of BS rows from i on, in steps of
+    the number of programs."""
+    o_h = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
+    o_r, o_p = tl.arange(0, BR), R + tl.arange(0, BP)
+    m_q = (o_h < H)[:, None]
+    for i in range(
+        tl.program_id(0), count_splits(kv_lens, None, num_sequences, BS, 1), tl.num_programs(0)
+    ):
+        i_b, i_s = find_split(i, kv_lens, None, num_sequences, BS, 1)
+        kv_len = tl.load(kv_lens + i_b)
         o_token = (i_b.to(tl.int64) * H + o_h)[:, None]
         b_q = tl.load(q + o_token * D + o_r, mask=m_q & (o_r < R), other=0.0)
         b_q_shared = tl.load(q + o_token * D + o_p, mask=m_q & (o_p < D), other=0.0)
         p_indices = table + tl.load(rows + i_b).to(tl.int64) * table_stride
         b_limit = tl.zeros([HEADS], tl.int32) + kv_len - 1
-        for i_s in range(first, tl.cdiv(kv_len, BS), tl.num_programs(2)):
-            kv_end = tl.minimum(i_s * BS + BS, kv_len)
-            b_m, b_l, b_o = attend(
-                b_q, b_q_shared, p_indices, pool, i_s * BS, kv_end, b_limit,
-                pool_stride, scale, R, D, BN,
-            )  # fmt: skip
-            p_part = (i_b.to(tl.int64) * H + o_h) * num_splits + i_s
-            p_out = partial_out + p_part[:, None] * R + o_r
-            tl.store(p_out, b_o / b_l[:, None], mask=m_q & (o_r < R))
-            tl.store(partial_lse + p_part, b_m + tl.log2(b_l), mask=o_h < H)
+        kv_end = tl.minimum(i_s * BS + BS, kv_len)
+        b_m, b_l, b_o = attend(
+            b_q, b_q_shared, p_indices, pool, i_s * BS, kv_end, b_limit, pool_stride, scale,
+            R, D, BN,
+        )  # fmt: skip
+        p_part = (i_b.to(tl.int64) * H + o_h) * num_splits + i_s
+        p_out = partial_out + p_part[:, None] * R + o_r
+        tl.store(p_out, b_o / b_l[:, None], mask=m_q & (o_r < R))
+        tl.store(partial_lse + p_part, b_m + tl.log2(b_l), mask=o_h < H)
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
@@ -274,14 +278,15 @@ def decode_mla(
         return out
     num_splits = triton.cdiv(max(sequences.kv_lens), SPLIT)
     group = group_size(num_heads, num_splits, rank)
-    num_programs = splits_at_once(batch * triton.cdiv(num_heads, MAX_HEADS), num_splits)
+    num_groups = triton.cdiv(num_heads, MAX_HEADS)
     partial_shape = (min(batch, group), num_heads, num_splits)
     partial_out = query.new_empty(*partial_shape, rank, dtype=torch.float32)
     partial_lse = query.new_empty(partial_shape, dtype=torch.float32)
     for first in range(0, batch, group):
         part = slice(first, first + group)
         kv_lens = sequences.kv_len_table[part]
-        decode_mla_kernel[len(kv_lens), triton.cdiv(num_heads, MAX_HEADS), num_programs](
+        count = num_programs(len(kv_lens) * num_splits, num_groups)
+        decode_mla_kernel[count, num_groups](
             query[part],
             pool,
             partial_out,
@@ -289,6 +294,7 @@ def decode_mla(
             table,
             sequences.row_table[part],
             kv_lens,
+            len(kv_lens),
             num_splits,
             table.stride(0),
             row_stride("a row of latents", pool),

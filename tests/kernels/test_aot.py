@@ -47,9 +47,10 @@ ALLOWED_SPILL_BYTES = {
     "mamba2 large_state": 128,
     "gdn tiles_of_32": 32,
     "fp8_block_prefill": 8,
+    "size_64_odd_group": 8,
 }
 """Spilled bytes per thread by launch: Gated DeltaNet's solve with two warps and its tiles of 32,
-states of 256 rows, and gate and up of experts with scales by block."""
+states of 256 rows, gate and up of experts with scales by block, and decoding of small heads."""
 
 
 SIZES = HERE / "launches" / "sizes.py"

@@ -279,17 +279,19 @@ def test_long_sequences_are_decoded_in_groups(device, monkeypatch) -> None:
     monkeypatch.setattr(splits, "workspace_bytes", lambda: 1)
     assert splits.group_size(2, 2, 32) == 4
     assert torch.equal(cache.decode(fused, ends), whole)
-    monkeypatch.setattr(splits, "PROGRAMS", 1)  # Splits of a sequence follow each other.
+    monkeypatch.setattr(splits, "PROGRAMS", 3)  # Each has several splits.
+    monkeypatch.setattr(splits, "SEQUENCES", type(splits.SEQUENCES)(2))
     assert torch.equal(cache.decode(fused, ends), whole)
 
 
-def test_a_long_sequence_costs_short_ones_few_programs() -> None:
-    """63 sequences of 1,024 tokens, and one of 131,072, with 2 KV heads."""
+def test_a_long_sequence_costs_short_ones_no_program() -> None:
+    """63 sequences of 1,024 tokens, and one of 131,072, with 2 KV heads: as many programs as
+    without it, and fewer than splits."""
     long, short = 131072 // splits.SPLIT, 1024 // splits.SPLIT
-    launched = 64 * 2 * splits.splits_at_once(64 * 2, long)
-    assert launched <= 4 * 2 * (63 * short + long)
-    assert splits.splits_at_once(64 * 2, short) == short
-    assert splits.splits_at_once(2, long) == long  # Alone it has all of the device.
+    without, launched = (2 * splits.num_programs(64 * most, 2) for most in (short, long))
+    assert without == 2 * 64 * short and launched <= 2 * (63 * short + long)
+    assert 2 * splits.num_programs(63 * 8, 2) > 0.95 * launched  # With the least bound of a graph.
+    assert splits.num_programs(long, 2) == long  # Alone it has all of the device.
 
 
 def test_workspace_follows_the_memory_of_the_device(monkeypatch) -> None:
