@@ -29,7 +29,7 @@ from engine.requests.request import (
 )
 from engine.schedule.report import CacheReport, PoolReport, StepReport, cache_kind
 from engine.schedule.scheduler import EMPTY, Batch, BytesLost, Scheduler
-from engine.text.answers import FinishReason, RequestOutput
+from engine.text.answers import Answer, FinishReason, RequestOutput
 from engine.text.bounded import BoundedMemory
 from engine.text.grammar import Grammar, GrammarError
 from engine.weights.hub import display_name
@@ -128,6 +128,7 @@ class EngineCore:
         if spec.request_id is not None and spec.request_id in self._requests:
             raise DuplicateId(spec.request_id)
         request = self.make(self.validate(spec))
+        request.answer = Answer(request.tokens[: request.prompt_len])
         self.enqueue(request)
         return request.request_id
 
