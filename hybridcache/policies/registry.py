@@ -110,6 +110,8 @@ def parse_placement(spec: PlacementSpec) -> PlacementPolicy:
     if spec.strip() == "none":
         return placement.Placement(())
     parts = split_specs(spec)
+    if "" in parts:
+        raise ValueError(f"{spec!r} has an empty name between its commas: leave out the comma")
     if "none" in parts:
         raise ValueError(f"{spec!r}: none saves nothing, so it must be alone")
     rules: list[PlacementPolicy] = [

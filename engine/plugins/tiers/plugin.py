@@ -268,8 +268,8 @@ class TierPlugin(Plugin):
         return num_adopted
 
     def _on_emptied(self, was_lost: bool) -> None:
-        """See ``EngineCore.on_emptied``. Entries on disk are adopted again if the rows were lost, and removed
-        if the cache was emptied on request."""
+        """Adopt the entries on disk again if the rows were lost, and remove them if the cache was
+        emptied on request; see ``EngineCore.on_emptied``."""
         self._cache = cast("TieredRadixCache", self._manager.cache)  # There may be another one.
         steps, disk = self._cache.steps, self.disk
         if was_lost:
