@@ -290,8 +290,7 @@ class RequestStream:
 
     def put(self, output: RequestOutput) -> None:
         """Queue ``output`` for the reader."""
-        if output.answer is None:  # An engine in this process sends its own answer.
-            output = self.answers[output.request_id].add(output)
+        output = self.answers[output.request_id].add(output)
         if output.is_finished:
             self._open.discard(output.request_id)
             self._on_end(output)

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from engine.core import EngineCore
+from engine.errors import JsonObject
 from engine.requests.request import Request
 from hybridcache.command.extras import version
 from hybridcache.watch.page import FORM
@@ -50,7 +51,7 @@ class Watch:
         self._engine.cache.unsubscribe(self._recorder)
         self._engine.on_end.remove(self._on_end)
 
-    def whole(self) -> dict[str, Any]:
+    def whole(self) -> JsonObject:
         """Return the state with which a page starts; called before ``take``. O(tree)."""
         return {"form": FORM, "meta": self._meta(), "records": self.take()}
 
@@ -72,7 +73,7 @@ class Watch:
         records += self._pool_changes()
         return [self._time(), *records] if records else []
 
-    def node(self, id_: int) -> dict[str, Any] | None:
+    def node(self, id_: int) -> JsonObject | None:
         """Return details of one node, or None if it is not resident. O(path).
 
         ``tokens`` are its last 4,096 ids, or None if it belongs to a tenant.
@@ -103,7 +104,7 @@ class Watch:
         counted = sum(usage.requests for usage in stats.by_namespace.values())
         return ["time", round(engine.clock(), 4), counted + stats.others.requests]
 
-    def _meta(self) -> dict[str, Any]:
+    def _meta(self) -> JsonObject:
         engine = self._engine
         memory, report, arena = engine.runner.memory, engine.report(), engine.cache.arena
         return {

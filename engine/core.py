@@ -15,7 +15,7 @@ from dataclasses import asdict
 from functools import partial
 from itertools import repeat
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from engine.config import BUILTIN_NAME, EngineConfig
 from engine.errors import DuplicateId, QueueFull
@@ -29,7 +29,7 @@ from engine.requests.request import (
 )
 from engine.schedule.report import CacheReport, PoolReport, StepReport, cache_kind
 from engine.schedule.scheduler import EMPTY, Batch, BytesLost, Scheduler
-from engine.text.answers import FinishReason, RequestOutput
+from engine.text.answers import Answer, FinishReason, RequestOutput
 from engine.text.bounded import BoundedMemory
 from engine.text.grammar import Grammar, GrammarError
 from engine.weights.hub import display_name
@@ -81,8 +81,14 @@ class EngineCore:
         """Functions that are called with every request that has ended."""
         if scheduler.drafting is not None:
             self.on_end.append(scheduler.drafting.forget)
-        self._scheduler = scheduler
-        self._manager, self._loader = scheduler.manager, scheduler.loader
+        self.on_emptied: list[Callable[[bool], None]] = []
+        """Functions that are called when the cache was emptied, with True if rows were lost, and
+        False if a caller emptied it."""
+        if scheduler.drafting is not None:
+            self.on_emptied.append(scheduler.drafting.reset)
+        self.transfers: list[Transfers] = [] if scheduler.loader is None else [scheduler.loader]
+        """Transfers of prefixes from and to other places."""
+        self._scheduler, self._manager = scheduler, scheduler.manager
         overlap = self.config.overlap
         self._overlaps = overlap == "on" or (overlap == "auto" and runner.is_asynchronous)
         self._in_flight: Batch | None = None
@@ -128,6 +134,7 @@ class EngineCore:
         if spec.request_id is not None and spec.request_id in self._requests:
             raise DuplicateId(spec.request_id)
         request = self.make(self.validate(spec))
+        request.answer = Answer(request.tokens[: request.prompt_len])
         self.enqueue(request)
         return request.request_id
 
@@ -191,10 +198,8 @@ class EngineCore:
         """Accept no more work from other engines, because the engine is about to end. Local
         requests can still be submitted. Work in progress for other engines, or requested from
         them, is finished unless ``at_once``."""
-        if self._loader is not None and at_once:
-            self._loader.end_all()
-        for plugin in self.plugins.values():
-            plugin.disconnect(at_once=at_once)
+        for each in self.transfers:
+            each.disconnect(at_once=at_once)
 
     def step(self) -> list[RequestOutput]:
         """Compute one batch; returns the new output of each request.
@@ -213,10 +218,8 @@ class EngineCore:
         try:
             self._is_changing = True
             if not self._scheduler.must_commit:
-                if self._loader is not None:
-                    self._loader.advance()
-                for plugin in self.plugins.values():
-                    plugin.before_step()
+                for each in self.transfers:
+                    each.advance()
             step = due = self._launch()
             if self._overlaps:  # The device has probably finished the previous step.
                 due, self._in_flight = self._in_flight or EMPTY, step if step.segments else None
@@ -238,10 +241,8 @@ class EngineCore:
         # After a step with drafts, published states are in their slots only after the runner's
         # commit.
         was_lost = self._manager.lost_moves() or half_done.has_drafts
-        if self._loader is not None and was_lost:
-            self._loader.end_all()
-        for plugin in self.plugins.values():
-            plugin.on_step_failed(was_lost=was_lost)
+        for each in self.transfers:
+            each.step_failed(was_lost=was_lost)
         if was_lost:
             self._forget(was_lost=True)
         return interrupted
@@ -258,11 +259,9 @@ class EngineCore:
         }
         admission = make_admission(self.config.admission)
         interrupted = self._scheduler.begin_again(requests, admission)
-        if self._loader is not None:
-            self._loader.end_all()
-        for plugin in self.plugins.values():
+        for each in self.transfers:
             try:
-                plugin.on_step_failed(was_lost=True)
+                each.step_failed(was_lost=True)
             except Exception:  # It may be half changed too.
                 logger.exception("A part of the engine could not end its work.")
         self._forget(was_lost=True)
@@ -273,10 +272,8 @@ class EngineCore:
         self._laps = [self.clock()]
         step = self._scheduler.schedule()
         if step is EMPTY and self._in_flight is None:
-            if self._loader is not None:
-                self._loader.wait()
-            for plugin in self.plugins.values():
-                plugin.wait()
+            for each in self.transfers:
+                each.wait()
             if self._scheduler.withholds_all:
                 time.sleep(WITHHELD_S)
         self._laps.append(self.clock())
@@ -454,10 +451,8 @@ class EngineCore:
 
     def _forget(self, *, was_lost: bool) -> None:
         self.cache.reset()
-        if self._scheduler.drafting is not None:
-            self._scheduler.drafting.reset()
-        for plugin in self.plugins.values():
-            plugin.on_cache_emptied(was_lost=was_lost)
+        for listener in self.on_emptied:
+            listener(was_lost)
 
     def report(self) -> CacheReport:
         """Return the current sizes, rates and losses of the cache. O(running requests +
@@ -558,10 +553,29 @@ def _token(before: Batch | None, row: int) -> int:
     return int(before.drawn.wait()[row].token_id)
 
 
+class Transfers(Protocol):
+    """Transfers of prefixes in progress: those that a ``Loader`` brings for waiting requests, and
+    those that a prefill server sends. Called by the engine's thread between two steps."""
+
+    def advance(self) -> None:
+        """Process events since the last step, in a bounded time."""
+
+    def wait(self) -> None:
+        """Sleep briefly, or until ``advance`` has work, because nothing can be computed."""
+
+    def step_failed(self, *, was_lost: bool) -> None:
+        """End work that depends on the failed step. ``was_lost``: the contents of all rows are
+        unknown too, and the cache is emptied next."""
+
+    def disconnect(self, *, at_once: bool) -> None:
+        """Accept no more work from other engines. End ``at_once`` all work done for them or
+        requested from them, or finish it. May be called repeatedly."""
+
+
 class Plugin:
     """One optional capability of one engine, made from its settings before anything is loaded. The
-    methods are called in this order: first, once each, while the engine is built; then around its
-    steps, in its thread. Each does nothing unless it is overridden."""
+    methods are called in this order: first, once each, while the engine is built; then in its
+    thread. Each does nothing unless it is overridden."""
 
     def __init__(self, config: EngineConfig) -> None:
         self.config = config
@@ -571,7 +585,8 @@ class Plugin:
         return None
 
     def attach(self, engine: EngineCore, manager: CacheManager) -> None:
-        """Start work for the complete engine."""
+        """Start work for the complete engine, in whose lists of functions and ``transfers`` the
+        plugin may register."""
 
     def start_screen(self) -> Sequence[tuple[str, str]]:
         """Return lines of the start screen: (title, text)."""
@@ -579,29 +594,12 @@ class Plugin:
 
     @property
     def has_work(self) -> bool:
-        """True if ``before_step`` has something to do although no request waits or runs."""
+        """True if a step has something to do although no request waits or runs."""
         return False
-
-    def before_step(self) -> None:
-        """Process events since the last step, in a bounded time."""
-
-    def wait(self) -> None:
-        """Sleep briefly, or until ``before_step`` has work, because nothing can be computed."""
-
-    def on_step_failed(self, *, was_lost: bool) -> None:
-        """End work that depends on the failed step. ``was_lost``: the contents of all rows are
-        unknown too, and the cache is emptied next."""
-
-    def on_cache_emptied(self, *, was_lost: bool) -> None:
-        """Update the plugin. ``was_lost``: rows were lost, and no caller emptied the cache."""
 
     def on_idle(self) -> float | None:
         """Do background work. Returns the seconds until the next task is due, or None."""
         return None
-
-    def disconnect(self, *, at_once: bool) -> None:
-        """Accept no more work from other processes. End ``at_once`` all work done for them or
-        requested from them, or finish it. May be called repeatedly."""
 
     def close(self) -> None:
         """Complete pending writes and end other processes, after the last step."""

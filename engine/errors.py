@@ -1,14 +1,19 @@
-"""Reasons why a request gets no answer, their form on the wire, and how a process ended."""
+"""Reasons why a request gets no answer, their form on the wire, and how a process ended; and the
+type of JSON."""
 
 from __future__ import annotations
 
 import logging
 import signal
-from typing import ClassVar
+from collections.abc import Mapping, Sequence
+from typing import ClassVar, TypeAlias
 
 import msgspec
 
 logger = logging.getLogger(__name__)
+Json: TypeAlias = "bool | int | float | str | Sequence[Json] | Mapping[str, Json] | None"
+"""Value that is written as JSON."""
+JsonObject: TypeAlias = "dict[str, Json]"
 STOPPED = "The engine stopped before the answer was done."
 STOPPING = "The engine is stopping and takes no more requests."
 FAILED = "The engine has failed; see its log for the reason, and restart it."

@@ -9,7 +9,7 @@ import numpy as np
 
 from engine.errors import WireError
 from engine.requests.request import RequestSpec
-from engine.text.answers import Answer, FinishReason, RequestOutput
+from engine.text.answers import FinishReason, RequestOutput
 from engine.text.grammar import Grammar
 
 
@@ -148,9 +148,7 @@ FromEngine = EngineFacts | Refused | Outputs | Reply
 
 
 def plain(value: Any) -> Any:
-    """Return the bytes of a prompt, or None for an answer: the ``enc_hook`` of msgspec."""
+    """Return the bytes of a prompt: the ``enc_hook`` of msgspec."""
     if isinstance(value, np.ndarray):
         return value.data
-    if isinstance(value, Answer):
-        return None  # The receiver has all of it except the new part.
     raise TypeError(f"{type(value).__name__} cannot be sent")

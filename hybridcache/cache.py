@@ -22,7 +22,6 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
 from itertools import chain
 from math import lcm
-from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -40,7 +39,7 @@ from hybridcache.api import (
     Resumable,
 )
 from hybridcache.offload import OffloadTiers
-from hybridcache.policies.protocol import EvictionPolicy, Item, Kind, raise_failure
+from hybridcache.policies.protocol import EvictionPolicy, Item, Kind, Placed, raise_failure
 from hybridcache.radix.tree import (
     TOKEN_BYTES,
     Checkpoint,
@@ -887,7 +886,8 @@ class HybridRadixCache:
             raise ValueError("after is not locked: keep its lock until insert returns")
         while base is not None and base.end > owned_from:
             base = base.parent
-        saves = [*zip(checkpoints, labels or ("",) * len(checkpoints), strict=True)]
+        named = zip(checkpoints, labels or ("",) * len(checkpoints), strict=True)
+        saves = [(slot, Placed(position, label)) for (position, slot), label in named]
         ids = tokens[0 if base is None else base.end :].tobytes()
         return self.publish(ids, kv_indices, saves, namespace, owned_from, base)
 
@@ -895,24 +895,24 @@ class HybridRadixCache:
         self,
         ids: bytes,
         kv_indices: Indices,
-        saves: Collection[tuple[tuple[int, int], str]],
+        saves: Collection[tuple[int, Placed]],
         namespace: Hashable,
         owned_from: int,
         base: RadixNode | None,
     ) -> InsertResult:
         """As ``insert``, without checks of types and locks: for leases. ``ids`` are the tokens
         after ``base``, a node on the path that ends at ``owned_from`` or before, or None for the
-        root. ``saves`` are the checkpoints with their labels."""
+        root. ``saves`` are the checkpoints by their slots."""
         num_tokens = len(kv_indices) - len(kv_indices) % self.page_size
         ends = [num_tokens]
-        for (end, slot), _ in saves:
+        for slot, (end, *_) in saves:
             if self._is_cached[slot] or not self._slots.is_taken[slot]:
                 raise ValueError(f"slot {slot} is free or the cache's: take one with allocate_slot")
             if end < num_tokens and end % self.checkpoint_grid == 0:
                 ends.append(end)
         rejected: tuple[int, ...] = ()
         if not self.needs_states:
-            ends, rejected, saves = ends[:1], tuple(slot for (_, slot), _ in saves), ()
+            ends, rejected, saves = ends[:1], tuple(slot for slot, _ in saves), ()
             if not self._keeps:
                 return InsertResult(0, EMPTY, rejected, None)
         node = base if base is not None else self._tree.root(namespace)
@@ -1019,7 +1019,7 @@ class HybridRadixCache:
         self.num_items = serial
 
     def _place(
-        self, leaf: RadixNode, saves: Collection[tuple[tuple[int, int], str]], offered: int
+        self, leaf: RadixNode, saves: Collection[tuple[int, Placed]], offered: int
     ) -> tuple[int, ...]:
         """Store checkpoints on the path to ``leaf``, splitting where needed; return the slots not
         taken.
@@ -1029,15 +1029,16 @@ class HybridRadixCache:
         rejected: list[int] = []
         node, end, step = leaf, leaf.end, self.checkpoint_grid
         if len(saves) > 1:
-            saves = sorted(saves, key=itemgetter(0), reverse=True)
-        for (position, slot), label in saves:
+            saves = sorted(saves, key=lambda save: (save[1].position, save[0]), reverse=True)
+        for slot, placed in saves:
+            position = placed.position
             if position % step == 0 and 0 < position <= end:
                 while (above := node.parent) is not None and above.end >= position:
                     node = above
                 if node.end > position:
                     node = self._split(node, position)
                 if node.checkpoint is None:
-                    self._store_checkpoint(node, slot, label, position <= offered)
+                    self._store_checkpoint(node, slot, placed, position <= offered)
                     continue
             rejected.append(slot)
         return tuple(rejected)
@@ -1046,20 +1047,22 @@ class HybridRadixCache:
         self,
         node: RadixNode,
         slot: int,
-        label: str,
+        what: Placed | Checkpoint,
         offered: bool,
-        was: Checkpoint | None = None,
     ) -> None:
-        """Store ``slot`` as the checkpoint of ``node``, with the uses and the stop reason of
-        ``was``, which a tier had.
+        """Store ``slot`` as the checkpoint of ``node``: a placed one, or the one that a tier had,
+        with its uses and its stop reason.
 
         ``offered`` is True if the policy holds the KV of ``node`` as a candidate. O(nodes down to
         the next checkpoint, or else up to it).
         """
         serial, self.num_items = self.num_items, self.num_items + 1
-        checkpoint = Checkpoint(node, slot, self.now, serial, self.item_bytes, label)
-        if was is not None:
-            checkpoint.uses, checkpoint.stop_reason = was.uses, was.stop_reason
+        checkpoint = Checkpoint(
+            node, slot, self.now, serial, self.item_bytes, what.label, what.distance
+        )
+        if isinstance(what, Checkpoint):
+            checkpoint.uses, checkpoint.earlier_uses = what.uses, what.earlier_uses
+            checkpoint.stop_reason = what.stop_reason
         self._is_cached[slot] = 1
         self.num_checkpoints += 1
         self.stats.inserted_slots += 1
@@ -1075,7 +1078,8 @@ class HybridRadixCache:
         if node.locks:
             self._locked_slots += 1
         if (lost := node.lost_checkpoint) is not None:
-            checkpoint.earlier_uses = lost.earlier_uses + lost.uses
+            # ``uses`` is that of ``lost`` already if a tier had it, else 0.
+            checkpoint.earlier_uses = lost.earlier_uses + lost.uses - checkpoint.uses
             node.lost_checkpoint = None
         self.policy.add(checkpoint)
         if revives is not None:

@@ -29,6 +29,7 @@ from hybridcache.cache import HybridRadixCache, LockHandle
 from hybridcache.policies.protocol import (
     Item,
     LoadRule,
+    Placed,
     PlacementPolicy,
     Prefill,
     PromptBoundaries,
@@ -206,10 +207,10 @@ class Lease:
         """Transfers that were due when rows or slots were taken for tokens from ``_awaited_from``
         on. They are in no plan yet while this is the list of the step queue."""
         self._awaited_from = 0
-        self._planned: dict[int, str] = {}
-        """Label of each position without a slot yet, by descending priority."""
-        self._pending: dict[Saved, str] = {}
-        """Label of each checkpoint with a slot, until it is published."""
+        self._planned: dict[int, Placed] = {}
+        """Planned checkpoints without a slot yet, by position, of descending priority."""
+        self._pending: dict[int, Placed] = {}
+        """Checkpoints by slot, until they are published."""
         self._interval: int | None = None
         """Distance of the checkpoints of decode, or None if there are none."""
         self._rolling: Saved | None = None
@@ -385,7 +386,7 @@ class Lease:
     def is_saving_at(self, position: int) -> bool:
         """Return whether ``take_checkpoint_slots`` returned ``position`` and no ``publish`` covered
         it yet."""
-        return any(position == saved for saved, _ in self._pending)
+        return any(position == placed.position for placed in self._pending.values())
 
     def num_quiet_tokens(self, computed_len: int) -> int:
         """Return the number of decode steps for which the row and slot calls have no effect.
@@ -495,8 +496,8 @@ class Lease:
             shares_memory=cache.shares_memory,
         )
         placement.on_prefill(prefill)
-        for position, label in prefill.on_grid(placement.plan(prefill)).items():
-            self._planned.setdefault(position, label)
+        for placed in prefill.on_grid(placement.plan(prefill)):
+            self._planned.setdefault(placed.position, placed)
         if prefill.answer_survives:
             interval = placement.decode_interval()
             if interval is not None:
@@ -520,7 +521,7 @@ class Lease:
         require_index(position, "position")
         position -= position % self._step
         if self.cached_len < position <= self.prompt_len and not self.is_saving_at(position):
-            self._planned.setdefault(position, label)
+            self._planned.setdefault(position, Placed(position, label))
 
     @overload
     def take_checkpoint_slots(
@@ -557,7 +558,7 @@ class Lease:
         if not self._planned and not self._pending:
             return ()
         num_taken = 0
-        for position, label in tuple(self._planned.items()):
+        for position, placed in tuple(self._planned.items()):
             if start < position <= end:
                 if max_slots is not None and num_taken >= max_slots:
                     return None
@@ -565,11 +566,13 @@ class Lease:
                 if slot is None:
                     break
                 del self._planned[position]
-                self._pending[position, slot] = label
+                self._pending[slot] = placed
                 num_taken += 1
                 if self.cache.steps.transfers:
                     self._await_transfers(start)
-        return tuple(sorted([saved for saved in self._pending if start < saved[0] <= end]))
+        pending = self._pending.items()
+        found = [(one.position, slot) for slot, one in pending if start < one.position <= end]
+        return tuple(sorted(found))
 
     def _roll(self, start: int, end: int, max_slots: int | None) -> tuple[Saved, ...] | None:
         """Move the rolling checkpoint to the last position in (start, end] at which decode saves a
@@ -687,22 +690,19 @@ class Lease:
             own_slot = None  # It is not the cache's, and stays with the caller.
         pending, planned = self._pending, self._planned
         if self._rolling is not None:
-            pending[self._rolling] = "decode"
+            pending[self._rolling[1]] = Placed(self._rolling[0], "decode")
         is_possible = donate and self.cached_len < computed_len == published_len
         if is_possible and own_slot is not None and computed_len % self._step == 0:
-            label = "decode"
-            if computed_len <= self.prompt_len:
-                label = planned.pop(computed_len, "preempt")
-            pending[computed_len, own_slot] = label
+            is_prompt = computed_len <= self.prompt_len
+            kept = Placed(computed_len, "preempt" if is_prompt else "decode")
+            pending[own_slot] = planned.pop(computed_len, kept)
             own_slot = self.state_slot = None
         self._planned, self._rolling = {}, None
-        if pending and max(pending)[0] > published_len:
-            for position, slot in [saved for saved in pending if saved[0] > published_len]:
-                label = pending.pop((position, slot))
-                cache.free_slot(slot)
-                placement.on_dropped(position, label)
-        for position, label in planned.items():
-            placement.on_dropped(position, label)
+        for slot in [slot for slot, one in pending.items() if one.position > published_len]:
+            cache.free_slot(slot)
+            placement.on_dropped(pending.pop(slot))
+        for placed in planned.values():
+            placement.on_dropped(placed)
         tip: NodeHandle | None = self._lock.node
         if pending or published_len > self.published_len:
             tip = self._insert(tokens, published_len, is_last=True)
@@ -732,10 +732,10 @@ class Lease:
         the tree has not taken, are freed.
         """
         cache, first, before, saved = self.cache, self.published_len, self._lock, self._pending
-        later: dict[Saved, str] = {}
-        if saved and not is_last and max(saved)[0] > computed_len:
-            later = {one: label for one, label in saved.items() if one[0] > computed_len}
-            saved = {one: label for one, label in saved.items() if one[0] <= computed_len}
+        later: dict[int, Placed] = {}
+        if saved and not is_last:
+            later = {slot: one for slot, one in saved.items() if one.position > computed_len}
+            saved = {slot: one for slot, one in saved.items() if slot not in later}
         ids, rows = tokens[first:computed_len].tobytes(), self._rows[:computed_len]
         self.published_len, duplicates, rejected_slots, node = cache.publish(
             ids, rows, saved.items(), self._request.namespace, first, before.node
@@ -753,12 +753,12 @@ class Lease:
                 if self._request.table_row is not None:
                     self._note_changed(self._request.table_row, first, end)
                     self._read_rows()  # Now: later moves are noted for rows that were read.
-        for (position, slot), label in saved.items():
+        for slot, placed in saved.items():
             if slot in rejected_slots:
                 cache.free_slot(slot)
-                self._placement.on_dropped(position, label)
+                self._placement.on_dropped(placed)
             else:
-                self._placement.on_saved(position, label)
+                self._placement.on_saved(placed)
         return node
 
     def _require_computed(self, tokens: Tokens, computed_len: int) -> None:

@@ -10,6 +10,7 @@ from hybridcache.allocators.moves import DEVICE
 from hybridcache.api import PrefixMatch, Resumable
 from hybridcache.cache import HybridRadixCache
 from hybridcache.offload import OffloadTiers, Tier
+from hybridcache.policies.protocol import Placed
 from hybridcache.radix.tree import Checkpoint, OffloadedCheckpoint, RadixNode, tier_of
 from hybridcache.tokens import Indices, Tokens, require_int32
 
@@ -145,7 +146,7 @@ class TieredRadixCache(HybridRadixCache):
             self._review(base)
         dst = np.array([slot], np.int32)
         offload.copy("checkpoint", offload.names[state.tier], state.rows, DEVICE, dst, target)
-        self._store_checkpoint(target, slot, state.label, not path, state)
+        self._store_checkpoint(target, slot, state, not path)
         if path:  # It was a ghost, so it has no resident children.
             assert target.kv is not None
             self.policy.add(target.kv)
@@ -159,17 +160,12 @@ class TieredRadixCache(HybridRadixCache):
             lost.stored = None if node.offloaded is None else node.offloaded.state
 
     def _store_checkpoint(
-        self,
-        node: RadixNode,
-        slot: int,
-        label: str,
-        offered: bool,
-        was: Checkpoint | None = None,
+        self, node: RadixNode, slot: int, what: Placed | Checkpoint, offered: bool
     ) -> None:
         """Free the offloaded state of ``node``, which is on the device again."""
         if node.offloaded is not None:
             self.offload.drop_state(node)
-        super()._store_checkpoint(node, slot, label, offered, was)
+        super()._store_checkpoint(node, slot, what, offered)
 
     def adopt(
         self, tokens: Tokens, namespace: Hashable = None, tier: str = "disk"
@@ -233,7 +229,7 @@ class TieredRadixCache(HybridRadixCache):
             node = node.parent
         was = target.lost_checkpoint  # with the age and uses that a file remembers
         if was is None:
-            was = Checkpoint(target, -1, self.now, self.num_items, self.item_bytes, "")
+            was = Checkpoint(target, -1, self.now, self.num_items, self.item_bytes)
             self.num_items += 1
         stored = was.stored = OffloadedCheckpoint(was, number, state_rows)
         offload.entry(target).state = stored

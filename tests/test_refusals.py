@@ -32,6 +32,7 @@ from hybridcache import CacheConfig, closed_loop, simulate
 from hybridcache.lab import scenario as lab_scenario
 from hybridcache.lab.cli import main as hybridcache
 from hybridcache.lab.scenario import LOAD, Scenario
+from hybridcache.policies.registry import parse_placement
 from tests.engine.test_engine import make_engine
 
 WRONG: dict[Any, tuple[Any, ...]] = {
@@ -155,6 +156,25 @@ def test_wrong_flag_of_the_engine_is_refused(verb: str, capsys: pytest.CaptureFi
         model = ["--cache-gib", "0.05"] if is_loaded else ["--model", "/no"]
         assert exit_code(engine, [verb, *first, *model, *given]) == 2, flag
         check_refusal(capsys.readouterr().err, name, value)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    {
+        "--max-running 0": "--max-running must be",
+        "--set page_size=0": "--set page_size must be",
+        "--served-model-name ": "'' has an empty name",
+        "--checkpoints adaptive,": "'adaptive,' has an empty name",
+        "--cors-origin *,": "'*,' has an empty name",
+    }.items(),
+)
+def test_errors_name_the_flag_and_no_empty_name_is_taken(
+    given: str, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert exit_code(engine, ["serve", "--model", "/no", "--port", "0", *given.split(" ")]) == 2
+    assert said in capsys.readouterr().err
+    with pytest.raises(ValueError, match="'adaptive,' has an empty name"):
+        parse_placement("adaptive,")
 
 
 def test_the_line_that_serves_has_flags_of_the_engine(capsys: pytest.CaptureFixture[str]) -> None:

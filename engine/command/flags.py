@@ -16,6 +16,7 @@ import typing
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
+from engine.config import ConfigError
 from hybridcache.command.parser import HelpFormatter, Parser, did_you_mean
 
 Config = TypeVar("Config")
@@ -136,13 +137,21 @@ def read_config(
     **fixed: Any,
 ) -> Config:
     """Return the config of the parsed ``arguments`` and ``fixed`` values. ``defaults`` are used for
-    absent arguments. Raises ValueError if the config rejects a value."""
+    absent arguments. Raises ValueError if the config rejects a value, by the name of its flag."""
     values = {
         field.name: getattr(arguments, field.name)
         for _, field in flags_of(config)
         if hasattr(arguments, field.name)
     }
-    return config(**(dict(defaults or {}) | values | fixed))
+    try:
+        return config(**(dict(defaults or {}) | values | fixed))
+    except ConfigError as error:
+        name, said, words = str(error).partition(" must be ")
+        if name not in values:
+            raise
+        is_set = name in getattr(arguments, "set", ())
+        flag = f"--set {name}" if is_set else "--" + name.replace("_", "-")
+        raise ConfigError(f"{flag}{said}{words}") from None
 
 
 @functools.cache
@@ -181,7 +190,10 @@ def _kind(hint: Any, default: Any) -> dict[str, Any]:
         kind = typing.get_args(hint)[0]
 
         def listed(text: str) -> tuple[Any, ...]:
-            return tuple(kind(word.strip()) for word in text.split(",") if word.strip())
+            words = [word.strip() for word in text.split(",")]
+            if "" in words:
+                raise argparse.ArgumentTypeError(f"{text!r} has an empty name between its commas")
+            return tuple(map(kind, words))
 
         listed.__name__ = kind.__name__  # For argparse's error.
         return {"type": listed, "metavar": f"{METAVARS[kind]},..."}

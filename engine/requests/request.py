@@ -298,7 +298,12 @@ class Request(ScheduledRequest):
         """True if the answer ended with a stop string."""
         self._intake = intake
         self.make_rules()
-        self.answer = Answer(self.buffer[: self.prompt_len])
+        self.answer: Answer | None = None
+        """The answer as its reader has it, if that is a caller in this thread, else None."""
+        self.text: list[str] = []
+        """Pieces of the text so far."""
+        self._logprobs: list[SampledToken] = []
+        """Log-probabilities that no output contains yet."""
         self.scores: list[SampledToken] = []
         """Log-probabilities of prompt tokens 1, 2, ..."""
         self.transferred: Transferred | None = None
@@ -356,7 +361,7 @@ class Request(ScheduledRequest):
         if self.finish_reason == "length":
             return "length"
         if self.spec.call_marks:
-            before, _, answer = "".join(self.answer.text).rpartition(CLOSE)
+            before, _, answer = "".join(self.text).rpartition(CLOSE)
             answer = answer if answer.strip() else before
             if any(mark in answer for mark in self.spec.call_marks):
                 return "tool_use"
@@ -411,7 +416,7 @@ class Request(ScheduledRequest):
                 raise self._fault[1]
             self.append(token_id)
             if self.params.logprobs is not None:
-                self.answer.logprobs.append(sampled)
+                self._logprobs.append(sampled)
             if self.first_token_s is None:
                 self.first_token_s = now_s
             stream, is_end = self.text_stream, token_id in self.end_token_ids
@@ -422,7 +427,7 @@ class Request(ScheduledRequest):
                 # The token may end the reasoning, or show that the answer has none.
                 is_end = self._ends(token_id, stream)
                 if was_known or not is_end:
-                    self.answer.text += [text] if text else []
+                    self.text += [text] if text else []
             if self._met_stop_string:
                 self.finish("stop", now_s, flush=False)
             elif is_end or (self._rules and any(r.is_done(self.output) for r in self._rules)):
@@ -458,7 +463,7 @@ class Request(ScheduledRequest):
         """End the request, and drop everything that only the next token needs."""
         if flush and self.text_stream is not None:
             text, stopped = self.text_stream.flush()
-            self.answer.text += [text] if text else []
+            self.text += [text] if text else []
             self._met_stop_string = stopped
             reason = "stop" if stopped else reason
         self.finish_reason, self.finished_s = reason, now_s
@@ -467,22 +472,21 @@ class Request(ScheduledRequest):
     def report(self) -> RequestOutput:
         """Return the output with the tokens since the last one, or that one if it is not taken, so
         that a report can be repeated after an exception at any line. O(new tokens), amortised."""
-        last, answer = self._output, self.answer
+        last = self._output
         if last is not None and not self.output_is_taken:
             return last
         first, num_chars = (0, 0) if last is None else (last.num_tokens, last.num_chars)
-        answer.tokens = self.buffer[self.prompt_len :]
-        num_pieces = len(answer.text)
-        new_text = "".join(answer.text[self._num_pieces :])
+        num_pieces = len(self.text)
+        new_text = "".join(self.text[self._num_pieces :])
         scores = None
         if first == 0 and self.spec.prompt_logprobs is not None:
-            answer.prompt_logprobs = scores = (None, *self.scores)
+            scores = (None, *self.scores)
         start_s = self.arrival_s
         output = RequestOutput(
             request_id=self.request_id,
             new_token_ids=tuple(self.output[first:].tolist()),
             new_text=new_text,
-            new_logprobs=tuple(answer.logprobs[first:]) if answer.logprobs else (),
+            new_logprobs=tuple(self._logprobs),
             new_prompt_logprobs=scores,
             num_tokens=self.num_tokens - self.prompt_len,
             num_chars=num_chars + len(new_text),
@@ -498,9 +502,12 @@ class Request(ScheduledRequest):
             num_preemptions=self.num_preemptions,
             drafts=None if self.drafts is None else self.drafts.copy(),
             transferred=self.transferred,
-            answer=answer,
         )
-        self._output, self.output_is_taken, self._num_pieces = output, False, num_pieces
+        if self.answer is not None:
+            output = self.answer.add(output)
+        now = output, False, num_pieces, list[SampledToken]()
+        # One line, so that no exception can come between them.
+        self._output, self.output_is_taken, self._num_pieces, self._logprobs = now
         return output
 
 

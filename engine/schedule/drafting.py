@@ -267,7 +267,7 @@ class Drafting:
         for drafter, _ in self._drafters:
             drafter.forget(request)
 
-    def reset(self) -> None:
-        """Drop the state of ended requests: the cache was emptied."""
+    def reset(self, was_lost: bool = False) -> None:
+        """Drop the state of ended requests: the cache was emptied, or its rows were lost."""
         for drafter, _ in self._drafters:
             drafter.reset()

@@ -25,6 +25,7 @@ from engine.errors import (
     DuplicateId,
     EngineStopped,
     InvalidRequest,
+    JsonObject,
     QueueFull,
     RequestError,
 )
@@ -87,11 +88,11 @@ class APIError(Exception):
         self.status, self.code, self.headers = status, code, headers
         self.param = None if param is None else short(param)
 
-    def body(self, scope: Scope | None = None) -> dict[str, Any]:
+    def body(self, scope: Scope | None = None) -> JsonObject:
         """Return the body of the answer to the request of ``scope``, or in OpenAI's form."""
         if scope is not None and scope["path"].startswith(ANTHROPIC):
             kind = ANTHROPIC_KINDS.get(self.status, "invalid_request_error")
-            error: dict[str, Any] = {"type": kind, "message": self._for_anthropic}
+            error: JsonObject = {"type": kind, "message": self._for_anthropic}
             if self.code is not None:
                 error["details"] = {"error_code": self.code}
             request_id = scope.get("state", {}).get("request_id")

@@ -19,7 +19,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from engine.async_engine import AsyncEngine, RequestStream
-from engine.errors import RequestError
+from engine.errors import Json, JsonObject, RequestError
 from engine.messages import Compile
 from engine.requests.chat_prompt import Replay
 from engine.requests.request import RequestSpec
@@ -182,7 +182,7 @@ class Writer(ABC):
         return [self._latest[index] for index in sorted(self._latest)]
 
     @abstractmethod
-    def whole(self) -> dict[str, Any]:
+    def whole(self) -> JsonObject:
         """Return the body of a response that is not streamed."""
 
     @abstractmethod
@@ -200,7 +200,7 @@ class Writer(ABC):
         """Return the event of a failure in the middle of a stream."""
         return event(failure.body())
 
-    def _completion(self, choices: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
+    def _completion(self, choices: Sequence[Mapping[str, Json]], **more: Json) -> JsonObject:
         """Return an answer of OpenAI's completions, or a part of its stream."""
         return {
             "id": self.answer_id,

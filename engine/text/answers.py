@@ -91,10 +91,10 @@ class Transferred(NamedTuple):
 
 
 class Answer:
-    """Everything that was generated for one request so far. It only grows, so that the outputs of
-    earlier steps stay as they are."""
+    """Everything that was generated for one request so far, held where its outputs are read. It
+    only grows, so that the outputs of earlier steps stay as they are."""
 
-    __slots__ = ("logprobs", "prompt", "prompt_logprobs", "text", "tokens")
+    __slots__ = ("logprobs", "num_chars", "prompt", "prompt_logprobs", "text", "tokens")
 
     def __init__(self, prompt: npt.NDArray[np.int32]) -> None:
         self.prompt = prompt
@@ -102,27 +102,30 @@ class Answer:
         """Generated tokens, and room for further ones."""
         self.text: list[str] = []
         """Pieces of the text."""
+        self.num_chars = 0
         self.logprobs: list[SampledToken] = []
         self.prompt_logprobs: tuple[SampledToken | None, ...] | None = None
 
     def add(self, output: RequestOutput) -> RequestOutput:
-        """Append the new part of ``output``, which another process has sent, and return the output
+        """Append the new part of ``output``, unless it was appended before, and return the output
         with this answer. O(new tokens), amortised."""
         end, new = output.num_tokens, output.new_token_ids
+        first = end - len(new)
         if end > len(self.tokens):
             self.tokens = np.concatenate((self.tokens, np.empty(end, np.int32)))
-        self.tokens[end - len(new) : end] = new
-        if output.new_text:
+        self.tokens[first:end] = new
+        if output.num_chars > self.num_chars:
+            self.num_chars = output.num_chars
             self.text.append(output.new_text)
-        self.logprobs.extend(output.new_logprobs)
+        self.logprobs[first:end] = output.new_logprobs
         if output.new_prompt_logprobs is not None:
             self.prompt_logprobs = output.new_prompt_logprobs
         return structs.replace(output, answer=self)
 
 
 class RequestOutput(Struct, frozen=True, array_like=True):
-    """Output of one step for one request: the new part, and the whole ``answer`` so far. Other
-    processes are sent only the new part; see ``Answer.add``."""
+    """Output of one step for one request: the new part. Readers get it with the whole ``answer`` so
+    far; see ``Answer.add``."""
 
     request_id: str
     new_token_ids: tuple[int, ...] = ()
@@ -153,39 +156,46 @@ class RequestOutput(Struct, frozen=True, array_like=True):
     """None if no step could have drafts."""
     transferred: Transferred | None = None
     """None if no other engine was involved."""
-    answer: Any = None
-    """The ``Answer`` so far. Other processes are sent None."""
+    answer: Answer | None = None
+    """The answer so far, or None on the way to the reader."""
+
+    @property
+    def whole(self) -> Answer:
+        """The answer so far, for a reader."""
+        assert self.answer is not None, "an output that is on its way has no answer"
+        return self.answer
 
     @property
     def prompt_token_ids(self) -> npt.NDArray[np.int32]:
         """Tokens of the prompt, int32[n]."""
-        return self.answer.prompt  # type: ignore[no-any-return]
+        return self.whole.prompt
 
     @property
     def output(self) -> npt.NDArray[np.int32]:
         """All generated tokens, int32[m]: a view that is never overwritten."""
-        return self.answer.tokens[: self.num_tokens]  # type: ignore[no-any-return]
+        return self.whole.tokens[: self.num_tokens]
 
     @property
     def token_ids(self) -> list[int]:
         """All generated tokens."""
-        return [int(token) for token in self.output]
+        found: list[int] = self.output.tolist()
+        return found
 
     @property
     def text(self) -> str:
         """All text that is certain. O(its length)."""
-        return "".join(self.answer.text)[: self.num_chars]
+        return "".join(self.whole.text)[: self.num_chars]
 
     @property
     def logprobs(self) -> list[SampledToken] | None:
         """One per generated token, or None if not requested."""
-        return self.answer.logprobs[: self.num_tokens] or None
+        return self.whole.logprobs[: self.num_tokens] or None
 
     @property
     def prompt_logprobs(self) -> tuple[SampledToken | None, ...] | None:
         """One per prompt token, None for the first; set from the first token on if the request has
         them."""
-        return self.answer.prompt_logprobs  # type: ignore[no-any-return]
+        return self.whole.prompt_logprobs
 
     @classmethod
     def failed(cls, request_id: str, error: RequestError) -> RequestOutput:

@@ -40,6 +40,6 @@ class PopularLength(PlacementPolicy):
         """Count a position from which a request would have resumed."""
         self.resumed[item.position] += 1
 
-    def on_saved(self, position: int, label: str) -> None:
+    def on_saved(self, placed: Placed) -> None:
         """Count checkpoints that were really stored."""
         self.num_saved += 1

@@ -60,6 +60,8 @@ class CheckpointStored(NamedTuple):
     id: int
     position: int
     label: str
+    distance: int
+    """Label and distance of the placement rule (``Placed``)."""
 
 
 class CheckpointRemoved(NamedTuple):
@@ -103,9 +105,10 @@ class EventStream(Listener):
         self._sink(KVRemoved(node.serial))
 
     def checkpoint_stored(self, node: RadixNode) -> None:
-        assert node.checkpoint is not None
+        saved = node.checkpoint
+        assert saved is not None
         self._checkpoints[node.serial] = node.end
-        self._sink(CheckpointStored(node.serial, node.end, node.checkpoint.label))
+        self._sink(CheckpointStored(node.serial, node.end, saved.label, saved.distance))
 
     def checkpoint_removed(self, node: RadixNode) -> None:
         del self._checkpoints[node.serial]
@@ -188,8 +191,8 @@ class Mirror:
                 self.num_tokens -= node.end - node.start
                 tree.fade(node)
                 tree.forget(node)
-            case CheckpointStored(id_, _, label):
-                nodes[id_].checkpoint = Checkpoint(nodes[id_], 0, 0, 0, _NO_BYTES, label)
+            case CheckpointStored(id_):
+                nodes[id_].checkpoint = Checkpoint(nodes[id_], 0, 0, 0, _NO_BYTES)
                 self.num_checkpoints += 1
             case CheckpointRemoved(id_):
                 nodes[id_].checkpoint = None

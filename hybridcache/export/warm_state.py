@@ -5,7 +5,7 @@ A file is ``MAGIC``, then JSON compressed by zlib, which detects damage by its c
 
 - ``page_size``, ``grid``, ``now``, ``num_items``: header.
 - ``namespaces``: encoded namespaces.
-- ``nodes``: one row of seven numbers per node, parents first:
+- ``nodes``: one row of nine numbers per node, parents first:
 
   1. row of the parent, or -1 - n for the root of namespace n;
   2. end position;
@@ -13,9 +13,11 @@ A file is ``MAGIC``, then JSON compressed by zlib, which detects damage by its c
   4. creation time of the checkpoint;
   5. last use of the checkpoint;
   6. uses of the checkpoint;
-  7. 1 if the checkpoint was superseded on the device, else 0.
+  7. earlier uses of a checkpoint there;
+  8. 1 if the checkpoint was superseded on the device, else 0;
+  9. distance of the checkpoint (``Item.distance``).
 
-- ``labels``: label of each node's checkpoint.
+- ``labels``: label of each node's checkpoint; ``stop_reasons``: its stop reason.
 - ``tokens``: tokens of all nodes, concatenated.
 - ``eviction``: learned state of the ``survival`` policy, or null.
 - ``memos``: its data of each node's checkpoint.
@@ -39,8 +41,8 @@ from hybridcache.policies.protocol import PlacementPolicy
 from hybridcache.radix.tree import GHOST_NODE_BYTES, Checkpoint, RadixNode, is_superseded_in_tiers
 from hybridcache.tokens import read_namespace
 
-MAGIC = b"HCMEMRY6"
-NOTHING = (-1, 0, 0, 0, 0)
+MAGIC = b"HCMEMRY7"
+NOTHING = (-1, 0, 0, 0, 0, 0, 0)
 
 
 def write_memory(cache: HybridRadixCache, placement: Sequence[PlacementPolicy] = ()) -> bytes:
@@ -64,8 +66,8 @@ def write_memory(cache: HybridRadixCache, placement: Sequence[PlacementPolicy] =
             above = -1 - namespaces.setdefault(repr(parent.key), len(namespaces))
         facts = NOTHING
         if item is not None:
-            superseded = (own or item).superseded
-            facts = item.serial, item.created, item.last_used, item.uses, superseded
+            uses = item.uses, item.earlier_uses, (own or item).superseded
+            facts = item.serial, item.created, item.last_used, *uses, item.distance
         rows.append((above, node.end, *facts))
         labels.append("" if item is None else item.label)
         reasons.append("" if item is None else item.stop_reason)
@@ -77,7 +79,7 @@ def write_memory(cache: HybridRadixCache, placement: Sequence[PlacementPolicy] =
         "now": cache.now,
         "num_items": cache.num_items,
         "namespaces": list(namespaces),
-        "nodes": np.array(rows, np.int64).reshape(-1, 7),
+        "nodes": np.array(rows, np.int64).reshape(-1, 9),
         "labels": labels,
         "stop_reasons": reasons,
         "tokens": np.concatenate(tokens),
@@ -185,16 +187,16 @@ class Memory:
         item_bytes, at = cache.item_bytes, 0
         columns = (plain[name] for name in ("labels", "stop_reasons", "memos"))
         for row, label, stop_reason, memo in zip(rows, *columns, strict=True):
-            above, end, serial, created, last_used, uses, superseded = row
+            above, end, serial, created, last_used, uses, earlier, superseded, distance = row
             parent = nodes[above] if above >= 0 else roots[-1 - above]
             start, at = at, at + end - parent.end
             node = tree.grow(parent, tokens[start:at].tobytes())
             tree.fade(node)
             nodes.append(node)
             if serial >= 0:
-                item = Checkpoint(node, -1, created, serial, item_bytes, label)
-                item.last_used, item.uses, item.superseded = last_used, uses, bool(superseded)
-                item.stop_reason = stop_reason
+                item = Checkpoint(node, -1, created, serial, item_bytes, label, distance)
+                item.last_used, item.uses, item.earlier_uses = last_used, uses, earlier
+                item.superseded, item.stop_reason = bool(superseded), stop_reason
                 node.lost_checkpoint = item
                 self._items.append((item, memo))
         for node in reversed(nodes):

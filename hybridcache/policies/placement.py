@@ -135,20 +135,26 @@ TRIAL_GROWTH = 4
 """Growth of that number after each failed trial."""
 MEMORY = 1024
 """Checkpoints after which the counts of a label are halved, and maximum prefills between trials."""
-END_LABELS = ("back:1", "decode")
-"""Labels of the end of the prompt and of the answer."""
+Rule = tuple[str, int]
+"""Label and distance of a checkpoint (``Placed``): each has an account of its own."""
+BACK = "back"
+"""Label of a back-off. Its distance is 1 at the end of the prompt."""
+PROMPT_END: Rule = (BACK, 1)
+ANSWER_END: Rule = ("decode", 0)
+ENDS = (PROMPT_END, ANSWER_END)
+"""Rules of the end of the prompt and of the answer."""
 REJOIN = "rejoin"
 """Label of a checkpoint at which a prompt continues the end of a known text."""
 HEAD = "head"
 """Label of an evicted checkpoint that is saved again, because many requests used it."""
 HEAD_USES = 4
 """Fewest uses of such a checkpoint, before and after its eviction together."""
-TIPS = frozenset({*END_LABELS, REJOIN})
-"""Labels of positions from which one conversation continues."""
+TIPS = frozenset({*ENDS, (REJOIN, 0)})
+"""Rules of positions from which one conversation continues."""
 SHARED = frozenset({"branch", "boundary", HEAD})
 """Labels of positions that several prompts share. They are always candidates."""
-COMMON = SHARED.union(END_LABELS)
-"""Labels of positions that later prompts are expected to reuse."""
+COMMON = frozenset({*ENDS, *((label, 0) for label in SHARED)})
+"""Rules of positions that later prompts are expected to reuse."""
 HEADER = 16
 """Longest header of an answer, in tokens. A boundary at most this far from the end of the prompt,
 and less than a grid step or one token, is the end of that prompt, not of a shared text."""
@@ -158,15 +164,15 @@ UNSAVED = {"_accounts", "_latest"}
 """Attributes of ``Adaptive`` that are not saved as they are."""
 FEW = 8
 """Checkpoints that a label needs before other labels are compared with it."""
-Positions = tuple[tuple[int, ...], list[tuple[int, str]]]
-"""Shared boundaries of a prompt, ascending, and its back-offs with labels, deepest first."""
+Positions = tuple[tuple[int, ...], list[Placed]]
+"""Shared boundaries of a prompt, ascending, and its back-offs, deepest first."""
 
 
 class _Account:
-    """Saved checkpoints of one label and the tokens that they earned. Old counts fade."""
+    """Saved checkpoints of one rule and the tokens that they earned. Old counts fade."""
 
-    def __init__(self, label: str, mean_prompt: float, offered: int, most: float) -> None:
-        hope = HOPE if label in COMMON else SPECULATIVE_HOPE
+    def __init__(self, rule: Rule, mean_prompt: float, offered: int, most: float) -> None:
+        hope = HOPE if rule in COMMON else SPECULATIVE_HOPE
         self.hope_tokens = self.earned = hope * mean_prompt
         """``hope_tokens`` is the assumed part of ``earned``, and 0 once it is withdrawn."""
         self.hope_lasts = min(hope * HOPE_LASTS, most)
@@ -259,7 +265,7 @@ class Adaptive(PlacementPolicy):
     """
 
     def __init__(self) -> None:
-        self._accounts: dict[str, _Account] = {}
+        self._accounts: dict[Rule, _Account] = {}
         self._missed_tokens = 0.0
         self._num_placed = 1.0
         self._mean_prompt = 0.0
@@ -273,13 +279,14 @@ class Adaptive(PlacementPolicy):
 
     def state_dict(self) -> dict[str, Any]:
         numbers = {name: value for name, value in vars(self).items() if name not in UNSAVED}
-        accounts = [[label, dict(vars(account))] for label, account in self._accounts.items()]
+        accounts = [[*rule, dict(vars(account))] for rule, account in self._accounts.items()]
         return {"accounts": accounts} | numbers
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._accounts, self._latest = {}, None
-        for label, fields in state["accounts"]:
-            account = self._accounts[label] = _Account(label, 0.0, 0, 0.0)
+        for label, distance, fields in state["accounts"]:
+            rule = label, distance
+            account = self._accounts[rule] = _Account(rule, 0.0, 0, 0.0)
             vars(account).update(fields)
         for name in vars(self).keys() - UNSAVED:
             setattr(self, name, state[name])
@@ -302,40 +309,40 @@ class Adaptive(PlacementPolicy):
         shared, back_offs = positions = _positions(prefill)
         # The assumed earnings of shared positions start before those of the other labels.
         if prefill.forks and prefill.seen_len > prefill.cached_len:
-            self._account("branch")
+            self._account(("branch", 0))
         if shared and shared[-1] > prefill.cached_len:
-            self._account("boundary")
+            self._account(("boundary", 0))
         bars = self._bars()
-        for _, label in back_offs:
-            self._account(label).offer(bars)
+        for back_off in back_offs:
+            self._account(back_off[1:]).offer(bars)
         if not prefill.forks and prefill.floor(prefill.seen_len) is not None:
-            self._account(REJOIN).offer(bars)
+            self._account((REJOIN, 0)).offer(bars)
         if prefill.answer_survives:
-            self._account("decode").offer(bars)
+            self._account(ANSWER_END).offer(bars)
         planned, self._saves_answer = self._choose(prefill, positions, bars)
         self._latest = prefill, planned
 
     def on_hit(self, item: Item) -> None:
-        label, above = item.label, item.above
-        if label in END_LABELS:
-            while above is not None and above.label.startswith("back:"):
-                if above.label == "back:1" and not above.stop_reason:
+        rule, above = (item.label, item.distance), item.above
+        if rule in ENDS:
+            while above is not None and above.label == BACK:
+                if above.distance == 1 and not above.stop_reason:
                     break
                 above = above.above
-        account = self._account(label)
+        account = self._account(rule)
         num_tokens = item.position - (0 if above is None else above.position)
         account.earned += num_tokens
         account.used += num_tokens
         account.uses += 1
 
     def on_ghost_hit(self, item: Item, num_tokens: int) -> None:
-        account = self._account(item.label)
+        account = self._account((item.label, item.distance))
         account.earned += num_tokens
         account.uses += 1
         self._missed_tokens += num_tokens
 
-    def on_saved(self, position: int, label: str) -> None:
-        self._account(label).save()
+    def on_saved(self, placed: Placed) -> None:
+        self._account(placed[1:]).save()
         self._num_placed += 1
         if self._num_placed > 4 * MEMORY:
             self._num_placed *= 0.5
@@ -358,16 +365,16 @@ class Adaptive(PlacementPolicy):
         if seen_len > cached_len:
             if prefill.forks:
                 wanted.append(Placed(seen_len, "branch"))
-            elif self._wants(REJOIN, inf, bars):
+            elif self._wants((REJOIN, 0), inf, bars):
                 wanted.append(Placed(seen_len, REJOIN))
         if shared and shared[-1] > cached_len:
             wanted += [Placed(end, "boundary") for end in reversed(shared) if end > cached_len]
         end = self._end(prefill)
-        for position, label in back_offs:
+        for back_off in back_offs:
             free = inf if free_slots is None or spare else free_slots // 2 - len(wanted)
-            if label == end or self._wants(label, free, bars):
-                wanted.append(Placed(position, label))
-        saves_answer = end == "decode" or self._wants("decode", inf, bars)
+            if back_off[1:] == end or self._wants(back_off[1:], free, bars):
+                wanted.append(back_off)
+        saves_answer = end == ANSWER_END or self._wants(ANSWER_END, inf, bars)
         if free_slots is None or spare:
             return wanted, saves_answer
         room = max((free_slots + prefill.num_checkpoints) // 2, 1)
@@ -375,10 +382,10 @@ class Adaptive(PlacementPolicy):
             return wanted, saves_answer
         # The room rule, the most savings first.
         if saves_answer:
-            wanted.append(Placed(prefill.prompt_len + prefill.grid, "decode"))
+            wanted.append(Placed(prefill.prompt_len + prefill.grid, *ANSWER_END))
         ranked = []
         for order, placed in enumerate(wanted):
-            account = self._account(placed.label)
+            account = self._account(placed[1:])
             uses = account.uses
             if placed.label in SHARED:
                 uses = SHARED_USES * (uses + HOPE)
@@ -390,57 +397,58 @@ class Adaptive(PlacementPolicy):
             if len(found) + saves_answer == room:
                 break
             floored = prefill.floor(placed.position)
-            if placed.label == "decode":
+            if placed[1:] == ANSWER_END:
                 saves_answer = True
             elif floored is not None:
                 found.setdefault(floored, placed)
         return list(found.values()), saves_answer
 
-    def _end(self, prefill: Prefill) -> str | None:
-        """Return the label of the end to save, of prompt or answer, or None."""
-        label, account = "back:1", self._accounts.get("back:1")
-        decode = self._accounts.get("decode") if prefill.answer_survives else None
+    def _end(self, prefill: Prefill) -> Rule | None:
+        """Return the rule of the end to save, of prompt or answer, or None."""
+        rule, account = PROMPT_END, self._accounts.get(PROMPT_END)
+        decode = self._accounts.get(ANSWER_END) if prefill.answer_survives else None
         if decode is not None and (
             account is None or decode.earned / decode.placed > account.earned / account.placed
         ):
-            label, account = "decode", decode
+            rule, account = ANSWER_END, decode
         resumed = prefill.resumed
-        if resumed is not None and not resumed.superseded and resumed.label in TIPS:
-            return label
+        is_alive = resumed is not None and not resumed.superseded
+        if resumed is not None and is_alive and (resumed.label, resumed.distance) in TIPS:
+            return rule
         if account is None:
             return None
         # The turnover rule: are enough of its checkpoints used before their eviction?
         copy = COPY * self._mean_prompt * account.placed
         is_used = not account.hope_tokens and MARGIN * account.used > account.earned + copy
-        return label if is_used else None
+        return rule if is_used else None
 
-    def _account(self, label: str) -> _Account:
-        account = self._accounts.get(label)
+    def _account(self, rule: Rule) -> _Account:
+        account = self._accounts.get(rule)
         if account is None:
             offered = TRIAL_AFTER * (len(self._accounts) + 1) // 8
-            account = _Account(label, self._mean_prompt, offered, max(self._room, 2))
-            self._accounts[label] = account
+            account = _Account(rule, self._mean_prompt, offered, max(self._room, 2))
+            self._accounts[rule] = account
         return account
 
-    def _wants(self, label: str, free_slots: float, bars: tuple[float, float]) -> bool:
-        """Return whether a checkpoint of ``label`` is worth saving.
+    def _wants(self, rule: Rule, free_slots: float, bars: tuple[float, float]) -> bool:
+        """Return whether a checkpoint of ``rule`` is worth saving.
 
-        ``free_slots`` is the free memory left for labels without earnings; inf is no limit.
+        ``free_slots`` is the free memory left for rules without earnings; inf is no limit.
         """
-        account = self._accounts.get(label)
+        account = self._accounts.get(rule)
         if account is not None and account.is_tried:
             return True
-        if free_slots <= 0 and label not in TIPS and (account is None or account.hope_tokens > 0):
+        if free_slots <= 0 and rule not in TIPS and (account is None or account.hope_tokens > 0):
             return False
         if account is None:
-            hope = HOPE if label in COMMON else SPECULATIVE_HOPE
+            hope = HOPE if rule in COMMON else SPECULATIVE_HOPE
             return hope * (self._mean_prompt or 1.0) > bars[0]
         return account.pays(bars)
 
     def _bars(self) -> tuple[float, float]:
         """Return the earnings, and the tokens of real hits, per checkpoint above which a label
         pays."""
-        copy, forks = COPY * self._mean_prompt, self._accounts.get("branch")
+        copy, forks = COPY * self._mean_prompt, self._accounts.get(("branch", 0))
         used = inf if forks is None or forks.placed < FEW else forks.used / forks.placed + copy
         price = self._missed_tokens / self._num_placed  # displaced by one more checkpoint
         return MARGIN * price + copy, used
@@ -472,9 +480,9 @@ def _positions(prefill: Prefill) -> Positions:
     if furthest < 1:
         return shared, []
     last = prompt_len - 1 if own_end is None else min(prompt_len - 1, own_end)
-    back_offs = [(last, "back:1")]
+    back_offs = [Placed(last, BACK, 1)]
     distance = STRIDE * grid
     while distance <= furthest:
-        back_offs.append((prompt_len - distance, f"back:{distance}"))
+        back_offs.append(Placed(prompt_len - distance, BACK, distance))
         distance *= STRIDE
     return shared, back_offs

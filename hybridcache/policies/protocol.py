@@ -148,6 +148,9 @@ class Placed(NamedTuple):
     """Number of tokens before the checkpoint."""
     label: str
     """Name of the rule."""
+    distance: int = 0
+    """Tokens from there to the end of the prompt, as the rule counts them. 0 for most rules: only
+    those of ``adaptive`` that save at several distances tell their checkpoints apart by it."""
 
 
 class Prefill(NamedTuple):
@@ -193,26 +196,29 @@ class Prefill(NamedTuple):
         floored = position - position % self.grid
         return floored if self.cached_len < floored <= self.prompt_len else None
 
-    def on_grid(self, wanted: Iterable[Placed]) -> dict[int, str]:
-        """Round positions down to the grid. Returns the label by position, in the given order.
+    def on_grid(self, wanted: Iterable[Placed]) -> list[Placed]:
+        """Round positions down to the grid. Returns one checkpoint each, in the given order.
 
-        Positions without a possible checkpoint are omitted. The first of several labels is kept.
-        Raises TypeError if a position is not an integer.
+        Positions without a possible checkpoint are omitted. The first of several rules is kept.
+        Raises TypeError if one is no ``Placed`` with an integer.
 
         >>> from hybridcache import Placed, Prefill
         >>> prefill = Prefill(200, 64, 64, 64, (), 64)
         >>> prefill.on_grid([Placed(199, "end"), Placed(192, "again"), Placed(70, "low")])
-        {192: 'end'}
+        [Placed(position=192, label='end', distance=0)]
         """
-        found: dict[int, str] = {}
+        found: dict[int, Placed] = {}
         prompt_len, cached_len, grid = self.prompt_len, self.cached_len, self.grid
-        for position, label in islice(wanted, prompt_len):  # A plan may have no end.
+        for placed in islice(wanted, prompt_len):  # A plan may have no end.
+            if type(placed) is not Placed:
+                raise TypeError(f"each of a plan must be Placed(position, label) (got {placed!r})")
+            position, label, distance = placed
             if type(position) is not int:
                 position = require_index(position, "each position of a plan")
             floored = position - position % grid
             if cached_len < floored <= prompt_len and floored not in found:
-                found[floored] = label
-        return found
+                found[floored] = Placed(floored, label, distance)
+        return [*found.values()]
 
 
 class PlacementPolicy(ABC):
@@ -262,13 +268,13 @@ class PlacementPolicy(ABC):
     def on_ghost_hit(self, item: Item, num_tokens: int) -> None:  # noqa: B027
         """Record that ``item``, an evicted checkpoint, would have saved ``num_tokens`` more."""
 
-    def on_saved(self, position: int, label: str) -> None:  # noqa: B027
+    def on_saved(self, placed: Placed) -> None:  # noqa: B027
         """Record that a checkpoint was published.
 
-        ``label`` can come from another source: "decode", "preempt", "asked" or another policy.
+        Its label can come from another source: "decode", "preempt", "asked" or another policy.
         """
 
-    def on_dropped(self, position: int, label: str) -> None:  # noqa: B027
+    def on_dropped(self, placed: Placed) -> None:  # noqa: B027
         """Record that a planned checkpoint was not published.
 
         Reasons are a missing slot, an early end of the request, or an existing checkpoint.

@@ -2,8 +2,9 @@
 
 >>> from hybridcache.policies.protocol import Prefill
 >>> prefill = Prefill(1000, cached_len=0, kv_match_len=0, seen_len=300, boundaries=(996,), grid=64)
->>> prefill.on_grid(parse_placement("branch,boundary,backoff,every:512").plan(prefill))
-{256: 'branch', 960: 'boundary', 512: 'every'}
+>>> planned = prefill.on_grid(parse_placement("branch,boundary,backoff,every:512").plan(prefill))
+>>> [(placed.position, placed.label) for placed in planned]
+[(256, 'branch'), (960, 'boundary'), (512, 'every')]
 """
 
 from __future__ import annotations
@@ -109,6 +110,8 @@ def parse_placement(spec: PlacementSpec) -> PlacementPolicy:
     if spec.strip() == "none":
         return placement.Placement(())
     parts = split_specs(spec)
+    if "" in parts:
+        raise ValueError(f"{spec!r} has an empty name between its commas: leave out the comma")
     if "none" in parts:
         raise ValueError(f"{spec!r}: none saves nothing, so it must be alone")
     rules: list[PlacementPolicy] = [

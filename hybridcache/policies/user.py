@@ -276,8 +276,10 @@ class GuardedPlacement(Guard, PlacementPolicy):
 
     def plan(self, prefill: Prefill) -> list[Placed]:
         def plan(policy: PlacementPolicy) -> list[Placed]:
-            wanted = prefill.on_grid(policy.plan(prefill))
-            return [Placed(position, str(label)) for position, label in wanted.items()]
+            return [
+                Placed(position, str(label), require_index(distance, "the distance", 0))
+                for position, label, distance in prefill.on_grid(policy.plan(prefill))
+            ]
 
         raise_failure(self.failure)
         found: list[Placed] = self.call("plan", plan)

@@ -191,6 +191,8 @@ class Item:
     request has taken its slot. Also True for the last one of a session that has ended."""
     label: str
     """Placement rule that saved it: end, branch, boundary, backoff, every ..."""
+    distance: int
+    """Tokens to the end of its prompt, of a back-off of ``adaptive``. 0 for other items."""
     stop_reason: str
     """Reason why the answer before it ended (``hybridcache.lease.STOP_REASONS``), for the deepest
     checkpoint of a finished request. Empty for others, or if it is not known."""
@@ -281,6 +283,7 @@ class Edge(Item):
     kind = "kv"
     superseded = False
     label = stop_reason = ""
+    distance = 0
 
     def __init__(
         self, node: RadixNode, rows: Indices, now: int, serial: int, item_bytes: ItemBytes
@@ -314,6 +317,7 @@ class Checkpoint(Item):
     """State after exactly ``node.end`` tokens: an evictable item of kind ``checkpoint``."""
 
     __slots__ = (
+        "distance",
         "earlier_uses",
         "label",
         "num_successors",
@@ -327,7 +331,14 @@ class Checkpoint(Item):
     dead = False
 
     def __init__(
-        self, node: RadixNode, slot: int, now: int, serial: int, item_bytes: ItemBytes, label: str
+        self,
+        node: RadixNode,
+        slot: int,
+        now: int,
+        serial: int,
+        item_bytes: ItemBytes,
+        label: str = "",
+        distance: int = 0,
     ) -> None:
         self.node = node
         self.position = node.end
@@ -336,6 +347,7 @@ class Checkpoint(Item):
         self.serial = serial
         self.item_bytes = item_bytes
         self.label = label
+        self.distance = distance
         self.stop_reason = ""
         self.uses = self.earlier_uses = 0
         self.num_successors = 0
@@ -347,8 +359,9 @@ class Checkpoint(Item):
 
     @property
     def title(self) -> str:
-        """Label, with the stop reason if that is known, for people: decode/tool_use."""
-        return f"{self.label}/{self.stop_reason}" if self.stop_reason else self.label
+        """Label, distance and stop reason, those that it has, for people: decode/tool_use."""
+        label = f"{self.label}:{self.distance}" if self.distance else self.label
+        return f"{label}/{self.stop_reason}" if self.stop_reason else label
 
     @property
     def has_ended(self) -> bool:
@@ -490,8 +503,9 @@ class OffloadedCheckpoint(Checkpoint):
 
     def __init__(self, was: Checkpoint, tier: int, rows: Indices) -> None:
         """Make the item for ``was`` in ``tier``, with its uses and age but without its memo."""
-        super().__init__(was.node, -1, was.created, was.serial, was.item_bytes, was.label)
-        self.last_used, self.uses, self.stop_reason = was.last_used, was.uses, was.stop_reason
+        super().__init__(was.node, -1, was.created, was.serial, was.item_bytes)
+        self.label, self.distance, self.stop_reason = was.label, was.distance, was.stop_reason
+        self.last_used, self.uses, self.earlier_uses = was.last_used, was.uses, was.earlier_uses
         self.superseded = is_superseded_in_tiers(was)
         self.tier = tier
         self.rows = rows

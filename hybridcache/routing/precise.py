@@ -10,43 +10,45 @@ from hashlib import blake2b
 from typing import ClassVar
 
 from hybridcache.export.events import CheckpointStored, Event, Mirror
-from hybridcache.policies.protocol import Prefill
+from hybridcache.policies.protocol import Placed, Prefill
 from hybridcache.routing.protocol import Choice, ReplicaId, ReplicaSpec, Router, RouteRequest
 from hybridcache.tokens import common_prefix_len
 
 MOST_BUSY = 0.95
 """Upper bound of the estimated utilisation. Above it queues grow without limit."""
 EVIDENCE = 4.0
-"""Checkpoints per label that are assumed saved before any event arrives."""
+"""Checkpoints per rule that are assumed saved before any event arrives."""
 RECENT = 64.0
-"""Planned checkpoints per label after which the counts are halved."""
+"""Planned checkpoints per rule after which the counts are halved."""
+Rule = tuple[str, int]
+"""Label and distance of a checkpoint (``Placed``)."""
 
 
 class SavedShares:
-    """Fraction of planned checkpoints that replicas save, by label, learned from their events.
+    """Fraction of planned checkpoints that replicas save, by rule, learned from their events.
 
     The router's copy of a learning placement policy sees no requests, so it plans every position
-    the policy could save. Events show which labels the replicas save at present.
+    the policy could save. Events show which rules the replicas follow at present.
     """
 
     def __init__(self) -> None:
-        self._planned: defaultdict[str, float] = defaultdict(float)
-        self._saved: defaultdict[str, float] = defaultdict(float)
+        self._planned: defaultdict[Rule, float] = defaultdict(float)
+        self._saved: defaultdict[Rule, float] = defaultdict(float)
 
-    def plan(self, label: str) -> None:
+    def plan(self, rule: Rule) -> None:
         """Count a planned checkpoint of a request that events now cover."""
-        self._planned[label] += 1.0
-        if self._planned[label] > RECENT:
-            self._planned[label] *= 0.5
-            self._saved[label] *= 0.5
+        self._planned[rule] += 1.0
+        if self._planned[rule] > RECENT:
+            self._planned[rule] *= 0.5
+            self._saved[rule] *= 0.5
 
-    def save(self, label: str) -> None:
+    def save(self, rule: Rule) -> None:
         """Count a saved checkpoint."""
-        self._saved[label] += 1.0
+        self._saved[rule] += 1.0
 
-    def is_saved(self, label: str) -> bool:
-        """Return whether at least half of the planned checkpoints of ``label`` are saved."""
-        return 2 * (self._saved[label] + EVIDENCE) >= self._planned[label] + EVIDENCE
+    def is_saved(self, rule: Rule) -> bool:
+        """Return whether at least half of the planned checkpoints of ``rule`` are saved."""
+        return 2 * (self._saved[rule] + EVIDENCE) >= self._planned[rule] + EVIDENCE
 
 
 class CheckpointSeconds(Router):
@@ -117,8 +119,8 @@ class CheckpointSeconds(Router):
         branch = tuple(request.tokens[deepest : deepest + self.spec.grid].tolist())
         chosen = rendezvous(repr((request.namespace, deepest, branch)).encode(), equal)
         depth, kv_match_len, new_bytes, positions = known[chosen]
-        labels = tuple(self._plan(request, depth, kv_match_len).values())
-        self.in_flight[chosen][request.id] = request, tuple(sorted(positions)), labels
+        rules = tuple(placed[1:] for placed in self._plan(request, depth, kv_match_len))
+        self.in_flight[chosen][request.id] = request, tuple(sorted(positions)), rules
         self.write_rates[chosen].sent(new_bytes, self.seconds(depth, num_ids), now)
         return Choice(chosen, depth)
 
@@ -142,13 +144,13 @@ class CheckpointSeconds(Router):
         if self.spec.placement is None or not self.spec.stateful:
             return [len(request.tokens)]
         planned = self._plan(request, cached_len, kv_match_len)
-        return [position for position, label in planned.items() if self.shares.is_saved(label)]
+        return [placed.position for placed in planned if self.shares.is_saved(placed[1:])]
 
-    def _plan(self, request: RouteRequest, cached_len: int, kv_match_len: int) -> dict[int, str]:
-        """Return the label of each position at which the placement policy may save."""
+    def _plan(self, request: RouteRequest, cached_len: int, kv_match_len: int) -> list[Placed]:
+        """Return the checkpoints that the placement policy may save."""
         placement, step = self.spec.placement, math.lcm(self.spec.grid, self.spec.page_size)
         if placement is None or not self.spec.stateful:
-            return {}
+            return []
         known = max(cached_len, kv_match_len)
         prefill = Prefill(len(request.tokens), cached_len, known, known, request.boundaries, step)
         return prefill.on_grid(placement.plan(prefill))
@@ -178,15 +180,15 @@ class CheckpointSeconds(Router):
         if counts:
             for event in events:
                 if isinstance(event, CheckpointStored):
-                    self.shares.save(event.label)
+                    self.shares.save((event.label, event.distance))
         else:  # It has all contents; batches that covered requests may be lost.
             ended = [one for one in self.in_flight[replica] if one not in self._where]
             covered = [*covered, *ended]
         for request in covered:
             prompt = self.in_flight[replica].pop(request, None)
             if prompt is not None and counts:
-                for label in prompt[2]:
-                    self.shares.plan(label)
+                for rule in prompt[2]:
+                    self.shares.plan(rule)
 
     def check(self) -> None:
         super().check()
@@ -201,10 +203,10 @@ class CheckpointSeconds(Router):
 # --- Prompts without events yet -------------------------------------------------------------------
 
 
-InFlight = dict[Hashable, tuple[RouteRequest, tuple[int, ...], tuple[str, ...]]]
+InFlight = dict[Hashable, tuple[RouteRequest, tuple[int, ...], tuple[Rule, ...]]]
 """Prompts in flight to one replica: running requests, and those that ended since its events.
 
-Each has the positions at which it saves a checkpoint, ascending, and the labels of all positions at
+Each has the positions at which it saves a checkpoint, ascending, and the rules of all positions at
 which the placement policy may save.
 """
 
@@ -217,7 +219,7 @@ def depth_after(prompts: InFlight, request: RouteRequest) -> int:
 
     >>> import numpy as np
     >>> long, short = np.array([1, 2, 3, 4], np.int32), np.array([1, 2, 9], np.int32)
-    >>> prompts = {"a": (RouteRequest("a", long), (2, 4), ("every", "every"))}
+    >>> prompts = {"a": (RouteRequest("a", long), (2, 4), (("every", 0),) * 2)}
     >>> depth_after(prompts, RouteRequest("b", short))
     2
     """

@@ -151,6 +151,16 @@ class Loader(ABC, Generic[R]):
         if load is not None:
             load.cancel()
 
+    def step_failed(self, *, was_lost: bool) -> None:
+        """End all loads if rows ``was_lost``: a failed step alone touches none of theirs."""
+        if was_lost:
+            self.end_all()
+
+    def disconnect(self, *, at_once: bool) -> None:
+        """End all loads ``at_once``, because the engine ends, or let them finish."""
+        if at_once:
+            self.end_all()
+
     def end_all(self) -> None:
         """End all loads, because rows were lost or the engine ends. Waiting requests compute."""
         for request in tuple(self._pending):

@@ -20,7 +20,7 @@ Requests that need another slab for their states sit the step out, and the other
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Callable, Iterable, Iterator, Mapping, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from itertools import islice
 from math import inf
@@ -669,9 +669,9 @@ class Sharing:
         usable = min(shared, request.num_tokens - 1) // grid * grid
         if usable <= at:
             return []
-        return [point for point in sorted(self.saves_of(request, shared)) if point <= usable]
+        return sorted(point for point in self.saves_of(request, shared) if point <= usable)
 
-    def saves_of(self, request: ScheduledRequest, seen_len: int) -> Iterable[int]:
+    def saves_of(self, request: ScheduledRequest, seen_len: int) -> Sequence[int]:
         """Return the positions where ``request`` would save its state if only the KV of its first
         ``seen_len`` tokens were cached, without a checkpoint."""
         manager, grid = self._manager, self._manager.cache.checkpoint_grid
@@ -685,4 +685,5 @@ class Sharing:
             boundaries=request.spec.boundaries.positions,
             grid=grid,
         )
-        return prefill.on_grid(manager.placement.plan(prefill))
+        planned = prefill.on_grid(manager.placement.plan(prefill))
+        return [placed.position for placed in planned]

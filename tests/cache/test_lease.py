@@ -109,14 +109,14 @@ def test_the_placement_sees_the_match_and_is_told_of_dropped_positions() -> None
     class Recorder(End):
         def __init__(self) -> None:
             self.seen: list[tuple[Item | None, bool]] = []
-            self.dropped: list[tuple[int, str]] = []
+            self.dropped: list[Placed] = []
 
         def plan(self, prefill: Prefill) -> list[Placed]:
             self.seen.append((prefill.resumed, prefill.answer_survives))
             return [Placed(128, "own")]
 
-        def on_dropped(self, position: int, label: str) -> None:
-            self.dropped.append((position, label))
+        def on_dropped(self, placed: Placed) -> None:
+            self.dropped.append(placed)
 
     cache, text, recorder = make_cache(), tokens(200), Recorder()
     placement = parse_placement(lambda: recorder)
@@ -139,7 +139,7 @@ def test_the_placement_sees_the_match_and_is_told_of_dropped_positions() -> None
         assert lease is not None and lease.extend(200)
         assert not has_slot or lease.take_checkpoint_slots(0, 200)
         lease.abort()
-    assert recorder.dropped == [(128, "own")] * 2
+    assert recorder.dropped == [Placed(128, "own")] * 2
 
 
 def test_a_checkpoint_of_the_prompt_is_superseded_while_the_answer_has_one() -> None:

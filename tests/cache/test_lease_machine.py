@@ -80,13 +80,13 @@ class Ledger(Placement):
         self.prefills += 1
         super().on_prefill(prefill)
 
-    def on_saved(self, position: int, label: str) -> None:
-        self.saved.append(Placed(position, label))
-        super().on_saved(position, label)
+    def on_saved(self, placed: Placed) -> None:
+        self.saved.append(placed)
+        super().on_saved(placed)
 
-    def on_dropped(self, position: int, label: str) -> None:
-        self.dropped.append(Placed(position, label))
-        super().on_dropped(position, label)
+    def on_dropped(self, placed: Placed) -> None:
+        self.dropped.append(placed)
+        super().on_dropped(placed)
 
 
 @dataclass(eq=False)
@@ -295,12 +295,14 @@ class LeaseMachine(RuleBasedStateMachine):
         if counts:
             request.is_counted = True
             if self.is_hybrid:
-                planned = {position for position, _ in request.planned}
-                wanted = [Placed(*placed) for placed in self.ledger.planned.items()]
+                planned = {placed.position for placed in request.planned}
+                wanted = self.ledger.planned
                 request.planned.update(
                     placed for placed in wanted if placed.position not in planned
                 )
-                assert request.lease.planned == tuple(sorted(at for at, _ in request.planned))
+                assert request.lease.planned == tuple(
+                    sorted(one.position for one in request.planned)
+                )
         assert request.lease.is_counted == (request.is_counted and request.reuse)
         return extended
 

@@ -91,7 +91,9 @@ def test_a_policy_of_a_stranger_is_ranked_by_one_command(
     assert record["facts"]["cells"][0]["arrivals"] == "drawn by the generator"
     assert next(iter(record["scores"])) == "(upper bound)"
     # A second file adds its systems; other cells are refused.
-    benchmark("fifo", quick=True, progress=False).write(tmp_path / "b.json")
+    fifo = benchmark(["fifo", "lru"], quick=True, progress=False)
+    assert fifo.systems.count("lru@adaptive") == 1 and "lru" not in fifo.systems
+    fifo.write(tmp_path / "b.json")
     assert main(["leaderboard", "--results", "a.json", "b.json"]) == 0
     table = capsys.readouterr().out
     assert table.count("lru@adaptive  ") == 1 and "\nfifo" in table and "mine_frozen:Mine" in table

@@ -28,6 +28,7 @@ class FakeItem(Item):
     superseded: bool = False
     above: Any = None
     label: str = ""
+    distance: int = 0
     stop_reason: str = ""
     memo: Any = None
     serial: int = field(default_factory=_serials.__next__)

@@ -25,7 +25,8 @@ from tests.policies.items import FakeItem
 )
 def test_each_rule_plans_the_expected_positions(spec: str, positions: list[int]) -> None:
     prefill = Prefill(1000, 0, 0, 0, (), 64)
-    assert sorted(prefill.on_grid(parse_placement(spec).plan(prefill))) == positions
+    planned = prefill.on_grid(parse_placement(spec).plan(prefill))
+    assert sorted(placed.position for placed in planned) == positions
 
 
 @pytest.mark.parametrize(("prompt_len", "position"), [(1000, 960), (640, 576)])
@@ -33,7 +34,8 @@ def test_a_branch_at_the_end_of_a_known_prompt_can_be_used_by_that_prompt(
     prompt_len: int, position: int
 ) -> None:
     prefill = Prefill(prompt_len, 0, prompt_len, prompt_len, (), 64)
-    assert prefill.on_grid(parse_placement("branch").plan(prefill)) == {position: "branch"}
+    planned = prefill.on_grid(parse_placement("branch").plan(prefill))
+    assert planned == [Placed(position, "branch")]
 
 
 EVERY_RULE = [f"{name}:{rule.example}".rstrip(":") for name, rule in PLACEMENT_NAMES.items()]
@@ -64,5 +66,5 @@ def test_planning_does_not_change_a_placement(spec: str) -> None:
         assert prefill.on_grid(forecasting.plan(prefill)) == planned
         assert forecasting.decode_interval() == plain.decode_interval()
         for placement in (forecasting, plain):
-            for position, wanted in planned.items():
-                placement.on_saved(position, wanted)
+            for placed in planned:
+                placement.on_saved(placed)

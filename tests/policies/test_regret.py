@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from hybridcache.config import CacheConfig, build_prefix_cache
+from hybridcache.export.warm_state import pack, unpack, write_memory
 from hybridcache.lab.generators import chat
 from hybridcache.lab.simulation.simulate import simulate
 from hybridcache.lab.trace import TraceRequest
@@ -44,14 +45,14 @@ def hit_rate(
 def test_superseded_and_speculative_checkpoints_are_evicted_before_tips() -> None:
     tip = FakeItem("tip", label="decode")
     superseded = FakeItem("superseded", label="decode", superseded=True)
-    guess = FakeItem("guess", label="back:64", superseded=True)
+    guess = FakeItem("guess", label="back", distance=64, superseded=True)
     assert offer(Survival(), tip, superseded, guess) == ["guess", "superseded", "tip"]
 
 
 def test_all_ghosts_on_the_path_count_as_used_except_superseded_ones() -> None:
     policy = Survival()
-    shared, behind, tip = (FakeItem(name, label=name) for name in ("boundary", "back:4", "decode"))
-    behind.superseded = True
+    shared, behind, tip = (FakeItem(name, label=name) for name in ("boundary", "back", "decode"))
+    behind.distance, behind.superseded = 4, True
     for item in (shared, behind, tip):
         policy.add(item)
         policy.discard(item, evicted=True)
@@ -87,7 +88,7 @@ def test_an_evicted_head_is_saved_again_by_its_uses(
     item = FakeItem("it", label=label, position=position, uses=uses, earlier_uses=earlier)
     deeper = FakeItem("other", label="branch", position=690, uses=1)
     planned = Adaptive().plan(prefill(0, seen_len=700, evicted=(deeper, item), **changes))
-    assert ((position, "head") in planned) == is_head
+    assert (Placed(position, "head") in planned) == is_head
 
 
 def test_uses_of_evicted_checkpoints_are_counted_for_each_text() -> None:
@@ -116,6 +117,30 @@ def test_uses_of_evicted_checkpoints_are_counted_for_each_text() -> None:
     assert ask(0) == [], "it was saved again"
     cache.evict(num_slots=16)
     assert ask(0) == [(64, 1, 4)], "earlier uses are kept"
+    cache.evict(num_slots=16)
+    memory = unpack(pack(write_memory(cache)))
+    cache = build_prefix_cache(CacheConfig(num_kv_tokens=4096, num_slots=16, grid=64))
+    memory.recall_tree(cache)
+    assert ask(0) == [(64, 0, 6)], "earlier uses are kept over a restart"
+
+
+def test_uses_of_a_checkpoint_are_counted_once_if_a_tier_has_it() -> None:
+    """Two uses, one miss, a load from the host tier with a third use, and the next eviction."""
+    sizes = {"kv_bytes_per_token": 2, "state_bytes": 8, "host_bytes": 1000}
+    cache = build_prefix_cache(CacheConfig(num_kv_tokens=64, num_slots=2, grid=4, **sizes))
+    prompt = np.arange(5, dtype=np.int32)
+    rows, slot = cache.allocate_kv(4), cache.allocate_slot()
+    assert rows is not None and slot is not None
+    item = cache.insert(prompt[:4], rows, [(4, slot)]).node
+    cache.touch(cache.match(prompt))
+    cache.touch(cache.match(prompt))
+    cache.evict(num_slots=1)
+    cache.touch(cache.match(prompt))
+    [found] = cache.match(prompt).loadable
+    assert cache.load(found)
+    cache.touch(cache.match(prompt))
+    loaded = cache.match(prompt).resumed
+    assert loaded is not None and item is not None and (loaded.uses, loaded.earlier_uses) == (3, 1)
 
 
 def test_a_head_that_nobody_declares_is_found_again() -> None:
@@ -160,25 +185,27 @@ def prefill(number: int, **changes: object) -> Prefill:
     return base._replace(**changes)  # type: ignore[arg-type]
 
 
-def labels_of(placement: Adaptive, prefill: Prefill) -> set[str]:
-    """Save all checkpoints that ``placement`` plans for a request, and return their labels."""
+def back_offs_of(placement: Adaptive, prefill: Prefill) -> set[int]:
+    """Save all checkpoints that ``placement`` plans for a request, all of them back-offs, and
+    return their distances."""
     if prefill.resumed is not None:
         placement.on_hit(prefill.resumed)
     for missed in prefill.evicted[:1]:
         placement.on_ghost_hit(missed, missed.position - prefill.cached_len)
     placement.on_prefill(prefill)
     wanted = list(placement.plan(prefill))
-    for position, label in wanted:
-        placement.on_saved(position, label)
-    return {label for _, label in wanted}
+    for placed in wanted:
+        assert placed.label == "back"
+        placement.on_saved(placed)
+    return {placed.distance for placed in wanted}
 
 
 def test_labels_without_hits_are_dropped_and_tried_again() -> None:
     placement = Adaptive()
-    planned = [labels_of(placement, prefill(n)) for n in range(400)]
-    assert planned[0] == {"back:1", "back:4", "back:16", "back:64", "back:256"}
+    planned = [back_offs_of(placement, prefill(n)) for n in range(400)]
+    assert planned[0] == {1, 4, 16, 64, 256}
     late = planned[100:]
-    assert 1 <= sum("back:64" in labels for labels in late) <= 4, (
+    assert 1 <= sum(64 in distances for distances in late) <= 4, (
         "it must be tried again less and less often"
     )
 
@@ -187,9 +214,9 @@ def test_every_position_is_saved_in_spare_slots() -> None:
     """A label that never paid is saved again if KV is evicted while slots are free."""
     placement = Adaptive()
     for number in range(100):
-        labels_of(placement, prefill(number))
-    missed = FakeItem("lost", label="back:1", position=900)
-    every = {"back:1", "back:4", "back:16", "back:64", "back:256"}
+        back_offs_of(placement, prefill(number))
+    missed = FakeItem("lost", label="back", distance=1, position=900)
+    every = {1, 4, 16, 64, 256}
     for free_slots, shares_memory, saves_all in (
         (7, False, True),
         (6, False, False),
@@ -197,17 +224,21 @@ def test_every_position_is_saved_in_spare_slots() -> None:
     ):
         changes = {"free_slots": free_slots, "shares_memory": shares_memory}
         request = prefill(0, evicted=(missed,), num_checkpoints=20, **changes)
-        assert (labels_of(placement, request) == every) == saves_all
+        assert (back_offs_of(placement, request) == every) == saves_all
+
+
+def labels_of(planned: Iterable[Placed]) -> dict[int, str]:
+    return {placed.position: placed.label for placed in planned}
 
 
 def test_branches_and_boundaries_are_always_placed() -> None:
     placement = Adaptive()
-    placed = dict(placement.plan(prefill(0, seen_len=300, boundaries=(200, 950))))
+    placed = labels_of(placement.plan(prefill(0, seen_len=300, boundaries=(200, 950))))
     assert placed[300] == "branch" and placed[200] == placed[950] == "boundary"
     tip = FakeItem("tip", label="decode", position=300)
-    placed = dict(placement.plan(prefill(1, seen_len=300, evicted=(tip,), forks=False)))
+    placed = labels_of(placement.plan(prefill(1, seen_len=300, evicted=(tip,), forks=False)))
     assert placed[300] == "rejoin", "a continuation is not a fork"
-    placed = dict(placement.plan(prefill(2, seen_len=300, evicted=(tip,))))
+    placed = labels_of(placement.plan(prefill(2, seen_len=300, evicted=(tip,))))
     assert placed[300] == "branch", "other requests forked at the evicted tip"
 
 
@@ -309,8 +340,8 @@ def test_survival_learns_by_stop_reason(rule: str) -> None:
     )
     assert used > 4 * ended
     learned = Adaptive()
-    learned.on_saved(60, "decode")
+    learned.on_saved(Placed(60, "decode"))
     learned.on_hit(FakeItem("tip", label="decode", stop_reason="tool_use"))
-    assert learned._accounts.keys() == {"decode"}, (
+    assert learned._accounts.keys() == {("decode", 0)}, (
         "a placement policy decides before the stop reason is known"
     )

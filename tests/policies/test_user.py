@@ -128,7 +128,7 @@ def test_a_custom_eviction_policy_runs_wherever_a_name_does(name: str) -> None:
         ("ListOfVictims", "result of victim .* unhashable type: 'list'"),
         ("NoSuper", r"'now'; its __init__ must call super\(\).__init__\(\)"),
         ("Missing", "user_policies has no class 'Missing'"),
-        ("Bare", r"the result of plan are wrong: TypeError: .* unpack.*; plan must return a list"),
+        ("Bare", r"the result of plan are wrong: TypeError: each of a plan must be Placed"),
         ("Half", r"result of plan .* each position of a plan must be an integer .got \d+\."),
         ("NoPlan", "result of plan .* 'NoneType' object is not iterable"),
         ("Lost", r"plan raised IndexError: .* .user_policies.py, line \d+"),
@@ -162,7 +162,7 @@ def test_an_object_that_is_no_policy_is_named() -> None:
 def test_an_endless_plan_ends_with_the_prompt() -> None:
     prefill = Prefill(100, 64, 64, 64, (), 64)
     assert parse_placement("user_policies:Endless").plan(prefill) == []
-    assert prefill.on_grid(repeat(Placed(70, ""))) == {}
+    assert prefill.on_grid(repeat(Placed(70, ""))) == []
 
 
 class Weighted(ScorePolicy):

@@ -166,6 +166,7 @@ class PrefillServer(Plugin):
             raise ConfigError(f"--transfer-at {self.settings.transfer_at}: {why}.") from error
         bound = self._router.getsockopt_string(zmq.LAST_ENDPOINT)
         self.address = name, int(bound.rpartition(":")[2])
+        engine.transfers.append(self)
 
     def _exchange(self) -> None:
         """Handle the messages that have arrived, and send those that are due."""
@@ -266,7 +267,7 @@ class PrefillServer(Plugin):
         is_sending = not self._is_accepting and bool(sessions)
         return is_sending or bool(self.unsent) or not all(each.has_ended for each in sessions)
 
-    def before_step(self) -> None:
+    def advance(self) -> None:
         """Accept new prefixes, and send what has been computed."""
         self._exchange()
         for session in tuple(self._sessions.values()):
@@ -284,8 +285,8 @@ class PrefillServer(Plugin):
         elif self.has_work:
             self._router.poll(round(1e3 * IDLE_S))
 
-    def on_step_failed(self, *, was_lost: bool) -> None:
-        """See ``Plugin``. Prefixes end, because the data sent in the failed step is unknown."""
+    def step_failed(self, *, was_lost: bool) -> None:
+        """See ``Transfers``. Prefixes end, because the data sent in the failed step is unknown."""
         self._end_all(StepFailed("a step of the prefill engine failed"))
 
     def _end_all(self, error: RequestError) -> None:
@@ -295,7 +296,7 @@ class PrefillServer(Plugin):
                 self.fail(peer, error)
 
     def disconnect(self, *, at_once: bool) -> None:
-        """See ``Plugin``. Decode engines get an error for new prefixes, and compute them.
+        """See ``Transfers``. Decode engines get an error for new prefixes, and compute them.
         ``at_once`` ends prefixes in progress and all connections."""
         self._is_accepting = False
         if at_once and not self._router.closed:

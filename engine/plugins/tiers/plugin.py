@@ -202,13 +202,12 @@ class TierPlugin(Plugin):
 
     def attach(self, engine: EngineCore, manager: CacheManager) -> None:
         engine.observers.append(self._learn)
+        engine.on_emptied.append(self._on_emptied)
 
     def _learn(self, report: StepReport) -> None:
-        """Record a step that was computed."""
+        """Record a step that was computed, and save the policy state if a save is due."""
         self.exchange.learn(report)
         self._has_changes |= bool(report.prefilled or report.num_decode_tokens)
-
-    def before_step(self) -> None:
         self._save_if_due(BUSY_EVERY_S)
 
     def on_idle(self) -> float | None:
@@ -268,9 +267,9 @@ class TierPlugin(Plugin):
             num_adopted += 1
         return num_adopted
 
-    def on_cache_emptied(self, *, was_lost: bool) -> None:
-        """See ``Plugin``. Entries on disk are adopted again if the rows were lost, and removed
-        if the cache was emptied on request."""
+    def _on_emptied(self, was_lost: bool) -> None:
+        """Adopt the entries on disk again if the rows were lost, and remove them if the cache was
+        emptied on request; see ``EngineCore.on_emptied``."""
         self._cache = cast("TieredRadixCache", self._manager.cache)  # There may be another one.
         steps, disk = self._cache.steps, self.disk
         if was_lost:

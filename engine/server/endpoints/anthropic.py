@@ -14,6 +14,7 @@ import msgspec
 from msgspec import Meta
 from starlette.responses import Response
 
+from engine.errors import JsonObject
 from engine.requests.request import MAX_COUNT
 from engine.server.bodies import APIError, Body, Part, json_response
 from engine.server.endpoints.chat import PartWriter, as_tool, chat_of, named_event, render
@@ -135,7 +136,7 @@ class Tool(msgspec.Struct, kw_only=True):
     cache_control: CacheControl | None = None
     strict: bool | None = None
 
-    def as_tool(self) -> dict[str, Any]:
+    def as_tool(self) -> JsonObject:
         mark = {} if self.cache_control is None else {"cache_control": {"type": "ephemeral"}}
         return as_tool(self.name, self.description, self.input_schema, self.strict) | mark
 
@@ -217,7 +218,7 @@ class CountRequest(Body, kw_only=True):
             messages += turn.as_messages()
         choice = self.tool_choice or ToolChoice(type="auto")
         config = self.output_config or OutputConfig()
-        switches: dict[str, Any] = {}
+        switches: JsonObject = {}
         if config.effort is not None:
             switches["reasoning_effort"] = config.effort
         if self.thinking is not None and self.thinking.type != "adaptive":
@@ -277,7 +278,7 @@ class _MessagesWriter(PartWriter):
         self._given = body
         # The answer says that no edit was applied.
         asked = body.context_management is not None
-        self._told: dict[str, Any] = {"context_management": {"applied_edits": []}} if asked else {}
+        self._told: JsonObject = {"context_management": {"applied_edits": []}} if asked else {}
         thinking = body.thinking
         self._omits_thinking = thinking is not None and thinking.display == "omitted"
         self._thoughts = hashlib.sha256()
@@ -286,14 +287,14 @@ class _MessagesWriter(PartWriter):
     def failed(self, failure: APIError) -> bytes:
         return named_event(failure.body(self._call.request.scope))
 
-    def whole(self) -> dict[str, Any]:
+    def whole(self) -> JsonObject:
         """Return the message, whose content is put together from the blocks of its stream."""
         content = list[dict[str, Any]]()
         for one in (*self.parts(joined(self._answer.events)), *self.close()):
             match one:
-                case {"content_block": block}:
+                case {"content_block": dict(block)}:
                     content.append(block)
-                case {"delta": {"partial_json": text}}:
+                case {"delta": {"partial_json": str(text)}}:
                     content[-1]["input"] = read_json(text)
                 case {"delta": dict(delta)}:
                     content[-1] |= {name: part for name, part in delta.items() if name != "type"}
@@ -307,10 +308,13 @@ class _MessagesWriter(PartWriter):
         yield from map(named_event, self.parts(self._answer.new))
 
     def end(self) -> Iterator[bytes]:
-        last = {"type": "message_delta", "delta": self._ending(), "usage": self._usage()}
-        yield from map(named_event, [*self.close(), last | self._told, {"type": "message_stop"}])
+        last: JsonObject = {"type": "message_delta", "delta": self._ending()}
+        last |= {"usage": self._usage(), **self._told}
+        yield from map(named_event, self.close())
+        yield named_event(last)
+        yield named_event({"type": "message_stop"})
 
-    def _message(self, content: list[dict[str, Any]], ending: dict[str, Any]) -> dict[str, Any]:
+    def _message(self, content: list[JsonObject], ending: JsonObject) -> JsonObject:
         return {
             "id": self.answer_id,
             "type": "message",
@@ -321,7 +325,7 @@ class _MessagesWriter(PartWriter):
             "usage": self._usage(),
         }
 
-    def _ending(self) -> dict[str, Any]:
+    def _ending(self) -> JsonObject:
         """Return the reason of the end, and a warning if there is one. The stop sequence that ended
         the answer follows its text. O(tokens)."""
         finish, output = self._answer.finish, self._answer.output
@@ -333,9 +337,9 @@ class _MessagesWriter(PartWriter):
             met = [one for one in stops if text.startswith(one, len(output.text))]
             stop = min(met, key=len, default=None)
             reason = reason if stop is None else "stop_sequence"
-        return {"stop_reason": reason, "stop_sequence": stop} | self._answer.warned
+        return {"stop_reason": reason, "stop_sequence": stop, **self._answer.warned}
 
-    def _usage(self) -> dict[str, Any]:
+    def _usage(self) -> JsonObject:
         """Return the token counts; the three counts of input sum to the prompt.
 
         ``cache_creation_input_tokens`` counts the tokens computed up to the last mark of
@@ -354,8 +358,8 @@ class _MessagesWriter(PartWriter):
             "output_tokens_details": {"thinking_tokens": self._answer.num_reasoning_tokens},
         }
 
-    def open(self, one: Event) -> Iterator[dict[str, Any]]:
-        block: dict[str, Any] = {"type": "text", "text": ""}
+    def open(self, one: Event) -> Iterator[JsonObject]:
+        block: JsonObject = {"type": "text", "text": ""}
         if isinstance(one, ReasoningDelta):
             block = {"type": "thinking", "thinking": "", "signature": ""}
             self._thoughts = hashlib.sha256()
@@ -363,7 +367,7 @@ class _MessagesWriter(PartWriter):
             block = {"type": "tool_use", "id": new_id("toolu", "_"), "name": one.name, "input": {}}
         yield {"type": "content_block_start", "index": self._place, "content_block": block}
 
-    def extend(self, one: Event) -> Iterator[dict[str, Any]]:
+    def extend(self, one: Event) -> Iterator[JsonObject]:
         match one:
             case ReasoningDelta(text):
                 self._thoughts.update(text.encode())
@@ -374,12 +378,12 @@ class _MessagesWriter(PartWriter):
             case ToolCall(_, arguments):
                 yield self._delta({"type": "input_json_delta", "partial_json": arguments})
 
-    def complete(self, is_cut: bool) -> Iterator[dict[str, Any]]:
+    def complete(self, is_cut: bool) -> Iterator[JsonObject]:
         if self._kind is ReasoningDelta:
             # Clients drop thinking without a signature; it proves nothing.
             sign = self._thoughts.hexdigest()
             yield self._delta({"type": "signature_delta", "signature": sign})
         yield {"type": "content_block_stop", "index": self._place}
 
-    def _delta(self, delta: dict[str, Any]) -> dict[str, Any]:
+    def _delta(self, delta: JsonObject) -> JsonObject:
         return {"type": "content_block_delta", "index": self._place, "delta": delta}

@@ -10,6 +10,7 @@ from typing import Any
 
 from starlette.responses import Response
 
+from engine.errors import Json, JsonObject
 from engine.requests.chat_prompt import NO_CHAT, ChatPrompt
 from engine.server.bodies import APIError, run, settled
 from engine.server.schemas import ChatRequest, arranged, cuts_of
@@ -123,10 +124,13 @@ class _ChatWriter(ChatWriter):
         self._num_calls = Counter[int]()
         """Number of calls of each answer that were written."""
 
-    def whole(self) -> dict[str, Any]:
-        choices = [
-            {"index": index, "message": _message(self.readers[index].events)}
-            | self._more(index, output.logprobs, output.token_ids)
+    def whole(self) -> JsonObject:
+        choices: list[JsonObject] = [
+            {
+                "index": index,
+                "message": _message(self.readers[index].events),
+                **self._more(index, output.logprobs, output.token_ids),
+            }
             for index, output in enumerate(self.outputs)
         ]
         ids = self._ids("prompt_token_ids", self.outputs[0].prompt_token_ids)
@@ -135,7 +139,7 @@ class _ChatWriter(ChatWriter):
     def write(self, index: int, is_first: bool) -> Iterator[bytes]:
         """Yield one event, after the role of the choice if it is its first."""
         news, ids = self.readers[index], dict[str, Any]()
-        empty = {"index": index, "delta": {}, "logprobs": None, "finish_reason": None}
+        empty: JsonObject = {"index": index, "delta": {}, "logprobs": None, "finish_reason": None}
         if is_first:
             if len(self._latest) == 1:
                 ids = self._ids("prompt_token_ids", news.output.prompt_token_ids)
@@ -144,7 +148,7 @@ class _ChatWriter(ChatWriter):
         delta, output = _delta(news.new, self._num_calls[index]), news.output
         self._num_calls[index] += len(delta.get("tool_calls", ()))
         more = self._more(index, output.new_logprobs, output.new_token_ids)
-        choice = {"index": index, "delta": delta} | more
+        choice: JsonObject = {"index": index, "delta": delta, **more}
         if ids or choice != empty:
             yield event(self._completion([choice], **ids))
 
@@ -164,13 +168,13 @@ class _ChatWriter(ChatWriter):
         details["reasoning_tokens"] = num_thought
         return counts
 
-    def _scores(self, scores: Sequence[SampledToken] | None) -> dict[str, Any] | None:
+    def _scores(self, scores: Sequence[SampledToken] | None) -> JsonObject | None:
         """Return one object per token, with its best alternatives, if they are requested."""
         if not self._body.logprobs:
             return None
         tokenizer, num_top = self._context.tokenizer, self._body.top_logprobs or 0
 
-        def entry(token_id: int, logprob: float | None) -> dict[str, Any]:
+        def entry(token_id: int, logprob: float | None) -> JsonObject:
             return {
                 "token": token_text(tokenizer, token_id),
                 "logprob": finite(logprob),
@@ -210,14 +214,12 @@ def _delta(events: Sequence[Event], num_calls: int = 0) -> dict[str, Any]:
 # --- Other dialects of a chat ---------------------------------------------------------------------
 
 
-def named_event(data: Mapping[str, Any]) -> bytes:
+def named_event(data: Mapping[str, Json]) -> bytes:
     """Return one server-sent event named after its ``type``."""
-    return event(data, data["type"])
+    return event(data, str(data["type"]))
 
 
-def as_tool(
-    name: str, description: str | None, parameters: Any, strict: bool | None
-) -> dict[str, Any]:
+def as_tool(name: str, description: str | None, parameters: Any, strict: bool | None) -> JsonObject:
     """Return a function of another dialect as a tool of a chat."""
     function = {"name": name, "description": description, "strict": strict}
     return {"type": "function", "function": settled(function | {"parameters": parameters})}
@@ -246,7 +248,7 @@ class PartWriter(ChatWriter):
     def _answer(self) -> AnswerReader:
         return self.readers[0]
 
-    def parts(self, events: Sequence[Event]) -> Iterator[dict[str, Any]]:
+    def parts(self, events: Sequence[Event]) -> Iterator[JsonObject]:
         """Yield the next parts of the answer."""
         for one in events:
             if self._kind is not type(one):
@@ -257,7 +259,7 @@ class PartWriter(ChatWriter):
             if isinstance(one, ToolCall):
                 yield from self.close()
 
-    def close(self, is_cut: bool = False) -> Iterator[dict[str, Any]]:
+    def close(self, is_cut: bool = False) -> Iterator[JsonObject]:
         """End the open part, if there is one. ``is_cut``: a limit ended the answer inside it."""
         if self._kind is not None:
             yield from self.complete(is_cut)
@@ -265,13 +267,13 @@ class PartWriter(ChatWriter):
             self._place += 1
 
     @abstractmethod
-    def open(self, one: Event) -> Iterator[dict[str, Any]]:
+    def open(self, one: Event) -> Iterator[JsonObject]:
         """Yield the beginning of a part."""
 
     @abstractmethod
-    def extend(self, one: Event) -> Iterator[dict[str, Any]]:
+    def extend(self, one: Event) -> Iterator[JsonObject]:
         """Yield the next piece of the open part."""
 
     @abstractmethod
-    def complete(self, is_cut: bool) -> Iterator[dict[str, Any]]:
+    def complete(self, is_cut: bool) -> Iterator[JsonObject]:
         """Yield the end of the open part."""

@@ -8,6 +8,7 @@ from typing import Any
 
 from starlette.responses import Response
 
+from engine.errors import JsonObject
 from engine.server.schemas import CompletionRequest
 from engine.server.transport import event
 from engine.server.writers import Call, Writer, finite, new_id, token_text
@@ -41,7 +42,7 @@ class _CompletionWriter(Writer):
         self._offsets = Counter[int]()
         """Length of the text of each choice, as decoded so far."""
 
-    def whole(self) -> dict[str, Any]:
+    def whole(self) -> JsonObject:
         choices = [
             self._choice(index, True, output.text, output.token_ids, output.logprobs or ())
             for index, output in enumerate(self.outputs)
@@ -60,7 +61,7 @@ class _CompletionWriter(Writer):
         text: str,
         token_ids: Sequence[int],
         scores: Sequence[SampledToken | None],
-    ) -> dict[str, Any]:
+    ) -> JsonObject:
         """Return the next part of a choice, or all of it."""
         output, body, tokenizer = self._latest[index], self._body, self._context.tokenizer
         told = self._ids("token_ids", token_ids)

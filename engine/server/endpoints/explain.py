@@ -18,6 +18,7 @@ import numpy as np
 from starlette.requests import Request
 from starlette.responses import Response
 
+from engine.errors import JsonObject
 from engine.requests.chat_prompt import said_by
 from engine.server.bodies import APIError, json_response, quoted
 from engine.server.schemas import ChatRequest, Message
@@ -125,7 +126,7 @@ class AnsweredChat:
     ended_s: float
 
     @cached_property
-    def messages(self) -> list[dict[str, Any]]:
+    def messages(self) -> list[JsonObject]:
         """Messages as the template reads them."""
         return [message.as_template_input() for message in self.sent]
 
@@ -182,7 +183,7 @@ class Explanations:
         )
         self.memory.put(answer_id, chat, ENTRY_BYTES + call.size + chat.tokens.nbytes)
 
-    def look_up(self, name: str, earlier_name: str | None) -> dict[str, Any] | None:
+    def look_up(self, name: str, earlier_name: str | None) -> JsonObject | None:
         """Explain a chat, by default in comparison with the earlier one that shares the most
         tokens. None if a chat is not known, or both are in different namespaces."""
         later = self.memory.get(name, is_use=False)
@@ -225,7 +226,7 @@ class Explanations:
 
     def explain(
         self, earlier: AnsweredChat | None, later: AnsweredChat, *, may_be_new: bool = False
-    ) -> dict[str, Any]:
+    ) -> JsonObject:
         """Explain why ``later`` was computed although ``earlier`` had been, if it is not None.
         O(tokens and messages). ``may_be_new``: ``earlier`` may belong to another conversation.
         docs/engine/capabilities.md describes the fields."""
@@ -387,7 +388,7 @@ def _parting(was: str, now: str) -> int | None:
     return None if was == now != "" else _common_len(was, now)
 
 
-def _without_ids(message: Mapping[str, Any]) -> dict[str, Any]:
+def _without_ids(message: Mapping[str, Any]) -> JsonObject:
     plain = {name: value for name, value in message.items() if name != "tool_call_id"}
     if calls := plain.get("tool_calls"):
         plain["tool_calls"] = [{k: v for k, v in call.items() if k != "id"} for call in calls]

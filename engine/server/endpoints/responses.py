@@ -16,6 +16,7 @@ from msgspec import Meta
 from starlette.requests import Request
 from starlette.responses import Response
 
+from engine.errors import Json, JsonObject
 from engine.messages import EndSession
 from engine.server.access import Tenant
 from engine.server.bodies import APIError, Part, json_response, quoted
@@ -118,9 +119,9 @@ class FunctionTool(msgspec.Struct, kw_only=True, tag_field="type", tag="function
     parameters: dict[str, Any] | None = None
     strict: bool | None = None
 
-    def as_told(self) -> dict[str, Any]:
+    def as_told(self) -> JsonObject:
         """Return the tool as part of a response, in which a missing schema is empty."""
-        told: dict[str, Any] = msgspec.to_builtins(self)
+        told: JsonObject = msgspec.to_builtins(self)
         return told | {"parameters": self.parameters or {}, "strict": bool(self.strict)}
 
     def as_tool(self, namespace: str | None = None, description: str | None = None) -> Any:
@@ -136,8 +137,8 @@ class NamespaceTool(msgspec.Struct, kw_only=True, tag_field="type", tag="namespa
     description: str | None = None
     tools: list[FunctionTool]
 
-    def as_told(self) -> dict[str, Any]:
-        told: dict[str, Any] = msgspec.to_builtins(self)
+    def as_told(self) -> JsonObject:
+        told: JsonObject = msgspec.to_builtins(self)
         return told | {"tools": [one.as_told() for one in self.tools]}
 
 
@@ -186,7 +187,7 @@ class ResponsesRequest(OpenAIBody, kw_only=True):
             return [MessageItem(role="user", content=self.input)]
         return self.input
 
-    def _functions(self) -> Iterator[dict[str, Any]]:
+    def _functions(self) -> Iterator[JsonObject]:
         for tool in self.tools or ():
             if isinstance(tool, FunctionTool):
                 yield tool.as_tool()
@@ -392,7 +393,7 @@ class _ResponsesWriter(PartWriter):
         self._keep, self._namespaces = keep, body.namespaces
         self._numbers = itertools.count()
         """Numbers of the next events."""
-        self._output: list[dict[str, Any]] = []
+        self._output: list[JsonObject] = []
         """Completed items."""
         self._item: dict[str, Any] = {}
         """Open item."""
@@ -414,7 +415,7 @@ class _ResponsesWriter(PartWriter):
             "truncation": "disabled",
         }
 
-    def whole(self) -> dict[str, Any]:
+    def whole(self) -> JsonObject:
         for _ in self.parts(joined(self._answer.events)):
             pass
         return self._ended()[-1]
@@ -429,8 +430,9 @@ class _ResponsesWriter(PartWriter):
 
     def end(self) -> Iterator[bytes]:
         *closing, response = self._ended()
-        last = {"type": f"response.{response['status']}", "response": response}
-        yield from map(self._event, [*closing, last])
+        last: JsonObject = {"type": f"response.{response['status']}", "response": response}
+        yield from map(self._event, closing)
+        yield self._event(last)
 
     def failed(self, failure: APIError) -> bytes:
         """Return the event of a failure in the middle of a stream."""
@@ -438,7 +440,7 @@ class _ResponsesWriter(PartWriter):
         response = self._response("failed", None) | {"error": error}
         return self._event({"type": "response.failed", "response": response})
 
-    def _ended(self) -> list[dict[str, Any]]:
+    def _ended(self) -> list[JsonObject]:
         """Return the last events of the items, then the whole response, which is kept."""
         is_cut = self._answer.finish == "length"
         closing = list(self.close(is_cut))
@@ -447,7 +449,7 @@ class _ResponsesWriter(PartWriter):
         self._keep(response)
         return [*closing, response]
 
-    def _response(self, status: str, usage: dict[str, Any] | None) -> dict[str, Any]:
+    def _response(self, status: str, usage: JsonObject | None) -> JsonObject:
         is_cut = status == "incomplete"
         return {
             **self._head,
@@ -458,10 +460,10 @@ class _ResponsesWriter(PartWriter):
             "usage": usage,
         }
 
-    def _event(self, data: dict[str, Any]) -> bytes:
+    def _event(self, data: JsonObject) -> bytes:
         return named_event({**data, "sequence_number": next(self._numbers)})
 
-    def _usage(self) -> dict[str, Any]:
+    def _usage(self) -> JsonObject:
         """Return the token counts."""
         output = self._answer.output
         num_prompt, num_new = len(output.prompt_token_ids), len(output.output)
@@ -473,7 +475,7 @@ class _ResponsesWriter(PartWriter):
             "total_tokens": num_prompt + num_new,
         }
 
-    def open(self, one: Event) -> Iterator[dict[str, Any]]:
+    def open(self, one: Event) -> Iterator[JsonObject]:
         fields: dict[str, Any] = {"role": "assistant", "content": []}
         kind: Kind = "message"
         if isinstance(one, ReasoningDelta):
@@ -485,21 +487,21 @@ class _ResponsesWriter(PartWriter):
                 fields["namespace"], fields["name"] = self._namespaces[one.name]
         head = {"id": new_id(KINDS[kind][0], "_"), "type": kind, "status": "in_progress"}
         self._item, self._pieces = head | fields, []
-        added = {"output_index": self._place, "item": self._item}
-        yield {"type": "response.output_item.added", **added}
+        place, item = self._place, self._item
+        yield {"type": "response.output_item.added", "output_index": place, "item": item}
         if kind != "function_call":
             yield self._of_item("content_part.added", part=self._part(""))
 
-    def extend(self, one: Event) -> Iterator[dict[str, Any]]:
+    def extend(self, one: Event) -> Iterator[JsonObject]:
         match one:
             case ReasoningDelta(text) | TextDelta(text) | ToolCall(_, text):
                 self._pieces.append(text)
                 yield self._of_item(f"{KINDS[self._item['type']][1]}.delta", delta=text)
 
-    def complete(self, is_cut: bool) -> Iterator[dict[str, Any]]:
+    def complete(self, is_cut: bool) -> Iterator[JsonObject]:
         kind, text = self._item["type"], "".join(self._pieces)
         if kind == "function_call":
-            content: dict[str, Any] = {"arguments": text}
+            content: JsonObject = {"arguments": text}
             yield self._of_item(f"{KINDS[kind][1]}.done", name=self._item["name"], arguments=text)
         else:
             part = self._part(text)
@@ -507,11 +509,11 @@ class _ResponsesWriter(PartWriter):
             yield self._of_item(f"{KINDS[kind][1]}.done", text=text)
             yield self._of_item("content_part.done", part=part)
         item = self._item | content | {"status": "incomplete" if is_cut else "completed"}
-        done = {"output_index": self._place, "item": item}
-        yield {"type": "response.output_item.done", **done}
+        place = self._place
+        yield {"type": "response.output_item.done", "output_index": place, "item": item}
         self._output.append(item)
 
-    def _of_item(self, event: str, **more: Any) -> dict[str, Any]:
+    def _of_item(self, event: str, **more: Json) -> JsonObject:
         """Return an event of the open item."""
         place = {"item_id": self._item["id"], "output_index": self._place}
         if self._item["type"] != "function_call":
@@ -520,7 +522,7 @@ class _ResponsesWriter(PartWriter):
             more["logprobs"] = []
         return {"type": f"response.{event}", **place, **more}
 
-    def _part(self, text: str) -> dict[str, Any]:
+    def _part(self, text: str) -> JsonObject:
         if self._item["type"] == "reasoning":
             return {"type": "reasoning_text", "text": text}
         return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}

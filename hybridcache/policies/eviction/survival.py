@@ -395,9 +395,10 @@ SUPERSEDED_PRIOR = 0.125
 With a hazard of their own they would outlast tips in a new cache, because time without a use lowers
 that of tips, which are many."""
 COMMON = frozenset(
-    {"", "decode", "end", "prompt", "branch", "boundary", "backoff", "back:1", "rejoin", "head"}
+    {"", "decode", "end", "prompt", "branch", "boundary", "backoff", "back", "rejoin", "head"}
 )
-"""Labels of positions where prompts are known to diverge. Others are speculative."""
+"""Labels of positions where prompts are known to diverge. Others are speculative, and so are
+back-offs further than one token from the end of the prompt."""
 SPECULATIVE_PRIOR = 0.125
 """Assumed hazard of speculative labels relative to common ones, without evidence."""
 FORKS = frozenset({"branch", "boundary", "head"})
@@ -411,9 +412,9 @@ SAMPLE = 1024
 GENERAL_FROM = 3
 """First fact of a class with an effect in all classes: the generation."""
 
-Class = tuple[tuple[bool, bool], str, *tuple[str | int, ...]]
-"""((superseded, speculative), label, uses, generation, octave of the position, half octave), and
-the stop reason of the answer behind it, if that is known."""
+Class = tuple[tuple[bool, bool], tuple[str, int], *tuple[str | int, ...]]
+"""((superseded, speculative), (label, distance), uses, generation, octave of the position, half
+octave), and the stop reason of the answer behind it, if that is known."""
 
 
 class _Memo:
@@ -631,6 +632,7 @@ class Survival(EvictionPolicy):
             superseded or demand is not None,
             item.kind,
             item.label,
+            item.distance,
             item.stop_reason,
             uses if uses < 2 else 2,
             memo.turn if memo.turn < MAX_TURN else MAX_TURN,
@@ -652,6 +654,7 @@ class Survival(EvictionPolicy):
         superseded: bool,
         kind: Kind,
         label: str,
+        distance: int,
         stop_reason: str,
         uses: int,
         turn: int,
@@ -659,12 +662,12 @@ class Survival(EvictionPolicy):
         top: int,
     ) -> int:
         """Return the row of a class. ``top`` has the two highest bits of the position."""
-        is_speculative = label not in COMMON
-        label = label or kind
+        is_speculative = distance > 1 or label not in COMMON
+        rule = label or kind, distance
         prior = SPECULATIVE_PRIOR if is_speculative else 1.0
-        coarse = (superseded, is_speculative), label
+        coarse = (superseded, is_speculative), rule
         if superseded:
-            self.hazards.row(coarse, prior, (((False, is_speculative), label), SUPERSEDED_PRIOR))
+            self.hazards.row(coarse, prior, (((False, is_speculative), rule), SUPERSEDED_PRIOR))
         generation = 0 if label in FORKS else turn
         key: Class = (*coarse, uses, generation, octave, 2 * octave + top % 2)
         return self.hazards.row((*key, stop_reason) if stop_reason else key, prior)

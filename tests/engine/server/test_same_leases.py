@@ -18,7 +18,7 @@ from hybridcache.geometry.units import GIB
 from hybridcache.lab.scenario import Scenario
 from hybridcache.lab.simulation.serving import serve
 from hybridcache.lease import Lease, LeaseRequest
-from hybridcache.policies.protocol import PromptBoundaries
+from hybridcache.policies.protocol import Placed, PromptBoundaries
 from tests.engine.server.conftest import ScriptedSampler, serving
 from tests.lab.engine_steps import stepped_target
 from tests.oracle import OracleRunner
@@ -34,8 +34,8 @@ class Asked(NamedTuple):
     namespace: int
     """Number of the namespace, in order of their first requests."""
     cached_len: int
-    planned: list[tuple[int, str]]
-    """Positions and labels of the checkpoints of the prompt."""
+    planned: list[Placed]
+    """Checkpoints of the prompt."""
     ended: list[tuple[list[int], str]]
     """Tokens published at the end, those of the answer, and stop reason."""
 
@@ -67,7 +67,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Asked]]:
 
     def count_recorded(lease: Lease) -> None:
         count(lease)
-        by_lease[lease].planned[:] = sorted(lease._planned.items())
+        by_lease[lease].planned[:] = sorted(lease._planned.values())
 
     def finish_recorded(lease: Lease, tokens: Any, computed_len: int, *rest: Any, **more: Any):
         reason = more.get("stop_reason", rest[1] if len(rest) > 1 else "")
@@ -153,5 +153,6 @@ def test_server_and_simulation_of_its_log_have_the_same_leases(
     assert sum(one.cached_len for one in served) > 500
     assert all(len(one.boundaries.positions) == 2 for one in served)
     assert all(one.boundaries.answer_survives is not thinks for one in served)
-    assert {label for one in served for _, label in one.planned} >= {"boundary", "back:1"}
+    rules = {(placed.label, placed.distance) for one in served for placed in one.planned}
+    assert rules >= {("boundary", 0), ("back", 1)}
     assert {reason for one in served for _, reason in one.ended} == {*ENDED}
