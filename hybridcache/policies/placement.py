@@ -146,9 +146,7 @@ ENDS = (PROMPT_END, ANSWER_END)
 REJOIN = "rejoin"
 """Label of a checkpoint at which a prompt continues the end of a known text."""
 HEAD = "head"
-"""Label of an evicted checkpoint that is saved again, because many requests used it."""
-HEAD_USES = 4
-"""Fewest uses of such a checkpoint, before and after its eviction together."""
+"""Label of an evicted checkpoint that is saved again, because several texts follow it."""
 TIPS = frozenset({*ENDS, (REJOIN, 0)})
 """Rules of positions from which one conversation continues."""
 SHARED = frozenset({"branch", "boundary", HEAD})
@@ -238,10 +236,10 @@ class Adaptive(PlacementPolicy):
 
     Eight rules keep useful positions from being starved or displaced:
 
-    - *Head*: the evicted shared checkpoint on the path with the most uses times tokens saved is
-      saved again, if it has ``HEAD_USES`` uses or more and is above the fork and the declared
-      boundaries, which are candidates anyway. Uses are those of this checkpoint, before and after
-      its eviction, so that heads of equal length are not confused.
+    - *Head*: an evicted shared checkpoint on the path is saved again if two different texts or more
+      that were used themselves follow it within a grid step (``Item.is_shared_head``), and it is
+      above the fork and the declared boundaries, which are candidates anyway. Of several, the
+      deepest. Its own uses would not do: all requests that go deeper pass each cut of a long text.
     - *Succession*: a prompt that resumes from the tip of its conversation saves the end, of prompt
       or answer, with the higher earnings. This supersedes the old tip, which is then evicted in its
       place. A conversation in the cache therefore stays there.
@@ -458,16 +456,10 @@ def _head(prefill: Prefill) -> Item | None:
     """Return the evicted checkpoint of the rule *Head*, or None. O(evicted checkpoints)."""
     if not prefill.evicted:
         return None
-    known = (prefill.seen_len, *prefill.boundaries, prefill.prompt_len)
-    first = min(end - end % prefill.grid for end in known if end > prefill.cached_len)
-    best, most_saved = None, 0
-    for item in prefill.evicted:
-        uses = item.uses + item.earlier_uses
-        saved = uses * (item.position - prefill.cached_len)
-        is_shared = item.label in SHARED and not item.stop_reason
-        if uses >= HEAD_USES and is_shared and saved > most_saved:
-            best, most_saved = item, saved
-    return best if best is not None and best.position < first else None
+    known, grid = (prefill.seen_len, *prefill.boundaries, prefill.prompt_len), prefill.grid
+    first = min(end - end % grid for end in known if end > prefill.cached_len)
+    shared = (item for item in prefill.evicted if item.label in SHARED and not item.stop_reason)
+    return next((it for it in shared if it.position < first and it.is_shared_head(grid)), None)
 
 
 def _positions(prefill: Prefill) -> Positions:

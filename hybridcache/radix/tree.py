@@ -229,6 +229,22 @@ class Item:
             node = node.parent
         return None
 
+    def is_shared_head(self, within: int) -> bool:
+        """Return whether two different texts or more followed it within ``within`` tokens and have
+        checkpoints that were used, or would have been. O(1): looks at the latest 128 nodes."""
+        count, waiting = 0, [self.node]
+        for _ in range(128):
+            if not waiting or count > 1:
+                break
+            node = waiting.pop()
+            found = node.checkpoint or node.lost_checkpoint
+            is_behind = node.end >= self.position + within
+            if is_behind and found is not None and found.uses + found.earlier_uses:
+                count += 1
+            else:
+                waiting += (*members(node.children), *members(node.ghosts))
+        return count > 1
+
     @property
     def span(self) -> int:
         """Number of tokens that must be computed again to resume here after its eviction.

@@ -32,11 +32,15 @@ class FakeItem(Item):
     stop_reason: str = ""
     memo: Any = None
     serial: int = field(default_factory=_serials.__next__)
+    is_head: bool = False
     evicted_above: Any = None
     """Evicted checkpoint between this item and ``above``."""
 
     def span_and_size(self) -> tuple[int, int]:
         return self.span, self.size_bytes
+
+    def is_shared_head(self, within: int) -> bool:
+        return self.is_head
 
     @property
     def predecessor(self) -> Any:

@@ -70,25 +70,46 @@ def test_all_ghosts_on_the_path_count_as_used_except_superseded_ones() -> None:
 
 
 @pytest.mark.parametrize(
-    ("label", "position", "uses", "earlier", "changes", "is_head"),
+    ("label", "position", "is_followed", "changes", "is_saved"),
     [
-        ("branch", 300, 2, 2, {}, True),
-        ("head", 300, 0, 4, {}, True),
-        ("branch", 300, 2, 1, {}, False),  # too few uses
-        ("decode", 300, 9, 9, {}, False),  # the tip of one conversation
-        ("branch", 700, 2, 2, {}, False),  # the fork itself
-        ("branch", 300, 2, 2, {"boundaries": (200,)}, False),  # below a declared boundary
-        ("branch", 300, 2, 2, {"boundaries": (300, 900)}, False),
-        ("branch", 300, 2, 2, {"boundaries": (600, 900)}, True),
+        ("branch", 300, True, {}, True),
+        ("head", 300, True, {}, True),
+        ("branch", 300, False, {}, False),
+        ("decode", 300, True, {}, False),  # the tip of one conversation
+        ("branch", 700, True, {}, False),  # the fork itself
+        ("branch", 300, True, {"boundaries": (200,)}, False),  # below a declared boundary
+        ("branch", 300, True, {"boundaries": (300, 900)}, False),
+        ("branch", 300, True, {"boundaries": (600, 900)}, True),
     ],
 )
-def test_an_evicted_head_is_saved_again_by_its_uses(
-    label: str, position: int, uses: int, earlier: int, changes: dict[str, Any], is_head: bool
+def test_an_evicted_head_is_saved_again(
+    label: str, position: int, is_followed: bool, changes: dict[str, Any], is_saved: bool
 ) -> None:
-    item = FakeItem("it", label=label, position=position, uses=uses, earlier_uses=earlier)
-    deeper = FakeItem("other", label="branch", position=690, uses=1)
+    item = FakeItem("it", label=label, position=position, is_head=is_followed)
+    deeper = FakeItem("other", label="branch", position=690)
     planned = Adaptive().plan(prefill(0, seen_len=700, evicted=(deeper, item), **changes))
-    assert (Placed(position, "head") in planned) == is_head
+    assert (Placed(position, "head") in planned) == is_saved
+
+
+def test_a_head_has_two_texts_that_were_used_and_a_cut_of_a_long_text_has_not() -> None:
+    cache = build_prefix_cache(CacheConfig(num_kv_tokens=65_536, num_slots=64, grid=64))
+    placement, word = parse_placement("branch,backoff"), iter(range(1000, 2000))
+
+    def ask(tokens: np.ndarray[Any, Any], *more: int) -> None:
+        prompt = np.append(tokens, np.array(more, np.int32).repeat(100)).astype(np.int32)
+        serve_lease(cache, placement, LeaseRequest(prompt), np.zeros(0, np.int32))
+
+    head, document = np.full(192, 1, np.int32), np.arange(2000, 3024, dtype=np.int32)
+    heads: list[bool] = []
+    for question in (10, 11, 11, 10):
+        ask(head, question)
+        found = cache.match(np.append(head, head)).resumed
+        heads.append(found is not None and found.is_shared_head(64))
+    assert heads == [False, False, False, True], "the second question was not used before"
+    for cut in (192, 700, 500, 900, 1000, 800):
+        ask(document[:cut], next(word))
+    found = cache.match(np.append(document[:192], head)).resumed
+    assert found is not None and found.position == 192 and not found.is_shared_head(64)
 
 
 def test_uses_of_evicted_checkpoints_are_counted_for_each_text() -> None:
