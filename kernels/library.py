@@ -7,6 +7,8 @@ python -m kernels.library [FOLDER]
 
 compiles all levels into FOLDER, by default that of this package. Wheels and images do that; no
 compiler is needed afterwards.
+
+``HYBRIDCACHE_CPU_LEVEL=avx2`` selects a lower level than the processor's.
 """
 
 from __future__ import annotations
@@ -40,6 +42,8 @@ FLAGS = (
     *("-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden"),
 )
 THIS_PROCESSOR = ("-march=native",)
+LEVEL_VARIABLE = "HYBRIDCACHE_CPU_LEVEL"
+"""Name of the environment variable that selects a level."""
 COMPILERS = ("c++", "g++", "clang++")
 COMPILE_TIMEOUT_S = 300
 KEPT = "once"
@@ -90,9 +94,32 @@ class Library:
 def load() -> Library | None:
     """Load the best library for this processor, compiling it if needed (seconds).
 
-    None without a compiler, or if it fails. A warning then says so.
+    None without a compiler, or if it fails. A warning then says so. Raises ValueError; see
+    ``selected_level``.
     """
     return _load_level() or _load_compiled()
+
+
+def selected_level() -> Level | None:
+    """Return the level that ``LEVEL_VARIABLE`` names, or None without it.
+
+    Raises ValueError if there is no such level, or if the processor lacks its instructions.
+    """
+    if not (name := os.environ.get(LEVEL_VARIABLE)):
+        return None
+    usable = {level.name: level for level in LEVELS if level.needs <= instructions()}
+    if name not in usable:
+        names = ", ".join(usable) or "none"
+        raise ValueError(f"{LEVEL_VARIABLE}={name}: the levels of this processor are {names}.")
+    return usable[name]
+
+
+def level_name() -> str:
+    """Return the level of instructions that the kernels use, "" if the processor has none."""
+    if level := selected_level():
+        return level.name
+    names = [level.name for level in LEVELS if level.needs <= instructions()]
+    return names[-1] if names else ""
 
 
 def instructions() -> frozenset[str]:
@@ -163,8 +190,9 @@ def compile_levels(folder: Path, levels: Sequence[Level] = LEVELS) -> list[Path]
 
 
 def _load_level() -> Library | None:
-    level = best_level(instructions())
-    if level is None:
+    selected = selected_level()
+    level = best_level(instructions() if selected is None else selected.needs)
+    if level is None or selected not in (None, level):
         return None
     with suppress(OSError):  # For example an older C library than that of the build.
         ctypes.CDLL(next(iter(_openmp()), "libgomp.so.1"), mode=ctypes.RTLD_GLOBAL)
@@ -183,15 +211,17 @@ def _load_compiled() -> Library | None:
             ", ".join(COMPILERS),
         )
         return None
-    name = f"native-{_fingerprint(compiler)}.so"
+    level = selected_level()
+    flags, build = (level.flags, level.name) if level else (THIS_PROCESSOR, "native")
+    name = f"native-{_fingerprint(compiler, flags)}.so"
     reason: Exception | None = None
     for open_folder, kept in ((_user_folder, KEPT), (_temporary_folder, NOT_KEPT)):
         try:
             with open_folder() as folder:
                 path = folder / name
                 if not path.is_file():
-                    _compile_for_this_processor(path, kept)
-                return Library(ctypes.CDLL(str(path)), "native")
+                    _compile_once(path, kept, flags)
+                return Library(ctypes.CDLL(str(path)), build)
         except (OSError, RuntimeError) as error:
             reason = error
         except subprocess.SubprocessError as error:  # It would fail in any folder.
@@ -205,10 +235,10 @@ def _load_compiled() -> Library | None:
     return None
 
 
-def _compile_for_this_processor(path: Path, kept: str) -> None:
+def _compile_once(path: Path, kept: str, flags: Sequence[str]) -> None:
     logger.warning("Compiling the kernels for this processor, %s (10 to 60 s) ...", kept)
     began = time.monotonic()
-    compile_library(THIS_PROCESSOR, path, ("-fopenmp", *_openmp()))
+    compile_library(flags, path, ("-fopenmp", *_openmp()))
     logger.warning("Compiled the kernels in %.0f s: %s", time.monotonic() - began, path)
 
 
@@ -265,8 +295,8 @@ def _openmp() -> list[str]:
     return [str(path) for path in folder.glob("lib/libgomp*.so*")][:1]
 
 
-def _fingerprint(compiler: str) -> str:
-    words = [*FLAGS, *THIS_PROCESSOR, *_openmp(), metadata.version("torch")]
+def _fingerprint(compiler: str, flags: Sequence[str]) -> str:
+    words = [*FLAGS, *flags, *_openmp(), metadata.version("torch")]
     digest = hashlib.sha256(" ".join(words).encode())
     version = subprocess.run([compiler, "--version"], capture_output=True, check=False).stdout
     digest.update(version + platform.machine().encode() + _processor())

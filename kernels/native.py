@@ -77,8 +77,8 @@ def kernel_choices() -> dict[str, str]:
     - ``amx``: tiles of 16 words;
     - ``pairs``: products of two bfloat16, summed in one instruction (AVX512_BF16);
     - ``halves``: float32 products of bfloat16 numbers, for processors where ``pairs`` is slower;
-    - ``lanes``: one output per lane of a register (AVX-512, and VNNI for integers), in float32;
-    - ``half_lanes``: the same in registers of 256 bits (AVX2).
+    - ``lanes``: one output per lane of a register, in float32 or int32;
+    - ``half_lanes``: the same for small integers in groups, in registers of 256 bits (AVX2).
 
     "reference" if the native library lacks the operation. ``build`` is ``library.Library.build``.
     """

@@ -5,11 +5,16 @@
 
 #include "amx.h"
 
-#ifdef __AVX512F__
+#ifdef __AVX2__
 
-constexpr int64_t ROWS = 6;  // rows at a time: with 4 registers per row and operands, they fill the registers
+constexpr int64_t ROWS = 6;  // rows at a time: with COLUMNS per row and operands, they fill the registers
+#ifdef TWO_REGISTERS
+constexpr int COLUMNS = 1;
+constexpr Numbers PLACES = {Numbers::Half{0, 1, 2, 3, 4, 5, 6, 7}, Numbers::Half{8, 9, 10, 11, 12, 13, 14, 15}};
+#else
 constexpr int COLUMNS = 4;
 constexpr Numbers PLACES = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+#endif
 constexpr int64_t UNIT = 32;  // rows, columns and depth of all memory are multiples of it
 
 static inline int64_t padded(int64_t count) { return (count + UNIT - 1) / UNIT * UNIT; }
@@ -188,6 +193,33 @@ static void copy_row(const T* from, int64_t size, Element* to, int64_t width) {
 
 // Transposes 16 x 16 words.
 static inline void transpose_square(const float* from, int64_t from_stride, float* to, int64_t stride) {
+#ifdef TWO_REGISTERS
+    for (int r = 0; r < 16; r += 8)
+        for (int c = 0; c < 16; c += 8) {
+            const float* own = from + r * from_stride + c;
+            __m256 a[8], b[8];
+#pragma GCC unroll 8
+            for (int i = 0; i < 8; i++) a[i] = _mm256_loadu_ps(own + i * from_stride);
+#pragma GCC unroll 4
+            for (int i = 0; i < 8; i += 2) {
+                b[i] = _mm256_unpacklo_ps(a[i], a[i + 1]);
+                b[i + 1] = _mm256_unpackhi_ps(a[i], a[i + 1]);
+            }
+#pragma GCC unroll 2
+            for (int i = 0; i < 8; i += 4) {
+                a[i] = _mm256_shuffle_ps(b[i], b[i + 2], 0x44);
+                a[i + 1] = _mm256_shuffle_ps(b[i], b[i + 2], 0xee);
+                a[i + 2] = _mm256_shuffle_ps(b[i + 1], b[i + 3], 0x44);
+                a[i + 3] = _mm256_shuffle_ps(b[i + 1], b[i + 3], 0xee);
+            }
+#pragma GCC unroll 4
+            for (int j = 0; j < 4; j++) {
+                float* first = to + (c + j) * stride + r;
+                _mm256_storeu_ps(first, _mm256_permute2f128_ps(a[j], a[4 + j], 0x20));
+                _mm256_storeu_ps(first + 4 * stride, _mm256_permute2f128_ps(a[j], a[4 + j], 0x31));
+            }
+        }
+#else
     __m512i a[16], b[16];
 #pragma GCC unroll 16
     for (int i = 0; i < 16; i++) a[i] = _mm512_loadu_si512(from + i * from_stride);
@@ -215,6 +247,7 @@ static inline void transpose_square(const float* from, int64_t from_stride, floa
         _mm512_storeu_si512(to + (8 + j) * stride, _mm512_shuffle_i32x4(first, second, 0xdd));
         _mm512_storeu_si512(to + (12 + j) * stride, _mm512_shuffle_i32x4(third, fourth, 0xdd));
     }
+#endif
 }
 
 // Transposes words [rows, columns]; both are multiples of 16.

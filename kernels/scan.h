@@ -9,7 +9,7 @@
 
 #include "products.h"
 
-#ifdef __AVX512F__
+#ifdef __AVX2__
 
 constexpr int64_t TILE = 64;  // maximum tokens of a tile
 
@@ -195,7 +195,7 @@ struct Decays {
 
 // x in the lanes of the tokens up to r, which begin with token `first`; else 0.
 static inline Lanes up_to(int64_t r, int64_t first, Lanes x) {
-    return PLACES <= int32_t(r - first) ? x : Lanes{};
+    return choose(PLACES <= int32_t(r - first), x, Lanes{});
 }
 
 #endif

@@ -190,6 +190,9 @@ def run_environments() -> int:
             Part(" ".join(("no compiler", *limit.values())), numerics, {"PATH": folder} | limit)
             for limit in limits
         ]
+        limit = {"HYBRIDCACHE_CPU_LEVEL": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}
+        limit |= {"ATEN_CPU_CAPABILITY": "avx2"}
+        parts.append(Part("kernels of AVX2", numerics, limit))
         parts.append(Part("background", ["sh", "-c", BACKGROUND, "sh", *command], BARE))
         return run(parts, OUT / "test-environments")
 

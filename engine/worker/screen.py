@@ -10,7 +10,7 @@ from engine.config import BUILTIN_PROMPTS
 from engine.engine import Engine
 from engine.text.tokenizer import IdTokenizer
 from hybridcache.geometry.units import counted, format_bytes
-from kernels.library import LEVELS, instructions
+from kernels.library import level_name
 
 
 def screen_text(rows: Iterable[tuple[str, str]]) -> str:
@@ -24,7 +24,9 @@ def screen_rows(engine: Engine, address: str) -> list[tuple[str, str]]:
     geometry, memory = runner.geometry, runner.memory
     dtype, of_files = str(runner.dtype).removeprefix("torch."), runner.loaded.config.dtype
     note = "" if dtype == of_files else f" (the model's is {of_files})"
-    place = runner.device.describe() + _instructions() * runner.device.is_cpu
+    place = runner.device.describe()
+    if runner.device.is_cpu and (level := level_name()):
+        place += f" with {level}"
     warm_up = "none needed on a CPU" if runner.device.is_cpu else "none, because warm_up is off"
     reuses_none, num_states = config.prefix_cache == "none", report.slots.total
     places = f"; checkpoints at {', '.join(config.checkpoints)} (grid {config.grid})"
@@ -69,12 +71,6 @@ def screen_rows(engine: Engine, address: str) -> list[tuple[str, str]]:
         ("page", f"{address.removesuffix('/v1')}/"),
         ("address", address),
     ]
-
-
-def _instructions() -> str:
-    """Return the best level of instructions of this processor."""
-    levels = [level.name for level in LEVELS if level.needs <= instructions()]
-    return f" with {levels[-1]}" if levels else ""
 
 
 def _first_steps(engine: Engine, address: str) -> list[tuple[str, str]]:

@@ -4,7 +4,7 @@
 // row's bits depend on its position only.
 #include "../products.h"
 
-#ifdef __AVX512F__
+#ifdef __AVX2__
 
 #include <algorithm>
 
@@ -90,13 +90,13 @@ static void soften(
     Lanes w[VECTORS], top = all(*most), sums = {};
     for (int i = 0; i < VECTORS; i++) {
         Numbers is_visible = PLACES < int32_t(count - i * LANES);
-        w[i] = is_visible ? load(scores + i * LANES) * scale : all(-INFINITY);
+        w[i] = choose(is_visible, load(scores + i * LANES) * scale, all(-INFINITY));
         top = larger(w[i], top);
     }
     float own = largest(top);
     for (int i = 0; i < VECTORS; i++) {
         Numbers is_visible = PLACES < int32_t(count - i * LANES);
-        w[i] = is_visible ? exponential(w[i] - own) : Lanes{};
+        w[i] = choose(is_visible, exponential(w[i] - own), Lanes{});
         store(weights + i * LANES, w[i]);
         sums += w[i];
     }

@@ -2,7 +2,7 @@
 // they are; their lengths and the decays are factors of rows and of products.
 #include "../scan.h"
 
-#ifdef __AVX512F__
+#ifdef __AVX2__
 
 #include "../delta.h"
 

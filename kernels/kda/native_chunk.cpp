@@ -2,7 +2,7 @@
 // are computed in levels, as in the reference, from products of decays only.
 #include "../scan.h"
 
-#ifdef __AVX512F__
+#ifdef __AVX2__
 
 #include "../delta.h"
 

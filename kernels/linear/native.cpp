@@ -5,59 +5,85 @@
 // rows and words below affects speed only.
 #include "../amx.h"
 
-#ifdef __AVX512F__
+#ifdef __AVX2__
 
 constexpr int64_t PANEL = 64;        // outputs
-constexpr int64_t VECTORS = 4;       // registers per step of a panel
-constexpr int64_t TILE_ROWS = 6;     // 24 sums and their operands fill the registers
+constexpr int64_t TILE_ROWS = 6;     // their sums and operands fill the registers
 constexpr int64_t BLOCK_ROWS = 192;  // rows with sums in the cache
 constexpr int64_t BLOCK_STEPS = 512; // steps of a panel kept in the cache while rows are processed
+
+// Vectors of a panel that are summed at a time for `rows` rows.
+constexpr int64_t vectors_of(int64_t rows) {
+#ifdef TWO_REGISTERS
+    return rows == 1 ? 4 : rows <= 3 ? 2 : 1;
+#else
+    return 4;
+#endif
+}
 
 // One step of 16 outputs: adds the product of a word of x with words of the weight to their sums.
 struct Float32 {
     static constexpr int64_t WORDS = 1;  // words of x per step
-    typedef __m512 Sum;
-    static Sum zero() { return _mm512_setzero_ps(); }
-    static Sum add(Sum sum, const int32_t* x, __m512i w) {
-        return _mm512_fmadd_ps(
-            _mm512_castsi512_ps(_mm512_set1_epi32(*x)), _mm512_castsi512_ps(w), sum);
+    typedef Lanes Sum;
+    static Lanes add(Lanes sum, const int32_t* x, Words w) {
+        return multiply_add(all(*(const float*)x), (Lanes)w, sum);
     }
-    static Sum read(const int32_t* from) { return _mm512_loadu_ps((const float*)from); }
-    static void write(int32_t* to, Sum sum) { _mm512_storeu_ps((float*)to, sum); }
 };
 
 // Two bfloat16 of the weight times two float32.
 struct BFloat16Halves : Float32 {
     static constexpr int64_t WORDS = 2;
-    static Sum add(Sum sum, const int32_t* x, __m512i w) {
-        __m512i upper = _mm512_set1_epi32(int32_t(0xffff0000));
-        sum = Float32::add(sum, x, _mm512_slli_epi32(w, 16));
-        return Float32::add(sum, x + 1, _mm512_and_si512(w, upper));
+    static Lanes add(Lanes sum, const int32_t* x, Words w) {
+        sum = Float32::add(sum, x, w << 16);
+        return Float32::add(sum, x + 1, w & 0xffff0000);
     }
 };
 
 #ifdef __AVX512BF16__
 struct BFloat16Pairs : Float32 {
-    static Sum add(Sum sum, const int32_t* x, __m512i w) {
-        return _mm512_dpbf16_ps(sum, (__m512bh)_mm512_set1_epi32(*x), (__m512bh)w);
+    static Lanes add(Lanes sum, const int32_t* x, Words w) {
+        return (Lanes)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(*x), (__m512bh)w);
     }
 };
 #endif
 
-#ifdef __AVX512VNNI__
+// Four int8 of the weight times four of x, with RAISED added to them.
 struct Int8Fours {
     static constexpr int64_t WORDS = 1;
-    typedef __m512i Sum;
-    static Sum zero() { return _mm512_setzero_si512(); }
-    static Sum add(Sum sum, const int32_t* x, __m512i w) {
+    typedef Numbers Sum;
+#if defined(__AVX512VNNI__)
+    static constexpr int32_t RAISED = 128;
+    static Numbers add(Numbers sum, const int32_t* x, Words w) {
         // GCC 12 spills the sums of its intrinsic to memory.
         asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(_mm512_set1_epi32(*x)), "v"(w));
         return sum;
     }
-    static Sum read(const int32_t* from) { return _mm512_loadu_si512(from); }
-    static void write(int32_t* to, Sum sum) { _mm512_storeu_si512(to, sum); }
-};
+#elif defined(__AVX512BW__)
+    static constexpr int32_t RAISED = 0;
+    static Numbers add(Numbers sum, const int32_t* x, Words w) {
+        __m512i size = _mm512_abs_epi8((__m512i)w), word = _mm512_set1_epi32(*x);
+        __m512i own = _mm512_mask_sub_epi8(
+            word, _mm512_movepi8_mask((__m512i)w), _mm512_setzero_si512(), word);
+        __m512i pairs = _mm512_maddubs_epi16(size, own);
+        return sum + (Numbers)_mm512_madd_epi16(pairs, _mm512_set1_epi16(1));
+    }
+#else
+    static constexpr int32_t RAISED = 0;
+    static Numbers add(Numbers sum, const int32_t* x, Words w) {
+        __m256i word = _mm256_set1_epi32(*x);
+        return {half(sum.low, word, (__m256i)w.low), half(sum.high, word, (__m256i)w.high)};
+    }
+    static Numbers::Half half(Numbers::Half sum, __m256i x, __m256i w) {
+        __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(x, w));
+        return sum + (Numbers::Half)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+    }
 #endif
+};
+
+template <class Sum>
+static Sum read(const int32_t* from) {
+    return (Sum)load((const float*)from);
+}
 
 // Packs rows of words, one per output, into panels. Missing outputs of the last panel are 0.
 EXPORT void pack_words(
@@ -79,25 +105,33 @@ EXPORT void pack_words(
     });
 }
 
+// Adds some steps to the sums of a panel, which are 0 at `first`.
 template <class Op, int ROWS>
 static void tile(
-    const int32_t* x, int64_t stride, const int32_t* w, int64_t steps, int32_t* sums, bool first) {
-    typename Op::Sum acc[ROWS][VECTORS];
-    for (int r = 0; r < ROWS; r++)
-        for (int v = 0; v < VECTORS; v++)
-            acc[r][v] = first ? Op::zero() : Op::read(sums + r * PANEL + v * 16);
-    for (int64_t s = 0; s < steps; s++, w += PANEL) {
-        __m512i b[VECTORS];
-        for (int v = 0; v < VECTORS; v++) {
-            _mm_prefetch((const char*)(w + 16 * PANEL + v * 16), _MM_HINT_T0);
-            b[v] = _mm512_loadu_si512(w + v * 16);
+    const int32_t* x, int64_t stride, const int32_t* weight, int64_t steps, int32_t* sums, bool first) {
+    typedef typename Op::Sum Sum;
+    constexpr int64_t VECTORS = vectors_of(ROWS);
+    for (int64_t part = 0; part < PANEL; part += VECTORS * LANES) {
+        const int32_t* w = weight + part;
+        int32_t* own = sums + part;
+        Sum acc[ROWS][VECTORS];
+        for (int r = 0; r < ROWS; r++)
+            for (int v = 0; v < VECTORS; v++)
+                acc[r][v] = first ? Sum{} : read<Sum>(own + r * PANEL + v * LANES);
+        for (int64_t s = 0; s < steps; s++, w += PANEL) {
+            Words b[VECTORS];
+            for (int v = 0; v < VECTORS; v++) {
+                _mm_prefetch((const char*)(w + 16 * PANEL + v * LANES), _MM_HINT_T0);
+                b[v] = read<Words>(w + v * LANES);
+            }
+            for (int r = 0; r < ROWS; r++)
+                for (int v = 0; v < VECTORS; v++)
+                    acc[r][v] = Op::add(acc[r][v], x + r * stride + s * Op::WORDS, b[v]);
         }
         for (int r = 0; r < ROWS; r++)
             for (int v = 0; v < VECTORS; v++)
-                acc[r][v] = Op::add(acc[r][v], x + r * stride + s * Op::WORDS, b[v]);
+                store((float*)own + r * PANEL + v * LANES, (Lanes)acc[r][v]);
     }
-    for (int r = 0; r < ROWS; r++)
-        for (int v = 0; v < VECTORS; v++) Op::write(sums + r * PANEL + v * 16, acc[r][v]);
 }
 
 template <class Op>
@@ -377,10 +411,20 @@ LINEAR(bfloat16_amx, BFloat16, ByTiles<BFloat16Tiles<AmxTiles>>)
 EXPORT void permit_amx(int64_t* answer) { *answer = AmxTiles::are_permitted(); }
 #endif
 
-#ifdef __AVX512VNNI__
 constexpr float MIN_LARGEST = 1e-30f;  // as int8.py has it
 
-// Converts rows to int8 + 128, as the instruction requires; the same values as int8.quantize_rows.
+// The lowest bytes of numbers of 8 bits, rounded to nearest even.
+static inline __m128i rounded_bytes(Lanes x) {
+#ifdef TWO_REGISTERS
+    __m256i low = _mm256_cvtps_epi32((__m256)x.low), high = _mm256_cvtps_epi32((__m256)x.high);
+    __m256i halves = _mm256_permute4x64_epi64(_mm256_packs_epi32(low, high), 0xd8);
+    return _mm_packs_epi16(_mm256_castsi256_si128(halves), _mm256_extracti128_si256(halves, 1));
+#else
+    return _mm512_cvtepi32_epi8(_mm512_cvtps_epi32((__m512)x));
+#endif
+}
+
+// Converts rows to int8 + RAISED; the same values as int8.quantize_rows.
 template <class T>
 static void quantize_row(const T* x, int64_t size, int64_t padded, uint8_t* to, float* scale) {
     Lanes most = {}, nothing = {};  // nothing stays 0 unless an element is infinite or NaN
@@ -389,15 +433,13 @@ static void quantize_row(const T* x, int64_t size, int64_t padded, uint8_t* to, 
         nothing += b * 0.0f;
         most = larger((Lanes)((Words)b & 0x7fffffff), most);
     }
-    float largest = _mm512_reduce_max_ps((__m512)most);
-    float step = (largest > MIN_LARGEST ? largest : MIN_LARGEST) / 127.0f;
-    __m512i raised = _mm512_set1_epi32(128);
-    memset(to + size / LANES * LANES, 128, padded - size / LANES * LANES);
-    for (int64_t i = 0; i < size; i += LANES) {
-        Lanes b = load_part(x + i, size - i) / step;
-        __m512i whole = _mm512_add_epi32(_mm512_cvtps_epi32((__m512)b), raised);
-        __mmask16 mask = size - i < LANES ? (1u << (size - i)) - 1 : 0xffff;
-        _mm512_mask_cvtepi32_storeu_epi8(to + i, mask, whole);
+    float row = largest(most), step = (row > MIN_LARGEST ? row : MIN_LARGEST) / 127.0f;
+    __m128i raised = _mm_set1_epi8(char(Int8Fours::RAISED));
+    for (int64_t i = 0; i < padded; i += LANES) {
+        alignas(16) uint8_t bytes[LANES];
+        __m128i own = _mm_add_epi8(rounded_bytes(load_part(x + i, size - i) / step), raised);
+        _mm_store_si128((__m128i*)bytes, own);
+        memcpy(to + i, bytes, padded - i < LANES ? padded - i : LANES);
     }
     *scale = step + sum(nothing);
 }
@@ -425,11 +467,10 @@ static void multiply_int8(
             T* to = y + row * y_stride + first;
             float factor = row_scale[row];
             for (int64_t i = 0; i < count; i += LANES) {
-                __mmask16 mask = count - i < LANES ? (1u << (count - i)) - 1 : 0xffff;
-                __m512i offset = _mm512_maskz_loadu_epi32(mask, offsets + first + i);
-                __m512i whole = _mm512_sub_epi32(_mm512_load_si512(sums + i), offset);
-                Lanes wide = (Lanes)_mm512_cvtepi32_ps(whole);
-                wide = wide * load_part(scale + first + i, count - i) * factor;
+                Numbers whole = read<Numbers>(sums + i);
+                if (Int8Fours::RAISED)
+                    whole -= (Numbers)load_part((const float*)offsets + first + i, count - i);
+                Lanes wide = floats(whole) * load_part(scale + first + i, count - i) * factor;
                 if (bias) wide += load_part(bias + first + i, count - i);
                 store_part(to + i, wide, count - i);
             }
@@ -447,10 +488,11 @@ static void multiply_int8(
 
 LINEAR_INT8(lanes_float32, float, ByLanes<Int8Fours>)
 LINEAR_INT8(lanes_bfloat16, BFloat16, ByLanes<Int8Fours>)
+#ifdef __AVX512VNNI__
 LINEAR_INT8(plain_tiles_float32, float, ByTiles<Int8Tiles<PlainTiles>>)
+#endif
 #ifdef HAS_AMX
 LINEAR_INT8(amx_float32, float, ByTiles<Int8Tiles<AmxTiles>, Int8Fours>)
 LINEAR_INT8(amx_bfloat16, BFloat16, ByTiles<Int8Tiles<AmxTiles>, Int8Fours>)
-#endif
 #endif
 #endif

@@ -253,11 +253,11 @@ EXPORT void pack_codes(
 // --- Blocks of GGUF files ------------------------------------------------------------------------------
 
 // A word of each row of a panel.
-typedef uint32_t Words __attribute__((vector_size(4 * PANEL)));
+typedef uint32_t RowWords __attribute__((vector_size(4 * PANEL)));
 
 // Places of a block in the packed weight. Those that the format does not have are not used.
 struct PackedBlock {
-    Words* codes;
+    RowWords* codes;
     uint8_t *scale, *minimum, *factors, *minima;
 };
 
@@ -272,37 +272,37 @@ struct BlockSizes {
     typedef Scale_ Scale;
 };
 
-static Words bytes_of(uint32_t x) { return Words{} + x * 0x01010101; }
+static RowWords bytes_of(uint32_t x) { return RowWords{} + x * 0x01010101; }
 
 // The words at OFFSET of each row's block. The last one may not reach beyond the block.
 template <int OFFSET, int COUNT>
-static void read_words(const uint8_t* const* rows, Words* to) {
+static void read_words(const uint8_t* const* rows, RowWords* to) {
     for (int64_t o = 0; o < PANEL; o++)
         for (int i = 0; i < COUNT; i++) memcpy((uint32_t*)(to + i) + o, rows[o] + OFFSET + 4 * i, 4);
 }
 template <int OFFSET>
-static Words read_word(const uint8_t* const* rows) {
-    Words word;
+static RowWords read_word(const uint8_t* const* rows) {
+    RowWords word;
     return read_words<OFFSET, 1>(rows, &word), word;
 }
 
 template <class T>
-static void write_lowest(Words from, void* to, int64_t place = 0) {
+static void write_lowest(RowWords from, void* to, int64_t place = 0) {
     for (int64_t o = 0; o < PANEL; o++) ((T*)to)[place * PANEL + o] = T(from[o]);
 }
-static void write_bytes(Words from, void* to, int64_t first) {
+static void write_bytes(RowWords from, void* to, int64_t first) {
     for (int64_t i = 0; i < 4; i++) write_lowest<uint8_t>(from >> 8 * i, to, first + i);
 }
 
 // Adds the COUNT bits from `shift` on of eight words to packed ones.
 template <int COUNT>
-static void add_packed(const Words* from, int shift, Words* to) {
+static void add_packed(const RowWords* from, int shift, RowWords* to) {
     constexpr int PER_BYTE = 8 / COUNT;
     for (int s = 0; s < 8; s++)
         to[s / PER_BYTE] |= (from[s] >> shift & bytes_of((1 << COUNT) - 1)) << s % PER_BYTE * COUNT;
 }
 // Packs the lower or upper halves of the bytes of eight words.
-static void pack_halves(const Words* from, int shift, Words* to) {
+static void pack_halves(const RowWords* from, int shift, RowWords* to) {
     for (int j = 0; j < 4; j++)
         to[j] = (from[j] >> shift & bytes_of(15)) | (from[4 + j] >> shift & bytes_of(15)) << 4;
 }
@@ -311,13 +311,13 @@ static void pack_halves(const Words* from, int shift, Words* to) {
 template <int BITS, int CODES, bool MINIMUM = false, int HIGH = 0, class Scale = uint16_t>
 struct OneUnit : BlockSizes<CODES + (BITS == 8 ? 32 : 16), 1, BITS, 0, MINIMUM, Scale> {
     static void pack(const uint8_t* const* rows, const PackedBlock& to) {
-        Words first = read_word<0>(rows);
+        RowWords first = read_word<0>(rows);
         write_lowest<Scale>(first, to.scale);
         if (MINIMUM) write_lowest<uint16_t>(first >> 16 ^ 0x8000, to.minimum);
         read_words<CODES, BITS == 8 ? 8 : 4>(rows, to.codes);
         for (int64_t i = 0; BITS == 8 && i < 8; i++) to.codes[i] ^= bytes_of(128);
         if (!HIGH) return;
-        Words bits = read_word<HIGH>(rows), high = {};  // bit 4 s + b becomes bit s of byte b
+        RowWords bits = read_word<HIGH>(rows), high = {};  // bit 4 s + b becomes bit s of byte b
         for (int s = 0; s < 8; s++) high |= ((bits >> 4 * s & 15) * 0x204081 & bytes_of(1)) << s;
         to.codes[4] = high;
     }
@@ -325,12 +325,12 @@ struct OneUnit : BlockSizes<CODES + (BITS == 8 ? 32 : 16), 1, BITS, 0, MINIMUM, 
 
 // Eight units of 2 bits at CODES, and the third bits in the first words.
 template <int BITS, int CODES>
-static void pack_twos(const uint8_t* const* rows, Words* to) {
-    Words low[16], high[8];
+static void pack_twos(const uint8_t* const* rows, RowWords* to) {
+    RowWords low[16], high[8];
     read_words<CODES, 16>(rows, low);
     if (BITS == 3) read_words<0, 8>(rows, high);
     for (int u = 0; u < 8; u++, to += BITS) {
-        to[0] = to[1] = to[BITS - 1] = Words{};
+        to[0] = to[1] = to[BITS - 1] = RowWords{};
         add_packed<2>(low + u / 4 * 8, u % 4 * 2, to);
         if (BITS == 3) add_packed<1>(high, u, to + 2);
     }
@@ -339,7 +339,7 @@ static void pack_twos(const uint8_t* const* rows, Words* to) {
 struct Q2K : BlockSizes<84, 8, 2, 16, true> {
     static void pack(const uint8_t* const* rows, const PackedBlock& to) {
         pack_twos<2, 16>(rows, to.codes);
-        Words scales[4], both = read_word<80>(rows);
+        RowWords scales[4], both = read_word<80>(rows);
         read_words<0, 4>(rows, scales);
         for (int i = 0; i < 4; i++) {
             write_bytes(scales[i] & bytes_of(15), to.factors, 4 * i);
@@ -353,10 +353,10 @@ struct Q2K : BlockSizes<84, 8, 2, 16, true> {
 struct Q3K : BlockSizes<110, 8, 3, 16> {
     static void pack(const uint8_t* const* rows, const PackedBlock& to) {
         pack_twos<3, 32>(rows, to.codes);
-        Words own[3];
+        RowWords own[3];
         read_words<96, 3>(rows, own);
         for (int i = 0; i < 4; i++) {
-            Words low = own[i % 2] >> i / 2 * 4 & bytes_of(15), high = own[2] >> 2 * i & bytes_of(3);
+            RowWords low = own[i % 2] >> i / 2 * 4 & bytes_of(15), high = own[2] >> 2 * i & bytes_of(3);
             write_bytes(((low | high << 4 | bytes_of(128)) - bytes_of(32)) ^ bytes_of(128), to.factors, 4 * i);
         }
         write_lowest<uint16_t>(read_word<106>(rows) >> 16, to.scale);
@@ -367,13 +367,13 @@ struct Q3K : BlockSizes<110, 8, 3, 16> {
 template <int BITS>
 struct FourK : BlockSizes<16 + 32 * BITS, 8, BITS, 8, true> {
     static void pack(const uint8_t* const* rows, const PackedBlock& to) {
-        Words head[4], high[8], codes[32], *packed = to.codes;
+        RowWords head[4], high[8], codes[32], *packed = to.codes;
         read_words<0, 4>(rows, head);
         read_words<FourK::BYTES - 128, 32>(rows, codes);
         if (BITS == 5) read_words<16, 8>(rows, high);
         for (int u = 0; u < 8; u++, packed += BITS) {
             pack_halves(codes + u / 2 * 8, u % 2 * 4, packed);
-            if (BITS == 5) packed[BITS - 1] = Words{}, add_packed<1>(high, u, packed + 4);
+            if (BITS == 5) packed[BITS - 1] = RowWords{}, add_packed<1>(high, u, packed + 4);
         }
         write_lowest<uint16_t>(head[0], to.scale);
         write_lowest<uint16_t>(head[0] >> 16, to.minimum);
@@ -386,11 +386,11 @@ struct FourK : BlockSizes<16 + 32 * BITS, 8, BITS, 8, true> {
 
 struct Q6K : BlockSizes<210, 8, 6, 16> {
     static void pack(const uint8_t* const* rows, const PackedBlock& to) {
-        Words codes[52], *packed = to.codes;
+        RowWords codes[52], *packed = to.codes;
         read_words<0, 52>(rows, codes);
         for (int u = 0; u < 8; u++, packed += 6) {
             pack_halves(codes + u / 4 * 16 + u % 2 * 8, u % 4 / 2 * 4, packed);
-            packed[4] = packed[5] = Words{};
+            packed[4] = packed[5] = RowWords{};
             add_packed<2>(codes + 32 + u / 4 * 8, u % 4 * 2, packed + 4);
         }
         for (int i = 0; i < 4; i++) write_bytes(codes[48 + i], to.factors, 4 * i);
@@ -400,12 +400,12 @@ struct Q6K : BlockSizes<210, 8, 6, 16> {
 
 struct Iq4Xs : BlockSizes<136, 8, 4, 8> {
     static void pack(const uint8_t* const* rows, const PackedBlock& to) {
-        Words head[2];
+        RowWords head[2];
         read_words<0, 2>(rows, head);
         read_words<8, 32>(rows, to.codes);
         write_lowest<uint16_t>(head[0], to.scale);
         for (int g = 0; g < 8; g++) {
-            Words factors = (head[1] >> 4 * g & 15) | (head[0] >> (16 + 2 * g) & 3) << 4;
+            RowWords factors = (head[1] >> 4 * g & 15) | (head[0] >> (16 + 2 * g) & 3) << 4;
             write_lowest<uint8_t>(factors - 32, to.factors, g);
         }
     }
@@ -413,7 +413,7 @@ struct Iq4Xs : BlockSizes<136, 8, 4, 8> {
 
 // The code of a column of a packed unit, in the order of pack_codes.
 template <int64_t BITS>
-static int64_t code_at(const Words* unit, int64_t lane, int64_t column) {
+static int64_t code_at(const RowWords* unit, int64_t lane, int64_t column) {
     int64_t s = column / 4, shift = column % 4 * 8;
     auto bits = [&](int64_t word, int64_t place, int64_t count) {
         return int64_t(unit[word][lane] >> (shift + place)) & ((1 << count) - 1);
@@ -465,7 +465,7 @@ static void look_up_rows(
     for (int64_t first = 0; first < count; first += PANEL) {
         int64_t some = count - first < PANEL ? count - first : PANEL;
         for (int64_t b = 0; b < blocks; b++) {
-            Words codes[Format::UNITS * Format::WORDS];
+            RowWords codes[Format::UNITS * Format::WORDS];
             uint8_t scale[PANEL * BYTES], minimum[PANEL * 2], factors[SIZE * PANEL], minima[SIZE * PANEL];
             const uint8_t* own[PANEL];
             for (int64_t o = 0; o < PANEL; o++)
@@ -500,7 +500,7 @@ static void look_up_rows(
         look_up_rows<__VA_ARGS__>(rows, stride, blocks, ids, count, table, zero, y);               \
     }                                                                                              \
     EXPORT void pack_##NAME(                                                                       \
-        const uint8_t* rows, int64_t stride, int64_t outputs, int64_t blocks, Words* codes,        \
+        const uint8_t* rows, int64_t stride, int64_t outputs, int64_t blocks, RowWords* codes,        \
         uint8_t* scale, uint8_t* minimum, uint8_t* factors, uint8_t* minima, int threads) {        \
         pack_rows<__VA_ARGS__>(                                                                    \
             rows, stride, outputs, blocks, {codes, scale, minimum, factors, minima}, threads);     \

@@ -2,7 +2,7 @@
 // and decays are factors of rows and of products.
 #include "../scan.h"
 
-#ifdef __AVX512F__
+#ifdef __AVX2__
 
 template <class M, class T>
 static void chunk(

@@ -58,7 +58,7 @@ static float largest_of(const S* x, int64_t count) {
     Lanes most = {};
     for (int64_t i = 0; i < count; i += LANES) {
         Lanes value = (Lanes)((Words)load_part(x + i, count - i) & 0x7fffffff);
-        most = value > most ? value : most;
+        most = larger(value, most);
     }
     float found = 0.0f;
     for (int64_t i = 0; i < LANES; i++) found = most[i] > found ? most[i] : found;

@@ -55,6 +55,7 @@ class TestCompiling:
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
         monkeypatch.setattr(library.tempfile, "tempdir", str(tmp_path))
         monkeypatch.setattr(library, "LEVELS_FOLDER", tmp_path / "levels")
+        monkeypatch.delenv(library.LEVEL_VARIABLE, raising=False)
         monkeypatch.setattr(library, "SOURCES", tmp_path)
         (tmp_path / "native.h").touch()
         (tmp_path / "one").mkdir()
@@ -107,6 +108,28 @@ class TestCompiling:
         library.load().functions.one()
         assert "for this start only" in caplog.text and "set XDG_CACHE_HOME" in caplog.text
         assert not list(tmp_path.glob("hybridcache-*"))
+
+
+    @COMPILED
+    @pytest.mark.skipif(not library.level_name(), reason="this processor has none of the levels")
+    def test_a_selected_level_has_a_library_of_its_own(self, monkeypatch) -> None:
+        level = library.LEVELS[0]
+        monkeypatch.setenv(library.LEVEL_VARIABLE, level.name)
+        exported = 'extern "C" __attribute__((visibility("default")))'
+        source = f"#ifndef __AVX512F__\n{exported} void narrow() {{}}\n#endif"
+        (library.SOURCES / "one" / "native.cpp").write_text(source)
+        found = library.load()
+        assert found is not None and found.build == library.level_name() == level.name
+        assert hasattr(found.functions, "narrow")
+        library.compile_levels(library.LEVELS_FOLDER, library.LEVELS[:1])
+        assert library.load().functions._name == str(library.LEVELS_FOLDER / level.file_name)
+
+    def test_a_level_that_the_processor_lacks_is_refused(self, monkeypatch) -> None:
+        monkeypatch.setattr(library, "instructions", lambda: library.LEVELS[1].needs)
+        for name in ("avx", library.LEVELS[2].name):
+            monkeypatch.setenv(library.LEVEL_VARIABLE, name)
+            with pytest.raises(ValueError, match=f"{name}: the levels .* are avx2, avx512[.]"):
+                library.load()
 
 
 class TestLevels:
