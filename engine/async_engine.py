@@ -409,10 +409,7 @@ class AsyncEngine:
         self.channel.start()
 
     def submit(
-        self,
-        prompt: Prompt | RequestSpec,
-        sampling: SamplingParams | None = None,
-        **options: Any,
+        self, prompt: Prompt | RequestSpec, sampling: SamplingParams | None = None, **options: Any
     ) -> RequestStream:
         """Queue a prompt; see ``Engine.submit``. Raises a RequestError such as QueueFull, or a
         ValueError, before anything is queued."""

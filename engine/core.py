@@ -116,10 +116,7 @@ class EngineCore:
         return display_name(Path(self.config.model)) if self.config.model else BUILTIN_NAME
 
     def submit(
-        self,
-        prompt: Prompt | RequestSpec,
-        sampling: SamplingParams | None = None,
-        **options: Any,
+        self, prompt: Prompt | RequestSpec, sampling: SamplingParams | None = None, **options: Any
     ) -> str:
         """Queue a prompt; returns the request's id. O(length of the prompt).
 
@@ -417,10 +414,7 @@ class EngineCore:
         return last
 
     def stream(
-        self,
-        prompt: Prompt | RequestSpec,
-        sampling: SamplingParams | None = None,
-        **options: Any,
+        self, prompt: Prompt | RequestSpec, sampling: SamplingParams | None = None, **options: Any
     ) -> Iterator[RequestOutput]:
         """Queue one prompt at the first output that is read, and yield all. Closing or dropping the
         iterator ends the request."""

@@ -55,6 +55,7 @@ from hybridcache.radix.tree import (
     last_checkpoint,
     members,
     read_ghosts,
+    render_text,
 )
 from hybridcache.tokens import (
     EMPTY,
@@ -401,9 +402,6 @@ class HybridRadixCache:
         namespace 'tenant'
         `- 0..3
         """
-        # Not at the top: few processes ever draw, and all import this file.
-        from hybridcache.watch.drawing import render_text
-
         return render_text(self._tree, max_nodes)
 
     @property
@@ -1044,11 +1042,7 @@ class HybridRadixCache:
         return tuple(rejected)
 
     def _store_checkpoint(
-        self,
-        node: RadixNode,
-        slot: int,
-        what: Placed | Checkpoint,
-        offered: bool,
+        self, node: RadixNode, slot: int, what: Placed | Checkpoint, offered: bool
     ) -> None:
         """Store ``slot`` as the checkpoint of ``node``: a placed one, or the one that a tier had,
         with its uses and its stop reason.
@@ -1057,9 +1051,8 @@ class HybridRadixCache:
         the next checkpoint, or else up to it).
         """
         serial, self.num_items = self.num_items, self.num_items + 1
-        checkpoint = Checkpoint(
-            node, slot, self.now, serial, self.item_bytes, what.label, what.distance
-        )
+        checkpoint = Checkpoint(node, slot, self.now, serial, self.item_bytes)
+        checkpoint.label, checkpoint.distance = what.label, what.distance
         if isinstance(what, Checkpoint):
             checkpoint.uses, checkpoint.earlier_uses = what.uses, what.earlier_uses
             checkpoint.stop_reason = what.stop_reason

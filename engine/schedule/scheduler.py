@@ -222,11 +222,7 @@ class Scheduler(StepPlanner[Request]):
     """Plans steps and commits their results."""
 
     def __init__(
-        self,
-        manager: CacheManager,
-        *,
-        drafting: Drafting | None = None,
-        **options: Any,
+        self, manager: CacheManager, *, drafting: Drafting | None = None, **options: Any
     ) -> None:
         """``options`` are those of ``StepPlanner``."""
         super().__init__(manager, **options)

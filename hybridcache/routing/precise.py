@@ -282,14 +282,14 @@ class WriteRate:
 
 
 def rendezvous(key: bytes, replicas: Iterable[ReplicaId]) -> ReplicaId:
-    """Return the highest-ranked replica for ``key`` (Thaler and Ravishankar, 1998). When a replica
-    leaves or joins, only its own keys move. O(replicas).
+    """Return the replica with the highest weight for ``key`` (Thaler and Ravishankar, 1998). When a
+    replica leaves or joins, only its own keys move. O(replicas).
 
     >>> rendezvous(b"a", (0, 1, 2)) == rendezvous(b"a", (2, 1, 0))
     True
     """
 
-    def rank(replica: ReplicaId) -> bytes:
+    def weight(replica: ReplicaId) -> bytes:
         return blake2b(key, digest_size=8, key=repr(replica).encode()[:64]).digest()
 
-    return max(replicas, key=rank)
+    return max(replicas, key=weight)
