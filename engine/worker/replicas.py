@@ -122,13 +122,13 @@ class EngineReplica:
         stream: RequestStream | None = None
         is_covered = False
         try:
-            stream = self._async.submit_valid(spec)
+            stream = self._async.submit_valid(spec, self._async.stream(adds=False))
             async for output in stream:
                 if not is_covered and output.new_token_ids:
                     is_covered = True
                     self._outbox.cover(spec.request_id)
                     self._host.call_soon(self._flush)
-                yield structs.replace(output, answer=None)
+                yield output
         except Exception as error:
             yield RequestOutput.failed(spec.request_id, RequestError.of(error))
         finally:
