@@ -9,7 +9,7 @@ from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from operator import attrgetter
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -26,9 +26,23 @@ from hybridcache.scheduling.cache_manager import CacheManager
 from hybridcache.scheduling.planner import StepPlanner
 from hybridcache.tokens import Tokens
 
+if TYPE_CHECKING:
+    import torch
+
 
 class BytesLost(RuntimeError):
     """Data that a batch had to load is missing, so its rows must not be read."""
+
+
+class Pending(Protocol):
+    """Tokens with their log-probabilities, possibly still being copied to the host: ``Drawn`` of
+    the sampler."""
+
+    tokens: torch.Tensor
+    """int64 ``[rows]``, on the device."""
+
+    def wait(self) -> Sequence[SampledToken]:
+        """Return one token per row."""
 
 
 UNKNOWN: Tokens = np.zeros(1, np.int32)
@@ -148,10 +162,10 @@ class Batch:
     """Decode tokens that are only on the device: (segment, row of the last step's drawn tokens)."""
     moves: tuple[Transfer, ...] = ()
     """Moves of arena rows and transfers between tiers, in this order."""
-    drawn: Any = None
-    """``Drawn`` by the sampler: the next token of each segment that samples, and one after each of
+    drawn: Pending | None = None
+    """Drawn by the sampler: the next token of each segment that samples, and one after each of
     its drafts; or None."""
-    scores: Sequence[Any] = ()
+    scores: Sequence[Pending] = ()
     """Prompt tokens with their log-probabilities, for each segment that scores."""
 
     def __reduce__(self) -> tuple[type[Batch], tuple[object, ...]]:
