@@ -10,6 +10,7 @@ from hashlib import blake2b
 from typing import ClassVar
 
 from hybridcache.export.events import CheckpointStored, Event, Mirror
+from hybridcache.policies.placement import Rule
 from hybridcache.policies.protocol import Placed, Prefill
 from hybridcache.routing.protocol import Choice, ReplicaId, ReplicaSpec, Router, RouteRequest
 from hybridcache.tokens import common_prefix_len
@@ -20,8 +21,6 @@ EVIDENCE = 4.0
 """Checkpoints per rule that are assumed saved before any event arrives."""
 RECENT = 64.0
 """Planned checkpoints per rule after which the counts are halved."""
-Rule = tuple[str, int]
-"""Label and distance of a checkpoint (``Placed``)."""
 
 
 class SavedShares:
