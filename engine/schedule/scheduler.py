@@ -35,14 +35,11 @@ class BytesLost(RuntimeError):
 
 
 class Pending(Protocol):
-    """Tokens with their log-probabilities, possibly still being copied to the host: ``Drawn`` of
-    the sampler."""
+    """Tokens with their log-probabilities, possibly still being copied to the host (``Drawn``)."""
 
     tokens: torch.Tensor
-    """int64 ``[rows]``, on the device."""
 
-    def wait(self) -> Sequence[SampledToken]:
-        """Return one token per row."""
+    def wait(self) -> Sequence[SampledToken]: ...
 
 
 UNKNOWN: Tokens = np.zeros(1, np.int32)
