@@ -250,7 +250,10 @@ class RequestStream:
         self,
         on_abort: Callable[[str, FinishReason], None],
         on_end: Callable[[RequestOutput], object],
+        adds: bool = True,
     ) -> None:
+        """Without ``adds``, outputs go on to the process of their reader, which adds them up."""
+        self._adds = adds
         self.answers: dict[str, Answer] = {}
         """Answer of each request by its id, in the order of submission."""
         self._on_abort, self._on_end = on_abort, on_end
@@ -290,7 +293,8 @@ class RequestStream:
 
     def put(self, output: RequestOutput) -> None:
         """Queue ``output`` for the reader."""
-        output = self.answers[output.request_id].add(output)
+        if self._adds:
+            output = self.answers[output.request_id].add(output)
         if output.is_finished:
             self._open.discard(output.request_id)
             self._on_end(output)
@@ -409,10 +413,7 @@ class AsyncEngine:
         self.channel.start()
 
     def submit(
-        self,
-        prompt: Prompt | RequestSpec,
-        sampling: SamplingParams | None = None,
-        **options: Any,
+        self, prompt: Prompt | RequestSpec, sampling: SamplingParams | None = None, **options: Any
     ) -> RequestStream:
         """Queue a prompt; see ``Engine.submit``. Raises a RequestError such as QueueFull, or a
         ValueError, before anything is queued."""
@@ -437,11 +438,11 @@ class AsyncEngine:
         return stream
 
     def stream(
-        self, on_end: Callable[[RequestOutput], object] = lambda output: None
+        self, on_end: Callable[[RequestOutput], object] = lambda output: None, adds: bool = True
     ) -> RequestStream:
         """Return a stream without requests, for a reader of several. ``on_end`` gets the last
         output of each, also if the reader has left."""
-        return RequestStream(self.abort, on_end)
+        return RequestStream(self.abort, on_end, adds)
 
     def abort(self, request_id: str, reason: FinishReason = "abort") -> None:
         """End a request before the next step. Does nothing if it has ended."""

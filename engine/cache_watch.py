@@ -37,8 +37,7 @@ class Watch:
         self._pools: list[Record] = []
         """Latest records of the memory and, with an arena, of its slabs."""
         self._pools_s = -math.inf
-        num_nodes = getattr(engine.cache, "num_nodes", 0)  # The cache may be off.
-        if num_nodes > MAX_NODES:
+        if (num_nodes := engine.cache.num_nodes) > MAX_NODES:
             raise ValueError(
                 f"The tree has {num_nodes:,} nodes, and a page shows {MAX_NODES:,} at most: "
                 "/v1/cache has an outline."
@@ -191,9 +190,8 @@ def _admission_text(policy: str, figures: Mapping[str, float | str]) -> str:
 
 def _progress(request: Request) -> tuple[str, int, int, int | None]:
     """Return (state, tokens computed, tokens of the answer, id of the node of its lease)."""
-    node = None if request.lease is None else node_id(request.lease.node)
-    answer_len = request.num_tokens - request.prompt_len
-    if request.lease is None:
+    lease, answer_len = request.lease, request.num_tokens - request.prompt_len
+    if lease is None:
         return "waiting", 0, answer_len, None
     state = "prefill" if request.is_prefilling else "decode"
-    return state, request.computed_len, answer_len, node
+    return state, request.computed_len, answer_len, node_id(lease.node)

@@ -15,6 +15,7 @@ from dataclasses import asdict
 from functools import partial
 from itertools import repeat
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Any, Protocol
 
 from engine.config import BUILTIN_NAME, EngineConfig
@@ -28,7 +29,7 @@ from engine.requests.request import (
     SamplingParams,
 )
 from engine.schedule.report import CacheReport, PoolReport, StepReport, cache_kind
-from engine.schedule.scheduler import EMPTY, Batch, BytesLost, Scheduler
+from engine.schedule.scheduler import EMPTY, Batch, BytesLost, Pending, Scheduler
 from engine.text.answers import Answer, FinishReason, RequestOutput
 from engine.text.bounded import BoundedMemory
 from engine.text.grammar import Grammar, GrammarError
@@ -41,6 +42,8 @@ from hybridcache.scheduling.loading import Loader
 from hybridcache.tokens import EMPTY as NO_TOKENS
 
 if TYPE_CHECKING:
+    import torch
+
     from engine.runner.model_runner import ModelRunner
     from engine.runner.sampler import Sampler
 
@@ -116,10 +119,7 @@ class EngineCore:
         return display_name(Path(self.config.model)) if self.config.model else BUILTIN_NAME
 
     def submit(
-        self,
-        prompt: Prompt | RequestSpec,
-        sampling: SamplingParams | None = None,
-        **options: Any,
+        self, prompt: Prompt | RequestSpec, sampling: SamplingParams | None = None, **options: Any
     ) -> str:
         """Queue a prompt; returns the request's id. O(length of the prompt).
 
@@ -284,17 +284,18 @@ class EngineCore:
         if step is not EMPTY:
             self._manager.step_done()
         self._laps.append(self.clock())
-        self._sample(step, logits)
+        if logits is not None:
+            self._sample(step, logits)
         self._laps.append(self.clock())
         return step
 
-    def _sample(self, step: Batch, logits: Any) -> None:
+    def _sample(self, step: Batch, logits: torch.Tensor) -> None:
         """Start drawing the step's tokens, and scoring prompts if requested. Waits only if a rule
         depends on a token of the previous step, while the device computes this one."""
         late_tokens = dict(step.late_tokens)
         inputs: list[SamplingInput] = []
         rows: list[int] = []
-        scores: list[Any] = []
+        scores: list[Pending] = []
         num_rows = 0
         for index, segment in enumerate(step.segments):
             first, num_rows = num_rows, num_rows + segment.num_logits
@@ -398,7 +399,7 @@ class EngineCore:
         each = [sampling] * len(prompts) if not isinstance(sampling, Sequence) else list(sampling)
         if len(each) != len(prompts):
             raise ValueError(f"{len(prompts)} prompts came with {len(each)} sampling parameters.")
-        last: list[Any] = [None] * len(prompts)
+        last = dict[int, RequestOutput]()
         places: dict[str, int] = {}
         queue = deque(enumerate(zip(prompts, each, strict=True)))
         try:
@@ -414,13 +415,10 @@ class EngineCore:
             with DelayedSignals():
                 for request_id in places:
                     self.abort(request_id)
-        return last
+        return [last[place] for place in range(len(prompts))]
 
     def stream(
-        self,
-        prompt: Prompt | RequestSpec,
-        sampling: SamplingParams | None = None,
-        **options: Any,
+        self, prompt: Prompt | RequestSpec, sampling: SamplingParams | None = None, **options: Any
     ) -> Iterator[RequestOutput]:
         """Queue one prompt at the first output that is read, and yield all. Closing or dropping the
         iterator ends the request."""
@@ -518,7 +516,7 @@ class DelayedSignals:
     such block, and for handlers that are not Python's."""
 
     def __init__(self) -> None:
-        self._handlers: dict[int, Any] = {}
+        self._handlers: dict[int, Callable[[int, FrameType | None], object]] = {}
         self._received: list[int] = []
         self._is_open = False
 
@@ -533,7 +531,7 @@ class DelayedSignals:
                 _signal.signal(number, self)
         self._is_open = True
 
-    def __call__(self, number: int, frame: Any) -> None:
+    def __call__(self, number: int, frame: FrameType | None) -> None:
         if self._is_open and not self._received:
             self._received.append(number)
         else:  # It is the second one, or an exception has cut ``__enter__`` or ``__exit__``.

@@ -22,6 +22,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
 from itertools import chain
 from math import lcm
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -54,6 +55,7 @@ from hybridcache.radix.tree import (
     last_checkpoint,
     members,
     read_ghosts,
+    render_text,
 )
 from hybridcache.tokens import (
     EMPTY,
@@ -400,9 +402,6 @@ class HybridRadixCache:
         namespace 'tenant'
         `- 0..3
         """
-        # Not at the top: few processes ever draw, and all import this file.
-        from hybridcache.watch.drawing import render_text
-
         return render_text(self._tree, max_nodes)
 
     @property
@@ -886,8 +885,8 @@ class HybridRadixCache:
             raise ValueError("after is not locked: keep its lock until insert returns")
         while base is not None and base.end > owned_from:
             base = base.parent
-        named = zip(checkpoints, labels or ("",) * len(checkpoints), strict=True)
-        saves = [(slot, Placed(position, label)) for (position, slot), label in named]
+        names = labels or ("",) * len(checkpoints)
+        saves = [(one, Placed(one[0], name)) for one, name in zip(checkpoints, names, strict=True)]
         ids = tokens[0 if base is None else base.end :].tobytes()
         return self.publish(ids, kv_indices, saves, namespace, owned_from, base)
 
@@ -895,24 +894,24 @@ class HybridRadixCache:
         self,
         ids: bytes,
         kv_indices: Indices,
-        saves: Collection[tuple[int, Placed]],
+        saves: Collection[tuple[tuple[int, int], Placed]],
         namespace: Hashable,
         owned_from: int,
         base: RadixNode | None,
     ) -> InsertResult:
         """As ``insert``, without checks of types and locks: for leases. ``ids`` are the tokens
         after ``base``, a node on the path that ends at ``owned_from`` or before, or None for the
-        root. ``saves`` are the checkpoints by their slots."""
+        root. ``saves`` are the checkpoints, as (position, slot)."""
         num_tokens = len(kv_indices) - len(kv_indices) % self.page_size
         ends = [num_tokens]
-        for slot, (end, *_) in saves:
+        for (end, slot), _ in saves:
             if self._is_cached[slot] or not self._slots.is_taken[slot]:
                 raise ValueError(f"slot {slot} is free or the cache's: take one with allocate_slot")
             if end < num_tokens and end % self.checkpoint_grid == 0:
                 ends.append(end)
         rejected: tuple[int, ...] = ()
         if not self.needs_states:
-            ends, rejected, saves = ends[:1], tuple(slot for slot, _ in saves), ()
+            ends, rejected, saves = ends[:1], tuple(slot for (_, slot), _ in saves), ()
             if not self._keeps:
                 return InsertResult(0, EMPTY, rejected, None)
         node = base if base is not None else self._tree.root(namespace)
@@ -1019,7 +1018,7 @@ class HybridRadixCache:
         self.num_items = serial
 
     def _place(
-        self, leaf: RadixNode, saves: Collection[tuple[int, Placed]], offered: int
+        self, leaf: RadixNode, saves: Collection[tuple[tuple[int, int], Placed]], offered: int
     ) -> tuple[int, ...]:
         """Store checkpoints on the path to ``leaf``, splitting where needed; return the slots not
         taken.
@@ -1029,9 +1028,8 @@ class HybridRadixCache:
         rejected: list[int] = []
         node, end, step = leaf, leaf.end, self.checkpoint_grid
         if len(saves) > 1:
-            saves = sorted(saves, key=lambda save: (save[1].position, save[0]), reverse=True)
-        for slot, placed in saves:
-            position = placed.position
+            saves = sorted(saves, key=itemgetter(0), reverse=True)
+        for (position, slot), placed in saves:
             if position % step == 0 and 0 < position <= end:
                 while (above := node.parent) is not None and above.end >= position:
                     node = above
@@ -1044,11 +1042,7 @@ class HybridRadixCache:
         return tuple(rejected)
 
     def _store_checkpoint(
-        self,
-        node: RadixNode,
-        slot: int,
-        what: Placed | Checkpoint,
-        offered: bool,
+        self, node: RadixNode, slot: int, what: Placed | Checkpoint, offered: bool
     ) -> None:
         """Store ``slot`` as the checkpoint of ``node``: a placed one, or the one that a tier had,
         with its uses and its stop reason.
@@ -1057,9 +1051,8 @@ class HybridRadixCache:
         the next checkpoint, or else up to it).
         """
         serial, self.num_items = self.num_items, self.num_items + 1
-        checkpoint = Checkpoint(
-            node, slot, self.now, serial, self.item_bytes, what.label, what.distance
-        )
+        checkpoint = Checkpoint(node, slot, self.now, serial, self.item_bytes)
+        checkpoint.label, checkpoint.distance = what.label, what.distance
         if isinstance(what, Checkpoint):
             checkpoint.uses, checkpoint.earlier_uses = what.uses, what.earlier_uses
             checkpoint.stop_reason = what.stop_reason

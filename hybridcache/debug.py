@@ -214,8 +214,8 @@ class _Checks(HybridRadixCache):
     def _require_not_leased(self, slot: int) -> None:
         for one in self.live_leases():
             own = [] if one._request.own_slot is not None else [one.state_slot]
-            rolling = [] if one._rolling is None else [one._rolling[1]]
-            if slot in own or slot in rolling or slot in one._pending:
+            saved = [*one._pending, *([] if one._rolling is None else [one._rolling])]
+            if slot in own or slot in [each for _, each in saved]:
                 raise ValueError(f"slot {slot} is held by {one!r}: it returns the slot itself")
 
 

@@ -209,8 +209,8 @@ class Lease:
         self._awaited_from = 0
         self._planned: dict[int, Placed] = {}
         """Planned checkpoints without a slot yet, by position, of descending priority."""
-        self._pending: dict[int, Placed] = {}
-        """Checkpoints by slot, until they are published."""
+        self._pending: dict[Saved, Placed] = {}
+        """Checkpoints with a slot, until they are published."""
         self._interval: int | None = None
         """Distance of the checkpoints of decode, or None if there are none."""
         self._rolling: Saved | None = None
@@ -386,7 +386,7 @@ class Lease:
     def is_saving_at(self, position: int) -> bool:
         """Return whether ``take_checkpoint_slots`` returned ``position`` and no ``publish`` covered
         it yet."""
-        return any(position == placed.position for placed in self._pending.values())
+        return any(position == saved for saved, _ in self._pending)
 
     def num_quiet_tokens(self, computed_len: int) -> int:
         """Return the number of decode steps for which the row and slot calls have no effect.
@@ -566,13 +566,11 @@ class Lease:
                 if slot is None:
                     break
                 del self._planned[position]
-                self._pending[slot] = placed
+                self._pending[position, slot] = placed
                 num_taken += 1
                 if self.cache.steps.transfers:
                     self._await_transfers(start)
-        pending = self._pending.items()
-        found = [(one.position, slot) for slot, one in pending if start < one.position <= end]
-        return tuple(sorted(found))
+        return tuple(sorted([saved for saved in self._pending if start < saved[0] <= end]))
 
     def _roll(self, start: int, end: int, max_slots: int | None) -> tuple[Saved, ...] | None:
         """Move the rolling checkpoint to the last position in (start, end] at which decode saves a
@@ -690,17 +688,18 @@ class Lease:
             own_slot = None  # It is not the cache's, and stays with the caller.
         pending, planned = self._pending, self._planned
         if self._rolling is not None:
-            pending[self._rolling[1]] = Placed(self._rolling[0], "decode")
+            pending[self._rolling] = Placed(self._rolling[0], "decode")
         is_possible = donate and self.cached_len < computed_len == published_len
         if is_possible and own_slot is not None and computed_len % self._step == 0:
             is_prompt = computed_len <= self.prompt_len
             kept = Placed(computed_len, "preempt" if is_prompt else "decode")
-            pending[own_slot] = planned.pop(computed_len, kept)
+            pending[computed_len, own_slot] = planned.pop(computed_len, kept)
             own_slot = self.state_slot = None
         self._planned, self._rolling = {}, None
-        for slot in [slot for slot, one in pending.items() if one.position > published_len]:
-            cache.free_slot(slot)
-            placement.on_dropped(pending.pop(slot))
+        if pending and max(pending)[0] > published_len:
+            for saved in [saved for saved in pending if saved[0] > published_len]:
+                cache.free_slot(saved[1])
+                placement.on_dropped(pending.pop(saved))
         for placed in planned.values():
             placement.on_dropped(placed)
         tip: NodeHandle | None = self._lock.node
@@ -732,10 +731,10 @@ class Lease:
         the tree has not taken, are freed.
         """
         cache, first, before, saved = self.cache, self.published_len, self._lock, self._pending
-        later: dict[int, Placed] = {}
-        if saved and not is_last:
-            later = {slot: one for slot, one in saved.items() if one.position > computed_len}
-            saved = {slot: one for slot, one in saved.items() if slot not in later}
+        later: dict[Saved, Placed] = {}
+        if saved and not is_last and max(saved)[0] > computed_len:
+            later = {one: placed for one, placed in saved.items() if one[0] > computed_len}
+            saved = {one: placed for one, placed in saved.items() if one[0] <= computed_len}
         ids, rows = tokens[first:computed_len].tobytes(), self._rows[:computed_len]
         self.published_len, duplicates, rejected_slots, node = cache.publish(
             ids, rows, saved.items(), self._request.namespace, first, before.node
@@ -753,7 +752,7 @@ class Lease:
                 if self._request.table_row is not None:
                     self._note_changed(self._request.table_row, first, end)
                     self._read_rows()  # Now: later moves are noted for rows that were read.
-        for slot, placed in saved.items():
+        for (_, slot), placed in saved.items():
             if slot in rejected_slots:
                 cache.free_slot(slot)
                 self._placement.on_dropped(placed)

@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import ast
 import dataclasses
 import functools
-import inspect
-import itertools
 import re
-import sys
 import textwrap
 import types
 import typing
@@ -18,6 +14,7 @@ from typing import Any, TypeVar
 
 from engine.config import ConfigError
 from hybridcache.command.parser import HelpFormatter, Parser, did_you_mean
+from hybridcache.fields import class_body, documented
 
 Config = TypeVar("Config")
 METAVARS: dict[type, str] = {int: "N", float: "X", str: "TEXT"}
@@ -157,13 +154,7 @@ def read_config(
 @functools.cache
 def _docstrings(config: type) -> dict[str, str]:
     """Return the docstring of each field of a dataclass."""
-    tree = ast.parse(inspect.getsource(sys.modules[config.__module__]))
-    (made,) = (n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == config.__name__)
-    return {
-        ast.unparse(field.target): " ".join(ast.literal_eval(text.value).split())
-        for field, text in itertools.pairwise(made.body)
-        if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr)
-    }
+    return {name: " ".join(text.split()) for name, _, text in documented(class_body(config))}
 
 
 def _help(config: type, field: dataclasses.Field[Any]) -> str:

@@ -9,7 +9,7 @@ from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from operator import attrgetter
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -26,9 +26,20 @@ from hybridcache.scheduling.cache_manager import CacheManager
 from hybridcache.scheduling.planner import StepPlanner
 from hybridcache.tokens import Tokens
 
+if TYPE_CHECKING:
+    import torch
+
 
 class BytesLost(RuntimeError):
     """Data that a batch had to load is missing, so its rows must not be read."""
+
+
+class Pending(Protocol):
+    """Tokens with their log-probabilities, possibly still being copied to the host (``Drawn``)."""
+
+    tokens: torch.Tensor
+
+    def wait(self) -> Sequence[SampledToken]: ...
 
 
 UNKNOWN: Tokens = np.zeros(1, np.int32)
@@ -148,10 +159,10 @@ class Batch:
     """Decode tokens that are only on the device: (segment, row of the last step's drawn tokens)."""
     moves: tuple[Transfer, ...] = ()
     """Moves of arena rows and transfers between tiers, in this order."""
-    drawn: Any = None
-    """``Drawn`` by the sampler: the next token of each segment that samples, and one after each of
+    drawn: Pending | None = None
+    """Drawn by the sampler: the next token of each segment that samples, and one after each of
     its drafts; or None."""
-    scores: Sequence[Any] = ()
+    scores: Sequence[Pending] = ()
     """Prompt tokens with their log-probabilities, for each segment that scores."""
 
     def __reduce__(self) -> tuple[type[Batch], tuple[object, ...]]:
@@ -222,11 +233,7 @@ class Scheduler(StepPlanner[Request]):
     """Plans steps and commits their results."""
 
     def __init__(
-        self,
-        manager: CacheManager,
-        *,
-        drafting: Drafting | None = None,
-        **options: Any,
+        self, manager: CacheManager, *, drafting: Drafting | None = None, **options: Any
     ) -> None:
         """``options`` are those of ``StepPlanner``."""
         super().__init__(manager, **options)

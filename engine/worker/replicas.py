@@ -11,11 +11,11 @@ import signal
 import sys
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Coroutine, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Protocol, TypeVar, cast
 
 import numpy as np
 from msgspec import structs
@@ -122,13 +122,13 @@ class EngineReplica:
         stream: RequestStream | None = None
         is_covered = False
         try:
-            stream = self._async.submit_valid(spec)
+            stream = self._async.submit_valid(spec, self._async.stream(adds=False))
             async for output in stream:
                 if not is_covered and output.new_token_ids:
                     is_covered = True
                     self._outbox.cover(spec.request_id)
                     self._host.call_soon(self._flush)
-                yield structs.replace(output, answer=None)
+                yield output
         except Exception as error:
             yield RequestOutput.failed(spec.request_id, RequestError.of(error))
         finally:
@@ -213,6 +213,24 @@ BROKEN_OFF = StepFailed("the replica that computed it died; send the request aga
 logger = logging.getLogger(__name__)
 
 
+Result = TypeVar("Result", covariant=True)
+
+
+class Remote(Protocol[Result]):
+    """Method of an actor, called in its process."""
+
+    def remote(self, *arguments: object) -> Result: ...
+
+
+class Actor(Protocol):
+    """``EngineReplica`` in another process."""
+
+    generate: Remote[AsyncIterator[Awaitable[RequestOutput]]]
+    events: Remote[AsyncIterator[Awaitable[EventBatch]]]
+    tell: Remote[Awaitable[Any]]
+    facts: Remote[object]
+
+
 class Progress:
     """A request in progress: its outputs so far, as its replica sent them.
 
@@ -225,7 +243,7 @@ class Progress:
 
     def __init__(self, spec: RequestSpec, request_id: str) -> None:
         self.spec, self.request_id = spec, request_id
-        self.replica: Any = None
+        self.replica: Actor | None = None
         """Actor that computes it, or None if none was chosen yet."""
         self._tokens: list[int] = []
         self._last = RequestOutput(request_id)
@@ -268,7 +286,7 @@ class FleetChannel(EngineChannel):
         fleet: RayFleet,
         router: Router,
         facts: EngineFacts,
-        replicas: Mapping[str, Any],
+        replicas: Mapping[str, Actor],
     ) -> None:
         self.config, self.facts, self.num_engines = config, facts, len(replicas)
         tokenizer = load_tokenizer_of(config, facts.vocab_size)
@@ -278,7 +296,7 @@ class FleetChannel(EngineChannel):
         self._compiling = asyncio.Lock()
         """Held while a grammar is compiled, so that an equal one that waits is remembered."""
         self._fleet, self.router = fleet, router
-        self.members: dict[str, Any] = {}
+        self.members: dict[str, Actor] = {}
         """Replicas that are up by name, the oldest first."""
         for name, replica in replicas.items():
             self._join(name, replica)
@@ -305,11 +323,11 @@ class FleetChannel(EngineChannel):
         for name, replica in self.members.items():
             self._run(self._follow(name, replica))
 
-    def _join(self, name: str, replica: Any) -> None:
+    def _join(self, name: str, replica: Actor) -> None:
         self.members[name] = replica
         self.router.joined(name, time.monotonic())
 
-    async def _follow(self, name: str, replica: Any) -> None:
+    async def _follow(self, name: str, replica: Actor) -> None:
         """Pass the events of a replica to the router until it ends, and start another one."""
         while self._is_open:
             why = "its engine has failed"
@@ -371,7 +389,7 @@ class FleetChannel(EngineChannel):
         self._end(request, request.ended(message.reason))
         request.task.cancel()
 
-    async def _tell(self, replica: Any, message: Question | Abort) -> Any:
+    async def _tell(self, replica: Actor, message: Question | Abort) -> Any:
         """Return the reply of a replica to a message."""
         return await asyncio.wait_for(replica.tell.remote(message), CALL_S)
 
@@ -558,22 +576,23 @@ class RayFleet:
             **self.needs,
         )(EngineReplica)
 
-    def start(self, name: str) -> Any:
+    def start(self, name: str) -> Actor:
         """Return a new replica, which is loading its model."""
-        return self._class.options(name=name).remote(self._config)
+        replica: Actor = self._class.options(name=name).remote(self._config)
+        return replica
 
-    def facts(self, replicas: Iterable[Any], address: str) -> Facts:
+    def facts(self, replicas: Iterable[Actor], address: str) -> Facts:
         """Wait until all ``replicas`` have loaded their models, and return the facts of the
         first."""
         loading = [replica.facts.remote(address) for replica in replicas]
         found: Facts = self._ray.get(loading, timeout=START_S)[0]
         return found
 
-    def end(self, replica: Any) -> None:
+    def end(self, replica: Actor) -> None:
         """End a replica at once."""
         self._ray.kill(replica)
 
-    def cancel(self, outputs: Any) -> None:
+    def cancel(self, outputs: object) -> None:
         """End a request, because nobody reads its ``outputs``."""
         self._ray.cancel(outputs)
 

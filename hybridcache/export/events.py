@@ -1,6 +1,6 @@
 """KV events: the changes of a cache as records, for routers.
 
-``EventStream`` turns changes into small records: segment id, parent id, positions and tokens.
+``EventStream`` turns changes into small records: edge id, parent id, positions and tokens.
 ``Mirror`` follows a stream and computes match lengths for a router without contacting the replica.
 ``hybridcache.routing.outbox`` numbers batches of events for a subscriber that can lose some.
 
@@ -29,19 +29,19 @@ from hybridcache.tokens import EMPTY, Tokens, require_int32
 
 
 class KVStored(NamedTuple):
-    """KV of a new segment."""
+    """KV of a new edge."""
 
     id: int
-    """Segment id. Never reused."""
+    """Edge id. Never reused."""
     parent: int | None
-    """Id of the parent segment, or None for the root of the namespace."""
+    """Id of the parent edge, or None for the root of the namespace."""
     namespace: Hashable
     start: int
     tokens: tuple[int, ...]
 
 
 class KVSplit(NamedTuple):
-    """Split of a segment: ``id`` keeps the tokens after ``position``; ``upper`` gets the rest."""
+    """Split of an edge: ``id`` keeps the tokens after ``position``; ``upper`` gets the rest."""
 
     id: int
     upper: int
@@ -49,13 +49,13 @@ class KVSplit(NamedTuple):
 
 
 class KVRemoved(NamedTuple):
-    """Eviction of a segment's KV. The segment has no children."""
+    """Eviction of an edge's KV. The edge has no children."""
 
     id: int
 
 
 class CheckpointStored(NamedTuple):
-    """New checkpoint at the end of a segment."""
+    """New checkpoint at the end of an edge."""
 
     id: int
     position: int
@@ -65,7 +65,7 @@ class CheckpointStored(NamedTuple):
 
 
 class CheckpointRemoved(NamedTuple):
-    """Removal of the checkpoint at the end of a segment. The KV can remain."""
+    """Removal of the checkpoint at the end of an edge. The KV can remain."""
 
     id: int
     position: int
@@ -158,7 +158,7 @@ class Mirror:
         self._kv_step = None if kv_grid is None else lcm(kv_grid, page_size)
         self._tree = RadixTree(page_size)
         self.nodes: dict[int, RadixNode] = {}
-        """Nodes by segment id, which is also their serial. They have no rows."""
+        """Nodes by edge id, which is also their serial. They have no rows."""
         self.next_sequence = 0
         """Number of the next batch."""
         self.num_tokens = 0
@@ -177,7 +177,7 @@ class Mirror:
         self.next_sequence = sequence + 1
 
     def apply(self, event: Event) -> None:
-        """Apply one event, which follows the preceding ones. O(tokens of the segment)."""
+        """Apply one event, which follows the preceding ones. O(tokens of the edge)."""
         tree, nodes = self._tree, self.nodes
         match event:
             case KVStored(id_, above, namespace, _, tokens):

@@ -194,7 +194,8 @@ class Memory:
             tree.fade(node)
             nodes.append(node)
             if serial >= 0:
-                item = Checkpoint(node, -1, created, serial, item_bytes, label, distance)
+                item = Checkpoint(node, -1, created, serial, item_bytes)
+                item.label, item.distance = label, distance
                 item.last_used, item.uses, item.earlier_uses = last_used, uses, earlier
                 item.superseded, item.stop_reason = bool(superseded), stop_reason
                 node.lost_checkpoint = item

@@ -348,10 +348,8 @@ def benchmark(
         if cell.source and _found(cell.trace, folder) is None
     }
     given = [policies] if isinstance(policies, str | type) else [*policies]
-    entries = [written_policy(one) for one in named_policies(given)]
-    for place, one in enumerate(entries):  # ``lru`` is a row of the benchmark already.
-        with_placement = f"{one}@{DEFAULT_PLACEMENT}"
-        entries[place] = with_placement if with_placement in asked.policies else one
+    known = {one.removesuffix(f"@{DEFAULT_PLACEMENT}"): one for one in asked.policies}
+    entries = [known.get(one, one) for one in map(written_policy, named_policies(given))]
     systems = (HINDSIGHT, *dict.fromkeys((*entries, *asked.policies, *asked.rebuilt)))
     jobs = [
         Job(asked, cell, place, system, folder)

@@ -490,8 +490,7 @@ def _leaderboard(options: argparse.Namespace) -> int:
         print(Ranking.read(*options.results).table())
         return 0
     if not options.policies:
-        said = "no policy is named: all built-in ones run on the whole split, which takes long"
-        print(f"hybridcache: {said}; name yours, or fewer with --built-in", file=sys.stderr)
+        print("running all built-in policies: --built-in names fewer", file=sys.stderr)
     named = options.built_in
     built_in = BUILT_IN if named is None else tuple(filter(None, split_specs(named)))
     board = leaderboard(

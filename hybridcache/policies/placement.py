@@ -69,20 +69,6 @@ class End(PlacementPolicy):
         return 1
 
 
-def _for_each_rule(name: str) -> Any:
-    """Return a method that calls the method ``name`` of every rule which has its own."""
-
-    def notify(self: Placement, *arguments: object) -> None:
-        for call in self._calls[name]:
-            call(*arguments)
-
-    return notify
-
-
-NOTIFIED = ("on_prefill", "on_hit", "on_ghost_hit", "on_saved", "on_dropped")
-"""Methods of ``PlacementPolicy`` that do nothing by default."""
-
-
 class Placement(PlacementPolicy):
     """Combination of several placement rules, by descending priority. Every rule is notified of
     every checkpoint."""
@@ -92,24 +78,34 @@ class Placement(PlacementPolicy):
     def __init__(self, rules: tuple[PlacementPolicy, ...]) -> None:
         self.rules = rules
         self.is_guarded = all(rule.is_guarded for rule in rules)
-        self._calls: dict[str, list[Any]] = {
-            name: [
-                getattr(rule, name)
-                for rule in rules
-                if getattr(type(rule), name) is not getattr(PlacementPolicy, name)
-            ]
-            for name in (*NOTIFIED, "decode_interval")
-        }
 
     def plan(self, prefill: Prefill) -> list[Placed]:
         return [placed for rule in self.rules for placed in rule.plan(prefill)]
 
     def decode_interval(self) -> int | None:
         """Return the shortest interval of any rule."""
-        intervals = [one for call in self._calls["decode_interval"] if (one := call()) is not None]
-        return min(intervals, default=None)
+        intervals = (rule.decode_interval() for rule in self.rules)
+        return min((one for one in intervals if one is not None), default=None)
 
-    on_prefill, on_hit, on_ghost_hit, on_saved, on_dropped = map(_for_each_rule, NOTIFIED)
+    def on_prefill(self, prefill: Prefill) -> None:
+        for rule in self.rules:
+            rule.on_prefill(prefill)
+
+    def on_hit(self, item: Item) -> None:
+        for rule in self.rules:
+            rule.on_hit(item)
+
+    def on_ghost_hit(self, item: Item, num_tokens: int) -> None:
+        for rule in self.rules:
+            rule.on_ghost_hit(item, num_tokens)
+
+    def on_saved(self, placed: Placed) -> None:
+        for rule in self.rules:
+            rule.on_saved(placed)
+
+    def on_dropped(self, placed: Placed) -> None:
+        for rule in self.rules:
+            rule.on_dropped(placed)
 
 
 # --- Adaptive -------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from hashlib import blake2b
 from typing import ClassVar
 
 from hybridcache.export.events import CheckpointStored, Event, Mirror
+from hybridcache.policies.placement import Rule
 from hybridcache.policies.protocol import Placed, Prefill
 from hybridcache.routing.protocol import Choice, ReplicaId, ReplicaSpec, Router, RouteRequest
 from hybridcache.tokens import common_prefix_len
@@ -20,8 +21,6 @@ EVIDENCE = 4.0
 """Checkpoints per rule that are assumed saved before any event arrives."""
 RECENT = 64.0
 """Planned checkpoints per rule after which the counts are halved."""
-Rule = tuple[str, int]
-"""Label and distance of a checkpoint (``Placed``)."""
 
 
 class SavedShares:
@@ -282,14 +281,14 @@ class WriteRate:
 
 
 def rendezvous(key: bytes, replicas: Iterable[ReplicaId]) -> ReplicaId:
-    """Return the highest-ranked replica for ``key`` (Thaler and Ravishankar, 1998). When a replica
-    leaves or joins, only its own keys move. O(replicas).
+    """Return the replica with the highest weight for ``key`` (Thaler and Ravishankar, 1998). When a
+    replica leaves or joins, only its own keys move. O(replicas).
 
     >>> rendezvous(b"a", (0, 1, 2)) == rendezvous(b"a", (2, 1, 0))
     True
     """
 
-    def rank(replica: ReplicaId) -> bytes:
+    def weight(replica: ReplicaId) -> bytes:
         return blake2b(key, digest_size=8, key=repr(replica).encode()[:64]).digest()
 
-    return max(replicas, key=rank)
+    return max(replicas, key=weight)

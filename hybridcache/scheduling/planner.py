@@ -20,7 +20,7 @@ Requests that need another slab for their states sit the step out, and the other
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass
 from itertools import islice
 from math import inf
@@ -210,7 +210,7 @@ class StepPlanner(Generic[R]):
         """Order of the waiting requests."""
         self.sessions = Sessions()
         """Sessions of waiting and running requests, and idle ones."""
-        self._sharing = Sharing(self.manager) if self._shares else None
+        self._sharing = Sharing(self.manager, self._shares)
         self.waiting: list[R] = []
         """Waiting requests, the oldest first."""
         self.running: list[R] = []
@@ -298,8 +298,7 @@ class StepPlanner(Generic[R]):
         else:
             self.waiting.remove(request)
             self._matches.pop(request, None)
-            if self._sharing is not None:
-                self._sharing.forget(request)
+            self._sharing.forget(request)
             if self.loader is not None:
                 self.loader.forget(request)
         self._has_left(request)
@@ -310,7 +309,11 @@ class StepPlanner(Generic[R]):
         self.must_wait = False
         self._load.now_s = self.clock()
         self._account()
-        budget = self._budget()
+        num_decodes = sum(one.scheduled_len >= one.prefill_len for one in self.running)
+        tokens = max(self._token_budget - num_decodes, TILE)
+        is_alone = len(self.running) - num_decodes + len(self.waiting) <= 1
+        num_for_short = 0 if is_alone else min(tokens // SHORT_SHARE, tokens - TILE)
+        budget = PrefillBudget(tokens, num_for_short, TILES * tokens // TILE)
         ends: dict[R, int] = {}
         for request in tuple(self.running):
             if request.lease is None:
@@ -446,13 +449,6 @@ class StepPlanner(Generic[R]):
         """Return the current match of waiting ``request`` in the cache. O(its length)."""
         return self.manager.cache.match(request.tokens, request.namespace)
 
-    def _budget(self) -> PrefillBudget:
-        num_decodes = sum(r.scheduled_len >= r.prefill_len for r in self.running)
-        tokens = max(self._token_budget - num_decodes, TILE)
-        is_alone = len(self.running) - num_decodes + len(self.waiting) <= 1
-        num_for_short = 0 if is_alone else min(tokens // SHORT_SHARE, tokens - TILE)
-        return PrefillBudget(tokens, num_for_short, TILES * tokens // TILE)
-
     def _end(self, request: R, start: int, budget: PrefillBudget) -> int:
         """Return the end position of ``request``, which has its tokens up to ``start``, in this
         step."""
@@ -506,8 +502,8 @@ class StepPlanner(Generic[R]):
             is_held = loader is not None and loader.is_holding(request)
             yield request
             num_looked_at += not is_held
-            follows = self._sharing is not None and self._sharing.follows(request)
-            num_unled += not (follows or (loader is not None and loader.is_holding(request)))
+            is_held = loader is not None and loader.is_holding(request)
+            num_unled += not (is_held or self._sharing.follows(request))
             if num_unled == 2 * self.max_running or num_looked_at == 8 * self.max_running:
                 return
 
@@ -518,7 +514,7 @@ class StepPlanner(Generic[R]):
         self._is_full &= bool(self.running)
         passed: list[R] = []
         for request in candidates:
-            goal = self._sharing.goal(request) if self._sharing is not None else 0
+            goal = self._sharing.goal(request)
             num_taken = len(self.running) + len(passed)
             has_turn = not budget.is_spent and num_taken < self.max_running
             may_begin = has_turn or self.loader is not None
@@ -565,12 +561,11 @@ class StepPlanner(Generic[R]):
         del self.waiting[place]
         self._matches.pop(request, None)
         insort(self.running, request, key=_age)
-        if self._sharing is not None:
-            self._sharing.let_in(request)
+        self._sharing.let_in(request)
         lease, _ = request.claims
         session, is_first, losses = request.session, request.scheduled_s is None, lease.match.losses
         forgotten = session.known_len - (lease.prompt_len - losses.never_seen)
-        forgotten *= self._sharing is not None  # Else nothing is kept, so nothing is evicted.
+        forgotten *= self._shares  # Else nothing is kept, so nothing is evicted.
         request.lost_len = losses.kv_evicted + losses.checkpoint_evicted + max(0, forgotten)
         if is_first:
             now_s, cached_len = self._load.now_s, lease.cached_len
@@ -592,10 +587,9 @@ class StepPlanner(Generic[R]):
                 assert (one.lease is not None) == have_leases, fault
         assert len(self.running) <= self.max_running, f"{len(self.running)} requests run"
         assert self.num_in_flight in (0, 1), f"{self.num_in_flight} steps are in flight"
-        compared = set() if self._sharing is None else self._sharing.followers
         held = set() if self.loader is None else self.loader.requests
         fault = "a request that does not wait follows a leader, or is held for a load"
-        assert compared | held <= set(self.waiting), fault
+        assert self._sharing.followers | held <= set(self.waiting), fault
 
 
 # --- Prefix sharing -------------------------------------------------------------------------------
@@ -610,8 +604,9 @@ class Sharing:
     for one that makes no progress.
     """
 
-    def __init__(self, manager: CacheManager) -> None:
-        self._manager = manager
+    def __init__(self, manager: CacheManager, shares: bool) -> None:
+        """Without ``shares``, no request leads another."""
+        self._manager, self._shares = manager, shares
         self._leaders: list[ScheduledRequest] = []
         self._points: dict[ScheduledRequest, dict[Lease, list[int]]] = {}
         """By waiting request and lease of a leader that it was compared with: the positions from
@@ -634,7 +629,7 @@ class Sharing:
         """Register ``request`` as running: it follows no leader, and others may follow it."""
         self._points.pop(request, None)
         self._leaders = [one for one in self._leaders if one.is_prefilling and one is not request]
-        self._leaders.append(request)
+        self._leaders += [request] if self._shares else []
 
     def goal(self, request: ScheduledRequest) -> int:
         """Return the deepest position from which a leader will make ``request`` resumable, or 0,
@@ -669,21 +664,11 @@ class Sharing:
         usable = min(shared, request.num_tokens - 1) // grid * grid
         if usable <= at:
             return []
-        return sorted(point for point in self.saves_of(request, shared) if point <= usable)
-
-    def saves_of(self, request: ScheduledRequest, seen_len: int) -> Sequence[int]:
-        """Return the positions where ``request`` would save its state if only the KV of its first
-        ``seen_len`` tokens were cached, without a checkpoint."""
-        manager, grid = self._manager, self._manager.cache.checkpoint_grid
-        if not manager.stateful:
-            return (seen_len - seen_len % grid,)
-        prefill = Prefill(
-            prompt_len=request.num_tokens,
-            cached_len=0,
-            kv_match_len=seen_len,
-            seen_len=seen_len,
-            boundaries=request.spec.boundaries.positions,
-            grid=grid,
-        )
-        planned = prefill.on_grid(manager.placement.plan(prefill))
-        return [placed.position for placed in planned]
+        points = [shared - shared % grid]
+        if self._manager.stateful:
+            # Where the request would save its state if only this KV were cached.
+            known = request.spec.boundaries.positions
+            prefill = Prefill(request.num_tokens, 0, shared, shared, known, grid)
+            planned = prefill.on_grid(self._manager.placement.plan(prefill))
+            points = [placed.position for placed in planned]
+        return sorted(point for point in points if point <= usable)

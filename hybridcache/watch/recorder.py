@@ -39,7 +39,7 @@ MAX_LETTERS = 80
 
 
 class Recorder(Listener):
-    """Collects changes until ``take``. O(1) per change, O(nodes above) per new segment."""
+    """Collects changes until ``take``. O(1) per change, O(nodes above) per new edge."""
 
     def __init__(self) -> None:
         self._records: list[Record] = []

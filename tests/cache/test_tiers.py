@@ -51,7 +51,7 @@ def test_a_hit_from_a_tier_counts_as_one_use(eviction: str):
             cache.load(found)
         match = cache.match(ids("abcdX"))
         cache.touch(match, resumes=uses > 2)
-        assert match.node.checkpoint.uses == uses
+        assert (match.resumed.uses, match.resumed.earlier_uses) == (uses, 0)
     assert cache.stats.total.requests == 3
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from engine import AsyncEngine, Engine, EngineConfig, QueueFull, RequestOutput, SamplingParams
+from engine.async_engine import ThreadChannel
 from engine.errors import DuplicateId, EngineStopped, StepFailed
 from engine.messages import Ask
 from engine.requests.request import RequestSpec
@@ -102,6 +103,9 @@ def test_one_stream_has_the_outputs_of_several_requests() -> None:
         ends = {one.request_id: one.finish_reason for one in outputs if one.is_finished}
         assert ends == {"a": "stop", "b": "length"}
         assert list(stream.answers) == ["a", "b"]
+        assert isinstance(engine.channel, ThreadChannel)
+        ended = engine.channel.host.engine.recent.listed()
+        assert [one.answer for _, one in ended] == [None, None], "only the reader adds up"
         assert await read(stream) == await read(engine.stream()) == []
 
     serve(scenario)

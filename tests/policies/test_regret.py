@@ -145,25 +145,6 @@ def test_uses_of_evicted_checkpoints_are_counted_for_each_text() -> None:
     assert ask(0) == [(64, 0, 6)], "earlier uses are kept over a restart"
 
 
-def test_uses_of_a_checkpoint_are_counted_once_if_a_tier_has_it() -> None:
-    """Two uses, one miss, a load from the host tier with a third use, and the next eviction."""
-    sizes = {"kv_bytes_per_token": 2, "state_bytes": 8, "host_bytes": 1000}
-    cache = build_prefix_cache(CacheConfig(num_kv_tokens=64, num_slots=2, grid=4, **sizes))
-    prompt = np.arange(5, dtype=np.int32)
-    rows, slot = cache.allocate_kv(4), cache.allocate_slot()
-    assert rows is not None and slot is not None
-    item = cache.insert(prompt[:4], rows, [(4, slot)]).node
-    cache.touch(cache.match(prompt))
-    cache.touch(cache.match(prompt))
-    cache.evict(num_slots=1)
-    cache.touch(cache.match(prompt))
-    [found] = cache.match(prompt).loadable
-    assert cache.load(found)
-    cache.touch(cache.match(prompt))
-    loaded = cache.match(prompt).resumed
-    assert loaded is not None and item is not None and (loaded.uses, loaded.earlier_uses) == (3, 1)
-
-
 def test_a_head_that_nobody_declares_is_found_again() -> None:
     """Three heads compete for five checkpoints: LRU loses them, and few requests fork at them."""
     [found] = simulate(

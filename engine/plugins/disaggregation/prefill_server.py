@@ -134,8 +134,7 @@ class PrefillServer(Plugin):
 
     def __init__(self, config: EngineConfig) -> None:
         super().__init__(config)
-        self.settings = config
-        self._timeout_s, self.counts = self.settings.transfer_timeout_s, wire.TransferCounts()
+        self._timeout_s, self.counts = self.config.transfer_timeout_s, wire.TransferCounts()
         self.unsent: deque[tuple[bytes, HostCopy]] = deque()
         """Connection and bytes of ``Data`` that wait for these bytes."""
         self._numbers = itertools.count()
@@ -151,7 +150,7 @@ class PrefillServer(Plugin):
         self.unit = PrefixBuffer(engine.runner)
         self._own = identity(engine.runner)
         self._context: zmq.Context[Any] = zmq.Context(wire.IO_THREADS)
-        name, port = self.settings.addresses[0]
+        name, port = self.config.addresses[0]
         try:
             found = socket.getaddrinfo(name, port, type=socket.SOCK_STREAM)
             host = str(min(found)[4][0])  # IPv4 first
@@ -163,7 +162,7 @@ class PrefillServer(Plugin):
         except (OSError, zmq.ZMQError) as error:
             self._context.destroy(0)
             why = error.strerror or error
-            raise ConfigError(f"--transfer-at {self.settings.transfer_at}: {why}.") from error
+            raise ConfigError(f"--transfer-at {self.config.transfer_at}: {why}.") from error
         bound = self._router.getsockopt_string(zmq.LAST_ENDPOINT)
         self.address = name, int(bound.rpartition(":")[2])
         engine.transfers.append(self)

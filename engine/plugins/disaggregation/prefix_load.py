@@ -222,12 +222,11 @@ class PeerLoader(Loader[Request]):
         counts: wire.TransferCounts,
     ) -> None:
         super().__init__(manager)
-        settings = config
         self.unit, self.counts = PrefixBuffer(runner), counts
         self._own = identity(runner)
-        self._rests_until = dict.fromkeys(settings.addresses, 0.0)
+        self._rests_until = dict.fromkeys(config.addresses, 0.0)
         """Time by ``time.monotonic`` before which each prefill engine is not used."""
-        self._fetch_above, self._timeout_s = settings.fetch_above, settings.transfer_timeout_s
+        self._fetch_above, self._timeout_s = config.fetch_above, config.transfer_timeout_s
         self._max_bytes = max(PIECE_BYTES, self.unit.state_bytes, self.unit.row_bytes)
         self._active: list[PeerLoad] = []
         # That of the process: closed connections end in the background.

@@ -17,7 +17,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
@@ -27,9 +27,12 @@ from hybridcache.command.extras import how_to_install
 from hybridcache.tokens import Tokens
 
 if TYPE_CHECKING:
+    from llguidance import LLMatcher, LLTokenizer
+
     from engine.text.tokenizer import Tokenizer
 
-LIMITS: Mapping[str, Any] = {
+Found = TypeVar("Found")
+LIMITS: Mapping[str, int | bool] = {
     "initial_lexer_fuel": 300_000,
     "step_lexer_fuel": 100_000,
     "step_max_items": 2_000,
@@ -91,14 +94,14 @@ class TooComplex(GrammarError):
 class Compiled:
     """One grammar, for all answers that follow it."""
 
-    def __init__(self, make: Callable[[], Any]) -> None:
+    def __init__(self, make: Callable[[], LLMatcher]) -> None:
         """``make`` compiles the grammar. Raises as it does."""
         started_s = time.thread_time()
         self._make = make
         self.matcher = make()
         self._seconds = time.thread_time() - started_s
 
-    def copy(self, spent: Any = None) -> tuple[Any, Any]:
+    def copy(self, spent: LLMatcher | None = None) -> tuple[LLMatcher, LLMatcher]:
         """Return a matcher at the beginning of an answer, and the one that it shares states with.
 
         ``spent`` is a shared matcher with states that its copies have used up: it is compiled
@@ -117,8 +120,8 @@ class Guide(LogitRule):
     def __init__(self, compiled: Compiled, guides: Guides) -> None:
         """Copy the matcher for the first token only, so queued requests do not have one."""
         self._compiled, self._guides = compiled, guides
-        self._matcher: Any = None
-        self._source: Any = None
+        self._matcher: LLMatcher | None = None
+        self._source: LLMatcher | None = None
         """Matcher that ``_matcher`` shares its states with."""
         self._num_taken = 0
         self._spent_s = 0.0
@@ -140,7 +143,7 @@ class Guide(LogitRule):
         """Return the beginning of ``drafts`` that the grammar allows after ``answer``, without a
         token that ends it."""
         try:
-            num = self._found(answer, lambda: self._matcher.validate_tokens(drafts.tolist()))
+            num = self._found(answer, lambda matcher: matcher.validate_tokens(drafts.tolist()))
         except GrammarError:
             return drafts[:0]
         ends = np.isin(drafts[:num], self._guides.ends)
@@ -149,17 +152,17 @@ class Guide(LogitRule):
     def is_done(self, answer: Tokens) -> bool:
         """Return True if nothing can follow ``answer``. Raises TooComplex if following it takes too
         much time."""
-        return bool(self._found(answer, lambda: self._matcher.is_stopped()))
+        return self._found(answer, lambda matcher: matcher.is_stopped())
 
-    def _found(self, answer: Tokens, find: Callable[[], Any]) -> Any:
+    def _found(self, answer: Tokens, find: Callable[[LLMatcher], Found]) -> Found:
         """Return the result of ``find`` at the end of ``answer``. Raises TooComplex."""
         started_s = time.thread_time()
         for is_repeated in (False, True):
-            self._go_to(answer)
-            found = find()
-            if not self._matcher.is_error():
+            matcher = self._go_to(answer)
+            found = find(matcher)
+            if not matcher.is_error():
                 break
-            message, self._matcher = self._matcher.get_error(), None
+            message, self._matcher = matcher.get_error(), None
             if is_repeated or not message.startswith(SPENT_STATES):
                 raise TooComplex(reason(message))
             # Other answers may have used up the states that all copies share.
@@ -178,7 +181,7 @@ class Guide(LogitRule):
                 f"take {SHARE:.0%} of the engine's time"
             )
 
-    def _go_to(self, answer: Tokens) -> None:
+    def _go_to(self, answer: Tokens) -> LLMatcher:
         """Move the matcher to the end of ``answer``, forwards or backwards. O(difference)."""
         if self._matcher is None:
             self._matcher, self._source = self._compiled.copy()
@@ -189,9 +192,10 @@ class Guide(LogitRule):
         elif surplus < 0:
             self._matcher.consume_tokens(answer[self._num_taken :].tolist())
         self._num_taken = len(answer)
+        return self._matcher
 
-    def _mask(self) -> Mask:
-        mask = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
+    def _mask(self, matcher: LLMatcher) -> Mask:
+        mask = np.frombuffer(matcher.compute_bitmask(), np.uint8)
         return mask[: self._guides.num_mask_bytes]
 
 
@@ -210,7 +214,7 @@ class Guides:
         self._left_s, self._at_s = BURST_S, time.perf_counter()
         """Processor time of the engine's thread that grammars could still use, and when."""
         self._lock = threading.Lock()
-        self._vocabulary: Any = None
+        self._vocabulary: LLTokenizer | None = None
         self._compiled: dict[Hashable, OrderedDict[Grammar, Compiled]] = {}
         """Grammars of each namespace; namespaces and grammars used last are at the end."""
 
@@ -271,7 +275,7 @@ def load_library() -> Any:
         raise GrammarError(f"guided answers are not available: {missing}.") from None
 
 
-def make_vocabulary(library: Any, tokenizer: Tokenizer | None, vocab_size: int) -> Any:
+def make_vocabulary(library: Any, tokenizer: Tokenizer | None, vocab_size: int) -> LLTokenizer:
     """Build the library's form of a vocabulary. Raises GrammarError without a token that ends
     answers.
 
@@ -280,7 +284,8 @@ def make_vocabulary(library: Any, tokenizer: Tokenizer | None, vocab_size: int) 
     if tokenizer is None or not tokenizer.eos_token_ids:
         raise GrammarError("guided answers require a tokenizer with a token that ends answers.")
     wrapped = library.TokenizerWrapper(_ByteVocabulary(tokenizer, vocab_size))
-    return library.LLTokenizer(wrapped, eos_token=sorted(tokenizer.eos_token_ids))
+    made: LLTokenizer = library.LLTokenizer(wrapped, eos_token=sorted(tokenizer.eos_token_ids))
+    return made
 
 
 class _ByteVocabulary:
@@ -307,7 +312,7 @@ class _ByteVocabulary:
         return ids if is_same else [self.tokens.index(bytes((byte,))) for byte in text]
 
 
-def make_matcher(library: Any, vocabulary: Any, grammar: Grammar) -> Any:
+def make_matcher(library: Any, vocabulary: LLTokenizer, grammar: Grammar) -> LLMatcher:
     """Compile ``grammar``. Raises GrammarError if it is invalid or too large."""
     text, bounds = grammar.text, library.LLParserLimits(**LIMITS)
     if grammar.kind == "regex":
@@ -322,7 +327,7 @@ def make_matcher(library: Any, vocabulary: Any, grammar: Grammar) -> Any:
         first = f"start: thought /\\s*/ @answer\nthought[suffix={end}]: /(?s:.*)/"
         parts = [{"lark_grammar": first}, {"name": "answer", "lark_grammar": text}]
         text = json.dumps({"grammars": parts})
-    matcher = library.LLMatcher(vocabulary, text, log_level=0, limits=bounds)
+    matcher: LLMatcher = library.LLMatcher(vocabulary, text, log_level=0, limits=bounds)
     if matcher.is_error():
         message = matcher.get_error()
         # A position in generated text is useless for the client.
@@ -331,7 +336,7 @@ def make_matcher(library: Any, vocabulary: Any, grammar: Grammar) -> Any:
     return matcher
 
 
-def check_beginning(matcher: Any, ends: Tokens) -> None:
+def check_beginning(matcher: LLMatcher, ends: Tokens) -> None:
     """Follow one possible answer of at most ``NUM_TRIED`` tokens.
 
     Raises GrammarError if no token can begin an answer, and TooComplex if the answer reaches the
@@ -350,7 +355,7 @@ def check_beginning(matcher: Any, ends: Tokens) -> None:
     _allowed(tried)
 
 
-def _allowed(tried: Any) -> Mask:
+def _allowed(tried: LLMatcher) -> Mask:
     """Return one number per token: 1 if it may come next."""
     allowed = np.unpackbits(np.frombuffer(tried.compute_bitmask(), np.uint8), bitorder="little")
     if tried.is_error():
