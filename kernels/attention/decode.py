@@ -162,6 +162,7 @@ def decode_attention(
     table: torch.Tensor,
     sequences: Sequences,
     scale: float,
+    gate: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Compute attention of one token per sequence; see ``reference.decode_attention``.
 
@@ -212,8 +213,10 @@ def decode_attention(
             partial_out,
             partial_lse,
             kv_lens,
+            None if gate is None else gate[part],
             out[part],
             num_splits,
+            0 if gate is None else gate.stride(0),
             HQ=num_heads,
             D=size,
             BS=SPLIT,
@@ -232,6 +235,7 @@ def verify_attention(
     sequences: Sequences,
     packed: Packed,
     scale: float,
+    gate: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Compute causal attention of several tokens per sequence, with `decode_attention`'s bits.
 
@@ -288,8 +292,10 @@ def verify_attention(
             partial_out,
             partial_lse,
             token_kv_lens,
+            None if gate is None else gate[tokens],
             out[tokens],
             num_splits,
+            0 if gate is None else gate.stride(0),
             HQ=num_heads,
             D=size,
             BS=SPLIT,

@@ -11,15 +11,17 @@ from kernels.linear.groups import GroupFormat
 from kernels.linear.words import Words, form_of, words_of
 from kernels.moe import fused
 from kernels.moe.fused import experts, prepare_8bit, route, route_sigmoid
+from kernels.norm.fused import rms_norm
 
 
 def _experts(num_tokens: int) -> None:
     scores = torch.empty(num_tokens, 513, dtype=torch.bfloat16)
     live = torch.empty(num_tokens, dtype=torch.int64)
-    weights, chosen = route(scores[:, :512], 10, True, live=live)
+    product = fused.prepare(*_weights(torch.bfloat16))
+    weights, chosen = product.route(scores[:, :512], 10, True, live=live)
     hidden = torch.empty(num_tokens, 2048, dtype=torch.bfloat16)
-    w13, w2 = _weights(torch.bfloat16)
-    experts(hidden, weights, chosen, w13, w2, scores[:, 512:])
+    sums = product.sums(hidden, weights, chosen, scores[:, 512:])
+    rms_norm(sums, torch.empty(2048), 1e-6, residual=hidden)
 
 
 def _experts_8bit(
@@ -56,8 +58,8 @@ def _four_bits(num_tokens: int, format: GroupFormat) -> None:
         ]
         return fused.Stack(Words(*tables), None, num_rows, num_columns, form_of(format))
 
-    stacks = stack(1024, 2048), stack(2048, 512)
-    fused._experts(hidden, weights, chosen, *stacks, scores[:, 512:], False)
+    product = fused.Prepared(stack(1024, 2048), stack(2048, 512))
+    product(hidden, weights, chosen, scores[:, 512:])
 
 
 def _weights(dtype: torch.dtype) -> list[torch.Tensor]:
@@ -79,6 +81,7 @@ LAUNCHES = {
     "without_gates": _without_gates,
     "sigmoid": lambda: route_sigmoid(torch.empty(8, 256), torch.empty(256), 8, True, scale=2.4),
     "one": lambda: _experts(1),
+    "some": lambda: _experts(64),
     "prefill": lambda: _experts(2048),
     "int8_one": lambda: _experts_8bit(1, torch.int8),
     "int8_some": lambda: _experts_8bit(64, torch.int8),
