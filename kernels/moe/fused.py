@@ -62,7 +62,7 @@ FEW_TOKENS = 16
 would cost more than reading some experts twice."""
 
 FEW_PAIRS = 4096
-"""Maximum number of pairs that are sorted in one launch. Each of its programs reads all of them."""
+"""Maximum number of pairs that routing sorts, because one of its programs writes all of them."""
 
 MOST_ROWS, MOST_FP8_ROWS, MOST_SCALED_ROWS = 64, 128, 32
 """Most rows per block: in full precision; in fp8, of which a multiprocessor holds twice as many;
@@ -131,41 +131,6 @@ class Stack(NamedTuple):
     def config(self, rows: int) -> dict[str, Any]:
         """Return the constants of a kernel for blocks of ``rows``, if they are not the default."""
         return {} if self.form is None else words_config(self.form, self.num_columns, rows)
-
-
-@triton.jit(do_not_specialize=["num_pairs"])
-def sort_pairs_kernel(
-    experts, pairs, block_experts, block_count, num_pairs,
-    E: tl.constexpr, BE: tl.constexpr, BT: tl.constexpr, BP: tl.constexpr,
-):  # fmt: skip
-    """Program e: counts the pairs of all experts, and writes those of expert e in their order.
-
-    It also stores the expert of its blocks, and pads the last block.
-    """
-    i_e = tl.program_id(0)
-    o_e, o_p, o_t = tl.arange(0, BE), tl.arange(0, BP), tl.arange(0, BT)
-    b_total = tl.zeros([BE], tl.int32)
-    for start in range(0, num_pairs, BP):
-        m_p = start + o_p < num_pairs
-        b_e = tl.load(experts + start + o_p, mask=m_p, other=NO_EXPERT)
-        b_total += tl.histogram(tl.where(b_e == NO_EXPERT, E, b_e), BE)
-    b_blocks = tl.where(o_e < E, (b_total + BT - 1) // BT, 0)  # [BE]
-    first = tl.sum(tl.where(o_e < i_e, b_blocks, 0), axis=0)
-    num_blocks = tl.sum(tl.where(o_e == i_e, b_blocks, 0), axis=0)
-    row = first * BT
-    for start in range(0, num_pairs, BP):
-        m_p = start + o_p < num_pairs
-        b_is_own = tl.load(experts + start + o_p, mask=m_p, other=NO_EXPERT) == i_e
-        b_is_own = b_is_own.to(tl.int32)
-        b_row = row + tl.cumsum(b_is_own, axis=0) - b_is_own
-        tl.store(pairs + b_row, start + o_p, mask=b_is_own > 0)
-        row += tl.sum(b_is_own, axis=0)
-    for i_block in range(first, first + num_blocks):
-        tl.store(block_experts + i_block, i_e)
-        o_row = i_block * BT + o_t
-        tl.store(pairs + o_row, tl.zeros([BT], tl.int32) + num_pairs, mask=o_row >= row)
-    if i_e == E - 1:
-        tl.store(block_count, first + num_blocks)
 
 
 @triton.jit(do_not_specialize=["num_pairs"])
@@ -678,18 +643,7 @@ def make_blocks(experts: torch.Tensor, num_experts: int, most_rows: int = MOST_R
     if num_tokens <= FEW_TOKENS:
         return Blocks(None, experts.reshape(-1), None, num_pairs, 16)
     blocks = empty_blocks(num_tokens, k, num_experts, most_rows, experts.device)
-    if triton.next_power_of_2(num_tokens) * k <= FEW_PAIRS:
-        sort_pairs_kernel[(num_experts,)](
-            experts,
-            *blocks[:3],
-            num_pairs,
-            E=num_experts,
-            BE=triton.next_power_of_2(num_experts + 1),
-            BT=blocks.rows,
-            BP=FEW_PAIRS // 4,
-        )
-    else:
-        _sort_by_parts(experts, blocks, num_experts)
+    _sort_by_parts(experts, blocks, num_experts)
     return blocks
 
 
