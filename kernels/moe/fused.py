@@ -497,17 +497,15 @@ class Prepared(NamedTuple):
         *arguments: Any,
         **options: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | Sorted]:
-        (num_tokens, num_experts), sorting = logits.shape, None
+        num_tokens, num_experts = logits.shape
+        if num_tokens <= FEW_TOKENS or triton.next_power_of_2(num_tokens) * k > FEW_PAIRS:
+            return launch(logits, bias, k, *arguments, **options)
         blocks = empty_blocks(num_tokens, k, num_experts, self.most_rows, logits.device)
-        if num_tokens > FEW_TOKENS and triton.next_power_of_2(num_tokens) * k <= FEW_PAIRS:
-            new = blocks.experts.new_empty
-            counts, ranks = counts_of(num_experts, logits.device), new(num_tokens * k)
-            assert blocks.pairs is not None and blocks.count is not None
-            places = blocks.pairs, blocks.experts, blocks.count
-            sorting = Sorting(counts, ranks, new(num_experts), *places)
-        sizes = {"sorting": sorting, "rows": blocks.rows}
-        weights, experts = launch(logits, bias, k, *arguments, **options, **sizes)
-        return weights, experts if sorting is None else Sorted(experts, blocks)
+        counts, new = counts_of(num_experts, logits.device), blocks.experts.new_empty
+        sorting = Sorting(counts, new(num_tokens * k), new(num_experts), *blocks[:3])
+        options |= {"sorting": sorting, "rows": blocks.rows}
+        weights, experts = launch(logits, bias, k, *arguments, **options)
+        return weights, Sorted(experts, blocks)
 
     @property
     def most_rows(self) -> int:

@@ -22,9 +22,9 @@ class Sorting(NamedTuple):
     """int32 ``[T * k]``: number of each pair among those of its expert."""
     firsts: torch.Tensor
     """int32 ``[E]``: first row of each expert."""
-    pairs: torch.Tensor
+    pairs: torch.Tensor | None
     block_experts: torch.Tensor
-    block_count: torch.Tensor
+    block_count: torch.Tensor | None
     """These three are as in ``fused.Blocks``."""
 
 
