@@ -73,7 +73,7 @@ class Attention(Composite):
         self._norms = norms
         self.layers = self._projection, self._output, *(norms or ())
         self._scale = sizes.head_dim**-0.5 if scale is None else scale
-        self._attention, self._activation = build.kernels["attention"], build.kernels["activation"]
+        self._attention = build.kernels["attention"]
         self._rotate_and_write = build.kernels["rotary"].rotate_and_write
 
     @property
@@ -84,10 +84,12 @@ class Attention(Composite):
         return self._projection(hidden)
 
     def mix(self, projected: torch.Tensor, inputs: LayerInputs, pools: Pools) -> torch.Tensor:
-        """Write this step's KV, and attend to all tokens so far. Returns ``[T, HQ * D]``."""
+        """Write this step's KV, and attend to all tokens so far. Returns ``[T, HQ * D]``, gated if
+        the layer has a gate."""
         key_pool, value_pool = pools
-        query = self.write(projected, inputs, pools)
-        where = {"table": inputs.table, "scale": self._scale}
+        query, gate = self.write(projected, inputs, pools), None
+        if self.sizes.gated:
+            gate = projected[: inputs.num_tokens, : self._widths[0]]
 
         def attend(part: StepPart, tokens: slice) -> torch.Tensor:
             kernel = self._attention.decode_attention
@@ -95,7 +97,9 @@ class Attention(Composite):
                 kernel = self._attention.verify_attention
             elif isinstance(part, PrefillPart):
                 kernel = self._attention.prefill_attention
-            return kernel(query[tokens], key_pool, value_pool, **part.attention_inputs, **where)
+            where = {"table": inputs.table, "scale": self._scale} | part.attention_inputs
+            own_gate = None if gate is None else gate[tokens]
+            return kernel(query[tokens], key_pool, value_pool, gate=own_gate, **where)
 
         return inputs.by_part(attend).flatten(1)
 
@@ -113,9 +117,6 @@ class Attention(Composite):
         return self._rotate_and_write(*heads, *pools, inputs.kv_indices, **options)
 
     def finish(self, mixed: torch.Tensor, projected: torch.Tensor) -> torch.Tensor:
-        if self.sizes.gated:
-            gate = projected[: len(mixed), : self._widths[0]]
-            mixed = self._activation.sigmoid_mul(mixed, gate)
         return self._output(pad_rows(mixed, len(projected)))
 
 

@@ -12,9 +12,9 @@ from engine.weights.parameters import Build, Composite
 from engine.weights.products import Experts, Linear, Part, QuantizedRows
 from hybridcache.geometry.sizes import ExpertsSizes
 
-Routed = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-"""Weights ``[T, k]`` and experts ``[T, k]`` of the T tokens, and the gate of a shared expert
-``[num_rows, 1]``, or an empty tensor if the router has none."""
+Routed = tuple[torch.Tensor, Any, torch.Tensor]
+"""Weights and experts of T tokens, for ``Experts``, and the gate of a shared expert ``[num_rows,
+1]``, or an empty tensor if the router has none."""
 
 
 class Router(Composite):
@@ -36,11 +36,12 @@ class Router(Composite):
         self._count, parts = sizes.num_experts, [Part(name, sizes.num_experts)]
         parts += [] if gate is None else [Part(gate, 1)]
         self._linear = Linear(hidden_size, parts, build)
-        self.layers, self._moe = (self._linear,), build.kernels["moe"]
+        self.layers = (self._linear,)
 
-    def __call__(self, x: torch.Tensor | QuantizedRows, rows: Rows) -> Routed:
+    def __call__(self, x: torch.Tensor | QuantizedRows, rows: Rows, routing: Any) -> Routed:
+        """``routing``: that of the experts."""
         logits, gate = self._linear(x).tensor_split([self._count], dim=-1)
-        routed = self._moe.route(rows.of(logits), self._k, self._renormalises, live=rows.live)
+        routed = routing.route(rows.of(logits), self._k, self._renormalises, live=rows.live)
         return *routed, gate
 
 
@@ -69,10 +70,10 @@ class SigmoidRouter(Router):
             self._bias = exact.weights.empty(sizes.num_experts)
             self.own = [build.parameter(bias, self._bias)]
 
-    def __call__(self, x: torch.Tensor | QuantizedRows, rows: Rows) -> Routed:
+    def __call__(self, x: torch.Tensor | QuantizedRows, rows: Rows, routing: Any) -> Routed:
         x = x.x if isinstance(x, QuantizedRows) else x
         logits, gate = self._linear(x.float()).tensor_split([self._count], dim=-1)
-        routed = self._moe.route_sigmoid(
+        routed = routing.route_sigmoid(
             rows.of(logits),
             self._bias,
             self._k,
@@ -112,7 +113,7 @@ class RoutedExperts(Composite):
     def __call__(self, x: torch.Tensor | QuantizedRows, rows: Rows) -> Any:
         """Compute the block: a tensor, or ``ExpertSums``. Padding rows are not routed, because they
         would load experts for nothing."""
-        weights, experts, gate = self._router(x, rows)
+        weights, experts, gate = self._router(x, rows, self._experts.routing)
         inner: Any = x if self._narrow is None else self._narrow(x)
         joined = rows.of(gate) if self._experts.has_shared else None
         out = self._experts(rows.of(inner), weights, experts, joined)

@@ -273,16 +273,21 @@ class Experts:
         """As that of ``Linear``."""
         return self._takes_fp8_rows
 
+    @property
+    def routing(self) -> Any:
+        """Owner of ``route`` and ``route_sigmoid`` for these experts."""
+        return self._product if hasattr(self._product, "route") else self._moe
+
     def __call__(
         self,
         x: torch.Tensor | QuantizedRows,
         weights: torch.Tensor,
-        experts: torch.Tensor,
+        experts: Any,
         shared_gate: torch.Tensor | None = None,
     ) -> Any:
         """Compute the built part's summand of the output ``[T, width]`` from ``x`` of the same
-        shape; ``weights`` and ``experts`` are ``[T, k]``. The shared expert is included if its gate
-        ``[T, 1]`` is given. If it ``defers``, the result may be ``ExpertSums``."""
+        shape, and ``weights`` and ``experts`` of ``routing``. The shared expert is included if its
+        gate ``[T, 1]`` is given. If it ``defers``, the result may be ``ExpertSums``."""
         compute = getattr(self._product, "sums", self._product) if self.defers else self._product
         return compute(x, weights, experts, shared_gate=shared_gate)
 

@@ -14,7 +14,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Hashable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -23,10 +23,8 @@ import httpx
 import numpy as np
 import numpy.typing as npt
 
-from experiments.studies.common import show
 from hybridcache import open_trace
 
-TIMES = ("ttft_ms", "tpot_ms", "itl_ms", "e2e_ms")
 START_S = 300.0
 """Time limit for the start of a server, in seconds."""
 
@@ -257,31 +255,42 @@ def _spread(seconds: Sequence[float] | npt.NDArray[np.float64]) -> dict[str, flo
     )
 
 
-async def sweep(
+def sweep(
     servers: Mapping[str, AbstractAsyncContextManager[HTTPClient]],
     jobs: Sequence[Job],
     loads: Sequence[Load],
     targets: Targets,
     seconds: float,
-) -> list[dict[str, Any]]:
-    """Run every load on every server, each on an empty cache. Returns one record per run.
+) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
+    """Yield (name, work) of every load on every server, each on an empty cache. A server starts
+    with the first of its works that is done. A work raises ValueError if a request failed."""
+    with asyncio.Runner() as runner:
+        for cache, server in servers.items():
+            started: list[HTTPClient] = []
 
-    Raises ValueError if a request failed.
-    """
-    records = []
-    for cache, server in servers.items():
-        async with server as client:
-            await drive(client, [[jobs[0][0]]], Load(concurrency=1), seconds=seconds)
-            for load in loads:
-                await client.reset_cache()
-                run = await drive(client, jobs, load, seconds=seconds)
-                records.append({"cache": cache, "load": str(load)} | summary(run, targets))
-                done = f"{len(run.answers)} requests in {run.seconds:.0f} s, {run.num_cut} cut"
-                print(f"{cache}, {load}: {done}", file=sys.stderr, flush=True)
+            async def measure(
+                load: Load,
+                cache: str = cache,
+                server: AbstractAsyncContextManager[HTTPClient] = server,
+                started: list[HTTPClient] = started,
+            ) -> dict[str, Any]:
+                if not started:
+                    started.append(await server.__aenter__())
+                    first, one = [[jobs[0][0]]], Load(concurrency=1)
+                    await drive(started[0], first, one, seconds=seconds)
+                await started[0].reset_cache()
+                run = await drive(started[0], jobs, load, seconds=seconds)
                 if run.errors:
-                    raise ValueError(f"{len(run.errors)} requests failed, first: {run.errors[0]}")
-        del client
-    return records
+                    failed = len(run.errors)
+                    raise ValueError(f"{failed} requests failed, first: {run.errors[0]}")
+                return {"cache": cache, "load": str(load)} | summary(run, targets)
+
+            try:
+                for load in loads:
+                    yield f"{cache}, {load}", lambda: runner.run(measure(load))  # noqa: B023
+            finally:
+                if started:
+                    runner.run(server.__aexit__(None, None, None))
 
 
 @asynccontextmanager
@@ -316,17 +325,3 @@ def conversation_jobs(count: int, *, vocab_size: int, cap: int, num_output: int)
             tokens, answer = request.tokens % vocab_size, len(request.output)
             jobs.setdefault(request.session, []).append(Prompt(tokens, min(num_output, answer)))
     return list(jobs.values())
-
-
-def show_loads(records: Sequence[dict[str, Any]]) -> None:
-    """Print one line per load: rates, then mean / P50 / P99 of each time in ms."""
-    show(
-        [
-            {
-                name: "/".join(f"{x:.3g}" for x in value.values()) if name in TIMES else value
-                for name, value in record.items()
-                if value is not None
-            }
-            for record in records
-        ]
-    )

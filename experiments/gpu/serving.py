@@ -7,13 +7,12 @@ graph and without.
 
 These are parts of `make gpu`, with dummy weights in the geometry of real models. ``serve`` and
 ``http`` use one of 2 billion parameters, ``big`` Qwen3-Next-80B-A3B's with 8-bit weights. Each
-writes DIR/<part>.jsonl. ``serve`` and ``big`` keep the records of the same code.
+writes DIR/<part>.jsonl, and keeps the records of the same code.
 """
 
 from __future__ import annotations
 
 import argparse
-import asyncio
 import gc
 import statistics
 import sys
@@ -38,18 +37,11 @@ from engine.runner.sampler import Sampler
 from engine.runner.steps import Graphs
 from engine.schedule.report import StepReport
 from engine.text.answers import RequestOutput
-from experiments.benchmarks.serving import (
-    Load,
-    Targets,
-    conversation_jobs,
-    over_http,
-    show_loads,
-    sweep,
-)
+from experiments.benchmarks.serving import Load, Targets, conversation_jobs, over_http, sweep
 from experiments.gpu import interpreter
 from experiments.gpu.models import DENSE_2B, QWEN3_NEXT_80B, TINY, write_geometry, write_tokenizer
 from experiments.gpu.parity import Talk, converse
-from experiments.provenance import code_hash, resumed, write_json_lines
+from experiments.provenance import code_hash, resumed
 from hybridcache.geometry.units import GIB
 from hybridcache.policies.protocol import PromptBoundaries
 
@@ -366,8 +358,9 @@ def drafted(path: str, dry: bool, scale: Scale) -> Iterator[tuple[str, Work]]:
     bench.close()
 
 
-def http(path: str, dry: bool, scale: Scale, vocab_size: int) -> list[dict[str, Any]]:
-    """Measure a server process under generated conversations, with the cache and without."""
+def http(path: str, dry: bool, scale: Scale, vocab_size: int) -> Iterator[tuple[str, Work]]:
+    """Yield (name, work) for loads of generated conversations on a server process, with the cache
+    and without."""
     scale = replace(scale, max_model_len=scale.max_model_len // 2)  # Twice the longest prompt.
     device = Device.resolve("cpu" if dry else None)
     settings: dict[str, Any] = {
@@ -391,9 +384,8 @@ def http(path: str, dry: bool, scale: Scale, vocab_size: int) -> list[dict[str, 
         cap=scale.max_model_len // 2,
         num_output=scale.num_answer,
     )
-    records = asyncio.run(sweep(servers, jobs, loads, TARGETS, scale.seconds))
-    show_loads(records)
-    return [{"measure": "serving"} | record | settings for record in records]
+    for name, work in sweep(servers, jobs, loads, TARGETS, scale.seconds):
+        yield name, lambda: {"measure": "serving"} | work() | settings  # noqa: B023
 
 
 def formats_for(free_bytes: int, *, has_fp8: bool) -> list[dict[str, Any]]:
@@ -432,9 +424,8 @@ def main() -> int:
         path = write_geometry(Path(folder), config)
         if part == "http":
             write_tokenizer(Path(folder))
-            write_json_lines(file, http(path, dry, scale, config["vocab_size"]), settings)
-            return 0
-        if part == "big":
+            jobs = http(path, dry, scale, config["vocab_size"])
+        elif part == "big":
             jobs = (
                 (", ".join([name, *map(str, options.values())]), work)
                 for options in formats

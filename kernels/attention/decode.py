@@ -107,16 +107,16 @@ def verify_attention_kernel(
     v,
     partial_out,
     partial_lse,
-    token_kv_lens,
     table,
     rows,
     kv_lens,
-    cu_seqlens,
     num_sequences,
     num_splits,
     table_stride,
     pool_stride,
     scale,
+    token_kv_lens,
+    cu_seqlens,
     HQ: tl.constexpr,
     G: tl.constexpr,
     D: tl.constexpr,
@@ -162,65 +162,15 @@ def decode_attention(
     table: torch.Tensor,
     sequences: Sequences,
     scale: float,
+    gate: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Compute attention of one token per sequence; see ``reference.decode_attention``.
 
     ``max(sequences.kv_lens)`` bounds the launch. The actual lengths are those in
     ``sequences.kv_len_table``.
     """
-    query = query.contiguous()
-    out = torch.empty_like(query)
-    batch, num_heads, size = query.shape
-    if batch == 0:
-        return out
-    num_kv_heads = key_pool.shape[1]
-    num_splits = triton.cdiv(max(sequences.kv_lens), SPLIT)
-    launch = {"num_warps": 4, "num_stages": pipeline_stages(DECODE_STAGES)}
-    launch |= tuned(
-        "attention.decode_attention_kernel", query.dtype, size, num_heads // num_kv_heads
-    )
-    group = group_size(num_heads, num_splits, size)
-    partial_shape = (min(batch, group), num_heads, num_splits)
-    partial_out = query.new_empty(*partial_shape, size, dtype=torch.float32)
-    partial_lse = query.new_empty(partial_shape, dtype=torch.float32)
-    for first in range(0, batch, group):
-        part = slice(first, first + group)
-        kv_lens = sequences.kv_len_table[part]
-        count = num_programs(len(kv_lens) * num_splits, num_kv_heads)
-        decode_attention_kernel[(count, num_kv_heads)](
-            query[part],
-            key_pool,
-            value_pool,
-            partial_out,
-            partial_lse,
-            table,
-            sequences.row_table[part],
-            kv_lens,
-            len(kv_lens),
-            num_splits,
-            table.stride(0),
-            row_stride("a KV row", key_pool, value_pool),
-            scale * LOG2_E,
-            HQ=num_heads,
-            G=num_heads // num_kv_heads,
-            D=size,
-            BS=SPLIT,
-            BN=keys_per_tile(size, query.dtype),
-            **launch,
-        )
-        combine_splits_kernel[(len(kv_lens), num_heads)](
-            partial_out,
-            partial_lse,
-            kv_lens,
-            out[part],
-            num_splits,
-            HQ=num_heads,
-            D=size,
-            BS=SPLIT,
-            SPLITS=COMBINED,
-            num_warps=4,
-        )
-    return out
+    pools = key_pool, value_pool
+    return _launch(query, pools, table, sequences, None, scale, gate)
 
 
 def verify_attention(
@@ -232,6 +182,7 @@ def verify_attention(
     sequences: Sequences,
     packed: Packed,
     scale: float,
+    gate: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Compute causal attention of several tokens per sequence, with `decode_attention`'s bits.
 
@@ -240,43 +191,59 @@ def verify_attention(
     one chunk (`is_one_chunk`), in ``packed.cu_seqlens``. Several chunks are formed by
     ``packed.lengths``.
     """
+    pools = key_pool, value_pool
+    return _launch(query, pools, table, sequences, packed, scale, gate)
+
+
+def _launch(
+    query: torch.Tensor,
+    pools: tuple[torch.Tensor, torch.Tensor],
+    table: torch.Tensor,
+    sequences: Sequences,
+    packed: Packed | None,
+    scale: float,
+    gate: torch.Tensor | None,
+) -> torch.Tensor:
+    """Attend one token of each sequence, or the tokens in ``packed``."""
     query = query.contiguous()
     out = torch.empty_like(query)
     if not len(query):
         return out
     num_heads, size = query.shape[1:]
-    num_kv_heads = key_pool.shape[1]
-    group = num_heads // num_kv_heads
-    num_splits, most = triton.cdiv(max(sequences.kv_lens), SPLIT), max(packed.lengths)
+    num_kv_heads = pools[0].shape[1]
+    group, lengths = num_heads // num_kv_heads, (1,) * len(query)
+    num_splits, num_groups = triton.cdiv(max(sequences.kv_lens), SPLIT), 1
+    if packed is not None:
+        lengths = packed.lengths
+        num_groups = triton.cdiv(max(lengths), max(16, triton.next_power_of_2(group)) // group)
     launch = {"num_warps": 4, "num_stages": pipeline_stages(DECODE_STAGES)}
     launch |= tuned("attention.decode_attention_kernel", query.dtype, size, group)
-    tokens_a_program = max(16, triton.next_power_of_2(group)) // group
-    num_groups = triton.cdiv(most, tokens_a_program)
-    starts = running_sum(packed.lengths)
+    starts = running_sum(lengths)
     for part in _chunks(starts, group_size(num_heads, num_splits, size)):
         tokens = slice(starts[part.start], starts[part.stop])
-        num_tokens = tokens.stop - tokens.start
+        num_tokens, num_sequences = tokens.stop - tokens.start, part.stop - part.start
         partial_out = query.new_empty(num_tokens, num_heads, num_splits, size, dtype=torch.float32)
         partial_lse = partial_out.new_empty(num_tokens, num_heads, num_splits)
-        token_kv_lens = packed.cu_seqlens.new_empty(num_tokens)
-        most_splits = (part.stop - part.start) * num_groups * num_splits
-        grid = num_programs(most_splits, num_kv_heads), num_kv_heads
-        verify_attention_kernel[grid](
+        kv_lens = sequences.kv_len_table[part]
+        kernel, token_kv_lens, more = decode_attention_kernel, kv_lens, ()
+        if packed is not None:
+            token_kv_lens = kv_lens.new_empty(num_tokens)
+            kernel, more = verify_attention_kernel, (token_kv_lens, packed.cu_seqlens[part.start :])
+        count = num_programs(num_sequences * num_groups * num_splits, num_kv_heads)
+        kernel[count, num_kv_heads](
             query[tokens],
-            key_pool,
-            value_pool,
+            *pools,
             partial_out,
             partial_lse,
-            token_kv_lens,
             table,
             sequences.row_table[part],
-            sequences.kv_len_table[part],
-            packed.cu_seqlens[part.start :],
-            part.stop - part.start,
+            kv_lens,
+            num_sequences,
             num_splits,
             table.stride(0),
-            row_stride("a KV row", key_pool, value_pool),
+            row_stride("a KV row", *pools),
             scale * LOG2_E,
+            *more,
             HQ=num_heads,
             G=group,
             D=size,
@@ -284,12 +251,14 @@ def verify_attention(
             BN=keys_per_tile(size, query.dtype),
             **launch,
         )
-        combine_splits_kernel[(num_tokens, num_heads)](
+        combine_splits_kernel[num_tokens, num_heads](
             partial_out,
             partial_lse,
             token_kv_lens,
+            None if gate is None else gate[tokens],
             out[tokens],
             num_splits,
+            0 if gate is None else gate.stride(0),
             HQ=num_heads,
             D=size,
             BS=SPLIT,

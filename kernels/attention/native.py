@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from kernels.activation.native import sigmoid_mul
 from kernels.attention import reference
 from kernels.attention.sequences import Sequences
 from kernels.native import DTYPES, address, function, has_whole_rows, prompts_function, whole_rows
@@ -24,20 +25,14 @@ def prefill_attention(
     sequences: Sequences,
     packed: Packed,
     scale: float,
+    gate: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Compute ``reference.prefill_attention``. Threads share the work by queries and heads."""
     out = prefill(query, key_pool, value_pool, table, sequences, packed, scale, query.shape[-1])
     if out is None:
-        return reference.prefill_attention(
-            query,
-            key_pool,
-            value_pool,
-            table=table,
-            sequences=sequences,
-            packed=packed,
-            scale=scale,
-        )
-    return out
+        where = {"table": table, "sequences": sequences, "packed": packed, "scale": scale}
+        out = reference.prefill_attention(query, key_pool, value_pool, **where)
+    return gated(out, gate)
 
 
 def prefill(
@@ -77,13 +72,13 @@ def decode_attention(
     table: torch.Tensor,
     sequences: Sequences,
     scale: float,
+    gate: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Compute ``reference.decode_attention``."""
     if not _decodes(query, key_pool, value_pool):
-        return reference.decode_attention(
-            query, key_pool, value_pool, table=table, sequences=sequences, scale=scale
-        )
-    return _decode(query, key_pool, value_pool, table, sequences, None, scale)
+        where = {"table": table, "sequences": sequences, "scale": scale}
+        return gated(reference.decode_attention(query, key_pool, value_pool, **where), gate)
+    return gated(_decode(query, key_pool, value_pool, table, sequences, None, scale), gate)
 
 
 def verify_attention(
@@ -95,22 +90,22 @@ def verify_attention(
     sequences: Sequences,
     packed: Packed,
     scale: float,
+    gate: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Compute ``reference.verify_attention`` with the bits of `decode_attention`.
 
     Lengths are those of ``packed.cu_seqlens``.
     """
     if not _decodes(query, key_pool, value_pool):
-        return reference.verify_attention(
-            query,
-            key_pool,
-            value_pool,
-            table=table,
-            sequences=sequences,
-            packed=packed,
-            scale=scale,
-        )
-    return _decode(query, key_pool, value_pool, table, sequences, packed.cu_seqlens, scale)
+        where = {"table": table, "sequences": sequences, "packed": packed, "scale": scale}
+        return gated(reference.verify_attention(query, key_pool, value_pool, **where), gate)
+    starts = packed.cu_seqlens
+    return gated(_decode(query, key_pool, value_pool, table, sequences, starts, scale), gate)
+
+
+def gated(out: torch.Tensor, gate: torch.Tensor | None) -> torch.Tensor:
+    """Compute ``reference.gated``."""
+    return out if gate is None else sigmoid_mul(out.flatten(1), gate).view_as(out)
 
 
 def _decodes(query: torch.Tensor, key_pool: torch.Tensor, value_pool: torch.Tensor) -> bool:

@@ -10,6 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
+from kernels.activation.fused import sigmoid_mul
 from kernels.attention.sequences import Sequences
 from kernels.attention.tile import LOG2_E, attend_tile, keys_per_tile
 from kernels.packed import Packed
@@ -87,6 +88,7 @@ def prefill_attention(
     sequences: Sequences,
     packed: Packed,
     scale: float,
+    gate: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Compute attention of new tokens to themselves and to all earlier tokens.
 
@@ -129,4 +131,5 @@ def prefill_attention(
             BN=keys_per_tile(size, query.dtype),
             **launch,
         )
-    return out
+    # Not in the kernel, which would spill registers on an H100.
+    return out if gate is None else sigmoid_mul(out.flatten(1), gate).view_as(out)

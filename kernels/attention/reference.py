@@ -15,6 +15,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from kernels.activation.reference import sigmoid_mul
 from kernels.attention.sequences import Sequences
 from kernels.packed import Packed
 
@@ -33,6 +34,7 @@ def prefill_attention(
     sequences: Sequences,
     packed: Packed,
     scale: float,
+    gate: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Compute attention of new tokens to themselves and to all earlier tokens.
 
@@ -44,6 +46,7 @@ def prefill_attention(
         key_pool, value_pool: ``[N, HKV, D]``; HQ is a multiple of HKV.
         table: int32 ``[R, M]``, the request table: KV indices by row and position.
         scale: factor of the scores.
+        gate: ``[T, HQ * D]``, of which the output is multiplied by the sigmoid, or None.
 
     Returns:
         ``[T, HQ, D]`` in the query's dtype. O(T * length * HQ * D).
@@ -58,7 +61,7 @@ def prefill_attention(
             span = slice(offset, offset + length)
             _prefill_one(query[span], keys, values, kv_len - length, scale, out[span])
             offset += length
-    return out
+    return gated(out, gate)
 
 
 def decode_attention(
@@ -69,6 +72,7 @@ def decode_attention(
     table: torch.Tensor,
     sequences: Sequences,
     scale: float,
+    gate: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Compute attention of the last token of each sequence, ``query [B, HQ, D]``.
 
@@ -85,7 +89,7 @@ def decode_attention(
             values = _rows(value_pool, indices).transpose(0, 1)[None]
         grouped = query[b].clone().view(1, num_kv_heads, -1, query.shape[-1])
         out[b] = F.scaled_dot_product_attention(grouped, keys, values, scale=scale).view_as(out[b])
-    return out
+    return gated(out, gate)
 
 
 def verify_attention(
@@ -97,6 +101,7 @@ def verify_attention(
     sequences: Sequences,
     packed: Packed,
     scale: float,
+    gate: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Compute causal attention of the last tokens of each sequence, packed ``query [T, HQ, D]``.
 
@@ -118,7 +123,12 @@ def verify_attention(
             )
             out[t] = attended.view_as(out[t])
             t += 1
-    return out
+    return gated(out, gate)
+
+
+def gated(out: torch.Tensor, gate: torch.Tensor | None) -> torch.Tensor:
+    """Return ``out [T, HQ, D]`` times the sigmoid of ``gate [T, HQ * D]``, or ``out``."""
+    return out if gate is None else sigmoid_mul(out.flatten(1), gate).view_as(out)
 
 
 def _prefill_one(

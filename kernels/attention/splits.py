@@ -28,8 +28,10 @@ def combine_splits_kernel(
     partial_out,
     partial_lse,
     kv_lens,
+    gate,
     out,
     num_splits,
+    gate_stride,
     HQ: tl.constexpr,
     D: tl.constexpr,
     BS: tl.constexpr,
@@ -60,7 +62,12 @@ def combine_splits_kernel(
         b_l = b_l * b_decay + tl.sum(b_weight, axis=0)
         b_o = b_o * b_decay + tl.sum(b_part * b_weight[:, None], axis=0)
         b_m = b_m_new
-    tl.store(out + i_bh * D + o_d, (b_o / b_l).to(out.dtype.element_ty), mask=o_d < D)
+    b_o = (b_o / b_l).to(out.dtype.element_ty)
+    if gate is not None:  # After rounding, as `activation.sigmoid_mul`.
+        p_gate = gate + i_b.to(tl.int64) * gate_stride + i_h * D + o_d
+        b_gate = tl.load(p_gate, mask=o_d < D, other=0.0).to(tl.float32)
+        b_o = (b_o.to(tl.float32) * tl.sigmoid(b_gate)).to(out.dtype.element_ty)
+    tl.store(out + i_bh * D + o_d, b_o, mask=o_d < D)
 
 
 PROGRAMS = 1024

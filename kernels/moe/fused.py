@@ -36,7 +36,7 @@ from kernels.linear.groups import GroupFormat
 from kernels.linear.reference import SCALE_BLOCK
 from kernels.linear.words import Words, WordsForm, form_of, multiply_words, num_of, words_of
 from kernels.moe.reference import prepare_products, quantize_experts
-from kernels.moe.sigmoid import route_sigmoid as route_sigmoid
+from kernels.moe.routing import Sorting, counts_of, launch, route, route_sigmoid
 from kernels.moe.sums import NO_EXPERT, ExpertSums, Summands
 from kernels.target import pipeline_stages
 from kernels.tuning import tuned
@@ -51,6 +51,7 @@ __all__ = [
     "prepare_products",
     "quantize_experts",
     "route",
+    "route_sigmoid",
 ]
 
 JOINS_SHARED = True
@@ -61,7 +62,7 @@ FEW_TOKENS = 16
 would cost more than reading some experts twice."""
 
 FEW_PAIRS = 4096
-"""Maximum number of pairs that are sorted in one launch. Each of its programs reads all of them."""
+"""Maximum number of pairs that routing sorts, because one of its programs writes all of them."""
 
 MOST_ROWS, MOST_FP8_ROWS, MOST_SCALED_ROWS = 64, 128, 32
 """Most rows per block: in full precision; in fp8, of which a multiprocessor holds twice as many;
@@ -94,6 +95,13 @@ class Blocks(NamedTuple):
     """Rows per block (BT)."""
 
 
+class Sorted(NamedTuple):
+    """Experts of each token, ``[T, k]``, and their pairs in blocks."""
+
+    experts: torch.Tensor
+    blocks: Blocks
+
+
 class Stack(NamedTuple):
     """Weights of all experts ``[E, M, N]``."""
 
@@ -123,82 +131,6 @@ class Stack(NamedTuple):
     def config(self, rows: int) -> dict[str, Any]:
         """Return the constants of a kernel for blocks of ``rows``, if they are not the default."""
         return {} if self.form is None else words_config(self.form, self.num_columns, rows)
-
-
-@triton.jit
-def route_kernel(
-    logits,
-    live,
-    weights,
-    experts,
-    stride,
-    K: tl.constexpr,
-    E: tl.constexpr,
-    BE: tl.constexpr,
-    BK: tl.constexpr,
-    RENORMALISE: tl.constexpr,
-):
-    i_t = tl.program_id(0).to(tl.int64)
-    o_e, o_k = tl.arange(0, BE), tl.arange(0, BK)
-    b_x = tl.load(logits + i_t * stride + o_e, mask=o_e < E, other=float("-inf")).to(tl.float32)
-    b_p = tl.exp(b_x - tl.max(b_x, axis=0))
-    b_p = b_p / tl.sum(b_p, axis=0)  # [BE]
-    # Probabilities are not negative, so their bit patterns order as integers; the reversed index
-    # breaks ties.
-    b_key = (b_p.to(tl.int32, bitcast=True).to(tl.int64) << 32) | (BE - 1 - o_e)
-    b_key = tl.where(o_e < E, b_key, -1)
-    b_weights = tl.zeros([BK], tl.float32)
-    b_experts = tl.zeros([BK], tl.int32)
-    for i in tl.static_range(K):
-        best = tl.max(b_key, axis=0)
-        b_key = tl.where(b_key == best, -1, b_key)
-        b_weights = tl.where(
-            o_k == i, (best >> 32).to(tl.int32).to(tl.float32, bitcast=True), b_weights
-        )
-        # NaN has arbitrary bits: any choice is acceptable, but it must be a valid expert.
-        chosen = tl.minimum(tl.maximum(BE - 1 - (best & 0xFFFFFFFF), 0), E - 1).to(tl.int32)
-        b_experts = tl.where(o_k == i, chosen, b_experts)
-    if RENORMALISE:
-        b_weights = b_weights / tl.sum(b_weights, axis=0)
-    if live is not None:
-        b_experts = tl.where(tl.load(live + i_t) != 0, b_experts, NO_EXPERT)
-    tl.store(weights + i_t * K + o_k, b_weights, mask=o_k < K)
-    tl.store(experts + i_t * K + o_k, b_experts, mask=o_k < K)
-
-
-@triton.jit(do_not_specialize=["num_pairs"])
-def sort_pairs_kernel(
-    experts, pairs, block_experts, block_count, num_pairs,
-    E: tl.constexpr, BE: tl.constexpr, BT: tl.constexpr, BP: tl.constexpr,
-):  # fmt: skip
-    """Program e: counts the pairs of all experts, and writes those of expert e in their order.
-
-    It also stores the expert of its blocks, and pads the last block.
-    """
-    i_e = tl.program_id(0)
-    o_e, o_p, o_t = tl.arange(0, BE), tl.arange(0, BP), tl.arange(0, BT)
-    b_total = tl.zeros([BE], tl.int32)
-    for start in range(0, num_pairs, BP):
-        m_p = start + o_p < num_pairs
-        b_e = tl.load(experts + start + o_p, mask=m_p, other=NO_EXPERT)
-        b_total += tl.histogram(tl.where(b_e == NO_EXPERT, E, b_e), BE)
-    b_blocks = tl.where(o_e < E, (b_total + BT - 1) // BT, 0)  # [BE]
-    first = tl.sum(tl.where(o_e < i_e, b_blocks, 0), axis=0)
-    num_blocks = tl.sum(tl.where(o_e == i_e, b_blocks, 0), axis=0)
-    row = first * BT
-    for start in range(0, num_pairs, BP):
-        m_p = start + o_p < num_pairs
-        b_is_own = tl.load(experts + start + o_p, mask=m_p, other=NO_EXPERT) == i_e
-        b_is_own = b_is_own.to(tl.int32)
-        b_row = row + tl.cumsum(b_is_own, axis=0) - b_is_own
-        tl.store(pairs + b_row, start + o_p, mask=b_is_own > 0)
-        row += tl.sum(b_is_own, axis=0)
-    for i_block in range(first, first + num_blocks):
-        tl.store(block_experts + i_block, i_e)
-        o_row = i_block * BT + o_t
-        tl.store(pairs + o_row, tl.zeros([BT], tl.int32) + num_pairs, mask=o_row >= row)
-    if i_e == E - 1:
-        tl.store(block_count, first + num_blocks)
 
 
 @triton.jit(do_not_specialize=["num_pairs"])
@@ -466,32 +398,6 @@ def down_kernel(
     tl.store(p_y, b_y.to(y.dtype.element_ty), mask=m_m[:, None] & m_t[None, :])
 
 
-def route(
-    logits: torch.Tensor, k: int, renormalise: bool, live: torch.Tensor | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Choose the k most probable experts of each token; see ``reference.route``.
-
-    logits may be a view of wider rows.
-    """
-    num_tokens, num_experts = logits.shape
-    weights = torch.empty(num_tokens, k, dtype=torch.float32, device=logits.device)
-    experts = torch.empty(num_tokens, k, dtype=torch.int32, device=logits.device)
-    if num_tokens:
-        route_kernel[(num_tokens,)](
-            logits,
-            live,
-            weights,
-            experts,
-            logits.stride(0),
-            K=k,
-            E=num_experts,
-            BE=triton.next_power_of_2(num_experts),
-            BK=triton.next_power_of_2(k),
-            RENORMALISE=renormalise,
-        )
-    return weights, experts
-
-
 def experts(
     hidden: torch.Tensor,
     weights: torch.Tensor,
@@ -571,27 +477,63 @@ class Prepared(NamedTuple):
         """Compute ``experts``."""
         return self.sums(hidden, weights, experts, shared_gate).sum()
 
+    def route(
+        self, logits: torch.Tensor, *arguments: Any, **options: Any
+    ) -> tuple[torch.Tensor, torch.Tensor | Sorted]:
+        """Compute ``route``, and sort the tokens for these experts in the same launch."""
+        return self._route(logits, None, *arguments, is_sigmoid=False, **options)
+
+    def route_sigmoid(
+        self, logits: torch.Tensor, *arguments: Any, **options: Any
+    ) -> tuple[torch.Tensor, torch.Tensor | Sorted]:
+        """Compute ``route_sigmoid``, and sort as ``route``."""
+        return self._route(logits, *arguments, **options)
+
+    def _route(
+        self,
+        logits: torch.Tensor,
+        bias: torch.Tensor | None,
+        k: int,
+        *arguments: Any,
+        **options: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | Sorted]:
+        num_tokens, num_experts = logits.shape
+        if num_tokens <= FEW_TOKENS or triton.next_power_of_2(num_tokens) * k > FEW_PAIRS:
+            return launch(logits, bias, k, *arguments, **options)
+        blocks = empty_blocks(num_tokens, k, num_experts, self.most_rows, logits.device)
+        counts, new = counts_of(num_experts, logits.device), blocks.experts.new_empty
+        sorting = Sorting(counts, new(num_tokens * k), new(num_experts), *blocks[:3])
+        options |= {"sorting": sorting, "rows": blocks.rows}
+        weights, experts = launch(logits, bias, k, *arguments, **options)
+        return weights, Sorted(experts, blocks)
+
+    @property
+    def most_rows(self) -> int:
+        """Most rows per block."""
+        if any(one.form is not None and one.form.group < 128 for one in (self.w13, self.w2)):
+            return MOST_SCALED_ROWS
+        return MOST_FP8_ROWS if self.fp8_rows else MOST_ROWS
+
     def sums(
         self,
         hidden: torch.Tensor | QuantizedRows,
         weights: torch.Tensor,
-        experts: torch.Tensor,
+        experts: torch.Tensor | Sorted,
         shared_gate: torch.Tensor | None = None,
     ) -> ExpertSums:
         """Compute ``experts`` without their sum, which ``norm.rms_norm`` can add up."""
         hidden, quantized = (
             (hidden.x, hidden) if isinstance(hidden, QuantizedRows) else (hidden, None)
         )
+        experts, blocks = experts if isinstance(experts, Sorted) else (experts, None)
         num_tokens, k = experts.shape
         hidden_size, inner_size = self.w2.num_rows, self.w2.num_columns
         num_experts = len(
             self.w2.weight.codes if isinstance(self.w2.weight, Words) else self.w2.weight
         )
         shared = None if shared_gate is None else num_experts - 1
-        most_rows = MOST_FP8_ROWS if self.fp8_rows else MOST_ROWS
-        if any(one.form is not None and one.form.group < 128 for one in (self.w13, self.w2)):
-            most_rows = MOST_SCALED_ROWS
-        blocks = make_blocks(experts, num_experts if shared is None else shared, most_rows)
+        if blocks is None:
+            blocks = make_blocks(experts, num_experts if shared is None else shared, self.most_rows)
         num_shared = 0 if shared is None else triton.cdiv(num_tokens, blocks.rows)
         num_blocks = num_shared + blocks.num_blocks
         num_pairs = num_tokens * k
@@ -676,6 +618,19 @@ def _depth(dtype: torch.dtype, stack: Stack) -> int:
     return depth_of(dtype, torch.int8 if isinstance(stack.weight, Words) else stack.weight.dtype)
 
 
+def empty_blocks(
+    num_tokens: int, k: int, num_experts: int, most_rows: int, device: torch.device
+) -> Blocks:
+    """Allocate the blocks of T tokens with k experts, of more than ``FEW_TOKENS``."""
+    # By powers of two of tokens: one step in each range compiles all kernels of that range.
+    most_pairs, num_pairs = triton.next_power_of_2(num_tokens) * k, num_tokens * k
+    rows = rows_per_block(triton.cdiv(most_pairs, num_experts), most_rows)
+    num_blocks = num_pairs // rows + min(num_experts, num_pairs)
+    sizes = num_blocks * rows, num_blocks, 1
+    pairs, experts, count = (torch.empty(n, dtype=torch.int32, device=device) for n in sizes)
+    return Blocks(pairs, experts, count, num_blocks, rows)
+
+
 def make_blocks(experts: torch.Tensor, num_experts: int, most_rows: int = MOST_ROWS) -> Blocks:
     """Build the blocks for ``experts [T, k]``, in the order of tokens within an expert.
 
@@ -685,28 +640,8 @@ def make_blocks(experts: torch.Tensor, num_experts: int, most_rows: int = MOST_R
     num_pairs = num_tokens * k
     if num_tokens <= FEW_TOKENS:
         return Blocks(None, experts.reshape(-1), None, num_pairs, 16)
-    # By powers of two of tokens: one step in each range compiles all kernels of that range.
-    most_pairs = triton.next_power_of_2(num_tokens) * k
-    rows = rows_per_block(triton.cdiv(most_pairs, num_experts), most_rows)
-    num_blocks = num_pairs // rows + min(num_experts, num_pairs)
-    block_experts = torch.empty(num_blocks, dtype=torch.int32, device=experts.device)
-    pairs = torch.empty(num_blocks * rows, dtype=torch.int32, device=experts.device)
-    count = torch.empty(1, dtype=torch.int32, device=experts.device)
-    blocks = Blocks(pairs, block_experts, count, num_blocks, rows)
-    if most_pairs <= FEW_PAIRS:
-        sort_pairs_kernel[(num_experts,)](
-            experts,
-            pairs,
-            block_experts,
-            count,
-            num_pairs,
-            E=num_experts,
-            BE=triton.next_power_of_2(num_experts + 1),
-            BT=rows,
-            BP=FEW_PAIRS // 4,
-        )
-    else:
-        _sort_by_parts(experts, blocks, num_experts)
+    blocks = empty_blocks(num_tokens, k, num_experts, most_rows, experts.device)
+    _sort_by_parts(experts, blocks, num_experts)
     return blocks
 
 

@@ -3,7 +3,6 @@ process and over HTTP."""
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 from collections.abc import AsyncIterator
 
@@ -22,7 +21,6 @@ from experiments.benchmarks.serving import (
     Run,
     Targets,
     conversation_jobs,
-    show_loads,
     summary,
     sweep,
 )
@@ -81,7 +79,7 @@ def test_summary_follows_the_definitions() -> None:
     assert lax["goodput_per_s"] == 0.5
 
 
-def test_sweep_reports_hit_rates_with_and_without_cache(capsys: pytest.CaptureFixture[str]) -> None:
+def test_sweep_reports_hit_rates_with_and_without_cache() -> None:
     draw = np.random.default_rng(0)
     shared = draw.integers(0, 256, 140, dtype=np.int32)
     lengths = draw.integers(150, 450, 6, endpoint=True) - 140
@@ -89,15 +87,16 @@ def test_sweep_reports_hit_rates_with_and_without_cache(capsys: pytest.CaptureFi
     jobs = [[Prompt(np.concatenate((shared, tokens)), 5)] for tokens in unique]
     loads = [Load(concurrency=1), Load(concurrency=4), Load(per_s=200.0)]
     servers = {cache: in_process(cache) for cache in ("hybrid", "none")}
-    records = asyncio.run(sweep(servers, jobs, loads, TARGETS, seconds=60))
+    works = sweep(servers, jobs, loads, TARGETS, seconds=60)
+    records = [work() for _, work in works]
     assert [record["requests"] for record in records] == [6] * 6
     assert all(record["tpot_ms"]["p50"] >= 0 for record in records)
     assert all(record["token_hit_rate"] == 0 for record in records[3:])
     # The second prompt saves a state at the branch. Later ones hit 128 of the 140 shared tokens.
     total = sum(len(job[0].tokens) for job in jobs)
     assert records[0]["token_hit_rate"] == pytest.approx(4 * 128 / total)
-    show_loads(records)
-    assert len(capsys.readouterr().out.splitlines()) == 8
+    unused = sweep({"none": in_process("none")}, jobs, loads, TARGETS, seconds=60)
+    assert [name for name, _ in unused] == [f"none, {load}" for load in loads]  # Starts no server.
 
 
 def test_conversations_grow_up_to_the_longest_prompt() -> None:

@@ -10,12 +10,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kernels.activation import reference as activation
 from kernels.attention import reference
 from kernels.attention.sequences import Sequences
 from kernels.packed import Packed, running_sum
 from tests.kernels.compiled import assert_close, backends
 
 fused = pytest.importorskip("kernels.attention.fused")
+fused_activation = pytest.importorskip("kernels.activation.fused")
 decode = pytest.importorskip("kernels.attention.decode")
 splits = pytest.importorskip("kernels.attention.splits")
 PROMPTS = pytest.mark.parametrize(("backend", "dtype"), backends("attention"))
@@ -191,6 +193,22 @@ def test_verification_equals_decode(backend, heads, kv_heads, dtype, device, mon
     assert torch.equal(cache.verify(backend, spans), torch.cat([out, out]))
     assert torch.equal(out, cache.decode(backend, ends))
     assert not len(cache.verify(backend, [(0, 5, 5)]))
+
+
+@DECODES
+def test_outputs_are_gated_with_the_bits_of_the_activation(backend, dtype, device) -> None:
+    cache = Cache.filled([70, 40], 4, 2, 16, dtype, device)
+    spans, multiply = [(0, 64, 70), (1, 38, 40)], activation.sigmoid_mul
+    tensors, where = cache.places(spans)
+    gate = torch.randn(8, 100, device=device).to(dtype)[:, 36:]
+    packed = Packed.from_lengths([6, 2], device)
+    for compute in (backend.prefill_attention, backend.verify_attention):
+        out = compute(*tensors, packed=packed, **where).flatten(1)
+        found = compute(*tensors, packed=packed, gate=gate, **where).flatten(1)
+        torch.testing.assert_close(found, multiply(out, gate), rtol=0.01, atol=1e-6)
+        if backend is reference or backend is fused:
+            own = fused_activation.sigmoid_mul if backend is fused else multiply
+            assert torch.equal(found, own(out, gate))
 
 
 SPANS = [(b % 3, 5 * b, 5 * b + 1 + b * 7 % 5) for b in range(11)]

@@ -44,14 +44,14 @@ def cases(setup: Setup) -> Iterator[Case]:
         weights, experts = reference.route(logits, k, True)
         num_used = len(experts.unique())
         for name, run, plain, parts in (
-            ("experts", fused.experts, reference.experts, (w13, w2)),
-            ("int8 experts", fused.experts_8bit, reference.experts_8bit, int8),
+            ("experts", fused.prepare(w13, w2), reference.experts, (w13, w2)),
+            ("int8 experts", fused.prepare_8bit(*int8, x.dtype), reference.experts_8bit, int8),
         ):
             read = sum(part.nbytes for part in parts) * num_used // num_experts
             given = (x, weights, experts)
             yield Case(
                 name=f"{name} {num_tokens}",
-                run=partial(run, *given, *parts),
+                run=partial(run, x, weights, _sorted(run, experts, num_experts)),
                 expected=partial(plain, *given, *parts),
                 num_bytes=2 * x.nbytes + read,
                 num_flops=6 * num_tokens * k * hidden * inner,
@@ -66,7 +66,7 @@ def cases(setup: Setup) -> Iterator[Case]:
             wide = partial(_widened, up, down, setup.dtype)
             yield Case(
                 name=f"int4 experts in {group} {num_tokens}",
-                run=partial(run_int4, x, weights, experts),
+                run=partial(run_int4, x, weights, _sorted(run_int4, experts, num_experts)),
                 expected=lambda given=(x, weights, experts), wide=wide: reference.experts(
                     *given, *wide()
                 ),
@@ -80,13 +80,20 @@ def cases(setup: Setup) -> Iterator[Case]:
         read = sum(part.nbytes for part in fp8) * (len(routed[1].unique()) + 1) // num_experts
         for name, fp8_rows in (("fp8 experts", False), ("fp8 experts and rows", True)):
             given, options = (x, *routed, *fp8, gates), {"fp8_rows": fp8_rows}
+            run = fused.prepare_8bit(*fp8, x.dtype, **options)
+            chosen = _sorted(run, routed[1], num_experts - 1)
             yield Case(
                 name=f"{name} {num_tokens}",
-                run=partial(fused.experts_8bit, *given, **options),
+                run=partial(run, x, routed[0], chosen, gates),
                 expected=partial(reference.experts_8bit, *given, **options),
                 num_bytes=2 * x.nbytes + read,
                 num_flops=6 * num_tokens * (k + 1) * hidden * inner,
             )
+
+
+def _sorted(product: fused.Prepared, experts: torch.Tensor, num_experts: int) -> fused.Sorted:
+    """Return experts in blocks, because a model's routing sorts them."""
+    return fused.Sorted(experts, fused.make_blocks(experts, num_experts, product.most_rows))
 
 
 def _widened(up: Matrix, down: Matrix, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:

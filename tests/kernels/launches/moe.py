@@ -10,16 +10,18 @@ from kernels.linear.grouped import Grouped
 from kernels.linear.groups import GroupFormat
 from kernels.linear.words import Words, form_of, words_of
 from kernels.moe import fused
-from kernels.moe.fused import experts, prepare_8bit, route, route_sigmoid
+from kernels.moe.fused import experts, prepare_8bit, route_sigmoid
+from kernels.norm.fused import rms_norm
 
 
 def _experts(num_tokens: int) -> None:
     scores = torch.empty(num_tokens, 513, dtype=torch.bfloat16)
     live = torch.empty(num_tokens, dtype=torch.int64)
-    weights, chosen = route(scores[:, :512], 10, True, live=live)
+    product = fused.prepare(*_weights(torch.bfloat16))
+    weights, chosen = product.route(scores[:, :512], 10, True, live=live)
     hidden = torch.empty(num_tokens, 2048, dtype=torch.bfloat16)
-    w13, w2 = _weights(torch.bfloat16)
-    experts(hidden, weights, chosen, w13, w2, scores[:, 512:])
+    sums = product.sums(hidden, weights, chosen, scores[:, 512:])
+    rms_norm(sums, torch.empty(2048), 1e-6, residual=hidden)
 
 
 def _experts_8bit(
@@ -29,12 +31,12 @@ def _experts_8bit(
     if dtype != torch.int8 and (target.backend != "cuda" or target.arch < 89):
         return
     scores = torch.empty(num_tokens, 513, dtype=torch.bfloat16)
-    weights, chosen = route(scores[:, :512], 10, True)
     hidden = torch.empty(num_tokens, 2048, dtype=torch.bfloat16)
     blocks = ((16,), (4,)) if in_blocks else ((), ())
     scales = torch.empty(513, 1024, *blocks[0]), torch.empty(513, 2048, *blocks[1])
     w13, w2 = _weights(dtype)
     product = prepare_8bit(w13, scales[0], w2, scales[1], hidden.dtype, fp8_rows=fp8_rows)
+    weights, chosen = product.route(scores[:, :512], 10, True)
     product(hidden, weights, chosen, shared_gate=scores[:, 512:])
 
 
@@ -44,7 +46,6 @@ def _fp8_rows(num_tokens: int, *, in_blocks: bool = True) -> None:
 
 def _four_bits(num_tokens: int, format: GroupFormat) -> None:
     scores = torch.empty(num_tokens, 513, dtype=torch.bfloat16)
-    weights, chosen = route(scores[:, :512], 10, True)
     hidden = torch.empty(num_tokens, 2048, dtype=torch.bfloat16)
 
     def stack(num_rows: int, num_columns: int) -> fused.Stack:
@@ -56,8 +57,9 @@ def _four_bits(num_tokens: int, format: GroupFormat) -> None:
         ]
         return fused.Stack(Words(*tables), None, num_rows, num_columns, form_of(format))
 
-    stacks = stack(1024, 2048), stack(2048, 512)
-    fused._experts(hidden, weights, chosen, *stacks, scores[:, 512:], False)
+    product = fused.Prepared(stack(1024, 2048), stack(2048, 512))
+    weights, chosen = product.route(scores[:, :512], 10, True)
+    product(hidden, weights, chosen, scores[:, 512:])
 
 
 def _weights(dtype: torch.dtype) -> list[torch.Tensor]:
@@ -79,6 +81,7 @@ LAUNCHES = {
     "without_gates": _without_gates,
     "sigmoid": lambda: route_sigmoid(torch.empty(8, 256), torch.empty(256), 8, True, scale=2.4),
     "one": lambda: _experts(1),
+    "some": lambda: _experts(64),
     "prefill": lambda: _experts(2048),
     "int8_one": lambda: _experts_8bit(1, torch.int8),
     "int8_some": lambda: _experts_8bit(64, torch.int8),
