@@ -13,11 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine import Engine, EngineConfig, SamplingParams
-from experiments.studies.admission import LinearSteps
+from experiments.studies.admission import Kind, LinearSteps, Workload, scenario
 from hybridcache.geometry.model import ModelGeometry
 from hybridcache.geometry.units import GIB
 from hybridcache.lab.scenario import Scenario
-from hybridcache.lab.simulation.closed_loop import LoopRun, Turn
+from hybridcache.lab.simulation.closed_loop import LoopRun, Turn, simulate_closed_loop
 from hybridcache.policies.admission import (
     DUE_FACTOR,
     DUE_S,
@@ -316,11 +316,8 @@ CROWDS = {
     "16 of one tenant": Crowd(16, 1),
     "16 of two, one pauses": Crowd(16, 2, (0.0, 5.0)),
     "40 that begin again": Crowd(40, 2, is_new=True),
-    "40 of two": Crowd(40, 2),
-    "100 of one": Crowd(100, 1, start_s=200.0),
     "100 of two, one pauses": Crowd(100, 2, (0.0, 5.0), start_s=200.0),
     "100 of eight that pause long": Crowd(100, 8, (10.0,)),
-    "100 that begin again": Crowd(100, 2, (0.0, 5.0), is_new=True, start_s=200.0),
     "400 of two that pause": Crowd(400, 2, (3.0,), start_s=500.0),
     "400 of eight with four pauses": Crowd(400, 8, (0.0, 3.0, 10.0, 40.0), start_s=500.0),
 }
@@ -381,6 +378,39 @@ def test_a_new_conversation_waits_at_most_4_times_as_long_as_oldest_first(crowd:
     later = [one for one in run.answered if one.turn]
     longest_s = max(one.first_token_s - one.arrival_s for one in later if one.first_token_s)
     assert longest_s <= max(bounds_s) + 30, "later turns wait without limit"
+
+
+LONG_HEADS = Kind((1000, 12_000), (6, 16), (100, 4000), (30, 250), (3.0, 1.2), 8000)
+CLAUDE_CODE_LIKE = Workload(16, 120_000, (), (LONG_HEADS,), token_budget=8192)
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_a_wait_is_bounded_by_the_prompts_that_waited_before(
+    seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The bound of ``SessionGate``: 20 s, 3.5 times the work ahead, and prefills that run."""
+    ahead_s: dict[Any, float] = {}
+    running_s: dict[Any, float] = {}
+    order = SessionGate.order
+
+    def watched(policy: SessionGate, queue: Sequence[Any], load: ServerLoad) -> Iterable[Any]:
+        before_s = 0.0
+        for one in queue:
+            ahead_s.setdefault(one, before_s)
+            before_s += (one.num_tokens - load.cached_len(one)) / 8000
+            if load.now_s >= one.arrival_s + 20 + 2.5 * ahead_s[one]:
+                num_left = sum(other.prefill_len - other.computed_len for other in load.running)
+                running_s.setdefault(one, num_left / 8000)
+        return order(policy, queue, load)
+
+    monkeypatch.setattr(SessionGate, "order", watched)
+    cell = scenario(CLAUDE_CODE_LIKE, "agents", seed, 0.1, "sessions")
+    served = simulate_closed_loop(CLAUDE_CODE_LIKE.trace("agents", seed), cell).answered
+    assert len(running_s) >= 10, "too few requests become due"
+    for one in served:
+        assert one.scheduled_s is not None
+        at_most_s = 20 + 3.5 * ahead_s.get(one, 0.0) + running_s.get(one, 0.0)
+        assert one.scheduled_s - one.arrival_s <= at_most_s + 1.0, f"turn {one.turn} of {one.place}"
 
 
 def serve_without_cache(admission: str, num_streams: int) -> dict[str, tuple[float, float]]:
