@@ -32,10 +32,12 @@ FIGURES = (
     ("ttft_mean_s", "mean TTFT, s", 1),
     ("ttft_p99_s", "p99, s", 1),
     ("first_tokens", "first tokens", 1),
+)
+LATER = (
     ("later_mean_s", "mean of later turns, s", 1),
     ("later_in_time", f"later turns within {IN_TIME_S:g} s, %", 100),
 )
-"""Field, title and scale of each figure."""
+"""Field, title and scale of each figure, and of those with one column for all policies."""
 
 
 def main() -> None:
@@ -96,11 +98,15 @@ def table(records: common.Records) -> common.Table:
         of = common.grouped(cells, "admission")
         window = f"{start_s:g} to {end_s:g} s" if end_s is not None else "whole run"
         row = [f"{num_sessions} sessions", window]
-        for name, _, scale in FIGURES:
-            row += [f"{scale * fmean(one[name] for one in of[policy]):.1f}" for policy in POLICIES]
-        rows.append(row)
+        cell = {
+            name: [f"{scale * fmean(one[name] for one in of[policy]):.1f}" for policy in POLICIES]
+            for name, _, scale in (*FIGURES, *LATER)
+        }
+        row += [text for name, *_ in FIGURES for text in cell[name]]
+        rows.append([*row, *(", ".join(cell[name]) for name, *_ in LATER)])
     heads = [f"{title}: `{policy}`" for _, title, _ in FIGURES for policy in POLICIES]
-    return ["length", "window", *heads], rows
+    every = ", ".join(f"`{policy}`" for policy in POLICIES)
+    return ["length", "window", *heads, *(f"{title}: {every}" for _, title, _ in LATER)], rows
 
 
 if __name__ == "__main__":
