@@ -214,22 +214,20 @@ def table(records: common.Records) -> common.Table:
         def values(policy: str, field: str) -> list[float]:
             return [run[field] for run in runs_of(policy)]
 
-        pair = "oldest", "sessions"
         oldest, sessions = (
             [100 * run["cached_tokens"] / run["prompt_tokens"] for run in runs_of(policy)]
-            for policy in pair
+            for policy in UNLIMITED
         )
         row = [trace, f"{rate:g}", f"{fmean(oldest):.1f}", f"{fmean(sessions):.1f}"]
         row.append(str(paired(sessions, oldest)))
-        limits = [name for name in by_policy if name not in UNLIMITED]
+        limits = [name for name in by_policy if name.startswith("live")]
         limit = min(limits, key=lambda name: fmean(values(name, "ttft_mean_s")))
         for field in ("ttft_mean_s", "ttft_p99_s"):
             row.append(
-                ", ".join(f"{fmean(values(policy, field)):.2f}" for policy in (*pair, limit))
+                ", ".join(f"{fmean(values(policy, field)):.2f}" for policy in (*UNLIMITED, limit))
             )
-        simple = [name for name in by_policy if name == "oldest" or name not in UNLIMITED]
         for field in ("ttft_mean_s", "makespan_s"):
-            best = min((values(name, field) for name in simple), key=fmean)
+            best = min((values(name, field) for name in ("oldest", *limits)), key=fmean)
             row.append(f"{ratio(values('sessions', field), best):.2f}")
         rows.append(row)
     header = ["workload", "sessions/s", "hits, `oldest`, %", "`sessions`, %", "gain, points"]
