@@ -11,31 +11,33 @@ The workload is `agents` of the admission study.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import product
 from math import inf, isinf
 from statistics import fmean
 from typing import Any
 
-import numpy as np
-
 from experiments.studies import common
-from experiments.studies.admission import SPLITS, WORKLOADS, scenario
+from experiments.studies.admission import SPLITS, WORKLOADS, scenario, waits
 from hybridcache.lab.simulation.closed_loop import simulate_closed_loop
 
 WORKLOAD, RATE = "agents", 0.2
 SESSIONS = (60, 150)
 POLICIES = ("oldest", "sessions", "live:18")
 WARM_UP_S, WINDOW_S = 150.0, 150.0
-LENGTHS = ("cached_len", "prompt_len")
+IN_TIME_S = 2.0
 FIGURES = (
     ("token_hit_rate", "hits, %", 100),
     ("ttft_mean_s", "mean TTFT, s", 1),
     ("ttft_p99_s", "p99, s", 1),
     ("first_tokens", "first tokens", 1),
 )
-"""Field, title and scale of each figure."""
+LATER = (
+    ("later_mean_s", "mean of later turns, s", 1),
+    ("later_in_time", f"later turns within {IN_TIME_S:g} s, %", 100),
+)
+"""Field, title and scale of each figure, and of those with one column for all policies."""
 
 
 def main() -> None:
@@ -50,17 +52,13 @@ def serve(job: tuple[int, str, int]) -> list[dict[str, Any]]:
     num_sessions, admission, seed = job
     workload = replace(WORKLOADS[WORKLOAD], num_sessions=num_sessions)
     cell = scenario(workload, WORKLOAD, seed, RATE, admission)
-    served = simulate_closed_loop(workload.trace(WORKLOAD, seed), cell).answered
-    asked_s = np.array([one.arrival_s for one in served])
-    first_s = np.array([one.first_token_s for one in served], np.float64)
-    cached, prompt = (np.array([getattr(one, name) for one in served]) for name in LENGTHS)
+    answered = simulate_closed_loop(workload.trace(WORKLOAD, seed), cell).answered
     facts = {"admission": admission, "sessions": num_sessions, "seed": seed}
     return [
         facts
         | {"from_s": start_s, "to_s": None if isinf(end_s) else end_s}
-        | common.rounded(figures)
+        | common.rounded(window_figures(answered, start_s, end_s))
         for start_s, end_s in windows(num_sessions)
-        if (figures := window_figures(asked_s, first_s, cached, prompt, start_s, end_s))
     ]
 
 
@@ -74,27 +72,20 @@ def windows(num_sessions: int) -> Iterator[tuple[float, float]]:
         start_s += WINDOW_S
 
 
-def window_figures(
-    asked_s: np.ndarray,
-    first_s: np.ndarray,
-    cached: np.ndarray,
-    prompt: np.ndarray,
-    start_s: float,
-    end_s: float,
-) -> dict[str, float]:
-    """Return hit rate, waiting times and throughput of the requests that arrived from ``start_s``
-    to ``end_s``. Empty if there is none."""
-    chosen = (asked_s >= start_s) & (asked_s < end_s)
-    if not chosen.any():
-        return {}
-    ttft_s = (first_s - asked_s)[chosen]
-    begun = (first_s >= start_s) & (first_s < end_s)
+def window_figures(answered: Sequence[Any], start_s: float, end_s: float) -> dict[str, float]:
+    """Return hit rate and waiting times of the requests that arrived from ``start_s`` to ``end_s``,
+    and the number of first tokens in that time."""
+    chosen = [one for one in answered if start_s <= one.arrival_s < end_s]
+    found = waits(chosen)
+    later_s = [one.first_token_s - one.arrival_s for one in chosen if one.turn]
     return {
-        "requests": int(chosen.sum()),
-        "token_hit_rate": float(cached[chosen].sum() / prompt[chosen].sum()),
-        "ttft_mean_s": float(ttft_s.mean()),
-        "ttft_p99_s": float(np.percentile(ttft_s, 99)),
-        "first_tokens": int(begun.sum()),
+        "requests": len(chosen),
+        "token_hit_rate": found["cached_tokens"] / found["prompt_tokens"],
+        "ttft_mean_s": found["ttft_mean_s"],
+        "ttft_p99_s": found["ttft_p99_s"],
+        "first_tokens": sum(start_s <= one.first_token_s < end_s for one in answered),
+        "later_mean_s": fmean(later_s),
+        "later_in_time": fmean(wait_s <= IN_TIME_S for wait_s in later_s),
     }
 
 
@@ -107,11 +98,15 @@ def table(records: common.Records) -> common.Table:
         of = common.grouped(cells, "admission")
         window = f"{start_s:g} to {end_s:g} s" if end_s is not None else "whole run"
         row = [f"{num_sessions} sessions", window]
-        for name, _, scale in FIGURES:
-            row += [f"{scale * fmean(one[name] for one in of[policy]):.1f}" for policy in POLICIES]
-        rows.append(row)
+        cell = {
+            name: [f"{scale * fmean(one[name] for one in of[policy]):.1f}" for policy in POLICIES]
+            for name, _, scale in (*FIGURES, *LATER)
+        }
+        row += [text for name, *_ in FIGURES for text in cell[name]]
+        rows.append([*row, *(", ".join(cell[name]) for name, *_ in LATER)])
     heads = [f"{title}: `{policy}`" for _, title, _ in FIGURES for policy in POLICIES]
-    return ["length", "window", *heads], rows
+    every = ", ".join(f"`{policy}`" for policy in POLICIES)
+    return ["length", "window", *heads, *(f"{title}: {every}" for _, title, _ in LATER)], rows
 
 
 if __name__ == "__main__":

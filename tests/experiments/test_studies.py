@@ -13,7 +13,7 @@ import pytest
 
 from experiments import page, provenance, reproduce
 from experiments.benchmarks import measure_prefill
-from experiments.studies import capacity, closed_loop, yardsticks
+from experiments.studies import admission, capacity, closed_loop, overload, yardsticks
 from experiments.studies import common as lab
 from hybridcache import open_trace
 from hybridcache.geometry.times import MeasuredTimes
@@ -92,6 +92,19 @@ def test_code_of_a_study_is_the_package_and_its_imports() -> None:
     code = provenance.simulation_code("experiments.studies.admission")
     own = ("provenance.py", "splits.toml", "studies/admission.py", "studies/common.py")
     assert {*code} == {"hybridcache", *(f"experiments/{name}" for name in own)}
+
+
+def test_studies_of_admission_agree_on_small_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    small = replace(admission.WORKLOADS["agents"], num_sessions=3)
+    monkeypatch.setitem(admission.WORKLOADS, "agents", small)
+    records = [admission.serve(("agents", 1, 0.2, policy)) for policy in overload.POLICIES]
+    _, [row] = admission.table([record for [record] in records])
+    windows = [overload.serve((3, policy, 1)) for policy in overload.POLICIES]
+    _, [whole] = overload.table([record for [record] in windows])
+    assert (row[:2], whole[:2]) == (["agents", "0.2"], ["3 sessions", "whole run"])
+    assert row[2:4] == whole[2:4] and float(row[2]) > 80, "hits"
+    p99 = [f"{float(number):.1f}" for number in row[6].split(", ")]
+    assert p99 == whole[8:11] and whole[-1] == "100.0, 100.0, 100.0"
 
 
 def test_measured_steps_are_a_table_for_simulations(tmp_path: Path) -> None:

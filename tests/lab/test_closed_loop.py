@@ -356,6 +356,26 @@ def small_cell(num_sessions_that_fit: float, rate: float, **settings: Any) -> Sc
     return Scenario("small", model=geometry, gib=gib, rate=rate, **settings)
 
 
+def test_without_a_prefix_cache_sessions_admits_as_oldest_does(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A cache that stores nothing evicts nothing, so no turn can lose its text."""
+    for name, value in (("CREDIT_S", 0.0), ("FLOOR", 0.01), ("LEAST_WORTH", 0.0)):
+        monkeypatch.setattr(f"hybridcache.policies.admission.{name}", value)
+    served = []
+    for admission in ("oldest", "sessions"):
+        runner = VirtualRunner(5000, 20, vocab_size=VOCABULARY, max_model_len=3000)
+        settings = {"prefix_cache": "none", "max_running": 4, "token_budget": 256}
+        engine = Engine(
+            EngineConfig(admission=admission, **settings),
+            runner=runner,
+            sampler=OracleSampler(VOCABULARY),
+            clock=lambda: runner.now_s,  # noqa: B023
+        )
+        served.append(serve(engine, script(np.random.default_rng(3), 10), 20.0, 3)[0])
+    assert served[0] == served[1] and len(served[0]) > 30
+
+
 @pytest.mark.full("1.0-1.0")
 @pytest.mark.parametrize(("pause_s", "rate"), [(0.5, 1.0), (1.0, 1.0), (1.0, 0.5)])
 def test_session_limits_keep_hits_that_oldest_first_loses(pause_s: float, rate: float) -> None:
