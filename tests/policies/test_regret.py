@@ -186,9 +186,9 @@ def test_survival_begins_as_lru_until_it_has_seen_uses() -> None:
         policy = Survival()
         policy.hazards.num_uses = num_uses
         long = FakeItem("old and long", label="decode", span=6400, last_used=8)
-        return offer(policy, long, FakeItem("new and short", label="decode", last_used=12))[0]
+        return offer(policy, long, FakeItem("new and short", label="decode", last_used=100))[0]
 
-    assert [first_victim(uses) for uses in (0, 10)] == ["old and long", "new and short"]
+    assert [first_victim(uses) for uses in (1, 10)] == ["old and long", "new and short"]
 
 
 def prefill(number: int, **changes: object) -> Prefill:

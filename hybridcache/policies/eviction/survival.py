@@ -410,7 +410,7 @@ REJOIN = "rejoin"
 MAX_TURN = 8
 """Highest generation that has its classes apart."""
 EVIDENCE = 10
-"""Uses after which tokens and bytes count in full. Before, ranking is nearer to that of LRU."""
+"""Uses after which tokens and bytes count in full. With fewer, ranking is nearer to LRU's."""
 SAMPLE = 1024
 """Maximum number of candidates compared for one victim."""
 GENERAL_FROM = 3
@@ -459,8 +459,9 @@ class Survival(EvictionPolicy):
       evicted already, counts if a request resumed from it, it was a tip until its eviction, or an
       earlier request ended there. Forks do not count, and tips after them count those before them.
       KV has the generation of the checkpoint at its end.
-    - *Evidence*: until ``EVIDENCE`` uses were seen, (tokens lost) / (bytes freed) is raised to the
-      part of them that was, so that the policy begins as LRU by class.
+    - *Evidence*: from the first use until ``EVIDENCE`` uses were seen, (tokens lost) / (bytes freed)
+      is raised to the part of them that was, so that the policy begins as LRU by class. Before any
+      use, as in the first round of a loop, LRU would evict each item before its use.
     - *Demand*: if a tip leaves the last tier, its predecessor takes over its class.
     - *Ghosts*: a ghost hit counts as a use of the class. This holds for each ghost from which the
       request would have resumed if only this item had been kept.
@@ -683,7 +684,8 @@ class Survival(EvictionPolicy):
         if not count:
             return None
         first, last, rates, now = 0, count, None, self.hazards.now
-        trust = min(self.hazards.num_uses / EVIDENCE, 1.0)
+        num_uses = self.hazards.num_uses
+        trust = min(num_uses / EVIDENCE, 1.0) if num_uses else 1.0
         for _ in range(8):
             if count > SAMPLE:
                 first = self._random.randrange(count - SAMPLE)
