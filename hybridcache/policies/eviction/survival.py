@@ -459,9 +459,9 @@ class Survival(EvictionPolicy):
       evicted already, counts if a request resumed from it, it was a tip until its eviction, or an
       earlier request ended there. Forks do not count, and tips after them count those before them.
       KV has the generation of the checkpoint at its end.
-    - *Evidence*: from the first use until ``EVIDENCE`` uses were seen, (tokens lost) / (bytes freed)
-      is raised to the part of them that was, so that the policy begins as LRU by class. Before any
-      use, as in the first round of a loop, LRU would evict each item before its use.
+    - *Evidence*: from the first use until ``EVIDENCE`` uses were seen, (tokens lost) / (bytes
+      freed) is raised to the part of them that was, so that the policy begins as LRU by class.
+      Before any use, as in the first round of a loop, LRU would evict each item before its use.
     - *Demand*: if a tip leaves the last tier, its predecessor takes over its class.
     - *Ghosts*: a ghost hit counts as a use of the class. This holds for each ghost from which the
       request would have resumed if only this item had been kept.
