@@ -172,6 +172,13 @@ def eviction() -> str:
     return _table(EVICTION_NAMES)
 
 
+def lab_eviction() -> str:
+    """Return the eviction policies of simulations only."""
+    from hybridcache.lab.evictions import LAB_NAMES
+
+    return _table(LAB_NAMES)
+
+
 def placement() -> str:
     """Return the placement policies."""
     from hybridcache.policies.registry import PLACEMENT_NAMES
@@ -498,6 +505,7 @@ OF_FILES = {"RadixTree", "ItemBytes"}
 PARTS: dict[str, Callable[[], str]] = {
     "cli": cli,
     "eviction": eviction,
+    "simulated": lab_eviction,
     "placement": placement,
     "admission": admission,
     "metrics": metrics,

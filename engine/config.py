@@ -191,7 +191,7 @@ class EngineConfig:
     """Positions at which states are saved: adaptive, branch, boundary, backoff, end, every:1024,
     ...; names of placements, joined by commas."""
     eviction: str = "survival"
-    """Eviction policy: survival, lru, gdsf, s3-fifo, ...; an unknown name lists all."""
+    """Eviction policy: survival, lru, gdsf, sieve, ...; an unknown name lists all."""
     grid: Annotated[int, COUNT] = TILE
     """Checkpoint positions are multiples of this number of tokens; a multiple of 64, or, for short
     prompts, 32 or 16 with kernels that support such tiles."""

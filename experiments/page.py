@@ -22,6 +22,7 @@ from experiments import provenance
 from experiments.benchmarks import second_turn
 from experiments.provenance import ROOT
 from experiments.studies import (
+    ablation,
     admission,
     arena,
     capacity,
@@ -95,6 +96,15 @@ def yardstick_rates(split: Split) -> dict[str, list[float]]:
         ]
         for name in (yardsticks.BEST_REBUILT, yardsticks.BOUND)
     }
+
+
+def hints_table() -> Table:
+    """Return the gain from hints, with systems that do not get them and the bound."""
+    header, rows = hints.table(records_of("study_hints.jsonl"))
+    return header, [
+        *rows,
+        *([name, str(interval(of)), "-"] for name, of in yardstick_rates(Split.load()).items()),
+    ]
 
 
 def leaderboard_table() -> Table:
@@ -377,8 +387,8 @@ def shown(cell: str) -> str:
 
 
 def means(table: Table, index: int) -> list[float]:
-    """Return the means of a column."""
-    return [value(row[index]).mean for row in table[1]]
+    """Return the means of a column, without unknown ones."""
+    return [value(row[index]).mean for row in table[1] if row[index] != "-"]
 
 
 def column(table: Table, index: int) -> dict[str, Interval]:
@@ -686,6 +696,29 @@ def _shadows(table: Table) -> str:
     )
 
 
+def _ablation(table: Table) -> str:
+    changes = {row[0]: float(row[1]) for row in table[1]}
+    worst = min(changes, key=lambda name: changes[name])
+    constants = {name.partition(" times")[0] for name in changes if " times" in name}
+    idle = sum(
+        all(abs(of) < 0.1 for name, of in changes.items() if name.startswith(f"{one} "))
+        for one in constants
+    )
+    return (
+        f"The largest change is {changes[worst]:+.1f} points ({worst}). Of {len(constants)} "
+        f"constants, {idle} change the mean by less than 0.1 points at 0.5 and 2 times their value."
+    )
+
+
+def _learning(table: Table) -> str:
+    rows = {row[1]: (row[2], row[5]) for row in table[1] if row[0] == "start"}
+    ours, lru = rows[f"`{DEFAULT}`"], rows["`lru@adaptive`"]
+    return (
+        f"In the first 50 requests the default pair is {ours[0]} points below the best of five "
+        f"pairs, from 200 to 400 {ours[1]}; `lru@adaptive` {lru[0]} and {lru[1]}."
+    )
+
+
 def between(index: int, sentence: str, timed: str = "") -> Callable[[Table], str]:
     """Return the finding with the lowest and the highest mean of a column as ``low`` and ``high``,
     the row of the highest as ``top``, and the processor of the result file ``timed`` as ``cpu``."""
@@ -846,6 +879,16 @@ SECTIONS = {
         Dots({"mean": 2, "worst cell": 3}, "loss to the best pair of a cell, points"),
         "Mean and largest loss of the default pair in each group of cells.",
     ),
+    "ablation": Section(
+        "ablation", study(ablation.NAME, ablation.table), _ablation,
+        Dots({"mean": 1, "worst cell": 2}, "change of the token hit rate, points"),
+        "Change of the hit rate without each rule, and with each constant halved and doubled.",
+    ),
+    "learning": Section(
+        "ablation", study(ablation.NAME, ablation.learning_table), _learning,
+        Dots({"first 50": 2, "200 to 400": 5}, "points below the best pair of a cell", (0, 1)),
+        "Regret of five pairs in the first requests and later, since the start and a change.",
+    ),
     "shadows": Section(
         "shadows", study("study_shadows", shadows.table), _shadows,
         Dots({"tuning": 2, "outside": 4}, "mean loss to the best pair of a cell, points"),
@@ -887,9 +930,9 @@ SECTIONS = {
     ),
     "conditions": Section(
         "conditions", study("study_conditions", conditions.table),
-        between(4, "The default pair differs from LRU with fixed rules by {low:.1f} to {high:.1f} "
+        between(-1, "The default pair differs from LRU with fixed rules by {low:.1f} to {high:.1f} "
                 "points."),
-        Dots({"default pair": 2, "LRU with fixed rules": 3}, HITS, (1,)),
+        Dots({"default pair": 2, "LRU with fixed rules": -2}, HITS, (1,)),
         "Token hit rate of both under each condition.",
     ),
     "capacity": Section(
@@ -897,7 +940,7 @@ SECTIONS = {
         "Token hit rate over memory with bands, one panel per trace.",
     ),
     "hints": Section(
-        "hints", study("study_hints", hints.table),
+        "hints", hints_table,
         between(2, "Boundary hints raise the hit rate by {low:.1f} to {high:.1f} points."),
         Dots({"gain from hints": 2}, "points of token hit rate"),
         "Gain from boundary hints, by pair.",

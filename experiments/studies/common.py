@@ -33,7 +33,7 @@ STATIC_PLACEMENT = "branch,boundary,backoff,end"
 """Placement by rules without learning, used where studies compare evictions."""
 DEFAULT = f"{DEFAULT_EVICTION}@{DEFAULT_PLACEMENT}"
 LRU = f"lru@{STATIC_PLACEMENT}"
-PAIRS = {"default pair": DEFAULT, "lru, fixed rules": LRU}
+PAIRS = {"default pair": DEFAULT, "lru, adaptive": "lru@adaptive", "lru, fixed rules": LRU}
 """Pairs ``eviction@placement`` that are compared under one condition."""
 
 Records = Sequence[Mapping[str, Any]]

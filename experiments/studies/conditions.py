@@ -126,14 +126,16 @@ def measure(job: tuple[str, str, int]) -> list[dict[str, Any]]:
 
 
 def table(records: common.Records) -> common.Table:
-    """Return a header and one row per condition: rates of both pairs and the gain, in percent."""
-    rows = []
+    """Return a header and one row per condition: rates of the measured pairs and the gain of the
+    first over the last, in percent."""
+    rows, known = [], {record["pair"] for record in records}
+    pairs = [pair for pair in common.PAIRS if pair in known]
     for (condition, value), cells in common.grouped(records, "condition", "value").items():
         by_pair = common.grouped(cells, "pair")
-        rates = [[100 * cell["token_hit_rate"] for cell in by_pair[pair]] for pair in common.PAIRS]
+        rates = [[100 * cell["token_hit_rate"] for cell in by_pair[pair]] for pair in pairs]
         row = [condition, value + " at once" * value.isdecimal(), *map(str, map(interval, rates))]
-        rows.append([*row, str(paired(*rates))])
-    return ["condition", "value", "default, %", "LRU with fixed rules, %", "gain, points"], rows
+        rows.append([*row, str(paired(rates[0], rates[-1]))])
+    return ["condition", "value", *(f"{pair}, %" for pair in pairs), "gain, points"], rows
 
 
 def main() -> None:

@@ -66,7 +66,7 @@ def measure(job: tuple[str, int]) -> list[dict[str, Any]]:
         f"host {HOST_GIB}": {"host_gib": HOST_GIB},
     }
     records = []
-    for pair in common.PAIRS.values():
+    for pair in (common.DEFAULT, common.LRU):
         policy, _, placement = pair.partition("@")
         for memory, sizes in memories.items():
             cell = replace(base, policy=policy, checkpoints=placement, **sizes)

@@ -5,7 +5,7 @@ and in two pools, and serves its sessions in closed loop. Seeds draw texts and a
 one JSON file; the ranking is made from one or several of them.
 
 >>> Benchmark.load().version
-'v1'
+'v2'
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ class Benchmark:
     @classmethod
     def load(cls) -> Benchmark:
         """Read the packaged version."""
-        text = (resources.files(__package__) / "benchmark_v1.toml").read_text(encoding="utf-8")
+        text = (resources.files(__package__) / "benchmark_v2.toml").read_text(encoding="utf-8")
         read = tomllib.loads(text)
         for name in ("seeds", "policies", "rebuilt", "quick"):
             read[name] = tuple(read[name])

@@ -26,6 +26,7 @@ import numpy as np
 from hybridcache.command.extras import version
 from hybridcache.geometry.model import ModelGeometry
 from hybridcache.geometry.units import counted
+from hybridcache.lab.evictions import ALL_NAMES
 from hybridcache.lab.intervals import FEWEST_UNITS, Interval, interval, paired
 from hybridcache.lab.progress import Progress
 from hybridcache.lab.report import text_table
@@ -37,14 +38,9 @@ from hybridcache.lab.simulation.simulate import SimulationResult, optimum, simul
 from hybridcache.lab.simulation.sizes import sizes
 from hybridcache.lab.trace import Trace
 from hybridcache.lab.traces import open_trace, seeded
-from hybridcache.policies.registry import (
-    DEFAULT_EVICTION,
-    DEFAULT_PLACEMENT,
-    EVICTION_NAMES,
-    EvictionSpec,
-)
+from hybridcache.policies.registry import DEFAULT_EVICTION, DEFAULT_PLACEMENT, EvictionSpec
 
-BUILT_IN = tuple(sorted(EVICTION_NAMES))
+BUILT_IN = tuple(sorted(ALL_NAMES))
 """Eviction policies on the board, each with the default placement."""
 
 

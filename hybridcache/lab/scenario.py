@@ -41,6 +41,7 @@ from hybridcache.geometry.times import (
 )
 from hybridcache.geometry.units import format_bytes
 from hybridcache.lab.baselines import BASELINES
+from hybridcache.lab.evictions import ALL_NAMES, LAB_NAMES, make_eviction
 from hybridcache.lab.simulation.sizes import budget_bytes, shares, sizes, working_set_bytes
 from hybridcache.lab.simulation.step_times import MeasuredSteps, RooflineSteps, StepTimes
 from hybridcache.lab.trace import Trace
@@ -51,13 +52,11 @@ from hybridcache.policies.registry import (
     ADMISSION_NAMES,
     DEFAULT_EVICTION,
     DEFAULT_PLACEMENT,
-    EVICTION_NAMES,
     PLACEMENT_NAMES,
     AdmissionSpec,
     EvictionSpec,
     PlacementSpec,
     known_names,
-    make_eviction,
     parse_placement,
     split_specs,
 )
@@ -156,7 +155,7 @@ class Scenario:
         DEFAULT_EVICTION,
         "eviction policies, joined by commas, or all",
         MOST_USED,
-        names=lambda: [*known_names(EVICTION_NAMES), "module:Class"],
+        names=lambda: [*known_names(ALL_NAMES), "module:Class"],
     )
     checkpoints: Policies = _setting(
         DEFAULT_PLACEMENT,
@@ -422,7 +421,7 @@ class Scenario:
         labels = [one.label for one in found]
         for one in found:
             if not one.baseline:
-                make_eviction(one.policy)()  # type: ignore[arg-type]
+                make_eviction(one.policy)()
                 parse_placement(one.checkpoints)  # type: ignore[arg-type]
             elif one.baseline not in BASELINES:
                 word = str(one.baseline)
@@ -505,7 +504,7 @@ class Scenario:
             state_bytes=max(geometry.state_bytes, 1),
             page_size=max(1, self.page_size // unit),
             grid=max(1, self.grid // unit),
-            eviction=self.policy,
+            eviction=make_eviction(self.policy) if self.policy in LAB_NAMES else self.policy,
             priority_classes=self.priority_classes,
             host_bytes=budget_bytes(self.host_gib),
             disk_bytes=budget_bytes(self.disk_gib),
@@ -598,8 +597,8 @@ def named_policies(given: Any, *, split: bool = False) -> tuple[str | OwnPolicy,
     found = _each(given)
     if split and ALL in found:
         found = [
-            *sorted(EVICTION_NAMES),
-            *(one for one in found if one != ALL and one not in EVICTION_NAMES),
+            *sorted(ALL_NAMES),
+            *(one for one in found if one != ALL and one not in ALL_NAMES),
         ]
     return tuple(map(_policy, found))
 
@@ -621,7 +620,7 @@ def sources_of(policies: Iterable[str]) -> str:
     found = ""
     for spec in (spec for policy in policies for spec in split_specs(policy)):
         module_name, colon, _ = spec.strip().partition(":")
-        if not colon or module_name in EVICTION_NAMES | PLACEMENT_NAMES | ADMISSION_NAMES:
+        if not colon or module_name in ALL_NAMES | PLACEMENT_NAMES | ADMISSION_NAMES:
             continue  # such as marconi:2
         try:
             found += inspect.getsource(import_module(spec, module_name))

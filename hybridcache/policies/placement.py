@@ -252,6 +252,8 @@ class Adaptive(PlacementPolicy):
     - *Room*: a prompt with its answer takes at most half of the checkpoints that fit, and at least
       one. Positions with the highest expected savings go first: the uses per checkpoint of their
       label times the tokens since the resumed position. Only shared positions have assumed uses.
+      Where one checkpoint fits, a hit locks it, so that nothing else is saved until the first miss:
+      uses then count per request that it stays for, and an answer's end goes last.
     - *Hope*: the assumed earnings of a new label last for at most as many checkpoints as fit, so
       that a small cache is not filled with trials.
 
@@ -371,11 +373,12 @@ class Adaptive(PlacementPolicy):
         saves_answer = end == ANSWER_END or self._wants(ANSWER_END, inf, bars)
         if free_slots is None or spare:
             return wanted, saves_answer
-        room = max((free_slots + prefill.num_checkpoints) // 2, 1)
+        fits = free_slots + prefill.num_checkpoints
+        room = max(fits // 2, 1)
         if len(wanted) + saves_answer <= room:
             return wanted, saves_answer
         # The room rule, the most savings first.
-        if saves_answer:
+        if saves_answer and fits > 1:
             wanted.append(Placed(prefill.prompt_len + prefill.grid, *ANSWER_END))
         ranked = []
         for order, placed in enumerate(wanted):
@@ -383,6 +386,8 @@ class Adaptive(PlacementPolicy):
             uses = account.uses
             if placed.label in SHARED:
                 uses = SHARED_USES * (uses + HOPE)
+            if fits <= 1:  # It stays until the first miss.
+                uses /= 1.0 + uses / account.placed
             savings = uses / account.placed * (placed.position - cached_len)
             ranked.append((-savings, order, placed))
         found: dict[int, Placed] = {}

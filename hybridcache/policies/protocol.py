@@ -28,7 +28,7 @@ def raise_failure(failure: PolicyError | None) -> None:
 
 def is_built_in(kind: type[Any]) -> bool:
     """Return whether ``kind`` is a policy of this package, or guards a user's policy."""
-    return kind.__module__.startswith("hybridcache.policies.")
+    return kind.__module__.startswith(("hybridcache.policies.", "hybridcache.lab."))
 
 
 class EvictionPolicy(ABC):

@@ -17,9 +17,12 @@ from typing import Any, NamedTuple
 from hybridcache.command.parser import or_known
 from hybridcache.policies import admission, placement
 from hybridcache.policies.admission import AdmissionPolicy
-from hybridcache.policies.eviction import queues, scored
+from hybridcache.policies.eviction.fifo import FIFO
+from hybridcache.policies.eviction.gdsf import GDSF
+from hybridcache.policies.eviction.lhd import LHD
 from hybridcache.policies.eviction.lru import LRU
-from hybridcache.policies.eviction.queues import BothKinds
+from hybridcache.policies.eviction.marconi import Marconi
+from hybridcache.policies.eviction.sieve import BothKinds, Sieve
 from hybridcache.policies.eviction.survival import Survival
 from hybridcache.policies.protocol import EvictionPolicy, PlacementPolicy
 from hybridcache.policies.user import OwnPolicy, factory_of, load
@@ -50,20 +53,14 @@ class Entry(NamedTuple):
 
 EVICTION_NAMES: dict[str, Entry] = {
     "lru": Entry(LRU),
-    "fifo": Entry(scored.FIFO),
-    "lfu": Entry(scored.LFU),
-    "clock": Entry(partial(BothKinds, queues.Clock)),
-    "sieve": Entry(partial(BothKinds, queues.Sieve)),
-    "s3-fifo": Entry(partial(BothKinds, queues.S3Fifo)),
-    "arc": Entry(partial(BothKinds, queues.ARC)),
-    "w-tinylfu": Entry(partial(BothKinds, queues.WTinyLFU)),
-    "lhd": Entry(scored.LHD),
-    "gdsf": Entry(scored.GDSF),
-    "random": Entry(scored.Random),
-    "marconi": Entry(scored.Marconi, "alpha"),
+    "fifo": Entry(FIFO),
+    "sieve": Entry(partial(BothKinds, Sieve)),
+    "gdsf": Entry(GDSF),
+    "lhd": Entry(LHD),
+    "marconi": Entry(Marconi, "alpha"),
     "survival": Entry(Survival),
 }
-"""Names for ``CacheConfig.eviction``."""
+"""Names for ``CacheConfig.eviction``. Simulations have more (``hybridcache.lab.evictions``)."""
 
 PLACEMENT_NAMES: dict[str, Entry] = {
     "end": Entry(placement.End),

@@ -31,8 +31,8 @@ def eviction_name(asked: str) -> str:
     """Translate a value of ``--radix-eviction-policy`` into this project's policy name. ``lru`` is
     SGLang's default, and means this project's.
 
-    >>> [eviction_name(asked) for asked in ("lru", "plain-lru", "lfu")]
-    ['survival', 'lru', 'lfu']
+    >>> [eviction_name(asked) for asked in ("lru", "plain-lru", "gdsf")]
+    ['survival', 'lru', 'gdsf']
     """
     return {"lru": DEFAULT_EVICTION, PLAIN_LRU: "lru"}.get(asked, asked)
 
@@ -53,7 +53,7 @@ def why_not(ctx: Any, memory: Any, disagg: Any, parallel: Any) -> str | None:
         "decode context parallelism": parallel.dcp_enabled,
         "--speculative-algorithm EAGLE on attention-only models": params.is_eagle
         and not ctx.is_hybrid_ssm,
-        f"eviction policy {params.eviction_policy} (only survival, plain-lru and lfu)": unknown,
+        f"eviction policy {params.eviction_policy} (known: survival, plain-lru)": unknown,
     }
     for what, is_set in refused.items():
         if is_set:

@@ -160,7 +160,7 @@ class LeaseMachine(RuleBasedStateMachine):
             state_bytes=state_bytes,
             page_size=page_size,
             grid=grid,
-            eviction=rng.choice(["lru", "survival", "survival", CustomPolicy, "lfu"]),
+            eviction=rng.choice(["lru", "survival", "survival", CustomPolicy, "gdsf"]),
             ghost_bytes=rng.choice([0, 4000, 1 << 20]),
             **sizes,
         )

@@ -8,7 +8,7 @@ from __future__ import annotations
 import pytest
 
 from hybridcache import CacheConfig, build_prefix_cache
-from hybridcache.policies.eviction.scored import FIFO
+from hybridcache.policies.eviction.fifo import FIFO
 from tests.cache.serving import hybrid, ids, publish
 
 

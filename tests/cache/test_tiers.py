@@ -11,7 +11,7 @@ from hybridcache import CacheConfig, build_prefix_cache
 from hybridcache.api import Listener, Losses
 from hybridcache.geometry.times import LATENCY_S, Exchange
 from hybridcache.lease import Lease, LeaseRequest
-from hybridcache.policies.eviction.scored import FIFO
+from hybridcache.policies.eviction.fifo import FIFO
 from hybridcache.policies.protocol import Item, PolicyError
 from hybridcache.policies.registry import EvictionSpec, parse_placement
 from hybridcache.radix.tree import OffloadedCheckpoint, RadixNode
@@ -40,7 +40,7 @@ def loadable(cache: TieredRadixCache, tokens: Tokens) -> list[tuple[int, tuple[i
     ]
 
 
-@pytest.mark.parametrize("eviction", ["lru", "lfu", "lhd", "survival"])
+@pytest.mark.parametrize("eviction", ["lru", "gdsf", "lhd", "survival"])
 def test_a_hit_from_a_tier_counts_as_one_use(eviction: str):
     cache = tiered(eviction=eviction)
     serve(cache, ids("abcd"), [4])
@@ -300,7 +300,7 @@ def test_an_offloaded_state_is_superseded_only_while_a_deeper_one_exists():
 OWN = type("Own", (FIFO,), {})  # a user's policy
 
 
-@pytest.mark.parametrize("eviction", ("fifo", "lru", "gdsf", "lfu", "survival", OWN))
+@pytest.mark.parametrize("eviction", ("fifo", "lru", "gdsf", "survival", OWN))
 def test_a_lost_state_can_be_adopted_again(eviction: EvictionSpec) -> None:
     """The heap of a policy then has two entries with equal values and serials."""
     sizes = {"num_kv_tokens": 40, "num_slots": 3, "state_bytes": 20, "host_bytes": 960}

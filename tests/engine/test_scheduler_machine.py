@@ -176,7 +176,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         page_size=st.sampled_from([1, 1, 16, 64]),
         grid=st.sampled_from([16, 64, 128]),
         checkpoints=st.sampled_from(PLACEMENTS),
-        eviction=st.sampled_from(["lru", "survival", "gdsf", "s3-fifo"]),
+        eviction=st.sampled_from(["lru", "survival", "gdsf", "sieve"]),
         exact=st.booleans(),
         overlap=st.sampled_from(["off", "on"]),
         slab_rows=st.sampled_from([None, 1, 5, 40, 64, 150]),

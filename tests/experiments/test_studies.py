@@ -13,7 +13,15 @@ import pytest
 
 from experiments import page, provenance, reproduce
 from experiments.benchmarks import measure_prefill
-from experiments.studies import admission, capacity, closed_loop, overload, yardsticks
+from experiments.studies import (
+    ablation,
+    admission,
+    capacity,
+    closed_loop,
+    default,
+    overload,
+    yardsticks,
+)
 from experiments.studies import common as lab
 from hybridcache import open_trace
 from hybridcache.geometry.times import MeasuredTimes
@@ -171,3 +179,16 @@ def test_yardsticks_are_in_tables_and_figures_of_policies(
     provenance.write_json_lines(tmp_path / "study_capacity.jsonl", runs)
     figure = page.CapacityCurves().draw((["trace", "seeds"], [["short", "10"]]))
     assert len(figure.axes[0].lines) == 5 and "upper bound" in page.svg(figure)
+
+
+def test_the_ablation_measures_rules_constants_and_windows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ablation, "CONSTANTS", {ablation.survival: ("SAMPLE", "EVIDENCE")})
+    monkeypatch.setattr(ablation, "WINDOWS", (0, 20, 40))
+    job = default.Job("tuning", "chat?head=60", 0, (0.5, 1.0), "chat?head=60")
+    records = ablation.measure((job, job))
+    changes = {row[0]: row[1:] for row in ablation.table(records)[1]}
+    assert changes["`survival.SAMPLE` times 0.5"] == ["+0.00", "+0.0"], "fewer items than a sample"
+    assert changes["without the rule *room*"][0] != "+0.00"
+    rows = ablation.learning_table(records)[1]
+    assert [row[0] for row in rows] == ["start"] * 5 + ["change"] * 5
+    assert min(float(row[2]) for row in rows[:5]) < 30 and ablation.survival.SAMPLE == 1024

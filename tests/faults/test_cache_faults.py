@@ -15,8 +15,8 @@ from hybridcache.allocators.moves import Move, StepQueue
 from hybridcache.allocators.pools import PageAllocator, SlotAllocator
 from hybridcache.cache import HybridRadixCache
 from hybridcache.export.events import EventStream
+from hybridcache.lab import evictions
 from hybridcache.lease import Lease
-from hybridcache.policies.eviction import queues
 from hybridcache.policies.eviction.survival import Survival
 from hybridcache.policies.registry import EVICTION_NAMES
 from hybridcache.routing.outbox import Outbox
@@ -346,9 +346,9 @@ for silent in (
     ("a use is not counted", HybridRadixCache, "touch", arena),
     ("a reset does nothing", HybridRadixCache, "reset", CACHE),
     ("a freed slot is lost", SlotAllocator, "free", ALLOCATORS),
-    ("lfu ignores uses", EVICTION_NAMES["lfu"].make, "touch", LFU),
-    ("clock ignores uses", queues.Clock, "touch", CLOCK),
-    ("arc ignores ghost hits", queues.ARC, "on_ghost_hit", ARC),
+    ("lfu ignores uses", evictions.LFU, "touch", LFU),
+    ("clock ignores uses", evictions.Clock, "touch", CLOCK),
+    ("arc ignores ghost hits", evictions.ARC, "on_ghost_hit", ARC),
     ("survival ignores ghosts above the missed one", Survival, "on_ghost_hit_above", GHOSTS),
     ("evicted checkpoints are not reported", EventStream, "checkpoint_removed", EVENTS),
     ("splits are not reported", EventStream, "kv_split", EVENTS),

@@ -83,7 +83,7 @@ def test_a_policy_of_a_stranger_is_ranked_by_one_command(
     shown = capsys.readouterr().out
     assert "left out: away: no file away.jsonl in the folder of --data" in shown
     record = json.loads((tmp_path / "a.json").read_text())
-    assert record["benchmark"] == "v1" and list(record["left_out"]) == ["away"]
+    assert record["benchmark"] == "v2" and list(record["left_out"]) == ["away"]
     runs = {run["system"]: run for run in record["runs"]}
     mine, lru, peer = (runs[name] for name in ("mine_frozen:Mine@adaptive", "lru@adaptive", "vllm"))
     assert {**mine, "system": ""} == {**lru, "system": ""} and mine["pools"] and not peer["pools"]
@@ -117,7 +117,7 @@ def test_a_policy_of_a_stranger_is_ranked_by_one_command(
 
 def test_rows_are_means_over_cells_with_the_best_rebuilt_system_of_each() -> None:
     facts = {
-        "version": "v1", "quick": False, "seeds": [1, 2, 3, 4, 5], "cells": [{}, {}],
+        "version": "v2", "quick": False, "seeds": [1, 2, 3, 4, 5], "cells": [{}, {}],
         "sizes": "5%", "loop_size": "5%", "ttft_limit_s": 1.0, "model": "m",
     }  # fmt: skip
     rates = {

@@ -26,6 +26,7 @@ from hybridcache.geometry.model import ModelGeometry
 from hybridcache.geometry.times import Roofline
 from hybridcache.geometry.units import GIB
 from hybridcache.lab.baselines import BASELINES
+from hybridcache.lab.evictions import ALL_NAMES, make_eviction
 from hybridcache.lab.figures import COLOURS, line_look
 from hybridcache.lab.generators import short
 from hybridcache.lab.intervals import ratio
@@ -43,7 +44,6 @@ from hybridcache.lab.trace import Trace, TraceRequest
 from hybridcache.lab.trace_stats import trace_stats
 from hybridcache.lab.traces import open_trace
 from hybridcache.policies.protocol import EvictionPolicy
-from hybridcache.policies.registry import EVICTION_NAMES, make_eviction
 
 SAMPLES = Path(__file__).parent / "samples"
 GEOMETRY = ModelGeometry.preset("qwen3.5-0.8b")
@@ -81,7 +81,7 @@ def random_requests(seed: int, count: int) -> list[TraceRequest]:
 
 
 @pytest.mark.full("arc", "gdsf", "lru", "marconi", "survival", "w-tinylfu")
-@pytest.mark.parametrize("policy", sorted(EVICTION_NAMES))
+@pytest.mark.parametrize("policy", sorted(ALL_NAMES))
 @settings(max_examples=6)
 @given(st.integers(0, 10**6), st.integers(1_000, 30_000), st.sampled_from([None, 3]))
 def test_policy_conserves_tokens_and_stays_below_the_bound(
@@ -446,7 +446,7 @@ def golden_hits(trace: str, memory: str) -> dict[str, list[int]]:
     baselines = ["vllm", "sglang", "lightllm", "marconi"] if memory == "budget" else []
     static = "branch,boundary,backoff,end"
     result = simulate(
-        requests, policy=sorted(EVICTION_NAMES), checkpoints=static, baseline=baselines, **options
+        requests, policy=sorted(ALL_NAMES), checkpoints=static, baseline=baselines, **options
     )
     ours = simulate(requests, **options)
     assert [run.config["policy"] for run in ours.runs] == ["survival"] * len(gib)

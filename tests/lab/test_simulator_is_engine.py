@@ -122,14 +122,11 @@ def test_builtin_model_has_the_simulated_hits_and_evictions(
 
 
 @pytest.mark.full(
-    "pools-clock-branch,boundary,backoff,every:256,end",
     "pools-lru-branch,boundary,backoff,every:256,end",
     "pools-marconi-branch,boundary,backoff,every:256,end",
-    "pools-random-branch,boundary,backoff,every:256,end",
     "pools-survival-branch,boundary,backoff,every:256,end",
-    "pools-w-tinylfu-branch,boundary,backoff,every:256,end",
     "pools-survival-adaptive",
-    "arena-arc-branch,boundary,backoff,every:256,end",
+    "arena-sieve-branch,boundary,backoff,every:256,end",
     "arena, pages of 16-lhd-branch,boundary,backoff,every:256,end",
 )
 @pytest.mark.parametrize(

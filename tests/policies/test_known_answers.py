@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from hybridcache.policies.eviction.scored import GDSF, LHD
+from hybridcache.policies.eviction.gdsf import GDSF
+from hybridcache.policies.eviction.lhd import LHD
 from tests.policies.items import FakeItem, offer
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from hybridcache.policies.registry import EVICTION_NAMES, make_eviction
+from hybridcache.lab.evictions import ALL_NAMES, make_eviction
 from tests.cache.serving import hybrid, ids, serve
 from tests.policies.items import FakeItem
 
@@ -22,7 +22,7 @@ LEARNED: dict[str, Callable[[Any], object]] = {
 
 @pytest.mark.parametrize("eviction", LEARNED)
 def test_a_locked_victim_does_not_count_as_an_eviction(eviction: str) -> None:
-    cache = hybrid(eviction=eviction, priority_classes=False)
+    cache = hybrid(eviction=make_eviction(eviction), priority_classes=False)
     policy = cache.policy
     for _ in range(5):
         serve(cache, ids("prompt"), [5])
@@ -35,7 +35,7 @@ def test_a_locked_victim_does_not_count_as_an_eviction(eviction: str) -> None:
     assert LEARNED[eviction](policy) != before
 
 
-@pytest.mark.parametrize("eviction", sorted(EVICTION_NAMES))
+@pytest.mark.parametrize("eviction", sorted(ALL_NAMES))
 def test_a_ghost_without_a_memo_is_accepted(eviction: str) -> None:
     """Ghosts of a loaded file have no memo of the policy."""
     policy = make_eviction(eviction)()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hybridcache.policies.eviction.scored import ATTENTION_TOKENS, Marconi
+from hybridcache.policies.eviction.marconi import ATTENTION_TOKENS, Marconi
 from tests.policies.items import FakeItem, offer
 
 

@@ -154,32 +154,47 @@ def test_a_head_that_nobody_declares_is_found_again() -> None:
 
 
 LARGEST_FALLS = {
-    "few-shot": 0.5,
-    "retries?questions=12&trials=3": 0.5,
-    "retries?questions=12&trials=3&heads=2": 1.0,
-    "chat": 0.7,
-    "tree-search?tasks=12": 1.1,
-    "short": 2.2,
-    "few-shot?boundaries=false": 4.1,
+    "few-shot?": 0.5,
+    "retries?questions=12&trials=3&": 0.5,
+    "retries?questions=12&trials=3&heads=2&": 2.0,
+    "chat?": 0.5,
+    "tree-search?tasks=12&": 0.5,
+    "short?": 1.0,
+    "few-shot?boundaries=false&": 1.5,
 }
-"""Largest falls of the hit rate when memory grows, in points, by trace. The aim is 0.5 for all;
-without the rule *Head* the third falls by 34.7."""
+"""Largest falls of the hit rate when memory grows, in points, by trace, as means of four seeds. The
+aim is 0.5 for all. Single draws fall by up to 4.2; without the rule *Head* the third by 34.7."""
 
 
-@pytest.mark.full("retries?questions=12&trials=3&heads=2-pools", "few-shot-arena")
+@pytest.mark.full("few-shot?-arena")
 @pytest.mark.parametrize("memory", ["arena", "pools"])
 @pytest.mark.parametrize("trace", list(LARGEST_FALLS))
 def test_hits_do_not_fall_when_memory_grows(trace: str, memory: str) -> None:
     """Thirty sizes from a few checkpoints up."""
     sizes = [0.4 * 10 ** (step / 29) for step in range(30)]
     settings: dict[str, Any] = {"kv_share": 0.3} if memory == "pools" else {}
-    opened = open_trace(trace).kept()
-    result = simulate(opened, gib=sizes, memory=memory, bound=False, progress=False, **settings)
-    most = fall = 0.0
-    for run in result.runs:
-        most = max(most, 100 * run.token_hit_rate)
-        fall = max(fall, most - 100 * run.token_hit_rate)
-    assert fall <= LARGEST_FALLS[trace]
+    rates = np.zeros(len(sizes))
+    for seed in range(4):
+        opened = open_trace(f"{trace}seed={seed}").kept()
+        result = simulate(opened, gib=sizes, memory=memory, bound=False, progress=False, **settings)
+        rates += [25 * run.token_hit_rate for run in result.runs]
+    assert max(np.maximum.accumulate(rates) - rates) <= LARGEST_FALLS[trace]
+
+
+def test_the_only_checkpoint_is_no_short_prefix_that_every_request_locks() -> None:
+    """One or two checkpoints fit. A prefix of 320 tokens would be hit by, and locked by, all."""
+    [found] = simulate("toolbench-dfs", gib=0.24, bound=False, progress=False).runs
+    assert found.token_hit_rate > 0.65, "LRU with one back-off has 0.66, and the prefix 0.26"
+
+
+def test_survival_begins_as_lru_until_it_has_seen_uses() -> None:
+    def first_victim(num_uses: int) -> str:
+        policy = Survival()
+        policy.hazards.num_uses = num_uses
+        long = FakeItem("old and long", label="decode", span=6400, last_used=8)
+        return offer(policy, long, FakeItem("new and short", label="decode", last_used=100))[0]
+
+    assert [first_victim(uses) for uses in (1, 10)] == ["old and long", "new and short"]
 
 
 def prefill(number: int, **changes: object) -> Prefill:

@@ -7,13 +7,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hybridcache.cache import HybridRadixCache
-from hybridcache.policies.registry import EVICTION_NAMES
+from hybridcache.lab.evictions import ALL_NAMES, make_eviction
 from tests.cache.serving import hybrid, ids, serve, traffic
 from tests.cache.twins import VictimLog
 
 
 def filled(eviction: str, seed: int, classes: bool) -> HybridRadixCache:
-    cache = hybrid(600, 12, eviction=eviction, priority_classes=classes)
+    cache = hybrid(600, 12, eviction=make_eviction(eviction), priority_classes=classes)
     for tokens in traffic(seed, 25):
         serve(cache, tokens, {len(tokens) // 2, len(tokens)} - {0})
     return cache
@@ -28,7 +28,7 @@ def order(cache: HybridRadixCache) -> list[object]:
 
 
 @pytest.mark.full("arc", "gdsf", "lru", "marconi", "survival", "w-tinylfu")
-@pytest.mark.parametrize("eviction", sorted(EVICTION_NAMES))
+@pytest.mark.parametrize("eviction", sorted(ALL_NAMES))
 @settings(max_examples=25)
 @given(st.integers(0, 50), st.booleans(), st.lists(st.integers(0, 10**6), min_size=1, max_size=6))
 def test_a_split_without_an_insert_does_not_change_the_eviction_order(

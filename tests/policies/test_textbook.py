@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hybridcache.policies.registry import EVICTION_NAMES
+from hybridcache.lab.evictions import ALL_NAMES
 from tests.policies import textbook
 from tests.policies.items import FakeItem, ItemCache
 
@@ -32,12 +32,12 @@ requests = st.text("abcdef", max_size=80)
 def test_victims_match_the_pseudocode_of_the_paper(
     eviction: str, pages: str, capacity: int
 ) -> None:
-    assert ItemCache(EVICTION_NAMES[eviction].make(), capacity).serve(pages).evicted == REFERENCES[
+    assert ItemCache(ALL_NAMES[eviction].make(), capacity).serve(pages).evicted == REFERENCES[
         eviction
     ](pages, capacity)
 
 
-@pytest.mark.parametrize("eviction", sorted(EVICTION_NAMES))
+@pytest.mark.parametrize("eviction", sorted(ALL_NAMES))
 @given(st.text("abcdefABC", max_size=80), st.integers(1, 6))
 def test_items_of_any_kind_and_size_are_conserved(eviction: str, pages: str, capacity: int) -> None:
     """Capital letters lock their item for a while."""
@@ -49,7 +49,7 @@ def test_items_of_any_kind_and_size_are_conserved(eviction: str, pages: str, cap
         )
 
     first, second = (
-        ItemCache(EVICTION_NAMES[eviction].make(), capacity, make).serve(pages) for _ in "ab"
+        ItemCache(ALL_NAMES[eviction].make(), capacity, make).serve(pages) for _ in "ab"
     )
     assert first.evicted == second.evicted, "the policy is not deterministic"
     num_requests = len(first.evicted) + len(first.items) + first.hits + first.refused

@@ -18,7 +18,8 @@ from hybridcache.lab.simulation.closed_loop import closed_loop
 from hybridcache.lab.simulation.simulate import simulate
 from hybridcache.lab.traces import open_trace
 from hybridcache.policies.admission import AdmissionPolicy, ServerLoad, WaitingRequest
-from hybridcache.policies.eviction.scored import FIFO, ScorePolicy
+from hybridcache.policies.eviction.fifo import FIFO
+from hybridcache.policies.eviction.scored import ScorePolicy
 from hybridcache.policies.protocol import Item, Placed, PolicyError, Prefill
 from hybridcache.policies.registry import EVICTION_NAMES, make_eviction, parse_placement
 from tests.cache.serving import hybrid, serve, traffic
@@ -221,14 +222,9 @@ class ItemLog(VictimLog):
 
 
 @pytest.mark.full(
-    "hybrid-clock",
-    "hybrid-lfu",
     "hybrid-lru",
     "hybrid-marconi",
-    "hybrid-s3-fifo",
     "hybrid-survival",
-    "hybrid-w-tinylfu",
-    "radix-arc",
 )
 @pytest.mark.parametrize("name", sorted(EVICTION_NAMES))
 @pytest.mark.parametrize("kind", ["hybrid", "radix"])

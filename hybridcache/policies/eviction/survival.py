@@ -66,7 +66,7 @@ _ROW_MASK = (1 << _ROW_BITS) - 1
 
 SAVED = (
     *("now", "_parents", "_priors", "_events", "_reached", "_partial", "index"),
-    *("_num_opened", "_changes", "_refreshed_at", "_ended", "_used"),
+    *("num_uses", "_num_opened", "_changes", "_refreshed_at", "_ended", "_used"),
 )
 """Attributes of ``Hazards`` that are saved as they are."""
 
@@ -121,6 +121,8 @@ class Hazards:
     def __init__(self, max_open: int = 8192, general_from: int = 1) -> None:
         self.now = 0
         """Logical time of the newest use, set by the policies."""
+        self.num_uses = 0
+        """Number of stages that ended in a use."""
         self._max_open = max_open
         self._general_from = general_from
         self._models: dict[int, int] = {}
@@ -236,6 +238,7 @@ class Hazards:
         self._ended.append(ended)
         if used:
             self._used.append(ended)
+            self.num_uses += 1
             self._changes += 1
 
     def index_at(self, row: int, age: int) -> float:
@@ -407,6 +410,8 @@ REJOIN = "rejoin"
 """Label of a position at which an earlier request of the conversation ended."""
 MAX_TURN = 8
 """Highest generation that has its classes apart."""
+EVIDENCE = 10
+"""Uses after which tokens and bytes count in full. With fewer, ranking is nearer to LRU's."""
 SAMPLE = 1024
 """Maximum number of candidates compared for one victim."""
 GENERAL_FROM = 3
@@ -455,6 +460,9 @@ class Survival(EvictionPolicy):
       evicted already, counts if a request resumed from it, it was a tip until its eviction, or an
       earlier request ended there. Forks do not count, and tips after them count those before them.
       KV has the generation of the checkpoint at its end.
+    - *Evidence*: from the first use until ``EVIDENCE`` uses were seen, (tokens lost) / (bytes
+      freed) is raised to the part of them that was, so that the policy begins as LRU by class.
+      Before any use, as in the first round of a loop, LRU would evict each item before its use.
     - *Demand*: if a tip leaves the last tier, its predecessor takes over its class.
     - *Ghosts*: a ghost hit counts as a use of the class. This holds for each ghost from which the
       request would have resumed if only this item had been kept.
@@ -679,6 +687,8 @@ class Survival(EvictionPolicy):
         if not count:
             return None
         first, last, rates, now = 0, count, None, self.hazards.now
+        num_uses = self.hazards.num_uses
+        trust = min(num_uses / EVIDENCE, 1.0) if num_uses else 1.0
         for _ in range(8):
             if count > SAMPLE:
                 first = self._random.randrange(count - SAMPLE)
@@ -692,7 +702,7 @@ class Survival(EvictionPolicy):
                 bins += columns.cells[first:last]
                 rates = self.hazards.index.ravel()[bins]
                 worths = columns.worths[first:last]
-                values = rates * worths
+                values = rates * (worths if trust == 1.0 else worths**trust)
             place = int(values.argmin())
             item = columns.items[first + place]
             if item in fresh:
@@ -702,5 +712,5 @@ class Survival(EvictionPolicy):
             if worth <= worths.item(place) * 1.0001:
                 break
             worths[place] = worth
-            values[place] = rates.item(place) * worth
+            values[place] = rates.item(place) * worth**trust
         return item

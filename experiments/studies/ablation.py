@@ -1,0 +1,185 @@
+"""Measure the parts of the default pair: rules, numeric constants, and the cost of learning.
+
+    python -m experiments.studies.ablation [--seeds 2] [--processes 2]
+
+Cells are those of the tuning split. *Rules*: `adaptive` without one of its rules. *Constants*: each
+constant of `survival` and `adaptive` times 0.5 and 2. *Learning*: the token hit rate of pairs in
+windows of requests since the start of a cell, and since a change to the next cell's workload.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import pairwise, product
+from statistics import fmean
+from typing import Any
+
+from experiments.studies import common, default
+from hybridcache import open_trace
+from hybridcache.lab.scenario import Scenario
+from hybridcache.lab.simulation.serving import serve
+from hybridcache.lab.simulation.target import build_target
+from hybridcache.lab.trace import Held, Trace
+from hybridcache.policies import placement
+from hybridcache.policies.eviction import survival
+from hybridcache.policies.placement import Adaptive, Positions
+from hybridcache.policies.protocol import Placed, Prefill
+
+NAME = "study_ablation"
+LEARNERS = (common.DEFAULT, "lru@adaptive", "gdsf@adaptive", "lhd@adaptive", "lru@backoff")
+WINDOWS = (0, 50, 100, 200, 400)
+"""First requests of the windows of the learning curve, and the end of the last."""
+CONSTANTS = {
+    placement: (
+        *("STRIDE", "HOPE", "SPECULATIVE_HOPE", "HOPE_LASTS", "COPY", "MARGIN", "TRIAL_AFTER"),
+        *("TRIAL_GROWTH", "MEMORY", "SHARED_USES", "FEW"),
+    ),
+    survival: (
+        *("AHEAD", "DOUBT", "EFFECT_DOUBT", "EFFECT_WEIGHT", "SHAPE_WEIGHT", "TOP_WEIGHT"),
+        *("MEMORY", "SUPERSEDED_PRIOR", "SPECULATIVE_PRIOR", "MAX_TURN", "EVIDENCE", "SAMPLE"),
+    ),
+}
+"""Numbers that are choices. Others are bounds of arrays."""
+
+
+class Without(Adaptive):
+    """`adaptive` without one rule."""
+
+    def __init__(self, rule: str) -> None:
+        super().__init__()
+        self.rule = rule
+
+    def _choose(
+        self, prefill: Prefill, positions: Positions, bars: tuple[float, float]
+    ) -> tuple[list[Placed], bool]:
+        changes: dict[str, dict[str, Any]] = {
+            "head": {"evicted": ()},
+            "spare slots": {"shares_memory": True},
+            "room": {"num_checkpoints": 1 << 30},
+        }
+        prefill = prefill._replace(**changes.get(self.rule, {}))
+        return super()._choose(prefill, positions, bars)
+
+    def _end(self, prefill: Prefill) -> str | None:
+        resumed = prefill.resumed
+        is_tip = resumed is not None and not resumed.superseded and resumed.label in placement.TIPS
+        if self.rule == "turnover" and not is_tip:
+            return None
+        return super()._end(
+            prefill._replace(resumed=None) if self.rule == "succession" else prefill
+        )
+
+    def _wants(self, label: str, free_slots: float, bars: tuple[float, float]) -> bool:
+        free_slots = float("inf") if self.rule == "free memory" else free_slots
+        return super()._wants(label, free_slots, bars)
+
+    def _bars(self) -> tuple[float, float]:
+        earned, used = super()._bars()
+        return earned, float("inf") if self.rule == "rank" else used
+
+
+RULES = ("head", "succession", "turnover", "rank", "free memory", "spare slots", "room")
+
+
+PAIRS = {
+    f"without the rule *{rule}*": f"survival@{__name__}:Without('{rule}')" for rule in RULES
+} | {"`survival` with LRU's placement": f"survival@{common.STATIC_PLACEMENT}"}
+
+
+def measure(work: tuple[default.Job, default.Job]) -> list[dict[str, Any]]:
+    """Return the records of one trace and seed; the second job has the workload of the change."""
+    job, after = work
+    trace = open_trace(job.spec).kept()
+    fields = {"trace": job.trace, "seed": job.seed}
+
+    def record(variant: str, factor: float = 1.0, pair: str = common.DEFAULT) -> dict[str, Any]:
+        runs = common.replay(trace, job.gib, pair, model="qwen3-next")
+        rates = common.rounded([run.token_hit_rate for run in runs])
+        return fields | {"variant": variant, "factor": factor, "token_hit_rates": rates}
+
+    found = [record("all"), *(record(name, pair=pair) for name, pair in PAIRS.items())]
+    for module, names in CONSTANTS.items():
+        for name in names:
+            value = getattr(module, name)
+            for factor in (0.5, 2.0):
+                setattr(module, name, type(value)(value * factor))
+                found.append(record(f"`{module.__name__.rpartition('.')[2]}.{name}`", factor))
+            setattr(module, name, value)
+    for since, requests in (("start", trace), ("change", changed(trace, open_trace(after.spec)))):
+        first = 0 if since == "start" else len(list(trace))
+        for gib, pair in product(job.gib, LEARNERS):
+            hits = windows(requests, first, gib, pair)
+            found.append(fields | {"since": since, "gib": gib, "pair": pair, "windows": hits})
+    return found
+
+
+def changed(before: Trace, after: Trace) -> Trace:
+    """Return both traces in turn, without shared texts."""
+    first = list(before.in_order())
+    begin = first[-1].timestamp_s + 1.0
+    later = (
+        one._replace(namespace="after", session=f"after {one.session}",
+                     timestamp_s=begin + one.timestamp_s)
+        for one in after.in_order()
+    )  # fmt: skip
+    return replace(before, source=Held((*first, *later)), recipe=None)
+
+
+def windows(trace: Trace, first: int, gib: float, pair: str) -> list[float | None]:
+    """Return the token hit rate in each window of requests from number ``first`` on, or None for an
+    empty one."""
+    policy, _, checkpoints = pair.partition("@")
+    cell = Scenario(trace, model="qwen3-next", gib=gib, policy=policy, checkpoints=checkpoints)
+    log = serve(build_target(cell, 1), trace.in_order(), 1, cell)
+    found = []
+    for begin, end in pairwise(first + number for number in WINDOWS):
+        total = sum(log.prompt_tokens[begin:end])
+        found.append(sum(log.cached_tokens[begin:end]) / total if total else None)
+    return common.rounded(found)
+
+
+def table(records: common.Records) -> common.Table:
+    """Return the change of the mean hit rate by variant, and the worst cell, in points."""
+    by_variant = common.grouped([one for one in records if "variant" in one], "variant", "factor")
+    [all_parts] = [by_variant.pop(key) for key in [*by_variant] if key[0] == "all"]
+    rows = []
+    for (variant, factor), found in by_variant.items():
+        changes = [
+            100 * (one - other)
+            for its, whole in zip(found, all_parts, strict=True)
+            for one, other in zip(its["token_hit_rates"], whole["token_hit_rates"], strict=True)
+        ]
+        times = "" if factor == 1.0 else f" times {factor:g}"
+        rows.append([variant + times, f"{fmean(changes):+.2f}", f"{min(changes):+.1f}"])
+    return ["variant", "mean change, points", "worst cell"], rows
+
+
+def learning_table(records: common.Records) -> common.Table:
+    """Return the regret of pairs by window: points below the best pair of each cell and window."""
+    cells = common.grouped(
+        [one for one in records if "since" in one], "since", "trace", "seed", "gib"
+    )
+    regrets: dict[tuple[str, str], list[list[float]]] = {}
+    for (since, *_), runs in cells.items():
+        for place in range(len(WINDOWS) - 1):
+            rates = {run["pair"]: run["windows"][place] for run in runs}
+            if None in rates.values():
+                continue
+            for pair, rate in rates.items():
+                regret = regrets.setdefault((since, pair), [[] for _ in WINDOWS[1:]])
+                regret[place].append(100 * (max(rates.values()) - rate))
+    header = ["since", "pair", *(f"to request {end}" for end in WINDOWS[1:])]
+    rows = [[since, f"`{pair}`", *(f"{fmean(of):.1f}" if of else "" for of in by)]
+            for (since, pair), by in regrets.items()]  # fmt: skip
+    return header, rows
+
+
+def main() -> None:
+    options = common.command_line(__doc__, seeds=2).parse_args()
+    jobs = list(default.jobs_of("tuning", default.splits_file(), options.seeds))
+    work = list(zip(jobs, [*jobs[options.seeds :], *jobs[: options.seeds]], strict=True))
+    common.run_study(NAME, measure, work, table, options.processes)
+
+
+if __name__ == "__main__":
+    main()
