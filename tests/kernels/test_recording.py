@@ -109,7 +109,6 @@ class TestCompiling:
         assert "for this start only" in caplog.text and "set XDG_CACHE_HOME" in caplog.text
         assert not list(tmp_path.glob("hybridcache-*"))
 
-
     @COMPILED
     @pytest.mark.skipif(not library.level_name(), reason="this processor has none of the levels")
     def test_a_selected_level_has_a_library_of_its_own(self, monkeypatch) -> None:
