@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from copy import copy
 from functools import cache
 
 import numpy as np
@@ -282,6 +283,18 @@ class NativeGroups(NativeProduct):
         ])  # fmt: skip
         self._method = method or kernel_choices()["linear_groups"]
         self._multiply = function(f"linear_{self.suffix(dtype)}", "piipppit")
+
+    def split(self, count: int) -> list[NativeGroups]:
+        """Return products with equal parts of the outputs, in whole panels, in the same memory."""
+        parts = [copy(self) for _ in range(count)]
+        packed = [self._packed.get(name) for name in ("codes", *GROUP_PARTS)]
+        sizes = [0 if part is None else part.nbytes // count for part in packed]
+        steps = torch.tensor(sizes + [0] * (len(self.description) - len(sizes)))
+        for number, part in enumerate(parts):
+            part.num_outputs = self.num_outputs // count
+            part.description = self.description + number * steps
+            part.description[len(sizes) + 1] = part.num_outputs
+        return parts
 
     def suffix(self, dtype: torch.dtype) -> str:
         return f"groups_{self._method}_{DTYPES[dtype]}"

@@ -274,6 +274,23 @@ def test_experts_have_the_bits_of_their_products(method, numbers, gated) -> None
     compare_experts(pairs_of_products(formats, method, BF16, 5, 256, 256, gated), BF16, gated)
 
 
+@NEEDS_NATIVE
+@pytest.mark.parametrize("rows", [32, 40])
+def test_matrices_that_are_packed_together_have_products_of_their_own(rows) -> None:
+    """32 rows are whole panels, so one call packs all matrices."""
+    format, x = GGML_TYPES[14], torch.randn(3, 512)
+    stack = Matrix.empty(format, (3, rows, 512), torch.empty)
+    blocks = stack.fields["blocks"].random_().unflatten(-1, (2, -1))
+    blocks[..., -2:] = torch.tensor([0.01], dtype=torch.float16).view(torch.uint8)
+    products = format.products(native, stack, torch.float32)
+    assert (
+        len({product._packed["codes"].data_ptr() for product in products}) == (rows == 40) * 2 + 1
+    )
+    for one, product in zip(stack, products, strict=True):
+        expected = format.product(native, one, None, torch.float32)(x)
+        assert product.num_outputs == rows and torch.equal(product(x), expected)
+
+
 BF16 = torch.bfloat16
 WORD_METHODS = [
     *(("int8", "lanes", dtype) for dtype in (torch.float32, BF16)),
