@@ -76,4 +76,3 @@ class GgufWeights(Checkpoint):
 
     def close(self) -> None:
         self._sources = {}
-        self._file.tensors = {}

@@ -10,6 +10,7 @@ import mmap
 import re
 import struct
 from collections.abc import Iterable, Mapping
+from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -299,13 +300,21 @@ def is_gguf(model: Path) -> bool:
 
 def gguf_file(model: Path) -> GgufFile | None:
     """Read the header of the GGUF file that ``model`` names: itself, or the model of a directory.
-    None for other models. Raises ModelError, also if a directory has several."""
+    None for other models. Several calls in a row read it once, unless a file of its directory has
+    changed. Raises ModelError, also if a directory has several."""
     if not is_gguf(model):
         return None
     if model.is_dir():
         names = choose_files((path.name for path in model.glob("*.gguf")), str(model))
         model = model / names[0]
-    return GgufFile(model)
+    files = {model, *filter(Path.is_file, model.parent.glob("*.gguf"))}
+    stats = [(path, path.stat()) for path in sorted(files)]
+    return _read(model, *((path, stat.st_mtime_ns, stat.st_size) for path, stat in stats))
+
+
+@lru_cache(maxsize=1)
+def _read(path: Path, *versions: tuple[Path, int, int]) -> GgufFile:
+    return GgufFile(path)
 
 
 def label_of(name: str) -> str:

@@ -98,6 +98,12 @@ class Format(ABC):
         product: Product = linear.prepare(matrix.widened(dtype), bias)
         return product
 
+    def products(
+        self, linear: ModuleType, stack: Matrix, dtype: torch.dtype, **options: Any
+    ) -> Sequence[Product]:
+        """Return the product of each matrix of a stack."""
+        return [self.product(linear, one, None, dtype, **options) for one in stack]
+
     def experts(
         self, moe: ModuleType, up: Matrix, down: Matrix, dtype: torch.dtype, **options: Any
     ) -> Callable[..., torch.Tensor]:
@@ -107,15 +113,9 @@ class Format(ABC):
         if hasattr(moe, "prepare_matrices"):
             together: Callable[..., torch.Tensor] = moe.prepare_matrices(up, down, dtype, **options)
             return together
-        products = [
-            (
-                one.format.product(moe.linear, one, None, dtype, **options),
-                two.format.product(moe.linear, two, None, dtype, **options),
-            )
-            for one, two in zip(up, down, strict=True)
-        ]
+        stacks = (one.format.products(moe.linear, one, dtype, **options) for one in (up, down))
         experts: Callable[..., torch.Tensor] = moe.prepare_products(
-            products, is_gated=up.shape[1] == 2 * down.shape[2]
+            list(zip(*stacks, strict=True)), is_gated=up.shape[1] == 2 * down.shape[2]
         )
         return experts
 

@@ -12,7 +12,7 @@ with ``value(q) = table[q]``, or ``q - zero``.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -108,6 +108,19 @@ class GroupFormat(Format):
             )
             return product
         return Format.product(self, linear, matrix, bias, dtype, **options)
+
+    def products(
+        self, linear: ModuleType, stack: Matrix, dtype: torch.dtype, **options: Any
+    ) -> Sequence[Product]:
+        """Return the product of each matrix of a stack. A CPU packs all of them in one call."""
+        count, num_rows, num_columns = stack.shape
+        panel = getattr(linear, "GROUP_PANEL", 0)
+        if not panel or num_rows % panel or dtype not in DTYPES or not self.has_product(linear):
+            return super().products(linear, stack, dtype, **options)
+        fields = {name: part.flatten(0, 1) for name, part in stack.fields.items()}
+        whole = linear.prepare_groups(self, fields, num_columns, None, dtype)
+        products: Sequence[Product] = whole.split(count)
+        return products
 
     def _product(self, scale: torch.Tensor, factors: torch.Tensor | None) -> torch.Tensor:
         """Return ``scale * factors`` of every column."""

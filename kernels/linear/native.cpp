@@ -4,11 +4,13 @@
 // batch. Tiles (amx.h) sum 16 words, then add them to an output's sum, also in one order. The blocking of
 // rows and words below affects speed only.
 #include "../amx.h"
+#include "../experts.h"
 
 #ifdef __AVX2__
 
 constexpr int64_t PANEL = 64;        // outputs
 constexpr int64_t TILE_ROWS = 6;     // their sums and operands fill the registers
+constexpr int64_t FEW_ROWS = 8;      // minimum rows of integers that are faster in tiles
 constexpr int64_t BLOCK_ROWS = 192;  // rows with sums in the cache
 constexpr int64_t BLOCK_STEPS = 512; // steps of a panel kept in the cache while rows are processed
 
@@ -148,40 +150,51 @@ static void tiles(
     }
 }
 
-// Calls finish(row, panel, sums) with the 64 sums of every row and panel.
+// Calls finish(row, panel, sums) with the 64 sums of every row of panel p.
+template <class Op, class Finish>
+static void multiply_panel(
+    const int32_t* x, int64_t stride, int64_t rows, const int32_t* w, int64_t steps, int64_t p,
+    const Finish& finish) {
+    alignas(64) int32_t sums[BLOCK_ROWS * PANEL];
+    const int32_t* panel = w + p * steps * PANEL;
+    for (int64_t begin = 0; begin < rows; begin += BLOCK_ROWS) {
+        int64_t count = rows - begin < BLOCK_ROWS ? rows - begin : BLOCK_ROWS;
+        int64_t parts = (count + TILE_ROWS - 1) / TILE_ROWS;
+        for (int64_t s = 0; s < steps; s += BLOCK_STEPS) {
+            int64_t num_steps = steps - s < BLOCK_STEPS ? steps - s : BLOCK_STEPS;
+            for (int64_t part = 0; part < parts; part++) {
+                int64_t from = count * part / parts, to = count * (part + 1) / parts;
+                tiles<Op>(
+                    to - from, x + (begin + from) * stride + s * Op::WORDS, stride, panel + s * PANEL,
+                    num_steps, sums + from * PANEL, s == 0);
+            }
+        }
+        for (int64_t r = 0; r < count; r++) finish(begin + r, p, sums + r * PANEL);
+    }
+}
+
+static int64_t panels_of(int64_t outputs) { return (outputs + PANEL - 1) / PANEL; }
+
+// The same for all panels.
 template <class Op, class Finish>
 static void multiply(
     const int32_t* x, int64_t stride, int64_t rows, const int32_t* w, int64_t steps,
     int64_t outputs, int threads, Finish finish) {
-    int64_t panels = (outputs + PANEL - 1) / PANEL;
+    int64_t panels = panels_of(outputs);
     for_each(panels, threads_for(panels * steps * (8 + 4 * rows), threads), [&](int64_t p) {
-        alignas(64) int32_t sums[BLOCK_ROWS * PANEL];
-        const int32_t* panel = w + p * steps * PANEL;
-        for (int64_t begin = 0; begin < rows; begin += BLOCK_ROWS) {
-            int64_t count = rows - begin < BLOCK_ROWS ? rows - begin : BLOCK_ROWS;
-            int64_t parts = (count + TILE_ROWS - 1) / TILE_ROWS;
-            for (int64_t s = 0; s < steps; s += BLOCK_STEPS) {
-                int64_t num_steps = steps - s < BLOCK_STEPS ? steps - s : BLOCK_STEPS;
-                for (int64_t part = 0; part < parts; part++) {
-                    int64_t from = count * part / parts, to = count * (part + 1) / parts;
-                    tiles<Op>(
-                        to - from, x + (begin + from) * stride + s * Op::WORDS, stride, panel + s * PANEL,
-                        num_steps, sums + from * PANEL, s == 0);
-                }
-            }
-            for (int64_t r = 0; r < count; r++) finish(begin + r, p, sums + r * PANEL);
-        }
+        multiply_panel<Op>(x, stride, rows, w, steps, p, finish);
     });
 }
 
 // Rows of x in tiles of M rows and 16 words, one after the other: a tile of x fills one register. Rows
 // that are 4 KiB apart in x would evict each other from the cache. Missing rows and words are 0.
 struct TiledRows {
-    int64_t M, tiles, depth;  // rows of a tile; tiles of rows; tiles of words
+    int64_t M, tiles, depth, rows;  // rows of a tile; tiles of rows; tiles of words; rows of x
     const int32_t* words;
 
-    TiledRows(const int32_t* x, int64_t stride, int64_t rows, int64_t steps, int threads) {
-        static thread_local std::vector<int32_t> memory;
+    TiledRows(
+        const int32_t* x, int64_t stride, int64_t rows, int64_t steps, int threads,
+        std::vector<int32_t>& memory) : rows(rows) {
         tiles = (rows + TILE_SIZE - 1) / TILE_SIZE;
         M = (rows + tiles - 1) / tiles;
         depth = (steps + TILE_SIZE - 1) / TILE_SIZE;
@@ -289,43 +302,49 @@ static void multiply_block(
         multiply_line<Tiles>(x, row_tile + t, d, w, depth, sums + t * x.M * PANEL, first);
 }
 
-// The function `multiply` above, with tiles.
+// The functions above, with tiles.
+template <class Tiles, class Finish>
+static void multiply_tiled_panel(
+    const TiledRows& tiled, const int32_t* w, int64_t steps, int64_t p, const Finish& finish) {
+    int64_t whole = steps / TILE_SIZE, last = steps % TILE_SIZE;
+    constexpr int64_t BLOCK = BLOCK_ROWS / TILE_SIZE;
+    alignas(64) int32_t sums[BLOCK_ROWS * PANEL], end[TILE_SIZE * PANEL];
+    const int32_t* panel = w + p * steps * PANEL;
+    if (last) {  // the next panel's words, times 0, could be NaN
+        memset(end, 0, sizeof end);
+        memcpy(end, panel + whole * TILE_SIZE * PANEL, last * PANEL_BYTES);
+    }
+    for (int64_t begin = 0; begin < tiled.tiles; begin += BLOCK) {
+        int64_t count = tiled.tiles - begin < BLOCK ? tiled.tiles - begin : BLOCK;
+        for (int64_t d = 0; d < whole; d += BLOCK_TILES) {
+            int64_t depth = whole - d < BLOCK_TILES ? whole - d : BLOCK_TILES;
+            multiply_block<Tiles>(
+                tiled, begin, count, d, panel + d * TILE_SIZE * PANEL, depth, sums, d == 0);
+        }
+        if (last) multiply_block<Tiles>(tiled, begin, count, whole, end, 1, sums, whole == 0);
+        int64_t row = begin * tiled.M, left = tiled.rows - row;
+        for (int64_t r = 0; r < count * tiled.M && r < left; r++)
+            finish(row + r, p, sums + r * PANEL);
+    }
+}
+
 template <class Tiles, class Finish>
 static void multiply_tiles(
     const int32_t* x, int64_t stride, int64_t rows, const int32_t* w, int64_t steps,
     int64_t outputs, int threads, Finish finish) {
     if (rows == 0) return;
-    TiledRows tiled(x, stride, rows, steps, threads);
-    int64_t panels = (outputs + PANEL - 1) / PANEL;
-    int64_t whole = steps / TILE_SIZE, last = steps % TILE_SIZE;
-    constexpr int64_t BLOCK = BLOCK_ROWS / TILE_SIZE;
-    auto work = [&](int64_t p) {
-        alignas(64) int32_t sums[BLOCK_ROWS * PANEL], end[TILE_SIZE * PANEL];
-        const int32_t* panel = w + p * steps * PANEL;
-        if (last) {  // the next panel's words, times 0, could be NaN
-            memset(end, 0, sizeof end);
-            memcpy(end, panel + whole * TILE_SIZE * PANEL, last * PANEL_BYTES);
-        }
-        for (int64_t begin = 0; begin < tiled.tiles; begin += BLOCK) {
-            int64_t count = tiled.tiles - begin < BLOCK ? tiled.tiles - begin : BLOCK;
-            for (int64_t d = 0; d < whole; d += BLOCK_TILES) {
-                int64_t depth = whole - d < BLOCK_TILES ? whole - d : BLOCK_TILES;
-                multiply_block<Tiles>(
-                    tiled, begin, count, d, panel + d * TILE_SIZE * PANEL, depth, sums, d == 0);
-            }
-            if (last) multiply_block<Tiles>(tiled, begin, count, whole, end, 1, sums, whole == 0);
-            int64_t row = begin * tiled.M, left = rows - row;
-            for (int64_t r = 0; r < count * tiled.M && r < left; r++)
-                finish(row + r, p, sums + r * PANEL);
-        }
-    };
-    int64_t cycles = panels * steps * (8 + rows / 2);
+    static thread_local std::vector<int32_t> memory;
+    TiledRows tiled(x, stride, rows, steps, threads, memory);
+    int64_t panels = panels_of(outputs), cycles = panels * steps * (8 + rows / 2);
+    auto work = [&](int64_t p) { multiply_tiled_panel<Tiles>(tiled, w, steps, p, finish); };
     for_each<TileRegion<Tiles>>(panels, threads_for(cycles, threads), work, tiled.M);
 }
 
 // Ways to multiply, as a parameter of the exported functions.
-template <class Op>
+template <class Op_>
 struct ByLanes {
+    typedef Op_ Op;
+    typedef void Tiles;
     template <class... Arguments>
     static void multiply(Arguments... arguments) {
         ::multiply<Op>(arguments...);
@@ -334,6 +353,8 @@ struct ByLanes {
 
 // Rows of two bfloat16 per word are widened once.
 struct ByHalves {
+    typedef BFloat16Halves Op;
+    typedef void Tiles;
     template <class... Arguments>
     static void multiply(
         const int32_t* x, int64_t stride, int64_t rows, const int32_t* w, int64_t steps,
@@ -352,64 +373,48 @@ struct ByHalves {
 };
 
 // Few rows of integers, which have the same sums in any order, are faster in lanes.
-template <class Tiles, class FewRows = void>
+template <class Tiles_, class FewRows = void>
 struct ByTiles {
+    typedef FewRows Op;
+    typedef Tiles_ Tiles;
     template <class... Arguments>
     static void multiply(const int32_t* x, int64_t stride, int64_t rows, Arguments... arguments) {
         if constexpr (!std::is_void_v<FewRows>)
-            if (rows < 8) return ::multiply<FewRows>(x, stride, rows, arguments...);
+            if (rows < FEW_ROWS) return ::multiply<FewRows>(x, stride, rows, arguments...);
         multiply_tiles<Tiles>(x, stride, rows, arguments...);
     }
 };
 
-// scale: one per output, or null.
+// Results of sums of floats. scale: one per output, or null.
+template <class T>
+struct FloatResults {
+    const float* scale;
+    const T* bias;
+    T* y;
+    int64_t y_stride, outputs;
+
+    void operator()(int64_t row, int64_t panel, const int32_t* sums) const {
+        int64_t first = panel * PANEL, count = outputs - first < PANEL ? outputs - first : PANEL;
+        T* to = y + row * y_stride + first;
+        for (int64_t i = 0; i < count; i += LANES) {
+            Lanes wide = load((const float*)sums + i);
+            if (scale) wide *= load_part(scale + first + i, count - i);
+            if (bias) wide += load_part(bias + first + i, count - i);
+            store_part(to + i, wide, count - i);
+        }
+    }
+};
+
 template <class Product, class T>
 static void multiply_float(
     const T* x, int64_t stride, int64_t rows, const int32_t* w, const float* scale, const T* bias,
     T* y, int64_t y_stride, int64_t steps, int64_t outputs, int threads) {
     constexpr int64_t PER_WORD = 4 / sizeof(T);
-    Product::multiply(
-        (const int32_t*)x, stride / PER_WORD, rows, w, steps, outputs, threads,
-        [=](int64_t row, int64_t panel, const int32_t* sums) {
-            int64_t first = panel * PANEL, count = outputs - first < PANEL ? outputs - first : PANEL;
-            T* to = y + row * y_stride + first;
-            for (int64_t i = 0; i < count; i += LANES) {
-                Lanes wide = load((const float*)sums + i);
-                if (scale) wide *= load_part(scale + first + i, count - i);
-                if (bias) wide += load_part(bias + first + i, count - i);
-                store_part(to + i, wide, count - i);
-            }
-        });
+    FloatResults<T> finish = {scale, bias, y, y_stride, outputs};
+    Product::multiply((const int32_t*)x, stride / PER_WORD, rows, w, steps, outputs, threads, finish);
 }
 
-#define LINEAR(NAME, T, ...)                                                                      \
-    EXPORT void linear_##NAME(                                                                    \
-        const T* x, int64_t stride, int64_t rows, const int32_t* w, const float* scale,           \
-        const T* bias, T* y, int64_t y_stride, int64_t steps, int64_t outputs, int threads) {     \
-        multiply_float<__VA_ARGS__>(                                                              \
-            x, stride, rows, w, scale, bias, y, y_stride, steps, outputs, threads);               \
-    }
-
-LINEAR(float32_lanes, float, ByLanes<Float32>)
-LINEAR(bfloat16_halves, BFloat16, ByHalves)
-LINEAR(bfloat16_plain_tiles, BFloat16, ByTiles<BFloat16Tiles<PlainTiles>>)
-#ifdef __AVX512BF16__
-LINEAR(bfloat16_pairs, BFloat16, ByLanes<BFloat16Pairs>)
-#endif
-EXPORT void has_fast_pairs(int64_t* answer) {
-#ifdef __AVX512BF16__
-    __builtin_cpu_init();
-    *answer = __builtin_cpu_is("amd") != 0;  // twice as fast as float32 there, and half elsewhere
-#else
-    *answer = 0;
-#endif
-}
-
-#ifdef HAS_AMX
-LINEAR(bfloat16_amx, BFloat16, ByTiles<BFloat16Tiles<AmxTiles>>)
-
-EXPORT void permit_amx(int64_t* answer) { *answer = AmxTiles::are_permitted(); }
-#endif
+// --- Eight bits ------------------------------------------------------------------------------------------
 
 constexpr float MIN_LARGEST = 1e-30f;  // as int8.py has it
 
@@ -444,6 +449,30 @@ static void quantize_row(const T* x, int64_t size, int64_t padded, uint8_t* to, 
     *scale = step + sum(nothing);
 }
 
+// Results of sums of integers, with the scale of row r at row_scale[r * scale_stride].
+template <class T>
+struct IntegerResults {
+    const float* row_scale;
+    int64_t scale_stride;
+    const int32_t* offsets;
+    FloatResults<T> rest;
+
+    void operator()(int64_t row, int64_t panel, const int32_t* sums) const {
+        alignas(64) float wide[PANEL];
+        int64_t first = panel * PANEL, left = rest.outputs - first, count = left < PANEL ? left : PANEL;
+        for (int64_t i = 0; i < count; i += LANES) {
+            Numbers whole = read<Numbers>(sums + i);
+            if (Int8Fours::RAISED)
+                whole -= (Numbers)load_part((const float*)offsets + first + i, count - i);
+            Lanes scale = load_part(rest.scale + first + i, count - i);
+            store(wide + i, floats(whole) * scale * row_scale[row * scale_stride]);
+        }
+        FloatResults<T> last = rest;
+        last.scale = nullptr;
+        last(row, panel, (const int32_t*)wide);
+    }
+};
+
 template <class Product, class T>
 static void multiply_int8(
     const T* x, int64_t stride, int64_t rows, int64_t size, const int32_t* w,
@@ -460,22 +489,121 @@ static void multiply_int8(
         auto* to = (uint8_t*)(quantized + r * steps);
         quantize_row(x + r * stride, size, steps * 4, to, row_scale + r);
     });
-    Product::multiply(
-        quantized, steps, rows, w, steps, outputs, threads,
-        [=](int64_t row, int64_t panel, const int32_t* sums) {
-            int64_t first = panel * PANEL, count = outputs - first < PANEL ? outputs - first : PANEL;
-            T* to = y + row * y_stride + first;
-            float factor = row_scale[row];
-            for (int64_t i = 0; i < count; i += LANES) {
-                Numbers whole = read<Numbers>(sums + i);
-                if (Int8Fours::RAISED)
-                    whole -= (Numbers)load_part((const float*)offsets + first + i, count - i);
-                Lanes wide = floats(whole) * load_part(scale + first + i, count - i) * factor;
-                if (bias) wide += load_part(bias + first + i, count - i);
-                store_part(to + i, wide, count - i);
-            }
-        });
+    IntegerResults<T> finish = {row_scale, 1, offsets, {scale, bias, y, y_stride, outputs}};
+    Product::multiply(quantized, steps, rows, w, steps, outputs, threads, finish);
 }
+
+// --- Experts ---------------------------------------------------------------------------------------------
+
+// A weight without a bias, as native.py describes it.
+struct PackedWords {
+    const int32_t *words, *offsets;
+    const float* scale;
+    int64_t outputs, columns, steps;
+};
+
+// The kind of weight of experts.h. A row of x is words, and the scale of eight bits.
+template <class Way, class T, bool IS_INTEGER>
+struct WordExperts {
+    typedef PackedWords Weight;
+    typedef int32_t Element;
+    typedef typename Way::Op Op;
+    typedef typename Way::Tiles Tiles;
+    static constexpr bool ALWAYS_TILED = std::is_void_v<Op>;
+    static constexpr bool IS_WIDENED = std::is_same_v<Op, BFloat16Halves>;
+
+    static int64_t padded(int64_t rows) { return rows; }
+    static int64_t stride(const PackedWords& w) { return w.steps * (1 + IS_WIDENED) + IS_INTEGER; }
+
+    static void prepare(const T* row, const PackedWords& w, int32_t* to) {
+        if constexpr (IS_INTEGER)
+            quantize_row(row, w.columns, w.steps * 4, (uint8_t*)to, (float*)(to + w.steps));
+        else if constexpr (IS_WIDENED)
+            for (int64_t i = 0; i < w.columns; i++) ((float*)to)[i] = widen(row[i]);
+        else
+            memcpy(to, row, w.steps * 4);
+    }
+
+    struct Product {
+        const PackedWords& w;
+        const int32_t* x;
+        int64_t rows;
+        T* y;
+        std::vector<int32_t> memory;
+        std::vector<TiledRows> tiled;  // none, or one
+
+        int64_t items() const { return panels_of(w.outputs); }
+        int64_t cycles() const { return items() * w.steps * (8 + 4 * rows); }
+
+        void alone(int64_t p) const {
+            FloatResults<T> finish = {w.scale, nullptr, y, w.outputs, w.outputs};
+            if constexpr (IS_INTEGER)
+                multiply(p, IntegerResults<T>{
+                    (const float*)x + w.steps, stride(w), w.offsets, finish});
+            else
+                multiply(p, finish);
+        }
+
+        template <class Results>
+        void multiply(int64_t p, const Results& finish) const {
+            if constexpr (!std::is_void_v<Tiles>)
+                if (!tiled.empty()) {
+                    TileRegion<Tiles> region(tiled[0].M);
+                    return multiply_tiled_panel<Tiles>(tiled[0], w.words, w.steps, p, finish);
+                }
+            if constexpr (!ALWAYS_TILED)
+                multiply_panel<Op>(x, stride(w), rows, w.words, w.steps, p, finish);
+        }
+    };
+
+    static Product product(
+        const PackedWords& w, const int32_t* x, int64_t rows, T* y, int threads) {
+        Product made = {w, x, rows, y, {}, {}};
+        if (!std::is_void_v<Tiles> && (ALWAYS_TILED || rows >= FEW_ROWS))
+            made.tiled.emplace_back(x, stride(w), rows, w.steps, threads, made.memory);
+        return made;
+    }
+};
+
+#define EXPERTS(NAME, T, IS_INTEGER, ...)                                                          \
+    EXPORT void experts_##NAME(                                                                    \
+        const T* x, int64_t stride, int64_t rows, const float* weights, const int32_t* experts,    \
+        int64_t k, const PackedWords* up, const PackedWords* down, int64_t count,                  \
+        int64_t is_gated, T* y, int64_t y_stride, int threads) {                                   \
+        sum_experts<WordExperts<__VA_ARGS__, T, IS_INTEGER>>(                                      \
+            x, stride, rows, weights, experts, k, up, down, count, is_gated, y, y_stride,          \
+            threads);                                                                              \
+    }
+
+#define LINEAR(NAME, T, ...)                                                                      \
+    EXPORT void linear_##NAME(                                                                    \
+        const T* x, int64_t stride, int64_t rows, const int32_t* w, const float* scale,           \
+        const T* bias, T* y, int64_t y_stride, int64_t steps, int64_t outputs, int threads) {     \
+        multiply_float<__VA_ARGS__>(                                                              \
+            x, stride, rows, w, scale, bias, y, y_stride, steps, outputs, threads);               \
+    }                                                                                             \
+    EXPERTS(NAME, T, false, __VA_ARGS__)
+
+LINEAR(float32_lanes, float, ByLanes<Float32>)
+LINEAR(bfloat16_halves, BFloat16, ByHalves)
+LINEAR(bfloat16_plain_tiles, BFloat16, ByTiles<BFloat16Tiles<PlainTiles>>)
+#ifdef __AVX512BF16__
+LINEAR(bfloat16_pairs, BFloat16, ByLanes<BFloat16Pairs>)
+#endif
+EXPORT void has_fast_pairs(int64_t* answer) {
+#ifdef __AVX512BF16__
+    __builtin_cpu_init();
+    *answer = __builtin_cpu_is("amd") != 0;  // twice as fast as float32 there, and half elsewhere
+#else
+    *answer = 0;
+#endif
+}
+
+#ifdef HAS_AMX
+LINEAR(bfloat16_amx, BFloat16, ByTiles<BFloat16Tiles<AmxTiles>>)
+
+EXPORT void permit_amx(int64_t* answer) { *answer = AmxTiles::are_permitted(); }
+#endif
 
 #define LINEAR_INT8(NAME, T, ...)                                                                \
     EXPORT void linear_int8_##NAME(                                                              \
@@ -484,7 +612,8 @@ static void multiply_int8(
         int64_t outputs, int threads) {                                                          \
         multiply_int8<__VA_ARGS__>(                                                              \
             x, stride, rows, size, w, offsets, scale, bias, y, y_stride, outputs, threads);      \
-    }
+    }                                                                                            \
+    EXPERTS(int8_##NAME, T, true, __VA_ARGS__)
 
 LINEAR_INT8(lanes_float32, float, ByLanes<Int8Fours>)
 LINEAR_INT8(lanes_bfloat16, BFloat16, ByLanes<Int8Fours>)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from copy import copy
 from functools import cache
 
 import numpy as np
@@ -159,6 +160,12 @@ class NativeProduct(ABC):
     """Linear layer that writes rows of any distance, x ``[T, N]`` to out ``[T, M]``."""
 
     num_outputs: int
+    description: torch.Tensor
+    """int64: the packed weight, as the library's functions for experts read it."""
+
+    @abstractmethod
+    def suffix(self, dtype: torch.dtype) -> str:
+        """Return the end of the names of functions for x of ``dtype``: the method and the dtype."""
 
     @abstractmethod
     def write(self, x: torch.Tensor, out: torch.Tensor) -> None:
@@ -190,8 +197,14 @@ class NativeLinear(NativeProduct):
         self._scale = None if scale is None else scale.contiguous()
         self._address = self._weight.data_ptr()
         self._steps = self._weight.shape[1]
-        name = f"linear_{DTYPES[weight.dtype]}_{method or _method(weight.dtype)}"
-        self._multiply = function(name, "piippppiiit")
+        self._name = f"{DTYPES[weight.dtype]}_{method or _method(weight.dtype)}"
+        self._multiply = function(f"linear_{self._name}", "piippppiiit")
+        self.description = torch.tensor([
+            self._address, 0, address(self._scale) or 0, *weight.shape, self._steps
+        ])  # fmt: skip
+
+    def suffix(self, dtype: torch.dtype) -> str:
+        return self._name
 
     def write(self, x: torch.Tensor, out: torch.Tensor) -> None:
         num_rows, stride = x.shape[0], x.stride(0)
@@ -220,12 +233,19 @@ class NativeInt8Linear(NativeProduct):
         # The instruction takes unsigned rows: 128 is added to them, and this subtracted from sums.
         self._offsets = quantized.sum(dim=1, dtype=torch.int32).mul_(128)
         self._scale, self._bias = scale.contiguous(), bias
-        self._name = f"linear_int8_{method or kernel_choices()['linear_int8']}"
+        self._method = method or kernel_choices()["linear_int8"]
+        parts = self._weight, self._offsets, self._scale
+        self.description = torch.tensor([
+            *(part.data_ptr() for part in parts), *quantized.shape, self._weight.shape[1]
+        ])  # fmt: skip
+
+    def suffix(self, dtype: torch.dtype) -> str:
+        return f"int8_{self._method}_{DTYPES[dtype]}"
 
     def write(self, x: torch.Tensor, out: torch.Tensor) -> None:
         if x.stride(1) != 1:
             x = x.contiguous()
-        function(f"{self._name}_{DTYPES[x.dtype]}", "piiipppppiit")(
+        function(f"linear_{self.suffix(x.dtype)}", "piiipppppiit")(
             x.data_ptr(), x.stride(0), x.shape[0], self._size, self._weight.data_ptr(),
             self._offsets.data_ptr(), self._scale.data_ptr(),
             address(self._bias), out.data_ptr(), out.stride(0),
@@ -261,9 +281,23 @@ class NativeGroups(NativeProduct):
             format.bits, format.zero, SCALE_KINDS[self._packed["scale"].dtype],
             max(1, UNIT // format.group),
         ])  # fmt: skip
-        self.suffix = f"groups_{method or kernel_choices()['linear_groups']}_{DTYPES[dtype]}"
-        """Method and dtype, in the names of functions."""
-        self._multiply = function(f"linear_{self.suffix}", "piipppit")
+        self._method = method or kernel_choices()["linear_groups"]
+        self._multiply = function(f"linear_{self.suffix(dtype)}", "piipppit")
+
+    def split(self, count: int) -> list[NativeGroups]:
+        """Return products with equal parts of the outputs, in whole panels, in the same memory."""
+        parts = [copy(self) for _ in range(count)]
+        packed = [self._packed.get(name) for name in ("codes", *GROUP_PARTS)]
+        sizes = [0 if part is None else part.nbytes // count for part in packed]
+        steps = torch.tensor(sizes + [0] * (len(self.description) - len(sizes)))
+        for number, part in enumerate(parts):
+            part.num_outputs = self.num_outputs // count
+            part.description = self.description + number * steps
+            part.description[len(sizes) + 1] = part.num_outputs
+        return parts
+
+    def suffix(self, dtype: torch.dtype) -> str:
+        return f"groups_{self._method}_{DTYPES[dtype]}"
 
     @property
     def num_bytes(self) -> int:

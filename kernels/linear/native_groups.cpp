@@ -14,14 +14,12 @@
 // is that of code 4 s + b), or two bits more of 16 codes each (bits 2 s of byte b). Codes of 2 and 3 bits
 // have two words like the latter, and one with the third bits. Codes of 8 bits fill eight words.
 #include "../amx.h"
-
-#include <algorithm>
+#include "../experts.h"
 
 #ifdef __AVX2__
 
 constexpr int64_t PANEL = 16;        // outputs
 constexpr int64_t UNIT = 32;         // columns
-constexpr int64_t AT_ONCE = 1024;    // rows that are quantised at a time
 constexpr int64_t BLOCK_ROWS = 24;   // rows that are kept in the cache, with their sums
 constexpr int64_t MOST_ROWS = 32;    // the same with tiles
 constexpr int64_t CHUNK = 32;        // units of a panel that are used for all of these rows
@@ -786,7 +784,6 @@ static void quantize_unit(const T* x, int64_t count, int32_t factor, Unit* to) {
 template <class R, class Way, class T>
 struct Product {
     static constexpr bool IS_TILED = !std::is_same_v<Way, ByLanes<R>>;
-    typedef Way Ways;
     const PackedGroups& w;
     const T* bias;
     const Unit* units;
@@ -816,6 +813,16 @@ struct Product {
         bool are_many = rows >= BLOCK_ROWS || has_tiles(rows);
         step = are_many ? CHUNK / w.block : blocks, together = are_many ? MANY_PANELS : 1;
         block_rows = has_tiles(rows) ? 2 * tile_rows : BLOCK_ROWS;
+    }
+
+    // Computes an item outside of `for_each`.
+    void alone(int64_t item) const {
+        if constexpr (IS_TILED)
+            if (has_tiles(rows)) {
+                typename Way::Region region(tile_rows, tile_words());
+                return (*this)(item);
+            }
+        (*this)(item);
     }
 
     int64_t items() const { return (panels + together - 1) / together; }
@@ -886,109 +893,20 @@ static void multiply_groups(
     }
 }
 
-// --- Experts ---------------------------------------------------------------------------------------------
+// The kind of weight of experts.h.
+template <class R_, class Way, class T>
+struct GroupExperts {
+    typedef PackedGroups Weight;
+    typedef Unit Element;
+    typedef ::Product<R_, Way, T> Product;
 
-// All items of products with one weight each.
-template <class Own>
-static void multiply_all(const std::vector<Own>& products, int threads) {
-    int64_t items = 0, cycles = 0;
-    std::vector<int64_t> ends;
-    for (const Own& product : products) ends.push_back(items += product.items()), cycles += product.cycles();
-    for_each(items, threads_for(cycles, threads), [&](int64_t item) {
-        int64_t p = std::upper_bound(ends.begin(), ends.end(), item) - ends.begin();
-        const Own& own = products[p];
-        int64_t first = p ? ends[p - 1] : 0;
-        if constexpr (Own::IS_TILED)
-            if (Own::has_tiles(own.rows)) {
-                typename Own::Ways::Region region(own.tile_rows, own.tile_words());
-                return own(item - first);
-            }
-        own(item - first);
-    });
-}
-
-// SiLU of the first half times the second half, or the square of ReLU.
-template <class T>
-static void activate(const T* x, bool is_gated, int64_t size, T* to) {
-    for (int64_t i = 0; is_gated && i < size; i++)
-        to[i] = narrow<T>(silu(widen(x[i])) * widen(x[size + i]));
-    for (int64_t i = 0; !is_gated && i < size; i++) {
-        float positive = widen(x[i]) < 0.0f ? 0.0f : widen(x[i]);
-        to[i] = narrow<T>(positive * positive);
+    static int64_t padded(int64_t rows) { return Product::padded(rows); }
+    static int64_t stride(const Weight& w) { return w.stride(); }
+    static void prepare(const T* row, const Weight& w, Unit* to) { quantize<R_>(row, w, to); }
+    static Product product(const Weight& w, const Unit* x, int64_t rows, T* y, int) {
+        return {w, nullptr, x, rows, y, w.outputs};
     }
-}
-
-// Experts of reference.py for at most AT_ONCE rows. Pairs of a token and one of its experts are ordered by
-// expert, each of which has its rows next to each other.
-template <class R, class Way, class T>
-static void sum_some(
-    const T* x, int64_t stride, int64_t rows, const float* weights, const int32_t* experts, int64_t k,
-    const PackedGroups* up, const PackedGroups* down, int64_t count, bool is_gated, T* y,
-    int64_t y_stride, int threads) {
-    typedef Product<R, Way, T> Own;
-    static thread_local std::vector<Unit> memory;
-    static thread_local std::vector<T> results;
-    int64_t middle = up->outputs, width = down->outputs, units = up->stride() + down->stride();
-    std::vector<int64_t> counts(count), firsts(count + 1), places(rows * k, -1);
-    for (int64_t i = 0; i < rows * k; i++)
-        if (experts[i] >= 0) places[i] = counts[experts[i]]++;
-    for (int64_t e = 0; e < count; e++) firsts[e + 1] = firsts[e] + Own::padded(counts[e]);
-    for (int64_t i = 0; i < rows * k; i++)
-        if (experts[i] >= 0) places[i] += firsts[experts[i]];
-    int64_t padded = firsts[count];
-    memory.resize((padded + rows) * units);
-    results.resize(padded * (middle + width));
-    Unit *first = memory.data(), *second = first + padded * up->stride();
-    Unit* of_rows = second + padded * down->stride();
-    T *inner = results.data(), *outer = inner + padded * middle;
-    for_each(rows, threads_for(rows * up->columns, threads), [&](int64_t r) {
-        Unit* own = of_rows + r * up->stride();
-        quantize<R>(x + r * stride, *up, own);
-        for (int64_t i = r * k; i < (r + 1) * k; i++)
-            if (places[i] >= 0)
-                memcpy(first + places[i] * up->stride(), own, up->units * sizeof(Unit));
-    });
-    std::vector<Own> ups, downs;
-    for (int64_t e = 0; e < count; e++) {
-        if (counts[e] == 0) continue;
-        int64_t f = firsts[e];
-        ups.emplace_back(up[e], nullptr, first + f * up->stride(), counts[e], inner + f * middle, middle);
-        downs.emplace_back(
-            down[e], nullptr, second + f * down->stride(), counts[e], outer + f * width, width);
-    }
-    multiply_all(ups, threads);
-    for_each(rows * k, threads_for(rows * k * middle, threads), [&](int64_t i) {
-        static thread_local std::vector<T> activated;
-        activated.resize(down->columns);
-        if (places[i] < 0) return;
-        activate(inner + places[i] * middle, is_gated, down->columns, activated.data());
-        quantize<R>((const T*)activated.data(), *down, second + places[i] * down->stride());
-    });
-    multiply_all(downs, threads);
-    for_each(rows, threads_for(rows * k * width / LANES, threads), [&](int64_t r) {
-        for (int64_t i = 0; i < width; i += LANES) {
-            Lanes total = {};
-            for (int64_t j = r * k; j < (r + 1) * k; j++) {
-                Lanes own = places[j] < 0 ? Lanes{} : load_part(outer + places[j] * width + i, width - i);
-                total = j == r * k ? own * weights[j] : multiply_add(own, all(weights[j]), total);
-            }
-            store_part(y + r * y_stride + i, total, width - i);
-        }
-    });
-}
-
-template <class R, class Way, class T>
-static void sum_experts(
-    const T* x, int64_t stride, int64_t rows, const float* weights, const int32_t* experts, int64_t k,
-    const PackedGroups* up, const PackedGroups* down, int64_t count, bool is_gated, T* y,
-    int64_t y_stride, int threads) {
-    for (int64_t r = 0; r < rows; r += AT_ONCE) {
-        int64_t some = rows - r < AT_ONCE ? rows - r : AT_ONCE;
-        sum_some<R, Way>(
-            x + r * stride, stride, some, weights + r * k, experts + r * k, k, up, down, count, is_gated,
-            y + r * y_stride, y_stride, threads);
-    }
-}
+};
 
 #define PRODUCTS(NAME, T, ...)                                                                \
     EXPORT void linear_groups_##NAME(                                                              \
@@ -1000,7 +918,7 @@ static void sum_experts(
         const T* x, int64_t stride, int64_t rows, const float* weights, const int32_t* experts,    \
         int64_t k, const PackedGroups* up, const PackedGroups* down, int64_t count,                \
         int64_t is_gated, T* y, int64_t y_stride, int threads) {                                   \
-        sum_experts<__VA_ARGS__>(                                                                  \
+        sum_experts<GroupExperts<__VA_ARGS__, T>>(                                                 \
             x, stride, rows, weights, experts, k, up, down, count, is_gated, y, y_stride,          \
             threads);                                                                              \
     }

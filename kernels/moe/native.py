@@ -117,24 +117,24 @@ def prepare_8bit(
 def prepare_products(
     products: Sequence[tuple[Product, Product]], is_gated: bool
 ) -> Callable[..., torch.Tensor]:
-    """Return ``reference.prepare_products``; in one call if all have small integers in groups."""
-    if all(isinstance(one, linear.NativeGroups) for pair in products for one in pair):
+    """Return ``reference.prepare_products``; in one call if all have native weights of one kind."""
+    kinds = {type(one) for pair in products for one in pair}
+    if len(kinds) == 1 and issubclass(kinds.pop(), linear.NativeProduct):
         return NativeExperts(products, is_gated)
     return reference.prepare_products(products, is_gated)
 
 
 class NativeExperts:
-    """Experts of ``linear.NativeGroups``: the bits of ``reference.sum_of_products`` with native
-    activations."""
+    """Experts of native products without biases: the bits of ``reference.sum_of_products`` with
+    native activations."""
 
     def __init__(
-        self, products: Sequence[tuple[linear.NativeGroups, linear.NativeGroups]], is_gated: bool
+        self, products: Sequence[tuple[linear.NativeProduct, linear.NativeProduct]], is_gated: bool
     ) -> None:
         self._products, self._is_gated = products, is_gated
         self._weights = [
             torch.stack([one.description for one in part]) for part in zip(*products, strict=True)
         ]
-        self._sum = function(f"experts_{products[0][0].suffix}", "piippippiipit")
 
     def __call__(
         self,
@@ -148,7 +148,8 @@ class NativeExperts:
             hidden = hidden.contiguous()
         out = hidden.new_empty(hidden.shape)
         weights, experts = weights.contiguous(), experts.contiguous()
-        self._sum(
+        name = f"experts_{self._products[0][0].suffix(hidden.dtype)}"
+        function(name, "piippippiipit")(
             hidden.data_ptr(), hidden.stride(0), len(hidden), weights.data_ptr(),
             experts.data_ptr(), experts.shape[1], *(part.data_ptr() for part in self._weights),
             len(self._products), self._is_gated, out.data_ptr(), out.stride(0),

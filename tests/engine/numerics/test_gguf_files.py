@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import re
 import shutil
@@ -19,7 +20,7 @@ from engine.weights.gguf_names import FORMATS, Model
 from engine.weights.model_config import ModelError
 from experiments.benchmarks.gguf_files import write_gguf
 from hybridcache.geometry import gguf as reader
-from hybridcache.geometry.gguf import GGML_TYPES, GgufFile, choose_files
+from hybridcache.geometry.gguf import GGML_TYPES, GgufFile, choose_files, gguf_file
 from kernels.linear import blocks
 
 METADATA = {
@@ -79,6 +80,14 @@ def test_metadata_and_tensors_are_read(alignment, tmp_path) -> None:
         found = gguf.quants.dequantize(stored.data.reshape(-1, len(stored.data)), own)
         found = found.reshape(values.shape)
         assert np.array_equal(found, exact), name
+
+
+def test_a_start_reads_the_header_once(tmp_path) -> None:
+    path = write(tmp_path / "model.gguf")
+    file = gguf_file(path)
+    assert gguf_file(path) is file is gguf_file(tmp_path)
+    os.utime(path, ns=(1, 1))
+    assert gguf_file(path) is not file
 
 
 def test_version_2_is_read(tmp_path) -> None:
