@@ -84,6 +84,7 @@ class HybridRadixBackend(base.BasePrefixCache):
             page_size=params.page_size,
             grid=1,
             eviction=params.eviction_policy if eviction is None else eviction,
+            debug=False,  # SGLang allocates rows itself.
         )
         self._make = partial(build_on, config, self._rows, slots)
         self._events = EventRecorder(params)
