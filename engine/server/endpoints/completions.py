@@ -9,7 +9,6 @@ from typing import Any
 from starlette.responses import Response
 
 from engine.server.schemas import CompletionRequest
-from engine.server.transport import event
 from engine.server.writers import Call, Writer, finite, new_id, token_text
 from engine.text.answers import SampledToken
 from engine.text.tokenizer import StreamDecoder
@@ -51,7 +50,7 @@ class _CompletionWriter(Writer):
     def write(self, index: int, is_first: bool) -> Iterator[bytes]:
         output = self._latest[index]
         news = output.new_text, output.new_token_ids, output.new_logprobs
-        yield event(self._completion([self._choice(index, is_first, *news)]))
+        yield self._part([self._choice(index, is_first, *news)])
 
     def _choice(
         self,
