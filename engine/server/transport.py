@@ -37,7 +37,7 @@ class Wire(h11.Connection):
 
     _is_chunked = False
 
-    def send(self, event: h11.Event) -> bytes | None:
+    def send(self, event: Any) -> Any:
         if self._is_chunked and type(event) is h11.Data and self.our_state is h11.SEND_BODY:
             return b"%x\r\n%b\r\n" % (len(event.data), event.data) if event.data else b""
         sent = super().send(event)

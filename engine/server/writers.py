@@ -194,7 +194,7 @@ class Writer(ABC):
     def end(self) -> Iterator[bytes]:
         """Yield the events after all answers."""
         if self._body.includes_usage:
-            yield self._part([], usage=self._usage())
+            yield self._chunk([], usage=self._usage())
         yield DONE
 
     def failed(self, failure: APIError) -> bytes:
@@ -213,13 +213,13 @@ class Writer(ABC):
             **more,
         }
 
-    def _part(self, choices: list[dict[str, Any]], **more: Any) -> bytes:
+    def _chunk(self, choices: list[dict[str, Any]], **more: Any) -> bytes:
         """Return the event of a part of a stream. Only its end, from the choices on, is encoded."""
         end = msgspec.json.encode({"choices": choices, **more} if more else {"choices": choices})
-        return b"%b,%b\n\n" % (self._head, end[1:])
+        return b"%b,%b\n\n" % (self._chunk_head, end[1:])
 
     @cached_property
-    def _head(self) -> bytes:
+    def _chunk_head(self) -> bytes:
         """Start of each event of the stream, before the comma in front of the choices."""
         return b"data: " + msgspec.json.encode(self._completion([])).removesuffix(b',"choices":[]}')
 
@@ -367,12 +367,13 @@ class Writer(ABC):
         """Yield the stream, one piece per output."""
         async with aclosing(self.news()) as news:
             async for index, is_first in news:
-                written = self.write(index, is_first)
                 if is_first:  # A prompt can be echoed.
                     size = len(self._latest[index].prompt_token_ids)
-                    written = await run(size, partial(tuple, written))
-                if piece := b"".join(written):
-                    yield piece
+                    written = await run(size, partial(b"".join, self.write(index, True)))
+                else:
+                    written = b"".join(self.write(index, False))
+                if written:
+                    yield written
         yield b"".join(self.end())
 
     async def _read_all(self) -> None:

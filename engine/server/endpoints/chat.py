@@ -141,13 +141,13 @@ class _ChatWriter(ChatWriter):
             if len(self._latest) == 1:
                 ids = self._ids("prompt_token_ids", news.output.prompt_token_ids)
             role = {"delta": {"role": "assistant", "content": ""}}
-            yield self._part([empty | role])
+            yield self._chunk([empty | role])
         delta, output = _delta(news.new, self._num_calls[index]), news.output
         self._num_calls[index] += len(delta.get("tool_calls", ()))
         more = self._more(index, output.new_logprobs, output.new_token_ids)
         choice = {"index": index, "delta": delta} | more
         if ids or choice != empty:
-            yield self._part([choice], **ids)
+            yield self._chunk([choice], **ids)
 
     def _more(
         self, index: int, scores: Sequence[SampledToken] | None, token_ids: Sequence[int]

@@ -50,7 +50,7 @@ class _CompletionWriter(Writer):
     def write(self, index: int, is_first: bool) -> Iterator[bytes]:
         output = self._latest[index]
         news = output.new_text, output.new_token_ids, output.new_logprobs
-        yield self._part([self._choice(index, is_first, *news)])
+        yield self._chunk([self._choice(index, is_first, *news)])
 
     def _choice(
         self,
