@@ -1,4 +1,4 @@
-# The engine on a CPU, from wheels. The image has no compiler, except on aarch64:
+# The engine on a CPU, from wheels. The image has no compiler:
 #   docker build -t hybrid-radix-engine .
 #   docker run -p 127.0.0.1:8000:8000 -v models:/models hybrid-radix-engine serve --host 0.0.0.0 --model Qwen/Qwen3-0.6B
 FROM python:3.12-slim AS wheels
@@ -16,10 +16,6 @@ RUN python -m experiments.wheels --out /wheels
 
 FROM python:3.12-slim
 ENV HF_HOME=/models XDG_CACHE_HOME=/models/cache PIP_NO_CACHE_DIR=1
-# Wheels have compiled kernels for x86-64. Elsewhere the first start compiles them, into /models/cache.
-RUN if [ "$(uname -m)" != x86_64 ]; then \
-        apt-get update && apt-get install -y --no-install-recommends g++ && rm -rf /var/lib/apt/lists/*; \
-    fi
 COPY constraints.txt /tmp/
 RUN --mount=type=bind,from=wheels,source=/wheels,target=/wheels \
     pip install --extra-index-url https://download.pytorch.org/whl/cpu -c /tmp/constraints.txt --find-links /wheels hybrid-radix-engine

@@ -157,7 +157,7 @@ out/wheels/.installed: constraints.txt
 	out/wheels/bin/pip install $(PIP_FLAGS) -q -c constraints.txt build setuptools numpy sortedcontainers tqdm
 	@touch $@
 
-wheels: out/wheels/.installed  ## build the wheels; on x86-64 Linux with g++, one of the engine has compiled kernels
+wheels: out/wheels/.installed  ## build the wheels; on Linux, the engine's have compiled kernels for each machine with a (cross) compiler
 	out/wheels/bin/python -m experiments.wheels
 
 out/triton-3.6.0:

@@ -9,13 +9,15 @@ depends on a Hugging Face distribution with a package that is also called ``kern
 install 'hybrid-radix-cache[sglang]'`` must not replace it. The engine's wheel
 (``hybrid-radix-engine``, ``engine/pyproject.toml``) contains both, and depends on the cache's.
 
-On x86-64 Linux a second wheel of the engine is built. It has the native kernels for the levels of
-``kernels.library``, and pip prefers it on such machines. Needs g++ 12 or newer.
+On Linux the engine has further wheels, with native kernels for the levels of ``kernels.library``:
+one for each machine (x86-64, aarch64) that a compiler is found for. pip prefers them. Needs g++ 12
+or newer, and for the other machine a cross compiler (Debian's ``g++-aarch64-linux-gnu``).
 """
 
 from __future__ import annotations
 
 import argparse
+import platform
 import re
 import shutil
 import subprocess
@@ -25,7 +27,7 @@ from pathlib import Path
 
 from experiments.provenance import ROOT
 from hybridcache.command.extras import CACHE_DISTRIBUTION, ENGINE_DISTRIBUTION
-from kernels.library import LEVELS_FOLDER, compile_levels
+from kernels.library import LEVELS, LEVELS_FOLDER, compile_levels, find_compiler, levels_of
 
 FOLDERS = {CACHE_DISTRIBUTION: ".", ENGINE_DISTRIBUTION: "engine"}
 """Folder of each distribution's ``pyproject.toml``."""
@@ -36,12 +38,13 @@ OLDEST_LIBC = 28
 
 
 def platform_of(levels: Path) -> str:
-    """Return the systems on which the libraries in ``levels`` can be loaded.
+    """Return the systems on which the libraries of one machine in ``levels`` can be loaded.
 
     A library that was built on a newer system may need a newer C library than ``OLDEST_LIBC``.
     """
     names = [name for file in levels.iterdir() for name in SYMBOL.findall(file.read_bytes())]
-    return f"manylinux_2_{max(OLDEST_LIBC, *map(int, names))}_x86_64"
+    [machine] = {level.machine for level in LEVELS if (levels / level.file_name).exists()}
+    return f"manylinux_2_{max(OLDEST_LIBC, *map(int, names))}_{machine}"
 
 
 def build(name: str, out: Path, levels: Path | None = None) -> Path:
@@ -79,8 +82,12 @@ def main() -> None:
         for earlier in options.out.glob(f"{name.replace('-', '_')}-*.whl"):
             earlier.unlink()
         print(build(name, options.out))
-    with tempfile.TemporaryDirectory() as folder:
-        if compile_levels(Path(folder)):
+    for machine in dict.fromkeys(level.machine for level in LEVELS):
+        if platform.system() != "Linux" or find_compiler(machine) is None:
+            print(f"no compiler for Linux on {machine}: no wheel with kernels for it")
+            continue
+        with tempfile.TemporaryDirectory() as folder:
+            compile_levels(Path(folder), levels_of(machine))
             print(build(ENGINE_DISTRIBUTION, options.out, Path(folder)))
 
 

@@ -1,12 +1,12 @@
 """The library of the native kernels: all ``native*.cpp`` files, for one processor.
 
-A wheel for x86-64 contains libraries for several levels of instructions, and the best one for the
+A wheel for Linux contains libraries for several levels of instructions, and the best one for the
 processor is loaded. Otherwise the library is compiled for this processor at first use, and cached.
 
 python -m kernels.library [FOLDER]
 
-compiles all levels into FOLDER, by default that of this package. Wheels and images do that; no
-compiler is needed afterwards.
+compiles the levels of this machine into FOLDER, by default that of this package. No compiler is
+needed afterwards.
 
 ``HYBRIDCACHE_CPU_LEVEL=avx2`` selects a lower level than the processor's.
 """
@@ -28,7 +28,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from importlib import metadata, util
+from importlib import util
 from pathlib import Path
 
 SOURCES = Path(__file__).resolve().parent
@@ -53,12 +53,13 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Level:
-    """Instructions that many x86-64 processors have in common."""
+    """Instructions that many processors have in common."""
 
     name: str
     flags: tuple[str, ...]
     needs: frozenset[str]
     """Names of these instructions in ``/proc/cpuinfo``."""
+    machine: str = "x86_64"
 
     @property
     def file_name(self) -> str:
@@ -73,13 +74,14 @@ _TILES = _PAIRS | {"amx_tile", "amx_bf16", "amx_int8"}
 _V4_FLAGS = ("-march=x86-64-v4", "-mprefer-vector-width=512")
 _PAIR_FLAGS = (*_V4_FLAGS, "-mavx512vnni", "-mavx512bf16")
 LEVELS = (
+    Level("neon", ("-march=armv8-a",), frozenset(["asimd"]), "aarch64"),
     Level("avx2", ("-march=x86-64-v3",), _V3),
     Level("avx512", _V4_FLAGS, _V4),
     Level("avx512-vnni", (*_V4_FLAGS, "-mavx512vnni"), _DOTS),
     Level("avx512-bf16", _PAIR_FLAGS, _PAIRS),
     Level("amx", (*_PAIR_FLAGS, "-mamx-tile", "-mamx-bf16", "-mamx-int8"), _TILES),
 )
-"""Levels in ascending order: each processor with a level has those before it."""
+"""Levels in ascending order: a processor with a level has those of its machine before it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,14 +148,13 @@ def best_level(features: frozenset[str]) -> Level | None:
     return next(usable, None)
 
 
-def compile_library(flags: Sequence[str], path: Path, link: Sequence[str] = ()) -> None:
+def compile_library(compiler: str, flags: Sequence[str], path: Path) -> None:
     """Compile all sources with these flags into ``path``, with a process for each core.
 
-    Raises OSError and SubprocessError.
+    The library does not name OpenMP's runtime: it uses that of torch. Raises OSError and
+    SubprocessError.
     """
-    compiler, sources = _compiler(), _sources()
-    if compiler is None:
-        raise FileNotFoundError(f"no C++ compiler was found ({', '.join(COMPILERS)}).")
+    sources = _sources()
     with tempfile.TemporaryDirectory(dir=path.parent) as directory:
 
         def run(*arguments: str) -> None:
@@ -165,28 +166,31 @@ def compile_library(flags: Sequence[str], path: Path, link: Sequence[str] = ()) 
             run(*FLAGS, *flags, "-c", str(sources[number]), "-o", made)
             return made
 
-        with ThreadPoolExecutor(_num_cores()) as pool:
+        affinity = getattr(os, "sched_getaffinity", lambda _: ())(0)
+        with ThreadPoolExecutor(len(affinity) or os.cpu_count()) as pool:
             objects = list(pool.map(compile_one, range(len(sources))))
         library = Path(directory) / path.name
-        run("-shared", *objects, *link, "-o", str(library))
+        run("-shared", "-s", *objects, "-o", str(library))
         os.replace(library, path)
 
 
-def compile_levels(folder: Path, levels: Sequence[Level] = LEVELS) -> list[Path]:
-    """Compile ``levels`` into ``folder``, on an x86-64 processor with Linux. None on others.
+def compile_levels(folder: Path, levels: Sequence[Level]) -> list[Path]:
+    """Compile ``levels`` into ``folder``, those without a compiler for their machine left out.
 
-    The libraries do not name OpenMP's runtime: they use that of torch. Raises OSError and
-    SubprocessError.
+    Raises OSError and SubprocessError.
     """
-    if platform.system() != "Linux" or platform.machine() != "x86_64":
-        return []
     folder.mkdir(parents=True, exist_ok=True)
     (folder / DIGEST_FILE).write_text(_sources_digest())
     made = []
     for level in levels:
-        made.append(folder / level.file_name)
-        compile_library(level.flags, made[-1], ("-s", "-static-libgcc"))
+        if compiler := find_compiler(level.machine):
+            made.append(folder / level.file_name)
+            compile_library(compiler, level.flags, made[-1])
     return made
+
+
+def levels_of(machine: str) -> list[Level]:
+    return [level for level in LEVELS if level.machine == machine]
 
 
 def _load_level() -> Library | None:
@@ -195,14 +199,19 @@ def _load_level() -> Library | None:
     if level is None or selected not in (None, level):
         return None
     with suppress(OSError):  # For example an older C library than that of the build.
-        ctypes.CDLL(next(iter(_openmp()), "libgomp.so.1"), mode=ctypes.RTLD_GLOBAL)
-        return Library(ctypes.CDLL(str(LEVELS_FOLDER / level.file_name)), level.name)
+        return Library(_open(LEVELS_FOLDER / level.file_name), level.name)
     return None
 
 
+def _open(path: Path) -> ctypes.CDLL:
+    """Load a library after the OpenMP runtime of torch. A second runtime would start threads."""
+    ctypes.CDLL(_openmp(), mode=ctypes.RTLD_GLOBAL)
+    return ctypes.CDLL(str(path))
+
+
 def _load_compiled() -> Library | None:
-    compiler, sources = _compiler(), _sources()
-    if not sources:
+    compiler = find_compiler()
+    if not _sources():
         return None
     if compiler is None:
         logger.warning(
@@ -220,8 +229,8 @@ def _load_compiled() -> Library | None:
             with open_folder() as folder:
                 path = folder / name
                 if not path.is_file():
-                    _compile_once(path, kept, flags)
-                return Library(ctypes.CDLL(str(path)), build)
+                    _compile_once(compiler, path, kept, flags)
+                return Library(_open(path), build)
         except (OSError, RuntimeError) as error:
             reason = error
         except subprocess.SubprocessError as error:  # It would fail in any folder.
@@ -235,10 +244,10 @@ def _load_compiled() -> Library | None:
     return None
 
 
-def _compile_once(path: Path, kept: str, flags: Sequence[str]) -> None:
+def _compile_once(compiler: str, path: Path, kept: str, flags: Sequence[str]) -> None:
     logger.warning("Compiling the kernels for this processor, %s (10 to 60 s) ...", kept)
     began = time.monotonic()
-    compile_library(flags, path, ("-fopenmp", *_openmp()))
+    compile_library(compiler, flags, path)
     logger.warning("Compiled the kernels in %.0f s: %s", time.monotonic() - began, path)
 
 
@@ -250,8 +259,10 @@ def _words(error: Exception | None) -> str:
     return next(named, lines[0] if lines else str(error))
 
 
-def _compiler() -> str | None:
-    return next(filter(None, map(shutil.which, COMPILERS)), None)
+def find_compiler(machine: str = platform.machine()) -> str | None:
+    """Return the C++ compiler for Linux on ``machine``, or None."""
+    prefix = "" if machine == platform.machine() else f"{machine}-linux-gnu-"
+    return next(filter(None, (shutil.which(prefix + name) for name in COMPILERS)), None)
 
 
 def _sources() -> list[Path]:
@@ -264,10 +275,6 @@ def _sources_digest() -> str:
     for path in (*sorted(SOURCES.glob("*.h")), *_sources()):
         digest.update(path.read_bytes())
     return digest.hexdigest()
-
-
-def _num_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @contextmanager
@@ -288,27 +295,23 @@ def _temporary_folder() -> Iterator[Path]:
         yield Path(folder)
 
 
-def _openmp() -> list[str]:
-    """Return the OpenMP runtime that torch has loaded. A second one would start more threads."""
+def _openmp() -> str:
+    """Return the OpenMP runtime that torch has loaded, or the system's."""
     spec = util.find_spec("torch")
     folder = Path(spec.origin).parent if spec is not None and spec.origin else Path()
-    return [str(path) for path in folder.glob("lib/libgomp*.so*")][:1]
+    found = (*folder.glob("lib/libgomp*.so*"), *folder.parent.glob("torch.libs/libgomp*.so*"))
+    return str(next(iter(found), "libgomp.so.1"))
 
 
 def _fingerprint(compiler: str, flags: Sequence[str]) -> str:
-    words = [*FLAGS, *flags, *_openmp(), metadata.version("torch")]
-    digest = hashlib.sha256(" ".join(words).encode())
-    version = subprocess.run([compiler, "--version"], capture_output=True, check=False).stdout
-    digest.update(version + platform.machine().encode() + _processor())
-    digest.update(_sources_digest().encode())
-    return digest.hexdigest()[:16]
-
-
-def _processor() -> bytes:
-    """Return the processor's features, because machines can share a home directory."""
-    return " ".join(sorted(instructions())).encode() or platform.processor().encode()
+    version = subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout
+    # Machines with other processors can share a home directory.
+    processor = " ".join(sorted(instructions())) or platform.processor()
+    words = (*FLAGS, *flags, version, platform.machine(), processor, _sources_digest())
+    return hashlib.sha256(" ".join(words).encode()).hexdigest()[:16]
 
 
 if __name__ == "__main__":
-    for made in compile_levels(Path(sys.argv[1]) if sys.argv[1:] else LEVELS_FOLDER):
+    folder = Path(sys.argv[1]) if sys.argv[1:] else LEVELS_FOLDER
+    for made in compile_levels(folder, levels_of(platform.machine())):
         print(made)

@@ -8,19 +8,19 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 import tomllib
 import zipfile
 from email.message import Message
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from experiments import audit, wheels
 from hybridcache.command.extras import CACHE_DISTRIBUTION, ENGINE_DISTRIBUTION, extras_of
 from kernels import library
-from kernels.library import LEVELS, compile_levels, instructions
+from kernels.library import LEVELS, Level, compile_levels, instructions
 from tests import selection
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -134,18 +134,6 @@ def test_both_distributions_have_one_version() -> None:
         assert ENGINE[field] == PROJECT[field]
 
 
-@pytest.mark.full
-def test_both_wheels_work_when_installed_together(tmp_path: Path) -> None:
-    """With the dependencies of this environment, outside the repository."""
-    site = tmp_path / "site"
-    _install(site, *(wheels.build(name, tmp_path) for name in wheels.FOLDERS))
-    code = "import engine, hybridcache; print(engine.__file__, hybridcache.__file__)"
-    assert _run_in(site, "-c", code).count(str(site)) == 2
-    table = _run_in(site, "-m", "hybridcache", "simulate", "--trace", "short", "--gib", "1")
-    assert "120 requests" in table and "(infinite cache)" in table
-    assert VERSION in _run_in(site, "-m", "engine", "--version")
-
-
 def test_wheels_of_earlier_builds_are_removed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -156,65 +144,170 @@ def test_wheels_of_earlier_builds_are_removed(
     for path in (*earlier, other):
         path.touch()
     monkeypatch.setattr(wheels, "build", lambda name, out, levels=None: out / name)
-    monkeypatch.setattr(wheels, "compile_levels", lambda folder: False)
+    monkeypatch.setattr(wheels, "find_compiler", lambda machine: None)
     monkeypatch.setattr(sys, "argv", ["wheels", "--out", str(tmp_path)])
     wheels.main()
     assert [*tmp_path.iterdir()] == [other]
 
 
 @pytest.mark.parametrize(
-    ("symbols", "least"), [(b"GLIBC_2.2.5\0GLIBC_2.17", 28), (b"GLIBC_2.35\0GLIBC_2.4\0", 35)]
+    ("symbols", "level", "platform"),
+    [
+        (b"GLIBC_2.2.5\0GLIBC_2.17", "avx2", "manylinux_2_28_x86_64"),
+        (b"GLIBC_2.35\0GLIBC_2.4\0", "neon", "manylinux_2_35_aarch64"),
+    ],
 )
-def test_wheel_with_kernels_names_the_c_library_that_it_needs(
-    tmp_path: Path, symbols: bytes, least: int
+def test_wheel_with_kernels_names_machine_and_c_library_that_it_needs(
+    tmp_path: Path, symbols: bytes, level: str, platform: str
 ) -> None:
-    (tmp_path / "one.so").write_bytes(b"\0" + symbols)
+    (tmp_path / f"native-{level}.so").write_bytes(b"\0" + symbols)
     (tmp_path / "other.so").write_bytes(b"\0GLIBC_2.14\0")
-    assert wheels.platform_of(tmp_path) == f"manylinux_2_{least}_x86_64"
+    assert wheels.platform_of(tmp_path) == platform
+
+
+def _debian(root: Path, *options: str) -> None:
+    """Make a small Debian with Python, or skip the test."""
+    if os.geteuid() or shutil.which("mmdebstrap") is None:
+        pytest.skip("a Debian root is made by root, with mmdebstrap")
+    made = subprocess.run(
+        ["mmdebstrap", *options, "bookworm", str(root)], capture_output=True, text=True
+    )
+    if made.returncode:
+        pytest.skip(f"mmdebstrap failed: {made.stderr[-300:]}")
+
+
+def _download(*command: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "pip", *command, "-q", "--only-binary", ":all:"],
+        capture_output=True,
+        text=True,
+    )
+    if done.returncode:
+        pytest.skip(f"pip cannot download: {done.stderr[-300:]}")
+
+
+@pytest.fixture(scope="module")
+def of_this_processor(tmp_path_factory: pytest.TempPathFactory) -> tuple[Level, Path]:
+    """Highest level of this processor, and a folder with its library."""
+    usable = [level for level in LEVELS if level.needs <= instructions()]
+    if sys.platform != "linux" or not usable or library.find_compiler() is None:
+        pytest.skip("wheels with kernels are built on Linux, with a C++ compiler")
+    folder = tmp_path_factory.mktemp("levels")
+    compile_levels(folder, usable[-1:])
+    return usable[-1], folder
+
+
+COMPILERS = ("cc", "c++", "gcc", "g++", "clang", "clang++", "ld", "as")
+ENTER = 'mount -t proc proc "$1/proc" && exec chroot "$@"'
+TO_A_CACHED_ANSWER_S = 180
 
 
 @pytest.mark.full
-def test_wheel_with_kernels_serves_without_a_compiler(tmp_path: Path) -> None:
-    """The level of this processor, installed with a ``PATH`` that has no compiler. A store of the
-    engine is used again by its next start, and refused by other kernels."""
-    usable = [level for level in LEVELS if level.needs <= instructions()]
-    if sys.platform != "linux" or not usable or library._compiler() is None:
-        pytest.skip("wheels with kernels are built on x86-64 Linux, with a C++ compiler")
-    level = usable[-1]
-    compile_levels(tmp_path / "levels", [level])
-    engine = wheels.build(ENGINE_DISTRIBUTION, tmp_path, tmp_path / "levels")
-    assert engine.name.endswith(f"-py3-none-{wheels.platform_of(tmp_path / 'levels')}.whl")
-    site, home = tmp_path / "site", tmp_path / "home"
-    _install(site, wheels.build(CACHE_DISTRIBUTION, tmp_path), engine)
-    home.mkdir()
-    environment = {
-        **{name: value for name, value in os.environ.items() if name != "XDG_CACHE_HOME"},
-        **{"PYTHONPATH": str(site), "PATH": str(home), "HOME": str(home)},
-    }
-    question = "Ada has 5 apples. Ada buys 3 more. How many apples does Ada have now?"
-    command = [sys.executable, "-m", "engine", "generate", "--chat", "--json", "--max-tokens", "20"]
-    command += ["--temperature", "0", "--cache-gib", "0.05", "--exact"]
-    command += ["--state-dir", str(tmp_path / "state"), question, question]
+@pytest.mark.parametrize("place", ["folder", "debian"])
+def test_wheel_with_kernels_serves_without_a_compiler(
+    tmp_path: Path, place: str, of_this_processor: tuple[Level, Path]
+) -> None:
+    """The level of this processor, in an environment whose ``PATH`` has no compiler but programs
+    of that name that report their call; in a folder, and in a Debian without a network. A store of
+    the engine is used again by its next start, and refused by other kernels."""
+    level, levels = of_this_processor
+    root, home, site = tmp_path / "root", tmp_path / "home", tmp_path / "site"
+    for folder in (root, home):
+        folder.mkdir()
+    if place == "debian":
+        _debian(root, "--variant=minbase", "--include=python3-venv")
+    built = root / "wheels"
+    engine = wheels.build(ENGINE_DISTRIBUTION, built, levels)
+    assert engine.name.endswith(f"-py3-none-{wheels.platform_of(levels)}.whl")
+    both = [wheels.build(CACHE_DISTRIBUTION, built), engine]
+    enter, python, traps = [], sys.executable, home
+    environment = {"PATH": str(home), "HOME": str(home), "PYTHONPATH": str(site)}
+    if place == "debian":
+        pinned = ["-c", str(ROOT / "constraints.txt"), "--python-version", "3.11"]
+        _download("download", *pinned, "-d", str(built), *map(str, both))
+        enter = ["unshare", "--mount", "--net", "sh", "-c", ENTER, "sh", str(root)]
+        environment = {"PATH": "/usr/local/bin:/usr/bin:/usr/sbin:/bin", "HOME": "/root"}
+        python, traps = "/engine/bin/python", root / "usr/local/bin"
+    for name in COMPILERS:
+        (traps / name).write_text(f"#!/bin/sh\necho {name} >> {environment['HOME']}/called\n")
+        (traps / name).chmod(0o755)
 
-    def answers(*flags: str, refused: bool = False) -> list[dict[str, Any]]:
+    def run(*command: str, refused: bool = False) -> str:
         done = subprocess.run(
-            [*command, *flags], cwd=home, env=environment, capture_output=True, text=True
+            [*enter, *command],
+            **{"cwd": home, "env": environment, "capture_output": True, "text": True},
+            timeout=TO_A_CACHED_ANSWER_S,
         )
         assert (done.returncode != 0) == refused, done.stderr
         assert "ompil" not in done.stderr, "nothing is compiled, and nothing warns"
-        return [json.loads(line) for line in done.stdout.splitlines()]
+        return done.stdout
 
-    first, again = answers()
+    question = "Ada has 5 apples. Ada buys 3 more. How many apples does Ada have now?"
+    command = [python, "-m", "engine", "generate", "--chat", "--json", "--max-tokens", "20"]
+    command += ["--temperature", "0", "--cache-gib", "0.05", "--exact", question, question]
+    command += ["--state-dir", f"{environment['HOME']}/state"]
+    began = time.monotonic()
+    if place == "debian":
+        run("python3", "-m", "venv", "/engine")
+        offline = ["--no-index", "--find-links", "/wheels", ENGINE_DISTRIBUTION]
+        run(python, "-m", "pip", "install", "-q", *offline)
+    else:
+        _install(site, *both)
+    first, again = map(json.loads, run(*command).splitlines())
+    assert time.monotonic() - began < TO_A_CACHED_ANSWER_S
     assert "5 + 3 = 8" in first["text"] and again["text"] == first["text"]
-    restarted, _ = answers()
+    assert again["cached_tokens"] > 0
+    restarted = json.loads(run(*command).splitlines()[0])
     assert restarted["text"] == first["text"] and restarted["cached_tokens"] > 0
-    answers("--set", "kernels=gdn=reference", refused=True)
+    run(*command, "--set", "kernels=gdn=reference", refused=True)
     script = "from kernels.native import kernel_choices; print(kernel_choices()['build'])"
+    assert run(python, "-c", script).strip() == level.name
+    table = run(python, "-m", "hybridcache", "simulate", "--trace", "short", "--gib", "1")
+    assert "120 requests" in table and "(infinite cache)" in table
+    home = root / "root" if place == "debian" else home
+    assert not [*home.rglob("native-*.so"), *home.rglob("called")]
+
+
+ON_AARCH64 = """
+import sys
+from kernels import library
+library.instructions = lambda: frozenset(["asimd"])  # those of qemu's host are in /proc/cpuinfo
+assert library.load().build == "neon"
+import pytest
+sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", *sys.argv[1:]]))
+"""
+
+
+@pytest.mark.full
+def test_kernels_for_aarch64_load_and_equal_their_references(tmp_path: Path) -> None:
+    """The cross-compiled level, tested in Debian's Python for aarch64 under qemu's emulation. Of
+    torch, the newest release with a small build for aarch64."""
+    if library.find_compiler("aarch64") is None or shutil.which("qemu-aarch64") is None:
+        pytest.skip("needs qemu-aarch64 and aarch64-linux-gnu-g++")
+    root, site, ours = tmp_path / "root", tmp_path / "site", tmp_path / "ours"
+    packages = "--include=python3,libstdc++6"
+    _debian(root, "--architectures=arm64", "--variant=extract", packages)
+    for package in (*PACKAGES, "experiments", "tests"):
+        shutil.copytree(ROOT / package, ours / package)
+    compile_levels(ours / "kernels/levels", library.levels_of("aarch64"))
+    command = ["install", "--target", str(site), "--python-version", "3.11"]
+    command += ["--platform", "manylinux_2_28_aarch64", "--platform", "manylinux2014_aarch64"]
+    _download(*command, "--no-deps", "torch==2.9.1")  # It asks for CUDA's libraries.
+    of_torch = ("numpy<2", "typing_extensions", "filelock", "sympy", "networkx", "fsspec", "jinja2")
+    ours_need = ("msgspec", "sortedcontainers", "tqdm", "hypothesis", "pytest", "pytest-timeout")
+    _download(*command, *of_torch, *ours_need, "pytest-xdist")
+    python = ["qemu-aarch64", "-L", str(root), str(root / "usr/bin/python3.11")]
+    files = ["tests/kernels/test_conv1d.py", "tests/kernels/test_scan.py"]
+    tested = ["decode_follows_the_recurrence", "gates_equal_the_formula", "verification_equals"]
     done = subprocess.run(
-        [sys.executable, "-c", script], cwd=home, env=environment, capture_output=True, text=True
+        [*python, "-c", ON_AARCH64, *files, "-k", " or ".join(tested)],
+        cwd=ours,
+        env={**os.environ, "PYTHONPATH": f"{ours}:{site}", "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        text=True,
     )
-    assert done.stdout.strip() == level.name, done.stderr
-    assert not list(home.rglob("native-*.so"))
+    assert done.returncode == 0, done.stdout
+    assert int(re.search(r"(\d+) passed", done.stdout)[1]) >= 40
 
 
 def test_direct_dependencies_are_pinned_within_their_ranges() -> None:

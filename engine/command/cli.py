@@ -300,8 +300,7 @@ def _serve(arguments: argparse.Namespace) -> int:
                 flush=True,
             )
         address = local_address(listener)
-        if sys.stderr.isatty():
-            print("loading the model ...", file=sys.stderr, flush=True)
+        print("loading the model ...", file=sys.stderr, flush=True)
         start: Callable[[], tuple[AsyncEngine, str]]
         if server_config.replicas > 1:
             if engine_config.state_dir is not None:

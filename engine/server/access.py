@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import codecs
 import errno
 import hashlib
@@ -250,15 +249,10 @@ def _log_request(scope: Scope, status: int, is_sent: bool, began_s: float) -> No
     request_log.info("%s", plain, extra={"facts": facts})
 
 
-UNREAD_S = 120.0
-"""Seconds that a client may read nothing of a waiting answer before the answer is broken off."""
-
-
 class Requests:
     """ASGI middleware that checks keys, returns an ``X-Request-Id`` (``request-id`` for Anthropic's
-    clients), breaks off answers that are not read, counts their statuses, and logs each request
-    with facts from the state of the ASGI scope: ``answer_id``, ``error``, ``num_tokens`` (of
-    prompt, cache and answer)."""
+    clients), counts the statuses of answers, and logs each request with facts from the state of the
+    ASGI scope: ``answer_id``, ``error``, ``num_tokens`` (of prompt, cache and answer)."""
 
     def __init__(
         self, app: ASGIApp, access: Access, is_logged: bool | None, count: Callable[[int], None]
@@ -287,8 +281,7 @@ class Requests:
             if message["type"] == "http.response.start":
                 status = message["status"]
                 message["headers"] = [*message.get("headers", ()), *headers]
-            async with asyncio.timeout(UNREAD_S):
-                await send(message)
+            await send(message)
             is_sent = message["type"] == "http.response.body" and not message.get("more_body")
 
         try:

@@ -10,9 +10,10 @@ from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
-from functools import cache, partial
+from functools import cache, cached_property, partial
 from typing import Any
 
+import msgspec
 import numpy as np
 from starlette.requests import Request
 from starlette.responses import Response
@@ -193,7 +194,7 @@ class Writer(ABC):
     def end(self) -> Iterator[bytes]:
         """Yield the events after all answers."""
         if self._body.includes_usage:
-            yield event(self._completion([], usage=self._usage()))
+            yield self._chunk([], usage=self._usage())
         yield DONE
 
     def failed(self, failure: APIError) -> bytes:
@@ -211,6 +212,16 @@ class Writer(ABC):
             "choices": choices,
             **more,
         }
+
+    def _chunk(self, choices: list[dict[str, Any]], **more: Any) -> bytes:
+        """Return the event of a part of a stream. Only its end, from the choices on, is encoded."""
+        end = msgspec.json.encode({"choices": choices, **more} if more else {"choices": choices})
+        return b"%b,%b\n\n" % (self._chunk_head, end[1:])
+
+    @cached_property
+    def _chunk_head(self) -> bytes:
+        """Start of each event of the stream, before the comma in front of the choices."""
+        return b"data: " + msgspec.json.encode(self._completion([])).removesuffix(b',"choices":[]}')
 
     async def submit(
         self,
@@ -356,9 +367,12 @@ class Writer(ABC):
         """Yield the stream, one piece per output."""
         async with aclosing(self.news()) as news:
             async for index, is_first in news:
-                size = len(self._latest[index].prompt_token_ids) if is_first else 0
-                work = partial(b"".join, self.write(index, is_first))
-                if written := await run(size, work):
+                if is_first:  # A prompt can be echoed.
+                    size = len(self._latest[index].prompt_token_ids)
+                    written = await run(size, partial(b"".join, self.write(index, True)))
+                else:
+                    written = b"".join(self.write(index, False))
+                if written:
                     yield written
         yield b"".join(self.end())
 

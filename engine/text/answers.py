@@ -349,8 +349,10 @@ Event = ReasoningDelta | TextDelta | ToolCall
 
 def joined(events: Iterable[Event]) -> list[Event]:
     """Merge adjacent events of one kind. O(length)."""
+    if len(some := list(events)) < 2:
+        return some
     merged: list[Event] = []
-    for kind, group in itertools.groupby(events, type):
+    for kind, group in itertools.groupby(some, type):
         parts = cast("Any", group)
         merged += parts if kind is ToolCall else [kind("".join(part.text for part in parts))]
     return merged

@@ -74,7 +74,7 @@ class AmxKernels:
     def _compile(self, source: Path, flags: Sequence[str]) -> ctypes.CDLL:
         compiler = next(filter(None, map(shutil.which, COMPILERS)))
         made = self._folder / f"{source.parent.name}-{source.stem}.so"
-        command = [compiler, *FLAGS, *flags, source, *library._openmp(), "-o", made]
+        command = [compiler, *FLAGS, *flags, source, library._openmp(), "-o", made]
         subprocess.run(command, check=True)
         return ctypes.CDLL(str(made))
 

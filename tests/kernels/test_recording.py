@@ -70,20 +70,16 @@ class TestCompiling:
         assert "No C++ compiler was found (no-such-compiler)" in record.message
 
     @COMPILED
-    @pytest.mark.parametrize(("source", "cause"), [("no C++", "error"), ("", "-lmissing")])
-    def test_failing_compiler_is_one_warning_with_its_error(
-        self, monkeypatch, caplog, tmp_path, source, cause
-    ) -> None:
-        (tmp_path / "one" / "native.cpp").write_text(source)
-        monkeypatch.setattr(library, "_openmp", lambda: ["-lmissing"])
+    def test_failing_compiler_is_one_warning_with_its_error(self, caplog, tmp_path) -> None:
+        (tmp_path / "one" / "native.cpp").write_text("no C++")
         assert library.load() is None
         begins, ends = (record.message for record in caplog.records)
-        assert ", once" in begins and "cannot be compiled" in ends and cause in ends
+        assert ", once" in begins and "cannot be compiled" in ends and "error" in ends
         assert not list(tmp_path.glob("hybridcache-*"))
 
     @COMPILED
-    def test_first_load_reports_the_compilation_and_the_second_uses_it(
-        self, caplog, own_cache
+    def test_first_load_reports_the_compilation_and_every_environment_uses_it(
+        self, caplog, own_cache, monkeypatch
     ) -> None:
         found = library.load()
         assert found is not None and found.build == "native"
@@ -93,6 +89,9 @@ class TestCompiling:
         assert begins.startswith("Compiling the kernels for this processor, once")
         assert ends.startswith("Compiled the kernels in ") and ends.endswith(str(file))
         caplog.clear()
+        elsewhere = own_cache / "libgomp.so.1"
+        elsewhere.symlink_to(library._openmp())
+        monkeypatch.setattr(library, "_openmp", lambda: str(elsewhere))
         assert library.load() is not None and not caplog.records
         assert os.stat(own_cache / "hybridcache").st_mode & 0o77 == 0
 

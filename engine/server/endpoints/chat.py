@@ -22,6 +22,7 @@ from engine.text.answers import (
     Event,
     RequestOutput,
     SampledToken,
+    TextDelta,
     ToolCall,
     as_message,
 )
@@ -144,13 +145,13 @@ class _ChatWriter(ChatWriter):
             if len(self._latest) == 1:
                 ids = self._ids("prompt_token_ids", news.output.prompt_token_ids)
             role = {"delta": {"role": "assistant", "content": ""}}
-            yield event(self._completion([empty | role]))
+            yield self._chunk([empty | role])
         delta, output = _delta(news.new, self._num_calls[index]), news.output
         self._num_calls[index] += len(delta.get("tool_calls", ()))
         more = self._more(index, output.new_logprobs, output.new_token_ids)
         choice: JsonObject = {"index": index, "delta": delta, **more}
         if ids or choice != empty:
-            yield event(self._completion([choice], **ids))
+            yield self._chunk([choice], **ids)
 
     def _more(
         self, index: int, scores: Sequence[SampledToken] | None, token_ids: Sequence[int]
@@ -201,6 +202,8 @@ def _message(events: Sequence[Event]) -> dict[str, Any]:
 
 def _delta(events: Sequence[Event], num_calls: int = 0) -> dict[str, Any]:
     """Return ``events`` as one delta of a message that has ``num_calls`` already. O(length)."""
+    if len(events) == 1 and isinstance(events[0], TextDelta):
+        return {"content": events[0].text} if events[0].text else {}
     said = as_message(events)
     delta = {name: said[name] for name in ("reasoning_content", "content") if said[name]}
     if calls := [

@@ -10,7 +10,6 @@ from starlette.responses import Response
 
 from engine.errors import JsonObject
 from engine.server.schemas import CompletionRequest
-from engine.server.transport import event
 from engine.server.writers import Call, Writer, finite, new_id, token_text
 from engine.text.answers import SampledToken
 from engine.text.tokenizer import StreamDecoder
@@ -52,7 +51,7 @@ class _CompletionWriter(Writer):
     def write(self, index: int, is_first: bool) -> Iterator[bytes]:
         output = self._latest[index]
         news = output.new_text, output.new_token_ids, output.new_logprobs
-        yield event(self._completion([self._choice(index, is_first, *news)]))
+        yield self._chunk([self._choice(index, is_first, *news)])
 
     def _choice(
         self,

@@ -6,6 +6,13 @@ const BUILTIN_EXAMPLES = [
   "Leo has 10 eggs. Leo finds 5 eggs in a basket. Leo loses 3 eggs. How many eggs does Leo have now?",
 ];
 
+// Nodes of a text with Markdown's fences, headings, bold letters and code; lists and the rest stay as they are written.
+function marked(text) {
+  const inline = (words) => words.split(/(`[^`\n]+`|\*\*[^*\n]+\*\*)/).map((one, at) => (at % 2 === 0 ? one : one[0] === "`" ? element("code", {}, one.slice(1, -1)) : element("strong", {}, one.slice(2, -2))));
+  const prose = (words) => words.split(/^#{1,6} (.*)$/m).flatMap((one, at) => (at % 2 === 0 ? inline(one) : [element("strong.heading", {}, ...inline(one))]));
+  return text.split(/^```.*\n([^]*?)(?:^```\s*|$(?![^]))/m).flatMap((one, at) => (at % 2 === 0 ? prose(one) : [element("pre", {}, one)]));
+}
+
 // A box to try things: one conversation with the model that is served.
 class Chat {
   constructor(ask) {
@@ -93,7 +100,8 @@ class Chat {
         words.data = content || "thinking …";
         this.log.scrollTop = this.log.scrollHeight;
       }
-      if (!content) words.data = thought ? "(reasoning only)" : "(an empty answer)";
+      if (content) words.replaceWith(...marked(content));
+      else words.data = thought ? "(reasoning only)" : "(an empty answer)";
       if (usage) answer.append(this.told(usage, first, performance.now() - began, finish));
       this.log.scrollTop = this.log.scrollHeight;
     } catch (error) {

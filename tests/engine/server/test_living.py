@@ -18,6 +18,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import h11
 import httpx
 import openai
 import pytest
@@ -25,7 +26,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from engine.messages import Exactness
-from engine.server import access
+from engine.server import transport
 from engine.server.settings import ServerConfig
 from hybridcache.command.signals import JsonFormatter
 from tests.waiting import wait_until
@@ -69,17 +70,31 @@ def test_disconnect_frees_memory(
         assert metrics["engine_ttft_seconds_count"] == 1
 
 
+def test_streams_have_the_bytes_that_h11_writes() -> None:
+    def sent(made: h11.Connection, version: str) -> bytes:
+        made.receive_data(f"GET / HTTP/{version}\r\nHost: x\r\n\r\n".encode())
+        assert isinstance(made.next_event(), h11.Request)
+        pieces = [h11.Data(data=piece) for piece in (b"one", b"", b"x" * 300)]
+        events = (h11.Response(status_code=200, headers=[]), *pieces, h11.EndOfMessage())
+        return b"".join(made.send(event) or b"" for event in events)
+
+    for version in ("1.0", "1.1"):
+        bytes_of_h11 = sent(h11.Connection(h11.SERVER), version)
+        assert (b"\r\n12c\r\n" in bytes_of_h11) == (version == "1.1")
+        assert sent(transport.Wire(h11.SERVER), version) == bytes_of_h11
+
+
 def test_client_that_stops_reading_is_disconnected(
     serve_oracle: Callable[..., Live], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its request is aborted and its memory freed. A slow reader still gets its answer."""
-    monkeypatch.setattr(access, "UNREAD_S", 0.5)
+    monkeypatch.setattr(transport, "UNREAD_S", 0.5)
     accept = H11Protocol.connection_made
 
-    def with_small_buffers(self: H11Protocol, transport: Any) -> None:
-        client = transport.get_extra_info("socket")
+    def with_small_buffers(self: H11Protocol, made: Any) -> None:
+        client = made.get_extra_info("socket")
         client.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 12)
-        accept(self, transport)
+        accept(self, made)
 
     monkeypatch.setattr(H11Protocol, "connection_made", with_small_buffers)
     live = serve_oracle(step_s=0.002)  # The answer must not end in UNREAD_S.

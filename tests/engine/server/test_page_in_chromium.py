@@ -97,7 +97,7 @@ def test_chat_box_folds_reasoning_and_says_that_an_answer_was_cut(tab: Any, live
     def answer(route: Any) -> None:
         sent.append(json.loads(route.request.post_data))
         deltas = [{"reasoning_content": "Hm, "}, {"reasoning_content": "well."}]
-        deltas += [] if len(sent) == 3 else [{"content": "Yes."}]
+        deltas += [] if len(sent) == 3 else [{"content": "# So\n**Yes**:\n```py\n**x**\n```\n"}]
         choices = [{"delta": one, "finish_reason": None} for one in deltas]
         choices.append({"delta": {}, "finish_reason": "length" if len(sent) > 1 else "stop"})
         usage = {"prompt_tokens": 9, "completion_tokens": 4, "total_tokens": 13}
@@ -124,6 +124,9 @@ def test_chat_box_folds_reasoning_and_says_that_an_answer_was_cut(tab: Any, live
     assert sent[1]["messages"][1]["reasoning_content"] == "Hm, well."
     said = tab.locator(".said.assistant")
     assert [("cut at the limit" in said.nth(at).inner_text()) for at in range(3)] == [0, 1, 1]
+    assert [
+        said.first.locator(tag).inner_text() for tag in (".heading", "strong >> nth=1", "pre")
+    ] == [*("So", "Yes", "**x**\n")]
     assert "(reasoning only)" in said.last.inner_text()
     assert not said.last.get_by_text("Hm, well.").is_visible()
     said.last.get_by_text("reasoning", exact=True).click()
