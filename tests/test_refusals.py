@@ -253,7 +253,7 @@ def test_wrong_flags_of_a_simulation_are_refused(capsys: pytest.CaptureFixture[s
 def test_impossible_command_is_refused(arguments: str, capsys: pytest.CaptureFixture[str]) -> None:
     """The values fit their flags, but not the machine, the model or each other."""
     assert exit_code(engine, arguments.split()) == 2
-    error = capsys.readouterr().err
+    error = capsys.readouterr().err.removeprefix("loading the model ...\n")
     assert len(error.splitlines()) == 1 and "Traceback" not in error
     words = arguments.replace("=", " ").split()
     assert any(word.lstrip("-") in error for word in words), error

@@ -300,7 +300,6 @@ def _serve(arguments: argparse.Namespace) -> int:
                 flush=True,
             )
         address = local_address(listener)
-        print("loading the model ...", file=sys.stderr, flush=True)
         start: Callable[[], tuple[AsyncEngine, str]]
         if server_config.replicas > 1:
             if engine_config.state_dir is not None:
@@ -320,6 +319,7 @@ def _serve(arguments: argparse.Namespace) -> int:
         from engine.server.app import serve
 
         access = Access(server_config)
+        print("loading the model ...", file=sys.stderr, flush=True)
         engine, screen = start()
         if needs_key:  # Also in the curl command of the screen.
             header = " -H 'Content-Type"

@@ -50,6 +50,7 @@ class Predictor:
         to one of ``bounds``: without Python between native calls or launches, those of a small
         model take a third of the time. Longer ones are computed directly."""
         self._sizes, self._bounds, self._record = sorted(sizes), sorted(bounds), record
+        self._replays = {}  # Former ones use the former addresses.
         most = self._sizes[-1]
         columns = torch.ones(3, most, dtype=torch.int64, device=self.table.device.device)
         columns[2] = self._padding
