@@ -307,7 +307,7 @@ def gguf_file(model: Path) -> GgufFile | None:
     if model.is_dir():
         names = choose_files((path.name for path in model.glob("*.gguf")), str(model))
         model = model / names[0]
-    files = {model, *filter(Path.is_file, model.parent.glob("*.gguf"))}
+    files = filter(Path.is_file, {model, *model.parent.glob("*.gguf")})  # GgufFile refuses others
     stats = [(path, path.stat()) for path in sorted(files)]
     return _read(model, *((path, stat.st_mtime_ns, stat.st_size) for path, stat in stats))
 
