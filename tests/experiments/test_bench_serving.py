@@ -132,6 +132,12 @@ def test_conversations_grow_up_to_the_longest_prompt() -> None:
         assert all(1 <= prompt.num_output <= 50 for prompt in job)
 
 
+def test_steps_are_timed_with_the_sending_of_their_outputs() -> None:
+    """Outputs are sent without the answers, which a message cannot contain."""
+    timed = overhead.measure(3, overhead.SAMPLINGS["greedy"], num_steps=4)
+    assert timed["processor_us"] > 0 and timed["total_us"] > timed["send_us"] > 0
+
+
 @pytest.mark.parametrize("admission", overhead.ADMISSIONS)
 def test_each_admission_policy_is_timed(admission: str) -> None:
     timed = overhead.ordering(admission, num_waiting=12, repeats=1)
