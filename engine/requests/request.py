@@ -384,6 +384,8 @@ class Request(ScheduledRequest):
         are rules. If a grammar cannot be followed, ``accept`` of that draw's token raises.
         """
         draw = self.known_len - 1 - self.prompt_len
+        if not self._rules and not len(drafts):
+            return [SamplingInput(self.params, self.seed, draw, FREE)]
         rulings: Sequence[Ruling] = [FREE] * (1 + len(drafts))
         if self._rules:
             answer, token = self.output, None
@@ -420,12 +422,12 @@ class Request(ScheduledRequest):
             if self.first_token_s is None:
                 self.first_token_s = now_s
             stream, is_end = self.text_stream, token_id in self.end_token_ids
-            if stream is not None and not self._ends(token_id, stream):
+            if stream is not None and not (is_end and self._ends(token_id, stream)):
                 may_stop = self.num_tokens - self.prompt_len >= self.params.min_tokens
                 was_known = stream.phase != "beginning"
                 text, self._met_stop_string = stream.push(token_id, may_stop)
                 # The token may end the reasoning, or show that the answer has none.
-                is_end = self._ends(token_id, stream)
+                is_end = is_end and self._ends(token_id, stream)
                 if was_known or not is_end:
                     self.text += [text] if text else []
             if self._met_stop_string:
@@ -445,11 +447,9 @@ class Request(ScheduledRequest):
             )
 
     def _ends(self, token_id: int, stream: TextStream) -> bool:
-        """Return True if a token ends the answer at this place of its text."""
+        """Return True if one of ``end_token_ids`` ends the answer at this place of its text."""
         is_thinking = stream.phase in ("beginning", "reasoning")
-        return token_id in self.end_token_ids and not (
-            is_thinking and token_id in self._stop_token_ids
-        )
+        return not (is_thinking and token_id in self._stop_token_ids)
 
     def fail(self, error: BaseException, now_s: float) -> None:
         """End the request with an error that affects only this request."""
@@ -475,16 +475,19 @@ class Request(ScheduledRequest):
         last = self._output
         if last is not None and not self.output_is_taken:
             return last
-        first, num_chars = (0, 0) if last is None else (last.num_tokens, last.num_chars)
+        first, num_chars, timings = 0, 0, Timings(None, None, None)
+        if last is not None:
+            first, num_chars, timings = last.num_tokens, last.num_chars, last.timings
+        if timings.ttft_s is None or self.finished_s is not None:
+            timings = self._timings()
         num_pieces = len(self.text)
         new_text = "".join(self.text[self._num_pieces :])
         scores = None
         if first == 0 and self.spec.prompt_logprobs is not None:
             scores = (None, *self.scores)
-        start_s = self.arrival_s
         output = RequestOutput(
             request_id=self.request_id,
-            new_token_ids=tuple(self.output[first:].tolist()),
+            new_token_ids=tuple(self.buffer[self.prompt_len + first : self.num_tokens].tolist()),
             new_text=new_text,
             new_logprobs=tuple(self._logprobs),
             new_prompt_logprobs=scores,
@@ -494,11 +497,7 @@ class Request(ScheduledRequest):
             losses=self.losses,
             finish_reason=self.finish_reason,
             failure=None if self.error is None else self.error.to_wire(),
-            timings=Timings(
-                queue_s=None if self.scheduled_s is None else self.scheduled_s - start_s,
-                ttft_s=None if self.first_token_s is None else self.first_token_s - start_s,
-                e2e_s=None if self.finished_s is None else self.finished_s - start_s,
-            ),
+            timings=timings,
             num_preemptions=self.num_preemptions,
             drafts=None if self.drafts is None else self.drafts.copy(),
             transferred=self.transferred,
@@ -509,6 +508,10 @@ class Request(ScheduledRequest):
         # One line, so that no exception can come between them.
         self._output, self.output_is_taken, self._num_pieces, self._logprobs = now
         return output
+
+    def _timings(self) -> Timings:
+        times = self.scheduled_s, self.first_token_s, self.finished_s
+        return Timings(*(None if at_s is None else at_s - self.arrival_s for at_s in times))
 
 
 class Intake:

@@ -7,7 +7,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from itertools import chain, pairwise
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -92,7 +92,7 @@ class Segment(Struct, frozen=True):
         start = request.scheduled_len
         is_decode = start >= request.prefill_len
         samples = end == request.known_len < request.max_len
-        token_ids = request.tokens[start:end] if end <= request.num_tokens else UNKNOWN
+        token_ids = request.buffer[start:end] if end <= request.num_tokens else UNKNOWN
         scores = not is_decode and request.wants_scores
         num_logits, num_drafts = len(token_ids) if scores else int(samples), 0
         if draft is not None:
@@ -385,6 +385,7 @@ class Scheduler(StepPlanner[Request]):
         self.num_in_flight -= bool(step.segments)
         taken: list[int] = []
         tokens, scores, now_s = iter(sampled), iter(scored), self.clock()
+        is_whole = all(one.token_id != NO_TOKEN for one in chain(sampled, *scored))
         for segment in step.segments:
             run = segment.run_of(tokens)
             request, lease = segment.request, segment.lease
@@ -394,7 +395,7 @@ class Scheduler(StepPlanner[Request]):
                 continue
             request.num_drawn -= segment.samples
             num_before = request.num_tokens
-            has_logits = all(one.token_id != NO_TOKEN for one in (*run, *scored_now))
+            has_logits = is_whole or all(one.token_id != NO_TOKEN for one in (*run, *scored_now))
             if segment.scores and has_logits:  # After a preemption, those of the first run go.
                 request.scores[segment.start :] = scored_now
             self.advance(request, segment.end, publishes=has_logits)

@@ -1,8 +1,8 @@
 """Measure the cost of a step without its forward pass.
 
 The cost consists of scheduling, sampling, committing, and sending outputs to the server's process,
-with 1, 8 and 64 decoding requests. The runner returns the same logits at once. Cache, scheduler,
-sampler and tokenizer are the engine's own.
+with 1, 8, 64 and 256 decoding requests. The runner returns the same logits at once. Cache,
+scheduler, sampler and tokenizer are the engine's own.
 
     python -m experiments.benchmarks.overhead
     python -m experiments.benchmarks.overhead --waiting 1000  # time to order waiting requests
@@ -22,6 +22,7 @@ import torch
 
 from engine import Engine, EngineConfig, SamplingParams
 from engine.messages import Outputs
+from engine.requests.request import RequestSpec
 from engine.runner.sampler import Sampler
 from engine.schedule.report import StepReport
 from engine.schedule.scheduler import Batch
@@ -66,9 +67,9 @@ class IdleRunner:
 
 def measure(num_running: int, sampling: SamplingParams, num_steps: int = 1000) -> dict[str, float]:
     """Return median microseconds per stage of steps in which all requests decode, and the 99th
-    percentile of their sum."""
+    percentile of their sum; and the processor time of a step with its sending."""
     reports: list[StepReport] = []
-    sending_s: list[float] = []
+    sending_s, processor_s = list[float](), list[float]()
     folder = tempfile.mkdtemp(prefix="engine-")
     server = Sockets(folder, is_server=True)
     channel = Sockets(folder, is_server=False)
@@ -80,12 +81,16 @@ def measure(num_running: int, sampling: SamplingParams, num_steps: int = 1000) -
     )
     engine.observers.append(reports.append)
     for i in range(num_running):
-        engine.submit([i % 256] * PROMPT_LEN, sampling)
+        # As in a process: the outputs are added up where they are read.
+        spec = RequestSpec([i % 256] * PROMPT_LEN, sampling)
+        engine.enqueue(engine.make(engine.validate(spec)))
     while len(reports) < 50 + num_steps:
+        used_s = time.process_time()
         outputs = engine.step()
         begin = time.perf_counter()
         channel.send(Outputs(tuple(outputs)))
         sending_s.append(time.perf_counter() - begin)
+        processor_s.append(time.process_time() - used_s)
         while server.receive() is not None:
             pass  # Work of the receiving process.
     for end in (channel, server):
@@ -100,6 +105,7 @@ def measure(num_running: int, sampling: SamplingParams, num_steps: int = 1000) -
     return found | {
         "send_us": statistics.median(sending_s[50:]) * 1e6,
         "total_us": statistics.median(totals) + statistics.median(sending_s[50:]) * 1e6,
+        "processor_us": statistics.median(processor_s[50:]) * 1e6,
         "p99_us": statistics.quantiles(totals, n=100)[98],
     }
 
@@ -179,7 +185,7 @@ def main() -> None:
         records = [
             {"running": count, "sampling": kind} | measure(count, sampling)
             for kind, sampling in SAMPLINGS.items()
-            for count in (1, 8, 64)
+            for count in (1, 8, 64, 256)
         ]
     show(records)
     keep(name, records)

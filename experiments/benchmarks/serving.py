@@ -1,36 +1,48 @@
-"""Load on a server: its process, schedules of requests, times of answers, and a table.
+"""Load on a server: its process, clients, times of answers, and a summary.
 
-A server runs with the prefix cache and without. A job is a list of prompts, such as the turns of a
-conversation. Each prompt is sent after the answer to the previous one. Jobs start as soon as one of
-``concurrency`` workers is free, or at random times, ``per_s`` per second on average.
-``experiments.gpu`` uses these parts.
+A server runs with the prefix cache and without. A job is a conversation: each prompt is sent after
+the answer to the previous one, and contains that answer. Each of ``concurrency`` connections takes
+one job after another. Client processes share the connections, and read each message in at most
+20 us of processor time. ``experiments.gpu`` uses these parts.
 """
 
 from __future__ import annotations
 
-import asyncio
-import json
+import http.client
+import math
+import multiprocessing
+import selectors
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Hashable, Iterator, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager, suppress
+from bisect import bisect_left
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from itertools import accumulate
+from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
 
-import httpx
+import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from experiments.provenance import ROOT
 from hybridcache import open_trace
 
 START_S = 300.0
 """Time limit for the start of a server, in seconds."""
+NUM_CLIENTS = 4
+"""Processes of clients."""
+HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: %d\r\n"
+HEAD += b"Content-Type: application/json\r\n\r\n"
+LAST_CHUNK = b"0\r\n\r\n"
+READ_BYTES = 1 << 16
 
 
 class Prompt(NamedTuple):
-    """One greedy request with exactly ``num_output`` output tokens."""
+    """Tokens that follow the previous answer, and the exact length of the greedy answer."""
 
     tokens: npt.NDArray[np.int32]
     num_output: int
@@ -39,69 +51,26 @@ class Prompt(NamedTuple):
 Job = Sequence[Prompt]
 
 
-class Piece(NamedTuple):
-    """One message of a streamed answer."""
+class Choice(msgspec.Struct):
+    """Tokens in one message of a streamed answer."""
 
-    num_tokens: int = 0
-    """Tokens generated so far, or 0 if the message does not report them."""
-    cached_len: int | None = None
-    """Reused prompt tokens, or None if the message does not report them."""
-
-    @classmethod
-    def read(cls, message: dict[str, Any]) -> Piece:
-        """Return the piece in a message of the server. Raises RuntimeError for an error."""
-        if "error" in message:
-            raise RuntimeError(message["error"]["message"])
-        usage = message.get("usage")
-        if usage is None:
-            return cls()
-        details = usage.get("prompt_tokens_details") or {}
-        return cls(usage["completion_tokens"], details.get("cached_tokens", 0))
+    token_ids: list[int] = []
 
 
-class HTTPClient:
-    """Streaming client of ``POST /v1/completions`` on this machine."""
+class Message(msgspec.Struct):
+    """Fields that a client reads in one message of a streamed answer."""
 
-    def __init__(self, url: str) -> None:
-        limits, timeout = httpx.Limits(max_connections=None), httpx.Timeout(600.0)
-        self._http = httpx.AsyncClient(
-            base_url=url, limits=limits, timeout=timeout, trust_env=False
-        )
+    choices: list[Choice] = []
+    usage: dict[str, Any] | None = None
+    error: dict[str, Any] | None = None
 
-    async def wait_until_ready(self, seconds: float) -> None:
-        """Wait until the server answers. Raises TimeoutError after ``seconds``."""
-        async with asyncio.timeout(seconds):
-            while True:
-                with suppress(httpx.TransportError):
-                    if (await self._http.get("/health")).status_code == 200:
-                        return
-                await asyncio.sleep(0.1)
 
-    async def answer(self, prompt: Prompt) -> AsyncIterator[Piece]:
-        body = {
-            "prompt": prompt.tokens.tolist(),
-            "max_tokens": prompt.num_output,
-            "temperature": 0.0,
-            "ignore_eos": True,
-            "stream": True,
-            "stream_options": {"include_usage": True},
-        }
-        async with self._http.stream("POST", "/v1/completions", json=body) as response:
-            response.raise_for_status()
-            async for line in response.aiter_lines():
-                if line.startswith("data: {"):
-                    yield Piece.read(json.loads(line.removeprefix("data: ")))
-
-    async def reset_cache(self) -> None:
-        (await self._http.post("/reset_prefix_cache")).raise_for_status()
-
-    async def close(self) -> None:
-        await self._http.aclose()
+read_message = msgspec.json.Decoder(Message).decode
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """One request as seen by the client. Times are seconds since the start of the run."""
+    """One request as seen by the client. Times are seconds of ``time.monotonic``."""
 
     sent_s: float
     piece_times_s: tuple[float, ...]
@@ -109,6 +78,8 @@ class Answer:
     num_prompt: int
     num_output: int
     cached_len: int
+    num_seen: int = 0
+    """Tokens of its conversation before this prompt, so the most that can be hit."""
 
     @property
     def ttft_s(self) -> float:
@@ -129,80 +100,220 @@ class Answer:
         return np.diff(self.piece_times_s)
 
 
-@dataclass(frozen=True, slots=True)
-class Load:
-    """Start rule of jobs: a concurrency or a rate."""
+class ClientConnection:
+    """Connection that sends conversations one after another, with one prompt in progress.
 
-    concurrency: int | None = None
-    per_s: float | None = None
+    Arriving bytes are only collected; an answer is read once it is complete.
+    """
 
-    def __str__(self) -> str:
-        return f"{self.concurrency} at once" if self.per_s is None else f"{self.per_s:g} /s"
+    def __init__(self, port: int, jobs: Iterator[Job]) -> None:
+        self.socket = socket.create_connection(("127.0.0.1", port))
+        self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.num_answers = 0
+        self._jobs = jobs
+        self._prompts: Iterator[Prompt] = iter(())
+        self._text: list[int] = []
+        self._parts: list[bytes] = []
+        self._times_s: list[float] = []
+
+    def ask(self) -> bool:
+        """Send the next prompt. Returns False if no job is left."""
+        while (prompt := next(self._prompts, None)) is None:
+            if (job := next(self._jobs, None)) is None:
+                return False
+            self._prompts, self._text = iter(job), []
+        self._num_seen = len(self._text)
+        self._text += prompt.tokens.tolist()
+        self._parts, self._times_s = [], []
+        body = msgspec.json.encode(
+            {
+                "prompt": self._text,
+                "max_tokens": prompt.num_output,
+                "temperature": 0.0,
+                "ignore_eos": True,
+                "stream": True,
+                "stream_options": {"include_usage": True},
+                "return_token_ids": True,
+            }
+        )
+        self._sent_s = time.monotonic()
+        self.socket.sendall(HEAD % len(body) + body)
+        return True
+
+    def read(self) -> Answer | None:
+        """Receive bytes once. Returns the answer if it is complete. Raises RuntimeError for an
+        error of the server."""
+        part = self.socket.recv(READ_BYTES)
+        self._times_s.append(time.monotonic())
+        self._parts.append(part)
+        if not part:
+            raise RuntimeError("The server closed the connection of an unfinished answer.")
+        if len(self._parts) == 1 and not part.startswith(b"HTTP/1.1 200"):
+            raise RuntimeError(part.decode(errors="replace"))
+        if len(part) < len(LAST_CHUNK):
+            part = b"".join(self._parts[-len(LAST_CHUNK) :])
+        return self._answer() if part.endswith(LAST_CHUNK) else None
+
+    def _answer(self) -> Answer:
+        text, ends = b"".join(self._parts), [*accumulate(map(len, self._parts))]
+        times: list[float] = []
+        num_prompt, cached_len, end = len(self._text), 0, 0
+        while (begin := text.find(b"data: {", end)) >= 0:
+            end = text.index(b"\n\n", begin)
+            message = read_message(text[begin + 6 : end])
+            if message.error is not None:
+                raise RuntimeError(message.error["message"])
+            if message.choices and message.choices[0].token_ids:
+                self._text += message.choices[0].token_ids
+                times.append(self._times_s[bisect_left(ends, end)])
+            if message.usage is not None:
+                cached_len = message.usage["prompt_tokens_details"]["cached_tokens"]
+        if not times:
+            raise RuntimeError("The server sent an answer without tokens.")
+        self.num_answers += 1
+        num_output = len(self._text) - num_prompt
+        return Answer(
+            self._sent_s, tuple(times), num_prompt, num_output, cached_len, self._num_seen
+        )
+
+
+class Share(NamedTuple):
+    """Results of one client process."""
+
+    answers: list[Answer]
+    num_cut: int
+    client_s: float
+    """Processor time."""
+    seconds: float
+
+
+def serve_load(file: int) -> None:
+    """Be a client process, which gets its work from a pipe and sends its share or an error."""
+    pipe = Connection(file)
+    try:
+        pipe.send(_share(pipe, *pipe.recv()))
+    except (OSError, RuntimeError) as error:
+        pipe.send(str(error))
+
+
+def _share(pipe: Connection, port: int, jobs: Sequence[Job], count: int, ramp: int) -> Share:
+    """Send ``jobs`` on ``count`` connections until the time that the pipe sends. It is asked for
+    once each connection has ``ramp`` answers or no job."""
+    began_s, used_s = time.monotonic(), time.process_time()
+    answers, waiting, until_s = list[Answer](), iter(jobs), math.inf
+    with selectors.DefaultSelector() as selector, ExitStack() as sockets:
+        selector.register(pipe, selectors.EVENT_READ)
+        if not ramp:
+            pipe.send(None)
+            until_s = pipe.recv()
+        num_open = 0
+        for _ in range(count):
+            connection = ClientConnection(port, waiting)
+            sockets.enter_context(connection.socket)
+            if connection.ask():
+                selector.register(connection.socket, selectors.EVENT_READ, connection)
+                num_open += 1
+        num_ramping = num_open
+        if ramp and not num_ramping:
+            pipe.send(None)
+        while num_open and (now_s := time.monotonic()) < until_s:
+            for key, _ in selector.select(min(until_s - now_s, 1.0)):
+                if key.data is None:
+                    until_s = pipe.recv()
+                    continue
+                connection = key.data
+                if (answer := connection.read()) is None:
+                    continue
+                answers.append(answer)
+                is_open = connection.ask()
+                if not is_open:
+                    selector.unregister(connection.socket)
+                    num_open -= 1
+                is_ramped = connection.num_answers == ramp
+                if is_ramped or (not is_open and connection.num_answers < ramp):
+                    num_ramping -= 1
+                    if not num_ramping:
+                        pipe.send(None)
+    client_s, seconds = time.process_time() - used_s, time.monotonic() - began_s
+    if until_s == math.inf:
+        pipe.recv()
+    return Share(answers, num_open, client_s, seconds)
 
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """Answers and errors under one load."""
+    """Answers in the window of one load, and the work of the clients."""
 
     answers: Sequence[Answer]
     num_cut: int
-    """Requests that were not finished at the time limit."""
-    errors: Sequence[str]
+    """Requests that were not finished at the end."""
     seconds: float
+    """Length of the window, or until the last answer if there were no more prompts."""
+    client_us: float = 0.0
+    """Processor time of the clients per message, with the ramp."""
+    client_share: float = 0.0
+    """Largest share of a processor that a client used."""
 
 
-async def drive(
-    client: HTTPClient, jobs: Sequence[Job], load: Load, *, seconds: float, seed: int = 0
+def drive(
+    port: int,
+    jobs: Sequence[Job],
+    concurrency: int,
+    *,
+    seconds: float,
+    ramp: int = 0,
+    num_clients: int = NUM_CLIENTS,
 ) -> Run:
-    """Send ``jobs`` until all are answered or ``seconds`` have passed. Unfinished requests are then
-    cancelled."""
-    begin, answers, errors, num_sent = time.perf_counter(), list[Answer](), list[str](), 0
+    """Send ``jobs`` on ``concurrency`` connections until all are answered or the window ends.
 
-    async def send(job: Job, start_s: float = 0.0) -> None:
-        nonlocal num_sent
-        await asyncio.sleep(start_s)
-        for prompt in job:
-            num_sent += 1
-            try:
-                answers.append(await _answer(client, prompt, begin))
-            except (httpx.HTTPError, RuntimeError, ValueError) as error:
-                errors.append(f"{type(error).__name__}: {error}")
+    The window of ``seconds`` begins at once, or when each connection has ``ramp`` answers. Only
+    answers that end in it count. Unfinished requests are then cut off. Raises ValueError if a
+    request failed.
+    """
+    num_clients = min(num_clients, concurrency)
+    pipes, clients = list[Connection](), list[subprocess.Popen[bytes]]()
+    try:
+        for number in range(num_clients):
+            ours, theirs = multiprocessing.Pipe()
+            pipes.append(ours)
+            with theirs:
+                code = f"from {__name__} import serve_load; serve_load({theirs.fileno()})"
+                command, file = [sys.executable, "-c", code], theirs.fileno()
+                clients.append(subprocess.Popen(command, cwd=ROOT, pass_fds=[file]))
+            count = len(range(number, concurrency, num_clients))
+            ours.send((port, jobs[number::num_clients], count, ramp))
+        for pipe in pipes:
+            _received(pipe)
+        begin_s = time.monotonic()
+        for pipe in pipes:
+            pipe.send(begin_s + seconds)
+        shares = [_received(pipe) for pipe in pipes]
+    finally:
+        for pipe in pipes:
+            pipe.close()
+        for client in clients:
+            client.kill()
+            client.wait()
+    every = [answer for share in shares for answer in share.answers]
+    answers = [answer for answer in every if answer.piece_times_s[-1] >= begin_s]
+    num_cut = sum(share.num_cut for share in shares)
+    num_messages = sum(len(answer.piece_times_s) for answer in every)
+    if answers and not num_cut:
+        seconds = max(answer.piece_times_s[-1] for answer in answers) - begin_s
+    client_us = 1e6 * sum(share.client_s for share in shares) / max(num_messages, 1)
+    busiest = max(share.client_s / share.seconds for share in shares)
+    return Run(answers, num_cut, seconds, client_us, busiest)
 
-    async def work(waiting: Iterator[Job]) -> None:
-        for job in waiting:
-            await send(job)
 
-    if load.per_s is not None:
-        gaps = np.random.default_rng(seed).exponential(1 / load.per_s, len(jobs))
-        starts = np.cumsum(gaps) - gaps[0]
-        parts = [send(job, float(start)) for start, job in zip(starts, jobs, strict=True)]
-    else:
-        assert load.concurrency is not None
-        waiting = iter(jobs)
-        parts = [work(waiting) for _ in range(min(load.concurrency, len(jobs)))]
-    tasks = [asyncio.create_task(part) for part in parts]
-    _, late = await asyncio.wait(tasks, timeout=seconds)
-    for task in late:
-        task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)
-    num_cut = num_sent - len(answers) - len(errors)
-    return Run(answers, num_cut, errors, time.perf_counter() - begin)
-
-
-async def _answer(client: HTTPClient, prompt: Prompt, begin: float) -> Answer:
-    """Return the answer to one prompt. ``begin`` is the start of the run on the clock."""
-    sent = time.perf_counter() - begin
-    times: list[float] = []
-    num_output = cached_len = 0
-    async with aclosing(client.answer(prompt)) as pieces:
-        async for piece in pieces:
-            if piece.cached_len is None or piece.num_tokens > len(times):
-                times.append(time.perf_counter() - begin)
-            num_output = piece.num_tokens or num_output
-            cached_len = cached_len if piece.cached_len is None else piece.cached_len
-    if not times:
-        raise RuntimeError("The server sent an answer without tokens.")
-    return Answer(sent, tuple(times), len(prompt.tokens), num_output, cached_len)
+def _received(pipe: Connection) -> Any:
+    """Return the next message of a client. Raises ValueError for an error."""
+    try:
+        message = pipe.recv()
+    except EOFError:
+        raise ValueError("A client ended without a result; see its output above.") from None
+    if isinstance(message, str):
+        raise ValueError(f"A request failed: {message}")
+    return message
 
 
 class Targets(NamedTuple):
@@ -228,21 +339,21 @@ def summary(run: Run, targets: Targets) -> dict[str, Any]:
     return {
         "requests": len(answers),
         "cut": run.num_cut,
-        "errors": len(run.errors),
         "seconds": run.seconds,
         "requests_per_s": len(answers) / run.seconds,
         "prompt_tokens_per_s": num_prompt / run.seconds,
         "output_tokens_per_s": num_output / run.seconds,
         "goodput_per_s": good / run.seconds,
-        "token_hit_rate": (
-            sum(answer.cached_len for answer in answers) / num_prompt if num_prompt else 0.0
-        ),
+        "token_hit_rate": sum(answer.cached_len for answer in answers) / max(num_prompt, 1),
+        "possible_hit_rate": sum(answer.num_seen for answer in answers) / max(num_prompt, 1),
         "ttft_target_s": targets.ttft_s,
         "tpot_target_s": targets.tpot_s,
         "ttft_ms": _spread([answer.ttft_s for answer in answers]),
         "tpot_ms": _spread([s for answer in answers if (s := answer.tpot_s) is not None]),
         "itl_ms": _spread(np.concatenate(gaps) if gaps else []),
         "e2e_ms": _spread([answer.e2e_s for answer in answers]),
+        "client_us_per_message": run.client_us,
+        "client_processor_share": run.client_share,
     }
 
 
@@ -256,72 +367,77 @@ def _spread(seconds: Sequence[float] | npt.NDArray[np.float64]) -> dict[str, flo
 
 
 def sweep(
-    servers: Mapping[str, AbstractAsyncContextManager[HTTPClient]],
+    servers: Mapping[str, AbstractContextManager[int]],
     jobs: Sequence[Job],
-    loads: Sequence[Load],
+    loads: Sequence[int],
     targets: Targets,
-    seconds: float,
+    **window: Any,
 ) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
-    """Yield (name, work) of every load on every server, each on an empty cache. A server starts
-    with the first of its works that is done. A work raises ValueError if a request failed."""
-    with asyncio.Runner() as runner:
-        for cache, server in servers.items():
-            started: list[HTTPClient] = []
+    """Yield (name, work) of each load, a concurrency, on each server, with an empty cache.
 
-            async def measure(
-                load: Load,
-                cache: str = cache,
-                server: AbstractAsyncContextManager[HTTPClient] = server,
-                started: list[HTTPClient] = started,
-            ) -> dict[str, Any]:
-                if not started:
-                    started.append(await server.__aenter__())
-                    first, one = [[jobs[0][0]]], Load(concurrency=1)
-                    await drive(started[0], first, one, seconds=seconds)
-                await started[0].reset_cache()
-                run = await drive(started[0], jobs, load, seconds=seconds)
-                if run.errors:
-                    failed = len(run.errors)
-                    raise ValueError(f"{failed} requests failed, first: {run.errors[0]}")
-                return {"cache": cache, "load": str(load)} | summary(run, targets)
+    A server is a context with its port, and starts with the first of its works that is done.
+    ``window``: options of ``drive``. A work raises ValueError if a request failed.
+    """
+    for cache, server in servers.items():
+        with ExitStack() as started:
+            ports: list[int] = []
 
-            try:
-                for load in loads:
-                    yield f"{cache}, {load}", lambda: runner.run(measure(load))  # noqa: B023
-            finally:
-                if started:
-                    runner.run(server.__aexit__(None, None, None))
+            def measure(load: int) -> dict[str, Any]:
+                if not ports:  # noqa: B023
+                    ports.append(started.enter_context(server))  # noqa: B023
+                    drive(*ports, [jobs[0][:1]], 1, seconds=window["seconds"])  # noqa: B023
+                _request(*ports, "POST", "/reset_prefix_cache")  # noqa: B023
+                run = drive(*ports, jobs, load, **window)  # noqa: B023
+                found = {"cache": cache, "load": f"{load} at once"}  # noqa: B023
+                return found | summary(run, targets)
+
+            for load in loads:
+                yield f"{cache}, {load} at once", lambda: measure(load)  # noqa: B023
 
 
-@asynccontextmanager
-async def over_http(flags: Sequence[str]) -> AsyncIterator[HTTPClient]:
-    """Start a server process and yield its client. The server ends with the context."""
+def _request(port: int, method: str, path: str) -> None:
+    """Send a request without a body. Raises OSError or HTTPException if it fails."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=START_S)
+    try:
+        connection.request(method, path)
+        response = connection.getresponse()
+        if response.status != 200:
+            raise http.client.HTTPException(f"{path}: {response.status} {response.reason}")
+    finally:
+        connection.close()
+
+
+@contextmanager
+def over_http(flags: Sequence[str]) -> Iterator[int]:
+    """Start a server process and yield its port. The server ends with the context."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "engine", "serve", "--port", str(port), *flags]
     server = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    client = HTTPClient(f"http://127.0.0.1:{port}")
+    last_s = time.monotonic() + START_S
     try:
-        ready = asyncio.create_task(client.wait_until_ready(START_S))
-        while not ready.done():
-            if server.poll() is not None:
-                ready.cancel()
-                raise ValueError("engine serve ended before it was ready; see its output above.")
-            await asyncio.sleep(0.1)
-        await ready
-        yield client
+        while True:
+            with suppress(OSError, http.client.HTTPException):
+                _request(port, "GET", "/health")
+                break
+            if server.poll() is not None or time.monotonic() > last_s:
+                raise ValueError("engine serve did not become ready; see its output above.")
+            time.sleep(0.1)
+        yield port
     finally:
-        await client.close()
         server.terminate()
         server.wait()
 
 
 def conversation_jobs(count: int, *, vocab_size: int, cap: int, num_output: int) -> list[Job]:
     """Return generated conversations with ids below ``vocab_size``, each up to its first prompt
-    longer than ``cap`` tokens."""
+    longer than ``cap`` tokens in the trace."""
     jobs: dict[Hashable, list[Prompt]] = {}
+    known: dict[Hashable, int] = {}
     for request in open_trace(f"sharegpt-like?sessions={count}&requests={100 * count}"):
         if len(request.tokens) <= cap:
-            tokens, answer = request.tokens % vocab_size, len(request.output)
-            jobs.setdefault(request.session, []).append(Prompt(tokens, min(num_output, answer)))
+            new, answer = request.tokens[known.get(request.session, 0) :], len(request.output)
+            prompt = Prompt(new % vocab_size, min(num_output, answer))
+            jobs.setdefault(request.session, []).append(prompt)
+            known[request.session] = len(request.tokens) + answer
     return list(jobs.values())

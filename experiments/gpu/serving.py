@@ -37,7 +37,7 @@ from engine.runner.sampler import Sampler
 from engine.runner.steps import Graphs
 from engine.schedule.report import StepReport
 from engine.text.answers import RequestOutput
-from experiments.benchmarks.serving import Load, Targets, conversation_jobs, over_http, sweep
+from experiments.benchmarks.serving import Targets, conversation_jobs, over_http, sweep
 from experiments.gpu import interpreter
 from experiments.gpu.models import DENSE_2B, QWEN3_NEXT_80B, TINY, write_geometry, write_tokenizer
 from experiments.gpu.parity import Talk, converse
@@ -77,12 +77,12 @@ class Scale:
     num_talks: int
     """Number of runs of all conversations in each mode."""
     concurrency: tuple[int, ...]
-    rates: tuple[float, ...]
-    """Conversations that begin per second."""
     num_jobs: int
     num_answer: int
     seconds: float
-    """Time limit under one load."""
+    """Time of one load, after its ramp."""
+    ramp: int
+    """Turns of each conversation before that time."""
     max_model_len: int
     graphs: tuple[str, ...] = ("all", "decode", "off")
     """Uses of the graphs that are compared."""
@@ -97,11 +97,11 @@ FULL = Scale(
     num_repeats=5,
     talk=Talk(16, 4, 500, 100),
     num_talks=2,
-    concurrency=(1, 4, 16, 64, 256),
-    rates=(4.0, 16.0),
-    num_jobs=256,
+    concurrency=(256, 64),
+    num_jobs=512,
     num_answer=128,
-    seconds=6.0,
+    seconds=20.0,
+    ramp=2,
     max_model_len=16384,
 )
 BIG = replace(
@@ -123,10 +123,10 @@ DRY = Scale(
     talk=Talk(1, 2, 60, 5),
     num_talks=1,
     concurrency=(2,),
-    rates=(),
     num_jobs=2,
     num_answer=3,
     seconds=30.0,
+    ramp=0,
     max_model_len=1024,
 )
 DRY_BIG = replace(DRY, talk=Talk(1, 2, 2, 2))
@@ -373,19 +373,20 @@ def http(path: str, dry: bool, scale: Scale, vocab_size: int) -> Iterator[tuple[
         flags += [f"--{name.replace('_', '-')}", str(value)]
     settings["token_budget"] = EngineConfig().settled(on_cpu=device.is_cpu).token_budget
     flags += ["--set", f"token_budget={settings['token_budget']}"]
-    servers = {c: over_http([*flags, "--prefix-cache", c]) for c in ("hybrid", "none")}
-    loads = [
-        *(Load(concurrency=n) for n in scale.concurrency),
-        *(Load(per_s=r) for r in scale.rates),
-    ]
+    admissions = {"hybrid": EngineConfig().admission, "none": "oldest"}
+    servers = {
+        cache: over_http([*flags, "--prefix-cache", cache, "--admission", admission])
+        for cache, admission in admissions.items()
+    }
     jobs = conversation_jobs(
         scale.num_jobs,
         vocab_size=vocab_size,
         cap=scale.max_model_len // 2,
         num_output=scale.num_answer,
     )
-    for name, work in sweep(servers, jobs, loads, TARGETS, scale.seconds):
-        yield name, lambda: {"measure": "serving"} | work() | settings  # noqa: B023
+    window = {"seconds": scale.seconds, "ramp": scale.ramp}
+    for name, work in sweep(servers, jobs, scale.concurrency, TARGETS, **window):
+        yield name, lambda: {"measure": "serving"} | window | work() | settings  # noqa: B023
 
 
 def formats_for(free_bytes: int, *, has_fp8: bool) -> list[dict[str, Any]]:

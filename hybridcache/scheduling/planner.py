@@ -316,10 +316,12 @@ class StepPlanner(Generic[R]):
         budget = PrefillBudget(tokens, num_for_short, TILES * tokens // TILE)
         ends: dict[R, int] = {}
         for request in tuple(self.running):
-            if request.lease is None:
+            if (lease := request.lease) is None:
                 continue
             end = self._end(request, request.scheduled_len, budget)
-            if end > request.scheduled_len and self._claim(request, end):
+            if end > request.scheduled_len and (
+                end <= lease.extended_len or self._claim(request, end)
+            ):
                 self._take(ends, request, end, budget)
         passed = self._admit(self._candidates(), ends, budget) if self.waiting else []
         if budget.num_for_short and budget.tokens:
