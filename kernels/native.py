@@ -18,7 +18,7 @@ from typing import Any, Unpack
 import torch
 
 from kernels import library
-from kernels.packed import Packed, ScanInputs
+from kernels.packed import ScanInputs, StepInputs
 
 KINDS = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "f": ctypes.c_float, "t": ctypes.c_int}
 
@@ -244,15 +244,14 @@ def address(x: torch.Tensor | None) -> int | None:
     return None if x is None else x.data_ptr()
 
 
-def step_addresses(
-    slots: torch.Tensor, packed: Packed | None, step_slots: torch.Tensor | None
-) -> tuple[int, int | None]:
+def step_addresses(where: StepInputs) -> tuple[int, int | None]:
     """Return the addresses of the slots of the states after each token, and of the sequences'
     starts.
 
     Without ``packed``, each sequence has one token: the state returns to its slot, and the starts
     are None.
     """
+    packed, step_slots = where.get("packed"), where.get("step_slots")
     if packed is None or step_slots is None:
-        return slots.data_ptr(), None
+        return where["slots"].data_ptr(), None
     return step_slots.data_ptr(), packed.cu_seqlens.data_ptr()

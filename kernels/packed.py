@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, TypedDict
+from typing import NamedTuple, NotRequired, TypedDict
 
 import torch
 
@@ -127,17 +127,33 @@ class Exports:
 
 
 class ScanInputs(TypedDict):
-    """Arguments that all scans of prompts have."""
+    """Arguments that all scans and convolutions of prompts have."""
 
     states: torch.Tensor
-    """``[S, HV, K, V]`` for one layer; changed in place at ``slots`` and at the exports' slots. A
-    state is contiguous, with any stride between slots."""
+    """States ``[S, HV, K, V]`` or windows ``[S, C, W - 1]`` of one layer; changed in place at
+    ``slots`` and at the exports' slots. Each is contiguous, with any stride between slots."""
     packed: Packed
     slots: torch.Tensor
     """int32[B]. The slot of a sequence without tokens is not changed."""
     resumed: torch.Tensor
     """bool[B]; False starts from zeros and ignores the slot."""
     exports: Exports | None
+
+
+class StepInputs(TypedDict):
+    """Arguments that all scans and convolutions of one token per sequence have, or of several with
+    ``packed`` and ``step_slots``, to verify drafts. Bits are equal to those of one call per token.
+    """
+
+    states: torch.Tensor
+    """As in ``ScanInputs``; changed in place at ``slots``, or with ``packed`` at ``step_slots``."""
+    slots: torch.Tensor
+    """int32[B]"""
+    packed: NotRequired[Packed | None]
+    """None for one token per sequence, ``[B, ...]``; else tokens are packed, ``[T, ...]``."""
+    step_slots: NotRequired[torch.Tensor | None]
+    """int32[T]: slot for the state after each token. No other access to these slots is allowed,
+    except that a sequence of one token may use its own slot."""
 
 
 def num_tiles(length: int, tile_size: int = TILE) -> int:

@@ -9,13 +9,13 @@ every multiprocessor.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 import triton
 import triton.language as tl
 
-from kernels.packed import Exports, Packed
+from kernels.packed import ScanInputs, StepInputs
 from kernels.strides import row_stride
 from kernels.target import fitting_stages, max_recurrence_warps
 
@@ -80,17 +80,15 @@ def decode(
     out: torch.Tensor,
     *,
     num_groups: int,
-    states: torch.Tensor,
-    slots: torch.Tensor,
-    packed: Packed | None,
-    step_slots: torch.Tensor | None,
     config: dict[str, int],
+    **where: Unpack[StepInputs],
 ) -> torch.Tensor:
     """Launch ``decode_kernel`` once, and return ``out``: ``[T, HV, V]``.
 
     ``num_groups`` is H. ``config`` has ``num_warps``, and BV if it is not ``BLOCK_V``. It depends
     on the layer alone, so that decoding and verification have equal bits.
     """
+    states, slots, packed = where["states"], where["slots"], where.get("packed")
     num_heads, key_dim, value_dim = states.shape[1:]
     config = {"BV": min(BLOCK_V, triton.next_power_of_2(value_dim))} | config
     if out.numel():
@@ -99,7 +97,7 @@ def decode(
             out,
             states,
             slots,
-            step_slots,
+            where.get("step_slots"),
             None if packed is None else packed.cu_seqlens,
             row_stride("a state", states),
             STEP=step,
@@ -195,21 +193,18 @@ def scan(
     out: torch.Tensor,
     *,
     num_groups: int,
-    states: torch.Tensor,
-    packed: Packed,
-    slots: torch.Tensor,
-    resumed: torch.Tensor,
-    exports: Exports | None,
     config: dict[str, int],
+    **where: Unpack[ScanInputs],
 ) -> torch.Tensor:
     """Launch ``scan_kernel`` once, and return ``out``: ``[T, HV, V]``. ``num_groups`` is H."""
+    states, packed, exports = where["states"], where["packed"], where["exports"]
     num_heads, key_dim, value_dim = states.shape[1:]
     scan_kernel[triton.cdiv(value_dim, config["BV"]), num_heads, len(packed.lengths)](
         inputs,
         out,
         states,
-        slots,
-        resumed,
+        where["slots"],
+        where["resumed"],
         packed.tables,
         exports.tables if exports else packed.no_exports,
         row_stride("a state", states),

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
-from typing import NamedTuple
+from typing import NamedTuple, Unpack
 
 import numpy as np
 import torch
 
-from kernels.packed import Exports, Packed, num_tiles, running_sum
+from kernels.packed import Packed, ScanInputs, StepInputs, num_tiles, running_sum
 
 LEAST_LOG = -60.0
 """Natural logarithm of the least decay that is not rounded to zero. Products of smaller ones are
@@ -130,24 +130,13 @@ class Tiles(NamedTuple):
 
 
 def scan(
-    tiles: Tiles,
-    states: torch.Tensor,
-    packed: Packed,
-    layout: Layout,
-    slots: torch.Tensor,
-    resumed: torch.Tensor,
-    exports: Exports | None,
+    tiles: Tiles, layout: Layout, **where: Unpack[ScanInputs]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Carry every sequence's state through its tiles.
 
     Returns N and ``scale exp(G) Q S`` of each tile.
     """
-    order = [b for b in layout.order if packed.lengths[b]]
-    index = slots.long()[order]
-    carried = states[index].float()
-    carried[~resumed[order]] = 0.0
-    saves = saves_by_tile(packed, exports)
-
+    states, (order, index, carried, saves) = where["states"], carry(layout, **where)
     heads = carried.shape[1]
     new_values = torch.empty_like(tiles.new_values, memory_format=torch.contiguous_format)
     read_out = torch.empty_like(new_values)
@@ -161,34 +150,43 @@ def scan(
             torch.baddbmm(tiles.new_values[span], tiles.reader[span], one, alpha=-1, out=new)
             torch.bmm(tiles.query[span], one, out=read_out[span])
             one.mul_(tiles.decay[span]).baddbmm_(tiles.writer[span].mT, new)
-        if states.dtype != torch.float32:
-            state.copy_(state.to(states.dtype))
-        for position, sequence in enumerate(order[:num_active]):
-            for slot in saves.get((sequence, step), ()):
-                states[slot].copy_(state[position])
+        save(states, state, [saves.get((sequence, step), ()) for sequence in order[:num_active]])
     states[index] = carried.to(states.dtype)
     return new_values, read_out
 
 
-def saves_by_tile(packed: Packed, exports: Exports | None) -> dict[tuple[int, int], list[int]]:
-    """Return the slots for the state after each ``(sequence, tile)``."""
+def carry(
+    layout: Layout, **where: Unpack[ScanInputs]
+) -> tuple[list[int], torch.Tensor, torch.Tensor, dict[tuple[int, int], list[int]]]:
+    """Return the sequences with tokens in the layout's order, their slots, their states before the
+    first tile in float32, and the slots for the state after each ``(sequence, tile)``."""
+    packed, exports = where["packed"], where["exports"]
+    order = [b for b in layout.order if packed.lengths[b]]
+    index = where["slots"].long()[order]
+    carried = where["states"][index].float()
+    carried[~where["resumed"][order]] = 0.0
     saves: dict[tuple[int, int], list[int]] = {}
     if exports is not None:
         for sequence, end, slot in zip(exports.sequences, exports.ends, exports.slots, strict=True):
             tile = num_tiles(end, packed.tile_size) - 1
             saves.setdefault((sequence, tile), []).append(slot)
-    return saves
+    return order, index, carried, saves
+
+
+def save(states: torch.Tensor, carried: torch.Tensor, slots: Sequence[Sequence[int]]) -> None:
+    """Round states after a tile as ``states`` are, and copy each of them to its ``slots``."""
+    if states.dtype != torch.float32:
+        carried.copy_(carried.to(states.dtype))
+    for state, targets in zip(carried, slots, strict=True):
+        for slot in targets:
+            states[slot].copy_(state)
 
 
 def decode(
     step: Callable[..., torch.Tensor],
     token: Sequence[torch.Tensor],
     out: torch.Tensor,
-    *,
-    states: torch.Tensor,
-    slots: torch.Tensor,
-    packed: Packed | None,
-    step_slots: torch.Tensor | None,
+    **where: Unpack[StepInputs],
 ) -> torch.Tensor:
     """Carry states ``[S, HV, K, V]`` through the tokens of their sequences.
 
@@ -196,7 +194,9 @@ def decode(
     their read-outs ``[HV, V]``. ``token`` has factors ``[T, HV, ...]``. Writes to ``out``
     ``[T, HV, V]``, and returns it. The other arguments are those of the decoding functions.
     """
-    if packed is not None:
+    states, slots = where["states"], where["slots"]
+    if (packed := where.get("packed")) is not None:
+        step_slots = where.get("step_slots")
         assert step_slots is not None, "several tokens per sequence need slots for their states"
         for rows, state in steps(states, packed, slots, step_slots):
             for one, row in zip(state, rows.tolist(), strict=True):

@@ -225,7 +225,12 @@ class Sessions:
         anchors = self._anchors.get(tenant)
         if anchors is None:
             anchors = self._anchors[tenant] = _Anchors()
-        hashes = self._prefix_hashes(prompt)
+        # The polynomial hash, modulo 2**64, of every prefix. Only those of one length are compared.
+        if len(self._powers) < len(prompt):
+            size = max(len(prompt), 2 * len(self._powers))
+            self._powers = np.cumprod(np.full(size, _FACTOR), dtype=np.uint64)
+        numbers = prompt.astype(np.uint64) + np.uint64(1)
+        hashes = np.cumsum(numbers * self._powers[: len(prompt)])
         session, known_len = anchors.find(hashes)
         if session is None:
             self._num_begun += 1
@@ -270,14 +275,6 @@ class Sessions:
         self._forget(session)
         session.has_ended = True
         return session
-
-    def _prefix_hashes(self, tokens: Tokens) -> npt.NDArray[np.uint64]:
-        """Return the polynomial hash, modulo 2**64, of every prefix of ``tokens``: uint64[n]. Only
-        prefixes of one length are ever compared. O(n)."""
-        if len(self._powers) < len(tokens):
-            size = max(len(tokens), 2 * len(self._powers))
-            self._powers = np.cumprod(np.full(size, _FACTOR), dtype=np.uint64)
-        return np.cumsum((tokens.astype(np.uint64) + np.uint64(1)) * self._powers[: len(tokens)])
 
     def _drop_name(self, session: Session) -> None:
         if self._by_newest.get(session.newest_id) is session:

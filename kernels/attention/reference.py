@@ -152,28 +152,20 @@ def _prefill_one(
         num_padded = -(-(lead + num_queries) // TILE) * TILE
         behind = num_padded - lead - num_queries
         block = F.pad(block, (0, 0, 0, 0, lead, behind)).transpose(0, 1)
+        # 0 up to each query's position, -inf after it.
+        mask = query.new_zeros(num_padded, key_end)
+        mask[:, key_end - BLOCK :].fill_(-torch.inf).triu_((start - lead) % BLOCK + 1)
         attended = F.scaled_dot_product_attention(
             block[None],
             keys[None, :, :key_end],
             values[None, :, :key_end],
-            attn_mask=_causal_mask(start - lead, num_padded, key_end, query),
+            attn_mask=mask,
             scale=scale,
             enable_gqa=True,
         )[0]
         out[:num_queries] = attended[:, lead : lead + num_queries].transpose(0, 1)
         out = out[num_queries:]
         start += num_queries
-
-
-def _causal_mask(start: int, num_queries: int, num_keys: int, like: torch.Tensor) -> torch.Tensor:
-    """Return ``[num_queries, num_keys]``: 0 up to each query's position, -inf after it.
-
-    Dtype and device are those of ``like``.
-    """
-    mask = like.new_zeros(num_queries, num_keys)
-    last_block = mask[:, num_keys - BLOCK :]
-    last_block.fill_(-torch.inf).triu_(start % BLOCK + 1)
-    return mask
 
 
 def _padded_rows(pool: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:

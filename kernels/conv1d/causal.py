@@ -9,12 +9,14 @@ read a partially replaced one.
 
 from __future__ import annotations
 
+from typing import Unpack
+
 import torch
 import triton
 import triton.language as tl
 
 from kernels.conv1d.reference import check_window
-from kernels.packed import Exports, Packed
+from kernels.packed import ScanInputs, StepInputs
 from kernels.strides import row_stride, rows_contiguous
 from kernels.tuning import tuned
 
@@ -167,12 +169,8 @@ def prefill_conv1d(
     weight: torch.Tensor,
     bias: torch.Tensor | None,
     *,
-    states: torch.Tensor,
-    packed: Packed,
-    slots: torch.Tensor,
-    resumed: torch.Tensor,
-    exports: Exports | None,
     silu: bool = True,
+    **where: Unpack[ScanInputs],
 ) -> torch.Tensor:
     """Convolve packed sequences from the windows in their slots, and store their last windows.
 
@@ -180,14 +178,12 @@ def prefill_conv1d(
 
     - ``x``: ``[T, C]``; the channels of a token are contiguous, with any stride between tokens.
       ``weight``: ``[C, W]``. ``bias``: ``[C]`` or None.
-    - ``states``: ``[S, C, W - 1]``, the windows of one layer; changed in place at ``slots`` and at
-      the exports' slots. A window is contiguous, with any stride between slots.
-    - ``slots``: int32[B]. ``resumed``: bool[B]; False starts from zeros and ignores the slot. The
-      slot of a sequence without tokens is not changed.
+    - ``where``: windows ``[S, C, W - 1]`` and their slots; see `kernels.packed.ScanInputs`.
     - ``silu``: True to apply SiLU to the sums.
 
     Returns ``[T, C]`` in x's dtype.
     """
+    states, packed, exports = where["states"], where["packed"], where["exports"]
     check_window(x, weight, states)
     x = rows_contiguous(x)
     out = x.new_empty(x.shape)
@@ -203,8 +199,8 @@ def prefill_conv1d(
         bias,
         out,
         states,
-        slots,
-        resumed,
+        where["slots"],
+        where["resumed"],
         packed.tables,
         exports.tables if exports else packed.no_exports,
         x.stride(0),
@@ -223,17 +219,15 @@ def decode_conv1d(
     weight: torch.Tensor,
     bias: torch.Tensor | None,
     *,
-    states: torch.Tensor,
-    slots: torch.Tensor,
-    packed: Packed | None = None,
-    step_slots: torch.Tensor | None = None,
     silu: bool = True,
+    **where: Unpack[StepInputs],
 ) -> torch.Tensor:
     """Convolve one token of B sequences, or several with ``packed`` and ``step_slots``.
 
     One launch. See ``reference.decode_conv1d``; layouts are those of `prefill_conv1d`. The number
     of tokens of each sequence is read from ``packed.cu_seqlens``.
     """
+    states, slots, packed = where["states"], where["slots"], where.get("packed")
     check_window(x, weight, states)
     x = rows_contiguous(x)
     out = x.new_empty(x.shape)
@@ -248,7 +242,7 @@ def decode_conv1d(
             out,
             states,
             slots,
-            step_slots,
+            where.get("step_slots"),
             None if packed is None else packed.cu_seqlens,
             x.stride(0),
             row_stride("a window", states),

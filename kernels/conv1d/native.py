@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Unpack
+
 import torch
 
 from kernels.conv1d import reference
 from kernels.conv1d.reference import check_window
 from kernels.native import DTYPES, address, function, has_whole_rows, step_addresses
-from kernels.packed import Exports, Packed
+from kernels.packed import ScanInputs, StepInputs
 
 __all__ = ["decode_conv1d", "prefill_conv1d"]
 
@@ -19,36 +21,25 @@ def prefill_conv1d(
     weight: torch.Tensor,
     bias: torch.Tensor | None,
     *,
-    states: torch.Tensor,
-    packed: Packed,
-    slots: torch.Tensor,
-    resumed: torch.Tensor,
-    exports: Exports | None,
     silu: bool = True,
+    **where: Unpack[ScanInputs],
 ) -> torch.Tensor:
     """Compute ``reference.prefill_conv1d``. A token has the same bits as in `decode_conv1d`."""
+    states, slots = where["states"], where["slots"]
+    packed, exports = where["packed"], where["exports"]
     check_window(x, weight, states)
     if not _is_served(x, weight, bias, states):
-        return reference.prefill_conv1d(
-            x,
-            weight,
-            bias,
-            states=states,
-            packed=packed,
-            slots=slots,
-            resumed=resumed,
-            exports=exports,
-            silu=silu,
-        )
+        return reference.prefill_conv1d(x, weight, bias, silu=silu, **where)
     if x.stride(1) != 1:
         x = x.contiguous()
     ends, export_slots, cu_exports = packed.no_exports if exports is None else exports.tables
     weight, out = weight.contiguous(), x.new_empty(x.shape)
     function(f"prefill_conv1d_{DTYPES[x.dtype]}", "pipppipppppppiiiit")(
         x.data_ptr(), x.stride(0), weight.data_ptr(), address(bias), states.data_ptr(),
-        states.stride(0), slots.data_ptr(), resumed.data_ptr(), packed.cu_seqlens.data_ptr(),
-        ends.data_ptr(), export_slots.data_ptr(), cu_exports.data_ptr(), out.data_ptr(),
-        len(slots), x.shape[1], weight.shape[1], silu, torch.get_num_threads(),
+        states.stride(0), slots.data_ptr(), where["resumed"].data_ptr(),
+        packed.cu_seqlens.data_ptr(), ends.data_ptr(), export_slots.data_ptr(),
+        cu_exports.data_ptr(), out.data_ptr(), len(slots), x.shape[1], weight.shape[1], silu,
+        torch.get_num_threads(),
     )  # fmt: skip
     return out
 
@@ -58,32 +49,21 @@ def decode_conv1d(
     weight: torch.Tensor,
     bias: torch.Tensor | None,
     *,
-    states: torch.Tensor,
-    slots: torch.Tensor,
-    packed: Packed | None = None,
-    step_slots: torch.Tensor | None = None,
     silu: bool = True,
+    **where: Unpack[StepInputs],
 ) -> torch.Tensor:
     """Compute ``reference.decode_conv1d``. Lengths are those of ``packed.cu_seqlens``."""
+    states, slots = where["states"], where["slots"]
     check_window(x, weight, states)
     if not _is_served(x, weight, bias, states):
-        return reference.decode_conv1d(
-            x,
-            weight,
-            bias,
-            states=states,
-            slots=slots,
-            packed=packed,
-            step_slots=step_slots,
-            silu=silu,
-        )
+        return reference.decode_conv1d(x, weight, bias, silu=silu, **where)
     if x.stride(1) != 1:
         x = x.contiguous()
     weight, out = weight.contiguous(), x.new_empty(x.shape)
     function(f"decode_conv1d_{DTYPES[x.dtype]}", "pipppippppiiiiit")(
         x.data_ptr(), x.stride(0), weight.data_ptr(), address(bias),
         states.data_ptr(), states.stride(0), slots.data_ptr(),
-        *step_addresses(slots, packed, step_slots), out.data_ptr(), len(x), len(slots), x.shape[1],
+        *step_addresses(where), out.data_ptr(), len(x), len(slots), x.shape[1],
         weight.shape[1], silu, torch.get_num_threads(),
     )  # fmt: skip
     return out

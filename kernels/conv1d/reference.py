@@ -12,9 +12,11 @@ Source: Mamba (arXiv 2312.00752), section 3.4, where the short convolution prece
 
 from __future__ import annotations
 
+from typing import Unpack
+
 import torch
 
-from kernels.packed import Exports, Packed
+from kernels.packed import ScanInputs, StepInputs
 
 BLOCK = 2**17
 """Number of elements computed at once."""
@@ -25,27 +27,21 @@ def prefill_conv1d(
     weight: torch.Tensor,
     bias: torch.Tensor | None,
     *,
-    states: torch.Tensor,
-    packed: Packed,
-    slots: torch.Tensor,
-    resumed: torch.Tensor,
-    exports: Exports | None,
     silu: bool = True,
+    **where: Unpack[ScanInputs],
 ) -> torch.Tensor:
     """Convolve packed sequences from the windows in their slots, and store their last windows.
 
     - ``x``: ``[T, C]``. ``weight``: ``[C, W]``. ``bias``: ``[C]`` or None.
-    - ``states``: ``[S, C, W - 1]``, the windows of one layer; changed in place at ``slots`` and at
-      the exports' slots.
-    - ``slots``: int32[B]. ``resumed``: bool[B]; False starts from zeros and ignores the slot. The
-      slot of a sequence without tokens is not changed.
+    - ``where``: windows ``[S, C, W - 1]`` and their slots; see `kernels.packed.ScanInputs`.
     - ``silu``: True to apply SiLU to the sums.
 
     Returns ``[T, C]`` in x's dtype.
     """
+    states, slots, packed = where["states"], where["slots"], where["packed"]
     check_window(x, weight, states)
     reach = weight.shape[1] - 1
-    windows = states[slots.long()].masked_fill_(~resumed[:, None, None], 0).mT
+    windows = states[slots.long()].masked_fill_(~where["resumed"][:, None, None], 0).mT
     pieces, starts, start = [], [], 0
     for window, tokens in zip(windows, x.split(packed.lengths), strict=True):
         pieces += [window.to(x.dtype), tokens]
@@ -60,10 +56,18 @@ def prefill_conv1d(
             for s, n in zip(starts, packed.lengths, strict=True)
         ),
     ]
-    out = _convolve(padded, weight, bias, silu, num_rows=max(len(padded) - reach, 0))
+    num_rows, channels = max(len(padded) - reach, 0), len(weight)
+    out = padded.new_empty(num_rows, channels)
+    # A few rows at a time, so that every pass hits the processor's cache.
+    room = max(BLOCK // channels, 1)
+    for begin in range(0, num_rows, room):
+        stop = min(begin + room, num_rows)
+        block = padded[begin : stop + reach].float()
+        taps = [block[w : w + stop - begin] for w in range(reach + 1)]
+        out[begin:stop] = _finish(_taps(taps, weight), bias, silu, torch.float32)
     own = zip(range(len(slots)), packed.lengths, slots.tolist(), strict=True)
     saves = [(sequence, length, slot) for sequence, length, slot in own if length]
-    if exports is not None:
+    if (exports := where["exports"]) is not None:
         saves += zip(exports.sequences, exports.ends, exports.slots, strict=True)
     for sequence, end, slot in saves:
         first = starts[sequence] + end
@@ -76,27 +80,17 @@ def decode_conv1d(
     weight: torch.Tensor,
     bias: torch.Tensor | None,
     *,
-    states: torch.Tensor,
-    slots: torch.Tensor,
-    packed: Packed | None = None,
-    step_slots: torch.Tensor | None = None,
     silu: bool = True,
+    **where: Unpack[StepInputs],
 ) -> torch.Tensor:
-    """Convolve one token of B sequences, ``[B, C]``, and advance the windows in their slots.
+    """Convolve one token of B sequences, or several with ``packed`` and ``step_slots``, and advance
+    the windows ``[S, C, W - 1]`` in their slots; see `kernels.packed.StepInputs`.
 
-    ``states`` ``[S, C, W - 1]``, ``slots`` int32[B], ``weight``, ``bias`` and ``silu`` are as in
-    `prefill_conv1d`.
-
-    With ``packed`` and ``step_slots``, convolve several tokens per sequence, packed ``[T, C]``.
-    Bits are equal to those of one call per token. The windows in ``slots`` are only read. The
-    window after token t is written to slot ``step_slots[t]`` of the same ``states``, int32[T]. No
-    other access to these slots is allowed, except that a sequence of one token may use its own
-    slot.
-
-    Returns ``[B, C]`` or ``[T, C]``.
+    ``weight``, ``bias`` and ``silu`` are as in `prefill_conv1d`. Returns ``[B, C]`` or ``[T, C]``.
     """
+    states, packed, step_slots = where["states"], where.get("packed"), where.get("step_slots")
     check_window(x, weight, states)
-    index = slots.long()
+    index = where["slots"].long()
     if packed is None:
         window = torch.cat([states[index], x[:, :, None].to(states.dtype)], dim=2)  # [B, C, W]
         states[index] = window[:, :, 1:]
@@ -113,26 +107,6 @@ def decode_conv1d(
     taps = [padded[first + w] for w in range(reach + 1)]
     states[step_slots.long()] = torch.stack(taps[1:], dim=2)
     return _finish(_taps(taps, weight), bias, silu, x.dtype)
-
-
-def _convolve(
-    padded: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    silu: bool,
-    *,
-    num_rows: int,
-) -> torch.Tensor:
-    channels, width = weight.shape
-    out = padded.new_empty(num_rows, channels)
-    # A few rows at a time, so that every pass hits the processor's cache.
-    rows = max(BLOCK // channels, 1)
-    for start in range(0, num_rows, rows):
-        end = min(start + rows, num_rows)
-        block = padded[start : end + width - 1].float()
-        taps = [block[w : w + end - start] for w in range(width)]
-        out[start:end] = _finish(_taps(taps, weight), bias, silu, torch.float32)
-    return out
 
 
 def _taps(taps: list[torch.Tensor], weight: torch.Tensor) -> torch.Tensor:

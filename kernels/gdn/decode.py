@@ -3,14 +3,14 @@ over the state (`kernels.recurrence`)."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, Unpack
 
 import torch
 import triton
 import triton.language as tl
 
 from kernels.gdn.gates import compute_gates
-from kernels.packed import Packed
+from kernels.packed import StepInputs
 from kernels.recurrence import decode, decode_kernel
 from kernels.strides import rows_contiguous
 from kernels.tuning import tuned
@@ -80,12 +80,9 @@ def decode_gdn(
     A_log: torch.Tensor,
     dt_bias: torch.Tensor,
     *,
-    states: torch.Tensor,
-    slots: torch.Tensor,
-    packed: Packed | None = None,
-    step_slots: torch.Tensor | None = None,
     scale: float | None = None,
     max_beta: float = 1.0,
+    **where: Unpack[StepInputs],
 ) -> torch.Tensor:
     """Compute one token of B sequences, or several with ``packed`` and ``step_slots``.
 
@@ -101,10 +98,7 @@ def decode_gdn(
         Inputs(*tokens, A_log, dt_bias, max_beta, scale, strides),
         value.new_empty(value.shape),
         num_groups=key.shape[-2],
-        states=states,
-        slots=slots,
-        packed=packed,
-        step_slots=step_slots,
         config={"num_warps": 2}
-        | tuned("gdn.decode_kernel", states.dtype, key.shape[-1], value.shape[-1]),
+        | tuned("gdn.decode_kernel", where["states"].dtype, key.shape[-1], value.shape[-1]),
+        **where,
     )

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Unpack
+
 import torch
 
 from kernels.gdn import reference
 from kernels.gdn.reference import gates
 from kernels.native import DTYPES, fits_states, function, same_stride, scan, step_addresses
-from kernels.packed import Exports, Packed, ScanInputs
+from kernels.packed import ScanInputs, StepInputs
 
 __all__ = ["chunk_gdn", "decode_gdn", "gates"]
 
@@ -19,16 +21,11 @@ def chunk_gdn(
     gate: torch.Tensor,
     beta: torch.Tensor,
     *,
-    states: torch.Tensor,
-    packed: Packed,
-    slots: torch.Tensor,
-    resumed: torch.Tensor,
-    exports: Exports | None,
     scale: float | None = None,
+    **where: Unpack[ScanInputs],
 ) -> torch.Tensor:
     """Compute ``reference.chunk_gdn``. Threads share the work by head and sequence."""
     tokens, factors = (query, key, value), (gate, beta)
-    where = ScanInputs(states=states, packed=packed, slots=slots, resumed=resumed, exports=exports)
     scale = scale or key.shape[-1] ** -0.5
     out = scan("chunk_gdn", tokens, factors, value, key.shape[1], scale, **where)
     return reference.chunk_gdn(*tokens, *factors, scale=scale, **where) if out is None else out
@@ -43,26 +40,15 @@ def decode_gdn(
     A_log: torch.Tensor,
     dt_bias: torch.Tensor,
     *,
-    states: torch.Tensor,
-    slots: torch.Tensor,
-    packed: Packed | None = None,
-    step_slots: torch.Tensor | None = None,
     scale: float | None = None,
     max_beta: float = 1.0,
+    **where: Unpack[StepInputs],
 ) -> torch.Tensor:
     """Compute ``reference.decode_gdn``. Lengths are those of ``packed.cu_seqlens``."""
-    tokens = query, key, value, a, b
+    tokens, states, slots = (query, key, value, a, b), where["states"], where["slots"]
     if not (A_log.dtype is dt_bias.dtype is torch.float32 and fits_states(tokens, states)):
         return reference.decode_gdn(
-            *tokens,
-            A_log,
-            dt_bias,
-            states=states,
-            slots=slots,
-            packed=packed,
-            step_slots=step_slots,
-            scale=scale,
-            max_beta=max_beta,
+            *tokens, A_log, dt_bias, scale=scale, max_beta=max_beta, **where
         )
     query, key, value = same_stride(tokens[:3])
     a, b = same_stride(tokens[3:])
@@ -73,7 +59,7 @@ def decode_gdn(
     function(name, "ppppppppippppiiiiiiiifft")(
         query.data_ptr(), key.data_ptr(), value.data_ptr(), a.data_ptr(), b.data_ptr(),
         A_log.data_ptr(), dt_bias.data_ptr(), states.data_ptr(), states.stride(0),
-        slots.data_ptr(), *step_addresses(slots, packed, step_slots), out.data_ptr(),
+        slots.data_ptr(), *step_addresses(where), out.data_ptr(),
         value.stride(0), a.stride(0), num_rows, len(slots), num_heads, num_value_heads, key_dim,
         value_dim, key_dim**-0.5 if scale is None else scale, max_beta, torch.get_num_threads(),
     )  # fmt: skip

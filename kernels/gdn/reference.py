@@ -24,12 +24,12 @@ Transformers with the Delta Rule (arXiv 2406.06484), section 3.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, Unpack
 
 import torch
 import torch.nn.functional as F
 
-from kernels.packed import Exports, Packed
+from kernels.packed import ScanInputs, StepInputs
 from kernels.tiles import Layout, Tiles, add_products, decays_, decode, lay_out, scan
 
 L2_EPS = 1e-6
@@ -65,31 +65,24 @@ def chunk_gdn(
     gate: torch.Tensor,
     beta: torch.Tensor,
     *,
-    states: torch.Tensor,
-    packed: Packed,
-    slots: torch.Tensor,
-    resumed: torch.Tensor,
-    exports: Exports | None,
     scale: float | None = None,
+    **where: Unpack[ScanInputs],
 ) -> torch.Tensor:
     """Apply the gated delta rule to packed sequences by tiles; store each last state in its slot.
 
     - ``query``, ``key``: ``[T, H, K]``, L2-normalised inside. ``value``: ``[T, HV, V]``, HV a
       multiple of H.
     - ``gate``: ``[T, HV]`` float32 log-decay, at most 0. ``beta``: ``[T, HV]``.
-    - ``states``: ``[S, HV, K, V]`` of any strides, for one layer; changed in place at ``slots`` and
-      at the exports' slots.
-    - ``slots``: int32[B]. ``resumed``: bool[B]; False starts from zeros and ignores the slot. The
-      slot of a sequence without tokens is not changed.
+    - ``where``: see `kernels.packed.ScanInputs`. States are ``[S, HV, K, V]`` of any strides.
     - ``scale``: scale of the query; ``K ** -0.5`` if None.
 
     Returns ``[T, HV, V]`` in value's dtype.
     """
-    layout = lay_out(packed.lengths, packed.tile_size, query.device)
+    layout = lay_out(where["packed"].lengths, where["packed"].tile_size, query.device)
     if not layout.active:
         return torch.empty_like(value)
     tiles = _solve_tiles(query, key, value, gate, beta, layout, scale or key.shape[-1] ** -0.5)
-    new_values, out = scan(tiles, states, packed, layout, slots, resumed, exports)
+    new_values, out = scan(tiles, layout, **where)
     add_products(out, tiles.attention, new_values, value.shape[1])
     return layout.untile(out.view(layout.num_tiles, -1, *out.shape[1:]), value.dtype)
 
@@ -154,24 +147,16 @@ def decode_gdn(
     A_log: torch.Tensor,
     dt_bias: torch.Tensor,
     *,
-    states: torch.Tensor,
-    slots: torch.Tensor,
-    packed: Packed | None = None,
-    step_slots: torch.Tensor | None = None,
     scale: float | None = None,
     max_beta: float = 1.0,
+    **where: Unpack[StepInputs],
 ) -> torch.Tensor:
     """Compute one token of B sequences: gates, normalisation, state update and read-out.
 
     - ``query``, ``key``: ``[B, H, K]``. ``value``: ``[B, HV, V]``. ``a``, ``b``: ``[B, HV]``, see
       `gates`.
-    - ``states``: ``[S, HV, K, V]``, changed in place at ``slots`` int32[B]. ``scale``: ``K **
-      -0.5`` if None. ``max_beta``: as in `gates`.
-    - ``packed``, ``step_slots``: for several tokens per sequence, to verify drafts. Bits
-      are equal to those of one call per token. Tokens are packed, ``[T, ...]``, and the states in
-      ``slots`` are only read. The state after token t is written to slot ``step_slots[t]`` of the
-      same ``states``, int32[T]. No other access to these slots is allowed, except that a sequence
-      of one token may use its own slot.
+    - ``where``: states ``[S, HV, K, V]`` and their slots; see `kernels.packed.StepInputs`.
+    - ``scale``: ``K ** -0.5`` if None. ``max_beta``: as in `gates`.
 
     Returns ``[B, HV, V]``, or ``[T, HV, V]``, in value's dtype. Reads and writes every state once
     per token.
@@ -179,15 +164,7 @@ def decode_gdn(
     gate, beta = gates(a, b, A_log, dt_bias, max_beta=max_beta)
     token = prepare(query, key, value, decays_(gate)[..., None, None], beta, scale)
     out = torch.empty(value.shape, dtype=torch.float32, device=value.device)
-    return decode(
-        write_and_read,
-        token,
-        out,
-        states=states,
-        slots=slots,
-        packed=packed,
-        step_slots=step_slots,
-    ).to(value.dtype)
+    return decode(write_and_read, token, out, **where).to(value.dtype)
 
 
 def normalise(x: torch.Tensor, scale: float) -> torch.Tensor:

@@ -5,13 +5,15 @@ As `kernels.gdn.decode`, with a decay vector over the rows of the state.
 
 from __future__ import annotations
 
+from typing import Unpack
+
 import torch
 import triton
 import triton.language as tl
 
 from kernels.gdn.decode import Inputs, write_and_read
 from kernels.gdn.gates import compute_gates
-from kernels.packed import Packed
+from kernels.packed import StepInputs
 from kernels.recurrence import decode
 from kernels.strides import rows_contiguous
 
@@ -46,11 +48,8 @@ def decode_kda(
     A_log: torch.Tensor,
     dt_bias: torch.Tensor,
     *,
-    states: torch.Tensor,
-    slots: torch.Tensor,
-    packed: Packed | None = None,
-    step_slots: torch.Tensor | None = None,
     scale: float | None = None,
+    **where: Unpack[StepInputs],
 ) -> torch.Tensor:
     """Compute one token of B sequences, or several with ``packed`` and ``step_slots``.
 
@@ -65,9 +64,6 @@ def decode_kda(
         Inputs(*tokens, A_log, dt_bias, 1.0, scale or key.shape[-1] ** -0.5, strides),
         value.new_empty(value.shape),
         num_groups=key.shape[-2],
-        states=states,
-        slots=slots,
-        packed=packed,
-        step_slots=step_slots,
         config={"num_warps": 2},
+        **where,
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Unpack
+
 import torch
 
 from kernels.kda import reference
@@ -15,7 +17,7 @@ from kernels.native import (
     step_addresses,
     whole_rows,
 )
-from kernels.packed import Exports, Packed, ScanInputs
+from kernels.packed import ScanInputs, StepInputs
 
 __all__ = ["chunk_kda", "decode_kda", "gates"]
 
@@ -27,16 +29,11 @@ def chunk_kda(
     gate: torch.Tensor,
     beta: torch.Tensor,
     *,
-    states: torch.Tensor,
-    packed: Packed,
-    slots: torch.Tensor,
-    resumed: torch.Tensor,
-    exports: Exports | None,
     scale: float | None = None,
+    **where: Unpack[ScanInputs],
 ) -> torch.Tensor:
     """Compute ``reference.chunk_kda``. Threads share the work by head and sequence."""
     tokens, factors = (query, key, value), (gate, beta)
-    where = ScanInputs(states=states, packed=packed, slots=slots, resumed=resumed, exports=exports)
     scale = scale or key.shape[-1] ** -0.5
     out = scan("chunk_kda", tokens, factors, value, key.shape[1], scale, **where)
     return reference.chunk_kda(*tokens, *factors, scale=scale, **where) if out is None else out
@@ -51,32 +48,20 @@ def decode_kda(
     A_log: torch.Tensor,
     dt_bias: torch.Tensor,
     *,
-    states: torch.Tensor,
-    slots: torch.Tensor,
-    packed: Packed | None = None,
-    step_slots: torch.Tensor | None = None,
     scale: float | None = None,
+    **where: Unpack[StepInputs],
 ) -> torch.Tensor:
     """Compute ``reference.decode_kda``. Lengths are those of ``packed.cu_seqlens``."""
-    tokens = query, key, value, a, b
+    tokens, states, slots = (query, key, value, a, b), where["states"], where["slots"]
     if not (A_log.dtype is dt_bias.dtype is torch.float32 and fits_states(tokens, states)):
-        return reference.decode_kda(
-            *tokens,
-            A_log,
-            dt_bias,
-            states=states,
-            slots=slots,
-            packed=packed,
-            step_slots=step_slots,
-            scale=scale,
-        )
+        return reference.decode_kda(*tokens, A_log, dt_bias, scale=scale, **where)
     query, key, value = same_stride(tokens[:3])
     a, b, dt_bias = whole_rows(a), whole_rows(b), dt_bias.contiguous()
     out = torch.empty(value.shape, dtype=value.dtype)
     function(f"decode_kda_{DTYPES[query.dtype]}_{DTYPES[states.dtype]}", "ppppppppippppiiiiiiiift")(
         query.data_ptr(), key.data_ptr(), value.data_ptr(), a.data_ptr(), b.data_ptr(),
         A_log.data_ptr(), dt_bias.data_ptr(), states.data_ptr(), states.stride(0),
-        slots.data_ptr(), *step_addresses(slots, packed, step_slots), out.data_ptr(),
+        slots.data_ptr(), *step_addresses(where), out.data_ptr(),
         value.stride(0), a.stride(0), b.stride(0), len(value), len(slots), *states.shape[1:],
         states.shape[2] ** -0.5 if scale is None else scale, torch.get_num_threads(),
     )  # fmt: skip

@@ -33,11 +33,13 @@ Source: Kimi Linear (arXiv 2510.26692), section 3.
 
 from __future__ import annotations
 
+from typing import Unpack
+
 import torch
 import torch.nn.functional as F
 
 from kernels.gdn.reference import normalise, prepare, write_and_read
-from kernels.packed import Exports, Packed
+from kernels.packed import ScanInputs, StepInputs
 from kernels.tiles import Layout, Tiles, add_products, decays_, decode, groups, lay_out, scan
 
 
@@ -64,31 +66,24 @@ def chunk_kda(
     gate: torch.Tensor,
     beta: torch.Tensor,
     *,
-    states: torch.Tensor,
-    packed: Packed,
-    slots: torch.Tensor,
-    resumed: torch.Tensor,
-    exports: Exports | None,
     scale: float | None = None,
+    **where: Unpack[ScanInputs],
 ) -> torch.Tensor:
     """Compute Kimi Delta Attention over packed sequences by tiles; store each last state in its
     slot.
 
     - ``query``, ``key``: ``[T, H, K]``, L2-normalised inside. ``value``: ``[T, H, V]``.
     - ``gate``: ``[T, H, K]`` float32 log-decay, at most 0. ``beta``: ``[T, H]``.
-    - ``states``: ``[S, H, K, V]`` of any strides, for one layer; changed in place at ``slots`` and
-      at the exports' slots.
-    - ``slots``: int32[B]. ``resumed``: bool[B]; False starts from zeros and ignores the slot. The
-      slot of a sequence without tokens is not changed.
+    - ``where``: see `kernels.packed.ScanInputs`. States are ``[S, H, K, V]`` of any strides.
     - ``scale``: scale of the query; ``K ** -0.5`` if None.
 
     Returns ``[T, H, V]`` in value's dtype.
     """
-    layout = lay_out(packed.lengths, packed.tile_size, query.device)
+    layout = lay_out(where["packed"].lengths, where["packed"].tile_size, query.device)
     if not layout.active:
         return torch.empty_like(value)
     tiles = _solve_tiles(query, key, value, gate, beta, layout, scale or key.shape[-1] ** -0.5)
-    new_values, out = scan(tiles, states, packed, layout, slots, resumed, exports)
+    new_values, out = scan(tiles, layout, **where)
     add_products(out, tiles.attention, new_values, value.shape[1])
     return layout.untile(out.view(layout.num_tiles, -1, *out.shape[1:]), value.dtype)
 
@@ -190,19 +185,15 @@ def decode_kda(
     A_log: torch.Tensor,
     dt_bias: torch.Tensor,
     *,
-    states: torch.Tensor,
-    slots: torch.Tensor,
-    packed: Packed | None = None,
-    step_slots: torch.Tensor | None = None,
     scale: float | None = None,
+    **where: Unpack[StepInputs],
 ) -> torch.Tensor:
     """Compute one token of B sequences: gates, normalisation, state update and read-out.
 
     - ``query``, ``key``: ``[B, H, K]``. ``value``: ``[B, H, V]``. ``a``: ``[B, H, K]``, ``b``:
       ``[B, H]``, see `gates`.
-    - ``states``: ``[S, H, K, V]``, changed in place at ``slots`` int32[B]. ``scale``: ``K ** -0.5``
-      if None.
-    - ``packed``, ``step_slots``: for several tokens per sequence, as in `decode_gdn`.
+    - ``where``: states ``[S, H, K, V]`` and their slots; see `kernels.packed.StepInputs`.
+    - ``scale``: ``K ** -0.5`` if None.
 
     Returns ``[B, H, V]``, or ``[T, H, V]``, in value's dtype. Reads and writes every state once per
     token.
@@ -210,15 +201,7 @@ def decode_kda(
     gate, beta = gates(a, b, A_log, dt_bias)
     token = prepare(query, key, value, decays_(gate)[..., None], beta, scale)
     out = torch.empty(value.shape, dtype=torch.float32, device=value.device)
-    return decode(
-        write_and_read,
-        token,
-        out,
-        states=states,
-        slots=slots,
-        packed=packed,
-        step_slots=step_slots,
-    ).to(value.dtype)
+    return decode(write_and_read, token, out, **where).to(value.dtype)
 
 
 def _new(like: torch.Tensor, *shape: int) -> torch.Tensor:

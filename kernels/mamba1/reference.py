@@ -17,11 +17,13 @@ Source: Mamba (arXiv 2312.00752), section 3.
 
 from __future__ import annotations
 
+from typing import Unpack
+
 import torch
 import torch.nn.functional as F
 
-from kernels.packed import Exports, Packed
-from kernels.tiles import decays_, lay_out, saves_by_tile, steps
+from kernels.packed import ScanInputs, StepInputs
+from kernels.tiles import carry, decays_, lay_out, save, steps
 
 BLOCK = 2**19
 """Number of decays computed at once, so that they fit into the processor's cache."""
@@ -43,33 +45,21 @@ def chunk_mamba1(
     step: torch.Tensor,
     A: torch.Tensor,
     D: torch.Tensor,
-    *,
-    states: torch.Tensor,
-    packed: Packed,
-    slots: torch.Tensor,
-    resumed: torch.Tensor,
-    exports: Exports | None,
+    **where: Unpack[ScanInputs],
 ) -> torch.Tensor:
     """Scan packed sequences, and store each sequence's last state in its slot.
 
     - ``x``: ``[T, V]``. ``B``, ``C``: ``[T, K]``. ``step``: float32 ``[T, V]``, see `time_steps`.
     - ``A``: float32 ``[K, V]``, ``-exp(A_log)`` transposed. ``D``: ``[V]``.
-    - ``states``: ``[S, K, V]`` of any strides, for one layer; changed in place at ``slots`` and at
-      the exports' slots.
-    - ``slots``: int32[B]. ``resumed``: bool[B]; False starts from zeros and ignores the slot. The
-      slot of a sequence without tokens is not changed.
+    - ``where``: see `kernels.packed.ScanInputs`. States are ``[S, K, V]`` of any strides.
 
     Returns ``[T, V]`` in x's dtype. O(T K V).
     """
+    packed, states = where["packed"], where["states"]
     layout = lay_out(packed.lengths, packed.tile_size, x.device)
     if not layout.active:
         return torch.empty_like(x)
-    order = [b for b in layout.order if packed.lengths[b]]
-    index = slots.long()[order]
-    carried = states[index].float()
-    carried[~resumed[order]] = 0.0
-    saves = saves_by_tile(packed, exports)
-
+    order, index, carried, saves = carry(layout, **where)
     # [num_tiles, tile_size, V or K]; padding has step 0, so it changes no state
     inputs = [layout.tile_factor(part[:, None])[:, 0] for part in (x, B, C, step)]
     out = torch.empty_like(inputs[0])
@@ -82,11 +72,7 @@ def chunk_mamba1(
         for begin in range(0, packed.tile_size, num_rows):
             rows = slice(begin, begin + num_rows)
             out[tiles, rows] = _advance(state, *(part[tiles, rows] for part in inputs), A)
-        if states.dtype != torch.float32:
-            state.copy_(state.to(states.dtype))
-        for position, sequence in enumerate(order[:num_active]):
-            for slot in saves.get((sequence, number), ()):
-                states[slot].copy_(state[position])
+        save(states, state, [saves.get((one, number), ()) for one in order[:num_active]])
     states[index] = carried.to(states.dtype)
     out.add_(inputs[0] * D.float())
     return layout.untile(out[:, None], x.dtype)[:, 0]
@@ -100,28 +86,25 @@ def decode_mamba1(
     A: torch.Tensor,
     dt_bias: torch.Tensor,
     D: torch.Tensor,
-    *,
-    states: torch.Tensor,
-    slots: torch.Tensor,
-    packed: Packed | None = None,
-    step_slots: torch.Tensor | None = None,
+    **where: Unpack[StepInputs],
 ) -> torch.Tensor:
     """Compute one token of B sequences: time step, update of the state in each slot, read-out.
 
     - ``x``, ``dt``: ``[B, V]``. ``B``, ``C``: ``[B, K]``. ``A``, ``D``: as in `chunk_mamba1`.
-    - ``states``: ``[S, K, V]``, changed in place at ``slots`` int32[B].
-    - ``packed``, ``step_slots``: for several tokens per sequence, as in `decode_mamba2`.
+    - ``where``: states ``[S, K, V]`` and their slots; see `kernels.packed.StepInputs`.
 
     Returns ``[B, V]``, or ``[T, V]``, in x's dtype.
     """
     values = x.float()
     tokens = [part[:, None] for part in (values, B.float(), C.float(), time_steps(dt, dt_bias))]
+    states, slots, packed = where["states"], where["slots"], where.get("packed")
     if packed is None:
         index = slots.long()
         state = states[index].float()
         out = _advance(state, *tokens, A)[:, 0]
         states[index] = state.to(states.dtype)
     else:
+        step_slots = where.get("step_slots")
         assert step_slots is not None, "several tokens per sequence need slots for their states"
         out = torch.empty_like(values)
         for rows, state in steps(states, packed, slots, step_slots):

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, Unpack
 
 import torch
 import triton
@@ -11,7 +11,7 @@ import triton.language as tl
 
 from kernels.mamba2.gates import compute_gates
 from kernels.mamba2.reference import NO_LIMITS
-from kernels.packed import Packed
+from kernels.packed import StepInputs
 from kernels.recurrence import decode, decode_kernel
 from kernels.strides import rows_contiguous
 from kernels.tuning import tuned
@@ -68,11 +68,8 @@ def decode_mamba2(
     dt_bias: torch.Tensor,
     D: torch.Tensor,
     *,
-    states: torch.Tensor,
-    slots: torch.Tensor,
-    packed: Packed | None = None,
-    step_slots: torch.Tensor | None = None,
     limits: tuple[float, float] = NO_LIMITS,
+    **where: Unpack[StepInputs],
 ) -> torch.Tensor:
     """Compute one token of B sequences, or several with ``packed`` and ``step_slots``.
 
@@ -88,10 +85,7 @@ def decode_mamba2(
         Inputs(*tokens, A_log, dt_bias, D, *(float(limit) for limit in limits), strides),
         x.new_empty(x.shape),
         num_groups=B.shape[-2],
-        states=states,
-        slots=slots,
-        packed=packed,
-        step_slots=step_slots,
         config={"num_warps": 2 if key_dim <= 128 else 4}
-        | tuned("mamba2.decode_kernel", states.dtype, key_dim, value_dim),
+        | tuned("mamba2.decode_kernel", where["states"].dtype, key_dim, value_dim),
+        **where,
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Unpack
+
 import torch
 
 from kernels.mamba2 import reference
@@ -15,7 +17,7 @@ from kernels.native import (
     step_addresses,
     whole_rows,
 )
-from kernels.packed import Exports, Packed, ScanInputs
+from kernels.packed import ScanInputs, StepInputs
 
 __all__ = ["chunk_mamba2", "decode_mamba2", "gates"]
 
@@ -27,16 +29,10 @@ def chunk_mamba2(
     gate: torch.Tensor,
     step: torch.Tensor,
     D: torch.Tensor,
-    *,
-    states: torch.Tensor,
-    packed: Packed,
-    slots: torch.Tensor,
-    resumed: torch.Tensor,
-    exports: Exports | None,
+    **where: Unpack[ScanInputs],
 ) -> torch.Tensor:
     """Compute ``reference.chunk_mamba2``. Threads share the work by head and sequence."""
     tokens, factors = (x, B, C), (gate, step, D)
-    where = ScanInputs(states=states, packed=packed, slots=slots, resumed=resumed, exports=exports)
     out = scan("chunk_mamba2", tokens, factors, x, B.shape[1], **where)
     return reference.chunk_mamba2(*tokens, *factors, **where) if out is None else out
 
@@ -50,35 +46,21 @@ def decode_mamba2(
     dt_bias: torch.Tensor,
     D: torch.Tensor,
     *,
-    states: torch.Tensor,
-    slots: torch.Tensor,
-    packed: Packed | None = None,
-    step_slots: torch.Tensor | None = None,
     limits: tuple[float, float] = NO_LIMITS,
+    **where: Unpack[StepInputs],
 ) -> torch.Tensor:
     """Compute ``reference.decode_mamba2``. Lengths are those of ``packed.cu_seqlens``."""
-    parameters = A_log, dt_bias, D
+    parameters, states, slots = (A_log, dt_bias, D), where["states"], where["slots"]
     plain = all(part.dtype is torch.float32 for part in parameters)
     if not (plain and fits_states((x, B, C, dt), states)):
-        return reference.decode_mamba2(
-            x,
-            B,
-            C,
-            dt,
-            *parameters,
-            states=states,
-            slots=slots,
-            packed=packed,
-            step_slots=step_slots,
-            limits=limits,
-        )
+        return reference.decode_mamba2(x, B, C, dt, *parameters, limits=limits, **where)
     x, B, C = same_stride((x, B, C))
     dt, out = whole_rows(dt), torch.empty(x.shape, dtype=x.dtype)
     name = f"decode_mamba2_{DTYPES[x.dtype]}_{DTYPES[states.dtype]}"
     function(name, "ppppppppippppiiiiiiiifft")(
         x.data_ptr(), B.data_ptr(), C.data_ptr(), dt.data_ptr(), A_log.data_ptr(),
         dt_bias.data_ptr(), D.data_ptr(), states.data_ptr(), states.stride(0), slots.data_ptr(),
-        *step_addresses(slots, packed, step_slots), out.data_ptr(), x.stride(0), dt.stride(0),
+        *step_addresses(where), out.data_ptr(), x.stride(0), dt.stride(0),
         len(x), len(slots), B.shape[1], *states.shape[1:], *limits, torch.get_num_threads(),
     )  # fmt: skip
     return out

@@ -23,13 +23,13 @@ Source: Transformers are SSMs (arXiv 2405.21060), sections 6 and 7.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import NamedTuple, Unpack
 
 import torch
 import torch.nn.functional as F
 
-from kernels.packed import Exports, Packed
-from kernels.tiles import Layout, decays_, decode, groups, lay_out, saves_by_tile
+from kernels.packed import ScanInputs, StepInputs
+from kernels.tiles import Layout, carry, decays_, decode, groups, lay_out, save
 
 NO_LIMITS = (0.0, float("inf"))
 BLOCK = 2**18
@@ -63,34 +63,21 @@ def chunk_mamba2(
     gate: torch.Tensor,
     step: torch.Tensor,
     D: torch.Tensor,
-    *,
-    states: torch.Tensor,
-    packed: Packed,
-    slots: torch.Tensor,
-    resumed: torch.Tensor,
-    exports: Exports | None,
+    **where: Unpack[ScanInputs],
 ) -> torch.Tensor:
     """Compute Mamba-2 over packed sequences by tiles; store each last state in its slot.
 
     - ``x``: ``[T, HV, V]``. ``B``, ``C``: ``[T, H, K]``, HV a multiple of H.
     - ``gate``: ``[T, HV]`` float32 log-decay, at most 0. ``step``: ``[T, HV]``, see `gates`.
       ``D``: ``[HV]``.
-    - ``states``: ``[S, HV, K, V]`` of any strides, for one layer; changed in place at ``slots`` and
-      at the exports' slots.
-    - ``slots``: int32[B]. ``resumed``: bool[B]; False starts from zeros and ignores the slot. The
-      slot of a sequence without tokens is not changed.
+    - ``where``: see `kernels.packed.ScanInputs`. States are ``[S, HV, K, V]`` of any strides.
 
     Returns ``[T, HV, V]`` in x's dtype.
     """
-    layout = lay_out(packed.lengths, packed.tile_size, x.device)
+    layout = lay_out(where["packed"].lengths, where["packed"].tile_size, x.device)
     if not layout.active:
         return torch.empty_like(x)
-    order = [b for b in layout.order if packed.lengths[b]]
-    index = slots.long()[order]
-    carried = states[index].float()
-    carried[~resumed[order]] = 0.0
-    saves = saves_by_tile(packed, exports)
-
+    states, (order, index, carried, saves) = where["states"], carry(layout, **where)
     inputs = _tile(x, B, C, gate, step, layout)
     out = torch.empty_like(inputs.x)
     heads = x.shape[1]
@@ -108,11 +95,7 @@ def chunk_mamba2(
                 first += 1
                 read[span].baddbmm_(tiles.reader[span], one)
                 one.mul_(tiles.decay[span]).baddbmm_(tiles.writer[span].mT, values[span])
-            if states.dtype != torch.float32:
-                state.copy_(state.to(states.dtype))
-            for position, sequence in enumerate(order[:num_active]):
-                for slot in saves.get((sequence, number), ()):
-                    states[slot].copy_(state[position])
+            save(states, state, [saves.get((one, number), ()) for one in order[:num_active]])
     states[index] = carried.to(states.dtype)
     return layout.untile(out, x.dtype)
 
@@ -201,21 +184,13 @@ def decode_mamba2(
     dt_bias: torch.Tensor,
     D: torch.Tensor,
     *,
-    states: torch.Tensor,
-    slots: torch.Tensor,
-    packed: Packed | None = None,
-    step_slots: torch.Tensor | None = None,
     limits: tuple[float, float] = NO_LIMITS,
+    **where: Unpack[StepInputs],
 ) -> torch.Tensor:
     """Compute one token of B sequences: gates, update of the state in each slot, read-out.
 
     - ``x``: ``[B, HV, V]``. ``B``, ``C``: ``[B, H, K]``. ``dt``: ``[B, HV]``, see `gates`.
-    - ``states``: ``[S, HV, K, V]``, changed in place at ``slots`` int32[B].
-    - ``packed``, ``step_slots``: for several tokens per sequence, to verify drafts. Bits
-      are equal to those of one call per token. Tokens are packed, ``[T, ...]``, and the states in
-      ``slots`` are only read. The state after token t is written to slot ``step_slots[t]`` of the
-      same ``states``, int32[T]. No other access to these slots is allowed, except that a sequence
-      of one token may use its own slot.
+    - ``where``: states ``[S, HV, K, V]`` and their slots; see `kernels.packed.StepInputs`.
 
     Returns ``[B, HV, V]``, or ``[T, HV, V]``, in x's dtype. Reads and writes every state once per
     token.
@@ -230,9 +205,7 @@ def decode_mamba2(
         values * D.float()[:, None],
     )
     out = torch.empty_like(values)
-    return decode(
-        _advance, token, out, states=states, slots=slots, packed=packed, step_slots=step_slots
-    ).to(x.dtype)
+    return decode(_advance, token, out, **where).to(x.dtype)
 
 
 def _by_head(x: torch.Tensor, group: int) -> torch.Tensor:
