@@ -59,18 +59,22 @@ class Watch:
 
         O(changes + requests), and four times a second O(slabs).
         """
+        engine, going = self._engine, {}
         records = self._recorder.take()
         records += self._ended
         self._ended = []
-        going = {}
-        for request in self._engine.requests:
+        for request in engine.requests:
             state = _progress(request)
             going[request.request_id] = state
             if self._shown.get(request.request_id) != state:
                 records.append(_request_record(request, state))
         self._shown = going
         records += self._pool_changes()
-        return [self._time(), *records] if records else []
+        if not records:
+            return []
+        by_namespace, others = engine.cache.stats.by_namespace.values(), engine.cache.stats.others
+        counted = sum(usage.requests for usage in by_namespace) + others.requests
+        return [["time", round(engine.clock(), 4), counted], *records]
 
     def node(self, id_: int) -> JsonObject | None:
         """Return details of one node, or None if it is not resident. O(path).
@@ -96,12 +100,6 @@ class Watch:
             "recompute_tokens": item.span,
             "slabs": [] if arena is None else sorted(set((rows // arena.slab_rows).tolist())),
         }
-
-    def _time(self) -> Record:
-        engine = self._engine
-        stats = engine.cache.stats
-        counted = sum(usage.requests for usage in stats.by_namespace.values())
-        return ["time", round(engine.clock(), 4), counted + stats.others.requests]
 
     def _meta(self) -> JsonObject:
         engine = self._engine

@@ -215,16 +215,12 @@ def sources(held_out: bool) -> Iterator[str]:
         if not any(part in f"/{path.relative_to(root).as_posix()}" for part in EXCLUDED)
     )
     for name in sorted(paths, key=_digest):
-        if is_held_out(name) != held_out:
+        # Modules that were excluded from training depend only on their names.
+        if (int(_digest(name)[:8], 16) % HELD_OUT == 0) != held_out:
             continue
         text = (root / name).read_text(encoding="utf-8", errors="replace")
         if len(text) <= MAX_BYTES:
             yield f"# {name}\n{text}<|endoftext|>"
-
-
-def is_held_out(name: str) -> bool:
-    """Return True if a module was excluded from training. Depends only on its name."""
-    return int(_digest(name)[:8], 16) % HELD_OUT == 0
 
 
 def _digest(name: str) -> str:

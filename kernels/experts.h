@@ -107,3 +107,14 @@ static void sum_experts(
             y + r * y_stride, y_stride, threads);
     }
 }
+
+// An exported mixture of experts with this kind.
+#define EXPERTS(NAME, T, ...)                                                                     \
+    EXPORT void experts_##NAME(                                                                   \
+        const T* x, int64_t stride, int64_t rows, const float* weights, const int32_t* experts,   \
+        int64_t k, const __VA_ARGS__::Weight* up, const __VA_ARGS__::Weight* down, int64_t count, \
+        int64_t is_gated, T* y, int64_t y_stride, int threads) {                                  \
+        sum_experts<__VA_ARGS__>(                                                                 \
+            x, stride, rows, weights, experts, k, up, down, count, is_gated, y, y_stride,         \
+            threads);                                                                             \
+    }

@@ -148,7 +148,7 @@ class StepInputs(TypedDict):
     states: torch.Tensor
     """As in ``ScanInputs``; changed in place at ``slots``, or with ``packed`` at ``step_slots``."""
     slots: torch.Tensor
-    """int32[B]"""
+    """int32[B]."""
     packed: NotRequired[Packed | None]
     """None for one token per sequence, ``[B, ...]``; else tokens are packed, ``[T, ...]``."""
     step_slots: NotRequired[torch.Tensor | None]

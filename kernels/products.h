@@ -285,4 +285,21 @@ static int64_t steps_of(int64_t count) {
     return (count + unit - 1) / unit * M::STEPS;
 }
 
+#ifdef __AVX512BF16__
+#define OF_PAIRS(DEFINE) DEFINE(bfloat16_pairs, BFloat16, Pairs)
+#else
+#define OF_PAIRS(DEFINE)
+#endif
+#ifdef HAS_AMX
+#define OF_AMX(DEFINE) DEFINE(bfloat16_amx, BFloat16, TilePairs<AmxTiles>)
+#else
+#define OF_AMX(DEFINE)
+#endif
+
+// DEFINE(name, dtype, method) for each method that this compiler has.
+#define EACH_METHOD(DEFINE)                                                                       \
+    DEFINE(float32_lanes, float, Singles)                                                         \
+    DEFINE(bfloat16_lanes, BFloat16, Singles)                                                     \
+    DEFINE(bfloat16_plain_tiles, BFloat16, TilePairs<PlainTiles>) OF_PAIRS(DEFINE) OF_AMX(DEFINE)
+
 #endif

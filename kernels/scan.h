@@ -198,4 +198,24 @@ static inline Lanes up_to(int64_t r, int64_t first, Lanes x) {
     return choose(PLACES <= int32_t(r - first), x, Lanes{});
 }
 
+// Parameters of an exported scan after its inputs, and the walk that they describe.
+#define SCAN_PARAMETERS(T)                                                                        \
+    void *states, int64_t is_narrow, int64_t slot_stride, const int32_t *slots,                   \
+    const bool *resumed, const int32_t *cu_seqlens, const int32_t *ends,                          \
+    const int32_t *export_slots, const int32_t *cu_exports, T *out, int64_t stride,               \
+    int64_t tile_size, int64_t sequences, int64_t H, int64_t HV, int64_t K, int64_t V
+#define WALK                                                                                      \
+    Walk{states, is_narrow,    slot_stride, K * V,   slots,    cu_seqlens,                        \
+         ends,   export_slots, cu_exports,  resumed, tile_size}
+
+// An exported scan of a delta rule.
+#define DELTA_SCAN(NAME, T, ...)                                                                  \
+    EXPORT void NAME(                                                                             \
+        const T* query, const T* key, const T* value, const float* gate, const float* beta,       \
+        SCAN_PARAMETERS(T), float scale, int threads) {                                           \
+        chunk<__VA_ARGS__>(                                                                       \
+            query, key, value, gate, beta, WALK, out, sequences, {stride, H, HV, K, V}, scale,    \
+            threads);                                                                             \
+    }
+
 #endif

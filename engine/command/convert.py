@@ -137,6 +137,7 @@ def _decide(piece: FilePiece, scheme: Written, defaults: Names, ignored: Names) 
     if not is_matrix or OTHER_KINDS.fullmatch(piece.module):
         is_stacked = len(shape) == 3 and shape[1] > 1 and ".visual." not in piece.name
         return replace(piece, reason="stacked under one name") if is_stacked else piece
+    block = scheme.block if isinstance(scheme, EightBitScheme) else (None, scheme.grouped.group)
     reason = ""
     if ignored.has(piece.module):
         reason = IGNORED
@@ -144,13 +145,9 @@ def _decide(piece: FilePiece, scheme: Written, defaults: Names, ignored: Names) 
         reason = "few numbers with a large effect"
     elif piece.source.dtype not in FULL_DTYPES:
         reason = f"{dtype_name(piece.source.dtype)} already"
-    elif any(size and n % size for n, size in zip(shape, _block(scheme), strict=True)):
+    elif any(size and n % size for n, size in zip(shape, block, strict=True)):
         reason = "not whole blocks"  # which other readers misinterpret
     return replace(piece, scheme=None if reason else scheme, reason=reason)
-
-
-def _block(scheme: Written) -> tuple[int | None, int | None]:
-    return scheme.block if isinstance(scheme, EightBitScheme) else (None, scheme.grouped.group)
 
 
 SCHEMES: dict[Precision, Written] = {
@@ -195,7 +192,10 @@ def convert(source: Path, target: Path, to: Precision, ignore: Sequence[str] = (
     try:
         partial.mkdir(parents=True)
         num_files = _write(pieces, partial)
-        _copy_rest(source, partial)
+        for path in sorted(source.iterdir()):  # The tokenizer, templates and others.
+            is_replaced = path.name == "config.json" or path.name.endswith(WEIGHT_SUFFIXES)
+            if path.is_file() and not is_replaced:
+                shutil.copyfile(path, partial / path.name)
         section = _section(pieces, scheme)
         text = json.dumps(config | {"quantization_config": section}, indent=2)
         (partial / "config.json").write_text(text + "\n", encoding="utf-8")
@@ -278,14 +278,6 @@ def quantize_blocks(
     grid = weight.float().view(-1, rows, weight.shape[1] // columns, columns).transpose(1, 2)
     stored, scale = quantize(grid.flatten(2), scheme.kind)
     return stored.view(grid.shape).transpose(1, 2).reshape(weight.shape), scale
-
-
-def _copy_rest(source: Path, target: Path) -> None:
-    """Copy all files except weights and config.json: tokenizer, templates and others."""
-    for path in sorted(source.iterdir()):
-        is_replaced = path.name == "config.json" or path.name.endswith(WEIGHT_SUFFIXES)
-        if path.is_file() and not is_replaced:
-            shutil.copyfile(path, target / path.name)
 
 
 def _section(pieces: Sequence[FilePiece], scheme: Written) -> dict[str, Any]:

@@ -29,6 +29,7 @@ from engine.layers.blocks import (
 )
 from engine.layers.experts import SigmoidRouter
 from engine.layers.prediction import PredictionHead
+from engine.layers.recurrent import Mamba2
 from engine.layers.rotary import read_rope
 from engine.weights.model_config import (
     ModelConfig,
@@ -41,7 +42,7 @@ from engine.weights.model_config import (
 from engine.weights.parameters import Build, Layer, Parameter
 from engine.weights.products import Embedding, Head
 from hybridcache.geometry.config_format import Config
-from hybridcache.geometry.mixers import AttentionSizes
+from hybridcache.geometry.mixers import AttentionSizes, MambaSizes
 from hybridcache.geometry.sizes import (
     ExpertsSizes,
     LayerSizes,
@@ -170,6 +171,14 @@ class Decoder(ABC):
         config = self.config
         own = {"bias": config.attention_bias, "rotates": config.rope is not None}
         return Attention(name, config.hidden_size, sizes, self.build, **(own | options))
+
+    def mamba2(self, name: str, sizes: MambaSizes, bias: bool, **options: Any) -> Mamba2:
+        """Return Mamba-2 with the config's norm and limits, ``bias`` in both products, and further
+        ``options``."""
+        config = self.config
+        own: dict[str, Any] = {"eps": config.norm_eps, "limits": config.time_limits}
+        own |= {"bias": bias, "output_bias": bias, **options}
+        return Mamba2(name, config.hidden_size, sizes, self.build, **own)
 
     def head_norms(self, name: str, sizes: AttentionSizes) -> tuple[RMSNorm, RMSNorm]:
         """Return the norms over each head of queries and keys."""

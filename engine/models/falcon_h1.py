@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from engine.layers.blocks import MLP, FeedForwardStep, Mixer, MixerStep, Parallel
-from engine.layers.recurrent import Mamba2
 from engine.models.decoder import Decoder, Step
 from engine.weights.model_config import ModelConfig, ModelError
 from hybridcache.geometry.config_format import Config
@@ -67,15 +66,12 @@ class FalconH1(Decoder):
             scale = own["key_multiplier"] * sizes.head_dim**-0.5
             return self.attention(f"{name}.self_attn", sizes, scale=scale)
         assert isinstance(sizes, MambaSizes)
-        return Mamba2(
+        return self.mamba2(
             f"{name}.mamba",
-            config.hidden_size,
             sizes,
-            self.build,
+            own["mamba_proj_bias"],
             eps=config.norm_eps if own["mamba_rms_norm"] else None,
             gate_first=not own["mamba_norm_before_gate"],
-            limits=config.time_limits,
-            bias=own["mamba_proj_bias"],
             output_bias=own["projectors_bias"],
             conv_bias=own["mamba_conv_bias"],
             multipliers=tuple(own["ssm_multipliers"]),

@@ -9,7 +9,6 @@ from dataclasses import replace
 
 from engine.layers.blocks import MLP, FeedForward, Mixer
 from engine.layers.experts import RoutedExperts, Router
-from engine.layers.recurrent import Mamba2
 from engine.layers.rotary import read_rope
 from engine.models.decoder import Decoder
 from engine.weights.model_config import ModelConfig, mixer_of, read_settings
@@ -42,21 +41,12 @@ class GraniteMoeHybrid(Decoder):
         )
 
     def mixer(self, name: str, sizes: MixerSizes) -> Mixer:
-        config, own = self.config, self.config.own
+        own = self.config.own
         if isinstance(sizes, AttentionSizes):
             return self.attention(f"{name}.self_attn", sizes, scale=own["attention_multiplier"])
         assert isinstance(sizes, MambaSizes)
-        return Mamba2(
-            f"{name}.mamba",
-            config.hidden_size,
-            sizes,
-            self.build,
-            eps=config.norm_eps,
-            limits=config.time_limits,
-            bias=own["mamba_proj_bias"],
-            output_bias=own["mamba_proj_bias"],
-            conv_bias=own["mamba_conv_bias"],
-        )
+        bias, conv_bias = own["mamba_proj_bias"], own["mamba_conv_bias"]
+        return self.mamba2(f"{name}.mamba", sizes, bias, conv_bias=conv_bias)
 
     def mlp(self, name: str, sizes: MLPSizes | ExpertsSizes) -> FeedForward:
         if isinstance(sizes, MLPSizes):

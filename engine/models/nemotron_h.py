@@ -7,7 +7,6 @@ from typing import ClassVar
 
 from engine.layers.blocks import MLP, FeedForward, FeedForwardStep, Mixer, MixerStep
 from engine.layers.experts import RoutedExperts
-from engine.layers.recurrent import Mamba2
 from engine.models.decoder import Decoder, Step
 from engine.weights.model_config import ACTIVATIONS, Served
 from engine.weights.products import Experts, Linear, Part, expert_names
@@ -43,21 +42,11 @@ class NemotronH(Decoder):
         return [FeedForwardStep(self.mlp(block, sizes.mlp), before=before)]
 
     def mixer(self, name: str, sizes: MixerSizes) -> Mixer:
-        config, own = self.config, self.config.own
+        own = self.config.own
         if isinstance(sizes, AttentionSizes):
             return self.attention(name, sizes, bias=False)
         assert isinstance(sizes, MambaSizes)
-        return Mamba2(
-            name,
-            config.hidden_size,
-            sizes,
-            self.build,
-            eps=config.norm_eps,
-            limits=config.time_limits,
-            bias=own["use_bias"],
-            output_bias=own["use_bias"],
-            conv_bias=own["use_conv_bias"],
-        )
+        return self.mamba2(name, sizes, own["use_bias"], conv_bias=own["use_conv_bias"])
 
     def mlp(self, name: str, sizes: MLPSizes | ExpertsSizes) -> FeedForward:
         if isinstance(sizes, MLPSizes):

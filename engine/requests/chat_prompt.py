@@ -238,7 +238,11 @@ def render_chat(
     spans = [*_find_spans(tokenizer, render, messages, text, turns, controls, keeps_thinking)]
     ending = text[-64:].rstrip() if add_generation_prompt else ""
     if continues_last:
-        text = _up_to_content(text, messages[-1])
+        content = _content(messages[-1])
+        at = text.rfind(content)
+        if not content or at < 0:
+            raise TemplateError("the last message has no content to continue")
+        text = text[: at + len(content)]
 
     def encode(text: str, start: int = 0, known_len: int | None = None) -> Tokens:
         """Return the tokens of ``text[start:]``, with sampled tokens in place of the turns that end
@@ -296,15 +300,6 @@ def _codes(text: str) -> Tokens:
 
 def _content(message: Message) -> str:
     return str(message.get("content") or "").strip()
-
-
-def _up_to_content(text: str, message: Message) -> str:
-    """Return the rendered ``text`` up to the end of the content of its last ``message``."""
-    content = _content(message)
-    at = text.rfind(content)
-    if not content or at < 0:
-        raise TemplateError("the last message has no content to continue")
-    return text[: at + len(content)]
 
 
 def _futures(messages: Sequence[Message], with_tools: bool, thinks: bool) -> list[list[Message]]:

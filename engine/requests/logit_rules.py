@@ -132,16 +132,14 @@ class ReasoningBudget(LogitRule):
         for known, ruling in zip(before_draws(answer, drafts), rulings, strict=True):
             place = len(known) - self.first
             if 0 <= place < len(self._ids):
-                end, text = self._masks[place], self._text(known[: self.first])
+                end, start = self._masks[place], known[: self.first].tolist()
+                text = self._tokenizer.decode(start, skip_special_tokens=False)
                 is_open = self._is_open or text.lstrip().startswith(OPEN)
                 is_possible = ruling.mask is None or bool((ruling.mask & end).any())
                 if is_open and CLOSE not in text and is_possible:
                     ruling = Ruling(end, is_final=True)
             changed.append(ruling)
         return changed
-
-    def _text(self, tokens: Tokens) -> str:
-        return self._tokenizer.decode(tokens.tolist(), skip_special_tokens=False)
 
 
 class BansAndBiases(LogitRule):

@@ -27,11 +27,6 @@ class StepReport:
     def num_prefill_tokens(self) -> int:
         return sum(end - start for start, end in self.prefilled)
 
-    @property
-    def computed_s(self) -> float:
-        """Time from the scheduled step to its tokens."""
-        return self.forward_s + self.sample_s + self.wait_s
-
 
 @dataclass(frozen=True, slots=True)
 class PoolReport:

@@ -135,7 +135,11 @@ class Access:
 
     def refusal(self, scope: Scope) -> APIError | None:
         """Return the answer to a request that may not use its path, or None; record its key."""
-        given, path = _given_key(scope), scope["path"]
+        headers, path = dict(scope["headers"]), scope["path"]
+        scheme, _, given = headers.get(b"authorization", b"").partition(b" ")
+        if scheme.lower() != b"bearer":
+            given = headers.get(b"x-api-key", b"")  # the header of Anthropic's clients
+        given = given.strip()
         is_reserved, operator = path.startswith(OPERATORS), self._operator
         if is_reserved and operator is not None and not hmac.compare_digest(given, operator):
             return _no_key("--admin-key-file")
@@ -170,15 +174,6 @@ def _is_from_here(request: Request) -> bool:
         and (origin is None or _is_local(origin))
         and not any(name in headers for name in FORWARDED)
     )
-
-
-def _given_key(scope: Scope) -> bytes:
-    """Return the key that a request brings. Empty if it brings none."""
-    headers = dict(scope["headers"])
-    scheme, _, given = headers.get(b"authorization", b"").partition(b" ")
-    if scheme.lower() != b"bearer":
-        given = headers.get(b"x-api-key", b"")  # the header of Anthropic's clients
-    return bytes(given.strip())
 
 
 def _is_local(url: str) -> bool:

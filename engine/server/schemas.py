@@ -145,10 +145,6 @@ class Sampling(OpenAIBody, kw_only=True):
     metadata: dict[str, Any] | None = None
 
     @property
-    def includes_usage(self) -> bool:
-        return (self.stream_options or {}).get("include_usage") is True
-
-    @property
     def ends_session(self) -> bool:
         """True if no request of this session follows. Values of OpenAI's metadata are texts."""
         return str((self.metadata or {}).get("session_end")).lower() == "true"

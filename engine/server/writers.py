@@ -193,7 +193,7 @@ class Writer(ABC):
 
     def end(self) -> Iterator[bytes]:
         """Yield the events after all answers."""
-        if self._body.includes_usage:
+        if (self._body.stream_options or {}).get("include_usage") is True:
             yield self._chunk([], usage=self._usage())
         yield DONE
 

@@ -350,7 +350,8 @@ def _value_heads(model: Model) -> Orders:
     if keys == values or not keys or values % keys:
         return {}
     heads = _range(values).view(-1, keys).T.flatten()
-    rows = _spread(heads, model.config["linear_value_head_dim"])
+    dim = model.config["linear_value_head_dim"]
+    rows = _range(len(heads) * dim).view(-1, dim)[heads].flatten()
     others = _range(2 * keys * model.config["linear_key_head_dim"])
     channels = torch.cat([others, len(others) + rows])
     orders = {"attn_qkv": channels, "ssm_conv1d": channels, "attn_gate": rows}
@@ -398,11 +399,6 @@ def _range(count: int) -> torch.Tensor:
     if count > MOST_ROWS:
         raise ModelError(f"heads with {count:,} rows are not supported; {MOST_ROWS:,} are.")
     return torch.arange(count)
-
-
-def _spread(heads: torch.Tensor, dim: int) -> torch.Tensor:
-    """Return the rows of heads of ``dim`` rows each."""
-    return _range(len(heads) * dim).view(-1, dim)[heads].flatten()
 
 
 @dataclass(frozen=True, slots=True)

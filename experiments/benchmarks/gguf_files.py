@@ -261,11 +261,8 @@ def changed(
         if arch.startswith("qwen3") and arch != "qwen3":
             yield from _qwen(arch, config, name, tensor.float())
         else:
-            yield from OTHERS.get(arch, _same)(config, name, tensor.float())
-
-
-def _same(config: Mapping[str, Any], name: str, tensor: torch.Tensor) -> Tensors:
-    yield name, tensor
+            other = OTHERS.get(arch)
+            yield from other(config, name, tensor.float()) if other else [(name, tensor.float())]
 
 
 def _qwen(arch: str, config: Mapping[str, Any], name: str, tensor: torch.Tensor) -> Tensors:

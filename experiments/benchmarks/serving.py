@@ -94,11 +94,6 @@ class Answer:
         """Mean time per token after the first, or None if there is only one token."""
         return (self.e2e_s - self.ttft_s) / (self.num_output - 1) if self.num_output > 1 else None
 
-    @property
-    def itl_s(self) -> npt.NDArray[np.float64]:
-        """Times between messages."""
-        return np.diff(self.piece_times_s)
-
 
 class ClientConnection:
     """Connection that sends conversations one after another, with one prompt in progress.
@@ -335,7 +330,7 @@ def summary(run: Run, targets: Targets) -> dict[str, Any]:
         answer.ttft_s <= targets.ttft_s and (answer.tpot_s or 0.0) <= targets.tpot_s
         for answer in answers
     )
-    gaps = [answer.itl_s for answer in answers]
+    gaps = [np.diff(answer.piece_times_s) for answer in answers]
     return {
         "requests": len(answers),
         "cut": run.num_cut,

@@ -197,13 +197,5 @@ static void prefill(const Prompts<T>& prompts, int64_t sequences, int threads) {
         prefill<__VA_ARGS__>(prompts, sequences, threads);                                        \
     }
 
-PREFILL(float32_lanes, float, Singles)
-PREFILL(bfloat16_lanes, BFloat16, Singles)
-PREFILL(bfloat16_plain_tiles, BFloat16, TilePairs<PlainTiles>)
-#ifdef __AVX512BF16__
-PREFILL(bfloat16_pairs, BFloat16, Pairs)
-#endif
-#ifdef HAS_AMX
-PREFILL(bfloat16_amx, BFloat16, TilePairs<AmxTiles>)
-#endif
+EACH_METHOD(PREFILL)
 #endif

@@ -50,28 +50,6 @@ static void chunk(
     for_each_unequal<typename M::Region>(sequences * HV, threads, task);
 }
 
-#define CHUNKS(NAME, T, ...)                                                                      \
-    EXPORT void chunk_gdn_##NAME(                                                                 \
-        const T* query, const T* key, const T* value, const float* gate, const float* beta,       \
-        void* states, int64_t is_narrow, int64_t slot_stride, const int32_t* slots,               \
-        const bool* resumed, const int32_t* cu_seqlens, const int32_t* ends,                      \
-        const int32_t* export_slots, const int32_t* cu_exports, T* out, int64_t stride,           \
-        int64_t tile_size, int64_t sequences, int64_t H, int64_t HV, int64_t K, int64_t V,        \
-        float scale, int threads) {                                                               \
-        Walk walk = {states, is_narrow, slot_stride, K * V, slots, cu_seqlens, ends,              \
-                     export_slots, cu_exports, resumed, tile_size};                               \
-        chunk<__VA_ARGS__>(                                                                       \
-            query, key, value, gate, beta, walk, out, sequences, {stride, H, HV, K, V}, scale,    \
-            threads);                                                                             \
-    }
-
-CHUNKS(float32_lanes, float, Singles)
-CHUNKS(bfloat16_lanes, BFloat16, Singles)
-CHUNKS(bfloat16_plain_tiles, BFloat16, TilePairs<PlainTiles>)
-#ifdef __AVX512BF16__
-CHUNKS(bfloat16_pairs, BFloat16, Pairs)
-#endif
-#ifdef HAS_AMX
-CHUNKS(bfloat16_amx, BFloat16, TilePairs<AmxTiles>)
-#endif
+#define CHUNKS(NAME, ...) DELTA_SCAN(chunk_gdn_##NAME, __VA_ARGS__)
+EACH_METHOD(CHUNKS)
 #endif

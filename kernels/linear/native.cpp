@@ -565,16 +565,6 @@ struct WordExperts {
     }
 };
 
-#define EXPERTS(NAME, T, IS_INTEGER, ...)                                                          \
-    EXPORT void experts_##NAME(                                                                    \
-        const T* x, int64_t stride, int64_t rows, const float* weights, const int32_t* experts,    \
-        int64_t k, const PackedWords* up, const PackedWords* down, int64_t count,                  \
-        int64_t is_gated, T* y, int64_t y_stride, int threads) {                                   \
-        sum_experts<WordExperts<__VA_ARGS__, T, IS_INTEGER>>(                                      \
-            x, stride, rows, weights, experts, k, up, down, count, is_gated, y, y_stride,          \
-            threads);                                                                              \
-    }
-
 #define LINEAR(NAME, T, ...)                                                                      \
     EXPORT void linear_##NAME(                                                                    \
         const T* x, int64_t stride, int64_t rows, const int32_t* w, const float* scale,           \
@@ -582,7 +572,7 @@ struct WordExperts {
         multiply_float<__VA_ARGS__>(                                                              \
             x, stride, rows, w, scale, bias, y, y_stride, steps, outputs, threads);               \
     }                                                                                             \
-    EXPERTS(NAME, T, false, __VA_ARGS__)
+    EXPERTS(NAME, T, WordExperts<__VA_ARGS__, T, false>)
 
 LINEAR(float32_lanes, float, ByLanes<Float32>)
 LINEAR(bfloat16_halves, BFloat16, ByHalves)
@@ -613,7 +603,7 @@ EXPORT void permit_amx(int64_t* answer) { *answer = AmxTiles::are_permitted(); }
         multiply_int8<__VA_ARGS__>(                                                              \
             x, stride, rows, size, w, offsets, scale, bias, y, y_stride, outputs, threads);      \
     }                                                                                            \
-    EXPERTS(int8_##NAME, T, true, __VA_ARGS__)
+    EXPERTS(int8_##NAME, T, WordExperts<__VA_ARGS__, T, true>)
 
 LINEAR_INT8(lanes_float32, float, ByLanes<Int8Fours>)
 LINEAR_INT8(lanes_bfloat16, BFloat16, ByLanes<Int8Fours>)

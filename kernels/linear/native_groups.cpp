@@ -914,14 +914,7 @@ struct GroupExperts {
         int64_t y_stride, int threads) {                                                           \
         multiply_groups<__VA_ARGS__>(x, stride, rows, *w, bias, y, y_stride, threads);             \
     }                                                                                              \
-    EXPORT void experts_groups_##NAME(                                                             \
-        const T* x, int64_t stride, int64_t rows, const float* weights, const int32_t* experts,    \
-        int64_t k, const PackedGroups* up, const PackedGroups* down, int64_t count,                \
-        int64_t is_gated, T* y, int64_t y_stride, int threads) {                                   \
-        sum_experts<GroupExperts<__VA_ARGS__, T>>(                                                 \
-            x, stride, rows, weights, experts, k, up, down, count, is_gated, y, y_stride,          \
-            threads);                                                                              \
-    }
+    EXPERTS(groups_##NAME, T, GroupExperts<__VA_ARGS__, T>)
 
 PRODUCTS(half_lanes_float32, float, HalfLanes, ByLanes<HalfLanes>)
 PRODUCTS(half_lanes_bfloat16, BFloat16, HalfLanes, ByLanes<HalfLanes>)

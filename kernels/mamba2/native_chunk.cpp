@@ -45,24 +45,9 @@ static void chunk(
 #define CHUNKS(NAME, T, ...)                                                                      \
     EXPORT void chunk_mamba2_##NAME(                                                              \
         const T* x, const T* B, const T* C, const float* gate, const float* step, const float* D, \
-        void* states, int64_t is_narrow, int64_t slot_stride, const int32_t* slots,               \
-        const bool* resumed, const int32_t* cu_seqlens, const int32_t* ends,                      \
-        const int32_t* export_slots, const int32_t* cu_exports, T* out, int64_t stride,           \
-        int64_t tile_size, int64_t sequences, int64_t H, int64_t HV, int64_t K, int64_t V,        \
-        int threads) {                                                                            \
-        Walk walk = {states, is_narrow, slot_stride, K * V, slots, cu_seqlens, ends,              \
-                     export_slots, cu_exports, resumed, tile_size};                               \
+        SCAN_PARAMETERS(T), int threads) {                                                        \
         chunk<__VA_ARGS__>(                                                                       \
-            x, B, C, gate, step, D, walk, out, sequences, {stride, H, HV, K, V}, threads);        \
+            x, B, C, gate, step, D, WALK, out, sequences, {stride, H, HV, K, V}, threads);        \
     }
-
-CHUNKS(float32_lanes, float, Singles)
-CHUNKS(bfloat16_lanes, BFloat16, Singles)
-CHUNKS(bfloat16_plain_tiles, BFloat16, TilePairs<PlainTiles>)
-#ifdef __AVX512BF16__
-CHUNKS(bfloat16_pairs, BFloat16, Pairs)
-#endif
-#ifdef HAS_AMX
-CHUNKS(bfloat16_amx, BFloat16, TilePairs<AmxTiles>)
-#endif
+EACH_METHOD(CHUNKS)
 #endif

@@ -7,14 +7,16 @@ in order.
 from __future__ import annotations
 
 
-def fifo(requests: str, capacity: int) -> str:
-    """Evict first in, first out."""
+def fifo(requests: str, capacity: int, renews: bool = False) -> str:
+    """Evict first in, first out. With ``renews``, a used page enters again."""
     pages: list[str] = []
     evicted = ""
     for page in requests:
         if page in pages:
-            continue
-        if len(pages) == capacity:
+            if not renews:
+                continue
+            pages.remove(page)
+        elif len(pages) == capacity:
             evicted += pages.pop(0)
         pages.append(page)
     return evicted
@@ -22,15 +24,7 @@ def fifo(requests: str, capacity: int) -> str:
 
 def lru(requests: str, capacity: int) -> str:
     """Evict the least recently used page."""
-    pages: list[str] = []
-    evicted = ""
-    for page in requests:
-        if page in pages:
-            pages.remove(page)
-        elif len(pages) == capacity:
-            evicted += pages.pop(0)
-        pages.append(page)
-    return evicted
+    return fifo(requests, capacity, renews=True)
 
 
 def clock(requests: str, capacity: int) -> str:

@@ -66,7 +66,8 @@ class MeasuredExchange:
         """Record a computed step. Steps with decodes are ignored."""
         if not report.prefilled or report.num_decode_tokens:
             return
-        x, seconds = sum(starmap(self._geometry.flops, report.prefilled)) / UNIT, report.computed_s
+        x = sum(starmap(self._geometry.flops, report.prefilled)) / UNIT
+        seconds = report.forward_s + report.sample_s + report.wait_s
         self.sums *= FADING
         self.sums += (1, x, seconds, x * x, x * seconds)
 

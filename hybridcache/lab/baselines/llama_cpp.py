@@ -69,11 +69,17 @@ class LlamaCppCache:
         held = sum(len(slot.tokens) for slot in self.slots if slot.is_running)
         if not idle or held + len(tokens) > self.num_tokens:
             return None
-        shared = {slot: self._shared(slot, tokens, namespace) for slot in idle}
+        shared = {
+            slot: common_prefix_len(slot.tokens, tokens) if slot.namespace == namespace else 0
+            for slot in idle
+        }
         slot = max(idle, key=lambda one: (shared[one], one.time))
         if shared[slot] <= LEAST_SHARE * len(tokens):
             slot = min(idle, key=lambda one: one.time)
-        cached_len = self._resume(slot, shared[slot], len(tokens) - 1)
+        cached_len, limit = shared[slot], len(tokens) - 1
+        if not 0 < cached_len == len(slot.tokens) <= limit:  # Deeper checkpoints are erased.
+            slot.checkpoints = [one for one in slot.checkpoints if one <= min(cached_len, limit)]
+            cached_len = slot.checkpoints[-1] if slot.checkpoints else 0
         self.clock += 1
         slot.time, slot.is_running = self.clock, True
         slot.namespace, slot.tokens = namespace, tokens
@@ -88,16 +94,6 @@ class LlamaCppCache:
             assert slot.checkpoints == sorted({*slot.checkpoints}), "checkpoints are not in order"
             assert len(slot.checkpoints) <= CHECKPOINTS
             assert all(0 < position <= len(slot.tokens) for position in slot.checkpoints)
-
-    def _shared(self, slot: _Slot, tokens: Tokens, namespace: Hashable) -> int:
-        return common_prefix_len(slot.tokens, tokens) if slot.namespace == namespace else 0
-
-    def _resume(self, slot: _Slot, shared: int, limit: int) -> int:
-        """Return the reusable length, and erase deeper checkpoints."""
-        if 0 < shared == len(slot.tokens) <= limit:
-            return shared
-        slot.checkpoints = [one for one in slot.checkpoints if one <= min(shared, limit)]
-        return slot.checkpoints[-1] if slot.checkpoints else 0
 
     def _make_room(self) -> None:
         """Clear idle slots until the cells suffice."""

@@ -250,7 +250,10 @@ class MarconiCache:
             if not pool:
                 return
             victim = pool[int(np.argmin(self._scores(pool)))]
-            missing -= self._counted(victim, pool[-1])
+            if self.reading != "artifact" or victim.children:
+                missing -= self._own_bytes(victim)
+            else:  # It counts the tokens of the node that it walked last.
+                missing -= len(pool[-1].tokens) * self.kv_bytes + self.config.state_bytes
             self._remove(victim)
 
     def _pool(self) -> Iterator[PrefixNode]:
@@ -261,12 +264,6 @@ class MarconiCache:
             return iter(self.candidates)
         every = chain.from_iterable(map(nodes, self.roots.values()))
         return (node for node in every if len(node.children) <= 1)
-
-    def _counted(self, victim: PrefixNode, walked_last: PrefixNode) -> int:
-        """Return the bytes that the reading counts as freed by evicting ``victim``."""
-        if self.reading != "artifact" or victim.children:
-            return self._own_bytes(victim)
-        return len(walked_last.tokens) * self.kv_bytes + self.config.state_bytes
 
     def _own_bytes(self, node: PrefixNode) -> int:
         """Return the bytes freed by evicting ``node``."""

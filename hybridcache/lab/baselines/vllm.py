@@ -227,18 +227,18 @@ class VllmSession(PeerSession):
 
     def _step(self, computed: int, end: int) -> None:
         """Run one forward pass from ``computed`` to ``end``."""
-        self._retire(computed)
+        size, unit = self.cache.block_size, self.cache.unit
+        for table in self._states:  # Those that are a block or more behind are released.
+            old = [at for at in sorted(table, reverse=True) if at < (computed - 1) // size]
+            self.pool.release([table.pop(depth) for depth in old])
         copied = self._allocate(end)
-        self._register_attention(end)
+        for depth in range(self._num_registered, end // size):
+            self._register(self._attention[depth], _ATTENTION, (depth + 1) * size)
+        boundary = (self._length - 1) // unit * unit
+        if boundary % size and boundary <= end:
+            self._register(self._attention[boundary // size], _ATTENTION, boundary)
         self._register_states(end)
         self.pool.release(copied)
-
-    def _retire(self, computed: int) -> None:
-        """Release states that are a block or more behind."""
-        behind = (computed - 1) // self.cache.block_size
-        for table in self._states:
-            old = [depth for depth in sorted(table, reverse=True) if depth < behind]
-            self.pool.release([table.pop(depth) for depth in old])
 
     def _allocate(self, end: int) -> list[int]:
         """Allocate blocks for the tokens up to ``end``, and copies of a tail. Returns the blocks to
@@ -264,14 +264,6 @@ class VllmSession(PeerSession):
         self._num_columns = max(self._num_columns, num_columns)
         self._copy_tail = self._save_tail = False
         return copied
-
-    def _register_attention(self, end: int) -> None:
-        size, unit = self.cache.block_size, self.cache.unit
-        for depth in range(self._num_registered, end // size):
-            self._register(self._attention[depth], _ATTENTION, (depth + 1) * size)
-        boundary = (self._length - 1) // unit * unit
-        if boundary % size and boundary <= end:
-            self._register(self._attention[boundary // size], _ATTENTION, boundary)
 
     def _register_states(self, end: int) -> None:
         """Register the current states."""

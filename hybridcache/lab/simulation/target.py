@@ -149,18 +149,14 @@ class LeasedRequest:
         if computed_len <= num_ids:
             lease.finish(tokens, num_ids, stop_reason=stop_reason)
             return
-        decoded_len = self._decode(computed_len)
+        # Memory for the whole answer.
+        decoded_len = computed_len if self._extend(num_ids, computed_len) else num_ids
         everything = np.empty(num_ids + len(output), INT32)
         everything[num_ids:] = output
         start = lease.published_len  # The lease does not read earlier ids again.
         if start < num_ids:
             everything[start:num_ids] = tokens[start:]
         lease.finish(everything, decoded_len, stop_reason=stop_reason)
-
-    def _decode(self, computed_len: int) -> int:
-        """Take memory for the whole answer. Returns the computed length."""
-        num_ids = len(self._request.tokens)
-        return computed_len if self._extend(num_ids, computed_len) else num_ids
 
 
 # --- Rebuilt competitors ------------------------------------------------------------------------
