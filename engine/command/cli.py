@@ -51,7 +51,7 @@ SERVE_EXAMPLES = """examples:
   engine serve --model model.gguf                        a GGUF file; of the Hub: ORG/NAME:Q4_K_M
   engine serve --model ./my-model --state-dir ./cache    the cache survives a restart"""
 FOREIGN = {
-    **dict.fromkeys(("-m", "--hf-repo", "--model-path", "--model-tag"), "use --model"),
+    **dict.fromkeys(("-m", "-hf", "--hf-repo", "--model-path", "--model-tag"), "use --model"),
     **dict.fromkeys(("-a", "--alias"), "use --served-model-name"),
     **dict.fromkeys(
         ("-c", "--ctx-size", "--context-length", "--max-seq-len"), "use --max-model-len"
@@ -78,6 +78,7 @@ FOREIGN = {
     "--enforce-eager": "use --set graphs=off",
     "--default-chat-template-kwargs": "use --chat-template-kwargs",
     "--disable-log-requests": "use --no-log-requests",
+    "--config": "settings are flags, there is no configuration file",
     **dict.fromkeys(
         ("--enable-prefix-caching", "--enable-chunked-prefill", "--trust-remote-code"),
         "omit it, this is always so or not needed",
