@@ -109,9 +109,9 @@ class Parser(argparse.ArgumentParser):
 
     def _unknown(self, arguments: Sequence[str]) -> str:
         flag = arguments[0].partition("=")[0]
-        names = {known for known in self._option_string_actions if known[:2] == "--"} - {"--help"}
-        near = difflib.get_close_matches(flag, names, n=1) if flag[:1] == "-" else []
-        hint = f", did you mean {near[0]}?" if near else ""
+        names = {known[2:] for known in self._option_string_actions if known[:2] == "--"} - {"help"}
+        near = difflib.get_close_matches(flag.lstrip("-"), names, n=1) if flag[:1] == "-" else []
+        hint = f", did you mean --{near[0]}?" if near else ""
         said = self.foreign.get(flag, "")
         own = re.findall(r"--[a-z][a-z-]*", re.sub("`.*?`", "", said))
         if said and all(name in self._option_string_actions for name in own):

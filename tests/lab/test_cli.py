@@ -56,6 +56,7 @@ def test_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
         ("simulate --trace short --output /dev/null/runs", "/dev/null cannot be a folder: na"),
         ("simulate --trace short --gib 1 --tpot-s 1", "--tpot-s has an effect with --max-r"),
         ("simulate --trace short?head=9 --trace nope --gib 1", "no trace 'nope'"),
+        ("leaderboard --policy lru", "--policy: write the policy without a flag"),
         ("simulate --trace=", "a trace must be the name of a file or a generator"),
         ("simulate --trace short --scenario=", "--scenario: the name of a file must not be empty"),
         ("simulate --trace short --model=", "model '' means several: Qwen3-Next"),
