@@ -2,6 +2,8 @@
 #   docker build -t hybrid-radix-engine .
 #   docker run -p 127.0.0.1:8000:8000 -v models:/models hybrid-radix-engine serve --host 0.0.0.0 --model Qwen/Qwen3-0.6B
 FROM python:3.12-slim AS wheels
+# Debian removes a version when it is updated, so none is pinned.
+# hadolint ignore=DL3008
 RUN apt-get update \
     && apt-get install -y --no-install-recommends g++ \
     && rm -rf /var/lib/apt/lists/*
@@ -19,8 +21,8 @@ ENV HF_HOME=/models XDG_CACHE_HOME=/models/cache PIP_NO_CACHE_DIR=1
 COPY constraints.txt /tmp/
 RUN --mount=type=bind,from=wheels,source=/wheels,target=/wheels \
     pip install --extra-index-url https://download.pytorch.org/whl/cpu -c /tmp/constraints.txt --find-links /wheels hybrid-radix-engine
-RUN useradd --create-home engine && mkdir /models && chown engine /models
-USER engine
+RUN useradd --create-home --uid 1000 engine && mkdir /models && chown engine /models
+USER 1000
 WORKDIR /home/engine
 VOLUME /models
 EXPOSE 8000

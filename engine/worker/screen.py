@@ -29,7 +29,8 @@ def screen_rows(engine: Engine, address: str) -> list[tuple[str, str]]:
         place += f" with {level}"
     warm_up = "none needed on a CPU" if runner.device.is_cpu else "none, because warm_up is off"
     reuses_none, num_states = config.prefix_cache == "none", report.slots.total
-    places = f"; checkpoints at {', '.join(config.checkpoints)} (grid {config.grid})"
+    none_hits = f", no prompt of less than {config.grid:,} tokens can hit" * (config.grid > 1024)
+    places = f"; checkpoints at {', '.join(config.checkpoints)} (grid {config.grid}{none_hits})"
     cache = f"{config.prefix_cache}; evicts by {config.eviction}{places if num_states else ''}"
     kernels: dict[str, list[str]] = {}
     for kernel, backend in runner.kernels.words().items():

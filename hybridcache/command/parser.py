@@ -7,6 +7,7 @@ import difflib
 import re
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 
@@ -81,10 +82,17 @@ class Parser(argparse.ArgumentParser):
 
     def parse_known_args(self, args=None, namespace=None):  # type: ignore[no-untyped-def]
         self._given = args or ()
+        if "-hf" in self._given and "-hf" in self.foreign:  # argparse reads -h and -f.
+            self.error(self._unknown(["-hf"]))
         parsed, unknown = super().parse_known_args(args, namespace)
         if unknown:
             self.error(self._unknown(unknown))
         return parsed, unknown
+
+    def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
+        if action.type is Path and not arg_string:  # Path("") is the working directory.
+            raise argparse.ArgumentError(action, "the name of a file must not be empty")
+        return super()._get_value(action, arg_string)
 
     def error(self, message: str) -> NoReturn:
         if "are required" in message:  # perhaps because a flag is misspelt or left out
@@ -101,8 +109,8 @@ class Parser(argparse.ArgumentParser):
 
     def _unknown(self, arguments: Sequence[str]) -> str:
         flag = arguments[0].partition("=")[0]
-        names = {known.lstrip("-") for known in self._option_string_actions} - {"help"}
-        near = difflib.get_close_matches(flag.lstrip("-"), names, n=1)
+        names = {known[2:] for known in self._option_string_actions if known[:2] == "--"} - {"help"}
+        near = difflib.get_close_matches(flag.lstrip("-"), names, n=1) if flag[:1] == "-" else []
         hint = f", did you mean --{near[0]}?" if near else ""
         said = self.foreign.get(flag, "")
         own = re.findall(r"--[a-z][a-z-]*", re.sub("`.*?`", "", said))

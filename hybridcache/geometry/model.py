@@ -129,11 +129,11 @@ class ModelGeometry:
                 )
             name = str(Path(engine.origin).parent / "models" / BUILTIN)
         path = Path(name)
-        file = gguf_file(path)
+        file = gguf_file(path) if name else None
         if file is not None:
             named = path.resolve().name.removesuffix(".gguf")
             return cls.from_config(GgufModel(file).config, named, **dtypes)
-        if path.is_dir():
+        if name and path.is_dir():
             path = path / "config.json"
         if path.suffix == ".json":
             try:

@@ -142,6 +142,7 @@ OF_THE_ENGINE = {
     "--cache-gib": "write --gib, the name of `engine serve --cache-gib` here",
 }
 """Flags of ``engine serve`` that have another name in the laboratory."""
+FILE: Any = {"type": Path, "metavar": "FILE"}
 PROCESSES: Any = {"type": int, "default": 1, "metavar": "N"}
 PROCESSES["help"] = "runs at the same time; changes no result"
 SKIP_BAD: Any = {"action": "store_true", "help": "skip and count records that cannot be read"}
@@ -275,11 +276,10 @@ def add_simulate(commands: Commands) -> None:
     add = group.add_argument
     add("--trace", action="append", help=TRACE_HELP + "; may be repeated")
     add_settings(group, *settings_of(MOST_USED))
-    file: Any = {"type": Path, "metavar": "FILE"}
-    add("--figure", **file, help="PNG, SVG or PDF to draw; losses get a file next to it")
-    add("--output", **file, help="JSON lines, one per run; a repeated command continues")
-    add("--scenario", **file, help="TOML file of settings; flags replace those of the file")
-    add("--write-scenario", **file, help="new TOML file for the settings; nothing is run")
+    add("--figure", **FILE, help="PNG, SVG or PDF to draw; losses get a file next to it")
+    add("--output", **FILE, help="JSON lines, one per run; a repeated command continues")
+    add("--scenario", **FILE, help="TOML file of settings; flags replace those of the file")
+    add("--write-scenario", **FILE, help="new TOML file for the settings; nothing is run")
     add("--processes", **PROCESSES)
     add("--ray", metavar="ADDRESS", help="Ray cluster for the runs (auto: this machine's)")
     group = parser.add_argument_group("results")
@@ -440,9 +440,8 @@ def add_benchmark(commands: Commands) -> None:
     add("--seeds", type=int, metavar="N", help="only the first N seeds (default: all five)")
     add("--data", type=Path, metavar="FOLDER", help="files that are not part of the package")
     add("--processes", **PROCESSES)
-    file: Any = {"type": Path, "metavar": "FILE"}
-    add("--json", **file, help="new JSON file of all figures, which `leaderboard --results` reads")
-    add("--output", **file, help="JSON lines of finished runs; a repeated command continues")
+    add("--json", **FILE, help="new JSON file of all figures, which `leaderboard --results` reads")
+    add("--output", **FILE, help="JSON lines of finished runs; a repeated command continues")
 
 
 def _benchmark(options: argparse.Namespace) -> int:
@@ -467,6 +466,7 @@ def add_leaderboard(commands: Commands) -> None:
     """Add the command's parser."""
     text = "your policy against every built-in one on the evaluation split"
     parser = add_command(commands, "leaderboard", text, _leaderboard, goes_on=True)
+    parser.foreign = {"--policy": "write the policy without a flag"}
     add = parser.add_argument
     add(
         "policies",
@@ -476,13 +476,12 @@ def add_leaderboard(commands: Commands) -> None:
     )
     add("--built-in", metavar="NAMES", help="built-in evictions, commas between (default: all)")
     add("--seeds", type=int, metavar="N", help="only the first N seeds (default: all ten)")
-    add("--split", type=Path, metavar="FILE", help="another split (default: the packaged one)")
+    add("--split", **FILE, help="another split (default: the packaged one)")
     add("--processes", **PROCESSES)
-    help = "JSON lines of finished runs; a repeated command continues"
-    add("--output", type=Path, metavar="FILE", help=help)
+    add("--output", **FILE, help="JSON lines of finished runs; a repeated command continues")
     add("--json", action="store_true", help="JSON lines, one per policy, instead of a table")
     help = "rank the systems in these files of `benchmark --json` instead; nothing is run"
-    add("--results", type=Path, nargs="+", metavar="FILE", help=help)
+    add("--results", nargs="+", **FILE, help=help)
 
 
 def _leaderboard(options: argparse.Namespace) -> int:

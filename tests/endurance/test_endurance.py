@@ -8,6 +8,7 @@ import pytest
 
 from hybridcache.cache import HybridRadixCache
 from tests.endurance.__main__ import PARTS, main, run
+from tests.endurance.clients import AGENTS, CONTEXT, page
 
 
 @pytest.mark.full("cache", "stores")
@@ -22,3 +23,11 @@ def test_wrong_rows_are_detected(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(HybridRadixCache, "gather", lambda self, node: gather(self, node)[::-1])
     with pytest.raises(AssertionError, match="seed"):
         run("cache", "small")
+
+
+@pytest.mark.parametrize("name", AGENTS)
+def test_page_tells_an_agent_the_size_of_the_context(name: str) -> None:
+    variables, files = page(1)
+    block = AGENTS[name].block
+    texts = [text for text in files if text.startswith(block)] if block else variables.values()
+    assert sum(str(CONTEXT) in text for text in texts) == 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from engine import Engine, EngineConfig, SamplingParams
 from engine.config import BUILTIN_DIR
 from engine.engine import load_tokenizer_of
 from engine.text.tokenizer import HFTokenizer
+from engine.worker.screen import screen_rows
 from experiments.benchmarks.gguf_files import vocabulary, write_gguf
 from hybridcache import Lease
 from tests.oracle import OracleDrawn, OracleRunner, OracleSampler
@@ -49,6 +51,7 @@ def test_process_that_answers_clients_loads_no_torch(tmp_path: Path) -> None:
     write_gguf(gguf, BUILTIN_DIR, path, "Q4_0", vocabulary(BUILTIN_DIR, "qwen2"))
     script = """
 import sys
+from contextlib import closing
 import engine.command.cli, engine.server.app, engine.worker.process_channel
 from engine import EngineConfig
 from engine.engine import load_tokenizer_of
@@ -215,11 +218,14 @@ def test_namespaces_share_nothing() -> None:
 
 
 def test_grid_without_a_position_in_the_context_is_refused() -> None:
-    """It would start, and no prompt would ever be reused."""
-    small: Any = {"cache_gib": 0.05, "max_model_len": 512}
-    with pytest.raises(ValueError, match="grid 1024 must be less than the context of 512 tokens"):
-        Engine(EngineConfig(**small, grid=1024))
-    Engine(EngineConfig(**small, grid=256)).close()
+    """It would start, and reuse no prompt. The start screen points out one that is merely large."""
+    small: Any = {"cache_gib": 0.05, "max_model_len": 2049}
+    with pytest.raises(ValueError, match="grid 4096 must be less than the context of 2,049 tokens"):
+        Engine(EngineConfig(**small, grid=4096))
+    for grid in (1024, 2048):
+        with closing(Engine(EngineConfig(**small, grid=grid))) as engine:
+            rows = dict(screen_rows(engine, ""))
+        assert ("no prompt of less than 2,048 tokens" in rows["prefix cache"]) == (grid == 2048)
 
 
 def test_chat_template_is_that_of_a_file(tmp_path: Path) -> None:

@@ -145,6 +145,8 @@ def _read(rest: str, options: dict[str, Any], bad: BadRecords) -> Trace:
     else:
         is_named = bool(colon) and word in READERS
         path = SHIPPED.get(rest, Path(place if is_named else rest))
+        if not rest:
+            raise ValueError("a trace must be the name of a file or a generator, such as chat")
         if path.exists() and not path.is_file():
             raise ValueError(f"trace {rest!r} is not a regular file: it is read several times")
         if not path.exists():
