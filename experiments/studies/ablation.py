@@ -60,18 +60,19 @@ class Without(Adaptive):
         prefill = prefill._replace(**changes.get(self.rule, {}))
         return super()._choose(prefill, positions, bars)
 
-    def _end(self, prefill: Prefill) -> str | None:
+    def _end(self, prefill: Prefill) -> tuple[str, int] | None:
         resumed = prefill.resumed
-        is_tip = resumed is not None and not resumed.superseded and resumed.label in placement.TIPS
+        is_alive = resumed is not None and not resumed.superseded
+        is_tip = is_alive and (resumed.label, resumed.distance) in placement.TIPS
         if self.rule == "turnover" and not is_tip:
             return None
         return super()._end(
             prefill._replace(resumed=None) if self.rule == "succession" else prefill
         )
 
-    def _wants(self, label: str, free_slots: float, bars: tuple[float, float]) -> bool:
+    def _wants(self, rule: tuple[str, int], free_slots: float, bars: tuple[float, float]) -> bool:
         free_slots = float("inf") if self.rule == "free memory" else free_slots
-        return super()._wants(label, free_slots, bars)
+        return super()._wants(rule, free_slots, bars)
 
     def _bars(self) -> tuple[float, float]:
         earned, used = super()._bars()
