@@ -28,8 +28,11 @@ from hybridcache.geometry.times import MeasuredTimes
 from hybridcache.lab.leaderboard import Split
 from hybridcache.lab.simulation.step_times import MeasuredSteps
 from hybridcache.lab.traces import recognise
+from hybridcache.policies.placement import Adaptive
+from hybridcache.policies.protocol import Prefill
 from tests.engine.server.conftest import oracle_engine
 from tests.lab.test_bad_traces import GOOD, written
+from tests.policies.items import FakeItem
 
 
 @pytest.mark.full("capacity")
@@ -179,6 +182,13 @@ def test_yardsticks_are_in_tables_and_figures_of_policies(
     provenance.write_json_lines(tmp_path / "study_capacity.jsonl", runs)
     figure = page.CapacityCurves().draw((["trace", "seeds"], [["short", "10"]]))
     assert len(figure.axes[0].lines) == 5 and "upper bound" in page.svg(figure)
+
+
+def test_without_turnover_a_tip_still_moves_to_the_end() -> None:
+    prefill = Prefill(200, 64, 64, 64, (), 64)
+    prefill = prefill._replace(resumed=FakeItem("tip", label="decode", position=64))
+    whole = Adaptive()._end(prefill)
+    assert whole is not None and ablation.Without("turnover")._end(prefill) == whole
 
 
 def test_the_ablation_measures_rules_constants_and_windows(monkeypatch: pytest.MonkeyPatch) -> None:
