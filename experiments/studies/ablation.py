@@ -29,17 +29,16 @@ NAME = "study_ablation"
 LEARNERS = (common.DEFAULT, "lru@adaptive", "gdsf@adaptive", "lhd@adaptive", "lru@backoff")
 WINDOWS = (0, 50, 100, 200, 400)
 """First requests of the windows of the learning curve, and the end of the last."""
-CONSTANTS = {
-    placement: (
-        *("STRIDE", "HOPE", "SPECULATIVE_HOPE", "HOPE_LASTS", "COPY", "MARGIN", "TRIAL_AFTER"),
-        *("TRIAL_GROWTH", "MEMORY", "SHARED_USES", "FEW"),
-    ),
-    survival: (
-        *("AHEAD", "DOUBT", "EFFECT_DOUBT", "EFFECT_WEIGHT", "SHAPE_WEIGHT", "TOP_WEIGHT"),
-        *("MEMORY", "SUPERSEDED_PRIOR", "SPECULATIVE_PRIOR", "MAX_TURN", "EVIDENCE", "SAMPLE"),
-    ),
-}
-"""Numbers that are choices. Others are bounds of arrays."""
+BOUNDS = {"NUM_BINS", "BINS_AT_ONCE", "GENERAL_FROM"}
+"""Numbers of the modules that are no choices: sizes of arrays, and a place in a key."""
+CONSTANTS = tuple(
+    name
+    for module in (placement, survival)
+    for name, value in vars(module).items()
+    if isinstance(value, int | float) and name.isupper() and name[0] != "_" and name not in BOUNDS
+    and not (module is survival and hasattr(placement, name))
+)  # fmt: skip
+"""Names of all other numbers of `adaptive` and `survival`; both have some of them."""
 
 
 class Without(Adaptive):
@@ -99,13 +98,14 @@ def measure(work: tuple[default.Job, default.Job]) -> list[dict[str, Any]]:
         return fields | {"variant": variant, "factor": factor, "token_hit_rates": rates}
 
     found = [record("all"), *(record(name, pair=pair) for name, pair in PAIRS.items())]
-    for module, names in CONSTANTS.items():
-        for name in names:
-            value = getattr(module, name)
-            for factor in (0.5, 2.0):
+    for name in CONSTANTS:
+        modules = [module for module in (placement, survival) if hasattr(module, name)]
+        value = getattr(modules[0], name)
+        for factor in (0.5, 2.0, 1.0):
+            for module in modules:
                 setattr(module, name, type(value)(value * factor))
-                found.append(record(f"`{module.__name__.rpartition('.')[2]}.{name}`", factor))
-            setattr(module, name, value)
+            if factor != 1.0:
+                found.append(record(f"`{name}`", factor))
     for since, requests in (("start", trace), ("change", changed(trace, open_trace(after.spec)))):
         first = 0 if since == "start" else len(list(trace))
         for gib, pair in product(job.gib, LEARNERS):

@@ -113,24 +113,20 @@ class Placement(PlacementPolicy):
 
 STRIDE = 4
 """Ratio of the distances of two successive back-offs from the end of the prompt."""
-HOPE = 1.0
-"""Assumed earnings of the first checkpoint of a ``COMMON`` label, as a part of the mean prompt."""
-SPECULATIVE_HOPE = 0.125
-"""Assumed earnings for the back-offs further up and the rejoin."""
-HOPE_LASTS = 128
-"""Checkpoints after which assumed earnings are withdrawn, times the hope of the label; at most the
-number of checkpoints that fit."""
-COPY = 1 / 4096
-"""Cost of copying a state, as a part of the prefill time of the mean prompt."""
 MARGIN = 3.0
 """Factor by which earnings must exceed the displaced value, because a label can look best by
-chance."""
+chance. In scarce room: that of others, to come before shared positions."""
 TRIAL_AFTER = 32
-"""Prefills before the first trial of a label that does not pay."""
+"""Prefills before the first trial of a label that does not pay, and checkpoints after which assumed
+earnings are withdrawn if no fewer fit."""
 TRIAL_GROWTH = 4
 """Growth of that number after each failed trial."""
 MEMORY = 1024
-"""Checkpoints after which the counts of a label are halved, and maximum prefills between trials."""
+"""Checkpoints of a label, or uses of a class of ``survival``, after which its counts are halved.
+Also the maximum number of prefills between trials."""
+EVIDENCE = 8
+"""Number of events before which observations are not trusted: checkpoints of a label before others
+are compared with it, and uses before ``survival`` weighs tokens and bytes in full."""
 Rule = tuple[str, int]
 """Label and distance of a checkpoint (``Placed``): each has an account of its own."""
 BACK = "back"
@@ -147,17 +143,8 @@ TIPS = frozenset({*ENDS, (REJOIN, 0)})
 """Rules of positions from which one conversation continues."""
 SHARED = frozenset({"branch", "boundary", HEAD})
 """Labels of positions that several prompts share. They are always candidates."""
-COMMON = frozenset({*ENDS, *((label, 0) for label in SHARED)})
-"""Rules of positions that later prompts are expected to reuse."""
-HEADER = 16
-"""Longest header of an answer, in tokens. A boundary at most this far from the end of the prompt,
-and less than a grid step or one token, is the end of that prompt, not of a shared text."""
-SHARED_USES = 2.0
-"""Weight of the uses of shared positions where few checkpoints fit."""
 UNSAVED = {"_accounts", "_latest"}
 """Attributes of ``Adaptive`` that are not saved as they are."""
-FEW = 8
-"""Checkpoints that a label needs before other labels are compared with it."""
 Positions = tuple[tuple[int, ...], list[Placed]]
 """Shared boundaries of a prompt, ascending, and its back-offs, deepest first."""
 
@@ -165,11 +152,10 @@ Positions = tuple[tuple[int, ...], list[Placed]]
 class _Account:
     """Saved checkpoints of one rule and the tokens that they earned. Old counts fade."""
 
-    def __init__(self, rule: Rule, mean_prompt: float, offered: int, most: float) -> None:
-        hope = HOPE if rule in COMMON else SPECULATIVE_HOPE
-        self.hope_tokens = self.earned = hope * mean_prompt
+    def __init__(self, mean_prompt: float, offered: int, most: float) -> None:
+        self.hope_tokens = self.earned = mean_prompt
         """``hope_tokens`` is the assumed part of ``earned``, and 0 once it is withdrawn."""
-        self.hope_lasts = min(hope * HOPE_LASTS, most)
+        self.hope_lasts = min(most, TRIAL_AFTER)
         self.used = 0.0
         """Part of ``earned`` from real hits, without hope and ghost hits."""
         self.uses = 0.0
@@ -218,10 +204,10 @@ class Adaptive(PlacementPolicy):
     """Save forks and boundaries, the successor of the resumed tip, and other positions that pay.
 
     Other positions are the end of the answer, back-offs from the end of the prompt (one token and
-    4, 16, 64 … grid steps), and the *rejoin*. A boundary at the end of the prompt itself is not
-    shared: it is where the first back-off is saved. A prompt *forks* where other tokens were seen
-    to follow. It rejoins where it continues the end of all known text. A checkpoint there serves
-    only repetitions of the same text, so it must pay.
+    4, 16, 64 … grid steps), and the *rejoin*. A boundary less than a grid step, or one token,
+    from the end of the prompt is not shared: it is where the first back-off is saved. A prompt
+    *forks* where other tokens were seen to follow. It rejoins where it continues the end of all
+    known text. A checkpoint there serves only repetitions of the same text, so it must pay.
 
     A checkpoint *earns* the tokens between it and the checkpoint above if a request resumes from
     it, or would have done so without its eviction. An end earns the tokens down to the nearest
@@ -282,7 +268,7 @@ class Adaptive(PlacementPolicy):
         self._accounts, self._latest = {}, None
         for label, distance, fields in state["accounts"]:
             rule = label, distance
-            account = self._accounts[rule] = _Account(rule, 0.0, 0, 0.0)
+            account = self._accounts[rule] = _Account(0.0, 0, 0.0)
             vars(account).update(fields)
         for name in vars(self).keys() - UNSAVED:
             setattr(self, name, state[name])
@@ -340,7 +326,7 @@ class Adaptive(PlacementPolicy):
     def on_saved(self, placed: Placed) -> None:
         self._account(placed[1:]).save()
         self._num_placed += 1
-        if self._num_placed > 4 * MEMORY:
+        if self._num_placed > MEMORY:
             self._num_placed *= 0.5
             self._missed_tokens *= 0.5
 
@@ -385,7 +371,7 @@ class Adaptive(PlacementPolicy):
             account = self._account(placed[1:])
             uses = account.uses
             if placed.label in SHARED:
-                uses = SHARED_USES * (uses + HOPE)
+                uses = MARGIN * (uses + 1.0)
             if fits <= 1:  # It stays until the first miss.
                 uses /= 1.0 + uses / account.placed
             savings = uses / account.placed * (placed.position - cached_len)
@@ -417,15 +403,14 @@ class Adaptive(PlacementPolicy):
         if account is None:
             return None
         # The turnover rule: are enough of its checkpoints used before their eviction?
-        copy = COPY * self._mean_prompt * account.placed
-        is_used = not account.hope_tokens and MARGIN * account.used > account.earned + copy
+        is_used = not account.hope_tokens and MARGIN * account.used > account.earned
         return rule if is_used else None
 
     def _account(self, rule: Rule) -> _Account:
         account = self._accounts.get(rule)
         if account is None:
-            offered = TRIAL_AFTER * (len(self._accounts) + 1) // 8
-            account = _Account(rule, self._mean_prompt, offered, max(self._room, 2))
+            offered = TRIAL_AFTER * (len(self._accounts) + 1) // EVIDENCE
+            account = _Account(self._mean_prompt, offered, self._room)
             self._accounts[rule] = account
         return account
 
@@ -440,17 +425,16 @@ class Adaptive(PlacementPolicy):
         if free_slots <= 0 and rule not in TIPS and (account is None or account.hope_tokens > 0):
             return False
         if account is None:
-            hope = HOPE if rule in COMMON else SPECULATIVE_HOPE
-            return hope * (self._mean_prompt or 1.0) > bars[0]
+            return (self._mean_prompt or 1.0) > bars[0]
         return account.pays(bars)
 
     def _bars(self) -> tuple[float, float]:
         """Return the earnings, and the tokens of real hits, per checkpoint above which a label
         pays."""
-        copy, forks = COPY * self._mean_prompt, self._accounts.get(("branch", 0))
-        used = inf if forks is None or forks.placed < FEW else forks.used / forks.placed + copy
+        forks = self._accounts.get(("branch", 0))
+        used = inf if forks is None or forks.placed < EVIDENCE else forks.used / forks.placed
         price = self._missed_tokens / self._num_placed  # displaced by one more checkpoint
-        return MARGIN * price + copy, used
+        return MARGIN * price, used
 
 
 def _head(prefill: Prefill) -> Item | None:
@@ -466,7 +450,7 @@ def _head(prefill: Prefill) -> Item | None:
 def _positions(prefill: Prefill) -> Positions:
     """Return the shared boundaries of ``prefill`` and its back-offs. O(log prompt)."""
     prompt_len, grid, shared = prefill.prompt_len, prefill.grid, prefill.boundaries
-    own_end = end_of_prompt(prompt_len, shared, min(HEADER, grid - 1) or 1)
+    own_end = end_of_prompt(prompt_len, shared, grid - 1 or 1)
     if own_end is not None:
         shared = shared[:-1]
     furthest = prompt_len - prefill.cached_len - grid

@@ -192,13 +192,16 @@ def test_without_turnover_a_tip_still_moves_to_the_end() -> None:
 
 
 def test_the_ablation_measures_rules_constants_and_windows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ablation, "CONSTANTS", {ablation.survival: ("SAMPLE", "EVIDENCE")})
+    assert len(ablation.CONSTANTS) <= 12, "numbers of the default pair are choices: remove one"
+    assert {"MARGIN", "EVIDENCE", "UNUSED"} <= {*ablation.CONSTANTS}
+    monkeypatch.setattr(ablation, "CONSTANTS", ("SAMPLE", "EVIDENCE"))
     monkeypatch.setattr(ablation, "WINDOWS", (0, 20, 40))
     job = default.Job("tuning", "chat?head=60", 0, (0.5, 1.0), "chat?head=60")
     records = ablation.measure((job, job))
     changes = {row[0]: row[1:] for row in ablation.table(records)[1]}
-    assert changes["`survival.SAMPLE` times 0.5"] == ["+0.00", "+0.0"], "fewer items than a sample"
+    assert changes["`SAMPLE` times 0.5"] == ["+0.00", "+0.0"], "fewer items than a sample"
     assert changes["without the rule *room*"][0] != "+0.00"
     rows = ablation.learning_table(records)[1]
     assert [row[0] for row in rows] == ["start"] * 5 + ["change"] * 5
     assert min(float(row[2]) for row in rows[:5]) < 30 and ablation.survival.SAMPLE == 1024
+    assert ablation.survival.EVIDENCE == ablation.placement.EVIDENCE == 8

@@ -21,11 +21,9 @@ from hypothesis.stateful import (
 from hybridcache.policies.eviction.survival import (
     DOUBT,
     EDGES,
-    EFFECT_DOUBT,
-    EFFECT_WEIGHT,
     NUM_BINS,
-    SHAPE_WEIGHT,
-    TOP_WEIGHT,
+    UNUSED,
+    WEIGHT,
     WIDTHS,
     Hazards,
     index_of,
@@ -88,7 +86,7 @@ class PlainHazards:
         if len(key) > 1:
             return self.hazard(key[:-1], now)
         middles = [edge + width / 2 for edge, width in zip(EDGE_LIST, WIDTH_LIST, strict=True)]
-        return [PRIORS[str(key[0])] / (middle + 16.0) for middle in middles]
+        return [PRIORS[str(key[0])] / (middle + UNUSED) for middle in middles]
 
     def model_of(self, key: tuple[object, ...]) -> tuple[object, ...] | None:
         return model_of(key) if self.has_models else None
@@ -111,18 +109,17 @@ class PlainHazards:
             used, exposure = self.counts(other, now)
             uses += sum(used)
             expected += dot(exposure, self.shape(other, now))
-        return level(uses, expected, EFFECT_DOUBT, EFFECT_WEIGHT)
+        return level(uses, expected, DOUBT, WEIGHT)
 
     def hazard(self, key: tuple[object, ...], now: int) -> list[float]:
         """Return the hazard by bin of the class ``key``, including its subclasses."""
         uses, exposure = self.counts(key, now)
         effect = self.effect(key, now)
         shape = [part * effect for part in self.shape(key, now)]
-        inherits = len(key) > 1 and self.model_of(key) is None
-        weight, doubt = (SHAPE_WEIGHT, DOUBT) if inherits else (TOP_WEIGHT, 0.0)
+        doubt = DOUBT if len(key) > 1 and self.model_of(key) is None else 0.0
         ratio = level(sum(uses), dot(exposure, shape), doubt, 1.0)
         return [
-            (used + weight) / (at_risk + weight / (ratio * part))
+            (used + WEIGHT) / (at_risk + WEIGHT / (ratio * part))
             for used, at_risk, part in zip(uses, exposure, shape, strict=True)
         ]
 

@@ -26,6 +26,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hybridcache.policies.eviction.scored import Columns, doubled
+from hybridcache.policies.placement import EVIDENCE, MEMORY, REJOIN, SHARED
 from hybridcache.policies.protocol import EvictionPolicy, Item, Kind
 
 Floats = npt.NDArray[np.float64]
@@ -36,30 +37,22 @@ EDGES = np.array([*range(4), *(round(2 ** (half / 2)) for half in range(4, 45))]
 NUM_BINS = len(EDGES)
 _EDGE_LIST: list[int] = EDGES.tolist()
 WIDTHS: Floats = np.diff(EDGES, append=2 * EDGES[-1]).astype(np.float64)
-_PRIOR_AGES: Floats = EDGES + WIDTHS / 2 + 16.0
+UNUSED = 16.0
+"""Requests without a use that precede each stage, as the prior assumes."""
+_MIDDLES: Floats = EDGES + WIDTHS / 2
 _SMALL = 1 << 16
 _BIN_OF = (np.searchsorted(EDGES, np.arange(_SMALL), side="right") - 1).astype(np.intp)
 _BIN_SINCE = _BIN_OF[::-1].copy()
 """The same backwards: at ``now``, bins by time of entry begin at ``_SMALL - 1 - now``."""
-AHEAD = 6
-"""Number of bins after the oldest age that an index includes. Later ones have no evidence."""
 DOUBT = 2.0
 """Standard deviations by which the difference between the uses of a class and the prediction of its
-parent is reduced."""
-EFFECT_DOUBT = 1.0
-"""The same for the effect that the last fact of a class has in all classes."""
-EFFECT_WEIGHT = 4.0
-"""Uses added to both sides of the ratio that is this effect."""
-SHAPE_WEIGHT = 16.0
-"""Uses in an age bin that weigh as much as the prediction from level and parent."""
-TOP_WEIGHT = 4.0
-"""The same number for a class without a parent: it limits the effect of a use by chance."""
+parent is reduced, and that between the uses with a fact in all classes and their prediction."""
+WEIGHT = 4.0
+"""Uses that weigh as much as a prediction: in an age bin, and in the effect of a fact."""
 _LATER: Floats = np.tri(NUM_BINS, k=-1)
 """Is 1 where the row's bin comes after the column's."""
 BINS_AT_ONCE = 4
 """First bins of which the indices are computed together."""
-MEMORY = 4096.0
-"""Uses after which the counts of a class are halved."""
 _ROW_BITS = 24
 _ROW_MASK = (1 << _ROW_BITS) - 1
 """Stages are coded as one number: time of entry or age, shifted by this number of bits, and row."""
@@ -186,8 +179,8 @@ class Hazards:
         """Return the row of class ``key``, whose parent is ``key[:-1]``.
 
         ``prior`` scales the assumed hazard of a class without parent and evidence, which is one use
-        in ``(age + 16) / prior`` requests. With ``model``, (class, factor), a new class begins with
-        ``factor`` times the hazard of that class, whose key has the same length.
+        in ``(age + UNUSED) / prior`` requests. With ``model``, (class, factor), a new class begins
+        with ``factor`` times the hazard of that class, whose key has the same length.
         """
         found = self.rows.get(key)
         if found is not None:
@@ -206,7 +199,7 @@ class Hazards:
         if row == len(self.index):
             self._events, self._reached = doubled(self._events), doubled(self._reached)
             self._partial, self.index = doubled(self._partial), doubled(self.index)
-        first = 1 / _PRIOR_AGES if begins_as is None else self.index[begins_as]
+        first = 1 / (_MIDDLES + UNUSED) if begins_as is None else self.index[begins_as]
         self.index[row] = prior * first
         return row
 
@@ -252,7 +245,7 @@ class Hazards:
         self._refreshed_at, self._changes = now, 0
         latest = now + max(128, self._max_open // 32)
         num_bins = bisect_right(_EDGE_LIST, latest)
-        hazard = self._hazards(now, min(num_bins + AHEAD, NUM_BINS))
+        hazard = self._hazards(now, num_bins)
         self.index[: len(hazard), :num_bins] = index_of(hazard, num_bins)
         heavy = (self._events[: len(hazard)].sum(axis=1) > MEMORY).nonzero()[0]
         if len(heavy):
@@ -278,19 +271,19 @@ class Hazards:
         hazard = np.empty_like(exposure)
         for length, places, parents, models, _, _, facts, priors in self._generations:
             if models is not None:
-                shape, weight, doubt = priors * hazard.take(models, axis=0), TOP_WEIGHT, 0.0
+                shape, doubt = priors * hazard.take(models, axis=0), 0.0
             elif length == 1:
-                shape, weight, doubt = priors / _PRIOR_AGES[:num_bins], TOP_WEIGHT, 0.0
+                shape, doubt = priors / (_MIDDLES[:num_bins] + UNUSED), 0.0
             else:
-                shape, weight, doubt = hazard.take(parents, axis=0), SHAPE_WEIGHT, DOUBT
+                shape, doubt = hazard.take(parents, axis=0), DOUBT
             exposed, num_used = exposure[places], uses[places]
             foretold = np.matmul(exposed[:, None, :], shape[:, :, None])[:, 0, 0]
             if models is not None or length > self._general_from:
                 all_used, all_foretold = np.bincount(facts, num_used), np.bincount(facts, foretold)
-                effects = _level(all_used, all_foretold, EFFECT_DOUBT, EFFECT_WEIGHT)[facts]
+                effects = _level(all_used, all_foretold, DOUBT, WEIGHT)[facts]
                 shape, foretold = shape * effects[:, None], foretold * effects
             inherited = _level(num_used, foretold, doubt, 1.0)[:, None] * shape
-            np.divide(events[places] + weight, exposed + weight / inherited, out=hazard[places])
+            np.divide(events[places] + WEIGHT, exposed + WEIGHT / inherited, out=hazard[places])
         by_row = np.empty_like(hazard)
         by_row[order] = hazard
         return by_row
@@ -393,25 +386,17 @@ def index_of(hazard: Floats, num_bins: int = NUM_BINS) -> Floats:
 # --- The policy -----------------------------------------------------------------------------------
 
 
-SUPERSEDED_PRIOR = 0.125
-"""Assumed hazard of superseded checkpoints relative to others of their label, without evidence.
-With a hazard of their own they would outlast tips in a new cache, because time without a use lowers
-that of tips, which are many."""
+UNLIKELY = 0.125
+"""Assumed hazard where no use is expected, without evidence: of speculative labels relative to
+common ones, and of superseded checkpoints relative to others of their label. With a hazard of their
+own they would outlast tips in a new cache, because time without a use lowers that of tips."""
 COMMON = frozenset(
     {"", "decode", "end", "prompt", "branch", "boundary", "backoff", "back", "rejoin", "head"}
 )
 """Labels of positions where prompts are known to diverge. Others are speculative, and so are
 back-offs further than one token from the end of the prompt."""
-SPECULATIVE_PRIOR = 0.125
-"""Assumed hazard of speculative labels relative to common ones, without evidence."""
-FORKS = frozenset({"branch", "boundary", "head"})
-"""Labels of text that other conversations may share. Their class has no generation."""
-REJOIN = "rejoin"
-"""Label of a position at which an earlier request of the conversation ended."""
 MAX_TURN = 8
 """Highest generation that has its classes apart."""
-EVIDENCE = 10
-"""Uses after which tokens and bytes count in full. With fewer, ranking is nearer to LRU's."""
 SAMPLE = 1024
 """Maximum number of candidates compared for one victim."""
 GENERAL_FROM = 3
@@ -435,7 +420,7 @@ class _Memo:
         before = item.predecessor
         if before is not None and isinstance(before.memo, _Memo):
             label = "" if before.stop_reason else before.label  # An answer's end is no fork.
-            is_tip = label not in FORKS and (before.uses > 0 or not before.superseded)
+            is_tip = label not in SHARED and (before.uses > 0 or not before.superseded)
             is_earlier = before.position < item.position and (is_tip or label == REJOIN)
             self.turn = before.memo.turn + is_earlier
         self.active = item.last_used
@@ -672,11 +657,11 @@ class Survival(EvictionPolicy):
         """Return the row of a class. ``top`` has the two highest bits of the position."""
         is_speculative = distance > 1 or label not in COMMON
         rule = label or kind, distance
-        prior = SPECULATIVE_PRIOR if is_speculative else 1.0
+        prior = UNLIKELY if is_speculative else 1.0
         coarse = (superseded, is_speculative), rule
         if superseded:
-            self.hazards.row(coarse, prior, (((False, is_speculative), rule), SUPERSEDED_PRIOR))
-        generation = 0 if label in FORKS else turn
+            self.hazards.row(coarse, prior, (((False, is_speculative), rule), UNLIKELY))
+        generation = 0 if label in SHARED else turn
         key: Class = (*coarse, uses, generation, octave, 2 * octave + top % 2)
         return self.hazards.row((*key, stop_reason) if stop_reason else key, prior)
 
