@@ -37,7 +37,15 @@ from experiments.studies import (
     tiers,
     yardsticks,
 )  # fmt: skip
-from experiments.studies.common import DEFAULT, Table, grouped
+from experiments.studies.common import (
+    BEST_REBUILT,
+    BOUND,
+    DEFAULT,
+    LRU_ADAPTIVE,
+    YARDSTICKS,
+    Table,
+    grouped,
+)
 from hybridcache.lab.intervals import Interval, interval, paired
 from hybridcache.lab.leaderboard import BUILT_IN, Board, Scores, Split
 
@@ -83,18 +91,24 @@ def yardstick_records() -> list[dict[str, Any]]:
     return records_of(f"{yardsticks.NAME}.jsonl") if is_known else []
 
 
-def yardstick_rates(split: Split) -> dict[str, list[float]]:
+def yardstick_rates(split: Split, is_closed: bool = False) -> dict[str, list[float]]:
     """Return the rate of the best rebuilt system and the bound, %, as a mean over the replays of
-    ``split`` for each of its seeds; empty unless all of them were run."""
-    cells = yardsticks.by_cell(yardstick_records(), yardsticks.EVALUATION)
+    ``split``, or its closed loops, for each of its seeds; empty unless all of them were run."""
+    cells = yardsticks.by_cell(yardstick_records())
     wanted = [(trace, gib) for trace, sizes in split.gib.items() for gib in sizes]
+    if is_closed:
+        wanted = [
+            (default.Job("", trace, None, (gib,), rate=rate).label, gib)
+            for trace, loops in split.closed_loop.items()
+            for gib, rate in loops
+        ]
     if any((trace, seed, gib) not in cells for trace, gib in wanted for seed in split.seeds):
         return {}
     return {
         name: [
             fmean(cells[trace, seed, gib][name] for trace, gib in wanted) for seed in split.seeds
         ]
-        for name in (yardsticks.BEST_REBUILT, yardsticks.BOUND)
+        for name in (BEST_REBUILT, BOUND)
     }
 
 
@@ -114,22 +128,29 @@ def leaderboard_table() -> Table:
     scores = tuple(map(Scores.from_record, records))
     board = Board(Split.load(), records[0]["reference"], scores)
     rows = [row.cells() for row in board.rows() if row.name in BUILT_IN]
-    own = [
-        100 * fmean(rate for one in scores if one.rate is None and one.seed == seed
-                    for rate in one.rates[board.reference])
-        for seed in board.split.seeds
-    ]  # fmt: skip
-    for name, rates in yardstick_rates(board.split).items():
-        rows.append([name, "-", "-", "-", str(interval(rates)), str(paired(rates, own)), "-", "-"])
+    replays, loops = (yardstick_rates(board.split, is_closed) for is_closed in (False, True))
+    for name in replays | loops:
+        row = [name]
+        for found, is_closed in ((loops, True), (replays, False)):
+            cells = ["-", "-"]
+            if rates := found.get(name):
+                own = [
+                    100 * fmean(rate for one in scores
+                                if (one.rate is not None) is is_closed and one.seed == seed
+                                for rate in one.rates[board.reference])
+                    for seed in board.split.seeds
+                ]  # fmt: skip
+                cells = [str(interval(rates)), str(paired(rates, own))]
+            row += [*cells, "-"] if is_closed else cells
+        rows.append([*row, "-", "-"])
     return board.heads(), rows
 
 
-def pairs_table() -> Table:
-    """Return the pairs in replays, with the best rebuilt systems and the bound."""
-    records = [
-        record for record in records_of("study_default.jsonl") if record["split"] == "evaluation"
-    ]
-    header, rows = default.pairs_table(records, "evaluation")
+def pairs_table(split: str = "evaluation") -> Table:
+    """Return the pairs in replays, or in the ``closed loop``, with the best rebuilt systems and the
+    bound."""
+    records = [record for record in records_of("study_default.jsonl") if record["split"] == split]
+    header, rows = default.pairs_table(records, split)
     ours = [
         record for record in records if record["pair"] == DEFAULT and record["seed"] is not None
     ]
@@ -137,8 +158,11 @@ def pairs_table() -> Table:
         fmean(100 * record["token_hit_rate"] for record in of)
         for of in grouped(ours, "seed").values()
     ]
-    found = yardstick_rates(Split.load())
-    more = [[name, str(interval(of)), str(paired(of, own))] for name, of in found.items()]
+    found = yardstick_rates(Split.load(), split == "closed loop")
+    more = [
+        [name, str(interval(of)), str(paired(of, own)), *["-"] * (len(header) - 3)]
+        for name, of in found.items()
+    ]
     return header, [*rows, *more]
 
 
@@ -148,11 +172,10 @@ def published_table() -> Table:
     records = records_of("study_default.jsonl")
     header, rows = default.published_table(records)
     files = grouped([one for one in records if one["seed"] is None], "trace", "gib")
-    cells = yardsticks.by_cell(yardstick_records(), yardsticks.EVALUATION)
-    names = (yardsticks.LRU_ADAPTIVE, yardsticks.BEST_REBUILT, yardsticks.BOUND)
+    cells = yardsticks.by_cell(yardstick_records())
     more = [cells.get((trace, None, gib), {}) for trace, gib in files]
-    return [*header, *(f"{name}, %" for name in names)], [
-        [*row, *(f"{found[name]:.1f}" if found else "-" for name in names)]
+    return [*header, *(f"{name}, %" for name in YARDSTICKS)], [
+        [*row, *(f"{found[name]:.1f}" if found else "-" for name in YARDSTICKS)]
         for found, row in zip(more, rows, strict=True)
     ]
 
@@ -162,22 +185,49 @@ def losses_table() -> Table:
     records = records_of("study_default.jsonl")
     if (provenance.RESULTS / f"{default.MEMORIES}.jsonl").exists():
         records += records_of(f"{default.MEMORIES}.jsonl")
-    return default.losses_table(records)
+    return default.losses_table(records, yardsticks.by_cell(yardstick_records()))
+
+
+def shadows_table() -> Table:
+    """Return the losses by choice of the pair, with those of `lru@adaptive`, the best rebuilt
+    system and the bound."""
+    records = records_of("study_shadows.jsonl")
+    header, rows = shadows.table(records)
+    cells = yardsticks.by_cell(yardstick_records())
+    seeds = {trace: seed for trace, seed, _ in sorted(cells, key=lambda cell: -(cell[1] or 0))}
+    more = [[name, "-"] for name in YARDSTICKS]
+    for of in grouped(records, "split").values():
+        for row in more:
+            losses = []
+            for one in of:
+                found = cells.get((one["trace"], seeds.get(one["trace"]), one["gib"]), {})
+                if row[0] == LRU_ADAPTIVE:
+                    found = one["rates"]
+                if row[0] in found and not (one["kv_share"] and row[0] == BEST_REBUILT):
+                    losses.append(max(one["rates"].values()) - found[row[0]])
+            row += [f"{fmean(losses):.2f}", f"{max(losses):.1f}"] if losses else ["-", "-"]
+    return header, [*rows, *([*row, ""] for row in more)]
 
 
 def capacity_table() -> Table:
-    """Return the gain of the default pair over LRU with fixed rules, at three sizes."""
+    """Return the gain of the default pair over LRU with fixed rules, at three sizes, and hit rates
+    at the middle one."""
     rows = []
+    found = yardsticks.by_cell(yardstick_records(), yardsticks.CAPACITY)
     for record in records_of("study_capacity.jsonl"):
         if "gain" in record:
             places = [round(part * (len(record["gib"]) - 1)) for part in (0.2, 0.4, 0.6)]
             cells = [
                 f"{record['gib'][at]:.3g} GiB: {Interval(*record['gain'][at])}" for at in places
             ]
-            rows.append([record["trace"], str(record["seeds"]), *cells])
+            rates = found.get((record["trace"], 0, record["gib"][places[1]]), {})
+            row = [record["trace"], str(record["seeds"]), *cells]
+            row.append(f"{100 * record['token_hit_rate'][places[1]]:.1f}")
+            rows.append([*row, *(f"{rates[name]:.1f}" if rates else "-" for name in YARDSTICKS)])
     if not rows:
         raise FileNotFoundError("study_capacity.jsonl has no intervals")
-    return (["trace", "seeds", "small memory", "medium", "large"], rows)
+    header = ["trace", "seeds", "small memory", "medium", "large", "hits, medium: default pair, %"]
+    return [*header, *(f"{name}, %" for name in YARDSTICKS)], rows
 
 
 def tree_table() -> Table:
@@ -608,13 +658,12 @@ class CapacityCurves:
                 panels[name].append(list(zip(run["gib"], means, low, high, strict=True)))
         series = ["default pair", "LRU, fixed rules"]
         cells = yardsticks.by_cell(yardstick_records(), yardsticks.CAPACITY)
-        names = (yardsticks.LRU_ADAPTIVE, yardsticks.BEST_REBUILT, yardsticks.BOUND)
         for name, lines in panels.items() if cells else ():
             sizes = [gib for trace, _, gib in cells if trace == name]
-            for one in names:
+            for one in YARDSTICKS:
                 rates = [cells[name, 0, gib][one] for gib in sizes]
                 lines.append(list(zip(sizes, rates, rates, rates, strict=True)))
-        series += [yardsticks.LRU_ADAPTIVE, "best rebuilt", "upper bound"] * bool(cells)
+        series += [*YARDSTICKS] * bool(cells)
         return panel_lines(panels, series, ("memory, GiB", HITS))
 
 
@@ -687,7 +736,7 @@ def _losses(table: Table) -> str:
 
 
 def _shadows(table: Table) -> str:
-    alone, whole, *_ = ([float(row[column]) for column in (2, 4)] for row in table[1])
+    alone, whole = ([float(row[column]) for column in (2, 4)] for row in table[1][:2])
     cost = table[1][1][1]
     return (
         f"Shadows of all sessions lose {whole[0]:.1f} and {whole[1]:.1f} points to the best pair "
@@ -794,7 +843,7 @@ def _speculation(table: Table) -> str:
 
 
 def _capacity(table: Table) -> str:
-    gains = [value(cell.partition(": ")[2]).mean for row in table[1] for cell in row[2:]]
+    gains = [value(cell.partition(": ")[2]).mean for row in table[1] for cell in row[2:5]]
     return (
         f"The default pair gains up to {max(gains):.1f} points over LRU with fixed rules where "
         f"memory is short, and loses at most {max(-min(gains), 0):.1f}."
@@ -870,7 +919,7 @@ SECTIONS = {
         "Token hit rate of each pair in replays, with intervals.",
     ),
     "pairs in closed loop": Section(
-        "default", study("study_default", partial(default.pairs_table, split="closed loop")),
+        "default", partial(pairs_table, "closed loop"),
         _pairs, Dots({"closed loop": 1}, HITS),
         "Token hit rate of each pair in closed loops, with intervals.",
     ),
@@ -890,7 +939,7 @@ SECTIONS = {
         "Regret of five pairs in the first requests and later, since the start and a change.",
     ),
     "shadows": Section(
-        "shadows", study("study_shadows", shadows.table), _shadows,
+        "shadows", shadows_table, _shadows,
         Dots({"tuning": 2, "outside": 4}, "mean loss to the best pair of a cell, points"),
         "Mean loss by choice of the pair, for both splits.",
     ),
@@ -898,8 +947,9 @@ SECTIONS = {
         "default", published_table,
         between(5, "On published traces the default pair differs from LRU with fixed rules by "
                 "{low:.1f} to {high:.1f} points."),
-        Dots(OVER | {"best rebuilt": -2, "upper bound": -1}, HITS, (0, 1)),
-        "Token hit rate of both on published traces, of the best rebuilt system, and the bound.",
+        Dots(OVER | {LRU_ADAPTIVE: -3, "best rebuilt": -2, BOUND: -1}, HITS, (0, 1)),
+        "Token hit rate of three pairs on published traces, of the best rebuilt system, and the "
+        "bound.",
     ),
     "default speed": Section(
         "default-speed", default_speed_table,
@@ -932,8 +982,10 @@ SECTIONS = {
         "conditions", study("study_conditions", conditions.table),
         between(-1, "The default pair differs from LRU with fixed rules by {low:.1f} to {high:.1f} "
                 "points."),
-        Dots({"default pair": 2, "LRU with fixed rules": -2}, HITS, (1,)),
-        "Token hit rate of both under each condition.",
+        Dots({"default pair": 2, LRU_ADAPTIVE: 3, "LRU, fixed rules": 4, "best rebuilt": 5,
+              BOUND: 6}, HITS, (1,)),
+        "Token hit rate of three pairs under each condition, of the best rebuilt system, and the "
+        "bound.",
     ),
     "capacity": Section(
         "capacity", capacity_table, _capacity, CapacityCurves(),
@@ -1023,8 +1075,9 @@ SECTIONS = {
 }  # fmt: skip
 
 
-def render(name: str, section: Section, figures: dict[Path, str]) -> str:
-    """Return a section as Markdown, and add its figure to ``figures``."""
+def render(name: str, section: Section, figures: dict[Path, str], origin: str) -> str:
+    """Return a section as Markdown with the ``origin`` of its results, and add its figure to
+    ``figures``."""
     try:
         table = section.table()
     except FileNotFoundError as error:
@@ -1035,17 +1088,18 @@ def render(name: str, section: Section, figures: dict[Path, str]) -> str:
         (
             f"**{section.finding(table)}**",
             f"![{section.alt}](../experiments/figures/{path.name})",
-            f"`python -m experiments.reproduce --part {section.part}`",
+            f"`python -m experiments.reproduce --part {section.part}` (commit {origin})",
             f"<details><summary>Table</summary>\n\n{markdown(table)}\n\n</details>",
         )
     )
 
 
-def page(template: Path, parts: Callable[[], Table]) -> tuple[str, dict[Path, str]]:
-    """Return the page and its figures by path. ``parts`` is the table of all parts."""
+def page(template: Path, parts: Table, origin: Callable[[str], str]) -> tuple[str, dict[Path, str]]:
+    """Return the page and its figures by path. ``parts`` is the table of all parts, and ``origin``
+    returns commit and date of a part's results by its name."""
     text, figures = template.read_text(encoding="utf-8"), {}
     for name, section in SECTIONS.items():
         mark = f"<!-- result: {name} -->"
         if mark in text:
-            text = text.replace(mark, render(name, section, figures))
-    return text.replace("<!-- result: parts -->", markdown(parts())), figures
+            text = text.replace(mark, render(name, section, figures, origin(section.part)))
+    return text.replace("<!-- result: parts -->", markdown(parts)), figures

@@ -316,11 +316,17 @@ def listing(parts: Sequence[Part]) -> str:
 
 def write_page() -> None:
     """Write ``docs/results.md`` and its figures."""
-    text, figures = page.page(page.TEMPLATE, parts_table)
+    text, figures = whole_page()
     PAGE.write_text(text, encoding="utf-8")
     for path, drawing in figures.items():
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(drawing, encoding="utf-8")
+
+
+def whole_page() -> tuple[str, dict[Path, str]]:
+    """Return the page and its figures by path."""
+    by_name = {part.name: part for part in read_parts()}
+    return page.page(page.TEMPLATE, parts_table(), lambda name: origin_of(by_name[name]))
 
 
 def parts_table() -> page.Table:

@@ -13,7 +13,7 @@ Three workloads replay sessions of published traces. Their files are looked up i
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
@@ -34,6 +34,9 @@ SPLITS_FILE = ROOT / "experiments" / "splits.toml"
 SPLITS = tomllib.loads(SPLITS_FILE.read_text(encoding="utf-8"))["admission"]
 VOCABULARY = 50_000
 UNLIMITED = ("oldest", "sessions")
+CACHES = (common.LRU_ADAPTIVE, *common.REBUILT)
+"""Caches that are compared with the default pair, for the first seed. `lru@adaptive` is served with
+`sessions`; rebuilt systems admit in the order of arrival."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,19 +158,21 @@ def admissions(name: str) -> tuple[str, ...]:
 
 
 def scenario(workload: Workload, name: str, seed: int, rate: float, admission: str) -> Scenario:
-    """Return one cell. Clients report the end of a session only to policies with a fixed limit."""
+    """Return one cell. ``admission`` may be one of ``CACHES``, with its own admission. Clients
+    report the end of a session only to policies with a fixed limit."""
     geometry = ModelGeometry.preset("qwen3-next")
     return Scenario(
         name,
         model=geometry,
         gib=workload.num_rows * geometry.kv_bytes_per_token / GIB,
-        policy="survival",
+        policy="lru" if admission == common.LRU_ADAPTIVE else "survival",
         checkpoints="adaptive",
+        baseline=admission if admission in common.REBUILT else (),
         times=LinearSteps(),
         rate=rate,
         seeds=(seed,),
         token_budget=workload.token_budget,
-        admission=admission,
+        admission="sessions" if admission in CACHES else admission,
         tells_ends=admission.startswith("live"),
     )
 
@@ -187,16 +192,26 @@ def serve(job: tuple[str, int, float, str]) -> list[dict[str, Any]]:
     """Return the record of (workload, seed, rate, admission policy)."""
     name, seed, rate, admission = job
     workload = WORKLOADS[name]
-    served = simulate_closed_loop(workload.trace(name, seed), scenario(workload, *job))
+    trace = workload.trace(name, seed)
+    served = simulate_closed_loop(trace, scenario(workload, *job))
+    found = waits(served.answered) | {"makespan_s": served.now_s}
+    if admission == common.LRU_ADAPTIVE:
+        found["bound"] = common.bound_in_any_order(trace)
     place = {"trace": name, "seed": seed, "rate": rate, "admission": admission}
-    return [common.rounded(place | waits(served.answered) | {"makespan_s": served.now_s})]
+    return [common.rounded(place | found)]
+
+
+def hit_rate(run: Mapping[str, Any]) -> float:
+    """Return the token hit rate of a record."""
+    return float(run["cached_tokens"] / run["prompt_tokens"])
 
 
 def table(records: common.Records) -> common.Table:
     """Return a header and one row per workload and rate, over the seeds that all policies have.
 
     The best limit on live sessions is that of the lowest mean TTFT. The last columns are ratios to
-    the best simple rule, chosen for each: ``oldest``, or such a limit.
+    the best simple rule, chosen for each: ``oldest``, or such a limit. The columns of
+    ``YARDSTICKS`` are hit rates with the seed that ``CACHES`` have, and the bound in any order.
     """
     rows = []
     for (trace, rate), of in common.grouped(records, "trace", "rate").items():
@@ -204,6 +219,13 @@ def table(records: common.Records) -> common.Table:
             policy: {run["seed"]: run for run in runs}
             for policy, runs in common.grouped(of, "admission").items()
         }
+        caches = [[*by_policy.pop(name, {}).values()] for name in CACHES]
+        rates = [[hit_rate(run) for run in runs] for runs in caches]
+        yardsticks = (
+            rates[0],
+            [max(of) for of in zip(*rates[1:], strict=True)],
+            [run["bound"] for run in caches[0]],
+        )
         seeds = sorted(set.intersection(*map(set, by_policy.values())))
         if not seeds:
             continue
@@ -215,8 +237,7 @@ def table(records: common.Records) -> common.Table:
             return [run[field] for run in runs_of(policy)]
 
         oldest, sessions = (
-            [100 * run["cached_tokens"] / run["prompt_tokens"] for run in runs_of(policy)]
-            for policy in UNLIMITED
+            [100 * hit_rate(run) for run in runs_of(policy)] for policy in UNLIMITED
         )
         row = [trace, f"{rate:g}", f"{fmean(oldest):.1f}", f"{fmean(sessions):.1f}"]
         row.append(str(paired(sessions, oldest)))
@@ -229,22 +250,23 @@ def table(records: common.Records) -> common.Table:
         for field in ("ttft_mean_s", "makespan_s"):
             best = min((values(name, field) for name in ("oldest", *limits)), key=fmean)
             row.append(f"{ratio(values('sessions', field), best):.2f}")
-        rows.append(row)
+        rows.append([*row, *map(common.percent, yardsticks)])
     header = ["workload", "sessions/s", "hits, `oldest`, %", "`sessions`, %", "gain, points"]
     header += [f"{name} TTFT, s: `oldest`, `sessions`, best limit" for name in ("mean", "p99")]
     header += ["mean TTFT to best limit", "makespan to best limit"]
-    return header, rows
+    return [*header, *(f"{name}, hits, %" for name in common.YARDSTICKS)], rows
 
 
 def main() -> None:
     options = common.command_line(__doc__).parse_args()
+    seeds = SPLITS["evaluation"]["seeds"][: options.seeds]
     jobs = [
         (name, seed, rate, admission)
-        for seed in SPLITS["evaluation"]["seeds"][: options.seeds]
+        for seed in seeds
         for name, workload in WORKLOADS.items()
         if workload.is_available
         for rate in SPLITS["rates"][name]
-        for admission in admissions(name)
+        for admission in (*admissions(name), *(CACHES if seed == seeds[0] else ()))
     ]
     common.run_study("admission", serve, jobs, table, options.processes)
 

@@ -22,8 +22,7 @@ from hybridcache.policies.registry import DEFAULT_EVICTION
 
 OURS = common.DEFAULT.replace("@", " @ ")
 """The default pair. All other policies use ``STATIC_PLACEMENT``."""
-PEERS = ("vllm", "sglang", "lightllm", "marconi-static")
-"""Rebuilt systems. Marconi with one fixed weight, because tuning it replays a trace 21 times."""
+PEERS = (*common.REBUILT, "lightllm")
 POLICIES = ("lru", "lfu", "lhd", "gdsf", DEFAULT_EVICTION)
 
 

@@ -13,6 +13,9 @@ because only steps of decodes are recorded. The difference is measured too, and 
 
 The model computes, but the clock counts the processor time of this process, and pauses are skipped.
 Other work on the machine therefore changes little. Results go to ``closed_loop.jsonl``.
+
+The forecast of the same requests also has `lru@adaptive`, rebuilt systems, and the bound in any
+order.
 """
 
 from __future__ import annotations
@@ -32,6 +35,7 @@ from engine import Engine, EngineConfig, SamplingParams
 from engine.config import BUILTIN_DIR
 from engine.weights.model_config import read_config
 from experiments.benchmarks.measure_prefill import measure, mixed_step_seconds
+from experiments.studies import common
 from experiments.studies.common import Records, Table, command_line, grouped, run_study
 from hybridcache.geometry.model import ModelGeometry
 from hybridcache.geometry.times import MeasuredTimes
@@ -243,6 +247,14 @@ def compare(
     run = run_closed_loop(trace, cell)
     forecast = {name: getattr(run, name) for name in ("ttft_mean_s", "ttft_p99_s", "makespan_s")}
     forecast["hit"] = 100 * run.token_hit_rate
+    caches = {
+        name: run_closed_loop(trace, dataclasses.replace(cell, **changes)).token_hit_rate
+        for name, changes in (
+            (common.LRU_ADAPTIVE, {"policy": "lru", "checkpoints": "adaptive"}),
+            *((peer, {"baseline": peer}) for peer in common.REBUILT),
+        )
+    }
+    forecast["caches"] = caches | {common.BOUND: common.bound_in_any_order(trace)}
     place = {"admission": admission, "rate": rate, "seed": seed}
     steps = {"prefill_s": times.table_s, "decode_s": times.decode_s, "mixed_s": fmean(mixed)}
     return [
@@ -289,10 +301,14 @@ def table(records: Records) -> Table:
             f"{1000 * p99:.0f}",
             f"{100 * (forecast_mean / mean - 1):+.0f} %",
         ]
-        rows.append([*row, f"{makespan:.1f}"])
+        known = [run["caches"] for run in forecast if "caches" in run]
+        best = [max(of[peer] for peer in common.REBUILT) for of in known]
+        rates = [of[common.LRU_ADAPTIVE] for of in known], best, [of[common.BOUND] for of in known]
+        rows.append([*row, f"{makespan:.1f}", *map(common.percent, rates)])
     header = [
         "sessions/s", "admission", "engine: hits, %", "forecast less engine, points",
         "engine: mean TTFT, ms", "p99, ms", "mean TTFT of the forecast", "makespan, s",
+        *(f"forecast: {name}, hits, %" for name in common.YARDSTICKS),
     ]  # fmt: skip
     return header, rows
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cache
+from itertools import chain
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,13 @@ from tqdm import tqdm
 from experiments import provenance
 from experiments.provenance import ROOT, write_json_lines
 from hybridcache import ModelGeometry, Trace, open_trace, simulate
+from hybridcache.lab.optimum import MemoryBudget, Relaxation, build_trie
+from hybridcache.lab.prefix_tree import InfiniteCache
 from hybridcache.lab.report import text_table
+from hybridcache.lab.simulation.closed_loop import sessions_of
 from hybridcache.lab.simulation.grid import prepare_worker
 from hybridcache.lab.simulation.result import RunResult
-from hybridcache.lab.simulation.sizes import sizes
+from hybridcache.lab.simulation.sizes import budget_bytes, sizes
 from hybridcache.lab.traces import SHIPPED
 from hybridcache.policies.registry import DEFAULT_EVICTION, DEFAULT_PLACEMENT
 
@@ -35,6 +39,12 @@ DEFAULT = f"{DEFAULT_EVICTION}@{DEFAULT_PLACEMENT}"
 LRU = f"lru@{STATIC_PLACEMENT}"
 PAIRS = {"default pair": DEFAULT, "lru, adaptive": "lru@adaptive", "lru, fixed rules": LRU}
 """Pairs ``eviction@placement`` that are compared under one condition."""
+LRU_ADAPTIVE = "lru@adaptive"
+REBUILT = ("vllm", "sglang", "marconi-static")
+"""Rebuilt systems that are compared. Marconi has one fixed weight, because tuning it replays a
+trace 21 times. All have their whole cache within their size, so the upper bound is also theirs."""
+BEST_REBUILT, BOUND = "best rebuilt system", "upper bound"
+YARDSTICKS = (LRU_ADAPTIVE, BEST_REBUILT, BOUND)
 
 Records = Sequence[Mapping[str, Any]]
 Table = tuple[Sequence[str], Sequence[Sequence[str]]]
@@ -171,10 +181,46 @@ def cells_of(options: argparse.Namespace) -> list[tuple[str, int]]:
 def replay(
     trace: Trace, gib: Sequence[float], pair: str = DEFAULT, **settings: Any
 ) -> tuple[RunResult, ...]:
-    """Replay ``trace`` with one pair of policies. Returns a run per size."""
-    policy, _, placement = pair.partition("@")
-    settings |= {"policy": policy, "checkpoints": [placement], "bound": False, "progress": False}
+    """Replay ``trace`` with one pair of policies, or a rebuilt system. Returns a run per size."""
+    settings |= caches(pair) | {"bound": False, "progress": False}
     return tuple(simulate(trace, gib=gib, **settings).runs)
+
+
+def caches(pair: str) -> dict[str, Any]:
+    """Return the settings of a simulation for ``eviction@placement`` or a rebuilt system."""
+    if pair in REBUILT:
+        return {"policy": (), "baseline": [pair]}
+    policy, _, placement = pair.partition("@")
+    return {"policy": policy, "checkpoints": [placement]}
+
+
+def bounds(trace: Trace, geometry: ModelGeometry, gib: Sequence[float]) -> list[float]:
+    """Return the token hit rates that no cache of each size exceeds in a replay in turn."""
+    relaxation = Relaxation(build_trie(trace))
+    row_bytes = geometry.kv_bytes_per_token * trace.unit
+    budgets = (MemoryBudget(budget_bytes(size), row_bytes, geometry.state_bytes) for size in gib)
+    prompt_tokens = sum(request.num_tokens(trace.unit) for request in trace)
+    return [relaxation.bound(budget) * trace.unit / prompt_tokens for budget in budgets]
+
+
+def bound_in_any_order(trace: Trace) -> float:
+    """Return the token hit rate that no cache exceeds in a closed loop, whatever its memory is.
+
+    The order of requests depends on the policy there, so the memory between two requests bounds
+    nothing. Each distinct token of all prompts is computed at least once, as prompt or as answer,
+    and at least one token of each prompt.
+    """
+    cache, turns = InfiniteCache(), [*chain.from_iterable(sessions_of(trace))]
+    for turn in turns:
+        cache.visit(turn.text, turn.namespace)
+    prompt_tokens = sum(turn.prompt_len for turn in turns)
+    answer_tokens = sum(len(turn.text) for turn in turns) - prompt_tokens
+    return 1 - max(cache.num_ids - answer_tokens, len(turns)) / prompt_tokens
+
+
+def percent(rates: Sequence[float]) -> str:
+    """Return the mean of rates in percent, or ``-`` if there is none."""
+    return f"{100 * sum(rates) / len(rates):.1f}" if rates else "-"
 
 
 def measured(work: Callable[[Any], Any], jobs: Sequence[Any], processes: int) -> list[Any]:

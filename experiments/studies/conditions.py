@@ -26,22 +26,30 @@ from hybridcache.lab.simulation.closed_loop import closed_loop
 SEEDS = range(100, 110)
 """Seeds of the evaluation split."""
 MODEL = "qwen3-next"
+COLUMNS = (*common.PAIRS, common.BEST_REBUILT, common.BOUND)
 MODELS = ("LFM2-1.2B", "Olmo-Hybrid-7B", "Qwen3.5-4B", MODEL, "Nemotron-3-Nano-30B-A3B")
 KINDS = ("chat", "agent", "few-shot", "short")
 RUNNING = (1, 16, 64)
 ARRIVALS = ("fixed:0.5", "poisson:0.5", "bursts:0.5:16")
 
+MEASURED = common.PAIRS | {name: name for name in (*common.REBUILT, common.BOUND)}
+"""Pairs, rebuilt systems and the bound by their name in the records."""
+
 Rate = Callable[[int, str], float]
-"""Token hit rate with a seed, for one of ``PAIRS``."""
+"""Token hit rate with a seed, for a value of ``MEASURED``."""
 
 
 def replayed(
     trace: Callable[[int], Trace], gib: float, model: str, seed: int, pair: str, **settings: Any
 ) -> float:
-    """Return the token hit rate of a replay of ``trace(seed)``."""
-    return common.replay(trace(seed), [gib], common.PAIRS[pair], model=model, **settings)[
-        0
-    ].token_hit_rate
+    """Return the token hit rate of a replay of ``trace(seed)``. If requests overlap, only the bound
+    in any order holds."""
+    opened = trace(seed)
+    if pair == common.BOUND and settings:
+        return common.bound_in_any_order(opened)
+    if pair == common.BOUND:
+        return common.bounds(opened, ModelGeometry.preset(model), [gib])[0]
+    return common.replay(opened, [gib], pair, model=model, **settings)[0].token_hit_rate
 
 
 def tenants(kinds: tuple[str, ...], seed: int) -> Trace:
@@ -74,17 +82,18 @@ def arriving(starts: str, seed: int) -> Trace:
 
 def running(count: int, seed: int, pair: str) -> float:
     """Return the token hit rate of an overloaded engine with ``count`` running requests."""
-    policy, _, placement = common.PAIRS[pair].partition("@")
+    trace = open_trace(f"conversations?live=24&num_conversations=120&seed={seed}")
+    if pair == common.BOUND:
+        return common.bound_in_any_order(trace)
     [run] = closed_loop(
-        f"conversations?live=24&num_conversations=120&seed={seed}",
+        trace,
         gib=8,
-        policy=policy,
-        checkpoints=[placement],
         rate=4,
         admission="sessions",
         seeds=[seed],
         max_running=count,
         progress=False,
+        **common.caches(pair),
     ).runs
     return run.cached_tokens / run.prompt_tokens
 
@@ -115,27 +124,32 @@ def rows() -> Iterator[tuple[str, str, Rate]]:
 
 
 def measure(job: tuple[str, str, int]) -> list[dict[str, Any]]:
-    """Return one record per pair."""
+    """Return one record per pair, rebuilt system and bound."""
     condition, value, seed = job
     rate = next(rate for *key, rate in rows() if key == [condition, value])
     same = {"condition": condition, "value": value, "seed": seed}
     return [
-        same | {"pair": pair, "token_hit_rate": common.rounded(rate(seed, pair))}
-        for pair in common.PAIRS
+        same | {"pair": name, "token_hit_rate": common.rounded(rate(seed, pair))}
+        for name, pair in MEASURED.items()
     ]
 
 
 def table(records: common.Records) -> common.Table:
-    """Return a header and one row per condition: rates of the measured pairs and the gain of the
-    first over the last, in percent."""
-    rows, known = [], {record["pair"] for record in records}
-    pairs = [pair for pair in common.PAIRS if pair in known]
+    """Return a header and one row per condition: rates in percent, and the gain of the default pair
+    over LRU with fixed rules. The best rebuilt system is that of each seed."""
+    rows = []
+    ours, _, lru = common.PAIRS
     for (condition, value), cells in common.grouped(records, "condition", "value").items():
-        by_pair = common.grouped(cells, "pair")
-        rates = [[100 * cell["token_hit_rate"] for cell in by_pair[pair]] for pair in pairs]
-        row = [condition, value + " at once" * value.isdecimal(), *map(str, map(interval, rates))]
-        rows.append([*row, str(paired(rates[0], rates[-1]))])
-    return ["condition", "value", *(f"{pair}, %" for pair in pairs), "gain, points"], rows
+        rates = {
+            pair: [100 * cell["token_hit_rate"] for cell in of]
+            for pair, of in common.grouped(cells, "pair").items()
+        }
+        peers = [rates[name] for name in common.REBUILT if name in rates]
+        rates[common.BEST_REBUILT] = [max(of) for of in zip(*peers, strict=True)]
+        shown = [str(interval(rates[name])) if rates.get(name) else "-" for name in COLUMNS]
+        gain = str(paired(rates[ours], rates[lru]))
+        rows.append([condition, value + " at once" * value.isdecimal(), *shown, gain])
+    return ["condition", "value", *(f"{name}, %" for name in COLUMNS), "gain, points"], rows
 
 
 def main() -> None:

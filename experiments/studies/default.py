@@ -23,8 +23,10 @@ Rows "unseen" exclude cells that were looked at while rules were chosen.
 
 from __future__ import annotations
 
+import math
+import re
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from statistics import fmean, geometric_mean
@@ -65,6 +67,8 @@ PAIRS = (
     "random@adaptive",
 )
 
+_SHARE = re.compile(r", \d+% KV$")
+"""End of a trace's name in two pools. Rebuilt systems have none; the bound is that of all bytes."""
 COMPARED = (common.DEFAULT, common.LRU)
 """Pairs that are compared on published traces, with intervals over sessions."""
 
@@ -87,6 +91,11 @@ class Job(NamedTuple):
     def spec(self) -> str:
         """Trace with its seed, as ``open_trace`` takes it."""
         return self.path or common.seeded(self.trace, self.seed or 0)
+
+    @property
+    def label(self) -> str:
+        """Trace with the rate of a closed loop, as the records name it."""
+        return self.trace + ("" if self.rate is None else f", {self.rate:g} sessions/s")
 
     @property
     def memory(self) -> dict[str, Any]:
@@ -160,21 +169,19 @@ def run(model: str, job: Job) -> list[dict[str, Any]]:
 
 def serve_sessions(trace: Trace, model: str, pair: str, job: Job, rate: float) -> dict[str, Any]:
     """Return the record of a closed loop of ``rate`` sessions per second."""
-    eviction, _, placement = pair.partition("@")
     [found] = closed_loop(
         trace,
         model=model,
         gib=job.gib,
-        policy=eviction,
-        checkpoints=[placement],
         rate=rate,
         admission="sessions",
         seeds=[job.seed or 0],
         progress=False,
+        **common.caches(pair),
     ).runs
     return {
         "split": job.split,
-        "trace": f"{job.trace}, {rate:g} sessions/s",
+        "trace": job.label,
         "gib": job.gib[0],
         "seed": job.seed,
         "pair": pair,
@@ -219,12 +226,16 @@ def pairs_table(records: common.Records, split: str) -> common.Table:
     return header, rows
 
 
-def losses_table(records: common.Records) -> common.Table:
-    """Return the loss of the default pair to the best pair of each cell, in points."""
+def losses_table(
+    records: common.Records, cells: Mapping[tuple[str, Any, float], Mapping[str, float]] = {}
+) -> common.Table:
+    """Return the loss of the default pair to the best pair of each cell, in points, and its mean
+    hit rate next to those of ``cells`` (``yardsticks.by_cell``), where they were run."""
     seen = splits_file()["evaluation"]["seen"]
     generated = {record["trace"] for record in records if record["seed"] is not None}
     found: dict[str, list[list[float]]] = {}
-    for (split, trace, _), runs in common.grouped(records, "split", "trace", "gib").items():
+    hits: dict[str, list[tuple[float, ...]]] = {}
+    for (split, trace, gib), runs in common.grouped(records, "split", "trace", "gib").items():
         rates = {
             pair: [100 * run["token_hit_rate"] for run in of]
             for pair, of in common.grouped(runs, "pair").items()
@@ -236,16 +247,30 @@ def losses_table(records: common.Records) -> common.Table:
             kind = "generated" if trace in generated else "published traces"
             groups = [f"{split}, {kind}"]
             groups += [f"{split}, {kind}, unseen"] * (trace.partition(", ")[0] not in seen)
+        seeds = [run["seed"] for run in runs if run["pair"] == common.DEFAULT]
+        known = [cells.get((_SHARE.sub("", trace), seed, gib)) for seed in seeds]
+        ours, lru = rates[common.DEFAULT], rates[common.LRU_ADAPTIVE]
+        measured = [
+            (one, other, math.nan if split.endswith(POOLS) else cell[common.BEST_REBUILT],
+             cell[common.BOUND])
+            for one, other, cell in zip(ours, lru, known, strict=True)
+            if cell
+        ]  # fmt: skip
         for group in groups:
             found.setdefault(group, []).append(losses)
+            hits.setdefault(group, []).extend(measured)
     rows = []
-    for group, cells in found.items():
-        means = [fmean(losses) for losses in cells]
-        over_seeds = [fmean(losses) for losses in zip(*cells, strict=True)]
+    for group, losses_of in found.items():
+        means = [fmean(losses) for losses in losses_of]
+        over_seeds = [fmean(losses) for losses in zip(*losses_of, strict=True)]
         near = sum(mean <= 0.5 for mean in means)
         loss = str(interval(over_seeds))
-        rows.append([group, str(len(cells)), loss, f"{max(means):.1f}", f"{near} of {len(cells)}"])
-    return ["cells", "number", "mean loss, points", "worst cell", "within 0.5"], rows
+        row = [group, str(len(means)), loss, f"{max(means):.1f}", f"{near} of {len(means)}"]
+        rates = zip(*hits[group], strict=True) if hits[group] else [()] * 4
+        shown = [f"{fmean(of):.1f}" if of else "-" for of in rates]
+        rows.append([*row, *(text.replace("nan", "-") for text in shown)])
+    header = ["cells", "number", "mean loss, points", "worst cell", "within 0.5"]
+    return [*header, "hits: default pair, %", *(f"{one}, %" for one in common.YARDSTICKS)], rows
 
 
 def published_table(records: common.Records) -> common.Table:

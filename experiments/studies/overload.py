@@ -6,6 +6,8 @@ More sessions arrive than the server can finish, so there is no steady state: qu
 last arrival. Figures of a whole run depend on its length. This study reports each policy by windows
 of ``WINDOW_S`` from the end of the warm-up to the last arrival, for several numbers of sessions.
 Windows of runs of different lengths must agree, because later arrivals change nothing before them.
+`lru@adaptive` (with `sessions`) and rebuilt systems are served too. A window has other requests for
+each of them, so only whole runs have an upper bound, that of ``common.bound_in_any_order``.
 The workload is `agents` of the admission study.
 """
 
@@ -19,11 +21,12 @@ from statistics import fmean
 from typing import Any
 
 from experiments.studies import common
-from experiments.studies.admission import SPLITS, WORKLOADS, scenario, waits
+from experiments.studies.admission import CACHES, SPLITS, WORKLOADS, scenario, waits
 from hybridcache.lab.simulation.closed_loop import simulate_closed_loop
 
 WORKLOAD, RATE = "agents", 0.2
 SESSIONS = (60, 150)
+WHOLE = "whole run"
 POLICIES = ("oldest", "sessions", "live:18")
 WARM_UP_S, WINDOW_S = 150.0, 150.0
 IN_TIME_S = 2.0
@@ -43,7 +46,7 @@ LATER = (
 def main() -> None:
     options = common.command_line(__doc__, seeds=2).parse_args()
     seeds = SPLITS["evaluation"]["seeds"][: options.seeds]
-    jobs = list(product(SESSIONS, POLICIES, seeds))
+    jobs = list(product(SESSIONS, (*POLICIES, *CACHES), seeds))
     common.run_study("overload", serve, jobs, table, options.processes)
 
 
@@ -52,8 +55,10 @@ def serve(job: tuple[int, str, int]) -> list[dict[str, Any]]:
     num_sessions, admission, seed = job
     workload = replace(WORKLOADS[WORKLOAD], num_sessions=num_sessions)
     cell = scenario(workload, WORKLOAD, seed, RATE, admission)
-    answered = simulate_closed_loop(workload.trace(WORKLOAD, seed), cell).answered
+    trace = workload.trace(WORKLOAD, seed)
+    answered = simulate_closed_loop(trace, cell).answered
     facts = {"admission": admission, "sessions": num_sessions, "seed": seed}
+    facts["bound"] = common.bound_in_any_order(trace)
     return [
         facts
         | {"from_s": start_s, "to_s": None if isinf(end_s) else end_s}
@@ -96,17 +101,22 @@ def table(records: common.Records) -> common.Table:
         records, "sessions", "from_s", "to_s"
     ).items():
         of = common.grouped(cells, "admission")
-        window = f"{start_s:g} to {end_s:g} s" if end_s is not None else "whole run"
+        window = f"{start_s:g} to {end_s:g} s" if end_s is not None else WHOLE
         row = [f"{num_sessions} sessions", window]
         cell = {
             name: [f"{scale * fmean(one[name] for one in of[policy]):.1f}" for policy in POLICIES]
             for name, _, scale in (*FIGURES, *LATER)
         }
         row += [text for name, *_ in FIGURES for text in cell[name]]
-        rows.append([*row, *(", ".join(cell[name]) for name, *_ in LATER)])
+        row += [", ".join(cell[name]) for name, *_ in LATER]
+        lru, *peers = ([one["token_hit_rate"] for one in of.get(cache, ())] for cache in CACHES)
+        best = [max(runs) for runs in zip(*peers, strict=True)]
+        bounds = [one["bound"] for one in cells if end_s is None and "bound" in one]
+        rows.append([*row, *map(common.percent, (lru, best, bounds))])
     heads = [f"{title}: `{policy}`" for _, title, _ in FIGURES for policy in POLICIES]
     every = ", ".join(f"`{policy}`" for policy in POLICIES)
-    return ["length", "window", *heads, *(f"{title}: {every}" for _, title, _ in LATER)], rows
+    heads += [f"{title}: {every}" for _, title, _ in LATER]
+    return ["length", "window", *heads, *(f"{one}, hits, %" for one in common.YARDSTICKS)], rows
 
 
 if __name__ == "__main__":

@@ -181,7 +181,7 @@ def test_each_committed_or_published_result_is_the_output_of_one_part() -> None:
 
 def test_results_page_is_up_to_date() -> None:
     """Update it by ``python -m experiments.reproduce --page``."""
-    text, figures = page.page(page.TEMPLATE, reproduce.parts_table)
+    text, figures = reproduce.whole_page()
     assert reproduce.PAGE.read_text(encoding="utf-8") == text
     assert all(path.is_file() for path in figures)
 

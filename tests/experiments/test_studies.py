@@ -9,6 +9,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from experiments import page, provenance, reproduce
@@ -27,6 +28,7 @@ from hybridcache import open_trace
 from hybridcache.geometry.times import MeasuredTimes
 from hybridcache.lab.leaderboard import Split
 from hybridcache.lab.simulation.step_times import MeasuredSteps
+from hybridcache.lab.trace import Trace, TraceRequest
 from hybridcache.lab.traces import recognise
 from hybridcache.policies.placement import Adaptive
 from hybridcache.policies.protocol import Prefill
@@ -108,14 +110,16 @@ def test_code_of_a_study_is_the_package_and_its_imports() -> None:
 def test_studies_of_admission_agree_on_small_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     small = replace(admission.WORKLOADS["agents"], num_sessions=3)
     monkeypatch.setitem(admission.WORKLOADS, "agents", small)
-    records = [admission.serve(("agents", 1, 0.2, policy)) for policy in overload.POLICIES]
+    policies = (*overload.POLICIES, *admission.CACHES)
+    records = [admission.serve(("agents", 1, 0.2, policy)) for policy in policies]
     _, [row] = admission.table([record for [record] in records])
-    windows = [overload.serve((3, policy, 1)) for policy in overload.POLICIES]
+    windows = [overload.serve((3, policy, 1)) for policy in policies]
     _, [whole] = overload.table([record for [record] in windows])
     assert (row[:2], whole[:2]) == (["agents", "0.2"], ["3 sessions", "whole run"])
     assert row[2:4] == whole[2:4] and float(row[2]) > 80, "hits"
     p99 = [f"{float(number):.1f}" for number in row[6].split(", ")]
-    assert p99 == whole[8:11] and whole[-1] == "100.0, 100.0, 100.0"
+    assert p99 == whole[8:11] and whole[-4] == "100.0, 100.0, 100.0"
+    assert row[-3:] == whole[-3:] and float(row[-1]) >= max(map(float, row[-3:-1]))
 
 
 def test_measured_steps_are_a_table_for_simulations(tmp_path: Path) -> None:
@@ -160,28 +164,44 @@ def test_yardsticks_are_in_tables_and_figures_of_policies(
     ]
     jobs.append(yardsticks.Job("capacity", "short", 0, (0.2, 4.0), "short"))
     records = [record for job in jobs for record in yardsticks.measure(job)]
-    cells = yardsticks.by_cell(records, "evaluation")
+    cells = yardsticks.by_cell(records)
     for (_, seed, gib), rates in cells.items():
         assert seed in (1, 2) and gib in (0.2, 4.0)
-        assert rates[yardsticks.LRU_ADAPTIVE] <= rates[yardsticks.BOUND] <= 100
-        assert rates[yardsticks.BEST_REBUILT] <= rates[yardsticks.BOUND]
-    best = yardsticks.best_rebuilt(
-        {"vllm": [0.1, 0.4], "sglang": [0.2, 0.3], "lightllm": [0.9, 0.9], "upper bound": [1, 1]}
-    )
-    assert best == [0.2, 0.4]
+        assert rates[lab.LRU_ADAPTIVE] <= rates[lab.BOUND] <= 100
+        assert rates[lab.BEST_REBUILT] <= rates[lab.BOUND]
+    rates = {"vllm": [0.1, 0.4], "sglang": [0.2, 0.3], "marconi-static": [0, 0]}
+    rates |= {"lru@adaptive": [0, 0], "upper bound": [1, 1]}
+    fields = {"split": "tuning", "trace": "a", "seed": 0, "gib": [1, 2], "token_hit_rates": rates}
+    best = [of[lab.BEST_REBUILT] for of in yardsticks.by_cell([fields]).values()]
+    assert best == [20, 40] and not yardsticks.by_cell([fields], "capacity")
+    loop = yardsticks.Job("closed loop", "short", 1, (1.0,), "short?head=24", 4)
+    [rates] = yardsticks.by_cell(yardsticks.measure(loop)).values()
+    assert max(rates.values()) == rates[lab.BOUND] < 100
     monkeypatch.setattr(provenance, "RESULTS", tmp_path)
     split = Split("tiny", "qwen3-next", (1, 2), {"short?head=24": (0.2, 4.0)})
     assert page.yardstick_rates(split) == {} and page.yardstick_records() == []
     provenance.write_json_lines(tmp_path / "yardsticks.jsonl", records)
     rates = page.yardstick_rates(split)
-    wanted = [cells["short?head=24", 1, gib][yardsticks.BOUND] for gib in (0.2, 4.0)]
-    assert rates[yardsticks.BOUND][0] == pytest.approx(sum(wanted) / 2)
+    wanted = [cells["short?head=24", 1, gib][lab.BOUND] for gib in (0.2, 4.0)]
+    assert rates[lab.BOUND][0] == pytest.approx(sum(wanted) / 2)
     assert page.yardstick_rates(replace(split, seeds=(9,))) == {}, "another seed"
     curve = {"trace": "short", "gib": [0.2, 4.0], "low": [0.1, 0.2], "high": [0.2, 0.3]}
     runs = [curve | {"label": label} for label in (capacity.OURS, "lru")]
     provenance.write_json_lines(tmp_path / "study_capacity.jsonl", runs)
     figure = page.CapacityCurves().draw((["trace", "seeds"], [["short", "10"]]))
     assert len(figure.axes[0].lines) == 5 and "upper bound" in page.svg(figure)
+
+
+def test_the_bound_in_any_order_counts_each_token_of_prompts_once() -> None:
+    def turn(session: int, *tokens: int) -> TraceRequest:
+        answer = np.array([9], np.int32)
+        return TraceRequest(0.0, session, None, np.array(tokens, np.int32), answer)
+
+    requests = turn(0, 1, 2, 3), turn(0, 1, 2, 3, 9, 4), turn(1, 1, 2, 5)
+    rate = lab.bound_in_any_order(Trace("small", 1, requests.__iter__))
+    assert rate == pytest.approx(1 - 5 / 11), "1 2 3 5 and 4 are computed, 9 was an answer"
+    same = Trace("same", 1, ((turn(0, 1, 2),) * 2).__iter__)
+    assert lab.bound_in_any_order(same) == 0.5, "and a token of each prompt"
 
 
 def test_without_turnover_a_tip_still_moves_to_the_end() -> None:
