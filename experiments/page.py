@@ -42,6 +42,7 @@ from experiments.studies.common import (
     BOUND,
     DEFAULT,
     LRU_ADAPTIVE,
+    SEEDS,
     YARDSTICKS,
     Table,
     grouped,
@@ -115,9 +116,10 @@ def yardstick_rates(split: Split, is_closed: bool = False) -> dict[str, list[flo
 def hints_table() -> Table:
     """Return the gain from hints, with systems that do not get them and the bound."""
     header, rows = hints.table(records_of("study_hints.jsonl"))
+    split = Split.load().head(SEEDS)
     return header, [
         *rows,
-        *([name, str(interval(of)), "-"] for name, of in yardstick_rates(Split.load()).items()),
+        *([name, str(interval(of)), "-"] for name, of in yardstick_rates(split).items()),
     ]
 
 
@@ -126,7 +128,7 @@ def leaderboard_table() -> Table:
     bound."""
     records = records_of("leaderboard.jsonl")
     scores = tuple(map(Scores.from_record, records))
-    board = Board(Split.load(), records[0]["reference"], scores)
+    board = Board(Split.load().head(SEEDS), records[0]["reference"], scores)
     rows = [row.cells() for row in board.rows() if row.name in BUILT_IN]
     replays, loops = (yardstick_rates(board.split, is_closed) for is_closed in (False, True))
     for name in replays | loops:
@@ -158,7 +160,7 @@ def pairs_table(split: str = "evaluation") -> Table:
         fmean(100 * record["token_hit_rate"] for record in of)
         for of in grouped(ours, "seed").values()
     ]
-    found = yardstick_rates(Split.load(), split == "closed loop")
+    found = yardstick_rates(Split.load().head(SEEDS), split == "closed loop")
     more = [
         [name, str(interval(of)), str(paired(of, own)), *["-"] * (len(header) - 3)]
         for name, of in found.items()

@@ -1,6 +1,6 @@
 """Sweep admission policies over the rate of sessions, in closed loop.
 
-    python -m experiments.studies.admission [--seeds 10] [--processes 2]
+    python -m experiments.studies.admission [--seeds 5] [--processes 2]
 
 Above some rate the hit rate collapses. The study compares that rate between policies on five agent
 and four chat workloads at five rates each, with the default pair of policies.

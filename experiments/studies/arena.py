@@ -7,7 +7,7 @@ emptied for a state, and the KV copied for that as a share of the KV written.
 In a short trace, one more state changes all later decisions, so a single size says little. The
 published figure is the mean difference over the sizes of a workload, with an interval over seeds.
 
-    python -m experiments.studies.arena [--traces chat agent] [--seeds 10] [--processes 2]
+    python -m experiments.studies.arena [--traces chat agent] [--seeds 5] [--processes 2]
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Compare eviction policies over memory with rebuilt systems.
 
-    python -m experiments.studies.capacity [--traces chat agent] [--seeds 10] [--processes 2]
+    python -m experiments.studies.capacity [--traces chat agent] [--seeds 5] [--processes 2]
 
 The default pair and LRU with fixed rules run with ``--seeds`` seeds of each generated trace. Their
 curves get 95 % bands. The gain of the default pair gets an interval at each size, paired by seed.

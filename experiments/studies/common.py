@@ -154,7 +154,13 @@ WORKLOADS: dict[str, Workload] = {
 }
 
 
-def command_line(description: str | None, *traces: str, seeds: int = 10) -> argparse.ArgumentParser:
+SEEDS = 5
+"""Number of seeds of a published figure, if nothing else is said."""
+
+
+def command_line(
+    description: str | None, *traces: str, seeds: int = SEEDS
+) -> argparse.ArgumentParser:
     """Return the flags of a study: number of seeds and of processes, and names of traces if it has
     ``traces``."""
     parser = argparse.ArgumentParser(description=(description or "").splitlines()[0])

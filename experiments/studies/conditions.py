@@ -1,6 +1,6 @@
 """Compare the default pair with LRU under conditions that other studies hold fixed.
 
-    python -m experiments.studies.conditions [--seeds 10] [--processes 2]
+    python -m experiments.studies.conditions [--seeds 5] [--processes 2]
 
 One condition changes at a time: tenants without shared prefixes, the arrival process, the number of
 running requests, and the model. A state of these models has the bytes of 7 to 8,000 tokens of KV.
@@ -23,7 +23,7 @@ from hybridcache.lab.arrivals import Pauses, interleave, parse_starts
 from hybridcache.lab.intervals import interval, paired
 from hybridcache.lab.simulation.closed_loop import closed_loop
 
-SEEDS = range(100, 110)
+SEEDS = range(100, 105)
 """Seeds of the evaluation split."""
 MODEL = "qwen3-next"
 COLUMNS = (*common.PAIRS, common.BEST_REBUILT, common.BOUND)

@@ -1,6 +1,6 @@
 """Compare checkpoint grids of 64, 32, 16 and 1 tokens, with the default policies.
 
-    python -m experiments.studies.grid [--seeds 10] [--processes 2]
+    python -m experiments.studies.grid [--seeds 5] [--processes 2]
 
 Gains are paired by seed. No kernel has a grid of 1. `docs/engine/steps.md` has the cost
 of the other grids.

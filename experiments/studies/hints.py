@@ -1,6 +1,6 @@
 """Measure the gain from boundary hints and stop reasons, which rebuilt systems do not get.
 
-    python -m experiments.studies.hints [--seeds 10] [--processes 2]
+    python -m experiments.studies.hints [--seeds 5] [--processes 2]
     python -m experiments.studies.hints --stop-reasons
 
 A request may name boundaries: positions between parts of its prompt, such as messages. Placements

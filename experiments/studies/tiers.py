@@ -1,6 +1,6 @@
 """Measure the gain from host memory, compared with as much memory on the device.
 
-    python -m experiments.studies.tiers [--traces chat agent] [--seeds 10]
+    python -m experiments.studies.tiers [--traces chat agent] [--seeds 5]
 
 Twelve traces run on a device with 4 GiB for KV and states, with and without 16 GiB of host memory,
 and on a device with 20 GiB. Rebuilt systems have no tiers: they have all 20 GiB on the device. The

@@ -1,6 +1,6 @@
 """Measure `lru@adaptive`, rebuilt systems and the upper bound on the cells of other studies.
 
-    python -m experiments.studies.yardsticks [--seeds 10] [--processes 2]
+    python -m experiments.studies.yardsticks [--seeds 5] [--processes 2]
 
 Cells are those of ``default`` (all splits, replays and closed loops; one seed of the tuning split)
 and those of ``capacity`` with seed 0. yardsticks.jsonl has a line per trace and seed: token hit
