@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-import numpy as np
 import pytest
 
 from hybridcache import CacheConfig, build_prefix_cache
@@ -13,12 +12,11 @@ from hybridcache.geometry.times import LATENCY_S, Exchange
 from hybridcache.lease import Lease, LeaseRequest
 from hybridcache.policies.eviction.fifo import FIFO
 from hybridcache.policies.protocol import Item, PolicyError
-from hybridcache.policies.registry import EvictionSpec, parse_placement
+from hybridcache.policies.registry import parse_placement
 from hybridcache.radix.tree import OffloadedCheckpoint, RadixNode
 from hybridcache.tiers import TieredRadixCache
 from hybridcache.tokens import Tokens
 from tests.cache.serving import PerToken, Rate, carried_out, ids, serve
-from tests.cache.tiers import TieredMemory
 
 
 def tiered(**options: object) -> TieredRadixCache:
@@ -38,21 +36,6 @@ def loadable(cache: TieredRadixCache, tokens: Tokens) -> list[tuple[int, tuple[i
         (one.position, tuple(size // row_bytes for size in one.num_bytes.values()))
         for one in loadable
     ]
-
-
-@pytest.mark.parametrize("eviction", ["lru", "gdsf", "lhd", "survival"])
-def test_a_hit_from_a_tier_counts_as_one_use(eviction: str):
-    cache = tiered(eviction=eviction)
-    serve(cache, ids("abcd"), [4])
-    for uses in range(1, 5):
-        if uses % 2:
-            cache.evict(num_tokens=4)
-            [found] = cache.match(ids("abcdX")).loadable
-            cache.load(found)
-        match = cache.match(ids("abcdX"))
-        cache.touch(match, resumes=uses > 2)
-        assert (match.resumed.uses, match.resumed.earlier_uses) == (uses, 0)
-    assert cache.stats.total.requests == 3
 
 
 class Recorder(FIFO):
@@ -94,20 +77,6 @@ def test_a_state_replaces_the_next_victim_of_a_full_tier_unless_it_is_the_victim
     for missed in ("wxyzX", "abcX", "mnX"):
         cache.touch(cache.match(ids(missed)))
     assert set(Recorder.calls) == {("ghost hit", 4)}
-
-
-def test_a_state_is_offered_to_a_tier_with_the_kv_that_follows_it():
-    class Sized(FIFO):
-        def add(self, item: Item) -> None:
-            super().add(item)
-            if isinstance(item, OffloadedCheckpoint):
-                sizes.append(item.size_bytes)
-
-    cache, sizes = tiered(eviction=Sized), list[int]()
-    serve(cache, ids("abcde"), [2, 4])
-    cache.evict(num_slots=1)
-    cache.evict(num_tokens=5)
-    assert sizes == [10, 10 + 4 * 2]
 
 
 def test_kv_replaces_the_next_victim_of_a_full_tier():
@@ -173,43 +142,6 @@ def test_a_lease_fetches_if_it_saves_time_and_counts_the_rest(
     cache.check(held_tokens=0, held_slots=0)
 
 
-@pytest.mark.parametrize("call", ["allocate_kv", "allocate_slot", "load", "lock"])
-@pytest.mark.parametrize("number", [1, 2])
-def test_a_lease_that_cannot_begin_for_an_error_holds_nothing(
-    call: str, number: int, monkeypatch: pytest.MonkeyPatch
-):
-    """The slot of a load was lost if its rows could not be taken; so was the lock of a lease."""
-    cache = tiered()
-    serve(cache, ids("abcde"), [2, 4])
-    serve(cache, ids("abX"), [2])
-    cache.evict(num_tokens=3, num_slots=1)
-    assert cache.match(ids("abcdeX")).loadable
-    original, calls = getattr(cache, call), [0]
-
-    def failing(*args: object, **options: object) -> object:
-        calls[0] += 1
-        if calls[0] == number:
-            raise MemoryError
-        return original(*args, **options)
-
-    request = LeaseRequest(ids("abcdeX"))
-    with monkeypatch.context() as patched:
-        patched.setattr(cache, call, failing)
-        try:
-            lease = Lease.begin(cache, parse_placement("end"), request, Rate(0.01))
-        except MemoryError:
-            lease = None
-    assert (lease is None) == (calls[0] >= number)
-    if lease is not None:
-        lease.abort()
-    cache.check(held_tokens=0, held_slots=0)
-    assert cache.protected() == (0, 0)
-    again = Lease.begin(cache, parse_placement("end"), request, Rate(0.01))
-    assert again is not None and again.cached_len == 4
-    again.abort()
-    cache.check(held_tokens=0, held_slots=0)
-
-
 @pytest.mark.parametrize("rate", [0.01, 1.0, None])
 def test_refused_and_not_fetched_tokens_are_counted_separately(rate: float | None):
     """The request takes the slot of the checkpoint that it found, so no slot is left for a load:
@@ -240,34 +172,6 @@ def test_exchange_subtracts_copy_time_from_saved_prefill_time():
         assert exchange.seconds_saved(start, 8, 12, num_bytes) == pytest.approx(seconds)
 
 
-def test_a_state_can_be_adopted_on_kv_that_was_loaded_from_disk():
-    """KV on the device must not prevent adoption into the host tier, wherever it was before."""
-    memory = TieredMemory(
-        CacheConfig(
-            num_kv_tokens=20,
-            num_slots=2,
-            grid=2,
-            kv_bytes_per_token=2,
-            state_bytes=10,
-            host_bytes=100,
-            disk_bytes=100,
-        )
-    )
-    memory.adopt(ids("ab"), None, "disk")
-    assert memory.cache.adopt(ids("abcd"), None, "host") is None, "its prefix is on disk"
-    memory.adopt(ids("abcd"), None, "disk")
-    assert loadable(memory.cache, ids("abcdX")) == [(2, (0, 7)), (4, (0, 9))]
-    memory.serve(ids("abX"), None, [], 0)
-    assert memory.cache.match(ids("abX")).cached_len == 2  # 'abcd' is still on disk
-    memory.adopt(ids("abxy"), None, "host")
-    memory.check()
-    assert loadable(memory.cache, ids("abxyX")) == [(4, (7, 0))]
-    memory.serve(ids("klmnop"), None, [6], 0)
-    memory.adopt(ids("klmn"), None, "disk")  # ends inside an edge
-    memory.check()
-    assert loadable(memory.cache, ids("klmnX")) == [(4, (0, 5))]
-
-
 def test_an_offloaded_state_is_superseded_only_while_a_deeper_one_exists():
     """Dropping the deeper state ends the demotion of the shallower one; so does a fork."""
     sizes = {"num_slots": 4, "num_kv_tokens": 40, "host_bytes": 2 * (3 + 5 + 4 + 5 + 5)}
@@ -295,28 +199,6 @@ def test_an_offloaded_state_is_superseded_only_while_a_deeper_one_exists():
     serve(fork, ids("abxy"), [4])
     fork.evict(num_tokens=6, num_slots=3)
     assert not fork.match(ids("abX")).loadable[0].node.offloaded.state.superseded
-
-
-OWN = type("Own", (FIFO,), {})  # a user's policy
-
-
-@pytest.mark.parametrize("eviction", ("fifo", "lru", "gdsf", "survival", OWN))
-def test_a_lost_state_can_be_adopted_again(eviction: EvictionSpec) -> None:
-    """The heap of a policy then has two entries with equal values and serials."""
-    sizes = {"num_kv_tokens": 40, "num_slots": 3, "state_bytes": 20, "host_bytes": 960}
-    cache = tiered(**sizes, grid=4, eviction=eviction, ghost_bytes=20_000)
-    assert cache.offload, "tiers without ghosts are true"
-    tokens = np.arange(8, dtype=np.int32)
-    serve(cache, tokens, (8,))
-    cache.evict(100, 100)
-    carried_out(cache)
-    for _ in range(3):
-        cache.offload.drop_lost("host", lambda rows: True)
-        assert cache.adopt(tokens, None, "host") is not None
-        cache.check(0, 0)
-    cache.match(tokens)  # raises the failure of a policy
-    cache.reset()
-    cache.check(0, 0)
 
 
 def test_a_state_is_dropped_if_kv_above_it_is_lost() -> None:
