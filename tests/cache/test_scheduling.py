@@ -109,6 +109,20 @@ def test_a_row_write_that_was_lost_is_found():
         owner.check(lambda row, end: one.lease.kv_indices[:3])
 
 
+def test_rejected_drafts_leave_the_checkpoint_before_them():
+    owner, one = planner(manager=manager(cache=hybrid(grid=8))), request(0, 12, max_len=40)
+    owner.add(one)
+    while one.computed_len < 16:
+        step(owner)
+    assert owner.extend(one, 32)
+    assert owner.take_checkpoint_slots(one, 30) is not None
+    one.lease.roll_back(one.computed_len, unwritten=True)
+    assert one.lease.held_slots == 2
+    owner.leave(one)
+    [found] = [node.checkpoint for node in owner.manager.cache.iter_nodes() if node.checkpoint]
+    assert (found.position, found.label) == (16, "decode")
+
+
 @pytest.mark.parametrize("prefix_cache", ["hybrid", "radix", "none"])
 def test_an_equal_prompt_waits_for_the_first_one_if_entries_are_kept(prefix_cache: str):
     keeps, cache = prefix_cache != "none", hybrid(prefix_cache=prefix_cache, grid=8)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+import numpy as np
 import pytest
 
 from hybridcache import CacheConfig, build_prefix_cache
@@ -12,11 +13,12 @@ from hybridcache.geometry.times import LATENCY_S, Exchange
 from hybridcache.lease import Lease, LeaseRequest
 from hybridcache.policies.eviction.fifo import FIFO
 from hybridcache.policies.protocol import Item, PolicyError
-from hybridcache.policies.registry import parse_placement
+from hybridcache.policies.registry import EvictionSpec, parse_placement
 from hybridcache.radix.tree import OffloadedCheckpoint, RadixNode
 from hybridcache.tiers import TieredRadixCache
 from hybridcache.tokens import Tokens
 from tests.cache.serving import PerToken, Rate, carried_out, ids, serve
+from tests.cache.tiers import TieredMemory
 
 
 def tiered(**options: object) -> TieredRadixCache:
@@ -172,6 +174,34 @@ def test_exchange_subtracts_copy_time_from_saved_prefill_time():
         assert exchange.seconds_saved(start, 8, 12, num_bytes) == pytest.approx(seconds)
 
 
+def test_a_state_can_be_adopted_on_kv_that_was_loaded_from_disk():
+    """KV on the device must not prevent adoption into the host tier, wherever it was before."""
+    memory = TieredMemory(
+        CacheConfig(
+            num_kv_tokens=20,
+            num_slots=2,
+            grid=2,
+            kv_bytes_per_token=2,
+            state_bytes=10,
+            host_bytes=100,
+            disk_bytes=100,
+        )
+    )
+    memory.adopt(ids("ab"), None, "disk")
+    assert memory.cache.adopt(ids("abcd"), None, "host") is None, "its prefix is on disk"
+    memory.adopt(ids("abcd"), None, "disk")
+    assert loadable(memory.cache, ids("abcdX")) == [(2, (0, 7)), (4, (0, 9))]
+    memory.serve(ids("abX"), None, [], 0)
+    assert memory.cache.match(ids("abX")).cached_len == 2  # 'abcd' is still on disk
+    memory.adopt(ids("abxy"), None, "host")
+    memory.check()
+    assert loadable(memory.cache, ids("abxyX")) == [(4, (7, 0))]
+    memory.serve(ids("klmnop"), None, [6], 0)
+    memory.adopt(ids("klmn"), None, "disk")  # ends inside an edge
+    memory.check()
+    assert loadable(memory.cache, ids("klmnX")) == [(4, (0, 5))]
+
+
 def test_an_offloaded_state_is_superseded_only_while_a_deeper_one_exists():
     """Dropping the deeper state ends the demotion of the shallower one; so does a fork."""
     sizes = {"num_slots": 4, "num_kv_tokens": 40, "host_bytes": 2 * (3 + 5 + 4 + 5 + 5)}
@@ -199,6 +229,28 @@ def test_an_offloaded_state_is_superseded_only_while_a_deeper_one_exists():
     serve(fork, ids("abxy"), [4])
     fork.evict(num_tokens=6, num_slots=3)
     assert not fork.match(ids("abX")).loadable[0].node.offloaded.state.superseded
+
+
+OWN = type("Own", (FIFO,), {})  # a user's policy
+
+
+@pytest.mark.parametrize("eviction", ("fifo", "lru", "gdsf", "survival", OWN))
+def test_a_lost_state_can_be_adopted_again(eviction: EvictionSpec) -> None:
+    """The heap of a policy then has two entries with equal values and serials."""
+    sizes = {"num_kv_tokens": 40, "num_slots": 3, "state_bytes": 20, "host_bytes": 960}
+    cache = tiered(**sizes, grid=4, eviction=eviction, ghost_bytes=20_000)
+    assert cache.offload, "tiers without ghosts are true"
+    tokens = np.arange(8, dtype=np.int32)
+    serve(cache, tokens, (8,))
+    cache.evict(100, 100)
+    carried_out(cache)
+    for _ in range(3):
+        cache.offload.drop_lost("host", lambda rows: True)
+        assert cache.adopt(tokens, None, "host") is not None
+        cache.check(0, 0)
+    cache.match(tokens)  # raises the failure of a policy
+    cache.reset()
+    cache.check(0, 0)
 
 
 def test_a_state_is_dropped_if_kv_above_it_is_lost() -> None:
