@@ -204,41 +204,6 @@ def rows_in(arena, num_rows):
     return holder
 
 
-@pytest.mark.parametrize("unit", [1, 7000])
-def test_the_emptiest_slab_is_moved_into_the_fullest_slabs(unit):
-    size = 10 * unit
-    arena = ArenaAllocator(4 * size, 1, size)
-    slabs = [rows_in(arena, size) for _ in range(4)]
-    for holder, kept in zip(slabs, (5 * unit, 9 * unit, 8 * unit, 3 * unit), strict=True):
-        arena.free(holder.rows[kept:])
-        holder.rows = holder.rows[:kept].copy()
-    fullest, next_full, emptied = (int(holder.rows[0]) // size for holder in slabs[1:])
-    moves = StepQueue()
-    arena.holders[moves] = None
-    assert arena.slots.allocate() == emptied
-    (move,) = take_transfers(moves)
-    assert move.slab == emptied and len(move.src) == 3 * unit
-    assert (move.dst[::unit] // size).tolist() == [fullest, next_full, next_full]
-    renamed = np.arange(emptied * size, (emptied + 1) * size)
-    renamed[move.src % size] = move.dst
-    assert move.new_rows.tolist() == renamed.tolist()
-    assert arena.num_moves == 1 and arena.num_moved_rows == 3 * unit
-    assert not take_transfers(moves) and moves.num_moves == 0
-    arena.check()
-
-
-def test_a_slab_without_live_rows_is_taken_without_a_move():
-    arena = ArenaAllocator(30, 1, 10)
-    holders = [rows_in(arena, 10) for _ in range(3)]
-    freed = holders.pop(1)
-    arena.free(freed.rows)
-    slot = arena.slots.allocate()
-    assert slot == freed.rows[0] // 10
-    assert arena.num_moves == 0
-    with pytest.raises(AssertionError, match="lies under a state"):
-        arena.check_taken(np.array([10 * slot + 3], np.int32))
-
-
 def test_moves_are_taken_once_and_in_order():
     """The only check that detects the reverse order (``tests/faults``)."""
     steps, rows = StepQueue(), np.empty(0, np.int32)

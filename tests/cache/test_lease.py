@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 from dataclasses import replace as copy_of
 from typing import Any
 
@@ -49,44 +48,6 @@ def prefill(lease: Lease, prompt: Tokens, end: int | None = None) -> tuple[tuple
 
 def check(cache: HybridRadixCache, *leases: Lease) -> None:
     cache.check(sum(le.held_tokens for le in leases), sum(le.held_slots for le in leases))
-
-
-def test_an_aborted_answer_leaves_the_checkpoint_before_it_as_it_was() -> None:
-    cache, placement = make_cache(slots=4, eviction="lru"), parse_placement("end")
-    texts = [tokens(192, first) for first in (0, 10_000, 20_000, 30_000)]
-    for text in texts[:2]:
-        serve_lease(cache, placement, LeaseRequest(text[:100]), text[100:])
-    longer = tokens(320)
-    lease = begin(cache, longer[:200], "end")
-    prefill(lease, longer[:200])
-    assert lease.extend(320) and lease.take_checkpoint_slots(200, 320)
-    carried_out(cache)
-    lease.abort()
-    check(cache)
-    for text in texts[2:]:  # the second one needs the place of the least recently used
-        serve_lease(cache, placement, LeaseRequest(text[:100]), text[100:])
-    check(cache)
-    matches = [cache.match(np.append(text, np.int32(7))) for text in texts]
-    assert [match.cached_len for match in matches] == [192, 0, 192, 192]
-
-
-@pytest.mark.parametrize("donates", [True, False])
-@pytest.mark.parametrize("end", [128, 640])
-def test_a_finished_lease_gives_its_own_slot_to_a_chosen_position(end: int, donates: bool) -> None:
-    """Check a planned position of the prompt, and the end of an answer that outgrew the first array
-    of rows."""
-    cache, text = make_cache(slots=2), tokens(2 * end)
-    lease = begin(cache, text[: 129 if end == 128 else 63], "end")
-    own = lease.state_slot
-    assert lease.extend(60)
-    lease.plan_checkpoint(128, "rejoin")
-    first = lease.kv_indices[:60].copy()
-    assert lease.extend(end) and np.array_equal(lease.kv_indices[:60], first)
-    carried_out(cache)
-    lease.finish(text, end, donates)
-    check(cache)
-    found = cache.match(text[: end + 1])
-    assert (found.cached_len, found.checkpoint) == ((end, own) if donates else (0, None))
 
 
 def test_a_prompt_that_ends_at_a_planned_position_gives_its_own_slot() -> None:
@@ -142,27 +103,6 @@ def test_the_placement_sees_the_match_and_is_told_of_dropped_positions() -> None
     assert recorder.dropped == [Placed(128, "own")] * 2
 
 
-def test_a_checkpoint_of_the_prompt_is_superseded_while_the_answer_has_one() -> None:
-    cache, text = make_cache(), tokens(300)
-    lease = begin(cache, text[:100], "end")
-    lease.plan_checkpoint(64, "rejoin")
-    prefill(lease, text[:100])
-    [found] = [node.checkpoint for node in cache.iter_nodes() if node.checkpoint]
-    assert not found.superseded
-    assert lease.extend(300) and lease.take_checkpoint_slots(100, 192)
-    assert found.superseded
-    lease.abort()
-    assert not found.superseded
-    fresh = begin(cache, text[:100], reuse=False)
-    assert fresh.cached_len == 0 and not cache.steps.restores
-    fresh.abort()
-    again = begin(cache, text[:100])
-    assert again.cached_len == 64
-    again.abort()
-    assert not carried_out(cache).restores, "the state of an ended lease would be restored"
-    check(cache)
-
-
 def test_a_publish_in_decode_keeps_the_checkpoint_of_the_prompt_superseded() -> None:
     cache, text = make_cache(), tokens(400)
     lease = begin(cache, text[:200], "end,backoff")
@@ -206,58 +146,6 @@ def test_a_position_with_a_slot_is_not_planned_again() -> None:
         assert [at for at, _ in lease.take_checkpoint_slots(0, 128)] == [64, 128]
     lease.abort()
     check(cache)
-
-
-def test_the_first_checkpoint_of_decode_counts_as_a_new_slot() -> None:
-    cache, text = make_cache(), tokens(200)
-    lease = begin(cache, text[:60], "end")
-    assert lease.extend(200)
-    assert lease.take_checkpoint_slots(60, 64, max_slots=0) is None
-    [(position, slot)] = lease.take_checkpoint_slots(60, 64, max_slots=1) or ()
-    assert (position, lease.take_checkpoint_slots(64, 128, max_slots=0)) == (64, ((128, slot),))
-    lease.abort()
-    check(cache)
-
-
-@pytest.mark.parametrize("unwritten", [True, False])
-@pytest.mark.parametrize("end", ["finish", "preempt", "publish"])
-def test_checkpoints_after_rejected_drafts_have_the_right_state(unwritten: bool, end: str) -> None:
-    """Check both kinds of engines: those that write checkpoints during the step, and those that
-    write them after acceptance (``unwritten``)."""
-    rng, cache = np.random.default_rng(5), make_cache(grid=8, slots=20)
-    placement, contents = parse_placement("end,backoff"), dict[int, bytes]()
-    num_resumed = num_rolled_back = 0
-    histories = rng.integers(0, 2, (3, 120), dtype=np.int32)
-    for _ in range(60):
-        history, prompt_len = rng.choice(histories), int(rng.integers(12, 60))
-        lease = Lease.begin(cache, placement, LeaseRequest(history[:prompt_len]))
-        assert lease is not None
-        if lease.match.checkpoint is not None:
-            num_resumed += 1
-            assert contents[lease.match.checkpoint] == history[: lease.cached_len].tobytes()
-        at, last = lease.cached_len, prompt_len + int(rng.integers(0, 50))
-        while at < last:
-            drafted, accepted = rng.integers(1, 9, 2).tolist()
-            to = prompt_len if at < prompt_len else at + drafted
-            at_next = min(to, at + accepted) if at >= prompt_len else to
-            assert lease.extend(to)
-            computed = history.copy()
-            computed[at_next:] ^= 1
-            saves = lease.take_checkpoint_slots(at, to)
-            carried_out(cache)
-            for position, slot in saves:
-                if position <= at_next or not unwritten:
-                    contents[slot] = computed[:position].tobytes()
-            num_rolled_back += at_next < to
-            lease.roll_back(at_next, unwritten)
-            at = at_next
-            if end == "publish":
-                lease.publish(history, at)
-        assert lease.state_slot is not None
-        contents[lease.state_slot] = history[:at].tobytes()
-        (lease.preempt if end == "preempt" else lease.finish)(history, at)
-        check(cache)
-    assert num_resumed > 10 and num_rolled_back > 10
 
 
 # --- Misuse --------------------------------------------------------------------------------------
@@ -366,23 +254,6 @@ def test_tokens_of_another_request_are_refused(call: str) -> None:
     check(cache)
 
 
-def test_a_preempted_and_resumed_request_is_counted_once() -> None:
-    cache, prompt = make_cache(grid=8), tokens(40)
-    is_counted = False
-    for extends in (False, True, False, True, True):  # also preempted without rows
-        lease = begin(cache, prompt, resumes=is_counted)
-        assert not extends or lease.extend(40)
-        carried_out(cache)
-        end = np.int64(16 if lease.cached_len < 16 else 24)
-        lease.preempt(prompt, min(lease.extended_len, end))
-        is_counted = lease.is_counted
-    usage = cache.stats.total
-    assert (usage.requests, usage.hits, usage.prompt_tokens, usage.never_seen) == (1, 0, 40, 40)
-    begin(cache, prompt).extend(40)
-    assert (cache.stats.total.requests, cache.stats.total.hits) == (2, 1)
-    assert "requests=2" in repr(cache.stats) and "cached_tokens=24" in repr(cache.stats)
-
-
 class RecordingMemory:
     """Memory that records the work of a step plan in order."""
 
@@ -413,42 +284,6 @@ def test_a_plan_is_carried_out_in_order() -> None:
     empty.done()  # an empty plan may be completed twice
     with pytest.raises(RuntimeError, match="was carried out"):
         empty.carry_out(memory)
-
-
-def test_leases_stay_valid_after_a_reset() -> None:
-    cache, prompt = make_cache(), tokens(200)
-    lease = begin(cache, prompt)
-    assert lease.extend(128)
-    carried_out(cache)
-    lease.publish(prompt, 128)
-    cache.reset()
-    cache.check(held_tokens=0, held_slots=1)
-    assert lease.published_len == 128 and lease.extend(200)
-    carried_out(cache)
-    lease.finish(prompt, 200)
-    assert cache.match(prompt).kv_match_len == 200
-    check(cache)
-
-
-def test_arrays_of_other_layouts_on_bytes_are_copied() -> None:
-    """An unpickled array can be written, and a reversed one has other tokens than its bytes."""
-    prompt, cache = tokens(300), make_cache()
-    unpickled = pickle.loads(pickle.dumps(prompt, protocol=4))
-    reversed_prompt = np.ndarray(300, np.int32, prompt.tobytes(), offset=1196, strides=(-4,))
-    assert type(unpickled.base) is type(reversed_prompt.base) is bytes and unpickled.flags.writeable
-    rows = cache.allocate_kv(600)
-    assert rows is not None
-    cache.insert(unpickled, rows[:300])
-    cache.insert(reversed_prompt, rows[300:])
-    lease = begin(cache, unpickled)
-    unpickled[100:] = 7
-    assert lease.extend(300)
-    carried_out(cache)
-    with pytest.raises(ValueError, match="are not those of the LeaseRequest"):
-        lease.publish(unpickled, 300)
-    lease.finish(prompt, 300)
-    assert cache.match(prompt).kv_match_len == cache.match(prompt[::-1]).kv_match_len == 300
-    check(cache)
 
 
 WRONG_TYPES: dict[str, Any] = {

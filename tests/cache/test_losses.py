@@ -3,22 +3,7 @@
 from __future__ import annotations
 
 from hybridcache.api import MAX_NAMESPACES, Losses, PrefixMatch, losses_of
-from tests.cache.serving import hybrid, ids, serve
-
-
-def test_a_refused_checkpoint_does_not_count_as_missed():
-    """The deeper checkpoint was evicted and the shallower one refused, so only the tokens between
-    them were missed."""
-    cache = hybrid(priority_classes=False, eviction="lru")
-    serve(cache, ids("abcd"), [2, 4])
-    cache.touch(cache.match(ids("abX")))
-    cache.evict(num_slots=1)
-    cache.stats.clear()
-    match = cache.match(ids("abcdX"))
-    assert (match.cached_len, match.missed.position) == (2, 4)
-    refused = match._replace(cached_len=0, node=None, losses=losses_of(match, 0))
-    cache.touch(refused)
-    assert (refused.missed_tokens, cache.stats.total.refused) == (2, 2)
+from tests.cache.serving import hybrid, ids
 
 
 def test_each_token_has_one_loss_cause_for_every_resume_position():

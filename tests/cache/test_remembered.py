@@ -7,16 +7,14 @@ import json
 import zlib
 from dataclasses import replace
 
-import numpy as np
 import pytest
 
 from hybridcache import ModelGeometry
-from hybridcache.export.warm_state import MAGIC, _read, _written, pack, unpack, write_memory
+from hybridcache.export.warm_state import MAGIC, pack, unpack, write_memory
 from hybridcache.lab.generators import agent, chat
 from hybridcache.lab.scenario import Scenario
 from hybridcache.lab.simulation.target import LeaseTarget, build_target
 from hybridcache.offload import path_of
-from hybridcache.policies.eviction.survival import Hazards
 from tests.cache import twins
 
 GEOMETRY = ModelGeometry.preset("qwen3-next")
@@ -159,42 +157,4 @@ def test_the_state_of_another_layout_is_refused_and_changes_nothing(change):
     with pytest.raises(ValueError, match="the warm state needs"):
         unpack(pack(body)).recall_tree(fresh.cache)
     assert fresh.cache.num_nodes == 0 and fresh.cache.now == 0
-    fresh.cache.check(0, 0)
-
-
-def test_the_state_of_a_policy_survives_a_round_trip_through_json():
-    hazards = Hazards()
-    for turn in range(9):
-        row = hazards.row((("a", True), turn % 3))
-        hazards.close(hazards.open(row, turn), turn + 2, used=turn % 2 == 0)
-    hazards.refresh(20)
-    written = json.dumps(hazards.state_dict(), default=_written)
-    fresh = Hazards()
-    fresh.load_state_dict(json.loads(written, object_hook=_read))
-    fresh.check()
-    assert np.array_equal(fresh.index, hazards.index)
-    assert fresh._open == hazards._open
-    assert json.dumps(fresh.state_dict(), default=_written) == written
-
-
-def test_a_state_that_had_left_its_tier_can_be_adopted_after_a_restart():
-    """A store may keep the bytes of a state longer than the cache remembers where it was."""
-    trace = TRACES["chat"]
-    target = make(trace, 0.6, 1.0)
-    stored = {}
-    for request in REQUESTS["chat"]:
-        serve(target, [request])
-        for node in target.cache._tree.nodes():
-            if node.offloaded and node.offloaded.state:
-                namespace, tokens = path_of(node)
-                stored[namespace, tokens.tobytes()] = tokens
-    rules = target.placement.rules
-    memory = unpack(pack(write_memory(target.cache, rules)))
-    fresh = make(trace, 0.6, 8.0)
-    memory.recall_tree(fresh.cache)
-    for (namespace, _), tokens in stored.items():
-        fresh.cache.adopt(tokens, namespace)
-    assert memory.recall_policies(fresh.cache, fresh.placement.rules) == []
-    fresh.cache.check(0, 0)
-    serve(fresh, REQUESTS["chat"])
     fresh.cache.check(0, 0)

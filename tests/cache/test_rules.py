@@ -12,16 +12,6 @@ from hybridcache.policies.eviction.fifo import FIFO
 from tests.cache.serving import hybrid, ids, publish
 
 
-def test_the_cache_copies_the_arrays_of_the_caller():
-    cache = hybrid()
-    rows, tokens = cache.allocate_kv(5), ids("hello")
-    given = rows.copy()
-    result = cache.insert(tokens, given)
-    given[:], tokens[:] = 99, 99
-    assert cache.gather(result.node).tolist() == rows.tolist()
-    assert cache.match(ids("hello!")).kv_match_len == 5
-
-
 @pytest.mark.parametrize("row", [-1, 1000])
 def test_check_finds_a_cached_row_out_of_range(row):
     cache = hybrid(debug=False)
@@ -41,31 +31,6 @@ def test_check_finds_an_arena_that_does_not_notify_the_tree():
         cache.check()
 
 
-def test_a_prompt_forks_where_others_go_on_or_nothing_is_known():
-    cache = hybrid()
-    publish(cache, ids("abcd"))
-    publish(cache, ids("abXY"))
-    for num_evicted in (0, 8):
-        cache.evict(num_tokens=num_evicted)
-        found = {text: cache.match(ids(text)).forks for text in ("z", "ab", "abcd", "abcde", "abq")}
-        assert found == {"z": True, "ab": True, "abcd": False, "abcde": False, "abq": True}
-
-
-def test_rows_are_taken_from_kv_and_refusals_and_evictions_are_counted():
-    cache = hybrid(8, 3)
-    publish(cache, ids("abcd"), [2, 4])
-    publish(cache, ids("wxyz"), [4])
-    assert cache.allocate_kv(2) is not None
-    assert cache.match(ids("abX")).cached_len == 2, "a checkpoint was evicted for rows"
-    assert (cache.stats.evictions, cache.stats.refusals) == (1, 0)
-    handles = [cache.lock(node) for node in cache.iter_nodes() if node.kv is not None]
-    assert cache.allocate_slot() is not None and cache.allocate_slot() is None
-    assert (cache.stats.evictions, cache.stats.refusals) == (1, 1)
-    for handle in handles:
-        cache.unlock(handle)
-    cache.check(held_tokens=2, held_slots=1)
-
-
 def test_a_policy_is_notified_of_uses():
     class Touched(FIFO):
         def touch(self, item):
@@ -74,34 +39,6 @@ def test_a_policy_is_notified_of_uses():
     cache, touched = hybrid(eviction=Touched), []
     cache.refresh(publish(cache, ids("abcd"), [2, 4]).node)
     assert touched == [("checkpoint", 1), ("kv", 1)]
-
-
-def test_a_checkpoint_is_superseded_until_the_last_lock_with_a_slot_is_returned():
-    cache = hybrid()
-    publish(cache, ids("abcd"), [4])
-    [node] = cache.iter_nodes()
-    first, second = cache.lock(node), cache.lock(node)
-    slots = [cache.allocate_slot(replaces=handle) for handle in (first, first, second)]
-    assert (node.checkpoint.superseded, node.checkpoint.num_successors) == (True, 2)
-    cache.unlock(first)
-    assert node.checkpoint.superseded
-    cache.unlock(second)
-    assert not node.checkpoint.superseded
-    cache.check(held_tokens=0, held_slots=len(slots))
-
-
-def test_a_stop_reason_labels_the_deepest_checkpoint_of_an_unforked_answer(monkeypatch):
-    cache, relabelled = hybrid(), []
-    monkeypatch.setattr(cache.policy, "on_relabelled", relabelled.append)
-    publish(cache, ids("abcd"), [2, 4])
-    end = publish(cache, ids("abcdef")).node
-    for reason in ("length", "length", "tool_use"):
-        cache.label_tip(end, reason)
-        cache.label_tip(None, reason)
-    publish(cache, ids("abcdXY"))
-    cache.label_tip(end, "end_turn")
-    reasons = [node.checkpoint.stop_reason for node in cache.iter_nodes() if node.checkpoint]
-    assert reasons == ["", "tool_use"] and len(relabelled) == 2
 
 
 def test_the_state_of_an_ended_session_is_superseded_until_another_one_forks_off():

@@ -89,18 +89,6 @@ def test_one_slab_is_emptied_per_step():
     assert [position for position, _ in saves] == [4, 8, 12] and counts == [1, 1, 1]
 
 
-@pytest.mark.parametrize("is_behind", [False, True])
-def test_the_state_is_kept_at_the_end_unless_a_step_still_advances_it(is_behind: bool):
-    owner = planner(manager=manager(cache=hybrid(grid=8)))
-    owner.add(one := request(0, 16, save_at=(0, 16)))
-    owner.choose()
-    owner.manager.take_step().done()
-    one.computed_len, one.scheduled_len = 16, 16 + is_behind
-    owner.leave(one)
-    labels = [node.checkpoint.label for node in owner.manager.cache.iter_nodes() if node.checkpoint]
-    assert labels == ["asked"] * (not is_behind)
-
-
 def test_a_preempted_request_has_the_slot_of_its_row_and_is_counted_once():
     owner, one = manager(owns_states=True), request(0, 16)
     for _ in range(2):
@@ -133,18 +121,6 @@ def test_rejected_drafts_leave_the_checkpoint_before_them():
     owner.leave(one)
     [found] = [node.checkpoint for node in owner.manager.cache.iter_nodes() if node.checkpoint]
     assert (found.position, found.label) == (16, "decode")
-
-
-def test_a_request_that_may_not_publish_leaves_nothing():
-    owner, one = planner(), request(0, 5)
-    owner.add(one)
-    owner.choose()
-    owner.leave(one, publishes=False)
-    assert owner.manager.cache.num_nodes == 0 and owner.manager.held() == (0, 0)
-    owner.add(other := request(1, 5))
-    assert owner.manager.begin(other)
-    with pytest.raises(AssertionError, match="waits with a lease"):
-        owner.check()
 
 
 @pytest.mark.parametrize("prefix_cache", ["hybrid", "radix", "none"])

@@ -40,21 +40,6 @@ def loadable(cache: TieredRadixCache, tokens: Tokens) -> list[tuple[int, tuple[i
     ]
 
 
-@pytest.mark.parametrize("eviction", ["lru", "gdsf", "lhd", "survival"])
-def test_a_hit_from_a_tier_counts_as_one_use(eviction: str):
-    cache = tiered(eviction=eviction)
-    serve(cache, ids("abcd"), [4])
-    for uses in range(1, 5):
-        if uses % 2:
-            cache.evict(num_tokens=4)
-            [found] = cache.match(ids("abcdX")).loadable
-            cache.load(found)
-        match = cache.match(ids("abcdX"))
-        cache.touch(match, resumes=uses > 2)
-        assert (match.resumed.uses, match.resumed.earlier_uses) == (uses, 0)
-    assert cache.stats.total.requests == 3
-
-
 class Recorder(FIFO):
     """Policy that records the states that it is notified of, on the host only."""
 
@@ -94,20 +79,6 @@ def test_a_state_replaces_the_next_victim_of_a_full_tier_unless_it_is_the_victim
     for missed in ("wxyzX", "abcX", "mnX"):
         cache.touch(cache.match(ids(missed)))
     assert set(Recorder.calls) == {("ghost hit", 4)}
-
-
-def test_a_state_is_offered_to_a_tier_with_the_kv_that_follows_it():
-    class Sized(FIFO):
-        def add(self, item: Item) -> None:
-            super().add(item)
-            if isinstance(item, OffloadedCheckpoint):
-                sizes.append(item.size_bytes)
-
-    cache, sizes = tiered(eviction=Sized), list[int]()
-    serve(cache, ids("abcde"), [2, 4])
-    cache.evict(num_slots=1)
-    cache.evict(num_tokens=5)
-    assert sizes == [10, 10 + 4 * 2]
 
 
 def test_kv_replaces_the_next_victim_of_a_full_tier():
@@ -170,43 +141,6 @@ def test_a_lease_fetches_if_it_saves_time_and_counts_the_rest(
     assert lease is not None and lease.cached_len == cached_len
     assert lease.losses == Losses(1, 0, 0, 1, 0, not_fetched=not_fetched)
     lease.abort()
-    cache.check(held_tokens=0, held_slots=0)
-
-
-@pytest.mark.parametrize("call", ["allocate_kv", "allocate_slot", "load", "lock"])
-@pytest.mark.parametrize("number", [1, 2])
-def test_a_lease_that_cannot_begin_for_an_error_holds_nothing(
-    call: str, number: int, monkeypatch: pytest.MonkeyPatch
-):
-    """The slot of a load was lost if its rows could not be taken; so was the lock of a lease."""
-    cache = tiered()
-    serve(cache, ids("abcde"), [2, 4])
-    serve(cache, ids("abX"), [2])
-    cache.evict(num_tokens=3, num_slots=1)
-    assert cache.match(ids("abcdeX")).loadable
-    original, calls = getattr(cache, call), [0]
-
-    def failing(*args: object, **options: object) -> object:
-        calls[0] += 1
-        if calls[0] == number:
-            raise MemoryError
-        return original(*args, **options)
-
-    request = LeaseRequest(ids("abcdeX"))
-    with monkeypatch.context() as patched:
-        patched.setattr(cache, call, failing)
-        try:
-            lease = Lease.begin(cache, parse_placement("end"), request, Rate(0.01))
-        except MemoryError:
-            lease = None
-    assert (lease is None) == (calls[0] >= number)
-    if lease is not None:
-        lease.abort()
-    cache.check(held_tokens=0, held_slots=0)
-    assert cache.protected() == (0, 0)
-    again = Lease.begin(cache, parse_placement("end"), request, Rate(0.01))
-    assert again is not None and again.cached_len == 4
-    again.abort()
     cache.check(held_tokens=0, held_slots=0)
 
 

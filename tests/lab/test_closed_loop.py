@@ -20,6 +20,7 @@ from engine.config import BUILTIN_DIR
 from engine.weights.model_config import read_config
 from experiments.studies.admission import LinearSteps
 from hybridcache import CacheConfig, build_prefix_cache
+from hybridcache.cache import HybridRadixCache
 from hybridcache.geometry.model import ModelGeometry
 from hybridcache.geometry.units import GIB
 from hybridcache.lab.figures import closed_loop_figure
@@ -32,10 +33,11 @@ from hybridcache.lab.simulation.closed_loop import (
 )
 from hybridcache.lab.trace import Trace, TraceRequest
 from hybridcache.policies.admission import AdmissionPolicy, ServerLoad, WaitingRequest
-from hybridcache.policies.registry import parse_placement
+from hybridcache.policies.registry import DEFAULT_EVICTION, DEFAULT_PLACEMENT, parse_placement
 from hybridcache.scheduling.cache_manager import CacheManager
 from hybridcache.scheduling.planner import StepPlanner
 from hybridcache.scheduling.request import ScheduledRequest
+from tests.cache.twins import VictimLog
 from tests.oracle import OracleRunner, OracleSampler
 
 VOCABULARY = 320
@@ -263,29 +265,55 @@ def lines_of(table: LoopRun) -> Iterator[RequestResult]:
         yield one.place, one.turn, one.cached_len, one.finished_s, one.num_preemptions
 
 
+@pytest.fixture
+def evictions(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[str, int, int]]]:
+    """Evictions of all caches in order: (kind, position, serial of the item)."""
+    found: list[tuple[str, int, int]] = []
+    make = HybridRadixCache.__init__
+
+    class Log(VictimLog):
+        def chosen(self, item: Any) -> None:
+            found.append((item.kind, item.position, item.serial))
+
+    def make_watched(cache: HybridRadixCache, *arguments: Any, **options: Any) -> None:
+        make(cache, *arguments, **options)
+        cache.subscribe(Log())
+
+    monkeypatch.setattr(HybridRadixCache, "__init__", make_watched)
+    yield found
+
+
 @pytest.mark.full(
-    "oldest-2500-6",
-    "cached-first-2600-4",
-    "live:3-2600-4",
-    "strict sessions-2600-4",
+    *("survival-cached-first-2600-4", "lru-oldest-2500-6", "sieve-live:3-2600-4"),
+    *("lhd-oldest-2600-4", "marconi-sessions-2500-6", "survival-strict sessions-2600-4"),
 )
 @pytest.mark.parametrize(
-    ("admission", "num_rows", "max_running"),
+    ("policy", "admission", "num_rows", "max_running"),
     [
-        ("oldest", 3000, 4),
-        ("oldest", 2500, 6),
-        ("cached-first", 2600, 4),
-        ("longest-match", 2500, 6),
-        ("live:3", 2600, 4),
-        ("sessions", 2500, 6),
-        ("strict sessions", 2600, 4),
+        ("survival", "oldest", 3000, 4),
+        ("lru", "oldest", 2500, 6),
+        ("survival", "cached-first", 2600, 4),
+        ("fifo", "longest-match", 2500, 6),
+        ("sieve", "live:3", 2600, 4),
+        ("gdsf", "oldest", 2500, 6),
+        ("lhd", "oldest", 2600, 4),
+        ("marconi", "sessions", 2500, 6),
+        ("survival", "strict sessions", 2600, 4),
     ],
 )
 def test_simulator_and_engine_agree_on_admissions_evictions_and_hits(
-    admission: str, num_rows: int, max_running: int, monkeypatch: pytest.MonkeyPatch
+    policy: str,
+    admission: str,
+    num_rows: int,
+    max_running: int,
+    evictions: list[tuple[str, int, int]],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Both serve the same requests, the engine with the oracle runner and in virtual time. Requests
-    end in the same order, at the same times, with the same cached tokens and preemptions."""
+    end in the same order, at the same times, with the same cached tokens and preemptions, and the
+    same items are evicted in the same order."""
+    page_size = 16 if policy in ("lhd", "lru") else 1
+    checkpoints = "adaptive" if policy == "survival" else "branch,boundary,backoff,every:256,end"
     if is_strict := admission == "strict sessions":
         admission = "sessions"
         for name, value in (("CREDIT_S", 0.0), ("FLOOR", 0.01), ("LEAST_WORTH", 0.0)):
@@ -293,13 +321,15 @@ def test_simulator_and_engine_agree_on_admissions_evictions_and_hits(
     seed, rate = 3, 2.0
     sessions = script(np.random.default_rng(seed), 14)
     geometry = ModelGeometry.from_config(read_config(BUILTIN_DIR) | {"head_dim": 128})
-    runner = VirtualRunner(num_rows, None, vocab_size=VOCABULARY, geometry=geometry)
+    sizes = {"geometry": geometry, "page_size": page_size}
+    runner = VirtualRunner(num_rows, None, vocab_size=VOCABULARY, **sizes)
     config = EngineConfig(
+        page_size=page_size,
         admission=admission,
         max_running=max_running,
         token_budget=256,
-        eviction="survival",
-        checkpoints=("adaptive",),
+        eviction=policy,
+        checkpoints=tuple(checkpoints.split(",")),
         overlap="off",
     )
     engine = Engine(
@@ -313,8 +343,9 @@ def test_simulator_and_engine_agree_on_admissions_evictions_and_hits(
         trace,
         model=geometry,
         gib=runner.memory.total_bytes / GIB,
-        policy="survival",
-        checkpoints="adaptive",
+        page_size=page_size,
+        policy=policy,
+        checkpoints=checkpoints,
         times=TIMES,
         rate=rate,
         seeds=(seed,),
@@ -322,8 +353,10 @@ def test_simulator_and_engine_agree_on_admissions_evictions_and_hits(
         token_budget=256,
         admission=admission,
     )
+    by_engine = list(evictions)
+    evictions.clear()
     table = simulate_closed_loop(trace, cell)
-    assert len(lines) > 30
+    assert len(lines) > 30 and evictions == by_engine and len(by_engine) > 8
     assert has_withheld or not is_strict
     assert engine.report().usage["evicted_tokens"] > 0
     for found, expected in zip(lines_of(table), lines, strict=True):
@@ -483,3 +516,11 @@ def test_a_peer_in_closed_loop_refuses_only_a_request_that_never_fits() -> None:
     assert (run.num_requests, run.num_refused) == (3, 0), "its running requests take no memory"
     [run] = closed_loop(trace, gib=0.6, policy=(), baseline="sglang", rate=1).runs
     assert (run.num_requests, run.num_refused, run.prompt_tokens) == (2, 1, 100)
+
+
+def test_default_policies_are_the_same_everywhere() -> None:
+    assert CacheConfig(num_kv_tokens=8, num_slots=1).eviction == DEFAULT_EVICTION == "survival"
+    sweep = Scenario("short")
+    assert (sweep.policy, sweep.checkpoints) == (DEFAULT_EVICTION, DEFAULT_PLACEMENT)
+    engine = EngineConfig()
+    assert (engine.eviction, engine.checkpoints) == (DEFAULT_EVICTION, (DEFAULT_PLACEMENT,))
