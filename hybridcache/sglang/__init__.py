@@ -6,7 +6,11 @@ imports neither SGLang nor torch. ``README.md`` in this folder is the user docum
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from sglang.srt.mem_cache.base_prefix_cache import BasePrefixCache
+    from sglang.srt.mem_cache.registry import TreeCacheBuildContext
 
 NAME = "hybridcache"
 """Value of ``--radix-cache-backend``."""
@@ -25,7 +29,7 @@ def plug_in() -> None:
     )
 
 
-def _build(ctx: Any) -> Any:
+def _build(ctx: TreeCacheBuildContext) -> BasePrefixCache:
     """Build the backend. Its module is imported lazily, because only schedulers need it."""
     from hybridcache.sglang.cache import build_backend
 
