@@ -51,6 +51,9 @@ OTHER_FILES = ("mmproj", "mtp-", "imatrix", "ggml-vocab")
 USUAL_LABEL = "q4_k_m"
 
 
+MetaValue = int | float | str | list[str] | npt.NDArray[np.generic]
+
+
 class GgmlType(NamedTuple):
     """Type of a tensor: blocks of ``columns`` columns and ``num_bytes`` bytes each."""
 
@@ -93,8 +96,7 @@ class GgufFile:
         ModelError."""
         self.path = path
         header = _Header(path)
-        self.metadata: Mapping[str, Any] = header.metadata
-        """Numbers, texts, lists of texts, and numpy arrays by key."""
+        self.metadata: Mapping[str, MetaValue] = header.metadata
         self.tensors: Mapping[str, StoredTensor] = header.tensors
         self.paths = [path]
         """The file, or all parts of a split model."""
@@ -145,7 +147,7 @@ class _Header:
     """Metadata and tensors of one file."""
 
     def __init__(self, path: Path) -> None:
-        self.name, self.metadata = path.name, dict[str, Any]()
+        self.name, self.metadata = path.name, dict[str, MetaValue]()
         self.tensors: dict[str, StoredTensor] = {}
         self._at, self._num_texts = 0, 0
         try:
@@ -226,13 +228,14 @@ class _Header:
             found.append(data[first : first + size].decode("utf-8", "replace"))
         return found
 
-    def _value(self, key: str, kind: int) -> Any:
+    def _value(self, key: str, kind: int) -> MetaValue:
         if kind == TEXT:
             return self._text()
         if kind == FLOAT:  # The decimal number that was rounded: 1e-06, not 9.99999997e-07.
             return float(str(np.float32(self._number("f"))))
         if kind in NUMBERS:
-            return self._number(NUMBERS[kind])
+            number: int | float = self._number(NUMBERS[kind])
+            return number
         item, count = (self._number("I"), self._number("Q")) if kind == ARRAY else (None, 0)
         if item == TEXT:
             return self._texts(count)

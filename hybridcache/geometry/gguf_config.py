@@ -9,14 +9,13 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 
+from hybridcache.geometry.config_format import Values
 from hybridcache.geometry.gguf import GgufFile, StoredTensor
 from hybridcache.geometry.sizes import MOST_LAYERS, ModelError
 
-Values = dict[str, Any]
 BLOCK_NAME = re.compile(r"blk\.(\d{1,5})\.(.+)")
 KEYS = {
     "embedding_length": "hidden_size",

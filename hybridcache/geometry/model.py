@@ -17,16 +17,24 @@ from functools import cache
 from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 from hybridcache.command.extras import ENGINE_DISTRIBUTION
 from hybridcache.command.parser import or_known
 from hybridcache.geometry import mixers
 from hybridcache.geometry.checkpoints import CheckpointFormat
 from hybridcache.geometry.families import read, text_part
+from hybridcache.geometry.families.fields import Fields
 from hybridcache.geometry.gguf import gguf_file
 from hybridcache.geometry.gguf_config import GgufModel
-from hybridcache.geometry.sizes import ExpertsSizes, LayerSizes, MLPSizes, ModelSizes, SizesError
+from hybridcache.geometry.sizes import (
+    ExpertsSizes,
+    LayerSizes,
+    MixerSizes,
+    MLPSizes,
+    ModelSizes,
+    SizesError,
+)
 
 BUILTIN = "builtin"
 """Name of the model of the engine. The presets do not include it."""
@@ -79,18 +87,21 @@ class ModelGeometry:
         layers: list[LayerSizes] = []  # Their order has no meaning, only their sums do.
         for count, kind, sizes in preset["layers"]:
             made = KINDS[kind](**sizes)
-            is_mlp = isinstance(made, MLPSizes | ExpertsSizes)
-            layers += [LayerSizes(mlp=made) if is_mlp else LayerSizes((made,))] * count
+            if isinstance(made, MLPSizes | ExpertsSizes):
+                layers += [LayerSizes(mlp=made)] * count
+            else:
+                layers += [LayerSizes((made,))] * count
         model = ModelSizes(preset["hidden"], preset["vocab"], tuple(layers))
         geometry = cls.from_sizes(full_name, model, **dtypes)
         # Published figures, where a preset has them, replace the sums over its layers.
-        stated = {key: preset[key] for key in ("active_params", "total_params") if key in preset}
-        return replace(geometry, **stated)
+        return replace(
+            geometry,
+            active_params=preset.get("active_params", geometry.active_params),
+            total_params=preset.get("total_params", geometry.total_params),
+        )
 
     @classmethod
-    def from_config(
-        cls, config: Mapping[str, Any], name: str = "model", **dtypes: str
-    ) -> ModelGeometry:
+    def from_config(cls, config: Fields, name: str = "model", **dtypes: str) -> ModelGeometry:
         """Read a parsed Hugging Face ``config.json``, with or without ``text_config``.
 
         ``dtypes`` are ``kv_dtype`` and ``conv_dtype`` (default: the ``dtype`` of the file, bfloat16
@@ -216,7 +227,7 @@ def _refuse_unknown(**dtypes: str) -> None:
 
 # --- Bundled models -----------------------------------------------------------------------------
 
-KINDS: Mapping[str, Callable[..., Any]] = {
+KINDS: Mapping[str, Callable[..., MixerSizes | MLPSizes | ExpertsSizes]] = {
     "attention": mixers.AttentionSizes,
     "latent_attention": mixers.LatentAttentionSizes,
     "delta": mixers.DeltaSizes,
@@ -228,11 +239,27 @@ KINDS: Mapping[str, Callable[..., Any]] = {
 """Kinds of layers in ``presets.json``, where feed-forward blocks are layers of their own."""
 
 
+class Preset(TypedDict):
+    """One model of ``presets.json``."""
+
+    hidden: int
+    vocab: int
+    layers: list[Any]
+    """Number, kind (``KINDS``) and sizes of layers, as a list each."""
+    source: str
+    confidence: str
+    derived: dict[str, int]
+    """Sizes in bytes as published, which tests compare."""
+    state_dtype: NotRequired[str]
+    active_params: NotRequired[int]
+    total_params: NotRequired[int]
+
+
 @cache
-def presets() -> dict[str, dict[str, Any]]:
+def presets() -> dict[str, Preset]:
     """Return all bundled models as published, by full name."""
     text = files(__package__).joinpath("presets.json").read_text(encoding="utf-8")
-    found: dict[str, dict[str, Any]] = json.loads(text)
+    found: dict[str, Preset] = json.loads(text)
     return found
 
 
