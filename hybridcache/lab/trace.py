@@ -213,7 +213,7 @@ def checked(request: TraceRequest, unit: int) -> TraceRequest:
     return request._replace(tokens=tokens, output=output, boundaries=boundaries)
 
 
-def as_ids(given: Any, name: str) -> Tokens:
+def as_ids(given: object, name: str) -> Tokens:
     """Return a list or an array of whole numbers in [0, 2**31) as int32[n], unchanged if it is
     that. Raises ValueError, which begins with ``name``, for another value. O(n)."""
     with suppress(ValueError):  # of nested lists of several lengths

@@ -17,7 +17,7 @@ from collections import deque
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -34,7 +34,7 @@ from hybridcache.lab.scenario import (
     named_policies,
     seeds_of,
 )
-from hybridcache.lab.simulation.grid import RunFailed, run_grid
+from hybridcache.lab.simulation.grid import Plain, RunFailed, run_grid
 from hybridcache.lab.simulation.result import ClosedLoopRun, describe_times, identify
 from hybridcache.lab.simulation.sizes import sizes
 from hybridcache.lab.simulation.target import BaselineTarget
@@ -483,7 +483,7 @@ class ClosedLoopResult:
         """Return one line: trace and number of runs."""
         return f"{type(self).__name__}({self.trace}: {len(self.runs)} runs)"
 
-    def to_dicts(self) -> list[dict[str, Any]]:
+    def to_dicts(self) -> list[Plain]:
         """Return a flat dictionary per run: its fields and settings."""
         return [run.as_row() for run in self.runs]
 
@@ -529,7 +529,7 @@ def closed_loop(
     ray: str | None = None,
     resume_from: str | Path | None = None,
     progress: Progress = None,
-    **settings: Any,
+    **settings: object,
 ) -> ClosedLoopResult:
     """Serve the sessions of a trace with every cache, admission policy, rate and seed.
 
