@@ -759,8 +759,6 @@ class HybridRadixCache:
             return False
         node = item.node
         self.stats.evictions += 1
-        if self._listeners:
-            self._notify("chosen", item)
         if item.kind == "checkpoint" and node.children:
             self._drop_checkpoint(node)
         else:
