@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 from functools import partial
-from typing import TypeVar
+from typing import Any
 
 from hybridcache.allocators.moves import DISK, HOST
 from hybridcache.allocators.pools import (
@@ -21,8 +21,6 @@ from hybridcache.policies.protocol import EvictionPolicy
 from hybridcache.policies.registry import DEFAULT_EVICTION, EvictionSpec, make_eviction
 from hybridcache.radix.tree import ItemBytes
 from hybridcache.tokens import require_bool, require_grid, require_index
-
-Cache = TypeVar("Cache", bound=HybridRadixCache)
 
 GRID = 64
 """Default checkpoint grid, tokens: the chunk length of the kernels."""
@@ -191,32 +189,26 @@ def _allocators(config: CacheConfig) -> tuple[PageAllocator, SlotAllocator]:
 def build_on(config: CacheConfig, pages: PageAllocator, slots: SlotAllocator) -> HybridRadixCache:
     """Return a new cache with the given allocators of rows and slots."""
     policy = build_policy(config)
-
-    def build(kind: type[Cache]) -> Cache:
-        return kind(
-            pages,
-            slots,
-            policy,
-            grid=config.grid,
-            item_bytes=config.item_bytes,
-            ghost_bytes=config.ghost_bytes,
-            keeps=config.prefix_cache != "none",
-        )
-
+    options: dict[str, Any] = {
+        "grid": config.grid,
+        "item_bytes": config.item_bytes,
+        "ghost_bytes": config.ghost_bytes,
+        "keeps": config.prefix_cache != "none",
+    }
     # The modules of tiers and of misuse are loaded only where they are needed.
     if not config.tier_bytes:
         if not config.debug:
-            return build(HybridRadixCache)
+            return HybridRadixCache(pages, slots, policy, **options)
         from hybridcache.debug import DebugCache
 
-        return build(DebugCache)
+        return DebugCache(pages, slots, policy, **options)
     from hybridcache.offload import Tier
     from hybridcache.tiers import TieredRadixCache
 
     kind = TieredRadixCache
     if config.debug:
         from hybridcache.debug import DebugTieredCache as kind
-    cache, tiers = build(kind), []
+    cache, tiers = kind(pages, slots, policy, **options), []
     row_bytes, page_size = config.kv_bytes_per_token, config.page_size
     for name, num_bytes in config.tier_bytes.items():
         num_rows = num_bytes // row_bytes

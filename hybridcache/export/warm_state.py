@@ -193,10 +193,8 @@ class Memory:
         plain = self._plain
         if cache.num_nodes:
             raise ValueError("the cache must be empty. Build a new one for recall_tree.")
-        for name, saved, given in (
-            ("page_size", plain["page_size"], cache.page_size),
-            ("grid", plain["grid"], cache.grid),
-        ):
+        for name, given in (("page_size", cache.page_size), ("grid", cache.grid)):
+            saved = dict(plain)[name]
             if saved != given:
                 raise ValueError(f"the warm state needs {name}={saved}; the cache has {given}")
         tree, nodes = cache.ghosts.tree, list[RadixNode]()

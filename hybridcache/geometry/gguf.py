@@ -26,19 +26,7 @@ LFS_POINTER = b"version https://git-lfs.github.com/"
 """Beginning of a file that Git LFS has not fetched yet."""
 PART_NAME = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
 """Name of one file of a split model; parts count from one."""
-NUMBERS = {
-    0: "B",
-    1: "b",
-    2: "H",
-    3: "h",
-    4: "I",
-    5: "i",
-    6: "f",
-    7: "?",
-    10: "Q",
-    11: "q",
-    12: "d",
-}
+NUMBERS = dict(zip((*range(8), 10, 11, 12), "BbHhIif?Qqd", strict=True))
 """Types of metadata that have a fixed size, as codes of ``struct`` and numpy."""
 FLOAT, TEXT, ARRAY = 6, 8, 9
 MOST_HEADER_BYTES, MOST_TEXTS, MOST_KEYS, MOST_TENSORS = 32 << 20, 1 << 20, 1 << 14, 1 << 16

@@ -17,12 +17,12 @@ from functools import cache
 from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NotRequired, TypedDict
 
 from hybridcache.command.extras import ENGINE_DISTRIBUTION
 from hybridcache.command.parser import or_known
 from hybridcache.geometry import mixers
 from hybridcache.geometry.checkpoints import CheckpointFormat
+from hybridcache.geometry.config_format import Values
 from hybridcache.geometry.families import read, text_part
 from hybridcache.geometry.families.fields import Fields
 from hybridcache.geometry.gguf import gguf_file
@@ -94,11 +94,8 @@ class ModelGeometry:
         model = ModelSizes(preset["hidden"], preset["vocab"], tuple(layers))
         geometry = cls.from_sizes(full_name, model, **dtypes)
         # Published figures, where a preset has them, replace the sums over its layers.
-        return replace(
-            geometry,
-            active_params=preset.get("active_params", geometry.active_params),
-            total_params=preset.get("total_params", geometry.total_params),
-        )
+        stated = {key: preset[key] for key in ("active_params", "total_params") if key in preset}
+        return replace(geometry, **stated)
 
     @classmethod
     def from_config(cls, config: Fields, name: str = "model", **dtypes: str) -> ModelGeometry:
@@ -239,27 +236,11 @@ KINDS: Mapping[str, Callable[..., MixerSizes | MLPSizes | ExpertsSizes]] = {
 """Kinds of layers in ``presets.json``, where feed-forward blocks are layers of their own."""
 
 
-class Preset(TypedDict):
-    """One model of ``presets.json``."""
-
-    hidden: int
-    vocab: int
-    layers: list[Any]
-    """Number, kind (``KINDS``) and sizes of layers, as a list each."""
-    source: str
-    confidence: str
-    derived: dict[str, int]
-    """Sizes in bytes as published, which tests compare."""
-    state_dtype: NotRequired[str]
-    active_params: NotRequired[int]
-    total_params: NotRequired[int]
-
-
 @cache
-def presets() -> dict[str, Preset]:
+def presets() -> dict[str, Values]:
     """Return all bundled models as published, by full name."""
     text = files(__package__).joinpath("presets.json").read_text(encoding="utf-8")
-    found: dict[str, Preset] = json.loads(text)
+    found: dict[str, Values] = json.loads(text)
     return found
 
 

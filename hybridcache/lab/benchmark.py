@@ -424,7 +424,9 @@ class Ranking:
         """Names of all systems, in the order of the runs."""
         return list(dict.fromkeys(run.system for run in self.runs))
 
-    def _matrix(self, system: str, read: Read) -> np.ndarray | None:
+    def _matrix(
+        self, system: str, read: Callable[..., list[float] | float | None]
+    ) -> np.ndarray | None:
         """Return a number per seed and cell, or None if the system has none."""
         seeds: dict[int, list[float]] = {}
         for run in self._of(system):
@@ -503,10 +505,6 @@ class Ranking:
             f"{facts['model']}. Mean over cells [95 % interval over seeds]."
         )
         return "\n".join([title, "", text_table(self.heads(), self.rows()), *notes])
-
-
-Read = Callable[..., list[float] | float | None]
-"""Figure or figures of one system on one cell with one seed; None or empty if it has none."""
 
 
 def _over_seeds(rates: np.ndarray) -> Interval:

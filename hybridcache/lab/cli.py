@@ -217,7 +217,6 @@ def opened(spec: str, options: argparse.Namespace) -> Trace:
 
 
 def add_trace(commands: Commands) -> None:
-    """Add the command's parser."""
     trace = commands.add_parser("trace", help="look at a trace, or rewrite it")
     verbs = trace.add_subparsers(title="verbs", required=True)
     text = "requests, lengths, ideal hit rate, reuse"
@@ -417,7 +416,6 @@ def _draw(
 
 
 def add_optimum(commands: Commands) -> None:
-    """Add the command's parser."""
     text = "a plan that knows all requests, and a bound that no cache exceeds"
     parser = add_command(commands, "optimum", text, _optimum)
     add = parser.add_argument
@@ -441,7 +439,6 @@ def _optimum(options: argparse.Namespace) -> int:
 
 
 def add_benchmark(commands: Commands) -> None:
-    """Add the command's parser."""
     text = "your policy on the frozen benchmark, next to rebuilt systems and the upper bound"
     parser = add_command(commands, "benchmark", text, _benchmark, goes_on=True)
     parser.foreign = OF_THE_ENGINE
@@ -475,7 +472,6 @@ def _benchmark(options: argparse.Namespace) -> int:
 
 
 def add_leaderboard(commands: Commands) -> None:
-    """Add the command's parser."""
     text = "your policy against every built-in one on the evaluation split"
     parser = add_command(commands, "leaderboard", text, _leaderboard, goes_on=True)
     parser.foreign = {"--policy": "write the policy without a flag"}

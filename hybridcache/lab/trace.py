@@ -107,11 +107,8 @@ class Trace:
     def notes(self) -> list[str]:
         """Notes under tables: the tokenizer, and drawn arrivals."""
         notes = [f"tokens counted by: {self.counted_by}"] if self.counted_by else []
-        return (
-            [*notes, f"arrivals: {self.arrivals} (--seeds draws others)"]
-            if self.arrivals
-            else notes
-        )
+        notes += [f"arrivals: {self.arrivals} (--seeds draws others)"] if self.arrivals else []
+        return notes
 
     @property
     def is_empty_because(self) -> str:

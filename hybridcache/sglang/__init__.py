@@ -6,12 +6,6 @@ imports neither SGLang nor torch. ``README.md`` in this folder is the user docum
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from sglang.srt.mem_cache.base_prefix_cache import BasePrefixCache
-    from sglang.srt.mem_cache.registry import TreeCacheBuildContext
-
 NAME = "hybridcache"
 """Value of ``--radix-cache-backend``."""
 
@@ -29,7 +23,7 @@ def plug_in() -> None:
     )
 
 
-def _build(ctx: TreeCacheBuildContext) -> BasePrefixCache:
+def _build(ctx: object) -> object:
     """Build the backend. Its module is imported lazily, because only schedulers need it."""
     from hybridcache.sglang.cache import build_backend
 

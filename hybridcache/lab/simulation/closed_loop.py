@@ -17,7 +17,7 @@ from collections import deque
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
@@ -323,21 +323,19 @@ class LoopRun:
         self.live_s += self.num_live * seconds
 
 
+@dataclass(slots=True, eq=False)
 class PeerRequest:
     """One request of a rebuilt system, and its times."""
 
-    __slots__ = (
-        *("arrival_s", "cached_len", "computed_len", "first_token_s", "place", "scheduled_s"),
-        *("served", "turn"),
-    )
-    losses = None
-
-    def __init__(self, turn: Turn, place: int, arrival_s: float) -> None:
-        self.turn, self.place, self.arrival_s = turn, place, arrival_s
-        self.served: PeerSession | None = None
-        self.cached_len = self.computed_len = 0
-        self.scheduled_s: float | None = None
-        self.first_token_s: float | None = None
+    turn: Turn
+    place: int
+    arrival_s: float
+    served: PeerSession | None = None
+    cached_len: int = 0
+    computed_len: int = 0
+    scheduled_s: float | None = None
+    first_token_s: float | None = None
+    losses: ClassVar[None] = None
 
     @property
     def prompt_len(self) -> int:
