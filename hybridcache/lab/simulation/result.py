@@ -198,6 +198,7 @@ class RunResult(_Run):
 
     @classmethod
     def from_record(cls, record: Plain) -> Self:
+        """Return the run of an ``as_record`` after a trip through JSON."""
         values = record.copy()
         values["ttft_s"] = {int(rank): value for rank, value in record["ttft_s"].items()}
         if record["losses"] is not None:
