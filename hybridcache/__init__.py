@@ -12,7 +12,7 @@ from their modules. A cache is not thread-safe: one thread calls it, or callers 
 """
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from hybridcache.allocators.moves import StepPlan
 from hybridcache.cache import HybridRadixCache
@@ -42,7 +42,7 @@ _LAZY = {
 """Modules of the public names that are imported at first use."""
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     if name == "__version__":
         from hybridcache.command.extras import version
 

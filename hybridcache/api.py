@@ -23,7 +23,7 @@ from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from hybridcache.policies.protocol import Item, LoadRule
+from hybridcache.policies.protocol import LoadRule
 from hybridcache.radix.tree import Checkpoint, NodeHandle, RadixNode
 from hybridcache.tokens import Indices
 
@@ -331,10 +331,10 @@ class CacheStats:
 class Listener:
     """Subscriber to the changes of a cache.
 
-    A method is called right after the change (stored, split) or right before it (chosen, removed).
-    It must not change the cache. It should not raise: the change is completed nevertheless, the
-    listener is unsubscribed and its error is logged. In ``subscribe`` no change is under way, so
-    the error is raised there, and the listener is not subscribed.
+    A method is called right after the change (stored, split) or right before it (removed). It must
+    not change the cache. It should not raise: the change is completed nevertheless, the listener is
+    unsubscribed and its error is logged. In ``subscribe`` no change is under way, so the error is
+    raised there, and the listener is not subscribed.
 
     Methods that a subclass does not define do nothing. ``node.kv.serial`` identifies a resident
     node. It is unique for the lifetime of the cache, so a listener follows one cache at a time.
@@ -357,9 +357,6 @@ class Listener:
 
     def checkpoint_removed(self, node: RadixNode) -> None:
         """Handle that ``node`` loses its checkpoint. Its KV remains for now."""
-
-    def chosen(self, item: Item) -> None:
-        """Handle that the policy chose ``item`` as the victim. The removals follow."""
 
     def cleared(self) -> None:
         """Handle that everything was removed without further calls. The listener then follows

@@ -76,18 +76,7 @@ FOREIGN = "this node or match belongs to another cache: match the tokens in this
 
 class LockHandle:
     """Lock on one node and its path, to be returned with ``cache.unlock(handle)``, or used in a
-    ``with`` statement.
-
-    >>> import numpy as np
-    >>> from hybridcache import CacheConfig, build_prefix_cache
-    >>> cache = build_prefix_cache(CacheConfig(num_kv_tokens=100, num_slots=2))
-    >>> result = cache.insert(np.arange(10, dtype=np.int32), cache.allocate_kv(10))
-    >>> with cache.lock(result.node):
-    ...     cache.evict(num_tokens=10), cache.protected().num_tokens
-    (Eviction(num_tokens=0, num_slots=0), 10)
-    >>> cache.evict(num_tokens=10)
-    Eviction(num_tokens=10, num_slots=0)
-    """
+    ``with`` statement, as in the example of ``HybridRadixCache``."""
 
     __slots__ = ("cache", "node", "superseded")
 
@@ -277,14 +266,7 @@ class HybridRadixCache:
 
     def match(self, tokens: Tokens, namespace: Hashable = None) -> PrefixMatch:
         """Look up how much of ``tokens`` is cached, and the causes of the losses. Changes nothing:
-        no split, no recency. O(n).
-
-        >>> import numpy as np
-        >>> from hybridcache import CacheConfig, build_prefix_cache
-        >>> cache = build_prefix_cache(CacheConfig(num_kv_tokens=100, num_slots=2))
-        >>> cache.match(np.arange(10, dtype=np.int32)).losses.never_seen
-        10
-        """
+        no split, no recency. O(n)."""
         if type(tokens) is not np.ndarray or tokens.dtype is not INT32 or tokens.ndim != 1:
             require_int32(tokens, "tokens")
         if (failure := self.policy.failure) is not None:
@@ -652,13 +634,7 @@ class HybridRadixCache:
         self._slots.free(slot)
 
     def evict(self, num_tokens: int = 0, num_slots: int = 0) -> Eviction:
-        """Evict until that much was freed or nothing evictable remains. O(log n) per item.
-
-        >>> from hybridcache import CacheConfig, build_prefix_cache
-        >>> cache = build_prefix_cache(CacheConfig(num_kv_tokens=100, num_slots=2))
-        >>> cache.evict(num_tokens=50, num_slots=1)
-        Eviction(num_tokens=0, num_slots=0)
-        """
+        """Evict until that much was freed or nothing evictable remains. O(log n) per item."""
         stats = self.stats
         tokens, slots = stats.evicted_tokens, stats.evicted_slots
         while stats.evicted_tokens - tokens < num_tokens and self._evict_one("kv"):
@@ -759,8 +735,6 @@ class HybridRadixCache:
             return False
         node = item.node
         self.stats.evictions += 1
-        if self._listeners:
-            self._notify("chosen", item)
         if item.kind == "checkpoint" and node.children:
             self._drop_checkpoint(node)
         else:

@@ -20,7 +20,8 @@ from hybridcache.allocators.moves import Move
 from hybridcache.api import InsertResult
 from hybridcache.cache import HybridRadixCache
 from hybridcache.lease import Lease, LeaseRequest
-from hybridcache.radix.tree import RadixNode
+from hybridcache.policies.protocol import PlacementPolicy
+from hybridcache.radix.tree import NodeHandle, RadixNode
 from hybridcache.tiers import TieredRadixCache
 from hybridcache.tokens import INT32, Indices, Tokens, require_int32
 
@@ -35,7 +36,9 @@ class DebugLease(Lease):
 
     _is_made = False
 
-    def __init__(self, cache: Any, placement: Any, request: LeaseRequest, *rest: Any) -> None:
+    def __init__(
+        self, cache: _Checks, placement: PlacementPolicy, request: LeaseRequest, *rest: Any
+    ) -> None:
         running = [one for one in cache.live_leases() if not one._has_ended]
         for what in ("table_row", "own_slot"):
             number = getattr(request, what)
@@ -58,8 +61,8 @@ class DebugLease(Lease):
             )
             warnings.warn(f"{self!r} {lost}", ResourceWarning, stacklevel=2)
 
-    def take_checkpoint_slots(self, start: int, end: int, *rest: Any, **options: Any) -> Any:
-        saves = super().take_checkpoint_slots(start, end, *rest, **options)
+    def take_checkpoint_slots(self, start: int, end: int, max_slots: int | None = None) -> Any:
+        saves = super().take_checkpoint_slots(start, end, max_slots)
         if saves is not None:
             self._stepped_len = end
         return saves
@@ -178,15 +181,15 @@ class _Checks(HybridRadixCache):
         checkpoints: Sequence[tuple[int, int]] = (),
         namespace: Hashable = None,
         owned_from: int = 0,
-        *rest: Any,
-        **more: Any,
+        labels: Sequence[str] = (),
+        after: NodeHandle | None = None,
     ) -> InsertResult:
         require_int32(kv_indices, "KV indices")
         self._require_held(kv_indices[owned_from:])
         if self.leases and not self.in_lease:
             for _, slot in checkpoints:
                 self._require_not_leased(slot)
-        return super().insert(tokens, kv_indices, checkpoints, namespace, owned_from, *rest, **more)
+        return super().insert(tokens, kv_indices, checkpoints, namespace, owned_from, labels, after)
 
     def _store_rows(self, path: Sequence[RadixNode], rows: Indices, first: int) -> None:
         super()._store_rows(path, rows, first)
@@ -227,7 +230,7 @@ class DebugTieredCache(_Checks, TieredRadixCache):
     """``TieredRadixCache`` that finds misuse."""
 
 
-def _in_one_thread(kind: type[Any], name: str) -> None:
+def _in_one_thread(kind: type[object], name: str) -> None:
     """Let only the owner thread call the method ``name`` of ``kind``."""
     home = next(base for base in kind.__mro__ if name in vars(base))
     own = vars(home)[name] if home is kind else None

@@ -10,10 +10,9 @@ import inspect
 import sys
 import textwrap
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 
-def class_body(kind: type[Any]) -> list[ast.stmt]:
+def class_body(kind: type[object]) -> list[ast.stmt]:
     """Return the statements of a class, or none if its source is not available."""
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(kind)))
@@ -44,13 +43,13 @@ def documented(body: Sequence[ast.stmt], owner: str = "") -> Iterator[tuple[str,
 class FieldTexts:
     """Docstring of a class that includes the texts of its fields, read at its first use."""
 
-    def __init__(self, kind: type[Any]) -> None:
+    def __init__(self, kind: type[object]) -> None:
         self.own = kind.__doc__ or ""
         """Docstring as written."""
         self._kind = kind
         self._full: str | None = None
 
-    def __get__(self, instance: object, owner: type[Any]) -> str:
+    def __get__(self, instance: object, owner: type[object]) -> str:
         if self._full is None:
             lines = []
             for name, kind, text in documented(class_body(self._kind)):

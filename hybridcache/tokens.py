@@ -11,7 +11,6 @@ import ast
 from collections.abc import Hashable
 from math import lcm
 from operator import index
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -71,9 +70,9 @@ def require_grid(grid: int, page_size: int) -> None:
         )
 
 
-def whole_bytes(tokens: Tokens) -> Any:
+def whole_bytes(tokens: Tokens) -> bytes | None:
     """Return the ``bytes`` object with exactly these tokens as their own memory, or None. O(1)."""
-    whole: Any = tokens.base
+    whole: object = tokens.base
     if type(whole) is bytes and len(whole) == tokens.nbytes:
         flags = tokens.flags  # An unpickled array can be written, another one reversed.
         return None if flags.writeable or not flags.c_contiguous else whole

@@ -89,7 +89,7 @@ class Parser(argparse.ArgumentParser):
             self.error(self._unknown(unknown))
         return parsed, unknown
 
-    def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
+    def _get_value(self, action: argparse.Action, arg_string: str) -> object:
         if action.type is Path and not arg_string:  # Path("") is the working directory.
             raise argparse.ArgumentError(action, "the name of a file must not be empty")
         return super()._get_value(action, arg_string)

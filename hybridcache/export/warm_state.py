@@ -1,27 +1,7 @@
 """Warm state: tokens seen, evicted checkpoints, clock and learned policy state, saved for restart.
 
 A file is ``MAGIC``, then JSON compressed by zlib, which detects damage by its checksum. Arrays are
-``{"array": dtype, "shape": [...], "data": base64}``, little-endian. The JSON is one object:
-
-- ``page_size``, ``grid``, ``now``, ``num_items``: header.
-- ``namespaces``: encoded namespaces.
-- ``nodes``: one row of nine numbers per node, parents first:
-
-  1. row of the parent, or -1 - n for the root of namespace n;
-  2. end position;
-  3. serial of its checkpoint, evicted or not, or -1 if there is none;
-  4. creation time of the checkpoint;
-  5. last use of the checkpoint;
-  6. uses of the checkpoint;
-  7. earlier uses of a checkpoint there;
-  8. 1 if the checkpoint was superseded on the device, else 0;
-  9. distance of the checkpoint (``Item.distance``).
-
-- ``labels``: label of each node's checkpoint; ``stop_reasons``: its stop reason.
-- ``tokens``: tokens of all nodes, concatenated.
-- ``eviction``: learned state of the ``survival`` policy, or null.
-- ``memos``: its data of each node's checkpoint.
-- ``placement``: state of the learning placement rules.
+``{"array": dtype, "shape": [...], "data": base64}``, little-endian. The JSON is one ``Body``.
 """
 
 from __future__ import annotations
@@ -30,19 +10,55 @@ import base64
 import json
 import zlib
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
+import numpy.typing as npt
 
 from hybridcache.cache import HybridRadixCache
 from hybridcache.policies.eviction.survival import Survival
 from hybridcache.policies.placement import Adaptive
 from hybridcache.policies.protocol import PlacementPolicy
 from hybridcache.radix.tree import GHOST_NODE_BYTES, Checkpoint, RadixNode, is_superseded_in_tiers
-from hybridcache.tokens import read_namespace
+from hybridcache.tokens import Tokens, read_namespace
 
 MAGIC = b"HCMEMRY7"
 NOTHING = (-1, 0, 0, 0, 0, 0, 0)
+
+
+class Body(TypedDict):
+    """Contents of a file."""
+
+    page_size: int
+    grid: int
+    now: int
+    num_items: int
+    namespaces: list[str]
+    """Encoded namespaces."""
+    nodes: npt.NDArray[np.int64]
+    """One row of nine numbers per node, parents first:
+
+    1. row of the parent, or -1 - n for the root of namespace n;
+    2. end position;
+    3. serial of its checkpoint, evicted or not, or -1 if there is none;
+    4. creation time of the checkpoint;
+    5. last use of the checkpoint;
+    6. uses of the checkpoint;
+    7. earlier uses of a checkpoint there;
+    8. 1 if the checkpoint was superseded on the device, else 0;
+    9. distance of the checkpoint (``Item.distance``).
+    """
+    labels: list[str]
+    """Label of each node's checkpoint, or empty. ``stop_reasons``: its stop reason."""
+    stop_reasons: list[str]
+    tokens: Tokens
+    """Tokens of all nodes, concatenated."""
+    eviction: dict[str, object] | None
+    """Learned state of the ``survival`` policy."""
+    memos: list[list[object] | None]
+    """Its data of each node's checkpoint."""
+    placement: list[dict[str, object]]
+    """States of the learning placement rules."""
 
 
 def write_memory(cache: HybridRadixCache, placement: Sequence[PlacementPolicy] = ()) -> bytes:
@@ -73,7 +89,7 @@ def write_memory(cache: HybridRadixCache, placement: Sequence[PlacementPolicy] =
         reasons.append("" if item is None else item.stop_reason)
         memos.append(None if item is None or survival is None else survival.memo_state(item))
         tokens.append(node.tokens)
-    body = {
+    body: Body = {
         "page_size": cache.page_size,
         "grid": cache.grid,
         "now": cache.now,
@@ -90,7 +106,7 @@ def write_memory(cache: HybridRadixCache, placement: Sequence[PlacementPolicy] =
     return json.dumps(body, separators=(",", ":"), default=_written).encode()
 
 
-def _written(array: Any) -> dict[str, Any]:
+def _written(array: object) -> dict[str, object]:
     """Return the JSON form of an array. Raises TypeError for other objects."""
     if not isinstance(array, np.ndarray):
         raise TypeError(f"{type(array).__name__} cannot be saved.")
@@ -160,9 +176,9 @@ class Memory:
     (0, 100)
     """
 
-    def __init__(self, plain: dict[str, Any]) -> None:
+    def __init__(self, plain: Body) -> None:
         self._plain = plain
-        self._items: list[tuple[Checkpoint, Any]] = []
+        self._items: list[tuple[Checkpoint, list[object] | None]] = []
         """Checkpoints of the file, and the data that the policy had of each."""
 
     def recall_tree(self, cache: HybridRadixCache) -> None:
@@ -177,16 +193,16 @@ class Memory:
         plain = self._plain
         if cache.num_nodes:
             raise ValueError("the cache must be empty. Build a new one for recall_tree.")
-        for name in ("page_size", "grid"):
-            saved, given = plain.get(name), getattr(cache, name)
+        for name, given in (("page_size", cache.page_size), ("grid", cache.grid)):
+            saved = dict(plain)[name]
             if saved != given:
                 raise ValueError(f"the warm state needs {name}={saved}; the cache has {given}")
         tree, nodes = cache.ghosts.tree, list[RadixNode]()
         roots = [tree.root(read_namespace(text)) for text in dict.fromkeys(plain["namespaces"])]
         rows, tokens = plain["nodes"].tolist(), plain["tokens"]
         item_bytes, at = cache.item_bytes, 0
-        columns = (plain[name] for name in ("labels", "stop_reasons", "memos"))
-        for row, label, stop_reason, memo in zip(rows, *columns, strict=True):
+        columns = zip(rows, plain["labels"], plain["stop_reasons"], plain["memos"], strict=True)
+        for row, label, stop_reason, memo in columns:
             above, end, serial, created, last_used, uses, earlier, superseded, distance = row
             parent = nodes[above] if above >= 0 else roots[-1 - above]
             start, at = at, at + end - parent.end

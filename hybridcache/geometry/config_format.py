@@ -28,8 +28,9 @@ from typing import Any, get_args, get_origin
 from hybridcache.geometry.sizes import SizesError
 
 Values = dict[str, Any]
+"""Values of one model by key. ``Format`` has their types, and ``Format.read`` checks them."""
 
-ROPE_KEYS: Mapping[str, Any] = {
+ROPE_KEYS: Mapping[str, object] = {
     "rope_parameters": dict | None,
     "rope_scaling": dict | None,
     "rope_theta": float | None,
@@ -42,7 +43,7 @@ WORDS = {"int": "an integer", "float": "a number", "bool": "true or false", "str
 WORDS |= {f"list[{k}]": f"a list of {WORDS[k].split()[1]}s" for k in ("int", "float", "str")}
 WORDS |= {"list": "a list", "dict": "an object", "None": "null"}
 FLOATS = ("Infinity", "-Infinity", "NaN")
-COMMON: Mapping[str, Any] = {
+COMMON: Mapping[str, object] = {
     "dtype": str | None,
     "torch_dtype": str | None,
     "is_causal": object,
@@ -57,12 +58,12 @@ COMMON: Mapping[str, Any] = {
 class Field:
     """Type of one value and, for a field of transformers' class, its default."""
 
-    kind: Any
+    kind: object
     """Type: ``int``, ``list[str]``, ``int | None`` ... An integer is a valid ``float``."""
-    default: Any = None
+    default: object = None
 
 
-def table(**defaults: Any) -> Mapping[str, Field]:
+def table(**defaults: object) -> Mapping[str, Field]:
     """Build a table of fields from ``name=default``, or ``name=Field(...)`` if the type of the
     default is not the only valid one."""
     return {
@@ -79,15 +80,15 @@ class Format:
     """Fields that change logits or sizes. Present in every ``Config``."""
     aliases: Mapping[str, str] = field(default_factory=dict)
     """Other names of fields. A value under an alias takes precedence over the field's name."""
-    extras: Mapping[str, Any] = field(default_factory=dict)
+    extras: Mapping[str, object] = field(default_factory=dict)
     """Types of keys that are not fields. Present in a ``Config`` only if the file has them."""
     complete: Callable[[Values], None] = lambda values: None
     """Callback that fills in derived fields and removes the values it has used."""
 
-    def read(self, raw: Mapping[str, Any]) -> Config:
+    def read(self, raw: Mapping[str, object]) -> Config:
         """Read the text part of a ``config.json``. Raises SizesError for a value of the wrong
         type."""
-        defaults = {name: own.default for name, own in self.fields.items()}
+        defaults: Values = {name: own.default for name, own in self.fields.items()}
         kinds = {**COMMON, **self.extras}
         kinds |= {name: own.kind for name, own in self.fields.items()}
         values, given = defaults.copy(), set[str]()
@@ -111,7 +112,7 @@ class Config(UserDict[str, Any]):
     """Values of one model, including all fields. Records the names that were looked up."""
 
     data: Values
-    _defaults: Mapping[str, Any]
+    _defaults: Values
     given: frozenset[str]
     """Names of fields and extras in the file, after resolving aliases."""
     _read: set[str] = field(default_factory=set)
@@ -124,7 +125,7 @@ class Config(UserDict[str, Any]):
         """Mark names as read because they have no effect in this model."""
         self._read.update(names)
 
-    def unread(self) -> dict[str, Any]:
+    def unread(self) -> Values:
         """Return values of the file that were never read and differ from transformers' default."""
         return {
             name: value
@@ -135,7 +136,7 @@ class Config(UserDict[str, Any]):
         }
 
 
-def _decoded(value: Any) -> Any:
+def _decoded(value: object) -> object:
     """Decode ``{"__float__": "Infinity"}``, transformers' form of infinities, at any depth."""
     if isinstance(value, Mapping):
         if value.keys() == {"__float__"} and value["__float__"] in FLOATS:
@@ -144,7 +145,7 @@ def _decoded(value: Any) -> Any:
     return [_decoded(part) for part in value] if isinstance(value, list) else value
 
 
-def checked(name: str, value: Any, kind: Any) -> Any:
+def checked(name: str, value: Any, kind: object) -> Any:
     """Return ``value`` if it has type ``kind``; convert an integer if ``kind`` is float. Raises
     SizesError if it has another type."""
     if not fits(value, kind):
@@ -154,13 +155,14 @@ def checked(name: str, value: Any, kind: Any) -> Any:
     return float(value) if kind is float else value
 
 
-def fits(value: Any, kind: Any) -> bool:
+def fits(value: object, kind: object) -> bool:
     """Return True if a JSON value has type ``kind`` (see ``Field.kind``)."""
     if isinstance(kind, UnionType):
         return any(fits(value, part) for part in get_args(kind))
     if get_origin(kind) is list:
         return isinstance(value, list) and all(fits(part, get_args(kind)[0]) for part in value)
-    if kind in (int, float):
-        is_number = isinstance(value, int | kind) and not isinstance(value, bool)
-        return is_number and not math.isnan(value)
-    return isinstance(value, kind)
+    if kind is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    if kind is float:
+        return fits(value, int) or (isinstance(value, float) and not math.isnan(value))
+    return isinstance(kind, type) and isinstance(value, kind)

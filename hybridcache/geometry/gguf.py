@@ -26,19 +26,7 @@ LFS_POINTER = b"version https://git-lfs.github.com/"
 """Beginning of a file that Git LFS has not fetched yet."""
 PART_NAME = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
 """Name of one file of a split model; parts count from one."""
-NUMBERS = {
-    0: "B",
-    1: "b",
-    2: "H",
-    3: "h",
-    4: "I",
-    5: "i",
-    6: "f",
-    7: "?",
-    10: "Q",
-    11: "q",
-    12: "d",
-}
+NUMBERS = dict(zip((*range(8), 10, 11, 12), "BbHhIif?Qqd", strict=True))
 """Types of metadata that have a fixed size, as codes of ``struct`` and numpy."""
 FLOAT, TEXT, ARRAY = 6, 8, 9
 MOST_HEADER_BYTES, MOST_TEXTS, MOST_KEYS, MOST_TENSORS = 32 << 20, 1 << 20, 1 << 14, 1 << 16
@@ -49,6 +37,9 @@ LABEL = re.compile(r"(?i)[-._]((UD-)?(I?Q\d\w*|TQ\d\w*|BF16|F16|F32|MXFP4\w*|NVF
 OTHER_FILES = ("mmproj", "mtp-", "imatrix", "ggml-vocab")
 """Beginnings of the names of files that are no model: visual towers, drafters, statistics."""
 USUAL_LABEL = "q4_k_m"
+
+
+MetaValue = int | float | str | list[str] | npt.NDArray[np.generic]
 
 
 class GgmlType(NamedTuple):
@@ -93,8 +84,7 @@ class GgufFile:
         ModelError."""
         self.path = path
         header = _Header(path)
-        self.metadata: Mapping[str, Any] = header.metadata
-        """Numbers, texts, lists of texts, and numpy arrays by key."""
+        self.metadata: Mapping[str, MetaValue] = header.metadata
         self.tensors: Mapping[str, StoredTensor] = header.tensors
         self.paths = [path]
         """The file, or all parts of a split model."""
@@ -145,7 +135,7 @@ class _Header:
     """Metadata and tensors of one file."""
 
     def __init__(self, path: Path) -> None:
-        self.name, self.metadata = path.name, dict[str, Any]()
+        self.name, self.metadata = path.name, dict[str, MetaValue]()
         self.tensors: dict[str, StoredTensor] = {}
         self._at, self._num_texts = 0, 0
         try:
@@ -226,13 +216,14 @@ class _Header:
             found.append(data[first : first + size].decode("utf-8", "replace"))
         return found
 
-    def _value(self, key: str, kind: int) -> Any:
+    def _value(self, key: str, kind: int) -> MetaValue:
         if kind == TEXT:
             return self._text()
         if kind == FLOAT:  # The decimal number that was rounded: 1e-06, not 9.99999997e-07.
             return float(str(np.float32(self._number("f"))))
         if kind in NUMBERS:
-            return self._number(NUMBERS[kind])
+            number: int | float = self._number(NUMBERS[kind])
+            return number
         item, count = (self._number("I"), self._number("Q")) if kind == ARRAY else (None, 0)
         if item == TEXT:
             return self._texts(count)

@@ -9,14 +9,13 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 
+from hybridcache.geometry.config_format import Values
 from hybridcache.geometry.gguf import GgufFile, StoredTensor
 from hybridcache.geometry.sizes import MOST_LAYERS, ModelError
 
-Values = dict[str, Any]
 BLOCK_NAME = re.compile(r"blk\.(\d{1,5})\.(.+)")
 KEYS = {
     "embedding_length": "hidden_size",
@@ -192,7 +191,7 @@ class GgufModel:
             width = values["hidden_size"] if output is None else output.shape[-1]
             values["head_dim"] = width // max(1, self.whole("attention.head_count"))
         values |= self._rope()
-        return values | read_own(self, values)
+        return values | (read_own(self, values) if read_own else {})
 
     def _rope(self) -> Values:
         """Return the keys of a rotary embedding."""
@@ -278,13 +277,9 @@ def _kimi(model: GgufModel, values: Values) -> Values:
     }
 
 
-def _nothing(model: GgufModel, values: Values) -> Values:
-    return {}
-
-
 Reader = Callable[[GgufModel, Values], Values]
-ARCHITECTURES: Mapping[str, tuple[str, Reader]] = {
-    "qwen3": ("qwen3", _nothing),
+ARCHITECTURES: Mapping[str, tuple[str, Reader | None]] = {
+    "qwen3": ("qwen3", None),
     # Its inputs are fused in published files. In GGUF they are separate, as in Qwen3.5.
     "qwen3next": ("qwen3_5_moe_text", _qwen3_5),
     "qwen35": ("qwen3_5_text", _qwen3_5),
@@ -294,9 +289,9 @@ ARCHITECTURES: Mapping[str, tuple[str, Reader]] = {
     "granitehybrid": ("granitemoehybrid", _granite),
     "nemotron_h": ("nemotron_h", _nemotron),
     "nemotron_h_moe": ("nemotron_h", _nemotron),
-    "falcon-h1": ("falcon_h1", _nothing),
+    "falcon-h1": ("falcon_h1", None),
     "jamba": ("jamba", _jamba),
     "kimi-linear": ("kimi_linear", _kimi),
 }
 """Supported values of ``general.architecture``, each with the ``model_type`` and the reader of the
-keys that depend on the layers."""
+keys that depend on the layers, if there are any."""

@@ -17,16 +17,24 @@ from functools import cache
 from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 from hybridcache.command.extras import ENGINE_DISTRIBUTION
 from hybridcache.command.parser import or_known
 from hybridcache.geometry import mixers
 from hybridcache.geometry.checkpoints import CheckpointFormat
+from hybridcache.geometry.config_format import Values
 from hybridcache.geometry.families import read, text_part
+from hybridcache.geometry.families.fields import Fields
 from hybridcache.geometry.gguf import gguf_file
 from hybridcache.geometry.gguf_config import GgufModel
-from hybridcache.geometry.sizes import ExpertsSizes, LayerSizes, MLPSizes, ModelSizes, SizesError
+from hybridcache.geometry.sizes import (
+    ExpertsSizes,
+    LayerSizes,
+    MixerSizes,
+    MLPSizes,
+    ModelSizes,
+    SizesError,
+)
 
 BUILTIN = "builtin"
 """Name of the model of the engine. The presets do not include it."""
@@ -79,8 +87,10 @@ class ModelGeometry:
         layers: list[LayerSizes] = []  # Their order has no meaning, only their sums do.
         for count, kind, sizes in preset["layers"]:
             made = KINDS[kind](**sizes)
-            is_mlp = isinstance(made, MLPSizes | ExpertsSizes)
-            layers += [LayerSizes(mlp=made) if is_mlp else LayerSizes((made,))] * count
+            if isinstance(made, MLPSizes | ExpertsSizes):
+                layers += [LayerSizes(mlp=made)] * count
+            else:
+                layers += [LayerSizes((made,))] * count
         model = ModelSizes(preset["hidden"], preset["vocab"], tuple(layers))
         geometry = cls.from_sizes(full_name, model, **dtypes)
         # Published figures, where a preset has them, replace the sums over its layers.
@@ -88,9 +98,7 @@ class ModelGeometry:
         return replace(geometry, **stated)
 
     @classmethod
-    def from_config(
-        cls, config: Mapping[str, Any], name: str = "model", **dtypes: str
-    ) -> ModelGeometry:
+    def from_config(cls, config: Fields, name: str = "model", **dtypes: str) -> ModelGeometry:
         """Read a parsed Hugging Face ``config.json``, with or without ``text_config``.
 
         ``dtypes`` are ``kv_dtype`` and ``conv_dtype`` (default: the ``dtype`` of the file, bfloat16
@@ -216,7 +224,7 @@ def _refuse_unknown(**dtypes: str) -> None:
 
 # --- Bundled models -----------------------------------------------------------------------------
 
-KINDS: Mapping[str, Callable[..., Any]] = {
+KINDS: Mapping[str, Callable[..., MixerSizes | MLPSizes | ExpertsSizes]] = {
     "attention": mixers.AttentionSizes,
     "latent_attention": mixers.LatentAttentionSizes,
     "delta": mixers.DeltaSizes,
@@ -229,10 +237,10 @@ KINDS: Mapping[str, Callable[..., Any]] = {
 
 
 @cache
-def presets() -> dict[str, dict[str, Any]]:
+def presets() -> dict[str, Values]:
     """Return all bundled models as published, by full name."""
     text = files(__package__).joinpath("presets.json").read_text(encoding="utf-8")
-    found: dict[str, dict[str, Any]] = json.loads(text)
+    found: dict[str, Values] = json.loads(text)
     return found
 
 

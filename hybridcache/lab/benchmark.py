@@ -13,13 +13,12 @@ from __future__ import annotations
 import hashlib
 import json
 import tomllib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache, partial
 from importlib import resources
 from itertools import product
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -34,13 +33,13 @@ from hybridcache.lab.progress import Progress
 from hybridcache.lab.report import text_table
 from hybridcache.lab.scenario import Scenario, named_policies, sources_of, written_policy
 from hybridcache.lab.simulation.closed_loop import closed_loop
-from hybridcache.lab.simulation.grid import RunFailed, run_grid
-from hybridcache.lab.simulation.result import ClosedLoopRun, RunResult, known_fields
+from hybridcache.lab.simulation.grid import Plain, RunFailed, Stored, run_grid
+from hybridcache.lab.simulation.result import ClosedLoopRun, RunResult
 from hybridcache.lab.simulation.simulate import optimum, simulate
 from hybridcache.lab.trace import Trace, TraceRequest
 from hybridcache.lab.traces import open_trace, seeded
 from hybridcache.lab.traces.frame import make_folder
-from hybridcache.policies.registry import DEFAULT_PLACEMENT
+from hybridcache.policies.registry import DEFAULT_PLACEMENT, EvictionSpec
 
 HINDSIGHT = "(plan)"
 """Name of the system that knows the future; its records have the upper bound too."""
@@ -176,7 +175,7 @@ def _missing(cell: Cell, folder: Path | None) -> str:
 
 def _restarted(trace: Trace, starts: str, seed: int) -> Iterator[TraceRequest]:
     """Yield the requests of a trace whose sessions begin at times drawn with ``seed``."""
-    sessions: dict[Any, list[TraceRequest]] = {}
+    sessions: dict[Hashable, list[TraceRequest]] = {}
     for request in trace:
         sessions.setdefault(request.session, []).append(request)
     return interleave(sessions.values(), parse_starts(starts), unit=trace.unit, seed=seed)
@@ -186,7 +185,7 @@ def _restarted(trace: Trace, starts: str, seed: int) -> Iterator[TraceRequest]:
 
 
 @dataclass(frozen=True, slots=True)
-class Measured:
+class Measured(Stored):
     """Figures of one system on one cell with one seed. Lists have a number per size; rates are from
     0 to 1, times in seconds."""
 
@@ -207,15 +206,6 @@ class Measured:
     loop: dict[str, float] = field(default_factory=dict)
     """Closed loop: token hit rate, times to first token, ``in_time`` (share of the requests with a
     first token within the limit), and ``goodput``: those per second."""
-
-    def as_record(self) -> dict[str, Any]:
-        """Return a record for JSON."""
-        return asdict(self)
-
-    @classmethod
-    def from_record(cls, record: Mapping[str, Any]) -> Measured:
-        """Return the figures of an ``as_record``."""
-        return cls(**known_fields(cls, record))
 
 
 @dataclass(frozen=True, slots=True)
@@ -240,8 +230,8 @@ class Job:
 
     def key(self, _trace_identity: bytes) -> str:
         """Return an identity of the job, the version and the source of an own policy."""
-        others: dict[str, Any] = dict.fromkeys(("cells", "quick", "policies", "rebuilt"), ())
-        one = replace(self.benchmark, seeds=(self.seed,), **others)
+        seeds = (self.seed,)
+        one = replace(self.benchmark, seeds=seeds, cells=(), quick=(), policies=(), rebuilt=())
         facts = (one, self.cell, self.system, version())
         own = "" if self.system in BASELINES else sources_of(self.system.split("@"))
         return hashlib.sha256(repr((facts, own)).encode()).hexdigest()[:16]
@@ -317,7 +307,7 @@ def _loop_figures(run: ClosedLoopRun) -> dict[str, float]:
 
 
 def benchmark(
-    policies: Any = (),
+    policies: EvictionSpec | Sequence[EvictionSpec] = (),
     *,
     quick: bool = False,
     seeds: int | None = None,
@@ -347,9 +337,8 @@ def benchmark(
         for cell in asked.cells
         if cell.source and _found(cell.trace, folder) is None
     }
-    given = [policies] if isinstance(policies, str | type) else [*policies]
     known = {one.removesuffix(f"@{DEFAULT_PLACEMENT}"): one for one in asked.policies}
-    entries = [known.get(one, one) for one in map(written_policy, named_policies(given))]
+    entries = [known.get(one, one) for one in map(written_policy, named_policies(policies))]
     systems = (HINDSIGHT, *dict.fromkeys((*entries, *asked.policies, *asked.rebuilt)))
     jobs = [
         Job(asked, cell, place, system, folder)
@@ -381,7 +370,7 @@ def benchmark(
 class Ranking:
     """Figures of several systems on the same cells and seeds."""
 
-    facts: dict[str, Any]
+    facts: Plain
     """The benchmark, and the versions of the packages."""
     left_out: dict[str, str]
     """Reasons of the cells that were not run."""
@@ -423,7 +412,7 @@ class Ranking:
                     by_system[name] = [replace(run, system=name) for run in of]
         return replace(found[0], runs=tuple(run for of in by_system.values() for run in of))
 
-    def _place(self) -> tuple[Any, ...]:
+    def _place(self) -> tuple[object, ...]:
         hashes = [(cell["name"], list(cell["sha256"])) for cell in self.facts["cells"]]
         return self.facts["version"], list(self.facts["seeds"]), hashes, sorted(self.left_out)
 
@@ -435,7 +424,9 @@ class Ranking:
         """Names of all systems, in the order of the runs."""
         return list(dict.fromkeys(run.system for run in self.runs))
 
-    def _matrix(self, system: str, read: Any) -> np.ndarray | None:
+    def _matrix(
+        self, system: str, read: Callable[..., list[float] | float | None]
+    ) -> np.ndarray | None:
         """Return a number per seed and cell, or None if the system has none."""
         seeds: dict[int, list[float]] = {}
         for run in self._of(system):

@@ -32,12 +32,13 @@ from hybridcache.lab.scenario import (
     MOST_USED,
     TIERS,
     Scenario,
+    Settings,
     named_policies,
     settings_of,
 )
-from hybridcache.lab.simulation.closed_loop import closed_loop
+from hybridcache.lab.simulation.closed_loop import ClosedLoopResult, closed_loop
 from hybridcache.lab.simulation.grid import collect_seldom
-from hybridcache.lab.simulation.simulate import optimum, simulate
+from hybridcache.lab.simulation.simulate import SimulationResult, optimum, simulate
 from hybridcache.lab.trace import Trace
 from hybridcache.lab.trace_stats import trace_stats
 from hybridcache.lab.traces import open_trace
@@ -46,7 +47,7 @@ from hybridcache.lab.traces.own import write_own
 from hybridcache.policies.registry import make_admission, split_specs
 
 if TYPE_CHECKING:
-    Commands = argparse._SubParsersAction[argparse.ArgumentParser]
+    Commands = argparse._SubParsersAction[Parser]
 
 Command = Callable[[argparse.Namespace], int]
 
@@ -118,7 +119,7 @@ def _sentence(error: Exception) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser: argparse.ArgumentParser = Parser(
+    parser = Parser(
         prog="hybridcache", description="A laboratory for prefix caches of hybrid LLMs."
     )
     parser.add_argument("--version", action="version", version=f"hybridcache {version()}")
@@ -142,20 +143,27 @@ OF_THE_ENGINE = {
     "--cache-gib": "write --gib, the name of `engine serve --cache-gib` here",
 }
 """Flags of ``engine serve`` that have another name in the laboratory."""
-FILE: Any = {"type": Path, "metavar": "FILE"}
-PROCESSES: Any = {"type": int, "default": 1, "metavar": "N"}
+Option = dict[str, Any]
+FILE: Option = {"type": Path, "metavar": "FILE"}
+PROCESSES: Option = {"type": int, "default": 1, "metavar": "N"}
 PROCESSES["help"] = "runs at the same time; changes no result"
-SKIP_BAD: Any = {"action": "store_true", "help": "skip and count records that cannot be read"}
+SKIP_BAD: Option = {"action": "store_true", "help": "skip and count records that cannot be read"}
 """Options of more than one command that are no settings of a scenario."""
 
 
 def add_command(
-    commands: Commands, name: str, help: str, run: Command, *, input_flag: str = "", **defaults: Any
+    commands: Commands,
+    name: str,
+    help: str,
+    run: Command,
+    *,
+    input_flag: str = "",
+    **defaults: object,
 ) -> Parser:
     """Add and return the parser of a command."""
-    parser: Any = commands.add_parser(name, help=help, input_flag=input_flag)
+    parser = commands.add_parser(name, help=help, input_flag=input_flag)
     parser.set_defaults(run=run, parser=parser, **defaults)
-    return cast("Parser", parser)
+    return parser
 
 
 def add_settings(parser: argparse._ActionsContainer, *names: str) -> None:
@@ -186,7 +194,7 @@ def add_settings(parser: argparse._ActionsContainer, *names: str) -> None:
         )
 
 
-def given_settings(options: argparse.Namespace) -> dict[str, Any]:
+def given_settings(options: argparse.Namespace) -> Settings:
     """Return the settings of a scenario that were given as flags."""
     names = {one.name for one in fields(Scenario)} - {"trace"}
     return {name: value for name, value in vars(options).items() if name in names}
@@ -209,7 +217,6 @@ def opened(spec: str, options: argparse.Namespace) -> Trace:
 
 
 def add_trace(commands: Commands) -> None:
-    """Add the command's parser."""
     trace = commands.add_parser("trace", help="look at a trace, or rewrite it")
     verbs = trace.add_subparsers(title="verbs", required=True)
     text = "requests, lengths, ideal hit rate, reuse"
@@ -343,29 +350,30 @@ def _simulate(options: argparse.Namespace) -> int:
     if options.figure:
         figure_path(options.figure)
     place = {"processes": options.processes, "ray": options.ray, "resume_from": options.output}
-    results: list[Any] = []
+    replayed, served = list[SimulationResult](), list[ClosedLoopResult]()
     drawn: list[Path] = []
     traces = [opened(str(scenario.trace), options) for scenario in scenarios]
     for scenario, trace in zip(scenarios, traces, strict=True):
         asked = replace(scenario, trace=trace)
         if options.closed_loop:
-            results.append(served := closed_loop(asked, **place))
-            texts = [served.table()]
+            served.append(closed_loop(asked, **place))
+            texts = [served[-1].table()]
         else:
             result = simulate(asked, bound=options.bound, optimum=options.optimum, **place)
-            results.append(result)
+            replayed.append(result)
             losses = losses_table(result.runs) if options.losses else ""
             path = Path(str(asked.model))  # the engine reads the folder of a config.json
             folder = path.parent if path.name == "config.json" else path
             model = shlex.quote(str(folder)) if folder.exists() else ""
             texts = [result.table(metrics), losses, result.verdict(model)]
         if options.figure:  # before anything is printed: a pipe that reads it may close early
-            drawn = _draw(results, options, metrics)
+            drawn = _draw(replayed, served, options, metrics)
         for text in filter(None, texts):
             print(text, end="\n\n")
     for path in drawn:
         print(f"figure: {path}")
-    return 1 if any(result.failures for result in results) else 0
+    failures = [one.failures for one in replayed] + [one.failures for one in served]
+    return 1 if any(failures) else 0
 
 
 def _write_scenario(options: argparse.Namespace, scenarios: Sequence[Scenario]) -> int:
@@ -386,18 +394,21 @@ def _write_scenario(options: argparse.Namespace, scenarios: Sequence[Scenario]) 
 
 
 def _draw(
-    results: Sequence[Any], options: argparse.Namespace, metrics: Sequence[str]
+    replayed: Sequence[SimulationResult],
+    served: Sequence[ClosedLoopResult],
+    options: argparse.Namespace,
+    metrics: Sequence[str],
 ) -> list[Path]:
     """Draw the figures that were asked for, of the traces so far."""
     path: Path = options.figure
     if options.closed_loop:
-        closed_loop_figure([run for result in results for run in result.runs], path)
+        closed_loop_figure([run for result in served for run in result.runs], path)
         return [path]
-    sweep_figure(results, path, metrics)
+    sweep_figure(replayed, path, metrics)
     if not options.losses:
         return [path]
     losses_path = path.with_name(f"{path.stem}-losses{path.suffix}")
-    losses_figure(results, losses_path)
+    losses_figure(replayed, losses_path)
     return [path, losses_path]
 
 
@@ -405,7 +416,6 @@ def _draw(
 
 
 def add_optimum(commands: Commands) -> None:
-    """Add the command's parser."""
     text = "a plan that knows all requests, and a bound that no cache exceeds"
     parser = add_command(commands, "optimum", text, _optimum)
     add = parser.add_argument
@@ -429,7 +439,6 @@ def _optimum(options: argparse.Namespace) -> int:
 
 
 def add_benchmark(commands: Commands) -> None:
-    """Add the command's parser."""
     text = "your policy on the frozen benchmark, next to rebuilt systems and the upper bound"
     parser = add_command(commands, "benchmark", text, _benchmark, goes_on=True)
     parser.foreign = OF_THE_ENGINE
@@ -463,7 +472,6 @@ def _benchmark(options: argparse.Namespace) -> int:
 
 
 def add_leaderboard(commands: Commands) -> None:
-    """Add the command's parser."""
     text = "your policy against every built-in one on the evaluation split"
     parser = add_command(commands, "leaderboard", text, _leaderboard, goes_on=True)
     parser.foreign = {"--policy": "write the policy without a flag"}

@@ -30,11 +30,18 @@ from hybridcache.lab.simulation.result import ClosedLoopRun, RunResult, SweepRun
 from hybridcache.lab.traces.frame import make_folder
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
 COLOURS = ("#1b6ca8", "#c8553d", "#3a7d44", "#8a5a9e", "#d99a1c", "#555555", "#46a5b5", "#a83250")
 """Colours that differ in print and for most colour-blind readers."""
-_DASHES: tuple[Any, ...] = ("-", (0, (5, 1.6)), (0, (1.2, 1.2)), (0, (6, 1.5, 1.2, 1.5)))
+_DASHES: tuple[str | tuple[float, tuple[float, ...]], ...] = (
+    "-",
+    (0, (5, 1.6)),
+    (0, (1.2, 1.2)),
+    (0, (6, 1.5, 1.2, 1.5)),
+)
 _MARKERS = "osD^vPX"
 PLAN = "best plan with hindsight"
 
@@ -105,7 +112,7 @@ class _Titles(textwrap.TextWrapper):
     wordsep_simple_re = re.compile(r"(\s+|(?<=[,&?])|(?=\())")
 
 
-def set_titles(figure: Any, axes: Sequence[Any], parts: Sequence[Sequence[str]]) -> None:
+def set_titles(figure: Figure, axes: Sequence[Axes], parts: Sequence[Sequence[str]]) -> None:
     """Write the parts that all panels share above the figure, and the others above each panel."""
     shared = [part for part in parts[0] if all(part in others for others in parts)]
     width = figure.get_size_inches()[0]
@@ -160,7 +167,7 @@ def losses_figure(results: Sequence[SweepRuns], path: str | Path | None) -> Figu
     return save(figure, axes, path, LOSSES_NOTE)
 
 
-def stack_losses(axis: Any, runs: Sequence[RunResult]) -> None:
+def stack_losses(axis: Axes, runs: Sequence[RunResult]) -> None:
     """Stack the lost tokens by cause over the sizes of ``runs``, from the top."""
     sizes = [run.gib for run in runs]
     if len(sizes) == 1:  # an area needs two points
@@ -191,7 +198,7 @@ def line_look(place: int, count: int) -> dict[str, Any]:
     }
 
 
-def draw_curves(axis: Any, result: SweepRuns, metric: Metric) -> None:
+def draw_curves(axis: Axes, result: SweepRuns, metric: Metric[RunResult]) -> None:
     """Draw a metric over the sizes, a line per competitor with a marker at each simulated size.
     Token hit rates have bars of their 95 % intervals."""
     by_label = result.by_label()
@@ -207,7 +214,7 @@ def draw_curves(axis: Any, result: SweepRuns, metric: Metric) -> None:
             axis.vlines(list(values), lows, highs, look["color"], **bars)
 
 
-def draw_limits(axis: Any, result: SweepRuns) -> None:
+def draw_limits(axis: Axes, result: SweepRuns) -> None:
     """Draw the limits of token hit rates: the best plan with hindsight, the upper bound, and the
     infinite cache."""
     planned = [run for run in result.runs if run.optimum_tokens is not None]
@@ -221,12 +228,12 @@ def draw_limits(axis: Any, result: SweepRuns) -> None:
         axis.axhline(bound, color="black", linewidth=0.8, linestyle=":", label="infinite cache")
 
 
-def size_axis(axis: Any, label: str = "", sizes: Sequence[float] = ()) -> None:
+def size_axis(axis: Axes, label: str = "", sizes: Sequence[float] = ()) -> None:
     """Make the x axis logarithmic, with plain numbers. ``sizes`` are its ticks; the numbers of more
     than ``MOST_TICKS`` are round ones."""
     from matplotlib.ticker import FixedLocator
 
-    width = axis.get_position().width * axis.figure.get_size_inches()[0]
+    width = axis.get_position().width * axis.figure.get_size_inches()[0]  # type: ignore[union-attr]
     axis.set_xscale("log")
     _plain_ticks(axis.xaxis, (1, 2, 5))
     if 0 < len(sizes) <= MOST_TICKS:
@@ -237,7 +244,7 @@ def size_axis(axis: Any, label: str = "", sizes: Sequence[float] = ()) -> None:
     axis.set_xlabel(label or (long if width > 2.6 else "memory, GiB"))
 
 
-def _plain_ticks(axis: Any, multiples: Sequence[int]) -> None:
+def _plain_ticks(axis: Axis, multiples: Sequence[int]) -> None:
     """Write plain numbers on a logarithmic axis, at ``multiples`` of the powers of ten."""
     from matplotlib.ticker import LogLocator, NullFormatter
 
@@ -252,7 +259,7 @@ def _number(size: float) -> str:
 
 def panels(
     count: int, columns: int, size: tuple[float, float] = (4.6, 3.5)
-) -> tuple[Figure, list[Any]]:
+) -> tuple[Figure, list[Axes]]:
     """Return a figure of ``count`` panels of ``size`` (inches), at most ``columns`` in a row, and
     their axes. The figure belongs to no window and no notebook, so their backend is not changed."""
     from matplotlib.figure import Figure
@@ -273,7 +280,7 @@ def panels(
 
 def save(
     figure: Figure,
-    axes: Sequence[Any],
+    axes: Sequence[Axes],
     path: str | Path | None,
     caption: str = "",
 ) -> Figure:
@@ -308,7 +315,7 @@ def save(
 
 
 CLOSED_LOOP_PANELS: dict[str, Callable[[ClosedLoopRun], float]] = {
-    "token hit rate, %": METRICS["hit"].value,
+    "token hit rate, %": lambda run: 100 * run.token_hit_rate,
     "mean TTFT, s": attrgetter("ttft_mean_s"),
     "p99 TTFT, s": attrgetter("ttft_p99_s"),
     "makespan, s": attrgetter("makespan_s"),

@@ -11,16 +11,16 @@ later.
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from itertools import count
-from typing import Any
 
 import numpy as np
 
 from hybridcache.geometry.model import ModelGeometry
 from hybridcache.geometry.times import PrefillTimes, Roofline
 from hybridcache.lab.scenario import Scenario
+from hybridcache.lab.simulation.grid import Plain, Stored
 from hybridcache.lab.simulation.serving import Asked, EventLoop, Replica, RequestLog
 from hybridcache.lab.simulation.target import LeaseTarget, build_target
 from hybridcache.lab.trace import Trace
@@ -49,7 +49,7 @@ class FleetConfig:
 
 
 @dataclass(frozen=True, slots=True)
-class FleetResult:
+class FleetResult(Stored):
     """One cell. Counts are in tokens, for any unit of the trace."""
 
     trace: str
@@ -68,9 +68,8 @@ class FleetResult:
     def token_hit_rate(self) -> float:
         return self.cached_tokens / self.prompt_tokens if self.prompt_tokens else 0.0
 
-    def as_record(self) -> dict[str, Any]:
-        """Return a record for JSON."""
-        return asdict(self) | {"token_hit_rate": self.token_hit_rate}
+    def as_record(self) -> Plain:
+        return Stored.as_record(self) | {"token_hit_rate": self.token_hit_rate}
 
 
 def run_fleet(trace: Trace, scenario: Scenario, fleet: FleetConfig) -> FleetResult:

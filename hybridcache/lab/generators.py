@@ -36,8 +36,7 @@ def generator(draw: Callable[Options, Requests]) -> Callable[Options, Trace]:
         source = partial(_drawn, make, *bound.args, **bound.kwargs)
         return Trace(name, 1, source)
 
-    shown: Any = make
-    shown.__signature__ = signature.replace(return_annotation="Trace")
+    make.__signature__ = signature.replace(return_annotation="Trace")  # type: ignore[attr-defined]
     GENERATORS[name] = make
     return make
 

@@ -15,11 +15,10 @@ from __future__ import annotations
 import hashlib
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from html import escape
 from importlib import resources
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -32,8 +31,7 @@ from hybridcache.lab.progress import Progress
 from hybridcache.lab.report import text_table
 from hybridcache.lab.scenario import Scenario, named_policies, sources_of, written_policy
 from hybridcache.lab.simulation.closed_loop import ClosedLoopResult, closed_loop
-from hybridcache.lab.simulation.grid import RunFailed, identity_of, run_grid
-from hybridcache.lab.simulation.result import known_fields
+from hybridcache.lab.simulation.grid import RunFailed, Stored, identity_of, run_grid
 from hybridcache.lab.simulation.simulate import SimulationResult, optimum, simulate
 from hybridcache.lab.simulation.sizes import sizes
 from hybridcache.lab.trace import Trace
@@ -136,7 +134,7 @@ class BoardJob:
 
 
 @dataclass(frozen=True, slots=True)
-class Scores:
+class Scores(Stored):
     """Token hit rates of one job, a number per size, and waiting times of a closed loop."""
 
     trace: str
@@ -149,15 +147,6 @@ class Scores:
     rate: float | None = None
     ttft_s: dict[str, float] = field(default_factory=dict)
     """Mean time to first token in closed loop, by policy."""
-
-    def as_record(self) -> dict[str, Any]:
-        """Return a record for JSON."""
-        return asdict(self)
-
-    @classmethod
-    def from_record(cls, record: Mapping[str, Any]) -> Scores:
-        """Return the scores of an ``as_record``."""
-        return cls(**known_fields(cls, record))
 
 
 def run_job(_trace: Trace, job: BoardJob) -> Scores:

@@ -4,6 +4,7 @@ the rebuilt caches of SGLang and Marconi. They share no code with the cache that
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterator
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
@@ -12,29 +13,21 @@ from hybridcache.lab.trace import TraceRequest
 from hybridcache.tokens import Tokens, common_prefix_len
 
 
+@dataclass(slots=True, eq=False)
 class PrefixNode:
     """One edge and its end. ``time`` is the owner's recency mark."""
 
-    __slots__ = (
-        "children",
-        "depth",
-        "has_state",
-        "locks",
-        "parent",
-        "state_locks",
-        "time",
-        "tokens",
-    )
+    tokens: Tokens
+    parent: PrefixNode | None
+    depth: int = field(init=False)
+    children: dict[int, PrefixNode] = field(default_factory=dict)
+    has_state: bool = False
+    time: int = 0
+    locks: int = 0
+    state_locks: int = 0
 
-    def __init__(self, tokens: Tokens, parent: PrefixNode | None) -> None:
-        self.tokens = tokens
-        self.parent = parent
-        self.depth: int = len(tokens) + (parent.depth if parent else 0)
-        self.children: dict[int, PrefixNode] = {}
-        self.has_state = False
-        self.time = 0
-        self.locks = 0
-        self.state_locks = 0
+    def __post_init__(self) -> None:
+        self.depth = len(self.tokens) + (self.parent.depth if self.parent else 0)
 
     def path(self) -> Iterator[PrefixNode]:
         """Yield the nodes from this one up, without the root."""

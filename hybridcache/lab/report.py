@@ -7,7 +7,7 @@ import shlex
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from statistics import fmean
-from typing import Any
+from typing import Generic, TypeVar
 
 from hybridcache.api import Losses
 from hybridcache.command.parser import or_known
@@ -20,27 +20,29 @@ from hybridcache.lab.simulation.result import ClosedLoopRun, RunResult, SweepRun
 from hybridcache.lab.trace_stats import Summary, TraceStats
 from hybridcache.policies.registry import make_eviction, parse_placement
 
+_Run = TypeVar("_Run", RunResult, ClosedLoopRun)
+
 
 @dataclass(frozen=True, slots=True)
-class Metric:
+class Metric(Generic[_Run]):
     """One figure of a run, and how to write it."""
 
     title: str
-    value: Callable[[Any], Any]
+    value: Callable[[_Run], float | None]
     form: str = "{:.1f}"
-    over_seeds: Callable[[Iterable[Any]], Any] = fmean
+    over_seeds: Callable[[Iterable[float]], float] = fmean
     """Combination of the values of runs that differ in their seed."""
 
-    def text(self, *runs: RunResult | ClosedLoopRun) -> str:
-        values = [self.value(run) for run in runs]
-        return "-" if None in values else self.form.format(self.over_seeds(values))
+    def text(self, *runs: _Run) -> str:
+        values = [value for run in runs if (value := self.value(run)) is not None]
+        return "-" if len(values) < len(runs) else self.form.format(self.over_seeds(values))
 
 
 def _percent(value: float | None) -> float | None:
     return None if value is None else 100 * value
 
 
-METRICS: dict[str, Metric] = {
+METRICS: dict[str, Metric[RunResult]] = {
     "hit": Metric("token hit rate, %", lambda run: 100 * run.token_hit_rate),
     "request-hit": Metric("request hit rate, %", lambda run: 100 * run.request_hit_rate),
     "bound": Metric("share of the bound, %", lambda run: _percent(run.share_of_bound)),
@@ -55,7 +57,7 @@ METRICS: dict[str, Metric] = {
 }
 
 
-def find_metric(word: str) -> Metric:
+def find_metric(word: str) -> Metric[RunResult]:
     """Return the metric ``word``. ValueError lists the known names."""
     if word not in METRICS:
         raise ValueError(f"unknown metric {word!r}{or_known(word, METRICS)}")
@@ -128,7 +130,7 @@ def to_serve(run: RunResult, model: str) -> str:
     return f"to serve: engine serve --model {model} {flags}"
 
 
-LOOP_METRICS = (
+LOOP_METRICS: tuple[Metric[ClosedLoopRun], ...] = (
     Metric("hit, %", lambda run: 100 * run.token_hit_rate),
     Metric("TTFT mean, s", lambda run: run.ttft_mean_s, "{:.3g}"),
     Metric("p50", lambda run: run.ttft_p50_s, "{:.3g}"),

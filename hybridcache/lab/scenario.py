@@ -25,7 +25,7 @@ from dataclasses import dataclass, field, fields, replace
 from functools import cache
 from numbers import Integral, Real
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from hybridcache.allocators.moves import DISK, HOST
 from hybridcache.command.parser import did_you_mean, or_known
@@ -78,18 +78,21 @@ Policy = EvictionSpec | PlacementSpec
 Policies = Policy | Sequence[Policy]
 Admissions = AdmissionSpec | Sequence[AdmissionSpec]
 Sizes = str | float | Sequence[float]
+Settings = dict[str, Any]
+"""Values of fields of ``Scenario``, by name."""
+_T = TypeVar("_T")
 
 
 def _setting(
-    default: Any,
+    default: _T,
     help: str,
     group: str,
     *,
     names: Callable[[], Sequence[str]] | None = None,
     least: int | None = None,
     above: int | None = None,
-    **flag: Any,
-) -> Any:
+    **flag: object,
+) -> _T:
     """Return a field with its help, group of flags, known names, limit, and details of its flag."""
     facts = {"help": help, "group": group, "names": names, "least": least, "above": above}
     return field(default=default, metadata=facts | {"flag": flag})
@@ -288,7 +291,7 @@ class Scenario:
             raise ValueError(f"memory 'pools' needs a kv_share above 0, at most 1 (got {share})")
 
     @classmethod
-    def of(cls, given: Scenario | str | Trace, settings: dict[str, Any]) -> Scenario:
+    def of(cls, given: Scenario | str | Trace, settings: Settings) -> Scenario:
         """Return the scenario of a function's arguments: a scenario, or a trace, and settings that
         replace its own. TypeError for an unknown setting."""
         known = {one.name for one in fields(cls)} - {"trace"}
@@ -313,7 +316,7 @@ class Scenario:
         """Read a file that ``to_toml`` wrote. Settings that are left out have their defaults.
         ValueError, which names the file, if it is none of a scenario."""
         try:
-            found: dict[str, Any] = {
+            found: Settings = {
                 name: tuple(value) if isinstance(value, list) else value
                 for name, value in tomllib.loads(Path(path).read_text(encoding="utf-8")).items()
             }
@@ -512,7 +515,8 @@ class Scenario:
 
     def placement(self, unit: int) -> PlacementPolicy:
         """Return the placement rules, their numbers in units."""
-        words: Any = self.checkpoints
+        words = self.checkpoints
+        assert isinstance(words, str | OwnPolicy), "a cell has one placement"
         return parse_placement(_in_units(words, unit) if isinstance(words, str) else words)
 
     def exchange(self, geometry: ModelGeometry, unit: int) -> Exchange | None:
@@ -528,7 +532,7 @@ class Scenario:
 
 
 @cache
-def _defaults() -> dict[str, Any]:
+def _defaults() -> Settings:
     return {one.name: one.default for one in fields(Scenario)}
 
 
@@ -537,7 +541,7 @@ def settings_of(group: str) -> list[str]:
     return [one.name for one in fields(Scenario) if one.metadata.get("group") == group]
 
 
-def _written(name: str, value: Any) -> str:
+def _written(name: str, value: object) -> str:
     """Return a TOML value. ValueError if there is none."""
     if isinstance(value, Trace) and value.recipe:
         value = value.recipe
@@ -563,12 +567,12 @@ def seeds_of(scenario: Scenario) -> Sequence[int]:
     return found
 
 
-def _each(given: Any) -> Sequence[Any]:
+def _each(given: object) -> Sequence[object]:
     """Return several values, or the one in a tuple."""
     return given if isinstance(given, Sequence) and not isinstance(given, str) else (given,)
 
 
-def written_policy(policy: Any) -> str:
+def written_policy(policy: object) -> str:
     """Return the name of a policy in files. ValueError for one without."""
     if spec := policy if isinstance(policy, str) else _spec_of(policy):
         return spec
@@ -589,7 +593,7 @@ def _in_units(spec: str, unit: int) -> str:
     return ",".join(found)
 
 
-def named_policies(given: Any, *, split: bool = False) -> tuple[str | OwnPolicy, ...]:
+def named_policies(given: object, *, split: bool = False) -> tuple[str | OwnPolicy, ...]:
     """Return each policy as its name, or wrapped if it has none. With ``split``, a text names
     several with commas between, and ``all`` every built-in eviction policy."""
     if split and isinstance(given, str):
@@ -603,7 +607,7 @@ def named_policies(given: Any, *, split: bool = False) -> tuple[str | OwnPolicy,
     return tuple(map(_policy, found))
 
 
-def _policy(one: Any) -> str | OwnPolicy:
+def _policy(one: object) -> str | OwnPolicy:
     """Replace a class by its name, so that other processes find it."""
     if isinstance(one, str):
         return ",".join(split_specs(one))
@@ -632,7 +636,7 @@ def sources_of(policies: Iterable[str]) -> str:
     return found
 
 
-def _spec_of(own: Any) -> str | None:
+def _spec_of(own: object) -> str | None:
     """Return ``module:Class`` of a class that is an attribute of its module; else None."""
     if not isinstance(own, type):
         return None

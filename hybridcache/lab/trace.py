@@ -107,11 +107,8 @@ class Trace:
     def notes(self) -> list[str]:
         """Notes under tables: the tokenizer, and drawn arrivals."""
         notes = [f"tokens counted by: {self.counted_by}"] if self.counted_by else []
-        return (
-            [*notes, f"arrivals: {self.arrivals} (--seeds draws others)"]
-            if self.arrivals
-            else notes
-        )
+        notes += [f"arrivals: {self.arrivals} (--seeds draws others)"] if self.arrivals else []
+        return notes
 
     @property
     def is_empty_because(self) -> str:
@@ -213,7 +210,7 @@ def checked(request: TraceRequest, unit: int) -> TraceRequest:
     return request._replace(tokens=tokens, output=output, boundaries=boundaries)
 
 
-def as_ids(given: Any, name: str) -> Tokens:
+def as_ids(given: object, name: str) -> Tokens:
     """Return a list or an array of whole numbers in [0, 2**31) as int32[n], unchanged if it is
     that. Raises ValueError, which begins with ``name``, for another value. O(n)."""
     with suppress(ValueError):  # of nested lists of several lengths

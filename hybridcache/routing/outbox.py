@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Hashable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from hybridcache.cache import HybridRadixCache
 from hybridcache.export.events import Event, EventStream
@@ -81,7 +81,8 @@ class Outbox:
 
     def restart(self) -> None:
         """Start again with a batch 0 that describes the whole cache. O(tokens cached)."""
-        cache: Any = self._stream.followed  # ``rebuilt`` may have replaced the first one.
+        cache = self._stream.followed  # ``rebuilt`` may have replaced the first one.
+        assert isinstance(cache, HybridRadixCache), "the stream has ended: make a new outbox"
         cache.unsubscribe(self._stream)
         with self._lock:
             self._batches.clear()

@@ -438,7 +438,6 @@ class StepPlanner(Generic[R]):
             self.sessions.end(request.session.newest_id)
 
     def _cached_len(self, request: WaitingRequest) -> int:
-        """See ``ServerLoad.cached_len``."""
         version = self.manager.cache.stats.num_changes
         known = self._matches.get(request)
         if known is None or known[0] != version:

@@ -6,8 +6,6 @@ imports neither SGLang nor torch. ``README.md`` in this folder is the user docum
 
 from __future__ import annotations
 
-from typing import Any
-
 NAME = "hybridcache"
 """Value of ``--radix-cache-backend``."""
 
@@ -25,7 +23,7 @@ def plug_in() -> None:
     )
 
 
-def _build(ctx: Any) -> Any:
+def _build(ctx: object) -> object:
     """Build the backend. Its module is imported lazily, because only schedulers need it."""
     from hybridcache.sglang.cache import build_backend
 

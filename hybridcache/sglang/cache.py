@@ -14,15 +14,15 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from sglang.srt.mem_cache import base_prefix_cache as base
+from sglang.srt.mem_cache.cache_init_params import CacheInitParams
 from sglang.srt.mem_cache.events import KVCacheEventRecorder
 from sglang.srt.mem_cache.radix_cache import RadixKey
-from sglang.srt.mem_cache.registry import default_radix_cache_factory
+from sglang.srt.mem_cache.registry import TreeCacheBuildContext, default_radix_cache_factory
 from sglang.srt.mem_cache.utils import split_node_hash_value
 from sglang.srt.runtime_context import get_disagg, get_memory, get_parallel, mamba_checkpoint_grid
 from sglang.srt.utils.rank_consensus_checker import rank_consensus
@@ -48,6 +48,9 @@ from hybridcache.sglang.translation import (
 )
 from hybridcache.tokens import Indices, Tokens
 
+if TYPE_CHECKING:
+    from sglang.srt.managers.schedule_batch import Req
+
 
 class HybridRadixBackend(base.BasePrefixCache):
     """``HybridRadixCache`` as a prefix cache of SGLang."""
@@ -55,9 +58,11 @@ class HybridRadixBackend(base.BasePrefixCache):
     disable = False
     sliding_window_size = None
 
-    def __init__(self, params: Any, is_hybrid_ssm: bool, eviction: str | None = None) -> None:
-        """Build an empty cache over the pools of ``params``, a ``CacheInitParams``. ``eviction``
-        replaces its ``eviction_policy``."""
+    def __init__(
+        self, params: CacheInitParams, is_hybrid_ssm: bool, eviction: str | None = None
+    ) -> None:
+        """Build an empty cache over the pools of ``params``. ``eviction`` replaces its
+        ``eviction_policy``."""
         self.req_to_token_pool = params.req_to_token_pool
         self.token_to_kv_pool_allocator = params.token_to_kv_pool_allocator
         self.page_size = params.page_size
@@ -136,13 +141,13 @@ class HybridRadixBackend(base.BasePrefixCache):
             full_kv_hit_length=min(found.kv_match_len, len(prompt) - 1),
         )
 
-    def touch_prefix(self, key: Any) -> None:
+    def touch_prefix(self, key: RadixKey) -> None:
         """Refresh the resume point of a waiting request. O(n)."""
         found = self._cache.match(prompt_of(key), namespace_of(key.extra_key, key.cache_salt))
         self._cache.refresh(found.node)
 
     @rank_consensus(same_params=["req.rid", "up_to"])
-    def checkpoint(self, req: Any, *, up_to: int, **kwargs: Any) -> None:
+    def checkpoint(self, req: Req, *, up_to: int, **kwargs: object) -> None:
         """Publish a request's first ``up_to`` tokens, as far as they can be resumed, after each
         chunk and when it has finished. O(up_to)."""
         self._count(req)
@@ -158,7 +163,7 @@ class HybridRadixBackend(base.BasePrefixCache):
             states.settle_running(req, offer, self._publish_state(req, tokens, offer))
         self._rows.give_back()
 
-    def _count(self, req: Any) -> None:
+    def _count(self, req: Req) -> None:
         """Count an admitted request as a use when it has computed its first chunk."""
         found = getattr(req, "hybridcache_match", None)
         if found is not None:
@@ -167,7 +172,7 @@ class HybridRadixBackend(base.BasePrefixCache):
             if self._meter is not None:
                 self._meter.record(found)
 
-    def _publish_state(self, req: Any, tokens: Tokens, offer: Offer | None) -> bool:
+    def _publish_state(self, req: Req, tokens: Tokens, offer: Offer | None) -> bool:
         """Publish tokens up to an offered state. Returns True if the tree took the state."""
         if offer is None:
             return False
@@ -177,7 +182,7 @@ class HybridRadixBackend(base.BasePrefixCache):
             return False
         return self._publish(req, tokens[:position], offer.slot)
 
-    def _publish(self, req: Any, tokens: Tokens, slot: torch.Tensor | None) -> bool:
+    def _publish(self, req: Req, tokens: Tokens, slot: torch.Tensor | None) -> bool:
         """Insert the request's rows for ``tokens``, with a state at their end, and move its lock.
         Rows that the tree already had are replaced by the tree's. Waits once for the device."""
         kv, end = req.kv, len(tokens)
@@ -206,7 +211,7 @@ class HybridRadixBackend(base.BasePrefixCache):
         kv.cache_inserted_len = max(kv.cache_inserted_len, result.inserted_len)
         return not result.rejected_slots
 
-    def on_release(self, req: Any, *, checkpointed: bool) -> None:
+    def on_release(self, req: Req, *, checkpointed: bool) -> None:
         """Free the slots of an aborted or preempted request."""
         if not checkpointed and self._states is not None:
             self._states.release(req, None, taken=False)
@@ -245,23 +250,23 @@ class HybridRadixBackend(base.BasePrefixCache):
             num_tokens_evicted=evicted.num_tokens, mamba_num_evicted=evicted.num_slots
         )
 
-    def inc_lock_ref(self, node: Any) -> Held:
+    def inc_lock_ref(self, node: Handle) -> Held:
         """Lock a node's state and the rows of its path. O(1)."""
         return Held(receipt=self._cache.lock(node_of(node)))
 
-    def dec_lock_ref(self, node: Any, params: Any = None) -> base.DecLockRefResult:
+    def dec_lock_ref(self, node: Handle, params: Held) -> base.DecLockRefResult:
         """Release one ``inc_lock_ref``, whose result ``params`` is. O(1)."""
         self._cache.unlock(params.receipt)
         return base.DecLockRefResult()
 
-    def path_device_indices(self, node: Any) -> torch.Tensor:
+    def path_device_indices(self, node: Handle) -> torch.Tensor:
         """Return the rows from the root to a node: int64[position] on the device. O(position)."""
         return self._rows.to_device(self._cache.gather(node_of(node)))
 
-    def root_node_handle(self, extra_key: str | None = None) -> Any:
+    def root_node_handle(self, extra_key: str | None = None) -> Handle:
         return handle_of(None)
 
-    def dfs_weight_order(self, node_handles: Sequence[Any]) -> list[int]:
+    def dfs_weight_order(self, node_handles: Sequence[Handle]) -> list[int]:
         """Return the indices of handles in depth-first order, heaviest branch first. Deeper nodes
         precede shallower ones, and ties are broken by first appearance. O(handles * depth)."""
         paths = [_path(node_of(handle)) for handle in node_handles]
@@ -317,22 +322,23 @@ ROOT = "<root>"
 """Handle of an empty match. SGLang uses None for "not matched yet"."""
 
 Node = NodeHandle | None
+Handle = NodeHandle | str
 
 
-def handle_of(node: Node) -> Any:
+def handle_of(node: Node) -> Handle:
     return ROOT if node is None else node
 
 
-def node_of(handle: Any) -> Any:
+def node_of(handle: Handle) -> Node:
     """Return the node or path part of a handle, or None for the root."""
-    return None if handle is ROOT else handle
+    return None if isinstance(handle, str) else handle
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Held(base.IncLockRefResult, base.DecLockRefParams):
     """Lock receipt with both of SGLang's interfaces."""
 
-    receipt: LockHandle | None = None
+    receipt: LockHandle
 
     def to_dec_params(self) -> Held:
         return self
@@ -351,17 +357,21 @@ def _path(node: Node) -> list[RadixNode]:
 # --- KV events ----------------------------------------------------------------------------------
 
 
-def _shadow(parent: Any, key: Any) -> Any:
-    """Return an object with the attributes of a node that the recorder reads."""
-    hashes: list[str] | None = None if parent is not None else []
-    return SimpleNamespace(parent=parent, key=key, hash_value=hashes, event_hash_value=None)
+@dataclass(eq=False)
+class Shadow:
+    """Attributes of a node that the recorder reads."""
+
+    parent: Shadow | None
+    key: RadixKey
+    hash_value: list[str] | None = None
+    event_hash_value: list[str] | None = None
 
 
 class EventRecorder(Listener):
     """Listener that feeds SGLang's recorder, which identifies a page by the hash of its path and
-    stores it at nodes: here, at a ``_shadow`` of each. SGLang has no events for checkpoints."""
+    stores it at nodes: here, at a ``Shadow`` of each. SGLang has no events for checkpoints."""
 
-    def __init__(self, params: Any) -> None:
+    def __init__(self, params: CacheInitParams) -> None:
         self.recorder = KVCacheEventRecorder(
             enabled=params.enable_kv_cache_events,
             page_size=params.page_size,
@@ -369,8 +379,8 @@ class EventRecorder(Listener):
             lora_names=params.kv_event_lora_names,
         )
         self._page_size: int = params.page_size
-        self._root = _shadow(None, RadixKey(array("q")))
-        self._shadows: dict[int, Any] = {}
+        self._root = Shadow(None, RadixKey(array("q")), [])
+        self._shadows: dict[int, Shadow] = {}
 
     def restart(self) -> None:
         """Report that all contents were discarded."""
@@ -381,13 +391,13 @@ class EventRecorder(Listener):
         assert node.parent is not None
         above = node.parent.kv
         parent = self._root if above is None else self._shadows[above.serial]
-        shadow = _shadow(parent, _key(node.tokens, node.namespace))
+        shadow = Shadow(parent, _key(node.tokens, node.namespace))
         self._shadows[node.serial] = shadow
         self.recorder.record_store(shadow)
 
     def kv_split(self, upper: RadixNode, lower: RadixNode) -> None:
         shadow, length = self._shadows[lower.serial], upper.end - upper.start
-        top = _shadow(shadow.parent, shadow.key[:length])
+        top = Shadow(shadow.parent, shadow.key[:length])
         for name in ("hash_value", "event_hash_value"):
             halves = split_node_hash_value(getattr(shadow, name), length, self._page_size)
             for half, hashes in zip((top, shadow), halves, strict=True):
@@ -399,7 +409,7 @@ class EventRecorder(Listener):
         self.recorder.record_remove(self._shadows.pop(node.serial))
 
 
-def _key(tokens: Tokens, namespace: Any) -> Any:
+def _key(tokens: Tokens, namespace: Any) -> RadixKey:
     extra_key, cache_salt = (None, None) if namespace is None else namespace
     ids = array("q")
     ids.frombytes(tokens.astype(np.int64).tobytes())
@@ -411,7 +421,7 @@ def _key(tokens: Tokens, namespace: Any) -> Any:
 logger = logging.getLogger("hybridcache.sglang")
 
 
-def build_backend(ctx: Any) -> Any:
+def build_backend(ctx: TreeCacheBuildContext) -> base.BasePrefixCache:
     """Build the cache of one scheduler. Raises ValueError if a setting is not supported."""
     if ctx.disable_radix_cache:
         return default_radix_cache_factory(ctx)
@@ -423,7 +433,7 @@ def build_backend(ctx: Any) -> Any:
     return HybridRadixBackend(ctx.params, ctx.is_hybrid_ssm, eviction)
 
 
-def sizes_in_bytes(params: Any, is_hybrid_ssm: bool) -> tuple[int, int]:
+def sizes_in_bytes(params: CacheInitParams, is_hybrid_ssm: bool) -> tuple[int, int]:
     """Return the bytes of one token's KV and of one state, summed over all pipeline stages, because
     all ranks must use equal sizes."""
     kv_cache = params.token_to_kv_pool_allocator.get_kvcache()

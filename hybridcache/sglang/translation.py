@@ -1,14 +1,14 @@
 """Translation between SGLang's and this project's settings, keys, metrics, allocators and states.
 
-Nothing here imports SGLang.
+Types excepted, nothing here imports SGLang.
 """
 
 from __future__ import annotations
 
 from array import array
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -18,6 +18,14 @@ from hybridcache.api import Losses, PrefixMatch, losses_of
 from hybridcache.cache import HybridRadixCache
 from hybridcache.policies.registry import DEFAULT_EVICTION, EVICTION_NAMES
 from hybridcache.tokens import Indices, Tokens
+
+if TYPE_CHECKING:
+    from sglang.srt.managers.schedule_batch import Req
+    from sglang.srt.mem_cache.allocator.base import BaseTokenToKVPoolAllocator
+    from sglang.srt.mem_cache.allocator.mamba import MambaSlotAllocator
+    from sglang.srt.mem_cache.memory_pool import HybridReqToTokenPool
+    from sglang.srt.mem_cache.radix_cache import RadixKey
+    from sglang.srt.mem_cache.registry import TreeCacheBuildContext
 
 # --- Settings -----------------------------------------------------------------------------------
 
@@ -37,7 +45,7 @@ def eviction_name(asked: str) -> str:
     return {"lru": DEFAULT_EVICTION, PLAIN_LRU: "lru"}.get(asked, asked)
 
 
-def why_not(ctx: Any, memory: Any, disagg: Any, parallel: Any) -> str | None:
+def why_not(ctx: TreeCacheBuildContext, memory: Any, disagg: Any, parallel: Any) -> str | None:
     """Return a message for the first unsupported setting of SGLang's build context and of its other
     settings, or None if all are supported."""
     params = ctx.params
@@ -83,7 +91,7 @@ def tokens_of(ids: array[int], num_tokens: int) -> Tokens:
     return wide.astype(np.int32)
 
 
-def prompt_of(key: Any) -> Tokens:
+def prompt_of(key: RadixKey) -> Tokens:
     """Return the prompt of ``key``: its reusable tokens and the token after them. O(n)."""
     num_tokens = len(key)
     tokens = tokens_of(key.token_ids, num_tokens + 1)
@@ -117,7 +125,7 @@ def branch_position(prompt: Tokens, match: PrefixMatch, grid: int) -> int | None
 class LossMeter:
     """Counters of reused and lost tokens. ``grid`` is the distance of a prefill's states."""
 
-    def __init__(self, grid: int, labels: dict[str, Any]) -> None:
+    def __init__(self, grid: int, labels: Mapping[str, object]) -> None:
         from prometheus_client import Counter
 
         self._grid, names = grid, list(labels)
@@ -151,7 +159,7 @@ class LossMeter:
 class Counts(BaseAllocator):
     """Counts of an allocator of SGLang."""
 
-    _theirs: Any
+    _theirs: BaseTokenToKVPoolAllocator | MambaSlotAllocator
     _num_owed = 0
     """Number of units that are collected, and count as free."""
 
@@ -174,8 +182,10 @@ class RowView(Counts, PageAllocator):
     Call ``give_back`` after any operation that can evict. Collected rows count as free until then.
     """
 
-    def __init__(self, theirs: Any, page_size: int, token_bytes: int) -> None:
-        self._theirs = theirs
+    def __init__(
+        self, theirs: BaseTokenToKVPoolAllocator, page_size: int, token_bytes: int
+    ) -> None:
+        self._theirs: BaseTokenToKVPoolAllocator = theirs
         self._owed: list[Indices] = []
         self._num_owed = 0
         self.page_size = page_size
@@ -224,8 +234,8 @@ class RowView(Counts, PageAllocator):
 class SlotView(Counts, SlotAllocator):
     """State slots 1 to ``size`` of a ``MambaSlotAllocator``. Slot 0 is padding."""
 
-    def __init__(self, theirs: Any, state_bytes: int) -> None:
-        self._theirs = theirs
+    def __init__(self, theirs: MambaSlotAllocator, state_bytes: int) -> None:
+        self._theirs: MambaSlotAllocator = theirs
         self.capacity = theirs.size + 1
         self.unit_bytes = state_bytes
         self.budget = None
@@ -288,7 +298,9 @@ class Offer:
 class RequestStates:
     """States of the requests of one scheduler, and allocation of their slots."""
 
-    def __init__(self, pool: Any, slots: SlotView, rows: RowView, *, extra_buffer: bool) -> None:
+    def __init__(
+        self, pool: HybridReqToTokenPool, slots: SlotView, rows: RowView, *, extra_buffer: bool
+    ) -> None:
         self._pool = pool
         self._slots = slots
         self._rows = rows
@@ -305,7 +317,7 @@ class RequestStates:
         return slot
 
     def resume(
-        self, cache: HybridRadixCache, req: Any, prompt: Tokens, found: PrefixMatch
+        self, cache: HybridRadixCache, req: Req, prompt: Tokens, found: PrefixMatch
     ) -> PrefixMatch:
         """Give ``req`` a live slot and register the copy of its checkpoint before the forward pass.
 
@@ -339,7 +351,7 @@ class RequestStates:
         req.kv.mamba_needs_clear = False
         return match
 
-    def offer_running(self, cache: HybridRadixCache, req: Any, num_tokens: int) -> Offer | None:
+    def offer_running(self, cache: HybridRadixCache, req: Req, num_tokens: int) -> Offer | None:
         """Return the state that a running request donates after a chunk. None if there is none, or
         no slot to continue with."""
         position = req.kv.mamba_last_track_seqlen if self.extra_buffer else num_tokens
@@ -353,7 +365,7 @@ class RequestStates:
         self._pool.mamba_pool.copy_from(translate(live), translate(slot))
         return Offer(num_tokens, slot)
 
-    def offer_finished(self, req: Any, num_tokens: int) -> Offer | None:
+    def offer_finished(self, req: Req, num_tokens: int) -> Offer | None:
         """Return the deepest state of a finished request with at most ``num_tokens`` tokens."""
         if self.extra_buffer:
             return self._tracked(req, num_tokens)
@@ -364,7 +376,7 @@ class RequestStates:
             unflushed[live] = 0
         return Offer(num_tokens, live.unsqueeze(-1).clone())
 
-    def _tracked(self, req: Any, num_tokens: int) -> Offer | None:
+    def _tracked(self, req: Req, num_tokens: int) -> Offer | None:
         kv, pool = req.kv, self._pool
         position, index = kv.mamba_last_track_seqlen, pool.get_mamba_ping_pong_keep_idx(req)
         if position is not None and position > num_tokens:
@@ -380,14 +392,14 @@ class RequestStates:
         slot = kv.mamba_ping_pong_track_buffer[index].unsqueeze(-1).clone()
         return Offer(position, slot, index)
 
-    def settle_running(self, req: Any, offer: Offer, taken: bool) -> None:
+    def settle_running(self, req: Req, offer: Offer, taken: bool) -> None:
         """Clean up after the offer of ``offer_running`` was inserted or rejected."""
         if not taken:
             self._pool.mamba_allocator.free(offer.slot)
         req.kv.mamba_last_track_seqlen = None
         req.kv.mamba_prev_track_seqlen = None
 
-    def release(self, req: Any, offer: Offer | None, taken: bool) -> None:
+    def release(self, req: Req, offer: Offer | None, taken: bool) -> None:
         """Free the slots of an ended request, except one that the tree has ``taken``."""
         if self.extra_buffer:
             keep = offer.keep if offer is not None and taken else None

@@ -30,7 +30,7 @@ CACHES = {
 
 
 class VictimLog(twins.VictimLog):
-    """Listener that records the victims in order, with a digest of their tokens."""
+    """Victims in order, with a digest of their tokens."""
 
     def chosen(self, item):
         namespace, tokens = path_of(item.node)
@@ -50,15 +50,13 @@ def make(trace, gib=1.0, disk_gib=8.0, **options):
 
 def serve(target, requests):
     """Serve the requests. Returns hits and losses, victims, and the number of copied rows."""
-    chosen, hits = VictimLog(), []
-    target.cache.subscribe(chosen)
+    chosen, hits = VictimLog(target.cache), []
     for request in requests:
         served = target.begin(request)
         assert served is not None
         hits.append((served.cached_len, served.losses))
         served.prefilled()
         served.finish(request.output)
-    target.cache.unsubscribe(chosen)
     tiers = target.cache.offload
     return hits, chosen.chosen_items, None if tiers is None else dict(tiers.copied_rows)
 

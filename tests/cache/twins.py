@@ -11,7 +11,7 @@ import numpy as np
 
 from hybridcache.allocators.moves import Move
 from hybridcache.allocators.pools import ArenaAllocator
-from hybridcache.api import Listener, PrefixMatch
+from hybridcache.api import PrefixMatch
 from hybridcache.cache import HybridRadixCache, LockHandle
 from hybridcache.config import CacheConfig, build_policy, build_prefix_cache
 from hybridcache.policies.protocol import EvictionPolicy, Item, Kind
@@ -64,11 +64,19 @@ class CandidateLedger(EvictionPolicy):
         return item
 
 
-class VictimLog(Listener):
-    """Listener that records the chosen victims."""
+class VictimLog:
+    """Victims of a cache from now on."""
 
-    def __init__(self) -> None:
+    def __init__(self, cache: HybridRadixCache) -> None:
         self.chosen_items: list[Victim] = []
+        self._victim = cache.policy.victim
+        vars(cache.policy)["victim"] = self._note
+
+    def _note(self, kind: Kind | None) -> Item | None:
+        item = self._victim(kind)
+        if item is not None and not item.node.locks:
+            self.chosen(item)
+        return item
 
     def chosen(self, item: Any) -> None:
         self.chosen_items.append((item.kind, *prefix_of(item.node)))
@@ -133,8 +141,7 @@ class Twins:
         assert isinstance(self.cache, HybridRadixCache)
         self.ledger = CandidateLedger(build_policy(config))
         self.cache.policy = self.ledger
-        self.log = VictimLog()
-        self.cache.subscribe(self.log)
+        self.log = VictimLog(self.cache)
         other = build_prefix_cache(config)
         assert isinstance(other, HybridRadixCache)
         orders_classes = make_eviction(config.eviction)().orders_classes

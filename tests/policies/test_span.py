@@ -21,8 +21,7 @@ def filled(eviction: str, seed: int, classes: bool) -> HybridRadixCache:
 
 def order(cache: HybridRadixCache) -> list[object]:
     """Return all victims in order, until the cache is empty."""
-    log = VictimLog()
-    cache.subscribe(log)
+    log = VictimLog(cache)
     cache.reset()
     return log.chosen_items
 

@@ -211,14 +211,11 @@ def same(policy: type[object]) -> type[object]:
 
 
 class ItemLog(VictimLog):
-    """Listener that records the attributes of every victim."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.items: list[tuple[object, ...]] = []
+    """Attributes of every victim."""
 
     def chosen(self, item: Item) -> None:
-        self.items.append((item.kind, item.position, item.serial, item.uses, item.last_used))
+        facts = (item.kind, item.position, item.serial, item.uses, item.last_used)
+        self.chosen_items.append(facts)
 
 
 @pytest.mark.full(
@@ -235,8 +232,8 @@ def test_a_subclass_of_any_policy_gives_the_same_victims(name: str, kind: str) -
     own = partial(same(make.func), *make.args) if isinstance(make, partial) else same(make)
     for eviction in (name, own):
         sizes = {"kv_bytes_per_token": 3, "state_bytes": 60, "grid": 4}
-        log, cache = ItemLog(), hybrid(300, 6, prefix_cache=kind, eviction=eviction, **sizes)
-        cache.subscribe(log)
+        cache = hybrid(300, 6, prefix_cache=kind, eviction=eviction, **sizes)
+        log = ItemLog(cache)
         for number, tokens in enumerate(traffic(3, 60)):
             whole = len(tokens) // 4 * 4
             positions = sorted({whole, whole // 2 // 4 * 4} - {0}) if kind == "hybrid" else ()
@@ -244,7 +241,7 @@ def test_a_subclass_of_any_policy_gives_the_same_victims(name: str, kind: str) -
             handle = cache.lock(match.node)
             serve(cache, tokens, positions, number % 2)
             cache.unlock(handle)
-        found.append(log.items)
+        found.append(log.chosen_items)
     assert found[0] == found[1] and found[0]
 
 

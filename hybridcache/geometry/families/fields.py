@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from math import inf
 from typing import Any
 
-from hybridcache.geometry.config_format import Config, Field, table
+from hybridcache.geometry.config_format import Config, Field, Values, table
 from hybridcache.geometry.mixers import AttentionSizes, DeltaSizes, LatentAttentionSizes, MambaSizes
 from hybridcache.geometry.sizes import (
     MOST_LAYERS,
@@ -21,7 +21,7 @@ from hybridcache.geometry.sizes import (
 Fields = Mapping[str, Any]
 MLP = MLPSizes | ExpertsSizes | None
 
-DECODER: Mapping[str, Any] = {
+DECODER: Mapping[str, object] = {
     "hidden_size": 4096,
     "num_hidden_layers": 32,
     "num_attention_heads": 32,
@@ -31,7 +31,7 @@ DECODER: Mapping[str, Any] = {
 }
 """Fields of most families, with their usual defaults."""
 
-MAMBA2: Mapping[str, Any] = {
+MAMBA2: Mapping[str, object] = {
     "mamba_n_heads": 128,
     "mamba_d_head": Field(int | str, "auto"),
     "mamba_n_groups": 1,
@@ -67,7 +67,7 @@ def model(text: Fields, layers: tuple[LayerSizes, ...]) -> ModelSizes:
     return ModelSizes(size_of(text, "hidden_size"), int(text.get("vocab_size", 0)), layers)
 
 
-def decoder(**own: Any) -> Mapping[str, Field]:
+def decoder(**own: object) -> Mapping[str, Field]:
     """Build a table of ``DECODER`` and a family's own fields, or other defaults."""
     return table(**{**DECODER, **own})
 
@@ -115,7 +115,7 @@ def sorts(text: Fields, known: Collection[str], name: str = "layer_types") -> li
     return words
 
 
-def fill_mamba_head_dim(values: dict[str, Any], inner: int | None, name: str) -> None:
+def fill_mamba_head_dim(values: Values, inner: int | None, name: str) -> None:
     """Compute ``mamba_d_head`` if it is ``auto``.
 
     Args:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from hybridcache.geometry.config_format import Config, Field, Format, Values, checked, table
 from hybridcache.geometry.families import fields
 from hybridcache.geometry.mixers import DeltaSizes
@@ -40,7 +38,7 @@ def complete(values: Values) -> None:
         values["mlp_layer_types"] = [kinds[layer < num_dense] for layer in range(count)]
 
 
-def _named(count: int, full: Any, kda: Any) -> list[str]:
+def _named(count: int, full: object, kda: object) -> list[str]:
     """Build ``layer_types`` from two lists of layers that count from one. Raises SizesError."""
     words: dict[int, str] = {}
     for layers, word in ((full, SORTS[1]), (kda, SORTS[0])):

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from hybridcache.geometry.config_format import ROPE_KEYS, Config, Field, Format, Values, table
 from hybridcache.geometry.families import fields
 from hybridcache.geometry.mixers import ShortConvSizes
 from hybridcache.geometry.sizes import ModelSizes, SizesError
 
 SORTS = ("conv", "full_attention")
-SHARED: dict[str, Any] = {
+SHARED: dict[str, object] = {
     "vocab_size": 65536,
     "num_hidden_layers": 32,
     "num_attention_heads": 32,

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from hybridcache.geometry.config_format import ROPE_KEYS, Config, Field, Format, Values
 from hybridcache.geometry.families import fields
 from hybridcache.geometry.sizes import ModelSizes
 
-SHARED: dict[str, Any] = {
+SHARED: dict[str, object] = {
     "num_attention_heads": 16,
     "max_position_embeddings": 32768,
     "attention_bias": False,
@@ -20,13 +18,13 @@ SHARED: dict[str, Any] = {
     "linear_num_value_heads": 32,
     "layer_types": Field(list[str] | None),
 }
-EXPERTS: dict[str, Any] = {
+EXPERTS: dict[str, object] = {
     "hidden_size": 2048,
     "num_key_value_heads": 2,
     "moe_intermediate_size": 512,
     "shared_expert_intermediate_size": 512,
 }
-EXTRAS: dict[str, Any] = {
+EXTRAS: dict[str, object] = {
     **ROPE_KEYS,
     "full_attention_interval": int,
     "attn_output_gate": bool,
@@ -43,7 +41,7 @@ def complete(values: Values) -> None:
         values["mlp_only_layers"] = []
 
 
-def _format(**own: Any) -> Format:
+def _format(**own: object) -> Format:
     return Format(fields.decoder(**SHARED, **own), extras=EXTRAS, complete=complete)
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 from hybridcache.config import GRID
 from hybridcache.tokens import Tokens
@@ -77,9 +77,7 @@ def begin(
     """Begin a request. Only a system that asks its callers for boundaries (``takes_boundaries``)
     gets them."""
     if getattr(baseline, "takes_boundaries", False):
-        declared: Any = baseline
-        found: PeerSession | None = declared.begin(tokens, namespace, boundaries)
-        return found
+        return baseline.begin(tokens, namespace, boundaries)  # type: ignore[call-arg]
     return baseline.begin(tokens, namespace)
 
 

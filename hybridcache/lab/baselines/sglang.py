@@ -75,7 +75,6 @@ class SglangCache:
     def begin(
         self, tokens: Tokens, namespace: Hashable = None, boundaries: tuple[int, ...] = ()
     ) -> SglangSession | None:
-        """See ``Baseline``."""
         root = self.roots.setdefault(namespace, new_root())
         node, kv_len = self.match(root, tokens[:-1])
         session = SglangSession(self, root, tokens, node)

@@ -39,7 +39,6 @@ class TensorRtCache(SglangCache):
     def positions(
         self, start: int, end: int, cached_len: int, kv_len: int, boundaries: tuple[int, ...]
     ) -> list[int]:
-        """See ``SglangCache``."""
         floored = {one // self.grid * self.grid for one in (*boundaries, kv_len)}
         last = end // self.grid * self.grid
         self._bare = 0 if last in floored else last
@@ -64,6 +63,5 @@ class OllamaCache(SglangCache):
     def positions(
         self, start: int, end: int, cached_len: int, kv_len: int, boundaries: tuple[int, ...]
     ) -> list[int]:
-        """See ``SglangCache``."""
         first = (start // self.step + 1) * self.step
         return list(range(first, end + 1, self.step))

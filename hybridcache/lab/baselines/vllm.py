@@ -104,7 +104,6 @@ class VllmCache:
         self.pool = BlockPool(max(0, num_blocks - 1))
 
     def begin(self, tokens: Tokens, namespace: Hashable = None) -> VllmSession | None:
-        """See ``Baseline``."""
         hashes = PrefixHashes(namespace, self.unit)
         hashes.extend(tokens)
         hit = self._match(hashes.digests, len(tokens) - 1)

@@ -17,7 +17,7 @@ from collections import deque
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
@@ -34,7 +34,7 @@ from hybridcache.lab.scenario import (
     named_policies,
     seeds_of,
 )
-from hybridcache.lab.simulation.grid import RunFailed, run_grid
+from hybridcache.lab.simulation.grid import Plain, RunFailed, run_grid
 from hybridcache.lab.simulation.result import ClosedLoopRun, describe_times, identify
 from hybridcache.lab.simulation.sizes import sizes
 from hybridcache.lab.simulation.target import BaselineTarget
@@ -323,21 +323,19 @@ class LoopRun:
         self.live_s += self.num_live * seconds
 
 
+@dataclass(slots=True, eq=False)
 class PeerRequest:
     """One request of a rebuilt system, and its times."""
 
-    __slots__ = (
-        *("arrival_s", "cached_len", "computed_len", "first_token_s", "place", "scheduled_s"),
-        *("served", "turn"),
-    )
-    losses = None
-
-    def __init__(self, turn: Turn, place: int, arrival_s: float) -> None:
-        self.turn, self.place, self.arrival_s = turn, place, arrival_s
-        self.served: PeerSession | None = None
-        self.cached_len = self.computed_len = 0
-        self.scheduled_s: float | None = None
-        self.first_token_s: float | None = None
+    turn: Turn
+    place: int
+    arrival_s: float
+    served: PeerSession | None = None
+    cached_len: int = 0
+    computed_len: int = 0
+    scheduled_s: float | None = None
+    first_token_s: float | None = None
+    losses: ClassVar[None] = None
 
     @property
     def prompt_len(self) -> int:
@@ -483,7 +481,7 @@ class ClosedLoopResult:
         """Return one line: trace and number of runs."""
         return f"{type(self).__name__}({self.trace}: {len(self.runs)} runs)"
 
-    def to_dicts(self) -> list[dict[str, Any]]:
+    def to_dicts(self) -> list[Plain]:
         """Return a flat dictionary per run: its fields and settings."""
         return [run.as_row() for run in self.runs]
 
@@ -529,7 +527,7 @@ def closed_loop(
     ray: str | None = None,
     resume_from: str | Path | None = None,
     progress: Progress = None,
-    **settings: Any,
+    **settings: object,
 ) -> ClosedLoopResult:
     """Serve the sessions of a trace with every cache, admission policy, rate and seed.
 

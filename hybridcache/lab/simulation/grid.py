@@ -17,9 +17,10 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass, fields
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, Self, TypeVar
 
 from hybridcache.command.extras import version
 from hybridcache.geometry.units import counted
@@ -29,11 +30,36 @@ from hybridcache.lab.traces.frame import make_folder, warn
 from hybridcache.policies.protocol import PolicyError
 from hybridcache.tokens import require_index
 
-_KEEP_BYTES = 256 << 20
+KEEP_BYTES = 256 << 20
 """Bytes of ids up to which a trace is kept in memory between runs."""
 
-Job = TypeVar("Job")
-Result = TypeVar("Result")
+Plain = dict[str, Any]
+"""Settings or figures of a run, by name, as values of JSON."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """Result that ``run_grid`` can keep in a file. Its fields are values of JSON."""
+
+    def as_record(self) -> Plain:
+        """Return a record for JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_record(cls, record: Plain) -> Self:
+        """Return the result of an ``as_record`` after a trip through JSON."""
+        return cls(**{one.name: record[one.name] for one in fields(cls) if one.name in record})
+
+
+class GridJob(Protocol):
+    """Settings of one run."""
+
+    def key(self, trace_identity: bytes) -> str:
+        """Return the identity of the run's result in a file."""
+
+
+Job = TypeVar("Job", bound=GridJob)
+Result = TypeVar("Result", bound=Stored)
 Run = Callable[[Trace, Job], Result]
 
 
@@ -45,7 +71,7 @@ def run_grid(
     processes: int = 1,
     ray: str | None = None,
     resume_from: str | Path | None = None,
-    kind: Any = None,
+    kind: type[Result] | None = None,
     progress: Progress = False,
 ) -> tuple[tuple[Result, ...], tuple[str, ...]]:
     """Return ``run(trace, job)`` for each of ``jobs``, in their order, and failures.
@@ -53,8 +79,7 @@ def run_grid(
     A run with a PolicyError or RunFailed is left out, with a sentence in failures; the error is
     raised if all fail. Runs that are in the file ``resume_from`` under ``job.key(identity of the
     trace)`` are read from it, and new ones are appended as they finish, one JSON line each.
-    ``kind`` is their class, with ``as_record`` and ``from_record``. ``ray`` is the address of a
-    cluster.
+    ``kind`` is their class. ``ray`` is the address of a cluster.
 
     ``run`` is a function at the top level of a module. ValueError if a trace or a job cannot be
     pickled, if ``resume_from`` is not a file of results, or if no cluster answers;
@@ -64,16 +89,16 @@ def run_grid(
     if ray is not None and (processes > 1 or not isinstance(ray, str)):
         raise ValueError(f"ray must be a cluster's address, without processes (got {ray!r}).")
     path = Path(resume_from) if resume_from else None
-    if path:
-        _check_results_file(path, kind)
     results: dict[int, Result] = {}
     keys: list[str] = []
     if path:
+        assert kind is not None, "runs in a file have a kind"
+        _check_results_file(path, kind)
         with path.open("a+b") as file:  # Its last line may have been cut.
             file.seek(0)
             file.truncate(file.read().rfind(b"\n") + 1)
         identity = identity_of(trace)
-        keys = [job.key(identity) for job in jobs]  # type: ignore[attr-defined]
+        keys = [job.key(identity) for job in jobs]
         known = _read(path, kind, set(keys))
         results = {number: known[key] for number, key in enumerate(keys) if key in known}
     due = [(number, job) for number, job in enumerate(jobs) if number not in results]
@@ -87,8 +112,8 @@ def run_grid(
             else:
                 results[number] = result
                 if path:
-                    head = {"key": keys[number], "kind": kind.__name__, "version": version()}
-                    record = head | result.as_record()  # type: ignore[attr-defined]
+                    kept = {"key": keys[number], "kind": type(result).__name__}
+                    record = kept | {"version": version()} | result.as_record()
                     with path.open("ab") as file:
                         file.write(json.dumps(record).encode() + b"\n")
             show(len(results) + len(failures), len(jobs))
@@ -130,7 +155,7 @@ _RESULT = re.compile(rb'\{"key": "[0-9a-f]{16}", "kind": "(\w+)"')
 """Start of a line that ``run_grid`` writes. It may have been cut later on."""
 
 
-def _check_results_file(path: Path, kind: Any) -> None:
+def _check_results_file(path: Path, kind: type[Stored]) -> None:
     """Make the folder of the file. Raises ValueError if its first line is not a result of this
     kind: results are appended, and would damage others."""
     if not make_folder(path).exists() or not path.stat().st_size:
@@ -144,10 +169,10 @@ def _check_results_file(path: Path, kind: Any) -> None:
         )
 
 
-def _read(path: Path, kind: Any, wanted: set[str]) -> dict[str, Any]:
+def _read(path: Path, kind: type[Result], wanted: set[str]) -> dict[str, Result]:
     """Return the results of the ``wanted`` keys. Warns of lines that are damaged, impossible, or
     cut by the end of a process, and of results of another version of this package."""
-    found, versions = dict[str, Any](), dict[str, Any]()
+    found, versions = dict[str, Result](), dict[str, object]()
     for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
         try:
             record = json.loads(line)
@@ -167,12 +192,12 @@ def _results(
     run: Run[Job, Result],
     processes: int,
     ray: str | None,
-) -> Iterator[tuple[int, Result]]:
+) -> Iterator[tuple[int, Result | PolicyError | RunFailed]]:
     """Yield the number and the result of each job that is due, in the order of their ends."""
     if not due:
         return
     if ray is None and min(processes, len(due)) == 1:
-        trace = trace.kept(_KEEP_BYTES)
+        trace = trace.kept(KEEP_BYTES)
         for number, job in due:
             yield number, _tried(run, trace, job)
         return
@@ -186,7 +211,7 @@ def _results(
         yield number, result
 
 
-def _in_processes(task: bytes, due: Sequence[tuple[int, Any]], processes: int) -> Iterator[Far]:
+def _in_processes(task: bytes, due: Sequence[tuple[int, GridJob]], processes: int) -> Iterator[Far]:
     if getattr(multiprocessing.current_process(), "_inheriting", False):
         raise SystemExit(1)  # a worker that runs the script of its parent
     context = multiprocessing.get_context("spawn")
@@ -218,7 +243,7 @@ def _in_processes(task: bytes, due: Sequence[tuple[int, Any]], processes: int) -
             raise
 
 
-def _on_ray(task: bytes, due: Sequence[tuple[int, Any]], address: str) -> Iterator[Far]:
+def _on_ray(task: bytes, due: Sequence[tuple[int, GridJob]], address: str) -> Iterator[Far]:
     """Run the jobs as Ray tasks. Ray restarts a task if its machine fails."""
     import ray
 
@@ -246,19 +271,19 @@ Far = tuple[int, Any, list[Warning | str]]
 
 
 @lru_cache(1)
-def _task(pickled_task: bytes) -> tuple[Trace, Run[Any, Any]]:
+def _task(pickled_task: bytes) -> tuple[Trace, Run[GridJob, Stored]]:
     """Return the trace and the function of this process. The first job reads the trace."""
     trace, run = pickle.loads(pickled_task)
-    return trace.kept(_KEEP_BYTES), run
+    return trace.kept(KEEP_BYTES), run
 
 
-def _run_far(task: bytes, number: int, job: Any) -> Far:
+def _run_far(task: bytes, number: int, job: GridJob) -> Far:
     with warnings.catch_warnings(record=True) as caught:
         trace, run = _task(task)
         return number, _tried(run, trace, job), [one.message for one in caught]
 
 
-def _tried(run: Run[Job, Result], trace: Trace, job: Job) -> Any:
+def _tried(run: Run[Job, Result], trace: Trace, job: Job) -> Result | PolicyError | RunFailed:
     """Return the result of a run, or the error that ends this run only."""
     try:
         return run(trace, job)

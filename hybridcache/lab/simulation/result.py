@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from statistics import fmean
-from typing import Any, NamedTuple, Self
+from typing import NamedTuple, Self
 
 import numpy as np
 
@@ -14,14 +14,9 @@ from hybridcache.api import Losses
 from hybridcache.geometry.model import ModelGeometry
 from hybridcache.lab.intervals import Interval, RateInterval, linear_ratio, percentiles
 from hybridcache.lab.scenario import Scenario
+from hybridcache.lab.simulation.grid import Plain, Stored
 from hybridcache.lab.simulation.serving import RequestLog
 from hybridcache.lab.simulation.target import Target
-
-
-def known_fields(kind: Any, record: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the values of ``record`` that are fields of the dataclass ``kind``."""
-    return {one.name: record[one.name] for one in fields(kind) if one.name in record}
-
 
 SAME_SIZE = 1e-3
 """Relative difference up to which two sizes are the same: tables show four digits."""
@@ -34,7 +29,7 @@ RECORDED = (
 )
 
 
-def identify(scenario: Scenario, trace: str, priority_classes: bool | None) -> dict[str, Any]:
+def identify(scenario: Scenario, trace: str, priority_classes: bool | None) -> Plain:
     """Return the settings of a cell over the trace with the recipe ``trace``, as plain text and
     numbers. None for those that a rebuilt peer does not have."""
     geometry = scenario.geometry()
@@ -68,11 +63,11 @@ class SessionResult(NamedTuple):
     """Tokens not reused, by cause; None where the target does not say."""
 
 
-class _Run:
+class _Run(Stored):
     """Figures of every run, from its identity and its counts."""
 
     __slots__ = ()
-    config: dict[str, Any]
+    config: Plain
     prompt_tokens: int
     cached_tokens: int
 
@@ -96,7 +91,7 @@ class _Run:
 class RunResult(_Run):
     """One cell of a sweep. Counts are in tokens, for any unit of the trace."""
 
-    config: dict[str, Any]
+    config: Plain
     requests: int
     hits: int
     """Requests that reused anything."""
@@ -176,9 +171,9 @@ class RunResult(_Run):
         greedy's, keep to a coarser grid than a peer, or count memory that a peer does not."""
         return self.cached_tokens / self.optimum_tokens if self.optimum_tokens else None
 
-    def as_record(self) -> dict[str, Any]:
+    def as_record(self) -> Plain:
         """Return a record for JSON, with the rates next to the counts that they are made of."""
-        return asdict(self) | {
+        return Stored.as_record(self) | {
             "losses": None if self.losses is None else self.losses._asdict(),
             "token_hit_rate": self.token_hit_rate,
             "request_hit_rate": self.request_hit_rate,
@@ -186,7 +181,7 @@ class RunResult(_Run):
             "share_of_optimum": self.share_of_optimum,
         }
 
-    def as_row(self) -> dict[str, Any]:
+    def as_row(self) -> Plain:
         """Return settings and figures as one flat dictionary."""
         figures = self.as_record()
         for name in ("config", "losses", "ttft_s", "by_session", "tier_bytes"):
@@ -202,9 +197,9 @@ class RunResult(_Run):
         }
 
     @classmethod
-    def from_record(cls, record: dict[str, Any]) -> RunResult:
-        """Restore the result of ``as_record`` after a trip through JSON."""
-        values = known_fields(cls, record)
+    def from_record(cls, record: Plain) -> Self:
+        """Return the run of an ``as_record`` after a trip through JSON."""
+        values = record.copy()
         values["ttft_s"] = {int(rank): value for rank, value in record["ttft_s"].items()}
         if record["losses"] is not None:
             values["losses"] = Losses(**record["losses"])
@@ -212,14 +207,14 @@ class RunResult(_Run):
             SessionResult._make((*figures, None if lost is None else Losses(*lost)))
             for *figures, lost in record["by_session"]
         )
-        return cls(**values)
+        return super(RunResult, cls).from_record(values)
 
 
 def merged(runs: Sequence[RunResult], seeds: Sequence[int]) -> RunResult:
     """Return one run for those of several draws of a trace. Counts are summed, times averaged; each
     draw is one unit of its intervals, which so contain the chance of the arrivals."""
     first = runs[0]
-    counts: dict[str, Any] = {}
+    counts: Plain = {}
     for name in SUMMED:
         values = [getattr(run, name) for run in runs]
         counts[name] = None if None in values else sum(values)
@@ -288,19 +283,13 @@ class ClosedLoopRun(_Run):
     token_budget: int
     tells_ends: bool
     """True if clients say when a session has ended."""
-    config: dict[str, Any]
+    config: Plain
 
-    def as_record(self) -> dict[str, Any]:
-        """Return a record for JSON."""
+    def as_record(self) -> Plain:
         derived = {"trace": self.config["trace"], "token_hit_rate": self.token_hit_rate}
-        return asdict(self) | derived
+        return Stored.as_record(self) | derived
 
-    @classmethod
-    def from_record(cls, record: Mapping[str, Any]) -> Self:
-        """Return the run of an ``as_record``."""
-        return cls(**known_fields(cls, record))
-
-    def as_row(self) -> dict[str, Any]:
+    def as_row(self) -> Plain:
         """Return settings and figures as one flat dictionary."""
         figures = self.as_record()
         return figures.pop("config") | figures  # type: ignore[no-any-return]

@@ -24,7 +24,7 @@ from hybridcache.geometry.units import GIB, counted
 from hybridcache.lab.figures import losses_figure, sweep_figure
 from hybridcache.lab.optimum import Optimum, best_plan
 from hybridcache.lab.prefix_tree import InfiniteCache
-from hybridcache.lab.progress import Progress
+from hybridcache.lab.progress import Progress, shown_progress
 from hybridcache.lab.report import (
     TIE,
     find_metric,
@@ -39,7 +39,7 @@ from hybridcache.lab.report import (
     to_serve,
 )
 from hybridcache.lab.scenario import LOAD, Scenario, seeds_of, settings_of
-from hybridcache.lab.simulation.grid import RunFailed, run_grid
+from hybridcache.lab.simulation.grid import KEEP_BYTES, Plain, RunFailed, run_grid
 from hybridcache.lab.simulation.result import (
     RunResult,
     SweepRuns,
@@ -68,7 +68,7 @@ class SimulationResult(SweepRuns):
         """Return the table of token hit rates for a notebook."""
         return f"<pre>{escape(self.table())}</pre>"
 
-    def to_dicts(self) -> list[dict[str, Any]]:
+    def to_dicts(self) -> list[Plain]:
         """Return a flat dictionary per run that did not fail: its settings, rates, times and lost
         tokens by cause (``lost_`` and the cause; None where a rebuilt peer does not tell)."""
         return [run.as_row() for run in self.runs]
@@ -209,7 +209,7 @@ def simulate(
     ray: str | None = None,
     resume_from: str | Path | None = None,
     progress: Progress = None,
-    **settings: Any,
+    **settings: object,
 ) -> SimulationResult:
     """Replay a trace with every policy and placement, and every baseline, at every size.
 
@@ -250,7 +250,7 @@ def simulate(
     cells = replace(asked, trace=opened.full_name).cells(points)
     cache, held = InfiniteCache(), opened.kept() if optimum else opened
     tokens = sum(cache.ideal_tokens(one, opened.unit) for one in opened) if bound else 0
-    of_bound: dict[str, Any] = {"bound_tokens": tokens} if bound else {}
+    of_bound: Plain = {"bound_tokens": tokens} if bound else {}
     yardsticks = {size: of_bound.copy() for size in points}
     for size in points if optimum else ():
         plan = best_plan(held, size, geometry, grid=asked.grid)
@@ -281,7 +281,7 @@ def simulate(
     )
 
 
-def _over_seeds(asked: Scenario, options: dict[str, Any]) -> SimulationResult:
+def _over_seeds(asked: Scenario, options: Plain) -> SimulationResult:
     """Simulate each draw of the trace at the sizes of the first one, and merge the runs. ValueError
     if nothing of the trace is drawn."""
     opened, seeds = asked.opened(), seeds_of(asked)
@@ -311,7 +311,7 @@ def _over_seeds(asked: Scenario, options: dict[str, Any]) -> SimulationResult:
 
 
 def run_cell(
-    trace: Trace, cell: Scenario, yardsticks: Mapping[float, dict[str, Any]] = MappingProxyType({})
+    trace: Trace, cell: Scenario, yardsticks: Mapping[float, Plain] = MappingProxyType({})
 ) -> RunResult:
     """Replay ``trace`` through the one cache of ``cell``. ``yardsticks`` are fields of the result
     that no policy changes, by size."""
@@ -333,7 +333,7 @@ def optimum(
     *,
     counts_running: bool = False,
     progress: Progress = None,
-    **settings: Any,
+    **settings: object,
 ) -> OptimumResult:
     """Compute a plan with hindsight at every size, and a bound that no cache exceeds.
 
@@ -346,6 +346,10 @@ def optimum(
     asked.refuse(settings.keys() - OF_PLANS, "has no effect on the optimum: leave it out")
     opened, geometry = asked.opened(), asked.geometry()
     points, _ = asked.points(opened, opened.unit)
-    run = partial(best_plan, geometry=geometry, grid=asked.grid, counts_running=counts_running)
-    plans, _ = run_grid(opened, points, run, progress=progress)
-    return OptimumResult(plans, geometry.name, opened.notes)
+    held, plans = opened.kept(KEEP_BYTES), list[Optimum]()
+    plan = partial(best_plan, geometry=geometry, grid=asked.grid, counts_running=counts_running)
+    with shown_progress(progress, "runs", opened.name) as show:
+        for size in points:
+            plans.append(plan(held, size))
+            show(len(plans), len(points))
+    return OptimumResult(tuple(plans), geometry.name, opened.notes)

@@ -75,11 +75,8 @@ def working_set_bytes(trace: Trace, geometry: ModelGeometry) -> int:
 def _points(spec: str | float | Sequence[float]) -> tuple[float, ...]:
     if isinstance(spec, str) and ":" in spec:
         low, high, count = (*spec.split(":"), str(USUAL_POINTS))[:3]
-        if (
-            spec.count(":") > 2
-            or int(count) < 2
-            or not 0 < float(low) < float(high) < TOO_LARGE_GIB
-        ):
+        is_range = 0 < float(low) < float(high) < TOO_LARGE_GIB
+        if spec.count(":") > 2 or int(count) < 2 or not is_range:
             raise ValueError("the sizes go up")
         points = np.geomspace(float(low), float(high), int(count))
         return tuple(float(f"{point:.6g}") for point in points)

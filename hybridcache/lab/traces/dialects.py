@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable
-from typing import Any
 
 from hybridcache.lab.traces.frame import Record, shown
 
@@ -36,7 +35,7 @@ OUTPUT_ITEMS = {"message", "function_call", "reasoning"}
 """Types of items in the output of the Responses API. Its thoughts are not in later prompts."""
 
 
-def plain_chat(messages: Iterable[Record], system: Any = None, tools: Any = None) -> Chat:
+def plain_chat(messages: Iterable[Record], system: object = None, tools: object = None) -> Chat:
     """Return a prompt as ``{"role", "content"}`` messages. ValueError or KeyError if invalid."""
     chat = [{"role": _role(message), "content": message_text(message)} for message in messages]
     if not chat:
@@ -62,13 +61,13 @@ def message_text(message: Record) -> str:
     words = _content(message.get("content") if others else message["content"])
     if message.get("reasoning_content"):
         words = _thought(message.text("reasoning_content")) + words
-    calls = list[Any](message.objects("tool_calls")) if message.get("tool_calls") else []
+    calls = message.objects("tool_calls") if message.get("tool_calls") else []
     if message.get("function_call"):
-        calls = [{"function": message["function_call"]}]
+        calls = [Record(function=message["function_call"])]
     return _begun(words + "".join(_call(call["function"]) for call in calls))
 
 
-def is_response(value: Any) -> bool:
+def is_response(value: object) -> bool:
     """Return True for a message or a response, False for an answer that is another JSON value."""
     if not isinstance(value, dict):
         return False
@@ -77,7 +76,7 @@ def is_response(value: Any) -> bool:
     return has_field or is_message or isinstance(value.get("output"), list)
 
 
-def answer_of(response: Any) -> tuple[str | None, int, str]:
+def answer_of(response: object) -> tuple[str | None, int, str]:
     """Return (text, number of tokens, stop reason) of an answer: a text, a message, or a whole
     response of the APIs of OpenAI, Anthropic or Ollama. The text is None if it is unknown, the
     number 0 and the reason empty. ValueError for another value.
@@ -115,7 +114,7 @@ def answer_of(response: Any) -> tuple[str | None, int, str]:
     raise refusal
 
 
-def _output_item(item: dict[str, Any]) -> str:
+def _output_item(item: dict[str, object]) -> str:
     """Return the text of an item of the Responses API."""
     if item["type"] == "function_call":
         return _call({"name": item.get("name"), "arguments": item.get("arguments")})
@@ -130,7 +129,7 @@ def _role(message: Record) -> str:
     return role
 
 
-def _content(content: Any) -> str:
+def _content(content: object) -> str:
     """Return a text, or a list of parts, as one text; empty for null."""
     if content is None or isinstance(content, str):
         return content or ""
@@ -169,5 +168,5 @@ def _begun(text: str) -> str:
     return text.removeprefix("\n") if text.startswith("\n<tool_call>") else text
 
 
-def _call(function: Any) -> str:
+def _call(function: object) -> str:
     return f"\n<tool_call>\n{json.dumps(function, sort_keys=True)}\n</tool_call>"

@@ -49,7 +49,7 @@ _CHUNK = 1 << 16
 _OPENING, _BLANK = re.compile(r"[\s\[]*"), re.compile(r"[\s,]*")
 Line = int | str
 """Line of a record; "7, record 3" in an array, in which others may begin on the same line."""
-Records = Iterator[tuple[Line, dict[str, Any]]]
+Records = Iterator[tuple[Line, dict[str, object]]]
 """Records of a file, each with its line."""
 _T = TypeVar("_T")
 
@@ -66,7 +66,7 @@ def warn(message: str) -> None:
 # --- Fields -------------------------------------------------------------------------------------
 
 
-class Record(dict[str, Any]):
+class Record(dict[str, object]):
     """An object of a trace file. Its methods return a field of one type. KeyError if it is missing,
     ValueError, which names it, if it is invalid."""
 
@@ -78,11 +78,12 @@ class Record(dict[str, Any]):
         """Return the first of ``names`` with a value other than null, or None."""
         return next((name for name in names if self.get(name) is not None), None)
 
-    def number(self, name: str) -> Any:
+    def number(self, name: str) -> object:
         """Return a value; a number for the text of one, as in CSV files."""
+        value = self[name]
         with suppress(ValueError):
-            return float(self[name]) if isinstance(self[name], str) else self[name]
-        return self[name]
+            return float(value) if isinstance(value, str) else value
+        return value
 
     def whole(self, name: str, least: int = 0, most: int = LONGEST) -> int:
         """Return a whole number in [least, most]; 3.0 and "3" are accepted."""
@@ -97,10 +98,9 @@ class Record(dict[str, Any]):
     def seconds(self, name: str) -> float:
         """Return a finite number of at least 0; "0.5" is accepted."""
         value = self.number(name)
-        is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not is_number or not 0 <= value < math.inf:
-            raise ValueError(f"{name} is {shown(self[name])}, not a finite number of at least 0")
-        return float(value)
+        if isinstance(value, int | float) and type(value) is not bool and 0 <= value < math.inf:
+            return float(value)
+        raise ValueError(f"{name} is {shown(self[name])}, not a finite number of at least 0")
 
     def _one(self, name: str, kind: type[_T], words: str) -> _T:
         value = self[name]
@@ -183,7 +183,7 @@ class TraceClock:
 
     def _date(self, record: Record, name: str) -> tuple[str, float]:
         try:
-            when = datetime.fromisoformat(record[name])
+            when = datetime.fromisoformat(record.text(name))
             when_s = (when if when.tzinfo else when.replace(tzinfo=UTC)).timestamp()
         except (ValueError, OverflowError):
             problem = f"{name} is {shown(record[name])}, not a number and not a time in ISO 8601"
@@ -287,7 +287,7 @@ def json_records(path: str | Path, bad: BadRecords) -> Records:
             bad.report(path, line, f"a JSON object was expected, not {type(value).__name__}")
 
 
-def _lines(path: str | Path, bad: BadRecords) -> Iterator[tuple[Line, Any]]:
+def _lines(path: str | Path, bad: BadRecords) -> Iterator[tuple[Line, object]]:
     """Yield (line, value) for every line. A truncated gzip file ends with its last whole line."""
     with open_bytes(path) as file:
         for number in count(1):
@@ -309,7 +309,7 @@ def _lines(path: str | Path, bad: BadRecords) -> Iterator[tuple[Line, Any]]:
                     yield number, value
 
 
-def _array(path: str | Path, bad: BadRecords) -> Iterator[tuple[Line, Any]]:
+def _array(path: str | Path, bad: BadRecords) -> Iterator[tuple[Line, object]]:
     """Yield (line and number, value) for every value of an array. Those after a syntax error are
     lost. Holds one value and as many characters again. O(characters)."""
     decoder, text, line, blank = json.JSONDecoder(), "", 1, _OPENING

@@ -14,7 +14,6 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from itertools import islice
-from typing import Any
 
 from sortedcontainers import SortedDict
 
@@ -81,15 +80,15 @@ def _usual(name: str) -> str:
     return SPELLINGS.get(re.sub(r"[\s_-]", "", name).lower(), name)
 
 
-def _is_object(value: Any) -> bool:
+def _is_object(value: object) -> bool:
     return value is None or isinstance(value, dict)
 
 
-def _are_objects(value: Any) -> bool:
+def _are_objects(value: object) -> bool:
     return value is None or (isinstance(value, list) and all(type(one) is dict for one in value))
 
 
-IN_JSON: dict[str, Callable[[Any], bool]] = {
+IN_JSON: dict[str, Callable[[object], bool]] = {
     **dict.fromkeys(("messages", "tools", "tool_calls"), _are_objects),
     **dict.fromkeys(("function_call", *BODIES), _is_object),
     "answer": is_response,
@@ -97,7 +96,7 @@ IN_JSON: dict[str, Callable[[Any], bool]] = {
 """Fields that may be JSON text, as in a CSV file, and conditions of their values."""
 
 
-def _decoded(field: str, value: Any) -> Any:
+def _decoded(field: str, value: object) -> object:
     """Return the value of a field. JSON as text is decoded."""
     if not isinstance(value, str) or field not in IN_JSON:
         return value
@@ -194,10 +193,12 @@ class Named(Record):
 
     def namespace(self) -> str | None:
         """Return a name for model and tenant; None if there is neither."""
-        parts = {"model": self.get("model"), "cache_salt": self.get("tenant")}
+        model, tenant = self.get("model"), self.get("tenant")
+        if tenant is None and isinstance(model, str):
+            return model
+        parts = {"model": model, "cache_salt": tenant}
         parts = {name: value for name, value in parts.items() if value is not None}
-        is_plain = set(parts) == {"model"} and isinstance(parts["model"], str)
-        return parts["model"] if is_plain else json.dumps(parts) if parts else None
+        return json.dumps(parts) if parts else None
 
     def describe(self) -> str:
         """Return the names that are read for each field, and the rules for those without one."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Hashable
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TextIO
 
 import numpy as np
 
@@ -13,7 +13,7 @@ from hybridcache.lab.trace import BadRecordError, BadRecords, Trace, TraceReques
 from hybridcache.lab.traces.frame import Record, json_records
 from hybridcache.tokens import Tokens, common_prefix_len
 
-FIELDS: dict[str, tuple[str, Callable[[Record, str], Any]]] = {
+FIELDS: dict[str, tuple[str, Callable[[Record, str], object]]] = {
     "session": ("session", Record.key),
     "output": ("output", Record.ids),
     "output_length": ("answer_tokens", Record.whole),
@@ -44,7 +44,7 @@ def header_of(path: Path) -> tuple[int, str]:
 def write_own(trace: Trace, file: TextIO) -> int:
     """Write ``trace`` as ``jsonl`` and return the number of requests. Prompts that repeat their
     session are written as ``prefix``."""
-    header: dict[str, Any] = {"format": "hybridcache", "version": 1, "unit": trace.unit}
+    header: dict[str, object] = {"format": "hybridcache", "version": 1, "unit": trace.unit}
     if trace.counted_by:
         header["counted_by"] = trace.counted_by
     file.write(json.dumps(header) + "\n")

@@ -14,7 +14,7 @@ import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -23,7 +23,10 @@ from hybridcache.lab.traces.frame import open_bytes
 from hybridcache.policies.protocol import chat_boundaries
 from hybridcache.tokens import Tokens, common_prefix_len
 
-Message = Mapping[str, Any]
+if TYPE_CHECKING:
+    from jinja2 import Template
+
+Message = Mapping[str, object]
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -68,7 +71,7 @@ class ChatText:
         self._piece = lru_cache(KEPT_TEXTS)(lambda *piece: np.asarray(encode(*piece), np.int32))
 
     @cached_property
-    def _template(self) -> Any:
+    def _template(self) -> Template:
         """Compiled template. Prompts that are no chats need none."""
         from jinja2.sandbox import ImmutableSandboxedEnvironment
 
@@ -82,8 +85,7 @@ class ChatText:
         from jinja2 import TemplateError
 
         try:
-            text = self._template.render(messages=messages, add_generation_prompt=to_answer)
-            return cast(str, text)
+            return self._template.render(messages=messages, add_generation_prompt=to_answer)
         except (TemplateError, TypeError, AttributeError, KeyError) as error:
             raise ValueError(f"the chat template refuses: {error}") from error
 
@@ -201,7 +203,7 @@ def _from_json(path: Path) -> tuple[Callable[[str, bool], list[int]], dict[str, 
 
     try:
         with open_bytes(path) as file:
-            fast: Any = Tokenizer.from_str(file.read().decode())
+            fast = Tokenizer.from_str(file.read().decode())
     except OSError:
         raise
     except Exception as error:  # the library raises no narrower type

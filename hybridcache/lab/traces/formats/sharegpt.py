@@ -12,8 +12,8 @@ from typing import ClassVar
 
 from hybridcache.lab.arrivals import Pauses
 from hybridcache.lab.trace import BadRecords, TraceRequest, distinct
-from hybridcache.lab.traces.dialects import role_of
-from hybridcache.lab.traces.frame import Notes, Record, Records, SessionReader
+from hybridcache.lab.traces.dialects import Chat, role_of
+from hybridcache.lab.traces.frame import Line, Notes, Record, Records, SessionReader
 from hybridcache.lab.traces.text import load_chat_text
 
 
@@ -40,41 +40,41 @@ class ShareGPTReader(SessionReader):
         chat = load_chat_text(self.tokenizer, self.template)
 
         def parse(record: Record) -> Iterator[TraceRequest]:
-            said = record["system"] + record["messages"]
+            said: Chat = record.values_of("said")
             for place, (before, message) in enumerate(pairwise(said), 1):
                 if before["role"] in ("user", "tool") and message["role"] == "assistant":
                     request = chat.turn(said[:place], message["content"])
-                    yield request._replace(session=record["session"])
+                    yield request._replace(session=record.text("session"))
 
         return parse
 
 
-def _segment(record: Record) -> Iterator[Record]:
+def _segment(record: Record) -> Iterator[tuple[str, int, Chat, Chat]]:
     name, messages = str(record.key("id")), record.objects("conversations")
     base, _, index = name.rpartition("_")
     name, start = (base, int(index)) if base and index.isdecimal() else (name, 0)
     system = [{"role": "system", "content": record.text("system")}] if record.get("system") else []
     said = [{"role": role_of(one, "from"), "content": one.text("value")} for one in messages]
-    yield Record(name=name, start=start, system=system, messages=said)
+    yield name, start, system, said
 
 
-def _whole(segments: Records) -> Records:
+def _whole(segments: Iterator[tuple[Line, tuple[str, int, Chat, Chat]]]) -> Records:
     """Yield conversations. Segments follow each other, and may repeat the message at the border."""
-    whole, taken, are_indices = Record(messages=[]), Counter[str](), True
-    for at, part in segments:
-        start, said, before = part["start"], part["messages"], whole["messages"]
+    line: Line = 0
+    last, system, whole, taken, are_indices = "", Chat(), Chat(), Counter[str](), True
+    for at, (name, start, leading, said) in segments:
         if not said:
-            yield at, part
+            yield at, {"said": said}
             continue
-        is_same = part["name"] == whole.get("name") and part["system"] in ([], whole["system"])
+        is_same = name == last and leading in ([], system)
         if start and is_same and are_indices:
-            repeated = len(before) - start
-            if repeated >= 0 and before[start:] == said[:repeated]:
-                before += said[repeated:]
+            repeated = len(whole) - start
+            if repeated >= 0 and whole[start:] == said[:repeated]:
+                whole += said[repeated:]
                 continue
             are_indices = repeated < 0  # else they count conversations
-        if before:
-            yield whole["line"], whole
-        whole = Record(part, line=at, session=distinct(part["name"], taken))
-    if whole["messages"]:
-        yield whole["line"], whole
+        if whole:
+            yield line, {"session": distinct(last, taken), "said": system + whole}
+        line, last, system, whole = at, name, leading, said
+    if whole:
+        yield line, {"session": distinct(last, taken), "said": system + whole}
