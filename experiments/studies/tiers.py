@@ -101,7 +101,8 @@ def over_seeds(records: common.Records) -> common.Table:
     for name in common.grouped(records, "trace"):
 
         def values(policy: str, cell: str, field: str) -> list[float]:
-            return [one[field] for one in found.get((name, policy, cell), ())]  # noqa: B023
+            cells = found.get((name, policy, cell), ())  # noqa: B023
+            return [one[field] for one in cells if field in one]
 
         def best(field: str) -> list[float]:
             peers = [values(peer, GOAL_CELL, field) for peer in common.REBUILT]
