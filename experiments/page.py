@@ -518,19 +518,23 @@ class Dots:
     """Columns that name a row."""
     near: str = ""
     """Row within ``SLASH`` points of which others are not drawn, but counted."""
-    log: bool = False
-    """True for a logarithmic axis."""
+    log: bool | str = False
+    """True for a logarithmic axis, ``symlog`` for one of both signs."""
+    least: float = -1
+    """Least absolute value of the first series that is drawn."""
 
     def rows(self, table: Table) -> list[tuple[str, list[Interval], str]]:
         """Return name, values and written first value of each drawn row."""
         first = next(iter(self.series.values()))
         rows = [
             (
-                "\n".join(wrap(", ".join(row[i].strip("`") for i in self.names), NAME_CHARS)),
+                "\n".join(wrap(", ".join(row[i] for i in self.names).replace("`", ""), NAME_CHARS)),
                 [value(row[column]) for column in self.series.values()],
                 shown(next(filter(is_number, (row[i] for i in self.series.values())), row[first])),
             )
             for row in table[1]
+            if any(is_number(row[i]) for i in self.series.values())
+            and abs(value(row[first]).mean) >= self.least
         ]
         if not self.near:
             return rows
@@ -575,7 +579,7 @@ class Dots:
             )  # fmt: skip
         axis.set_xlabel(self.axis, fontsize=8, color=TEXT)
         if self.log:
-            axis.set_xscale("log")
+            axis.set_xscale("log" if self.log is True else self.log)
             axis.xaxis.set_major_formatter("{x:g}")
         axis.margins(x=0.05)
         legend(figure, axis)
@@ -598,7 +602,7 @@ class Curves:
         for name, x, *cells in table[1]:
             panel = lines.setdefault(name, [[] for _ in self.series])
             for line, y in zip(panel, cells[self.column - 2].split(", "), strict=True):
-                line.append((float(x), *[float(y)] * 3))
+                line.append((float(x), *[math.nan if y == "-" else float(y)] * 3))
         return panel_lines(lines, self.series, self.axes, log_y=self.log_y)
 
 
@@ -932,8 +936,9 @@ SECTIONS = {
     ),
     "ablation": Section(
         "ablation", study(ablation.NAME, ablation.table), _ablation,
-        Dots({"mean": 1, "worst cell": 2}, "change of the token hit rate, points"),
-        "Change of the hit rate without each rule, and with each constant halved and doubled.",
+        Dots({"mean": 1, "worst cell": 2}, "change of the token hit rate, points", log="symlog",
+             least=0.1),
+        "Changes of the hit rate by 0.1 points or more, without a rule or with another constant.",
     ),
     "learning": Section(
         "ablation", study(ablation.NAME, ablation.learning_table), _learning,
@@ -962,12 +967,14 @@ SECTIONS = {
     ),
     "admission": Section(
         "admission", study("admission", admission.table), _admission,
-        Curves(5, ("oldest", "sessions", "best fixed limit"), ("sessions/s", "mean TTFT, s")),
+        Curves(5, ("oldest", "sessions", "best fixed limit", "best rebuilt"),
+               ("sessions/s", "mean TTFT, s")),
         "Mean time to first token over the rate of sessions, one panel per workload.",
     ),
     "overload": Section(
         "overload", study("overload", overload.table), _overload,
-        Dots(dict(zip(overload.POLICIES, (5, 6, 7), strict=True)), "mean TTFT, s", (0, 1)),
+        Dots(dict(zip(overload.POLICIES, (5, 6, 7), strict=True)) | {"best rebuilt": -1},
+             "mean TTFT, s", (0, 1)),
         "Mean time to first token by window and number of sessions.",
     ),
     "tree": Section(
@@ -996,12 +1003,14 @@ SECTIONS = {
     "hints": Section(
         "hints", hints_table,
         between(2, "Boundary hints raise the hit rate by {low:.1f} to {high:.1f} points."),
-        Dots({"gain from hints": 2}, "points of token hit rate"),
-        "Gain from boundary hints, by pair.",
+        Dots({"with hints": 1}, HITS),
+        "Token hit rate with boundary hints, by pair, of the best rebuilt system without, and the "
+        "bound.",
     ),
     "tiers": Section(
         "tiers", study("study_tiers", tiers.over_seeds), _tiers,
-        Dots({"4 GiB + 16 GiB host": 2, "4 GiB alone": 1}, "saved prefill time, % of 20 GiB"),
+        Dots({"4 GiB + 16 GiB host": 2, "4 GiB alone": 1, "best rebuilt, 20 GiB": 3},
+             "saved prefill time, % of 20 GiB"),
         "Prefill time that host memory saves, by trace.",
     ),
     "grid": Section(

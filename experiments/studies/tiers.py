@@ -31,6 +31,7 @@ from hybridcache.lab.simulation.serving import serve
 from hybridcache.lab.simulation.target import build_target
 from hybridcache.lab.trace import Trace
 
+OURS, HITS = "survival", "token_hit_rate"
 DEVICE_GIB = 4
 HOST_GIB, GOAL_GIB = 16, 20
 GOAL_CELL = f"device {GOAL_GIB}"
@@ -68,80 +69,60 @@ def measure(job: tuple[str, int]) -> list[dict[str, Any]]:
         f"host {HOST_GIB}": {"host_gib": HOST_GIB},
     }
     records = []
-    for pair in (common.DEFAULT, common.LRU_ADAPTIVE):
-        policy, _, placement = pair.partition("@")
-        for memory, sizes in memories.items():
-            cell = replace(base, policy=policy, checkpoints=placement, **sizes)
-            target = build_target(cell, trace.unit)
-            log = serve(target, trace, trace.unit, cell)
-            result = summarise(cell, log, target, trace.name)
-            record = {"trace": name, "seed": seed, "cell": memory}
-            record["policy"] = policy if pair == common.DEFAULT else pair
-            for field in ("requests", "token_hit_rate", "seconds", "seconds_saved", "copy_seconds"):
-                record[field] = getattr(result, field)
-            records.append(common.rounded(record))
-    place = {"trace": name, "seed": seed, "cell": GOAL_CELL}
-    rates = dict.fromkeys(common.REBUILT, 0.0)
-    settings = {"model": workload.geometry, "grid": base.grid}
-    for peer in rates:
-        rates[peer] = common.replay(trace, [GOAL_GIB], peer, **settings)[0].token_hit_rate
-    rates[common.BOUND] = common.bounds(trace, workload.geometry, [GOAL_GIB])[0]
-    return records + [
-        common.rounded(place | {"policy": one, "token_hit_rate": rate})
-        for one, rate in rates.items()
+    cells = [
+        (label, memory, {"policy": policy, "checkpoints": "adaptive"} | sizes)
+        for label, policy in ((OURS, "survival"), (common.LRU_ADAPTIVE, "lru"))
+        for memory, sizes in memories.items()
     ]
-
-
-def share(cells: common.Records, cell: str) -> float | None:
-    """Return the seconds that ``cell`` saves, relative to those of ``GOAL_CELL``. None if nothing
-    can be saved."""
-    by_cell = {record["cell"]: record for record in cells}
-    whole = by_cell[GOAL_CELL]["seconds_saved"]
-    total = whole + by_cell[GOAL_CELL]["seconds"]
-    return by_cell[cell]["seconds_saved"] / whole if whole > 1e-3 * total else None
-
-
-def shares_by_trace(records: common.Records, policy: str, cell: str) -> dict[str, list[float]]:
-    """Return the seconds that ``cell`` saves relative to 20 GiB by trace, one value per seed.
-
-    Traces are left out if nothing can be saved with some seed.
-    """
-    found: dict[str, list[float]] = {}
-    chosen = [record for record in records if record["policy"] == policy]
-    for name, of in common.grouped(chosen, "trace").items():
-        shares = [share(cells, cell) for cells in common.grouped(of, "seed").values()]
-        known = [one for one in shares if one is not None]
-        if len(known) == len(shares):
-            found[name] = known
-    return found
+    cells += [(peer, GOAL_CELL, {"baseline": peer, "gib": GOAL_GIB}) for peer in common.REBUILT]
+    for label, memory, settings in cells:
+        cell = replace(base, **settings)
+        target = build_target(cell, trace.unit)
+        log = serve(target, trace, trace.unit, cell)
+        result = summarise(cell, log, target, trace.name)
+        record = {"trace": name, "seed": seed, "policy": label, "cell": memory}
+        for field in ("requests", "token_hit_rate", "seconds", "seconds_saved", "copy_seconds"):
+            record[field] = getattr(result, field)
+        records.append(common.rounded(record))
+    [bound] = common.bounds(trace, workload.geometry, [GOAL_GIB])
+    place = {"trace": name, "seed": seed, "policy": common.BOUND, "cell": GOAL_CELL}
+    return [*records, place | {"token_hit_rate": common.rounded(bound)}]
 
 
 def over_seeds(records: common.Records) -> common.Table:
     """Return header and rows: seconds saved relative to those of 20 GiB, in percent, per trace, and
-    token hit rates as means over seeds."""
-    host_cell = f"host {HOST_GIB}"
-    device, host = (
-        shares_by_trace(records, "survival", cell) for cell in (f"device {DEVICE_GIB}", host_cell)
-    )
-    hits = {
-        key: [one["token_hit_rate"] for one in of]
-        for key, of in common.grouped(records, "trace", "policy", "cell").items()
-    }
+    token hit rates as means over seeds.
+
+    Traces are left out if nothing can be saved with some seed.
+    """
+    found = common.grouped(records, "trace", "policy", "cell")
+    device_cell, host_cell = (f"device {DEVICE_GIB}", f"host {HOST_GIB}")
     rows = []
-    for name in device:
-        peers = [hits.get((name, peer, GOAL_CELL), []) for peer in common.REBUILT]
-        rates = [
-            hits.get((name, policy, host_cell), []) for policy in ("survival", common.LRU_ADAPTIVE)
-        ]
-        rates += [[max(of) for of in zip(*peers, strict=True)]]
-        rates += [hits.get((name, common.BOUND, GOAL_CELL), [])]
-        shares = [str(interval(of[name]).scaled(100)) for of in (device, host)]
-        rows.append([name, *shares, *map(common.percent, rates)])
-    both = f"{DEVICE_GIB} GiB and {HOST_GIB} GiB of host memory"
-    whole = f"{GOAL_GIB} GiB"
-    header = ["trace", f"{DEVICE_GIB} GiB, %", f"{both}, %", "hits with both: default pair, %"]
-    header += [f"{common.LRU_ADAPTIVE}, %", f"{common.BEST_REBUILT} with {whole} on the device, %"]
-    return [*header, f"{common.BOUND} of {whole}, %"], rows
+    for name in common.grouped(records, "trace"):
+
+        def values(policy: str, cell: str, field: str) -> list[float]:
+            cells = found.get((name, policy, cell), ())  # noqa: B023
+            return [one[field] for one in cells if field in one]
+
+        def best(field: str) -> list[float]:
+            peers = [values(peer, GOAL_CELL, field) for peer in common.REBUILT]
+            return [max(of) for of in zip(*peers, strict=True)]
+
+        whole, computed = (values(OURS, GOAL_CELL, of) for of in ("seconds_saved", "seconds"))
+        if any(one <= 1e-3 * (one + other) for one, other in zip(whole, computed, strict=True)):
+            continue
+        row = [name]
+        of_ours = (values(OURS, cell, "seconds_saved") for cell in (device_cell, host_cell))
+        for saved in (*of_ours, best("seconds_saved")):
+            parts = [part / one for part, one in zip(saved, whole, strict=bool(saved))]
+            row.append(str(interval(parts).scaled(100)) if parts else "-")
+        rates = [values(policy, host_cell, HITS) for policy in (OURS, common.LRU_ADAPTIVE)]
+        rates += [best(HITS), values(common.BOUND, GOAL_CELL, HITS)]
+        rows.append([*row, *map(common.percent, rates)])
+    both, whole_gib = f"{DEVICE_GIB} GiB and {HOST_GIB} GiB of host memory", f"{GOAL_GIB} GiB"
+    peer = f"{common.BEST_REBUILT}, {whole_gib}, %"
+    header = ["trace", f"{DEVICE_GIB} GiB, %", f"{both}, %", peer, f"hits: {both}, %"]
+    return [*header, f"{common.LRU_ADAPTIVE}, %", peer, f"{common.BOUND}, {whole_gib}, %"], rows
 
 
 def main() -> None:

@@ -10,7 +10,7 @@ from functools import cache
 from statistics import fmean
 from typing import Any
 
-from experiments import provenance
+from experiments import page, provenance
 from experiments.benchmarks.second_turn import PUBLISHED, RIVALS
 from experiments.studies import arena, tiers
 from experiments.studies.common import DEFAULT, grouped
@@ -99,10 +99,10 @@ def llama(measure: str, dtype: str) -> float:
     return one("bench_llama", measure=measure, size="530m", dtype=dtype)["ratio"]
 
 
-def tier_share(cell: str) -> tuple[int, float]:
+def tier_share(column: int) -> tuple[int, float]:
     """Return the number of traces, and the mean share of the savings of 20 GiB on the device."""
-    by_trace = tiers.shares_by_trace(result("study_tiers"), "survival", cell)
-    return len(by_trace), 100 * fmean(map(fmean, by_trace.values()))
+    shares = page.means(tiers.over_seeds(result("study_tiers")), column)
+    return len(shares), fmean(shares)
 
 
 def rust(cache: str, eviction: str, placement: str) -> list[Record]:
@@ -226,7 +226,7 @@ def quotes() -> dict[str, list[str]]:
                 )
             ),
             f"hit rate {hit(0.2, 'sessions'):.1f} % with `sessions` admission, {hit(0.2, 'oldest'):.1f} % oldest first; 99th percentile of TTFT {p99('sessions'):.0f} s, {p99('oldest'):.0f} s",
-            "{} traces | {:.1f} % of the prefill time".format(*tier_share("host 16")),
+            "{} traces | {:.1f} % of the prefill time".format(*tier_share(2)),
             f"{100 * result('sharegpt')[-1]['saved_share']:.0f} % of the prompt tokens saved",
             f"mean {slab['request_us_mean']:.0f} µs in one arena, {pools['request_us_mean']:.0f} µs in two pools; medians {slab['request_us_median']:.0f} and {pools['request_us_median']:.0f} µs",
             f"prefill {llama('prefill beside llama.cpp', 'bfloat16'):.1f}x in bfloat16, {llama('prefill beside llama.cpp', 'Q4_K_M'):.1f}x in Q4_K_M; one stream {llama('one stream beside llama.cpp', 'bfloat16'):.1f}x and {llama('one stream beside llama.cpp', 'Q4_K_M'):.1f}x",
@@ -286,7 +286,7 @@ def quotes() -> dict[str, list[str]]:
             f"int8 has {llama('prefill beside bfloat16', 'int8'):.1f} times the prefill speed and {llama('one stream beside bfloat16', 'int8'):.1f} times the decoding speed of bfloat16",
         ],
         "docs/how-to/tiers.md": [
-            f"host memory saved {tier_share('host 16')[1]:.1f} % of the prefill time that 20 GiB on the device saved; 4 GiB alone saved {tier_share('device 4')[1]:.1f} %",
+            f"host memory saved {tier_share(2)[1]:.1f} % of the prefill time that 20 GiB on the device saved; 4 GiB alone saved {tier_share(1)[1]:.1f} %",
         ],
         "hybridcache/sglang/README.md": [
             f"{soaked('requests') + soaked('aborted'):,} random requests in four strategies",
@@ -314,7 +314,7 @@ FAMILIES = {
 
 def test_pages_quote_the_figures_of_the_results() -> None:
     wrong = []
-    for page, sentences in quotes().items():
-        text = " ".join((ROOT / page).read_text(encoding="utf-8").split())
-        wrong += [f"{page}: {sentence}" for sentence in sentences if sentence not in text]
+    for name, sentences in quotes().items():
+        text = " ".join((ROOT / name).read_text(encoding="utf-8").split())
+        wrong += [f"{name}: {sentence}" for sentence in sentences if sentence not in text]
     assert not wrong, "these sentences must stand on their pages:\n" + "\n".join(wrong)

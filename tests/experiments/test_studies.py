@@ -117,9 +117,10 @@ def test_studies_of_admission_agree_on_small_runs(monkeypatch: pytest.MonkeyPatc
     _, [whole] = overload.table([record for [record] in windows])
     assert (row[:2], whole[:2]) == (["agents", "0.2"], ["3 sessions", "whole run"])
     assert row[2:4] == whole[2:4] and float(row[2]) > 80, "hits"
+    assert float(row[5].split(", ")[3]) == pytest.approx(float(whole[-1]), abs=0.06)
     p99 = [f"{float(number):.1f}" for number in row[6].split(", ")]
-    assert p99 == whole[8:11] and whole[-4] == "100.0, 100.0, 100.0"
-    assert row[-3:] == whole[-3:] and float(row[-1]) >= max(map(float, row[-3:-1]))
+    assert p99 == whole[8:11] and whole[-5] == "100.0, 100.0, 100.0"
+    assert row[-3:] == whole[-4:-1] and float(row[-1]) >= max(map(float, row[-3:-1]))
 
 
 def test_measured_steps_are_a_table_for_simulations(tmp_path: Path) -> None:
