@@ -277,7 +277,7 @@ def evictions(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[str, int, 
 
     def make_watched(cache: HybridRadixCache, *arguments: Any, **options: Any) -> None:
         make(cache, *arguments, **options)
-        cache.subscribe(Log())
+        Log(cache)
 
     monkeypatch.setattr(HybridRadixCache, "__init__", make_watched)
     yield found
