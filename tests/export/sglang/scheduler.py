@@ -88,6 +88,8 @@ class HashModel:
         self.rows = np.zeros(world.rows.size + 1, np.int64)
         states = world.requests.mamba_pool.mamba_cache.temporal[0]
         self.states = states.flatten(1).view(torch.int64)[:, 0]
+        self.answer: np.ndarray | None = None
+        """Answer of the only running request, or None for the hash model's own."""
         self.resumed_tokens = 0
         """Tokens from the cache, each compared with its expected hash. Those of a request's own
         chunks, and of requests that were retracted, are compared but not counted."""
@@ -127,6 +129,9 @@ class HashModel:
         work = self._extend if batch.forward_mode.is_extend() else self._decode
         after = work(batch, slots)
         tokens = torch.from_numpy(np.abs(after) % VOCAB)
+        if self.answer is not None:
+            [req] = batch.reqs
+            tokens = torch.tensor([int(self.answer[len(req.output_ids)])])
         return GenerationBatchResult(
             logits_output=LogitsProcessorOutput(next_token_logits=None),
             next_token_ids=tokens,
@@ -284,10 +289,12 @@ def new_scheduler(
     max_requests: int = 6,
     strategy: str = "extra_buffer",
     overlap: bool = False,
+    backend: str | None = NAME,
+    context_len: int = 4096,
     **settings: Any,
 ) -> CPUScheduler:
-    """Return SGLang's scheduler with this cache. One per process, because its settings are
-    global."""
+    """Return SGLang's scheduler with this cache, or with its own if ``backend`` is None. One per
+    process, because its settings are global."""
     (folder / "config.json").write_text(json.dumps(CONFIG))
     if NAME not in registered_radix_cache_backends():
         plug_in()
@@ -301,16 +308,18 @@ def new_scheduler(
         skip_tokenizer_init=True,
         disable_cuda_graph=True,
         attention_backend="torch_native",
-        radix_cache_backend=NAME,
+        radix_cache_backend=backend,
         max_running_requests=max_requests,
         max_total_tokens=num_kv_tokens,
-        context_length=4096,
+        context_length=context_len,
         disable_overlap_schedule=not overlap,
         mamba_radix_cache_strategy=strategy,
         **settings,
     )
     publish(args, role="scheduler", ranks=SpawnRanks(world_rank=0, dp_rank=None, gpu_id=0))
     pools = {"extra_buffer": strategy != "no_buffer", "lazy": strategy == "extra_buffer_lazy"}
-    world = new_pools(num_kv_tokens, num_slots, max_requests=max_requests, **pools)
+    world = new_pools(
+        num_kv_tokens, num_slots, max_requests=max_requests, context_len=context_len, **pools
+    )
     CPUScheduler.make_worker = lambda config: HashModel(world, config, max_requests)
     return CPUScheduler(args, PortArgs.init_new(args))
