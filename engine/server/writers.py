@@ -173,6 +173,8 @@ class Writer(ABC):
         self._call, self._context, self._body = call, call.context, body
         self.answer_id = answer_id
         self._stream: RequestStream
+        self._index_of: dict[str, int] = {}
+        """Index of each answer by the id of its request."""
         self._latest: dict[int, RequestOutput] = {}
         """Latest output of each answer, by its index."""
         self._created = int(time.time())
@@ -253,18 +255,19 @@ class Writer(ABC):
             is_thinking = marks.get("is_thinking", False)
             grammar = await context.grammar_of(forms, namespace, is_thinking)
             for number, (tokens, at, sampling) in enumerate(choices):
-                first = self._name(number - at)
+                request_id = self._name(number)
                 spec = RequestSpec(
                     tokens,
                     sampling,
                     namespace,
                     ends_session=body.ends_session,
-                    request_id=self._name(number),
-                    choice_of=first if at else None,
+                    request_id=request_id,
+                    choice_of=self._name(number - at) if at else None,
                     grammar=grammar,
                     arrival_s=time.perf_counter(),
                     **marks,
                 )
+                self._index_of[request_id] = number
                 engine.submit_valid(spec, self._stream)
                 await asyncio.sleep(0)
         except BaseException as error:
@@ -281,10 +284,9 @@ class Writer(ABC):
     async def news(self) -> AsyncGenerator[tuple[int, bool], None]:
         """Yield (index of the answer, whether it is its first output) after each output. Closing
         the iterator ends the requests. Raises RequestError if one ended without an answer."""
-        index_of = {request_id: index for index, request_id in enumerate(self._stream.answers)}
         try:
             async for output in self._stream:
-                index = index_of[output.request_id]
+                index = self._index_of[output.request_id]
                 is_first = index not in self._latest
                 self.read(index, output)
                 yield index, is_first
@@ -356,12 +358,25 @@ class Writer(ABC):
         context = self._context
         if is_stream:
             keep_alive_s, headers = context.config.keep_alive_s, self._cache_headers
-            return EventStream(self._events(), headers, self.failed, keep_alive_s)
+            stream = EventStream(self._events(), headers, self.failed, keep_alive_s)
+            self._stream.handle = partial(self._write_now, stream)
+            return stream
         await unless_gone(self._call.request.receive, self._read_all())
         size = sum(len(one.output) + len(one.prompt_token_ids) for one in self.outputs)
         response = await run(size, lambda: json_response(self.whole()))
         response.headers.update(self._cache_headers())
         return response
+
+    def _write_now(self, stream: EventStream, output: RequestOutput) -> bool:
+        """Write an output to the connection without waking the task of the stream, and return True.
+        Returns False for the first output of an answer, and while the client reads too slowly."""
+        index = self._index_of[output.request_id]
+        if index not in self._latest or not stream.is_ready:
+            return False
+        self.read(index, output)
+        if written := b"".join(self.write(index, False)):
+            stream.write(written)
+        return True
 
     async def _events(self) -> AsyncGenerator[bytes, None]:
         """Yield the stream, one piece per output."""

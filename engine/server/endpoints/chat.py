@@ -6,8 +6,10 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
+import msgspec
 from starlette.responses import Response
 
 from engine.errors import Json, JsonObject
@@ -111,6 +113,10 @@ class ChatWriter(Writer):
             self._context.remember(self.answer_id, self._call, self._body, first, message)
 
 
+TEXT_END = b'},"logprobs":null,"finish_reason":null}]}\n\n'
+"""End of an event with text."""
+
+
 async def chat(call: Call, body: ChatRequest) -> Response:
     """Answer one chat request."""
     return await _ChatWriter(call, body, new_id("chatcmpl")).answer(body.stream)
@@ -122,6 +128,7 @@ class _ChatWriter(ChatWriter):
     def __init__(self, call: Call, body: ChatRequest, answer_id: str) -> None:
         super().__init__(call, body, answer_id)
         self.KIND = "chat.completion.chunk" if body.stream else "chat.completion"
+        self._has_only_text = not (body.logprobs or body.return_token_ids)
         self._num_calls = Counter[int]()
         """Number of calls of each answer that were written."""
 
@@ -140,6 +147,11 @@ class _ChatWriter(ChatWriter):
     def write(self, index: int, is_first: bool) -> Iterator[bytes]:
         """Yield one event, after the role of the choice if it is its first."""
         news, ids = self.readers[index], dict[str, Any]()
+        if not is_first and self._has_only_text and news.finish is None:
+            match news.new:  # The usual piece, in a third of the time.
+                case [TextDelta(text)] if text:
+                    yield self._text_head % index + msgspec.json.encode(text) + TEXT_END
+                    return
         empty: JsonObject = {"index": index, "delta": {}, "logprobs": None, "finish_reason": None}
         if is_first:
             if len(self._latest) == 1:
@@ -152,6 +164,12 @@ class _ChatWriter(ChatWriter):
         choice: JsonObject = {"index": index, "delta": delta, **more}
         if ids or choice != empty:
             yield self._chunk([choice], **ids)
+
+    @cached_property
+    def _text_head(self) -> bytes:
+        """Format of the start of an event with text, before the text: its field is the index."""
+        head = self._chunk_head.replace(b"%", b"%%")
+        return head + b',"choices":[{"index":%d,"delta":{"content":'
 
     def _more(
         self, index: int, scores: Sequence[SampledToken] | None, token_ids: Sequence[int]
