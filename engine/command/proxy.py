@@ -65,12 +65,7 @@ class TraceWriter:
     """
 
     def __init__(
-        self,
-        file: BinaryIO,
-        *,
-        keeps_text: bool,
-        tokenizer: Tokenizer | None,
-        counted_by: str = "",
+        self, file: BinaryIO, *, keeps_text: bool, tokenizer: Tokenizer | None, counted_by: str = ""
     ) -> None:
         """``file`` is empty and unbuffered. ``counted_by`` goes into its first line, for readers.
         Raises ValueError if the model of ``tokenizer`` has no chat template."""

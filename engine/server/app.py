@@ -156,10 +156,7 @@ class Server(uvicorn.Server):
 
 
 def serve(
-    engine: AsyncEngine,
-    config: ServerConfig,
-    listener: socket.socket,
-    access: Access,
+    engine: AsyncEngine, config: ServerConfig, listener: socket.socket, access: Access
 ) -> None:
     """Serve on ``listener`` until the engine fails, or until SIGTERM, SIGINT or SIGHUP (unless it
     is ignored, as by ``nohup``); then finish running requests, for at most ``drain_s``. With files

@@ -131,10 +131,7 @@ def oracle_engine(step_s: float = 0.0, num_kv_tokens: int = 8192, **config: Any)
     runner = SlowRunner(num_kv_tokens, 16, max_model_len=4096)
     runner.step_s = step_s
     return Engine(
-        EngineConfig(**config),
-        runner=runner,
-        sampler=OracleSampler(),
-        tokenizer=HFTokenizer(),
+        EngineConfig(**config), runner=runner, sampler=OracleSampler(), tokenizer=HFTokenizer()
     )
 
 
