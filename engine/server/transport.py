@@ -7,7 +7,6 @@ import re
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from contextlib import suppress
-from typing import Any
 
 import h11
 import msgspec
@@ -48,11 +47,6 @@ class ClientConnection(H11Protocol):
 
     _unread: asyncio.TimerHandle | None = None
 
-    def __init__(self, *args: Any, **options: Any) -> None:
-        super().__init__(*args, **options)
-        self.conn = Wire(h11.SERVER)
-        self.app_state = {**self.app_state, "connection": self}
-
     @property
     def is_ready(self) -> bool:
         """True if ``write`` can be called: the answer has chunks, and the client reads it."""
@@ -66,6 +60,7 @@ class ClientConnection(H11Protocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        self.conn, self.app_state = Wire(h11.SERVER), {**self.app_state, "connection": self}
         self._wait_for_headers()
 
     def on_response_complete(self) -> None:
@@ -106,12 +101,9 @@ PAUSE = b": waiting\n\n"
 """Comment, which readers of server-sent events skip."""
 QUIET_S = 5.0
 """Seconds of silence between two events that are filled."""
-BURST = 4
-"""Pieces that are sent in one turn of the event loop. asyncio logs a warning if more are written to
-a closed connection."""
 
 
-def event(data: Any, name: str | None = None) -> bytes:
+def event(data: object, name: str | None = None) -> bytes:
     """Return one server-sent event. O(its size)."""
     head = b"" if name is None else f"event: {name}\n".encode()
     return head + b"data: " + msgspec.json.encode(data) + b"\n\n"
@@ -162,7 +154,6 @@ class EventStream(Response):
         self._events, self._late_headers, self._on_error = events, late_headers, on_error
         self._keep_alive_s = keep_alive_s
         self._has_begun = self._is_sending = False
-        self._num_sent = 0
         self._sent_s = time.monotonic()
         self._connection: ClientConnection | None = None
 
@@ -213,14 +204,12 @@ class EventStream(Response):
                     await self._send(send, PAUSE)
 
     async def _send(self, send: Send, piece: bytes) -> None:
-        """Send a piece, after the headers, and give the event loop a turn after each ``BURST``."""
+        """Send a piece, after the headers, and give the event loop a turn, in case it is closed."""
         self._is_sending = True
         if not self._has_begun:
             self._has_begun = True
             headers = self.raw_headers
             await send({"type": "http.response.start", "status": 200, "headers": headers})
         await send({"type": "http.response.body", "body": piece, "more_body": True})
-        self._num_sent += 1
-        if self._num_sent % BURST == 0:
-            await asyncio.sleep(0)
+        await asyncio.sleep(0)
         self._is_sending, self._sent_s = False, time.monotonic()

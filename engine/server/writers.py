@@ -23,7 +23,7 @@ from engine.async_engine import AsyncEngine, RequestStream
 from engine.errors import Json, JsonObject, RequestError
 from engine.messages import Compile
 from engine.requests.chat_prompt import Replay
-from engine.requests.request import RequestSpec
+from engine.requests.request import Marks, RequestSpec
 from engine.server.access import Access, Tenant
 from engine.server.bodies import APIError, Body, json_response, of_failure, quoted, read_body, run
 from engine.server.metrics import Metrics
@@ -45,7 +45,7 @@ class ServingContext:
         engine: AsyncEngine,
         config: ServerConfig,
         access: Access,
-        remember: Callable[[str, Call, ChatRequest, RequestOutput, Mapping[str, Any]], None],
+        remember: Callable[[str, Call, ChatRequest, RequestOutput, Mapping[str, Json]], None],
     ) -> None:
         """``remember`` stores a chat: id of its answer, call, chat, first answer as output and
         message."""
@@ -215,7 +215,7 @@ class Writer(ABC):
             **more,
         }
 
-    def _chunk(self, choices: list[dict[str, Any]], **more: Any) -> bytes:
+    def _chunk(self, choices: list[JsonObject], **more: Json) -> bytes:
         """Return the event of a part of a stream. Only its end, from the choices on, is encoded."""
         end = msgspec.json.encode({"choices": choices, **more} if more else {"choices": choices})
         return b"%b,%b\n\n" % (self._chunk_head, end[1:])
@@ -228,7 +228,7 @@ class Writer(ABC):
     async def submit(
         self,
         prompts: Sequence[Tokens],
-        marks: Mapping[str, Any],
+        marks: Marks,
         limit: int | None,
         num_scores: int | None,
         forms: Mapping[str, Callable[[], Grammar]],
@@ -308,7 +308,7 @@ class Writer(ABC):
             sum(len(one.output) for one in self._latest.values()),
         )
 
-    def _usage(self) -> dict[str, Any]:
+    def _usage(self) -> JsonObject:
         """Return the token counts in the form of OpenAI's completions, with ``lost_tokens`` and
         ``transferred``. A prompt counts once, with the cache hit of its first choice."""
         outputs, firsts = self.outputs, self.outputs[:: self._body.n]
@@ -323,6 +323,7 @@ class Writer(ABC):
             "accepted_prediction_tokens": num_accepted,
             "rejected_prediction_tokens": num_drafted - num_accepted,
         }
+        details = (drafted if drafts else {}) | self.thought()
         return {
             "prompt_tokens": num_prompt,
             "completion_tokens": num_new,
@@ -331,8 +332,18 @@ class Writer(ABC):
                 "cached_tokens": sum(output.cached_len for output in firsts),
                 "lost_tokens": _sums(losses or [Losses(0, 0, 0, 0, 0)]),
                 **({"transferred": _sums(moved)} if moved else {}),
+                **self.written(),
             },
-        } | ({"completion_tokens_details": drafted} if drafts else {})
+            **({"completion_tokens_details": details} if details else {}),
+        }
+
+    def written(self) -> dict[str, int]:
+        """Return the number of tokens that later prompts may share, for a chat."""
+        return {}
+
+    def thought(self) -> dict[str, int]:
+        """Return the number of tokens of reasoning, for a chat."""
+        return {}
 
     def _ids(self, name: str, token_ids: Sequence[int] | np.ndarray) -> dict[str, list[int]]:
         """Return a field with token ids, in vLLM's form, if they are requested."""

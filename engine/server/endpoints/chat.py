@@ -96,6 +96,9 @@ class ChatWriter(Writer):
         shared = 0 if is_off else max(self._prompt.boundaries.positions, default=0)
         return {"cache_write_tokens": max(0, shared - self.outputs[0].cached_len)}
 
+    def thought(self) -> dict[str, int]:
+        return {"reasoning_tokens": sum(one.num_reasoning_tokens for one in self.readers)}
+
     def read(self, index: int, output: RequestOutput) -> None:
         reader = self.readers[index]
         reader.read(output)
@@ -178,14 +181,6 @@ class _ChatWriter(ChatWriter):
         answer = self.readers[index]
         told = {"logprobs": self._scores(scores), "finish_reason": answer.finish, **answer.warned}
         return told | self._ids("token_ids", token_ids)
-
-    def _usage(self) -> dict[str, Any]:
-        counts = super()._usage()
-        counts["prompt_tokens_details"] |= self.written()
-        num_thought = sum(reader.num_reasoning_tokens for reader in self.readers)
-        details = counts.setdefault("completion_tokens_details", {})
-        details["reasoning_tokens"] = num_thought
-        return counts
 
     def _scores(self, scores: Sequence[SampledToken] | None) -> JsonObject | None:
         """Return one object per token, with its best alternatives, if they are requested."""
