@@ -349,8 +349,7 @@ async def _answer(answer: httpx.Response, exchange: Exchange | None, send: Send)
     clients see that it is incomplete."""
     headers = [(name.lower(), value) for name, value in answer.headers.raw]
     kept = [pair for pair in headers if pair[0] not in CONNECTION]
-    start = {"type": "http.response.start", "status": answer.status_code, "headers": kept}
-    await send(start)
+    await send({"type": "http.response.start", "status": answer.status_code, "headers": kept})
     try:
         async for piece in answer.aiter_raw():
             if exchange is not None:

@@ -49,14 +49,10 @@ class ClientConnection(H11Protocol):
 
     @property
     def is_ready(self) -> bool:
-        """True if ``write`` can be called: the answer has chunks, and the client reads it."""
+        """True if the answer has chunks, and the client reads it, so a chunk can be written."""
         is_lost = self.cycle.disconnected or self.transport.is_closing()
         is_chunked = self.cycle.scope["http_version"] == "1.1"
         return is_chunked and not is_lost and not self.flow.write_paused
-
-    def write(self, piece: bytes) -> None:
-        """Write a piece of a stream, in a tenth of the time that the application takes."""
-        self.transport.write(b"%x\r\n%b\r\n" % (len(piece), piece))
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -163,9 +159,9 @@ class EventStream(Response):
         return self._connection is not None and self._connection.is_ready and not self._is_sending
 
     def write(self, piece: bytes) -> None:
-        """Write an event at once, in place of one of the iterator."""
+        """Write an event at once, in place of one of the iterator, in a tenth of its time."""
         assert self._connection is not None
-        self._connection.write(piece)
+        self._connection.transport.write(b"%x\r\n%b\r\n" % (len(piece), piece))
         self._sent_s = time.monotonic()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

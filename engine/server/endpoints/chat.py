@@ -6,7 +6,6 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import cached_property
 from typing import Any
 
 import msgspec
@@ -116,8 +115,9 @@ class ChatWriter(Writer):
             self._context.remember(self.answer_id, self._call, self._body, first, message)
 
 
-TEXT_END = b'},"logprobs":null,"finish_reason":null}]}\n\n'
-"""End of an event with text."""
+TEXT_EVENT = b'%b,"choices":[{"index":%d,"delta":{"content":%b},"logprobs":null,'
+TEXT_EVENT += b'"finish_reason":null}]}\n\n'
+"""Format of an event with text: start of all events, index of the choice, and text as JSON."""
 
 
 async def chat(call: Call, body: ChatRequest) -> Response:
@@ -153,7 +153,7 @@ class _ChatWriter(ChatWriter):
         if not is_first and self._has_only_text and news.finish is None:
             match news.new:  # The usual piece, in a third of the time.
                 case [TextDelta(text)] if text:
-                    yield self._text_head % index + msgspec.json.encode(text) + TEXT_END
+                    yield TEXT_EVENT % (self._chunk_head, index, msgspec.json.encode(text))
                     return
         empty: JsonObject = {"index": index, "delta": {}, "logprobs": None, "finish_reason": None}
         if is_first:
@@ -167,12 +167,6 @@ class _ChatWriter(ChatWriter):
         choice: JsonObject = {"index": index, "delta": delta, **more}
         if ids or choice != empty:
             yield self._chunk([choice], **ids)
-
-    @cached_property
-    def _text_head(self) -> bytes:
-        """Format of the start of an event with text, before the text: its field is the index."""
-        head = self._chunk_head.replace(b"%", b"%%")
-        return head + b',"choices":[{"index":%d,"delta":{"content":'
 
     def _more(
         self, index: int, scores: Sequence[SampledToken] | None, token_ids: Sequence[int]

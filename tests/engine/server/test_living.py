@@ -73,12 +73,11 @@ def test_disconnect_frees_memory(
 def test_events_written_at_once_are_those_of_the_slow_way(
     serve_oracle: Callable[..., Live], monkeypatch: pytest.MonkeyPatch, path: str
 ) -> None:
-    """HTTP/1.0 has no chunks, so that each of its events takes the way through the application.
-    With token ids, tokens without text have an event too."""
+    """HTTP/1.0 has no chunks, so its events take the slow way. Ids add events without text."""
     live, num_direct, bodies_read = serve_oracle(step_s=0.002), list[int](), list[str]()
-    write = transport.ClientConnection.write
+    write = transport.EventStream.write
     monkeypatch.setattr(
-        transport.ClientConnection, "write", lambda *a: (num_direct.append(1), write(*a))[1]
+        transport.EventStream, "write", lambda *a: (num_direct.append(1), write(*a))[1]
     )
     for version, more in (("1.1", {}), ("1.0", {}), ("1.1", {"return_token_ids": True})):
         body = bodies("x", 40)[path] | {"stream": True, "temperature": 0} | more
