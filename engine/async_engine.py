@@ -264,6 +264,9 @@ class RequestStream:
         self._unread: deque[RequestOutput] = deque()
         self._arrival: asyncio.Future[None] | None = None
         """Wait of the reader for an output, or None. An ``asyncio.Queue`` takes twice the time."""
+        self.handle: Callable[[RequestOutput], bool] = lambda output: False
+        """Called with an output, not the last one, while the reader waits. True if it was handled,
+        so that the reader is not woken. An exception is raised in the reader."""
 
     def __aiter__(self) -> AsyncIterator[RequestOutput]:
         return self
@@ -300,12 +303,20 @@ class RequestStream:
         """Queue ``output`` for the reader."""
         if self._adds:
             output = self.answers[output.request_id].add(output)
-        if output.is_finished:
+        arrival = None if self._arrival is None or self._arrival.done() else self._arrival
+        if output.finish_reason is not None:
             self._open.discard(output.request_id)
             self._on_end(output)
+        elif arrival is not None:
+            try:
+                if self.handle(output):
+                    return
+            except Exception as error:
+                arrival.set_exception(error)
+                return
         self._unread.append(output)
-        if self._arrival is not None and not self._arrival.done():
-            self._arrival.set_result(None)
+        if arrival is not None:
+            arrival.set_result(None)
 
 
 class EngineChannel(ABC):

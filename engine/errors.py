@@ -6,14 +6,17 @@ from __future__ import annotations
 import logging
 import signal
 from collections.abc import Mapping, Sequence
-from typing import ClassVar, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
 import msgspec
 
 logger = logging.getLogger(__name__)
 Json: TypeAlias = "bool | int | float | str | Sequence[Json] | Mapping[str, Json] | None"
 """Value that is written as JSON."""
-JsonObject: TypeAlias = "dict[str, Json]"
+if TYPE_CHECKING:
+    JsonObject: TypeAlias = dict[str, Json]
+else:
+    JsonObject = dict[str, Any]  # For msgspec, which has no recursive types.
 STOPPED = "The engine stopped before the answer was done."
 STOPPING = "The engine is stopping and takes no more requests."
 FAILED = "The engine has failed; see its log for the reason, and restart it."

@@ -105,11 +105,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         parsed = _parser(sys.argv[1:] if arguments is None else arguments).parse_args(arguments)
         name += f" {parsed.verb}"
-        flags |= vars(parsed).keys() - {
-            "prompt",
-            "named",
-            *getattr(parsed, "set", ()),
-        }  # Without a flag.
+        without_flag = "prompt", "named", *getattr(parsed, "set", ())
+        flags |= vars(parsed).keys() - {*without_flag}
         check_no_foreign_kernels()
         code: int = parsed.command(parsed)
         sys.stdout.flush()  # Here, so that a broken pipe is handled below.

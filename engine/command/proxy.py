@@ -65,12 +65,7 @@ class TraceWriter:
     """
 
     def __init__(
-        self,
-        file: BinaryIO,
-        *,
-        keeps_text: bool,
-        tokenizer: Tokenizer | None,
-        counted_by: str = "",
+        self, file: BinaryIO, *, keeps_text: bool, tokenizer: Tokenizer | None, counted_by: str = ""
     ) -> None:
         """``file`` is empty and unbuffered. ``counted_by`` goes into its first line, for readers.
         Raises ValueError if the model of ``tokenizer`` has no chat template."""
@@ -354,8 +349,7 @@ async def _answer(answer: httpx.Response, exchange: Exchange | None, send: Send)
     clients see that it is incomplete."""
     headers = [(name.lower(), value) for name, value in answer.headers.raw]
     kept = [pair for pair in headers if pair[0] not in CONNECTION]
-    start = {"type": "http.response.start", "status": answer.status_code, "headers": kept}
-    await send(start)
+    await send({"type": "http.response.start", "status": answer.status_code, "headers": kept})
     try:
         async for piece in answer.aiter_raw():
             if exchange is not None:

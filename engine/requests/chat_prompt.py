@@ -34,6 +34,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from engine.requests.request import Marks
 from engine.text.answers import RequestOutput
 from engine.text.bounded import BoundedMemory, read_json
 from engine.text.tokenizer import (
@@ -177,7 +178,7 @@ class ChatPrompt:
     """Place of the chat's end, if its answer is to be replayed."""
 
     @property
-    def marks(self) -> dict[str, Any]:
+    def marks(self) -> Marks:
         """Other fields of the ``RequestSpec`` of its answer."""
         return {
             "boundaries": self.boundaries,

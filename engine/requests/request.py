@@ -10,7 +10,7 @@ from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypedDict
 
 import numpy as np
 import numpy.typing as npt
@@ -252,6 +252,16 @@ class RequestSpec(Struct, frozen=True, array_like=True, tag=True, eq=False):
         if sampling is not None or options:
             raise TypeError("a RequestSpec is complete: set its fields, and pass no other options.")
         return prompt
+
+
+class Marks(TypedDict, total=False):
+    """Fields of a ``RequestSpec`` that an endpoint sets for all choices of an answer."""
+
+    boundaries: PromptBoundaries
+    answer_starts_text: bool
+    call_marks: Sequence[str]
+    prompt_logprobs: int | None
+    is_thinking: bool
 
 
 class Request(ScheduledRequest):

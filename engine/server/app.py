@@ -16,7 +16,6 @@ from contextlib import asynccontextmanager, suppress
 from datetime import UTC, datetime
 from functools import partial
 from types import FrameType
-from typing import Any
 
 import msgspec
 import uvicorn
@@ -27,7 +26,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from engine.async_engine import AsyncEngine
-from engine.errors import EngineStopped
+from engine.errors import EngineStopped, JsonObject
 from engine.messages import Ask
 from engine.server.access import Access, Requests
 from engine.server.bodies import HANDLERS, APIError, Body, json_response
@@ -156,10 +155,7 @@ class Server(uvicorn.Server):
 
 
 def serve(
-    engine: AsyncEngine,
-    config: ServerConfig,
-    listener: socket.socket,
-    access: Access,
+    engine: AsyncEngine, config: ServerConfig, listener: socket.socket, access: Access
 ) -> None:
     """Serve on ``listener`` until the engine fails, or until SIGTERM, SIGINT or SIGHUP (unless it
     is ignored, as by ``nohup``); then finish running requests, for at most ``drain_s``. With files
@@ -333,17 +329,17 @@ def _model_routes(context: ServingContext) -> list[Route]:
     ]
 
 
-def _described(routes: Sequence[Route], bodies: dict[str, type[Body]]) -> dict[str, Any]:
+def _described(routes: Sequence[Route], bodies: dict[str, type[Body]]) -> JsonObject:
     """Return the OpenAPI description of ``routes``, generated from the types of their bodies."""
     place = "#/components/schemas/{name}"
     schemas, shapes = msgspec.json.schema_components(bodies.values(), ref_template=place)
-    paths: dict[str, dict[str, Any]] = {}
+    paths: dict[str, dict[str, JsonObject]] = {}
     of_body = dict(zip(bodies, schemas, strict=True))
     for route in routes:
         if not route.include_in_schema:
             continue
         for method in sorted((route.methods or set()) - {"HEAD"}):
-            operation: dict[str, Any] = {"responses": {"200": {"description": "Done."}}}
+            operation: JsonObject = {"responses": {"200": {"description": "Done."}}}
             if route.path in of_body and method == "POST":
                 content = {"application/json": {"schema": of_body[route.path]}}
                 operation["requestBody"] = {"required": True, "content": content}

@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import Any, ClassVar, TypeVar
+from typing import ClassVar, TypeVar
 
 import msgspec
 from starlette.exceptions import HTTPException
@@ -25,6 +25,7 @@ from engine.errors import (
     DuplicateId,
     EngineStopped,
     InvalidRequest,
+    Json,
     JsonObject,
     QueueFull,
     RequestError,
@@ -198,7 +199,7 @@ class Part(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
 class Body(Part, kw_only=True):
     """Base of all bodies."""
 
-    NEUTRAL: ClassVar[Mapping[str, Collection[Any] | None]] = {}
+    NEUTRAL: ClassVar[Mapping[str, Collection[object] | None]] = {}
     """Parameters that are not supported -> values without effect, or None if all have none."""
     KINDS: ClassVar[Mapping[str, str]] = {}
     """Lists of objects -> type of entries that do not name one."""
@@ -241,7 +242,7 @@ def decode(kind: type[Kind], raw: bytes, refuses_images: bool = False) -> Kind:
     return converted(given, kind)
 
 
-def opened(entry: Any, fixed: Collection[str]) -> Any:
+def opened(entry: Json, fixed: Collection[str]) -> Json:
     """Return an object with all names but the ``fixed`` ones in a field ``extra``."""
     if not isinstance(entry, dict):
         return entry
@@ -257,11 +258,13 @@ MEDIA = {
 """Types of parts that no served model reads -> their common name."""
 
 
-def _replace_media(entries: Any, place: str, refuses: bool) -> None:
+def _replace_media(entries: Json, place: str, refuses: bool) -> None:
     """Replace images, documents and sound in messages and results of tools by a line of text, or
     raise APIError 400. An agent repeats its conversation in each turn, so that a refused part would
     end its session. O(parts)."""
-    for at, entry in enumerate(entries if isinstance(entries, list) else ()):
+    if not isinstance(entries, list):
+        return
+    for at, entry in enumerate(entries):
         if not isinstance(entry, dict):
             continue
         kind, path = entry.get("type"), f"{place}.{at}"
@@ -297,20 +300,25 @@ FREE = {
 """Names of objects of any form, such as JSON schemas and arguments of calls."""
 
 
-def settled(value: Any) -> Any:
-    """Return the JSON ``value`` without nulls, which mean the default everywhere in these APIs, and
-    with 3 in place of 3.0. Objects of any form stay as they are. O(its size)."""
+def settled(given: JsonObject) -> JsonObject:
+    """Return the object ``given`` without nulls, which mean the default everywhere in these APIs,
+    and with 3 in place of 3.0. Objects of any form stay as they are. O(its size)."""
+    return {
+        name: entry if name in FREE and isinstance(entry, dict) else _settled(entry)
+        for name, entry in given.items()
+        if entry is not None
+    }
+
+
+def _settled(value: Json) -> Json:
     if isinstance(value, dict):
-        return {
-            name: entry if name in FREE and isinstance(entry, dict) else settled(entry)
-            for name, entry in value.items()
-            if entry is not None
-        }
+        return settled(value)
     if isinstance(value, list):
         is_plain = {*map(type, value)}.isdisjoint((dict, list, float))
-        return value if is_plain else [*map(settled, value)]
-    is_whole = isinstance(value, float) and abs(value) <= 2**53 and value.is_integer()
-    return int(value) if is_whole else value
+        return value if is_plain else [*map(_settled, value)]
+    if isinstance(value, float) and abs(value) <= 2**53 and value.is_integer():
+        return int(value)
+    return value
 
 
 TYPES = {"bool": "a boolean", "float": "a number", "int": "an integer", "str": "a string"}
@@ -318,7 +326,7 @@ TYPES |= {"array": "an array", "object": "an object"}
 """JSON's names of the types in the messages of msgspec."""
 
 
-def converted(value: Any, of_type: type[Result], place: str = "") -> Result:
+def converted(value: object, of_type: type[Result], place: str = "") -> Result:
     """Return the settled JSON ``value`` at this ``place`` of a body as ``of_type``. Raises APIError
     400 with one sentence about the first fault."""
     try:
@@ -387,6 +395,6 @@ async def _receive(request: Request, max_mib: float) -> bytes:
     raise APIError(413, message)
 
 
-def json_response(value: Any) -> Response:
+def json_response(value: object) -> Response:
     """Return ``value`` as a response. O(its size)."""
     return Response(msgspec.json.encode(value), media_type="application/json")

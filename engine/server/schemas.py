@@ -13,6 +13,7 @@ from typing import Annotated, Any, ClassVar, Literal
 import msgspec
 from msgspec import Meta, structs
 
+from engine.errors import Json, JsonObject
 from engine.requests.chat_prompt import Cut
 from engine.requests.request import MAX_BIAS, MAX_COUNT, SamplingParams
 from engine.server.bodies import Body, Part, check_nodes, converted
@@ -47,7 +48,7 @@ MAX_CUTS = 4
 """Number of ``cache_control`` marks of a chat that count. Each takes a render."""
 BROKEN = "INVALID_JSON"
 """Name for the arguments of a call that are not a JSON object, as in Anthropic's API."""
-IGNORED: dict[str, tuple[Any, ...] | None] = dict.fromkeys(
+IGNORED: dict[str, tuple[object, ...] | None] = dict.fromkeys(
     (
         *("user", "safety_identifier", "service_tier", "prompt_cache_key"),
         *("prompt_cache_retention", "prompt_cache_options"),
@@ -55,7 +56,7 @@ IGNORED: dict[str, tuple[Any, ...] | None] = dict.fromkeys(
 )
 """Parameters of OpenAI's API that change no answer: the cache's policies decide on placement and
 eviction, and ``/v1/cache/explanations`` compares prompts."""
-NEUTRAL: dict[str, tuple[Any, ...] | None] = IGNORED | {
+NEUTRAL: dict[str, tuple[object, ...] | None] = IGNORED | {
     **dict.fromkeys(("store", "verbosity", "spaces_between_special_tokens")),
     "best_of": (1,),
     "priority": (0,),
@@ -67,7 +68,7 @@ NEUTRAL: dict[str, tuple[Any, ...] | None] = IGNORED | {
 class NamedSchema(msgspec.Struct, kw_only=True):
     """A schema. ``strict`` is ignored: an answer always follows it."""
 
-    schema: dict[str, Any] | bool | None = None
+    schema: JsonObject | bool | None = None
 
 
 class ResponseFormat(Part, kw_only=True, omit_defaults=True):
@@ -77,7 +78,7 @@ class ResponseFormat(Part, kw_only=True, omit_defaults=True):
     json_schema: NamedSchema | None = None
     name: str | None = None
     description: str | None = None
-    schema: dict[str, Any] | bool | None = None
+    schema: JsonObject | bool | None = None
     strict: bool | None = None
 
     def grammar(self) -> Grammar:
@@ -93,7 +94,7 @@ class ResponseFormat(Part, kw_only=True, omit_defaults=True):
 class StructuredOutputs(Part, kw_only=True):
     """vLLM's structured outputs. Only one of them may be set."""
 
-    json: dict[str, Any] | bool | str | None = None
+    json: JsonObject | bool | str | None = None
     regex: str | None = None
     choice: list[str] | None = None
     grammar: str | None = None
@@ -116,7 +117,7 @@ class OpenAIBody(Body, kw_only=True):
     temperature: Temperature | None = None
     top_p: TopP | None = None
     stream: bool = False
-    stream_options: dict[str, Any] | None = None
+    stream_options: JsonObject | None = None
 
 
 class Sampling(OpenAIBody, kw_only=True):
@@ -142,7 +143,7 @@ class Sampling(OpenAIBody, kw_only=True):
     skip_special_tokens: bool | None = None
     include_stop_str_in_output: bool | None = None
     return_token_ids: bool = False
-    metadata: dict[str, Any] | None = None
+    metadata: JsonObject | None = None
 
     @property
     def ends_session(self) -> bool:
@@ -162,7 +163,7 @@ class Sampling(OpenAIBody, kw_only=True):
         return forms
 
     def samplings(
-        self, max_tokens: int | None, logprobs: int | None, defaults: Mapping[str, Any]
+        self, max_tokens: int | None, logprobs: int | None, defaults: Mapping[str, Json]
     ) -> list[SamplingParams]:
         """Return the sampling parameters of the ``n`` choices; ``defaults`` replace missing ones.
         Raises ValueError for a value out of range."""
@@ -177,7 +178,7 @@ class Sampling(OpenAIBody, kw_only=True):
         return [first.with_seed(self.seed + at) for at in range(self.n)]
 
 
-CacheControl = dict[str, Any]
+CacheControl = JsonObject
 """Anthropic's mark: later prompts will share the text before it. Its fields are ignored, because
 the cache's policies decide on placement and eviction."""
 
@@ -198,14 +199,14 @@ class Message(msgspec.Struct, kw_only=True):
 
     role: Role
     content: str | Annotated[list[TextPart], Meta(max_length=MAX_MESSAGES)] | None = None
-    tool_calls: list[dict[str, Any]] | None = None
+    tool_calls: list[JsonObject] | None = None
     """Calls as templates read them: arguments are an object."""
     cache_control: CacheControl | None = None
-    extra: dict[str, Any] = {}
+    extra: JsonObject = {}
 
-    def as_template_input(self) -> dict[str, Any]:
+    def as_template_input(self) -> JsonObject:
         """Return the message for a chat template: content as one string."""
-        message: dict[str, Any] = {"role": self.role, **self.extra}
+        message: JsonObject = {"role": self.role, **self.extra}
         if "reasoning" in message:
             message.setdefault("reasoning_content", message["reasoning"])
         message["content"] = text_of(self.content)
@@ -286,10 +287,12 @@ def _writes(template: ChatTemplate, roles: tuple[str, ...]) -> bool:
 @lru_cache(maxsize=64)
 def _joint(template: ChatTemplate, role: Role) -> str:
     """Return the text between two parts of a message with this role. Takes two renders."""
-    ask: dict[str, Any] = {"role": "user", "content": PROBE}
-    call = {"id": PROBE, "type": "function", "function": {"name": PROBE, "arguments": {}}}
-    calling = {"role": "assistant", "content": PROBE, "tool_calls": [call]}
-    before = {"assistant": [ask], "tool": [ask, calling]}.get(role, [])
+    ask: JsonObject = {"role": "user", "content": PROBE}
+    call: JsonObject = {"id": PROBE, "type": "function"}
+    call["function"] = {"name": PROBE, "arguments": {}}
+    calling: JsonObject = {"role": "assistant", "content": PROBE, "tool_calls": [call]}
+    earlier: dict[Role, list[JsonObject]] = {"assistant": [ask], "tool": [ask, calling]}
+    before = earlier.get(role, [])
     parts = [{"type": "text", "text": f"{PROBE}{number}"} for number in (1, 2)]
     try:
         text = template.render([*before, {"role": role, "content": parts}, ask])
@@ -301,7 +304,7 @@ def _joint(template: ChatTemplate, role: Role) -> str:
         return "\n"
 
 
-def cuts_of(messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None) -> list[Cut]:
+def cuts_of(messages: Sequence[Message], tools: Sequence[Mapping[str, Json]] | None) -> list[Cut]:
     """Return the last ``MAX_CUTS`` marked places before the end of the chat."""
     of_tools = [Cut(None)] if any(tool.get("cache_control") for tool in tools or ()) else []
     cuts = [*of_tools, *(cut for index, one in enumerate(messages) for cut in one.cuts(index))]
@@ -322,7 +325,7 @@ def completed(messages: list[Message]) -> list[Message]:
     return messages
 
 
-def parsed_arguments(text: str) -> dict[str, Any]:
+def parsed_arguments(text: str) -> JsonObject:
     """Parse the arguments of a call that a model wrote; invalid JSON is returned under ``BROKEN``.
     Raises ValueError if it is too large."""
     check_nodes(text.encode())
@@ -335,7 +338,7 @@ def parsed_arguments(text: str) -> dict[str, Any]:
 
 class Function(msgspec.Struct, kw_only=True):
     name: Name
-    parameters: dict[str, Any] | None = None
+    parameters: JsonObject | None = None
     """JSON schema of a tool."""
     strict: bool | None = None
 
@@ -373,7 +376,7 @@ class ChatRequest(Sampling, kw_only=True):
     """Append the beginning of an answer; by default unless ``continue_final_message`` is set."""
     continue_final_message: bool = False
     """Continue the last message."""
-    chat_template_kwargs: dict[str, Any] | None = None
+    chat_template_kwargs: JsonObject | None = None
     """Switches of the template, such as ``enable_thinking``."""
     reasoning_effort: Effort | None = None
     """Variable of the template. ``none`` also disables reasoning, and any other value enables it,
@@ -440,5 +443,7 @@ class CompletionRequest(Sampling, kw_only=True):
     @property
     def prompts(self) -> list[str | list[int]]:
         """List of prompts, with one entry per prompt."""
-        prompt: Any = self.prompt
-        return [prompt] if isinstance(prompt, str) or isinstance(prompt[0], int) else list(prompt)
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        ids = [one for one in self.prompt if isinstance(one, int)]
+        return [ids] if ids else [one for one in self.prompt if not isinstance(one, int)]

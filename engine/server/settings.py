@@ -7,9 +7,10 @@ import re
 import socket
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from engine.config import ABOVE_0, COUNT, MIB_SIZE, SECONDS, ConfigError, Limits, check_fields
+from engine.errors import JsonObject
 
 API_KEY_VARIABLE = "HYBRIDCACHE_API_KEY"
 """Name of the environment variable with an API key."""
@@ -111,7 +112,7 @@ class ServerConfig:
             raise ConfigError("router and ray need --replicas (2 or more).")
 
     @property
-    def default_switches(self) -> dict[str, Any] | None:
+    def default_switches(self) -> JsonObject | None:
         """``chat_template_kwargs`` as an object, or None if it is none."""
         with suppress(ValueError):
             switches = json.loads(self.chat_template_kwargs or "{}")

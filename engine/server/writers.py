@@ -23,7 +23,7 @@ from engine.async_engine import AsyncEngine, RequestStream
 from engine.errors import Json, JsonObject, RequestError
 from engine.messages import Compile
 from engine.requests.chat_prompt import Replay
-from engine.requests.request import RequestSpec
+from engine.requests.request import Marks, RequestSpec
 from engine.server.access import Access, Tenant
 from engine.server.bodies import APIError, Body, json_response, of_failure, quoted, read_body, run
 from engine.server.metrics import Metrics
@@ -45,7 +45,7 @@ class ServingContext:
         engine: AsyncEngine,
         config: ServerConfig,
         access: Access,
-        remember: Callable[[str, Call, ChatRequest, RequestOutput, Mapping[str, Any]], None],
+        remember: Callable[[str, Call, ChatRequest, RequestOutput, Mapping[str, Json]], None],
     ) -> None:
         """``remember`` stores a chat: id of its answer, call, chat, first answer as output and
         message."""
@@ -173,6 +173,8 @@ class Writer(ABC):
         self._call, self._context, self._body = call, call.context, body
         self.answer_id = answer_id
         self._stream: RequestStream
+        self._index_of: dict[str, int] = {}
+        """Index of each answer by the id of its request."""
         self._latest: dict[int, RequestOutput] = {}
         """Latest output of each answer, by its index."""
         self._created = int(time.time())
@@ -213,7 +215,7 @@ class Writer(ABC):
             **more,
         }
 
-    def _chunk(self, choices: list[dict[str, Any]], **more: Any) -> bytes:
+    def _chunk(self, choices: list[JsonObject], **more: Json) -> bytes:
         """Return the event of a part of a stream. Only its end, from the choices on, is encoded."""
         end = msgspec.json.encode({"choices": choices, **more} if more else {"choices": choices})
         return b"%b,%b\n\n" % (self._chunk_head, end[1:])
@@ -226,7 +228,7 @@ class Writer(ABC):
     async def submit(
         self,
         prompts: Sequence[Tokens],
-        marks: Mapping[str, Any],
+        marks: Marks,
         limit: int | None,
         num_scores: int | None,
         forms: Mapping[str, Callable[[], Grammar]],
@@ -253,18 +255,19 @@ class Writer(ABC):
             is_thinking = marks.get("is_thinking", False)
             grammar = await context.grammar_of(forms, namespace, is_thinking)
             for number, (tokens, at, sampling) in enumerate(choices):
-                first = self._name(number - at)
+                request_id = self._name(number)
                 spec = RequestSpec(
                     tokens,
                     sampling,
                     namespace,
                     ends_session=body.ends_session,
-                    request_id=self._name(number),
-                    choice_of=first if at else None,
+                    request_id=request_id,
+                    choice_of=self._name(number - at) if at else None,
                     grammar=grammar,
                     arrival_s=time.perf_counter(),
                     **marks,
                 )
+                self._index_of[request_id] = number
                 engine.submit_valid(spec, self._stream)
                 await asyncio.sleep(0)
         except BaseException as error:
@@ -281,10 +284,9 @@ class Writer(ABC):
     async def news(self) -> AsyncGenerator[tuple[int, bool], None]:
         """Yield (index of the answer, whether it is its first output) after each output. Closing
         the iterator ends the requests. Raises RequestError if one ended without an answer."""
-        index_of = {request_id: index for index, request_id in enumerate(self._stream.answers)}
         try:
             async for output in self._stream:
-                index = index_of[output.request_id]
+                index = self._index_of[output.request_id]
                 is_first = index not in self._latest
                 self.read(index, output)
                 yield index, is_first
@@ -306,7 +308,7 @@ class Writer(ABC):
             sum(len(one.output) for one in self._latest.values()),
         )
 
-    def _usage(self) -> dict[str, Any]:
+    def _usage(self) -> JsonObject:
         """Return the token counts in the form of OpenAI's completions, with ``lost_tokens`` and
         ``transferred``. A prompt counts once, with the cache hit of its first choice."""
         outputs, firsts = self.outputs, self.outputs[:: self._body.n]
@@ -321,6 +323,7 @@ class Writer(ABC):
             "accepted_prediction_tokens": num_accepted,
             "rejected_prediction_tokens": num_drafted - num_accepted,
         }
+        details = (drafted if drafts else {}) | self.thought()
         return {
             "prompt_tokens": num_prompt,
             "completion_tokens": num_new,
@@ -329,8 +332,18 @@ class Writer(ABC):
                 "cached_tokens": sum(output.cached_len for output in firsts),
                 "lost_tokens": _sums(losses or [Losses(0, 0, 0, 0, 0)]),
                 **({"transferred": _sums(moved)} if moved else {}),
+                **self.written(),
             },
-        } | ({"completion_tokens_details": drafted} if drafts else {})
+            **({"completion_tokens_details": details} if details else {}),
+        }
+
+    def written(self) -> dict[str, int]:
+        """Return the number of tokens that later prompts may share, for a chat."""
+        return {}
+
+    def thought(self) -> dict[str, int]:
+        """Return the number of tokens of reasoning, for a chat."""
+        return {}
 
     def _ids(self, name: str, token_ids: Sequence[int] | np.ndarray) -> dict[str, list[int]]:
         """Return a field with token ids, in vLLM's form, if they are requested."""
@@ -356,12 +369,25 @@ class Writer(ABC):
         context = self._context
         if is_stream:
             keep_alive_s, headers = context.config.keep_alive_s, self._cache_headers
-            return EventStream(self._events(), headers, self.failed, keep_alive_s)
+            stream = EventStream(self._events(), headers, self.failed, keep_alive_s)
+            self._stream.handle = partial(self._write_now, stream)
+            return stream
         await unless_gone(self._call.request.receive, self._read_all())
         size = sum(len(one.output) + len(one.prompt_token_ids) for one in self.outputs)
         response = await run(size, lambda: json_response(self.whole()))
         response.headers.update(self._cache_headers())
         return response
+
+    def _write_now(self, stream: EventStream, output: RequestOutput) -> bool:
+        """Write an output to the connection without waking the task of the stream, and return True.
+        Returns False for the first output of an answer, and while the client reads too slowly."""
+        index = self._index_of[output.request_id]
+        if index not in self._latest or not stream.is_ready:
+            return False
+        self.read(index, output)
+        if written := b"".join(self.write(index, False)):
+            stream.write(written)
+        return True
 
     async def _events(self) -> AsyncGenerator[bytes, None]:
         """Yield the stream, one piece per output."""

@@ -200,7 +200,8 @@ class ProcessChannel(EngineChannel):
 
     def _close(self, code: int) -> None:
         """Read the last messages of the process, which has ended."""
-        self._read()
+        while (message := self._sockets.receive()) is not None:
+            self.front.receive(message)
         failure = None
         if code and not self._was_killed:
             died = f"The engine's process {describe_exit(code)}: restart the server."
@@ -209,8 +210,9 @@ class ProcessChannel(EngineChannel):
         self._closed.set()
 
     def _read(self) -> None:
-        """Process all messages that have arrived."""
-        while (message := self._sockets.receive()) is not None:
+        """Process a message that has arrived, and the next one in the next turn of the loop."""
+        if self._loop is not None and (message := self._sockets.receive()) is not None:
+            self._loop.call_soon(self._read)
             self.front.receive(message)
 
 

@@ -111,6 +111,29 @@ def test_one_stream_has_the_outputs_of_several_requests() -> None:
     serve(scenario)
 
 
+def test_an_output_that_its_reader_waits_for_can_be_handled_at_once() -> None:
+    """An exception ends the reader. The last output is never handled."""
+
+    async def scenario(engine: AsyncEngine, runner: GatedRunner) -> None:
+        handled = list[int]()
+
+        def handle(output: RequestOutput) -> bool:
+            handled.append(output.num_tokens)
+            return bool(1 / (9 - output.num_tokens))
+
+        stream = engine.submit([1, 2, 3], SamplingParams(max_tokens=4))
+        stream.handle = handle
+        assert [output.num_tokens for output in await read(stream)] == [4]
+        assert handled == [1, 2, 3]
+        stream = engine.submit([1, 2, 3], SamplingParams(max_tokens=30))
+        stream.handle = handle
+        with pytest.raises(ZeroDivisionError):
+            await read(stream)
+        stream.abort()
+
+    serve(scenario)
+
+
 def test_an_idle_engine_drains() -> None:
     async def scenario(engine: AsyncEngine, runner: GatedRunner) -> None:
         await read(engine.submit([1], ONE))

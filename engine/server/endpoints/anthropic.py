@@ -7,7 +7,7 @@ assistant's ``reasoning_content``, and a tool use is one of its calls.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
 import msgspec
@@ -59,7 +59,7 @@ class Thinking(msgspec.Struct, kw_only=True, tag_field="type", tag="thinking"):
 class ToolUse(msgspec.Struct, kw_only=True, tag_field="type", tag="tool_use"):
     id: str
     name: str
-    input: dict[str, Any]
+    input: JsonObject
     cache_control: CacheControl | None = None
 
 
@@ -112,8 +112,8 @@ class Turn(msgspec.Struct, kw_only=True):
                     thoughts.append(block.thinking)
                     messages[0].extra = {"reasoning_content": "\n".join(thoughts)}
                 case ToolUse():
-                    function = {"name": block.name, "arguments": block.input}
-                    call = {"id": block.id, "type": "function", "function": function}
+                    function: JsonObject = {"name": block.name, "arguments": block.input}
+                    call: JsonObject = {"id": block.id, "type": "function", "function": function}
                     messages[0].tool_calls = [*(messages[0].tool_calls or ()), call]
                     messages[0].cache_control = block.cache_control or messages[0].cache_control
                 case ToolResult():
@@ -132,7 +132,7 @@ class Tool(msgspec.Struct, kw_only=True):
     type: Literal["custom"] | None = None
     name: Name
     description: str | None = None
-    input_schema: dict[str, Any]
+    input_schema: JsonObject
     cache_control: CacheControl | None = None
     strict: bool | None = None
 
@@ -170,7 +170,7 @@ class CountRequest(Body, kw_only=True):
     """POST /v1/messages/count_tokens: the fields that determine the prompt."""
 
     # The cache's own explanations replace ``diagnostics``.
-    NEUTRAL: ClassVar[Mapping[str, Any]] = {
+    NEUTRAL: ClassVar[Mapping[str, Collection[object] | None]] = {
         **dict.fromkeys(("diagnostics", "service_tier")),
         **dict.fromkeys(("mcp_servers", "fallbacks"), ([],)),
         "speed": ("standard",),
@@ -187,7 +187,7 @@ class CountRequest(Body, kw_only=True):
     """Later prompts will share all of this one."""
     context_management: Any = None
     """Ignored: the answer says that no edit was applied."""
-    metadata: dict[str, Any] | None = None
+    metadata: JsonObject | None = None
     thread: Any = None
     """Refused with a code, at which Anthropic's client sends the whole chat without it."""
 
@@ -289,7 +289,7 @@ class _MessagesWriter(PartWriter):
 
     def whole(self) -> JsonObject:
         """Return the message, whose content is put together from the blocks of its stream."""
-        content = list[dict[str, Any]]()
+        content = list[JsonObject]()
         for one in (*self.parts(joined(self._answer.events)), *self.close()):
             match one:
                 case {"content_block": dict(block)}:

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import msgspec
 from starlette.responses import Response
 
 from engine.errors import Json, JsonObject
@@ -94,6 +95,9 @@ class ChatWriter(Writer):
         shared = 0 if is_off else max(self._prompt.boundaries.positions, default=0)
         return {"cache_write_tokens": max(0, shared - self.outputs[0].cached_len)}
 
+    def thought(self) -> dict[str, int]:
+        return {"reasoning_tokens": sum(one.num_reasoning_tokens for one in self.readers)}
+
     def read(self, index: int, output: RequestOutput) -> None:
         reader = self.readers[index]
         reader.read(output)
@@ -111,6 +115,11 @@ class ChatWriter(Writer):
             self._context.remember(self.answer_id, self._call, self._body, first, message)
 
 
+TEXT_EVENT = b'%b,"choices":[{"index":%d,"delta":{"content":%b},"logprobs":null,'
+TEXT_EVENT += b'"finish_reason":null}]}\n\n'
+"""Format of an event with text: start of all events, index of the choice, and text as JSON."""
+
+
 async def chat(call: Call, body: ChatRequest) -> Response:
     """Answer one chat request."""
     return await _ChatWriter(call, body, new_id("chatcmpl")).answer(body.stream)
@@ -122,6 +131,7 @@ class _ChatWriter(ChatWriter):
     def __init__(self, call: Call, body: ChatRequest, answer_id: str) -> None:
         super().__init__(call, body, answer_id)
         self.KIND = "chat.completion.chunk" if body.stream else "chat.completion"
+        self._has_only_text = not (body.logprobs or body.return_token_ids)
         self._num_calls = Counter[int]()
         """Number of calls of each answer that were written."""
 
@@ -140,6 +150,11 @@ class _ChatWriter(ChatWriter):
     def write(self, index: int, is_first: bool) -> Iterator[bytes]:
         """Yield one event, after the role of the choice if it is its first."""
         news, ids = self.readers[index], dict[str, Any]()
+        if not is_first and self._has_only_text and news.finish is None:
+            match news.new:  # The usual piece, in a third of the time.
+                case [TextDelta(text)] if text:
+                    yield TEXT_EVENT % (self._chunk_head, index, msgspec.json.encode(text))
+                    return
         empty: JsonObject = {"index": index, "delta": {}, "logprobs": None, "finish_reason": None}
         if is_first:
             if len(self._latest) == 1:
@@ -160,14 +175,6 @@ class _ChatWriter(ChatWriter):
         answer = self.readers[index]
         told = {"logprobs": self._scores(scores), "finish_reason": answer.finish, **answer.warned}
         return told | self._ids("token_ids", token_ids)
-
-    def _usage(self) -> dict[str, Any]:
-        counts = super()._usage()
-        counts["prompt_tokens_details"] |= self.written()
-        num_thought = sum(reader.num_reasoning_tokens for reader in self.readers)
-        details = counts.setdefault("completion_tokens_details", {})
-        details["reasoning_tokens"] = num_thought
-        return counts
 
     def _scores(self, scores: Sequence[SampledToken] | None) -> JsonObject | None:
         """Return one object per token, with its best alternatives, if they are requested."""

@@ -9,6 +9,7 @@ from typing import Any
 from starlette.responses import Response
 
 from engine.errors import JsonObject
+from engine.requests.request import Marks
 from engine.server.schemas import CompletionRequest
 from engine.server.writers import Call, Writer, finite, new_id, token_text
 from engine.text.answers import SampledToken
@@ -21,7 +22,7 @@ async def complete(call: Call, body: CompletionRequest) -> Response:
     writer = _CompletionWriter(call, body)
     prompts = await context.encode(body.prompts, body.add_special_tokens, namespace)
     scores_prompt = body.echo and (body.logprobs is not None or body.max_tokens == 0)
-    marks = {"prompt_logprobs": (body.logprobs or 0) if scores_prompt else None}
+    marks: Marks = {"prompt_logprobs": (body.logprobs or 0) if scores_prompt else None}
     forms = body.forms("response_format")
     await writer.submit(prompts, marks, body.max_tokens, body.logprobs, forms)
     return await writer.respond(body.stream)

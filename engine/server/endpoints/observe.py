@@ -10,7 +10,6 @@ import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import suppress
 from functools import partial
-from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -100,7 +99,7 @@ class Page:
                 self._views = [one for one in self._views if one != (replica, view)]
                 await ask(AskView(view, "close"))
 
-    async def _event(self, num_records: int, data: Any, name: str) -> bytes:
+    async def _event(self, num_records: int, data: object, name: str) -> bytes:
         return await run(BYTES * num_records, partial(event, data, name))
 
     async def _node(self, request: Request) -> Response:

@@ -47,7 +47,7 @@ KINDS: dict[Kind, tuple[str, str]] = {
     "function_call": ("fc", "function_call_arguments"),
 }
 """Kind of an item -> (prefix of its id, name of its text in events)."""
-NEUTRAL: dict[str, tuple[Any, ...] | None] = IGNORED | {
+NEUTRAL: dict[str, tuple[object, ...] | None] = IGNORED | {
     "background": (False,),
     "truncation": ("disabled",),
     "top_logprobs": (0,),
@@ -116,7 +116,7 @@ def _joined(namespace: str | None, name: str) -> str:
 class FunctionTool(msgspec.Struct, kw_only=True, tag_field="type", tag="function"):
     name: Name
     description: str | None = None
-    parameters: dict[str, Any] | None = None
+    parameters: JsonObject | None = None
     strict: bool | None = None
 
     def as_told(self) -> JsonObject:
@@ -124,7 +124,7 @@ class FunctionTool(msgspec.Struct, kw_only=True, tag_field="type", tag="function
         told: JsonObject = msgspec.to_builtins(self)
         return told | {"parameters": self.parameters or {}, "strict": bool(self.strict)}
 
-    def as_tool(self, namespace: str | None = None, description: str | None = None) -> Any:
+    def as_tool(self, namespace: str | None = None, description: str | None = None) -> JsonObject:
         said = "\n".join(text for text in (description, self.description) if text)
         name = _joined(namespace, self.name)
         return as_tool(name, said or None, self.parameters, self.strict)
@@ -207,20 +207,18 @@ class ResponsesRequest(OpenAIBody, kw_only=True):
         messages = _messages(self.instructions, items)
         if not messages:
             raise APIError(400, "'input' is empty. Send at least one item.")
-        choice: Any = self.tool_choice
-        if isinstance(choice, NamedFunction):
-            choice = NamedTool.of(choice.name)
+        asked = self.tool_choice
         return ChatRequest(
             messages=messages,
             tools=list(self._functions()) or None,
-            tool_choice=choice,
+            tool_choice=asked if isinstance(asked, str) else NamedTool.of(asked.name),
             parallel_tool_calls=self.parallel_tool_calls,
             max_completion_tokens=self.max_output_tokens,
             temperature=self.temperature,
             top_p=self.top_p,
             reasoning_effort=None if self.reasoning is None else self.reasoning.effort,
             response_format=(self.text or TextConfig()).format,
-            metadata=self.metadata,
+            metadata={**(self.metadata or {})},
         )
 
 
@@ -242,12 +240,12 @@ def _messages(instructions: str | None, items: Sequence[AnyItem]) -> list[Messag
                 last.extra = {"reasoning_content": thoughts}
             case CallItem():
                 name = _joined(item.namespace, item.name)
-                function = {"name": name, "arguments": parsed_arguments(item.arguments)}
-                call = {"id": item.call_id, "type": "function", "function": function}
+                function: JsonObject = {"name": name, "arguments": parsed_arguments(item.arguments)}
+                call: JsonObject = {"id": item.call_id, "type": "function", "function": function}
                 last = _assistant(messages, lambda last: True)
                 last.tool_calls = [*(last.tool_calls or ()), call]
             case ResultItem():
-                result = {"tool_call_id": item.call_id}
+                result: JsonObject = {"tool_call_id": item.call_id}
                 messages.append(
                     Message(role="tool", content=_continued(None, item.output), extra=result)
                 )
@@ -263,7 +261,7 @@ def _continued(before: str | Sequence[TextPart] | None, new: Content) -> list[Te
     return [*parts, *(TextPart(text=text) for text in more)]
 
 
-def _assistant(messages: list[Message], is_open: Callable[[Message], Any]) -> Message:
+def _assistant(messages: list[Message], is_open: Callable[[Message], object]) -> Message:
     """Return the last message if it is the assistant's and may have the next part, else a new one.
 
     Reasoning comes before text, and text before calls. Text continues after calls that have no
@@ -471,7 +469,7 @@ class _ResponsesWriter(PartWriter):
             "input_tokens": num_prompt,
             "input_tokens_details": {"cached_tokens": output.cached_len, **self.written()},
             "output_tokens": num_new,
-            "output_tokens_details": {"reasoning_tokens": self._answer.num_reasoning_tokens},
+            "output_tokens_details": self.thought(),
             "total_tokens": num_prompt + num_new,
         }
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from msgspec import field
 from starlette.responses import Response
 
+from engine.errors import JsonObject
 from engine.server.bodies import APIError, Body, json_response, run
 from engine.server.endpoints.chat import render
 from engine.server.schemas import ChatRequest, Messages, TokenId
@@ -35,7 +34,7 @@ class DetokenizeRequest(Body, kw_only=True):
 async def tokenize(call: Call, body: TokenizeRequest) -> Response:
     """Return the ids of a text or of a chat."""
     context = call.context
-    answer: dict[str, Any] = {"max_model_len": context.engine.facts.max_model_len}
+    answer: JsonObject = {"max_model_len": context.engine.facts.max_model_len}
     if body.messages:
         prompt = await render(call, body)
         tokens, answer["boundaries"] = prompt.tokens, list(prompt.boundaries.positions)

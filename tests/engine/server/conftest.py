@@ -73,12 +73,12 @@ class Live:
     def connect(self) -> socket.socket:
         return socket.create_connection(("127.0.0.1", self.port), timeout=120)
 
-    def send(self, path: str, body: dict[str, Any]) -> socket.socket:
+    def send(self, path: str, body: dict[str, Any], version: str = "1.1") -> socket.socket:
         """Send a request on a new socket and return it with its answer unread."""
         payload = json.dumps(body).encode()
         connection = self.connect()
         connection.sendall(
-            f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+            f"POST {path} HTTP/{version}\r\nHost: x\r\nContent-Type: application/json\r\n"
             f"Content-Length: {len(payload)}\r\n\r\n".encode()
             + payload
         )
@@ -131,10 +131,7 @@ def oracle_engine(step_s: float = 0.0, num_kv_tokens: int = 8192, **config: Any)
     runner = SlowRunner(num_kv_tokens, 16, max_model_len=4096)
     runner.step_s = step_s
     return Engine(
-        EngineConfig(**config),
-        runner=runner,
-        sampler=OracleSampler(),
-        tokenizer=HFTokenizer(),
+        EngineConfig(**config), runner=runner, sampler=OracleSampler(), tokenizer=HFTokenizer()
     )
 
 

@@ -10,10 +10,7 @@ import pytest
 
 from .conftest import Live
 
-SCHEMA = {
-    "type": "object",
-    "properties": {"city": {"type": "string"}, "days": {"type": "integer"}},
-}
+SCHEMA = {"type": "object", "properties": {"city": {"type": "string"}, "days": {"type": "integer"}}}
 TOOL: dict[str, Any] = {"name": "weather", "parameters": SCHEMA}
 CHAT = [{"role": "user", "content": "Rain in Bonn?"}]
 BONN = {"city": "Bonn", "days": 2}
@@ -205,12 +202,7 @@ class Responses(Dialect):
         return [{"type": "function_call_output", "call_id": one, "output": text} for one in ids]
 
 
-REASONS = {
-    "tool_use": "call",
-    "end_turn": "stop",
-    "stop_sequence": "stop",
-    "max_tokens": "length",
-}
+REASONS = {"tool_use": "call", "end_turn": "stop", "stop_sequence": "stop", "max_tokens": "length"}
 
 
 class Messages(Dialect):

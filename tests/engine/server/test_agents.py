@@ -32,10 +32,9 @@ def live(serve_answer: ServeAnswer, request: pytest.FixtureRequest) -> Live:
 def test_openai_agents_runs_a_tool_loop(live: Live, dialect: str) -> None:
     agents = pytest.importorskip("agents")
     agents.set_tracing_disabled(True)
-    kind = {
-        "responses": agents.OpenAIResponsesModel,
-        "chat": agents.OpenAIChatCompletionsModel,
-    }[dialect]
+    kind = {"responses": agents.OpenAIResponsesModel, "chat": agents.OpenAIChatCompletionsModel}[
+        dialect
+    ]
     agent = agents.Agent(
         name="a",
         instructions="Be brief.",

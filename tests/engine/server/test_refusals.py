@@ -59,11 +59,7 @@ def make_engine(config: EngineConfig, **options: Any) -> Engine:
     runner = SlowRunner(65536, 16, max_model_len=20_000)
     runner.step_s = 0.01
     engine = Engine(
-        config,
-        runner=runner,
-        sampler=OracleSampler(),
-        tokenizer=HFTokenizer(),
-        **options,
+        config, runner=runner, sampler=OracleSampler(), tokenizer=HFTokenizer(), **options
     )
     made = engine.make
 
@@ -206,11 +202,7 @@ async def check_duplicate_id_is_refused(
 
 
 ENDLESS = SamplingParams(max_tokens=15_000, ignore_eos=True)
-SCENARIOS = (
-    check_status_and_body_of_refusals,
-    check_queue_is_full,
-    check_duplicate_id_is_refused,
-)
+SCENARIOS = (check_status_and_body_of_refusals, check_queue_is_full, check_duplicate_id_is_refused)
 
 
 @pytest.mark.full("thread", "replicas")

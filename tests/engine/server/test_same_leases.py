@@ -117,14 +117,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Asked]]:
         if not found:
             namespaces.clear()
         number = namespaces.setdefault(request.namespace, len(namespaces))
-        one = Asked(
-            request.tokens.tolist(),
-            request.boundaries,
-            number,
-            lease.cached_len,
-            [],
-            [],
-        )
+        one = Asked(request.tokens.tolist(), request.boundaries, number, lease.cached_len, [], [])
         found.append(one)
         by_lease[lease] = one
         return lease

@@ -311,10 +311,7 @@ def test_tenants_stay_isolated_in_every_dialect(
             for other, headers in enumerate(tenants):
                 status = live.get(f"/v1/responses/{answer['id']}", **headers).status_code
                 assert status == (200 if other == number else 404)
-                more = bodies("more")[path] | {
-                    "previous_response_id": answer["id"],
-                    "store": False,
-                }
+                more = bodies("more")[path] | {"previous_response_id": answer["id"], "store": False}
                 status = live.post(path, more, **headers).status_code
                 assert status == (200 if other == number else 400)
     live.check_conserved()
