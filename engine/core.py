@@ -459,11 +459,8 @@ class EngineCore:
         held_rows, held_slots = self._manager.held()
         kv = PoolReport.of(cache.free_tokens, cache.cached_tokens, held_rows)
         slots = PoolReport.of(cache.free_slots, cache.num_checkpoints, held_slots)
-        optional = {
-            key: value for plugin in self.plugins.values() for key, value in plugin.report().items()
-        }
         total, is_kept = cache.stats.total, config.prefix_cache != "none"
-        return CacheReport(
+        report = CacheReport(
             prefix_cache=cache_kind(config, memory),
             eviction=config.eviction if is_kept else "none",
             checkpoints=config.checkpoints if is_kept else (),
@@ -480,10 +477,12 @@ class EngineCore:
             usage=cache.stats.as_dict(),
             admission=str(config.admission),
             queue=self._scheduler.admission_report(),
-            **optional,
         )
+        for plugin in self.plugins.values():
+            report = plugin.completed(report)
+        return report
 
-    def cache_view(self) -> dict[str, Any]:
+    def cache_view(self) -> dict[str, object]:
         """Return ``report`` as plain data, with an outline of the tree: a line per node, without
         tokens."""
         return asdict(self.report()) | {"tree": self.cache.render(40).splitlines()}
@@ -602,6 +601,6 @@ class Plugin:
     def close(self) -> None:
         """Complete pending writes and end other processes, after the last step."""
 
-    def report(self) -> Mapping[str, Any]:
-        """Return fields of ``CacheReport``."""
-        return {}
+    def completed(self, report: CacheReport) -> CacheReport:
+        """Return ``report`` with the fields of this plugin."""
+        return report

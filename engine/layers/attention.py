@@ -4,7 +4,6 @@ gate, or multi-head latent attention."""
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 
@@ -106,7 +105,7 @@ class Attention(Composite):
     def write(self, projected: torch.Tensor, inputs: LayerInputs, pools: Pools) -> torch.Tensor:
         """Write this step's KV. Returns the queries, ``[T, HQ, D]``."""
         parts = projected[: inputs.num_tokens].split(self._widths, dim=-1)[1:]
-        options: dict[str, Any] = {}
+        options: dict[str, object] = {}
         if self._norms is not None and self._norms[0].size == self.sizes.head_dim:
             options = {"norms": [norm.weight for norm in self._norms], "eps": self._norms[0].eps}
         elif self._norms is not None:

@@ -56,12 +56,12 @@ class DecodePart:
         return len(self.sequences.rows)
 
     @property
-    def attention_inputs(self) -> dict[str, Any]:
+    def attention_inputs(self) -> dict[str, object]:
         """Arguments of the decoding functions of attention."""
         return {"sequences": self.sequences}
 
     @property
-    def scan_inputs(self) -> dict[str, Any]:
+    def scan_inputs(self) -> dict[str, object]:
         """Arguments of the decoding functions of convolutions and recurrences."""
         return {"slots": self.slots}
 
@@ -87,12 +87,12 @@ class VerifyPart:
         return len(self.before)
 
     @property
-    def attention_inputs(self) -> dict[str, Any]:
+    def attention_inputs(self) -> dict[str, object]:
         """Arguments of the verifying functions of attention."""
         return {"sequences": self.sequences, "packed": self.packed}
 
     @property
-    def scan_inputs(self) -> dict[str, Any]:
+    def scan_inputs(self) -> dict[str, object]:
         """Arguments of the decoding functions of convolutions and recurrences."""
         return {"slots": self.slots, "packed": self.packed, "step_slots": self.step_slots}
 
@@ -122,12 +122,12 @@ class PrefillPart:
         return sum(self.packed.lengths)
 
     @property
-    def attention_inputs(self) -> dict[str, Any]:
+    def attention_inputs(self) -> dict[str, object]:
         """Arguments of the prefill functions of attention."""
         return {"sequences": self.sequences, "packed": self.packed}
 
     @property
-    def scan_inputs(self) -> dict[str, Any]:
+    def scan_inputs(self) -> dict[str, object]:
         """Arguments of the prefill functions of convolutions and recurrences."""
         return {
             "slots": self.slots,

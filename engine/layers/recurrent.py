@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
 
 import torch
 
@@ -14,6 +13,7 @@ from engine.weights.model_config import ModelError
 from engine.weights.parameters import Build, Composite, Kinds, Parameter
 from engine.weights.products import SCALE_BLOCK, Linear, Part, QuantizedRows
 from hybridcache.geometry.mixers import DeltaSizes, MambaSizes, ShortConvSizes
+from hybridcache.geometry.sizes import Spec
 
 
 class CausalConv:
@@ -49,7 +49,7 @@ class CausalConv:
 class Recurrent(Composite):
     """Mixer that convolves and scans, from each sequence's state, which it updates in its slot."""
 
-    keeps: tuple[Any, ...]
+    keeps: tuple[Spec, ...]
     projected_size: int
     mixed_shape: tuple[int, ...]
     _projection: Linear

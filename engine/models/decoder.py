@@ -30,7 +30,7 @@ from engine.layers.blocks import (
 from engine.layers.experts import SigmoidRouter
 from engine.layers.prediction import PredictionHead
 from engine.layers.recurrent import Mamba2
-from engine.layers.rotary import read_rope
+from engine.layers.rotary import RopeDefaults, read_rope
 from engine.weights.model_config import (
     ModelConfig,
     ModelError,
@@ -70,7 +70,7 @@ class Decoder(ABC):
     """Supported values of further keys, for which the layers have no settings."""
     eps_key: ClassVar[str] = "rms_norm_eps"
     """Key of the epsilon of norms."""
-    rope_defaults: ClassVar[Mapping[str, Any] | None] = {}
+    rope_defaults: ClassVar[RopeDefaults | None] = {}
     """Arguments of ``read_rope``, or None for a family without rotation."""
     centred_norms: ClassVar[bool] = False
     """True if the norms of the residual stream are stored around zero."""

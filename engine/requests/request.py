@@ -117,7 +117,7 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         stop, bias = self.stop, self.logit_bias
-        lists: dict[str, Any] = {
+        lists: dict[str, object] = {
             "stop": (stop,) if isinstance(stop, str) else stop,
             "stop_token_ids": self.stop_token_ids,
             "logit_bias": bias.items() if isinstance(bias, Mapping) else bias,
@@ -161,7 +161,7 @@ def sampling_defaults(config: EngineConfig) -> dict[str, Any]:
     if is_gguf(path):
         from engine.text.gguf_tokenizer import generation_config
 
-        named = generation_config(path)
+        named: dict[str, Any] = {**generation_config(path)}
     else:
         path /= "generation_config.json"
         named = read_json(path)
@@ -571,7 +571,7 @@ class Intake:
         )
 
     def check(
-        self, tokens: npt.NDArray[np.integer[Any]], sampling: SamplingParams, num_scores: int | None
+        self, tokens: npt.NDArray[np.integer], sampling: SamplingParams, num_scores: int | None
     ) -> None:
         """Raise ValueError for a prompt and parameters that cannot be served. ``num_scores``: the
         spec's ``prompt_logprobs``. O(length of the prompt)."""

@@ -169,7 +169,7 @@ class DecodeGraphs:
         inputs: StepInputs,
         record: Record,
         buckets: Sequence[Bucket],
-        *tables: npt.NDArray[Any],
+        *tables: npt.NDArray[np.generic],
     ) -> None:
         """``buckets``: largest first. ``tables``: inputs on the host; the first starts with ids."""
         self._model, self._record = model, record

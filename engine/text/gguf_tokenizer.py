@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from engine.text.tokenizer import BackendTokenizer
+from engine.text.tokenizer import BackendTokenizer, Settings
 from hybridcache.geometry.gguf import GgufFile, gguf_file
 from hybridcache.geometry.sizes import ModelError
 
@@ -82,7 +82,7 @@ class GgufTokenizer(NamedTuple):
     """Arguments of ``BackendTokenizer``."""
 
     backend: tokenizers.Tokenizer
-    settings: dict[str, Any]
+    settings: Settings
     """Special tokens and ``chat_template``, as in a tokenizer_config.json."""
     eos_token_ids: frozenset[int]
 
@@ -123,13 +123,13 @@ def load_tokenizer(model: Path, max_ids: int | None) -> BackendTokenizer | None:
     )
 
 
-def generation_config(model: Path) -> dict[str, Any]:
+def generation_config(model: Path) -> dict[str, float]:
     """Return the defaults of sampling that a GGUF file recommends."""
     file = gguf_file(model)
     return {} if file is None else read_generation_config(file)
 
 
-def read_generation_config(file: GgufFile) -> dict[str, Any]:
+def read_generation_config(file: GgufFile) -> dict[str, float]:
     """Return the defaults of sampling that the file recommends, as in a generation_config.json."""
     named = {name: file.metadata.get(f"general.sampling.{key}") for key, name in SAMPLING.items()}
     return {name: value for name, value in named.items() if isinstance(value, int | float)}
@@ -168,10 +168,10 @@ class _Reader:
         found = self._file.metadata.get(f"{PREFIX}{name}_token_id")
         return found if isinstance(found, int) and 0 <= found < len(self._tokens) else None
 
-    def settings(self) -> dict[str, Any]:
+    def settings(self) -> Settings:
         names = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
         found = {name: self._id(own) for name, own in names.items()}
-        settings: dict[str, Any] = {
+        settings: Settings = {
             f"{name}_token": self._tokens[i] for name, i in found.items() if i is not None
         }
         template = self._file.metadata.get("tokenizer.chat_template")

@@ -32,7 +32,12 @@ from hybridcache.tokens import Tokens
 if TYPE_CHECKING:
     import tokenizers
 
-Message = Mapping[str, Any]
+Message = Mapping[str, object]
+Settings = dict[str, Any]
+"""Contents of a tokenizer_config.json, as the files have them: a wrong type of a value fails where
+the value is used."""
+Described = dict[str, Any]
+"""Token or step of the library ``tokenizers`` as its files describe it: content or type, flags."""
 PROBE = "\ue000"
 """Stands for text that is not known yet. It is a private-use character: no template and no merge of
 a tokenizer begins with it."""
@@ -75,9 +80,9 @@ class ChatTemplate:
         self,
         messages: Sequence[Message],
         *,
-        tools: Sequence[Mapping[str, Any]] | None = None,
+        tools: Sequence[Mapping[str, object]] | None = None,
         add_generation_prompt: bool = False,
-        variables: Mapping[str, Any] | None = None,
+        variables: Mapping[str, object] | None = None,
     ) -> str:
         """Return the chat as text. ``variables`` are switches of the template such as
         ``enable_thinking``. Raises TemplateError for any exception in the template."""
@@ -122,10 +127,22 @@ def _compiled(source: str) -> jinja2.Template:
     return environment.from_string(source)
 
 
-def _to_json(value: Any, ensure_ascii: bool = False, indent: Any = None, **options: Any) -> str:
+def _to_json(
+    value: object,
+    ensure_ascii: bool = False,
+    indent: int | str | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
     """Write JSON without HTML escapes, unlike Jinja's own filter, with the options of
     ``transformers``."""
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, **options)
+    return json.dumps(
+        value,
+        ensure_ascii=ensure_ascii,
+        indent=indent,
+        separators=separators,
+        sort_keys=sort_keys,
+    )
 
 
 def _raise(message: str) -> None:
@@ -244,7 +261,7 @@ class IdTokenizer(Tokenizer):
     def __init__(self, vocab_size: int, eos_token_ids: frozenset[int]) -> None:
         self.vocab_size, self.eos_token_ids = vocab_size, eos_token_ids
 
-    def encode(self, text: str, **options: Any) -> list[int]:
+    def encode(self, text: str, **options: object) -> list[int]:
         """Return the ids in ``text``. Raises ValueError for any other text."""
         try:
             return [int(np.int32(word)) for word in text.split()]
@@ -273,7 +290,7 @@ class BackendTokenizer(Tokenizer):
     def __init__(
         self,
         backend: tokenizers.Tokenizer,
-        settings: Mapping[str, Any],
+        settings: Settings,
         *,
         eos_token_ids: Iterable[int] = (),
         max_ids: int | None = None,
@@ -428,8 +445,9 @@ def named_eos(model_dir: Path) -> frozenset[int]:
         for one in named if isinstance(named, list) else [named]:
             if isinstance(one, str) and not added:
                 added = _ids_by_text(model_dir)
-            token: Any = added.get(one) if isinstance(one, str) else one
-            if type(token) in (int, float) and float(token).is_integer():
+            token: object = added.get(one) if isinstance(one, str) else one
+            is_flag = isinstance(token, bool)
+            if isinstance(token, int | float) and not is_flag and float(token).is_integer():
                 ids |= {int(token)} if token >= 0 else set()  # -1 stands for none.
             elif one is not None:
                 raise ValueError(
@@ -456,7 +474,7 @@ def has_tokenizer(model_dir: Path) -> bool:
     return any(any(model_dir.glob(form)) for form in forms)
 
 
-def _load_backend(model_dir: Path, settings: Mapping[str, Any]) -> tokenizers.Tokenizer:
+def _load_backend(model_dir: Path, settings: Settings) -> tokenizers.Tokenizer:
     import tokenizers
 
     path, ranks = model_dir / "tokenizer.json", model_dir / "tiktoken.model"
@@ -500,7 +518,7 @@ KIMI_SPECIALS = 258
 tokenizer_config.json are reserved."""
 
 
-def _convert_ranks(path: Path, settings: Mapping[str, Any]) -> tokenizers.Tokenizer:
+def _convert_ranks(path: Path, settings: Settings) -> tokenizers.Tokenizer:
     """Read Kimi Linear's tiktoken.model: in each line a token in base 64, and its rank."""
     import tokenizers
     from tokenizers import decoders, models, pre_tokenizers
@@ -543,7 +561,7 @@ def read_json(path: Path) -> dict[str, Any]:
     raise ValueError(f"{path} is not an object in JSON: download it again.")
 
 
-def _read_settings(model_dir: Path) -> dict[str, Any]:
+def _read_settings(model_dir: Path) -> Settings:
     """Return the tokenizer_config.json of a directory, with the contents of the files that replace
     or complete it."""
     settings = read_json(model_dir / "tokenizer_config.json")
@@ -561,7 +579,7 @@ def _read_settings(model_dir: Path) -> dict[str, Any]:
     return settings
 
 
-def _named_tokens(settings: Mapping[str, Any]) -> dict[str, Any]:
+def _named_tokens(settings: Settings) -> dict[str, str | Described]:
     """Return ``bos_token``, ``image_token`` and the others that have a name, as text or object."""
     named = {name: token for name, token in settings.items() if name.endswith("_token")}
     others = settings.get("extra_special_tokens")
@@ -569,13 +587,13 @@ def _named_tokens(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {name: token for name, token in named.items() if isinstance(token, str | dict)}
 
 
-def _special_tokens(settings: Mapping[str, Any]) -> list[Any]:
+def _special_tokens(settings: Settings) -> list[str | Described]:
     """Return the special tokens in ``settings``, each as text or object."""
     others = settings.get("extra_special_tokens") or settings.get("additional_special_tokens")
     return [*_named_tokens(settings).values(), *(others if isinstance(others, list) else ())]
 
 
-def _apply_settings(backend: tokenizers.Tokenizer, settings: Mapping[str, Any]) -> None:
+def _apply_settings(backend: tokenizers.Tokenizer, settings: Settings) -> None:
     """Change ``backend`` as ``transformers`` does (class TokenizersBackend).
 
     Truncation, padding and dropout, which a trainer may have left in the file, are switched off.
@@ -591,7 +609,7 @@ def _apply_settings(backend: tokenizers.Tokenizer, settings: Mapping[str, Any]) 
     known = {token.content: repr(token) for token in backend.get_added_tokens_decoder().values()}
     named = {*map(_content, _named_tokens(settings).values())}
 
-    def described(token: str | dict[str, Any]) -> AddedToken:
+    def described(token: str | Described) -> AddedToken:
         flags = ("lstrip", "rstrip", "single_word", "normalized", "special")
         given = {} if isinstance(token, str) else {k: token[k] for k in flags if k in token}
         if isinstance(token, str) or token["content"] in named:
@@ -610,7 +628,7 @@ def _apply_settings(backend: tokenizers.Tokenizer, settings: Mapping[str, Any]) 
     backend.add_tokens(new)
 
 
-def _find_template(settings: Mapping[str, Any]) -> ChatTemplate | None:
+def _find_template(settings: Settings) -> ChatTemplate | None:
     source = settings.get("chat_template")
     if isinstance(source, list):
         source = next((one["template"] for one in source if one["name"] == "default"), None)
@@ -621,16 +639,16 @@ def _find_template(settings: Mapping[str, Any]) -> ChatTemplate | None:
     return ChatTemplate(source, absent | named)
 
 
-def _content(token: str | dict[str, Any] | None) -> str | None:
+def _content(token: str | Described | None) -> str | None:
     """Return the text of a special token, which settings write as a string or as an object."""
     return token["content"] if isinstance(token, dict) else token
 
 
-def _steps(part: Any) -> list[dict[str, Any]]:
+def _steps(part: Any) -> list[Described]:
     """Return the descriptions of a normalizer, pre-tokenizer or decoder. Those of a sequence, at
     any depth, follow each other."""
 
-    def flat(described: dict[str, Any]) -> list[dict[str, Any]]:
+    def flat(described: Described) -> list[Described]:
         if described["type"] != "Sequence":
             return [described]
         inner = next(value for value in described.values() if isinstance(value, list))
@@ -644,7 +662,7 @@ _STREAMED = re.compile("[RrqSsMW]*|[RrqSsM]*B+(F[Frs]*)?|[RrqSsMW]*F[FrqsM]*")
 letter is the code of a step: Byte fallback, Fuse, Metaspace, Replace, Strip or Word piece."""
 
 
-def _code(step: dict[str, Any]) -> str:
+def _code(step: Described) -> str:
     """Return the code of a decoder's step: a small letter if it looks at one character only."""
     codes = {"ByteFallback": "B", "ByteLevel": "L", "Fuse": "F", "Metaspace": "M", "WordPiece": "W"}
     match step["type"]:

@@ -8,7 +8,6 @@ import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -26,6 +25,8 @@ from engine.weights.tensor_files import (
 )
 from kernels.linear.formats import Format, Matrix
 
+Publish = Callable[[Mapping[str, torch.Tensor]], dict[str, torch.Tensor]]
+"""``Decoder.published`` of a family."""
 HEAD = "mtp."
 """Prefix of a multi-token prediction head, which is read only if requested."""
 SKIPPED = ("model.visual.", "visual.")
@@ -72,7 +73,7 @@ class Checkpoint(ABC):
             )
         return left
 
-    def rename(self, published: Callable[[Mapping[str, torch.Tensor]], Any]) -> None:
+    def rename(self, published: Publish) -> None:
         """Give tensors the names and shapes of published files, see ``Decoder.published``. GGUF
         has one form only."""
         return
@@ -132,7 +133,11 @@ class WeightFiles(Checkpoint):
     formats: Quantization | None
 
     def __init__(
-        self, model_dir: Path, config: Mapping[str, Any] | None = None, *, with_head: bool = False
+        self,
+        model_dir: Path,
+        config: Mapping[str, object] | None = None,
+        *,
+        with_head: bool = False,
     ) -> None:
         """Map the files, and read the formats that ``config``, the contents of config.json, or a
         file beside it describes. Raises ModelError for unsupported formats, and if the head is
@@ -152,7 +157,7 @@ class WeightFiles(Checkpoint):
     def is_stacked(self) -> bool:
         return any(name.endswith(STACKED_EXPERTS) for name in self.tensors)
 
-    def rename(self, published: Callable[[Mapping[str, torch.Tensor]], Any]) -> None:
+    def rename(self, published: Publish) -> None:
         self.tensors = published(self.tensors)
 
     def ties(self, embedding: str) -> bool:

@@ -97,7 +97,7 @@ class ModelConfig:
         return max(self.max_position, 0 if self.rope is None else self.rope.max_len)
 
 
-def read_config(model_dir: Path) -> dict[str, Any]:
+def read_config(model_dir: Path) -> dict[str, object]:
     """Return the contents of a model's ``config.json``, or those that a GGUF file has in its place.
     Raises ModelError."""
     file = gguf_file(model_dir)

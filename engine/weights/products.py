@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -92,7 +93,9 @@ class Linear:
 
     def seal(self) -> None:
         products = [stack.product(self._kernel) for stack in self._stacks]
-        self._product: Callable[[Any], torch.Tensor] = self._kernel.join(products)
+        join: Callable[[list[Product]], Callable[[torch.Tensor | QuantizedRows], torch.Tensor]]
+        join = self._kernel.join
+        self._product = join(products)
         self._stacks.clear()
 
     @property
@@ -154,7 +157,7 @@ class _Stack:
             for part, bias in zip(self._parts, self._bias.split(sizes), strict=True):
                 yield f"{part.name}.bias", Parameter(bias, cut=part.cut)
 
-    def product(self, kernel: Any) -> Product:
+    def product(self, kernel: ModuleType) -> Product:
         if self._bias is not None and not self._adds_bias:
             self._bias.zero_()  # The bias of one rank is in the sum.
         matrix, format = self._matrix, self._storage.computed
@@ -282,7 +285,7 @@ class Experts:
         self,
         x: torch.Tensor | QuantizedRows,
         weights: torch.Tensor,
-        experts: Any,
+        experts: object,
         shared_gate: torch.Tensor | None = None,
     ) -> Any:
         """Compute the built part's summand of the output ``[T, width]`` from ``x`` of the same

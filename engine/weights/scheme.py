@@ -15,6 +15,9 @@ from engine.weights.model_config import ModelError
 from kernels.linear.eight_bits import EightBits
 from kernels.linear.formats import Format, Matrix
 
+Section = Mapping[str, Any]
+"""Description of quantised weights in a config.json. A reader may raise the errors of a value with
+the wrong type; ``forms.read_quantization`` reports them."""
 Tensors = Mapping[str, torch.Tensor]
 """Tensors of one module, by the last part of their names."""
 
@@ -153,16 +156,14 @@ class UnsupportedError(Exception):
     """Part of a description that is not supported; the message names it."""
 
 
-def check_served(
-    name: str, section: Mapping[str, Any], served: Mapping[str, Sequence[object]]
-) -> None:
+def check_served(name: str, section: Section, served: Mapping[str, Sequence[object]]) -> None:
     """Raise UnsupportedError if a key of ``section`` has a value that is not ``served``."""
     for key, values in served.items():
         if key in section and section[key] not in values:
             raise UnsupportedError(f"{name} with {key} {section[key]!r}")
 
 
-def block_size(size: Any, name: str) -> tuple[int, int]:
+def block_size(size: object, name: str) -> tuple[int, int]:
     """Return the rows and columns of a block. Raises ModelError if it is not two positive
     integers."""
     if not (

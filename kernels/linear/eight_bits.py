@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
@@ -52,13 +52,13 @@ class EightBits(Format):
         matrix: Matrix,
         bias: torch.Tensor | None,
         dtype: torch.dtype,
-        **options: Any,
+        **options: bool,
     ) -> Product:
         product: Product = linear.prepare_8bit(*stored_parts(matrix), bias, dtype, **options)
         return product
 
     def experts(
-        self, moe: ModuleType, up: Matrix, down: Matrix, dtype: torch.dtype, **options: Any
+        self, moe: ModuleType, up: Matrix, down: Matrix, dtype: torch.dtype, **options: bool
     ) -> Callable[..., torch.Tensor]:
         if down.format != up.format:
             return Format.experts(self, moe, up, down, dtype, **options)

@@ -15,7 +15,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any
 
 import torch
 
@@ -88,7 +87,7 @@ class Format(ABC):
         matrix: Matrix,
         bias: torch.Tensor | None,
         dtype: torch.dtype,
-        **options: Any,
+        **options: bool,
     ) -> Product:
         """Return ``x @ matrix.T + bias`` for x of ``dtype``, with the code of ``linear``.
 
@@ -99,13 +98,13 @@ class Format(ABC):
         return product
 
     def products(
-        self, linear: ModuleType, stack: Matrix, dtype: torch.dtype, **options: Any
+        self, linear: ModuleType, stack: Matrix, dtype: torch.dtype, **options: bool
     ) -> Sequence[Product]:
         """Return the product of each matrix of a stack."""
         return [self.product(linear, one, None, dtype, **options) for one in stack]
 
     def experts(
-        self, moe: ModuleType, up: Matrix, down: Matrix, dtype: torch.dtype, **options: Any
+        self, moe: ModuleType, up: Matrix, down: Matrix, dtype: torch.dtype, **options: bool
     ) -> Callable[..., torch.Tensor]:
         """Return ``kernels.moe.reference.experts`` with the weights of all experts, stacked, for
         hidden states of ``dtype``. By default each expert has two products, unless ``moe``
@@ -295,13 +294,13 @@ class Plain(Format):
         matrix: Matrix,
         bias: torch.Tensor | None,
         dtype: torch.dtype,
-        **options: Any,
+        **options: bool,
     ) -> Product:
         product: Product = linear.prepare(matrix.fields["weight"].to(dtype), bias)
         return product
 
     def experts(
-        self, moe: ModuleType, up: Matrix, down: Matrix, dtype: torch.dtype, **options: Any
+        self, moe: ModuleType, up: Matrix, down: Matrix, dtype: torch.dtype, **options: bool
     ) -> Callable[..., torch.Tensor]:
         if not isinstance(down.format, Plain):
             return Format.experts(self, moe, up, down, dtype, **options)

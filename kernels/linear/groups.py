@@ -15,7 +15,6 @@ from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -97,7 +96,7 @@ class GroupFormat(Format):
         matrix: Matrix,
         bias: torch.Tensor | None,
         dtype: torch.dtype,
-        **options: Any,
+        **options: bool,
     ) -> Product:
         """Return the product of ``linear``: on a CPU with activations in 8 bits
         (``linear_groups``). Without one, and on a CPU for other dtypes than float32 and bfloat16,
@@ -110,7 +109,7 @@ class GroupFormat(Format):
         return Format.product(self, linear, matrix, bias, dtype, **options)
 
     def products(
-        self, linear: ModuleType, stack: Matrix, dtype: torch.dtype, **options: Any
+        self, linear: ModuleType, stack: Matrix, dtype: torch.dtype, **options: bool
     ) -> Sequence[Product]:
         """Return the product of each matrix of a stack. A CPU packs all of them in one call."""
         count, num_rows, num_columns = stack.shape

@@ -36,7 +36,7 @@ import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import BinaryIO, NamedTuple, NotRequired, TypedDict
 
 from engine.weights.model_files import weight_files
 
@@ -54,6 +54,17 @@ BLOCK_BYTES = 1 << 12
 Bytes = bytes | bytearray | memoryview
 
 logger = logging.getLogger(__name__)
+
+
+class Fingerprint(TypedDict):
+    """Contents of ``fingerprint.json``."""
+
+    digest: str
+    """Of ``fields``, in hexadecimal digits."""
+    fields: dict[str, str]
+    """Everything that the bits of the records depend on."""
+    files: NotRequired[list[list[str | int]]]
+    """Path, size, times and number of each file of the weights."""
 
 
 class StoreError(ValueError):
@@ -120,8 +131,7 @@ class RecordStore:
         stored = self._fingerprint()
         if stored is None or not self._files or stored.get("files") != self._files:
             return None
-        digest: str | None = stored["fields"].get("weights")
-        return digest
+        return stored["fields"].get("weights")
 
     def open(self, fields: Mapping[str, str], *, empties: bool = False) -> RecordStore:
         """Check the fingerprint of the folder, or write that of a new one. Returns the store.
@@ -228,11 +238,11 @@ class RecordStore:
         while self._claims:
             os.close(self._claims.pop())
 
-    def _fingerprint(self) -> dict[str, Any] | None:
+    def _fingerprint(self) -> Fingerprint | None:
         """Return the content of ``fingerprint.json``, or None if it is missing or damaged. Raises
         OSError."""
         try:
-            content: dict[str, Any] = json.loads((self.folder / NAME).read_bytes())
+            content: Fingerprint = json.loads((self.folder / NAME).read_bytes())
             is_sound = content["digest"] == digest_of(content["fields"]).hex()
         except (FileNotFoundError, ValueError, TypeError, LookupError):
             return None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -12,6 +11,7 @@ from engine.weights.layer_names import Names
 from engine.weights.scheme import (
     Quantization,
     Scheme,
+    Section,
     Stored,
     Tensors,
     check_served,
@@ -50,7 +50,7 @@ class AwqScheme(Scheme):
         return Matrix(format, fields, num_columns)
 
 
-def read(section: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> Quantization:
+def read(section: Section, tensors: Mapping[str, torch.Tensor]) -> Quantization:
     """Read the section. The modules are those with a packed weight."""
     size = section.get("group_size", section.get("q_group_size"))
     served = {"bits": (4,), "w_bit": (4,), "version": ("gemm", "GEMM"), "zero_point": (True,)}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
@@ -14,6 +14,7 @@ from engine.weights.scheme import (
     EightBitScheme,
     Quantization,
     Scheme,
+    Section,
     Stored,
     Tensors,
     UnsupportedError,
@@ -99,7 +100,7 @@ class Mxfp4Scheme(Scheme):
         return Matrix(self.format, from_mxfp4(blocks, tensors["weight_scale"]), num_columns)
 
 
-def read(section: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> Quantization:
+def read(section: Section, tensors: Mapping[str, torch.Tensor]) -> Quantization:
     """Read the section. Raises UnsupportedError for parts that change numbers."""
     sparsity = section.get("sparsity_config") or {}
     if sparsity.get("format", "dense") != "dense":
@@ -118,7 +119,7 @@ def read(section: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> Qua
     return Quantization(tuple(parsed), ignored)
 
 
-def _scheme(name: str, group: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> Scheme:
+def _scheme(name: str, group: Section, tensors: Mapping[str, torch.Tensor]) -> Scheme:
     """Read a group.
 
     This engine's kernels round activations to 8 bits of the weights' kind, symmetric, with a
@@ -148,7 +149,7 @@ def _scheme(name: str, group: Mapping[str, Any], tensors: Mapping[str, torch.Ten
 
 
 def _packed_scheme(
-    name: str, weights: Mapping[str, Any], layout: str, tensors: Mapping[str, torch.Tensor]
+    name: str, weights: Section, layout: str, tensors: Mapping[str, torch.Tensor]
 ) -> Scheme:
     if layout == MXFP4:
         served = {"num_bits": (4,), "type": ("float",), "group_size": (32,), "symmetric": (True,)}
