@@ -80,15 +80,12 @@ class EngineCore:
         """Functions that are called after every step."""
         self.recent = BoundedMemory[str, Request](RECENT_BYTES)
         """Requests that ended last, by id."""
-        self.on_end: list[Callable[[Request], None]] = []
+        drafting = scheduler.drafting
+        self.on_end: list[Callable[[Request], None]] = [drafting.forget] if drafting else []
         """Functions that are called with every request that has ended."""
-        if scheduler.drafting is not None:
-            self.on_end.append(scheduler.drafting.forget)
-        self.on_emptied: list[Callable[[bool], None]] = []
+        self.on_emptied: list[Callable[[bool], None]] = [drafting.reset] if drafting else []
         """Functions that are called when the cache was emptied, with True if rows were lost, and
         False if a caller emptied it."""
-        if scheduler.drafting is not None:
-            self.on_emptied.append(scheduler.drafting.reset)
         self.transfers: list[Transfers] = [] if scheduler.loader is None else [scheduler.loader]
         """Transfers of prefixes from and to other places."""
         self._scheduler, self._manager = scheduler, scheduler.manager

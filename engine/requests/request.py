@@ -479,7 +479,8 @@ class Request(ScheduledRequest):
         if last is not None:
             first, num_chars, timings = last.num_tokens, last.num_chars, last.timings
         if timings.ttft_s is None or self.finished_s is not None:
-            timings = self._timings()
+            times = self.scheduled_s, self.first_token_s, self.finished_s
+            timings = Timings(*(None if at_s is None else at_s - self.arrival_s for at_s in times))
         num_pieces = len(self.text)
         new_text = "".join(self.text[self._num_pieces :])
         scores = None
@@ -508,10 +509,6 @@ class Request(ScheduledRequest):
         # One line, so that no exception can come between them.
         self._output, self.output_is_taken, self._num_pieces, self._logprobs = now
         return output
-
-    def _timings(self) -> Timings:
-        times = self.scheduled_s, self.first_token_s, self.finished_s
-        return Timings(*(None if at_s is None else at_s - self.arrival_s for at_s in times))
 
 
 class Intake:

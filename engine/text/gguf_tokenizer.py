@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from engine.text.tokenizer import BackendTokenizer, Settings
+from engine.text.tokenizer import (
+    CONTRACTIONS,
+    KIMI_WORDS,
+    SPACES,
+    BackendTokenizer,
+    Settings,
+    cased,
+    merges_into,
+)
 from hybridcache.geometry.gguf import GgufFile, gguf_file
 from hybridcache.geometry.sizes import ModelError
 
@@ -18,9 +26,6 @@ if TYPE_CHECKING:
 PREFIX = "tokenizer.ggml."
 UNKNOWN, CONTROL, USER_DEFINED, UNUSED = 2, 3, 4, 5
 """Types of tokens. 1 is a normal one, 6 a byte."""
-CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
-SPACES = r"\s*[\r\n]+|\s+(?!\S)|\s+"
-UPPER, LOWER = r"\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}", r"\p{Ll}\p{Lm}\p{Lo}\p{M}"
 
 
 def _words(letters: str, digits: str, others: str) -> str:
@@ -29,20 +34,11 @@ def _words(letters: str, digits: str, others: str) -> str:
     return rf"{CONTRACTIONS}|{word}|{digits}| ?[^\s{others}\p{{N}}]+[\r\n]*|{SPACES}"
 
 
-def _cased(digits: str, others: str, upper: str = UPPER, lower: str = LOWER, end: str = "") -> str:
-    """Return the pattern of GPT-4o, which separates words before capital letters."""
-    pairs = (f"[{upper}]*[{lower}]+", f"[{upper}]+[{lower}]*")
-    words = "|".join(rf"[^\r\n\p{{L}}\p{{N}}]?{pair}{end}" for pair in pairs)
-    return rf"{words}|{digits}| ?[^\s\p{{L}}\p{{N}}]+[{others}]*|{SPACES}"
-
-
 LLAMA3 = _words(r"\p{L}", r"\p{N}{1,3}", r"\p{L}")
 QWEN2 = _words(r"\p{L}", r"\p{N}", r"\p{L}")
 QWEN35 = _words(r"[\p{L}\p{M}]", r"\p{N}", r"\p{L}\p{M}")
-GPT4O = _cased(r"\p{N}{1,3}", r"\r\n/", end=f"{CONTRACTIONS}?")
-TEKKEN = _cased(r"\p{N}", r"\r\n/")
-NO_HAN = rf"{UPPER}&&[^\p{{Han}}]", rf"{LOWER}&&[^\p{{Han}}]"
-KIMI = r"[\p{Han}]+|" + _cased(r"\p{N}{1,3}", r"\r\n", *NO_HAN, end=f"{CONTRACTIONS}?")
+GPT4O = cased(r"\p{N}{1,3}", r"\r\n/", end=f"{CONTRACTIONS}?")
+TEKKEN = cased(r"\p{N}", r"\r\n/")
 GPT2, DIGITS = "", r"\p{N}"
 PATTERNS = {
     **dict.fromkeys(("llama3", "llama-v3", "llama-bpe", "lfm2", "falcon3", "falcon-h1"), LLAMA3),
@@ -53,7 +49,7 @@ PATTERNS = {
     **dict.fromkeys(("refact", "starcoder", "command-r", "smollm"), DIGITS),
     "qwen35": QWEN35,
     "tekken": TEKKEN,
-    "kimi-k2": KIMI,
+    "kimi-k2": KIMI_WORDS,
 }
 """Patterns of the words in which BPE merges, by ``tokenizer.ggml.pre``."""
 WHOLE = {pre for pre, pattern in PATTERNS.items() if pattern is LLAMA3 or pattern is TEKKEN}
@@ -237,14 +233,11 @@ class _Reader:
         if not isinstance(scores, np.ndarray) or len(scores) != len(self._tokens):
             raise self.refusal(f"has no {PREFIX}scores for all tokens")
         order = np.lexsort((np.arange(len(scores)), -scores.astype(np.float64)))
-        ids = self._vocabulary
         for token_id in order.tolist():
             token = self._tokens[token_id]
             if self._types[token_id] in (UNKNOWN, CONTROL, USER_DEFINED, UNUSED):
                 continue
-            cuts = [(token[:at], token[at:]) for at in range(1, len(token))]
-            known = [pair for pair in cuts if pair[0] in ids and pair[1] in ids]
-            yield from sorted(known, key=lambda pair: (ids[pair[0]], ids[pair[1]]))
+            yield from merges_into(token, self._vocabulary)
 
     def _with_special(
         self, backend: tokenizers.Tokenizer, *, adds_bos: bool

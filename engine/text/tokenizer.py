@@ -16,7 +16,7 @@ from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import jinja2
 import jinja2.ext
@@ -32,6 +32,7 @@ from hybridcache.tokens import Tokens
 if TYPE_CHECKING:
     import tokenizers
 
+Piece = TypeVar("Piece", str, bytes)
 Message = Mapping[str, object]
 Settings = dict[str, Any]
 """Contents of a tokenizer_config.json, as the files have them: a wrong type of a value fails where
@@ -128,21 +129,11 @@ def _compiled(source: str) -> jinja2.Template:
 
 
 def _to_json(
-    value: object,
-    ensure_ascii: bool = False,
-    indent: int | str | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
+    value: object, ensure_ascii: bool = False, indent: int | str | None = None, **options: Any
 ) -> str:
     """Write JSON without HTML escapes, unlike Jinja's own filter, with the options of
     ``transformers``."""
-    return json.dumps(
-        value,
-        ensure_ascii=ensure_ascii,
-        indent=indent,
-        separators=separators,
-        sort_keys=sort_keys,
-    )
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, **options)
 
 
 def _raise(message: str) -> None:
@@ -504,13 +495,20 @@ def _load_backend(model_dir: Path, settings: Settings) -> tokenizers.Tokenizer:
         ) from error
 
 
-_BEFORE, _AFTER = r"[^\r\n\p{L}\p{N}]?", "(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
-_UPPER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]"
-_LOWER = r"[\p{Ll}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]"
-KIMI_WORDS = (
-    rf"[\p{{Han}}]+|{_BEFORE}{_UPPER}*{_LOWER}+{_AFTER}|{_BEFORE}{_UPPER}+{_LOWER}*{_AFTER}"
-    r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+SPACES = r"\s*[\r\n]+|\s+(?!\S)|\s+"
+UPPER, LOWER = r"\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}", r"\p{Ll}\p{Lm}\p{Lo}\p{M}"
+
+
+def cased(digits: str, others: str, upper: str = UPPER, lower: str = LOWER, end: str = "") -> str:
+    """Return the pattern of words of GPT-4o, which separates words before capital letters."""
+    pairs = (f"[{upper}]*[{lower}]+", f"[{upper}]+[{lower}]*")
+    words = "|".join(rf"[^\r\n\p{{L}}\p{{N}}]?{pair}{end}" for pair in pairs)
+    return rf"{words}|{digits}| ?[^\s\p{{L}}\p{{N}}]+[{others}]*|{SPACES}"
+
+
+NO_HAN = rf"{UPPER}&&[^\p{{Han}}]", rf"{LOWER}&&[^\p{{Han}}]"
+KIMI_WORDS = r"[\p{Han}]+|" + cased(r"\p{N}{1,3}", r"\r\n", *NO_HAN, end=f"{CONTRACTIONS}?")
 """Words into which Kimi Linear's tokenizer splits a text before it merges bytes (the program
 tokenization_kimi.py of the model; transformers' own converter splits as Llama 3 does)."""
 KIMI_SPECIALS = 258
@@ -529,9 +527,7 @@ def _convert_ranks(path: Path, settings: Settings) -> tokenizers.Tokenizer:
     spelled = {token: "".join(map(letter_of.__getitem__, token)) for token in ranks}
     merges = []
     for token in sorted(ranks, key=ranks.__getitem__):
-        cuts = ((token[:end], token[end:]) for end in range(1, len(token)))
-        pairs = [pair for pair in cuts if pair[0] in ranks and pair[1] in ranks]
-        pairs.sort(key=lambda pair: (ranks[pair[0]], ranks[pair[1]]))
+        pairs = merges_into(token, ranks)
         merges += [(spelled[left], spelled[right]) for left, right in pairs]
     vocab = {spelled[token]: rank for token, rank in ranks.items()}
     backend = tokenizers.Tokenizer(models.BPE(vocab, merges, ignore_merges=True))
@@ -547,6 +543,13 @@ def _convert_ranks(path: Path, settings: Settings) -> tokenizers.Tokenizer:
         ]
     )
     return backend
+
+
+def merges_into(token: Piece, ids: Mapping[Piece, int]) -> list[tuple[Piece, Piece]]:
+    """Return the pairs of known tokens of which ``token`` consists, by their ids."""
+    cuts = [(token[:at], token[at:]) for at in range(1, len(token))]
+    known = [pair for pair in cuts if pair[0] in ids and pair[1] in ids]
+    return sorted(known, key=lambda pair: (ids[pair[0]], ids[pair[1]]))
 
 
 def read_json(path: Path) -> dict[str, Any]:

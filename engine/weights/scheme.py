@@ -14,6 +14,7 @@ from engine.weights.layer_names import Names
 from engine.weights.model_config import ModelError
 from kernels.linear.eight_bits import EightBits
 from kernels.linear.formats import Format, Matrix
+from kernels.linear.grouped import Grouped
 
 Section = Mapping[str, Any]
 """Description of quantised weights in a config.json. A reader may raise the errors of a value with
@@ -110,6 +111,23 @@ class EightBitScheme(Scheme):
         grid = scale.float().reshape(self.scale_shape(num_rows, num_columns))
         scales = grid.repeat_interleave(self.block[0] or num_rows, dim=0)[:num_rows]
         return Matrix(self.format, {"weight": tensors["weight"], "scale": scales}, num_columns)
+
+
+@dataclass(frozen=True, slots=True)
+class GroupedScheme(Scheme):
+    """Integers in words, with a scale and perhaps a zero for each group of columns."""
+
+    grouped: Grouped
+    is_per_row: bool
+    """True if a row is one group."""
+
+    @property
+    def format(self) -> Grouped:
+        return self.grouped
+
+    def num_groups(self, num_columns: int) -> int:
+        """Return the number of groups in a row."""
+        return 1 if self.is_per_row else -(-num_columns // self.grouped.group)
 
 
 OFFSET = "weight_offset"

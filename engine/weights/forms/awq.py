@@ -9,8 +9,8 @@ import torch
 
 from engine.weights.layer_names import Names
 from engine.weights.scheme import (
+    GroupedScheme,
     Quantization,
-    Scheme,
     Section,
     Stored,
     Tensors,
@@ -18,27 +18,21 @@ from engine.weights.scheme import (
     modules_with,
     scale_dtype,
 )
-from kernels.linear.formats import Format, Matrix
+from kernels.linear.formats import Matrix
 from kernels.linear.grouped import Grouped, from_awq
 
 METHOD, SERVED = "awq", "AWQ with 4 bits"
 
 
 @dataclass(frozen=True, slots=True)
-class AwqScheme(Scheme):
+class AwqScheme(GroupedScheme):
     """One weight ``[M, N]``, stored as ``[N, M / 8]``."""
-
-    grouped: Grouped
-
-    @property
-    def format(self) -> Format:
-        return self.grouped
 
     def describe(self) -> str:
         return f"AWQ, {self.format.describe()}"
 
     def tensors(self, num_rows: int, num_columns: int) -> Mapping[str, Stored]:
-        num_groups = -(-num_columns // self.grouped.group)
+        num_groups = self.num_groups(num_columns)
         return {
             "qweight": Stored(((num_columns, num_rows // 8),), (torch.int32,)),
             "qzeros": Stored(((num_groups, num_rows // 8),), (torch.int32,)),
@@ -56,5 +50,5 @@ def read(section: Section, tensors: Mapping[str, torch.Tensor]) -> Quantization:
     served = {"bits": (4,), "w_bit": (4,), "version": ("gemm", "GEMM"), "zero_point": (True,)}
     check_served("AWQ", {**section, "group_size": size}, served | {"group_size": (32, 64, 128)})
     dtype = scale_dtype(tensors, "scales", torch.float16)
-    scheme = AwqScheme(Grouped(4, size, True, dtype))
+    scheme = AwqScheme(Grouped(4, size, True, dtype), is_per_row=False)
     return Quantization(((scheme, modules_with(tensors, "qweight")),), Names.of(()))

@@ -12,6 +12,7 @@ from engine.weights.layer_names import Names
 from engine.weights.model_config import ModelError
 from engine.weights.scheme import (
     EightBitScheme,
+    GroupedScheme,
     Quantization,
     Scheme,
     Section,
@@ -35,23 +36,15 @@ UNUSED = ("transform_config", "kv_cache_scheme")
 
 
 @dataclass(frozen=True, slots=True)
-class PackedScheme(Scheme):
-    """Integers in words, with a scale and perhaps a zero for each group of columns."""
-
-    grouped: Grouped
-    is_per_row: bool
-    """True if a row is one group."""
-
-    @property
-    def format(self) -> Format:
-        return self.grouped
+class PackedScheme(GroupedScheme):
+    """One weight ``[M, N]``, stored as ``[M, N / numbers per word]``."""
 
     def describe(self) -> str:
         return "int4 with a scale per output channel" if self.is_per_row else self.format.describe()
 
     def tensors(self, num_rows: int, num_columns: int) -> Mapping[str, Stored]:
         own = self.grouped
-        num_groups = 1 if self.is_per_row else -(-num_columns // own.group)
+        num_groups = self.num_groups(num_columns)
         num_words, num_zeros = (-(-size * own.bits // 32) for size in (num_columns, num_rows))
         found = {
             "weight_packed": Stored(((num_rows, num_words),), (torch.int32,)),

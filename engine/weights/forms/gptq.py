@@ -9,8 +9,8 @@ import torch
 
 from engine.weights.layer_names import Names
 from engine.weights.scheme import (
+    GroupedScheme,
     Quantization,
-    Scheme,
     Section,
     Stored,
     Tensors,
@@ -18,32 +18,25 @@ from engine.weights.scheme import (
     modules_with,
     scale_dtype,
 )
-from kernels.linear.formats import Format, Matrix
+from kernels.linear.formats import Matrix
 from kernels.linear.grouped import Grouped, from_gptq
 
 METHOD, SERVED = "gptq", "GPTQ with 4 or 8 bits"
 
 
 @dataclass(frozen=True, slots=True)
-class GptqScheme(Scheme):
+class GptqScheme(GroupedScheme):
     """One weight ``[M, N]``, stored as ``[N / numbers per word, M]``."""
 
-    grouped: Grouped
-    is_per_row: bool
-    """True if a row is one group."""
     first_zero: int
     """Difference of a zero to the stored one."""
-
-    @property
-    def format(self) -> Format:
-        return self.grouped
 
     def describe(self) -> str:
         return f"GPTQ, {self.format.describe()}"
 
     def tensors(self, num_rows: int, num_columns: int) -> Mapping[str, Stored]:
         own = self.grouped
-        num_groups = 1 if self.is_per_row else -(-num_columns // own.group)
+        num_groups = self.num_groups(num_columns)
         num_words, num_zeros = (size * own.bits // 32 for size in (num_columns, num_rows))
         return {
             "qweight": Stored(((num_words, num_rows),), (torch.int32,)),
