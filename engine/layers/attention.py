@@ -9,6 +9,7 @@ import torch
 
 from engine.layers.blocks import (
     LayerInputs,
+    OneProduct,
     Pools,
     PrefillPart,
     RMSNorm,
@@ -18,11 +19,11 @@ from engine.layers.blocks import (
 )
 from engine.weights.model_config import ModelError
 from engine.weights.parameters import Build, Composite
-from engine.weights.products import Linear, Part, QuantizedRows
+from engine.weights.products import Linear, Part
 from hybridcache.geometry.mixers import AttentionSizes, LatentAttentionSizes
 
 
-class Attention(Composite):
+class Attention(OneProduct):
     """Attention with one product ``[gate | query | key | value]``."""
 
     def __init__(
@@ -74,13 +75,6 @@ class Attention(Composite):
         self._scale = sizes.head_dim**-0.5 if scale is None else scale
         self._attention = build.kernels["attention"]
         self._rotate_and_write = build.kernels["rotary"].rotate_and_write
-
-    @property
-    def takes_fp8_rows(self) -> bool:
-        return self._projection.takes_fp8_rows
-
-    def project(self, hidden: torch.Tensor | QuantizedRows) -> torch.Tensor:
-        return self._projection(hidden)
 
     def mix(self, projected: torch.Tensor, inputs: LayerInputs, pools: Pools) -> torch.Tensor:
         """Write this step's KV, and attend to all tokens so far. Returns ``[T, HQ * D]``, gated if

@@ -259,6 +259,19 @@ class Mixer(Layer, Protocol):
         """Return the block's output, ``[num_rows, H]``."""
 
 
+class OneProduct(Composite):
+    """A mixer whose inputs are one product."""
+
+    _projection: Linear
+
+    @property
+    def takes_fp8_rows(self) -> bool:
+        return self._projection.takes_fp8_rows
+
+    def project(self, hidden: torch.Tensor | QuantizedRows) -> torch.Tensor:
+        return self._projection(hidden)
+
+
 class FeedForward(Layer, Protocol):
     """A block that processes each token separately."""
 

@@ -11,6 +11,9 @@ import torch
 from engine.weights.model_config import ModelError, Rope
 from hybridcache.geometry.config_format import Config
 
+Parameters = Mapping[str, object]
+"""Section ``rope_parameters`` of a config.json, which is not checked yet."""
+
 
 class RotaryTable:
     """cos and sin ``[max_model_len, R]`` in the model's dtype, with equal halves. A table, so that
@@ -120,7 +123,7 @@ def _mixed(frequencies: torch.Tensor, factor: float, kept: torch.Tensor) -> torc
     return frequencies * kept + frequencies / factor * (1.0 - kept)
 
 
-def _original_len(found: Mapping[str, object], config: Config) -> float:
+def _original_len(found: Parameters, config: Config) -> float:
     """Return the length of the first training. Both values must be valid; the one outside is
     used."""
     original = config["max_position_embeddings"]
@@ -130,7 +133,7 @@ def _original_len(found: Mapping[str, object], config: Config) -> float:
     return original
 
 
-def _kept_by_llama3(found: Mapping[str, object], rotations: torch.Tensor) -> torch.Tensor:
+def _kept_by_llama3(found: Parameters, rotations: torch.Tensor) -> torch.Tensor:
     """Return the part of each frequency that is kept, by its rotations in the original length."""
     low, high = (
         _positive(name, found.get(name)) for name in ("low_freq_factor", "high_freq_factor")
@@ -143,9 +146,7 @@ def _kept_by_llama3(found: Mapping[str, object], rotations: torch.Tensor) -> tor
     return (rotations - low) / (high - low)
 
 
-def _kept_by_yarn(
-    found: Mapping[str, object], dim: int, base: float, original: float
-) -> torch.Tensor:
+def _kept_by_yarn(found: Parameters, dim: int, base: float, original: float) -> torch.Tensor:
     """Return the part of each frequency that is kept, by its index: 1 up to the first, and linear
     to 0 at the last. Source: https://arxiv.org/abs/2309.00071."""
     bounds = ("beta_fast", 32), ("beta_slow", 1)
@@ -163,9 +164,7 @@ def _kept_by_yarn(
     return 1.0 - (torch.arange(dim // 2, dtype=torch.float) - first) / (last - first)
 
 
-def _yarn_factors(
-    found: Mapping[str, object], config: Config, original: float
-) -> tuple[float, float]:
+def _yarn_factors(found: Parameters, config: Config, original: float) -> tuple[float, float]:
     """Return the factors of the length, and of cos and sin."""
     if "factor" not in found:
         raise ModelError("factor is missing in the rope_parameters of type 'yarn' in config.json.")

@@ -176,7 +176,8 @@ class Decoder(ABC):
         """Return Mamba-2 with the config's norm and limits, ``bias`` in both products, and further
         ``options``."""
         config = self.config
-        own: dict[str, Any] = {"eps": config.norm_eps, "limits": config.time_limits}
+        low, high = config.own["time_step_limit"]
+        own: dict[str, Any] = {"eps": config.norm_eps, "limits": (float(low), float(high))}
         own |= {"bias": bias, "output_bias": bias, **options}
         return Mamba2(name, config.hidden_size, sizes, self.build, **own)
 

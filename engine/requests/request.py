@@ -42,7 +42,7 @@ from engine.text.answers import (
 )
 from engine.text.grammar import Grammar, GrammarError
 from engine.text.tokenizer import CLOSE, IdTokenizer, read_json
-from hybridcache.geometry.gguf import is_gguf
+from hybridcache.geometry.gguf import gguf_file
 from hybridcache.policies.protocol import PromptBoundaries, require_boundaries
 from hybridcache.scheduling.request import ScheduledRequest
 from hybridcache.tokens import Tokens, require_namespace
@@ -158,10 +158,10 @@ def sampling_defaults(config: EngineConfig) -> dict[str, Any]:
     if config.model is None or config.sampling_defaults == "none":
         return {}
     path = Path(config.model)
-    if is_gguf(path):
-        from engine.text.gguf_tokenizer import generation_config
+    if (file := gguf_file(path)) is not None:
+        from engine.text.gguf_tokenizer import read_generation_config
 
-        named: dict[str, Any] = {**generation_config(path)}
+        named: dict[str, Any] = {**read_generation_config(file)}
     else:
         path /= "generation_config.json"
         named = read_json(path)

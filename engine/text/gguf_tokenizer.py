@@ -119,12 +119,6 @@ def load_tokenizer(model: Path, max_ids: int | None) -> BackendTokenizer | None:
     )
 
 
-def generation_config(model: Path) -> dict[str, float]:
-    """Return the defaults of sampling that a GGUF file recommends."""
-    file = gguf_file(model)
-    return {} if file is None else read_generation_config(file)
-
-
 def read_generation_config(file: GgufFile) -> dict[str, float]:
     """Return the defaults of sampling that the file recommends, as in a generation_config.json."""
     named = {name: file.metadata.get(f"general.sampling.{key}") for key, name in SAMPLING.items()}

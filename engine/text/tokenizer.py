@@ -128,9 +128,7 @@ def _compiled(source: str) -> jinja2.Template:
     return environment.from_string(source)
 
 
-def _to_json(
-    value: object, ensure_ascii: bool = False, indent: int | str | None = None, **options: Any
-) -> str:
+def _to_json(value: object, ensure_ascii: bool = False, indent: Any = None, **options: Any) -> str:
     """Write JSON without HTML escapes, unlike Jinja's own filter, with the options of
     ``transformers``."""
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, **options)

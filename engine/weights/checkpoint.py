@@ -13,6 +13,7 @@ import torch
 
 from engine.weights.forms import read_quantization
 from engine.weights.layer_names import is_buffer, model_name
+from engine.weights.model_config import RawConfig
 from engine.weights.parameters import FileFormats, Layer, Parameter, Source
 from engine.weights.scheme import Quantization, Scheme, Stored
 from engine.weights.tensor_files import (
@@ -133,11 +134,7 @@ class WeightFiles(Checkpoint):
     formats: Quantization | None
 
     def __init__(
-        self,
-        model_dir: Path,
-        config: Mapping[str, object] | None = None,
-        *,
-        with_head: bool = False,
+        self, model_dir: Path, config: RawConfig | None = None, *, with_head: bool = False
     ) -> None:
         """Map the files, and read the formats that ``config``, the contents of config.json, or a
         file beside it describes. Raises ModelError for unsupported formats, and if the head is

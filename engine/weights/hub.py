@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from engine.config import BUILTIN_DIR, BUILTIN_NAME, EngineConfig, HubError
 from engine.weights.layer_names import INDEX_NAMES, MODEL_SLIM_FILE, WEIGHTS_NAME
-from engine.weights.model_config import ModelError, read_config
+from engine.weights.model_config import ModelError, RawConfig, read_config
 from hybridcache.geometry.gguf import choose_files, is_gguf, label_of
 from hybridcache.geometry.gguf_config import check_architecture
 from hybridcache.geometry.units import counted, format_bytes
@@ -28,8 +28,8 @@ from hybridcache.geometry.units import counted, format_bytes
 if TYPE_CHECKING:
     from huggingface_hub import DryRunFileInfo
 
-ReadModel = Callable[[dict[str, object]], object]
-"""Reads the contents of a config.json. Raises ModelError for a model that is not supported."""
+ReadModel = Callable[[RawConfig], object]
+"""Reads a config. Raises ModelError for a model that is not supported."""
 SMALL_FILES = [
     "config.json",
     "generation_config.json",

@@ -93,9 +93,7 @@ class Linear:
 
     def seal(self) -> None:
         products = [stack.product(self._kernel) for stack in self._stacks]
-        join: Callable[[list[Product]], Callable[[torch.Tensor | QuantizedRows], torch.Tensor]]
-        join = self._kernel.join
-        self._product = join(products)
+        self._product: Callable[[Any], torch.Tensor] = self._kernel.join(products)
         self._stacks.clear()
 
     @property

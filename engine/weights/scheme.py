@@ -158,16 +158,13 @@ class Quantization:
     def column_order(self, module: str) -> torch.Tensor | None:
         return None
 
-    def schemes(self) -> tuple[Scheme, ...]:
-        """Return every distinct scheme."""
-        return tuple(dict.fromkeys(scheme for scheme, _ in self.groups))
-
     def described(self) -> Sequence[tuple[str, Format]]:
-        return [(scheme.describe(), scheme.format) for scheme in self.schemes()]
+        schemes = dict.fromkeys(scheme for scheme, _ in self.groups)
+        return [(scheme.describe(), scheme.format) for scheme in schemes]
 
     def describe(self) -> str:
         """Return a description such as ``fp8 in blocks of 128 x 128``."""
-        return " and ".join(scheme.describe() for scheme in self.schemes())
+        return " and ".join(words for words, _ in self.described())
 
 
 class UnsupportedError(Exception):

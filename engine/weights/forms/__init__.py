@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from engine.weights.layer_names import MODEL_SLIM_FILE
-from engine.weights.model_config import ModelError
+from engine.weights.model_config import ModelError, RawConfig
 from engine.weights.scheme import Quantization, Section, UnsupportedError
 
 Read = Callable[[Section, Mapping[str, torch.Tensor]], Quantization | None]
@@ -31,7 +31,7 @@ def readers() -> dict[str, tuple[Read, str]]:
 
 
 def read_quantization(
-    config: Mapping[str, object],
+    config: RawConfig,
     model_dir: Path | None = None,
     tensors: Mapping[str, torch.Tensor] | None = None,
 ) -> Quantization | None:
