@@ -35,8 +35,7 @@ if TYPE_CHECKING:
 Piece = TypeVar("Piece", str, bytes)
 Message = Mapping[str, object]
 Settings = dict[str, Any]
-"""Contents of a tokenizer_config.json, as the files have them: a wrong type of a value fails where
-the value is used."""
+"""Contents of a tokenizer_config.json, not checked: a wrong value fails where it is used."""
 Described = dict[str, Any]
 """Token or step of the library ``tokenizers`` as its files describe it: content or type, flags."""
 PROBE = "\ue000"
@@ -434,9 +433,8 @@ def named_eos(model_dir: Path) -> frozenset[int]:
         for one in named if isinstance(named, list) else [named]:
             if isinstance(one, str) and not added:
                 added = _ids_by_text(model_dir)
-            token: object = added.get(one) if isinstance(one, str) else one
-            is_flag = isinstance(token, bool)
-            if isinstance(token, int | float) and not is_flag and float(token).is_integer():
+            token: Any = added.get(one) if isinstance(one, str) else one
+            if type(token) in (int, float) and float(token).is_integer():
                 ids |= {int(token)} if token >= 0 else set()  # -1 stands for none.
             elif one is not None:
                 raise ValueError(

@@ -28,8 +28,6 @@ from hybridcache.geometry.units import counted, format_bytes
 if TYPE_CHECKING:
     from huggingface_hub import DryRunFileInfo
 
-ReadModel = Callable[[RawConfig], object]
-"""Reads a config. Raises ModelError for a model that is not supported."""
 SMALL_FILES = [
     "config.json",
     "generation_config.json",
@@ -74,7 +72,7 @@ def display_name(model: Path) -> str:
     return found["name"].replace("--", "/", 1) + (label and f":{label}")
 
 
-def resolve_config(config: EngineConfig, read_model: ReadModel) -> EngineConfig:
+def resolve_config(config: EngineConfig, read_model: Callable[[RawConfig], object]) -> EngineConfig:
     """Return ``config`` with folders in place of hub names, downloading the files that are missing.
     The name of the built-in model becomes None. Raises HubError. See ``resolve_folder``."""
     model, tokenizer = config.model, config.tokenizer
@@ -92,7 +90,7 @@ def resolve_config(config: EngineConfig, read_model: ReadModel) -> EngineConfig:
 
 def resolve_folder(
     model: str,
-    read_model: ReadModel | None = None,
+    read_model: Callable[[RawConfig], object] | None = None,
     revision: str | None = None,
 ) -> str:
     """Return the folder or GGUF file of a hub name, the folder of the built-in model, and any other
@@ -147,7 +145,7 @@ def _fetch(
     name: str,
     label: str | None,
     revision: str | None,
-    read_model: ReadModel | None,
+    read_model: Callable[[RawConfig], object] | None,
 ) -> str:
     """Return the folder, or the GGUF file, of ``name`` on the hub; see ``resolve_folder``. Before
     weights are downloaded, the model must be supported and fit on the disk."""
