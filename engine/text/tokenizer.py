@@ -374,8 +374,7 @@ class BackendTokenizer(Tokenizer):
         """Encode one text as a batch, because the library then lets other threads run, without
         offsets, which take most of the time."""
         [encoding] = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
-        ids: list[int] = encoding.ids
-        return ids
+        return encoding.ids
 
     def token_bytes(self, token_id: int, starts_text: bool = False) -> bytes:
         token = self._backend.id_to_token(token_id)
@@ -394,8 +393,7 @@ class BackendTokenizer(Tokenizer):
         return str(alone if starts_text else twice[len(alone) :]).encode()
 
     def as_json(self) -> str:
-        described: str = self._backend.to_str()
-        return described
+        return self._backend.to_str()
 
 
 class HFTokenizer(BackendTokenizer):

@@ -54,8 +54,7 @@ class EightBits(Format):
         dtype: torch.dtype,
         **options: bool,
     ) -> Product:
-        product: Product = linear.prepare_8bit(*stored_parts(matrix), bias, dtype, **options)
-        return product
+        return linear.prepare_8bit(*stored_parts(matrix), bias, dtype, **options)
 
     def experts(
         self, moe: ModuleType, up: Matrix, down: Matrix, dtype: torch.dtype, **options: bool
@@ -63,8 +62,7 @@ class EightBits(Format):
         if down.format != up.format:
             return Format.experts(self, moe, up, down, dtype, **options)
         weights = *stored_parts(up), *stored_parts(down)
-        experts: Callable[..., torch.Tensor] = moe.prepare_8bit(*weights, dtype, **options)
-        return experts
+        return moe.prepare_8bit(*weights, dtype, **options)
 
 
 def stored_parts(matrix: Matrix) -> tuple[torch.Tensor, torch.Tensor]:

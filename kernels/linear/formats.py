@@ -94,8 +94,7 @@ class Format(ABC):
         ``options`` are those of ``linear.prepare_8bit``, for formats of 8 bits. By default the
         weight is widened once.
         """
-        product: Product = linear.prepare(matrix.widened(dtype), bias)
-        return product
+        return linear.prepare(matrix.widened(dtype), bias)
 
     def products(
         self, linear: ModuleType, stack: Matrix, dtype: torch.dtype, **options: bool
@@ -110,13 +109,11 @@ class Format(ABC):
         hidden states of ``dtype``. By default each expert has two products, unless ``moe``
         multiplies the weights of all experts together in any formats."""
         if hasattr(moe, "prepare_matrices"):
-            together: Callable[..., torch.Tensor] = moe.prepare_matrices(up, down, dtype, **options)
-            return together
+            return moe.prepare_matrices(up, down, dtype, **options)
         stacks = (one.format.products(moe.linear, one, dtype, **options) for one in (up, down))
-        experts: Callable[..., torch.Tensor] = moe.prepare_products(
+        return moe.prepare_products(
             list(zip(*stacks, strict=True)), is_gated=up.shape[1] == 2 * down.shape[2]
         )
-        return experts
 
     @property
     def unit(self) -> int:
@@ -296,8 +293,7 @@ class Plain(Format):
         dtype: torch.dtype,
         **options: bool,
     ) -> Product:
-        product: Product = linear.prepare(matrix.fields["weight"].to(dtype), bias)
-        return product
+        return linear.prepare(matrix.fields["weight"].to(dtype), bias)
 
     def experts(
         self, moe: ModuleType, up: Matrix, down: Matrix, dtype: torch.dtype, **options: bool
@@ -305,8 +301,7 @@ class Plain(Format):
         if not isinstance(down.format, Plain):
             return Format.experts(self, moe, up, down, dtype, **options)
         weights = (one.fields["weight"].to(dtype) for one in (up, down))
-        experts: Callable[..., torch.Tensor] = moe.prepare(*weights)
-        return experts
+        return moe.prepare(*weights)
 
 
 @dataclass(frozen=True, slots=True)

@@ -102,10 +102,7 @@ class GroupFormat(Format):
         (``linear_groups``). Without one, and on a CPU for other dtypes than float32 and bfloat16,
         the weight is widened."""
         if (dtype in DTYPES or matrix.device.type != "cpu") and self.has_product(linear):
-            product: Product = linear.prepare_groups(
-                self, matrix.fields, matrix.num_columns, bias, dtype
-            )
-            return product
+            return linear.prepare_groups(self, matrix.fields, matrix.num_columns, bias, dtype)
         return Format.product(self, linear, matrix, bias, dtype, **options)
 
     def products(
@@ -118,8 +115,7 @@ class GroupFormat(Format):
             return super().products(linear, stack, dtype, **options)
         fields = {name: part.flatten(0, 1) for name, part in stack.fields.items()}
         whole = linear.prepare_groups(self, fields, num_columns, None, dtype)
-        products: Sequence[Product] = whole.split(count)
-        return products
+        return whole.split(count)
 
     def _product(self, scale: torch.Tensor, factors: torch.Tensor | None) -> torch.Tensor:
         """Return ``scale * factors`` of every column."""
