@@ -143,7 +143,7 @@ class EngineHost:
         if output := self.engine.abort(message.request_id, message.reason):
             self._deliver([output])
 
-    def _answer(self, question: Question) -> Any:
+    def _answer(self, question: Question) -> object:
         """Return the value of the reply to ``question``."""
         engine, views = self.engine, self._views
         match question:
@@ -171,7 +171,7 @@ class EngineHost:
                 return views[view].take()
         return None
 
-    def _reply(self, question: Question, work: Callable[[], Any]) -> None:
+    def _reply(self, question: Question, work: Callable[[], object]) -> None:
         try:
             self._send(Reply(question.number, work()))
         except Exception as error:
@@ -412,7 +412,7 @@ class AsyncEngine:
         self.sampling_defaults = self._intake.sampling_defaults
         """Sampling parameters that the model's files recommend."""
         self._streams: dict[str, RequestStream] = {}
-        self._replies: dict[int, asyncio.Future[Any]] = {}
+        self._replies: dict[int, asyncio.Future[object]] = {}
         self._numbers = itertools.count()
         self._is_open, self._has_ended = True, False
         self._loop: asyncio.AbstractEventLoop | None = None

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
 
 from engine.core import EngineCore
 from engine.errors import JsonObject
@@ -17,6 +16,8 @@ from hybridcache.command.extras import version
 from hybridcache.watch.page import FORM
 from hybridcache.watch.recorder import Record, Recorder, node_id, show_namespace, slabs_record
 
+Progress = tuple[str, int, int, int | None]
+"""State of a request, tokens computed, tokens of the answer, and id of the node of its lease."""
 POOLS_EVERY_S = 0.25
 """Seconds between two looks at the memory and its slabs."""
 MAX_NODES = 100_000
@@ -32,7 +33,7 @@ class Watch:
         self._engine = engine
         self._recorder = Recorder()
         self._ended = [self._of_ended(ended) for _, ended in engine.recent.listed()]
-        self._shown: dict[str, tuple[Any, ...]] = {}
+        self._shown: dict[str, Progress] = {}
         """State that was last reported, by id of each running request."""
         self._pools: list[Record] = []
         """Latest records of the memory and, with an arena, of its slabs."""
@@ -138,10 +139,8 @@ class Watch:
         return [record for record in self._pools if record not in before]
 
 
-def _request_record(
-    one: Request, progress: tuple[str, int, int, int | None], finished_s: float | None = None
-) -> Record:
-    """Return the record of a request; ``progress`` as returned by ``_progress``."""
+def _request_record(one: Request, progress: Progress, finished_s: float | None = None) -> Record:
+    """Return the record of a request."""
     state, computed_len, answer_len, node = progress
     shown = {
         "id": one.request_id,
@@ -167,7 +166,7 @@ def _memory_record(engine: EngineCore) -> Record:
     report = engine.report()
     pools = {"bytes": report.bytes, "kv": report.kv, "slots": report.slots}
     usage, queue = report.usage, report.queue
-    shown: dict[str, Any] = {
+    shown: dict[str, object] = {
         **{name: [pool.free, pool.cached, pool.held] for name, pool in pools.items()},
         **{name: usage[name] for name in ("prompt_tokens", "cached_tokens", "evicted_tokens")},
         "evicted_checkpoints": usage["evicted_slots"],
@@ -186,8 +185,7 @@ def _admission_text(policy: str, figures: Mapping[str, float | str]) -> str:
     return "; ".join(filter(None, [policy, str(reason), ", ".join(numbers)]))
 
 
-def _progress(request: Request) -> tuple[str, int, int, int | None]:
-    """Return (state, tokens computed, tokens of the answer, id of the node of its lease)."""
+def _progress(request: Request) -> Progress:
     lease, answer_len = request.lease, request.num_tokens - request.prompt_len
     if lease is None:
         return "waiting", 0, answer_len, None

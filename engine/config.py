@@ -113,7 +113,7 @@ def check_fields(settings: Any) -> None:
 
 
 @functools.cache
-def _rules(kind: type) -> list[tuple[str, Any, tuple[str, ...], Limits | None, bool, bool]]:
+def _rules(kind: type) -> list[tuple[str, object, tuple[str, ...], Limits | None, bool, bool]]:
     """Return (name, default, words, limits, may be None, is a text) of each field."""
     hints, rules = typing.get_type_hints(kind, include_extras=True), []
     for field in dataclasses.fields(kind):

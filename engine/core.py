@@ -80,15 +80,12 @@ class EngineCore:
         """Functions that are called after every step."""
         self.recent = BoundedMemory[str, Request](RECENT_BYTES)
         """Requests that ended last, by id."""
-        self.on_end: list[Callable[[Request], None]] = []
+        drafting = scheduler.drafting
+        self.on_end: list[Callable[[Request], None]] = [drafting.forget] if drafting else []
         """Functions that are called with every request that has ended."""
-        if scheduler.drafting is not None:
-            self.on_end.append(scheduler.drafting.forget)
-        self.on_emptied: list[Callable[[bool], None]] = []
+        self.on_emptied: list[Callable[[bool], None]] = [drafting.reset] if drafting else []
         """Functions that are called when the cache was emptied, with True if rows were lost, and
         False if a caller emptied it."""
-        if scheduler.drafting is not None:
-            self.on_emptied.append(scheduler.drafting.reset)
         self.transfers: list[Transfers] = [] if scheduler.loader is None else [scheduler.loader]
         """Transfers of prefixes from and to other places."""
         self._scheduler, self._manager = scheduler, scheduler.manager
@@ -459,11 +456,8 @@ class EngineCore:
         held_rows, held_slots = self._manager.held()
         kv = PoolReport.of(cache.free_tokens, cache.cached_tokens, held_rows)
         slots = PoolReport.of(cache.free_slots, cache.num_checkpoints, held_slots)
-        optional = {
-            key: value for plugin in self.plugins.values() for key, value in plugin.report().items()
-        }
         total, is_kept = cache.stats.total, config.prefix_cache != "none"
-        return CacheReport(
+        report = CacheReport(
             prefix_cache=cache_kind(config, memory),
             eviction=config.eviction if is_kept else "none",
             checkpoints=config.checkpoints if is_kept else (),
@@ -480,10 +474,12 @@ class EngineCore:
             usage=cache.stats.as_dict(),
             admission=str(config.admission),
             queue=self._scheduler.admission_report(),
-            **optional,
         )
+        for plugin in self.plugins.values():
+            report = plugin.completed(report)
+        return report
 
-    def cache_view(self) -> dict[str, Any]:
+    def cache_view(self) -> dict[str, object]:
         """Return ``report`` as plain data, with an outline of the tree: a line per node, without
         tokens."""
         return asdict(self.report()) | {"tree": self.cache.render(40).splitlines()}
@@ -602,6 +598,6 @@ class Plugin:
     def close(self) -> None:
         """Complete pending writes and end other processes, after the last step."""
 
-    def report(self) -> Mapping[str, Any]:
-        """Return fields of ``CacheReport``."""
-        return {}
+    def completed(self, report: CacheReport) -> CacheReport:
+        """Return ``report`` with the fields of this plugin."""
+        return report

@@ -7,7 +7,7 @@ from collections.abc import Callable, Hashable, Mapping
 from contextlib import ExitStack
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 from engine.config import ConfigError, EngineConfig
 from engine.core import EngineCore, Plugin
@@ -25,6 +25,7 @@ from hybridcache.policies.registry import make_admission, parse_placement
 from hybridcache.scheduling.cache_manager import CacheManager
 
 if TYPE_CHECKING:
+    from engine.plugins.guided.guides import Guides
     from engine.plugins.speculation.drafters import SpeculationPlugin
     from engine.plugins.tiers.plugin import TierPlugin
     from engine.runner.model_runner import ModelRunner
@@ -175,7 +176,7 @@ def grammar_rules(
     makes the rule of an answer. It raises GrammarError, and may be called from any thread."""
 
     @cache
-    def guides() -> Any:
+    def guides() -> Guides:
         from engine.plugins.guided.guides import Guides
 
         return Guides(tokenizer, vocab_size)

@@ -147,7 +147,7 @@ class Reply(EngineMessage, frozen=True):
 FromEngine = EngineFacts | Refused | Outputs | Reply
 
 
-def plain(value: Any) -> Any:
+def plain(value: object) -> memoryview:
     """Return the bytes of a prompt: the ``enc_hook`` of msgspec."""
     if isinstance(value, np.ndarray):
         return value.data

@@ -7,13 +7,14 @@ keeps their tensors alive, and a repetition reads and writes the same memory, li
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import groupby
 from typing import Any
 
 import numpy as np
 import torch
+from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from kernels.native import Call, function, has, note, recorded
@@ -49,7 +50,7 @@ REPEATED = {
 negative."""
 
 
-INTO: dict[Any, Callable[..., object]] = {
+INTO: dict[OpOverload, Callable[..., object]] = {
     aten.add.Tensor: aten.add.out,
     aten.argmax.default: aten.argmax.out,
     aten.cat.default: aten.cat.out,
@@ -146,11 +147,11 @@ class _Watch(TorchDispatchMode):
 
     def __torch_dispatch__(
         self,
-        func: Any,
-        types: Any,
+        func: OpOverload,
+        types: Sequence[type],
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
-    ) -> Any:
+    ) -> object:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
         made = list(_tensors(result))
@@ -169,7 +170,7 @@ class _Watch(TorchDispatchMode):
 
 
 def _into(
-    out: torch.Tensor, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    out: torch.Tensor, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Callable[[], object]:
     """Return a function that computes ``func`` into ``out``."""
     if func in (aten.to.dtype, aten._to_copy.default):
@@ -187,7 +188,7 @@ def _are_rows(indices: torch.Tensor | None) -> bool:
     return indices is not None and indices.dim() == 1 and indices.dtype is not torch.bool
 
 
-def _tensors(values: Any) -> Iterator[torch.Tensor]:
+def _tensors(values: object) -> Iterator[torch.Tensor]:
     """Yield tensors that own memory, which excludes packed weights."""
     if isinstance(values, torch.Tensor):
         if not values.is_mkldnn:

@@ -9,7 +9,7 @@ every multiprocessor.
 
 from __future__ import annotations
 
-from typing import Any, Unpack
+from typing import Unpack
 
 import torch
 import triton
@@ -75,8 +75,8 @@ def decode_kernel(
 
 
 def decode(
-    step: Any,
-    inputs: tuple[Any, ...],
+    step: triton.JITFunction,
+    inputs: tuple[object, ...],
     out: torch.Tensor,
     *,
     num_groups: int,
@@ -188,8 +188,8 @@ def scan_kernel(
 
 
 def scan(
-    step: Any,
-    inputs: tuple[Any, ...],
+    step: triton.JITFunction,
+    inputs: tuple[object, ...],
     out: torch.Tensor,
     *,
     num_groups: int,

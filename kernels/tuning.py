@@ -21,14 +21,14 @@ from contextlib import contextmanager
 from functools import cache
 from itertools import product
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
 PATH = Path(__file__).with_name("tuned.json")
 
 Config = Mapping[str, int]
-Key = tuple[Any, ...]
+Key = tuple[object, ...]
 Table = Mapping[tuple[str, Key], Config]
 """Launch parameters by (kernel, key). They replace the launcher's defaults."""
 NOTHING: Config = {}
@@ -148,7 +148,7 @@ def write(path: Path, device: str, table: Table, about: Mapping[str, object]) ->
     path.write_text(json.dumps({"about": about, **known}, indent=1) + "\n", encoding="utf-8")
 
 
-def _part(part: str | int) -> Any:
+def _part(part: str | int) -> object:
     return getattr(torch, part) if isinstance(part, str) else part
 
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
+import numpy as np
 import numpy.typing as npt
 import torch
 
 
 def upload(
-    values: Sequence[float] | Sequence[Sequence[float]] | npt.NDArray[Any] | torch.Tensor,
+    values: Sequence[float] | Sequence[Sequence[float]] | npt.NDArray[np.generic] | torch.Tensor,
     dtype: torch.dtype,
     device: torch.device | str,
 ) -> torch.Tensor:

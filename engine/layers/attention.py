@@ -4,12 +4,12 @@ gate, or multi-head latent attention."""
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 
 from engine.layers.blocks import (
     LayerInputs,
+    OneProduct,
     Pools,
     PrefillPart,
     RMSNorm,
@@ -19,11 +19,11 @@ from engine.layers.blocks import (
 )
 from engine.weights.model_config import ModelError
 from engine.weights.parameters import Build, Composite
-from engine.weights.products import Linear, Part, QuantizedRows
+from engine.weights.products import Linear, Part
 from hybridcache.geometry.mixers import AttentionSizes, LatentAttentionSizes
 
 
-class Attention(Composite):
+class Attention(OneProduct):
     """Attention with one product ``[gate | query | key | value]``."""
 
     def __init__(
@@ -76,13 +76,6 @@ class Attention(Composite):
         self._attention = build.kernels["attention"]
         self._rotate_and_write = build.kernels["rotary"].rotate_and_write
 
-    @property
-    def takes_fp8_rows(self) -> bool:
-        return self._projection.takes_fp8_rows
-
-    def project(self, hidden: torch.Tensor | QuantizedRows) -> torch.Tensor:
-        return self._projection(hidden)
-
     def mix(self, projected: torch.Tensor, inputs: LayerInputs, pools: Pools) -> torch.Tensor:
         """Write this step's KV, and attend to all tokens so far. Returns ``[T, HQ * D]``, gated if
         the layer has a gate."""
@@ -106,7 +99,7 @@ class Attention(Composite):
     def write(self, projected: torch.Tensor, inputs: LayerInputs, pools: Pools) -> torch.Tensor:
         """Write this step's KV. Returns the queries, ``[T, HQ, D]``."""
         parts = projected[: inputs.num_tokens].split(self._widths, dim=-1)[1:]
-        options: dict[str, Any] = {}
+        options: dict[str, object] = {}
         if self._norms is not None and self._norms[0].size == self.sizes.head_dim:
             options = {"norms": [norm.weight for norm in self._norms], "eps": self._norms[0].eps}
         elif self._norms is not None:

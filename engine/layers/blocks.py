@@ -56,12 +56,12 @@ class DecodePart:
         return len(self.sequences.rows)
 
     @property
-    def attention_inputs(self) -> dict[str, Any]:
+    def attention_inputs(self) -> dict[str, object]:
         """Arguments of the decoding functions of attention."""
         return {"sequences": self.sequences}
 
     @property
-    def scan_inputs(self) -> dict[str, Any]:
+    def scan_inputs(self) -> dict[str, object]:
         """Arguments of the decoding functions of convolutions and recurrences."""
         return {"slots": self.slots}
 
@@ -87,12 +87,12 @@ class VerifyPart:
         return len(self.before)
 
     @property
-    def attention_inputs(self) -> dict[str, Any]:
+    def attention_inputs(self) -> dict[str, object]:
         """Arguments of the verifying functions of attention."""
         return {"sequences": self.sequences, "packed": self.packed}
 
     @property
-    def scan_inputs(self) -> dict[str, Any]:
+    def scan_inputs(self) -> dict[str, object]:
         """Arguments of the decoding functions of convolutions and recurrences."""
         return {"slots": self.slots, "packed": self.packed, "step_slots": self.step_slots}
 
@@ -122,12 +122,12 @@ class PrefillPart:
         return sum(self.packed.lengths)
 
     @property
-    def attention_inputs(self) -> dict[str, Any]:
+    def attention_inputs(self) -> dict[str, object]:
         """Arguments of the prefill functions of attention."""
         return {"sequences": self.sequences, "packed": self.packed}
 
     @property
-    def scan_inputs(self) -> dict[str, Any]:
+    def scan_inputs(self) -> dict[str, object]:
         """Arguments of the prefill functions of convolutions and recurrences."""
         return {
             "slots": self.slots,
@@ -257,6 +257,19 @@ class Mixer(Layer, Protocol):
 
     def finish(self, mixed: torch.Tensor, projected: torch.Tensor) -> torch.Tensor:
         """Return the block's output, ``[num_rows, H]``."""
+
+
+class OneProduct(Composite):
+    """A mixer whose inputs are one product."""
+
+    _projection: Linear
+
+    @property
+    def takes_fp8_rows(self) -> bool:
+        return self._projection.takes_fp8_rows
+
+    def project(self, hidden: torch.Tensor | QuantizedRows) -> torch.Tensor:
+        return self._projection(hidden)
 
 
 class FeedForward(Layer, Protocol):

@@ -12,7 +12,7 @@ from engine.weights.parameters import Build, Composite
 from engine.weights.products import Experts, Linear, Part, QuantizedRows
 from hybridcache.geometry.sizes import ExpertsSizes
 
-Routed = tuple[torch.Tensor, Any, torch.Tensor]
+Routed = tuple[torch.Tensor, object, torch.Tensor]
 """Weights and experts of T tokens, for ``Experts``, and the gate of a shared expert ``[num_rows,
 1]``, or an empty tensor if the router has none."""
 

@@ -5,15 +5,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
 
 import torch
 
-from engine.layers.blocks import LayerInputs, Pools, PrefillPart, RMSNorm, StepPart, pad_rows
+from engine.layers.blocks import (
+    LayerInputs,
+    OneProduct,
+    Pools,
+    PrefillPart,
+    RMSNorm,
+    StepPart,
+    pad_rows,
+)
 from engine.weights.model_config import ModelError
-from engine.weights.parameters import Build, Composite, Kinds, Parameter
+from engine.weights.parameters import Build, Kinds, Parameter
 from engine.weights.products import SCALE_BLOCK, Linear, Part, QuantizedRows
 from hybridcache.geometry.mixers import DeltaSizes, MambaSizes, ShortConvSizes
+from hybridcache.geometry.sizes import Spec
 
 
 class CausalConv:
@@ -46,22 +54,14 @@ class CausalConv:
         )
 
 
-class Recurrent(Composite):
+class Recurrent(OneProduct):
     """Mixer that convolves and scans, from each sequence's state, which it updates in its slot."""
 
-    keeps: tuple[Any, ...]
+    keeps: tuple[Spec, ...]
     projected_size: int
     mixed_shape: tuple[int, ...]
-    _projection: Linear
     _output: Linear
     _conv: CausalConv
-
-    @property
-    def takes_fp8_rows(self) -> bool:
-        return self._projection.takes_fp8_rows
-
-    def project(self, hidden: torch.Tensor | QuantizedRows) -> torch.Tensor:
-        return self._projection(hidden)
 
     def mix(self, projected: torch.Tensor, inputs: LayerInputs, pools: Pools) -> torch.Tensor:
         """Return ``[T, *mixed_shape]``."""

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import TypedDict
 
 import torch
 
 from engine.weights.model_config import ModelError, Rope
 from hybridcache.geometry.config_format import Config
+
+Parameters = Mapping[str, object]
+"""Section ``rope_parameters`` of a config.json, which is not checked yet."""
 
 
 class RotaryTable:
@@ -28,6 +31,14 @@ class RotaryTable:
     def __call__(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return cos and sin of int64[T] positions: ``[T, R]`` each."""
         return self.cos[positions], self.sin[positions]
+
+
+class RopeDefaults(TypedDict, total=False):
+    """Arguments of ``read_rope`` for a family of models."""
+
+    theta: float
+    fraction: float | None
+    is_optional: bool
 
 
 def read_rope(
@@ -112,7 +123,7 @@ def _mixed(frequencies: torch.Tensor, factor: float, kept: torch.Tensor) -> torc
     return frequencies * kept + frequencies / factor * (1.0 - kept)
 
 
-def _original_len(found: Mapping[str, Any], config: Config) -> float:
+def _original_len(found: Parameters, config: Config) -> float:
     """Return the length of the first training. Both values must be valid; the one outside is
     used."""
     original = config["max_position_embeddings"]
@@ -122,7 +133,7 @@ def _original_len(found: Mapping[str, Any], config: Config) -> float:
     return original
 
 
-def _kept_by_llama3(found: Mapping[str, Any], rotations: torch.Tensor) -> torch.Tensor:
+def _kept_by_llama3(found: Parameters, rotations: torch.Tensor) -> torch.Tensor:
     """Return the part of each frequency that is kept, by its rotations in the original length."""
     low, high = (
         _positive(name, found.get(name)) for name in ("low_freq_factor", "high_freq_factor")
@@ -135,7 +146,7 @@ def _kept_by_llama3(found: Mapping[str, Any], rotations: torch.Tensor) -> torch.
     return (rotations - low) / (high - low)
 
 
-def _kept_by_yarn(found: Mapping[str, Any], dim: int, base: float, original: float) -> torch.Tensor:
+def _kept_by_yarn(found: Parameters, dim: int, base: float, original: float) -> torch.Tensor:
     """Return the part of each frequency that is kept, by its index: 1 up to the first, and linear
     to 0 at the last. Source: https://arxiv.org/abs/2309.00071."""
     bounds = ("beta_fast", 32), ("beta_slow", 1)
@@ -153,7 +164,7 @@ def _kept_by_yarn(found: Mapping[str, Any], dim: int, base: float, original: flo
     return 1.0 - (torch.arange(dim // 2, dtype=torch.float) - first) / (last - first)
 
 
-def _yarn_factors(found: Mapping[str, Any], config: Config, original: float) -> tuple[float, float]:
+def _yarn_factors(found: Parameters, config: Config, original: float) -> tuple[float, float]:
     """Return the factors of the length, and of cos and sin."""
     if "factor" not in found:
         raise ModelError("factor is missing in the rope_parameters of type 'yarn' in config.json.")

@@ -5,16 +5,16 @@ from __future__ import annotations
 import pkgutil
 from functools import cache
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from engine.weights.model_config import ModelConfig, ModelError, check_all_read
+from engine.weights.model_config import ModelConfig, ModelError, RawConfig, check_all_read
 from hybridcache.geometry.families import COMPOSITES, read, text_part
 
 if TYPE_CHECKING:
     from engine.models.decoder import Decoder
 
 
-def read_model(raw: dict[str, Any]) -> tuple[type[Decoder], ModelConfig]:
+def read_model(raw: RawConfig) -> tuple[type[Decoder], ModelConfig]:
     """Return the class for a ``config.json``, and the config it reads. Raises ModelError."""
     try:
         text = text_part(raw)

@@ -30,7 +30,7 @@ from engine.layers.blocks import (
 from engine.layers.experts import SigmoidRouter
 from engine.layers.prediction import PredictionHead
 from engine.layers.recurrent import Mamba2
-from engine.layers.rotary import read_rope
+from engine.layers.rotary import RopeDefaults, read_rope
 from engine.weights.model_config import (
     ModelConfig,
     ModelError,
@@ -70,7 +70,7 @@ class Decoder(ABC):
     """Supported values of further keys, for which the layers have no settings."""
     eps_key: ClassVar[str] = "rms_norm_eps"
     """Key of the epsilon of norms."""
-    rope_defaults: ClassVar[Mapping[str, Any] | None] = {}
+    rope_defaults: ClassVar[RopeDefaults | None] = {}
     """Arguments of ``read_rope``, or None for a family without rotation."""
     centred_norms: ClassVar[bool] = False
     """True if the norms of the residual stream are stored around zero."""
@@ -176,7 +176,8 @@ class Decoder(ABC):
         """Return Mamba-2 with the config's norm and limits, ``bias`` in both products, and further
         ``options``."""
         config = self.config
-        own: dict[str, Any] = {"eps": config.norm_eps, "limits": config.time_limits}
+        low, high = config.own["time_step_limit"]
+        own: dict[str, Any] = {"eps": config.norm_eps, "limits": (float(low), float(high))}
         own |= {"bias": bias, "output_bias": bias, **options}
         return Mamba2(name, config.hidden_size, sizes, self.build, **own)
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from engine.layers.blocks import MLP, FeedForward, Mixer
 from engine.layers.experts import RoutedExperts
 from engine.layers.recurrent import ShortConv
+from engine.layers.rotary import RopeDefaults
 from engine.models.decoder import Decoder
 from engine.weights.products import Experts, expert_names
 from hybridcache.geometry.mixers import AttentionSizes, ShortConvSizes
@@ -20,7 +20,7 @@ class Lfm2(Decoder):
     model_types = ("lfm2", "lfm2_moe")
     own_keys = "conv_bias", "use_expert_bias", "norm_topk_prob", "routed_scaling_factor"
     eps_key = "norm_eps"
-    rope_defaults: ClassVar[Mapping[str, Any]] = {"theta": 1e6}
+    rope_defaults: ClassVar[RopeDefaults] = {"theta": 1e6}
     step_norms = "operator_norm", "ffn_norm"
     norm_name = "model.embedding_norm"
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 
 from engine.layers.blocks import FeedForwardStep, Mixer, MixerStep
 from engine.layers.recurrent import GatedDeltaNet
+from engine.layers.rotary import RopeDefaults
 from engine.models.decoder import Decoder, Step
 from engine.weights.products import Part
 from hybridcache.geometry.mixers import AttentionSizes, DeltaSizes
@@ -27,7 +28,7 @@ class OlmoHybrid(Decoder):
 
     model_types = ("olmo_hybrid",)
     own_keys = ("linear_allow_neg_eigval",)
-    rope_defaults: ClassVar[Mapping[str, Any]] = {"is_optional": True}
+    rope_defaults: ClassVar[RopeDefaults] = {"is_optional": True}
 
     @classmethod
     def published(cls, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -3,8 +3,8 @@ shared one."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 
@@ -12,6 +12,7 @@ from engine.layers.blocks import MLP, FeedForward, FeedForwardStep, Mixer, Mixer
 from engine.layers.experts import RoutedExperts, Router
 from engine.layers.prediction import PredictionHead
 from engine.layers.recurrent import GatedDeltaNet
+from engine.layers.rotary import RopeDefaults
 from engine.models.decoder import Decoder
 from engine.weights.model_config import Served, mixer_of
 from engine.weights.products import Experts, Part, expert_names
@@ -25,7 +26,7 @@ class Qwen3Next(Decoder):
     model_types: ClassVar[tuple[str, ...]] = ("qwen3_next",)
     own_keys = ("norm_topk_prob",)
     served: ClassVar[Served] = {"attn_output_gate": (True,)}
-    rope_defaults: ClassVar[Mapping[str, Any]] = {"fraction": 0.25}
+    rope_defaults: ClassVar[RopeDefaults] = {"fraction": 0.25}
     centred_norms = True
 
     def mixer(self, name: str, sizes: MixerSizes) -> Mixer:

@@ -85,8 +85,8 @@ class Replay:
         messages: Sequence[Message],
         tenant: Hashable,
         *,
-        tools: Sequence[Mapping[str, Any]] | None = None,
-        variables: Mapping[str, Any] | None = None,
+        tools: Sequence[Mapping[str, object]] | None = None,
+        variables: Mapping[str, object] | None = None,
         **options: Any,
     ) -> ChatPrompt:
         """Render a chat with the turns that were sampled for its answers. With ``KEEPS_THINKING``,
@@ -127,7 +127,7 @@ class Replay:
             return
         if place is None or not prompt.header or not controls.isdisjoint(token_ids):
             return
-        ids, reasoning = array("i", token_ids), message["reasoning_content"]
+        ids, reasoning = array("i", token_ids), str(message["reasoning_content"])
         num_bytes = ENTRY_BYTES + 4 * len(ids) + sum(map(sys.getsizeof, (prompt.header, reasoning)))
         turn = SampledTurn(prompt.header, ids, reasoning)
         self._known.put(_place_behind(place, message)[0], turn, num_bytes)
@@ -143,7 +143,7 @@ def _place_behind(place: Place, message: Message) -> tuple[Place, str]:
     return (tenant, _digest(before, [message.get("role"), *said])), reasoning
 
 
-def _digest(before: bytes, value: Any) -> bytes:
+def _digest(before: bytes, value: object) -> bytes:
     text = json.dumps(value, default=repr).encode()
     return hashlib.blake2b(before + text, digest_size=16).digest()
 
@@ -194,9 +194,9 @@ def render_chat(
     tokenizer: Tokenizer,
     messages: Sequence[Message],
     *,
-    tools: Sequence[Mapping[str, Any]] | None = None,
+    tools: Sequence[Mapping[str, object]] | None = None,
     add_generation_prompt: bool = True,
-    variables: Mapping[str, Any] | None = None,
+    variables: Mapping[str, object] | None = None,
     namespace: Hashable = None,
     cuts: Sequence[Cut] = (),
     sampled: Mapping[int, SampledTurn] | None = None,
@@ -332,12 +332,13 @@ def _future_behind(
     if content is None and last["role"] == "assistant":
         after = {"role": "tool", "content": PROBE} if last.get("tool_calls") else ask
         return [*before, last, after]
-    content = last["content"] if content is None else content
-    chat: list[Message] = [*before, {**last, "content": content + PROBE}]
+    shared = last["content"] if content is None else content
+    assert isinstance(shared, str), "a cut is at the end of a text"
+    chat: list[Message] = [*before, {**last, "content": shared + PROBE}]
     return chat if any(message["role"] == "user" for message in chat) else [*chat, ask]
 
 
-def mark_control_tokens(control_tokens: Sequence[str], value: Any) -> Any:
+def mark_control_tokens(control_tokens: Sequence[str], value: object) -> Any:
     """Return ``value`` with ``MARK`` in its texts, so that none can become a control token, alone
     or with adjacent text. O(size of ``value``).
 
@@ -367,19 +368,20 @@ def mark_control_tokens(control_tokens: Sequence[str], value: Any) -> Any:
     return marked(value)
 
 
-def said_by(message: Mapping[str, Any]) -> list[Any]:
+def said_by(message: Mapping[str, object]) -> tuple[str, list[list[object]], str]:
     """Return text, calls and reasoning of a message in a normal form, which is equal for an answer
     and its copy from a client."""
-    calls = []
-    for call in message.get("tool_calls") or ():
+    calls: list[list[object]] = []
+    told = message.get("tool_calls")
+    for call in told if isinstance(told, Sequence) else ():
         named = call.get("function")
         function = named if isinstance(named, Mapping) else call
         calls.append([function.get("name"), _plain(function.get("arguments"))])
     reasoning = str(message.get("reasoning_content") or "").strip()
-    return [str(message.get("content") or "").strip(), calls, reasoning]
+    return str(message.get("content") or "").strip(), calls, reasoning
 
 
-def _plain(arguments: Any) -> str:
+def _plain(arguments: object) -> str:
     """Return arguments in a normal form, independent of the JSON formatting."""
     with suppress(ValueError):
         arguments = read_json(arguments or "{}") if isinstance(arguments, str) else arguments or {}
@@ -447,7 +449,7 @@ def _marked(message: Message, mark: str) -> Message:
     content = str(message.get("content") or "")
     kept = content.lstrip()
     match message.get("tool_calls"):
-        case [{"function": {"name": str(name)}} as call, *others] if not kept:
-            called = {**call, "function": {**call["function"], "name": mark + name}}
+        case [dict({"function": dict({"name": str(name)}) as of}) as call, *others] if not kept:
+            called = {**call, "function": {**of, "name": mark + name}}
             return {**message, "tool_calls": [called, *others]}
     return {**message, "content": content[: len(content) - len(kept)] + mark + kept}

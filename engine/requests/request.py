@@ -42,7 +42,7 @@ from engine.text.answers import (
 )
 from engine.text.grammar import Grammar, GrammarError
 from engine.text.tokenizer import CLOSE, IdTokenizer, read_json
-from hybridcache.geometry.gguf import is_gguf
+from hybridcache.geometry.gguf import gguf_file
 from hybridcache.policies.protocol import PromptBoundaries, require_boundaries
 from hybridcache.scheduling.request import ScheduledRequest
 from hybridcache.tokens import Tokens, require_namespace
@@ -117,7 +117,7 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         stop, bias = self.stop, self.logit_bias
-        lists: dict[str, Any] = {
+        lists: dict[str, object] = {
             "stop": (stop,) if isinstance(stop, str) else stop,
             "stop_token_ids": self.stop_token_ids,
             "logit_bias": bias.items() if isinstance(bias, Mapping) else bias,
@@ -158,10 +158,10 @@ def sampling_defaults(config: EngineConfig) -> dict[str, Any]:
     if config.model is None or config.sampling_defaults == "none":
         return {}
     path = Path(config.model)
-    if is_gguf(path):
-        from engine.text.gguf_tokenizer import generation_config
+    if (file := gguf_file(path)) is not None:
+        from engine.text.gguf_tokenizer import read_generation_config
 
-        named = generation_config(path)
+        named: dict[str, Any] = {**read_generation_config(file)}
     else:
         path /= "generation_config.json"
         named = read_json(path)
@@ -489,7 +489,8 @@ class Request(ScheduledRequest):
         if last is not None:
             first, num_chars, timings = last.num_tokens, last.num_chars, last.timings
         if timings.ttft_s is None or self.finished_s is not None:
-            timings = self._timings()
+            times = self.scheduled_s, self.first_token_s, self.finished_s
+            timings = Timings(*(None if at_s is None else at_s - self.arrival_s for at_s in times))
         num_pieces = len(self.text)
         new_text = "".join(self.text[self._num_pieces :])
         scores = None
@@ -518,10 +519,6 @@ class Request(ScheduledRequest):
         # One line, so that no exception can come between them.
         self._output, self.output_is_taken, self._num_pieces, self._logprobs = now
         return output
-
-    def _timings(self) -> Timings:
-        times = self.scheduled_s, self.first_token_s, self.finished_s
-        return Timings(*(None if at_s is None else at_s - self.arrival_s for at_s in times))
 
 
 class Intake:
@@ -581,7 +578,7 @@ class Intake:
         )
 
     def check(
-        self, tokens: npt.NDArray[np.integer[Any]], sampling: SamplingParams, num_scores: int | None
+        self, tokens: npt.NDArray[np.integer], sampling: SamplingParams, num_scores: int | None
     ) -> None:
         """Raise ValueError for a prompt and parameters that cannot be served. ``num_scores``: the
         spec's ``prompt_logprobs``. O(length of the prompt)."""

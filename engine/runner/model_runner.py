@@ -98,10 +98,10 @@ class ModelRunner:
         self.use_graphs(config.graphs)
 
     def settle(self) -> None:
-        """Copy every state to its request's slot. See ``Verification.settle``."""
+        """Copy every state to its sequence's slot, except for a step that is not committed yet."""
         self.device.make_current()  # The calling thread may be a new one, as in ``forward``.
         if self.drafts is not None:
-            self._copy_states(self.drafts.settle())
+            self._copy_states(self.drafts.running.settle())
 
     def table_row(self, row: int, end: int) -> Indices:
         """Return the KV indices of the positions of ``row`` below ``end``, on the host."""

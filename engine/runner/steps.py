@@ -59,10 +59,6 @@ class StepInputs:
     multiple: int
     tile_size: int
 
-    @property
-    def _device(self) -> torch.device:
-        return self.table.device.device
-
     def of(
         self, batch: Batch, verified: StepPart | None = None
     ) -> tuple[torch.Tensor, LayerInputs]:
@@ -77,7 +73,7 @@ class StepInputs:
             positions.append(np.arange(segment.start, segment.end, dtype=np.int32))
             indices.append(self.table.host[segment.row, segment.start : segment.end])
         known = np.concatenate(tokens)
-        num_tokens, device = len(known), self._device
+        num_tokens, device = len(known), self.table.device.device
         num_rows = padded_count(num_tokens, self.multiple)
         token_ids = np.zeros(num_rows, np.int64)
         token_ids[:num_tokens] = known
@@ -99,8 +95,8 @@ class StepInputs:
         return upload(token_ids, torch.int64, device), step
 
     def _prefill_part(self, segments: Sequence[Segment]) -> PrefillPart:
-        lengths = [len(segment.token_ids) for segment in segments]
-        packed = Packed.from_lengths(lengths, self._device, self.tile_size)
+        lengths, device = [len(one.token_ids) for one in segments], self.table.device.device
+        packed = Packed.from_lengths(lengths, device, self.tile_size)
         exports = [
             (index, position - segment.start, slot)
             for index, segment in enumerate(segments)
@@ -114,7 +110,7 @@ class StepInputs:
             packed=packed,
             sequences=sequences,
             slots=slots,
-            resumed=upload([segment.start > 0 for segment in segments], torch.bool, self._device),
+            resumed=upload([segment.start > 0 for segment in segments], torch.bool, device),
             exports=Exports.plan(packed, exports),
         )
 
@@ -122,7 +118,8 @@ class StepInputs:
         """Return the sequences of ``segments``, and the slots of their states: int32."""
         rows, ends = [one.row for one in segments], [one.end for one in segments]
         slots = [one.slot for one in segments if one.slot is not None]
-        return Sequences.of(rows, ends, self._device), upload(slots, torch.int32, self._device)
+        device = self.table.device.device
+        return Sequences.of(rows, ends, device), upload(slots, torch.int32, device)
 
 
 Replay = Callable[[], None]
@@ -169,7 +166,7 @@ class DecodeGraphs:
         inputs: StepInputs,
         record: Record,
         buckets: Sequence[Bucket],
-        *tables: npt.NDArray[Any],
+        *tables: npt.NDArray[np.generic],
     ) -> None:
         """``buckets``: largest first. ``tables``: inputs on the host; the first starts with ids."""
         self._model, self._record = model, record

@@ -158,11 +158,6 @@ class Verification:
         self.running.take(taken)
         return saved
 
-    def settle(self) -> Copies:
-        """Return the copies after which every state is in its sequence's slot, except for a step
-        that is not committed yet."""
-        return self.running.settle()
-
     @torch.inference_mode()
     def guess(self, newest: Sequence[Newest], most: Sequence[int]) -> Sequence[Tokens]:
         """Draft at most ``most`` tokens (1 or more) after each newest token with the multi-token

@@ -46,7 +46,7 @@ def _whole_escape(escape: re.Match[str]) -> str:
     return r"\ufffd" if len(escape[0]) == 6 and escape[0][1] == "u" else escape[0]
 
 
-def _depth(value: Any) -> int:
+def _depth(value: object) -> int:
     """Return the number of nested lists and objects, counting up to ``MAX_DEPTH`` + 1."""
     depth, level = 0, [value]
     while level := [one for one in level if isinstance(one, dict | list)]:

@@ -4,11 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from engine.text.tokenizer import BackendTokenizer
+from engine.text.tokenizer import (
+    CONTRACTIONS,
+    KIMI_WORDS,
+    SPACES,
+    BackendTokenizer,
+    Settings,
+    cased,
+    merges_into,
+)
 from hybridcache.geometry.gguf import GgufFile, gguf_file
 from hybridcache.geometry.sizes import ModelError
 
@@ -18,9 +26,6 @@ if TYPE_CHECKING:
 PREFIX = "tokenizer.ggml."
 UNKNOWN, CONTROL, USER_DEFINED, UNUSED = 2, 3, 4, 5
 """Types of tokens. 1 is a normal one, 6 a byte."""
-CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
-SPACES = r"\s*[\r\n]+|\s+(?!\S)|\s+"
-UPPER, LOWER = r"\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}", r"\p{Ll}\p{Lm}\p{Lo}\p{M}"
 
 
 def _words(letters: str, digits: str, others: str) -> str:
@@ -29,20 +34,11 @@ def _words(letters: str, digits: str, others: str) -> str:
     return rf"{CONTRACTIONS}|{word}|{digits}| ?[^\s{others}\p{{N}}]+[\r\n]*|{SPACES}"
 
 
-def _cased(digits: str, others: str, upper: str = UPPER, lower: str = LOWER, end: str = "") -> str:
-    """Return the pattern of GPT-4o, which separates words before capital letters."""
-    pairs = (f"[{upper}]*[{lower}]+", f"[{upper}]+[{lower}]*")
-    words = "|".join(rf"[^\r\n\p{{L}}\p{{N}}]?{pair}{end}" for pair in pairs)
-    return rf"{words}|{digits}| ?[^\s\p{{L}}\p{{N}}]+[{others}]*|{SPACES}"
-
-
 LLAMA3 = _words(r"\p{L}", r"\p{N}{1,3}", r"\p{L}")
 QWEN2 = _words(r"\p{L}", r"\p{N}", r"\p{L}")
 QWEN35 = _words(r"[\p{L}\p{M}]", r"\p{N}", r"\p{L}\p{M}")
-GPT4O = _cased(r"\p{N}{1,3}", r"\r\n/", end=f"{CONTRACTIONS}?")
-TEKKEN = _cased(r"\p{N}", r"\r\n/")
-NO_HAN = rf"{UPPER}&&[^\p{{Han}}]", rf"{LOWER}&&[^\p{{Han}}]"
-KIMI = r"[\p{Han}]+|" + _cased(r"\p{N}{1,3}", r"\r\n", *NO_HAN, end=f"{CONTRACTIONS}?")
+GPT4O = cased(r"\p{N}{1,3}", r"\r\n/", end=f"{CONTRACTIONS}?")
+TEKKEN = cased(r"\p{N}", r"\r\n/")
 GPT2, DIGITS = "", r"\p{N}"
 PATTERNS = {
     **dict.fromkeys(("llama3", "llama-v3", "llama-bpe", "lfm2", "falcon3", "falcon-h1"), LLAMA3),
@@ -53,7 +49,7 @@ PATTERNS = {
     **dict.fromkeys(("refact", "starcoder", "command-r", "smollm"), DIGITS),
     "qwen35": QWEN35,
     "tekken": TEKKEN,
-    "kimi-k2": KIMI,
+    "kimi-k2": KIMI_WORDS,
 }
 """Patterns of the words in which BPE merges, by ``tokenizer.ggml.pre``."""
 WHOLE = {pre for pre, pattern in PATTERNS.items() if pattern is LLAMA3 or pattern is TEKKEN}
@@ -82,7 +78,7 @@ class GgufTokenizer(NamedTuple):
     """Arguments of ``BackendTokenizer``."""
 
     backend: tokenizers.Tokenizer
-    settings: dict[str, Any]
+    settings: Settings
     """Special tokens and ``chat_template``, as in a tokenizer_config.json."""
     eos_token_ids: frozenset[int]
 
@@ -123,13 +119,7 @@ def load_tokenizer(model: Path, max_ids: int | None) -> BackendTokenizer | None:
     )
 
 
-def generation_config(model: Path) -> dict[str, Any]:
-    """Return the defaults of sampling that a GGUF file recommends."""
-    file = gguf_file(model)
-    return {} if file is None else read_generation_config(file)
-
-
-def read_generation_config(file: GgufFile) -> dict[str, Any]:
+def read_generation_config(file: GgufFile) -> dict[str, float]:
     """Return the defaults of sampling that the file recommends, as in a generation_config.json."""
     named = {name: file.metadata.get(f"general.sampling.{key}") for key, name in SAMPLING.items()}
     return {name: value for name, value in named.items() if isinstance(value, int | float)}
@@ -168,10 +158,10 @@ class _Reader:
         found = self._file.metadata.get(f"{PREFIX}{name}_token_id")
         return found if isinstance(found, int) and 0 <= found < len(self._tokens) else None
 
-    def settings(self) -> dict[str, Any]:
+    def settings(self) -> Settings:
         names = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
         found = {name: self._id(own) for name, own in names.items()}
-        settings: dict[str, Any] = {
+        settings: Settings = {
             f"{name}_token": self._tokens[i] for name, i in found.items() if i is not None
         }
         template = self._file.metadata.get("tokenizer.chat_template")
@@ -237,14 +227,11 @@ class _Reader:
         if not isinstance(scores, np.ndarray) or len(scores) != len(self._tokens):
             raise self.refusal(f"has no {PREFIX}scores for all tokens")
         order = np.lexsort((np.arange(len(scores)), -scores.astype(np.float64)))
-        ids = self._vocabulary
         for token_id in order.tolist():
             token = self._tokens[token_id]
             if self._types[token_id] in (UNKNOWN, CONTROL, USER_DEFINED, UNUSED):
                 continue
-            cuts = [(token[:at], token[at:]) for at in range(1, len(token))]
-            known = [pair for pair in cuts if pair[0] in ids and pair[1] in ids]
-            yield from sorted(known, key=lambda pair: (ids[pair[0]], ids[pair[1]]))
+            yield from merges_into(token, self._vocabulary)
 
     def _with_special(
         self, backend: tokenizers.Tokenizer, *, adds_bos: bool

@@ -55,7 +55,7 @@ class Grammar:
             )
 
     @classmethod
-    def of_schema(cls, schema: str | bool | Mapping[str, Any]) -> Grammar:
+    def of_schema(cls, schema: str | bool | Mapping[str, object]) -> Grammar:
         """Return the grammar of JSON that matches a schema, given as an object or as its text."""
         if isinstance(schema, str):
             try:
@@ -90,7 +90,7 @@ class Grammar:
         return cls("given", text)
 
 
-def json_rule(schema: bool | Mapping[str, Any], options: Mapping[str, Any]) -> str:
+def json_rule(schema: bool | Mapping[str, object], options: Mapping[str, object]) -> str:
     """Return a Lark expression for JSON that matches ``schema``."""
     root = simplified(schema if isinstance(schema, Mapping) else {} if schema else {"enum": []})
     root = root if isinstance(root, dict) else {"enum": []}
@@ -106,9 +106,10 @@ NAMED_SCHEMAS = (
 DATA = ("enum", "const", "default", "examples", "example")
 """Keywords of a schema whose values are data."""
 Schema = dict[str, Any]
+"""An object of a JSON schema, which a client has written."""
 
 
-def changed(schema: Any, change: Callable[[Schema], Any]) -> Any:
+def changed(schema: object, change: Callable[[Schema], object]) -> object:
     """Return a copy of ``schema`` in which ``change`` replaced each schema, the inner ones first.
     O(its size)."""
     if not isinstance(schema, Mapping):
@@ -124,10 +125,10 @@ def changed(schema: Any, change: Callable[[Schema], Any]) -> Any:
     return change(copy)
 
 
-def resolved(reference: Any, root: Mapping[str, Any]) -> Any:
+def resolved(reference: object, root: Mapping[str, object]) -> object:
     """Return the schema inside ``root`` that a ``$ref`` points to, or None if there is none."""
     base, _, pointer = str(reference).partition("#")
-    value: Any = root if base in ("", root.get("$id")) else None
+    value: object = root if base in ("", root.get("$id")) else None
     for part in unquote(pointer).split("/")[1:]:
         name = part.replace("~1", "/").replace("~0", "~")
         if isinstance(value, list) and name.isdecimal() and int(name) < len(value):
@@ -137,13 +138,13 @@ def resolved(reference: Any, root: Mapping[str, Any]) -> Any:
     return value if pointer[:1] in ("", "/") else None
 
 
-def simplified(schema: Mapping[str, Any]) -> Any:
+def simplified(schema: Mapping[str, object]) -> object:
     """Return ``schema`` without keywords that the matcher does not support and that have no effect,
     or that others express: zod and pydantic write them."""
     return changed(schema, lambda one: _simplified(one, schema))
 
 
-def _simplified(schema: Schema, root: Mapping[str, Any]) -> Any:
+def _simplified(schema: Schema, root: Mapping[str, object]) -> Schema | bool:
     if schema.get("uniqueItems") is False or schema.get("maxItems") in (0, 1):
         schema.pop("uniqueItems", None)
     if schema.get("not") in ({}, True):
@@ -171,9 +172,9 @@ def _simplified(schema: Schema, root: Mapping[str, Any]) -> Any:
     return schema
 
 
-def _check_multiples(schema: Mapping[str, Any]) -> None:
+def _check_multiples(schema: Mapping[str, object]) -> None:
     """Raise GrammarError if the ``multipleOf`` values of a schema would take long to compile."""
-    multiples, parts = set[int](), list[Any]([schema])
+    multiples, parts = set[int](), list[object]([schema])
     for part in parts:
         if isinstance(part, list):
             parts += part

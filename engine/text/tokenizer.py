@@ -16,7 +16,7 @@ from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import jinja2
 import jinja2.ext
@@ -32,7 +32,12 @@ from hybridcache.tokens import Tokens
 if TYPE_CHECKING:
     import tokenizers
 
-Message = Mapping[str, Any]
+Piece = TypeVar("Piece", str, bytes)
+Message = Mapping[str, object]
+Settings = dict[str, Any]
+"""Contents of a tokenizer_config.json, not checked: a wrong value fails where it is used."""
+Described = dict[str, Any]
+"""Token or step of the library ``tokenizers`` as its files describe it: content or type, flags."""
 PROBE = "\ue000"
 """Stands for text that is not known yet. It is a private-use character: no template and no merge of
 a tokenizer begins with it."""
@@ -75,9 +80,9 @@ class ChatTemplate:
         self,
         messages: Sequence[Message],
         *,
-        tools: Sequence[Mapping[str, Any]] | None = None,
+        tools: Sequence[Mapping[str, object]] | None = None,
         add_generation_prompt: bool = False,
-        variables: Mapping[str, Any] | None = None,
+        variables: Mapping[str, object] | None = None,
     ) -> str:
         """Return the chat as text. ``variables`` are switches of the template such as
         ``enable_thinking``. Raises TemplateError for any exception in the template."""
@@ -122,7 +127,7 @@ def _compiled(source: str) -> jinja2.Template:
     return environment.from_string(source)
 
 
-def _to_json(value: Any, ensure_ascii: bool = False, indent: Any = None, **options: Any) -> str:
+def _to_json(value: object, ensure_ascii: bool = False, indent: Any = None, **options: Any) -> str:
     """Write JSON without HTML escapes, unlike Jinja's own filter, with the options of
     ``transformers``."""
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, **options)
@@ -244,7 +249,7 @@ class IdTokenizer(Tokenizer):
     def __init__(self, vocab_size: int, eos_token_ids: frozenset[int]) -> None:
         self.vocab_size, self.eos_token_ids = vocab_size, eos_token_ids
 
-    def encode(self, text: str, **options: Any) -> list[int]:
+    def encode(self, text: str, **options: object) -> list[int]:
         """Return the ids in ``text``. Raises ValueError for any other text."""
         try:
             return [int(np.int32(word)) for word in text.split()]
@@ -273,7 +278,7 @@ class BackendTokenizer(Tokenizer):
     def __init__(
         self,
         backend: tokenizers.Tokenizer,
-        settings: Mapping[str, Any],
+        settings: Settings,
         *,
         eos_token_ids: Iterable[int] = (),
         max_ids: int | None = None,
@@ -370,8 +375,7 @@ class BackendTokenizer(Tokenizer):
         """Encode one text as a batch, because the library then lets other threads run, without
         offsets, which take most of the time."""
         [encoding] = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
-        ids: list[int] = encoding.ids
-        return ids
+        return encoding.ids
 
     def token_bytes(self, token_id: int, starts_text: bool = False) -> bytes:
         return self._bytes_of(token_id, starts_text)
@@ -393,8 +397,7 @@ class BackendTokenizer(Tokenizer):
         return str(alone if starts_text else twice[len(alone) :]).encode()
 
     def as_json(self) -> str:
-        described: str = self._backend.to_str()
-        return described
+        return self._backend.to_str()
 
 
 class HFTokenizer(BackendTokenizer):
@@ -460,7 +463,7 @@ def has_tokenizer(model_dir: Path) -> bool:
     return any(any(model_dir.glob(form)) for form in forms)
 
 
-def _load_backend(model_dir: Path, settings: Mapping[str, Any]) -> tokenizers.Tokenizer:
+def _load_backend(model_dir: Path, settings: Settings) -> tokenizers.Tokenizer:
     import tokenizers
 
     path, ranks = model_dir / "tokenizer.json", model_dir / "tiktoken.model"
@@ -490,13 +493,20 @@ def _load_backend(model_dir: Path, settings: Mapping[str, Any]) -> tokenizers.To
         ) from error
 
 
-_BEFORE, _AFTER = r"[^\r\n\p{L}\p{N}]?", "(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
-_UPPER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]"
-_LOWER = r"[\p{Ll}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]"
-KIMI_WORDS = (
-    rf"[\p{{Han}}]+|{_BEFORE}{_UPPER}*{_LOWER}+{_AFTER}|{_BEFORE}{_UPPER}+{_LOWER}*{_AFTER}"
-    r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+SPACES = r"\s*[\r\n]+|\s+(?!\S)|\s+"
+UPPER, LOWER = r"\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}", r"\p{Ll}\p{Lm}\p{Lo}\p{M}"
+
+
+def cased(digits: str, others: str, upper: str = UPPER, lower: str = LOWER, end: str = "") -> str:
+    """Return the pattern of words of GPT-4o, which separates words before capital letters."""
+    pairs = (f"[{upper}]*[{lower}]+", f"[{upper}]+[{lower}]*")
+    words = "|".join(rf"[^\r\n\p{{L}}\p{{N}}]?{pair}{end}" for pair in pairs)
+    return rf"{words}|{digits}| ?[^\s\p{{L}}\p{{N}}]+[{others}]*|{SPACES}"
+
+
+NO_HAN = rf"{UPPER}&&[^\p{{Han}}]", rf"{LOWER}&&[^\p{{Han}}]"
+KIMI_WORDS = r"[\p{Han}]+|" + cased(r"\p{N}{1,3}", r"\r\n", *NO_HAN, end=f"{CONTRACTIONS}?")
 """Words into which Kimi Linear's tokenizer splits a text before it merges bytes (the program
 tokenization_kimi.py of the model; transformers' own converter splits as Llama 3 does)."""
 KIMI_SPECIALS = 258
@@ -504,7 +514,7 @@ KIMI_SPECIALS = 258
 tokenizer_config.json are reserved."""
 
 
-def _convert_ranks(path: Path, settings: Mapping[str, Any]) -> tokenizers.Tokenizer:
+def _convert_ranks(path: Path, settings: Settings) -> tokenizers.Tokenizer:
     """Read Kimi Linear's tiktoken.model: in each line a token in base 64, and its rank."""
     import tokenizers
     from tokenizers import decoders, models, pre_tokenizers
@@ -515,9 +525,7 @@ def _convert_ranks(path: Path, settings: Mapping[str, Any]) -> tokenizers.Tokeni
     spelled = {token: "".join(map(letter_of.__getitem__, token)) for token in ranks}
     merges = []
     for token in sorted(ranks, key=ranks.__getitem__):
-        cuts = ((token[:end], token[end:]) for end in range(1, len(token)))
-        pairs = [pair for pair in cuts if pair[0] in ranks and pair[1] in ranks]
-        pairs.sort(key=lambda pair: (ranks[pair[0]], ranks[pair[1]]))
+        pairs = merges_into(token, ranks)
         merges += [(spelled[left], spelled[right]) for left, right in pairs]
     vocab = {spelled[token]: rank for token, rank in ranks.items()}
     backend = tokenizers.Tokenizer(models.BPE(vocab, merges, ignore_merges=True))
@@ -535,6 +543,13 @@ def _convert_ranks(path: Path, settings: Mapping[str, Any]) -> tokenizers.Tokeni
     return backend
 
 
+def merges_into(token: Piece, ids: Mapping[Piece, int]) -> list[tuple[Piece, Piece]]:
+    """Return the pairs of known tokens of which ``token`` consists, by their ids."""
+    cuts = [(token[:at], token[at:]) for at in range(1, len(token))]
+    known = [pair for pair in cuts if pair[0] in ids and pair[1] in ids]
+    return sorted(known, key=lambda pair: (ids[pair[0]], ids[pair[1]]))
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """Return the object in ``path``, or {} if the file does not exist. Raises ValueError for any
     other content."""
@@ -547,7 +562,7 @@ def read_json(path: Path) -> dict[str, Any]:
     raise ValueError(f"{path} is not an object in JSON: download it again.")
 
 
-def _read_settings(model_dir: Path) -> dict[str, Any]:
+def _read_settings(model_dir: Path) -> Settings:
     """Return the tokenizer_config.json of a directory, with the contents of the files that replace
     or complete it."""
     settings = read_json(model_dir / "tokenizer_config.json")
@@ -565,7 +580,7 @@ def _read_settings(model_dir: Path) -> dict[str, Any]:
     return settings
 
 
-def _named_tokens(settings: Mapping[str, Any]) -> dict[str, Any]:
+def _named_tokens(settings: Settings) -> dict[str, str | Described]:
     """Return ``bos_token``, ``image_token`` and the others that have a name, as text or object."""
     named = {name: token for name, token in settings.items() if name.endswith("_token")}
     others = settings.get("extra_special_tokens")
@@ -573,13 +588,13 @@ def _named_tokens(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {name: token for name, token in named.items() if isinstance(token, str | dict)}
 
 
-def _special_tokens(settings: Mapping[str, Any]) -> list[Any]:
+def _special_tokens(settings: Settings) -> list[str | Described]:
     """Return the special tokens in ``settings``, each as text or object."""
     others = settings.get("extra_special_tokens") or settings.get("additional_special_tokens")
     return [*_named_tokens(settings).values(), *(others if isinstance(others, list) else ())]
 
 
-def _apply_settings(backend: tokenizers.Tokenizer, settings: Mapping[str, Any]) -> None:
+def _apply_settings(backend: tokenizers.Tokenizer, settings: Settings) -> None:
     """Change ``backend`` as ``transformers`` does (class TokenizersBackend).
 
     Truncation, padding and dropout, which a trainer may have left in the file, are switched off.
@@ -595,7 +610,7 @@ def _apply_settings(backend: tokenizers.Tokenizer, settings: Mapping[str, Any]) 
     known = {token.content: repr(token) for token in backend.get_added_tokens_decoder().values()}
     named = {*map(_content, _named_tokens(settings).values())}
 
-    def described(token: str | dict[str, Any]) -> AddedToken:
+    def described(token: str | Described) -> AddedToken:
         flags = ("lstrip", "rstrip", "single_word", "normalized", "special")
         given = {} if isinstance(token, str) else {k: token[k] for k in flags if k in token}
         if isinstance(token, str) or token["content"] in named:
@@ -614,7 +629,7 @@ def _apply_settings(backend: tokenizers.Tokenizer, settings: Mapping[str, Any]) 
     backend.add_tokens(new)
 
 
-def _find_template(settings: Mapping[str, Any]) -> ChatTemplate | None:
+def _find_template(settings: Settings) -> ChatTemplate | None:
     source = settings.get("chat_template")
     if isinstance(source, list):
         source = next((one["template"] for one in source if one["name"] == "default"), None)
@@ -625,16 +640,16 @@ def _find_template(settings: Mapping[str, Any]) -> ChatTemplate | None:
     return ChatTemplate(source, absent | named)
 
 
-def _content(token: str | dict[str, Any] | None) -> str | None:
+def _content(token: str | Described | None) -> str | None:
     """Return the text of a special token, which settings write as a string or as an object."""
     return token["content"] if isinstance(token, dict) else token
 
 
-def _steps(part: Any) -> list[dict[str, Any]]:
+def _steps(part: Any) -> list[Described]:
     """Return the descriptions of a normalizer, pre-tokenizer or decoder. Those of a sequence, at
     any depth, follow each other."""
 
-    def flat(described: dict[str, Any]) -> list[dict[str, Any]]:
+    def flat(described: Described) -> list[Described]:
         if described["type"] != "Sequence":
             return [described]
         inner = next(value for value in described.values() if isinstance(value, list))
@@ -648,7 +663,7 @@ _STREAMED = re.compile("[RrqSsMW]*|[RrqSsM]*B+(F[Frs]*)?|[RrqSsMW]*F[FrqsM]*")
 letter is the code of a step: Byte fallback, Fuse, Metaspace, Replace, Strip or Word piece."""
 
 
-def _code(step: dict[str, Any]) -> str:
+def _code(step: Described) -> str:
     """Return the code of a decoder's step: a small letter if it looks at one character only."""
     codes = {"ByteFallback": "B", "ByteLevel": "L", "Fuse": "F", "Metaspace": "M", "WordPiece": "W"}
     match step["type"]:

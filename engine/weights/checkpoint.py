@@ -8,12 +8,12 @@ import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from engine.weights.forms import read_quantization
 from engine.weights.layer_names import is_buffer, model_name
+from engine.weights.model_config import RawConfig
 from engine.weights.parameters import FileFormats, Layer, Parameter, Source
 from engine.weights.scheme import Quantization, Scheme, Stored
 from engine.weights.tensor_files import (
@@ -26,6 +26,8 @@ from engine.weights.tensor_files import (
 )
 from kernels.linear.formats import Format, Matrix
 
+Publish = Callable[[Mapping[str, torch.Tensor]], dict[str, torch.Tensor]]
+"""``Decoder.published`` of a family."""
 HEAD = "mtp."
 """Prefix of a multi-token prediction head, which is read only if requested."""
 SKIPPED = ("model.visual.", "visual.")
@@ -72,7 +74,7 @@ class Checkpoint(ABC):
             )
         return left
 
-    def rename(self, published: Callable[[Mapping[str, torch.Tensor]], Any]) -> None:
+    def rename(self, published: Publish) -> None:
         """Give tensors the names and shapes of published files, see ``Decoder.published``. GGUF
         has one form only."""
         return
@@ -132,7 +134,7 @@ class WeightFiles(Checkpoint):
     formats: Quantization | None
 
     def __init__(
-        self, model_dir: Path, config: Mapping[str, Any] | None = None, *, with_head: bool = False
+        self, model_dir: Path, config: RawConfig | None = None, *, with_head: bool = False
     ) -> None:
         """Map the files, and read the formats that ``config``, the contents of config.json, or a
         file beside it describes. Raises ModelError for unsupported formats, and if the head is
@@ -152,7 +154,7 @@ class WeightFiles(Checkpoint):
     def is_stacked(self) -> bool:
         return any(name.endswith(STACKED_EXPERTS) for name in self.tensors)
 
-    def rename(self, published: Callable[[Mapping[str, torch.Tensor]], Any]) -> None:
+    def rename(self, published: Publish) -> None:
         self.tensors = published(self.tensors)
 
     def ties(self, embedding: str) -> bool:

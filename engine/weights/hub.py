@@ -12,18 +12,21 @@ import json
 import re
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from engine.config import BUILTIN_DIR, BUILTIN_NAME, EngineConfig, HubError
 from engine.weights.layer_names import INDEX_NAMES, MODEL_SLIM_FILE, WEIGHTS_NAME
-from engine.weights.model_config import ModelError, read_config
+from engine.weights.model_config import ModelError, RawConfig, read_config
 from hybridcache.geometry.gguf import choose_files, is_gguf, label_of
 from hybridcache.geometry.gguf_config import check_architecture
 from hybridcache.geometry.units import counted, format_bytes
+
+if TYPE_CHECKING:
+    from huggingface_hub import DryRunFileInfo
 
 SMALL_FILES = [
     "config.json",
@@ -69,9 +72,7 @@ def display_name(model: Path) -> str:
     return found["name"].replace("--", "/", 1) + (label and f":{label}")
 
 
-def resolve_config(
-    config: EngineConfig, read_model: Callable[[dict[str, Any]], object]
-) -> EngineConfig:
+def resolve_config(config: EngineConfig, read_model: Callable[[RawConfig], object]) -> EngineConfig:
     """Return ``config`` with folders in place of hub names, downloading the files that are missing.
     The name of the built-in model becomes None. Raises HubError. See ``resolve_folder``."""
     model, tokenizer = config.model, config.tokenizer
@@ -89,7 +90,7 @@ def resolve_config(
 
 def resolve_folder(
     model: str,
-    read_model: Callable[[dict[str, Any]], object] | None = None,
+    read_model: Callable[[RawConfig], object] | None = None,
     revision: str | None = None,
 ) -> str:
     """Return the folder or GGUF file of a hub name, the folder of the built-in model, and any other
@@ -144,7 +145,7 @@ def _fetch(
     name: str,
     label: str | None,
     revision: str | None,
-    read_model: Callable[[dict[str, Any]], object] | None,
+    read_model: Callable[[RawConfig], object] | None,
 ) -> str:
     """Return the folder, or the GGUF file, of ``name`` on the hub; see ``resolve_folder``. Before
     weights are downloaded, the model must be supported and fit on the disk."""
@@ -153,7 +154,7 @@ def _fetch(
 
     if not sys.stderr.isatty():
         disable_progress_bars()
-    get = partial(snapshot_download, name, revision=revision, ignore_patterns="*/*")
+    get: Any = partial(snapshot_download, name, revision=revision, ignore_patterns="*/*")
     if label is not None:
         return _fetch_gguf(name, label, revision, get)
     folder = Path(get(allow_patterns=SMALL_FILES))
@@ -163,7 +164,7 @@ def _fetch(
         return str(folder)
     weights = [WEIGHTS_NAME, *_weight_files(folder)]
     with suppress(errors.DryRunError):  # The hub is unreachable; the cache may have all.
-        files: Any = get(allow_patterns=weights, dry_run=True)
+        files: list[DryRunFileInfo] = get(allow_patterns=weights, dry_run=True)
         if not files:
             return _fetch_gguf(name, label, revision, get)
         if any(file.filename == WEIGHTS_NAME for file in files):
@@ -179,10 +180,10 @@ def _fetch_gguf(name: str, label: str | None, revision: str | None, get: Any) ->
 
     get = partial(get, ignore_patterns=None)
     try:
-        files: Any = get(allow_patterns="*.gguf", dry_run=True)
+        files: list[DryRunFileInfo] = get(allow_patterns="*.gguf", dry_run=True)
         names = [file.filename for file in files]
     except errors.DryRunError:  # The hub is unreachable; the cache may have the model.
-        files, cache = (), Path(get(allow_patterns=[]))
+        files, cache = [], Path(get(allow_patterns=[]))
         names = [path.relative_to(cache).as_posix() for path in cache.rglob("*.gguf")]
     if not names:
         raise HubError(
@@ -196,7 +197,7 @@ def _fetch_gguf(name: str, label: str | None, revision: str | None, get: Any) ->
         raise HubError(f"{fault}, and write its format or name after {name}:") from None
 
     def check() -> None:
-        facts: Any = HfApi().model_info(name, revision=revision, expand=["gguf"]).gguf or {}
+        facts = HfApi().model_info(name, revision=revision, expand=["gguf"]).gguf or {}
         if "architecture" in facts:
             check_architecture(str(facts["architecture"]), name)
 
@@ -204,7 +205,7 @@ def _fetch_gguf(name: str, label: str | None, revision: str | None, get: Any) ->
     return str(Path(get(allow_patterns=chosen)) / chosen[0])
 
 
-def _announce(name: str, files: Any, check: Callable[[], object]) -> None:
+def _announce(name: str, files: Sequence[DryRunFileInfo], check: Callable[[], object]) -> None:
     """Print a line if some of the files have to be downloaded. Raises HubError if they do not fit
     on the disk, or if ``check`` raises ModelError."""
     from huggingface_hub import constants
@@ -212,7 +213,7 @@ def _announce(name: str, files: Any, check: Callable[[], object]) -> None:
     missing = [file for file in files if file.will_download]
     cache = Path(constants.HF_HUB_CACHE).absolute()
     folder = next(one for one in (cache, *cache.parents) if one.exists())
-    to_load, free = sum(file.file_size for file in missing), shutil.disk_usage(folder).free
+    to_load, free = sum(file.file_size or 0 for file in missing), shutil.disk_usage(folder).free
     if to_load > free:
         raise HubError(
             f"{name} needs {format_bytes(to_load)} more on the disk of {cache}, which has "

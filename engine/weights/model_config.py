@@ -20,6 +20,8 @@ from hybridcache.geometry.sizes import MixerSizes, ModelSizes
 from hybridcache.geometry.sizes import ModelError as ModelError
 
 M = TypeVar("M", bound=MixerSizes)
+RawConfig = dict[str, object]
+"""Contents of a config.json."""
 Served = Mapping[str, tuple[object, ...]]
 """Supported values of keys of a config.json. Errors name the first one."""
 ACTIVATIONS = ("silu", "swish")
@@ -86,18 +88,12 @@ class ModelConfig:
         return self.sizes.hidden
 
     @property
-    def time_limits(self) -> tuple[float, float]:
-        """Bounds of Mamba-2's time steps."""
-        low, high = self.own["time_step_limit"]
-        return float(low), float(high)
-
-    @property
     def max_len(self) -> int:
         """Longest context that the model was made for, in tokens."""
         return max(self.max_position, 0 if self.rope is None else self.rope.max_len)
 
 
-def read_config(model_dir: Path) -> dict[str, Any]:
+def read_config(model_dir: Path) -> RawConfig:
     """Return the contents of a model's ``config.json``, or those that a GGUF file has in its place.
     Raises ModelError."""
     file = gguf_file(model_dir)

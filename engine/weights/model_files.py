@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from engine.weights.checkpoint import Checkpoint, WeightFiles
 from engine.weights.gguf_names import Model
 from engine.weights.gguf_weights import GgufWeights
-from engine.weights.model_config import read_config
+from engine.weights.model_config import RawConfig, read_config
 from engine.weights.tensor_files import find_files
 from hybridcache.geometry.gguf import gguf_file, is_gguf
 
@@ -21,7 +19,7 @@ def weight_files(model: Path) -> list[Path]:
     return find_files(model) if file is None else file.paths
 
 
-def open_weights(model: Path, config: Mapping[str, Any], *, with_head: bool) -> Checkpoint:
+def open_weights(model: Path, config: RawConfig, *, with_head: bool) -> Checkpoint:
     """Map the weights of a model with this config. Raises ModelError."""
     file = gguf_file(model)
     if file is None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Literal, Protocol, Self, TypeVar
 
 import torch
 
@@ -261,7 +261,7 @@ class WeightSpec:
 class Divided(Protocol):
     """Sizes that ranks can share."""
 
-    def share(self, num_ranks: int) -> Any:
+    def share(self, num_ranks: int) -> Self:
         """Return the sizes of one rank's part."""
 
 
@@ -284,8 +284,7 @@ class Build:
 
     def own(self, sizes: S) -> S:
         """Return the sizes of the part of a layer that is built."""
-        share: S = sizes.share(self.rank.count)
-        return share
+        return sizes.share(self.rank.count)
 
     def parameter(
         self,

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -154,7 +155,7 @@ class _Stack:
             for part, bias in zip(self._parts, self._bias.split(sizes), strict=True):
                 yield f"{part.name}.bias", Parameter(bias, cut=part.cut)
 
-    def product(self, kernel: Any) -> Product:
+    def product(self, kernel: ModuleType) -> Product:
         if self._bias is not None and not self._adds_bias:
             self._bias.zero_()  # The bias of one rank is in the sum.
         matrix, format = self._matrix, self._storage.computed
@@ -282,7 +283,7 @@ class Experts:
         self,
         x: torch.Tensor | QuantizedRows,
         weights: torch.Tensor,
-        experts: Any,
+        experts: object,
         shared_gate: torch.Tensor | None = None,
     ) -> Any:
         """Compute the built part's summand of the output ``[T, width]`` from ``x`` of the same

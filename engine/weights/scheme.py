@@ -14,7 +14,11 @@ from engine.weights.layer_names import Names
 from engine.weights.model_config import ModelError
 from kernels.linear.eight_bits import EightBits
 from kernels.linear.formats import Format, Matrix
+from kernels.linear.grouped import Grouped
 
+Section = Mapping[str, Any]
+"""Description of quantised weights in a config.json. A reader may raise the errors of a value with
+the wrong type; ``forms.read_quantization`` reports them."""
 Tensors = Mapping[str, torch.Tensor]
 """Tensors of one module, by the last part of their names."""
 
@@ -109,6 +113,23 @@ class EightBitScheme(Scheme):
         return Matrix(self.format, {"weight": tensors["weight"], "scale": scales}, num_columns)
 
 
+@dataclass(frozen=True, slots=True)
+class GroupedScheme(Scheme):
+    """Integers in words, with a scale and perhaps a zero for each group of columns."""
+
+    grouped: Grouped
+    is_per_row: bool
+    """True if a row is one group."""
+
+    @property
+    def format(self) -> Grouped:
+        return self.grouped
+
+    def num_groups(self, num_columns: int) -> int:
+        """Return the number of groups in a row."""
+        return 1 if self.is_per_row else -(-num_columns // self.grouped.group)
+
+
 OFFSET = "weight_offset"
 """Last part of the name of zero points, which ModelSlim also writes if all are 0."""
 
@@ -137,32 +158,27 @@ class Quantization:
     def column_order(self, module: str) -> torch.Tensor | None:
         return None
 
-    def schemes(self) -> tuple[Scheme, ...]:
-        """Return every distinct scheme."""
-        return tuple(dict.fromkeys(scheme for scheme, _ in self.groups))
-
     def described(self) -> Sequence[tuple[str, Format]]:
-        return [(scheme.describe(), scheme.format) for scheme in self.schemes()]
+        schemes = dict.fromkeys(scheme for scheme, _ in self.groups)
+        return [(scheme.describe(), scheme.format) for scheme in schemes]
 
     def describe(self) -> str:
         """Return a description such as ``fp8 in blocks of 128 x 128``."""
-        return " and ".join(scheme.describe() for scheme in self.schemes())
+        return " and ".join(words for words, _ in self.described())
 
 
 class UnsupportedError(Exception):
     """Part of a description that is not supported; the message names it."""
 
 
-def check_served(
-    name: str, section: Mapping[str, Any], served: Mapping[str, Sequence[object]]
-) -> None:
+def check_served(name: str, section: Section, served: Mapping[str, Sequence[object]]) -> None:
     """Raise UnsupportedError if a key of ``section`` has a value that is not ``served``."""
     for key, values in served.items():
         if key in section and section[key] not in values:
             raise UnsupportedError(f"{name} with {key} {section[key]!r}")
 
 
-def block_size(size: Any, name: str) -> tuple[int, int]:
+def block_size(size: object, name: str) -> tuple[int, int]:
     """Return the rows and columns of a block. Raises ModelError if it is not two positive
     integers."""
     if not (

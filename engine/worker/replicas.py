@@ -152,11 +152,12 @@ class EngineReplica:
                 with suppress(TimeoutError):
                     await asyncio.wait_for(self._news.wait(), ALIVE_S)
 
-    async def tell(self, message: Question | Abort) -> Any:
+    async def tell(self, message: Question | Abort) -> object:
         """Pass a message to the engine, and return the reply to a question."""
         if isinstance(message, Abort):
             # The last output of the request follows the others.
-            return self._async.abort(message.request_id, message.reason)
+            self._async.abort(message.request_id, message.reason)
+            return None
         reply = await self._async.ask(message)
         self._host.call_soon(self._flush)  # The question may have emptied the cache.
         return reply
@@ -456,7 +457,7 @@ class FleetChannel(EngineChannel):
             reply = Reply(question.number, error=RequestError.of(error).to_wire())
         self.front.receive(reply)
 
-    async def _value(self, question: Question) -> Any:
+    async def _value(self, question: Question) -> object:
         """Query every replica and return the sum, or one replica for a view. Raises EngineStopped
         if none responds.
 
@@ -512,7 +513,7 @@ class FleetChannel(EngineChannel):
         self._views[number] = name, await self._ask(name, question)
         return number
 
-    async def _ask_view(self, question: AskView) -> Any:
+    async def _ask_view(self, question: AskView) -> object:
         """Pass a question about a view on to its replica."""
         name, view = self._views[question.view]
         if question.topic == "close":

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from typing import Any
 
 from engine.config import BUILTIN_PROMPTS
 from engine.engine import Engine
@@ -82,7 +81,7 @@ def _first_steps(engine: Engine, address: str) -> list[tuple[str, str]]:
         names = ("it solves", *[""] * len(BUILTIN_PROMPTS))
         rows = [(name, f'"{each}"') for name, each in zip(names, BUILTIN_PROMPTS, strict=False)]
     path = "chat/completions"
-    body: dict[str, Any] = {"messages": [{"role": "user", "content": prompt}]}
+    body: dict[str, object] = {"messages": [{"role": "user", "content": prompt}]}
     if engine.tokenizer is None or engine.tokenizer.chat_template is None:
         path, body = "completions", {"prompt": prompt, "max_tokens": 32}
     if isinstance(engine.tokenizer, IdTokenizer):

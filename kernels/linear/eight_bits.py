@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
@@ -52,19 +52,17 @@ class EightBits(Format):
         matrix: Matrix,
         bias: torch.Tensor | None,
         dtype: torch.dtype,
-        **options: Any,
+        **options: bool,
     ) -> Product:
-        product: Product = linear.prepare_8bit(*stored_parts(matrix), bias, dtype, **options)
-        return product
+        return linear.prepare_8bit(*stored_parts(matrix), bias, dtype, **options)
 
     def experts(
-        self, moe: ModuleType, up: Matrix, down: Matrix, dtype: torch.dtype, **options: Any
+        self, moe: ModuleType, up: Matrix, down: Matrix, dtype: torch.dtype, **options: bool
     ) -> Callable[..., torch.Tensor]:
         if down.format != up.format:
             return Format.experts(self, moe, up, down, dtype, **options)
         weights = *stored_parts(up), *stored_parts(down)
-        experts: Callable[..., torch.Tensor] = moe.prepare_8bit(*weights, dtype, **options)
-        return experts
+        return moe.prepare_8bit(*weights, dtype, **options)
 
 
 def stored_parts(matrix: Matrix) -> tuple[torch.Tensor, torch.Tensor]:

@@ -15,7 +15,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any
 
 import torch
 
@@ -88,36 +87,33 @@ class Format(ABC):
         matrix: Matrix,
         bias: torch.Tensor | None,
         dtype: torch.dtype,
-        **options: Any,
+        **options: bool,
     ) -> Product:
         """Return ``x @ matrix.T + bias`` for x of ``dtype``, with the code of ``linear``.
 
         ``options`` are those of ``linear.prepare_8bit``, for formats of 8 bits. By default the
         weight is widened once.
         """
-        product: Product = linear.prepare(matrix.widened(dtype), bias)
-        return product
+        return linear.prepare(matrix.widened(dtype), bias)
 
     def products(
-        self, linear: ModuleType, stack: Matrix, dtype: torch.dtype, **options: Any
+        self, linear: ModuleType, stack: Matrix, dtype: torch.dtype, **options: bool
     ) -> Sequence[Product]:
         """Return the product of each matrix of a stack."""
         return [self.product(linear, one, None, dtype, **options) for one in stack]
 
     def experts(
-        self, moe: ModuleType, up: Matrix, down: Matrix, dtype: torch.dtype, **options: Any
+        self, moe: ModuleType, up: Matrix, down: Matrix, dtype: torch.dtype, **options: bool
     ) -> Callable[..., torch.Tensor]:
         """Return ``kernels.moe.reference.experts`` with the weights of all experts, stacked, for
         hidden states of ``dtype``. By default each expert has two products, unless ``moe``
         multiplies the weights of all experts together in any formats."""
         if hasattr(moe, "prepare_matrices"):
-            together: Callable[..., torch.Tensor] = moe.prepare_matrices(up, down, dtype, **options)
-            return together
+            return moe.prepare_matrices(up, down, dtype, **options)
         stacks = (one.format.products(moe.linear, one, dtype, **options) for one in (up, down))
-        experts: Callable[..., torch.Tensor] = moe.prepare_products(
+        return moe.prepare_products(
             list(zip(*stacks, strict=True)), is_gated=up.shape[1] == 2 * down.shape[2]
         )
-        return experts
 
     @property
     def unit(self) -> int:
@@ -295,19 +291,17 @@ class Plain(Format):
         matrix: Matrix,
         bias: torch.Tensor | None,
         dtype: torch.dtype,
-        **options: Any,
+        **options: bool,
     ) -> Product:
-        product: Product = linear.prepare(matrix.fields["weight"].to(dtype), bias)
-        return product
+        return linear.prepare(matrix.fields["weight"].to(dtype), bias)
 
     def experts(
-        self, moe: ModuleType, up: Matrix, down: Matrix, dtype: torch.dtype, **options: Any
+        self, moe: ModuleType, up: Matrix, down: Matrix, dtype: torch.dtype, **options: bool
     ) -> Callable[..., torch.Tensor]:
         if not isinstance(down.format, Plain):
             return Format.experts(self, moe, up, down, dtype, **options)
         weights = (one.fields["weight"].to(dtype) for one in (up, down))
-        experts: Callable[..., torch.Tensor] = moe.prepare(*weights)
-        return experts
+        return moe.prepare(*weights)
 
 
 @dataclass(frozen=True, slots=True)

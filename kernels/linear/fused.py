@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import triton
@@ -407,7 +406,7 @@ class Product:
             return x, None
         return quantize_rows(x) if quantized is None else (quantized.rows, quantized.scale)
 
-    def tile(self, x: torch.Tensor) -> dict[str, Any]:
+    def tile(self, x: torch.Tensor) -> dict[str, object]:
         """Return tile and pipeline for ``rows(x)``, from the device's table if it has them."""
         if isinstance(self.weight, Words):
             tile = tile_config(len(x), x.dtype, torch.int8)
@@ -606,11 +605,11 @@ def span_of(num_outputs: int, size: int) -> int:
     return triton.cdiv(triton.cdiv(size, num_spans), 128) * 128
 
 
-NO_WORDS: dict[str, Any] = {"FORM": None, "SPANS": 1, "EVEN": False}
+NO_WORDS: dict[str, object] = {"FORM": None, "SPANS": 1, "EVEN": False}
 """Constants of kernels for weights that are not in words."""
 
 
-def fp8_config(size: int, num_tokens: int, *, is_large: bool = False) -> dict[str, Any]:
+def fp8_config(size: int, num_tokens: int, *, is_large: bool = False) -> dict[str, object]:
     """Return the constants of products of fp8 rows with weights ``[M, size]``, for tiles of
     ``num_tokens``: two blocks per turn of a loop, or one if tiles are large."""
     spans = 1 if is_large or size % (2 * SCALE_BLOCK) else 2
@@ -620,7 +619,7 @@ def fp8_config(size: int, num_tokens: int, *, is_large: bool = False) -> dict[st
     return NO_WORDS | config
 
 
-def words_config(form: WordsForm | None, size: int, num_tokens: int) -> dict[str, Any]:
+def words_config(form: WordsForm | None, size: int, num_tokens: int) -> dict[str, object]:
     """Return the constants of a weight in words ``[M, size]``, for tiles of ``num_tokens``.
 
     Two spans per turn of a loop, if rows have a whole number of turns and shared memory suffices.

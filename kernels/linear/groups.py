@@ -15,7 +15,6 @@ from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -97,20 +96,17 @@ class GroupFormat(Format):
         matrix: Matrix,
         bias: torch.Tensor | None,
         dtype: torch.dtype,
-        **options: Any,
+        **options: bool,
     ) -> Product:
         """Return the product of ``linear``: on a CPU with activations in 8 bits
         (``linear_groups``). Without one, and on a CPU for other dtypes than float32 and bfloat16,
         the weight is widened."""
         if (dtype in DTYPES or matrix.device.type != "cpu") and self.has_product(linear):
-            product: Product = linear.prepare_groups(
-                self, matrix.fields, matrix.num_columns, bias, dtype
-            )
-            return product
+            return linear.prepare_groups(self, matrix.fields, matrix.num_columns, bias, dtype)
         return Format.product(self, linear, matrix, bias, dtype, **options)
 
     def products(
-        self, linear: ModuleType, stack: Matrix, dtype: torch.dtype, **options: Any
+        self, linear: ModuleType, stack: Matrix, dtype: torch.dtype, **options: bool
     ) -> Sequence[Product]:
         """Return the product of each matrix of a stack. A CPU packs all of them in one call."""
         count, num_rows, num_columns = stack.shape
@@ -119,8 +115,7 @@ class GroupFormat(Format):
             return super().products(linear, stack, dtype, **options)
         fields = {name: part.flatten(0, 1) for name, part in stack.fields.items()}
         whole = linear.prepare_groups(self, fields, num_columns, None, dtype)
-        products: Sequence[Product] = whole.split(count)
-        return products
+        return whole.split(count)
 
     def _product(self, scale: torch.Tensor, factors: torch.Tensor | None) -> torch.Tensor:
         """Return ``scale * factors`` of every column."""

@@ -47,5 +47,4 @@ class PrepackedLinear:
         return by_blocks(self._product, x)
 
     def _product(self, rows: torch.Tensor) -> torch.Tensor:
-        product: torch.Tensor = self._multiply(rows, self._weight, self._bias, "none", [], "")
-        return product
+        return self._multiply(rows, self._weight, self._bias, "none", [], "")

@@ -128,7 +128,7 @@ class Stack(NamedTuple):
                 return cls.of(*stored_parts(matrix))
         return cls.of(matrix.widened(dtype))
 
-    def config(self, rows: int) -> dict[str, Any]:
+    def config(self, rows: int) -> dict[str, object]:
         """Return the constants of a kernel for blocks of ``rows``, if they are not the default."""
         return {} if self.form is None else words_config(self.form, self.num_columns, rows)
 

@@ -12,8 +12,8 @@ import logging
 import socket
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -28,6 +28,7 @@ from engine.plugins.disaggregation import wire
 from engine.plugins.disaggregation.wire import PIECE_BYTES, PrefixBuffer, identity
 from engine.requests.request import Request
 from engine.runner.device import HostCopy
+from engine.schedule.report import CacheReport
 from hybridcache.cache import LockHandle
 from hybridcache.scheduling.cache_manager import CacheManager
 from hybridcache.tokens import Indices, Tokens
@@ -149,7 +150,7 @@ class PrefillServer(Plugin):
         self.engine, self._manager = engine, manager
         self.unit = PrefixBuffer(engine.runner)
         self._own = identity(engine.runner)
-        self._context: zmq.Context[Any] = zmq.Context(wire.IO_THREADS)
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context(wire.IO_THREADS)
         name, port = self.config.addresses[0]
         try:
             found = socket.getaddrinfo(name, port, type=socket.SOCK_STREAM)
@@ -305,8 +306,8 @@ class PrefillServer(Plugin):
             self.unsent.clear()
             self._context.destroy(round(1e3 * wire.LINGER_S))
 
-    def report(self) -> Mapping[str, Any]:
-        return {"transfers": asdict(self.counts)}
+    def completed(self, report: CacheReport) -> CacheReport:
+        return replace(report, transfers=asdict(self.counts))
 
     def start_screen(self) -> Sequence[tuple[str, str]]:
         return [("role", "prefill, for decode engines at {}:{}".format(*self.address))]

@@ -10,9 +10,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from collections.abc import Hashable, Sequence
+from dataclasses import asdict, dataclass, field, replace
 
 import numpy as np
 import torch
@@ -25,6 +24,7 @@ from engine.plugins.disaggregation import wire
 from engine.plugins.disaggregation.wire import PIECE_BYTES, PrefixBuffer, identity
 from engine.requests.request import Request, RequestSpec, SamplingParams
 from engine.runner.model_runner import ModelRunner
+from engine.schedule.report import CacheReport
 from engine.text.answers import Transferred
 from hybridcache.allocators.moves import Move
 from hybridcache.api import PrefixMatch
@@ -230,7 +230,7 @@ class PeerLoader(Loader[Request]):
         self._max_bytes = max(PIECE_BYTES, self.unit.state_bytes, self.unit.row_bytes)
         self._active: list[PeerLoad] = []
         # That of the process: closed connections end in the background.
-        self._context: zmq.Context[Any] = zmq.Context.instance(wire.IO_THREADS)
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context.instance(wire.IO_THREADS)
 
     def wants(self, request: Request, match: PrefixMatch) -> bool:
         """See ``Loader``. A namespace that is not text cannot be sent."""
@@ -337,8 +337,8 @@ class DecodePlugin(Plugin):
         self.counts = wire.TransferCounts()
         return PeerLoader(manager, runner, self.config, self.counts)
 
-    def report(self) -> Mapping[str, Any]:
-        return {"transfers": asdict(self.counts)}
+    def completed(self, report: CacheReport) -> CacheReport:
+        return replace(report, transfers=asdict(self.counts))
 
     def start_screen(self) -> Sequence[tuple[str, str]]:
         addresses = ", ".join(self.config.prefill)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated
 
 import msgspec
 import numpy as np
@@ -108,7 +108,7 @@ class TransferCounts:
 
 
 def open_socket(
-    context: zmq.Context[Any], kind: int, host: str, timeout_s: float
+    context: zmq.Context[zmq.Socket[bytes]], kind: int, host: str, timeout_s: float
 ) -> zmq.Socket[bytes]:
     """Return a new socket for ``host``. Connections that do not complete ZeroMQ's handshake, or do
     not answer its heartbeat, within ``timeout_s`` are closed."""
@@ -131,7 +131,7 @@ class Connection:
 
     def __init__(
         self,
-        context: zmq.Context[Any],
+        context: zmq.Context[zmq.Socket[bytes]],
         address: tuple[str, int],
         *,
         timeout_s: float,

@@ -17,7 +17,8 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypeVar
+from types import ModuleType
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
@@ -266,7 +267,7 @@ class Guides:
                     del self._compiled[largest]
 
 
-def load_library() -> Any:
+def load_library() -> ModuleType:
     """Import llguidance. Raises GrammarError if it is not installed."""
     try:
         return importlib.import_module("llguidance")
@@ -275,7 +276,9 @@ def load_library() -> Any:
         raise GrammarError(f"guided answers are not available: {missing}.") from None
 
 
-def make_vocabulary(library: Any, tokenizer: Tokenizer | None, vocab_size: int) -> LLTokenizer:
+def make_vocabulary(
+    library: ModuleType, tokenizer: Tokenizer | None, vocab_size: int
+) -> LLTokenizer:
     """Build the library's form of a vocabulary. Raises GrammarError without a token that ends
     answers.
 
@@ -312,7 +315,7 @@ class _ByteVocabulary:
         return ids if is_same else [self.tokens.index(bytes((byte,))) for byte in text]
 
 
-def make_matcher(library: Any, vocabulary: LLTokenizer, grammar: Grammar) -> LLMatcher:
+def make_matcher(library: ModuleType, vocabulary: LLTokenizer, grammar: Grammar) -> LLMatcher:
     """Compile ``grammar``. Raises GrammarError if it is invalid or too large."""
     text, bounds = grammar.text, library.LLParserLimits(**LIMITS)
     if grammar.kind == "regex":

@@ -22,7 +22,7 @@ from collections.abc import Callable, Hashable
 from concurrent.futures import Future, wait
 from functools import partial
 from queue import PriorityQueue
-from typing import Any
+from typing import Any, TypeVar
 from weakref import WeakValueDictionary
 
 import numpy as np
@@ -39,6 +39,7 @@ FutureRows = Callable[[], Rows]
 """Waits for rows that may still be on their way from the device, and returns them."""
 ReadRows = Callable[[int, int], FutureRows]
 """Returns the rows [first, end) of a write, with their current bytes."""
+Result = TypeVar("Result")
 Read = Future[Rows | None]
 """The rows of a record, or None if it cannot be read."""
 
@@ -96,7 +97,7 @@ class Disk:
         """Number of runs and states not written for lack of room or time, or while it is off."""
         record_bytes_limit = min(MAX_RECORD_BYTES, max_bytes // MIN_RECORDS)
         self._run_tokens = max(1, record_bytes_limit // (row_bytes + TOKEN_BYTES))
-        self._jobs: PriorityQueue[tuple[int, int, str, Callable[[], Any] | None, Future[Any]]]
+        self._jobs: PriorityQueue[tuple[int, int, str, Callable[[], object] | None, Future[Any]]]
         self._jobs, self._numbers = PriorityQueue(), itertools.count()
         self._started_s: float | None = None
         """Time by ``time.monotonic`` at which the current job began, or None if there is none."""
@@ -271,12 +272,12 @@ class Disk:
         assert self.num_bytes == sum(sizes) <= self.max_bytes
 
     def _submit(
-        self, work: Callable[[], Any] | None, what: str = "", priority: int = NORMAL
-    ) -> Future[Any]:
+        self, work: Callable[[], Result | None] | None, what: str = "", priority: int = NORMAL
+    ) -> Future[Result | None]:
         """Run ``work`` in the disk thread, or end that if it is None. Urgent jobs are first, others
         in order of submission. An error, "not possible to ``what``", turns the disk off; the result
         is then None."""
-        done: Future[Any] = Future()
+        done: Future[Result | None] = Future()
         self._jobs.put((priority, next(self._numbers), what, work, done))
         return done
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import logging
 import shutil
 import time
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 
@@ -22,7 +22,7 @@ from engine.plugins.tiers.staging import MeasuredExchange, Staging, is_kept
 from engine.plugins.tiers.tier_copies import KEPT, TierCopier
 from engine.runner.backends import digest_of
 from engine.runner.model_runner import ModelRunner
-from engine.schedule.report import FolderReport, StepReport, TierReport
+from engine.schedule.report import CacheReport, FolderReport, StepReport, TierReport
 from engine.text.tokenizer import Tokenizer
 from hybridcache.allocators.moves import DEVICE, DISK, HOST, Copy
 from hybridcache.api import Listener
@@ -231,22 +231,25 @@ class TierPlugin(Plugin):
         disk.write_file(MEMORY_NAME, lambda: pack(body))
         return None
 
-    def report(self) -> Mapping[str, Any]:
+    def completed(self, report: CacheReport) -> CacheReport:
         """See ``Plugin``. O(tiers)."""
-        disk, offload = self.disk, self._cache.offload
-        tiers = []
+        return replace(report, tiers=tuple(self._tier_reports()), folder=self._folder_report())
+
+    def _tier_reports(self) -> Iterator[TierReport]:
+        offload = self._cache.offload
         for tier in offload.tiers:
             taken_in = sum(n for (_, to), n in offload.copied_rows.items() if to == tier.name)
             fetched = offload.copied_rows.get((tier.name, DEVICE), 0)
             total, free = tier.pages.capacity, tier.pages.num_free
             rows = total, free, total - free, taken_in, fetched
-            tiers.append(TierReport(tier.name, *(n * offload.row_bytes for n in rows)))
-        folder = None
-        if disk is not None:
-            folder = FolderReport(
-                disk.max_bytes, disk.num_bytes, disk.num_skipped, disk.num_errors, disk.problem
-            )
-        return {"tiers": tuple(tiers), "folder": folder}
+            yield TierReport(tier.name, *(n * offload.row_bytes for n in rows))
+
+    def _folder_report(self) -> FolderReport | None:
+        if (disk := self.disk) is None:
+            return None
+        return FolderReport(
+            disk.max_bytes, disk.num_bytes, disk.num_skipped, disk.num_errors, disk.problem
+        )
 
     def adopt(self) -> int:
         """Add the newest states on disk that fit to the cache. Returns their number. O(records)."""
@@ -294,13 +297,12 @@ class TierPlugin(Plugin):
             self.disk.close()
 
     def start_screen(self) -> Sequence[tuple[str, str]]:
-        usage = self.report()
         rows = [
             ("host", f"{format_bytes(tier.total)} for entries that leave the device")
-            for tier in usage["tiers"]
+            for tier in self._tier_reports()
             if tier.tier == HOST
         ]
-        if (folder := usage["folder"]) is not None:
+        if (folder := self._folder_report()) is not None:
             words = (
                 f"{format_bytes(folder.kept)} kept of {format_bytes(folder.total)} at most, for "
                 f"the next start too, in {self.config.state_dir}"

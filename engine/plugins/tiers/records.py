@@ -36,7 +36,7 @@ import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import BinaryIO, NamedTuple
 
 from engine.weights.model_files import weight_files
 
@@ -118,10 +118,9 @@ class RecordStore:
     def weights_digest(self) -> str | None:
         """Field ``weights`` of the folder's fingerprint, or None if the files differ."""
         stored = self._fingerprint()
-        if stored is None or not self._files or stored.get("files") != self._files:
+        if stored is None or not self._files or stored[1] != self._files:
             return None
-        digest: str | None = stored["fields"].get("weights")
-        return digest
+        return stored[0].get("weights")
 
     def open(self, fields: Mapping[str, str], *, empties: bool = False) -> RecordStore:
         """Check the fingerprint of the folder, or write that of a new one. Returns the store.
@@ -132,13 +131,12 @@ class RecordStore:
         """
         ours = {"format": FORMAT, **fields}
         self._digest = digest_of(ours)
-        wanted = {"digest": self._digest.hex(), "fields": ours, "files": self._files}
         try:
             stored = self._fingerprint()
             problem = ""
             if stored is None and any(map(FILE.fullmatch, os.listdir(self._folder_fd))):
                 problem = f"{self.folder / NAME} is missing or damaged"
-            theirs = ours if stored is None else stored["fields"]
+            theirs = ours if stored is None else stored[0]
             if names := [one for one in {**ours, **theirs} if ours.get(one) != theirs.get(one)]:
                 differ = ", ".join(names)
                 problem = f"{self.folder} contains the state of an engine that differs in {differ}"
@@ -152,7 +150,8 @@ class RecordStore:
                 for name in os.listdir(self._folder_fd):
                     if FILE.fullmatch(name) or name in (NAME, MEMORY_NAME):
                         self.remove_file(name)
-            if stored != wanted:
+            if stored != (ours, self._files):
+                wanted = {"digest": self._digest.hex(), "fields": ours, "files": self._files}
                 self.write_file(NAME, json.dumps(wanted, indent=1).encode())
         except OSError as error:
             raise _unusable(self.folder, error) from error
@@ -228,15 +227,15 @@ class RecordStore:
         while self._claims:
             os.close(self._claims.pop())
 
-    def _fingerprint(self) -> dict[str, Any] | None:
-        """Return the content of ``fingerprint.json``, or None if it is missing or damaged. Raises
-        OSError."""
+    def _fingerprint(self) -> tuple[dict[str, str], object] | None:
+        """Return fields and files of ``fingerprint.json``, or None if it is missing or damaged.
+        Raises OSError."""
         try:
-            content: dict[str, Any] = json.loads((self.folder / NAME).read_bytes())
+            content = json.loads((self.folder / NAME).read_bytes())
             is_sound = content["digest"] == digest_of(content["fields"]).hex()
+            return (content["fields"], content.get("files")) if is_sound else None
         except (FileNotFoundError, ValueError, TypeError, LookupError):
             return None
-        return content if is_sound else None
 
     def _crc(self, record_id: int, rest: bytes) -> int:
         """Return the CRC of a record without its payload."""

@@ -13,7 +13,7 @@ import importlib
 import importlib.util
 import time
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from itertools import pairwise
 from typing import Any
 
@@ -178,7 +178,7 @@ class TierCopier:
         else:
             self._rows[self._index(dst)] = upload(data, torch.uint8, self._rows.device)
 
-    def _aside(self) -> Any:
+    def _aside(self) -> AbstractContextManager[object]:
         """Select the other stream, after all work submitted to this stream so far."""
         if self._stream is None:
             return nullcontext()

@@ -201,7 +201,7 @@ class Parameters:
     def json(self, schema: Any, **more: Any) -> str:
         """Return a Lark expression for JSON that matches a schema inside this one, and has the
         further fields ``more``. Raises GrammarError."""
-        root = self.root
+        root: object = self.root
         if not self.is_strict:
             root = changed(self.root, lambda one: _loosened(one, self.root))
             schema = changed(schema, lambda one: _loosened(one, self.root))

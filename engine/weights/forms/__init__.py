@@ -13,15 +13,14 @@ from collections.abc import Callable, Mapping
 from functools import cache
 from importlib import import_module
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from engine.weights.layer_names import MODEL_SLIM_FILE
-from engine.weights.model_config import ModelError
-from engine.weights.scheme import Quantization, UnsupportedError
+from engine.weights.model_config import ModelError, RawConfig
+from engine.weights.scheme import Quantization, Section, UnsupportedError
 
-Read = Callable[[Mapping[str, Any], Mapping[str, torch.Tensor]], Quantization | None]
+Read = Callable[[Section, Mapping[str, torch.Tensor]], Quantization | None]
 
 
 @cache
@@ -32,7 +31,7 @@ def readers() -> dict[str, tuple[Read, str]]:
 
 
 def read_quantization(
-    config: Mapping[str, Any],
+    config: RawConfig,
     model_dir: Path | None = None,
     tensors: Mapping[str, torch.Tensor] | None = None,
 ) -> Quantization | None:

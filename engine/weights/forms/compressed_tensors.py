@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
@@ -12,8 +12,10 @@ from engine.weights.layer_names import Names
 from engine.weights.model_config import ModelError
 from engine.weights.scheme import (
     EightBitScheme,
+    GroupedScheme,
     Quantization,
     Scheme,
+    Section,
     Stored,
     Tensors,
     UnsupportedError,
@@ -34,23 +36,15 @@ UNUSED = ("transform_config", "kv_cache_scheme")
 
 
 @dataclass(frozen=True, slots=True)
-class PackedScheme(Scheme):
-    """Integers in words, with a scale and perhaps a zero for each group of columns."""
-
-    grouped: Grouped
-    is_per_row: bool
-    """True if a row is one group."""
-
-    @property
-    def format(self) -> Format:
-        return self.grouped
+class PackedScheme(GroupedScheme):
+    """One weight ``[M, N]``, stored as ``[M, N / numbers per word]``."""
 
     def describe(self) -> str:
         return "int4 with a scale per output channel" if self.is_per_row else self.format.describe()
 
     def tensors(self, num_rows: int, num_columns: int) -> Mapping[str, Stored]:
         own = self.grouped
-        num_groups = 1 if self.is_per_row else -(-num_columns // own.group)
+        num_groups = self.num_groups(num_columns)
         num_words, num_zeros = (-(-size * own.bits // 32) for size in (num_columns, num_rows))
         found = {
             "weight_packed": Stored(((num_rows, num_words),), (torch.int32,)),
@@ -99,7 +93,7 @@ class Mxfp4Scheme(Scheme):
         return Matrix(self.format, from_mxfp4(blocks, tensors["weight_scale"]), num_columns)
 
 
-def read(section: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> Quantization:
+def read(section: Section, tensors: Mapping[str, torch.Tensor]) -> Quantization:
     """Read the section. Raises UnsupportedError for parts that change numbers."""
     sparsity = section.get("sparsity_config") or {}
     if sparsity.get("format", "dense") != "dense":
@@ -118,7 +112,7 @@ def read(section: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> Qua
     return Quantization(tuple(parsed), ignored)
 
 
-def _scheme(name: str, group: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> Scheme:
+def _scheme(name: str, group: Section, tensors: Mapping[str, torch.Tensor]) -> Scheme:
     """Read a group.
 
     This engine's kernels round activations to 8 bits of the weights' kind, symmetric, with a
@@ -148,7 +142,7 @@ def _scheme(name: str, group: Mapping[str, Any], tensors: Mapping[str, torch.Ten
 
 
 def _packed_scheme(
-    name: str, weights: Mapping[str, Any], layout: str, tensors: Mapping[str, torch.Tensor]
+    name: str, weights: Section, layout: str, tensors: Mapping[str, torch.Tensor]
 ) -> Scheme:
     if layout == MXFP4:
         served = {"num_bits": (4,), "type": ("float",), "group_size": (32,), "symmetric": (True,)}

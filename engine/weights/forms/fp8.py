@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 
 from engine.weights.layer_names import Names
-from engine.weights.scheme import EightBitScheme, Quantization, block_size, check_served
+from engine.weights.scheme import EightBitScheme, Quantization, Section, block_size, check_served
 
 METHOD, SERVED = "fp8", "fp8 in blocks"
 
 
-def read(section: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> Quantization:
+def read(section: Section, tensors: Mapping[str, torch.Tensor]) -> Quantization:
     """Read the section. Without a list of exceptions everything except the head is in 8 bits, as in
     Qwen3's dense models."""
     check_served("fp8 weights", section, {"fmt": ("e4m3",), "activation_scheme": ("dynamic",)})

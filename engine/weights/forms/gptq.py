@@ -4,46 +4,39 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 
 from engine.weights.layer_names import Names
 from engine.weights.scheme import (
+    GroupedScheme,
     Quantization,
-    Scheme,
+    Section,
     Stored,
     Tensors,
     check_served,
     modules_with,
     scale_dtype,
 )
-from kernels.linear.formats import Format, Matrix
+from kernels.linear.formats import Matrix
 from kernels.linear.grouped import Grouped, from_gptq
 
 METHOD, SERVED = "gptq", "GPTQ with 4 or 8 bits"
 
 
 @dataclass(frozen=True, slots=True)
-class GptqScheme(Scheme):
+class GptqScheme(GroupedScheme):
     """One weight ``[M, N]``, stored as ``[N / numbers per word, M]``."""
 
-    grouped: Grouped
-    is_per_row: bool
-    """True if a row is one group."""
     first_zero: int
     """Difference of a zero to the stored one."""
-
-    @property
-    def format(self) -> Format:
-        return self.grouped
 
     def describe(self) -> str:
         return f"GPTQ, {self.format.describe()}"
 
     def tensors(self, num_rows: int, num_columns: int) -> Mapping[str, Stored]:
         own = self.grouped
-        num_groups = 1 if self.is_per_row else -(-num_columns // own.group)
+        num_groups = self.num_groups(num_columns)
         num_words, num_zeros = (size * own.bits // 32 for size in (num_columns, num_rows))
         return {
             "qweight": Stored(((num_words, num_rows),), (torch.int32,)),
@@ -65,7 +58,7 @@ class GptqScheme(Scheme):
         return Matrix(format, fields, num_columns)
 
 
-def read(section: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> Quantization:
+def read(section: Section, tensors: Mapping[str, torch.Tensor]) -> Quantization:
     """Read the section. The modules are those with a packed weight."""
     size = section["group_size"]
     served = {"bits": (4, 8), "group_size": (-1, 32, 64, 128)}
