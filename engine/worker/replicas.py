@@ -568,7 +568,7 @@ class RayFleet:
         except ValueError:
             self.close()
             raise
-        here = str(Path(__file__).resolve().parents[3])  # Replicas start in another folder.
+        here = str(Path(__file__).resolve().parents[2])  # Replicas start in another folder.
         paths = [here, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
         variables = {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
         self._class = ray.remote(
