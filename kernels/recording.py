@@ -20,11 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from kernels.native import Call, function, has, note, recorded
 
 aten = torch.ops.aten
-ALLOCATIONS = {
-    aten.empty.memory_format,
-    aten.new_empty.default,
-    aten.empty_like.default,
-}
+ALLOCATIONS = {aten.empty.memory_format, aten.new_empty.default, aten.empty_like.default}
 REPEATED = {
     aten.add.Tensor,
     aten.add_.Tensor,

@@ -15,10 +15,13 @@ import torch
 
 from engine.config import MAX_SCORED, TILE, EngineConfig
 from engine.messages import Exactness
+from engine.requests.logit_rules import FREE
+from engine.requests.request import SamplingInput, SamplingParams
 from engine.runner.device import Device
 from engine.runner.loading import DTYPES, LoadedModel
 from engine.runner.memory import MemoryPlan, check_sizes
 from engine.runner.model_runner import ModelRunner, WarmUp
+from engine.runner.sampler import Sampler
 from engine.schedule.scheduler import Batch, Segment
 from engine.weights.model_config import ModelError
 from engine.weights.ranks import ALONE, Rank
@@ -201,7 +204,9 @@ def measure(loaded: LoadedModel) -> int:
         for capture in kind[1:2]:
             capture()
         num_bytes += (shared - device.unused_bytes()) * max(0, len(kind) - 2)
-    runner.forward(next(rehearsals(runner)))
+    logits = runner.forward(next(rehearsals(runner)))[: loaded.settings.max_running]
+    requests = [SamplingInput(SamplingParams(top_p=0.5), 0, 0, FREE)] * len(logits)
+    Sampler().launch(logits, requests, range(len(requests)))
     for work in () if runner.drafts is None else runner.drafts.rehearsals():
         work()
     device.synchronize()
@@ -220,25 +225,27 @@ def rehearsals(runner: ModelRunner) -> Iterator[Batch]:
     slot, saved = runner.tensors.padding_slot, runner.tensors.padding_checkpoint
     longest, settings = runner.max_model_len, runner.loaded.settings
 
-    def prefills(length: int, *, scored: bool = False) -> Iterator[Segment]:
-        for start in range(0, length, longest):
-            tokens = np.zeros(min(longest, length - start), np.int32)
-            last = len(tokens) // TILE * TILE
-            exports = ((last, saved),) if last and saved is not None else ()
-            yield Segment(row, slot, tokens, 0, False, exports, len(tokens) if scored else 1)
+    def prompts(length: int) -> Iterator[Segment]:
+        num_scored = min(length, MAX_SCORED)
+        for first, end in ((0, num_scored), (num_scored, length)):
+            for start in range(first, end, longest):
+                tokens = np.zeros(min(longest, end - start), np.int32)
+                last = len(tokens) // TILE * TILE
+                exports = ((last, saved),) if last and saved is not None else ()
+                yield Segment(row, slot, tokens, 0, False, exports, 1 if first else len(tokens))
 
     exports = () if saved is None else ((longest, saved),)
     decode = Segment(row, slot, np.zeros(1, np.int32), longest - 1, True, exports)
     two = np.zeros(2, np.int32)
     verified = Segment(row, slot, two, longest - 2, True, num_logits=2, num_drafts=1)
-    most = settings.most_step_tokens
+    most, others = settings.most_step_tokens, settings.max_running - 1
+    yield Batch((*[decode] * others, *prompts(most - others)))
     for length in (most, *(2**power for power in reversed(range((most - 1).bit_length())))):
-        num_scored = min(length, MAX_SCORED)
-        yield Batch((*prefills(num_scored, scored=True), *prefills(length - num_scored)))
+        yield Batch((*prompts(length),))
     for count in (4, 3, 2, 1):
         if count <= settings.max_running:
             copies = () if slot is None or saved is None else ((saved, slot),) * count
-            yield Batch((*[decode] * count, *prefills(1)), restores=copies)
+            yield Batch((*[decode] * count, *prompts(1)), restores=copies)
             yield Batch((decode,) * count)
             if 2 * count <= min(settings.num_step_states, 2 * (longest - 1)):
                 yield Batch((verified,) * count)

@@ -6,12 +6,12 @@ distribution. So a request that is moved, preempted or batched differently draws
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
 
-from engine.requests.logit_rules import FREE, Additions, Mask, Repeats
+from engine.requests.logit_rules import FREE
 from engine.requests.request import SamplingInput, SamplingParams
 from engine.runner.device import HostCopy
 from engine.text.answers import NO_TOKEN, SampledToken
@@ -57,8 +57,8 @@ class Drawn:
 
 
 MOST_NUMBERS = 2**22
-"""Most scores that are sorted and summed at a time, so that temporary memory does not grow with the
-number of requests. Each takes up to 45 bytes."""
+"""Most scores that are sorted, summed or masked at a time, so that temporary memory hardly grows
+with the number of rows. Each takes up to 45 bytes."""
 
 
 class Sampler:
@@ -91,27 +91,22 @@ class Sampler:
         tokens = torch.empty(len(requests), dtype=torch.int64, device=logits.device)
         # Sums over other columns, or in another order, differ in their last bits. So the columns
         # depend on the parameters of the request only, never on the rest of the batch.
-        groups: dict[int | None, tuple[list[int], list[SamplingInput]]] = {}
+        groups: dict[int | None, list[int]] = {}
         for row, request in enumerate(requests):
-            rows, chosen = groups.setdefault(_width(request.params, logits.shape[-1]), ([], []))
-            rows.append(row)
-            chosen.append(request)
+            groups.setdefault(_width(request.params, logits.shape[-1]), []).append(row)
         most = max(1, MOST_NUMBERS // logits.shape[-1])
-        parts = [
-            (width, rows[first : first + most], chosen[first : first + most])
-            for width, (rows, chosen) in groups.items()
-            for first in range(0, len(rows), most)
-        ]
-        for width, rows, chosen in parts:
-            picked = _pick(scores, rows).float()
-            if width == 0:
-                found = picked.argmax(dim=-1)
-            elif width is None:
-                found = _draw(picked, chosen)
-            else:
-                ids, probabilities = _filter(picked, chosen, width)
-                found = ids.gather(1, _look_up(probabilities, chosen)[:, None])[:, 0]
-            tokens[upload(rows, torch.int64, logits.device)] = found
+        for width, group in groups.items():
+            for first in range(0, len(group), most):
+                rows = group[first : first + most]
+                picked, chosen = _pick(scores, rows).float(), [requests[row] for row in rows]
+                if width == 0:
+                    found = picked.argmax(dim=-1)
+                elif width is None:
+                    found = _draw(picked, chosen)
+                else:
+                    ids, probabilities = _filter(picked, chosen, width)
+                    found = ids.gather(1, _look_up(probabilities, chosen)[:, None])[:, 0]
+                tokens[upload(rows, torch.int64, logits.device)] = found
         return tokens
 
 
@@ -134,20 +129,13 @@ def _width(params: SamplingParams, vocab_size: int) -> int | None:
 
 
 def _ruled(logits: torch.Tensor, requests: Sequence[SamplingInput]) -> torch.Tensor:
-    """Return ``logits`` changed by the rulings: float32 if any adds or penalises. O(1) uploads."""
-    added, repeats, masks = dict[int, Additions](), dict[int, Repeats](), dict[int, Mask]()
-    for row, request in enumerate(requests):
-        ruling = request.ruling
-        if ruling is FREE:
-            continue
-        if ruling.added is not None:
-            added[row] = ruling.added
-        if ruling.repeats is not None:
-            repeats[row] = ruling.repeats
-        if ruling.mask is not None:
-            masks[row] = ruling.mask
+    """Return ``logits`` changed by the rulings: float32 if any adds or penalises."""
+    rulings = [(row, one.ruling) for row, one in enumerate(requests) if one.ruling is not FREE]
+    added = {row: ruling.added for row, ruling in rulings if ruling.added is not None}
+    repeats = {row: ruling.repeats for row, ruling in rulings if ruling.repeats is not None}
+    masks = {row: ruling.mask for row, ruling in rulings if ruling.mask is not None}
     device, size = logits.device, logits.shape[-1]
-    flat = logits
+    flat = given = logits
     if added or repeats:
         logits = logits.to(torch.float32, copy=True)
         flat = logits.view(-1)
@@ -163,12 +151,14 @@ def _ruled(logits: torch.Tensor, requests: Sequence[SamplingInput]) -> torch.Ten
         factor, less = upload(numbers, torch.float32, device)
         found = flat[index]
         flat[index] = torch.where(found > 0, found / factor, found * factor) - less
-    if masks:
-        bits = upload(np.stack([*masks.values()]), torch.uint8, device)[:, :, None]
+    masked = np.array([*masks])
+    for part in _parts(len(masks), size) if masks else ():
+        bits = upload(np.stack([*masks.values()][part]), torch.uint8, device)[:, :, None]
         bits = bits >> torch.arange(8, dtype=torch.uint8, device=device)
         forbidden = (bits & 1 == 0).flatten(1)[:, :size]
-        index = upload([*masks], torch.int64, device)
-        logits = logits.index_copy(0, index, logits[index].masked_fill(forbidden, -torch.inf))
+        index = upload(masked[part], torch.int64, device)
+        logits = logits.clone() if logits is given else logits
+        logits[index] = logits[index].masked_fill(forbidden, -torch.inf)
     return logits
 
 
@@ -241,7 +231,16 @@ def _score(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return log-probabilities of ``tokens [rows]`` and of the most likely ``[rows, n]``, and the
     ids of these."""
-    logprobs = logits.float().log_softmax(dim=-1)
-    own = logprobs.gather(1, tokens[:, None])[:, 0]
-    ids = _most_likely(logprobs, min(num_top, logits.shape[-1]))
-    return own, logprobs.gather(1, ids), ids
+    parts = []
+    for part in _parts(*logits.shape):
+        logprobs = logits[part].float().log_softmax(dim=-1)
+        ids = _most_likely(logprobs, min(num_top, logits.shape[-1]))
+        parts.append((logprobs.gather(1, tokens[part, None])[:, 0], logprobs.gather(1, ids), ids))
+    own, top, ids = map(torch.cat, zip(*parts, strict=True))
+    return own, top, ids
+
+
+def _parts(num_rows: int, num_columns: int) -> Iterator[slice]:
+    """Yield slices of rows with at most ``MOST_NUMBERS`` numbers."""
+    most = max(1, MOST_NUMBERS // num_columns)
+    return (slice(first, first + most) for first in range(0, num_rows, most))

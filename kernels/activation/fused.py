@@ -104,16 +104,7 @@ def _gate_mul(x: torch.Tensor, gate: torch.Tensor, *, silu: bool) -> torch.Tenso
     tokens, heads, size = x.shape
     block = min(BLOCK, triton.next_power_of_2(size))
     gate_mul_kernel[(tokens * heads, triton.cdiv(size, block))](
-        x,
-        gate,
-        y,
-        heads,
-        x.stride(0),
-        x.stride(1),
-        *gate.stride(),
-        N=size,
-        BN=block,
-        SILU=silu,
+        x, gate, y, heads, x.stride(0), x.stride(1), *gate.stride(), N=size, BN=block, SILU=silu
     )
     return y
 

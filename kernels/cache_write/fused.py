@@ -109,13 +109,7 @@ def write_rows(rows: torch.Tensor, pool: torch.Tensor, indices: torch.Tensor) ->
     stride = row_stride("a row", pool)
     if tokens:
         write_rows_kernel[(tokens,)](
-            rows,
-            pool,
-            indices,
-            rows.stride(0),
-            stride,
-            D=size,
-            BD=triton.next_power_of_2(size),
+            rows, pool, indices, rows.stride(0), stride, D=size, BD=triton.next_power_of_2(size)
         )
 
 

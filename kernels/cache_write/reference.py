@@ -6,13 +6,7 @@ import math
 
 import torch
 
-WORDS = {
-    1: torch.uint8,
-    2: torch.int16,
-    4: torch.int32,
-    8: torch.int64,
-    16: torch.complex128,
-}
+WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}
 """Dtypes by size. torch writes indexed rows element by element, so wide elements are faster."""
 MOVED_BYTES = 2**18
 """Bytes of rows that are read before they are written, so that they fit into the cache."""

@@ -499,10 +499,7 @@ def prepare(weight: torch.Tensor, bias: torch.Tensor | None = None) -> Product:
 
 
 def linear_8bit(
-    x: torch.Tensor,
-    quantized: torch.Tensor,
-    scale: torch.Tensor,
-    bias: torch.Tensor | None = None,
+    x: torch.Tensor, quantized: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None = None
 ) -> torch.Tensor:
     """Compute ``x @ (quantized * scale).T + bias`` with full-precision activations.
 
@@ -524,10 +521,7 @@ def prepare_8bit(
 
 
 def linear_fp8(
-    x: torch.Tensor,
-    quantized: torch.Tensor,
-    scale: torch.Tensor,
-    bias: torch.Tensor | None = None,
+    x: torch.Tensor, quantized: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None = None
 ) -> torch.Tensor:
     """Compute ``x @ (quantized * scale).T + bias`` with activations in fp8.
 

@@ -93,10 +93,7 @@ def look_up(matrix: Matrix, index: torch.Tensor, out: torch.Tensor) -> None:
 
 
 def linear_8bit(
-    x: torch.Tensor,
-    quantized: torch.Tensor,
-    scale: torch.Tensor,
-    bias: torch.Tensor | None = None,
+    x: torch.Tensor, quantized: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None = None
 ) -> torch.Tensor:
     """Compute ``x @ (quantized * scale).T + bias`` in x's dtype, with full-precision activations.
 
@@ -136,10 +133,7 @@ def quantize_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def linear_fp8(
-    x: torch.Tensor,
-    quantized: torch.Tensor,
-    scale: torch.Tensor,
-    bias: torch.Tensor | None = None,
+    x: torch.Tensor, quantized: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None = None
 ) -> torch.Tensor:
     """Compute ``linear_8bit`` with fp8 weights and activations of ``quantize_rows``.
 

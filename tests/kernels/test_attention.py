@@ -267,13 +267,6 @@ def test_decode_is_independent_of_row_positions() -> None:
     assert torch.equal(cache.decode(reference, [(0, 400)]), scattered)
 
 
-def test_decode_reads_lengths_from_the_device(device) -> None:
-    """A graph is launched for the longest possible sequence; the device has the real lengths."""
-    cache = Cache.filled([300, 20], 4, 2, 32, torch.float32, device)
-    ends = [(0, 300), (1, 20)]
-    assert torch.equal(cache.decode(fused, ends, most=305), cache.decode(fused, ends))
-
-
 @pytest.mark.full
 def test_many_splits_are_joined_in_a_fixed_order(device, monkeypatch) -> None:
     """The order does not depend on the longest sequence or on the batch."""
@@ -289,10 +282,12 @@ def test_many_splits_are_joined_in_a_fixed_order(device, monkeypatch) -> None:
 
 
 def test_long_sequences_are_decoded_in_groups(device, monkeypatch) -> None:
-    """Groups are needed if the workspace is too small; bits do not change."""
+    """Groups are needed if the workspace is too small; bits do not change. A graph is launched for
+    the longest possible sequence; the device has the real lengths."""
     cache = Cache.filled([300, 20, 290, 270, 64, 5], 2, 1, 32, torch.float32, device)
     ends = [(b, len(query)) for b, query in enumerate(cache.queries)]
     whole = cache.decode(fused, ends)
+    assert torch.equal(cache.decode(fused, ends, most=305), whole)
     assert splits.group_size(2, 2, 32) > 6
     monkeypatch.setattr(splits, "workspace_bytes", lambda: 1)
     assert splits.group_size(2, 2, 32) == 4

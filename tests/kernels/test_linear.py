@@ -14,7 +14,6 @@ from tests.kernels.compiled import BY_DTYPE, assert_close, by_backend
 
 fused = pytest.importorskip("kernels.linear.fused")
 BACKENDS = by_backend("linear")
-FORMATS = pytest.mark.parametrize("format", ["int8", "fp8"])
 
 
 def quantized_product(backend, weight, bias=None, format="int8"):
@@ -43,33 +42,26 @@ def test_linear_equals_the_product(
 
 
 @BACKENDS
-@FORMATS
+@pytest.mark.parametrize("format", ["int8", "fp8", "fp8 blocks"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
-@pytest.mark.parametrize("num_tokens", [1, 66])
-def test_8_bit_weights_equal_the_product(backend, format, dtype, num_tokens, device) -> None:
-    """bfloat16 is excluded: the interpreter converts int8 to it by its bits."""
-    weight = torch.randn(70, 1100, device=device)
-    x, bias = (torch.randn(*shape).to(dtype).to(device) for shape in ((num_tokens, 1100), (70,)))
-    quantized, scale = backend.quantize(weight, format)
-    product = (x.double() @ (quantized.double() * scale.double()[:, None]).T) + bias.double()
+@pytest.mark.parametrize(("num_tokens", "size"), [(1, 1100), (66, 200)])
+def test_8_bit_weights_equal_the_product(backend, format, dtype, num_tokens, size, device) -> None:
+    """Few tokens and a long row use parallel spans. Blocks are 128 wide like those of fp8
+    checkpoints, and the last one is partial. The interpreter converts int8 to bfloat16 by its
+    bits."""
+    kind, *blocks = format.split()
+    weight = torch.randn(70, size, device=device)
+    x, bias = (torch.randn(*shape).to(dtype).to(device) for shape in ((num_tokens, size), (70,)))
+    quantized, scale = backend.quantize(weight, kind)
+    each = scale[:, None]
+    if blocks:
+        scale = torch.rand(70, -(-size // reference.SCALE_BLOCK), device=device) / 448
+        each = scale.repeat_interleave(128, dim=1)[:, :size]
+    product = x.double() @ (quantized.double() * each.double()).T + bias.double()
     assert_close(backend.linear_8bit(x, quantized, scale, bias), product.to(dtype), factor=2)
-
-
-@BACKENDS
-@pytest.mark.parametrize("num_tokens, size", [(1, 1100), (66, 200)])
-def test_block_scales_equal_the_product(backend, num_tokens, size, device) -> None:
-    """The blocks are 128 wide like those of fp8 checkpoints, and the last one is partial.
-
-    Few tokens and a long row use parallel spans.
-    """
-    quantized, _ = backend.quantize(torch.randn(70, size, device=device), "fp8")
-    scale = torch.rand(70, -(-size // reference.SCALE_BLOCK), device=device)
-    x, bias = torch.randn(num_tokens, size, device=device), torch.randn(70, device=device)
-    widened = quantized.double() * scale.double().repeat_interleave(128, dim=1)[:, :size]
-    product = x.double() @ widened.T + bias.double()
-    assert_close(
-        backend.prepare_8bit(quantized, scale, bias, x.dtype)(x), product.float(), factor=2
-    )
+    if blocks:
+        prepared = backend.prepare_8bit(quantized, scale, bias, dtype)
+        assert_close(prepared(x), product.to(dtype), factor=2)
 
 
 def fp8_row_error(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -139,7 +131,7 @@ def test_rows_in_fp8_are_independent_of_the_batch(device) -> None:
         assert torch.equal(joined(x[rows]), joined_whole[rows])
 
 
-@FORMATS
+@pytest.mark.parametrize("format", ["int8", "fp8"])
 def test_quantized_weights_are_close(format) -> None:
     """Error bounds: half an int8 step of the channel's largest weight, or half a unit of fp8's last
     digit."""
@@ -276,16 +268,6 @@ class TestInt8Activations:
             x[2, 5], x[2, 63] = 0.0, torch.nan
             assert product(x)[2].isnan().all()
             x[2, 5] = torch.nan
-
-
-@pytest.mark.full("bf16")
-@BY_DTYPE
-def test_fused_rows_are_independent_of_the_batch(dtype, device) -> None:
-    """The rows here are within one tile width. Only a GPU tests several widths (`make gpu`)."""
-    x, weight = (torch.randn(*shape).to(dtype).to(device) for shape in ((64, 1100), (70, 1100)))
-    batched = fused.linear(x, weight)
-    for rows in (slice(0, 33), slice(20, 60)):
-        assert torch.equal(fused.linear(x[rows], weight), batched[rows])
 
 
 @pytest.mark.parametrize("order", [(2, 0, 1), (1, 2, 0)])

@@ -140,34 +140,30 @@ def test_experts_equal_the_formula(
     assert_close(of_products(*arguments[:3]), formula(*arguments), factor=2)
 
 
+@pytest.mark.full("2-True-fp8 blocks-reference")
 @BACKENDS
-@pytest.mark.parametrize("format", ["int8", "fp8"])
+@pytest.mark.parametrize("format", ["int8", "fp8", "fp8 blocks"])
 @pytest.mark.parametrize(("num_tokens", "gated"), [(2, True), (30, True), (30, False)])
 def test_8_bit_experts_equal_the_formula(backend, format, num_tokens, gated, device) -> None:
-    case = layer(num_tokens, 4, 32, 24, torch.float32, device, gated=gated)
+    kind, *blocks = format.split()
+    sizes = (160, 140) if blocks else (32, 24)
+    case = layer(num_tokens, 4, *sizes, torch.float32, device, gated=gated)
     weights, experts = reference.route(case["logits"], 2, True)
-    w13, w13_scale = quantize(case["w13"], format)
-    w2, w2_scale = quantize(case["w2"], format)
-    out = backend.experts_8bit(case["hidden"], weights, experts, w13, w13_scale, w2, w2_scale)
-    widened = (w13.float() * w13_scale[..., None], w2.float() * w2_scale[..., None])
-    assert_close(out, formula(case["hidden"], weights, experts, *widened), factor=2)
-
-
-@pytest.mark.full("2-reference")
-@BACKENDS
-@pytest.mark.parametrize("num_tokens", [2, 30])
-def test_experts_with_block_scales_equal_the_formula(backend, num_tokens, device) -> None:
-    case = layer(num_tokens, 4, 160, 140, torch.float32, device)
-    weights, experts = reference.route(case["logits"], 2, True)
-    stored = [quantize(case[name], "fp8")[0] for name in ("w13", "w2")]
-    scales = [torch.rand(*w.shape[:2], 2, device=device) / 448 for w in stored]
-    run = backend.prepare_8bit(stored[0], scales[0], stored[1], scales[1], torch.float32)
-    widened = [
-        w.float() * scale.repeat_interleave(128, dim=2)[..., : w.shape[2]]
-        for w, scale in zip(stored, scales, strict=True)
-    ]
-    expected = formula(case["hidden"], weights, experts, *widened)
-    assert_close(run(case["hidden"], weights, experts), expected, factor=2)
+    parts, widened = [], []
+    for w in (case["w13"], case["w2"]):
+        quantized, scale = quantize(w, kind)
+        each = scale[..., None]
+        if blocks:
+            scale = torch.rand(*w.shape[:2], 2, device=device) / 448
+            each = scale.repeat_interleave(128, dim=2)[..., : w.shape[2]]
+        parts += [quantized, scale]
+        widened.append(quantized.float() * each)
+    routed = case["hidden"], weights, experts
+    if blocks:
+        out = backend.prepare_8bit(*parts, torch.float32)(*routed)
+    else:  # Prepared products of int8 may round activations.
+        out = backend.experts_8bit(*routed, *parts)
+    assert_close(out, formula(*routed, *widened), factor=2)
 
 
 @BACKENDS

@@ -25,16 +25,8 @@ OF_OUTPUTS = {"HEADS", "BM", "BT", "BV", "BC", "BLOCK_BYTES"}
 """Tile sizes along output dimensions, which are never summed over."""
 OF_LAUNCHES = {"num_warps", "num_stages"}
 OF_LAYERS = {"dtype", "weight_dtype", "state_dtype", "K", "V", "D", "G", "C", "W", "M", "N"}
-SUMS = {
-    "sum",
-    "cumsum",
-    "reduce",
-    "associative_scan",
-    "cumprod",
-    "xor_sum",
-    "atomic_add",
-    "histogram",
-}
+SUMS = {"sum", "cumsum", "reduce", "associative_scan", "cumprod", "xor_sum", "atomic_add"}
+SUMS |= {"histogram"}
 
 
 def calls_of(function: Any) -> Iterator[str]:

@@ -5,12 +5,12 @@ from __future__ import annotations
 
 import gc
 import os
-import weakref
-from unittest.mock import MagicMock, Mock
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
@@ -22,9 +22,12 @@ from engine.runner.build import captures, load_runner, rehearsals
 from engine.runner.device import Device
 from engine.runner.memory import MemoryPlan
 from engine.runner.sampler import Sampler
+from engine.schedule.scheduler import Batch
 from engine.weights.ranks import ALONE, Rank
-from experiments.gpu.models import write_geometry
+from experiments.gpu.models import QWEN3_NEXT_80B, write_geometry
+from kernels.attention import splits
 from tests.engine.numerics.test_graphs import MODELS
+from tests.engine.test_sampler import LiveBytes
 from tests.stub_device import StubDevice
 
 pytest.importorskip("triton")
@@ -35,11 +38,21 @@ WAITS = {torch.ops.aten.nonzero.default, torch.ops.aten.equal.default}
 """Operations whose results have a size or value that the host needs."""
 
 
+def storages(tree) -> set[StorageWeakRef]:
+    tensors = [x for x in tree_leaves(tree) if isinstance(x, torch.Tensor)]
+    return {StorageWeakRef(x.untyped_storage()) for x in tensors}
+
+
 class Watch(TorchDispatchMode):
     """Refuses operations on tensors of both devices, waits for the device, and in a capture every
     tensor of the host: a replay would read memory that was freed."""
 
     is_capturing = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.outer, self.made = set(), set()
+        """Storages that captures read, and those that the present capture has made."""
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
@@ -50,7 +63,11 @@ class Watch(TorchDispatchMode):
         if function is torch.ops.aten.index.Tensor and any(on_device):
             indices = [x for x in args[1] if x is not None]
             assert all(x.dtype is not torch.bool for x in indices), "a mask waits for the device"
-        return function(*args, **(kwargs or {}))
+        out = function(*args, **(kwargs or {}))
+        if self.is_capturing:
+            self.outer |= storages(tensors) - self.made
+            self.made |= storages(out) - self.outer
+        return out
 
     def recorder(self):
         """Return a recorder that computes the work once, and captures it."""
@@ -60,6 +77,7 @@ class Watch(TorchDispatchMode):
             self.is_capturing = True
             work()
             self.is_capturing = False
+            self.made.clear()
             return work
 
         return record
@@ -78,7 +96,7 @@ def watch(monkeypatch):
         (StubDevice, "supports"): lambda self, quantization: True,
         (StubDevice, "recorder"): lambda self: watch.recorder(),
         (torch, "empty"): lambda *args, pin_memory=False, **settings: empty(*args, **settings),
-        (GridExecutor, "__call__"): launch,
+        (GridExecutor, "__call__"): lambda *args, **options: launch(watch, *args, **options),
     }
     for (owner, name), function in replaced.items():
         monkeypatch.setattr(owner, name, function)
@@ -89,11 +107,13 @@ def watch(monkeypatch):
     return watch
 
 
-def launch(executor, *args, **kwargs) -> None:
+def launch(watch, executor, *args, **kwargs) -> None:
     """Check the arguments of a kernel."""
-    for tensor in tree_leaves((args, kwargs)):
-        if isinstance(tensor, torch.Tensor):
-            assert tensor.device.type == "meta", f"{executor.fn.__name__}: {tensor.shape}"
+    tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+    for tensor in tensors:
+        assert tensor.device.type == "meta", f"{executor.fn.__name__}: {tensor.shape}"
+    if watch.is_capturing:
+        watch.outer |= storages(tensors) - watch.made
 
 
 def read_drafts(guessed) -> torch.Tensor:
@@ -130,6 +150,30 @@ def test_steps_compute_on_the_device(watch, tmp_path, name, options) -> None:
             runner.forward(batch)
         for work in runner.drafts.rehearsals() if runner.drafts else ():
             work()
+    gc.collect()
+    assert watch.outer and not any(storage.expired() for storage in watch.outer)
+
+
+def test_no_step_takes_more_memory_than_the_first_rehearsal(watch, tmp_path, monkeypatch) -> None:
+    """The plan of memory measures it: 255 decodes with long contexts and a prompt. Their partial
+    outputs are bounded by the memory of the device, here an H200's."""
+    monkeypatch.setattr(splits, "workspace_bytes", lambda: 141 * 10**9 // splits.WORKSPACE_SHARE)
+    monkeypatch.setattr(StubDevice, "free_bytes", lambda self: 2**36)
+    sizes = {"num_hidden_layers": 2, "full_attention_interval": 2, "num_experts": 16}
+    path = write_geometry(tmp_path, QWEN3_NEXT_80B | sizes)
+    settings = {"max_running": 256, "max_model_len": 131072, "token_budget": 2048}
+    config = EngineConfig(model=path, load_format="dummy", warm_up=False, cache_gib=9, **settings)
+    most = []
+    with torch.inference_mode():
+        with watch:
+            runner = load_runner(config)
+        first, *others = rehearsals(runner)
+        decodes = [one for one in first.segments if one.is_decode]
+        for batch in (first, *others[:3], Batch(tuple(decodes + decodes[:1]))):
+            with watch, LiveBytes() as live:
+                runner.forward(batch)
+            most.append(live.most)
+    assert len(decodes) == 255 and most[0] == max(most) > 500e6
 
 
 def test_ranks_exchange_on_the_device(watch, tmp_path, monkeypatch) -> None:
@@ -182,19 +226,3 @@ def test_draws_are_made_on_the_device(watch, ruling) -> None:
         for row, request in enumerate(requests):
             Sampler().launch(logits, [request], [row])
         Sampler().score(logits[:3], [1, 2, 3], 2)
-
-
-def test_tensors_that_a_captured_work_reads_live_as_long_as_its_graph(monkeypatch) -> None:
-    """A graph repeats launches by address, and keeps no tensor alive that was made before it."""
-    monkeypatch.setattr(Device, "module", MagicMock())
-    tensor = torch.zeros(1)
-    alive = weakref.ref(tensor)
-    replay = Device(torch.device("cuda")).recorder()(lambda tensor=tensor: tensor.add_(1))
-    del tensor
-    gc.collect()
-    assert alive() is not None and alive() == 2  # Once before the capture, and once in it.
-    replay()
-    Device.module.CUDAGraph.return_value.replay.assert_called_once_with()
-    del replay
-    gc.collect()
-    assert alive() is None

@@ -66,21 +66,6 @@ def serve(driver, prompts, num_steps):
     return logits
 
 
-@pytest.mark.full
-def test_decode_graphs_change_no_bit(oracles, drivers):
-    config = EngineConfig(model=str(oracles("qwen3_5").path), cache_gib=0.003, **OPTIONS)
-    driver = type(drivers("qwen3_5"))(load_runner(config))
-    prompts = [random_tokens(length, seed=length) for length in (5, 2, 3)]
-    plain = serve(driver, prompts, 2)
-    driver.reset()
-    recorder = Recorder()
-    driver.runner.use_graphs("decode", recorder)
-    graphed = serve(driver, prompts, 2)
-    assert recorder.num_recorded == 2  # For 4 sequences (one is padding) and for 2.
-    for expected, found in zip(plain, graphed, strict=True):
-        assert torch.equal(expected, found)
-
-
 @pytest.fixture
 def check_launch_bounds(monkeypatch):
     """Check that attention gets at most as many tokens and keys as it is launched for.
@@ -190,12 +175,10 @@ def test_verify_graphs_change_no_bit(options, make_verify_driver, check_launch_b
     assert recorder.num_recorded == 2 * (len(used) + 1)
 
 
-@pytest.mark.parametrize("kind", ["states", "mamba2", "latents", "parallel"])
-def test_graphs_of_pieces_change_no_bit(kind, tmp_path, monkeypatch):
-    """A cold prompt, then the prompt's tail after a hit with a decode of another sequence. Buffers
-    contain NaN before each step, as rows after the tokens may."""
-    path = write_geometry(tmp_path, (MODELS | {"parallel": SIDE_BY_SIDE})[kind])
-    options = {"device": "cpu", "load_format": "dummy", "max_model_len": 256, "cache_gib": 0.02}
+@pytest.fixture
+def filled_with_nan(monkeypatch):
+    """Fill the buffers of prefill graphs with NaN before each step, as rows after the tokens may
+    be."""
     run = PrefillGraphs.run
 
     def run_on_nan(graphs, token_ids, step):
@@ -205,6 +188,13 @@ def test_graphs_of_pieces_change_no_bit(kind, tmp_path, monkeypatch):
         return None if found is None else found[: step.num_tokens]
 
     monkeypatch.setattr(PrefillGraphs, "run", run_on_nan)
+
+
+@pytest.mark.parametrize("kind", ["states", "mamba2", "latents", "parallel"])
+def test_graphs_of_pieces_change_no_bit(kind, tmp_path, filled_with_nan):
+    """A cold prompt, then the prompt's tail after a hit with a decode of another sequence."""
+    path = write_geometry(tmp_path, (MODELS | {"parallel": SIDE_BY_SIDE})[kind])
+    options = {"device": "cpu", "load_format": "dummy", "max_model_len": 256, "cache_gib": 0.02}
     driver = Driver(load_runner(EngineConfig(model=path, **options)))
     tokens, recorder = random_tokens(150, 2, 160), Recorder()
     plain = driver.cold_and_mixed(tokens)
@@ -213,6 +203,22 @@ def test_graphs_of_pieces_change_no_bit(kind, tmp_path, monkeypatch):
     driver.runner.graphs = driver.runner.graphs._replace(decodes=None)
     assert all(map(torch.equal, driver.cold_and_mixed(tokens), plain))
     assert recorder.num_recorded > 1 and torch.equal(plain[1][1:], plain[0][64:])
+
+
+@pytest.mark.full
+def test_graphs_of_pieces_round_rows_alone(tmp_path, filled_with_nan, monkeypatch):
+    """Experts and products of rows in fp8, which neither share scales with rows of NaN nor sum
+    them."""
+    monkeypatch.setattr("engine.runner.steps.PREFILL_BUCKETS", (8, 16))
+    path = write_geometry(tmp_path, MODELS["states"])
+    used = {"quantization": "fp8", "fp8_activations": True, "load_format": "dummy"}
+    kernels = {"kernels": "linear=fused,moe=fused,norm=fused", "cache_gib": 0.02}
+    driver = Driver(load_runner(EngineConfig(model=path, **OPTIONS | used | kernels)))
+    tokens, recorder = random_tokens(5, 2, 160), Recorder()
+    plain = driver.cold(tokens, all_logits=True)
+    driver.runner.use_graphs("all", recorder)
+    assert torch.equal(driver.cold(tokens, all_logits=True), plain)
+    assert recorder.num_recorded == 3 and plain.isfinite().all()
 
 
 def test_graphs_do_not_keep_their_runner(tmp_path):
@@ -250,6 +256,7 @@ def test_padding_of_graphs_is_not_routed(make_verify_driver, monkeypatch):
 
 
 def test_graphs_of_a_recorder_share_one_pool(monkeypatch):
+    """A graph repeats launches by address, and keeps no tensor alive that was made before it."""
     handles, captures, calls = itertools.count(1), [], []
 
     @contextmanager
@@ -266,12 +273,20 @@ def test_graphs_of_a_recorder_share_one_pool(monkeypatch):
     )
     monkeypatch.setattr(torch, "get_device_module", lambda device: module)
     record = Device(torch.device("cuda:0")).recorder()
-    first, second = record(lambda: calls.append("first")), record(lambda: None)
+    tensor = torch.zeros(1)
+    alive = weakref.ref(tensor)
+    first, second = record(lambda x=tensor: calls.append("first")), record(lambda: None)
+    del tensor
+    gc.collect()
+    assert alive() is not None
     first()
     second()
     # The default stream may be of another device. A global capture fails if other threads call one.
     assert captures == [(1, "a stream of cuda:0", "thread_local")] * 2
     assert calls == ["first", "synchronize", "first", "synchronize", "replay", "replay"]
+    del first
+    gc.collect()
+    assert alive() is None
 
 
 LAUNCHES = {
