@@ -290,6 +290,7 @@ def machine() -> str:
         "transformers": transformers.__version__,
         "processor": digest_of("".join(sorted(set(facts))).encode())[:12],
         "limits": " ".join(filter(None, map(os.environ.get, limits))) or "none",
+        "threads": str(torch.get_num_threads()),
     }
     return "; ".join(f"{name} {word}" for name, word in words.items())
 

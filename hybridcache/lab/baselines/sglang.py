@@ -15,11 +15,12 @@ decide its hit rates:
 - ``max_states_per_path`` drops the shallowest states of the inserted path beyond it, never the tail
   or a fork.
 - Memory is split between states and KV in the ratio 0.9, once.
+- A running request holds a live state and, with ``extra_buffer``, two more to save to, from its
+  admission to its end. At most a fifth as many requests as slots (``end``: a third) run at once.
 
-Left out: pages of more than one token, the host tier (HiCache), speculative decoding,
-retraction, and slots that a strategy reserves but does not use. The server crashes if no slot is
-available; here the request waits. The server sweeps leaves that are left without a state; here they
-are the next to be evicted.
+Left out: pages of more than one token, the host tier (HiCache), speculative decoding, retraction,
+and lazy buffers. The server needs slots for one request to start; here one always runs. The server
+sweeps leaves that are left without a state; here they are the next to be evicted.
 """
 
 from __future__ import annotations
@@ -67,6 +68,8 @@ class SglangCache:
         self.num_tokens = self.free_tokens = num_kv_tokens
         self.num_slots = self.free_slots = num_slots
         self.held_tokens = self.held_slots = 0
+        self.slots_per_request = 3 if placement == "extra_buffer" else 1
+        self.num_running, self.max_running = 0, max(1, num_slots // (2 + self.slots_per_request))
         self.clock = 0
         self.roots: dict[Hashable, PrefixNode] = {}
         self.states: OrderedDict[PrefixNode, None] = OrderedDict()
@@ -75,6 +78,8 @@ class SglangCache:
     def begin(
         self, tokens: Tokens, namespace: Hashable = None, boundaries: tuple[int, ...] = ()
     ) -> SglangSession | None:
+        if self.num_running >= self.max_running:
+            return None
         root = self.roots.setdefault(namespace, new_root())
         node, kv_len = self.match(root, tokens[:-1])
         session = SglangSession(self, root, tokens, node)
@@ -99,18 +104,12 @@ class SglangCache:
 
     def check(self) -> None:
         """Raise AssertionError if a token or slot is lost or owned twice. O(tree)."""
-        cached = 0
-        leaves, with_state = set(), set()
-        for root in self.roots.values():
-            for node in nodes(root):
-                cached += len(node.tokens)
-                if node.has_state:
-                    with_state.add(node)
-                if not node.children and not node.locks:
-                    leaves.add(node)
-                assert node.locks >= max(
-                    (child.locks for child in node.children.values()), default=0
-                )
+        everything = [node for root in self.roots.values() for node in nodes(root)]
+        cached = sum(len(node.tokens) for node in everything)
+        with_state = {node for node in everything if node.has_state}
+        leaves = {node for node in everything if not node.children and not node.locks}
+        for node in everything:
+            assert all(node.locks >= child.locks for child in node.children.values())
         assert self.free_tokens + cached + self.held_tokens == self.num_tokens, "KV books"
         assert self.free_slots + len(with_state) + self.held_slots == self.num_slots, "slot books"
         assert with_state == set(self.states), "state list"
@@ -157,21 +156,6 @@ class SglangCache:
             self.unlist_leaf(step)
             self.list_leaf(step)
 
-    def allocate_slot(self) -> bool:
-        """Take a slot, evicting the least recently used state. False if all are in use."""
-        if not self.free_slots:
-            victim = next((node for node in self.states if not node.state_locks), None)
-            if victim is None:
-                return False
-            if self.leaves.get(victim.time) is victim:
-                self.unlist_leaf(victim)
-                self.drop_leaf(victim)
-            else:
-                self.drop_state(victim)
-        self.free_slots -= 1
-        self.held_slots += 1
-        return True
-
     def drop_state(self, node: PrefixNode) -> None:
         """Free a node's slot and keep its KV."""
         del self.states[node]
@@ -189,8 +173,7 @@ class SglangCache:
         """Transfer one held slot, and the KV of ``tokens`` that the tree lacks, to the tree. The
         slot is freed if a state is already present. The caller no longer owns the new KV."""
         walked, matched = walk(root, tokens)
-        if walked.parent is not None:
-            self.unlist_leaf(walked)
+        self.unlist_leaf(walked)
         node, new, _ = grow(walked, matched, tokens)
         self.held_tokens -= new
         self.held_slots -= 1
@@ -219,7 +202,7 @@ class SglangCache:
 
 @dataclass(slots=True, eq=False)
 class SglangSession(PeerSession):
-    """One request: a locked node, one live slot, and KV rows in addition to the tree's."""
+    """One request: a locked node, its own slots, and KV rows in addition to the tree's."""
 
     cache: SglangCache
     root: PrefixNode
@@ -233,11 +216,13 @@ class SglangSession(PeerSession):
     def __post_init__(self) -> None:
         self.cached_len = self.node.depth
         self.cache.lock(self.node, 1)
+        self.cache.num_running += 1
 
     def prefill(self, kv_len: int, boundaries: tuple[int, ...]) -> bool:
         """Take memory and compute the prompt, publishing each extend. False if it is refused."""
         cache, length = self.cache, len(self.tokens)
-        if not self.take_slot() or not self._take_tokens(length - self.cached_len):
+        has_slots = all(self.take_slot() for _ in range(cache.slots_per_request))
+        if not has_slots or not self._take_tokens(length - self.cached_len):
             return False
         chunk = max(1, cache.config.prefill_chunk // cache.config.unit)
         for start in range(self.cached_len, length, chunk):
@@ -263,6 +248,7 @@ class SglangSession(PeerSession):
         """Release everything held."""
         cache = self.cache
         cache.lock(self.node, -1)
+        cache.num_running -= 1
         cache.free_tokens += self.held
         cache.held_tokens -= self.held
         cache.free_slots += self.num_slots
@@ -270,10 +256,21 @@ class SglangSession(PeerSession):
         self.held = self.num_slots = 0
 
     def take_slot(self) -> bool:
-        """Take one more slot; returns False if there is none."""
-        taken = self.cache.allocate_slot()
-        self.num_slots += taken
-        return taken
+        """Take one more slot, evicting the least recently used state. False if all are in use."""
+        cache = self.cache
+        if not cache.free_slots:
+            victim = next((node for node in cache.states if not node.state_locks), None)
+            if victim is None:
+                return False
+            if cache.leaves.get(victim.time) is victim:
+                cache.unlist_leaf(victim)
+                cache.drop_leaf(victim)
+            else:
+                cache.drop_state(victim)
+        cache.free_slots -= 1
+        cache.held_slots += 1
+        self.num_slots += 1
+        return True
 
     def _take_tokens(self, num_tokens: int) -> bool:
         """Take KV rows, evicting leaves. Returns False, and takes nothing, if refused."""

@@ -10,7 +10,8 @@ Sources: pull requests 16598 and 18272 of NVIDIA/TensorRT-LLM; pull requests 150
 - *Ollama*: a trie with states at multiples of 8,192 tokens and at the end of the answer. A prompt
   that leaves the last one before its end, as with a thinking template, falls back to a multiple.
 
-Eviction and the division of the memory are those of ``SglangCache``, which is an assumption.
+Eviction and the division of the memory are those of ``SglangCache``, which is an assumption. A
+running request holds one state, and only memory limits how many run.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ class TensorRtCache(SglangCache):
 
     def __init__(self, config: BaselineConfig) -> None:
         super().__init__(config)
+        self.slots_per_request, self.max_running = 1, self.num_slots
         self.grid = max(1, BLOCK // config.unit)
         self.decode_interval = 1 << 62  # none
         self._bare = 0
@@ -58,10 +60,10 @@ class OllamaCache(SglangCache):
 
     def __init__(self, config: BaselineConfig) -> None:
         super().__init__(config, placement="end")
+        self.max_running = self.num_slots
         self.step = max(1, STEP // config.unit)
 
     def positions(
         self, start: int, end: int, cached_len: int, kv_len: int, boundaries: tuple[int, ...]
     ) -> list[int]:
-        first = (start // self.step + 1) * self.step
-        return list(range(first, end + 1, self.step))
+        return list(range((start // self.step + 1) * self.step, end + 1, self.step))
