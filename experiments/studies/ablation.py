@@ -154,7 +154,7 @@ def table(records: common.Records) -> Table:
         times = "" if factor == 1.0 else f" times {factor:g}"
         rows.append([variant + times, fmean(changes), min(changes)])
     columns = [Column("variant"), Column("mean change", "points", "+.2f")]
-    return Table([*columns, Column("worst cell", form="+.1f")], rows)
+    return Table([*columns, Column("worst cell", "points", "+.1f")], rows)
 
 
 def learning_table(records: common.Records) -> Table:
@@ -171,9 +171,8 @@ def learning_table(records: common.Records) -> Table:
             for pair, rate in rates.items():
                 regret = regrets.setdefault((since, pair), [[] for _ in WINDOWS[1:]])
                 regret[place].append(100 * (max(rates.values()) - rate))
-    columns = [
-        Column(name) for name in ("since", "pair", *(f"to request {n}" for n in WINDOWS[1:]))
-    ]
+    columns = [Column("since"), Column("pair")]
+    columns += [Column(f"regret to request {number}", "points") for number in WINDOWS[1:]]
     rows = [[since, f"`{pair}`", *(fmean(of) if of else None for of in by)]
             for (since, pair), by in regrets.items()]  # fmt: skip
     return Table(columns, rows)

@@ -66,8 +66,8 @@ def table(records: common.Records) -> Table:
         size = len(cells) // len(means)
         rows.append([name, size, interval(means), min(points), max(points), moved])
     columns = [Column("trace"), Column("sizes", form="d")]
-    columns += [Column("arena less ideal", "points", ".2f"), Column("lowest", form="+.2f")]
-    return Table([*columns, Column("highest", form="+.2f"), Column("KV moved", "%")], rows)
+    columns += [Column("arena less ideal", "points", ".2f"), Column("lowest", "points", "+.2f")]
+    return Table([*columns, Column("highest", "points", "+.2f"), Column("KV moved", "%")], rows)
 
 
 def mean_differences(cells: common.Records) -> list[float]:

@@ -271,7 +271,8 @@ def losses_table(
         means_of = [*map(fmean, zip(*hits[group], strict=True))] or [math.nan] * 4
         rows.append([*row, *(None if math.isnan(rate) else rate for rate in means_of)])
     columns = [Column("cells"), Column("number", form="d"), Column("mean loss", "points")]
-    columns += [Column("worst cell"), Column("within 0.5"), Column("hits: default pair", "%")]
+    columns += [Column("worst cell", "points"), Column("within 0.5 points")]
+    columns += [Column("hits: default pair", "%")]
     return Table([*columns, *common.references()], rows)
 
 
@@ -295,7 +296,7 @@ def published_table(records: common.Records) -> Table:
         name = Path(trace.partition("?")[0]).name.partition(".")[0]
         rows.append([f"`{name}`", gib, num_sessions, *figures])
     columns = [Column("trace"), Column("GiB", form="g"), Column("sessions")]
-    columns += [Column("default", "%"), Column("LRU with fixed rules", "%")]
+    columns += [Column("hits: default pair", "%"), Column("LRU with fixed rules", "%")]
     return Table([*columns, Column("gain", "points")], rows)
 
 

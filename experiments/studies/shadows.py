@@ -192,9 +192,9 @@ def table(records: common.Records) -> Table:
             (f"shadows, {rate:g} by {sample}", f"{sample}|{rate:g}", rate * len(CANDIDATES))
             for rate in RATES[1:]
         ]
-    columns = [Column("choice of the pair"), Column("cost", form="g")]
+    columns = [Column("choice of the pair"), Column("cost", "times the work of the cache", "g")]
     for split in by_split:
-        columns += [Column(f"{split}: mean loss", form=".2f"), Column("worst")]
+        columns += [Column(f"{split}: mean loss", "points", ".2f"), Column("worst", "points")]
     rows = []
     for title, key, cost in ways:
         row: list[Cell] = [title, cost]
