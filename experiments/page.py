@@ -7,7 +7,6 @@ figures are SVG files with colours for light and dark pages. They are drawn from
 
 from __future__ import annotations
 
-import itertools
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -16,7 +15,7 @@ from functools import partial
 from io import StringIO
 from pathlib import Path
 from statistics import fmean, median
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from experiments import provenance
 from experiments.benchmarks import second_turn
@@ -44,58 +43,60 @@ from experiments.studies.common import (
     LRU_ADAPTIVE,
     SEEDS,
     YARDSTICKS,
-    Table,
+    Records,
     grouped,
+    references,
 )
+from experiments.tables import Cell, Column, Table
 from hybridcache.lab.intervals import Interval, interval, paired
 from hybridcache.lab.leaderboard import BUILT_IN, Board, Scores, Split
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
 TEMPLATE = ROOT / "experiments" / "results_page.md"
-INTERVAL = re.compile(r"(-?\d+\.\d+) \[(-?\d+\.\d+), (-?\d+\.\d+)\]")
 RIVAL = " beside llama.cpp"
 SHAREGPT_CAUSES = ("never_seen", "kv_evicted", "checkpoint_evicted", "never_checkpointed")
 SHAREGPT_POLICIES = ("survival", "lru", "marconi")
-HITS = "token hit rate, %"
+HITS = Column("token hit rate", "%")
+RATIO = Column("TTFT", "ratio", ".2f")
 VERBS = ("match", "insert")
 """Operations of the tree whose growth is shown."""
-RATIO = "TTFT, ratio"
 SLASH = 1.0
 """Points within which policies share one row of a figure."""
+SIZES = {"small memory": 0.2, "medium": 0.4, "large": 0.6}
+"""Places on the axis of memory of the sizes in the table of capacity."""
 
 # --- Tables -------------------------------------------------------------------------------------
 
 
-def records_of(name: str) -> list[dict[str, Any]]:
+def records_of(name: str) -> Records:
     """Return the records of a result file without its provenance."""
-    _, records = provenance.read_json_lines(provenance.RESULTS / name)
-    return records
+    return provenance.read_json_lines(provenance.RESULTS / f"{name}.jsonl")[1]
 
 
 def default_speed_table() -> Table:
     """Return the comparison of the default policies with LRU, at sizes where both evict."""
-    rows = [
-        [
-            record["trace"],
-            f"{record['gib']:g}",
-            f"{100 * record['default_token_hit_rate']:.1f}",
-            f"{100 * record['lru_token_hit_rate']:.1f}",
-            f"{record['ratio']:.2f}",
-        ]
-        for record in records_of("bench_simulate_default.jsonl")
-    ]
-    return (["trace", "GiB", "default, %", "LRU with fixed rules, %", "CPU time, ratio"], rows)
+    columns = [Column("trace"), Column("GiB", form="g"), Column("hits: default pair", "%")]
+    columns += [Column("LRU with fixed rules", "%"), Column("CPU time", "ratio", ".2f")]
+    return Table(columns, [
+        [one["trace"], one["gib"], 100 * one["default_token_hit_rate"],
+         100 * one["lru_token_hit_rate"], one["ratio"]]
+        for one in records_of("bench_simulate_default")
+    ])  # fmt: skip
 
 
-def yardstick_records() -> list[dict[str, Any]]:
-    """Return the records of the yardsticks, or none if they were not run."""
+def yardstick_cells(*splits: str) -> yardsticks.Cells:
+    """Return the references in the cells of ``splits``, or nothing if they were not run."""
     is_known = (provenance.RESULTS / f"{yardsticks.NAME}.jsonl").exists()
-    return records_of(f"{yardsticks.NAME}.jsonl") if is_known else []
+    return yardsticks.by_cell(records_of(yardsticks.NAME) if is_known else [], *splits)
 
 
 def yardstick_rates(split: Split, is_closed: bool = False) -> dict[str, list[float]]:
     """Return the rate of the best rebuilt system and the bound, %, as a mean over the replays of
     ``split``, or its closed loops, for each of its seeds; empty unless all of them were run."""
-    cells = yardsticks.by_cell(yardstick_records())
+    cells = yardstick_cells()
     wanted = [(trace, gib) for trace, sizes in split.gib.items() for gib in sizes]
     if is_closed:
         wanted = [
@@ -115,221 +116,220 @@ def yardstick_rates(split: Split, is_closed: bool = False) -> dict[str, list[flo
 
 def hints_table() -> Table:
     """Return the gain from hints, with systems that do not get them and the bound."""
-    header, rows = hints.table(records_of("study_hints.jsonl"))
-    split = Split.load().head(SEEDS)
-    return header, [
-        *rows,
-        *([name, str(interval(of)), "-"] for name, of in yardstick_rates(split).items()),
-    ]
+    table = hints.table(records_of("study_hints"))
+    found = yardstick_rates(Split.load().head(SEEDS))
+    more = [[name, interval(of), None] for name, of in found.items()]
+    return Table(table.columns, [*table.rows, *more])
 
 
 def leaderboard_table() -> Table:
     """Return the leaderboard of the built-in policies, with the best rebuilt systems and the
     bound."""
-    records = records_of("leaderboard.jsonl")
-    scores = tuple(map(Scores.from_record, records))
-    board = Board(Split.load().head(SEEDS), records[0]["reference"], scores)
-    rows = [row.cells() for row in board.rows() if row.name in BUILT_IN]
-    replays, loops = (yardstick_rates(board.split, is_closed) for is_closed in (False, True))
-    for name in replays | loops:
-        row = [name]
+    records = records_of("leaderboard")
+    board = Board(
+        Split.load().head(SEEDS), records[0]["reference"],
+        tuple(Scores.from_record(dict(one)) for one in records),
+    )  # fmt: skip
+    rows: list[list[Cell]] = [
+        [one.name, one.served, one.served_difference, one.ttft_ratio,
+         one.hit_rate, one.difference, one.share, one.share_running]
+        for one in board.rows()
+        if one.name in BUILT_IN
+    ]  # fmt: skip
+    loops, replays = (yardstick_rates(board.split, is_closed) for is_closed in (True, False))
+    for name in loops | replays:
+        row: list[Cell] = [name]
         for found, is_closed in ((loops, True), (replays, False)):
-            cells = ["-", "-"]
-            if rates := found.get(name):
-                own = [
-                    100 * fmean(rate for one in scores
-                                if (one.rate is not None) is is_closed and one.seed == seed
-                                for rate in one.rates[board.reference])
-                    for seed in board.split.seeds
-                ]  # fmt: skip
-                cells = [str(interval(rates)), str(paired(rates, own))]
-            row += [*cells, "-"] if is_closed else cells
-        rows.append([*row, "-", "-"])
-    return board.heads(), rows
+            own = [
+                100 * fmean(rate for one in board.scores
+                            if (one.rate is not None) is is_closed and one.seed == seed
+                            for rate in one.rates[board.reference])
+                for seed in board.split.seeds
+            ]  # fmt: skip
+            rates = found.get(name)
+            row += [interval(rates), paired(rates, own), None] if rates else [None] * 3
+        rows.append([*row, None])
+    less = f"less {board.reference}"
+    columns = [Column("policy"), Column("closed loop: hits", "%"), Column(less, "points")]
+    columns += [Column("mean TTFT", "ratio", ".2f"), Column("replay: hits", "%")]
+    columns += [Column(f"replay: {less}", "points"), Column("% of plan")]
+    return Table([*columns, Column("% of plan next to running requests")], rows)
 
 
 def pairs_table(split: str = "evaluation") -> Table:
     """Return the pairs in replays, or in the ``closed loop``, with the best rebuilt systems and the
     bound."""
-    records = [record for record in records_of("study_default.jsonl") if record["split"] == split]
-    header, rows = default.pairs_table(records, split)
-    ours = [
-        record for record in records if record["pair"] == DEFAULT and record["seed"] is not None
-    ]
-    own = [
-        fmean(100 * record["token_hit_rate"] for record in of)
-        for of in grouped(ours, "seed").values()
-    ]
-    found = yardstick_rates(Split.load().head(SEEDS), split == "closed loop")
-    more = [
-        [name, str(interval(of)), str(paired(of, own)), *["-"] * (len(header) - 3)]
-        for name, of in found.items()
-    ]
-    return header, [*rows, *more]
+    records = [one for one in records_of(default.NAME) if one["split"] == split]
+    table = default.pairs_table(records, split)
+    compared = Split.load().head(SEEDS)
+    ours = grouped([one for one in records if one["pair"] == DEFAULT], "seed")
+    more: list[list[Cell]] = []
+    for name, rates in yardstick_rates(compared, split == "closed loop").items():
+        own = [fmean(100 * one["token_hit_rate"] for one in ours[seed]) for seed in compared.seeds]
+        more.append([name, interval(rates), paired(rates, own)])
+        more[-1] += [None] * (len(table.columns) - 3)
+    return Table(table.columns, [*table.rows, *more])
 
 
 def published_table() -> Table:
     """Return both pairs on published traces, with LRU under the default placement, the best rebuilt
     system and the bound."""
-    records = records_of("study_default.jsonl")
-    header, rows = default.published_table(records)
+    records, cells = records_of(default.NAME), yardstick_cells()
+    table = default.published_table(records)
     files = grouped([one for one in records if one["seed"] is None], "trace", "gib")
-    cells = yardsticks.by_cell(yardstick_records())
-    more = [cells.get((trace, None, gib), {}) for trace, gib in files]
-    return [*header, *(f"{name}, %" for name in YARDSTICKS)], [
-        [*row, *(f"{found[name]:.1f}" if found else "-" for name in YARDSTICKS)]
-        for found, row in zip(more, rows, strict=True)
-    ]
+    return Table([*table.columns, *references()], [
+        [*row, *(cells.get((trace, None, gib), {}).get(name) for name in YARDSTICKS)]
+        for (trace, gib), row in zip(files, table.rows, strict=True)
+    ])  # fmt: skip
 
 
 def losses_table() -> Table:
     """Return the losses in both memories, as far as they were run."""
-    records = records_of("study_default.jsonl")
+    records = [*records_of(default.NAME)]
     if (provenance.RESULTS / f"{default.MEMORIES}.jsonl").exists():
-        records += records_of(f"{default.MEMORIES}.jsonl")
-    return default.losses_table(records, yardsticks.by_cell(yardstick_records()))
+        records += records_of(default.MEMORIES)
+    return default.losses_table(records, yardstick_cells())
 
 
 def shadows_table() -> Table:
     """Return the losses by choice of the pair, with those of `lru@adaptive`, the best rebuilt
     system and the bound."""
-    records = records_of("study_shadows.jsonl")
-    header, rows = shadows.table(records)
-    cells = yardsticks.by_cell(yardstick_records())
+    records, cells = records_of("study_shadows"), yardstick_cells()
+    table = shadows.table(records)
     seeds = {trace: seed for trace, seed, _ in sorted(cells, key=lambda cell: -(cell[1] or 0))}
-    more = [[name, "-"] for name in YARDSTICKS]
-    for of in grouped(records, "split").values():
-        for row in more:
+    more: list[list[Cell]] = []
+    for name in YARDSTICKS:
+        more.append([name, None])
+        for of in grouped(records, "split").values():
             losses = []
             for one in of:
                 found = cells.get((one["trace"], seeds.get(one["trace"]), one["gib"]), {})
-                if row[0] == LRU_ADAPTIVE:
-                    found = one["rates"]
-                if row[0] in found and not (one["kv_share"] and row[0] == BEST_REBUILT):
-                    losses.append(max(one["rates"].values()) - found[row[0]])
-            row += [f"{fmean(losses):.2f}", f"{max(losses):.1f}"] if losses else ["-", "-"]
-    return header, [*rows, *([*row, ""] for row in more)]
+                found = one["rates"] if name == LRU_ADAPTIVE else found
+                if name in found and not (one["kv_share"] and name == BEST_REBUILT):
+                    losses.append(max(one["rates"].values()) - found[name])
+            more[-1] += [fmean(losses), max(losses)] if losses else [None, None]
+        more[-1].append("")
+    return Table(table.columns, [*table.rows, *more])
 
 
 def capacity_table() -> Table:
     """Return the gain of the default pair over LRU with fixed rules, at three sizes, and hit rates
     at the middle one."""
-    rows = []
-    found = yardsticks.by_cell(yardstick_records(), yardsticks.CAPACITY)
-    for record in records_of("study_capacity.jsonl"):
-        if "gain" in record:
-            places = [round(part * (len(record["gib"]) - 1)) for part in (0.2, 0.4, 0.6)]
-            cells = [
-                f"{record['gib'][at]:.3g} GiB: {Interval(*record['gain'][at])}" for at in places
-            ]
-            rates = found.get((record["trace"], 0, record["gib"][places[1]]), {})
-            row = [record["trace"], str(record["seeds"]), *cells]
-            row.append(f"{100 * record['token_hit_rate'][places[1]]:.1f}")
-            rows.append([*row, *(f"{rates[name]:.1f}" if rates else "-" for name in YARDSTICKS)])
+    rows: list[list[Cell]] = []
+    cells = yardstick_cells(yardsticks.CAPACITY)
+    for one in records_of("study_capacity"):
+        if "gain" in one:
+            places = [round(part * (len(one["gib"]) - 1)) for part in SIZES.values()]
+            middle = places[1]
+            gains = [{f"{one['gib'][at]:.3g} GiB": Interval(*one["gain"][at])} for at in places]
+            rates = cells.get((one["trace"], 0, one["gib"][middle]), {})
+            row = [one["trace"], one["seeds"], *gains, 100 * one["token_hit_rate"][middle]]
+            rows.append([*row, *map(rates.get, YARDSTICKS)])
     if not rows:
         raise FileNotFoundError("study_capacity.jsonl has no intervals")
-    header = ["trace", "seeds", "small memory", "medium", "large", "hits, medium: default pair, %"]
-    return [*header, *(f"{name}, %" for name in YARDSTICKS)], rows
+    columns = [
+        Column("trace"),
+        Column("seeds", form="d"),
+        *(Column(f"gain, {name}", "points") for name in SIZES),
+    ]
+    return Table([*columns, Column("hits, medium: default pair", "%"), *references()], rows)
 
 
 def tree_table() -> Table:
     """Return the time of each operation over the size of the tree, in microseconds."""
-    rows = []
-    for one in records_of("bench_tree.jsonl"):
+    rows: list[list[Cell]] = []
+    for one in records_of("bench_tree"):
         if "us_without_allocation" in one:
             size, kind = one["measure"].replace(",", "").split(" ", 1)
             times = [one["verb_us_median"][verb] for verb in VERBS] + [one["eviction_us_per_item"]]
-            written = ", ".join(f"{time:.1f}" for time in times)
-            rows.append([f"by {kind}", f"{int(size) / 1000:g}", written])
-    return ["growth", "thousands", f"{', '.join(VERBS)}, eviction: microseconds"], rows
+            rows.append([f"by {kind}", int(size) / 1000, times])
+    times_of = Column(f"{', '.join(VERBS)}, eviction: microseconds")
+    return Table([Column("growth"), Column("thousands", form="g"), times_of], rows)
 
 
 def linear_layers_table() -> Table:
     """Return the speed of the CPU's linear layers, one row per method, dtype and threads."""
-    records = [one for one in records_of("bench_cpu_kernels.jsonl") if "layer" in one]
+    records = [one for one in records_of("bench_cpu_kernels") if "layer" in one]
     counts = sorted({one["rows"] for one in records})
     rows = []
     for key, of in grouped(records, "layer", "dtype", "threads").items():
-        speeds = {one["rows"]: f"{one['gflop_s']:.0f}" for one in of}
-        rows.append([*map(str, key), *(speeds[count] for count in counts)])
-    return ["kernel", "dtype", "threads", *(f"rows: {n}, GFLOP/s" for n in counts)], rows
+        speeds = {one["rows"]: one["gflop_s"] for one in of}
+        rows.append([*key, *(speeds[count] for count in counts)])
+    columns = [Column(name, form="d") for name in ("kernel", "dtype", "threads")]
+    return Table([*columns, *(Column(f"rows: {n}", "GFLOP/s", ".0f") for n in counts)], rows)
 
 
 def decays_table() -> Table:
     """Return the time per token of each recurrence by mean decay, and the largest ratio."""
-    records = [one for one in records_of("bench_cpu_kernels.jsonl") if "kernel" in one]
-    decays = list(dict.fromkeys(one["decay"] for one in records))
+    records = [one for one in records_of("bench_cpu_kernels") if "kernel" in one]
     rows = []
     for kernel, of in grouped(records, "kernel").items():
         times = [one["us_per_token"] for one in of]
-        rows.append([kernel, *(f"{us:.1f}" for us in times), f"{max(times) / times[0]:.2f}"])
-    return ["microseconds per token", *(f"{decay:g}" for decay in decays), "worst / first"], rows
+        rows.append([kernel, *times, max(times) / times[0]])
+    columns = [Column("microseconds per token")]
+    columns += [Column(f"{decay:g}") for decay in dict.fromkeys(one["decay"] for one in records)]
+    return Table([*columns, Column("worst / first", form=".2f")], rows)
 
 
 def llama_table() -> Table:
     """Return the speed of the engine and of llama.cpp."""
-    header = ["measure", "model", "dtype", "unit", "engine", "llama.cpp", "ratio"]
-    return header, [
-        [
-            *(one["measure"].removesuffix(RIVAL), one["size"], one["dtype"], one["unit"]),
-            *(f"{one['ours']:.4g}", f"{one['theirs']:.4g}", f"{one['ratio']:.2f}"),
-        ]
-        for one in records_of("bench_llama.jsonl")
+    columns = [Column(name) for name in ("measure", "model", "dtype", "unit")]
+    columns += [Column(name, form=".4g") for name in ("engine", "llama.cpp")]
+    return Table([*columns, Column("ratio", form=".2f")], [
+        [one["measure"].removesuffix(RIVAL), one["size"], one["dtype"], one["unit"],
+         one["ours"], one["theirs"], one["ratio"]]
+        for one in records_of("bench_llama")
         if one.get("measure", "").endswith(RIVAL)
-    ]
+    ])  # fmt: skip
 
 
 def sharegpt_table() -> Table:
     """Return hits and times of each cache of the engine on conversations."""
-    rows = [
-        [
-            one["cache"],
-            f"{one['gib']:g}",
-            f"{100 * one['saved_share']:.1f}",
-            f"{one['hit_tokens']:,}",
-            *(f"{one['lost_tokens'][cause]:,}" for cause in SHAREGPT_CAUSES),
-            *(f"{1000 * one[name]:.0f}" for name in ("ttft_mean_s", "ttft_p95_s")),
-        ]
-        for one in records_of("sharegpt.jsonl")
-    ]
-    lost = [cause.replace("_", " ") for cause in SHAREGPT_CAUSES]
-    return ["cache", "GiB", HITS, "hit tokens", *lost, "mean TTFT, ms", "p95, ms"], rows
+    columns = [Column("cache"), Column("GiB", form="g"), HITS, Column("hit tokens", form=",")]
+    columns += [Column(cause.replace("_", " "), form=",") for cause in SHAREGPT_CAUSES]
+    return Table([*columns, Column("mean TTFT", "ms", ".0f"), Column("p95", "ms", ".0f")], [
+        [one["cache"], one["gib"], 100 * one["saved_share"], one["hit_tokens"],
+         *(one["lost_tokens"][cause] for cause in SHAREGPT_CAUSES),
+         *(1000 * one[name] for name in ("ttft_mean_s", "ttft_p95_s"))]
+        for one in records_of("sharegpt")
+    ])  # fmt: skip
 
 
 def sharegpt_simulated_table() -> Table:
     """Return token hit rates on ShareGPT's lengths, one row per size."""
-    rows = []
-    for gib, of in grouped(records_of("sharegpt_simulated.jsonl"), "gib").items():
-        rates = ", ".join(f"{100 * one['saved_share']:.1f}" for one in of)
-        rows.append(["ShareGPT", f"{gib:.3g}", rates])
-    return ["trace", "GiB", f"{', '.join(SHAREGPT_POLICIES)}: {HITS}"], rows
+    rates = Column(f"{', '.join(SHAREGPT_POLICIES)}: {HITS.head}")
+    return Table([Column("trace"), Column("GiB", form=".3g"), rates], [
+        ["ShareGPT", gib, [100 * one["saved_share"] for one in of]]
+        for gib, of in grouped(records_of("sharegpt_simulated"), "gib").items()
+    ])  # fmt: skip
 
 
 def checkpoint_dtype_table() -> Table:
     """Return the cost of each format on two kinds of text."""
-    records = [one for one in records_of("study_checkpoint_dtype.jsonl") if "text" in one]
-    rows = [
-        [dtype, *(f"{1e6 * one['kl_mean']:.0f}" for one in of)]
+    records = [one for one in records_of("study_checkpoint_dtype") if "text" in one]
+    columns = [Column("format"), Column("KL on code", "millionths of a nat", ".0f")]
+    return Table([*columns, Column("KL on problems", "millionths of a nat", ".0f")], [
+        [dtype, *(1e6 * one["kl_mean"] for one in of)]
         for dtype, of in grouped(records, "checkpoint_dtype").items()
         if dtype != "auto"
-    ]
-    return ["format", "KL on code, millionths of a nat", "KL on problems"], rows
+    ])  # fmt: skip
 
 
 def speculation_table() -> Table:
     """Return the speed of each drafter in times of no drafts, for each number of streams."""
-    records = [one for one in records_of("speculation.jsonl") if one["draft"] != "none"]
-    rows = []
-    for cell, of in grouped(records, "workload", "draft").items():
-        figures = [(f"{one['ratio']:.2f}", f"{one['acceptance_len'] or 1:.1f}") for one in of]
-        rows.append([*cell, *itertools.chain(*figures)])
-    header = ["workload", "drafter", "1 stream, ratio", "acceptance length"]
-    return [*header, "8 streams, ratio", "acceptance length"], rows
+    records = [one for one in records_of("speculation") if one["draft"] != "none"]
+    columns = [Column("workload"), Column("drafter")]
+    for streams in ("1 stream", "8 streams"):
+        columns += [Column(streams, "ratio", ".2f"), Column("acceptance length")]
+    return Table(columns, [
+        [*cell, *(of for one in found for of in (one["ratio"], one["acceptance_len"] or 1))]
+        for cell, found in grouped(records, "workload", "draft").items()
+    ])  # fmt: skip
 
 
-def second_turn_records(plans: Sequence[second_turn.Plan]) -> list[dict[str, Any]]:
+def second_turn_records(plans: Sequence[second_turn.Plan]) -> Records:
     """Return the records of ``plans`` in their order. Raises FileNotFoundError if there is none."""
-    records = records_of("second_turn.jsonl")
+    records = records_of("second_turn")
     wanted = [
         plan.fields | {"case": case, "side": side}
         for plan in plans
@@ -356,96 +356,25 @@ def not_run(plans: Sequence[second_turn.Plan]) -> str:
     return f" Not run yet on both servers: {'; '.join(absent)}." if absent else ""
 
 
-def second_turn_table() -> Table:
-    """Return tokens read again and times of both servers for short prompts of one client."""
-    shown = ("read again, tokens", "TTFT, s", "memory, MiB")
-    header, rows = second_turn.table(second_turn_records(second_turn.PUBLISHED[:1]), shown)
-    rows = [[row[0], *row[4:]] for row in rows]  # Without the size, which is the same.
-    return with_ratio(["case", *header[4:]], rows)
-
-
-def second_turns_table() -> Table:
-    """Return the other sizes and models, with hits where memory is scarce."""
-    shown = ("read again, tokens", "hits, %", "TTFT, s")
-    return with_ratio(*second_turn.table(second_turn_records(second_turn.PUBLISHED[1:]), shown))
-
-
-def with_ratio(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
-    """Return a table with the ratio of the two columns of times, if it has both, as its last
-    column."""
-    at = [index for index, name in enumerate(header) if name.endswith("TTFT, s")]
-    if len(at) < 2:
-        return header, rows
-    made = []
-    for row in rows:
-        times = [row[index] for index in at]
-        ratio = f"{float(times[0]) / float(times[1]):.2f}" if all(times) else ""
-        made.append([*row, ratio])
-    return [*header, RATIO], made
+def second_turn_table(
+    plans: Sequence[second_turn.Plan] = second_turn.PUBLISHED[:1], without: str = "hits"
+) -> Table:
+    """Return tokens read again and times of both servers. One plan has no columns of its size."""
+    table = second_turn.table(second_turn_records(plans), without)
+    kept = [i for i in range(len(table.columns)) if len(plans) > 1 or not 1 <= i <= 3]
+    columns = [table.columns[i] for i in kept]
+    times = (table.values(f"{side}: TTFT") for side in second_turn.RIVALS)
+    ratios = [ours.mean / theirs.mean for ours, theirs in zip(*times, strict=True)]
+    return Table([*columns, RATIO], [
+        [*(row[i] for i in kept), None if math.isnan(ratio) else ratio]
+        for row, ratio in zip(table.rows, ratios, strict=True)
+    ])  # fmt: skip
 
 
 def processor(name: str) -> str:
     """Return the name of the processor that a result file was measured on."""
-    found, _ = provenance.read_json_lines(provenance.RESULTS / name)
+    found, _ = provenance.read_json_lines(provenance.RESULTS / f"{name}.jsonl")
     return str(found["machine"]["cpu"])
-
-
-# --- Text ---------------------------------------------------------------------------------------
-
-
-def one_number(text: str) -> str:
-    """Return ``text`` with ``67.1 [66.9, 67.4]`` written as ``67.1 ± 0.3``.
-
-    The number after ± is the larger distance of a limit from the mean, so it never narrows an
-    interval.
-
-    >>> one_number("67.1 [66.9, 67.4]")
-    '67.1 ± 0.3'
-    """
-
-    def short(found: re.Match[str]) -> str:
-        mean, low, high = map(float, found.groups())
-        digits = len(found[1].partition(".")[2])
-        return f"{found[1]} ± {max(mean - low, high - mean):.{digits}f}"
-
-    return re.sub(r"-(0\.0+)(?!\d)", r"\1", INTERVAL.sub(short, text))
-
-
-def markdown(table: Table) -> str:
-    """Return a Markdown table, with intervals as one number that does not break."""
-    header, rows = table
-    lines = [header, ["---"] * len(header), *rows]
-    text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    return one_number(text).replace(" ± ", "\u00a0±\u00a0")
-
-
-def value(cell: str) -> Interval:
-    """Return the number or the interval that a cell begins with."""
-    found = INTERVAL.search(cell)
-    if found:
-        return Interval(*map(float, found.groups()))
-    number = re.search(r"-?\d+(\.\d+)?", cell.replace(",", ""))
-    return Interval(float(number[0]) if number else math.nan, math.nan, math.nan)
-
-
-def is_number(cell: str) -> bool:
-    """Return whether a cell has a number."""
-    return not math.isnan(value(cell).mean)
-
-
-def shown(cell: str) -> str:
-    """Return the number that a cell begins with, and its interval."""
-    return one_number((INTERVAL.search(cell) or re.search(r"-?\d+(\.\d+)?", cell) or [cell])[0])
-
-
-def means(table: Table, index: int) -> list[float]:
-    """Return the means of a column, without unknown ones."""
-    return [value(row[index]).mean for row in table[1] if row[index] != "-"]
-
-
-def column(table: Table, index: int) -> dict[str, Interval]:
-    """Return the values of a column by the first cell of their row."""
-    return {row[0].strip("`"): value(row[index]) for row in table[1]}
 
 
 # --- Figures ------------------------------------------------------------------------------------
@@ -466,6 +395,8 @@ LIGHT_AND_DARK = {
 """Colour on a light page -> colour on a dark page: ground, text, notes, grid, and five series."""
 GROUND, TEXT, NOTE, GRID, *SERIES = LIGHT_AND_DARK
 MARKS = "osD^v"
+Point = tuple[float, float, float, float]
+"""x, y, and the limits of y."""
 NAME_CHARS = 28
 """Characters of a row's name in one line."""
 
@@ -480,7 +411,7 @@ def wrap(name: str, width: int) -> list[str]:
     return [line.rstrip() for line in lines]
 
 
-def drawing(rows: int, columns: int, height: float) -> tuple[Any, Any]:
+def drawing(rows: int, columns: int, height: float) -> tuple[Figure, list[Axes]]:
     """Return a matplotlib figure of ``WIDTH_INCHES`` and its axes, one per panel."""
     from matplotlib.figure import Figure
 
@@ -496,7 +427,7 @@ def drawing(rows: int, columns: int, height: float) -> tuple[Any, Any]:
     return figure, list(axes.flat)
 
 
-def legend(figure: Any, axis: Any) -> None:
+def legend(figure: Figure, axis: Axes) -> None:
     """Write the names of the series above the panels."""
     handles, labels = axis.get_legend_handles_labels()
     if len(labels) > 1:
@@ -510,8 +441,8 @@ def legend(figure: Any, axis: Any) -> None:
 class Dots:
     """A row per line of the table: one dot with its interval per series."""
 
-    series: Mapping[str, int]
-    """Column by name."""
+    series: Mapping[str, str]
+    """Name of a column of the table by its name in the figure."""
     axis: str
     """Label of the axis."""
     names: Sequence[int] = (0,)
@@ -523,19 +454,22 @@ class Dots:
     least: float = -1
     """Least absolute value of the first series that is drawn."""
 
+    def describe(self, table: Table) -> str:
+        """Return a sentence for those who do not see the figure."""
+        rows = ", ".join(table.columns[i].name for i in self.names)
+        series = f" ({'; '.join(self.series)})" if len(self.series) > 1 else ""
+        return f"Figure of {self.axis}, by {rows}{series}."
+
     def rows(self, table: Table) -> list[tuple[str, list[Interval], str]]:
         """Return name, values and written first value of each drawn row."""
-        first = next(iter(self.series.values()))
-        rows = [
-            (
-                "\n".join(wrap(", ".join(row[i] for i in self.names).replace("`", ""), NAME_CHARS)),
-                [value(row[column]) for column in self.series.values()],
-                shown(next(filter(is_number, (row[i] for i in self.series.values())), row[first])),
-            )
-            for row in table[1]
-            if any(is_number(row[i]) for i in self.series.values())
-            and abs(value(row[first]).mean) >= self.least
-        ]
+        places = [table.place(name) for name in self.series.values()]
+        columns = zip(*(table.values(name) for name in self.series.values()), strict=True)
+        rows = []
+        for texts, values in zip(table.texts(), columns, strict=True):
+            known = [at for at, one in zip(places, values, strict=True) if not math.isnan(one.mean)]
+            if known and not abs(values[0].mean) < self.least:
+                name = ", ".join(texts[i] for i in self.names).replace("`", "")
+                rows.append(("\n".join(wrap(name, NAME_CHARS)), [*values], texts[known[0]]))
         if not self.near:
             return rows
         centre = next(values[0].mean for name, values, _ in rows if name == self.near)
@@ -548,7 +482,7 @@ class Dots:
             if name == self.near or name not in close
         ]
 
-    def draw(self, table: Table) -> Any:
+    def draw(self, table: Table) -> Figure:
         """Return the figure."""
         rows = self.rows(table)
         extra = sum(name.count("\n") for name, *_ in rows)
@@ -574,8 +508,9 @@ class Dots:
         axis.set_ylim(len(rows) - 0.4, -0.6)
         if len(self.names) > 1:  # Their columns, above the names.
             axis.annotate(
-                ", ".join(table[0][i] for i in self.names), (0, 1), xycoords="axes fraction",
-                xytext=(-4, 1), textcoords="offset points", ha="right", fontsize=6.5, color=TEXT,
+                ", ".join(table.columns[i].head for i in self.names), (0, 1),
+                xycoords="axes fraction", xytext=(-4, 1), textcoords="offset points", ha="right",
+                fontsize=6.5, color=TEXT,
             )  # fmt: skip
         axis.set_xlabel(self.axis, fontsize=8, color=TEXT)
         if self.log:
@@ -590,29 +525,37 @@ class Dots:
 class Curves:
     """A panel per value of the first column: a line per series over the second column."""
 
-    column: int
-    """Column with one number per series, separated by commas."""
+    column: str
+    """Column with one number per series."""
     series: Sequence[str]
     axes: tuple[str, str]
     log_y: bool = True
 
-    def draw(self, table: Table) -> Any:
+    def describe(self, table: Table) -> str:
+        """Return a sentence for those who do not see the figure."""
+        series = "; ".join(self.series)
+        return (
+            f"Figure of {self.axes[1]} over {self.axes[0]}, by {table.columns[0].name} ({series})."
+        )
+
+    def draw(self, table: Table) -> Figure:
         """Return the figure."""
-        lines: dict[str, list[list[tuple[float, float, float, float]]]] = {}
-        for name, x, *cells in table[1]:
-            panel = lines.setdefault(name, [[] for _ in self.series])
-            for line, y in zip(panel, cells[self.column - 2].split(", "), strict=True):
-                line.append((float(x), *[math.nan if y == "-" else float(y)] * 3))
+        lines: dict[str, list[list[Point]]] = {}
+        places = table.values(table.columns[1].name)
+        for row, x, figures in zip(table.rows, places, table.numbers(self.column), strict=True):
+            panel = lines.setdefault(str(row[0]), [[] for _ in self.series])
+            for line, y in zip(panel, figures, strict=True):
+                line.append((x.mean, y.mean, y.mean, y.mean))
         return panel_lines(lines, self.series, self.axes, log_y=self.log_y)
 
 
 def panel_lines(
-    panels: Mapping[str, Sequence[Sequence[tuple[float, float, float, float]]]],
+    panels: Mapping[str, Sequence[Sequence[Point]]],
     series: Sequence[str],
     axes: tuple[str, str],
     log_y: bool = False,
-) -> Any:
-    """Return a figure with two panels a row; a point is (x, y, low, high)."""
+) -> Figure:
+    """Return a figure with two panels a row."""
     from matplotlib.ticker import LogLocator, NullLocator
 
     num_rows = math.ceil(len(panels) / 2)
@@ -626,8 +569,10 @@ def panel_lines(
             axis.fill_between(x, low, high, color=SERIES[place], alpha=0.25, linewidth=0)
             # Earlier lines are wider, so that all are visible where lines coincide.
             width = 1.2 + 1.2 * (len(lines) - 1 - place) / max(1, len(lines) - 1)
-            look = {"color": SERIES[place], "linewidth": width, "label": series[place]}
-            axis.plot(x, y, marker=MARKS[place] * (len(x) <= 8), markersize=2 * width, **look)
+            axis.plot(
+                x, y, color=SERIES[place], linewidth=width, label=series[place],
+                marker=MARKS[place] * (len(x) <= 8), markersize=2 * width,
+            )  # fmt: skip
         axis.set_xscale("log", base=2)
         if len(x) <= 8:
             axis.set_xticks(x[::2])
@@ -652,28 +597,32 @@ class CapacityCurves:
     """Token hit rate over memory: the default pair and LRU with bands, LRU with the default
     placement, the best rebuilt system, and the bound."""
 
-    def draw(self, table: Table) -> Any:
+    def describe(self, table: Table) -> str:
+        """Return a sentence for those who do not see the figure."""
+        return f"Figure of {HITS.head} over memory, with bands, by {table.columns[0].name}."
+
+    def draw(self, table: Table) -> Figure:
         """Return the figure of the traces in the table."""
-        runs = grouped(records_of("study_capacity.jsonl"), "trace", "label")
-        panels = {}
-        for name in column(table, 1):
+        runs = grouped(records_of("study_capacity"), "trace", "label")
+        panels: dict[str, list[list[Point]]] = {}
+        for name in map(str, (row[0] for row in table.rows)):
             panels[name] = []
             for [run] in (runs[name, capacity.OURS], runs[name, "lru"]):
                 low, high = ([100 * rate for rate in run[limit]] for limit in ("low", "high"))
                 means = [sum(limits) / 2 for limits in zip(low, high, strict=True)]
                 panels[name].append(list(zip(run["gib"], means, low, high, strict=True)))
         series = ["default pair", "LRU, fixed rules"]
-        cells = yardsticks.by_cell(yardstick_records(), yardsticks.CAPACITY)
+        cells = yardstick_cells(yardsticks.CAPACITY)
         for name, lines in panels.items() if cells else ():
             sizes = [gib for trace, _, gib in cells if trace == name]
             for one in YARDSTICKS:
                 rates = [cells[name, 0, gib][one] for gib in sizes]
                 lines.append(list(zip(sizes, rates, rates, rates, strict=True)))
         series += [*YARDSTICKS] * bool(cells)
-        return panel_lines(panels, series, ("memory, GiB", HITS))
+        return panel_lines(panels, series, ("memory, GiB", HITS.head))
 
 
-def svg(figure: Any) -> str:
+def svg(figure: Figure) -> str:
     """Return a drawing as SVG whose colours follow those of the page."""
     import matplotlib
 
@@ -710,12 +659,38 @@ class Section(NamedTuple):
     finding: Callable[[Table], str]
     """Returns the sentence with the result."""
     figure: Dots | Curves | CapacityCurves
-    alt: str
-    """Description of the figure."""
+
+
+class Range(NamedTuple):
+    """Means of a column: lowest, highest, largest absolute value, mean, and row of the highest."""
+
+    low: float
+    high: float
+    most: float
+    mean: float
+    top: Sequence[str]
+
+
+def says(sentence: str, timed: str = "", **keys: str) -> Callable[[Table], str]:
+    """Return the finding ``sentence``. Each name of ``keys`` is the ``Range`` of that column, and
+    ``cpu`` the processor of the result file ``timed``."""
+
+    def of_column(table: Table, key: str) -> Range:
+        rows = zip(table.values(key), table.texts(), strict=True)
+        known = [(one.mean, row) for one, row in rows if not math.isnan(one.mean)]
+        found = [mean for mean, _ in known]
+        return Range(min(found), max(found), max(map(abs, found)), fmean(found),
+                     max(known, key=lambda one: one[0])[1])  # fmt: skip
+
+    def finding(table: Table) -> str:
+        found = {name: of_column(table, key) for name, key in keys.items()}
+        return sentence.format(cpu=processor(timed) if timed else "", **found)
+
+    return finding
 
 
 def _ranking(table: Table) -> str:
-    hits, replay = column(table, 1), column(table, 4)
+    hits, replay = table.named("closed loop: hits"), table.named("replay: hits")
     [first, second, *_] = hits
     close = sum(abs(one.mean - hits["lru"].mean) <= SLASH for one in hits.values()) - 1
     return (
@@ -727,32 +702,24 @@ def _ranking(table: Table) -> str:
 
 
 def _pairs(table: Table) -> str:
-    hits = column(table, 1)
+    hits = table.named(HITS.name)
     [first, second, *_] = hits
     gap = hits[first].mean - hits[second].mean
     return f"`{first}` has the most hits, {gap:.1f} points more than `{second}`."
 
 
-def _losses(table: Table) -> str:
-    losses, worst = means(table, 2), max(means(table, 3))
-    return (
-        f"The default pair loses {min(losses):.1f} to {max(losses):.1f} points on average to the "
-        f"best pair of each cell, and {worst} at most."
-    )
-
-
 def _shadows(table: Table) -> str:
-    alone, whole = ([float(row[column]) for column in (2, 4)] for row in table[1][:2])
-    cost = table[1][1][1]
+    tuning, outside = (table.means(f"{split}: mean loss") for split in shadows.SPLITS)
     return (
-        f"Shadows of all sessions lose {whole[0]:.1f} and {whole[1]:.1f} points to the best pair "
-        f"(tuning, outside) at {cost} times the work of the cache; the default alone loses "
-        f"{alone[0]:.1f} and {alone[1]:.1f}."
+        f"Shadows of all sessions lose {tuning[1]:.1f} and {outside[1]:.1f} points to the best "
+        f"pair (tuning, outside) at {table.means('cost')[1]:g} times the work of the cache; the "
+        f"default alone loses {tuning[0]:.1f} and {outside[0]:.1f}."
     )
 
 
 def _ablation(table: Table) -> str:
-    changes = {row[0]: float(row[1]) for row in table[1]}
+    names = (str(row[0]) for row in table.rows)
+    changes = dict(zip(names, table.means("mean change"), strict=True))
     worst = min(changes, key=lambda name: changes[name])
     constants = {name.partition(" times")[0] for name in changes if " times" in name}
     idle = sum(
@@ -766,30 +733,22 @@ def _ablation(table: Table) -> str:
 
 
 def _learning(table: Table) -> str:
-    rows = {row[1]: (row[2], row[5]) for row in table[1] if row[0] == "start"}
-    ours, lru = rows[f"`{DEFAULT}`"], rows["`lru@adaptive`"]
+    rows = {(row[0], row[1]): (row[2], row[5]) for row in table.texts()}
+    [begin, change], [lru, after] = (
+        [rows[since, f"`{pair}`"] for since in ("start", "change")]
+        for pair in (DEFAULT, LRU_ADAPTIVE)
+    )
     return (
-        f"In the first 50 requests the default pair is {ours[0]} points below the best of five "
-        f"pairs, from 200 to 400 {ours[1]}; `lru@adaptive` {lru[0]} and {lru[1]}."
+        f"In the first 50 requests the default pair is {begin[0]} points below the best of five "
+        f"pairs, from 200 to 400 {begin[1]} (`lru@adaptive` {lru[0]} and {lru[1]}). After a change "
+        f"of the workload it is {change[0]} and {change[1]} points below (`lru@adaptive` "
+        f"{after[0]} and {after[1]})."
     )
 
 
-def between(index: int, sentence: str, timed: str = "") -> Callable[[Table], str]:
-    """Return the finding with the lowest and the highest mean of a column as ``low`` and ``high``,
-    the row of the highest as ``top``, and the processor of the result file ``timed`` as ``cpu``."""
-
-    def finding(table: Table) -> str:
-        found = means(table, index)
-        top = table[1][found.index(max(found))]
-        cpu = processor(timed) if timed else ""
-        return sentence.format(low=min(found), high=max(found), top=top, cpu=cpu)
-
-    return finding
-
-
 def _admission(table: Table) -> str:
-    ratios = means(table, 7)
-    worst = table[1][ratios.index(max(ratios))]
+    ratios = table.means("mean TTFT to best limit")
+    worst = table.texts()[ratios.index(max(ratios))]
     return (
         f"The mean TTFT of `sessions` is within 5 % of the best limit in "
         f"{sum(ratio <= 1.05 for ratio in ratios)} of {len(ratios)} cells, and at most "
@@ -797,24 +756,8 @@ def _admission(table: Table) -> str:
     )
 
 
-def _forecast(table: Table) -> str:
-    points, times = (max(map(abs, means(table, index))) for index in (3, 6))
-    return (
-        f"The simulator forecasts the engine's hit rate within {points:.1f} points and its mean "
-        f"TTFT within {times:.0f} %."
-    )
-
-
-def _tiers(table: Table) -> str:
-    device, host = (fmean(means(table, index)) for index in (1, 2))
-    return (
-        f"4 GiB on the device with 16 GiB of host memory save {host:.1f} % of the prefill time "
-        f"that 20 GiB on the device save; 4 GiB alone save {device:.1f} %."
-    )
-
-
 def _sharegpt(table: Table) -> str:
-    none, *_, best = table[1]
+    none, *_, best = table.texts()
     return (
         f"In the engine, checkpoints save {best[2]} % of the prompt tokens of conversations, and "
         f"the mean TTFT is {best[-2]} instead of {none[-2]} ms; KV alone saves nothing."
@@ -822,16 +765,15 @@ def _sharegpt(table: Table) -> str:
 
 
 def _sharegpt_simulated(table: Table) -> str:
-    rates = [[float(one) for one in row[2].split(", ")] for row in table[1]]
-    gain, at = max(
-        (ours - lru, row[1]) for (ours, lru, _), row in zip(rates, table[1], strict=True)
-    )
+    rates = table.numbers("survival")
+    gain, at = max((of[0].mean - of[1].mean, row[1])
+                   for of, row in zip(rates, table.texts(), strict=True))  # fmt: skip
     return f"`survival` hits up to {gain:.1f} points more than `lru` (at {at} GiB)."
 
 
 def _router(table: Table) -> str:
-    best: dict[str, list[str]] = {}
-    for row in table[1]:
+    best: dict[str, Sequence[str]] = {}
+    for row in table.texts():
         best[row[0]] = max(best.get(row[0], row), row, key=lambda row: float(row[2]))
     names = [row[1] for row in best.values()]
     most = max(names, key=names.count)
@@ -839,17 +781,17 @@ def _router(table: Table) -> str:
 
 
 def _speculation(table: Table) -> str:
-    best = max(table[1], key=lambda row: float(row[2]))
-    slower = sum(float(row[4]) < 1 for row in table[1])
+    best = max(table.texts(), key=lambda row: float(row[2]))
+    slower = sum(ratio < 1 for ratio in table.means("8 streams"))
     return (
         f"Drafts decode up to {best[2]} times as fast (`{best[1]}` on {best[0]}, one stream); with "
-        f"eight streams, where most steps have no drafts, {slower} of {len(table[1])} cells are "
+        f"eight streams, where most steps have no drafts, {slower} of {len(table.rows)} cells are "
         "slower than without a drafter."
     )
 
 
 def _capacity(table: Table) -> str:
-    gains = [value(cell.partition(": ")[2]).mean for row in table[1] for cell in row[2:5]]
+    gains = [gain for size in SIZES for gain in table.means(f"gain, {size}")]
     return (
         f"The default pair gains up to {max(gains):.1f} points over LRU with fixed rules where "
         f"memory is short, and loses at most {max(-min(gains), 0):.1f}."
@@ -857,49 +799,42 @@ def _capacity(table: Table) -> str:
 
 
 def _overload(table: Table) -> str:
-    last = table[1][-1]
-    width = len(overload.POLICIES)
-    (hits, *_, worst), (seconds, *_) = last[3 : 2 + width], last[3 + width :]
+    hits, seconds = ([table.means(f"{name}: `{policy}`")[-1] for policy in overload.POLICIES]
+                     for name in ("hits, %", "mean TTFT, s"))  # fmt: skip
     return (
-        f"In the last window of {last[0]}, `sessions` hits {hits} % and `oldest` {last[2]} %; the "
-        f"mean TTFT is {seconds} and {last[2 + width]} s (`{overload.POLICIES[-1]}`: {worst} %, "
-        f"{last[1 + 2 * width]} s)."
+        f"In the last window of {table.rows[-1][0]}, `sessions` hits {hits[1]} % and `oldest` "
+        f"{hits[0]} %; the mean TTFT is {seconds[1]} and {seconds[0]} s "
+        f"(`{overload.POLICIES[-1]}`: {hits[-1]} %, {seconds[-1]} s)."
     )
 
 
 def _tree(table: Table) -> str:
-    growth: dict[str, list[float]] = {}
-    for kind, _, times in table[1]:
-        growth.setdefault(kind, []).append(float(times.split(", ")[0]))
+    growth: dict[Cell, list[float]] = {}
+    for row, us in zip(table.rows, table.means("match"), strict=True):
+        growth.setdefault(row[0], []).append(us)
     ratios = [of[-1] / of[0] for of in growth.values()]
     return f"A match in a tree 100 times as large takes at most {max(ratios):.1f} times as long."
 
 
-def read_again(table: Table, index: int) -> dict[str, float]:
-    """Return the tokens that a server reads again in each row, by its first cell."""
-    return {row[0]: float(row[index]) for row in table[1] if row[index]}
-
-
 def _second_turn(table: Table) -> str:
-    cpu = processor("second_turn.jsonl")
-    ours, theirs = read_again(table, 1), read_again(table, 2)
-    top = max(ours, key=lambda row: ours[row])
-    ratios = [float(row[-1]) for row in table[1] if table[0][-1] == RATIO and row[-1]]
+    ours, theirs = (table.named(f"{side}: read again") for side in second_turn.RIVALS)
+    top = max(ours, key=lambda row: ours[row].mean)
+    ratios = table.means(RATIO.name)
     found = (
-        f"On one {cpu}, the engine reads up to {ours[top]:.0f} tokens of a request again ({top}), "
-        f"{median(ours.values()):.0f} in the median row, and llama-server up to "
-        f"{max(theirs.values()):.0f}."
+        f"On one {processor('second_turn')}, the engine reads up to {ours[top].mean:.0f} tokens of "
+        f"a request again ({top}), {median(one.mean for one in ours.values()):.0f} in the median "
+        f"row, and llama-server up to {max(one.mean for one in theirs.values()):.0f}."
     )
     if ratios:
         low, high = min(ratios), max(ratios)
         found += f" Its first token takes {low:.2f} to {high:.2f} times as long as llama-server's."
-    if missing := len(table[1]) - len(ratios):
-        found += f" {missing} of {len(table[1])} rows have no times yet."
+    if missing := len(table.rows) - len(ratios):
+        found += f" {missing} of {len(table.rows)} rows have no times yet."
     return found + not_run(second_turn.PUBLISHED[:1])
 
 
 def _second_turns(table: Table) -> str:
-    ours, theirs = (max(read_again(table, index).values()) for index in (4, 5))
+    ours, theirs = (max(table.means(f"{side}: read again")) for side in second_turn.RIVALS)
     return (
         "With experts, more clients, scarce memory and longer prompts, the engine reads up to "
         f"{ours:.0f} tokens of a request again, and llama-server up to {theirs:.0f}."
@@ -907,181 +842,166 @@ def _second_turns(table: Table) -> str:
     )
 
 
-def study(name: str, table: Callable[[list[dict[str, Any]]], Table]) -> Callable[[], Table]:
+def study(name: str, table: Callable[[Records], Table]) -> Callable[[], Table]:
     """Return the function that makes the table of a result file."""
-    return lambda: table(records_of(f"{name}.jsonl"))
+    return lambda: table(records_of(name))
 
 
-OVER = {"default pair": 3, "LRU, fixed rules": 4}
+SHOWN = {LRU_ADAPTIVE: LRU_ADAPTIVE, "best rebuilt": BEST_REBUILT, BOUND: BOUND}
+"""Columns of references in figures."""
+POINTS = "{gain.low:.1f} to {gain.high:.1f} points"
+READ_AGAIN = {side: f"{side}: read again" for side in second_turn.RIVALS}
 SECTIONS = {
     "leaderboard": Section(
         "leaderboard", leaderboard_table, _ranking,
-        Dots({"closed loop": 1, "replay": 4}, HITS, near="lru"),
-        "Token hit rate of each policy in closed loops and in replays, with intervals.",
+        Dots({"closed loop": "closed loop: hits", "replay": "replay: hits"}, HITS.head, near="lru"),
     ),
-    "default": Section(
-        "default", pairs_table,
-        _pairs, Dots({"replay": 1}, HITS),
-        "Token hit rate of each pair in replays, with intervals.",
-    ),
+    "default": Section("default", pairs_table, _pairs, Dots({"replay": HITS.name}, HITS.head)),
     "pairs in closed loop": Section(
         "default", partial(pairs_table, "closed loop"),
-        _pairs, Dots({"closed loop": 1}, HITS),
-        "Token hit rate of each pair in closed loops, with intervals.",
+        _pairs, Dots({"closed loop": HITS.name}, HITS.head),
     ),
     "losses": Section(
-        "default", losses_table, _losses,
-        Dots({"mean": 2, "worst cell": 3}, "loss to the best pair of a cell, points"),
-        "Mean and largest loss of the default pair in each group of cells.",
+        "default", losses_table,
+        says("The default pair loses {mean.low:.1f} to {mean.high:.1f} points on average to the "
+             "best pair of each cell, and {worst.high} at most.",
+             mean="mean loss", worst="worst cell"),
+        Dots({"mean": "mean loss", "worst cell": "worst cell"},
+             "loss to the best pair of a cell, points"),
     ),
     "ablation": Section(
         "ablation", study(ablation.NAME, ablation.table), _ablation,
-        Dots({"mean": 1, "worst cell": 2}, "change of the token hit rate, points", log="symlog",
-             least=0.1),
-        "Changes of the hit rate by 0.1 points or more, without a rule or with another constant.",
+        Dots({"mean": "mean change", "worst cell": "worst cell"},
+             "change of the token hit rate, points", log="symlog", least=0.1),
     ),
     "learning": Section(
         "ablation", study(ablation.NAME, ablation.learning_table), _learning,
-        Dots({"first 50": 2, "200 to 400": 5}, "points below the best pair of a cell", (0, 1)),
-        "Regret of five pairs in the first requests and later, since the start and a change.",
+        Dots({"first 50": "regret to request 50", "200 to 400": "regret to request 400"},
+             "points below the best pair of a cell", (0, 1)),
     ),
     "shadows": Section(
         "shadows", shadows_table, _shadows,
-        Dots({"tuning": 2, "outside": 4}, "mean loss to the best pair of a cell, points"),
-        "Mean loss by choice of the pair, for both splits.",
+        Dots({split: f"{split}: mean loss" for split in shadows.SPLITS},
+             "mean loss to the best pair of a cell, points"),
     ),
     "published": Section(
         "default", published_table,
-        between(5, "On published traces the default pair differs from LRU with fixed rules by "
-                "{low:.1f} to {high:.1f} points."),
-        Dots(OVER | {LRU_ADAPTIVE: -3, "best rebuilt": -2, BOUND: -1}, HITS, (0, 1)),
-        "Token hit rate of three pairs on published traces, of the best rebuilt system, and the "
-        "bound.",
+        says(f"On published traces the default pair gains {POINTS} over LRU with fixed rules.",
+             gain="gain"),
+        Dots({"default pair": "hits: default pair", "LRU, fixed rules": "LRU with fixed rules"}
+             | SHOWN, HITS.head, (0, 1)),
     ),
     "default speed": Section(
         "default-speed", default_speed_table,
-        between(4, "The default pair takes {low:.2f} to {high:.2f} times the CPU time of LRU per "
-                "simulated request."),
-        Dots({"default pair": 4}, "CPU time of a simulated request, times that of LRU", (0, 1)),
-        "CPU time of the default pair in times of LRU's, at one size per trace.",
+        says("The default pair takes {time.low:.2f} to {time.high:.2f} times the CPU time of LRU "
+             "per simulated request.", time="CPU time"),
+        Dots({"default pair": "CPU time"}, "CPU time of a simulated request, times that of LRU",
+             (0, 1)),
     ),
     "admission": Section(
         "admission", study("admission", admission.table), _admission,
-        Curves(5, ("oldest", "sessions", "best fixed limit", "best rebuilt"),
+        Curves("mean TTFT, s", ("oldest", "sessions", "best fixed limit", "best rebuilt"),
                ("sessions/s", "mean TTFT, s")),
-        "Mean time to first token over the rate of sessions, one panel per workload.",
     ),
     "overload": Section(
         "overload", study("overload", overload.table), _overload,
-        Dots(dict(zip(overload.POLICIES, (5, 6, 7), strict=True)) | {"best rebuilt": -1},
-             "mean TTFT, s", (0, 1)),
-        "Mean time to first token by window and number of sessions.",
+        Dots({policy: f"mean TTFT, s: `{policy}`" for policy in overload.POLICIES}
+             | {"best rebuilt": "mean TTFT, s: best rebuilt system"}, "mean TTFT, s", (0, 1)),
     ),
     "tree": Section(
         "tree", tree_table, _tree,
-        Curves(2, (*VERBS, "eviction"), ("thousands", "microseconds"), log_y=False),
-        "Time of operations over the size of the tree, by cached tokens and by nodes.",
+        Curves("match", (*VERBS, "eviction"), ("thousands", "microseconds"), log_y=False),
     ),
     "closed loop": Section(
-        "closed-loop", study("closed_loop", closed_loop.table), _forecast,
-        Dots({"forecast less engine": 3}, "points of token hit rate", (0, 1)),
-        "Difference of forecast and engine, by sessions per second and admission.",
+        "closed-loop", study("closed_loop", closed_loop.table),
+        says("The simulator forecasts the engine's hit rate within {hits.most:.1f} points and its "
+             "mean TTFT within {ttft.most:.0f} %.",
+             hits="forecast less engine", ttft="mean TTFT of the forecast"),
+        Dots({"forecast less engine": "forecast less engine"}, "points of token hit rate", (0, 1)),
     ),
     "conditions": Section(
         "conditions", study("study_conditions", conditions.table),
-        between(-1, "The default pair differs from LRU with fixed rules by {low:.1f} to {high:.1f} "
-                "points."),
-        Dots({"default pair": 2, LRU_ADAPTIVE: 3, "LRU, fixed rules": 4, "best rebuilt": 5,
-              BOUND: 6}, HITS, (1,)),
-        "Token hit rate of three pairs under each condition, of the best rebuilt system, and the "
-        "bound.",
+        says(f"The default pair gains {POINTS} over LRU with fixed rules.", gain="gain"),
+        Dots({"default pair": "default pair", LRU_ADAPTIVE: LRU_ADAPTIVE,
+              "LRU, fixed rules": "lru, fixed rules"} | SHOWN, HITS.head, (1,)),
     ),
-    "capacity": Section(
-        "capacity", capacity_table, _capacity, CapacityCurves(),
-        "Token hit rate over memory with bands, one panel per trace.",
-    ),
+    "capacity": Section("capacity", capacity_table, _capacity, CapacityCurves()),
     "hints": Section(
-        "hints", hints_table,
-        between(2, "Boundary hints raise the hit rate by {low:.1f} to {high:.1f} points."),
-        Dots({"with hints": 1}, HITS),
-        "Token hit rate with boundary hints, by pair, of the best rebuilt system without, and the "
-        "bound.",
+        "hints", hints_table, says(f"Boundary hints raise the hit rate by {POINTS}.", gain="gain"),
+        Dots({"with hints": HITS.name}, HITS.head),
     ),
     "tiers": Section(
-        "tiers", study("study_tiers", tiers.over_seeds), _tiers,
-        Dots({"4 GiB + 16 GiB host": 2, "4 GiB alone": 1, "best rebuilt, 20 GiB": 3},
-             "saved prefill time, % of 20 GiB"),
-        "Prefill time that host memory saves, by trace.",
+        "tiers", study("study_tiers", tiers.over_seeds),
+        says("4 GiB on the device with 16 GiB of host memory save {both.mean:.1f} % of the prefill "
+             "time that 20 GiB on the device save, on average over the traces; 4 GiB alone save "
+             "{alone.mean:.1f} %.",
+             both="4 GiB and", alone="4 GiB"),
+        Dots({"4 GiB + 16 GiB host": "4 GiB and", "4 GiB alone": "4 GiB",
+              "best rebuilt, 20 GiB": f"{BEST_REBUILT}, "}, "saved prefill time, % of 20 GiB"),
     ),
     "grid": Section(
         "grid", study("study_grid", grid.table),
-        between(4, "A grid of 16 in place of 64 changes the hit rate by {low:.1f} to {high:.1f} "
-                "points, most for `{top[0]}`."),
-        Dots({"grid of 16": 4, "grid of 32": 3}, "gain over a grid of 64, points", (0, 1)),
-        "Gain of finer grids, by trace and memory in GiB.",
+        says(f"A grid of 16 in place of 64 changes the hit rate by {POINTS}, most for "
+             "`{gain.top[0]}`.", gain="gain of 16"),
+        Dots({"grid of 16": "gain of 16", "grid of 32": "gain of 32"},
+             "gain over a grid of 64, points", (0, 1)),
     ),
     "arena": Section(
         "arena", study("study_arena", arena.table),
-        between(2, "One arena changes the hit rate of a workload by {low:+.2f} to {high:+.2f} "
-                "points."),
-        Dots({"mean": 2}, "arena less ideal, points"),
-        "Cost of slabs, by trace.",
+        says("One arena changes the hit rate of a workload by {change.low:+.2f} to "
+             "{change.high:+.2f} points.", change="arena"),
+        Dots({"mean": "arena"}, "arena less ideal, points"),
     ),
     "sharegpt": Section(
-        "sharegpt", sharegpt_table, _sharegpt, Dots({"saved": 2}, "saved prompt tokens, %", (0, 1)),
-        "Share of prompt tokens that each cache saves, by memory in GiB.",
+        "sharegpt", sharegpt_table, _sharegpt,
+        Dots({"saved": HITS.name}, "saved prompt tokens, %", (0, 1)),
     ),
     "sharegpt simulated": Section(
         "sharegpt-simulated", sharegpt_simulated_table, _sharegpt_simulated,
-        Curves(2, SHAREGPT_POLICIES, ("memory, GiB", HITS), log_y=False),
-        "Token hit rate of three eviction policies over memory.",
+        Curves("survival", SHAREGPT_POLICIES, ("memory, GiB", HITS.head), log_y=False),
     ),
     "router": Section(
-        "router", study("study_router", router.table), _router, Dots({"hits": 2}, HITS, (0, 1)),
-        "Token hit rate of each routing policy, by condition.",
+        "router", study("study_router", router.table), _router,
+        Dots({"hits": HITS.name}, HITS.head, (0, 1)),
     ),
     "checkpoint dtype": Section(
         "checkpoint-dtype", checkpoint_dtype_table,
-        between(1, "No format of checkpoints changes the distribution of the next token by more "
-                "than {high:.0f} millionths of a nat on code (`{top[0]}`)."),
-        Dots({"code": 1, "problems": 2}, "KL, millionths of a nat per token"),
-        "Change of the next token's distribution by format of the checkpoints.",
+        says("No format of checkpoints changes the distribution of the next token by more than "
+             "{kl.high:.0f} millionths of a nat on code (`{kl.top[0]}`).", kl="KL on code"),
+        Dots({"code": "KL on code", "problems": "KL on problems"},
+             "KL, millionths of a nat per token"),
     ),
     "speculation": Section(
         "speculation", speculation_table, _speculation,
-        Dots({"1 stream": 2, "8 streams": 4}, "speed, times no drafts", (0, 1)),
-        "Speed of each drafter in times of no drafts, by workload.",
+        Dots({"1 stream": "1 stream", "8 streams": "8 streams"}, "speed, times no drafts", (0, 1)),
     ),
     "linear layers": Section(
         "cpu-kernels", linear_layers_table,
-        between(-1, "On one {cpu}, the fastest linear layer (8,192 x 2,048, rows: 512, threads: "
-                "{top[2]}) is `{top[0]}` with {high:.0f} GFLOP/s.", "bench_cpu_kernels.jsonl"),
-        Dots({"512 rows": -1, "1 row": 3}, "GFLOP/s (logarithmic)", (0, 1, 2), log=True),
-        "Speed of each method with one row and with 512, by precision and threads.",
+        says("On one {cpu}, the fastest linear layer (8,192 x 2,048, rows: 512, threads: "
+             "{speed.top[2]}) is `{speed.top[0]}` with {speed.high:.0f} GFLOP/s.",
+             "bench_cpu_kernels", speed="rows: 512"),
+        Dots({"512 rows": "rows: 512", "1 row": "rows: 1"}, "GFLOP/s (logarithmic)", (0, 1, 2),
+             log=True),
     ),
     "decays": Section(
         "cpu-kernels", decays_table,
-        between(-1, "On one {cpu}, no decay takes more than {high:.2f} times as long as -0.01 "
-                "(`{top[0]}`).", "bench_cpu_kernels.jsonl"),
-        Dots({"ratio": -1}, "slowest decay, times the first"),
-        "Slowest decay of each recurrence in times of the first.",
+        says("On one {cpu}, no decay takes more than {worst.high:.2f} times as long as -0.01 "
+             "(`{worst.top[0]}`).", "bench_cpu_kernels", worst="worst / first"),
+        Dots({"ratio": "worst / first"}, "slowest decay, times the first"),
     ),
     "second turn": Section(
         "second-turn", second_turn_table, _second_turn,
-        Dots({"engine": 1, "llama-server": 2}, "tokens read again per request"),
-        "Prompt tokens that each server computes a second time, by case.",
+        Dots(READ_AGAIN, "tokens read again per request"),
     ),
     "second turn sizes": Section(
-        "second-turn", second_turns_table, _second_turns,
-        Dots({"engine": 4, "llama-server": 5}, "tokens read again per request", (0, 1, 2, 3)),
-        "Prompt tokens that each server computes a second time, by case, model and size.",
+        "second-turn", partial(second_turn_table, second_turn.PUBLISHED[1:], "memory"),
+        _second_turns, Dots(READ_AGAIN, "tokens read again per request", (0, 1, 2, 3)),
     ),
     "llama": Section(
         "llama", llama_table,
-        between(-1, "On one {cpu}, the engine has {low:.2f} to {high:.2f} times the speed of "
-                "llama.cpp in 16, 8 and 4 bits.", "bench_llama.jsonl"),
-        Dots({"ratio": -1}, "speed, times llama.cpp", (1, 2, 0)),
-        "Speed of the engine in times of llama.cpp, by model and precision.",
+        says("On one {cpu}, the engine has {ratio.low:.2f} to {ratio.high:.2f} times the speed of "
+             "llama.cpp in 16, 8 and 4 bits.", "bench_llama", ratio="ratio"),
+        Dots({"ratio": "ratio"}, "speed, times llama.cpp", (1, 2, 0)),
     ),
 }  # fmt: skip
 
@@ -1098,9 +1018,9 @@ def render(name: str, section: Section, figures: dict[Path, str], origin: str) -
     return "\n\n".join(
         (
             f"**{section.finding(table)}**",
-            f"![{section.alt}](../experiments/figures/{path.name})",
+            f"![{section.figure.describe(table)}](../experiments/figures/{path.name})",
             f"`python -m experiments.reproduce --part {section.part}` (commit {origin})",
-            f"<details><summary>Table</summary>\n\n{markdown(table)}\n\n</details>",
+            f"<details><summary>Table</summary>\n\n{table.markdown()}\n\n</details>",
         )
     )
 
@@ -1108,9 +1028,10 @@ def render(name: str, section: Section, figures: dict[Path, str], origin: str) -
 def page(template: Path, parts: Table, origin: Callable[[str], str]) -> tuple[str, dict[Path, str]]:
     """Return the page and its figures by path. ``parts`` is the table of all parts, and ``origin``
     returns commit and date of a part's results by its name."""
-    text, figures = template.read_text(encoding="utf-8"), {}
+    text = template.read_text(encoding="utf-8")
+    figures: dict[Path, str] = {}
     for name, section in SECTIONS.items():
         mark = f"<!-- result: {name} -->"
         if mark in text:
             text = text.replace(mark, render(name, section, figures, origin(section.part)))
-    return text.replace("<!-- result: parts -->", markdown(parts)), figures
+    return text.replace("<!-- result: parts -->", parts.markdown()), figures

@@ -43,6 +43,7 @@ from typing import Any, Literal
 from experiments import page, provenance
 from experiments.provenance import GENERATED, ROOT
 from experiments.studies import admission, common
+from experiments.tables import Column, Table
 
 CODE = ("hybridcache", "engine", "kernels", "experiments")
 """Folders with code that determines the results of other parts than simulations."""
@@ -158,7 +159,7 @@ def read_record() -> dict[str, Any]:
 def is_done(part: Part, record: dict[str, Any]) -> bool:
     """Return True if the part ran on this code and its files are unchanged since."""
     entry = record.get(part.name)
-    return bool(entry) and entry["code"] == part.code and entry["files"] == digests(part)
+    return entry is not None and entry["code"] == part.code and entry["files"] == digests(part)
 
 
 def digests(part: Part) -> dict[str, str]:
@@ -329,7 +330,7 @@ def whole_page() -> tuple[str, dict[Path, str]]:
     return page.page(page.TEMPLATE, parts_table(), lambda name: origin_of(by_name[name]))
 
 
-def parts_table() -> page.Table:
+def parts_table() -> Table:
     """Return the table of all parts: subject, command, files and origin."""
     rows = []
     for part in read_parts():
@@ -337,7 +338,7 @@ def parts_table() -> page.Table:
             f"`experiments/{name}`" for name in part.outputs if output_path(name).exists()
         )
         rows.append([part.publishes, f"`{part.command}`", files, origin_of(part)])
-    return (["subject", "`python -m`", "files", "commit, date"], rows)
+    return Table([*map(Column, ("subject", "`python -m`", "files", "commit, date"))], rows)
 
 
 def origin_of(part: Part) -> str:

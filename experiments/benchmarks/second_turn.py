@@ -52,11 +52,11 @@ from experiments import provenance
 from experiments.benchmarks import gguf_files, llama
 from experiments.benchmarks import llama_cpp as rival
 from experiments.benchmarks.serving import START_S
-from experiments.studies.common import Records, Table, grouped, positive, rounded
+from experiments.studies.common import Records, grouped, positive, rounded
+from experiments.tables import Cell, Column, Table
 from experiments.texts import KEYS, NAMES, THINGS
 from hybridcache import ModelGeometry
 from hybridcache.geometry.units import GIB
-from hybridcache.lab.report import text_table
 from hybridcache.tokens import common_prefix_len
 
 Message = dict[str, Any]
@@ -852,28 +852,28 @@ class Results:
 
 
 SIZES = ("tokens", "at_once")
-COLUMNS: dict[str, Callable[[Mapping[str, Any]], str]] = {
-    "read again, tokens": lambda one: f"{one['read_again_mean']:.0f}",
-    "hits, %": lambda one: f"{100 * one['cached'] / one['prompt']:.1f}",
-    "TTFT, s": lambda one: "" if one["ttft_s"] is None else f"{one['ttft_s']:.3g}",
-    "memory, MiB": lambda one: f"{(one['resident_bytes'] or 0) / 2**20:.0f}",
+COLUMNS: dict[Column, Callable[[Mapping[str, Any]], Cell]] = {
+    Column("read again", "tokens", ".0f"): lambda one: one["read_again_mean"],
+    Column("hits", "%"): lambda one: 100 * one["cached"] / one["prompt"],
+    Column("TTFT", "s", ".3g"): lambda one: one["ttft_s"],
+    Column("memory", "MiB", ".0f"): lambda one: (one["resident_bytes"] or 0) / 2**20,
 }
 """Cells of one server in one row. Memory is that of its processes after the case."""
 
 
-def table(records: Records, columns: Sequence[str] = tuple(COLUMNS)) -> Table:
-    """Return the columns of each server, without those that are empty."""
-    sides = list(dict.fromkeys(one["side"] for one in records))
+def table(records: Records, without: str = "") -> Table:
+    """Return the columns of each server except ``without``."""
+    sides = [*dict.fromkeys((*RIVALS, *(one["side"] for one in records)))]
+    shown = {column: read for column, read in COLUMNS.items() if column.name != without}
     rows = []
     for key, of in grouped(records, "row", "model", *SIZES).items():
         found = {one["side"]: one for one in of}
-        rows.append([*map(str, key)])
-        for name in columns:
-            rows[-1] += [COLUMNS[name](found[side]) if side in found else "" for side in sides]
-    header = ["case", "model", "prompt", "clients"]
-    header += [f"{side}: {name}" for name in columns for side in sides]
-    used = [i for i in range(len(header)) if any(row[i] for row in rows)]
-    return [header[i] for i in used], [[row[i] for i in used] for row in rows]
+        rows.append([*key])
+        for read in shown.values():
+            rows[-1] += [read(found[side]) if side in found else None for side in sides]
+    columns = [Column(name, form="d") for name in ("case", "model", "prompt", "clients")]
+    columns += [one._replace(name=f"{side}: {one.name}") for one in shown for side in sides]
+    return Table(columns, rows)
 
 
 def sides_of(options: argparse.Namespace) -> list[Side]:
@@ -938,7 +938,7 @@ def main() -> None:
             print(f"{plan.model}, {plan.num_tokens} tokens, {plan.at_once} at once, "
                   f"{', '.join(left)}: {side.name}{'' if idle else busy}", flush=True)  # fmt: skip
     print(results.path)
-    print(text_table(*table(ran)))
+    print(table(ran))
 
 
 if __name__ == "__main__":

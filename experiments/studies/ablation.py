@@ -15,6 +15,7 @@ from statistics import fmean
 from typing import Any
 
 from experiments.studies import common, default
+from experiments.tables import Column, Table
 from hybridcache import open_trace
 from hybridcache.lab.scenario import Scenario
 from hybridcache.lab.simulation.serving import serve
@@ -139,7 +140,7 @@ def windows(trace: Trace, first: int, gib: float, pair: str) -> list[float | Non
     return common.rounded(found)
 
 
-def table(records: common.Records) -> common.Table:
+def table(records: common.Records) -> Table:
     """Return the change of the mean hit rate by variant, and the worst cell, in points."""
     by_variant = common.grouped([one for one in records if "variant" in one], "variant", "factor")
     [all_parts] = [by_variant.pop(key) for key in [*by_variant] if key[0] == "all"]
@@ -151,11 +152,12 @@ def table(records: common.Records) -> common.Table:
             for one, other in zip(its["token_hit_rates"], whole["token_hit_rates"], strict=True)
         ]
         times = "" if factor == 1.0 else f" times {factor:g}"
-        rows.append([variant + times, f"{fmean(changes):+.2f}", f"{min(changes):+.1f}"])
-    return ["variant", "mean change, points", "worst cell"], rows
+        rows.append([variant + times, fmean(changes), min(changes)])
+    columns = [Column("variant"), Column("mean change", "points", "+.2f")]
+    return Table([*columns, Column("worst cell", "points", "+.1f")], rows)
 
 
-def learning_table(records: common.Records) -> common.Table:
+def learning_table(records: common.Records) -> Table:
     """Return the regret of pairs by window: points below the best pair of each cell and window."""
     cells = common.grouped(
         [one for one in records if "since" in one], "since", "trace", "seed", "gib"
@@ -169,10 +171,11 @@ def learning_table(records: common.Records) -> common.Table:
             for pair, rate in rates.items():
                 regret = regrets.setdefault((since, pair), [[] for _ in WINDOWS[1:]])
                 regret[place].append(100 * (max(rates.values()) - rate))
-    header = ["since", "pair", *(f"to request {end}" for end in WINDOWS[1:])]
-    rows = [[since, f"`{pair}`", *(f"{fmean(of):.1f}" if of else "" for of in by)]
+    columns = [Column("since"), Column("pair")]
+    columns += [Column(f"regret to request {number}", "points") for number in WINDOWS[1:]]
+    rows = [[since, f"`{pair}`", *(fmean(of) if of else None for of in by)]
             for (since, pair), by in regrets.items()]  # fmt: skip
-    return header, rows
+    return Table(columns, rows)
 
 
 def main() -> None:

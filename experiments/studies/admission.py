@@ -22,6 +22,7 @@ import numpy as np
 
 from experiments.provenance import ROOT
 from experiments.studies import common
+from experiments.tables import Cell, Column, Table
 from hybridcache import open_trace
 from hybridcache.geometry.model import ModelGeometry
 from hybridcache.geometry.units import GIB
@@ -206,8 +207,8 @@ def hit_rate(run: Mapping[str, Any]) -> float:
     return float(run["cached_tokens"] / run["prompt_tokens"])
 
 
-def table(records: common.Records) -> common.Table:
-    """Return a header and one row per workload and rate, over the seeds that all policies have.
+def table(records: common.Records) -> Table:
+    """Return one row per workload and rate, over the seeds that all policies have.
 
     The best limit on live sessions is that of the lowest mean TTFT. The last columns are ratios to
     the best simple rule, chosen for each: ``oldest``, or such a limit. The columns of
@@ -227,7 +228,7 @@ def table(records: common.Records) -> common.Table:
             [run["bound"] for run in caches[0]],
         )
         peers = [[run["ttft_mean_s"] for run in runs] for runs in caches[1:] if runs]
-        fastest = f"{min(map(fmean, peers)):.2f}" if peers else "-"
+        fastest = min(map(fmean, peers), default=None)
         seeds = sorted(set.intersection(*map(set, by_policy.values())))
         if not seeds:
             continue
@@ -241,22 +242,23 @@ def table(records: common.Records) -> common.Table:
         oldest, sessions = (
             [100 * hit_rate(run) for run in runs_of(policy)] for policy in UNLIMITED
         )
-        row = [trace, f"{rate:g}", f"{fmean(oldest):.1f}", f"{fmean(sessions):.1f}"]
-        row.append(str(paired(sessions, oldest)))
+        row: list[Cell] = [trace, rate, fmean(oldest), fmean(sessions), paired(sessions, oldest)]
         limits = [name for name in by_policy if name.startswith("live")]
         limit = min(limits, key=lambda name: fmean(values(name, "ttft_mean_s")))
         for field in ("ttft_mean_s", "ttft_p99_s"):
-            cells = [f"{fmean(values(policy, field)):.2f}" for policy in (*UNLIMITED, limit)]
-            row.append(", ".join([*cells, fastest] if field == "ttft_mean_s" else cells))
+            cells = [fmean(values(policy, field)) for policy in (*UNLIMITED, limit)]
+            row.append([*cells, fastest] if field == "ttft_mean_s" else cells)
         for field in ("ttft_mean_s", "makespan_s"):
             best = min((values(name, field) for name in ("oldest", *limits)), key=fmean)
-            row.append(f"{ratio(values('sessions', field), best):.2f}")
+            row.append(ratio(values("sessions", field), best))
         rows.append([*row, *map(common.percent, yardsticks)])
-    header = ["workload", "sessions/s", "hits, `oldest`, %", "`sessions`, %", "gain, points"]
+    columns = [Column("workload"), Column("sessions/s", form="g"), Column("hits, `oldest`", "%")]
+    columns += [Column("`sessions`", "%"), Column("gain", "points")]
     every = "`oldest`, `sessions`, best limit"
-    header += [f"mean TTFT, s: {every}, best rebuilt system", f"p99 TTFT, s: {every}"]
-    header += ["mean TTFT to best limit", "makespan to best limit"]
-    return [*header, *(f"{name}, hits, %" for name in common.YARDSTICKS)], rows
+    seconds = f"mean TTFT, s: {every}, best rebuilt system", f"p99 TTFT, s: {every}"
+    ratios = "mean TTFT to best limit", "makespan to best limit"
+    columns += [Column(name, form=".2f") for name in (*seconds, *ratios)]
+    return Table([*columns, *common.references("{}, hits")], rows)
 
 
 def main() -> None:

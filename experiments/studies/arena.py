@@ -16,6 +16,7 @@ import statistics
 from typing import Any
 
 from experiments.studies import common
+from experiments.tables import Column, Table
 from hybridcache.lab.intervals import interval
 
 POINTS = 5
@@ -55,17 +56,18 @@ def measure(job: tuple[str, int]) -> list[dict[str, Any]]:
     return records
 
 
-def table(records: common.Records) -> common.Table:
-    """Return header and rows: the mean difference, the extremes of its cells, and KV moved."""
+def table(records: common.Records) -> Table:
+    """Return the mean difference, the extremes of its cells, and KV moved."""
     rows = []
     for name, cells in common.grouped(records, "trace").items():
         points = [cell["points"] for cell in cells]
         moved = max(100 * cell["kv_moved_per_kv_written"] for cell in cells)
         means = mean_differences(cells)
-        row = [name, f"{len(cells) // len(means)}", f"{interval(means):.2f}"]
-        rows.append([*row, f"{min(points):+.2f}", f"{max(points):+.2f}", f"{moved:.1f}"])
-    header = ["trace", "sizes", "arena less ideal, points", "lowest", "highest", "KV moved, %"]
-    return header, rows
+        size = len(cells) // len(means)
+        rows.append([name, size, interval(means), min(points), max(points), moved])
+    columns = [Column("trace"), Column("sizes", form="d")]
+    columns += [Column("arena less ideal", "points", ".2f"), Column("lowest", "points", "+.2f")]
+    return Table([*columns, Column("highest", "points", "+.2f"), Column("KV moved", "%")], rows)
 
 
 def mean_differences(cells: common.Records) -> list[float]:

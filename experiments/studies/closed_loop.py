@@ -36,7 +36,8 @@ from engine.config import BUILTIN_DIR
 from engine.weights.model_config import read_config
 from experiments.benchmarks.measure_prefill import measure, mixed_step_seconds
 from experiments.studies import common
-from experiments.studies.common import Records, Table, command_line, grouped, run_study
+from experiments.studies.common import Records, command_line, grouped, run_study
+from experiments.tables import Column, Table
 from hybridcache.geometry.model import ModelGeometry
 from hybridcache.geometry.times import MeasuredTimes
 from hybridcache.geometry.units import GIB
@@ -283,7 +284,7 @@ def memory_bytes(sessions: Sequence[Sequence[Turn]]) -> float:
 
 
 def table(records: Records) -> Table:
-    """Return header and rows: means over seeds of engine and forecast, and their differences."""
+    """Return means over seeds of engine and forecast, and their differences."""
     rows = []
     ordered = sorted(records, key=lambda record: record["seed"])
     for (rate, admission), cells in sorted(grouped(ordered, "rate", "admission").items()):
@@ -295,22 +296,19 @@ def table(records: Records) -> Table:
             for name in ("ttft_mean_s", "ttft_p99_s", "makespan_s")
         )
         forecast_mean = fmean(run["ttft_mean_s"] for run in forecast)
-        row = [f"{rate:g}", admission, str(interval(hits[0])), str(paired(hits[1], hits[0]))]
-        row += [
-            f"{1000 * mean:.0f}",
-            f"{1000 * p99:.0f}",
-            f"{100 * (forecast_mean / mean - 1):+.0f} %",
-        ]
+        row = [rate, admission, interval(hits[0]), paired(hits[1], hits[0])]
+        row += [1000 * mean, 1000 * p99, 100 * (forecast_mean / mean - 1), makespan]
         known = [run["caches"] for run in forecast if "caches" in run]
         best = [max(of[peer] for peer in common.REBUILT) for of in known]
         rates = [of[common.LRU_ADAPTIVE] for of in known], best, [of[common.BOUND] for of in known]
-        rows.append([*row, f"{makespan:.1f}", *map(common.percent, rates)])
-    header = [
-        "sessions/s", "admission", "engine: hits, %", "forecast less engine, points",
-        "engine: mean TTFT, ms", "p99, ms", "mean TTFT of the forecast", "makespan, s",
-        *(f"forecast: {name}, hits, %" for name in common.YARDSTICKS),
+        rows.append([*row, *map(common.percent, rates)])
+    columns = [
+        Column("sessions/s", form="g"), Column("admission"), Column("engine: hits", "%"),
+        Column("forecast less engine", "points"), Column("engine: mean TTFT", "ms", ".0f"),
+        Column("p99", "ms", ".0f"), Column("mean TTFT of the forecast less engine", "%", "+.0f"),
+        Column("makespan", "s"), *common.references("forecast: {}, hits"),
     ]  # fmt: skip
-    return header, rows
+    return Table(columns, rows)
 
 
 def main() -> None:

@@ -18,10 +18,10 @@ from tqdm import tqdm
 
 from experiments import provenance
 from experiments.provenance import ROOT, write_json_lines
+from experiments.tables import Column, Table
 from hybridcache import ModelGeometry, Trace, open_trace, simulate
 from hybridcache.lab.optimum import MemoryBudget, Relaxation, build_trie
 from hybridcache.lab.prefix_tree import InfiniteCache
-from hybridcache.lab.report import text_table
 from hybridcache.lab.simulation.closed_loop import sessions_of
 from hybridcache.lab.simulation.grid import prepare_worker
 from hybridcache.lab.simulation.result import RunResult
@@ -47,8 +47,6 @@ BEST_REBUILT, BOUND = "best rebuilt system", "upper bound"
 YARDSTICKS = (LRU_ADAPTIVE, BEST_REBUILT, BOUND)
 
 Records = Sequence[Mapping[str, Any]]
-Table = tuple[Sequence[str], Sequence[Sequence[str]]]
-"""Header and rows. Cells are text; intervals are written ``mean [low, high]``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,9 +222,14 @@ def bound_in_any_order(trace: Trace) -> float:
     return 1 - max(cache.num_ids - answer_tokens, len(turns)) / prompt_tokens
 
 
-def percent(rates: Sequence[float]) -> str:
-    """Return the mean of rates in percent, or ``-`` if there is none."""
-    return f"{100 * sum(rates) / len(rates):.1f}" if rates else "-"
+def percent(rates: Sequence[float]) -> float | None:
+    """Return the mean of rates in percent, or None if there is none."""
+    return 100 * sum(rates) / len(rates) if rates else None
+
+
+def references(title: str = "{}") -> list[Column]:
+    """Return the columns of ``YARDSTICKS``, with ``title`` around their names."""
+    return [Column(title.format(name), "%", reference=name) for name in YARDSTICKS]
 
 
 def measured(work: Callable[[Any], Any], jobs: Sequence[Any], processes: int) -> list[Any]:
@@ -248,7 +251,7 @@ def run_study(
     """Measure all jobs, write their records into the result file ``name``, and print the table."""
     records = [record for found in measured(work, jobs, processes) for record in found]
     keep(name, records)
-    print(text_table(*table(records)))
+    print(table(records))
 
 
 def grouped(records: Records, *names: str) -> dict[Any, list[Mapping[str, Any]]]:
@@ -283,15 +286,14 @@ def keep(name: str, records: Records, settings: Mapping[str, Any] | None = None)
 def plain_table(records: Records) -> Table:
     """Return the numbers and texts of records, a row each."""
     fields = records[0].items() if records else ()
-    names = [name for name, value in fields if isinstance(value, str | float | int)]
-    return names, [[_cell(record.get(name, "")) for name in names] for record in records]
+    columns = [Column(name, form=".4g") for name, of in fields if isinstance(of, str | float | int)]
+    cells = ([record.get(one.name, "") for one in columns] for record in records)
+    return Table(
+        columns, [[of if isinstance(of, float) else str(of) for of in row] for row in cells]
+    )
 
 
 def show(records: Records) -> None:
     """Print the numbers and texts of records, if there are any."""
     if records:
-        print(text_table(*plain_table(records)))
-
-
-def _cell(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+        print(plain_table(records))

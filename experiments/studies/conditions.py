@@ -18,6 +18,7 @@ from functools import partial
 from typing import Any
 
 from experiments.studies import common
+from experiments.tables import Column, Table
 from hybridcache import ModelGeometry, Trace, TraceRequest, open_trace
 from hybridcache.lab.arrivals import Pauses, interleave, parse_starts
 from hybridcache.lab.intervals import interval, paired
@@ -26,7 +27,7 @@ from hybridcache.lab.simulation.closed_loop import closed_loop
 SEEDS = range(100, 105)
 """Seeds of the evaluation split."""
 MODEL = "qwen3-next"
-COLUMNS = (*common.PAIRS, common.BEST_REBUILT, common.BOUND)
+COLUMNS = common.PAIRS | {name: name for name in (common.BEST_REBUILT, common.BOUND)}
 MODELS = ("LFM2-1.2B", "Olmo-Hybrid-7B", "Qwen3.5-4B", MODEL, "Nemotron-3-Nano-30B-A3B")
 KINDS = ("chat", "agent", "few-shot", "short")
 RUNNING = (1, 16, 64)
@@ -134,8 +135,8 @@ def measure(job: tuple[str, str, int]) -> list[dict[str, Any]]:
     ]
 
 
-def table(records: common.Records) -> common.Table:
-    """Return a header and one row per condition: rates in percent, and the gain of the default pair
+def table(records: common.Records) -> Table:
+    """Return one row per condition: rates in percent, and the gain of the default pair
     over LRU with fixed rules. The best rebuilt system is that of each seed."""
     rows = []
     ours, _, lru = common.PAIRS
@@ -146,10 +147,11 @@ def table(records: common.Records) -> common.Table:
         }
         peers = [rates[name] for name in common.REBUILT if name in rates]
         rates[common.BEST_REBUILT] = [max(of) for of in zip(*peers, strict=True)]
-        shown = [str(interval(rates[name])) if rates.get(name) else "-" for name in COLUMNS]
-        gain = str(paired(rates[ours], rates[lru]))
+        shown = [interval(rates[name]) if rates.get(name) else None for name in COLUMNS]
+        gain = paired(rates[ours], rates[lru])
         rows.append([condition, value + " at once" * value.isdecimal(), *shown, gain])
-    return ["condition", "value", *(f"{name}, %" for name in COLUMNS), "gain, points"], rows
+    columns = [Column(name, "%", reference=of) for name, of in COLUMNS.items()]
+    return Table([Column("condition"), Column("value"), *columns, Column("gain", "points")], rows)
 
 
 def main() -> None:

@@ -34,6 +34,7 @@ from typing import Any, NamedTuple
 
 from experiments.provenance import ROOT
 from experiments.studies import common
+from experiments.tables import Cell, Column, Table
 from hybridcache import ModelGeometry, Trace, closed_loop, open_trace
 from hybridcache.lab.intervals import interval, paired, ratio
 from hybridcache.lab.simulation.sizes import budget_bytes
@@ -191,7 +192,7 @@ def serve_sessions(trace: Trace, model: str, pair: str, job: Job, rate: float) -
     }
 
 
-def pairs_table(records: common.Records, split: str) -> common.Table:
+def pairs_table(records: common.Records, split: str) -> Table:
     """Return one row per pair: hit rate and gain as means over cells, and mean TTFT if known."""
     records = [r for r in records if r["split"] == split and r["seed"] is not None]
     if not records:
@@ -205,14 +206,16 @@ def pairs_table(records: common.Records, split: str) -> common.Table:
         for pair, of in by_pair.items()
     }
     reference = common.DEFAULT if common.DEFAULT in means else next(iter(means))
-    header = ["eviction@placement", "token hit rate, %", f"gain over `{reference}`, points"]
+    columns = [Column("eviction@placement"), Column("token hit rate", "%")]
+    columns.append(Column(f"gain over `{reference}`", "points"))
     ranked = sorted(means, key=lambda pair: -fmean(means[pair]))
-    rows = [
-        [f"`{pair}`", str(interval(means[pair])), str(paired(means[pair], means[reference]))]
+    rows: list[list[Cell]] = [
+        [f"`{pair}`", interval(means[pair]), paired(means[pair], means[reference])]
         for pair in ranked
     ]
     if split == "closed loop":
-        header += ["mean TTFT, ratio", "lowest", "highest"]
+        columns += [Column("mean TTFT", "ratio", ".2f")]
+        columns += [Column(name, form=".2f") for name in ("lowest", "highest")]
         ttfts = {
             pair: [
                 fmean(run["ttft_mean_s"] for run in of)
@@ -222,13 +225,13 @@ def pairs_table(records: common.Records, split: str) -> common.Table:
         }
         for pair, row in zip(ranked, rows, strict=True):
             cells = [one / ours for one, ours in zip(ttfts[pair], ttfts[reference], strict=True)]
-            row += [f"{value:.2f}" for value in (geometric_mean(cells), min(cells), max(cells))]
-    return header, rows
+            row += geometric_mean(cells), min(cells), max(cells)
+    return Table(columns, rows)
 
 
 def losses_table(
     records: common.Records, cells: Mapping[tuple[str, Any, float], Mapping[str, float]] = {}
-) -> common.Table:
+) -> Table:
     """Return the loss of the default pair to the best pair of each cell, in points, and its mean
     hit rate next to those of ``cells`` (``yardsticks.by_cell``), where they were run."""
     seen = splits_file()["evaluation"]["seen"]
@@ -264,16 +267,16 @@ def losses_table(
         means = [fmean(losses) for losses in losses_of]
         over_seeds = [fmean(losses) for losses in zip(*losses_of, strict=True)]
         near = sum(mean <= 0.5 for mean in means)
-        loss = str(interval(over_seeds))
-        row = [group, str(len(means)), loss, f"{max(means):.1f}", f"{near} of {len(means)}"]
-        rates = zip(*hits[group], strict=True) if hits[group] else [()] * 4
-        shown = [f"{fmean(of):.1f}" if of else "-" for of in rates]
-        rows.append([*row, *(text.replace("nan", "-") for text in shown)])
-    header = ["cells", "number", "mean loss, points", "worst cell", "within 0.5"]
-    return [*header, "hits: default pair, %", *(f"{one}, %" for one in common.YARDSTICKS)], rows
+        row = [group, len(means), interval(over_seeds), max(means), f"{near} of {len(means)}"]
+        means_of = [*map(fmean, zip(*hits[group], strict=True))] or [math.nan] * 4
+        rows.append([*row, *(None if math.isnan(rate) else rate for rate in means_of)])
+    columns = [Column("cells"), Column("number", form="d"), Column("mean loss", "points")]
+    columns += [Column("worst cell", "points"), Column("within 0.5 points")]
+    columns += [Column("hits: default pair", "%")]
+    return Table([*columns, *common.references()], rows)
 
 
-def published_table(records: common.Records) -> common.Table:
+def published_table(records: common.Records) -> Table:
     """Return both rates and the gain on the published traces, with intervals over sessions."""
     rows = []
     files = [record for record in records if record["seed"] is None]
@@ -282,18 +285,19 @@ def published_table(records: common.Records) -> common.Table:
         ours, lru = (pairs[pair] for pair in COMPARED)
         rates = [100 * record["token_hit_rate"] for record in (ours, lru)]
         num_sessions = "unknown" if "sessions" in ours else "-"
-        figures = [f"{rate:.1f}" for rate in (*rates, rates[0] - rates[1])]
+        figures: list[Cell] = [*rates, rates[0] - rates[1]]
         # Sessions are unknown if there is one per request.
         if len(ours.get("sessions", ())) < ours.get("requests", 0):
             prompts = [prompt for _, prompt in ours["sessions"]]
             reused = [[cached for cached, _ in record["sessions"]] for record in (ours, lru)]
             saved = [one - other for one, other in zip(*reused, strict=True)]
             num_sessions = str(len(prompts))
-            figures = [str(ratio(part, prompts).scaled(100)) for part in (*reused, saved)]
+            figures = [ratio(part, prompts).scaled(100) for part in (*reused, saved)]
         name = Path(trace.partition("?")[0]).name.partition(".")[0]
-        rows.append([f"`{name}`", f"{gib:g}", num_sessions, *figures])
-    header = ["trace", "GiB", "sessions", "default, %", "LRU with fixed rules, %", "gain, points"]
-    return header, rows
+        rows.append([f"`{name}`", gib, num_sessions, *figures])
+    columns = [Column("trace"), Column("GiB", form="g"), Column("sessions")]
+    columns += [Column("hits: default pair", "%"), Column("LRU with fixed rules", "%")]
+    return Table([*columns, Column("gain", "points")], rows)
 
 
 if __name__ == "__main__":

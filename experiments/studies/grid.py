@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import Any
 
 from experiments.studies import common
+from experiments.tables import Column, Table
 from hybridcache.lab.intervals import interval, paired
 
 GRIDS = (64, 32, 16, 1)
@@ -37,8 +38,8 @@ def measure(job: tuple[str, int]) -> list[dict[str, Any]]:
     return records
 
 
-def table(records: common.Records) -> common.Table:
-    """Return header and rows: the hit rate with the first grid, and the gains of the others."""
+def table(records: common.Records) -> Table:
+    """Return the hit rate with the first grid, and the gains of the others."""
     first, *others = GRIDS
     rows = []
     ordered = sorted(records, key=lambda record: (record["gib"], record["seed"]))
@@ -48,9 +49,10 @@ def table(records: common.Records) -> common.Table:
                 grid: [100 * run["token_hit_rate"] for run in runs]
                 for grid, runs in common.grouped(cells, "grid").items()
             }
-            gains = [str(paired(rates[grid], rates[first])) for grid in others]
-            rows.append([name, f"{gib:.3g}", str(interval(rates[first])), *gains])
-    return ["trace", "GiB", f"grid {first}, %", *(f"gain of {one}, points" for one in others)], rows
+            gains = [paired(rates[grid], rates[first]) for grid in others]
+            rows.append([name, gib, interval(rates[first]), *gains])
+    columns = [Column("trace"), Column("GiB", form=".3g"), Column(f"grid {first}", "%")]
+    return Table([*columns, *(Column(f"gain of {one}", "points") for one in others)], rows)
 
 
 if __name__ == "__main__":

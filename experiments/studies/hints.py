@@ -22,6 +22,7 @@ from typing import Any
 
 from experiments.provenance import ROOT
 from experiments.studies import common
+from experiments.tables import Column, Table
 from hybridcache import Trace, open_trace
 from hybridcache.lab.intervals import interval, paired
 from hybridcache.lab.leaderboard import Split
@@ -84,8 +85,8 @@ def measure_stop_reasons(job: tuple[str, int | None, tuple[float, ...]]) -> list
     ]
 
 
-def table(records: common.Records) -> common.Table:
-    """Return a header and one row per pair: hit rate with hints and the gain from them, in percent,
+def table(records: common.Records) -> Table:
+    """Return one row per pair: hit rate with hints and the gain from them, in percent,
     over seeds."""
     rows = []
     for pair, cells in common.grouped(records, "pair").items():
@@ -94,8 +95,9 @@ def table(records: common.Records) -> common.Table:
             [100 * sum(one[key] for one in of) / len(of) for of in by_seed]
             for key in ("with_hints", "without_hints")
         )
-        rows.append([pair, str(interval(rates)), str(paired(rates, plain))])
-    return ["pair", "token hit rate with hints, %", "gain from hints, points"], rows
+        rows.append([pair, interval(rates), paired(rates, plain)])
+    columns = [Column("pair"), Column("token hit rate with hints", "%")]
+    return Table([*columns, Column("gain from hints", "points")], rows)
 
 
 def main() -> None:

@@ -23,6 +23,7 @@ from typing import Any
 from experiments.studies import common
 from experiments.studies.admission import CACHES, SPLITS, WORKLOADS, scenario, waits
 from experiments.studies.common import REBUILT
+from experiments.tables import Cell, Column, Table
 from hybridcache.lab.simulation.closed_loop import simulate_closed_loop
 
 WORKLOAD, RATE = "agents", 0.2
@@ -95,32 +96,32 @@ def window_figures(answered: Sequence[Any], start_s: float, end_s: float) -> dic
     }
 
 
-def table(records: common.Records) -> common.Table:
-    """Return a header and one row per length and window, as means over seeds."""
+def table(records: common.Records) -> Table:
+    """Return one row per length and window, as means over seeds."""
     rows = []
     for (num_sessions, start_s, end_s), cells in common.grouped(
         records, "sessions", "from_s", "to_s"
     ).items():
         of = common.grouped(cells, "admission")
         window = f"{start_s:g} to {end_s:g} s" if end_s is not None else WHOLE
-        row = [f"{num_sessions} sessions", window]
+        row: list[Cell] = [f"{num_sessions} sessions", window]
         cell = {
-            name: [f"{scale * fmean(one[name] for one in of[policy]):.1f}" for policy in POLICIES]
+            name: [scale * fmean(one[name] for one in of[policy]) for policy in POLICIES]
             for name, _, scale in (*FIGURES, *LATER)
         }
-        row += [text for name, *_ in FIGURES for text in cell[name]]
-        row += [", ".join(cell[name]) for name, *_ in LATER]
+        row += [value for name, *_ in FIGURES for value in cell[name]]
+        row += [cell[name] for name, *_ in LATER]
         lru, *peers = ([one["token_hit_rate"] for one in of.get(cache, ())] for cache in CACHES)
         best = [max(runs) for runs in zip(*peers, strict=True)]
         bounds = [one["bound"] for one in cells if end_s is None and "bound" in one]
         waits_s = [fmean(one["ttft_mean_s"] for one in of[peer]) for peer in REBUILT if peer in of]
         row += map(common.percent, (lru, best, bounds))
-        rows.append([*row, f"{min(waits_s):.1f}" if waits_s else "-"])
+        rows.append([*row, min(waits_s, default=None)])
     heads = [f"{title}: `{policy}`" for _, title, _ in FIGURES for policy in POLICIES]
     every = ", ".join(f"`{policy}`" for policy in POLICIES)
     heads += [f"{title}: {every}" for _, title, _ in LATER]
-    heads += [f"{one}, hits, %" for one in common.YARDSTICKS]
-    return ["length", "window", *heads, "mean TTFT, s: best rebuilt system"], rows
+    columns = [*map(Column, ("length", "window", *heads)), *common.references("{}, hits")]
+    return Table([*columns, Column("mean TTFT, s: best rebuilt system")], rows)
 
 
 if __name__ == "__main__":

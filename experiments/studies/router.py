@@ -23,6 +23,7 @@ from statistics import fmean
 from typing import Any, NamedTuple
 
 from experiments.studies import common
+from experiments.tables import Column, Table
 from hybridcache.lab.fleet import FleetConfig, run_fleet
 from hybridcache.lab.scenario import Scenario
 
@@ -75,19 +76,20 @@ def measure(job: tuple[str, Condition, int]) -> list[dict[str, Any]]:
     return [place | common.rounded(run.as_record() | {"trace": name}) for run in runs]
 
 
-def table(records: common.Records) -> common.Table:
-    """Return a header and one row per condition and router, as means over traces and seeds."""
+def table(records: common.Records) -> Table:
+    """Return one row per condition and router, as means over traces and seeds."""
     records = [one | {"router": one["fleet"]["router"]} for one in records]
     rows = [
         [
             condition,
             f"`{router}`",
-            f"{100 * fmean(one['token_hit_rate'] for one in of):.1f}",
-            f"{fmean(one['ttft_mean_s'] / one['cold_mean_s'] for one in of):.2f}",
+            100 * fmean(one["token_hit_rate"] for one in of),
+            fmean(one["ttft_mean_s"] / one["cold_mean_s"] for one in of),
         ]
         for (condition, router), of in common.grouped(records, "condition", "router").items()
     ]
-    return ["condition", "router", "token hit rate, %", "mean TTFT, times a cold prefill"], rows
+    columns = [Column("condition"), Column("router"), Column("token hit rate", "%")]
+    return Table([*columns, Column("mean TTFT", "times a cold prefill", ".2f")], rows)
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ import numpy.typing as npt
 from experiments.studies import common
 from experiments.studies.common import DEFAULT
 from experiments.studies.default import PAIRS, POOLS, Job, jobs_of, splits_file
+from experiments.tables import Cell, Column, Table
 from hybridcache import ModelGeometry, open_trace
 from hybridcache.lab.scenario import Scenario
 from hybridcache.lab.simulation.serving import serve
@@ -179,8 +180,8 @@ def reached(
     return float(100 * hits / prompt.sum())
 
 
-def table(records: common.Records) -> common.Table:
-    """Return a header and one row per way to choose the pair.
+def table(records: common.Records) -> Table:
+    """Return one row per way to choose the pair.
 
     Columns: cost, losses to the best pair of a cell by split, and the error of the hit rates.
     """
@@ -191,22 +192,22 @@ def table(records: common.Records) -> common.Table:
             (f"shadows, {rate:g} by {sample}", f"{sample}|{rate:g}", rate * len(CANDIDATES))
             for rate in RATES[1:]
         ]
-    header = ["choice of the pair", "cost"]
+    columns = [Column("choice of the pair"), Column("cost", "times the work of the cache", "g")]
     for split in by_split:
-        header += [f"{split}: mean loss", "worst"]
+        columns += [Column(f"{split}: mean loss", "points", ".2f"), Column("worst", "points")]
     rows = []
     for title, key, cost in ways:
-        row = [title, f"{cost:g}"]
+        row: list[Cell] = [title, cost]
         for of in by_split.values():
             losses = [
                 max(record["rates"].values())
                 - (record["reached"][key] if key else record["rates"][DEFAULT])
                 for record in of
             ]
-            row += [f"{statistics.fmean(losses):.2f}", f"{max(losses):.1f}"]
+            row += [statistics.fmean(losses), max(losses)]
         errors = [record["errors"][key] for record in records if key in record["errors"]]
-        rows.append([*row, f"{statistics.fmean(errors):.1f}" if errors else ""])
-    return [*header, "error of hit rates, points"], rows
+        rows.append([*row, statistics.fmean(errors) if errors else ""])
+    return Table([*columns, Column("error of hit rates", "points")], rows)
 
 
 if __name__ == "__main__":

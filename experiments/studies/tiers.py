@@ -21,6 +21,7 @@ from dataclasses import replace
 from typing import Any
 
 from experiments.studies import common
+from experiments.tables import Cell, Column, Table
 from hybridcache.geometry.model import ModelGeometry
 from hybridcache.geometry.times import Roofline
 from hybridcache.geometry.units import GIB
@@ -89,8 +90,8 @@ def measure(job: tuple[str, int]) -> list[dict[str, Any]]:
     return [*records, place | {"token_hit_rate": common.rounded(bound)}]
 
 
-def over_seeds(records: common.Records) -> common.Table:
-    """Return header and rows: seconds saved relative to those of 20 GiB, in percent, per trace, and
+def over_seeds(records: common.Records) -> Table:
+    """Return seconds saved relative to those of 20 GiB, in percent, per trace, and
     token hit rates as means over seeds.
 
     Traces are left out if nothing can be saved with some seed.
@@ -111,18 +112,20 @@ def over_seeds(records: common.Records) -> common.Table:
         whole, computed = (values(OURS, GOAL_CELL, of) for of in ("seconds_saved", "seconds"))
         if any(one <= 1e-3 * (one + other) for one, other in zip(whole, computed, strict=True)):
             continue
-        row = [name]
+        row: list[Cell] = [name]
         of_ours = (values(OURS, cell, "seconds_saved") for cell in (device_cell, host_cell))
         for saved in (*of_ours, best("seconds_saved")):
             parts = [part / one for part, one in zip(saved, whole, strict=bool(saved))]
-            row.append(str(interval(parts).scaled(100)) if parts else "-")
+            row.append(interval(parts).scaled(100) if parts else None)
         rates = [values(policy, host_cell, HITS) for policy in (OURS, common.LRU_ADAPTIVE)]
         rates += [best(HITS), values(common.BOUND, GOAL_CELL, HITS)]
         rows.append([*row, *map(common.percent, rates)])
     both, whole_gib = f"{DEVICE_GIB} GiB and {HOST_GIB} GiB of host memory", f"{GOAL_GIB} GiB"
-    peer = f"{common.BEST_REBUILT}, {whole_gib}, %"
-    header = ["trace", f"{DEVICE_GIB} GiB, %", f"{both}, %", peer, f"hits: {both}, %"]
-    return [*header, f"{common.LRU_ADAPTIVE}, %", peer, f"{common.BOUND}, {whole_gib}, %"], rows
+    peer, bound = (f"{name}, {whole_gib}" for name in common.YARDSTICKS[1:])
+    references = zip((common.LRU_ADAPTIVE, peer, bound), common.YARDSTICKS, strict=True)
+    columns = [Column(name, "%") for name in (f"{DEVICE_GIB} GiB", both, peer, f"hits: {both}")]
+    columns += [Column(name, "%", reference=of) for name, of in references]
+    return Table([Column("trace"), *columns], rows)
 
 
 def main() -> None:

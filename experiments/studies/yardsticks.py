@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 from experiments.studies import common, default
 from experiments.studies.common import BOUND, LRU_ADAPTIVE, REBUILT, YARDSTICKS
+from experiments.tables import Column, Table
 from hybridcache import ModelGeometry, closed_loop, open_trace
 
 NAME = "yardsticks"
@@ -92,16 +93,16 @@ def by_cell(records: common.Records, *splits: str) -> Cells:
     return found
 
 
-def table(records: common.Records) -> common.Table:
+def table(records: common.Records) -> Table:
     """Return a row per trace and size, as means over seeds."""
     cells: dict[tuple[str, float], list[dict[str, float]]] = {}
     for (trace, _, gib), rates in by_cell(records).items():
         cells.setdefault((trace, gib), []).append(rates)
     rows = [
-        [trace, f"{gib:g}", *(f"{fmean(of[name] for of in found):.1f}" for name in YARDSTICKS)]
+        [trace, gib, *(fmean(of[name] for of in found) for name in YARDSTICKS)]
         for (trace, gib), found in cells.items()
     ]
-    return ["trace", "GiB", *(f"{name}, %" for name in YARDSTICKS)], rows
+    return Table([Column("trace"), Column("GiB", form="g"), *common.references()], rows)
 
 
 def main() -> None:

@@ -10,7 +10,7 @@ from functools import cache
 from statistics import fmean
 from typing import Any
 
-from experiments import page, provenance
+from experiments import provenance
 from experiments.benchmarks.second_turn import PUBLISHED, RIVALS
 from experiments.studies import arena, tiers
 from experiments.studies.common import DEFAULT, grouped
@@ -101,7 +101,8 @@ def llama(measure: str, dtype: str) -> float:
 
 def tier_share(column: int) -> tuple[int, float]:
     """Return the number of traces, and the mean share of the savings of 20 GiB on the device."""
-    shares = page.means(tiers.over_seeds(result("study_tiers")), column)
+    table = tiers.over_seeds(result("study_tiers"))
+    shares = table.means(table.columns[column].name)
     return len(shares), fmean(shares)
 
 

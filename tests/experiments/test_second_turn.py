@@ -155,7 +155,7 @@ def test_results_replace_cases_and_the_page_has_what_was_run(
 ) -> None:
     monkeypatch.setattr(provenance, "RESULTS", tmp_path)
     section = page.SECTIONS["second turn"]
-    assert page.render("second turn", section, {}) == "No results yet: `second_turn.jsonl`."
+    assert page.render("second turn", section, {}, "") == "No results yet: `second_turn.jsonl`."
     file, (first, second, *_) = tmp_path / "second_turn.jsonl", PUBLISHED[0].cases
     for side in RIVALS:
         seconds = 0.5 if side == "engine" else 2.0
@@ -168,13 +168,13 @@ def test_results_replace_cases_and_the_page_has_what_was_run(
     assert not results.has(ours, PUBLISHED[1], first)
     results.commit = "another"
     assert not results.has(ours, PUBLISHED[0], first)
-    header, rows = section.table()
-    assert rows == [
+    table = section.table()
+    assert table.texts() == [
         [f"row of {first}", "12", "12", "0.5", "2", "1", "1", "0.25"],
-        [f"row of {second}", "32", "32", "", "", "1", "1", ""],
+        [f"row of {second}", "32", "32", "-", "-", "1", "1", "-"],
     ]
-    assert header[3:5] == ["engine: TTFT, s", "llama-server: TTFT, s"]
-    finding = section.finding((header, rows))
+    assert [one.head for one in table.columns[3:5]] == ["engine: TTFT, s", "llama-server: TTFT, s"]
+    finding = section.finding(table)
     assert f"up to 32 tokens of a request again (row of {second}), 22 in" in finding
     assert "0.25 to 0.25 times" in finding
     rest = ", ".join(PUBLISHED[0].cases[2:])
@@ -182,6 +182,6 @@ def test_results_replace_cases_and_the_page_has_what_was_run(
         f"1 of 2 rows have no times yet. Not run yet on both servers: {rest} (530m, 2000 tokens"
         in finding
     )
-    assert f"row of {first}" in page.render("second turn", section, {})
+    assert f"row of {first}" in page.render("second turn", section, {}, "")
     with pytest.raises(FileNotFoundError, match="no records of these plans"):
-        page.second_turns_table()
+        page.SECTIONS["second turn sizes"].table()

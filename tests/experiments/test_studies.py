@@ -19,13 +19,17 @@ from experiments.studies import (
     admission,
     capacity,
     closed_loop,
+    conditions,
     default,
     overload,
+    tiers,
     yardsticks,
 )
 from experiments.studies import common as lab
+from experiments.tables import Column, Table
 from hybridcache import open_trace
 from hybridcache.geometry.times import MeasuredTimes
+from hybridcache.lab.intervals import Interval
 from hybridcache.lab.leaderboard import Split
 from hybridcache.lab.simulation.step_times import MeasuredSteps
 from hybridcache.lab.trace import Trace, TraceRequest
@@ -53,8 +57,9 @@ def test_study_writes_records(study: str, monkeypatch: pytest.MonkeyPatch, tmp_p
         assert all(0 <= rate <= 1 for rate in (rates if isinstance(rates, list) else [rates]))
     if study in ("grid", "arena"):
         monkeypatch.setattr(provenance, "RESULTS", tmp_path)
-        header, rows = page.SECTIONS[study].table()
-        assert header[0] == "trace" and rows[0][0] == "short" and "[" in str(rows)
+        table = page.SECTIONS[study].table()
+        assert table.columns[0].name == "trace" and table.rows[0][0] == "short"
+        assert " ± " in str(table)
     if study == "capacity":
         [ours] = [one for one in map(json.loads, records) if one["label"] == capacity.OURS]
         assert ours["seeds"] == 5 and len(ours["gain"]) == 2
@@ -103,7 +108,8 @@ def test_named_trace_is_read_by_a_reader_or_generator(
 
 def test_code_of_a_study_is_the_package_and_its_imports() -> None:
     code = provenance.simulation_code("experiments.studies.admission")
-    own = ("provenance.py", "splits.toml", "studies/admission.py", "studies/common.py")
+    own = ("provenance.py", "splits.toml", "tables.py")
+    own += ("studies/admission.py", "studies/common.py")
     assert {*code} == {"hybridcache", *(f"experiments/{name}" for name in own)}
 
 
@@ -112,9 +118,10 @@ def test_studies_of_admission_agree_on_small_runs(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setitem(admission.WORKLOADS, "agents", small)
     policies = (*overload.POLICIES, *admission.CACHES)
     records = [admission.serve(("agents", 1, 0.2, policy)) for policy in policies]
-    _, [row] = admission.table([record for [record] in records])
+    table = admission.table([record for [record] in records])
+    [row] = table.texts()
     windows = [overload.serve((3, policy, 1)) for policy in policies]
-    _, [whole] = overload.table([record for [record] in windows])
+    [whole] = overload.table([record for [record] in windows]).texts()
     assert (row[:2], whole[:2]) == (["agents", "0.2"], ["3 sessions", "whole run"])
     assert row[2:4] == whole[2:4] and float(row[2]) > 80, "hits"
     assert float(row[5].split(", ")[3]) == pytest.approx(float(whole[-1]), abs=0.06)
@@ -151,7 +158,7 @@ def test_the_engine_serves_what_the_closed_loop_study_forecasts() -> None:
     runs = closed_loop.compare(("sessions", 0.005, 0), num_sessions=12, num_pauses=1)
     assert [run["source"] for run in runs] == ["engine", "forecast"]
     assert runs[0]["hit"] == pytest.approx(runs[1]["hit"], abs=1e-9) and runs[0]["hit"] > 50
-    _, [row] = closed_loop.table(runs)
+    [row] = closed_loop.table(runs).texts()
     assert row[:4] == ["0.005", "sessions", f"{runs[0]['hit']:.1f}", "0.0"]
 
 
@@ -180,7 +187,7 @@ def test_yardsticks_are_in_tables_and_figures_of_policies(
     assert max(rates.values()) == rates[lab.BOUND] < 100
     monkeypatch.setattr(provenance, "RESULTS", tmp_path)
     split = Split("tiny", "qwen3-next", (1, 2), {"short?head=24": (0.2, 4.0)})
-    assert page.yardstick_rates(split) == {} and page.yardstick_records() == []
+    assert page.yardstick_rates(split) == {} and page.yardstick_cells() == {}
     provenance.write_json_lines(tmp_path / "yardsticks.jsonl", records)
     rates = page.yardstick_rates(split)
     wanted = [cells["short?head=24", 1, gib][lab.BOUND] for gib in (0.2, 4.0)]
@@ -189,8 +196,27 @@ def test_yardsticks_are_in_tables_and_figures_of_policies(
     curve = {"trace": "short", "gib": [0.2, 4.0], "low": [0.1, 0.2], "high": [0.2, 0.3]}
     runs = [curve | {"label": label} for label in (capacity.OURS, "lru")]
     provenance.write_json_lines(tmp_path / "study_capacity.jsonl", runs)
-    figure = page.CapacityCurves().draw((["trace", "seeds"], [["short", "10"]]))
+    figure = page.CapacityCurves().draw(Table([Column("trace")], [["short"]]))
     assert len(figure.axes[0].lines) == 5 and "upper bound" in page.svg(figure)
+
+
+def test_tables_of_policies_have_a_column_for_each_reference() -> None:
+    studies = admission, closed_loop, conditions, overload
+    for make in (*(one.table for one in studies), default.losses_table, tiers.over_seeds):
+        references = {column.reference for column in make([]).columns}
+        assert set(lab.YARDSTICKS) <= references, make
+
+
+def test_cells_are_written_and_read_as_their_column_says() -> None:
+    column = Column("hits", "%")
+    cell = {"6 GiB": Interval(67.12, 66.93, 67.36)}
+    assert (column.head, column.text(cell)) == ("hits, %", "6 GiB: 67.1 ± 0.3")
+    assert column.values(cell) == [(67.1, 66.9, 67.4)]
+    assert column.text([1.25, None, -0.04]) == "1.2, -, 0.0"
+    assert [one.mean for one in column.values([1.26, -2])] == [1.3, -2]
+    table = Table([Column("pair"), column], [["`a`", 1.26], ["b", None]])
+    assert table.means("hits") == [1.3] and [*table.named("hits")] == ["a", "b"]
+    assert table.markdown().splitlines()[-2:] == ["| `a` | 1.3 |", "| b | - |"]
 
 
 def test_the_bound_in_any_order_counts_each_token_of_prompts_once() -> None:
@@ -219,10 +245,10 @@ def test_the_ablation_measures_rules_constants_and_windows(monkeypatch: pytest.M
     monkeypatch.setattr(ablation, "WINDOWS", (0, 20, 40))
     job = default.Job("tuning", "chat?head=60", 0, (0.5, 1.0), "chat?head=60")
     records = ablation.measure((job, job))
-    changes = {row[0]: row[1:] for row in ablation.table(records)[1]}
+    changes = {row[0]: row[1:] for row in ablation.table(records).texts()}
     assert changes["`SAMPLE` times 0.5"] == ["+0.00", "+0.0"], "fewer items than a sample"
     assert changes["without the rule *room*"][0] != "+0.00"
-    rows = ablation.learning_table(records)[1]
+    rows = ablation.learning_table(records).texts()
     assert [row[0] for row in rows] == ["start"] * 5 + ["change"] * 5
     assert min(float(row[2]) for row in rows[:5]) < 30 and ablation.survival.SAMPLE == 1024
     assert ablation.survival.EVIDENCE == ablation.placement.EVIDENCE == 8
