@@ -323,8 +323,7 @@ class Request(ScheduledRequest):
         """Pieces of the text that outputs contain."""
 
     def make_rules(self) -> None:
-        """Make the rules of the answer, in the order in which they apply. They follow it from its
-        beginning. Raises GrammarError."""
+        """Make the rules of the answer, in their order, for all of it. Raises GrammarError."""
         self._fault: tuple[int, GrammarError] | None = None
         """(draw, error) of the first draw that a grammar could not be followed to."""
         params, intake, prompt = self.params, self._intake, self.buffer[: self.prompt_len]

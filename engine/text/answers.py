@@ -71,8 +71,7 @@ class Timings(NamedTuple):
     """Time from submission until it finished."""
 
     def tpot_s(self, num_output_tokens: int) -> float | None:
-        """Return the mean time per output token after the first, or None before two tokens or
-        before the end."""
+        """Return the mean time per token after the first; None before two, or before the end."""
         if self.e2e_s is None or self.ttft_s is None or num_output_tokens < 2:
             return None
         return (self.e2e_s - self.ttft_s) / (num_output_tokens - 1)
@@ -169,7 +168,7 @@ class RequestOutput(Struct, frozen=True, array_like=True):
     """Reason of ``finish_reason`` "error", else None."""
     timings: Timings = Timings(None, None, None)
     drafts: DraftCounts | None = None
-    """None if no step could have drafts."""
+    """Counts up to the last output, which has them; None if no step could have drafts."""
     transferred: Transferred | None = None
     """None if no other engine was involved."""
     answer: Answer | None = None
@@ -237,8 +236,7 @@ def begin_of(text: str, mark: str) -> int:
 
 
 Phase = Literal["beginning", "reasoning", "between", "text"]
-"""Part of an answer: it is not known whether it begins with reasoning; its reasoning; the white
-space after that; its text."""
+"""Part of an answer: unknown at its start, reasoning, the white space after it, and text."""
 
 
 class TextStream:
@@ -495,8 +493,7 @@ class AnswerReader:
         return self._rest[: min(ends)].rstrip()
 
     def _read_reasoning(self) -> Iterator[Event | None]:
-        """Read up to ``</think>``, without the white space around the reasoning and after it. An
-        answer that ends before is all reasoning."""
+        """Read up to ``</think>``, or to the end, without white space around the reasoning."""
         while self.is_thinking:
             yield from self._read_thought((CLOSE,))
         while not self._rest.strip():
