@@ -113,8 +113,7 @@ class Exactness(msgspec.Struct, frozen=True):
 
 
 class EngineFacts(EngineMessage, frozen=True):
-    """Facts about an engine for its front end. The first message of a process: the model is
-    loaded."""
+    """Facts about a loaded engine for its front end. The first message of a process."""
 
     vocab_size: int
     max_model_len: int

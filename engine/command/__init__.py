@@ -1,2 +1,1 @@
-"""Command line of the engine: ``engine serve``, ``engine record`` and others, and their
-screens."""
+"""Command line of the engine: ``engine serve`` and the other verbs, and their screens."""

@@ -14,7 +14,6 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from huggingface_hub import split_state_dict_into_shards_factory
@@ -22,6 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from tqdm import tqdm
 
+from engine.errors import JsonObject
 from engine.weights.forms import read_quantization
 from engine.weights.forms.compressed_tensors import PACKED, PackedScheme
 from engine.weights.layer_names import INDEX_NAME, Names
@@ -114,8 +114,7 @@ def plan_pieces(
 
 
 def _parts(name: str, tensor: torch.Tensor) -> list[FilePiece]:
-    """Return the tensor itself, or each expert's gate, up and down projection of a stacked one.
-    Gate and up stay together in Granite's."""
+    """Return the tensor, or the projections of each expert, with gate and up in one in Granite."""
     stacked = STACKED.fullmatch(name)
     if stacked is None or tensor.dim() != 3:
         return [FilePiece(name, tensor)]
@@ -156,8 +155,7 @@ SCHEMES: dict[Precision, Written] = {
     "int4": PackedScheme(Grouped(4, 32), False),
     "int4-128": PackedScheme(Grouped(4, 128), False),
 }
-"""Formats that are written: compressed-tensors' W8A8 and W4A16, and the fp8 layout of DeepSeek and
-Qwen."""
+"""Formats to write: compressed-tensors' W8A8 and W4A16, and the fp8 of DeepSeek and Qwen."""
 WEIGHT_SUFFIXES = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pt")
 """Endings of files that are not copied, in addition to config.json."""
 
@@ -229,8 +227,7 @@ def _table(pieces: Sequence[FilePiece]) -> Iterator[str]:
 
 
 def _write(pieces: Sequence[FilePiece], directory: Path) -> int:
-    """Write all pieces, in files that are named as Hugging Face names them, and return the number
-    of files."""
+    """Write all pieces in files with Hugging Face's names, and return the number of files."""
     named, weight_map = {piece.name: piece for piece in pieces}, dict[str, str]()
     split = split_state_dict_into_shards_factory(
         named,
@@ -280,7 +277,7 @@ def quantize_blocks(
     return stored.view(grid.shape).transpose(1, 2).reshape(weight.shape), scale
 
 
-def _section(pieces: Sequence[FilePiece], scheme: Written) -> dict[str, Any]:
+def _section(pieces: Sequence[FilePiece], scheme: Written) -> JsonObject:
     """Return the section ``quantization_config``.
 
     It lists every matrix that was not converted by its full name, and the head: a tied head has no
@@ -300,13 +297,13 @@ def _section(pieces: Sequence[FilePiece], scheme: Written) -> dict[str, Any]:
             "weight_block_size": list(scheme.block),
             "modules_to_not_convert": left,
         }
-    shared = {"num_bits": 8, "type": "int", "symmetric": True}
+    shared: JsonObject = {"num_bits": 8, "type": "int", "symmetric": True}
     layout, weights = "int-quantized", {**shared, "strategy": "channel", "dynamic": False}
-    activations: dict[str, Any] | None = {**shared, "strategy": "token", "dynamic": True}
+    activations: JsonObject | None = {**shared, "strategy": "token", "dynamic": True}
     if isinstance(scheme, PackedScheme):
         layout, activations, size = PACKED, None, scheme.grouped.group
         weights |= {"num_bits": 4, "strategy": "group", "group_size": size}
-    group = {
+    group: JsonObject = {
         "targets": ["Linear"],
         "weights": weights,
         "input_activations": activations,

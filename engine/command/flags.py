@@ -45,7 +45,7 @@ def add_flags(
     return group
 
 
-def add_grouped_flags(parser: Parser, configs: Iterable[Any], groups: Mapping[str, str]) -> None:
+def add_grouped_flags(parser: Parser, configs: Iterable[type], groups: Mapping[str, str]) -> None:
     """Add one flag for each field of ``configs`` in ``groups``: title to names of fields. The other
     fields are set by ``--set``. The help has the first clause of each docstring."""
     homes = {flag[1].name: flag for config in configs for flag in flags_of(config)}
@@ -180,7 +180,7 @@ def _kind(hint: Any, default: Any) -> dict[str, Any]:
     if typing.get_origin(hint) is tuple:
         kind = typing.get_args(hint)[0]
 
-        def listed(text: str) -> tuple[Any, ...]:
+        def listed(text: str) -> tuple[object, ...]:
             words = [word.strip() for word in text.split(",")]
             if "" in words:
                 raise argparse.ArgumentTypeError(f"{text!r} has an empty name between its commas")

@@ -9,7 +9,7 @@ import logging
 import secrets
 import time
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -19,6 +19,7 @@ import httpx
 from starlette.requests import ClientDisconnect, Request
 from starlette.types import Receive, Scope, Send
 
+from engine.errors import JsonObject
 from engine.requests.chat_prompt import NO_CHAT, render_chat
 from engine.server.bodies import APIError, ClientGone, converted, opened, settled
 from engine.server.schemas import KNOWN, Message, completed
@@ -133,9 +134,13 @@ class TraceWriter:
         answer, has_end = read_answer(raw)
         ids, boundaries, output = self._tokens(body, answer, has_end)
         if not self._keeps_text:
-            hashed = self._hashed([*ids, *output])
+            chain, hashed = self._key, list[int]()
+            for one in (*ids, *output):
+                raw = one.to_bytes(8, "little")
+                chain = hashlib.blake2b(raw, key=chain, digest_size=32).digest()
+                hashed.append(int.from_bytes(chain[:4], "little") & 0x7FFFFFFF)
             ids, output = hashed[: len(ids)], hashed[len(ids) :]
-        line: dict[str, Any] = {
+        line: JsonObject = {
             "timestamp": round(exchange.seconds, 3),
             "session": self._digest(_beginning(body)),
             "namespace": self._digest([body.get("model"), body.get("cache_salt")]),
@@ -182,19 +187,12 @@ class TraceWriter:
         last = max((at for at, one in enumerate(whole) if one in ends), default=len(whole))
         return ids, boundaries, whole[len(ids) : max(len(ids), last + has_end)]
 
-    def _hashed(self, ids: Sequence[int]) -> list[int]:
-        chain, hashed = self._key, []
-        for one in ids:
-            chain = hashlib.blake2b(one.to_bytes(8, "little"), key=chain, digest_size=32).digest()
-            hashed.append(int.from_bytes(chain[:4], "little") & 0x7FFFFFFF)
-        return hashed
-
-    def _digest(self, content: Any) -> str:
+    def _digest(self, content: object) -> str:
         raw = json.dumps(content).encode("utf-8", "replace")
         return hashlib.blake2b(raw, key=self._key, digest_size=8).hexdigest()
 
 
-def read_answer(raw: bytes) -> tuple[dict[str, Any], bool]:
+def read_answer(raw: bytes) -> tuple[JsonObject, bool]:
     """Return the first choice of an answer, which is one object or events, as a message of the
     assistant, and whether the model ended it. Incomplete events are omitted. O(size)."""
     text, reasoning, has_end = "", "", False
@@ -212,7 +210,7 @@ def read_answer(raw: bytes) -> tuple[dict[str, Any], bool]:
                 function = call.get("function") or {}
                 known[0] += function.get("name") or ""
                 known[1] += function.get("arguments") or ""
-    message: dict[str, Any] = {"role": "assistant", "content": text}
+    message: JsonObject = {"role": "assistant", "content": text}
     if reasoning:
         message["reasoning_content"] = reasoning
     if calls:
@@ -235,9 +233,8 @@ def _line(content: Fields) -> bytes:
     return json.dumps(content, separators=(",", ":")).encode() + b"\n"
 
 
-def _beginning(body: Fields) -> Any:
-    """Return the part of a body that distinguishes conversations: all up to the first message of
-    the user."""
+def _beginning(body: Fields) -> object:
+    """Return the beginning of a conversation, up to the first message of the user."""
     messages = body["messages"]
     roles = [message.get("role") for message in messages]
     return messages[: roles.index("user") + 1 if "user" in roles else 1]
@@ -345,8 +342,7 @@ class Proxy:
 
 
 async def _answer(answer: httpx.Response, exchange: Exchange | None, send: Send) -> None:
-    """Send ``answer`` as it arrives. An answer that is aborted upstream gets no end, so that
-    clients see that it is incomplete."""
+    """Send ``answer`` as it arrives, without an end if it is aborted upstream."""
     headers = [(name.lower(), value) for name, value in answer.headers.raw]
     kept = [pair for pair in headers if pair[0] not in CONNECTION]
     await send({"type": "http.response.start", "status": answer.status_code, "headers": kept})

@@ -8,17 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from copy import copy
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from engine.text.tokenizer import CLOSE, OPEN
+from engine.text.grammar import GrammarError
+from engine.text.tokenizer import CLOSE, OPEN, Tokenizer
 from hybridcache.tokens import Tokens
-
-if TYPE_CHECKING:
-    from engine.text.grammar import GrammarError
-    from engine.text.tokenizer import Tokenizer
 
 Mask = npt.NDArray[np.uint8]
 """Bit ``i % 8`` of byte ``i // 8`` is set if token i is allowed."""
@@ -27,8 +24,7 @@ Additions = tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]
 END = f"\n{CLOSE}\n\n"
 """End of reasoning as models write it."""
 TAIL = 16
-"""Number of final prompt tokens that are searched for an open ``<think>``, with white space after
-it."""
+"""Number of final prompt tokens that are searched for an open ``<think>`` and white space."""
 
 
 class Repeats(NamedTuple):
@@ -37,13 +33,11 @@ class Repeats(NamedTuple):
     ids: npt.NDArray[np.int64]
     """Each token once."""
     numbers: npt.NDArray[np.float64]
-    """``[2, n]``. Positive logits are divided by the first row and negative ones multiplied by it;
-    the second row is subtracted."""
+    """``[2, n]``: factors, by which positive logits are divided, and numbers to subtract."""
 
 
 class Ruling(NamedTuple):
-    """Changes to the logits of one draw, applied in the order of the fields but for the mask, which
-    is last."""
+    """Changes to the logits of one draw, in the order of the fields, but the mask is last."""
 
     mask: Mask | None = None
     """Allowed tokens; None if all are."""
@@ -61,15 +55,13 @@ FREE = Ruling()
 
 
 def before_draws(answer: Tokens, drafts: Tokens) -> list[Tokens]:
-    """Return the tokens before each draw of a step: one draw after ``answer``, and one after each
-    of ``drafts``. O(answer)."""
+    """Return the tokens before each draw: after ``answer``, and each of ``drafts``. O(answer)."""
     known, num_answered = np.concatenate([answer, drafts]), len(answer)
     return [known[: num_answered + place] for place in range(1 + len(drafts))]
 
 
 def ruled(rules: Sequence[LogitRule], answer: Tokens, drafts: Tokens) -> Sequence[Ruling]:
-    """Apply ``rules`` in order, each to the result of the ones before it, except to final
-    rulings."""
+    """Apply ``rules`` in order, each to the result of those before it but for final rulings."""
     rulings: Sequence[Ruling] = [FREE] * (1 + len(drafts))
     for rule in rules:
         changed = rule.apply(answer, drafts, rulings)
@@ -93,8 +85,7 @@ class LogitRule:
         return rulings
 
     def is_done(self, answer: Tokens) -> bool:
-        """Return True if nothing can follow ``answer``. Raises GrammarError if the rule cannot be
-        followed any further."""
+        """Return True if nothing can follow ``answer``. Raises GrammarError at a dead end."""
         return False
 
 
@@ -126,8 +117,7 @@ class ReasoningBudget(LogitRule):
         self._masks = [packed([token], vocab_size) for token in self._ids]
 
     def apply(self, answer: Tokens, drafts: Tokens, rulings: Sequence[Ruling]) -> list[Ruling]:
-        """See ``LogitRule``. Tokens excluded by a grammar stay excluded. O(1) per draw, O(budget)
-        at the end of reasoning."""
+        """See ``LogitRule``. Grammars still exclude. O(1) per draw, at the end O(budget)."""
         changed = []
         for known, ruling in zip(before_draws(answer, drafts), rulings, strict=True):
             place = len(known) - self.first
@@ -216,8 +206,7 @@ class TokenCounts:
         self._at = {token: at for at, token in enumerate(self.ids.tolist())}
 
     def add(self, tokens: Tokens) -> None:
-        """Count the next tokens of the answer. O(these tokens) in Python, and a copy of the
-        distinct ones."""
+        """Count the next tokens of the answer. O(new tokens), and a copy of the distinct ones."""
         new = tokens.tolist()
         unseen = [token for token in dict.fromkeys(new) if token not in self._at]
         self._at |= {token: at for at, token in enumerate(unseen, len(self._at))}

@@ -1,2 +1,1 @@
-"""Scheduling: selects the requests and token ranges of each step. Works on integers without
-torch."""
+"""Scheduling: selects the requests and token ranges of each step, on integers without torch."""

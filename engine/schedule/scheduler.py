@@ -1,6 +1,5 @@
-"""Steps of an engine: one step as data (``Batch``, of segments, with its results), the hooks around
-steps, and the scheduler, which applies the rules of ``StepPlanner``, builds batches and commits
-their results."""
+"""Steps of an engine: one step as data (``Batch``, of segments, with its results), and the
+scheduler, which applies the rules of ``StepPlanner``, builds batches and commits their results."""
 
 from __future__ import annotations
 
@@ -58,8 +57,7 @@ class Segment(Struct, frozen=True):
     start: int
     """Position of the first token; in a prefill a multiple of the grid. The state at 0 is zero."""
     is_decode: bool
-    """True for one token, and its drafts, on the recurrent path. A prefill of one token takes the
-    chunked path, for exactness."""
+    """True for one token, and its drafts, on the recurrent path; prefills take the chunked path."""
     exports: tuple[tuple[int, int], ...] = ()
     """Checkpoints to save: (position on the grid in (start, end], slot)."""
     num_logits: int = 1
@@ -160,8 +158,7 @@ class Batch:
     moves: tuple[Transfer, ...] = ()
     """Moves of arena rows and transfers between tiers, in this order."""
     drawn: Pending | None = None
-    """Drawn by the sampler: the next token of each segment that samples, and one after each of
-    its drafts; or None."""
+    """Next token of each segment that samples, and one after each of its drafts; or None."""
     scores: Sequence[Pending] = ()
     """Prompt tokens with their log-probabilities, for each segment that scores."""
 
@@ -248,8 +245,7 @@ class Scheduler(StepPlanner[Request]):
         return self._verifies and self.num_in_flight > 0
 
     def abort(self, request: Request, reason: FinishReason = "abort") -> None:
-        """End ``request`` at once, in any state, and publish the computed tokens: a client that
-        ends an answer often goes on from it."""
+        """End ``request`` at once, in any state, and publish its tokens: clients go on from it."""
         if request in self.progressed:
             self.progressed.remove(request)
         if request.finish_reason is not None:
@@ -284,8 +280,7 @@ class Scheduler(StepPlanner[Request]):
         self, requests: Iterable[Request], admission: AdmissionPolicy
     ) -> tuple[Request, ...]:
         """Begin again with an empty cache after a step that may have left anything half changed.
-        ``requests`` are all that have not been reported as ended. Returns those that ran and have
-        no last token."""
+        ``requests``: all that were not reported as ended. Returns the interrupted ones."""
         known = sorted(requests, key=attrgetter("arrival"))
         going = [one for one in known if one.finish_reason is None]
         interrupted = tuple(one for one in self.running if one.finish_reason is None)

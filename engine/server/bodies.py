@@ -260,8 +260,7 @@ MEDIA = {
 
 def _replace_media(entries: Json, place: str, refuses: bool) -> None:
     """Replace images, documents and sound in messages and results of tools by a line of text, or
-    raise APIError 400. An agent repeats its conversation in each turn, so that a refused part would
-    end its session. O(parts)."""
+    raise APIError 400. A refused part would end the session of an agent. O(parts)."""
     if not isinstance(entries, list):
         return
     for at, entry in enumerate(entries):

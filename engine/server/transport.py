@@ -47,13 +47,6 @@ class ClientConnection(H11Protocol):
 
     _unread: asyncio.TimerHandle | None = None
 
-    @property
-    def is_ready(self) -> bool:
-        """True if the answer has chunks, and the client reads it, so a chunk can be written."""
-        is_lost = self.cycle.disconnected or self.transport.is_closing()
-        is_chunked = self.cycle.scope["http_version"] == "1.1"
-        return is_chunked and not is_lost and not self.flow.write_paused
-
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self.conn, self.app_state = Wire(h11.SERVER), {**self.app_state, "connection": self}
@@ -155,8 +148,12 @@ class EventStream(Response):
 
     @property
     def is_ready(self) -> bool:
-        """True if ``write`` can be called, while the events are awaited."""
-        return self._connection is not None and self._connection.is_ready and not self._is_sending
+        """True if ``write`` can be called while the events are awaited: the answer has chunks, and
+        the client reads it."""
+        if (own := self._connection) is None or own.cycle.scope["http_version"] != "1.1":
+            return False
+        is_lost = own.cycle.disconnected or own.transport.is_closing()
+        return not (is_lost or own.flow.write_paused or self._is_sending)
 
     def write(self, piece: bytes) -> None:
         """Write an event at once, in place of one of the iterator, in a tenth of its time."""

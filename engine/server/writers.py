@@ -30,7 +30,7 @@ from engine.server.metrics import Metrics
 from engine.server.schemas import ChatRequest, Sampling
 from engine.server.settings import ServerConfig
 from engine.server.transport import DONE, EventStream, event, unless_gone
-from engine.text.answers import RequestOutput
+from engine.text.answers import RequestOutput, Transferred
 from engine.text.grammar import MAX_CHARS, Grammar
 from engine.text.tokenizer import CLOSE, Tokenizer, as_tokens
 from hybridcache.api import Losses
@@ -47,8 +47,7 @@ class ServingContext:
         access: Access,
         remember: Callable[[str, Call, ChatRequest, RequestOutput, Mapping[str, Json]], None],
     ) -> None:
-        """``remember`` stores a chat: id of its answer, call, chat, first answer as output and
-        message."""
+        """``remember`` stores a chat: answer id, call, chat, first answer as output and message."""
         self.engine, self.config, self.access, self.remember = engine, config, access, remember
         assert engine.tokenizer is not None, "a served engine always has a tokenizer"
         self.tokenizer = engine.tokenizer
@@ -345,7 +344,7 @@ class Writer(ABC):
         """Return the number of tokens of reasoning, for a chat."""
         return {}
 
-    def _ids(self, name: str, token_ids: Sequence[int] | np.ndarray) -> dict[str, list[int]]:
+    def _ids(self, name: str, token_ids: Sequence[int] | np.ndarray) -> JsonObject:
         """Return a field with token ids, in vLLM's form, if they are requested."""
         return {name: np.asarray(token_ids).tolist()} if self._body.return_token_ids else {}
 
@@ -393,12 +392,9 @@ class Writer(ABC):
         """Yield the stream, one piece per output."""
         async with aclosing(self.news()) as news:
             async for index, is_first in news:
-                if is_first:  # A prompt can be echoed.
-                    size = len(self._latest[index].prompt_token_ids)
-                    written = await run(size, partial(b"".join, self.write(index, True)))
-                else:
-                    written = b"".join(self.write(index, False))
-                if written:
+                # A prompt can be echoed.
+                size = len(self._latest[index].prompt_token_ids) if is_first else 0
+                if written := await run(size, partial(b"".join, self.write(index, is_first))):
                     yield written
         yield b"".join(self.end())
 
@@ -415,7 +411,7 @@ def new_id(kind: str, joint: str = "-") -> str:
     return f"{kind}{joint}{uuid.uuid4().hex}"
 
 
-def _sums(counts: Sequence[Any]) -> dict[str, int]:
+def _sums(counts: Sequence[Losses] | Sequence[Transferred]) -> dict[str, int]:
     """Return the sum of each field of ``counts``, which are NamedTuples."""
     return dict(zip(counts[0]._fields, map(sum, zip(*counts, strict=True)), strict=True))
 

@@ -71,8 +71,7 @@ class Timings(NamedTuple):
     """Time from submission until it finished."""
 
     def tpot_s(self, num_output_tokens: int) -> float | None:
-        """Return the mean time per output token after the first, or None before two tokens or
-        before the end."""
+        """Return the mean time per token after the first; None before two, or before the end."""
         if self.e2e_s is None or self.ttft_s is None or num_output_tokens < 2:
             return None
         return (self.e2e_s - self.ttft_s) / (num_output_tokens - 1)
@@ -82,8 +81,7 @@ class Transferred(NamedTuple):
     """Statistics on transfers between engines for one request."""
 
     tokens: int
-    """Number of tokens of KV that were loaded into the cache. 0 if the prefix did not arrive
-    completely."""
+    """Number of tokens of KV that were loaded; 0 if the prefix did not arrive completely."""
     needed_bytes: int
     """Bytes of that KV and of its state."""
     wire_bytes: int
@@ -94,7 +92,7 @@ class Answer:
     """Everything that was generated for one request so far, held where its outputs are read. It
     only grows, so that the outputs of earlier steps stay as they are."""
 
-    __slots__ = ("logprobs", "num_chars", "prompt", "prompt_logprobs", "text", "tokens")
+    __slots__ = ("known", "logprobs", "num_chars", "prompt", "prompt_logprobs", "text", "tokens")
 
     def __init__(self, prompt: npt.NDArray[np.int32]) -> None:
         self.prompt = prompt
@@ -105,10 +103,12 @@ class Answer:
         self.num_chars = 0
         self.logprobs: list[SampledToken] = []
         self.prompt_logprobs: tuple[SampledToken | None, ...] | None = None
+        self.known: RequestOutput | None = None
+        """Latest complete output, as it arrived."""
 
     def add(self, output: RequestOutput) -> RequestOutput:
         """Append the new part of ``output``, unless it was appended before, and return the output
-        with this answer. O(new tokens), amortised."""
+        with this answer, complete. O(new tokens), amortised."""
         end, new = output.num_tokens, output.new_token_ids
         first = end - len(new)
         if end > len(self.tokens):
@@ -124,12 +124,23 @@ class Answer:
             self.logprobs[first:end] = output.new_logprobs
         if output.new_prompt_logprobs is not None:
             self.prompt_logprobs = output.new_prompt_logprobs
-        return structs.replace(output, answer=self)
+        if output.losses is not None or (known := self.known) is None:
+            self.known = output
+            return structs.replace(output, answer=self)
+        return structs.replace(
+            output,
+            cached_len=known.cached_len,
+            losses=known.losses,
+            timings=known.timings,
+            transferred=known.transferred,
+            answer=self,
+        )
 
 
 class RequestOutput(Struct, frozen=True, array_like=True):
     """Output of one step for one request: the new part. Readers get it with the whole ``answer`` so
-    far; see ``Answer.add``."""
+    far; see ``Answer.add``. On the way, the fields from ``cached_len`` on are only in the first and
+    the last output, and in the one after a preemption."""
 
     request_id: str
     new_token_ids: tuple[int, ...] = ()
@@ -144,6 +155,8 @@ class RequestOutput(Struct, frozen=True, array_like=True):
     """Number of tokens generated so far."""
     num_chars: int = 0
     """Length of the text so far."""
+    num_preemptions: int = 0
+    """Number of times that the request gave up its memory for an older one."""
     cached_len: int = 0
     """Number of prompt tokens that were not computed."""
     losses: Losses | None = None
@@ -154,10 +167,8 @@ class RequestOutput(Struct, frozen=True, array_like=True):
     failure: WireError | None = None
     """Reason of ``finish_reason`` "error", else None."""
     timings: Timings = Timings(None, None, None)
-    num_preemptions: int = 0
-    """Number of times that the request gave up its memory for an older one."""
     drafts: DraftCounts | None = None
-    """None if no step could have drafts."""
+    """Counts up to the last output, which has them; None if no step could have drafts."""
     transferred: Transferred | None = None
     """None if no other engine was involved."""
     answer: Answer | None = None
@@ -197,8 +208,7 @@ class RequestOutput(Struct, frozen=True, array_like=True):
 
     @property
     def prompt_logprobs(self) -> tuple[SampledToken | None, ...] | None:
-        """One per prompt token, None for the first; set from the first token on if the request has
-        them."""
+        """One per prompt token, None for the first; set from the first token on if requested."""
         return self.whole.prompt_logprobs
 
     @classmethod
@@ -218,8 +228,7 @@ class RequestOutput(Struct, frozen=True, array_like=True):
 
 
 def begin_of(text: str, mark: str) -> int:
-    """Return the first position from which the rest of ``text`` may begin ``mark``; the end of the
-    text if there is none."""
+    """Return the first position from which the rest may begin ``mark``, or the end of the text."""
     at = text.find(mark[0], max(0, len(text) - len(mark) + 1))
     while at >= 0 and not mark.startswith(text[at:]):
         at = text.find(mark[0], at + 1)
@@ -227,8 +236,7 @@ def begin_of(text: str, mark: str) -> int:
 
 
 Phase = Literal["beginning", "reasoning", "between", "text"]
-"""Part of an answer: it is not known whether it begins with reasoning; its reasoning; the white
-space after that; its text."""
+"""Part of an answer: unknown at its start, reasoning, the white space after it, and text."""
 
 
 class TextStream:
@@ -309,8 +317,7 @@ class TextStream:
         return before + certain, has_stopped
 
     def _cut(self, text: str, stops: Sequence[str]) -> tuple[str, bool]:
-        """Return the certain part of ``text`` before one of ``stops``, and whether one was found;
-        the rest is held back."""
+        """Return the certain part of ``text`` before any of ``stops``, and whether one is there."""
         stops = [stop for stop in stops if stop[0] in text]
         found = [(at, len(stop), stop) for stop in stops if (at := text.find(stop)) >= 0]
         if found:
@@ -450,8 +457,7 @@ class AnswerReader:
         return joined(events)
 
     def flush(self, is_cut: bool = False) -> list[Event]:
-        """Return the events held back, after the end of the text. ``is_cut``: the answer was cut
-        off, so a call in progress is text."""
+        """Return the events held back. ``is_cut``: a call in progress is cut off, and so text."""
         self._is_whole, self._is_cut = True, is_cut
         return self.push("")
 
@@ -487,8 +493,7 @@ class AnswerReader:
         return self._rest[: min(ends)].rstrip()
 
     def _read_reasoning(self) -> Iterator[Event | None]:
-        """Read up to ``</think>``, without the white space around the reasoning and after it. An
-        answer that ends before is all reasoning."""
+        """Read up to ``</think>``, or to the end, without white space around the reasoning."""
         while self.is_thinking:
             yield from self._read_thought((CLOSE,))
         while not self._rest.strip():
@@ -496,8 +501,7 @@ class AnswerReader:
         self._rest = self._rest.lstrip()
 
     def _read_thought(self, marks: Sequence[str]) -> Iterator[Event | None]:
-        """Read up to ``</think>``, or up to the end of the text that cannot be part of one of
-        ``marks``."""
+        """Read up to ``</think>``, or to the end of the text that cannot be part of ``marks``."""
         before, close, _ = self._rest.partition(CLOSE)
         yield from self._as_thought(before.rstrip() if close else self._certain(marks))
         if close:

@@ -135,8 +135,7 @@ def _wait_for(process: subprocess.Popen[bytes], sockets: Sockets) -> EngineFacts
 
 
 class ProcessChannel(EngineChannel):
-    """Connection to a loaded engine in a separate process, which ``drain`` ends. ``send`` and
-    ``stop`` may be called from any thread."""
+    """Connection to an engine in a process. Any thread may call ``send`` and ``stop``."""
 
     def __init__(
         self,

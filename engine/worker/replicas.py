@@ -136,8 +136,7 @@ class EngineReplica:
                 stream.abort()
 
     async def events(self) -> AsyncIterator[EventBatch]:
-        """Yield the changes of the cache as they occur, for one reader, until the engine ends. The
-        first batch describes the whole cache."""
+        """Yield the cache, then its changes as they occur, for one reader, until it ends."""
         self._loop = asyncio.get_running_loop()
         due = 0
         while self._async.is_alive:
@@ -208,8 +207,7 @@ CALL_S = 30.0
 RETRY_S = 0.2
 """Pause before a replica is replaced, and between two looks for one that is up."""
 MAX_DEATHS = 3
-"""Number of replicas that one request may lose: the request itself may be the reason that they
-die."""
+"""Number of replicas that one request may lose, because it may be the reason of their ends."""
 BROKEN_OFF = StepFailed("the replica that computed it died; send the request again")
 logger = logging.getLogger(__name__)
 
@@ -250,8 +248,7 @@ class Progress:
         self._last = RequestOutput(request_id)
 
     def add(self, output: RequestOutput) -> RequestOutput | None:
-        """Return the new part of the next output, or None if a repeated token is another one.
-        O(new tokens)."""
+        """Return the new part of the next output, or None if a repeated token differs. O(new)."""
         tokens, text = output.new_token_ids, output.new_text
         start = output.num_tokens - len(tokens)
         repeated = self._tokens[start : start + len(tokens)]
@@ -278,8 +275,7 @@ class Progress:
 
 
 class FleetChannel(EngineChannel):
-    """Connection to several engines. Belongs to one event loop, except ``stop`` and messages to
-    compile."""
+    """Connection to several engines, for one event loop, but for ``stop`` and ``Compile``."""
 
     def __init__(
         self,
@@ -362,7 +358,7 @@ class FleetChannel(EngineChannel):
             case _:
                 self._run(self._answer(message))
 
-    def _run(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+    def _run(self, work: Coroutine[object, object, None]) -> asyncio.Task[None]:
         task = asyncio.ensure_future(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
@@ -378,8 +374,7 @@ class FleetChannel(EngineChannel):
         request.task = self._run(self._follow_answer(request))
 
     async def _abort(self, message: Abort) -> None:
-        """End a request. Unless the client left, its replica ends it, so that both count the same
-        reason and its last output is sent."""
+        """End a request; unless the client left, in its replica, which sends the last output."""
         request = self._requests.get(message.request_id)
         if request is None:
             return
@@ -459,7 +454,7 @@ class FleetChannel(EngineChannel):
 
     async def _value(self, question: Question) -> object:
         """Query every replica and return the sum, or one replica for a view. Raises EngineStopped
-        if none responds.
+        if none responds, and ValueError for a view of a replica that is not up.
 
         ``EndSession`` has no effect, because only the last request of a session declares its end,
         nor "stop_accepting", because replicas have no role.
@@ -476,7 +471,12 @@ class FleetChannel(EngineChannel):
             case Ask("reset_cache"):
                 await self._each(question)
             case OpenView():
-                return await self._open_view(question)
+                names, place = tuple(self.members), question.replica
+                if not 1 <= place <= len(names):
+                    raise ValueError(f"Replica {place} is not up: there are {len(names)}.")
+                name, number = names[place - 1], next(self._numbers)
+                self._views[number] = name, await self._ask(name, question)
+                return number
             case AskView():
                 return await self._ask_view(question)
         return None
@@ -503,15 +503,6 @@ class FleetChannel(EngineChannel):
         found = await self._each(Ask("report"))
         self._reports |= {name: one for name, one in found.items() if name in self.members}
         return summed(list(found.values()), self._gone)
-
-    async def _open_view(self, question: OpenView) -> int:
-        """Open a view of one replica. Raises ValueError if that one is not up."""
-        names = tuple(self.members)
-        if not 1 <= question.replica <= len(names):
-            raise ValueError(f"Replica {question.replica} is not up: there are {len(names)}.")
-        name, number = names[question.replica - 1], next(self._numbers)
-        self._views[number] = name, await self._ask(name, question)
-        return number
 
     async def _ask_view(self, question: AskView) -> object:
         """Pass a question about a view on to its replica."""
@@ -554,8 +545,7 @@ def _cause(error: Exception) -> str:
 
 
 class RayFleet:
-    """Starts and ends replicas on a Ray cluster: actors of ``EngineReplica``, whose methods are
-    called with ``remote``."""
+    """Starts and ends replicas on a Ray cluster: remote actors of ``EngineReplica``."""
 
     def __init__(self, config: EngineConfig, settings: ServerConfig) -> None:
         """Join or start a cluster. Raises ValueError if it is too small or does not respond."""
@@ -583,8 +573,7 @@ class RayFleet:
         return replica
 
     def facts(self, replicas: Iterable[Actor], address: str) -> Facts:
-        """Wait until all ``replicas`` have loaded their models, and return the facts of the
-        first."""
+        """Wait until all ``replicas`` have loaded their models; return the first one's facts."""
         loading = [replica.facts.remote(address) for replica in replicas]
         found: Facts = self._ray.get(loading, timeout=START_S)[0]
         return found

@@ -6,15 +6,18 @@ import signal
 import subprocess
 import sys
 from contextlib import closing
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import gguf
+import numpy as np
 import pytest
 
-from engine import Engine, EngineConfig, SamplingParams
+from engine import Engine, EngineConfig, RequestOutput, RequestSpec, SamplingParams
 from engine.config import BUILTIN_DIR
 from engine.engine import load_tokenizer_of
+from engine.text.answers import Answer
 from engine.text.tokenizer import HFTokenizer
 from engine.worker.screen import screen_rows
 from experiments.benchmarks.gguf_files import vocabulary, write_gguf
@@ -38,6 +41,32 @@ def make_engine(
 
 def ids(length: int, first: int = 0) -> list[int]:
     return [(first + i) % 320 for i in range(length)]
+
+
+def test_outputs_on_their_way_repeat_no_facts() -> None:
+    """The first one, the last one and the one after a preemption have them; readers have all."""
+    engine = make_engine(256, max_running=2, page_size=1, max_queue=8)
+    sampling, wired = SamplingParams(max_tokens=90), dict[str, list[RequestOutput]]()
+    for first in (0, 100):
+        request = engine.make(engine.validate(RequestSpec(ids(64, first), sampling)))
+        engine.enqueue(request)
+        wired[request.request_id] = []
+    while engine.has_work():
+        for output in engine.step():
+            wired[output.request_id].append(output)
+    num_complete = list[int]()
+    for outputs in wired.values():
+        changes = [b for a, b in pairwise(outputs) if a.num_preemptions != b.num_preemptions]
+        complete = [one for one in outputs if one.losses is not None]
+        num_complete.append(len({*map(id, (outputs[0], *changes, outputs[-1]))}))
+        assert len(complete) == num_complete[-1] < len(outputs)
+        answer, last = Answer(np.array(ids(64), np.int32)), outputs[0]
+        for output in map(answer.add, outputs):
+            last = output if output.num_tokens in {one.num_tokens for one in complete} else last
+            assert (output.losses, output.cached_len) == (last.losses, last.cached_len)
+            assert output.timings.ttft_s == outputs[0].timings.ttft_s is not None
+            assert output.num_tokens == len(output.output)
+    assert max(num_complete) > 2
 
 
 def test_importing_the_engine_loads_no_torch() -> None:

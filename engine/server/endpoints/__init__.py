@@ -1,2 +1,1 @@
-"""Endpoints of the server, one dialect or subject in each file. They import no other endpoint but
-``chat``, which dialects translate to."""
+"""Endpoints of the server, one subject per file. Dialects import ``chat``, and no other."""

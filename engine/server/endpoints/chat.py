@@ -149,7 +149,7 @@ class _ChatWriter(ChatWriter):
 
     def write(self, index: int, is_first: bool) -> Iterator[bytes]:
         """Yield one event, after the role of the choice if it is its first."""
-        news, ids = self.readers[index], dict[str, Any]()
+        news, ids = self.readers[index], dict[str, Json]()
         if not is_first and self._has_only_text and news.finish is None:
             match news.new:  # The usual piece, in a third of the time.
                 case [TextDelta(text)] if text:
@@ -170,11 +170,11 @@ class _ChatWriter(ChatWriter):
 
     def _more(
         self, index: int, scores: Sequence[SampledToken] | None, token_ids: Sequence[int]
-    ) -> dict[str, Any]:
+    ) -> JsonObject:
         """Return the fields of a choice, or of a part of it, besides its text."""
         answer = self.readers[index]
-        told = {"logprobs": self._scores(scores), "finish_reason": answer.finish, **answer.warned}
-        return told | self._ids("token_ids", token_ids)
+        told: JsonObject = {"logprobs": self._scores(scores), "finish_reason": answer.finish}
+        return told | answer.warned | self._ids("token_ids", token_ids)
 
     def _scores(self, scores: Sequence[SampledToken] | None) -> JsonObject | None:
         """Return one object per token, with its best alternatives, if they are requested."""
@@ -209,8 +209,6 @@ def _message(events: Sequence[Event]) -> dict[str, Any]:
 
 def _delta(events: Sequence[Event], num_calls: int = 0) -> dict[str, Any]:
     """Return ``events`` as one delta of a message that has ``num_calls`` already. O(length)."""
-    if len(events) == 1 and isinstance(events[0], TextDelta):
-        return {"content": events[0].text} if events[0].text else {}
     said = as_message(events)
     delta = {name: said[name] for name in ("reasoning_content", "content") if said[name]}
     if calls := [
@@ -229,15 +227,14 @@ def named_event(data: Mapping[str, Json]) -> bytes:
     return event(data, str(data["type"]))
 
 
-def as_tool(name: str, description: str | None, parameters: Any, strict: bool | None) -> JsonObject:
+def as_tool(name: str, description: str | None, schema: Json, strict: bool | None) -> JsonObject:
     """Return a function of another dialect as a tool of a chat."""
-    function = {"name": name, "description": description, "strict": strict}
-    return {"type": "function", "function": settled(function | {"parameters": parameters})}
+    function: JsonObject = {"name": name, "description": description, "strict": strict}
+    return {"type": "function", "function": settled(function | {"parameters": schema})}
 
 
 async def chat_of(call: Call, convert: Callable[[], ChatRequest]) -> ChatRequest:
-    """Return the chat that the body of another dialect means. Raises APIError 400 if one of its
-    fields is not supported."""
+    """Return the chat of another dialect's body. Raises APIError 400 for an unsupported field."""
     try:
         return await run(call.size, convert)
     except ValueError as error:

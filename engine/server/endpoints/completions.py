@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 from starlette.responses import Response
 
-from engine.errors import JsonObject
+from engine.errors import Json, JsonObject
 from engine.requests.request import Marks
 from engine.server.schemas import CompletionRequest
 from engine.server.writers import Call, Writer, finite, new_id, token_text
@@ -85,13 +84,13 @@ class _CompletionWriter(Writer):
 
     def _scores(
         self, index: int, token_ids: Sequence[int], scores: Sequence[SampledToken | None]
-    ) -> dict[str, list[Any]] | None:
+    ) -> dict[str, list[Json]] | None:
         """Return the lists of scores for the next tokens, or None if they are not requested. A
         score is None if the token was not predicted (the first of a prompt)."""
         if self._body.logprobs is None:
             return None
         tokenizer = self._context.tokenizer
-        written: dict[str, list[Any]] = {
+        written: dict[str, list[Json]] = {
             name: [] for name in ("tokens", "token_logprobs", "top_logprobs", "text_offset")
         }
         for token_id, score in zip(token_ids, scores, strict=False):

@@ -18,7 +18,7 @@ import numpy as np
 from starlette.requests import Request
 from starlette.responses import Response
 
-from engine.errors import JsonObject
+from engine.errors import Json, JsonObject
 from engine.requests.chat_prompt import said_by
 from engine.server.bodies import APIError, json_response, quoted
 from engine.server.schemas import ChatRequest, Message
@@ -30,6 +30,7 @@ from hybridcache.api import Losses
 from hybridcache.geometry.units import counted
 from hybridcache.tokens import common_prefix_len
 
+Entries = Sequence[Mapping[str, Json]]
 ENTRY_BYTES = 512
 """Approximate size of a chat without its tokens and messages."""
 NEAREST = 64
@@ -113,14 +114,14 @@ class AnsweredChat:
     answer_id: str
     namespace: str | None
     sent: Sequence[Message]
-    tools: Sequence[Mapping[str, Any]]
-    variables: Mapping[str, Any] | None
+    tools: Entries
+    variables: Mapping[str, Json] | None
     tokens: np.ndarray
     """Prompt and answer, int32[n]."""
     prompt_len: int
     cached_len: int
     losses: Losses
-    message: Mapping[str, Any]
+    message: Mapping[str, Json]
     """The answer as a message."""
     began_s: float
     ended_s: float
@@ -162,7 +163,7 @@ class Explanations:
         call: Call,
         body: ChatRequest,
         output: RequestOutput,
-        message: Mapping[str, Any],
+        message: Mapping[str, Json],
     ) -> None:
         """Store a chat with its first answer, as output and as ``message``. O(tokens)."""
         if output.losses is None:
@@ -409,15 +410,13 @@ def _continues(earlier: AnsweredChat, later: AnsweredChat) -> bool:
     return num_common > 1 or len(new) > num_common == len(old) == 1
 
 
-def _common_len(old: Sequence[Any], new: Sequence[Any]) -> int:
+def _common_len(old: Sequence[object], new: Sequence[object]) -> int:
     """Return the number of equal entries at the beginning of both."""
     pairs = enumerate(zip(old, new, strict=False))
     return next((i for i, (a, b) in pairs if a != b), min(len(old), len(new)))
 
 
-def _path(
-    name: str, old: Sequence[Mapping[str, Any]], new: Sequence[Mapping[str, Any]], skipped: int = 0
-) -> str | None:
+def _path(name: str, old: Entries, new: Entries, skipped: int = 0) -> str | None:
     """Return the first entry that differs, or None if all are equal; of a message that both have,
     also its field."""
     olds, news = [*map(_fields, old)], [*map(_fields, new)]
@@ -432,7 +431,7 @@ def _path(
     return f"{path}.{next(differs)}"
 
 
-def _fields(value: Mapping[str, Any]) -> dict[str, str]:
+def _fields(value: Mapping[str, Json]) -> dict[str, str]:
     """Return the fields of a message, and the entries of those that are lists, as JSON in the order
     in which a template prints them. Empty fields are left out."""
     fields: dict[str, str] = {}

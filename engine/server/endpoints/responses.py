@@ -124,10 +124,9 @@ class FunctionTool(msgspec.Struct, kw_only=True, tag_field="type", tag="function
         told: JsonObject = msgspec.to_builtins(self)
         return told | {"parameters": self.parameters or {}, "strict": bool(self.strict)}
 
-    def as_tool(self, namespace: str | None = None, description: str | None = None) -> JsonObject:
-        said = "\n".join(text for text in (description, self.description) if text)
-        name = _joined(namespace, self.name)
-        return as_tool(name, said or None, self.parameters, self.strict)
+    def as_tools(self, group: str | None = None, intro: str | None = None) -> list[JsonObject]:
+        said = "\n".join(filter(None, (intro, self.description)))
+        return [as_tool(_joined(group, self.name), said or None, self.parameters, self.strict)]
 
 
 class NamespaceTool(msgspec.Struct, kw_only=True, tag_field="type", tag="namespace"):
@@ -141,6 +140,9 @@ class NamespaceTool(msgspec.Struct, kw_only=True, tag_field="type", tag="namespa
         told: JsonObject = msgspec.to_builtins(self)
         return told | {"tools": [one.as_told() for one in self.tools]}
 
+    def as_tools(self) -> list[JsonObject]:
+        return [tool for one in self.tools for tool in one.as_tools(self.name, self.description)]
+
 
 AnyTool = FunctionTool | NamespaceTool
 
@@ -151,8 +153,7 @@ class NamedFunction(Part, kw_only=True):
 
 
 class Reasoning(msgspec.Struct, kw_only=True):
-    """Reasoning options. Others are ignored: reasoning is returned unchanged, and the template
-    decides on that of earlier turns."""
+    """Reasoning options. Others are ignored: reasoning is returned unchanged."""
 
     effort: Effort | None = None
     """``reasoning_effort`` of a chat."""
@@ -187,13 +188,6 @@ class ResponsesRequest(OpenAIBody, kw_only=True):
             return [MessageItem(role="user", content=self.input)]
         return self.input
 
-    def _functions(self) -> Iterator[JsonObject]:
-        for tool in self.tools or ():
-            if isinstance(tool, FunctionTool):
-                yield tool.as_tool()
-            else:
-                yield from (one.as_tool(tool.name, tool.description) for one in tool.tools)
-
     @property
     def namespaces(self) -> dict[str, tuple[str, str]]:
         """Joined name of a function -> (its namespace, its name)."""
@@ -210,7 +204,7 @@ class ResponsesRequest(OpenAIBody, kw_only=True):
         asked = self.tool_choice
         return ChatRequest(
             messages=messages,
-            tools=list(self._functions()) or None,
+            tools=[one for tool in self.tools or () for one in tool.as_tools()] or None,
             tool_choice=asked if isinstance(asked, str) else NamedTool.of(asked.name),
             parallel_tool_calls=self.parallel_tool_calls,
             max_completion_tokens=self.max_output_tokens,
@@ -298,8 +292,7 @@ ITEM_FACTOR = 4
 
 
 class Responses:
-    """Answers requests, and stores the responses that they may continue, separately for each
-    tenant."""
+    """Answers requests, and stores the responses that requests of the same tenant may continue."""
 
     def __init__(self, context: ServingContext) -> None:
         self._context = context
@@ -308,8 +301,7 @@ class Responses:
         """Responses and the items of their output, by their ids."""
 
     async def create(self, call: Call, body: ResponsesRequest) -> Response:
-        """Answer one request. Raises APIError 400 if the response to continue, or an item that is
-        referred to, is not stored."""
+        """Answer one request. Raises APIError 400 if a response or item it names is not stored."""
         tenant, size, items = call.tenant, call.size, list[AnyItem]()
         if body.previous_response_id is not None:
             before = self._store.get((tenant, body.previous_response_id))
@@ -339,17 +331,17 @@ class Responses:
         call = replace(call, size=size)
         chat = await chat_of(call, lambda: body.as_chat(items))
 
-        def keep(response: dict[str, Any]) -> None:
+        def keep(response_id: str, output: Sequence[JsonObject], response: JsonObject) -> None:
             if body.store:
-                content, output = msgspec.json.encode(response), response["output"]
+                content = msgspec.json.encode(response)
                 parsed = msgspec.convert(output, list[AnyItem])
                 stored = StoredResponse([*items, *parsed], size + len(content), content)
                 num_bytes = ITEM_FACTOR * stored.items_bytes + len(content)
-                self._store.put((tenant, response["id"]), stored, num_bytes)
+                self._store.put((tenant, response_id), stored, num_bytes)
                 for one, item in zip(output, parsed, strict=True):
                     num_bytes = len(msgspec.json.encode(one))
                     entry = StoredItem(item, num_bytes)
-                    self._store.put((tenant, one["id"]), entry, ITEM_FACTOR * num_bytes)
+                    self._store.put((tenant, str(one["id"])), entry, ITEM_FACTOR * num_bytes)
 
         return await _ResponsesWriter(call, chat, body, keep).answer(body.stream)
 
@@ -384,9 +376,9 @@ class _ResponsesWriter(PartWriter):
         call: Call,
         chat: ChatRequest,
         body: ResponsesRequest,
-        keep: Callable[[dict[str, Any]], None],
+        keep: Callable[[str, Sequence[JsonObject], JsonObject], None],
     ) -> None:
-        """``keep`` stores the whole response."""
+        """``keep`` stores the whole response by its id, with its output."""
         super().__init__(call, chat, new_id("resp", "_"))
         self._keep, self._namespaces = keep, body.namespaces
         self._numbers = itertools.count()
@@ -444,7 +436,7 @@ class _ResponsesWriter(PartWriter):
         closing = list(self.close(is_cut))
         status = "incomplete" if is_cut else "completed"
         response = self._response(status, self._usage()) | self._answer.warned
-        self._keep(response)
+        self._keep(self.answer_id, self._output, response)
         return [*closing, response]
 
     def _response(self, status: str, usage: JsonObject | None) -> JsonObject:

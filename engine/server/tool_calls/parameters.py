@@ -12,6 +12,7 @@ from itertools import chain, islice
 from types import NoneType
 from typing import Any
 
+from engine.errors import Json
 from engine.text.answers import MAX_NAME
 from engine.text.bounded import MAX_DEPTH, read_json
 from engine.text.grammar import (
@@ -25,8 +26,7 @@ from engine.text.grammar import (
 )
 
 AS_DUMPED = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
-"""White space as written by ``json.dumps`` and chat templates, so that a call that comes back has
-the same tokens."""
+"""White space of ``json.dumps`` and chat templates: a call that comes back has the same tokens."""
 MAX_BRANCHES, MAX_STEPS = 64, 256
 """Maximum numbers of alternatives of one schema, and of schemas that are searched for them."""
 MAX_LITERAL = 1 << 16
@@ -34,7 +34,7 @@ MAX_LITERAL = 1 << 16
 UNIONS = "anyOf", "oneOf"
 UNMATCHED = {"format", "not", "if", "allOf", "$ref", "$dynamicRef"}
 """Keywords that the form with tags cannot enforce on texts."""
-KINDS: Mapping[Any, set[str]] = {
+KINDS: Mapping[type, set[str]] = {
     NoneType: {"null"},
     bool: {"boolean"},
     int: {"integer", "number"},
@@ -110,13 +110,13 @@ class Parameters:
         found = simplified(self._given)
         return found if isinstance(found, dict) else {"enum": []}
 
-    def branches(self, schema: Any) -> list[Schema]:
+    def branches(self, schema: object) -> list[Schema]:
         """Return the alternatives of ``schema``, without references and unions outside of their
         parts. Keywords that two schemas set differently are left in ``allOf``; ``oneOf`` is True
         if only one of several may match."""
         steps = iter(range(MAX_STEPS))
 
-        def search(one: Any) -> list[Schema]:
+        def search(one: object) -> list[Schema]:
             if next(steps, None) is None or one is False:
                 return []
             if not isinstance(one, Mapping):
@@ -159,7 +159,7 @@ class Parameters:
         missing = {*dict(pairs)} - {*dict(others)}
         return not required.isdisjoint(missing)
 
-    def read(self, name: str, text: str) -> tuple[Any, bool]:
+    def read(self, name: str, text: str) -> tuple[Json, bool]:
         """Return the value of an argument that is written as ``text``, and whether it has a type of
         the schema. Texts stay as they are unless the schema has only other types."""
         if name not in self._found:
@@ -315,7 +315,7 @@ def kinds_of(schema: Schema) -> set[str]:
     return found | ({"null"} if schema.get("nullable") is True else set())
 
 
-def _types(given: Any) -> list[str]:
+def _types(given: object) -> list[str]:
     """Return the names of JSON types in the value of ``type``, in lower case."""
     listed = given if isinstance(given, list) else [given]
     names = [one.lower() for one in listed if isinstance(one, str)]
@@ -328,7 +328,7 @@ def _listed(schema: Mapping[str, Any], name: str) -> list[Any]:
     return value if isinstance(value, list) else []
 
 
-def _members(schema: Schema) -> list[Any] | None:
+def _members(schema: Schema) -> list[Json] | None:
     """Return the only values that match a schema, or None if it lists none."""
     listed = schema.get("enum")
     if "const" in schema:
@@ -393,8 +393,7 @@ _CONTROLS = {code: f"\\u{code:04x}" for code in range(32)}
 
 
 def read_leniently(text: str) -> Any:
-    """Parse JSON, in whose strings a model may write line breaks and tabs as they are. Raises
-    ValueError."""
+    """Parse JSON whose strings may contain line breaks and tabs as they are. Raises ValueError."""
     try:
         return read_json(text)
     except ValueError:
@@ -413,7 +412,7 @@ def _moved(schema: Schema) -> Schema:
     return schema
 
 
-def _loosened(schema: Schema, root: Mapping[str, Any]) -> Schema:
+def _loosened(schema: Schema, root: Schema) -> Schema:
     """Return a schema without limits that the matcher refuses even if it is lenient."""
     if "$ref" in schema and not isinstance(resolved(schema["$ref"], root), Mapping | bool):
         del schema["$ref"]
@@ -443,9 +442,8 @@ def _is_matched(pattern: Any) -> bool:
 _PIECE = re.compile(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|[()|^$/\n]|[^\\\[()|^$/\n]+|.", re.DOTALL)
 
 
-def _searched(pattern: Any) -> str | None:
-    """Return an expression of whole texts in which ``pattern`` is found, or None if it has anchors
-    inside."""
+def _searched(pattern: object) -> str | None:
+    """Return an expression of whole texts that have ``pattern``, or None for anchors inside."""
     if not isinstance(pattern, str):
         return None
     options, depth = [list[str]()], 0
