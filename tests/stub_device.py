@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import threading
 import weakref
@@ -16,6 +17,7 @@ import torch
 from engine.runner.device import Device
 
 FREE_BYTES = 2**30
+signature = functools.cache(inspect.signature)
 
 
 class StubMemory:
@@ -98,7 +100,7 @@ class Launches:
         from triton._C.libtriton import native_specialize_impl
         from triton.backends.compiler import BaseBackend
 
-        bound = inspect.signature(executor.fn).bind(
+        bound = signature(executor.fn).bind(
             *args, **{k: v for k, v in kwargs.items() if k in executor.arg_names}
         )
         options = executor.fn.__globals__[executor.fn.__name__].kwargs

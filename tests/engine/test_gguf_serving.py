@@ -7,12 +7,16 @@ from pathlib import Path
 
 import gguf
 import pytest
+import torch
 
 from engine import Engine, EngineConfig, SamplingParams
 from engine.config import BUILTIN_DIR
+from engine.weights.model_config import ModelError
 from experiments import texts
 from experiments.benchmarks.gguf_files import vocabulary, write_gguf
 from experiments.gpu.models import write_checkpoint
+from tests.engine.numerics.conftest import Driver, random_tokens
+from tests.engine.numerics.test_ranks import run_ranks
 from tests.engine.test_hits_change_nothing import HYBRID
 from tests.selection import is_quick
 
@@ -71,11 +75,15 @@ def test_hits_are_exact(kind: str, settings: dict[str, object], files: dict[str,
 @pytest.mark.full("Q4_0")
 @pytest.mark.parametrize("kind", ["Q8_0", "Q4_0"])
 def test_ranks_have_whole_blocks(kind: str, files: dict[str, Path], tmp_path: Path) -> None:
-    """Hits are exact with two ranks. Blocks that they would split are refused."""
-    with pytest.raises(
-        ValueError, match="--tp would split blocks of 32 columns that share a scale"
-    ):
-        engine_of(files[kind], tp=2)
+    """Hits are exact with two ranks, as threads. Blocks that they would split are refused."""
+    tokens = random_tokens(150, 3)
+
+    def ranks(path: Path) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        config = EngineConfig(model=str(path), device="cpu", cache_gib=0.1)
+        return run_ranks(2, config, lambda runner: Driver(runner).cold_and_mixed(tokens))
+
+    with pytest.raises(ModelError, match="--tp would split blocks of 32 columns that share a scal"):
+        ranks(files[kind])
     sizes = {"hidden_size": 64, "head_dim": 32, "moe_intermediate_size": 64}
     sizes |= {"shared_expert_intermediate_size": 64, "mlp_only_layers": []}
     heads = {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_value_head_dim": 32}
@@ -83,11 +91,9 @@ def test_ranks_have_whole_blocks(kind: str, files: dict[str, Path], tmp_path: Pa
     write_checkpoint(tmp_path, config)
     path = tmp_path / f"{kind}.gguf"
     write_gguf(gguf, tmp_path, path, kind, vocabulary(BUILTIN_DIR, "gpt-2"))
-    engine = engine_of(path, tp=2)
-    cold, hit = (engine.generate([BEGINNING], GREEDY)[0] for _ in range(2))
-    engine.close()
-    assert cold.cached_len == 0 and hit.cached_len >= 256
-    assert cold.logprobs == hit.logprobs
+    first, second = ranks(path)
+    assert all(map(torch.equal, first, second))
+    assert torch.equal(first[1][1:], first[0][64:])
 
 
 def test_a_store_belongs_to_one_file(files: dict[str, Path], tmp_path: Path) -> None:

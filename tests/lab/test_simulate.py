@@ -700,21 +700,6 @@ def test_record_contains_the_tiers_of_each_run() -> None:
     assert RunResult.from_record(ours.as_record()) == ours
 
 
-if __name__ == "__main__":
-    # One line per competitor, so that the diff of a change is easy to read.
-    for memory, path in GOLDEN_FILES.items():
-        rows = [
-            f" {json.dumps(trace)}: {{\n"
-            + ",\n".join(
-                f"  {json.dumps(label)}: {hits}"
-                for label, hits in golden_hits(trace, memory).items()
-            )
-            + "\n }"
-            for trace in GOLDEN_TRACES
-        ]
-        path.write_text("{\n" + ",\n".join(rows) + "\n}\n")
-
-
 def test_seeds_of_a_replay_are_draws_of_the_trace_and_units_of_its_intervals() -> None:
     settings = {"gib": [0.5], "policy": "lru", "progress": False}
     result = simulate("short?head=60", seeds=(3, 5, 7, 8, 9), optimum=True, **settings)
@@ -747,3 +732,18 @@ def test_drawn_arrivals_are_said_in_the_table_and_in_the_record(tmp_path: Path) 
         assert f"arrivals: {drawn} (--seeds draws others)" in result.table()
         assert result.to_dicts()[0]["arrivals"] == drawn
     assert "arrivals" not in simulate("short?head=9", gib=1, progress=False).to_dicts()[0]
+
+
+if __name__ == "__main__":
+    # One line per competitor, so that the diff of a change is easy to read.
+    for memory, path in GOLDEN_FILES.items():
+        rows = [
+            f" {json.dumps(trace)}: {{\n"
+            + ",\n".join(
+                f"  {json.dumps(label)}: {hits}"
+                for label, hits in golden_hits(trace, memory).items()
+            )
+            + "\n }"
+            for trace in GOLDEN_TRACES
+        ]
+        path.write_text("{\n" + ",\n".join(rows) + "\n}\n")

@@ -46,8 +46,8 @@ MIXES = (
 
 def make_engine(tmp_path, shape: str = "tiny", **settings) -> Engine:
     path = write_geometry(tmp_path, SHAPES[shape])
-    settings = {"token_budget": 200, "max_running": 7, "max_model_len": 600} | settings
-    config = EngineConfig(model=path, load_format="dummy", **settings)
+    sizes = {"token_budget": 200, "max_running": 7, "max_model_len": 600, "cache_gib": 0.05}
+    config = EngineConfig(model=path, load_format="dummy", **sizes | settings)
     runner = load_runner(config)
     return Engine(config, runner=runner, sampler=Sampler())
 
@@ -87,8 +87,7 @@ def test_requests_need_no_capture_or_compilation(
     monkeypatch, tmp_path, fixed_drafts, shape, graphs, draft
 ) -> None:
     with stubbed(monkeypatch) as (device, launches):
-        memory = {"cache_gib": 0.22}
-        engine = make_engine(tmp_path, shape, graphs=graphs, draft=draft, **memory)
+        engine = make_engine(tmp_path, shape, graphs=graphs, draft=draft, cache_gib=0.22)
         num_graphs, compiled = device.counts["graphs"], set(launches.seen)
         assert compiled and (num_graphs > 0) == (graphs != "off")
         steps = []
@@ -113,7 +112,7 @@ def test_pools_leave_memory_for_graphs(monkeypatch, tmp_path, cached_mib, draft)
     the real ones, and memory that torch cached during loading counts as free."""
     with stubbed(monkeypatch) as (device, _):
         device.counts["cached MiB"] = cached_mib
-        runner = make_engine(tmp_path, draft=draft).runner
+        runner = make_engine(tmp_path, draft=draft, cache_gib=None).runner
         num_graphs = 4 + 3 * len(runner.graphs.prefills.buckets)  # Three pieces for two layers.
         if runner.graphs.verifies is not None:
             assert runner.graphs.verifies.buckets == [(size, 600) for size in (32, 16, 8, 4)]
