@@ -241,7 +241,7 @@ def quotes() -> dict[str, list[str]]:
         "experiments/results_page.md": [
             f"at most {max(ordering.values()):.2f} ms of processor time per step, and with the default policy {ordering['sessions, in debt']:.2f} ms",
             f"stop reasons add {least[0]:.1f} and {least[1]:.1f} points of hit rate in the two cells with the least memory, and cost at most {-min(claude.values()):.1f} points elsewhere",
-            f"On tau-bench the change is within noise, {min(tau.values()):.1f} to {max(tau.values()):.1f} points",
+            f"On tau-bench the change is within noise, {round(min(tau.values()), 1) + 0:.1f} to {max(tau.values()):.1f} points",
             "0.06 sessions/s the 99th percentile rises from {:.0f} to {:.0f} s".format(
                 *(p99(name, "Claude Code", 0.06) for name in ("oldest", "sessions"))
             ),

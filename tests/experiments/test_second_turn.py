@@ -48,7 +48,7 @@ READ_AGAIN: dict[str, list[int]] = {
     "dated session": [9],
     "dated turns": [9],
     "tools behind": [245, 53],
-    "scarce": [6866],
+    "scarce": [6610],
     "ended": [6354],
     "tiered": [2054],
     "long run": [2064, 45, 56],
