@@ -345,20 +345,12 @@ def origin_of(part: Part) -> str:
     """Return commit and date of a part's results. A ``+`` marks a dirty tree."""
     origin = read_record().get(part.name)
     if not origin or origin["files"] != digests(part):
-        origin = first_line(part)
-    if not origin:
-        has_outputs = any(output_path(name).exists() for name in part.outputs)
-        return "not recorded" if has_outputs else "not run"
+        written = [path for path in map(output_path, part.outputs) if path.exists()]
+        lines = [path for path in written if path.suffix == ".jsonl"]
+        if not lines:
+            return "not recorded" if written else "not run"
+        origin, _ = provenance.read_json_lines(lines[0])
     return f"{origin.get('commit') or 'no commit'}, {origin['date'][:10]}"
-
-
-def first_line(part: Part) -> dict[str, Any] | None:
-    """Return the provenance in the first result file, or None if no result file exists."""
-    for name in part.outputs:
-        path = output_path(name)
-        if path.suffix == ".jsonl" and path.exists():
-            return provenance.read_json_lines(path)[0]
-    return None
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
