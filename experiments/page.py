@@ -454,12 +454,6 @@ class Dots:
     least: float = -1
     """Least absolute value of the first series that is drawn."""
 
-    def describe(self, table: Table) -> str:
-        """Return a sentence for those who do not see the figure."""
-        rows = ", ".join(table.columns[i].name for i in self.names)
-        series = f" ({'; '.join(self.series)})" if len(self.series) > 1 else ""
-        return f"Figure of {self.axis}, by {rows}{series}."
-
     def rows(self, table: Table) -> list[tuple[str, list[Interval], str]]:
         """Return name, values and written first value of each drawn row."""
         places = [table.place(name) for name in self.series.values()]
@@ -528,15 +522,9 @@ class Curves:
     column: str
     """Column with one number per series."""
     series: Sequence[str]
-    axes: tuple[str, str]
+    x_axis: str
+    axis: str
     log_y: bool = True
-
-    def describe(self, table: Table) -> str:
-        """Return a sentence for those who do not see the figure."""
-        series = "; ".join(self.series)
-        return (
-            f"Figure of {self.axes[1]} over {self.axes[0]}, by {table.columns[0].name} ({series})."
-        )
 
     def draw(self, table: Table) -> Figure:
         """Return the figure."""
@@ -546,7 +534,7 @@ class Curves:
             panel = lines.setdefault(str(row[0]), [[] for _ in self.series])
             for line, y in zip(panel, figures, strict=True):
                 line.append((x.mean, y.mean, y.mean, y.mean))
-        return panel_lines(lines, self.series, self.axes, log_y=self.log_y)
+        return panel_lines(lines, self.series, (self.x_axis, self.axis), log_y=self.log_y)
 
 
 def panel_lines(
@@ -597,9 +585,7 @@ class CapacityCurves:
     """Token hit rate over memory: the default pair and LRU with bands, LRU with the default
     placement, the best rebuilt system, and the bound."""
 
-    def describe(self, table: Table) -> str:
-        """Return a sentence for those who do not see the figure."""
-        return f"Figure of {HITS.head} over memory, with bands, by {table.columns[0].name}."
+    axis = HITS.head
 
     def draw(self, table: Table) -> Figure:
         """Return the figure of the traces in the table."""
@@ -619,7 +605,7 @@ class CapacityCurves:
                 rates = [cells[name, 0, gib][one] for gib in sizes]
                 lines.append(list(zip(sizes, rates, rates, rates, strict=True)))
         series += [*YARDSTICKS] * bool(cells)
-        return panel_lines(panels, series, ("memory, GiB", HITS.head))
+        return panel_lines(panels, series, ("memory, GiB", self.axis))
 
 
 def svg(figure: Figure) -> str:
@@ -901,7 +887,7 @@ SECTIONS = {
     "admission": Section(
         "admission", study("admission", admission.table), _admission,
         Curves("mean TTFT, s", ("oldest", "sessions", "best fixed limit", "best rebuilt"),
-               ("sessions/s", "mean TTFT, s")),
+               "sessions/s", "mean TTFT, s"),
     ),
     "overload": Section(
         "overload", study("overload", overload.table), _overload,
@@ -910,7 +896,7 @@ SECTIONS = {
     ),
     "tree": Section(
         "tree", tree_table, _tree,
-        Curves("match", (*VERBS, "eviction"), ("thousands", "microseconds"), log_y=False),
+        Curves("match", (*VERBS, "eviction"), "thousands", "microseconds", log_y=False),
     ),
     "closed loop": Section(
         "closed-loop", study("closed_loop", closed_loop.table),
@@ -958,7 +944,7 @@ SECTIONS = {
     ),
     "sharegpt simulated": Section(
         "sharegpt-simulated", sharegpt_simulated_table, _sharegpt_simulated,
-        Curves("survival", SHAREGPT_POLICIES, ("memory, GiB", HITS.head), log_y=False),
+        Curves("survival", SHAREGPT_POLICIES, "memory, GiB", HITS.head, log_y=False),
     ),
     "router": Section(
         "router", study("study_router", router.table), _router,
@@ -1014,11 +1000,12 @@ def render(name: str, section: Section, figures: dict[Path, str], origin: str) -
     except FileNotFoundError as error:
         return f"No results yet: `{Path(error.filename or str(error)).name}`."
     path = provenance.FIGURES / f"results_{name.replace(' ', '_')}.svg"
+    alt = f"Figure of {section.figure.axis}, by {table.columns[0].name}."
     figures[path] = svg(section.figure.draw(table))
     return "\n\n".join(
         (
             f"**{section.finding(table)}**",
-            f"![{section.figure.describe(table)}](../experiments/figures/{path.name})",
+            f"![{alt}](../experiments/figures/{path.name})",
             f"`python -m experiments.reproduce --part {section.part}` (commit {origin})",
             f"<details><summary>Table</summary>\n\n{table.markdown()}\n\n</details>",
         )

@@ -118,13 +118,15 @@ def read_parts(path: Path = PARTS_FILE) -> tuple[Part, ...]:
 # --- State of the tree and of finished parts ----------------------------------------------------
 
 
-def dirty_files() -> list[str]:
-    """Return changed or untracked files outside results, figures and the generated page.
+def dirty_files(*paths: str) -> list[str]:
+    """Return changed or untracked files of ``paths``; without any, all outside results, figures and
+    the generated page.
 
     Raises ValueError outside a clone, because results would have no commit.
     """
     try:
-        command = ["git", "-C", str(ROOT), "status", "--porcelain", "--", ".", *GENERATED]
+        command = ["git", "-C", str(ROOT), "status", "--porcelain", "--"]
+        command += paths or (".", *GENERATED)
         done = subprocess.run(command, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError) as error:
         raise ValueError(f"{ROOT} is not a git clone, so results would have no commit") from error
@@ -239,9 +241,7 @@ def changed_outputs(part: Part) -> list[str]:
     if read_record().get(part.name, {}).get("files") == digests(part):
         return []
     paths = [str(output_path(name)) for name in part.outputs if output_path(name).exists()]
-    command = ["git", "-C", str(ROOT), "status", "--porcelain", "--", *paths]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    return [line[3:] for line in done.stdout.splitlines()] if paths else []
+    return dirty_files(*paths) if paths else []
 
 
 def compare(parts: Sequence[Part], folder: Path) -> int:
@@ -345,20 +345,12 @@ def origin_of(part: Part) -> str:
     """Return commit and date of a part's results. A ``+`` marks a dirty tree."""
     origin = read_record().get(part.name)
     if not origin or origin["files"] != digests(part):
-        origin = first_line(part)
-    if not origin:
-        has_outputs = any(output_path(name).exists() for name in part.outputs)
-        return "not recorded" if has_outputs else "not run"
+        written = [path for path in map(output_path, part.outputs) if path.exists()]
+        lines = [path for path in written if path.suffix == ".jsonl"]
+        if not lines:
+            return "not recorded" if written else "not run"
+        origin, _ = provenance.read_json_lines(lines[0])
     return f"{origin.get('commit') or 'no commit'}, {origin['date'][:10]}"
-
-
-def first_line(part: Part) -> dict[str, Any] | None:
-    """Return the provenance in the first result file, or None if no result file exists."""
-    for name in part.outputs:
-        path = output_path(name)
-        if path.suffix == ".jsonl" and path.exists():
-            return provenance.read_json_lines(path)[0]
-    return None
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

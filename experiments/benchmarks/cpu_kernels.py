@@ -23,7 +23,7 @@ import torch
 from tqdm import tqdm
 
 from experiments.benchmarks.timing import Call, medians
-from experiments.studies.common import keep, positive, show
+from experiments.studies.common import keep, plain_table, positive
 from kernels.linear import native as linear
 from kernels.linear import prepacked, reference
 from kernels.linear.blocks import GGML_TYPES
@@ -194,7 +194,7 @@ def main() -> None:
     settings = {"outputs": OUTPUTS, "inputs": INPUTS, "kernels": kernel_choices()}
     keep("bench_cpu_kernels", [*found, *times], settings)
     for lines in (found, times):
-        show(lines)
+        print(plain_table(lines))
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ from engine.schedule.scheduler import Batch, Segment
 from experiments.benchmarks import llama_cpp as rival
 from experiments.benchmarks.gguf_files import write_gguf
 from experiments.benchmarks.timing import Call, alternate, ratio_spread
-from experiments.studies.common import keep, positive, show
+from experiments.studies.common import keep, plain_table, positive
 
 NUM_SLOTS = 9
 """Number of state slots that are used, from the first on."""
@@ -289,7 +289,7 @@ def main() -> None:
                     results += eight_bits(size, directory)
     facts = {"threads": args.threads, "llama_cpp": modules[0].__version__}
     keep("bench_llama", [*(facts | found for found in results), *crashes])
-    show(results)
+    print(plain_table(results))
     for found in crashes:
         print(f"{found['size']} {found['dtype']}: {found['failure']}")
 

@@ -28,7 +28,7 @@ from engine.schedule.report import StepReport
 from engine.schedule.scheduler import Batch
 from engine.text.tokenizer import HFTokenizer
 from engine.worker.process_channel import Sockets
-from experiments.studies.common import keep, positive, show
+from experiments.studies.common import keep, plain_table, positive
 from hybridcache import CacheConfig, Lease, LeaseRequest, ModelGeometry, build_prefix_cache
 from hybridcache.lab.simulation.closed_loop import SimulatedRequest, Turn
 from hybridcache.policies.admission import SessionGate
@@ -187,8 +187,7 @@ def main() -> None:
             for kind, sampling in SAMPLINGS.items()
             for count in (1, 8, 64, 256)
         ]
-    show(records)
-    keep(name, records)
+    keep(name, records, table=plain_table)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from typing import Any
 from tqdm import tqdm
 
 from experiments.benchmarks.timing import alternate
-from experiments.studies.common import STATIC_PLACEMENT, keep, show
+from experiments.studies.common import STATIC_PLACEMENT, keep, plain_table
 from hybridcache.lab.generators import GENERATORS
 from hybridcache.lab.scenario import Scenario
 from hybridcache.lab.simulation.grid import collect_seldom
@@ -60,8 +60,7 @@ def main() -> None:
     parser.parse_args()
     collect_seldom()
     records = [compare(*item) for item in tqdm(PRESSED_GIB.items(), unit=" traces", disable=None)]
-    keep("bench_simulate_default", records)
-    show(records)
+    keep("bench_simulate_default", records, table=plain_table)
 
 
 if __name__ == "__main__":

@@ -40,8 +40,7 @@ def main() -> None:
             for record in found:
                 record |= bands.get(record["label"], {})
     lines = [record for found in records for record in found]
-    common.keep("study_capacity", lines)
-    common.show(lines)
+    common.keep("study_capacity", lines, table=common.plain_table)
 
 
 def competitors(name: str) -> list[dict[str, Any]]:

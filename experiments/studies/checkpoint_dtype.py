@@ -34,7 +34,7 @@ from engine.runner.sampler import Sampler
 from engine.schedule.scheduler import Batch, Segment
 from engine.text.tokenizer import HFTokenizer
 from experiments import texts
-from experiments.studies.common import keep, show
+from experiments.studies.common import keep, plain_table
 
 GROUPS = ("head", "row", "column")
 DTYPES = ("auto", "bfloat16", *(f"{kind}:{of}" for kind in ("int8", "fp8") for of in GROUPS))
@@ -219,8 +219,8 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_grad_enabled(False)
     records = family_costs() if options.families else costs()
-    show(records)
-    keep(f"study_checkpoint_{'families' if options.families else 'dtype'}", records)
+    name = f"study_checkpoint_{'families' if options.families else 'dtype'}"
+    keep(name, records, table=plain_table)
 
 
 if __name__ == "__main__":

@@ -250,8 +250,7 @@ def run_study(
 ) -> None:
     """Measure all jobs, write their records into the result file ``name``, and print the table."""
     records = [record for found in measured(work, jobs, processes) for record in found]
-    keep(name, records)
-    print(table(records))
+    keep(name, records, table=table)
 
 
 def grouped(records: Records, *names: str) -> dict[Any, list[Mapping[str, Any]]]:
@@ -272,14 +271,21 @@ def rounded(value: Any) -> Any:
     return [rounded(part) for part in value] if isinstance(value, list) else value
 
 
-def keep(name: str, records: Records, settings: Mapping[str, Any] | None = None) -> Path:
-    """Write records into the result file ``name`` and print its path. Ends the process without any
-    record: earlier results are better."""
+def keep(
+    name: str,
+    records: Records,
+    settings: Mapping[str, Any] | None = None,
+    table: Callable[[Records], Table] | None = None,
+) -> Path:
+    """Write records into the result file ``name``, and print its path and their ``table``. Ends the
+    process without any record: earlier results are better."""
     if not records:
         raise SystemExit(f"{name} is not written: no trace is in {' or '.join(map(str, DATA))}.")
     path = provenance.WRITTEN / f"{name}.jsonl"
     write_json_lines(path, records, settings)
     print(path)
+    if table:
+        print(table(records))
     return path
 
 
@@ -291,9 +297,3 @@ def plain_table(records: Records) -> Table:
     return Table(
         columns, [[of if isinstance(of, float) else str(of) for of in row] for row in cells]
     )
-
-
-def show(records: Records) -> None:
-    """Print the numbers and texts of records, if there are any."""
-    if records:
-        print(plain_table(records))
