@@ -41,7 +41,7 @@ def test_word_problems_are_solved_as_in_full_precision(files: dict[str, Path]) -
     """Files of few bits solve as many problems, within 2 points, or within two problems of a short
     run."""
     rng = random.Random(7)
-    problems = [texts.few_shot(rng, 4) for _ in range(16 if is_quick() else 200)]
+    problems = [texts.few_shot(rng, 4) for _ in range(8 if is_quick() else 200)]
     solved = {}
     for kind, path in files.items():
         engine = engine_of(path, dtype="float32" if kind == "F32" else "bfloat16")
