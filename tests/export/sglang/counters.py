@@ -1,6 +1,6 @@
 """Compare the rebuilt SGLang with the counters of SGLang's own scheduler and tree, per request.
 
-python -m tests.export.sglang.counters [--requests 100] [--states 24]
+python -m tests.export.sglang.counters [--requests 100] [--states 24 8]
 
 Needs SGLang 0.5.23 (`make sglang`). Its unchanged scheduler serves the requests of generated traces
 in turn, with its own radix cache, over a model that answers as the trace says
@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import os
 import tempfile
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -72,9 +73,14 @@ def compare(num_states: int, num_requests: int) -> list[dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--requests", type=int, default=100, help="of each trace")
-    parser.add_argument("--states", type=int, default=24, help="states that the memory holds")
+    parser.add_argument(
+        "--states", type=int, nargs="+", default=[24, 8], help="sizes of the memory"
+    )
     options = parser.parse_args()
-    records = compare(options.states, options.requests)
+    # SGLang's settings are global: a process for each size.
+    with get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
+        parts = pool.starmap(compare, [(one, options.requests) for one in options.states], 1)
+    records = [record for part in parts for record in part]
     keep("sglang_counters", records, {"sglang": cpu.VERSION})
     show(records)
 
