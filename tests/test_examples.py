@@ -126,7 +126,7 @@ def test_minimal_engine_that_reserves_never_preempts(
 def test_example_eviction_policies_keep_the_invariants(
     folder: pytest.MonkeyPatch, name: str
 ) -> None:
-    result = simulate("short?head=150", gib=0.5, policy=["lru", name], bound=False)
+    result = simulate("short?head=150", gib=0.4, policy=["lru", name], bound=False)
     assert [run.label for run in result.runs] == ["lru", name]
     assert all(run.losses.checkpoint_evicted for run in result.runs)
     assert len({run.cached_tokens for run in result.runs}) == 2, "same evictions as LRU"
