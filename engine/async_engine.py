@@ -284,7 +284,8 @@ class RequestStream:
         return output
 
     def abort(self, reason: FinishReason = "abort", request_id: str | None = None) -> None:
-        """End all requests, or one, before the next step, unless they have ended."""
+        """End all requests, or one, with ``reason``; their memory is free before the next step.
+        Does nothing for those that have ended."""
         for each in tuple(self._open) if request_id is None else self._open & {request_id}:
             self._open.discard(each)
             self._on_abort(each, reason)
@@ -389,7 +390,8 @@ class ThreadChannel(EngineChannel):
 
 
 class AsyncEngine:
-    """Submits requests to an engine in an event loop. Coroutines raise EngineStopped at its end."""
+    """Submits requests to an engine, and follows their outputs, in one event loop. Coroutines raise
+    EngineStopped after the engine's end."""
 
     def __init__(self, served: Engine | EngineChannel) -> None:
         """Serve an engine in a thread of this process, or connect to the one behind a channel."""
@@ -434,7 +436,8 @@ class AsyncEngine:
         return self.submit_valid(self._intake.validate(spec, time.perf_counter()))
 
     def submit_valid(self, spec: RequestSpec, stream: RequestStream | None = None) -> RequestStream:
-        """Queue a complete, checked request, and return its outputs, in the reader's ``stream``."""
+        """Queue a complete request that was checked, and return its outputs. ``stream`` has those
+        of the reader's other requests."""
         if not self._is_open:
             raise EngineStopped(self.failure or STOPPING)
         request_id = spec.request_id

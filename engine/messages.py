@@ -113,7 +113,8 @@ class Exactness(msgspec.Struct, frozen=True):
 
 
 class EngineFacts(EngineMessage, frozen=True):
-    """Facts about a loaded engine for its front end. The first message of a process."""
+    """Facts about an engine for its front end. The first message of a process: the model is
+    loaded."""
 
     vocab_size: int
     max_model_len: int

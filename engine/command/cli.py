@@ -132,7 +132,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser(arguments: Sequence[str]) -> Parser:
-    """Return the parser, in which only verbs of ``arguments`` have flags: these import much."""
+    """Return the parser of ``arguments``. Verbs that are not named there lack their flags, which
+    may need packages that are not installed."""
     parser = Parser(
         prog="engine",
         description="Inference with a prefix cache for hybrid models: KV and recurrent state in "

@@ -114,7 +114,8 @@ def plan_pieces(
 
 
 def _parts(name: str, tensor: torch.Tensor) -> list[FilePiece]:
-    """Return the tensor, or the projections of each expert, with gate and up in one in Granite."""
+    """Return the tensor itself, or each expert's gate, up and down projection of a stacked one.
+    Gate and up stay together in Granite's."""
     stacked = STACKED.fullmatch(name)
     if stacked is None or tensor.dim() != 3:
         return [FilePiece(name, tensor)]
@@ -155,7 +156,8 @@ SCHEMES: dict[Precision, Written] = {
     "int4": PackedScheme(Grouped(4, 32), False),
     "int4-128": PackedScheme(Grouped(4, 128), False),
 }
-"""Formats to write: compressed-tensors' W8A8 and W4A16, and the fp8 of DeepSeek and Qwen."""
+"""Formats that are written: compressed-tensors' W8A8 and W4A16, and the fp8 layout of DeepSeek and
+Qwen."""
 WEIGHT_SUFFIXES = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pt")
 """Endings of files that are not copied, in addition to config.json."""
 
@@ -227,7 +229,8 @@ def _table(pieces: Sequence[FilePiece]) -> Iterator[str]:
 
 
 def _write(pieces: Sequence[FilePiece], directory: Path) -> int:
-    """Write all pieces in files with Hugging Face's names, and return the number of files."""
+    """Write all pieces, in files that are named as Hugging Face names them, and return the number
+    of files."""
     named, weight_map = {piece.name: piece for piece in pieces}, dict[str, str]()
     split = split_state_dict_into_shards_factory(
         named,

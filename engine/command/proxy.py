@@ -342,7 +342,8 @@ class Proxy:
 
 
 async def _answer(answer: httpx.Response, exchange: Exchange | None, send: Send) -> None:
-    """Send ``answer`` as it arrives, without an end if it is aborted upstream."""
+    """Send ``answer`` as it arrives. An answer that is aborted upstream gets no end, so that
+    clients see that it is incomplete."""
     headers = [(name.lower(), value) for name, value in answer.headers.raw]
     kept = [pair for pair in headers if pair[0] not in CONNECTION]
     await send({"type": "http.response.start", "status": answer.status_code, "headers": kept})

@@ -70,7 +70,8 @@ class SampledTurn:
 
 
 class Replay:
-    """Sampled answers in ``limit_bytes``, by tenant and digest of the chat. Thread-safe."""
+    """Sampled answers of one server in ``limit_bytes``, by tenant and digest of the chat up to
+    them. Thread-safe."""
 
     def __init__(
         self, tokenizer: Tokenizer, limit_bytes: int, *, keeps_thinking: bool = False
@@ -163,7 +164,8 @@ class ChatPrompt:
     tokens: Tokens
     """int32[n]."""
     boundaries: PromptBoundaries
-    """Ends of the system segment, and of the parts that the next turn and a tool's result share."""
+    """End of the system segment, and the positions where the next turn, and in a tool loop the
+    prompt with the tool's result, differ."""
     is_thinking: bool = False
     """True if the prompt ends inside reasoning."""
     starts_text: bool = True
@@ -244,7 +246,8 @@ def render_chat(
         text = text[: at + len(content)]
 
     def encode(text: str, start: int = 0, known_len: int | None = None) -> Tokens:
-        """Return the tokens of ``text[start:]``, sampled ones for turns in the known part of it."""
+        """Return the tokens of ``text[start:]``, with sampled tokens in place of the turns that end
+        in the known part of it."""
         ids = list[int]()
         for span in spans:
             if start <= span.start and span.end <= (len(text) if known_len is None else known_len):
@@ -301,7 +304,8 @@ def _content(message: Message) -> str:
 
 
 def _futures(messages: Sequence[Message], with_tools: bool, thinks: bool) -> list[list[Message]]:
-    """Return possible later chats. ``thinks``: the answer may contain reasoning."""
+    """Return possible later chats that share a beginning with this one. ``thinks``: the answer may
+    contain reasoning."""
     system = list(
         itertools.takewhile(lambda message: message["role"] in ("system", "developer"), messages)
     )
@@ -365,7 +369,8 @@ def mark_control_tokens(control_tokens: Sequence[str], value: object) -> Any:
 
 
 def said_by(message: Mapping[str, object]) -> tuple[str, list[list[object]], str]:
-    """Return text, calls and reasoning of a message, equal for an answer and a client's copy."""
+    """Return text, calls and reasoning of a message in a normal form, which is equal for an answer
+    and its copy from a client."""
     calls: list[list[object]] = []
     told = message.get("tool_calls")
     for call in told if isinstance(told, Sequence) else ():

@@ -33,11 +33,13 @@ class Repeats(NamedTuple):
     ids: npt.NDArray[np.int64]
     """Each token once."""
     numbers: npt.NDArray[np.float64]
-    """``[2, n]``: factors, by which positive logits are divided, and numbers to subtract."""
+    """``[2, n]``. Positive logits are divided by the first row and negative ones multiplied by it;
+    the second row is subtracted."""
 
 
 class Ruling(NamedTuple):
-    """Changes to the logits of one draw, in the order of the fields, but the mask is last."""
+    """Changes to the logits of one draw, applied in the order of the fields but for the mask, which
+    is last."""
 
     mask: Mask | None = None
     """Allowed tokens; None if all are."""
@@ -55,7 +57,8 @@ FREE = Ruling()
 
 
 def before_draws(answer: Tokens, drafts: Tokens) -> list[Tokens]:
-    """Return the tokens before each draw: after ``answer``, and each of ``drafts``. O(answer)."""
+    """Return the tokens before each draw of a step: one draw after ``answer``, and one after each
+    of ``drafts``. O(answer)."""
     known, num_answered = np.concatenate([answer, drafts]), len(answer)
     return [known[: num_answered + place] for place in range(1 + len(drafts))]
 
@@ -85,7 +88,8 @@ class LogitRule:
         return rulings
 
     def is_done(self, answer: Tokens) -> bool:
-        """Return True if nothing can follow ``answer``. Raises GrammarError at a dead end."""
+        """Return True if nothing can follow ``answer``. Raises GrammarError if the rule cannot be
+        followed any further."""
         return False
 
 
@@ -117,7 +121,8 @@ class ReasoningBudget(LogitRule):
         self._masks = [packed([token], vocab_size) for token in self._ids]
 
     def apply(self, answer: Tokens, drafts: Tokens, rulings: Sequence[Ruling]) -> list[Ruling]:
-        """See ``LogitRule``. Grammars still exclude. O(1) per draw, at the end O(budget)."""
+        """See ``LogitRule``. Tokens excluded by a grammar stay excluded. O(1) per draw, O(budget)
+        at the end of reasoning."""
         changed = []
         for known, ruling in zip(before_draws(answer, drafts), rulings, strict=True):
             place = len(known) - self.first
@@ -206,7 +211,8 @@ class TokenCounts:
         self._at = {token: at for at, token in enumerate(self.ids.tolist())}
 
     def add(self, tokens: Tokens) -> None:
-        """Count the next tokens of the answer. O(new tokens), and a copy of the distinct ones."""
+        """Count the next tokens of the answer. O(these tokens) in Python, and a copy of the
+        distinct ones."""
         new = tokens.tolist()
         unseen = [token for token in dict.fromkeys(new) if token not in self._at]
         self._at |= {token: at for at, token in enumerate(unseen, len(self._at))}

@@ -140,7 +140,8 @@ class SamplingParams:
         return self.temperature < GREEDY_BELOW
 
     def with_seed(self, seed: int) -> SamplingParams:
-        """Return the same parameters, not checked again, with another seed, wrapped to 64 bits."""
+        """Return the same parameters with another seed, wrapped to 64 bits. Nothing is checked
+        again."""
         changed = copy(self)
         object.__setattr__(changed, "seed", (seed + 2**63) % 2**64 - 2**63)
         return changed
@@ -222,7 +223,8 @@ class RequestSpec(Struct, frozen=True, array_like=True, tag=True, eq=False):
     request_id: str | None = None
     """Id of the request, or None to generate one."""
     choice_of: str | None = None
-    """Id of the first request if this is another choice of its answer: both are one session."""
+    """Id of the first request, if this is another choice of the same answer. Admission policies
+    count both as one session."""
     grammar: Grammar | None = None
     """Grammar of the answer, or None if the answer is free."""
     is_thinking: bool = False
@@ -323,7 +325,8 @@ class Request(ScheduledRequest):
         """Pieces of the text that outputs contain."""
 
     def make_rules(self) -> None:
-        """Make the rules of the answer, in their order, for all of it. Raises GrammarError."""
+        """Make the rules of the answer, in the order in which they apply. They follow it from its
+        beginning. Raises GrammarError."""
         self._fault: tuple[int, GrammarError] | None = None
         """(draw, error) of the first draw that a grammar could not be followed to."""
         params, intake, prompt = self.params, self._intake, self.buffer[: self.prompt_len]
@@ -349,7 +352,8 @@ class Request(ScheduledRequest):
 
     @property
     def wants_scores(self) -> bool:
-        """True if every prompt position must be computed, for log-probabilities still to come."""
+        """True if prompt log-probabilities are requested and not complete, so every prompt position
+        must be computed."""
         return self.spec.prompt_logprobs is not None and len(self.scores) < self.prompt_len - 1
 
     @property

@@ -73,7 +73,8 @@ class Drafter:
 MIN_REST, MAX_REST = 16, 512
 """Minimum and maximum pause in steps, of one drafter and one request."""
 PROBE_GAP = 64
-"""Steps between two steps with probes of any request, unless one is right. A probe costs 1 to 2."""
+"""Steps between two steps with probes, over all requests and drafters, unless one is right. A probe
+costs one to two steps."""
 FIRST_LEN = 4
 MAX_IDLE = 8
 """Maximum number of steps between two calls of a drafter that found nothing."""
@@ -118,7 +119,8 @@ class DraftLength:
         return 1 if self.is_trying else self._length
 
     def at(self, step: int, probes_from: int) -> int:
-        """Return the most tokens to draft in ``step``. ``probes_from``: first step with probes."""
+        """Return the maximum number of tokens to draft in ``step``, 0 in a pause. ``probes_from``:
+        first step in which probes are allowed."""
         first = max(self.wakes, probes_from) if self.is_trying else self.wakes
         return self.length if first <= step else 0
 
@@ -247,8 +249,9 @@ class Drafting:
         return fitting
 
     def learn(self, request: Request, draft: Draft, num_accepted: int, num_new: int) -> None:
-        """Record how many tokens of ``draft`` were accepted. The answer, which may have ended in
-        the draft, got ``num_new`` tokens, of which one is not a draft."""
+        """Record how many tokens of ``draft`` were accepted. The answer, which may have ended
+        inside the draft, got ``num_new`` tokens. Counted are tokens of the answer: one of them is
+        not a draft."""
         num_drafts, source = len(draft.tokens), draft.source
         length = self._lengths[request][source]
         if length.is_trying and num_accepted:

@@ -57,7 +57,8 @@ class Segment(Struct, frozen=True):
     start: int
     """Position of the first token; in a prefill a multiple of the grid. The state at 0 is zero."""
     is_decode: bool
-    """True for one token, and its drafts, on the recurrent path; prefills take the chunked path."""
+    """True for one token, and its drafts, on the recurrent path. A prefill of one token takes the
+    chunked path, for exactness."""
     exports: tuple[tuple[int, int], ...] = ()
     """Checkpoints to save: (position on the grid in (start, end], slot)."""
     num_logits: int = 1
@@ -158,7 +159,8 @@ class Batch:
     moves: tuple[Transfer, ...] = ()
     """Moves of arena rows and transfers between tiers, in this order."""
     drawn: Pending | None = None
-    """Next token of each segment that samples, and one after each of its drafts; or None."""
+    """Drawn by the sampler: the next token of each segment that samples, and one after each of
+    its drafts; or None."""
     scores: Sequence[Pending] = ()
     """Prompt tokens with their log-probabilities, for each segment that scores."""
 
@@ -245,7 +247,8 @@ class Scheduler(StepPlanner[Request]):
         return self._verifies and self.num_in_flight > 0
 
     def abort(self, request: Request, reason: FinishReason = "abort") -> None:
-        """End ``request`` at once, in any state, and publish its tokens: clients go on from it."""
+        """End ``request`` at once, in any state, and publish the computed tokens: a client that
+        ends an answer often goes on from it."""
         if request in self.progressed:
             self.progressed.remove(request)
         if request.finish_reason is not None:

@@ -209,7 +209,8 @@ def _sendable(lines: list[bytes], source: str) -> list[bytes]:
 
 
 def _log_request(scope: Scope, status: int, is_sent: bool, began_s: float) -> None:
-    """Write the line of a request: ``status`` 0 without an answer, ``is_sent`` if it is whole."""
+    """Write the line of a request. ``status`` is 0 if the client left before the answer began;
+    ``is_sent``: it got the whole answer."""
     state, tokens = scope["state"], scope["state"].get("num_tokens")
     took_ms = 1000 * (time.perf_counter() - began_s)
     client, key = (scope.get("client") or (None,))[0], state.get("api_key")

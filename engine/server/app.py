@@ -52,7 +52,8 @@ logger = logging.getLogger(__name__)
 MAX_DESCRIPTORS = 1 << 16
 """Upper limit to which the number of descriptors is raised, if the system allows it."""
 GC_THRESHOLDS = (50_000, 20, 1000)
-"""High, as full collections stop all clients, and reference counts free nearly everything."""
+"""Objects of a long body would start full collections, each of which stops all clients. Reference
+counts free nearly everything."""
 
 
 def most_connections() -> int:

@@ -326,7 +326,8 @@ def completed(messages: list[Message]) -> list[Message]:
 
 
 def parsed_arguments(text: str) -> JsonObject:
-    """Parse arguments of a call; invalid JSON is under ``BROKEN``. Raises ValueError if too big."""
+    """Parse the arguments of a call that a model wrote; invalid JSON is returned under ``BROKEN``.
+    Raises ValueError if it is too large."""
     check_nodes(text.encode())
     try:
         value = read_json(text or "{}")

@@ -47,7 +47,8 @@ class ServingContext:
         access: Access,
         remember: Callable[[str, Call, ChatRequest, RequestOutput, Mapping[str, Json]], None],
     ) -> None:
-        """``remember`` stores a chat: answer id, call, chat, first answer as output and message."""
+        """``remember`` stores a chat: id of its answer, call, chat, first answer as output and
+        message."""
         self.engine, self.config, self.access, self.remember = engine, config, access, remember
         assert engine.tokenizer is not None, "a served engine always has a tokenizer"
         self.tokenizer = engine.tokenizer

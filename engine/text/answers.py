@@ -71,7 +71,8 @@ class Timings(NamedTuple):
     """Time from submission until it finished."""
 
     def tpot_s(self, num_output_tokens: int) -> float | None:
-        """Return the mean time per token after the first; None before two, or before the end."""
+        """Return the mean time per output token after the first, or None before two tokens or
+        before the end."""
         if self.e2e_s is None or self.ttft_s is None or num_output_tokens < 2:
             return None
         return (self.e2e_s - self.ttft_s) / (num_output_tokens - 1)
@@ -81,7 +82,8 @@ class Transferred(NamedTuple):
     """Statistics on transfers between engines for one request."""
 
     tokens: int
-    """Number of tokens of KV that were loaded; 0 if the prefix did not arrive completely."""
+    """Number of tokens of KV that were loaded into the cache. 0 if the prefix did not arrive
+    completely."""
     needed_bytes: int
     """Bytes of that KV and of its state."""
     wire_bytes: int
@@ -208,7 +210,8 @@ class RequestOutput(Struct, frozen=True, array_like=True):
 
     @property
     def prompt_logprobs(self) -> tuple[SampledToken | None, ...] | None:
-        """One per prompt token, None for the first; set from the first token on if requested."""
+        """One per prompt token, None for the first; set from the first token on if the request has
+        them."""
         return self.whole.prompt_logprobs
 
     @classmethod
@@ -228,7 +231,8 @@ class RequestOutput(Struct, frozen=True, array_like=True):
 
 
 def begin_of(text: str, mark: str) -> int:
-    """Return the first position from which the rest may begin ``mark``, or the end of the text."""
+    """Return the first position from which the rest of ``text`` may begin ``mark``; the end of the
+    text if there is none."""
     at = text.find(mark[0], max(0, len(text) - len(mark) + 1))
     while at >= 0 and not mark.startswith(text[at:]):
         at = text.find(mark[0], at + 1)
@@ -236,7 +240,8 @@ def begin_of(text: str, mark: str) -> int:
 
 
 Phase = Literal["beginning", "reasoning", "between", "text"]
-"""Part of an answer: unknown at its start, reasoning, the white space after it, and text."""
+"""Part of an answer: it is not known whether it begins with reasoning; its reasoning; the white
+space after that; its text."""
 
 
 class TextStream:
@@ -317,7 +322,8 @@ class TextStream:
         return before + certain, has_stopped
 
     def _cut(self, text: str, stops: Sequence[str]) -> tuple[str, bool]:
-        """Return the certain part of ``text`` before any of ``stops``, and whether one is there."""
+        """Return the certain part of ``text`` before one of ``stops``, and whether one was found;
+        the rest is held back."""
         stops = [stop for stop in stops if stop[0] in text]
         found = [(at, len(stop), stop) for stop in stops if (at := text.find(stop)) >= 0]
         if found:
@@ -457,7 +463,8 @@ class AnswerReader:
         return joined(events)
 
     def flush(self, is_cut: bool = False) -> list[Event]:
-        """Return the events held back. ``is_cut``: a call in progress is cut off, and so text."""
+        """Return the events held back, after the end of the text. ``is_cut``: the answer was cut
+        off, so a call in progress is text."""
         self._is_whole, self._is_cut = True, is_cut
         return self.push("")
 
@@ -493,7 +500,8 @@ class AnswerReader:
         return self._rest[: min(ends)].rstrip()
 
     def _read_reasoning(self) -> Iterator[Event | None]:
-        """Read up to ``</think>``, or to the end, without white space around the reasoning."""
+        """Read up to ``</think>``, without the white space around the reasoning and after it. An
+        answer that ends before is all reasoning."""
         while self.is_thinking:
             yield from self._read_thought((CLOSE,))
         while not self._rest.strip():
@@ -501,7 +509,8 @@ class AnswerReader:
         self._rest = self._rest.lstrip()
 
     def _read_thought(self, marks: Sequence[str]) -> Iterator[Event | None]:
-        """Read up to ``</think>``, or to the end of the text that cannot be part of ``marks``."""
+        """Read up to ``</think>``, or up to the end of the text that cannot be part of one of
+        ``marks``."""
         before, close, _ = self._rest.partition(CLOSE)
         yield from self._as_thought(before.rstrip() if close else self._certain(marks))
         if close:

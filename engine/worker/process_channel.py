@@ -135,7 +135,8 @@ def _wait_for(process: subprocess.Popen[bytes], sockets: Sockets) -> EngineFacts
 
 
 class ProcessChannel(EngineChannel):
-    """Connection to an engine in a process. Any thread may call ``send`` and ``stop``."""
+    """Connection to a loaded engine in a separate process, which ``drain`` ends. ``send`` and
+    ``stop`` may be called from any thread."""
 
     def __init__(
         self,

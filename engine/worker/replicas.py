@@ -136,7 +136,8 @@ class EngineReplica:
                 stream.abort()
 
     async def events(self) -> AsyncIterator[EventBatch]:
-        """Yield the cache, then its changes as they occur, for one reader, until it ends."""
+        """Yield the changes of the cache as they occur, for one reader, until the engine ends. The
+        first batch describes the whole cache."""
         self._loop = asyncio.get_running_loop()
         due = 0
         while self._async.is_alive:
@@ -248,7 +249,8 @@ class Progress:
         self._last = RequestOutput(request_id)
 
     def add(self, output: RequestOutput) -> RequestOutput | None:
-        """Return the new part of the next output, or None if a repeated token differs. O(new)."""
+        """Return the new part of the next output, or None if a repeated token is another one.
+        O(new tokens)."""
         tokens, text = output.new_token_ids, output.new_text
         start = output.num_tokens - len(tokens)
         repeated = self._tokens[start : start + len(tokens)]
@@ -275,7 +277,8 @@ class Progress:
 
 
 class FleetChannel(EngineChannel):
-    """Connection to several engines, for one event loop, but for ``stop`` and ``Compile``."""
+    """Connection to several engines. Belongs to one event loop, except ``stop`` and messages to
+    compile."""
 
     def __init__(
         self,
@@ -374,7 +377,8 @@ class FleetChannel(EngineChannel):
         request.task = self._run(self._follow_answer(request))
 
     async def _abort(self, message: Abort) -> None:
-        """End a request; unless the client left, in its replica, which sends the last output."""
+        """End a request. Unless the client left, its replica ends it, so that both count the same
+        reason and its last output is sent."""
         request = self._requests.get(message.request_id)
         if request is None:
             return
@@ -545,7 +549,8 @@ def _cause(error: Exception) -> str:
 
 
 class RayFleet:
-    """Starts and ends replicas on a Ray cluster: remote actors of ``EngineReplica``."""
+    """Starts and ends replicas on a Ray cluster: actors of ``EngineReplica``, whose methods are
+    called with ``remote``."""
 
     def __init__(self, config: EngineConfig, settings: ServerConfig) -> None:
         """Join or start a cluster. Raises ValueError if it is too small or does not respond."""
@@ -573,7 +578,8 @@ class RayFleet:
         return replica
 
     def facts(self, replicas: Iterable[Actor], address: str) -> Facts:
-        """Wait until all ``replicas`` have loaded their models; return the first one's facts."""
+        """Wait until all ``replicas`` have loaded their models, and return the facts of the
+        first."""
         loading = [replica.facts.remote(address) for replica in replicas]
         found: Facts = self._ray.get(loading, timeout=START_S)[0]
         return found

@@ -17,7 +17,8 @@ BOOT = (
     "import gc, json, sys; gc.disable(); sys.path[:] = json.loads(sys.argv[1]); "
     "from engine.worker.process_channel import main, leave; leave(main(*sys.argv[2:]))"
 )
-"""Code of the process. ``main`` enables collections, which would slow down torch's import."""
+"""Code of the process. Collections would traverse the objects of torch again and again while it is
+imported; ``main`` enables them."""
 ENDING = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
 """Signals that end a server. A terminal sends them to all of its processes."""
 MAX_FOLDER_BYTES = 80

@@ -1,1 +1,2 @@
-"""Endpoints of the server, one subject per file. Dialects import ``chat``, and no other."""
+"""Endpoints of the server, one dialect or subject in each file. They import no other endpoint but
+``chat``, which dialects translate to."""

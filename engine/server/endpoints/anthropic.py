@@ -50,7 +50,8 @@ CHOICES: dict[str, Choice] = {"auto": "auto", "any": "required", "none": "none"}
 
 
 class Thinking(msgspec.Struct, kw_only=True, tag_field="type", tag="thinking"):
-    """Thinking of an earlier answer, with an unchecked signature: clients may write their own."""
+    """Thinking of an earlier answer. Its signature is not checked, because clients may write
+    thinking themselves."""
 
     thinking: str
 
@@ -69,7 +70,8 @@ class ToolResult(msgspec.Struct, kw_only=True, tag_field="type", tag="tool_resul
     cache_control: CacheControl | None = None
 
     def as_message(self) -> Message:
-        """Return the tool message. Its text tells of a failure, which templates do not support."""
+        """Return the tool message. Templates do not support failed tools, so the failure is added
+        to the text."""
         content = self.content or ""
         parts = [TextPart(text=content)] if isinstance(content, str) else content
         if self.is_error and not (parts and parts[0].text.lower().startswith("error")):
@@ -207,7 +209,8 @@ class CountRequest(Body, kw_only=True):
         return any(getattr(one, "cache_control", None) is not None for one in ends)
 
     def as_chat(self, **sampling: Any) -> ChatRequest:
-        """Return the chat with fields ``sampling``. Raises ValueError for a field. O(blocks)."""
+        """Return the chat request, with the fields ``sampling``. Raises ValueError if a field is
+        not supported. O(blocks)."""
         system = [TextPart(text=self.system)] if isinstance(self.system, str) else self.system
         parts = [one for one in system or () if not one.text.startswith(BILLING)]
         messages = [Message(role="system", content=parts)] if parts else []
@@ -323,7 +326,8 @@ class _MessagesWriter(PartWriter):
         }
 
     def _ending(self) -> JsonObject:
-        """Return the reason of the end, the stop sequence and a warning, if any. O(tokens)."""
+        """Return the reason of the end, and a warning if there is one. The stop sequence that ended
+        the answer follows its text. O(tokens)."""
         finish, output = self._answer.finish, self._answer.output
         reason, stop = REASONS.get(finish, "end_turn"), None
         if finish == "length" and len(output.output) < self._given.max_tokens:

@@ -234,7 +234,8 @@ def as_tool(name: str, description: str | None, schema: Json, strict: bool | Non
 
 
 async def chat_of(call: Call, convert: Callable[[], ChatRequest]) -> ChatRequest:
-    """Return the chat of another dialect's body. Raises APIError 400 for an unsupported field."""
+    """Return the chat that the body of another dialect means. Raises APIError 400 if one of its
+    fields is not supported."""
     try:
         return await run(call.size, convert)
     except ValueError as error:

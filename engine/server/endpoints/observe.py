@@ -37,12 +37,14 @@ HEADERS = {
 
 
 class Page:
-    """Serves the page, which is public. The data that it reads require the operator's key."""
+    """Serves the page. The page itself holds no data and is public; its data require the operator's
+    key."""
 
     def __init__(self, context: ServingContext, num_replicas: int) -> None:
         self._context, self._num_replicas = context, num_replicas
         self._views: list[tuple[int, int]] = []
-        """View of each reader with the number of its replica, 1 on other servers."""
+        """View of each reader with the number of its replica; 1 is the only engine of other
+        servers."""
         self._is_closed = False
 
     def routes(self) -> list[Route]:

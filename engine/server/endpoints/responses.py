@@ -153,7 +153,8 @@ class NamedFunction(Part, kw_only=True):
 
 
 class Reasoning(msgspec.Struct, kw_only=True):
-    """Reasoning options. Others are ignored: reasoning is returned unchanged."""
+    """Reasoning options. Others are ignored: reasoning is returned unchanged, and the template
+    decides on that of earlier turns."""
 
     effort: Effort | None = None
     """``reasoning_effort`` of a chat."""
@@ -301,7 +302,8 @@ class Responses:
         """Responses and the items of their output, by their ids."""
 
     async def create(self, call: Call, body: ResponsesRequest) -> Response:
-        """Answer one request. Raises APIError 400 if a response or item it names is not stored."""
+        """Answer one request. Raises APIError 400 if the response to continue, or an item that is
+        referred to, is not stored."""
         tenant, size, items = call.tenant, call.size, list[AnyItem]()
         if body.previous_response_id is not None:
             before = self._store.get((tenant, body.previous_response_id))

@@ -20,7 +20,8 @@ from engine.text.grammar import Grammar, GrammarError, quoted
 from engine.text.tokenizer import CALL_CLOSE, CALL_OPEN, CLOSE, OPEN, ChatTemplate, any_of
 
 MAX_RETRIES = 8
-"""Maximum number of broken calls of an answer that are searched again: reading it stays linear."""
+"""Maximum number of broken calls of an answer that are searched for calls again, so that an answer
+is read in linear time."""
 GROWTH = 1.125
 """Factor by which a call must grow before it is parsed again, after as many further times, so that
 it is read in linear time."""
@@ -55,7 +56,8 @@ class Form(ABC):
     ENDS: tuple[str, ...]
     """Texts with which a call begins, and may end."""
     CALLS: tuple[str, ...]
-    """Rules of Lark: ``calls`` is a call without its marks, ``function`` any of the functions."""
+    """Rules of Lark: ``calls`` is a call without the marks around it, with ``function`` for any of
+    the functions."""
 
     def __init__(
         self,
@@ -171,7 +173,8 @@ class Form(ABC):
         ]
 
     def _rules(self, functions: Sequence[Function]) -> list[str]:
-        """Return the rules of calls, with comments for errors. Raises GrammarError with a name."""
+        """Return the rules of calls, with comments that errors of their compilation quote. Raises
+        GrammarError with the name of the tool."""
         rules = [f"call_{number}" for number in range(len(functions))]
         lines = [*self.CALLS, f"function: {' | '.join(rules)}"]
         for rule, function in zip(rules, functions, strict=True):
@@ -339,8 +342,9 @@ class CallReader(AnswerReader):
     def _parse_call(
         self, start: int, at: int, stop: str | None = None
     ) -> Generator[None, None, tuple[Call | str, int]]:
-        """Return the call at ``start`` of the rest, or why there is none, and the end of the text
-        that was read. Its mark ends ``at``; ``stop`` ends the text. Yields None for more text."""
+        """Return the call at ``start`` of the rest, or the reason why there is none, and the end of
+        the text that it was read from. Its mark ends ``at``; a mark ``stop`` ends the text. Yields
+        None where more is needed."""
         form, tried, num_retries = self._form, 0, MAX_RETRIES
         closes = (CALL_CLOSE,) if self._rest.startswith(CALL_OPEN, start) else form.ENDS
         marks = *closes, *form.MARKS, *([stop] if stop else ())
@@ -437,8 +441,9 @@ class Xml(Form):
             tag(name)
 
     def parse(self, text: str, is_whole: bool = False, is_cut: bool = False) -> Call | str | None:
-        """See ``Form``. A call as the chat template writes it is read first: values may have tags.
-        Other ways of writing are read where the answer ends or the first tag shows them."""
+        """See ``Form``. A call as the chat template writes it is read first, because values may
+        contain tags. Other ways of writing are read at the end of the answer, or where the first
+        tag shows them."""
         head = _HEAD.match(text)
         if head is None:
             return None if _HEAD_BEGIN.fullmatch(text) else MALFORMED
@@ -563,7 +568,8 @@ def _read_loosely(text: str, at: int, is_end: bool) -> Arguments | str | None:
 
 
 def _is_certain(text: str, pairs: Pairs, end: int) -> bool:
-    """Return True if a call up to ``end`` of a cut answer is whole: one with tags may go on."""
+    """Return True if a call that ends at ``end`` of an answer that was cut off is whole: the call
+    of a value that has tags may go on."""
     rest = text[end:].lstrip().removeprefix(CALL_CLOSE).lstrip()
     is_next = any(mark.startswith(rest) for mark in (CALL_CLOSE, *Xml.MARKS))
     has_tags = any(mark in value for _, value in pairs for mark in Xml.MARKS)

@@ -26,7 +26,8 @@ from engine.text.grammar import (
 )
 
 AS_DUMPED = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
-"""White space of ``json.dumps`` and chat templates: a call that comes back has the same tokens."""
+"""White space as written by ``json.dumps`` and chat templates, so that a call that comes back has
+the same tokens."""
 MAX_BRANCHES, MAX_STEPS = 64, 256
 """Maximum numbers of alternatives of one schema, and of schemas that are searched for them."""
 MAX_LITERAL = 1 << 16
@@ -393,7 +394,8 @@ _CONTROLS = {code: f"\\u{code:04x}" for code in range(32)}
 
 
 def read_leniently(text: str) -> Any:
-    """Parse JSON whose strings may contain line breaks and tabs as they are. Raises ValueError."""
+    """Parse JSON, in whose strings a model may write line breaks and tabs as they are. Raises
+    ValueError."""
     try:
         return read_json(text)
     except ValueError:
