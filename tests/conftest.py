@@ -13,7 +13,9 @@ from __future__ import annotations
 import functools
 import gc
 import os
+import signal
 import ssl
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -103,3 +105,11 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
         terminalreporter.write_line(
             f"This was a representative part; `make test-all` runs {left_out:,} more cases."
         )
+
+
+@pytest.fixture
+def ctrl_c() -> Iterator[None]:
+    """SIGINT raises KeyboardInterrupt, also in a background shell that ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)

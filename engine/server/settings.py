@@ -7,10 +7,12 @@ import re
 import socket
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from engine.config import ABOVE_0, COUNT, MIB_SIZE, SECONDS, ConfigError, Limits, check_fields
-from engine.errors import JsonObject
+
+if TYPE_CHECKING:  # It imports msgspec, which commands that do not serve do without.
+    from engine.errors import JsonObject
 
 API_KEY_VARIABLE = "HYBRIDCACHE_API_KEY"
 """Name of the environment variable with an API key."""

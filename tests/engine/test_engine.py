@@ -164,6 +164,7 @@ def test_an_interrupt_leaves_the_engine_usable(monkeypatch: pytest.MonkeyPatch) 
         assert len(engine.generate([ids(100)], GREEDY)[0].token_ids) == 8
 
 
+@pytest.mark.usefixtures("ctrl_c")
 @pytest.mark.parametrize("call", ["allocate_kv", "forward", "publish"])
 def test_ctrl_c_in_a_step_is_raised_after_it_and_loses_nothing(
     call: str, monkeypatch: pytest.MonkeyPatch

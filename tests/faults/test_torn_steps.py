@@ -34,6 +34,8 @@ from tests.engine.drafted import ScriptedDrafter
 from tests.engine.test_scheduler_machine import answer, half_right, make_engine, pattern
 from tests.oracle import OracleRunner, OracleSampler
 
+pytestmark = pytest.mark.usefixtures("ctrl_c")
+
 FOLDERS = tuple(str(Path(one.__file__).parent) for one in (engine_package, hybridcache))
 SMALL = {"kv_tokens": 320, "slots": 6, "max_running": 3, "token_budget": 128, "grid": 16}
 SURVIVAL = {"eviction": "survival", "checkpoints": ("adaptive",)}

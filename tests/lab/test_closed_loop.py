@@ -495,7 +495,7 @@ def test_peers_without_hits_wait_as_long_as_a_cache_without_hits() -> None:
         )
         for number in range(40)
     ]  # fmt: skip
-    loop = {"gib": 3, "rate": 20, "max_running": 4, "progress": False}
+    loop = {"gib": 4, "rate": 20, "max_running": 4, "progress": False}
     trace = Trace("unique", 1, lambda: requests)
     [ours] = closed_loop(trace, policy="lru", checkpoints=["none"], admission="oldest", **loop).runs
     peers = closed_loop(trace, policy=(), baseline=["vllm", "sglang", "marconi-static"], **loop)
