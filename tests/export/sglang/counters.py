@@ -64,21 +64,17 @@ def compare(num_states: int, num_requests: int) -> list[dict[str, Any]]:
             record = {"trace": name, "states": num_states, "kv": num_rows, "requests": len(hits)}
             rates = {key: 100 * float(of.sum()) / prompts for key, of in
                      (("sglang", engine), ("rebuilt", ours))}  # fmt: skip
-            record |= rates | {"other_hits": int((engine != ours).sum())}
-            records.append(rounded(record))
-            print(record, flush=True)
+            records.append(rounded(record | rates | {"other_hits": int((engine != ours).sum())}))
+            print(records[-1], flush=True)
     return records
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--requests", type=int, default=100, help="of each trace")
-    parser.add_argument(
-        "--states", type=int, nargs="+", default=[24, 8], help="sizes of the memory"
-    )
+    parser.add_argument("--states", type=int, nargs="+", default=[24, 8], help="sizes to compare")
     options = parser.parse_args()
-    # SGLang's settings are global: a process for each size.
-    with get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
+    with get_context("spawn").Pool(1, maxtasksperchild=1) as pool:  # settings are global
         parts = pool.starmap(compare, [(one, options.requests) for one in options.states], 1)
     records = [record for part in parts for record in part]
     keep("sglang_counters", records, {"sglang": cpu.VERSION})

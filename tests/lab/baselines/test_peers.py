@@ -22,8 +22,7 @@ from hybridcache.lab.baselines.protocol import Baseline, BaselineConfig, begin, 
 from hybridcache.lab.baselines.sglang import SglangCache
 from hybridcache.lab.baselines.snapshots import OllamaCache, TensorRtCache
 from hybridcache.lab.baselines.vllm import VllmCache
-from hybridcache.lab.generators import GENERATORS, conversations
-from hybridcache.lab.prefix_tree import new_root
+from hybridcache.lab.generators import GENERATORS
 from hybridcache.tokens import Tokens
 
 GIB = 1 << 30
@@ -67,20 +66,19 @@ def test_sglang_reuses_a_prefix_from_the_third_prompt_on_the_grid() -> None:
 
 
 def test_sglang_end_placement_never_reuses_a_system_prompt() -> None:
-    """Published: of 2,000 first turns, 1,986 match the KV of their system prompt, but none has a
-    state."""
     peer = sglang(placement="end")
-    root = peer.roots.setdefault(None, new_root())
-    opened: set[object] = set()
-    matched = 0
-    for request in conversations(live=8, num_conversations=60):
-        if request.session not in opened:
-            opened.add(request.session)
-            node, kv_len = peer.match(root, request.tokens[:-1])
-            assert node.depth == 0
-            matched += kv_len >= 500
-        replay(peer, request.tokens, request.output)
-    assert (len(opened), matched) == (60, 60 - 16)
+    assert repeated_hits(peer, text(0, 1500)) == [0] * 6
+    node, kv_len = peer.match(peer.roots[None], text(0, 1500))
+    assert (node.depth, kv_len) == (0, 1500), "its KV is there, but no state"
+
+
+@pytest.mark.parametrize(("placement", "states"), [("extra_buffer", 3), ("end", 1)])
+def test_sglang_charges_a_running_request_all_its_states(placement: Any, states: int) -> None:
+    peer = sglang(placement=placement, num_slots=2 * (states + 2))
+    running = [peer.begin(text(seed, 300)) for seed in range(3)]
+    assert running.pop() is None and peer.held_slots == 2 * states
+    assert [session.finish(text(9, 5)) for session in running if session] == [None] * 2
+    assert peer.held_slots == 0
 
 
 def test_sglang_cap_drops_the_shallowest_states_of_a_path() -> None:
