@@ -733,7 +733,7 @@ def _learning(table: Table) -> str:
 
 
 def _admission(table: Table) -> str:
-    ratios = table.means("mean TTFT to best limit")
+    ratios = table.means("mean TTFT to best of `oldest` and limits")
     worst = table.texts()[ratios.index(max(ratios))]
     return (
         f"The mean TTFT of `sessions` is within 5 % of the best limit in "

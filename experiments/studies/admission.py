@@ -254,9 +254,9 @@ def table(records: common.Records) -> Table:
         rows.append([*row, *map(common.percent, yardsticks)])
     columns = [Column("workload"), Column("sessions/s", form="g"), Column("hits, `oldest`", "%")]
     columns += [Column("`sessions`", "%"), Column("gain", "points")]
-    every = "`oldest`, `sessions`, best limit"
+    every = "`oldest`, `sessions`, best limit on sessions"
     seconds = f"mean TTFT, s: {every}, best rebuilt system", f"p99 TTFT, s: {every}"
-    ratios = "mean TTFT to best limit", "makespan to best limit"
+    ratios = "mean TTFT to best of `oldest` and limits", "makespan to best of both"
     columns += [Column(name, form=".2f") for name in (*seconds, *ratios)]
     return Table([*columns, *common.references("{}, hits")], rows)
 

@@ -124,7 +124,7 @@ def over_seeds(records: common.Records) -> Table:
     peer, bound = (f"{name}, {whole_gib}" for name in common.YARDSTICKS[1:])
     references = zip((common.LRU_ADAPTIVE, peer, bound), common.YARDSTICKS, strict=True)
     columns = [Column(name, "%") for name in (f"{DEVICE_GIB} GiB", both, peer, f"hits: {both}")]
-    columns += [Column(name, "%", reference=of) for name, of in references]
+    columns += [Column(f"hits: {name}", "%", reference=of) for name, of in references]
     return Table([Column("trace"), *columns], rows)
 
 

@@ -496,7 +496,7 @@ def _leaderboard(options: argparse.Namespace) -> int:
     if options.results:
         print(Ranking.read(*options.results).table())
         return 0
-    if not options.policies:
+    if not options.policies and options.built_in is None:
         print("running all built-in policies: --built-in names fewer", file=sys.stderr)
     named = options.built_in
     built_in = BUILT_IN if named is None else tuple(filter(None, split_specs(named)))

@@ -272,5 +272,4 @@ ALL_NAMES = EVICTION_NAMES | LAB_NAMES
 
 def make_eviction(spec: Any) -> Callable[[], EvictionPolicy]:
     """Return a factory of the policy ``spec``, with the names of this module."""
-    entry = LAB_NAMES.get(spec) if isinstance(spec, str) else None
-    return entry.make if entry else registry.make_eviction(spec)
+    return registry.make_eviction(spec, ALL_NAMES)

@@ -88,10 +88,12 @@ def known_names(table: Mapping[str, Entry]) -> list[str]:
     return [*plain, *(f"{name}:N" for name, entry in table.items() if entry.counts)]
 
 
-def make_eviction(spec: EvictionSpec) -> Callable[[], EvictionPolicy]:
+def make_eviction(
+    spec: EvictionSpec, names: Mapping[str, Entry] = EVICTION_NAMES
+) -> Callable[[], EvictionPolicy]:
     """Return a factory of the eviction policy that ``spec`` names, makes or is. Raises ValueError
-    if the name is unknown or the class does not fit."""
-    return _maker("eviction policy", EVICTION_NAMES, spec, EvictionPolicy)
+    if it is none of ``names``, or the class does not fit."""
+    return _maker("eviction policy", names, spec, EvictionPolicy)
 
 
 def parse_placement(spec: PlacementSpec) -> PlacementPolicy:
@@ -146,7 +148,7 @@ def _maker(
     """Return the factory for a name of ``table``, ``module:Class``, or a user's object."""
     if not isinstance(spec, str):
         return factory_of(spec, protocol)
-    if table is EVICTION_NAMES and "@" in spec.rpartition(")")[2]:
+    if protocol is EvictionPolicy and "@" in spec.rpartition(")")[2]:
         raise ValueError(
             f"{what} {spec!r}: only benchmark and leaderboard take eviction@placement; here "
             "checkpoints (--checkpoints) names the placement"
