@@ -30,8 +30,9 @@ NAME = "study_ablation"
 LEARNERS = (common.DEFAULT, "lru@adaptive", "gdsf@adaptive", "lhd@adaptive", "lru@backoff")
 WINDOWS = (0, 50, 100, 200, 400)
 """First requests of the windows of the learning curve, and the end of the last."""
-BOUNDS = {"NUM_BINS", "BINS_AT_ONCE", "GENERAL_FROM"}
-"""Numbers of the modules that are no choices: sizes of arrays, and a place in a key."""
+BOUNDS = {"NUM_BINS", "BINS_AT_ONCE", "GENERAL_FROM", "SAMPLE"}
+"""Numbers of the modules that are no choices: sizes of arrays, a place in a key, and a bound of the
+cost of an eviction, which changes nothing while fewer items are candidates."""
 CONSTANTS = tuple(
     name
     for module in (placement, survival)

@@ -143,6 +143,9 @@ TIPS = frozenset({*ENDS, (REJOIN, 0)})
 """Rules of positions from which one conversation continues."""
 SHARED = frozenset({"branch", "boundary", HEAD})
 """Labels of positions that several prompts share. They are always candidates."""
+HEADER = 16
+"""Longest header of an answer, in tokens. A boundary at most this far from the end of the prompt,
+and less than a grid step or one token, is the end of that prompt, not of a shared text."""
 UNSAVED = {"_accounts", "_latest"}
 """Attributes of ``Adaptive`` that are not saved as they are."""
 Positions = tuple[tuple[int, ...], list[Placed]]
@@ -204,10 +207,10 @@ class Adaptive(PlacementPolicy):
     """Save forks and boundaries, the successor of the resumed tip, and other positions that pay.
 
     Other positions are the end of the answer, back-offs from the end of the prompt (one token and
-    4, 16, 64 … grid steps), and the *rejoin*. A boundary less than a grid step, or one token,
-    from the end of the prompt is not shared: it is where the first back-off is saved. A prompt
-    *forks* where other tokens were seen to follow. It rejoins where it continues the end of all
-    known text. A checkpoint there serves only repetitions of the same text, so it must pay.
+    4, 16, 64 … grid steps), and the *rejoin*. A boundary at the end of the prompt itself is not
+    shared: it is where the first back-off is saved. A prompt *forks* where other tokens were seen
+    to follow. It rejoins where it continues the end of all known text. A checkpoint there serves
+    only repetitions of the same text, so it must pay.
 
     A checkpoint *earns* the tokens between it and the checkpoint above if a request resumes from
     it, or would have done so without its eviction. An end earns the tokens down to the nearest
@@ -450,7 +453,7 @@ def _head(prefill: Prefill) -> Item | None:
 def _positions(prefill: Prefill) -> Positions:
     """Return the shared boundaries of ``prefill`` and its back-offs. O(log prompt)."""
     prompt_len, grid, shared = prefill.prompt_len, prefill.grid, prefill.boundaries
-    own_end = end_of_prompt(prompt_len, shared, grid - 1 or 1)
+    own_end = end_of_prompt(prompt_len, shared, min(HEADER, grid - 1) or 1)
     if own_end is not None:
         shared = shared[:-1]
     furthest = prompt_len - prefill.cached_len - grid
