@@ -31,8 +31,7 @@ LEARNERS = (common.DEFAULT, "lru@adaptive", "gdsf@adaptive", "lhd@adaptive", "lr
 WINDOWS = (0, 50, 100, 200, 400)
 """First requests of the windows of the learning curve, and the end of the last."""
 BOUNDS = {"NUM_BINS", "BINS_AT_ONCE", "GENERAL_FROM", "SAMPLE"}
-"""Numbers of the modules that are no choices: sizes of arrays, a place in a key, and a bound of the
-cost of an eviction, which changes nothing while fewer items are candidates."""
+"""Numbers that are no choices: sizes of arrays, a place in a key, a bound of an eviction's cost."""
 CONSTANTS = tuple(
     name
     for module in (placement, survival)
