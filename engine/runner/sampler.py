@@ -94,10 +94,9 @@ class Sampler:
         groups: dict[int | None, list[int]] = {}
         for row, request in enumerate(requests):
             groups.setdefault(_width(request.params, logits.shape[-1]), []).append(row)
-        most = max(1, MOST_NUMBERS // logits.shape[-1])
         for width, group in groups.items():
-            for first in range(0, len(group), most):
-                rows = group[first : first + most]
+            for part in _parts(len(group), logits.shape[-1]):
+                rows = group[part]
                 picked, chosen = _pick(scores, rows).float(), [requests[row] for row in rows]
                 if width == 0:
                     found = picked.argmax(dim=-1)

@@ -283,7 +283,8 @@ class Scheduler(StepPlanner[Request]):
         self, requests: Iterable[Request], admission: AdmissionPolicy
     ) -> tuple[Request, ...]:
         """Begin again with an empty cache after a step that may have left anything half changed.
-        ``requests``: all that were not reported as ended. Returns the interrupted ones."""
+        ``requests`` are all that have not been reported as ended. Returns those that ran and have
+        no last token."""
         known = sorted(requests, key=attrgetter("arrival"))
         going = [one for one in known if one.finish_reason is None]
         interrupted = tuple(one for one in self.running if one.finish_reason is None)

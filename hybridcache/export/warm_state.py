@@ -49,8 +49,9 @@ class Body(TypedDict):
     9. distance of the checkpoint (``Item.distance``).
     """
     labels: list[str]
-    """Label of each node's checkpoint, or empty. ``stop_reasons``: its stop reason."""
+    """Label of each node's checkpoint, or empty."""
     stop_reasons: list[str]
+    """Its stop reason, or empty."""
     tokens: Tokens
     """Tokens of all nodes, concatenated."""
     eviction: dict[str, object] | None
