@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import importlib
-import platform
 import shutil
 import subprocess
 import sys
@@ -17,7 +16,7 @@ import torch
 
 from kernels import library, native
 from kernels.attention import native as attention
-from kernels.library import COMPILERS, FLAGS, SOURCES, THIS_PROCESSOR
+from kernels.library import COMPILERS, FLAGS, LEVELS, SOURCES
 from kernels.linear import reference
 from kernels.linear.blocks import GGML_TYPES
 from kernels.linear.groups import linear_groups
@@ -28,14 +27,17 @@ from tests.kernels.test_attention import Cache
 from tests.kernels.test_groups import Decoded, draw_numbers, make, pairs_of_products
 from tests.kernels.test_scan import Scan, Sizes
 
-AMX_FLAGS = (*THIS_PROCESSOR, "-shared", "-mamx-tile", "-mamx-bf16", "-mamx-int8")
-IS_PERMITTED = native.kernel_choices()["linear_bfloat16"] == "amx"
-pytestmark = pytest.mark.skipif(
-    native.kernel_choices()["linear_bfloat16"] == "reference"
-    or sys.platform != "linux"
-    or platform.machine() != "x86_64",
-    reason="no C++ compiler, or no AVX-512",
-)
+FLAGS_OF = {level.name: level.flags for level in LEVELS if "avx512_vnni" in level.needs}
+"""Compiler flags of the levels that code with tiles builds on: it also uses AVX512_VNNI."""
+LEVEL_FLAGS = FLAGS_OF.get(library.level_name(), ())
+AMX_FLAGS = (*LEVEL_FLAGS, "-shared", "-mamx-tile", "-mamx-bf16", "-mamx-int8")
+HAS_TILES = "amx_tile" in library.instructions()
+"""True if the processor computes with tiles, whatever level is selected."""
+pytestmark = [
+    pytest.mark.skipif(sys.platform != "linux", reason="the emulator needs signals of Linux"),
+    pytest.mark.skipif(library.find_compiler() is None, reason="no C++ compiler"),
+    pytest.mark.skipif(not LEVEL_FLAGS, reason="no AVX512_VNNI, or a level without it is selected"),
+]
 SOURCES_OF = {
     "prefill_attention": "attention/native_prefill.cpp",
     "chunk_gdn": "gdn/native_chunk.cpp",
@@ -59,9 +61,11 @@ class AmxKernels:
 
     def __init__(self, folder: Path) -> None:
         self._folder, self._compiled = folder, {}
-        flags = (*THIS_PROCESSOR, "-shared")
-        self.emulator = self._compile(Path(__file__).parent / "amx_emulator.cpp", flags)
+        source = Path(__file__).parent / "amx_emulator.cpp"
+        self.emulator = self._compile(source, (*LEVEL_FLAGS, "-shared"))
         self.emulator.end_emulation.restype = ctypes.c_int64
+        self.permission = ctypes.c_int64(7)
+        self.permit_amx(ctypes.byref(self.permission))
 
     def __getattr__(self, name: str) -> Any:
         source = next((path for word, path in SOURCES_OF.items() if word in name), None)
@@ -89,18 +93,16 @@ def emulator(kernels, monkeypatch):
     """Run native functions that are compiled with AMX. Its instructions are emulated if needed."""
     monkeypatch.setattr(native, "shared_library", lambda: kernels)
     native.function.cache_clear()
-    if not IS_PERMITTED:
+    if not HAS_TILES:
         kernels.emulator.start_emulation()
     yield
     emulated = kernels.emulator.end_emulation()
     native.function.cache_clear()
-    assert IS_PERMITTED or emulated > 0
+    assert HAS_TILES or emulated > 0
 
 
 def test_permission_is_refused_without_amx(kernels) -> None:
-    answer = ctypes.c_int64(7)
-    kernels.permit_amx(ctypes.byref(answer))
-    assert answer.value == IS_PERMITTED
+    assert kernels.permission.value == HAS_TILES
 
 
 @pytest.mark.parametrize("num_threads", [1, 2])
