@@ -40,7 +40,7 @@ LINK = re.compile(r"\[([^\]\n]+)\]\(([\w./-]+\.(?:md|py|ipynb))(#[\w-]+)?\)")
 READMES = {
     ROOT / folder / "README.md": DOCS / "packages" / f"{folder.rpartition('/')[2]}.md"
     for folder in (
-        *("hybridcache", "hybridcache/lab", "hybridcache/sglang", "hybridcache/watch"),
+        *("hybridcache", "hybridcache/lab", "hybridcache/sglang", "hybridcache/adapters/watch"),
         *("engine", "kernels"),
     )
 }

@@ -27,8 +27,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import hybridcache
 import hybridcache.allocators.pools
-import hybridcache.api
 import hybridcache.policies.admission
+import hybridcache.radix.api
 import hybridcache.radix.tree
 from hybridcache.fields import FieldTexts, class_body, documented
 
@@ -125,8 +125,8 @@ def _option(action: argparse.Action, parser: argparse.ArgumentParser) -> tuple[s
 
 def cli() -> str:
     """Return every command with its options."""
-    from engine.command.cli import main as engine
-    from engine.command.flags import Set
+    from engine.front.command.cli import main as engine
+    from engine.front.command.flags import Set
     from hybridcache.lab.cli import main as laboratory
 
     parts = []
@@ -199,7 +199,7 @@ def admission() -> str:
 def metrics() -> str:
     """Return the metrics of a server whose engine has a host tier and a state folder."""
     from engine import Engine, EngineConfig
-    from engine.server.metrics import TRANSFERS, Metrics
+    from engine.front.server.metrics import TRANSFERS, Metrics
 
     with tempfile.TemporaryDirectory() as folder:
         config = EngineConfig(cache_gib=0.05, host_gib=0.05, state_dir=folder, disk_gib=0.1)
@@ -397,9 +397,9 @@ def api() -> str:
 
 STEPS = {
     "hybridcache.allocators.moves": ("Move", "Copy", "Drop", "RowWrite", "StepMemory"),
-    "hybridcache.api": ("CacheStats", "Losses", "Listener"),
-    "hybridcache.offload": ("path_of",),
-    "hybridcache.policies.protocol": ("PromptBoundaries", "LoadRule", "PolicyError"),
+    "hybridcache.radix.api": ("CacheStats", "Losses", "Listener"),
+    "hybridcache.radix.offload": ("path_of",),
+    "hybridcache.radix.protocol": ("PromptBoundaries", "LoadRule", "PolicyError"),
     "hybridcache.geometry.times": ("Exchange", "PrefillTimes"),
 }
 """Names of boundaries and results, and for an engine with an arena or tiers."""
@@ -418,19 +418,19 @@ SCHEDULING = {
 """Names for an engine that uses the scheduler."""
 
 EVENTS = {
-    "hybridcache.export.events": (
+    "hybridcache.adapters.events": (
         *("EventStream", "KVStored", "KVSplit", "KVRemoved", "CheckpointStored"),
         *("CheckpointRemoved", "Mirror", "MirrorMatch", "EventsLost"),
     ),
-    "hybridcache.routing.outbox": ("Outbox", "EventBatch"),
-    "hybridcache.routing.protocol": ("Router", "RouteRequest", "Choice", "ReplicaSpec"),
-    "hybridcache.routing.registry": ("find_router",),
+    "hybridcache.adapters.routing.outbox": ("Outbox", "EventBatch"),
+    "hybridcache.adapters.routing.protocol": ("Router", "RouteRequest", "Choice", "ReplicaSpec"),
+    "hybridcache.adapters.routing.registry": ("find_router",),
 }
 """Names that follow the changes of a cache, and choose replicas by them."""
 
 RESTART = {
-    "hybridcache.export.warm_state": ("write_memory", "pack", "unpack", "Memory"),
-    "hybridcache.tiers": ("TieredRadixCache",),
+    "hybridcache.radix.warm_state": ("write_memory", "pack", "unpack", "Memory"),
+    "hybridcache.radix.tiers": ("TieredRadixCache",),
 }
 """Names that save and restore the state of a cache."""
 
@@ -486,7 +486,7 @@ def _others(page: str) -> list[str]:
     named = set(re.findall(r"\b[A-Z]\w+", code)) - shown
     texts = []
     for module in (
-        hybridcache.api,
+        hybridcache.radix.api,
         hybridcache.allocators.pools,
         hybridcache.radix.tree,
         hybridcache.policies.admission,

@@ -16,9 +16,9 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from hybridcache import CacheConfig, Lease, LeaseRequest, build_prefix_cache, parse_placement
-from hybridcache.api import Losses
-from hybridcache.cache import HybridRadixCache
 from hybridcache.lab.figures import COLOURS, LOSSES, panels, save
+from hybridcache.radix.api import Losses
+from hybridcache.radix.cache import HybridRadixCache
 from hybridcache.radix.tree import RadixNode
 
 GRID = 64

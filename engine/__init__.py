@@ -9,18 +9,18 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from engine.async_engine import AsyncEngine as AsyncEngine
     from engine.config import ConfigError as ConfigError
     from engine.config import EngineConfig as EngineConfig
     from engine.engine import Engine as Engine
     from engine.errors import QueueFull as QueueFull
+    from engine.front.async_engine import AsyncEngine as AsyncEngine
     from engine.requests.request import RequestSpec as RequestSpec
     from engine.requests.request import SamplingParams as SamplingParams
     from engine.text.answers import RequestOutput as RequestOutput
     from engine.text.grammar import Grammar as Grammar
 
 _MODULES = {
-    "AsyncEngine": "engine.async_engine",
+    "AsyncEngine": "engine.front.async_engine",
     "ConfigError": "engine.config",
     "Engine": "engine.engine",
     "EngineConfig": "engine.config",

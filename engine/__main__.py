@@ -4,7 +4,7 @@
 def main() -> int:
     """Run the command, and return its exit code, also while its modules are imported."""
     try:
-        from engine.command import cli
+        from engine.front.command import cli
     except KeyboardInterrupt:
         return 130
     return cli.main()

@@ -34,9 +34,9 @@ from engine.text.answers import Answer, FinishReason, RequestOutput
 from engine.text.bounded import BoundedMemory
 from engine.text.grammar import Grammar, GrammarError
 from engine.weights.hub import display_name
-from hybridcache.cache import HybridRadixCache
-from hybridcache.policies.protocol import PolicyError
 from hybridcache.policies.registry import make_admission
+from hybridcache.radix.cache import HybridRadixCache
+from hybridcache.radix.protocol import PolicyError
 from hybridcache.scheduling.cache_manager import CacheManager
 from hybridcache.scheduling.loading import Loader
 from hybridcache.tokens import EMPTY as NO_TOKENS

@@ -35,15 +35,15 @@ from tqdm import tqdm
 from engine import Engine, EngineConfig, RequestOutput, SamplingParams
 from experiments.studies.common import keep, positive, published, rounded
 from hybridcache import Trace, TraceRequest, open_trace, simulate
-from hybridcache.api import Losses
 from hybridcache.geometry.model import BUILTIN
 from hybridcache.geometry.units import format_seconds
 from hybridcache.lab.report import text_table
 from hybridcache.lab.scenario import Scenario
 from hybridcache.lab.simulation.sizes import sizes
 from hybridcache.lab.traces import recognise
-from hybridcache.policies.protocol import PromptBoundaries
 from hybridcache.policies.registry import DEFAULT_EVICTION, DEFAULT_PLACEMENT
+from hybridcache.radix.api import Losses
+from hybridcache.radix.protocol import PromptBoundaries
 
 CACHES = ("none", "radix", "hybrid")
 GENERATED = "sharegpt-like?sessions=6&sessions_per_s=0.05"

@@ -15,13 +15,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 from hybridcache.allocators.moves import StepPlan
-from hybridcache.cache import HybridRadixCache
 from hybridcache.config import CacheConfig, build_prefix_cache
 from hybridcache.fields import describe_fields
-from hybridcache.lease import Lease, LeaseRequest
 from hybridcache.policies.eviction.scored import ScorePolicy
-from hybridcache.policies.protocol import EvictionPolicy, Item, Placed, PlacementPolicy, Prefill
 from hybridcache.policies.registry import parse_placement
+from hybridcache.radix.cache import HybridRadixCache
+from hybridcache.radix.lease import Lease, LeaseRequest
+from hybridcache.radix.protocol import EvictionPolicy, Item, Placed, PlacementPolicy, Prefill
 
 if TYPE_CHECKING:
     from hybridcache.geometry.model import ModelGeometry

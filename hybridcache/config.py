@@ -14,11 +14,11 @@ from hybridcache.allocators.pools import (
     SlotAllocator,
     slab_rows,
 )
-from hybridcache.cache import HybridRadixCache
 from hybridcache.policies.eviction.lru import LRU
 from hybridcache.policies.eviction.priority_classes import PriorityClasses
-from hybridcache.policies.protocol import EvictionPolicy
 from hybridcache.policies.registry import DEFAULT_EVICTION, EvictionSpec, make_eviction
+from hybridcache.radix.cache import HybridRadixCache
+from hybridcache.radix.protocol import EvictionPolicy
 from hybridcache.radix.tree import ItemBytes
 from hybridcache.tokens import require_bool, require_grid, require_index
 
@@ -71,7 +71,7 @@ class CacheConfig:
     ghost_bytes: int = 16 << 20
     """Host memory for the tokens of ghosts, bytes."""
     debug: bool = False
-    """Find misuse when it happens (``hybridcache.debug``), for tests."""
+    """Find misuse when it happens (``hybridcache.radix.debug``), for tests."""
 
     def __post_init__(self) -> None:
         for one in fields(self):
@@ -199,15 +199,15 @@ def build_on(config: CacheConfig, pages: PageAllocator, slots: SlotAllocator) ->
     if not config.tier_bytes:
         if not config.debug:
             return HybridRadixCache(pages, slots, policy, **options)
-        from hybridcache.debug import DebugCache
+        from hybridcache.radix.debug import DebugCache
 
         return DebugCache(pages, slots, policy, **options)
-    from hybridcache.offload import Tier
-    from hybridcache.tiers import TieredRadixCache
+    from hybridcache.radix.offload import Tier
+    from hybridcache.radix.tiers import TieredRadixCache
 
     kind = TieredRadixCache
     if config.debug:
-        from hybridcache.debug import DebugTieredCache as kind
+        from hybridcache.radix.debug import DebugTieredCache as kind
     cache, tiers = kind(pages, slots, policy, **options), []
     row_bytes, page_size = config.kv_bytes_per_token, config.page_size
     for name, num_bytes in config.tier_bytes.items():

@@ -23,10 +23,10 @@ from typing import Any
 import numpy as np
 
 from engine import AsyncEngine, Engine, EngineConfig, SamplingParams
-from engine.command import cli
+from engine.front.command import cli
+from engine.front.server.app import create_app
+from engine.front.server.settings import ServerConfig
 from engine.runner.backends import override_all
-from engine.server.app import create_app
-from engine.server.settings import ServerConfig
 from tests.cache.serving import hybrid, publish
 from tests.selection import ROOT
 

@@ -34,7 +34,7 @@ from typing import Any, NamedTuple
 import httpx
 import pytest
 
-from engine.command.cli import main as engine
+from engine.front.command.cli import main as engine
 from hybridcache.lab.cli import main as hybridcache
 
 COMMANDS: dict[str, Callable[[list[str]], int]] = {"engine": engine, "hybridcache": hybridcache}

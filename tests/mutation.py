@@ -48,9 +48,9 @@ GROUPS = {
         (
             "hybridcache/radix/*",
             "hybridcache/allocators/*",
-            "hybridcache/cache.py",
-            "hybridcache/offload.py",
-            "hybridcache/tiers.py",
+            "hybridcache/radix/cache.py",
+            "hybridcache/radix/offload.py",
+            "hybridcache/radix/tiers.py",
         ),
         (
             *("tests/allocators", "tests/radix", "tests/cache"),
@@ -60,7 +60,7 @@ GROUPS = {
     ),
     "requests": Group(
         (
-            "hybridcache/lease.py",
+            "hybridcache/radix/lease.py",
             "hybridcache/scheduling/*",
             "engine/schedule/scheduler.py",
         ),

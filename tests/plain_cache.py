@@ -15,8 +15,8 @@ import numpy as np
 
 from hybridcache.allocators.moves import Move
 from hybridcache.allocators.pools import ArenaAllocator, PageAllocator, SlotAllocator
-from hybridcache.api import Losses
-from hybridcache.policies.protocol import Kind
+from hybridcache.radix.api import Losses
+from hybridcache.radix.protocol import Kind
 from hybridcache.radix.tree import GHOST_NODE_BYTES, TOKEN_BYTES
 from hybridcache.tokens import Indices, Tokens
 

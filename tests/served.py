@@ -7,8 +7,8 @@ import threading
 from collections.abc import Iterator
 
 from engine import AsyncEngine, Engine
-from engine.server.app import Server
-from engine.server.settings import ServerConfig, bind
+from engine.front.server.app import Server
+from engine.front.server.settings import ServerConfig, bind
 from tests.waiting import wait_until
 
 

@@ -89,13 +89,15 @@ def test_packages_import_only_allowed_packages(package: str) -> None:
 
 NO_ROOMS = {"__init__", "__main__", "setup"}
 ORDER = {
-    "hybridcache": "command tokens radix allocators policies api offload watch cache tiers config "
-    "lease scheduling geometry export sglang routing lab",
+    "hybridcache": "command tokens fields allocators radix policies geometry config scheduling "
+    "adapters sglang lab",
+    "hybridcache/radix": "tree protocol api offload cache lease tiers warm_state debug",
     "engine": "config weights layers models errors text requests schedule messages runner "
-    "core plugins engine cache_watch async_engine server worker command",
-    "engine/server": "settings bodies transport metrics access schemas tool_calls writers "
+    "core plugins engine front",
+    "engine/front": "chat_prompt cache_watch async_engine server worker command",
+    "engine/front/server": "settings bodies transport metrics access schemas tool_calls writers "
     "endpoints app",
-    "engine/server/endpoints": "chat completions anthropic responses tokens explain observe",
+    "engine/front/server/endpoints": "chat completions anthropic responses tokens explain observe",
 }
 """Modules and folders of a package. Each imports only earlier ones: what is below the engine, above
 it and above the server is visible in the tree."""
@@ -120,8 +122,8 @@ def test_imports_inside_a_package_point_to_earlier_modules(package: str) -> None
 
 
 def test_dialects_import_no_other_endpoint_but_the_chat() -> None:
-    base = "engine.server.endpoints."
-    for file, module in imports_of("engine/server/endpoints"):
+    base = "engine.front.server.endpoints."
+    for file, module in imports_of("engine/front/server/endpoints"):
         assert not module.startswith(base) or module == f"{base}chat", (file, module)
 
 

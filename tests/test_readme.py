@@ -21,12 +21,12 @@ import hybridcache
 from engine import Engine, EngineConfig
 from engine.models import families
 from hybridcache import CacheConfig
+from hybridcache.adapters.routing.registry import ROUTERS
 from hybridcache.lab.baselines import BASELINES
 from hybridcache.lab.generators import GENERATORS
 from hybridcache.lab.report import METRICS
 from hybridcache.lab.traces import READERS, open_trace
 from hybridcache.policies.registry import ADMISSION_NAMES, EVICTION_NAMES, PLACEMENT_NAMES
-from hybridcache.routing.registry import ROUTERS
 from hybridcache.scheduling.planner import StepPlanner
 from tests import documents, served
 from tests.documents import ROOT

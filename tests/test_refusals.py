@@ -21,11 +21,11 @@ import numpy as np
 import pytest
 
 from engine import EngineConfig, SamplingParams
-from engine.command.cli import FOREIGN, _parser
-from engine.command.cli import main as engine
-from engine.command.flags import read_config
 from engine.config import BUILTIN_DIR
-from engine.server.settings import ServerConfig
+from engine.front.command.cli import FOREIGN, _parser
+from engine.front.command.cli import main as engine
+from engine.front.command.flags import read_config
+from engine.front.server.settings import ServerConfig
 from engine.weights.checkpoint import Checkpoint
 from experiments.benchmarks.gguf_files import vocabulary, write_gguf
 from hybridcache import CacheConfig, closed_loop, simulate

@@ -43,7 +43,7 @@ from engine.text.answers import (
 from engine.text.grammar import Grammar, GrammarError
 from engine.text.tokenizer import CLOSE, IdTokenizer, Tokenizer, read_json
 from hybridcache.geometry.gguf import gguf_file
-from hybridcache.policies.protocol import PromptBoundaries, require_boundaries
+from hybridcache.radix.protocol import PromptBoundaries, require_boundaries
 from hybridcache.scheduling.request import ScheduledRequest
 from hybridcache.tokens import Tokens, require_namespace
 

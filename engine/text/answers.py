@@ -19,7 +19,7 @@ from msgspec import Struct, structs
 
 from engine.errors import RequestError, WireError
 from engine.text.tokenizer import CLOSE, OPEN, StreamDecoder
-from hybridcache.api import Losses
+from hybridcache.radix.api import Losses
 
 Counts = dict[tuple[str, int], int]
 FinishReason = Literal["stop", "length", "abort", "error"]

@@ -21,19 +21,19 @@ import numpy as np
 import torch
 
 from engine import Engine, EngineConfig, SamplingParams
+from engine.front.worker.process_channel import Sockets
 from engine.messages import Outputs
 from engine.requests.request import RequestSpec
 from engine.runner.sampler import Sampler
 from engine.schedule.report import StepReport
 from engine.schedule.scheduler import Batch
 from engine.text.tokenizer import HFTokenizer
-from engine.worker.process_channel import Sockets
 from experiments.studies.common import keep, plain_table, positive
 from hybridcache import CacheConfig, Lease, LeaseRequest, ModelGeometry, build_prefix_cache
 from hybridcache.lab.simulation.closed_loop import SimulatedRequest, Turn
 from hybridcache.policies.admission import SessionGate
-from hybridcache.policies.protocol import PromptBoundaries
 from hybridcache.policies.registry import DEFAULT_PLACEMENT, make_admission, parse_placement
+from hybridcache.radix.protocol import PromptBoundaries
 from hybridcache.scheduling.cache_manager import CacheManager, MemorySizes
 from hybridcache.scheduling.planner import StepPlanner
 

@@ -43,7 +43,7 @@ from experiments.gpu.models import DENSE_2B, QWEN3_NEXT_80B, TINY, write_geometr
 from experiments.gpu.parity import Talk, converse
 from experiments.provenance import code_hash, resumed
 from hybridcache.geometry.units import GIB
-from hybridcache.policies.protocol import PromptBoundaries
+from hybridcache.radix.protocol import PromptBoundaries
 
 MAX_RUNNING = 64
 MAX_DRAFTED = 4

@@ -24,7 +24,7 @@ from hybridcache.lab.trace import Held, Trace
 from hybridcache.policies import placement
 from hybridcache.policies.eviction import survival
 from hybridcache.policies.placement import Adaptive, Positions
-from hybridcache.policies.protocol import Placed, Prefill
+from hybridcache.radix.protocol import Placed, Prefill
 
 NAME = "study_ablation"
 LEARNERS = (common.DEFAULT, "lru@adaptive", "gdsf@adaptive", "lhd@adaptive", "lru@backoff")

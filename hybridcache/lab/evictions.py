@@ -13,8 +13,8 @@ from hybridcache.policies import registry
 from hybridcache.policies.eviction.gdsf import Ageing
 from hybridcache.policies.eviction.scored import SampledPolicy
 from hybridcache.policies.eviction.sieve import BothKinds, OneQueue, Queue, QueuePolicy, Record
-from hybridcache.policies.protocol import EvictionPolicy, Item
 from hybridcache.policies.registry import EVICTION_NAMES, Entry
+from hybridcache.radix.protocol import EvictionPolicy, Item
 
 
 class Random(SampledPolicy):

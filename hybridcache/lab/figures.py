@@ -14,7 +14,6 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from hybridcache.api import Losses
 from hybridcache.geometry.units import counted
 from hybridcache.lab.report import (
     LOSSES_NOTE,
@@ -28,6 +27,7 @@ from hybridcache.lab.report import (
 )
 from hybridcache.lab.simulation.result import ClosedLoopRun, RunResult, SweepRuns
 from hybridcache.lab.traces.frame import make_folder
+from hybridcache.radix.api import Losses
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -17,6 +17,9 @@ from itertools import count
 
 import numpy as np
 
+from hybridcache.adapters.routing.outbox import Outbox
+from hybridcache.adapters.routing.protocol import ReplicaId, ReplicaSpec, RouteRequest
+from hybridcache.adapters.routing.registry import find_router
 from hybridcache.geometry.model import ModelGeometry
 from hybridcache.geometry.times import PrefillTimes, Roofline
 from hybridcache.lab.scenario import Scenario
@@ -24,9 +27,6 @@ from hybridcache.lab.simulation.grid import Plain, Stored
 from hybridcache.lab.simulation.serving import Asked, EventLoop, Replica, RequestLog
 from hybridcache.lab.simulation.target import LeaseTarget, build_target
 from hybridcache.lab.trace import Trace
-from hybridcache.routing.outbox import Outbox
-from hybridcache.routing.protocol import ReplicaId, ReplicaSpec, RouteRequest
-from hybridcache.routing.registry import find_router
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ import numpy as np
 
 from hybridcache.lab.arrivals import Starts, interleave
 from hybridcache.lab.trace import Trace, TraceRequest
-from hybridcache.policies.protocol import chat_boundaries
+from hybridcache.radix.protocol import chat_boundaries
 from hybridcache.tokens import Tokens
 
 _VOCAB = 150_000

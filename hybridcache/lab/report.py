@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Generic, TypeVar
 
-from hybridcache.api import Losses
 from hybridcache.command.parser import or_known
 from hybridcache.config import GRID
 from hybridcache.geometry.units import counted
@@ -19,6 +18,7 @@ from hybridcache.lab.scenario import MEMORIES
 from hybridcache.lab.simulation.result import ClosedLoopRun, RunResult, SweepRuns
 from hybridcache.lab.trace_stats import Summary, TraceStats
 from hybridcache.policies.registry import make_eviction, parse_placement
+from hybridcache.radix.api import Losses
 
 _Run = TypeVar("_Run", RunResult, ClosedLoopRun)
 

@@ -47,7 +47,6 @@ from hybridcache.lab.simulation.step_times import MeasuredSteps, RooflineSteps, 
 from hybridcache.lab.trace import Trace
 from hybridcache.lab.traces import open_trace
 from hybridcache.policies.admission import KEPT_S
-from hybridcache.policies.protocol import PlacementPolicy
 from hybridcache.policies.registry import (
     ADMISSION_NAMES,
     DEFAULT_EVICTION,
@@ -61,6 +60,7 @@ from hybridcache.policies.registry import (
     split_specs,
 )
 from hybridcache.policies.user import OwnPolicy, import_module, own_policy
+from hybridcache.radix.protocol import PlacementPolicy
 
 ALL = "all"
 GIB_SPEC = "2:200:15"

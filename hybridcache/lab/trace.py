@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from hybridcache.geometry.units import counted
-from hybridcache.lease import STOP_REASONS
+from hybridcache.radix.lease import STOP_REASONS
 from hybridcache.tokens import Tokens, immutable, require_index
 
 

@@ -19,7 +19,7 @@ from math import inf
 import numpy as np
 import numpy.typing as npt
 
-from hybridcache.policies.protocol import end_of_prompt
+from hybridcache.radix.protocol import end_of_prompt
 from hybridcache.tokens import Tokens
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from math import inf
 from typing import Any
 
-from hybridcache.policies.protocol import Item, Placed, PlacementPolicy, Prefill, end_of_prompt
+from hybridcache.radix.protocol import Item, Placed, PlacementPolicy, Prefill, end_of_prompt
 
 
 class Branch(PlacementPolicy):

@@ -1,6 +1,6 @@
 """Policy registry: names of eviction, placement and admission policies, and their parser.
 
->>> from hybridcache.policies.protocol import Prefill
+>>> from hybridcache.radix.protocol import Prefill
 >>> prefill = Prefill(1000, cached_len=0, kv_match_len=0, seen_len=300, boundaries=(996,), grid=64)
 >>> planned = prefill.on_grid(parse_placement("branch,boundary,backoff,every:512").plan(prefill))
 >>> [(placed.position, placed.label) for placed in planned]
@@ -24,8 +24,8 @@ from hybridcache.policies.eviction.lru import LRU
 from hybridcache.policies.eviction.marconi import Marconi
 from hybridcache.policies.eviction.sieve import BothKinds, Sieve
 from hybridcache.policies.eviction.survival import Survival
-from hybridcache.policies.protocol import EvictionPolicy, PlacementPolicy
 from hybridcache.policies.user import OwnPolicy, factory_of, load
+from hybridcache.radix.protocol import EvictionPolicy, PlacementPolicy
 
 EvictionSpec = str | OwnPolicy | EvictionPolicy | Callable[[], EvictionPolicy]
 """Policy name, ``module:Class`` or ``module:Class(alpha=2)``, a class, a factory function, or an

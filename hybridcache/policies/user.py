@@ -20,7 +20,7 @@ from types import ModuleType
 from typing import Any
 
 from hybridcache.policies.admission import AdmissionPolicy, ServerLoad, WaitingRequest
-from hybridcache.policies.protocol import (
+from hybridcache.radix.protocol import (
     EvictionPolicy,
     Item,
     Kind,

@@ -194,8 +194,8 @@ class Item:
     distance: int
     """Tokens to the end of its prompt, of a back-off of ``adaptive``. 0 for other items."""
     stop_reason: str
-    """Reason why the answer before it ended (``hybridcache.lease.STOP_REASONS``), for the deepest
-    checkpoint of a finished request. Empty for others, or if it is not known."""
+    """Reason why the answer before it ended (``hybridcache.radix.lease.STOP_REASONS``), for the
+    deepest checkpoint of a finished request. Empty for others, or if it is not known."""
     node: RadixNode
     """Node of the tree, for the cache only."""
     item_bytes: ItemBytes

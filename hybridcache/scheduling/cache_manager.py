@@ -1,7 +1,7 @@
 """The sizes of a memory, and its manager: leases of the running requests, rows of the request
 table, and copies for the next batch.
 
-KV rows and slots belong to the lease (``hybridcache/lease.py`` has the map).
+KV rows and slots belong to the lease (``hybridcache/radix/lease.py`` has the map).
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ import numpy as np
 
 from hybridcache.allocators.moves import StepPlan
 from hybridcache.allocators.pools import slab_rows
-from hybridcache.cache import HybridRadixCache
-from hybridcache.lease import Lease, LeaseRequest
-from hybridcache.policies.protocol import LoadRule, PlacementPolicy
+from hybridcache.radix.cache import HybridRadixCache
+from hybridcache.radix.lease import Lease, LeaseRequest
+from hybridcache.radix.protocol import LoadRule, PlacementPolicy
 from hybridcache.scheduling.request import ScheduledRequest
 from hybridcache.tokens import Indices, require_index
 

@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-from hybridcache.api import PrefixMatch
+from hybridcache.radix.api import PrefixMatch
 from hybridcache.scheduling.cache_manager import CacheManager
 from hybridcache.scheduling.request import ScheduledRequest
 from hybridcache.tokens import common_prefix_len

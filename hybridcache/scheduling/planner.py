@@ -27,10 +27,10 @@ from math import inf
 from operator import attrgetter
 from typing import Generic, TypeVar, cast
 
-from hybridcache.api import PrefixMatch
-from hybridcache.lease import Lease
 from hybridcache.policies.admission import AdmissionPolicy, ServerLoad, Sessions, WaitingRequest
-from hybridcache.policies.protocol import Prefill
+from hybridcache.radix.api import PrefixMatch
+from hybridcache.radix.lease import Lease
+from hybridcache.radix.protocol import Prefill
 from hybridcache.scheduling.cache_manager import CacheManager
 from hybridcache.scheduling.loading import Loader
 from hybridcache.scheduling.request import ScheduledRequest
@@ -118,7 +118,7 @@ class StepPlanner(Generic[R]):
     >>> from types import SimpleNamespace
     >>> import numpy as np
     >>> from hybridcache import CacheConfig, build_prefix_cache, parse_placement
-    >>> from hybridcache.policies.protocol import PromptBoundaries
+    >>> from hybridcache.radix.protocol import PromptBoundaries
     >>> from hybridcache.policies.registry import make_admission
     >>> from hybridcache.scheduling.cache_manager import CacheManager
     >>> from hybridcache.scheduling.request import ScheduledRequest

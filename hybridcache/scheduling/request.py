@@ -7,10 +7,10 @@ from typing import Protocol
 
 import numpy as np
 
-from hybridcache.api import Losses
-from hybridcache.lease import Lease
 from hybridcache.policies.admission import WaitingRequest
-from hybridcache.policies.protocol import PromptBoundaries
+from hybridcache.radix.api import Losses
+from hybridcache.radix.lease import Lease
+from hybridcache.radix.protocol import PromptBoundaries
 from hybridcache.tokens import Tokens, require_index, require_int32
 
 

@@ -28,9 +28,9 @@ from sglang.srt.runtime_context import get_disagg, get_memory, get_parallel, mam
 from sglang.srt.utils.rank_consensus_checker import rank_consensus
 
 from hybridcache.allocators.pools import SlotAllocator
-from hybridcache.api import Listener
-from hybridcache.cache import HybridRadixCache, LockHandle
 from hybridcache.config import CacheConfig, build_on
+from hybridcache.radix.api import Listener
+from hybridcache.radix.cache import HybridRadixCache, LockHandle
 from hybridcache.radix.tree import NodeHandle, PathPart, RadixNode
 from hybridcache.sglang.translation import (
     LossMeter,

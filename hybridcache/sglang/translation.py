@@ -14,9 +14,9 @@ import numpy as np
 import torch
 
 from hybridcache.allocators.pools import BaseAllocator, PageAllocator, SlotAllocator
-from hybridcache.api import Losses, PrefixMatch, losses_of
-from hybridcache.cache import HybridRadixCache
 from hybridcache.policies.registry import DEFAULT_EVICTION, EVICTION_NAMES
+from hybridcache.radix.api import Losses, PrefixMatch, losses_of
+from hybridcache.radix.cache import HybridRadixCache
 from hybridcache.tokens import Indices, Tokens
 
 if TYPE_CHECKING:

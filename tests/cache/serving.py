@@ -8,10 +8,10 @@ import numpy as np
 
 from hybridcache import CacheConfig, build_prefix_cache
 from hybridcache.allocators.moves import StepPlan
-from hybridcache.api import InsertResult, PrefixMatch
-from hybridcache.cache import HybridRadixCache
-from hybridcache.lease import Lease, LeaseRequest
-from hybridcache.policies.protocol import PlacementPolicy
+from hybridcache.radix.api import InsertResult, PrefixMatch
+from hybridcache.radix.cache import HybridRadixCache
+from hybridcache.radix.lease import Lease, LeaseRequest
+from hybridcache.radix.protocol import PlacementPolicy
 from hybridcache.tokens import Tokens
 
 

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from hybridcache.config import CacheConfig, build_prefix_cache
-from hybridcache.lease import Lease, LeaseRequest
 from hybridcache.policies.registry import EVICTION_NAMES, parse_placement
+from hybridcache.radix.lease import Lease, LeaseRequest
 from hybridcache.tokens import Tokens
 from tests.cache.serving import carried_out, serve_lease
 from tests.cache.twins import Twins

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 
 from hybridcache import CacheConfig, Lease, LeaseRequest, build_prefix_cache, parse_placement
-from hybridcache.cache import HybridRadixCache
-from hybridcache.tiers import TieredRadixCache
+from hybridcache.radix.cache import HybridRadixCache
+from hybridcache.radix.tiers import TieredRadixCache
 from tests.cache.serving import carried_out, ids, publish
 
 PROMPT = np.arange(40, dtype=np.int32)
@@ -188,5 +188,7 @@ def test_debug_off_has_no_part_of_it() -> None:
         assert type(lease) is Lease
         lease.abort()
     script = "import sys, hybridcache; c = hybridcache.CacheConfig(num_kv_tokens=8, num_slots=1)\n"
-    script += "hybridcache.build_prefix_cache(c); sys.exit('hybridcache.debug' in sys.modules)"
+    script += (
+        "hybridcache.build_prefix_cache(c); sys.exit('hybridcache.radix.debug' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0

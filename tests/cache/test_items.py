@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from hybridcache.policies.protocol import EvictionPolicy, Item, Kind
+from hybridcache.radix.protocol import EvictionPolicy, Item, Kind
 from tests.cache.serving import hybrid, serve, traffic
 
 TOKEN_BYTES, STATE_BYTES = 3, 1000

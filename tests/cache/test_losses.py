@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hybridcache.api import MAX_NAMESPACES, Losses, PrefixMatch, losses_of
+from hybridcache.radix.api import MAX_NAMESPACES, Losses, PrefixMatch, losses_of
 from tests.cache.serving import hybrid, ids
 
 

@@ -14,14 +14,14 @@ from functools import partial
 import numpy as np
 import pytest
 
-from hybridcache.cache import HybridRadixCache, LockHandle
 from hybridcache.config import CacheConfig, build_prefix_cache
-from hybridcache.export.warm_state import write_memory
 from hybridcache.policies.eviction.lru import LRU
 from hybridcache.policies.eviction.marconi import Marconi
 from hybridcache.policies.eviction.survival import Survival
 from hybridcache.policies.user import GuardedEviction
+from hybridcache.radix.cache import HybridRadixCache, LockHandle
 from hybridcache.radix.tree import RadixNode
+from hybridcache.radix.warm_state import write_memory
 from tests.cache.serving import hybrid, ids, publish
 from tests.policies.items import FakeItem
 

@@ -11,15 +11,15 @@ import numpy as np
 import pytest
 
 from hybridcache import CacheConfig, Lease, LeaseRequest, build_prefix_cache, parse_placement
+from hybridcache.adapters.events import EventStream, Mirror
+from hybridcache.adapters.routing.protocol import ReplicaSpec, RouteRequest
+from hybridcache.adapters.routing.registry import ROUTERS, find_router
 from hybridcache.allocators.moves import Drop, StepMemory
 from hybridcache.allocators.pools import SlotAllocator
-from hybridcache.api import Listener
-from hybridcache.export.events import EventStream, Mirror
 from hybridcache.policies.placement import End, Placement
-from hybridcache.policies.protocol import Prefill, PromptBoundaries
 from hybridcache.policies.registry import make_admission
-from hybridcache.routing.protocol import ReplicaSpec, RouteRequest
-from hybridcache.routing.registry import ROUTERS, find_router
+from hybridcache.radix.api import Listener
+from hybridcache.radix.protocol import Prefill, PromptBoundaries
 from hybridcache.scheduling.cache_manager import CacheManager
 from hybridcache.scheduling.planner import StepPlanner
 from hybridcache.scheduling.request import ScheduledRequest

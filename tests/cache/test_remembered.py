@@ -10,11 +10,11 @@ from dataclasses import replace
 import pytest
 
 from hybridcache import ModelGeometry
-from hybridcache.export.warm_state import MAGIC, pack, unpack, write_memory
 from hybridcache.lab.generators import agent, chat
 from hybridcache.lab.scenario import Scenario
 from hybridcache.lab.simulation.target import LeaseTarget, build_target
-from hybridcache.offload import path_of
+from hybridcache.radix.offload import path_of
+from hybridcache.radix.warm_state import MAGIC, pack, unpack, write_memory
 from tests.cache import twins
 
 GEOMETRY = ModelGeometry.preset("qwen3-next")

@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 
 from hybridcache import CacheConfig, build_prefix_cache
-from hybridcache.api import Listener, Losses
 from hybridcache.geometry.times import LATENCY_S, Exchange
-from hybridcache.lease import Lease, LeaseRequest
 from hybridcache.policies.eviction.fifo import FIFO
-from hybridcache.policies.protocol import Item, PolicyError
 from hybridcache.policies.registry import EvictionSpec, parse_placement
+from hybridcache.radix.api import Listener, Losses
+from hybridcache.radix.lease import Lease, LeaseRequest
+from hybridcache.radix.protocol import Item, PolicyError
+from hybridcache.radix.tiers import TieredRadixCache
 from hybridcache.radix.tree import OffloadedCheckpoint, RadixNode
-from hybridcache.tiers import TieredRadixCache
 from hybridcache.tokens import Tokens
 from tests.cache.serving import PerToken, Rate, carried_out, ids, serve
 from tests.cache.tiers import TieredMemory

@@ -14,8 +14,8 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from hybridcache.cache import LockHandle
 from hybridcache.config import CacheConfig
+from hybridcache.radix.cache import LockHandle
 from tests.cache.test_machine import at_least, draw_prompt
 from tests.cache.tiers import TieredMemory
 

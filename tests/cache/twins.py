@@ -11,11 +11,11 @@ import numpy as np
 
 from hybridcache.allocators.moves import Move
 from hybridcache.allocators.pools import ArenaAllocator
-from hybridcache.api import PrefixMatch
-from hybridcache.cache import HybridRadixCache, LockHandle
 from hybridcache.config import CacheConfig, build_policy, build_prefix_cache
-from hybridcache.policies.protocol import EvictionPolicy, Item, Kind
 from hybridcache.policies.registry import make_eviction
+from hybridcache.radix.api import PrefixMatch
+from hybridcache.radix.cache import HybridRadixCache, LockHandle
+from hybridcache.radix.protocol import EvictionPolicy, Item, Kind
 from hybridcache.radix.tree import RadixNode
 from hybridcache.tokens import Tokens
 from tests.plain_cache import Piece, PlainCache, Victim

@@ -35,7 +35,7 @@ from tests.waiting import wait_until
 
 FAILS = """
 import os
-import engine.worker.spawn as client
+import engine.front.worker.spawn as client
 client.BOOT = '''
 import os
 import engine.runner.model_runner as runner
@@ -48,7 +48,7 @@ def failing(self, *arguments):
 runner.ModelRunner.forward = failing
 ''' + client.BOOT
 import sys
-from engine.command.cli import main
+from engine.front.command.cli import main
 sys.exit(main(sys.argv[1:]))
 """
 """Source of ``engine`` with a step that runs out of memory when a file exists."""

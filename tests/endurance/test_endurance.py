@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from hybridcache.cache import HybridRadixCache
+from hybridcache.radix.cache import HybridRadixCache
 from tests.endurance.__main__ import PARTS, main, run
 from tests.endurance.clients import AGENTS, CONTEXT, page
 

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from engine import AsyncEngine, Engine, EngineConfig, QueueFull, RequestOutput, SamplingParams
-from engine.async_engine import ThreadChannel
 from engine.errors import DuplicateId, EngineStopped, StepFailed
+from engine.front.async_engine import ThreadChannel
 from engine.messages import Ask
 from engine.requests.request import RequestSpec
 from engine.schedule.scheduler import Batch

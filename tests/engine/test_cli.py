@@ -23,9 +23,9 @@ import pytest
 from msgspec import structs
 
 from engine import Engine
-from engine.command.cli import main
 from engine.config import BUILTIN_PROMPTS
 from engine.errors import WireError
+from engine.front.command.cli import main
 from tests.engine.test_hits_change_nothing import ATTENTION_ONLY
 from tests.test_refusals import exit_code
 
@@ -146,7 +146,7 @@ def test_commands_report_a_failed_answer(
     assert "[not a number]" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", ["engine.command.cli", "hybridcache.lab.cli"])
+@pytest.mark.parametrize("command", ["engine.front.command.cli", "hybridcache.lab.cli"])
 def test_commands_accept_sigint_when_their_shell_ignores_it(
     command: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -263,7 +263,7 @@ class Missing(importlib.abc.MetaPathFinder):
         if name.split(".")[0] in optional:
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 sys.meta_path.insert(0, Missing())
-from engine.command.cli import main
+from engine.front.command.cli import main
 for line in sys.stdin:
     print("$", line.strip(), flush=True)
     try:

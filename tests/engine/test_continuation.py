@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.plugins.speculation.drafters import MAX_BRANCHES, following
-from hybridcache.cache import HybridRadixCache
+from hybridcache.radix.cache import HybridRadixCache
 from hybridcache.tokens import Tokens
 from tests.cache.serving import hybrid, ids, publish
 

@@ -17,9 +17,9 @@ import pytest
 from engine import Engine, EngineConfig, RequestOutput, RequestSpec, SamplingParams
 from engine.config import BUILTIN_DIR
 from engine.engine import load_tokenizer_of
+from engine.front.worker.screen import screen_rows
 from engine.text.answers import Answer
 from engine.text.tokenizer import HFTokenizer
-from engine.worker.screen import screen_rows
 from experiments.benchmarks.gguf_files import vocabulary, write_gguf
 from hybridcache import Lease
 from tests.oracle import OracleDrawn, OracleRunner, OracleSampler
@@ -81,7 +81,7 @@ def test_process_that_answers_clients_loads_no_torch(tmp_path: Path) -> None:
     script = """
 import sys
 from contextlib import closing
-import engine.command.cli, engine.server.app, engine.worker.process_channel
+import engine.front.command.cli, engine.front.server.app, engine.front.worker.process_channel
 from engine import EngineConfig
 from engine.engine import load_tokenizer_of
 from engine.requests.request import sampling_defaults

@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 
 from engine import Engine, EngineConfig, Grammar, RequestSpec, SamplingParams
+from engine.front.server.tool_calls.forms import Hermes
 from engine.plugins.guided import guides as guides_module
 from engine.plugins.guided.guides import Guides
 from engine.requests.logit_rules import FREE
-from engine.server.tool_calls.forms import Hermes
 from engine.text.grammar import GrammarError
 from engine.text.tokenizer import HFTokenizer
 from tests.engine.history.agent import make_model_dir

@@ -11,7 +11,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from engine import Engine, EngineConfig, RequestOutput, SamplingParams
 from engine.plugins.disaggregation.prefix_load import ReceivedPrefix
 from engine.requests.request import Request
-from hybridcache.api import PrefixMatch
+from hybridcache.radix.api import PrefixMatch
 from hybridcache.scheduling.cache_manager import CacheManager
 from hybridcache.scheduling.loading import Loader, PrefixLoad
 from hybridcache.tokens import common_prefix_len

@@ -16,10 +16,10 @@ engine = Engine(EngineConfig(cache_gib=0.02, max_running=2))
 engine.generate(["one"], SamplingParams(max_tokens=2))
 seen = [loaded()]
 has_triton = "triton.language" in sys.modules
-from engine.async_engine import AsyncEngine
-from engine.command import cli
-from engine.server import app
-from engine.server.settings import ServerConfig
+from engine.front.async_engine import AsyncEngine
+from engine.front.command import cli
+from engine.front.server import app
+from engine.front.server.settings import ServerConfig
 cli._parser(["serve"])
 app.Access(ServerConfig())
 seen.append(loaded())

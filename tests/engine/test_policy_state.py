@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from engine import Engine, SamplingParams
-from engine.async_engine import AsyncEngine
+from engine.front.async_engine import AsyncEngine
 from engine.plugins.tiers.records import MEMORY_NAME
-from hybridcache.export.warm_state import write_memory
+from hybridcache.radix.warm_state import write_memory
 from tests.engine.test_hits_change_nothing import MakeEngine, prompts
 from tests.waiting import wait_until
 

@@ -22,7 +22,7 @@ import openai
 import pytest
 import uvicorn
 
-from engine.command.proxy import Proxy, TraceWriter
+from engine.front.command.proxy import Proxy, TraceWriter
 from engine.text.tokenizer import HFTokenizer
 from hybridcache import open_trace, simulate
 from hybridcache.lab.report import stats_table
@@ -277,8 +277,8 @@ def recording(to: str, out: Path) -> Iterator[tuple[subprocess.Popen[str], str]]
     """Yield (recording process, its address). It starts as under a shell that ignores SIGINT."""
     code = (
         "import signal, sys; signal.signal(signal.SIGINT, signal.SIG_IGN);"
-        "import engine.command.record as r; r.GRACE_S = 1;"
-        "from engine.command.cli import main;"
+        "import engine.front.command.record as r; r.GRACE_S = 1;"
+        "from engine.front.command.cli import main;"
         f"sys.exit(main({['record', '--to', to, '--out', str(out), '--port', '0']!r}))"
     )
     command = [sys.executable, "-c", code]

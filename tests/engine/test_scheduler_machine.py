@@ -23,7 +23,7 @@ from engine.schedule.scheduler import Batch
 from hybridcache.allocators.moves import Move
 from hybridcache.geometry.model import ModelGeometry
 from hybridcache.geometry.units import GIB
-from hybridcache.policies.protocol import PromptBoundaries
+from hybridcache.radix.protocol import PromptBoundaries
 from tests.engine.drafted import ScriptedDrafter
 from tests.oracle import Fingerprints, OracleRunner, OracleSampler, engine_with, fingerprint
 

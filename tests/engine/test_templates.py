@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.requests.chat_prompt import mark_control_tokens, render_chat
+from engine.front.chat_prompt import mark_control_tokens, render_chat
 from engine.text.tokenizer import ChatTemplate, HFTokenizer, TemplateError
 from hybridcache.tokens import common_prefix_len
 from tests.engine.history.agent import TEMPLATE

@@ -35,7 +35,7 @@ from hybridcache.lab.simulation.step_times import MeasuredSteps
 from hybridcache.lab.trace import Trace, TraceRequest
 from hybridcache.lab.traces import recognise
 from hybridcache.policies.placement import Adaptive
-from hybridcache.policies.protocol import Prefill
+from hybridcache.radix.protocol import Prefill
 from tests.engine.server.conftest import oracle_engine
 from tests.lab.test_bad_traces import GOOD, written
 from tests.policies.items import FakeItem

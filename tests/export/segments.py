@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from hybridcache.export.events import EventStream, KVStored
+from hybridcache.adapters.events import EventStream, KVStored
 from hybridcache.radix.tree import RadixNode
 
 

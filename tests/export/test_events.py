@@ -7,7 +7,7 @@ from decimal import Decimal
 import numpy as np
 import pytest
 
-from hybridcache.export.events import EventStream, Mirror
+from hybridcache.adapters.events import EventStream, Mirror
 from tests.cache.serving import hybrid, ids, serve
 
 

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from hybridcache.export.events import EventsLost, EventStream, Mirror
-from hybridcache.routing.outbox import Outbox
+from hybridcache.adapters.events import EventsLost, EventStream, Mirror
+from hybridcache.adapters.routing.outbox import Outbox
 from tests.cache.serving import hybrid
 from tests.export.segments import segments_of
 

@@ -11,16 +11,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hybridcache.adapters.events import EventStream
+from hybridcache.adapters.routing.outbox import Outbox
 from hybridcache.allocators.moves import Move, StepQueue
 from hybridcache.allocators.pools import PageAllocator, SlotAllocator
-from hybridcache.cache import HybridRadixCache
-from hybridcache.export.events import EventStream
 from hybridcache.lab import evictions
-from hybridcache.lease import Lease
 from hybridcache.policies.eviction.survival import Survival
 from hybridcache.policies.registry import EVICTION_NAMES
-from hybridcache.routing.outbox import Outbox
-from hybridcache.tiers import TieredRadixCache
+from hybridcache.radix.cache import HybridRadixCache
+from hybridcache.radix.lease import Lease
+from hybridcache.radix.tiers import TieredRadixCache
 from tests.allocators import test_arena
 from tests.allocators.test_allocators import AllocatorMachine
 from tests.allocators.test_arena import ArenaMachine

@@ -29,7 +29,7 @@ from engine import Engine, EngineConfig, Grammar, SamplingParams
 from engine.plugins.speculation.drafters import drafters_of
 from engine.schedule.drafting import Drafting
 from engine.text.tokenizer import HFTokenizer
-from hybridcache.policies.protocol import PromptBoundaries
+from hybridcache.radix.protocol import PromptBoundaries
 from tests.engine.drafted import ScriptedDrafter
 from tests.engine.test_scheduler_machine import answer, half_right, make_engine, pattern
 from tests.oracle import OracleRunner, OracleSampler

@@ -20,7 +20,6 @@ from engine.config import BUILTIN_DIR
 from engine.weights.model_config import read_config
 from experiments.studies.admission import LinearSteps
 from hybridcache import CacheConfig, build_prefix_cache
-from hybridcache.cache import HybridRadixCache
 from hybridcache.geometry.model import ModelGeometry
 from hybridcache.geometry.units import GIB
 from hybridcache.lab.figures import closed_loop_figure
@@ -34,6 +33,7 @@ from hybridcache.lab.simulation.closed_loop import (
 from hybridcache.lab.trace import Trace, TraceRequest
 from hybridcache.policies.admission import AdmissionPolicy, ServerLoad, WaitingRequest
 from hybridcache.policies.registry import DEFAULT_EVICTION, DEFAULT_PLACEMENT, parse_placement
+from hybridcache.radix.cache import HybridRadixCache
 from hybridcache.scheduling.cache_manager import CacheManager
 from hybridcache.scheduling.planner import StepPlanner
 from hybridcache.scheduling.request import ScheduledRequest

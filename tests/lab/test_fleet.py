@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from hybridcache.adapters.routing.protocol import Choice, Router, RouteRequest
+from hybridcache.adapters.routing.registry import ROUTERS
 from hybridcache.geometry.model import ModelGeometry
 from hybridcache.geometry.times import Roofline
 from hybridcache.lab.fleet import FleetConfig, FleetResult, _Fleet, run_fleet
@@ -13,8 +15,6 @@ from hybridcache.lab.simulation.serving import serve
 from hybridcache.lab.simulation.target import build_target
 from hybridcache.lab.trace import Trace
 from hybridcache.lab.traces import open_trace
-from hybridcache.routing.protocol import Choice, Router, RouteRequest
-from hybridcache.routing.registry import ROUTERS
 
 GEOMETRY = ModelGeometry.preset("qwen3-next")
 TIMES = Roofline.fitting(GEOMETRY)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from hybridcache.policies.protocol import EvictionPolicy, Item, Kind
+from hybridcache.radix.protocol import EvictionPolicy, Item, Kind
 
 _serials = iter(range(10**9))
 

@@ -26,8 +26,8 @@ from hybridcache.policies.admission import (
     SessionGate,
     WaitingRequest,
 )
-from hybridcache.policies.protocol import PromptBoundaries
 from hybridcache.policies.registry import make_admission
+from hybridcache.radix.protocol import PromptBoundaries
 
 
 @dataclass(eq=False)

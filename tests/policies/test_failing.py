@@ -14,11 +14,11 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from hybridcache import Lease, LeaseRequest
-from hybridcache.cache import HybridRadixCache
 from hybridcache.policies.eviction.lru import LRU
 from hybridcache.policies.placement import Adaptive, Placement
-from hybridcache.policies.protocol import EvictionPolicy, PlacementPolicy, PolicyError
 from hybridcache.policies.user import factory_of
+from hybridcache.radix.cache import HybridRadixCache
+from hybridcache.radix.protocol import EvictionPolicy, PlacementPolicy, PolicyError
 from tests.cache.serving import hybrid
 
 EVICTION = ("add", "discard", "touch", "victim", "on_ghost_hit", "on_ghost_hit_above")

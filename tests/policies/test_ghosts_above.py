@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hybridcache.policies.eviction.lru import LRU
-from hybridcache.policies.protocol import Item
+from hybridcache.radix.protocol import Item
 from tests.cache.serving import hybrid, ids, serve
 
 PROMPTS = st.lists(

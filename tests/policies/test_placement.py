@@ -6,8 +6,8 @@ import random
 
 import pytest
 
-from hybridcache.policies.protocol import Placed, Prefill
 from hybridcache.policies.registry import PLACEMENT_NAMES, parse_placement
+from hybridcache.radix.protocol import Placed, Prefill
 from tests.policies.items import FakeItem
 
 

@@ -9,16 +9,16 @@ import numpy as np
 import pytest
 
 from hybridcache.config import CacheConfig, build_prefix_cache
-from hybridcache.export.warm_state import pack, unpack, write_memory
 from hybridcache.lab.generators import chat
 from hybridcache.lab.simulation.simulate import simulate
 from hybridcache.lab.trace import Trace, TraceRequest
 from hybridcache.lab.traces import open_trace
-from hybridcache.lease import Lease, LeaseRequest
 from hybridcache.policies.eviction.survival import Survival
 from hybridcache.policies.placement import Adaptive
-from hybridcache.policies.protocol import Placed, PlacementPolicy, Prefill, PromptBoundaries
 from hybridcache.policies.registry import parse_placement
+from hybridcache.radix.lease import Lease, LeaseRequest
+from hybridcache.radix.protocol import Placed, PlacementPolicy, Prefill, PromptBoundaries
+from hybridcache.radix.warm_state import pack, unpack, write_memory
 from tests.cache.serving import serve_lease
 from tests.policies.items import FakeItem, offer
 

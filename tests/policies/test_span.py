@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hybridcache.cache import HybridRadixCache
 from hybridcache.lab.evictions import ALL_NAMES, make_eviction
+from hybridcache.radix.cache import HybridRadixCache
 from tests.cache.serving import hybrid, ids, serve, traffic
 from tests.cache.twins import VictimLog
 

@@ -20,8 +20,8 @@ from hybridcache.lab.traces import open_trace
 from hybridcache.policies.admission import AdmissionPolicy, ServerLoad, WaitingRequest
 from hybridcache.policies.eviction.fifo import FIFO
 from hybridcache.policies.eviction.scored import ScorePolicy
-from hybridcache.policies.protocol import Item, Placed, PolicyError, Prefill
 from hybridcache.policies.registry import EVICTION_NAMES, make_eviction, parse_placement
+from hybridcache.radix.protocol import Item, Placed, PolicyError, Prefill
 from tests.cache.serving import hybrid, serve, traffic
 from tests.cache.twins import VictimLog
 from tests.oracle import OracleRunner, OracleSampler
@@ -31,7 +31,7 @@ import itertools
 import random
 from typing import NamedTuple
 
-from hybridcache.policies.protocol import EvictionPolicy, Placed, PlacementPolicy
+from hybridcache.radix.protocol import EvictionPolicy, Placed, PlacementPolicy
 from hybridcache.policies.admission import AdmissionPolicy, ServerLoad, WaitingRequest
 from hybridcache.policies.eviction.scored import SampledPolicy, ScorePolicy
 

@@ -10,13 +10,19 @@ import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from hybridcache.export.events import EventsLost, EventStream
-from hybridcache.lease import Lease, LeaseRequest
-from hybridcache.policies.protocol import PromptBoundaries
+from hybridcache.adapters.events import EventsLost, EventStream
+from hybridcache.adapters.routing.precise import CheckpointSeconds, depth_after
+from hybridcache.adapters.routing.protocol import (
+    Choice,
+    NoReplica,
+    ReplicaSpec,
+    Router,
+    RouteRequest,
+)
+from hybridcache.adapters.routing.registry import ROUTERS, find_router
 from hybridcache.policies.registry import parse_placement
-from hybridcache.routing.precise import CheckpointSeconds, depth_after
-from hybridcache.routing.protocol import Choice, NoReplica, ReplicaSpec, Router, RouteRequest
-from hybridcache.routing.registry import ROUTERS, find_router
+from hybridcache.radix.lease import Lease, LeaseRequest
+from hybridcache.radix.protocol import PromptBoundaries
 from tests.cache.serving import PerToken, hybrid
 
 GRID, KV_BYTES, STATE_BYTES = 4, 10, 50

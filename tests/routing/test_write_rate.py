@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hybridcache.routing.precise import WriteRate
+from hybridcache.adapters.routing.precise import WriteRate
 
 SENT = st.tuples(st.integers(0, 60), st.integers(0, 8), st.integers(0, 5))
 

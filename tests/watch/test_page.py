@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from hybridcache.watch.page import SCRIPTS, live_page
-from hybridcache.watch.recorder import Record, Recorder
+from hybridcache.adapters.watch.page import SCRIPTS, live_page
+from hybridcache.adapters.watch.recorder import Record, Recorder
 from tests.cache.serving import hybrid, serve, traffic
 from tests.watch.follower import follow, truth
 

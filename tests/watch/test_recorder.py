@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hybridcache.watch.recorder import MAX_CELLS, Recorder, slabs_record
+from hybridcache.adapters.watch.recorder import MAX_CELLS, Recorder, slabs_record
 from tests.cache.serving import hybrid, ids, serve, traffic
 from tests.watch.follower import follow, truth
 

@@ -29,7 +29,7 @@ from engine.plugins.disaggregation.wire import PIECE_BYTES, PrefixBuffer, identi
 from engine.requests.request import Request
 from engine.runner.device import HostCopy
 from engine.schedule.report import CacheReport
-from hybridcache.cache import LockHandle
+from hybridcache.radix.cache import LockHandle
 from hybridcache.scheduling.cache_manager import CacheManager
 from hybridcache.tokens import Indices, Tokens
 

@@ -25,16 +25,16 @@ from engine.runner.model_runner import ModelRunner
 from engine.schedule.report import CacheReport, FolderReport, StepReport, TierReport
 from engine.text.tokenizer import Tokenizer
 from hybridcache.allocators.moves import DEVICE, DISK, HOST, Copy
-from hybridcache.api import Listener
-from hybridcache.cache import HybridRadixCache
 from hybridcache.config import CacheConfig
-from hybridcache.export.warm_state import Memory, pack, unpack, write_memory
 from hybridcache.geometry.units import GIB, format_bytes
-from hybridcache.offload import path_of
-from hybridcache.policies.protocol import PlacementPolicy
+from hybridcache.radix.api import Listener
+from hybridcache.radix.cache import HybridRadixCache
+from hybridcache.radix.offload import path_of
+from hybridcache.radix.protocol import PlacementPolicy
+from hybridcache.radix.tiers import TieredRadixCache
 from hybridcache.radix.tree import Kind, RadixNode
+from hybridcache.radix.warm_state import Memory, pack, unpack, write_memory
 from hybridcache.scheduling.cache_manager import CacheManager
-from hybridcache.tiers import TieredRadixCache
 from hybridcache.tokens import EMPTY, Indices, Tokens
 
 

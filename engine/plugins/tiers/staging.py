@@ -14,10 +14,10 @@ from engine.plugins.tiers.tier_copies import KEPT
 from engine.requests.request import Request
 from engine.schedule.report import StepReport
 from hybridcache.allocators.moves import DISK, Copy, Transfer
-from hybridcache.api import PrefixMatch
 from hybridcache.geometry.model import ModelGeometry
-from hybridcache.offload import OffloadTiers
-from hybridcache.policies.protocol import LoadRule
+from hybridcache.radix.api import PrefixMatch
+from hybridcache.radix.offload import OffloadTiers
+from hybridcache.radix.protocol import LoadRule
 from hybridcache.radix.tree import RadixNode
 from hybridcache.scheduling.cache_manager import CacheManager
 from hybridcache.scheduling.loading import IDLE_S, Loader, PrefixLoad
@@ -74,7 +74,7 @@ class MeasuredExchange:
     def seconds_saved(
         self, cached_len: int, position: int, prompt_len: int, num_bytes: Mapping[str, int]
     ) -> float:
-        """See ``policies.protocol.LoadRule``."""
+        """See ``radix.protocol.LoadRule``."""
         each_s = self.seconds_per_operation
         if each_s is None:
             return position - cached_len  # Before the first measurement, the longest load is tried.

@@ -39,8 +39,8 @@ from hybridcache.lab.simulation.result import ClosedLoopRun, describe_times, ide
 from hybridcache.lab.simulation.sizes import sizes
 from hybridcache.lab.simulation.target import BaselineTarget
 from hybridcache.lab.trace import Trace, TraceRequest
-from hybridcache.policies.protocol import PromptBoundaries
 from hybridcache.policies.registry import make_admission
+from hybridcache.radix.protocol import PromptBoundaries
 from hybridcache.scheduling.cache_manager import CacheManager
 from hybridcache.scheduling.planner import StepPlanner
 from hybridcache.scheduling.request import ScheduledRequest

@@ -27,7 +27,7 @@ from hybridcache.geometry.units import counted
 from hybridcache.lab.progress import Progress, shown_progress
 from hybridcache.lab.trace import Trace
 from hybridcache.lab.traces.frame import make_folder, warn
-from hybridcache.policies.protocol import PolicyError
+from hybridcache.radix.protocol import PolicyError
 from hybridcache.tokens import require_index
 
 KEEP_BYTES = 256 << 20

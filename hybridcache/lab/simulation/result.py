@@ -10,13 +10,13 @@ from typing import NamedTuple, Self
 
 import numpy as np
 
-from hybridcache.api import Losses
 from hybridcache.geometry.model import ModelGeometry
 from hybridcache.lab.intervals import Interval, RateInterval, linear_ratio, percentiles
 from hybridcache.lab.scenario import Scenario
 from hybridcache.lab.simulation.grid import Plain, Stored
 from hybridcache.lab.simulation.serving import RequestLog
 from hybridcache.lab.simulation.target import Target
+from hybridcache.radix.api import Losses
 
 SAME_SIZE = 1e-3
 """Relative difference up to which two sizes are the same: tables show four digits."""

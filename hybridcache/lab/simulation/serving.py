@@ -17,12 +17,12 @@ from dataclasses import dataclass, field
 from functools import partial
 from time import perf_counter
 
-from hybridcache.api import Losses
+from hybridcache.adapters.routing.outbox import Outbox
 from hybridcache.geometry.times import PrefillTimes
 from hybridcache.lab.scenario import Scenario
 from hybridcache.lab.simulation.target import Served, Target
 from hybridcache.lab.trace import TraceRequest
-from hybridcache.routing.outbox import Outbox
+from hybridcache.radix.api import Losses
 
 NUM_SUMS = len(Losses._fields) + 4
 

@@ -8,14 +8,14 @@ import numpy as np
 
 from hybridcache.allocators.moves import DEVICE
 from hybridcache.allocators.pools import ByteBudget, PageAllocator, SlotAllocator, slab_rows
-from hybridcache.cache import HybridRadixCache
 from hybridcache.config import CacheConfig, build_on, build_prefix_cache
 from hybridcache.lab.baselines import BASELINES
 from hybridcache.lab.baselines.protocol import BaselineConfig, PeerSession, begin
 from hybridcache.lab.scenario import Scenario
 from hybridcache.lab.trace import TraceRequest
-from hybridcache.lease import Lease, LeaseRequest
-from hybridcache.policies.protocol import PromptBoundaries, raise_failure
+from hybridcache.radix.cache import HybridRadixCache
+from hybridcache.radix.lease import Lease, LeaseRequest
+from hybridcache.radix.protocol import PromptBoundaries, raise_failure
 from hybridcache.tokens import INT32, Tokens
 
 

@@ -20,7 +20,7 @@ import numpy as np
 
 from hybridcache.lab.trace import TraceRequest
 from hybridcache.lab.traces.frame import open_bytes
-from hybridcache.policies.protocol import chat_boundaries
+from hybridcache.radix.protocol import chat_boundaries
 from hybridcache.tokens import Tokens, common_prefix_len
 
 if TYPE_CHECKING:

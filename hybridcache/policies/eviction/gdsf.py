@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from hybridcache.policies.eviction.scored import Score, ScorePolicy
-from hybridcache.policies.protocol import Item
+from hybridcache.radix.protocol import Item
 
 
 class Ageing(ScorePolicy):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from hybridcache.policies.eviction.scored import SampledPolicy
-from hybridcache.policies.protocol import Item
+from hybridcache.radix.protocol import Item
 
 NUM_AGES = 24
 """Age bins. Bin b contains ages in [2**b - 1, 2**(b + 1) - 1) requests."""

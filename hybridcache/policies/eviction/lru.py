@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from heapq import heapify, heappop, heappush, heapreplace
 from itertools import chain
 
-from hybridcache.policies.protocol import EvictionPolicy, Item, Kind
+from hybridcache.radix.protocol import EvictionPolicy, Item, Kind
 
 Entry = tuple[int, int, Item]
 """(last use when entered, serial, item): sort key of candidates."""

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hybridcache.policies.eviction.scored import Columns
-from hybridcache.policies.protocol import EvictionPolicy, Item, Kind
+from hybridcache.radix.protocol import EvictionPolicy, Item, Kind
 
 ATTENTION_TOKENS = 30_000
 """Position at which attention to all earlier tokens costs as much as the rest of the model (with

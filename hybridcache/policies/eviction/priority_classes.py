@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
-from hybridcache.policies.protocol import EvictionPolicy, Item, Kind, PolicyError
+from hybridcache.radix.protocol import EvictionPolicy, Item, Kind, PolicyError
 
 
 class PriorityClasses(EvictionPolicy):

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from hybridcache.policies.protocol import EvictionPolicy, Item, Kind, PolicyError
+from hybridcache.radix.protocol import EvictionPolicy, Item, Kind, PolicyError
 
 Score = float | tuple[float, ...]
 """Sort key of candidates. All scores of a policy must be comparable."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from sortedcontainers import SortedDict
 
-from hybridcache.policies.protocol import EvictionPolicy, Item, Kind
+from hybridcache.radix.protocol import EvictionPolicy, Item, Kind
 
 RETURN_WITHIN = 16
 """Requests after a ghost hit within which a new checkpoint at its position counts as returned."""

@@ -27,7 +27,7 @@ import numpy.typing as npt
 
 from hybridcache.policies.eviction.scored import Columns, doubled
 from hybridcache.policies.placement import EVIDENCE, MEMORY, REJOIN, SHARED
-from hybridcache.policies.protocol import EvictionPolicy, Item, Kind
+from hybridcache.radix.protocol import EvictionPolicy, Item, Kind
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]

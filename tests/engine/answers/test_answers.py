@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.server.bodies import APIError, decode
-from engine.server.schemas import ChatRequest
-from engine.server.tool_calls.forms import Form, Hermes, Xml, tool_calls
+from engine.front.server.bodies import APIError, decode
+from engine.front.server.schemas import ChatRequest
+from engine.front.server.tool_calls.forms import Form, Hermes, Xml, tool_calls
 from engine.text.answers import Event, ReasoningDelta, TextDelta, ToolCall, joined
 from engine.text.tokenizer import ChatTemplate
 

@@ -14,8 +14,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from engine.front.server.tool_calls.forms import Form, Hermes, Xml
 from engine.plugins.guided.guides import check_beginning, make_matcher, make_vocabulary
-from engine.server.tool_calls.forms import Form, Hermes, Xml
 from engine.text.answers import ToolCall
 from engine.text.grammar import Grammar, GrammarError
 from engine.text.tokenizer import HFTokenizer

@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 
 from engine import EngineConfig, SamplingParams
-from engine.async_engine import AsyncEngine
 from engine.errors import EngineStopped, QueueFull, RequestError
+from engine.front.async_engine import AsyncEngine
+from engine.front.worker.replicas import EngineReplica, FleetChannel
 from engine.messages import Ask, AskView, Compile, OpenView
 from engine.requests.request import RequestSpec
 from engine.text.grammar import Grammar
-from engine.worker.replicas import EngineReplica, FleetChannel
-from hybridcache.routing.registry import find_router
+from hybridcache.adapters.routing.registry import find_router
 
 CONFIG = EngineConfig(cache_gib=0.02, max_model_len=1024, check=True)
 PROMPT = np.arange(300, dtype=np.int32) % 200

@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 
 from engine import RequestSpec
-from engine.requests.chat_prompt import render_chat
-from engine.server.access import Tenant
-from engine.server.bodies import decode
-from engine.server.endpoints.explain import Explanations
-from engine.server.schemas import ChatRequest
+from engine.front.chat_prompt import render_chat
+from engine.front.server.access import Tenant
+from engine.front.server.bodies import decode
+from engine.front.server.endpoints.explain import Explanations
+from engine.front.server.schemas import ChatRequest
 from engine.text.answers import AnswerReader, RequestOutput, as_message
 from engine.text.tokenizer import ChatTemplate, HFTokenizer
 from tests.engine.history.scripted import ScriptedEngine

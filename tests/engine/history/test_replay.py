@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from engine.requests.chat_prompt import ChatPrompt, SampledTurn, render_chat
-from engine.server.settings import ServerConfig
+from engine.front.chat_prompt import ChatPrompt, SampledTurn, render_chat
+from engine.front.server.settings import ServerConfig
 from engine.text.tokenizer import HFTokenizer
 from tests.engine.history import agent
 from tests.engine.history.agent import make_model_dir, sampled_like

@@ -10,8 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from engine.command.cli import main
-from engine.command.convert import SCHEMES, convert
+from engine.front.command.cli import main
+from engine.front.command.convert import SCHEMES, convert
 from engine.weights.forms import read_quantization
 from engine.weights.scheme import EightBitScheme
 from tests.engine.numerics import eight_bit

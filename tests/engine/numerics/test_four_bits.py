@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Qwen3Config
 
-from engine.command.convert import convert
 from engine.config import BUILTIN_DIR
+from engine.front.command.convert import convert
 from engine.models import read_model
 from engine.runner.backends import Kernels, override_all
 from engine.runner.device import Device

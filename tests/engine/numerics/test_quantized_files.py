@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from engine.command.convert import convert
+from engine.front.command.convert import convert
 from engine.runner.backends import Kernels
 from engine.runner.device import Device
 from engine.weights.checkpoint import WeightFiles

@@ -13,20 +13,20 @@ import numpy as np
 import pytest
 
 from engine import Engine, EngineConfig, RequestOutput, RequestSpec, SamplingParams
-from engine.async_engine import AsyncEngine
 from engine.errors import EngineStopped, StepFailed
+from engine.front.async_engine import AsyncEngine
+from engine.front.worker.process_channel import start_engine
+from engine.front.worker.spawn import spawn
 from engine.messages import Ask
 from engine.text.tokenizer import HFTokenizer
-from engine.worker.process_channel import start_engine
-from engine.worker.spawn import spawn
-from hybridcache.policies.protocol import PromptBoundaries
+from hybridcache.radix.protocol import PromptBoundaries
 from tests.engine.test_async_engine import read
 from tests.oracle import OracleRunner, OracleSampler
 
 BOOT = """
 import json, sys, time
 sys.path[:] = json.loads(sys.argv[1])
-import engine.worker.process_channel as worker
+import engine.front.worker.process_channel as worker
 from tests.oracle import OracleRunner
 from tests.oracle import OracleSampler
 from engine.text.tokenizer import HFTokenizer

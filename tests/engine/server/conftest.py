@@ -20,11 +20,11 @@ import openai
 import pytest
 
 from engine import Engine, EngineConfig
+from engine.front.server.app import Server
+from engine.front.server.settings import ServerConfig
 from engine.requests.logit_rules import Mask
 from engine.requests.request import SamplingInput
 from engine.schedule.scheduler import Batch
-from engine.server.app import Server
-from engine.server.settings import ServerConfig
 from engine.text.answers import SampledToken
 from engine.text.tokenizer import ChatTemplate, HFTokenizer
 from tests import served

@@ -13,8 +13,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.server.bodies import num_nodes
-from engine.server.settings import ServerConfig
+from engine.front.server.bodies import num_nodes
+from engine.front.server.settings import ServerConfig
 
 from .conftest import Live
 from .dialects import CHAT, DIALECT, STREAMED, TOOL, Dialect

@@ -162,7 +162,7 @@ def test_echo_scores_the_prompt_without_the_cache(builtin: Live) -> None:
 
 
 def test_model_cards(serve_oracle: Callable[..., Live]) -> None:
-    from engine.server.settings import ServerConfig
+    from engine.front.server.settings import ServerConfig
 
     live = serve_oracle(ServerConfig(served_model_name=("org/mine",)))
     [card] = live.client.models.list().data
@@ -180,7 +180,7 @@ def test_model_cards(serve_oracle: Callable[..., Live]) -> None:
 
 def test_model_has_several_names_or_any(serve_oracle: Callable[..., Live]) -> None:
     """As Claude Code names one model for its work and others for its subagents."""
-    from engine.server.settings import ServerConfig
+    from engine.front.server.settings import ServerConfig
 
     live = serve_oracle(ServerConfig(served_model_name=("opus", "haiku")))
     assert [card.id for card in live.client.models.list().data] == ["opus", "haiku"]

@@ -10,8 +10,8 @@ import httpx
 import numpy as np
 import pytest
 
-from engine.server.endpoints.explain import AnsweredChat, Explanations
-from hybridcache.api import Losses
+from engine.front.server.endpoints.explain import AnsweredChat, Explanations
+from hybridcache.radix.api import Losses
 
 from .conftest import Live
 

@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-import engine.server
+import engine.front.server
 
 from .conftest import Live
 
 DASHBOARD: dict[str, Any] = json.loads(
-    (Path(engine.server.__file__).parent / "grafana.json").read_text()
+    (Path(engine.front.server.__file__).parent / "grafana.json").read_text()
 )
 PANELS: list[dict[str, Any]] = DASHBOARD["panels"]
 NAME = re.compile(r"\bengine_\w+")

@@ -18,8 +18,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.server import app, transport
-from engine.server.settings import ServerConfig
+from engine.front.server import app, transport
+from engine.front.server.settings import ServerConfig
 
 from .conftest import Live
 

@@ -24,9 +24,9 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from engine.front.server import transport
+from engine.front.server.settings import ServerConfig
 from engine.messages import Exactness
-from engine.server import transport
-from engine.server.settings import ServerConfig
 from hybridcache.command.signals import JsonFormatter
 from tests.waiting import wait_until
 
@@ -214,7 +214,7 @@ def test_requests_unfinished_after_a_drain_get_an_error(
     serve_oracle: Callable[..., Live], caplog: pytest.LogCaptureFixture, drain_s: float
 ) -> None:
     """The operator finds them in the log."""
-    caplog.set_level(logging.INFO, "engine.server")
+    caplog.set_level(logging.INFO, "engine.front.server")
     live = serve_oracle(ServerConfig(drain_s=drain_s, log_requests=True), step_s=0.005)
 
     async def ask() -> list[httpx.Response]:
@@ -244,7 +244,7 @@ def test_requests_unfinished_after_a_drain_get_an_error(
     logged = _answer_lines(caplog, 2)
     assert len(logged) == 2 and all(line.endswith(error["message"]) for line in logged)
     messages = [
-        record.getMessage() for record in caplog.records if record.name == "engine.server.app"
+        record.getMessage() for record in caplog.records if record.name == "engine.front.server.app"
     ]
     stopping, broken_off = messages
     assert "2 requests" in stopping and broken_off.startswith("2 requests not ended")
@@ -336,7 +336,9 @@ def _answer_lines(caplog: pytest.LogCaptureFixture, number: int) -> list[str]:
 
     def found() -> list[str]:
         records = [
-            record for record in caplog.records if record.name == "engine.server.access.requests"
+            record
+            for record in caplog.records
+            if record.name == "engine.front.server.access.requests"
         ]
         lines = [record.getMessage() for record in records if record.levelno == logging.INFO]
         return [line for line in lines if line.startswith("POST ")]
@@ -349,7 +351,7 @@ def test_statuses_are_counted_and_logged_as_json(
     tmp_path: Path, serve_oracle: Callable[..., Live], caplog: pytest.LogCaptureFixture
 ) -> None:
     """Also those of refusals."""
-    caplog.set_level(logging.INFO, "engine.server.access.requests")
+    caplog.set_level(logging.INFO, "engine.front.server.access.requests")
     (tmp_path / "keys").write_text("first\nsecond\n")
     config = ServerConfig(log_requests=True, api_key_file=str(tmp_path / "keys"))
     live = serve_oracle(config)
@@ -378,7 +380,7 @@ def test_statuses_are_counted_and_logged_as_json(
 def test_request_log_has_disconnected_requests(
     serve_oracle: Callable[..., Live], caplog: pytest.LogCaptureFixture
 ) -> None:
-    caplog.set_level(logging.INFO, "engine.server.access.requests")
+    caplog.set_level(logging.INFO, "engine.front.server.access.requests")
     live = serve_oracle(ServerConfig(log_requests=True), step_s=0.005)
     connection = live.send("/v1/completions", {"prompt": "x", **ENDLESS, "stream": True})
     connection.recv(4000)
@@ -394,7 +396,7 @@ def test_request_log_has_disconnected_requests(
 def test_request_log_has_499_for_a_stream_that_was_left_while_it_waited(
     serve_oracle: Callable[..., Live], caplog: pytest.LogCaptureFixture
 ) -> None:
-    caplog.set_level(logging.INFO, "engine.server.access.requests")
+    caplog.set_level(logging.INFO, "engine.front.server.access.requests")
     live = serve_oracle(ServerConfig(log_requests=True), step_s=0.005, max_running=1)
     body = {"prompt": "x", **ENDLESS, "stream": True}
     running = live.send("/v1/completions", body)

@@ -13,7 +13,7 @@ from typing import Any
 import httpx
 import pytest
 
-from engine.server.settings import API_KEY_VARIABLE, ServerConfig
+from engine.front.server.settings import API_KEY_VARIABLE, ServerConfig
 from engine.text.tokenizer import ChatTemplate
 
 from .conftest import Live

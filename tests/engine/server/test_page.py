@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from engine import Engine
-from engine.cache_watch import Watch
+from engine.front.cache_watch import Watch
 from tests.waiting import wait_until
 from tests.watch.follower import follow, truth
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from engine.cache_watch import Watch
-from engine.server.settings import ServerConfig
+from engine.front.cache_watch import Watch
+from engine.front.server.settings import ServerConfig
 from tests.waiting import wait_until
 from tests.watch.browser import chromium, tab
 

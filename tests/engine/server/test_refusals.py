@@ -25,13 +25,13 @@ from engine.errors import (
     RequestError,
     StepFailed,
 )
+from engine.front.server.app import create_app
+from engine.front.server.settings import ServerConfig
+from engine.front.worker import replicas as fleet
+from engine.front.worker.process_channel import start_engine
+from engine.front.worker.spawn import spawn
 from engine.requests.request import Request
-from engine.server.app import create_app
-from engine.server.settings import ServerConfig
 from engine.text.tokenizer import HFTokenizer
-from engine.worker import replicas as fleet
-from engine.worker.process_channel import start_engine
-from engine.worker.spawn import spawn
 from tests.engine.fleet.test_fleet import LocalFleet, serve
 from tests.oracle import OracleSampler
 
@@ -77,7 +77,7 @@ def make_engine(config: EngineConfig, **options: Any) -> Engine:
 BOOT = """
 import json, sys
 sys.path[:] = json.loads(sys.argv[1])
-import engine.worker.process_channel as worker
+import engine.front.worker.process_channel as worker
 from tests.engine.server.test_refusals import make_engine
 worker.Engine = make_engine
 worker.screen_rows = lambda made, address: [("oracle", address)]

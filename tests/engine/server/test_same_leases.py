@@ -18,8 +18,8 @@ from hybridcache.geometry.units import GIB
 from hybridcache.lab.scenario import Scenario
 from hybridcache.lab.simulation.serving import serve
 from hybridcache.lab.simulation.target import LeasedRequest, LeaseTarget, build_target
-from hybridcache.lease import Lease, LeaseRequest
-from hybridcache.policies.protocol import Placed, PromptBoundaries
+from hybridcache.radix.lease import Lease, LeaseRequest
+from hybridcache.radix.protocol import Placed, PromptBoundaries
 from hybridcache.tokens import Tokens
 from tests.engine.server.conftest import ScriptedSampler, serving
 from tests.oracle import OracleRunner

@@ -17,8 +17,8 @@ import httpx
 import pytest
 
 from engine import Engine, EngineConfig
-from engine.server.access import Access
-from engine.server.settings import ServerConfig
+from engine.front.server.access import Access
+from engine.front.server.settings import ServerConfig
 from tests.waiting import wait_until
 
 from .conftest import Live, serving

@@ -13,7 +13,7 @@ import numpy as np
 from engine import AsyncEngine, Engine, EngineConfig, RequestSpec, SamplingParams
 from engine.engine import load_runner
 from engine.runner.sampler import Sampler
-from hybridcache.policies.protocol import PromptBoundaries
+from hybridcache.radix.protocol import PromptBoundaries
 from tests.engine import test_hits_change_nothing as hits
 
 ROOT = Path(__file__).resolve().parents[3]

@@ -18,7 +18,7 @@ from hybridcache.lab.arrivals import Starts
 from hybridcache.lab.trace import FreshIds, KnownIds, TraceRequest, distinct
 from hybridcache.lab.traces.dialects import STOP_REASONS
 from hybridcache.lab.traces.frame import Notes, Record, SessionReader, request_of_blocks
-from hybridcache.policies.protocol import chat_boundaries
+from hybridcache.radix.protocol import chat_boundaries
 from hybridcache.tokens import Tokens, common_prefix_len
 
 

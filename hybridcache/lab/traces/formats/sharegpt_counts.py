@@ -15,7 +15,7 @@ import numpy as np
 from hybridcache.lab.arrivals import Pauses
 from hybridcache.lab.trace import FreshIds, TraceRequest
 from hybridcache.lab.traces.frame import Notes, Record, SessionReader
-from hybridcache.policies.protocol import chat_boundaries
+from hybridcache.radix.protocol import chat_boundaries
 from hybridcache.tokens import Tokens
 
 

@@ -1,0 +1,1 @@
+"""The front of an engine: HTTP, processes, chat templates and the command line."""

@@ -1,0 +1,529 @@
+"""Front end of an engine for callers in asyncio, and the host that steps the engine: in a thread of
+this process, in another process, or on several replicas, behind an ``EngineChannel``."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import os
+import threading
+import time
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from functools import partial
+from typing import Any, cast
+
+import msgspec
+from msgspec import structs
+
+from engine.config import EngineConfig
+from engine.engine import Engine
+from engine.errors import (
+    FAILED,
+    STOPPED,
+    STOPPING,
+    DuplicateId,
+    EngineStopped,
+    QueueFull,
+    RequestError,
+    RunnerLost,
+    StepFailed,
+)
+from engine.front.cache_watch import Watch
+from engine.messages import (
+    Abort,
+    Ask,
+    AskView,
+    Compile,
+    EndEngine,
+    EndSession,
+    EngineFacts,
+    FromEngine,
+    OpenView,
+    Outputs,
+    Question,
+    Reply,
+    ToEngine,
+)
+from engine.requests.request import Intake, Prompt, Request, RequestSpec, SamplingParams
+from engine.schedule.report import CacheReport
+from engine.text.answers import Answer, FinishReason, RequestOutput
+from engine.text.tokenizer import Tokenizer
+from hybridcache.tokens import Tokens
+
+logger = logging.getLogger(__name__)
+
+
+class EngineHost:
+    """Steps an engine while there is work, and waits for messages otherwise.
+
+    One thread calls ``run``; any thread may call ``receive``. If a step fails, for lack of memory
+    for example, the requests that ran fail and the engine goes on. If the next step fails too, or
+    the runner is lost, the engine ends and all requests get an error.
+    """
+
+    def __init__(self, engine: Engine, send: Callable[[FromEngine], None]) -> None:
+        """``send`` passes a message to the front end, from any thread and without waiting."""
+        self.engine, self._send = engine, send
+        self._commands: deque[Callable[[], None]] = deque()
+        self._views: dict[int, Watch] = {}
+        self._numbers = itertools.count()
+        self._compiler = ThreadPoolExecutor(1, thread_name_prefix="grammars")
+        self._wake = threading.Condition()  # With a lock that its owner may take again.
+        self._is_open = True
+        self._must_stop = False
+        self._last_step_failed = False
+        self.failure: str | None = None
+        """Reason of an unexpected end, or None."""
+
+    @property
+    def facts(self) -> EngineFacts:
+        """Facts about the engine for a front end."""
+        engine, runner = self.engine, self.engine.runner
+        return EngineFacts(
+            runner.vocab_size, engine.max_model_len, engine.model_name, runner.exactness
+        )
+
+    def receive(self, message: ToEngine) -> None:
+        """Execute ``message``, or queue it for the time between two steps."""
+        match message:
+            case RequestSpec():
+                self._submit(message)
+            case Abort():
+                self.call_soon(lambda: self._abort(message))
+            case EndEngine():
+                with self._wake:
+                    self._is_open = False
+                    self._must_stop = self._must_stop or message.at_once
+                    self._wake.notify()
+            case Compile():
+                compiling = self.engine.compile
+                with suppress(RuntimeError):  # The engine ends, and with it all questions.
+                    work = partial(compiling, message.grammar, message.namespace)
+                    self._compiler.submit(self._reply, message, work)
+            case _:
+                self.call_soon(lambda: self._reply(message, lambda: self._answer(message)))
+
+    def call_soon(self, command: Callable[[], None]) -> None:
+        """Run ``command`` before the next step, unless the engine ends first."""
+        with self._wake:
+            self._commands.append(command)
+            self._wake.notify()
+
+    def _submit(self, spec: RequestSpec) -> None:
+        """Queue a request before the next step, or send its failure."""
+        assert spec.request_id is not None, "a front end numbers its requests"
+        try:
+            request = self.engine.make(spec)
+            with self._wake:
+                if not self._is_open:
+                    raise EngineStopped(self.failure or STOPPING)
+                self.call_soon(lambda: self._enqueue(request))
+        except Exception as error:
+            self._deliver([RequestOutput.failed(spec.request_id, RequestError.of(error))])
+
+    def _enqueue(self, request: Request) -> None:
+        try:
+            self.engine.enqueue(request)
+        except Exception:
+            logger.exception(
+                "An admission policy failed; request %s is refused.", request.request_id
+            )
+            failure = StepFailed("the admission policy failed")
+            self._deliver([RequestOutput.failed(request.request_id, failure)])
+
+    def _abort(self, message: Abort) -> None:
+        if output := self.engine.abort(message.request_id, message.reason):
+            self._deliver([output])
+
+    def _answer(self, question: Question) -> object:
+        """Return the value of the reply to ``question``."""
+        engine, views = self.engine, self._views
+        match question:
+            case Ask("report"):
+                return engine.report()
+            case Ask("cache_view"):
+                return engine.cache_view()
+            case Ask("reset_cache"):
+                engine.reset_prefix_cache()
+            case Ask("stop_accepting"):
+                engine.disconnect(at_once=False)
+            case EndSession():
+                engine.end_session(question.request_id)
+            case OpenView():
+                number = next(self._numbers)
+                views[number] = Watch(engine)
+                return number
+            case AskView(view, "close"):
+                views.pop(view).close()
+            case AskView(view, "node", node):
+                return views[view].node(node)
+            case AskView(view, "whole"):
+                return views[view].whole()
+            case AskView(view):
+                return views[view].take()
+        return None
+
+    def _reply(self, question: Question, work: Callable[[], object]) -> None:
+        try:
+            self._send(Reply(question.number, work()))
+        except Exception as error:
+            self._send(Reply(question.number, error=RequestError.of(error).to_wire()))
+
+    def run(self) -> None:
+        """Step until ``EndEngine``, or until the engine fails. The front end fails the rest."""
+        try:
+            while self._run_commands():
+                self._step()
+            self.engine.close()
+        except RunnerLost as error:
+            self.failure = FAILED
+            logger.error("The engine ended: %s", error)
+        except BaseException:
+            self.failure = FAILED
+            logger.exception("The engine ended.")
+        finally:
+            with suppress(Exception):
+                self.engine.disconnect(at_once=True)
+            with self._wake:
+                self._is_open = False
+            self._compiler.shutdown(wait=False, cancel_futures=True)
+
+    def _step(self) -> None:
+        """Run one step and deliver its outputs. Raises if the previous one failed too."""
+        try:
+            outputs = self.engine.step()
+        except RunnerLost:
+            raise
+        except Exception:
+            if self._last_step_failed:
+                raise
+            self._last_step_failed = True
+            logger.exception("A step and the requests that ran with it failed; the engine goes on.")
+            self._deliver(self.engine.take_outputs())
+            error, lost = StepFailed("the step that computed it failed"), self.engine.interrupted
+            for request_id in lost:
+                self.engine.abort(request_id)
+            self._deliver([RequestOutput.failed(each, error) for each in lost])
+        else:
+            self._last_step_failed = False
+            self._deliver(outputs)
+
+    def _run_commands(self) -> bool:
+        """Run queued commands; wait for one if there is no work. False if the thread must end."""
+        engine = self.engine
+        while True:
+            rest_s = None if engine.has_work() else engine.run_idle_tasks()
+            with self._wake:
+                if not self._commands and not engine.has_work() and self._is_open:
+                    self._wake.wait(rest_s)
+                num_commands = len(self._commands)
+                is_open, must_stop = self._is_open, self._must_stop
+            if not is_open:
+                engine.disconnect(at_once=False)
+            for _ in range(num_commands):
+                self._commands.popleft()()
+            if must_stop:
+                return False
+            if engine.has_work():
+                return True
+            if not is_open and not self._commands:
+                return False
+
+    def _deliver(self, outputs: Sequence[RequestOutput]) -> None:
+        """Send the outputs of a step."""
+        if outputs:
+            self._send(Outputs(tuple(outputs)))
+
+
+class RequestStream:
+    """Outputs of the requests of one reader: ``async for output in stream``."""
+
+    def __init__(
+        self,
+        on_abort: Callable[[str, FinishReason], None],
+        on_end: Callable[[RequestOutput], object],
+        adds: bool = True,
+    ) -> None:
+        """Without ``adds``, outputs go on to the process of their reader, which adds them up."""
+        self._adds = adds
+        self.answers: dict[str, Answer] = {}
+        """Answer of each request by its id, in the order of submission."""
+        self._on_abort, self._on_end = on_abort, on_end
+        self._open: set[str] = set()
+        """Requests that have neither ended nor been aborted."""
+        self._num_left = 0
+        """Number of requests with a last output that was not read."""
+        self._unread: deque[RequestOutput] = deque()
+        self._arrival: asyncio.Future[None] | None = None
+        """Wait of the reader for an output, or None. An ``asyncio.Queue`` takes twice the time."""
+        self.handle: Callable[[RequestOutput], bool] = lambda output: False
+        """Called with an output, not the last one, while the reader waits. True if it was handled,
+        so that the reader is not woken. An exception is raised in the reader."""
+
+    def __aiter__(self) -> AsyncIterator[RequestOutput]:
+        return self
+
+    async def __anext__(self) -> RequestOutput:
+        """Return the next output of any request; the last one of each has a ``finish_reason``.
+        Raises RequestError if a request failed; no output follows."""
+        if not self._num_left:
+            raise StopAsyncIteration
+        while not self._unread:
+            self._arrival = asyncio.get_running_loop().create_future()
+            await self._arrival
+        output = self._unread.popleft()
+        if output.failure is not None:
+            self._num_left = 0
+            raise RequestError.from_wire(output.failure)
+        self._num_left -= output.is_finished
+        return output
+
+    def abort(self, reason: FinishReason = "abort", request_id: str | None = None) -> None:
+        """End all requests, or one, with ``reason``; their memory is free before the next step.
+        Does nothing for those that have ended."""
+        for each in tuple(self._open) if request_id is None else self._open & {request_id}:
+            self._open.discard(each)
+            self._on_abort(each, reason)
+
+    def open(self, request_id: str, prompt: Tokens) -> None:
+        """Expect outputs of a request."""
+        self.answers[request_id] = Answer(prompt)
+        self._open.add(request_id)
+        self._num_left += 1
+
+    def put(self, output: RequestOutput) -> None:
+        """Queue ``output`` for the reader."""
+        if self._adds:
+            output = self.answers[output.request_id].add(output)
+        arrival = None if self._arrival is None or self._arrival.done() else self._arrival
+        if output.finish_reason is not None:
+            self._open.discard(output.request_id)
+            self._on_end(output)
+        elif arrival is not None:
+            try:
+                if self.handle(output):
+                    return
+            except Exception as error:
+                arrival.set_exception(error)
+                return
+        self._unread.append(output)
+        if arrival is not None:
+            arrival.set_result(None)
+
+
+class EngineChannel(ABC):
+    """Connection of a front end to an engine."""
+
+    config: EngineConfig
+    tokenizer: Tokenizer | None
+    facts: EngineFacts
+    num_engines: int = 1
+    pid: int | None = None
+    """Id of the process that computes, or None if there are several."""
+    front: AsyncEngine
+    """Receives messages of the engine (``receive``) and its end (``closed``)."""
+
+    @property
+    @abstractmethod
+    def is_alive(self) -> bool:
+        """True from ``start`` until the engine ends or fails."""
+
+    @abstractmethod
+    def start(self) -> None:
+        """Begin to serve. Called once, in the event loop."""
+
+    @abstractmethod
+    def send(self, message: ToEngine) -> None:
+        """Send ``message``, which is valid, without waiting."""
+
+    @abstractmethod
+    async def drain(self) -> None:
+        """Finish the requests in progress, and end the engine."""
+
+    @abstractmethod
+    def stop(self) -> None:
+        """End the engine after its step. Safe to call from any thread."""
+
+
+class ThreadChannel(EngineChannel):
+    """Connection to an engine in a thread of this process."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.config, self.tokenizer = engine.config, engine.tokenizer
+        self.host = EngineHost(engine, lambda message: self.front.receive(message))
+        self.facts, self.pid = self.host.facts, os.getpid()
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+
+    @property
+    def is_alive(self) -> bool:
+        return self._thread.is_alive()
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            self.host.run()
+        finally:
+            self.front.closed(self.host.failure)
+
+    def send(self, message: ToEngine) -> None:
+        self.host.receive(message)
+
+    async def drain(self) -> None:
+        self._end(at_once=False)
+        await asyncio.to_thread(self._thread.join)
+
+    def stop(self) -> None:
+        self._end(at_once=True)
+        self._thread.join()
+
+    def _end(self, *, at_once: bool) -> None:
+        self.send(EndEngine(at_once))
+        if self._thread.ident is None:
+            self._thread.start()
+
+
+class AsyncEngine:
+    """Submits requests to an engine, and follows their outputs, in one event loop. Coroutines raise
+    EngineStopped after the engine's end."""
+
+    def __init__(self, served: Engine | EngineChannel) -> None:
+        """Serve an engine in a thread of this process, or connect to the one behind a channel."""
+        self.channel = ThreadChannel(served) if isinstance(served, Engine) else served
+        self.config, self.tokenizer = self.channel.config, self.channel.tokenizer
+        self.facts = facts = self.channel.facts
+        self._intake = Intake(
+            self.config,
+            self.tokenizer,
+            vocab_size=facts.vocab_size,
+            max_model_len=facts.max_model_len,
+        )
+        self.check = self._intake.check
+        """See ``Intake.check``."""
+        self.sampling_defaults = self._intake.sampling_defaults
+        """Sampling parameters that the model's files recommend."""
+        self._streams: dict[str, RequestStream] = {}
+        self._replies: dict[int, asyncio.Future[object]] = {}
+        self._numbers = itertools.count()
+        self._is_open, self._has_ended = True, False
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self.failure: str | None = None
+        """Reason of an unexpected end of the engine, or None."""
+        self.channel.front = self
+
+    @property
+    def is_alive(self) -> bool:
+        """True from ``start`` until the engine ends or fails."""
+        return self.channel.is_alive
+
+    def start(self) -> None:
+        """Begin to serve. Called once, in the event loop."""
+        self._loop = asyncio.get_running_loop()
+        self.channel.start()
+
+    def submit(
+        self, prompt: Prompt | RequestSpec, sampling: SamplingParams | None = None, **options: Any
+    ) -> RequestStream:
+        """Queue a prompt; see ``Engine.submit``. Raises a RequestError such as QueueFull, or a
+        ValueError, before anything is queued."""
+        spec = RequestSpec.of(prompt, sampling, options)
+        return self.submit_valid(self._intake.validate(spec, time.perf_counter()))
+
+    def submit_valid(self, spec: RequestSpec, stream: RequestStream | None = None) -> RequestStream:
+        """Queue a complete request that was checked, and return its outputs. ``stream`` has those
+        of the reader's other requests."""
+        if not self._is_open:
+            raise EngineStopped(self.failure or STOPPING)
+        request_id = spec.request_id
+        assert request_id is not None, "its maker numbers it"
+        if request_id in self._streams:
+            raise DuplicateId(request_id)
+        max_running = self.channel.num_engines * self.config.max_running
+        if len(self._streams) >= max_running + self.config.max_queue:
+            raise QueueFull(self.config.max_queue)
+        stream = self._streams[request_id] = stream or self.stream()
+        stream.open(request_id, cast("Tokens", spec.prompt))
+        self.channel.send(spec)
+        return stream
+
+    def stream(
+        self, on_end: Callable[[RequestOutput], object] = lambda output: None, adds: bool = True
+    ) -> RequestStream:
+        """Return a stream without requests, for a reader of several. ``on_end`` gets the last
+        output of each, also if the reader has left."""
+        return RequestStream(self.abort, on_end, adds)
+
+    def abort(self, request_id: str, reason: FinishReason = "abort") -> None:
+        """End a request before the next step. Does nothing if it has ended."""
+        if request_id in self._streams:
+            self.channel.send(Abort(request_id, reason))
+
+    def receive(self, message: FromEngine) -> None:
+        """Process a message in the event loop. Called by the channel, in one thread at a time."""
+        if asyncio._get_running_loop() is self._loop:
+            self._receive(message)
+        elif self._loop is not None:
+            with suppress(RuntimeError):  # The loop is closed.
+                self._loop.call_soon_threadsafe(self._receive, message)
+
+    def _receive(self, message: FromEngine) -> None:
+        match message:
+            case Reply(number, value, error):
+                reply = self._replies.pop(number, None)
+                if reply is None or reply.done():
+                    return
+                if error is not None:
+                    reply.set_exception(RequestError.from_wire(error))
+                else:
+                    reply.set_result(value)
+            case Outputs(outputs):
+                for output in outputs:
+                    stream = self._streams.get(output.request_id)
+                    if output.is_finished:
+                        self._streams.pop(output.request_id, None)
+                    if stream is not None:
+                        stream.put(output)
+
+    def closed(self, failure: str | None) -> None:
+        """Fail all pending requests and questions: the engine has ended."""
+        self.failure, self._is_open, self._has_ended = failure, False, True
+        error = EngineStopped(failure or STOPPED)
+        lost = [RequestOutput.failed(each, error) for each in tuple(self._streams)]
+        self.receive(Outputs(tuple(lost)))
+        for number in tuple(self._replies):
+            self.receive(Reply(number, error=error.to_wire()))
+
+    async def ask(self, question: Question) -> Any:
+        """Return the value of the reply to ``question``, or raise its RequestError."""
+        number = next(self._numbers)
+        reply = self._replies[number] = asyncio.get_running_loop().create_future()
+        try:
+            if self._has_ended:  # Read last: ``closed`` in another thread answers the rest.
+                raise EngineStopped(self.failure or STOPPED)
+            self.channel.send(cast("ToEngine", structs.replace(question, number=number)))
+        except BaseException:
+            self._replies.pop(number, None)
+            raise
+        return await reply
+
+    async def report(self) -> CacheReport:
+        """See ``Engine.report``."""
+        found = await self.ask(Ask("report"))
+        return found if isinstance(found, CacheReport) else msgspec.convert(found, CacheReport)
+
+    async def drain(self) -> None:
+        """Accept no more requests, finish those in progress, and end the engine."""
+        self._is_open = False
+        await self.channel.drain()
+
+    def stop(self) -> None:
+        """Accept no more requests and end the engine after its step. Unfinished requests fail with
+        EngineStopped. Safe to call from any thread."""
+        self._is_open = False
+        self.channel.stop()

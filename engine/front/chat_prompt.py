@@ -1,0 +1,455 @@
+"""Conversion of chats to prompts: the text of the template, the tokens that were sampled for
+earlier answers, and the positions at which the next prompt will differ.
+
+A template drops the end of the generation header and the reasoning of earlier turns, so the next
+prompt of a chat differs before the end of this one, and a checkpoint at the exact end would never
+be used again. So the history is rendered as in the next turn, and the common prefix is taken.
+
+When a client sends an answer back, its JSON may be spaced and its words split differently, so the
+prompt would differ from the cached one where the answer begins. If the sampled tokens are known,
+they are used instead (``Replay``). A turn is replaced only if
+
+- the chat before it, its text and its calls are the same as when it was sampled;
+- the template writes the message exactly once, in a separate turn (from the last control token
+  before it to the next end token), and nothing else depends on a character added to it;
+- the turn begins with the end of the prompt that it was sampled for (``header``), and contains its
+  reasoning if there was any. Templates that drop either from history are followed, unless
+  ``keeps_thinking`` is set.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import re
+import sys
+from array import array
+from bisect import bisect, bisect_left
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from engine.requests.request import Marks
+from engine.text.answers import RequestOutput
+from engine.text.bounded import BoundedMemory, read_json
+from engine.text.tokenizer import (
+    CLOSE,
+    OPEN,
+    PROBE,
+    Message,
+    TemplateError,
+    Tokenizer,
+    any_of,
+    as_tokens,
+)
+from hybridcache.radix.protocol import PromptBoundaries, chat_boundaries
+from hybridcache.tokens import Tokens, common_prefix_len
+
+MARK = "\ufdd0"
+"""Character inside a control token that is text. No character has this code, so no text has it."""
+KEEPS_THINKING = "preserve_thinking"
+"""Template variable of newer templates; emulated for templates that do not support it."""
+ENTRY_BYTES = 512
+"""Approximate size of an answer without its ids and its reasoning."""
+
+
+@dataclass(frozen=True, slots=True)
+class SampledTurn:
+    """Tokens sampled for one assistant message."""
+
+    header: str
+    """End of the prompt, from its last control token on."""
+    token_ids: Sequence[int]
+    """Sampled tokens without the end token."""
+    reasoning: str = ""
+
+
+class Replay:
+    """Sampled answers of one server in ``limit_bytes``, by tenant and digest of the chat up to
+    them. Thread-safe."""
+
+    def __init__(
+        self, tokenizer: Tokenizer, limit_bytes: int, *, keeps_thinking: bool = False
+    ) -> None:
+        """``keeps_thinking``: the default of requests without the switch ``KEEPS_THINKING``."""
+        self._tokenizer, self._keeps_thinking = tokenizer, keeps_thinking
+        self._known = BoundedMemory[Place, SampledTurn](limit_bytes)
+
+    def render(
+        self,
+        messages: Sequence[Message],
+        tenant: Hashable,
+        *,
+        tools: Sequence[Mapping[str, object]] | None = None,
+        variables: Mapping[str, object] | None = None,
+        **options: Any,
+    ) -> ChatPrompt:
+        """Render a chat with the turns that were sampled for its answers. With ``KEEPS_THINKING``,
+        messages get the reasoning that their client dropped."""
+        keeps = (variables or {}).get(KEEPS_THINKING, self._keeps_thinking) is True
+        if keeps:
+            variables = {**(variables or {}), KEEPS_THINKING: True}
+        chat = list(messages)
+        sampled: dict[int, SampledTurn] = {}
+        place = tenant, _digest(b"", tools)
+        for index, message in enumerate(chat):
+            place, reasoning = _place_behind(place, message)
+            turn = self._known.get(place) if message.get("role") == "assistant" else None
+            if turn is None or reasoning not in (turn.reasoning.strip(), "" if keeps else None):
+                continue
+            sampled[index] = turn
+            if turn.reasoning and not reasoning:
+                chat[index] = {**message, "reasoning_content": turn.reasoning}
+        prompt = render_chat(
+            self._tokenizer,
+            chat,
+            tools=tools,
+            variables=variables,
+            sampled=sampled,
+            keeps_thinking=keeps,
+            **options,
+        )
+        return replace(prompt, place=place)
+
+    def keep(self, prompt: ChatPrompt, message: Message, output: RequestOutput) -> None:
+        """Store the tokens of the answer to ``prompt``, sent as ``message``, that a client can send
+        back completely: one ended by the model or by its length limit. O(its size)."""
+        token_ids, place = output.output.tolist(), prompt.place
+        controls = self._tokenizer.control_ids
+        if output.finish_reason == "stop" and token_ids[-1] in self._tokenizer.eos_token_ids:
+            token_ids.pop()
+        elif output.finish_reason != "length":
+            return
+        if place is None or not prompt.header or not controls.isdisjoint(token_ids):
+            return
+        ids, reasoning = array("i", token_ids), str(message["reasoning_content"])
+        num_bytes = ENTRY_BYTES + 4 * len(ids) + sum(map(sys.getsizeof, (prompt.header, reasoning)))
+        turn = SampledTurn(prompt.header, ids, reasoning)
+        self._known.put(_place_behind(place, message)[0], turn, num_bytes)
+
+
+Place = tuple[Hashable, bytes]
+"""Tenant, and digest of a chat up to a message, without reasoning."""
+
+
+def _place_behind(place: Place, message: Message) -> tuple[Place, str]:
+    """Return (place behind ``message``, its reasoning). O(its size)."""
+    (tenant, before), (*said, reasoning) = place, said_by(message)
+    return (tenant, _digest(before, [message.get("role"), *said])), reasoning
+
+
+def _digest(before: bytes, value: object) -> bytes:
+    text = json.dumps(value, default=repr).encode()
+    return hashlib.blake2b(before + text, digest_size=16).digest()
+
+
+class Cut(NamedTuple):
+    """A place in a chat up to which the client declares that later chats will be equal."""
+
+    message: int | None
+    """Index of the message that contains or ends at the cut, or None for the end of the tools."""
+    content: str | None = None
+    """Shared beginning of its content, or None if all of it is shared."""
+
+
+@dataclass(frozen=True, slots=True)
+class ChatPrompt:
+    """A chat as the input of the model."""
+
+    tokens: Tokens
+    """int32[n]."""
+    boundaries: PromptBoundaries
+    """End of the system segment, and the positions where the next turn, and in a tool loop the
+    prompt with the tool's result, differ."""
+    is_thinking: bool = False
+    """True if the prompt ends inside reasoning."""
+    starts_text: bool = True
+    """False if the answer continues the last message."""
+    cuts: tuple[int, ...] = ()
+    """Positions of the requested cuts, without those at which the template rejects the chat."""
+    header: str = ""
+    """End of the prompt from its last control token on, with which the answer's turn begins."""
+    place: Place | None = None
+    """Place of the chat's end, if its answer is to be replayed."""
+
+    @property
+    def marks(self) -> Marks:
+        """Other fields of the ``RequestSpec`` of its answer."""
+        return {
+            "boundaries": self.boundaries,
+            "answer_starts_text": self.starts_text,
+            "is_thinking": self.is_thinking,
+        }
+
+
+NO_CHAT = "This model has no chat template, so it cannot chat: use /v1/completions."
+
+
+def render_chat(
+    tokenizer: Tokenizer,
+    messages: Sequence[Message],
+    *,
+    tools: Sequence[Mapping[str, object]] | None = None,
+    add_generation_prompt: bool = True,
+    variables: Mapping[str, object] | None = None,
+    namespace: Hashable = None,
+    cuts: Sequence[Cut] = (),
+    sampled: Mapping[int, SampledTurn] | None = None,
+    keeps_thinking: bool = False,
+    continues_last: bool = False,
+) -> ChatPrompt:
+    """Render and encode a chat.
+
+    ``sampled`` has the sampled turns by the index of their message; with ``keeps_thinking`` they
+    are also used where the template drops reasoning from history. Control tokens inside the chat's
+    texts (contents, names, arguments, tools) are encoded as text, so that a client cannot forge
+    turns. With ``continues_last``, the prompt ends with the content of the last message.
+
+    Raises TemplateError if the model has no chat template, or if the template rejects the chat.
+    Takes at most five renders plus one for each of ``cuts``, one encoding of the whole chat and a
+    few of its ends.
+    """
+    template = tokenizer.chat_template
+    if template is None:
+        raise TemplateError(NO_CHAT)
+    messages, tools, variables, cuts = mark_control_tokens(
+        tokenizer.control_tokens, (messages, tools, variables, cuts)
+    )
+    render = partial(
+        template.render,
+        tools=tools,
+        add_generation_prompt=add_generation_prompt,
+        variables=variables,
+    )
+    encode_text = partial(
+        tokenizer.encode, add_special_tokens=False, mark=MARK, namespace=namespace
+    )
+    text = render(messages)
+    walls = [*any_of(tokenizer.special_tokens).finditer(text)]
+    control_tokens = {*tokenizer.control_tokens}
+    controls = [wall for wall in walls if wall[0] in control_tokens]
+    turns = dict(sampled or {})
+    if continues_last:
+        turns.pop(len(messages) - 1, None)
+    spans = [*_find_spans(tokenizer, render, messages, text, turns, controls, keeps_thinking)]
+    ending = text[-64:].rstrip() if add_generation_prompt else ""
+    if continues_last:
+        content = _content(messages[-1])
+        at = text.rfind(content)
+        if not content or at < 0:
+            raise TemplateError("the last message has no content to continue")
+        text = text[: at + len(content)]
+
+    def encode(text: str, start: int = 0, known_len: int | None = None) -> Tokens:
+        """Return the tokens of ``text[start:]``, with sampled tokens in place of the turns that end
+        in the known part of it."""
+        ids = list[int]()
+        for span in spans:
+            if start <= span.start and span.end <= (len(text) if known_len is None else known_len):
+                ids += [*encode_text(text[start : span.start]), *encode_text(span.turn.header)]
+                ids += span.turn.token_ids
+                start = span.end
+        return as_tokens(ids + encode_text(text[start:]))
+
+    tokens, wall_ends = encode(text), [wall.end() for wall in walls]
+
+    def shared(future: Sequence[Message]) -> list[int]:
+        """Return the number of tokens that a later chat shares with this one, or [] if the template
+        rejects it. Only the text after the last special token of their common part is encoded."""
+        try:
+            later = render(future)
+        except TemplateError:
+            return []
+        same = common_prefix_len(_codes(text), _codes(later))
+        known_len = min([same, *(span.start for span in spans if span.close > same)])
+        number = bisect(wall_ends, known_len)
+        split = walls[number - 1].start() if number else 0
+        if split <= len(text) // 2:
+            num_before = len(encode(text[:split]))
+        else:
+            num_before = len(tokens) - len(encode(text, split))
+        end = encode(later, split, known_len)
+        return [num_before + common_prefix_len(tokens[num_before:], end)]
+
+    continued = _content(messages[-1]) if continues_last else ""
+    is_thinking = ending.endswith(OPEN) or continued.rfind(OPEN) > continued.rfind(CLOSE)
+    other, *longer = _futures(messages, bool(tools), thinks=not ending.endswith(CLOSE))
+    cut_at = [end for cut in cuts for end in shared(_future_behind(messages, *cut))]
+    kept = {end for future in longer for end in shared(future)}
+    if keeps_thinking and add_generation_prompt:
+        kept.add(len(tokens))
+    header = text[controls[-1].start() :] if add_generation_prompt and controls else ""
+    return ChatPrompt(
+        tokens,
+        chat_boundaries(len(tokens), {*shared(other), *cut_at}, kept),
+        is_thinking,
+        starts_text=not continues_last,
+        cuts=tuple(cut_at),
+        header=header,
+    )
+
+
+def _codes(text: str) -> Tokens:
+    """Return the code of each character: int32[n]."""
+    return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.int32)
+
+
+def _content(message: Message) -> str:
+    return str(message.get("content") or "").strip()
+
+
+def _futures(messages: Sequence[Message], with_tools: bool, thinks: bool) -> list[list[Message]]:
+    """Return possible later chats that share a beginning with this one. ``thinks``: the answer may
+    contain reasoning."""
+    system = list(
+        itertools.takewhile(lambda message: message["role"] in ("system", "developer"), messages)
+    )
+    ask: Message = {"role": "user", "content": PROBE}
+    answer: Message = {"role": "assistant", "content": PROBE}
+    futures = [[*system, ask], [*messages, answer, ask]]
+    if with_tools or messages[-1]["role"] == "tool":
+        call = {"id": PROBE, "type": "function", "function": {"name": PROBE, "arguments": {}}}
+        thoughts = {"reasoning_content": PROBE} if thinks else {}
+        tool_turn: Message = {**answer, **thoughts, "tool_calls": [call]}
+        result: Message = {"role": "tool", "tool_call_id": PROBE, "name": PROBE, "content": PROBE}
+        futures.append([*messages, tool_turn, result])
+    return futures
+
+
+def _future_behind(
+    messages: Sequence[Message], index: int | None, content: str | None
+) -> list[Message]:
+    """Return a chat that equals this one up to a ``Cut``, and differs right after it."""
+    ask: Message = {"role": "user", "content": PROBE}
+    if index is None:
+        return [{"role": "system", "content": PROBE}, ask]
+    before, last = list(messages[:index]), messages[index]
+    if content is None and last["role"] == "assistant":
+        after = {"role": "tool", "content": PROBE} if last.get("tool_calls") else ask
+        return [*before, last, after]
+    shared = last["content"] if content is None else content
+    assert isinstance(shared, str), "a cut is at the end of a text"
+    chat: list[Message] = [*before, {**last, "content": shared + PROBE}]
+    return chat if any(message["role"] == "user" for message in chat) else [*chat, ask]
+
+
+def mark_control_tokens(control_tokens: Sequence[str], value: object) -> Any:
+    """Return ``value`` with ``MARK`` in its texts, so that none can become a control token, alone
+    or with adjacent text. O(size of ``value``).
+
+    A control token is inside a text, or the text ends with a beginning of the token, or it starts
+    with an end of it.
+    """
+    heads = tuple({token[:end] for token in control_tokens for end in range(1, len(token))})
+    tails = tuple({token[start:] for token in control_tokens for start in range(1, len(token))})
+
+    def marked(value: object) -> object:
+        if isinstance(value, Mapping):
+            # Names that templates may use, such as ``text``, stay as they are.
+            return {
+                name if str(name).isidentifier() else marked(name): marked(entry)
+                for name, entry in value.items()
+            }
+        if isinstance(value, list | tuple):
+            return [marked(entry) for entry in value]
+        if not isinstance(value, str):
+            return value
+        before, after = MARK * value.startswith(tails), MARK * value.endswith(heads)
+        for token in control_tokens:
+            while token in value:  # Again for tokens that overlapped.
+                value = value.replace(token, token[0] + MARK + token[1:])
+        return before + value + after
+
+    return marked(value)
+
+
+def said_by(message: Mapping[str, object]) -> tuple[str, list[list[object]], str]:
+    """Return text, calls and reasoning of a message in a normal form, which is equal for an answer
+    and its copy from a client."""
+    calls: list[list[object]] = []
+    told = message.get("tool_calls")
+    for call in told if isinstance(told, Sequence) else ():
+        named = call.get("function")
+        function = named if isinstance(named, Mapping) else call
+        calls.append([function.get("name"), _plain(function.get("arguments"))])
+    reasoning = str(message.get("reasoning_content") or "").strip()
+    return str(message.get("content") or "").strip(), calls, reasoning
+
+
+def _plain(arguments: object) -> str:
+    """Return arguments in a normal form, independent of the JSON formatting."""
+    with suppress(ValueError):
+        arguments = read_json(arguments or "{}") if isinstance(arguments, str) else arguments or {}
+    return json.dumps(arguments, sort_keys=True)
+
+
+FIRST, LAST = 0x100000, 0x10FFFD
+"""Private-use characters that stand for a message, and for its turn."""
+_PLACES = re.compile(f"([{chr(FIRST)}-{chr(LAST)}])")
+
+
+class Span(NamedTuple):
+    """Turn in a rendered chat that is replaced by sampled tokens."""
+
+    start: int
+    end: int
+    """Start of the token that ends the turn."""
+    close: int
+    """End of that token."""
+    turn: SampledTurn
+
+
+def _find_spans(
+    tokenizer: Tokenizer,
+    render: Callable[[Sequence[Message]], str],
+    messages: Sequence[Message],
+    text: str,
+    turns: Mapping[int, SampledTurn],
+    controls: Sequence[re.Match[str]],
+    keeps_thinking: bool,
+) -> Iterator[Span]:
+    """Yield the turns that can be replaced in ``text``, the rendering of ``messages``, in order.
+
+    ``turns`` are given by the index of their message; ``controls`` are the control tokens of the
+    text. Takes one render.
+    """
+    if not turns or _PLACES.search(text):
+        return
+    marked = list(messages)
+    for index in turns:
+        marked[index] = _marked(messages[index], chr(FIRST + index))
+    pieces = _PLACES.split(render(marked))
+    if "".join(pieces[::2]) != text:
+        return
+    ends = {tokenizer.token_bytes(i).decode("utf-8", "replace") for i in tokenizer.eos_token_ids}
+    control_starts, at, last = [control.start() for control in controls], 0, 0
+    for before, place in zip(pieces[::2], pieces[1::2], strict=False):
+        at += len(before)
+        number = bisect_left(control_starts, at)
+        later = (controls[index] for index in range(number, len(controls)))
+        close = next((one for one in later if one[0] in ends), None)
+        if not number or control_starts[number - 1] < last or close is None:
+            continue
+        start, last, turn = control_starts[number - 1], close.start(), turns[ord(place) - FIRST]
+        is_whole = (
+            text.startswith(turn.header, start) and turn.reasoning.strip() in text[start:last]
+        )
+        if pieces.count(place) == 1 and (keeps_thinking or is_whole):
+            yield Span(start, last, close.end(), turn)
+
+
+def _marked(message: Message, mark: str) -> Message:
+    """Return ``message`` with a mark in its text: before the first character of its content that
+    templates keep, or in the name of its first call, because templates look for empty contents."""
+    content = str(message.get("content") or "")
+    kept = content.lstrip()
+    match message.get("tool_calls"):
+        case [dict({"function": dict({"name": str(name)}) as of}) as call, *others] if not kept:
+            called = {**call, "function": {**of, "name": mark + name}}
+            return {**message, "tool_calls": [called, *others]}
+    return {**message, "content": content[: len(content) - len(kept)] + mark + kept}

@@ -1,0 +1,291 @@
+"""Access of clients: API keys, tenants, the operator, connections, CORS and the log of requests."""
+
+from __future__ import annotations
+
+import codecs
+import errno
+import hashlib
+import hmac
+import ipaddress
+import json
+import logging
+import os
+import re
+import secrets
+import sys
+import time
+import uuid
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from starlette.requests import Request
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from engine.front.server.bodies import ANTHROPIC, APIError, short
+from engine.front.server.settings import API_KEY_VARIABLE, ServerConfig
+from engine.text.bounded import REPLACEMENT
+
+logger = logging.getLogger(__name__)
+request_log = logging.getLogger(f"{__name__}.requests")
+request_log.setLevel(logging.INFO)  # Regardless of log_level.
+PROBES = ("/health", "/metrics")
+"""Paths that monitors poll and that are not logged."""
+OPEN = ("/", *PROBES)
+"""Paths that require no key."""
+FORWARDED = ("forwarded", "x-forwarded-for", "x-forwarded-host", "x-real-ip", "via")
+"""Headers that proxies add. Clients of a proxy are not on this machine."""
+OPERATORS = ("/v1/cache", "/reset_prefix_cache", "/flush_cache")
+"""Beginnings of the paths that only the operator may use."""
+SECRET_FILE, SECRET_BYTES = "salt-secret", 32
+"""Name and size of the file with the key of the hashes of salts."""
+KEY = re.compile(rb"[\x21-\x7e]+")
+NAME = re.compile(rb"[\x21-\x7e]{1,128}")
+"""Pattern of the ids that clients may send in ``X-Request-Id``."""
+
+
+# --- Keys and tenants -----------------------------------------------------------------------------
+
+SALT_HEADER = "x-cache-salt"
+"""Header for the salt of a request, on every method; as ``cache_salt`` in the body."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tenant:
+    """Owner of requests and of the answers to them."""
+
+    key: int | None = None
+    """Index of the API key among those of the server, or None if the server requires none."""
+    namespace: str | None = None
+    """Keyed hash of the salt, or None if the request has no salt. The cache uses only this part."""
+
+
+class Access:
+    """API keys of one server, and the tenants that keys and salts distinguish."""
+
+    def __init__(self, config: ServerConfig) -> None:
+        """Read the keys. Raises ValueError for a file or a key that cannot be used."""
+        self._config = config
+        self.accepted: list[bytes] = []
+        """Distinct keys that requests may have, the operator's too; empty if none is required. The
+        place of a key is its number for good, so a key that was removed leaves a random one."""
+        self.reload()
+        self._secret = secrets.token_bytes(SECRET_BYTES)
+
+    def reload(self) -> None:
+        """Read the keys again. Raises ValueError, with nothing changed, as at the start."""
+        config, accepted, operator = self._config, list[bytes](), None
+        if (named := os.environ.get(API_KEY_VARIABLE)) is not None:
+            accepted += _sendable([named.encode()], API_KEY_VARIABLE)
+        if config.api_key_file is not None:
+            accepted += _read_keys("--api-key-file", config.api_key_file)
+        if config.salt_by_key and not accepted:
+            raise ValueError(f"--salt-by-key needs --api-key-file or {API_KEY_VARIABLE}.")
+        num_keys = len(set(accepted))
+        if (file := config.admin_key_file) is not None:
+            operator, *more = _read_keys("--admin-key-file", file)
+            if more:
+                raise ValueError(f"--admin-key-file {file} must contain a single key.")
+            accepted += [operator] if accepted else []
+        self._operator = operator
+        """Key of the operator, or None if its requests are distinguished by their address."""
+        self._are_salts = num_keys > 1 if config.salt_by_key is None else config.salt_by_key
+        """True if requests with different keys share no cache entries. By default they do not if
+        clients have several keys, because the number of reused tokens reveals shared prompts."""
+        kept = [key if key in accepted else secrets.token_bytes(32) for key in self.accepted]
+        self.accepted = list(dict.fromkeys([*kept, *accepted]))
+
+    def keep_secret(self, folder: str) -> None:
+        """Use the secret of ``folder``, in which the cache is kept for the next start. It is there
+        in a file for its owner only, and is written if it is missing."""
+        file, private = Path(folder) / SECRET_FILE, partial(os.open, mode=0o600)
+        try:
+            with suppress(FileExistsError), open(file, "xb", opener=private) as new:
+                new.write(self._secret)
+            if len(kept := file.read_bytes()) != SECRET_BYTES:
+                raise OSError(errno.EINVAL, f"it does not have {SECRET_BYTES} bytes")
+            self._secret = kept
+        except OSError as error:
+            text = "%s cannot be used (%s): entries of requests with a salt, or with one of "
+            logger.warning(text + "several keys, get lost.", file, error.strerror)
+
+    def tenant(self, scope: Scope, salt: str | None = None) -> Tenant:
+        """Return the tenant of a request with ``salt`` in its body. Raises APIError 400 if its
+        salts differ, or one is empty or not text. Salts are secret and namespaces are visible, so a
+        namespace is a hash with a secret key."""
+        name = SALT_HEADER.encode()
+        values = (value for header, value in scope["headers"] if header == name)
+        given = {value.decode(errors="replace") for value in values}
+        given |= set() if salt is None else {salt}
+        # Invalid characters are decoded as U+FFFD, which would make different salts equal.
+        if len(given) > 1 or any(not one or REPLACEMENT in one for one in given):
+            message = f"A request has one salt, as 'cache_salt' or {SALT_HEADER}: a text that is "
+            message += "not empty and does not contain U+FFFD, the sign of invalid characters."
+            raise APIError(400, message)
+        place: int | None = scope.get("state", {}).get("api_key")
+        # The key itself: its index is that of another key once the file of keys has changed.
+        by_key = [self.accepted[place].hex()] if self._are_salts and place is not None else []
+        if not by_key and not given:
+            return Tenant(place)
+        parts = json.dumps([by_key, *given]).encode()
+        return Tenant(place, hmac.new(self._secret, parts, hashlib.sha256).hexdigest()[:32])
+
+    def refusal(self, scope: Scope) -> APIError | None:
+        """Return the answer to a request that may not use its path, or None; record its key."""
+        headers, path = dict(scope["headers"]), scope["path"]
+        scheme, _, given = headers.get(b"authorization", b"").partition(b" ")
+        if scheme.lower() != b"bearer":
+            given = headers.get(b"x-api-key", b"")  # the header of Anthropic's clients
+        given = given.strip()
+        is_reserved, operator = path.startswith(OPERATORS), self._operator
+        if is_reserved and operator is not None and not hmac.compare_digest(given, operator):
+            return _no_key("--admin-key-file")
+        if self.accepted and path not in OPEN:
+            # All keys are compared, even after a match: the time must not depend on them.
+            fits = [hmac.compare_digest(given, key) for key in self.accepted]
+            if not any(fits):
+                return _no_key(f"--api-key-file or {API_KEY_VARIABLE}")
+            scope["state"]["api_key"] = fits.index(True)
+        if not is_reserved or operator is not None or _is_from_here(Request(scope)):
+            return None
+        message = "This path is reserved for the operator: send the request from the server's "
+        message += "machine to localhost, or start the server with --admin-key-file."
+        return APIError(403, message)
+
+
+def _no_key(source: str) -> APIError:
+    message = f"Send a valid key of {source} as Authorization: Bearer KEY."
+    challenge = {"WWW-Authenticate": "Bearer"}
+    return APIError(401, message, code="invalid_api_key", headers=challenge)
+
+
+def _is_from_here(request: Request) -> bool:
+    """Return True if the client is on this machine. A foreign page in a local browser has a
+    different ``Origin``, or a different ``Host`` if its name was rebound to this address."""
+    headers = request.headers
+    origin = headers.get("origin")
+    return (
+        request.client is not None
+        and ipaddress.ip_address(request.client.host).is_loopback
+        and _is_local("//" + headers.get("host", ""))
+        and (origin is None or _is_local(origin))
+        and not any(name in headers for name in FORWARDED)
+    )
+
+
+def _is_local(url: str) -> bool:
+    try:
+        host = urlsplit(url).hostname or ""
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:  # another name, or brackets without an address
+        return False
+
+
+def _read_keys(flag: str, file: str) -> list[bytes]:
+    """Read the keys in the ``file`` of this ``flag``, one per line, without comments (``#``)."""
+    try:
+        text = Path(file).read_bytes().removeprefix(codecs.BOM_UTF8)
+    except OSError as error:
+        raise ValueError(f"{flag} {file!r} cannot be read ({error.strerror}).") from error
+    lines = [re.split(rb"(?:^|\s)#", line, maxsplit=1)[0] for line in text.splitlines()]
+    return _sendable(lines, f"{flag} {file}")
+
+
+def _sendable(lines: list[bytes], source: str) -> list[bytes]:
+    """Return the keys in ``lines``. Raises ValueError without one, or if one is not printable."""
+    keys = [line.strip() for line in lines if line.strip()]
+    if not keys:
+        raise ValueError(f"{source} has no key: write one into it.")
+    if not all(map(KEY.fullmatch, keys)):
+        said = "must be printable ASCII without spaces; `openssl rand -hex 24` prints such a key."
+        raise ValueError(f"{source}: each key {said}")
+    return keys
+
+
+# --- Middleware and the log -----------------------------------------------------------------------
+
+
+def _log_request(scope: Scope, status: int, is_sent: bool, began_s: float) -> None:
+    """Write the line of a request. ``status`` is 0 if the client left before the answer began;
+    ``is_sent``: it got the whole answer."""
+    state, tokens = scope["state"], scope["state"].get("num_tokens")
+    took_ms = 1000 * (time.perf_counter() - began_s)
+    client, key = (scope.get("client") or (None,))[0], state.get("api_key")
+    parts = (
+        f"{scope['method']} {short(scope['path'], 200)} {status or 499}",
+        tokens and "prompt {:,}  cached {:,}  answer {:,}".format(*tokens),
+        f"{took_ms:.0f} ms",
+        state.get("answer_id"),
+        client and f"from {client}",
+        key is not None and f"key {key}",
+        not is_sent and "not sent completely",
+        state.get("error"),
+    )
+    line = "  ".join(part for part in parts if part)
+    facts = {
+        "method": scope["method"],
+        "path": short(scope["path"], 200),
+        "status": status or 499,
+        "prompt_tokens": tokens and tokens[0],
+        "cached_tokens": tokens and tokens[1],
+        "answer_tokens": tokens and tokens[2],
+        "ms": round(took_ms, 1),
+        "answer_id": state.get("answer_id"),
+        "request_id": state.get("request_id"),
+        "client": client,
+        "key": key,
+        "is_sent": is_sent,
+        "error": state.get("error"),
+    }
+    plain = "".join(letter if letter.isprintable() else "?" for letter in line)
+    request_log.info("%s", plain, extra={"facts": facts})
+
+
+class Requests:
+    """ASGI middleware that checks keys, returns an ``X-Request-Id`` (``request-id`` for Anthropic's
+    clients), counts the statuses of answers, and logs each request with facts from the state of the
+    ASGI scope: ``answer_id``, ``error``, ``num_tokens`` (of prompt, cache and answer)."""
+
+    def __init__(
+        self, app: ASGIApp, access: Access, is_logged: bool | None, count: Callable[[int], None]
+    ) -> None:
+        """``count`` is called with the status of each answer."""
+        self._app, self._access, self._count = app, access, count
+        self._is_logged = sys.stderr.isatty() if is_logged is None else is_logged
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        given = dict(scope["headers"]).get(b"x-request-id", b"")
+        name = given if NAME.fullmatch(given) else uuid.uuid4().hex.encode()
+        app, state = self._app, scope.setdefault("state", {})
+        state["request_id"] = name.decode("ascii")
+        if refusal := self._access.refusal(scope):
+            app = refusal.response(scope)
+        headers = [(b"x-request-id", name)]
+        if scope["path"].startswith(ANTHROPIC):
+            headers.append((b"request-id", name))
+        began_s, status, is_sent = time.perf_counter(), 0, False
+
+        async def watched(message: Message) -> None:
+            nonlocal status, is_sent
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message["headers"] = [*message.get("headers", ()), *headers]
+            await send(message)
+            is_sent = message["type"] == "http.response.body" and not message.get("more_body")
+
+        try:
+            await app(scope, receive, watched)
+        except Exception:
+            status = status or 500
+            raise
+        finally:
+            if scope["path"] not in PROBES:
+                self._count(status or 499)
+            if self._is_logged and scope["path"] not in PROBES:
+                _log_request(scope, status, is_sent, began_s)

@@ -1,0 +1,399 @@
+"""Bodies of requests, decoded within limits, and of answers: errors and streams of events.
+
+``msgspec`` holds the interpreter while it decodes a body and converts its fields to their types.
+The number of bytes and of values is therefore limited, and long bodies are decoded in a thread.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+from collections.abc import Callable, Collection, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import ClassVar, TypeVar
+
+import msgspec
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.types import Scope
+
+from engine.errors import (
+    ContextOverflow,
+    DuplicateId,
+    EngineStopped,
+    InvalidRequest,
+    Json,
+    JsonObject,
+    QueueFull,
+    RequestError,
+)
+from engine.front.server.settings import ServerConfig
+from engine.text.bounded import read_json, whole_text
+
+logger = logging.getLogger(__name__)
+
+# --- Errors ---------------------------------------------------------------------------------------
+
+NAMED = re.compile(r"'(\w[\w.]*)'|^([a-z]\w*) ")
+"""Name of a parameter in a message; those of the engine begin with it."""
+MAX_QUOTED, MAX_MESSAGE = 60, 280
+"""Maximum length of a quotation from the request, and of the whole message."""
+ANTHROPIC = "/v1/messages"
+"""Prefix of the paths that answer in Anthropic's form."""
+ANTHROPIC_KINDS = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    408: "timeout_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+    **dict.fromkeys((500, 502), "api_error"),
+}
+REFUSALS: dict[str, tuple[int, str | None, dict[str, str] | None]] = {
+    InvalidRequest.kind: (400, None, None),
+    ContextOverflow.kind: (400, "context_length_exceeded", None),
+    DuplicateId.kind: (409, "duplicate_request_id", None),
+    QueueFull.kind: (429, "queue_full", {"Retry-After": "1"}),
+    EngineStopped.kind: (503, "stopped", {"Retry-After": "10"}),
+}
+"""Status, code and headers of each kind of ``RequestError``; others are failures of the engine."""
+KINDS = {404: "not_found_error", 429: "rate_limit_error"} | dict.fromkeys(
+    (500, 502, 503), "server_error"
+)
+
+
+class APIError(Exception):
+    """An answer with a status other than 200."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        headers: Mapping[str, str] | None = None,
+        for_anthropic: str | None = None,
+    ) -> None:
+        """``param``: part of the body that caused it. With status 400 it is by default the one that
+        the message names in quotation marks or begins with. ``for_anthropic``: message in
+        Anthropic's dialect, if its clients parse it."""
+        super().__init__(short(message, MAX_MESSAGE))
+        if param is None and status == 400 and (named := NAMED.search(message)):
+            param = named[1] or named[2]
+        self._for_anthropic = for_anthropic or str(self)
+        self.status, self.code, self.headers = status, code, headers
+        self.param = None if param is None else short(param)
+
+    def body(self, scope: Scope | None = None) -> JsonObject:
+        """Return the body of the answer to the request of ``scope``, or in OpenAI's form."""
+        if scope is not None and scope["path"].startswith(ANTHROPIC):
+            kind = ANTHROPIC_KINDS.get(self.status, "invalid_request_error")
+            error: JsonObject = {"type": kind, "message": self._for_anthropic}
+            if self.code is not None:
+                error["details"] = {"error_code": self.code}
+            request_id = scope.get("state", {}).get("request_id")
+            return {"type": "error", "error": error, "request_id": request_id}
+        kind = KINDS.get(self.status, "invalid_request_error")
+        return {
+            "error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}
+        }
+
+    def response(self, scope: Scope) -> Response:
+        """Return the response to the request of ``scope``, and add the message to its log line."""
+        scope.setdefault("state", {})["error"] = str(self)
+        content = msgspec.json.encode(self.body(scope))
+        return Response(content, self.status, self.headers, "application/json")
+
+
+ABSENT = {
+    "/api/tags": "Ollama's own API is not served: use /v1/models.",
+    "/api/generate": "Ollama's own API is not served: use /v1/completions.",
+    "/api/embed": "Embeddings are not served: this server only generates text.",
+    "/api/": "Ollama's own API is not served: use /v1/chat/completions.",
+    "/v1/embeddings": "Embeddings are not served: this server only generates text.",
+    "/v1/load_lora_adapter": "LoRA is not supported: merge the adapter into the model, and serve "
+    "the result.",
+}
+"""Beginnings of paths that clients of other servers use -> what to use here."""
+ABSENT_FIELDS = {
+    "keep_alive": "is not supported: the model stays loaded until the server ends",
+    "lora_request": "is not supported: merge the adapter into the model",
+}
+"""Parameters of other servers -> the sentence about them."""
+
+
+async def _refuse(request: Request, error: Exception) -> Response:
+    if isinstance(error, HTTPException):
+        path, message = request.url.path, str(error.detail)
+        if error.status_code == 404:
+            hints = (hint for start, hint in ABSENT.items() if path.startswith(start))
+            general = f"The path {path} does not exist: see /openapi.json for all paths."
+            message = next(hints, general)
+        elif error.status_code == 405:
+            message = f"{path} does not support {request.method}: see /openapi.json."
+        error = APIError(error.status_code, message, headers=error.headers)
+    return of_failure(error).response(request.scope)
+
+
+HANDLERS = dict.fromkeys((APIError, RequestError, HTTPException, Exception), _refuse)
+"""Functions that convert each failure of an application to the answer of an ``APIError``."""
+
+
+def quoted(text: str) -> str:
+    """Return text of a client in quotation marks, cut to a bounded length."""
+    return f"'{short(text)}'"
+
+
+def short(text: str, most: int = MAX_QUOTED) -> str:
+    """Return ``text`` on one line, cut at ``most`` characters."""
+    cut = text if len(text) <= most else text[: most - 3] + "..."
+    return whole_text(" ".join(cut.splitlines()))
+
+
+def of_failure(error: Exception) -> APIError:
+    """Convert ``error`` to the error that clients get, no matter which process raised it."""
+    if isinstance(error, APIError):
+        return error
+    if not isinstance(error, RequestError):
+        logger.error("A request failed.", exc_info=error)
+        return APIError(500, "The server failed on this request; see its log for the reason.")
+    if error.kind not in REFUSALS:
+        return APIError(500, f"The engine failed on this request: {str(error).rstrip('.')}.")
+    (status, code, headers), for_anthropic = REFUSALS[error.kind], None
+    if isinstance(error, ContextOverflow):  # The sentence that Anthropic's clients recognise.
+        room = error.max_model_len - min(error.max_tokens, 1)
+        for_anthropic = f"prompt is too long: {error.prompt_len} tokens > {room} maximum"
+    return APIError(status, str(error), code=code, headers=headers, for_anthropic=for_anthropic)
+
+
+# --- Bodies of requests ---------------------------------------------------------------------------
+
+LONG = 4096
+"""Bytes, characters or tokens above which work is done in a thread."""
+_threads = ThreadPoolExecutor(2, thread_name_prefix="server")
+"""Threads for long work, which does not delay short work."""
+MAX_NODES = 100_000
+"""Maximum names, lists and objects of a JSON text: decoding holds the interpreter for 50 ms."""
+UNMARKED = bytes(set(range(256)) - set(b'[{:"'))
+"""Bytes that begin no list, object or text, and end no name."""
+
+Result = TypeVar("Result")
+
+
+async def run(size: int, work: Callable[[], Result]) -> Result:
+    """Run ``work`` directly if its ``size`` is small, else in a thread, and return its result."""
+    if size <= LONG:
+        return work()
+    return await asyncio.get_running_loop().run_in_executor(_threads, work)
+
+
+class Part(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """Object of a fixed form inside a body. Unknown names are refused unless they are null."""
+
+
+class Body(Part, kw_only=True):
+    """Base of all bodies."""
+
+    NEUTRAL: ClassVar[Mapping[str, Collection[object] | None]] = {}
+    """Parameters that are not supported -> values without effect, or None if all have none."""
+    KINDS: ClassVar[Mapping[str, str]] = {}
+    """Lists of objects -> type of entries that do not name one."""
+    OPEN: ClassVar[Mapping[str, Collection[str]]] = {}
+    """Lists of objects -> names of fixed form. Others become a field ``extra`` of each object."""
+
+    model: str | None = None
+    cache_salt: str | None = None
+    """Requests with different salts share neither cache entries nor stored responses."""
+
+
+Kind = TypeVar("Kind", bound=Body)
+
+
+def decode(kind: type[Kind], raw: bytes, refuses_images: bool = False) -> Kind:
+    """Return the body ``raw`` as ``kind``; lone surrogates become U+FFFD. Raises APIError 400 with
+    one sentence about the first fault, or the first image. O(its size)."""
+    try:
+        text = raw.decode()
+        check_nodes(raw)
+        given = read_json(text)
+        if not isinstance(given, dict):
+            raise ValueError("it has no names and values between { and }")
+    except ValueError as error:
+        raise APIError(400, f"The body cannot be read ({error}): send one JSON object.") from None
+    given = settled(given)
+    for name in ("messages", "input"):
+        _replace_media(given.get(name), name, refuses_images)
+    for name in [*given]:
+        if name in kind.NEUTRAL:
+            value, allowed = given.pop(name), kind.NEUTRAL[name]
+            if allowed is not None and value not in allowed:
+                raise APIError(400, f"'{name}' is not supported: omit it.")
+    for name, usual in kind.KINDS.items():
+        if isinstance(entries := given.get(name), list):
+            given[name] = [{"type": usual} | e if isinstance(e, dict) else e for e in entries]
+    for name, fixed in kind.OPEN.items():
+        if isinstance(entries := given.get(name), list):
+            given[name] = [opened(entry, fixed) for entry in entries]
+    return converted(given, kind)
+
+
+def opened(entry: Json, fixed: Collection[str]) -> Json:
+    """Return an object with all names but the ``fixed`` ones in a field ``extra``."""
+    if not isinstance(entry, dict):
+        return entry
+    extra = {name: value for name, value in entry.items() if name not in fixed}
+    return {name: entry[name] for name in fixed if name in entry} | {"extra": extra}
+
+
+MEDIA = {
+    **dict.fromkeys(("image", "image_url", "input_image"), "An image"),
+    **dict.fromkeys(("document", "file", "input_file"), "A document"),
+    **dict.fromkeys(("input_audio", "audio"), "A sound"),
+}
+"""Types of parts that no served model reads -> their common name."""
+
+
+def _replace_media(entries: Json, place: str, refuses: bool) -> None:
+    """Replace images, documents and sound in messages and results of tools by a line of text, or
+    raise APIError 400. A refused part would end the session of an agent. O(parts)."""
+    if not isinstance(entries, list):
+        return
+    for at, entry in enumerate(entries):
+        if not isinstance(entry, dict):
+            continue
+        kind, path = entry.get("type"), f"{place}.{at}"
+        if isinstance(kind, str) and (kind := MEDIA.get(kind)) is not None:
+            if refuses:
+                said = f"'{path}': {kind} is not supported: send text"
+                raise APIError(400, f"{said}, or start the server with --images text.")
+            line = f"[{kind} was left out here, because the model reads text only.]"
+            mark = entry.get("cache_control")
+            entries[at] = {"type": "text", "text": line} | ({"cache_control": mark} if mark else {})
+            continue
+        for name in ("content", "output"):
+            _replace_media(entry.get(name), f"{path}.{name}", refuses)
+
+
+def check_nodes(raw: bytes) -> None:
+    """Raise ValueError for a JSON text with many values. O(its length)."""
+    if num_nodes(raw) > MAX_NODES:
+        raise ValueError(f"it has more than {MAX_NODES:,} names, lists and objects")
+
+
+def num_nodes(raw: bytes) -> int:
+    """Return the number of names, lists and objects of a JSON text, in a few short calls."""
+    plain = raw.replace(rb"\\", b"").replace(rb"\"", b"")
+    marks = plain.translate(None, UNMARKED).replace(b'""', b"")
+    return len(b"".join(marks.split(b'"')[::2]))  # Without the pieces inside texts.
+
+
+FREE = {
+    *("arguments", "chat_template_kwargs", "input", "input_schema"),
+    *("json", "parameters", "schema"),
+}
+"""Names of objects of any form, such as JSON schemas and arguments of calls."""
+
+
+def settled(given: JsonObject) -> JsonObject:
+    """Return the object ``given`` without nulls, which mean the default everywhere in these APIs,
+    and with 3 in place of 3.0. Objects of any form stay as they are. O(its size)."""
+    return {
+        name: entry if name in FREE and isinstance(entry, dict) else _settled(entry)
+        for name, entry in given.items()
+        if entry is not None
+    }
+
+
+def _settled(value: Json) -> Json:
+    if isinstance(value, dict):
+        return settled(value)
+    if isinstance(value, list):
+        is_plain = {*map(type, value)}.isdisjoint((dict, list, float))
+        return value if is_plain else [*map(_settled, value)]
+    if isinstance(value, float) and abs(value) <= 2**53 and value.is_integer():
+        return int(value)
+    return value
+
+
+TYPES = {"bool": "a boolean", "float": "a number", "int": "an integer", "str": "a string"}
+TYPES |= {"array": "an array", "object": "an object"}
+"""JSON's names of the types in the messages of msgspec."""
+
+
+def converted(value: object, of_type: type[Result], place: str = "") -> Result:
+    """Return the settled JSON ``value`` at this ``place`` of a body as ``of_type``. Raises APIError
+    400 with one sentence about the first fault."""
+    try:
+        return msgspec.convert(value, of_type, str_keys=True)
+    except msgspec.ValidationError as error:
+        if isinstance(error.__cause__, ValueError):
+            raise APIError(400, str(error.__cause__)) from None
+        text, _, at = str(error).replace("`", "").partition(" - at ")
+    what = "A name in " if at.startswith("key") else "A value of " if at.endswith("[...]") else ""
+    path = at.rpartition("$")[2].removesuffix("[...]")
+    param, code = (place + re.sub(r"\[(\d+)\]", r".\1", path)), None
+    if found := re.fullmatch(r"Object (missing required|contains unknown) field (.*)", text):
+        param += f".{found[2]}"
+        said = "is missing: add it"
+        if found[1] == "contains unknown":
+            usual, code = "is not a parameter: check its spelling or drop it", "unknown_parameter"
+            said = ABSENT_FIELDS.get(found[2], usual)
+    else:
+        if text.startswith("Expected "):
+            text = text.replace(" | null", "").replace(" | ", " or ")
+            text = re.sub(rf"\b({'|'.join(TYPES)})\b", lambda found: TYPES[found[1]], text)
+        said = short(text.replace("Expected ", "must be "), 120)
+        said = re.sub("Invalid (enum )?value (.*)", r"cannot be \2: see /openapi.json", said)
+    param = param.removeprefix(".")
+    raise APIError(400, f"{what}{quoted(param)} {said}.", param=param, code=code)
+
+
+class ClientGone(APIError):
+    """The client disconnected before its answer was ready. The log shows it."""
+
+    def __init__(self) -> None:
+        super().__init__(499, "The client has disconnected.")
+
+
+async def read_body(request: Request, kind: type[Kind], config: ServerConfig) -> tuple[Kind, int]:
+    """Return the body as ``kind`` and its bytes. Raises APIError 400, 408 (slow), 413 (large)."""
+    try:
+        async with asyncio.timeout(config.body_timeout_s):
+            raw = await _receive(request, config.max_body_mib)
+    except TimeoutError:
+        raise APIError(408, "The body did not arrive in time: send it again.") from None
+    except ClientDisconnect:
+        raise ClientGone from None
+    content_type = request.headers.get("content-type", "").split(";")[0].strip().lower()
+    if not re.fullmatch(r"application/(.*\+)?json", content_type):
+        # Foreign web pages cannot set this header without permission, so they cannot post to a
+        # server on localhost.
+        raise APIError(
+            400,
+            "The body needs the header Content-Type: application/json. "
+            "With curl, add -H 'Content-Type: application/json'.",
+        )
+    return await run(len(raw), partial(decode, kind, raw, config.images == "refuse")), len(raw)
+
+
+async def _receive(request: Request, max_mib: float) -> bytes:
+    body, most = bytearray(), int(max_mib * 2**20)
+    if int(request.headers.get("content-length", 0)) <= most:
+        async for piece in request.stream():
+            body += piece
+            if len(body) > most:
+                break
+        else:
+            return bytes(body)
+    message = f"The body is larger than {max_mib:g} MiB: send less, or raise --set max_body_mib=N."
+    raise APIError(413, message)
+
+
+def json_response(value: object) -> Response:
+    """Return ``value`` as a response. O(its size)."""
+    return Response(msgspec.json.encode(value), media_type="application/json")

@@ -1,0 +1,449 @@
+"""Parts that the bodies of several dialects share, and the chat that each dialect converts to.
+Types and the widest ranges are checked here, limits of the engine where the values are used."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import fields
+from functools import lru_cache, partial
+from typing import Annotated, Any, ClassVar, Literal
+
+import msgspec
+from msgspec import Meta, structs
+
+from engine.errors import Json, JsonObject
+from engine.front.chat_prompt import Cut
+from engine.front.server.bodies import Body, Part, check_nodes, converted
+from engine.requests.request import MAX_BIAS, MAX_COUNT, SamplingParams
+from engine.text.answers import MAX_NAME
+from engine.text.bounded import read_json
+from engine.text.grammar import Grammar, GrammarError
+from engine.text.tokenizer import PROBE, ChatTemplate, TemplateError
+
+MAX_MESSAGES = 4096
+"""Maximum number of messages of a chat, or of parts of a message."""
+MAX_STOPS, MAX_BIASES = 64, 1024
+"""Maximum numbers of stop strings or stop token ids, and of tokens with a bias."""
+Name = Annotated[str, Meta(min_length=1, max_length=MAX_NAME)]
+"""Name of a tool. A longer one is not read in an answer."""
+Stop = Annotated[str, Meta(min_length=1, max_length=1024)]
+Stops = Annotated[list[Stop], Meta(max_length=MAX_STOPS)]
+TokenId = Annotated[int, Meta(ge=0, le=2**31 - 1)]
+AnswerLimit = Annotated[int, Meta(ge=1, extra_json_schema={"maximum": MAX_COUNT})]
+"""Number of tokens of an answer. Limits above the context are valid: clients send them."""
+Temperature = Annotated[float, Meta(ge=0, le=2)]
+TopP = Annotated[float, Meta(gt=0, le=1)]
+TopK = Annotated[int, Meta(ge=-1, le=MAX_COUNT)]
+Count = Annotated[int, Meta(ge=0, le=MAX_COUNT)]
+Penalty = Annotated[float, Meta(ge=-2, le=2)]
+Bias = Annotated[float, Meta(ge=-MAX_BIAS, le=MAX_BIAS)]
+NumScores = Annotated[int, Meta(ge=0, le=20)]
+Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
+"""Values of ``reasoning_effort`` in OpenAI's API."""
+PASSED_ON = {field.name for field in fields(SamplingParams)} - {"max_tokens", "logprobs", "seed"}
+"""Fields of ``SamplingParams`` that are those of the body, by the same names."""
+MAX_CUTS = 4
+"""Number of ``cache_control`` marks of a chat that count. Each takes a render."""
+BROKEN = "INVALID_JSON"
+"""Name for the arguments of a call that are not a JSON object, as in Anthropic's API."""
+IGNORED: dict[str, tuple[object, ...] | None] = dict.fromkeys(
+    (
+        *("user", "safety_identifier", "service_tier", "prompt_cache_key"),
+        *("prompt_cache_retention", "prompt_cache_options"),
+    )
+)
+"""Parameters of OpenAI's API that change no answer: the cache's policies decide on placement and
+eviction, and ``/v1/cache/explanations`` compares prompts."""
+NEUTRAL: dict[str, tuple[object, ...] | None] = IGNORED | {
+    **dict.fromkeys(("store", "verbosity", "spaces_between_special_tokens")),
+    "best_of": (1,),
+    "priority": (0,),
+    "modalities": (["text"],),
+}
+"""Parameters that are not supported, with the values that have no effect; None stands for any."""
+
+
+class NamedSchema(msgspec.Struct, kw_only=True):
+    """A schema. ``strict`` is ignored: an answer always follows it."""
+
+    schema: JsonObject | bool | None = None
+
+
+class ResponseFormat(Part, kw_only=True, omit_defaults=True):
+    """Form of an answer, with ``json_schema`` in chats, and with its fields in other dialects."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: NamedSchema | None = None
+    name: str | None = None
+    description: str | None = None
+    schema: JsonObject | bool | None = None
+    strict: bool | None = None
+
+    def grammar(self) -> Grammar:
+        """Return the grammar of a type other than text. Raises GrammarError."""
+        if self.type == "json_object":
+            return Grammar.of_schema({"type": "object"})
+        schema = self.schema if self.json_schema is None else self.json_schema.schema
+        if schema is None:
+            raise GrammarError("type json_schema requires a 'schema'.")
+        return Grammar.of_schema(schema)
+
+
+class StructuredOutputs(Part, kw_only=True):
+    """vLLM's structured outputs. Only one of them may be set."""
+
+    json: JsonObject | bool | str | None = None
+    regex: str | None = None
+    choice: list[str] | None = None
+    grammar: str | None = None
+
+
+MAKERS: dict[str, Callable[[Any], Grammar]] = {
+    "json": Grammar.of_schema,
+    "regex": Grammar.of_regex,
+    "choice": Grammar.of_choices,
+    "grammar": Grammar.of_text,
+}
+"""Functions that make the grammar of a field of ``StructuredOutputs``."""
+
+
+class OpenAIBody(Body, kw_only=True):
+    """Parameters that all requests of OpenAI's API share."""
+
+    NEUTRAL = IGNORED
+
+    temperature: Temperature | None = None
+    top_p: TopP | None = None
+    stream: bool = False
+    stream_options: JsonObject | None = None
+
+
+class Sampling(OpenAIBody, kw_only=True):
+    """Sampling and form of the answer. None selects the engine's default."""
+
+    NEUTRAL = NEUTRAL
+
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
+    n: Annotated[int, Meta(ge=1, le=128)] = 1
+    min_p: Annotated[float, Meta(ge=0, le=1)] | None = None
+    seed: Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)] | None = None
+    stop: Stop | Stops | None = None
+    stop_token_ids: Annotated[list[TokenId], Meta(max_length=MAX_STOPS)] | None = None
+    ignore_eos: bool | None = None
+    repetition_penalty: Annotated[float, Meta(gt=0, le=100)] | None = None
+    presence_penalty: Penalty | None = None
+    frequency_penalty: Penalty | None = None
+    top_k: TopK | None = None
+    logit_bias: Annotated[dict[TokenId, Bias], Meta(max_length=MAX_BIASES)] | None = None
+    min_tokens: Count | None = None
+    thinking_token_budget: Count | None = None
+    skip_special_tokens: bool | None = None
+    include_stop_str_in_output: bool | None = None
+    return_token_ids: bool = False
+    metadata: JsonObject | None = None
+
+    @property
+    def ends_session(self) -> bool:
+        """True if no request of this session follows. Values of OpenAI's metadata are texts."""
+        return str((self.metadata or {}).get("session_end")).lower() == "true"
+
+    def forms(self, format_name: str) -> dict[str, Callable[[], Grammar]]:
+        """Return the requested forms: parameter -> function that makes its grammar, and may raise
+        GrammarError. ``format_name`` is the dialect's name of ``response_format``."""
+        asked, given = self.response_format, self.structured_outputs
+        forms: dict[str, Callable[[], Grammar]] = {}
+        if asked is not None and asked.type != "text":
+            forms[format_name] = asked.grammar
+        for name, make in MAKERS.items():
+            if (value := getattr(given, name, None)) is not None:
+                forms[f"structured_outputs.{name}"] = partial(make, value)
+        return forms
+
+    def samplings(
+        self, max_tokens: int | None, logprobs: int | None, defaults: Mapping[str, Json]
+    ) -> list[SamplingParams]:
+        """Return the sampling parameters of the ``n`` choices; ``defaults`` replace missing ones.
+        Raises ValueError for a value out of range."""
+        given = {name: value for name in PASSED_ON if (value := getattr(self, name)) is not None}
+        given = {**defaults, **given, "max_tokens": max_tokens, "logprobs": logprobs}
+        if self.top_k in (-1, 0):  # All tokens.
+            given["top_k"] = None
+        first = SamplingParams(**given)  # Its lists of tokens are checked once.
+        if self.seed is None:
+            return [first] * self.n
+        # The choices must differ, and be reproducible.
+        return [first.with_seed(self.seed + at) for at in range(self.n)]
+
+
+CacheControl = JsonObject
+"""Anthropic's mark: later prompts will share the text before it. Its fields are ignored, because
+the cache's policies decide on placement and eviction."""
+
+
+class TextPart(msgspec.Struct, kw_only=True, tag_field="type", tag="text"):
+    text: str
+    cache_control: CacheControl | None = None
+
+
+KNOWN = ("role", "content", "tool_calls", "cache_control")
+"""Names of a message that have a fixed form."""
+Role = Literal["system", "developer", "user", "assistant", "tool"]
+"""Roles of OpenAI's API, without the old ``function``, which no template writes."""
+
+
+class Message(msgspec.Struct, kw_only=True):
+    """One message. Unknown names such as ``reasoning_content`` are passed to the template."""
+
+    role: Role
+    content: str | Annotated[list[TextPart], Meta(max_length=MAX_MESSAGES)] | None = None
+    tool_calls: list[JsonObject] | None = None
+    """Calls as templates read them: arguments are an object."""
+    cache_control: CacheControl | None = None
+    extra: JsonObject = {}
+
+    def as_template_input(self) -> JsonObject:
+        """Return the message for a chat template: content as one string."""
+        message: JsonObject = {"role": self.role, **self.extra}
+        if "reasoning" in message:
+            message.setdefault("reasoning_content", message["reasoning"])
+        message["content"] = text_of(self.content)
+        if self.tool_calls is not None:
+            message["tool_calls"] = self.tool_calls
+        return message
+
+    def cuts(self, index: int) -> Iterator[Cut]:
+        """Yield the marked places of this message, which has the given ``index``."""
+        parts = self.content if isinstance(self.content, list) else []
+        for end, part in enumerate(parts[:-1], 1):
+            if part.cache_control is not None:
+                yield Cut(index, text_of(parts[:end]))
+        if self.cache_control is not None or (parts and parts[-1].cache_control is not None):
+            yield Cut(index)
+
+
+def text_of(content: str | Sequence[TextPart] | None) -> str:
+    """Return the content of a message as one text. Its parts begin with the text between them."""
+    return content if isinstance(content, str) else "".join(part.text for part in content or ())
+
+
+SYSTEM = "system", "developer"
+
+
+def arranged(messages: Sequence[Message], template: ChatTemplate) -> list[Message]:
+    """Return a chat with the roles and parts that ``template`` supports, for all dialects.
+
+    Developer messages are system messages unless the template has that role. Several system
+    messages at the beginning are joined, and later ones become messages of the user, if the
+    template does not write them there. They keep their places, because a prompt that changes at its
+    beginning is not in the cache. Between the parts of a content is the text that the template
+    writes there, or a line break if it does not support parts.
+    """
+    has_developer = "developer" in template.source and _writes(template, ("developer", "user"))
+    chat = [structs.replace(one) for one in messages]
+    for one in chat:
+        one.role = "system" if one.role == "developer" and not has_developer else one.role
+    first = list(itertools.takewhile(lambda one: one.role in SYSTEM, chat))
+    for one in chat[len(first) :]:
+        roles = "system", "user", "assistant", one.role, "user"
+        one.role = "user" if one.role in SYSTEM and not _writes(template, roles) else one.role
+    for one in chat:
+        if isinstance(one.content, list) and len(one.content) > 1:
+            joint = _joint(template, one.role)
+            rest = [structs.replace(part, text=joint + part.text) for part in one.content[1:]]
+            one.content = [one.content[0], *rest]
+    if len(first) > 1 and not _writes(template, (*(one.role for one in first[:3]), "user")):
+        chat[: len(first)] = [_joined(first)]
+    return chat
+
+
+def _joined(messages: Sequence[Message]) -> Message:
+    """Return system messages as one, with an empty line between them."""
+    parts: list[TextPart] = []
+    for one in messages:
+        given = one.content or []
+        own = [TextPart(text=given)] if isinstance(given, str) else [*given]
+        if parts and own:
+            own[0] = structs.replace(own[0], text=f"\n\n{own[0].text}")
+        if own and one.cache_control is not None:
+            own[-1] = structs.replace(own[-1], cache_control=one.cache_control)
+        parts += own
+    return structs.replace(messages[0], content=parts, cache_control=None)
+
+
+@lru_cache(maxsize=64)
+def _writes(template: ChatTemplate, roles: tuple[str, ...]) -> bool:
+    """Return True if a template writes messages with these roles. Takes one render."""
+    try:
+        chat = [{"role": role, "content": f"{PROBE}{at}"} for at, role in enumerate(roles)]
+        text = template.render(chat)
+    except TemplateError:
+        return False
+    return all(f"{PROBE}{at}" in text for at in range(len(roles)))
+
+
+@lru_cache(maxsize=64)
+def _joint(template: ChatTemplate, role: Role) -> str:
+    """Return the text between two parts of a message with this role. Takes two renders."""
+    ask: JsonObject = {"role": "user", "content": PROBE}
+    call: JsonObject = {"id": PROBE, "type": "function"}
+    call["function"] = {"name": PROBE, "arguments": {}}
+    calling: JsonObject = {"role": "assistant", "content": PROBE, "tool_calls": [call]}
+    earlier: dict[Role, list[JsonObject]] = {"assistant": [ask], "tool": [ask, calling]}
+    before = earlier.get(role, [])
+    parts = [{"type": "text", "text": f"{PROBE}{number}"} for number in (1, 2)]
+    try:
+        text = template.render([*before, {"role": role, "content": parts}, ask])
+        found = re.search(f"{PROBE}1(.{{0,16}}?){PROBE}2", text, re.DOTALL)
+        said = found[0] if found else ""
+        same = template.render([*before, {"role": role, "content": said}, ask])
+        return found[1] if found and same == text else "\n"
+    except TemplateError:
+        return "\n"
+
+
+def cuts_of(messages: Sequence[Message], tools: Sequence[Mapping[str, Json]] | None) -> list[Cut]:
+    """Return the last ``MAX_CUTS`` marked places before the end of the chat."""
+    of_tools = [Cut(None)] if any(tool.get("cache_control") for tool in tools or ()) else []
+    cuts = [*of_tools, *(cut for index, one in enumerate(messages) for cut in one.cuts(index))]
+    return [cut for cut in cuts if cut != Cut(len(messages) - 1)][-MAX_CUTS:]
+
+
+def completed(messages: list[Message]) -> list[Message]:
+    """Return the messages of a chat with the arguments of calls as objects. Raises ValueError."""
+    for index, one in enumerate(messages):
+        if one.content is None and one.role != "assistant":
+            raise ValueError(f"'messages.{index}' has no 'content': add its text.")
+        for call in one.tool_calls or ():
+            if isinstance(function := call.get("function"), dict):
+                arguments = function.get("arguments") or {}  # PHP writes {} as [].
+                if isinstance(arguments, str):
+                    arguments = parsed_arguments(arguments)
+                call["function"] = function | {"arguments": arguments}
+    return messages
+
+
+def parsed_arguments(text: str) -> JsonObject:
+    """Parse the arguments of a call that a model wrote; invalid JSON is returned under ``BROKEN``.
+    Raises ValueError if it is too large."""
+    check_nodes(text.encode())
+    try:
+        value = read_json(text or "{}")
+    except ValueError:
+        value = None
+    return value if isinstance(value, dict) else {BROKEN: text}
+
+
+class Function(msgspec.Struct, kw_only=True):
+    name: Name
+    parameters: JsonObject | None = None
+    """JSON schema of a tool."""
+    strict: bool | None = None
+
+
+class Tool(msgspec.Struct, kw_only=True):
+    """Fields of a tool with a fixed form. Others are passed to the template."""
+
+    type: Literal["function"] = "function"
+    function: Function
+
+
+Choice = Literal["none", "auto", "required"]
+
+
+class NamedTool(Tool, kw_only=True):
+    """The only tool that may be called."""
+
+    @classmethod
+    def of(cls, name: str) -> NamedTool:
+        return cls(function=Function(name=name))
+
+
+Messages = Annotated[list[Message], Meta(min_length=1, max_length=MAX_MESSAGES)]
+
+
+class ChatRequest(Sampling, kw_only=True):
+    """POST /v1/chat/completions, and the chat that the body of another dialect means."""
+
+    OPEN: ClassVar[Mapping[str, tuple[str, ...]]] = {"messages": KNOWN}
+
+    messages: Messages
+    tools: list[dict[str, Any]] | None = None
+    """Functions."""
+    add_generation_prompt: bool | None = None
+    """Append the beginning of an answer; by default unless ``continue_final_message`` is set."""
+    continue_final_message: bool = False
+    """Continue the last message."""
+    chat_template_kwargs: JsonObject | None = None
+    """Switches of the template, such as ``enable_thinking``."""
+    reasoning_effort: Effort | None = None
+    """Variable of the template. ``none`` also disables reasoning, and any other value enables it,
+    unless ``chat_template_kwargs`` has ``enable_thinking``."""
+    max_tokens: AnswerLimit | None = None
+    max_completion_tokens: AnswerLimit | None = None
+    logprobs: bool = False
+    top_logprobs: NumScores | None = None
+    tool_choice: Choice | NamedTool | None = None
+    parallel_tool_calls: bool = True
+    """False to end the answer after its first call."""
+
+    def __post_init__(self) -> None:
+        completed(self.messages)
+        for tool in self.tools or ():
+            function = tool.get("function")
+            if isinstance(function, dict) and function.get("parameters") == []:
+                function["parameters"] = {}  # PHP writes {} as [].
+        converted(self.tools or (), list[Tool], "tools")
+        if not self.tools and self.tool_choice not in (None, "none", "auto"):
+            raise ValueError("'tool_choice' requires 'tools': send them.")
+        if (effort := self.reasoning_effort) is not None:
+            switches = {"enable_thinking": effort != "none", "reasoning_effort": effort}
+            self.chat_template_kwargs = switches | (self.chat_template_kwargs or {})
+        if self.top_logprobs is not None and not self.logprobs:
+            raise ValueError("'top_logprobs' requires 'logprobs': set it to true.")
+
+    @property
+    def plain_tools(self) -> list[dict[str, Any]]:
+        """Tools without the fields that are meant for the server."""
+        return [
+            {
+                **{name: value for name, value in tool.items() if name != "cache_control"},
+                "function": {n: value for n, value in tool["function"].items() if n != "strict"},
+            }
+            for tool in self.tools or ()
+        ]
+
+    @property
+    def limit(self) -> int | None:
+        """Maximum number of tokens of an answer, by either name; None for the default."""
+        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
+
+class CompletionRequest(Sampling, kw_only=True):
+    """POST /v1/completions."""
+
+    prompt: str | Annotated[list[str | TokenId | list[TokenId]], Meta(min_length=1)]
+    """Text, list of texts, list of token ids, or list of such lists."""
+    max_tokens: Count = 16
+    echo: bool = False
+    logprobs: NumScores | None = None
+    add_special_tokens: bool = True
+
+    def __post_init__(self) -> None:
+        if len({*map(type, self.prompt)}) > 1:
+            raise ValueError(
+                "'prompt' must be a text, a list of texts, a list of token ids or a list of such "
+                "lists."
+            )
+        if not self.max_tokens and not self.echo:
+            raise ValueError("'max_tokens' must be at least 1 (got 0); 0 requires 'echo'.")
+
+    @property
+    def prompts(self) -> list[str | list[int]]:
+        """List of prompts, with one entry per prompt."""
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        ids = [one for one in self.prompt if isinstance(one, int)]
+        return [ids] if ids else [one for one in self.prompt if not isinstance(one, int)]

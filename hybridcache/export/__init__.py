@@ -1,1 +1,0 @@
-"""Data that leaves the process: events and mirrors that follow them."""
