@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import copy
 import importlib
+import json
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -31,6 +32,7 @@ from hybridcache.radix.protocol import (
     is_built_in,
     raise_failure,
 )
+from hybridcache.radix.warm_state import array_as_json
 from hybridcache.tokens import require_index
 
 PACKAGE = f"{Path(__file__).parents[1]}/"
@@ -167,6 +169,29 @@ def _noted(name: str) -> Any:
     return note
 
 
+def _asked(name: str) -> Any:
+    """Return a method that returns the state of the user's policy, or None after a failed call. The
+    first failure is stored."""
+
+    def ask(self: Guard, *arguments: object) -> Any:
+        def state(policy: Any) -> Any:
+            found = getattr(policy, name)(*arguments)
+            try:
+                json.dumps(found, default=array_as_json)
+            except (TypeError, ValueError) as error:
+                raise PolicyError(f"{self._label!r}: the result of {name}: {error}") from error
+            return found
+
+        if self.failure is None:
+            try:
+                return self.call(name, state)
+            except PolicyError as error:
+                self.failure = error
+        return None
+
+    return ask
+
+
 class Guard:
     """Caller of a user's methods. Their exceptions become a PolicyError with method and line."""
 
@@ -216,6 +241,10 @@ class GuardedEviction(Guard, EvictionPolicy):
     on_relabelled = _noted("on_relabelled")
     on_ghost_hit = _noted("on_ghost_hit")
     on_ghost_hit_above = _noted("on_ghost_hit_above")
+    state_dict = _asked("state_dict")
+    load_state_dict = _noted("load_state_dict")
+    memo_state = _asked("memo_state")
+    load_memo = _noted("load_memo")
     _add = _noted("add")
     _discard = _noted("discard")
 
@@ -273,6 +302,8 @@ class GuardedPlacement(Guard, PlacementPolicy):
     on_ghost_hit = _noted("on_ghost_hit")
     on_saved = _noted("on_saved")
     on_dropped = _noted("on_dropped")
+    state_dict = _asked("state_dict")
+    load_state_dict = _noted("load_state_dict")
 
     def plan(self, prefill: Prefill) -> list[Placed]:
         def plan(policy: PlacementPolicy) -> list[Placed]:

@@ -101,8 +101,8 @@ class EvictionPolicy(ABC):
         """Record a ghost hit: a request would have resumed from ``item``, an evicted checkpoint.
 
         Called at most once per request, with the deepest such checkpoint on its path. ``item`` has
-        its values at eviction, including ``memo``. Items that a file restored in a new process
-        (``hybridcache.radix.warm_state``) have the ``memo`` of built-in learning policies only.
+        its values at eviction, including ``memo``. Items that a file restored in a new process have
+        the ``memo`` that ``load_memo`` set.
         """
 
     def on_ghost_hit_above(self, item: Item) -> None:  # noqa: B027
@@ -125,6 +125,24 @@ class EvictionPolicy(ABC):
     def candidates(self) -> Iterable[Item] | None:
         """Return all candidates, unordered, for consistency checks, or None. O(n)."""
         return None
+
+    def state_dict(self) -> dict[str, Any] | None:
+        """Return the learned state for a restart, or None (default) if the policy keeps none.
+
+        It consists of numbers, strings, lists, dicts with strings as keys, and numpy arrays
+        (``hybridcache.radix.warm_state``). None also leaves out the memos.
+        """
+        return None
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:  # noqa: B027
+        """Replace the learned state by the result of ``state_dict`` in an earlier process."""
+
+    def memo_state(self, item: Item) -> Any:
+        """Return ``item.memo`` in the form of ``state_dict``, or None (default)."""
+        return None
+
+    def load_memo(self, item: Item, state: Any) -> None:  # noqa: B027
+        """Set ``item.memo``, of an evicted checkpoint, to what ``memo_state`` returned."""
 
 
 class LoadRule(Protocol):
@@ -239,6 +257,9 @@ class PlacementPolicy(ABC):
     def __init_subclass__(cls) -> None:
         cls.is_guarded = is_built_in(cls)
 
+    def __str__(self) -> str:
+        return type(self).__name__
+
     @abstractmethod
     def plan(self, prefill: Prefill) -> Iterable[Placed]:
         """Return positions in (cached_len, prompt_len] to save at, by descending priority.
@@ -279,6 +300,13 @@ class PlacementPolicy(ABC):
 
         Reasons are a missing slot, an early end of the request, or an existing checkpoint.
         """
+
+    def state_dict(self) -> dict[str, Any] | None:
+        """Return the learned state; see ``EvictionPolicy.state_dict``."""
+        return None
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:  # noqa: B027
+        """Replace the learned state by the result of ``state_dict`` in an earlier process."""
 
 
 def require_placement(placement: object) -> None:

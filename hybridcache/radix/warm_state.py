@@ -15,15 +15,21 @@ from typing import Any, TypedDict
 import numpy as np
 import numpy.typing as npt
 
-from hybridcache.policies.eviction.survival import Survival
-from hybridcache.policies.placement import Adaptive
 from hybridcache.radix.cache import HybridRadixCache
-from hybridcache.radix.protocol import PlacementPolicy
+from hybridcache.radix.protocol import EvictionPolicy, PlacementPolicy
 from hybridcache.radix.tree import GHOST_NODE_BYTES, Checkpoint, RadixNode, is_superseded_in_tiers
 from hybridcache.tokens import Tokens, read_namespace
 
-MAGIC = b"HCMEMRY7"
+MAGIC = b"HCMEMRY8"
 NOTHING = (-1, 0, 0, 0, 0, 0, 0)
+
+
+class Learned(TypedDict):
+    """Learned state of one policy."""
+
+    policy: str
+    """Its name."""
+    state: dict[str, Any]
 
 
 class Body(TypedDict):
@@ -54,22 +60,21 @@ class Body(TypedDict):
     """Its stop reason, or empty."""
     tokens: Tokens
     """Tokens of all nodes, concatenated."""
-    eviction: dict[str, object] | None
-    """Learned state of the ``survival`` policy."""
-    memos: list[list[object] | None]
+    eviction: Learned | None
+    """State of the eviction policy, or None if it keeps none."""
+    memos: list[object]
     """Its data of each node's checkpoint."""
-    placement: list[dict[str, object]]
-    """States of the learning placement rules."""
+    placement: list[Learned]
+    """States of the placement rules that keep one."""
 
 
 def write_memory(cache: HybridRadixCache, placement: Sequence[PlacementPolicy] = ()) -> bytes:
     """Serialize the remembered state of ``cache`` and of the ``placement`` rules. O(tree).
 
-    The most recently used nodes are written, within the cache's limit for ghosts. The state of
-    users' own policies is not.
+    The most recently used nodes are written, within the cache's limit for ghosts.
     """
     nodes, policy = _latest(cache), cache.policy
-    survival = policy if isinstance(policy, Survival) else None
+    eviction = _learned(policy)
     numbers = {node: number for number, node in enumerate(nodes)}
     namespaces: dict[str, int] = {}
     rows, labels, reasons, memos, tokens = [], [], [], [], [np.empty(0, np.int32)]
@@ -88,7 +93,7 @@ def write_memory(cache: HybridRadixCache, placement: Sequence[PlacementPolicy] =
         rows.append((above, node.end, *facts))
         labels.append("" if item is None else item.label)
         reasons.append("" if item is None else item.stop_reason)
-        memos.append(None if item is None or survival is None else survival.memo_state(item))
+        memos.append(None if item is None or eviction is None else policy.memo_state(item))
         tokens.append(node.tokens)
     body: Body = {
         "page_size": cache.page_size,
@@ -100,14 +105,19 @@ def write_memory(cache: HybridRadixCache, placement: Sequence[PlacementPolicy] =
         "labels": labels,
         "stop_reasons": reasons,
         "tokens": np.concatenate(tokens),
-        "eviction": None if survival is None else survival.hazards.state_dict(),
+        "eviction": eviction,
         "memos": memos,
-        "placement": [rule.state_dict() for rule in placement if isinstance(rule, Adaptive)],
+        "placement": [*filter(None, map(_learned, placement))],
     }
-    return json.dumps(body, separators=(",", ":"), default=_written).encode()
+    return json.dumps(body, separators=(",", ":"), default=array_as_json).encode()
 
 
-def _written(array: object) -> dict[str, object]:
+def _learned(policy: EvictionPolicy | PlacementPolicy) -> Learned | None:
+    state = policy.state_dict()
+    return None if state is None else {"policy": str(policy), "state": state}
+
+
+def array_as_json(array: object) -> dict[str, object]:
     """Return the JSON form of an array. Raises TypeError for other objects."""
     if not isinstance(array, np.ndarray):
         raise TypeError(f"{type(array).__name__} cannot be saved.")
@@ -179,7 +189,7 @@ class Memory:
 
     def __init__(self, plain: Body) -> None:
         self._plain = plain
-        self._items: list[tuple[Checkpoint, list[object] | None]] = []
+        self._items: list[tuple[Checkpoint, object]] = []
         """Checkpoints of the file, and the data that the policy had of each."""
 
     def recall_tree(self, cache: HybridRadixCache) -> None:
@@ -229,11 +239,11 @@ class Memory:
         the first request.
 
         Returns ``eviction`` or ``placement`` for each part that was learned by other policies.
-        Users' own policies start anew, because their state is not saved. O(memory).
+        O(memory).
         """
         unfit, learned, policy = list[str](), self._plain["eviction"], cache.policy
-        if learned is not None and isinstance(policy, Survival):
-            policy.hazards.load_state_dict(learned)
+        if learned is not None and learned["policy"] == str(policy):
+            policy.load_state_dict(learned["state"])
             for item, memo in self._items:
                 policy.load_memo(item, memo)
             for node in cache.iter_nodes():
@@ -247,11 +257,11 @@ class Memory:
                     tier.policy.add(state)
         elif learned is not None:
             unfit.append("eviction")
-        rules = [rule for rule in placement if isinstance(rule, Adaptive)]
-        written = self._plain["placement"]
-        if len(rules) == len(written):
-            for rule, saved in zip(rules, written, strict=True):
-                rule.load_state_dict(saved)
+        rules = {str(rule): rule for rule in placement if rule.state_dict() is not None}
+        written = {saved["policy"]: saved["state"] for saved in self._plain["placement"]}
+        if rules.keys() == written.keys():
+            for name, rule in rules.items():
+                rule.load_state_dict(written[name])
         else:
             unfit.append("placement")
         cache.ghosts.trim()

@@ -9,11 +9,13 @@ from dataclasses import replace
 
 import pytest
 
-from hybridcache import ModelGeometry
+from hybridcache import ModelGeometry, Placed, PlacementPolicy, ScorePolicy
 from hybridcache.lab.generators import agent, chat
 from hybridcache.lab.scenario import Scenario
 from hybridcache.lab.simulation.target import LeaseTarget, build_target
+from hybridcache.policies.user import own_policy
 from hybridcache.radix.offload import path_of
+from hybridcache.radix.protocol import PolicyError
 from hybridcache.radix.warm_state import MAGIC, pack, unpack, write_memory
 from tests.cache import twins
 
@@ -124,6 +126,81 @@ def test_state_of_other_policies_is_ignored_and_reported():
     assert restarted(target, fresh) == ["eviction", "placement"]
     serve(fresh, list(trace)[:20])
     fresh.cache.check(0, 0)
+
+
+class CountsUses(ScorePolicy):
+    """A user's policy that learns: texts with many uses in all are evicted last."""
+
+    def __init__(self, unit=1):
+        super().__init__()
+        self.unit, self.uses = unit, {}
+
+    def score(self, item):
+        item.memo = (item.memo or 0) + self.unit
+        self.uses[item.label] = self.uses.get(item.label, 0) + self.unit
+        return self.uses[item.label]
+
+    def state_dict(self):
+        return {"uses": self.uses}
+
+    def load_state_dict(self, state):
+        self.uses = state["uses"]
+
+    def memo_state(self, item):
+        return item.memo
+
+    def load_memo(self, item, state):
+        item.memo = state
+
+
+class SavesAsOftenAsHit(PlacementPolicy):
+    """A user's placement that learns the number of hits."""
+
+    def __init__(self):
+        self.num_hits = 0
+
+    def plan(self, prefill):
+        return [Placed(prefill.prompt_len, "end")] if self.num_hits % 2 == 0 else []
+
+    def on_hit(self, item):
+        self.num_hits += 1
+
+    def state_dict(self):
+        return {"num_hits": self.num_hits}
+
+    def load_state_dict(self, state):
+        self.num_hits = state["num_hits"]
+
+
+@pytest.mark.parametrize("policy", [CountsUses, CountsUses(unit=3)], ids=["class", "instance"])
+def test_the_learned_state_of_own_policies_survives_a_restart(policy):
+    trace = TRACES["agent"]
+    own = {"policy": own_policy(policy), "checkpoints": own_policy(SavesAsOftenAsHit)}
+    target, fresh = (make(trace, gib=4.0, disk_gib=0.0, **own) for _ in range(2))
+    serve(target, list(trace)[:80])
+    target.cache.evict(1 << 40, 1 << 40)
+    state, [rule] = target.cache.policy.state_dict(), target.placement.rules
+    assert restarted(target, fresh, has_room=True) == []
+    assert state and fresh.cache.policy.state_dict() == state
+    assert rule.num_hits > 0 and fresh.placement.rules[0].num_hits == rule.num_hits
+    memos = [
+        {path_of(node)[1].tobytes(): lost.memo for node in nodes if (lost := node.lost_checkpoint)}
+        for nodes in (target.cache._tree.nodes(), fresh.cache._tree.nodes())
+    ]
+    assert memos[0] == memos[1] and any(memos[0].values())
+
+
+def test_a_state_that_cannot_be_saved_is_named():
+    class Keeps(CountsUses):
+        def state_dict(self):
+            return {"items": {1, 2}}
+
+    trace = TRACES["agent"]
+    target = make(trace, policy=own_policy(Keeps))
+    serve(target, list(trace)[:20])
+    assert json.loads(write_memory(target.cache))["eviction"] is None
+    with pytest.raises(PolicyError, match=r"Keeps.*state_dict.*set cannot be saved"):
+        target.cache.match(next(iter(trace)).tokens)
 
 
 def test_a_truncated_or_corrupted_file_is_refused():

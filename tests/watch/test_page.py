@@ -70,7 +70,7 @@ def test_the_page_is_one_file_without_external_resources() -> None:
     for text in ("src=", "@import", "http://127", "https://", "import("):
         assert text not in page, text
     assert len(page) < 128 * 1024
-    folder = Path(__file__).parents[2] / "hybridcache" / "watch" / "page"
+    folder = Path(__file__).parents[2] / "hybridcache" / "adapters" / "watch" / "page"
     assert {path.name for path in folder.glob("*.js")} == {f"{name}.js" for name in SCRIPTS}
     assert page == live_page()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from typing import Any
 
 from hybridcache.radix.protocol import EvictionPolicy, Item, Kind, PolicyError
 
@@ -62,6 +63,22 @@ class PriorityClasses(EvictionPolicy):
     def on_ghost_hit_above(self, item: Item) -> None:
         self._rest.on_ghost_hit_above(item)
         self._superseded.on_ghost_hit_above(item)
+
+    def state_dict(self) -> dict[str, Any] | None:
+        states = [policy.state_dict() for policy in (self._rest, self._dead, self._superseded)]
+        return None if states == [None] * 3 else {"classes": states}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        policies = self._rest, self._dead, self._superseded
+        for policy, own in zip(policies, state["classes"], strict=True):
+            if own is not None:
+                policy.load_state_dict(own)
+
+    def memo_state(self, item: Item) -> Any:
+        return self._class_of(item).memo_state(item)
+
+    def load_memo(self, item: Item, state: Any) -> None:
+        self._class_of(item).load_memo(item, state)
 
     def candidates(self) -> Iterable[Item] | None:
         held: list[Item] = []

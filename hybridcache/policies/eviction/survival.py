@@ -484,13 +484,17 @@ class Survival(EvictionPolicy):
     def candidates(self) -> Iterable[Item]:
         return chain(self._checkpoints.items, self._kv.items, self._dead, self._idle_kv or ())
 
+    def state_dict(self) -> dict[str, Any]:
+        return self.hazards.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.hazards.load_state_dict(state)
+
     def memo_state(self, item: Item) -> list[Any] | None:
-        """Return the memo of ``item`` as plain data, or None if it has none."""
         memo = item.memo
         return None if memo is None else [getattr(memo, name) for name in _Memo.__slots__]
 
     def load_memo(self, item: Item, state: list[Any] | None) -> None:
-        """Replace the memo of ``item`` by the one that ``memo_state`` described."""
         item.memo = None
         if state is not None:
             item.memo = _Memo.__new__(_Memo)
