@@ -58,7 +58,7 @@ test-all: install  ## run every test with long profiles, endurance, and mutants 
 replay: install  ## compare decisions and bits with tests/replay.json; BASE=HEAD~1 compares with that commit, line by line
 	$(TESTING) $(BIN)/python -m tests.replay $(if $(BASE),--base $(BASE))
 
-budget: install  ## print lines, flags and functions of the walks, and their differences from tests/budget.json
+budget: install  ## print the price of each capability, settings and walks, and their differences from tests/budget.json
 	$(TESTING) $(BIN)/python -m tests.budget
 
 test-environments: install  ## run the suite without a compiler, with other instruction sets, and in a bare background shell

@@ -1,22 +1,27 @@
-"""Budget of the repository: lines, flags of `engine serve`, and functions of three walks.
+"""Budget of the repository: a price for each capability, settings, and functions of three walks.
 
     python -m tests.budget            print the numbers and their differences from the budget
-    python -m tests.budget --update   store the numbers in tests/budget.json; lines by tens
+    python -m tests.budget --update   store them in tests/budget.json (lines by tens) and the page
 
-A walk is the set of functions of the repository that one piece of work calls. Kernels are the
-references, so that the number does not depend on compiler and processor. Comprehensions do not
-count: since Python 3.12 most of them are no functions.
+A line of code has a token that is no comment and no docstring, so that no reason is cut to meet a
+number. Each file of the product belongs to the core or to one capability. A walk is the set of
+functions of the repository that one piece of work calls. Kernels are the references, so that the
+number does not depend on compiler and processor. Comprehensions do not count: since Python 3.12
+most of them are no functions.
 """
 
 from __future__ import annotations
 
+import ast
 import asyncio
 import contextlib
+import fnmatch
 import io
 import json
 import re
 import sys
 import threading
+import tokenize
 from pathlib import Path
 from typing import Any
 
@@ -31,37 +36,158 @@ from tests.cache.serving import hybrid, publish
 from tests.selection import ROOT
 
 STORE = ROOT / "tests" / "budget.json"
-FOLDERS = {
-    "hybridcache/lab": "hybridcache/lab",
-    "hybridcache without lab": "hybridcache",
-    "engine": "engine",
-    "kernels": "kernels",
-    "experiments": "experiments",
-    "tests": "tests",
+PAGE = ROOT / "docs" / "architecture.md"
+PRODUCT = ("hybridcache", "engine", "kernels", "experiments")
+ENDINGS = (".py", ".cpp", ".h", ".js", ".css", ".html")
+CACHE = "hybridcache/"
+RADIX = f"{CACHE}radix/"
+FRONT = "engine/front/"
+CAPABILITIES = {
+    "core: the cache with LRU, and scheduling": f"{CACHE}__init__.py {CACHE}config.py "
+    f"{CACHE}tokens.py {CACHE}fields.py {RADIX}tree.py {RADIX}protocol.py {RADIX}api.py "
+    f"{RADIX}cache.py {RADIX}lease.py {RADIX}__init__.py {CACHE}allocators/* {CACHE}scheduling/* "
+    f"{CACHE}policies/registry.py {CACHE}policies/eviction/lru.py "
+    f"{CACHE}policies/eviction/priority_classes.py",
+    "core: the engine with one family": "engine/core.py engine/engine.py engine/config.py "
+    "engine/errors.py engine/messages.py engine/__init__.py engine/requests/* "
+    "engine/schedule/scheduler.py engine/schedule/report.py engine/runner/model_runner.py "
+    "engine/runner/steps.py engine/runner/memory.py engine/runner/build.py "
+    "engine/runner/loading.py engine/runner/sampler.py "
+    "engine/runner/device.py engine/runner/backends.py "
+    "engine/layers/attention.py engine/layers/blocks.py engine/layers/inputs.py "
+    "engine/layers/experts.py engine/layers/recurrent.py engine/layers/rotary.py "
+    "engine/models/__init__.py engine/models/decoder.py engine/models/qwen3_next.py",
+    "tiers, restart, warm state": f"{RADIX}offload.py {RADIX}tiers.py {RADIX}warm_state.py "
+    "engine/plugins/tiers/*",
+    "debug caches": f"{RADIX}debug.py",
+    "disaggregation": "engine/plugins/disaggregation/*",
+    "replicas, routers, events": f"{FRONT}worker/replicas.py {CACHE}adapters/routing/* "
+    f"{CACHE}adapters/events.py {CACHE}lab/fleet.py experiments/studies/router.py",
+    "tensor parallel": "engine/plugins/tensor_parallel/* engine/weights/ranks.py",
+    "drafts": "engine/plugins/speculation/* engine/schedule/drafting.py engine/runner/predictor.py "
+    "engine/runner/verification.py engine/layers/prediction.py "
+    "experiments/benchmarks/speculation.py",
+    "narrow checkpoints": f"{CACHE}geometry/checkpoints.py kernels/state_copy/narrow.py "
+    "experiments/studies/checkpoint_dtype.py",
+    "conversion": f"{FRONT}command/convert.py engine/weights/forms/model_slim.py",
+    "grammars": "engine/plugins/guided/* engine/text/grammar.py",
+    "calls of tools": f"{FRONT}server/tool_calls/*",
+    "Responses API": f"{FRONT}server/endpoints/responses.py",
+    "Anthropic API": f"{FRONT}server/endpoints/anthropic.py",
+    "explanations": f"{FRONT}server/endpoints/explain.py",
+    "live page": f"{FRONT}cache_watch.py {CACHE}adapters/watch/* {CACHE}adapters/__init__.py "
+    f"{FRONT}server/endpoints/observe.py",
+    "metrics": f"{FRONT}server/metrics.py",
+    "recording proxy": f"{FRONT}command/record.py {FRONT}command/proxy.py",
+    "chats: server, templates, answers": f"{FRONT}* engine/text/answers.py engine/text/bounded.py",
+    "GGUF": f"{CACHE}geometry/gguf*.py engine/weights/gguf* engine/text/gguf_tokenizer.py "
+    "kernels/linear/blocks.py kernels/linear/groups.py kernels/linear/native_groups.cpp "
+    "experiments/benchmarks/gguf_files.py",
+    "other quantised files": "engine/weights/forms/* kernels/linear/grouped.py "
+    "kernels/linear/words.py engine/weights/scheme.py",
+    "int8 and fp8 products": "kernels/linear/eight_bits.py kernels/linear/int8.py kernels/amx.h",
+    "weights, tokenizers": "engine/weights/* engine/text/*",
+    "GPU scripts": "experiments/gpu/*",
+    "Kimi Linear": "kernels/kda/* kernels/mla/* engine/models/kimi_linear.py "
+    f"{CACHE}geometry/families/kimi_linear.py",
+    "Jamba": f"kernels/mamba1/* engine/models/jamba.py {CACHE}geometry/families/jamba.py",
+    "Mamba-2 families": "kernels/mamba2/* engine/models/nemotron_h.py engine/models/granite* "
+    f"engine/models/falcon_h1.py {CACHE}geometry/families/nemotron_h.py "
+    f"{CACHE}geometry/families/granite* {CACHE}geometry/families/falcon_h1.py",
+    "other families": "engine/models/*",
+    "kernels": "kernels/*",
+    "SGLang backend": f"{CACHE}sglang/* experiments/benchmarks/sglang.py",
+    "vLLM scheduler": f"{CACHE}vllm/* experiments/studies/vllm.py",
+    "survival": f"{CACHE}policies/eviction/survival.py",
+    "adaptive placement": f"{CACHE}policies/placement.py",
+    "other evictions": f"{CACHE}policies/eviction/* {CACHE}lab/evictions.py",
+    "admission": f"{CACHE}policies/admission.py {CACHE}policies/sessions.py "
+    "experiments/studies/admission.py experiments/studies/overload.py",
+    "policies of users": f"{CACHE}policies/*",
+    "rebuilt systems": f"{CACHE}lab/baselines/* experiments/studies/peers.py "
+    "experiments/studies/yardsticks.py",
+    "board of policies": f"{CACHE}lab/leaderboard.py {CACHE}lab/benchmark.py {CACHE}lab/board.py "
+    "experiments/studies/leaderboard.py",
+    "optimum": f"{CACHE}lab/optimum.py",
+    "traces": f"{CACHE}lab/traces/*",
+    "simulator": f"{CACHE}lab/*",
+    "geometry, command": f"{CACHE}geometry/* {CACHE}command/* {CACHE}__main__.py",
+    "benchmarks beside others": "experiments/benchmarks/* experiments/run_sharegpt.py",
+    "studies, page, reproduction": "experiments/*",
+    "start of the engine": "engine/__main__.py engine/setup.py engine/plugins/__init__.py "
+    "engine/schedule/__init__.py engine/runner/__init__.py engine/layers/__init__.py",
 }
-"""Parts of the repository and their folders. A file belongs to the first part that has it."""
+"""Names and patterns of files. A file belongs to the first capability that names it."""
 COUNTED = tuple(f"{ROOT / package}/" for package in ("hybridcache", "engine", "kernels"))
+NO_CODE = {
+    *(tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT),
+    *(tokenize.ENCODING, tokenize.ENDMARKER),
+}
 COMPREHENSIONS = {"<listcomp>", "<setcomp>", "<dictcomp>", "<genexpr>"}
 
 
+def code_lines(file: Path) -> int:
+    """Return the lines with code: without docstrings, comments and blank lines."""
+    text = file.read_text(encoding="utf-8")
+    if file.suffix != ".py":
+        text = re.sub(r"/\*.*?\*/|<!--.*?-->", "", text, flags=re.S)
+        lines = (line.strip() for line in text.splitlines())
+        return sum(bool(line) and not line.startswith("//") for line in lines)
+    found = set[int]()
+    for token in tokenize.generate_tokens(io.StringIO(text).readline):
+        if token.type not in NO_CODE:
+            found.update(range(token.start[0], token.end[0] + 1))
+    for node in ast.walk(ast.parse(text)):
+        body = getattr(node, "body", None)
+        for one in body if isinstance(body, list) else ():
+            value = getattr(one, "value", None) if isinstance(one, ast.Expr) else None
+            if isinstance(value, ast.Constant) and isinstance(value.value, str):
+                found -= {*range(one.lineno, (one.end_lineno or 0) + 1)}
+    return len(found)
+
+
+def files_of_capabilities() -> dict[str, list[Path]]:
+    """Return the files of each capability. Raises ValueError if no capability has a file."""
+    found: dict[str, list[Path]] = {name: [] for name in CAPABILITIES}
+    files = (file for folder in PRODUCT for file in sorted((ROOT / folder).rglob("*")))
+    for file in files:
+        path = file.relative_to(ROOT).as_posix()
+        if file.suffix not in ENDINGS or "__pycache__" in path or "/levels/" in path:
+            continue
+        names = (
+            name
+            for name, patterns in CAPABILITIES.items()
+            if any(fnmatch.fnmatch(path, pattern) for pattern in patterns.split())
+        )
+        if (name := next(names, None)) is None:
+            raise ValueError(f"{path} belongs to no capability of tests/budget.py")
+        found[name].append(file)
+    return found
+
+
 def num_lines() -> dict[str, int]:
-    """Return the lines of Python of each part, and those of C++."""
-    groups, seen = {}, set[Path]()
-    for name, folder in FOLDERS.items():
-        groups[name] = set((ROOT / folder).rglob("*.py")) - seen
-        seen |= groups[name]
-    groups["C++"] = {file for end in ("cpp", "h") for file in (ROOT / "kernels").rglob(f"*.{end}")}
-    return {
-        f"lines of {name}": sum(len(file.read_bytes().splitlines()) for file in files)
-        for name, files in groups.items()
+    """Return the lines of code of each capability, of the core and of all."""
+    found = {
+        f"lines: {name}": sum(map(code_lines, files))
+        for name, files in files_of_capabilities().items()
+    }
+    core = sum(number for name, number in found.items() if name.startswith("lines: core"))
+    tests = sum(map(code_lines, (ROOT / "tests").rglob("*.py")))
+    total = sum(found.values())
+    return found | {
+        "lines of the core": core,
+        "lines of the product": total,
+        "lines of tests": tests,
     }
 
 
-def num_flags() -> int:
-    """Return the number of flags in the help of `engine serve`."""
+def num_settings() -> int:
+    """Return the number of settings of `engine serve`: its flags, and the names of `--set`."""
     with contextlib.redirect_stdout(io.StringIO()) as text, contextlib.suppress(SystemExit):
         cli.main(["serve", "--help"])
-    return len(set(re.findall(r"^  (?:-\w, )?(--[\w-]+)", text.getvalue(), re.M)) - {"--help"})
+    flags = set(re.findall(r"^  (?:-\w, )?(--[\w-]+)", text.getvalue(), re.M))
+    names = re.search(r"one of: ([^;]*);", text.getvalue())
+    return len(flags - {"--help"}) + (len(names[1].split(",")) if names else 0)
 
 
 class Walk:
@@ -171,7 +297,7 @@ def chat_walk(walk: Walk) -> int:
 
 def measure(walks: dict[str, dict[tuple[str, int], str]] | None = None) -> dict[str, int]:
     """Return today's numbers. ``walks`` gets the functions of each walk."""
-    found, walk = num_lines() | {"flags of engine serve": num_flags()}, Walk()
+    found, walk = num_lines() | {"settings of engine serve": num_settings()}, Walk()
     try:
         for count in (cache_walk, generate_walk, chat_walk):
             found[f"functions of {count.__name__}"] = count(walk)
@@ -186,7 +312,7 @@ def compare(found: dict[str, int], budget: dict[str, int]) -> list[str]:
     """Return a line for each number, with its difference from the budget."""
     both = [(name, found.get(name, 0), budget.get(name, 0)) for name in found | budget]
     return [
-        f"{name:32} {number:7,} of {most:7,} {number - most:+6,}" for name, number, most in both
+        f"{name:48} {number:7,} of {most:7,} {number - most:+6,}" for name, number, most in both
     ]
 
 
@@ -199,6 +325,10 @@ def main() -> None:
     if "--update" in sys.argv:
         tens = {name: -(-n // 10) * 10 if "lines" in name else n for name, n in found.items()}
         STORE.write_text(json.dumps(tens, indent=1) + "\n")
+        page = PAGE.read_text()
+        for name, most in tens.items():
+            page = re.sub(rf"^\| {name} \| [\d,]+ \|$", f"| {name} | {most:,} |", page, flags=re.M)
+        PAGE.write_text(page)
     print("\n".join(compare(found, read_store())))
 
 
