@@ -27,9 +27,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import hybridcache
 import hybridcache.allocators.pools
-import hybridcache.policies.admission
 import hybridcache.radix.api
 import hybridcache.radix.tree
+import hybridcache.scheduling.request
 from hybridcache.fields import FieldTexts, class_body, documented
 
 PAGES = Path(__file__).resolve().parent / "reference"
@@ -411,9 +411,8 @@ SCHEDULING = {
         "CacheManager",
         "MemorySizes",
     ),
-    "hybridcache.scheduling.request": ("ScheduledRequest", "RequestFields"),
+    "hybridcache.scheduling.request": ("ScheduledRequest", "RequestFields", "AdmissionPolicy"),
     "hybridcache.policies.registry": ("make_admission",),
-    "hybridcache.policies.admission": ("AdmissionPolicy",),
 }
 """Names for an engine that uses the scheduler."""
 
@@ -489,7 +488,7 @@ def _others(page: str) -> list[str]:
         hybridcache.radix.api,
         hybridcache.allocators.pools,
         hybridcache.radix.tree,
-        hybridcache.policies.admission,
+        hybridcache.scheduling.request,
     ):
         for name, thing in vars(module).items():
             is_own = getattr(thing, "__module__", "") == module.__name__

@@ -45,7 +45,10 @@ FRONT = "engine/front/"
 CAPABILITIES = {
     "core: the cache with LRU, and scheduling": f"{CACHE}__init__.py {CACHE}config.py "
     f"{CACHE}tokens.py {CACHE}fields.py {RADIX}tree.py {RADIX}protocol.py {RADIX}api.py "
-    f"{RADIX}cache.py {RADIX}lease.py {RADIX}__init__.py {CACHE}allocators/* {CACHE}scheduling/* "
+    f"{RADIX}cache.py {RADIX}lease.py {RADIX}__init__.py "
+    f"{CACHE}allocators/* {CACHE}scheduling/__init__.py "
+    f"{CACHE}scheduling/planner.py {CACHE}scheduling/cache_manager.py "
+    f"{CACHE}scheduling/loading.py {CACHE}scheduling/request.py "
     f"{CACHE}policies/registry.py {CACHE}policies/eviction/lru.py "
     f"{CACHE}policies/eviction/priority_classes.py",
     "core: the engine with one family": "engine/core.py engine/engine.py engine/config.py "
@@ -101,7 +104,7 @@ CAPABILITIES = {
     "survival": f"{CACHE}policies/eviction/survival.py",
     "adaptive placement": f"{CACHE}policies/placement.py",
     "other evictions": f"{CACHE}policies/eviction/* {CACHE}lab/evictions.py",
-    "admission": f"{CACHE}policies/admission.py {CACHE}policies/sessions.py "
+    "admission": f"{CACHE}policies/admission.py {CACHE}scheduling/sessions.py "
     "experiments/studies/admission.py experiments/studies/overload.py",
     "policies of users": f"{CACHE}policies/*",
     "rebuilt systems": f"{CACHE}lab/baselines/* experiments/studies/peers.py "

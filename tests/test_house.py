@@ -89,7 +89,7 @@ def test_packages_import_only_allowed_packages(package: str) -> None:
 
 NO_ROOMS = {"__init__", "__main__", "setup"}
 ORDER = {
-    "hybridcache": "command tokens fields allocators radix policies geometry config scheduling "
+    "hybridcache": "command tokens fields allocators radix scheduling policies geometry config "
     "adapters sglang lab",
     "hybridcache/radix": "tree protocol api offload cache lease tiers warm_state debug",
     "engine": "config weights layers models errors text requests schedule messages runner "

@@ -225,11 +225,12 @@ class RMSNorm(Composite):
 
         The norm is a tensor, or ``QuantizedRows`` after ``quantize_for``.
         """
-        x = x if self._norm_rows is not None and residual is not None else summed(x)
+        if not isinstance(x, torch.Tensor) and (self._norm_rows is None or residual is None):
+            x = x.sum()
         if self._quantizes and self._norm_rows is not None:
             return self._norm_rows(x, self.weight, self.eps, residual=residual)
         if residual is None:
-            return self(x), x
+            return self._norm(x, self.weight, self.eps), x
         return self._norm(x, self.weight, self.eps, residual=residual)
 
 
@@ -365,17 +366,6 @@ class Residual(Composite, Generic[B]):
 
 class MixerStep(Residual[Mixer]):
     """A mixer and its norms."""
-
-    def project(
-        self, hidden: torch.Tensor, residual: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return (the mixer's input product, the residual stream)."""
-        normed, residual = self.enter(hidden, residual)
-        return self.block.project(normed), residual
-
-    def finish(self, mixed: torch.Tensor, projected: torch.Tensor) -> torch.Tensor:
-        """Return the output that is added to the stream."""
-        return self.leave(self.block.finish(mixed, projected))
 
 
 class FeedForwardStep(Residual[FeedForward]):

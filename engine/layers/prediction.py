@@ -87,8 +87,9 @@ class PredictionHead(Composite):
         carried = pools[-1]
         before, kept = _trail(hidden, inputs, carried)
         before = pad_rows(before, len(hidden))
-        projected, _ = self._attention.project(self._enter(embedded, before), None)
+        normed, _ = self._attention.enter(self._enter(embedded, before), None)
         block = self._attention.block
+        projected = block.project(normed)
         assert isinstance(block, Attention)
         block.write(projected, inputs, pools[:2])
         for slots, last in kept:
@@ -123,9 +124,11 @@ class PredictionHead(Composite):
             parts=[DecodePart(sequences, rows.new_empty(0))],
         )
         entered = self._enter(pad_rows(embedded, num_rows), pad_rows(before, num_rows))
-        projected, residual = self._attention.project(entered, None)
-        mixed = self._attention.block.mix(projected, inputs, pools[:2])
-        hidden = self._attention.finish(mixed, projected)
+        normed, residual = self._attention.enter(entered, None)
+        block = self._attention.block
+        projected = block.project(normed)
+        mixed = block.mix(projected, inputs, pools[:2])
+        hidden = self._attention.leave(block.finish(mixed, projected))
         hidden, residual = self._mlp(hidden, residual, inputs.rows)
         return self._norm.add(hidden, residual)[0][: inputs.num_tokens]
 

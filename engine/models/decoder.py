@@ -252,7 +252,8 @@ class Decoder(ABC):
         for index, step in enumerate(self.mixers):
             mixed = step.block.mix(out, inputs, pools[index])
             out, residual = self.resume(index, mixed, out, residual, inputs.rows)
-        self.follow(token_ids, out, inputs, pools)
+        if self.prediction is not None:
+            self.follow(token_ids, out, inputs, pools)
         return out
 
     def follow(
@@ -285,7 +286,8 @@ class Decoder(ABC):
         Returns (the input product of the next mixer or the hidden states after the final norm, the
         residual stream).
         """
-        hidden = self.mixers[index].finish(mixed, projected)
+        step = self.mixers[index]
+        hidden = step.leave(step.block.finish(mixed, projected))
         return self._advance(index + 1, hidden, residual, rows)
 
     def _advance(
@@ -295,7 +297,8 @@ class Decoder(ABC):
             hidden, residual = step(hidden, residual, rows)
         if index == len(self.mixers):
             return self.norm.add(hidden, residual)
-        return self.mixers[index].project(hidden, residual)
+        normed, residual = self.mixers[index].enter(hidden, residual)
+        return self.mixers[index].block.project(normed), residual
 
     def _add(self, part: T, fill: Fill | None) -> T:
         self._parts.append(part)

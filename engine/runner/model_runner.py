@@ -187,7 +187,8 @@ class ModelRunner:
                 self._transfer(transfer)
         self.table.write(batch.row_writes)
         if self.tensors.checkpoints is None:
-            self._copy_states(batch.restores)
+            if batch.restores:
+                self._copy_states(batch.restores)
         else:
             self.tensors.checkpoints.restore(batch.restores, self._state_copy)
         logits = self._logits(batch, drawn)
@@ -201,7 +202,8 @@ class ModelRunner:
         if self.tensors.checkpoints is not None:
             exports = [slot for s in batch.segments if not s.is_decode for _, slot in s.exports]
             saved += zip(self.tensors.checkpoints.staging, exports, strict=False)
-        self._save(saved)
+        if saved:
+            self._save(saved)
         return logits
 
     @torch.inference_mode()

@@ -19,10 +19,10 @@ from engine.schedule.drafting import Draft, Drafting
 from engine.text.answers import NO_TOKEN, FinishReason, SampledToken
 from engine.text.grammar import GrammarError
 from hybridcache.allocators.moves import Transfer
-from hybridcache.policies.admission import AdmissionPolicy
 from hybridcache.radix.lease import Lease
 from hybridcache.scheduling.cache_manager import CacheManager
 from hybridcache.scheduling.planner import StepPlanner
+from hybridcache.scheduling.request import AdmissionPolicy
 from hybridcache.tokens import Tokens
 
 if TYPE_CHECKING:

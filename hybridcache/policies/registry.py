@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 
 from hybridcache.command.parser import or_known
 from hybridcache.policies import admission, placement
-from hybridcache.policies.admission import AdmissionPolicy
 from hybridcache.policies.eviction.fifo import FIFO
 from hybridcache.policies.eviction.gdsf import GDSF
 from hybridcache.policies.eviction.lhd import LHD
@@ -26,6 +25,7 @@ from hybridcache.policies.eviction.sieve import BothKinds, Sieve
 from hybridcache.policies.eviction.survival import Survival
 from hybridcache.policies.user import OwnPolicy, factory_of, load
 from hybridcache.radix.protocol import EvictionPolicy, PlacementPolicy
+from hybridcache.scheduling.request import AdmissionPolicy
 
 EvictionSpec = str | OwnPolicy | EvictionPolicy | Callable[[], EvictionPolicy]
 """Policy name, ``module:Class`` or ``module:Class(alpha=2)``, a class, a factory function, or an

@@ -20,7 +20,6 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from hybridcache.policies.admission import AdmissionPolicy, ServerLoad, WaitingRequest
 from hybridcache.radix.protocol import (
     EvictionPolicy,
     Item,
@@ -33,6 +32,7 @@ from hybridcache.radix.protocol import (
     raise_failure,
 )
 from hybridcache.radix.warm_state import array_as_json
+from hybridcache.scheduling.request import AdmissionPolicy, ServerLoad, WaitingRequest
 from hybridcache.tokens import require_index
 
 PACKAGE = f"{Path(__file__).parents[1]}/"
@@ -331,6 +331,10 @@ class GuardedAdmission(Guard, AdmissionPolicy):
     A failure of ``arrived`` refuses the request. The first one of another method is raised by
     ``order``, and the base class takes the place of the policy.
     """
+
+    def __init__(self, label: str, policy: AdmissionPolicy) -> None:
+        super().__init__(label, policy)
+        self.recognises_sessions = bool(policy.recognises_sessions)
 
     arrived = _called("arrived")
     admitted = _noted("admitted")

@@ -27,13 +27,18 @@ from math import inf
 from operator import attrgetter
 from typing import Generic, TypeVar, cast
 
-from hybridcache.policies.admission import AdmissionPolicy, ServerLoad, Sessions, WaitingRequest
 from hybridcache.radix.api import PrefixMatch
 from hybridcache.radix.lease import Lease
 from hybridcache.radix.protocol import Prefill
 from hybridcache.scheduling.cache_manager import CacheManager
 from hybridcache.scheduling.loading import Loader
-from hybridcache.scheduling.request import ScheduledRequest
+from hybridcache.scheduling.request import (
+    AdmissionPolicy,
+    ScheduledRequest,
+    ServerLoad,
+    WaitingRequest,
+)
+from hybridcache.scheduling.sessions import Sessions
 from hybridcache.tokens import common_prefix_len, require_index
 
 TILE = 64
@@ -72,29 +77,14 @@ class PrefillBudget:
     scored: int = MAX_SCORED
     """Positions for which logits may still be computed."""
 
-    @property
-    def is_spent(self) -> bool:
-        return self.tokens <= 0 or self.tiles <= 0
-
-    def room(self, scores: bool) -> int:
-        """Return the number of tokens that any prefill may compute, short or long."""
-        if self.is_spent:
-            return 0
-        tokens = max(0, self.tokens - self.num_for_short)
-        return min(tokens, self.scored) if scores else tokens
-
     def most(self, rest: int, scores: bool) -> int:
         """Return the number of the ``rest`` remaining tokens that a prefill may compute."""
-        if self.is_spent:
+        if self.tokens <= 0 or self.tiles <= 0:
             return 0
-        short = min(self.num_for_short, self.tokens)
-        is_short = rest <= (min(short, self.scored) if scores else short)
-        return rest if is_short else min(rest, self.room(scores))
-
-    def spend(self, num_tokens: int, scores: bool) -> None:
-        self.tokens -= num_tokens
-        self.tiles -= -(-num_tokens // TILE)
-        self.scored -= num_tokens * scores
+        scored = self.scored if scores else self.tokens
+        if rest <= min(self.num_for_short, self.tokens, scored):
+            return rest
+        return min(rest, max(0, self.tokens - self.num_for_short), scored)
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,7 +198,7 @@ class StepPlanner(Generic[R]):
         """Begin without requests and sessions."""
         self.admission = admission
         """Order of the waiting requests."""
-        self.sessions = Sessions()
+        self.sessions = Sessions(recognises=admission.recognises_sessions)
         """Sessions of waiting and running requests, and idle ones."""
         self._sharing = Sharing(self.manager, self._shares)
         self.waiting: list[R] = []
@@ -461,8 +451,10 @@ class StepPlanner(Generic[R]):
     def _take(self, ends: dict[R, int], request: R, end: int, budget: PrefillBudget) -> None:
         """Schedule ``request`` up to ``end``. Its memory must be claimed."""
         if request.scheduled_len < request.prefill_len:
-            start = ends.get(request, request.scheduled_len)
-            budget.spend(end - start, request.wants_scores)
+            num_tokens = end - ends.get(request, request.scheduled_len)
+            budget.tokens -= num_tokens
+            budget.tiles -= -(-num_tokens // TILE)
+            budget.scored -= num_tokens * request.wants_scores
         ends[request] = end
 
     def _claim(self, request: R, end: int) -> bool:
@@ -517,7 +509,7 @@ class StepPlanner(Generic[R]):
         for request in candidates:
             goal = self._sharing.goal(request)
             num_taken = len(self.running) + len(passed)
-            has_turn = not budget.is_spent and num_taken < self.max_running
+            has_turn = budget.tokens > 0 < budget.tiles and num_taken < self.max_running
             may_begin = has_turn or self.loader is not None
             if self._is_full or not may_begin or self.manager.num_slots_at_hand == 0:
                 continue
@@ -537,9 +529,9 @@ class StepPlanner(Generic[R]):
     def _fits(self, request: R, budget: PrefillBudget) -> bool:
         """Return whether waiting ``request`` could compute anything. O(its length) if only a short
         one could, else O(1)."""
-        if budget.room(request.wants_scores) >= TILE:
-            return True
         rest = request.num_tokens
+        if budget.most(max(rest, TILE), request.wants_scores) >= TILE:
+            return True
         if rest > budget.tokens and not request.wants_scores:
             rest -= self._match(request).cached_len
         return budget.most(rest, request.wants_scores) == rest

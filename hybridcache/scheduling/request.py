@@ -1,16 +1,17 @@
-"""Requests as a scheduler sees them: tokens, lengths, and claims on the cache."""
+"""Requests as a scheduler and as an admission policy see them, and the interface of policies."""
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 
-from hybridcache.policies.admission import WaitingRequest
 from hybridcache.radix.api import Losses
 from hybridcache.radix.lease import Lease
 from hybridcache.radix.protocol import PromptBoundaries
+from hybridcache.scheduling.sessions import Session
 from hybridcache.tokens import Tokens, require_index, require_int32
 
 
@@ -39,6 +40,47 @@ class RequestFields(Protocol):
     @property
     def save_at(self) -> Sequence[int]:
         """Further positions of checkpoints."""
+
+
+class WaitingRequest:
+    """Part of a ``ScheduledRequest`` that admission policies read."""
+
+    arrival: int
+    """Rank among all requests: older is smaller."""
+    arrival_s: float
+    """Time of arrival."""
+    num_tokens: int
+    """Tokens to have before the next one is sampled: the prompt; after a preemption also the answer
+    so far."""
+    prefill_len: int
+    """Number of first tokens that are computed by prefills."""
+    max_len: int
+    """Most tokens of prompt and answer together."""
+    session: Session
+    """Set when it is queued."""
+    computed_len = 0
+    """Computed tokens."""
+    num_preemptions = 0
+    num_passes = 0
+    """Requests that arrived later and were admitted before this one."""
+    cached_len = 0
+    """Reused tokens, set at the first admission."""
+    lost_len = 0
+    """Prompt tokens to compute again because they, or a checkpoint after them, were evicted. Set at
+    each admission. Includes tokens of the session's previous prompt even if their eviction is no
+    longer recorded in the cache."""
+    row: int | None = None
+    """Row of the request table while it runs, else None."""
+
+    @property
+    def is_running(self) -> bool:
+        """True from its admission until it is answered or preempted."""
+        return self.row is not None
+
+    @property
+    def is_prefilling(self) -> bool:
+        """True while prompt tokens, or tokens lost by a preemption, are not computed."""
+        return self.computed_len < self.prefill_len
 
 
 class ScheduledRequest(WaitingRequest):
@@ -141,3 +183,75 @@ class ScheduledRequest(WaitingRequest):
             self.is_counted = self.lease.is_counted
         self.lease = self.row = None
         self.computed_len = self.scheduled_len = self.num_drawn = 0
+
+
+# --- The interface of admission policies ----------------------------------------------------------
+
+
+@dataclass(kw_only=True, eq=False)
+class ServerLoad:
+    """State of the server as a policy sees it. Read-only."""
+
+    now_s: float = 0.0
+    """Time of the step."""
+    max_running: int
+    """Most requests that run at a time."""
+    running: Collection[WaitingRequest]
+    """Admitted requests that are not answered yet."""
+    open_sessions: Collection[Session]
+    """Sessions with a waiting or running request."""
+    idle_sessions: Collection[Session]
+    """Other sessions that are remembered; the one idle for longest first."""
+    cached_len: Callable[[WaitingRequest], int]
+    """Function of a waiting request: its tokens that are cached now, or could be loaded from a
+    tier. No use of the cache. O(1) while the cache has not changed since the last call, else
+    O(length)."""
+    footprint: Callable[[Session], float]
+    """Function of a session: the part of the memory, 0 to 1, that its text and one checkpoint take,
+    without text shared with other sessions."""
+
+
+class AdmissionPolicy:
+    """Order in which waiting requests are admitted, and choice of those that must wait.
+
+    The base class admits the oldest first. The scheduler admits the requests given by ``order`` as
+    long as there are places, token budget and memory.
+
+    The scheduler keeps these invariants for every policy:
+
+    - Admission never stops running requests.
+    - A request that follows a running prefill waits for it.
+    - A step in which nothing runs admits the oldest waiting request that ``order`` withholds, once
+      ``wakes_at_s`` is None.
+    """
+
+    recognises_sessions: bool = True
+    """Class attribute. False if the policy ignores ``WaitingRequest.session``: prompts are then not
+    compared, and each request has a session of its own."""
+    wakes_at_s: float | None = None
+    """Time at which ``order`` would withhold less than it last did, if nothing else happens before;
+    None if it would not. Set by ``order``."""
+
+    def arrived(self, request: WaitingRequest, load: ServerLoad) -> None:
+        """Record that ``request`` waits from now on, or refuse it by an exception."""
+
+    def order(
+        self, waiting: Sequence[WaitingRequest], load: ServerLoad
+    ) -> Iterable[WaitingRequest]:
+        """Return the requests that may be admitted now, in this order. ``waiting`` is sorted by
+        arrival; requests left out must wait. Called once for each step with waiting requests."""
+        return waiting
+
+    def admitted(self, request: WaitingRequest, load: ServerLoad) -> None:
+        """Record that ``request`` was admitted, for the first time or after a preemption."""
+
+    def computed(self, num_tokens: int, seconds: float, load: ServerLoad) -> None:
+        """Record that the step ending now took ``seconds`` and computed ``num_tokens`` prompt
+        tokens."""
+
+    def left(self, request: WaitingRequest, load: ServerLoad) -> None:
+        """Record that ``request`` was answered or aborted."""
+
+    def report(self) -> Mapping[str, float | str]:
+        """Return figures for ``/metrics`` and the live page, by name."""
+        return {}

@@ -31,12 +31,16 @@ from hybridcache.lab.simulation.closed_loop import (
     simulate_closed_loop,
 )
 from hybridcache.lab.trace import Trace, TraceRequest
-from hybridcache.policies.admission import AdmissionPolicy, ServerLoad, WaitingRequest
 from hybridcache.policies.registry import DEFAULT_EVICTION, DEFAULT_PLACEMENT, parse_placement
 from hybridcache.radix.cache import HybridRadixCache
 from hybridcache.scheduling.cache_manager import CacheManager
 from hybridcache.scheduling.planner import StepPlanner
-from hybridcache.scheduling.request import ScheduledRequest
+from hybridcache.scheduling.request import (
+    AdmissionPolicy,
+    ScheduledRequest,
+    ServerLoad,
+    WaitingRequest,
+)
 from tests.cache.twins import VictimLog
 from tests.oracle import OracleRunner, OracleSampler
 

@@ -20,14 +20,12 @@ from hybridcache.policies.admission import (
     FLOOR,
     LOOK_AHEAD,
     TOKENS_A_PASS,
-    AdmissionPolicy,
-    ServerLoad,
-    Session,
     SessionGate,
-    WaitingRequest,
 )
 from hybridcache.policies.registry import make_admission
 from hybridcache.radix.protocol import PromptBoundaries
+from hybridcache.scheduling.request import AdmissionPolicy, ServerLoad, WaitingRequest
+from hybridcache.scheduling.sessions import Session
 
 
 @dataclass(eq=False)

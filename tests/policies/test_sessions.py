@@ -9,7 +9,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from hybridcache.policies.admission import Session, Sessions, anchor_lens
+from hybridcache.scheduling.sessions import Session, Sessions, anchor_lens
 
 MAX_KNOWN = 3
 

@@ -17,11 +17,11 @@ from hybridcache.lab.cli import main
 from hybridcache.lab.simulation.closed_loop import closed_loop
 from hybridcache.lab.simulation.simulate import simulate
 from hybridcache.lab.traces import open_trace
-from hybridcache.policies.admission import AdmissionPolicy, ServerLoad, WaitingRequest
 from hybridcache.policies.eviction.fifo import FIFO
 from hybridcache.policies.eviction.scored import ScorePolicy
 from hybridcache.policies.registry import EVICTION_NAMES, make_eviction, parse_placement
 from hybridcache.radix.protocol import Item, Placed, PolicyError, Prefill
+from hybridcache.scheduling.request import AdmissionPolicy, ServerLoad, WaitingRequest
 from tests.cache.serving import hybrid, serve, traffic
 from tests.cache.twins import VictimLog
 from tests.oracle import OracleRunner, OracleSampler
@@ -32,7 +32,7 @@ import random
 from typing import NamedTuple
 
 from hybridcache.radix.protocol import EvictionPolicy, Placed, PlacementPolicy
-from hybridcache.policies.admission import AdmissionPolicy, ServerLoad, WaitingRequest
+from hybridcache.scheduling.request import AdmissionPolicy, ServerLoad, WaitingRequest
 from hybridcache.policies.eviction.scored import SampledPolicy, ScorePolicy
 
 
