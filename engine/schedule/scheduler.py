@@ -45,8 +45,12 @@ UNKNOWN: Tokens = np.zeros(1, np.int32)
 """Tokens of a segment whose one token is drawn but has not reached the host."""
 
 
+KEPT = frozenset(["request", "lease", "samples", "scores", "draft"])
+"""Fields of a segment that only the scheduler reads."""
+
+
 class Segment(Struct, frozen=True):
-    """One request's tokens in a step. Other processes receive the fields up to ``num_drafts``."""
+    """One request's tokens in a step. Other processes receive it without the fields in ``KEPT``."""
 
     row: int
     """Row in the RequestTable, which has a KV index for every position up to ``end``."""
@@ -115,7 +119,8 @@ class Segment(Struct, frozen=True):
         )
 
     def __reduce__(self) -> tuple[type[Segment], tuple[object, ...]]:
-        return Segment, tuple(getattr(self, name) for name in self.__struct_fields__[:9])
+        fields = self.__struct_fields__
+        return Segment, tuple(None if one in KEPT else getattr(self, one) for one in fields)
 
     @property
     def end(self) -> int:
