@@ -135,6 +135,14 @@ KINDS: dict[str, tuple[str, tuple[type, ...]]] = {
 """Words for the values that a setting accepts, and their types, by the setting's own type."""
 
 
+ELSEWHERE = {
+    "placement": ": the placement of checkpoints is set by 'checkpoints'",
+    "eviction": ": the eviction policy is set by 'policy'",
+    "cache_gib": ": the memory is set by 'gib'",
+}
+"""Hints for names that other parts of the project use."""
+
+
 @dataclass(frozen=True, slots=True)
 class Scenario:
     """Settings of a simulation. Several policies, sizes, rates or seeds stand for a run of each
@@ -297,7 +305,8 @@ class Scenario:
         known = {one.name for one in fields(cls)} - {"trace"}
         for name in settings:
             if name not in known:
-                raise TypeError(f"there is no setting {name!r}{did_you_mean(name, known)}")
+                hint = ELSEWHERE.get(name, did_you_mean(name, known))
+                raise TypeError(f"there is no setting {name!r}{hint}")
         if isinstance(given, Scenario):
             return replace(given, **settings)
         return cls(given, **settings)

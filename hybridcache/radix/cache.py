@@ -185,6 +185,8 @@ class HybridRadixCache:
 
     lease_kind: Any = None
     """Class of its leases, or None for ``Lease``."""
+    lock_kind: Any = LockHandle
+    """Class of its locks."""
 
     def __init__(
         self,
@@ -481,7 +483,8 @@ class HybridRadixCache:
                 self._locked_slots += last.checkpoint is not None
                 if self._unsettled.pop(last, None) is None:
                     self._unsettled[last] = 1
-        return LockHandle(last, self)
+        handle: LockHandle = self.lock_kind(last, self)
+        return handle
 
     def lock_kv(self, tokens: Tokens, namespace: Hashable = None) -> LockHandle:
         """Protect the cached KV of ``tokens``, whether or not there is a checkpoint at its end.

@@ -1,16 +1,20 @@
 """Caches and leases that find misuse when it happens: ``CacheConfig(debug=True)``.
 
-A wrong call raises before it changes anything, and a lease that is dropped before its end warns.
+A wrong call raises before it changes anything, and a lease or lock that is dropped before its end
+warns. ``check`` also finds locks that were dropped.
 The measured calls take at most twice their time. Ordinary caches have nothing of this.
 """
 
 from __future__ import annotations
 
+import sys
 import warnings
 import weakref
+from collections import Counter
 from collections.abc import Hashable, Sequence
 from functools import wraps
 from inspect import isfunction
+from pathlib import Path
 from threading import get_ident
 from typing import Any
 
@@ -18,7 +22,7 @@ import numpy as np
 
 from hybridcache.allocators.moves import Move
 from hybridcache.radix.api import InsertResult
-from hybridcache.radix.cache import HybridRadixCache
+from hybridcache.radix.cache import HybridRadixCache, LockHandle
 from hybridcache.radix.lease import Lease, LeaseRequest
 from hybridcache.radix.protocol import PlacementPolicy
 from hybridcache.radix.tiers import TieredRadixCache
@@ -28,6 +32,7 @@ from hybridcache.tokens import INT32, Indices, Tokens, require_int32
 FREE, HELD, LEASED, CACHED = 0, 1, 2, 3
 """Owners of a row: none, a caller of ``allocate_kv``, a lease, the tree."""
 ALL_HELD = bytes((HELD,))
+PACKAGE = f"{Path(__file__).parents[1]}/"
 OWNERS = "free", "held", "a lease's", "the cache's"
 
 
@@ -45,9 +50,12 @@ class DebugLease(Lease):
             if number is not None and number in [getattr(one._request, what) for one in running]:
                 raise ValueError(f"{what} {number} is that of a running lease: end it first")
         super().__init__(cache, placement, request, *rest)
+        self._lock.is_leases = True  # type: ignore[attr-defined]
         self._stepped_len: int | None = None
         """End of the last step, as ``take_checkpoint_slots`` and ``roll_back`` say; None if neither
         was called, which callers without checkpoints may leave out."""
+        self._step_start: int | None = None
+        """Begin of that step."""
         if cache.arena is not None:  # A strong reference would keep it after its last one.
             del cache.arena.holders[self]
             cache.arena.holders[_WeakHolder(self)] = None
@@ -62,14 +70,23 @@ class DebugLease(Lease):
             warnings.warn(f"{self!r} {lost}", ResourceWarning, stacklevel=2)
 
     def take_checkpoint_slots(self, start: int, end: int, max_slots: int | None = None) -> Any:
+        at = max(self.published_len, self._stepped_len or 0)
+        is_usable = not self._has_ended and start <= end <= self.extended_len
+        # A call may be repeated, for example after it took too few slots.
+        follows = at <= start <= at + self.num_quiet_tokens(at) or start == self._step_start
+        if is_usable and start >= self.published_len and not follows:
+            raise ValueError(
+                f"this step begins at {start}, but the last one ended at {at}: compute the tokens "
+                "in order, or undo a part of a step with roll_back"
+            )
         saves = super().take_checkpoint_slots(start, end, max_slots)
         if saves is not None:
-            self._stepped_len = end
+            self._step_start, self._stepped_len = start, end
         return saves
 
     def roll_back(self, computed_len: int, unwritten: bool = False) -> None:
         super().roll_back(computed_len, unwritten)
-        self._stepped_len = computed_len
+        self._step_start, self._stepped_len = None, computed_len
 
     def _end(self, tokens: Tokens, computed_len: int, donate: bool, stop_reason: str) -> None:
         has_own_state = self.state_slot is not None and self._request.own_slot is None
@@ -93,6 +110,38 @@ class DebugLease(Lease):
             )
 
 
+class DebugLock(LockHandle):
+    """``LockHandle`` that warns if it is dropped before ``unlock``."""
+
+    __slots__ = ("__weakref__", "is_leases", "where")
+    cache: _Checks
+
+    def __init__(self, node: RadixNode | None, cache: _Checks) -> None:
+        super().__init__(node, cache)
+        self.where = _caller()
+        """File and line that took it."""
+        self.is_leases = cache.in_lease
+        """True if it belongs to a lease, which warns itself."""
+        cache.handles.add(self)
+
+    def __repr__(self) -> str:
+        end = None if self.node is None else self.node.end
+        return f"LockHandle(end={end}, taken in {self.where})"
+
+    def __del__(self) -> None:
+        if self.node is not None and not self.is_leases:
+            lost = "was dropped without unlock: its path stays locked"
+            warnings.warn(f"{self!r} {lost}", ResourceWarning, stacklevel=2)
+
+
+def _caller() -> str:
+    """Return the file and line of the innermost frame outside of this package."""
+    frame = sys._getframe(1)
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(PACKAGE):
+        frame = frame.f_back
+    return f"{Path(frame.f_code.co_filename).name}, line {frame.f_lineno}"
+
+
 class _WeakHolder(weakref.ref[DebugLease]):
     """Holder of the rows of a lease that does not keep it alive. Equal to the lease."""
 
@@ -109,7 +158,7 @@ class _WeakHolder(weakref.ref[DebugLease]):
 class _Checks(HybridRadixCache):
     """Checks of the calling thread, and of the owners of rows and slots."""
 
-    lease_kind = DebugLease
+    lease_kind, lock_kind = DebugLease, DebugLock
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
@@ -118,6 +167,8 @@ class _Checks(HybridRadixCache):
         that share a lock set it to None before they release that."""
         self.leases: set[weakref.ref[DebugLease]] = set()
         """Leases that were not dropped, ended ones included."""
+        self.handles = weakref.WeakSet[DebugLock]()
+        """Locks that were not dropped."""
         self.in_lease = False
         """True during the call of a lease, which may do what its callers may not."""
         self._owners = np.zeros(self._pages.capacity, np.int8)
@@ -152,6 +203,13 @@ class _Checks(HybridRadixCache):
         for lease in self.live_leases():
             lease._has_ended = True  # Its memory is gone, so that it may be dropped.
         return super().rebuilt()
+
+    def check(self, held_tokens: int | None = None, held_slots: int | None = None) -> None:
+        super().check(held_tokens, held_slots)
+        held = Counter(one.node for one in self.handles if one.node is not None)
+        for node in self._tree.nodes():
+            lost = node.locks - held[node]
+            assert not lost, f"{lost} locks on {node} were dropped without unlock"
 
     def allocate_kv(self, num_tokens: int) -> Indices | None:
         if get_ident() != self.owner:

@@ -92,10 +92,24 @@ def free_a_slot_of_a_lease(cache: HybridRadixCache, lease: Lease) -> None:
     cache.free_slot(lease.state_slot)
 
 
+def begin_behind_a_gap(cache: HybridRadixCache, lease: Lease) -> None:
+    step(lease, 0, 16)
+    step(lease, 24, 40)
+
+
+def begin_before_the_end(cache: HybridRadixCache, lease: Lease) -> None:
+    """Drafts were rejected without ``roll_back``."""
+    step(lease, 0, 40)
+    step(lease, 40, 44)
+    step(lease, 41, 48)
+
+
 MISUSES: dict[str, Callable[[HybridRadixCache, Lease], object]] = {
     "tokens up to 40 are said to be computed, but the last step went to 16": publish_ahead,
     "state_slot has the state after that many tokens and not after 40": preempt_behind,
     "last step went to 56": donate_behind,
+    "this step begins at 24, but the last one ended at 16": begin_behind_a_gap,
+    "this step begins at 41, but the last one ended at 44": begin_before_the_end,
     "is a lease's": free_rows_of_a_lease,
     "a lease's: give only rows of allocate_kv": insert_rows_of_a_lease,
     "is the cache's": free_rows_of_the_cache,
@@ -178,6 +192,23 @@ def test_a_dropped_lease_warns(kind: str) -> None:
     with pytest.warns(ResourceWarning, match=r"Lease\(.*extended_len=8.* was dropped"):
         del lease
         gc.collect()
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_a_dropped_lock_warns_and_fails_the_check(kind: str) -> None:
+    cache = make(kind)
+    publish(cache, ids("abcdefgh"), [8])
+    node = cache.match(ids("abcdefghi")).node
+    assert node is not None
+    with cache.lock(node):
+        cache.check()
+    lock = cache.lock(node)
+    place = r"LockHandle\(end=8, taken in test_debug.py, line \d+\) was dropped"
+    with pytest.warns(ResourceWarning, match=place):
+        del lock
+        gc.collect()
+    with pytest.raises(AssertionError, match=r"1 locks on .* were dropped without unlock"):
+        cache.check()
 
 
 def test_debug_off_has_no_part_of_it() -> None:

@@ -132,12 +132,13 @@ def test_a_victim_is_found_as_fast_among_many_candidates_as_after_them(make, kin
     assert max(among, after) < 20 * min(among, after)
 
 
-def with_locked_paths(num_live: int, num_nodes: int) -> HybridRadixCache:
+def with_locked_paths(num_live: int, num_nodes: int) -> tuple[HybridRadixCache, list[LockHandle]]:
     """Build ``num_live`` locked paths of ``num_nodes`` nodes under a shared path of the same
-    length. The pool is full."""
+    length. The pool is full. Returns the cache and the locks."""
     length = num_nodes * STEP
     cache = hybrid(length * (num_live + 1) + 40, 4)
     publish(cache, ids(range(length)), [length])
+    handles = []
     for index in range(num_live):
         base = 10**6 * (index + 1)
         prompt = np.concatenate([ids(range(length)), ids(range(base, base + length))])
@@ -151,25 +152,28 @@ def with_locked_paths(num_live: int, num_nodes: int) -> HybridRadixCache:
             node = cache.insert(prompt[:end], rows[:end], owned_from=end - STEP, after=node).node
             cache.unlock(handle)
             handle = cache.lock(node)
-    return cache
+        handles.append(handle)
+    return cache, handles
 
 
 def test_the_cost_of_an_allocation_ignores_unchanged_locked_paths(steps: Steps) -> None:
     counts = []
     for num_live, num_nodes in ((2, 20), (2, 160), (16, 20)):
-        cache = with_locked_paths(num_live, num_nodes)
+        cache, handles = with_locked_paths(num_live, num_nodes)
         assert cache.allocate_kv(10**6) is None
         steps.count = 0
         for index in range(20):
             publish(cache, ids(range(10**8 + 10 * index, 10**8 + 10 * index + 10)))
         counts.append(steps.count)
         cache.check()
+        for handle in handles:
+            cache.unlock(handle)
     assert cache.stats.evicted_tokens >= 160
     assert max(counts) <= 1.2 * counts[0]
 
 
 def test_a_lock_costs_two_steps_and_locked_paths_are_counted_once_per_change(steps: Steps) -> None:
-    cache = with_locked_paths(2, 100)
+    cache, handles = with_locked_paths(2, 100)
     assert cache.allocate_kv(10**6) is None
     match = cache.match(ids(range(100 * STEP), [7]))
     steps.count = 0
@@ -180,6 +184,8 @@ def test_a_lock_costs_two_steps_and_locked_paths_are_counted_once_per_change(ste
     steps.count = 0
     assert cache.allocate_kv(10**6) is None
     assert steps.count == 0
+    for handle in handles:
+        cache.unlock(handle)
 
 
 @pytest.mark.full("lru")

@@ -416,13 +416,15 @@ def test_a_step_plan_taken_too_early_is_found_if_entries_left_their_rows_for_the
     cache, placement = hybrid(100, 4, grid=8), parse_placement("every:8")
     with Lease.begin(cache, placement, LeaseRequest(prompt := ids(range(32)))) as lease:
         assert lease.extend(32)
+        assert len(lease.take_checkpoint_slots(0, 8)) == 1
         cache.steps.transfers.append(Drop("disk", prompt))
-        assert len(lease.take_checkpoint_slots(8, 32)) == 3  # no other slot is left
+        assert len(lease.take_checkpoint_slots(8, 32)) == 2  # no other slot is left
         lease.publish(prompt, 8)
         with pytest.raises(RuntimeError, match="or moved the entries"):
             lease.publish(prompt, 16)
     with Lease.begin(cache, parse_placement("end"), LeaseRequest(prompt[:8])) as lease:
         assert lease.extend(32)
+        assert not lease.take_checkpoint_slots(0, 8)
         cache.take_step().done()
         cache.steps.transfers.append(Drop("disk", prompt))
         assert len(lease.take_checkpoint_slots(8, 32)) == 1
