@@ -126,7 +126,6 @@ def _option(action: argparse.Action, parser: argparse.ArgumentParser) -> tuple[s
 def cli() -> str:
     """Return every command with its options."""
     from engine.front.command.cli import main as engine
-    from engine.front.command.flags import Set
     from hybridcache.lab.cli import main as laboratory
 
     parts = []
@@ -141,9 +140,6 @@ def cli() -> str:
                     continue
                 title = group.title or "options"
                 rows = [_option(action, parser) for action in actions]
-                for action in actions:
-                    if isinstance(action, Set):
-                        rows = [(f"`--set {name}=`", text) for name, text in action.texts().items()]
                 lines = [f"| {shown} | {_cell(help)} |" for shown, help in rows]
                 parts.append("\n".join([f"| {_cell(title)} | |", "|---|---|", *lines, ""]))
     return "\n".join(parts)

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from engine.engine import Engine as Engine
     from engine.errors import QueueFull as QueueFull
     from engine.front.async_engine import AsyncEngine as AsyncEngine
+    from engine.front.command.cli import serve_engine as serve_engine
+    from engine.front.server.settings import ServerConfig as ServerConfig
     from engine.requests.request import RequestSpec as RequestSpec
     from engine.requests.request import SamplingParams as SamplingParams
     from engine.text.answers import RequestOutput as RequestOutput
@@ -29,6 +31,8 @@ _MODULES = {
     "RequestOutput": "engine.text.answers",
     "RequestSpec": "engine.requests.request",
     "SamplingParams": "engine.requests.request",
+    "ServerConfig": "engine.front.server.settings",
+    "serve_engine": "engine.front.command.cli",
 }
 
 __all__ = [*_MODULES]

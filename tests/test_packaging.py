@@ -258,7 +258,7 @@ def test_wheel_with_kernels_serves_without_a_compiler(
     assert again["cached_tokens"] > 0
     restarted = json.loads(run(*command).splitlines()[0])
     assert restarted["text"] == first["text"] and restarted["cached_tokens"] > 0
-    run(*command, "--set", "kernels=gdn=reference", refused=True)
+    run(*command, "--kernels", "gdn=reference", refused=True)
     script = "from kernels.native import kernel_choices; print(kernel_choices()['build'])"
     assert run(python, "-c", script).strip() == level.name
     table = run(python, "-m", "hybridcache", "simulate", "--trace", "short", "--gib", "1")

@@ -20,11 +20,10 @@ import gguf
 import numpy as np
 import pytest
 
-from engine import EngineConfig, SamplingParams
+from engine import Engine, EngineConfig, SamplingParams
 from engine.config import BUILTIN_DIR
-from engine.front.command.cli import FOREIGN, _parser
+from engine.front.command.cli import FOREIGN
 from engine.front.command.cli import main as engine
-from engine.front.command.flags import read_config
 from engine.front.server.settings import ServerConfig
 from engine.weights.checkpoint import Checkpoint
 from experiments.benchmarks.gguf_files import vocabulary, write_gguf
@@ -145,16 +144,10 @@ def test_wrong_flag_of_the_engine_is_refused(verb: str, capsys: pytest.CaptureFi
         flag = "--" + name.replace("_", "-")
         text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
         is_loaded = name in ("eviction", "admission", "checkpoints", "kernels")
-        is_set = re.search(rf"\b{name}[,;]", known) is not None
-        if (
-            not (is_set or f" {flag} " in known)
-            or text in ("", "7")
-            or (is_loaded and verb != "chat")
-        ):
+        if f" {flag} " not in known or text in ("", "7") or (is_loaded and verb != "chat"):
             continue
-        given = ["--set", f"{name}={text}"] if is_set else [f"{flag}={text}"]
         model = ["--cache-gib", "0.05"] if is_loaded else ["--model", "/no"]
-        assert exit_code(engine, [verb, *first, *model, *given]) == 2, flag
+        assert exit_code(engine, [verb, *first, *model, f"{flag}={text}"]) == 2, flag
         check_refusal(capsys.readouterr().err, name, value)
 
 
@@ -162,7 +155,7 @@ def test_wrong_flag_of_the_engine_is_refused(verb: str, capsys: pytest.CaptureFi
     ("given", "said"),
     {
         "--max-running 0": "--max-running must be",
-        "--set page_size=0": "--set page_size must be",
+        "--token-budget 0": "--token-budget must be",
         "--served-model-name ": "'' has an empty name",
         "--checkpoints adaptive,": "'adaptive,' has an empty name",
         "--cors-origin *,": "'*,' has an empty name",
@@ -178,42 +171,32 @@ def test_errors_name_the_flag_and_no_empty_name_is_taken(
 
 
 def test_the_line_that_serves_has_flags_of_the_engine(capsys: pytest.CaptureFixture[str]) -> None:
-    settings: dict[str, Any] = {"grid": 32, "page_size": 4, "max_running": 4, "host_gib": 2.0}
-    settings |= {"disk_gib": 2.0, "state_dtype": "bfloat16", "checkpoint_dtype": "int8"}
+    settings: dict[str, Any] = {"grid": 32, "max_running": 4, "host_gib": 2.0}
+    settings |= {"disk_gib": 2.0, "checkpoint_dtype": "int8"}
     result = simulate("short?head=60", gib=1, policy=["lru", "fifo"], bound=False, **settings)
-    flags = re.findall("--set [a-z_]+|--[a-z-]+", result.verdict())
-    assert exit_code(engine, ["serve", "--set", "help"]) == 0
+    flags = re.findall("--[a-z-]+", result.verdict())
+    assert exit_code(engine, ["serve", "--help"]) == 0
     known = capsys.readouterr().out
-    missing = [flag for flag in flags if f" {flag.removeprefix('--set ')} " not in known]
-    assert len(flags) == 12 and missing == []
+    assert len(flags) == 10 and [flag for flag in flags if f" {flag} " not in known] == []
 
 
-def test_settings_without_flags_are_set_by_name(capsys: pytest.CaptureFixture[str]) -> None:
-    def parsed(*given: str) -> Any:
-        return _parser(["serve"]).parse_args(["serve", *given])
-
-    found = parsed("--set", "warm_up=false", "--set", "page-size=4", "--set", "kernels=gdn=fused")
-    config = read_config(EngineConfig, found)
-    assert (config.warm_up, config.page_size, config.kernels) == (False, 4, "gdn=fused")
-    assert read_config(EngineConfig, parsed()) == EngineConfig()
-    assert read_config(ServerConfig, parsed("--set", "drain_s=2.5")).drain_s == 2.5
-    for given, said in {
-        "page_sise=4": "did you mean 'page_size'?",
-        "max_running=4": "'max_running' is not one of its settings: use --max-running",
-        "page_size": "write page_size=VALUE",
-        "page_size=x": "page_size: invalid int value: 'x'",
-        "graphs=most": "graphs must be one of auto, off, decode, all (got 'most')",
-        "check=1": "check must be one of true, false (got '1')",
-        "state_dir_mismatch = empty": "state_dir_mismatch requires --state-dir.",
-        "fetch_above=3": "fetch_above requires --prefill.",
-        "transfer_timeout_s=3": "transfer_timeout_s requires --role.",
+def test_settings_without_flags_are_named_in_python(capsys: pytest.CaptureFixture[str]) -> None:
+    for flag, said in {
+        "--page-size=4": "use EngineConfig(page_size=...)",
+        "--no-warm-up": "use EngineConfig(warm_up=...)",
+        "--body-timeout-s=4": "use ServerConfig(body_timeout_s=...)",
+        "--graphs=most": "invalid choice: 'most'",
     }.items():
-        assert exit_code(engine, ["serve", "--set", given]) == 2
-        assert said in capsys.readouterr().err
-    for flag in ("--page-size=4", "--no-warm-up"):
         assert exit_code(engine, ["serve", flag]) == 2
-        name = flag.removeprefix("--no").strip("-").partition("=")[0].replace("-", "_")
-        assert f"use --set {name}=" in capsys.readouterr().err
+        assert said in capsys.readouterr().err
+    for given, message in {
+        "state_dir_mismatch": ("empty", "state_dir_mismatch requires --state-dir."),
+        "fetch_above": (3, "fetch_above requires --prefill."),
+        "transfer_timeout_s": (3.0, "transfer_timeout_s requires --role."),
+        "kernels": ("attention=banana", "banana"),
+    }.items():
+        with pytest.raises(ValueError, match=message[1]):
+            Engine(EngineConfig(cache_gib=0.05, **{given: message[0]}))
 
 
 def test_wrong_flags_of_a_simulation_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
@@ -236,7 +219,7 @@ def test_wrong_flags_of_a_simulation_are_refused(capsys: pytest.CaptureFixture[s
         "generate x --max-tokens 10000000",
         *("generate x --cache-gib 100000", "generate x --cache-gib 0.1 --max-running 100000000"),
         *("serve --port 0 --model /no/such/model", "generate x --device banana"),
-        *("generate x --set kernels=attention=banana", "serve --port 0 --replicas 2 --state-dir x"),
+        "serve --port 0 --replicas 2 --state-dir x",
         *(
             f"generate x --prefix-cache none {more}"
             for more in (
@@ -345,7 +328,6 @@ def gguf_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("bare.gguf", "prompt must be token ids, or a text of them as numbers, because this model"),
         ("ok.gguf --tokenizer bare.gguf", "bare.gguf has no tokenizer: name a directory or GGUF"),
         ("ok.gguf --revision main", "--revision main needs a model of the hub, as in --model OR"),
-        ("ok.gguf --set fp8_activations=true", "fp8_activations needs a GPU"),
         *((usable, ANSWERED) for usable in ("one", "blob", "bare.gguf --tokenizer builtin")),
         *((f"ok.gguf {more}", ANSWERED) for more in ("--dtype float32", "--quantization int8")),
         *((usable, ANSWERED) for usable in ("t5.gguf --tokenizer ok.gguf", "ok.gguf --draft mtp")),

@@ -171,7 +171,7 @@ def sampling_defaults(config: EngineConfig) -> dict[str, Any]:
         SamplingParams(**found)
     except ValueError as error:
         raise ConfigError(
-            f"{path}: {error} Correct it, or use --set sampling_defaults=none."
+            f"{path}: {error} Correct it, or use EngineConfig(sampling_defaults='none')."
         ) from None
     return found
 

@@ -57,7 +57,7 @@ def load_runner(
     except torch.OutOfMemoryError:
         raise ModelError(
             f"{device.torch_device} has too little memory for weights, graphs and the largest "
-            "step: lower --cache-gib or --set token_budget=N, or use --set graphs=off, "
+            "step: lower --cache-gib or --token-budget N, or use --graphs off, "
             "--quantization or --tp."
         ) from None
 

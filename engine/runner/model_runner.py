@@ -136,7 +136,7 @@ class ModelRunner:
                     return
                 raise ModelError(
                     f"graphs={word} needs a GPU and Triton kernels ({self.device.describe()}; "
-                    f"other kernels: {others or 'none'}): use --set graphs=off."
+                    f"other kernels: {others or 'none'}): use --graphs off."
                 )
             record = self.device.recorder()
         self.graphs = self._decode_graphs(record)

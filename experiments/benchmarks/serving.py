@@ -402,12 +402,30 @@ def _request(port: int, method: str, path: str) -> None:
         connection.close()
 
 
+SERVE = """
+from dataclasses import replace
+from engine.front.command import cli
+serve = cli.serve_engine
+cli.serve_engine = lambda engine, server: serve(replace(engine, **{}), replace(server, **{}))
+raise SystemExit(cli.main())
+"""
+
+
+def serve_command(
+    engine: Mapping[str, object] | None = None, server: Mapping[str, object] | None = None
+) -> list[str]:
+    """Return the command of `engine serve`, to be continued by its flags. ``engine`` and ``server``
+    are fields of its two configurations that have no flag."""
+    return [sys.executable, "-c", SERVE.format(dict(engine or {}), dict(server or {})), "serve"]
+
+
 @contextmanager
-def over_http(flags: Sequence[str]) -> Iterator[int]:
-    """Start a server process and yield its port. The server ends with the context."""
+def over_http(flags: Sequence[str], engine: Mapping[str, object]) -> Iterator[int]:
+    """Start a server process with ``flags`` and further fields of its ``EngineConfig``, and yield
+    its port. The server ends with the context."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "engine", "serve", "--port", str(port), *flags]
+    command = [*serve_command(engine), "--port", str(port), *flags]
     server = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     last_s = time.monotonic() + START_S
     try:

@@ -368,14 +368,15 @@ def http(path: str, dry: bool, scale: Scale, vocab_size: int) -> Iterator[tuple[
         "max_model_len": scale.max_model_len,
         "cache_gib": 0.02 if dry else round(SERVED_SHARE * device.free_bytes() / GIB, 1),
     }
-    flags = ["--model", path, "--set", "load_format=dummy", *(["--device", "cpu"] if dry else [])]
+    flags = ["--model", path, *(["--device", "cpu"] if dry else [])]
     for name, value in settings.items():
         flags += [f"--{name.replace('_', '-')}", str(value)]
     settings["token_budget"] = EngineConfig().settled(on_cpu=device.is_cpu).token_budget
-    flags += ["--set", f"token_budget={settings['token_budget']}"]
+    flags += ["--token-budget", str(settings["token_budget"])]
+    dummy = {"load_format": "dummy"}
     admissions = {"hybrid": EngineConfig().admission, "none": "oldest"}
     servers = {
-        cache: over_http([*flags, "--prefix-cache", cache, "--admission", admission])
+        cache: over_http([*flags, "--prefix-cache", cache, "--admission", admission], dummy)
         for cache, admission in admissions.items()
     }
     jobs = conversation_jobs(

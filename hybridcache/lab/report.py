@@ -95,9 +95,7 @@ SERVE = {
     "policy": ("--eviction ", None),
     "checkpoints": ("--checkpoints ", None),
     "grid": ("--grid ", GRID),
-    "page_size": ("--set page_size=", 1),
     "max_running": ("--max-running ", None),
-    "state_dtype": ("--set state_dtype=", "float32"),
     "checkpoint_dtype": ("--checkpoint-dtype ", "auto"),
     "host_gib": ("--host-gib ", 0.0),
     "disk_gib": ("--state-dir DIR --disk-gib ", 0.0),
@@ -109,10 +107,12 @@ def to_serve(run: RunResult, model: str) -> str:
     """Return the command that serves ``model`` with the settings of ``run``, or the settings that
     ``engine serve`` does not support."""
     config = run.config
-    state_dtype, grid, memory = (config[name] for name in ("state_dtype", "grid", "memory"))
+    names = "state_dtype", "page_size", "grid", "memory"
+    state_dtype, page_size, grid, memory = (config[name] for name in names)
     unsupported = {
         f"--memory {memory}": MEMORIES[memory] != "arena",
-        f"--set state_dtype={state_dtype}": state_dtype not in ("float32", "bfloat16"),
+        f"--state-dtype {state_dtype}": state_dtype != "float32",
+        f"--page-size {page_size}": page_size != 1,
         f"--grid {grid}": grid % GRID and grid not in (16, 32),
     }
     try:

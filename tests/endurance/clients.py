@@ -122,7 +122,7 @@ def run(seed: int, number: int, only: str = "") -> dict[str, Any]:
         with tempfile.TemporaryDirectory() as folder, open(Path(folder) / "log", "w") as log:
             command = [sys.executable, "-m", "engine", "serve", "--port", "0", "--cache-gib", "1"]
             command += ["--served-model-name", "*", "--max-model-len", str(CONTEXT)]
-            command += ["--log-requests", "--set", "log_level=info", "--set", "log_format=json"]
+            command += ["--log-requests", "--log-format", "json"]
             pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": log, "text": True}
             with subprocess.Popen(command, cwd=ROOT, **pipes) as server:
                 try:

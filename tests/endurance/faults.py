@@ -48,8 +48,11 @@ def failing(self, *arguments):
 runner.ModelRunner.forward = failing
 ''' + client.BOOT
 import sys
-from engine.front.command.cli import main
-sys.exit(main(sys.argv[1:]))
+from dataclasses import replace
+from engine.front.command import cli
+serve = cli.serve_engine
+cli.serve_engine = lambda engine, server: serve(engine, replace(server, body_timeout_s=2))
+sys.exit(cli.main(sys.argv[1:]))
 """
 """Source of ``engine`` with a step that runs out of memory when a file exists."""
 CLOCK = """
@@ -91,7 +94,7 @@ time_t time(time_t *at) {
 
 The clock is a day ahead in odd seconds and a day behind in even ones.
 """
-FLAGS = ("--set", "body_timeout_s=2", "--max-running", "8")
+FLAGS = ("--max-running", "8")
 BODY = {"ignore_eos": True, "temperature": 0}
 
 

@@ -348,7 +348,7 @@ def serving() -> Iterator[tuple[int, Reader, int]]:
     """Start a server. Yields its port, a client that reads from it, and its process id."""
     command = [sys.executable, "-m", "engine", "serve", "--port", "0", "--cache-gib", "0.25"]
     # Prefills of other requests slow down every step, so use the smallest token budget.
-    command += ["--set", "token_budget=64"]
+    command += ["--token-budget", "64"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
         try:
             port = server_port(server)

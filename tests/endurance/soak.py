@@ -12,7 +12,6 @@ import asyncio
 import json
 import random
 import subprocess
-import sys
 import time
 import urllib.request
 from collections import Counter
@@ -23,21 +22,13 @@ from typing import Any
 from prometheus_client.parser import text_string_to_metric_families
 from tqdm import tqdm
 
+from experiments.benchmarks.serving import serve_command
 from tests.endurance.faults import child_of, server_port
 
 NUM_CLIENTS = 16
-MIB = (
-    "--set",
-    "explain_mib=2",
-    "--set",
-    "replay_mib=2",
-    "--set",
-    "responses_mib=2",
-    "--cache-gib",
-    "0.1",
-)
+MIB = {"explain_mib": 2, "replay_mib": 2, "responses_mib": 2}
 """Memory limits, small enough that every store is full and evicts before half of the run."""
-FLAGS = ("--draft", "tree", "--max-model-len", "4096", "--set", "max_queue=64", *MIB)
+FLAGS = ("--draft", "tree", "--max-model-len", "4096", "--cache-gib", "0.1")
 FORGOTTEN = "forgotten"
 """Outcome of a request that continues a response which the server no longer stores."""
 GROWTH = 1.1
@@ -256,7 +247,7 @@ def verdict(
 
 def run(seed: int, num_requests: int) -> dict[str, Any]:
     """Serve ``num_requests``. Returns the outcomes, speed and growth."""
-    command = [sys.executable, "-m", "engine", "serve", "--port", "0", *FLAGS]
+    command = [*serve_command({"max_queue": 64}, MIB), "--port", "0", *FLAGS]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
         try:
             port = server_port(server)

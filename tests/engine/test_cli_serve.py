@@ -70,9 +70,7 @@ def _wait_until_ready(url: str) -> None:
     wait_until(is_ready)
 
 
-@pytest.mark.parametrize(
-    "server", [("--log-requests", "--set", "log_level=error", "--host", "0.0.0.0")], indirect=True
-)
+@pytest.mark.parametrize("server", [("--log-requests", "--host", "0.0.0.0")], indirect=True)
 def test_serve_starts_with_one_screen_and_drains_on_sigterm(server: subprocess.Popen[str]) -> None:
     screen, url = _address(server)
     for text in ("MiB of weights", "one arena for KV and states, 51.2 MiB", "2,048 tokens", "cpu"):

@@ -495,14 +495,10 @@ def test_verdict_names_no_policy_without_a_hit(tmp_path: Path) -> None:
     [
         ({"grid": 32, "host_gib": 2.0}, " --grid 32 --host-gib 2.0"),
         ({"max_running": 4, "disk_gib": 2.0}, " --max-running 4 --state-dir DIR --disk-gib 2.0"),
-        (
-            {"page_size": 4, "state_dtype": "bfloat16"},
-            " --set page_size=4 --set state_dtype=bfloat16",
-        ),
         ({"checkpoint_dtype": "int8:head"}, " --checkpoint-dtype int8:head"),
         ({"policy": ["survival", "marconi"], "priority_classes": False}, ""),
         ({"priority_classes": False}, " not support --no-priority-classes"),
-        ({"state_dtype": "fp8", "grid": 8}, " not support --set state_dtype=fp8, --grid 8"),
+        ({"state_dtype": "fp8", "grid": 8}, " not support --state-dtype fp8, --grid 8"),
         ({"memory": "pools", "kv_share": 0.5}, " not support --memory pools"),
         ({"policy": ["lru", lambda: make_eviction("fifo")()]}, " not support unnamed policies"),
     ],

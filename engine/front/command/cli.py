@@ -36,15 +36,17 @@ if TYPE_CHECKING:
 Command = Callable[[argparse.Namespace], int]
 GROUPS = {
     "most used": "model device quantization cache_gib max_model_len max_running host port "
-    "api_key_file log_requests state_dir",
+    "api_key_file log_requests log_format state_dir",
     "model": "revision tokenizer chat_template dtype",
     "prefix cache": "prefix_cache checkpoints checkpoint_dtype eviction grid exact admission "
     "host_gib disk_gib",
-    "clients": "served_model_name admin_key_file salt_by_key cors_origin",
+    "clients": "served_model_name admin_key_file salt_by_key cors_origin keep_alive_s drain_s",
     "chats": "default_max_tokens chat_template_kwargs preserve_thinking images",
-    "speed and several engines": "draft tp replicas router role transfer_at prefill",
+    "speed and several engines": "token_budget graphs draft tp replicas ray router role "
+    "transfer_at prefill",
 }
-"""Titles of the help -> settings in that group. The others have no flag."""
+"""Titles of the help -> settings in that group. The others are fields of the Python config alone
+(``engine.serve_engine``)."""
 SERVE_EXAMPLES = """examples:
   engine serve                                           the small built-in model
   engine serve --model Qwen/Qwen3-0.6B                   a model of the Hugging Face Hub
@@ -57,19 +59,19 @@ FOREIGN = {
         "use --served-model-name": "-a --alias",
         "use --max-model-len": "-c --ctx-size --context-length --max-seq-len",
         "use --max-running": "-np --parallel --max-num-seqs --max-running-requests",
-        "use --set token_budget=N": "--max-num-batched-tokens --chunked-prefill-size",
+        "use --token-budget": "--max-num-batched-tokens --chunked-prefill-size",
         "use --cache-gib, a size in GiB": "--gpu-memory-utilization --mem-fraction-static",
         "use --tp": "-tp --tensor-parallel-size --tp-size",
         "use --replicas": "-dp --data-parallel-size --dp-size",
         "use --host-gib": "--cpu-offload-gb --swap-space --cache-ram",
         "use --draft": "--speculative-config --draft-model -md",
         "use --device": "-ngl --n-gpu-layers --gpu-layers",
-        "use --set page_size=N": "--block-size",
+        "pages have one token (EngineConfig(page_size=N) in Python)": "--block-size",
         "use --eviction (the name in `hybridcache simulate` is another)": "--policy",
         "use --cache-gib (the name in `hybridcache simulate` is another)": "--gib",
         "use --dtype and --checkpoint-dtype": "--kv-cache-dtype",
         "use --api-key-file": "--api-key",
-        "use --set graphs=off": "--enforce-eager",
+        "use --graphs off": "--enforce-eager",
         "use --chat-template-kwargs": "--default-chat-template-kwargs",
         "use --no-log-requests": "--disable-log-requests",
         "settings are flags, there is no configuration file": "--config",
@@ -105,8 +107,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         parsed = _parser(sys.argv[1:] if arguments is None else arguments).parse_args(arguments)
         name += f" {parsed.verb}"
-        without_flag = "prompt", "named", *getattr(parsed, "set", ())
-        flags |= vars(parsed).keys() - {*without_flag}
+        flags |= vars(parsed).keys() - {"prompt", "named"}
         check_no_foreign_kernels()
         code: int = parsed.command(parsed)
         sys.stdout.flush()  # Here, so that a broken pipe is handled below.
@@ -271,7 +272,15 @@ def _engine_config(arguments: argparse.Namespace) -> EngineConfig:
 
 def _serve(arguments: argparse.Namespace) -> int:
     server_config = read_config(ServerConfig, arguments)
-    engine_config = _engine_config(arguments)
+    return serve_engine(_engine_config(arguments), server_config)
+
+
+def serve_engine(engine_config: EngineConfig, server_config: ServerConfig) -> int:
+    """Serve until a signal ends it, as ``engine serve`` does, and return the exit code.
+
+    A script that calls it must do so under ``if __name__ == "__main__"``. Raises ValueError for
+    settings that do not fit together, the machine or the model.
+    """
     from engine.front.server.settings import bind, local_address
     from engine.front.worker.spawn import spawn
 

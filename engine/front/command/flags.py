@@ -6,14 +6,13 @@ import argparse
 import dataclasses
 import functools
 import re
-import textwrap
 import types
 import typing
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
 from engine.config import ConfigError
-from hybridcache.command.parser import HelpFormatter, Parser, did_you_mean
+from hybridcache.command.parser import HelpFormatter, Parser
 from hybridcache.fields import class_body, documented
 
 Config = TypeVar("Config")
@@ -47,72 +46,17 @@ def add_flags(
 
 def add_grouped_flags(parser: Parser, configs: Iterable[type], groups: Mapping[str, str]) -> None:
     """Add one flag for each field of ``configs`` in ``groups``: title to names of fields. The other
-    fields are set by ``--set``. The help has the first clause of each docstring."""
+    fields are set in Python. The help has the first clause of each docstring."""
     homes = {flag[1].name: flag for config in configs for flag in flags_of(config)}
     for title, names in groups.items():
         if flags := [homes.pop(name) for name in names.split() if name in homes]:
             add_flags(parser, title, flags)
-    parser.add_argument_group("other settings").add_argument(
-        "--set",
-        action=Set,
-        homes=homes,
-        default=(),
-        metavar="NAME=VALUE",
-        help="one of: " + ", ".join(homes) + "; may be repeated; `--set help` explains all",
-    )
     hints = {}
-    for name in homes:
-        hints["--" + name.replace("_", "-")] = f"use --set {name}=VALUE"
-        hints["--no-" + name.replace("_", "-")] = f"use --set {name}=false"
+    for name, (config, _) in homes.items():
+        for negation in ("", "no-"):
+            hints[f"--{negation}{name.replace('_', '-')}"] = f"use {config.__name__}({name}=...)"
     parser.foreign = hints | dict(parser.foreign)
     parser.formatter_class = ShortHelp
-
-
-class Set(argparse.Action):
-    """Stores the settings without flags under their names, and lists these names."""
-
-    def __init__(self, homes: Mapping[str, Flag], **options: Any) -> None:
-        self._homes = homes
-        super().__init__(**options)
-
-    def texts(self) -> dict[str, str]:
-        """Return the help of each setting."""
-        found = {}
-        for name, (config, field) in self._homes.items():
-            words = _kind(_type_hints(config)[name], field.default).get("choices", ())
-            found[name] = ", ".join(words) + "; " * bool(words) + _help(config, field)
-        return found
-
-    def __call__(
-        self, parser: Any, namespace: argparse.Namespace, given: Any, option: str | None = None
-    ) -> None:
-        name, equals, text = given.partition("=")
-        name, text = name.strip().replace("-", "_"), text.strip()
-        if given == "help":
-            parser.formatter_class = HelpFormatter
-            texts = (f"  {name:32}{text}" for name, text in self.texts().items())
-            wrapped = (textwrap.fill(one, 110, subsequent_indent=" " * 34) for one in texts)
-            print(parser.format_help(), "settings of --set:", *wrapped, sep="\n")
-            parser.exit()
-        if name not in self._homes:
-            flag = "--" + name.replace("_", "-")
-            hint = did_you_mean(name, self._homes) or "; `--set help` lists them"
-            hint = f": use {flag}" if flag in parser._option_string_actions else hint
-            parser.error(f"argument --set: {name!r} is not one of its settings{hint}")
-        if not equals or not text:
-            parser.error(f"argument --set: write {name}=VALUE")
-        config, field = self._homes[name]
-        kind = _kind(_type_hints(config)[name], field.default)
-        words = {word: word for word in kind.get("choices", ())}
-        words |= {"true": True, "false": False} if "action" in kind else {}
-        if words and text not in words:
-            parser.error(f"argument --set: {name} must be one of {', '.join(words)} (got {text!r})")
-        try:
-            setattr(namespace, name, words[text] if words else kind["type"](text))
-        except ValueError:
-            what = kind["type"].__name__
-            parser.error(f"argument --set: {name}: invalid {what} value: {text!r}")
-        setattr(namespace, self.dest, (*getattr(namespace, self.dest), name))
 
 
 class ShortHelp(HelpFormatter):
@@ -120,8 +64,6 @@ class ShortHelp(HelpFormatter):
 
     def _expand_help(self, action: argparse.Action) -> str:
         text = super()._expand_help(action)
-        if isinstance(action, Set):
-            return text
         default = re.search(r" \(default: [^()]*\)$", text)
         said = text[: default.start()] if default else text
         return said.partition("; ")[0] + (default[0] if default else "")
@@ -146,9 +88,7 @@ def read_config(
         name, said, words = str(error).partition(" must be ")
         if name not in values:
             raise
-        is_set = name in getattr(arguments, "set", ())
-        flag = f"--set {name}" if is_set else "--" + name.replace("_", "-")
-        raise ConfigError(f"{flag}{said}{words}") from None
+        raise ConfigError(f"--{name.replace('_', '-')}{said}{words}") from None
 
 
 @functools.cache

@@ -390,7 +390,8 @@ async def _receive(request: Request, max_mib: float) -> bytes:
                 break
         else:
             return bytes(body)
-    message = f"The body is larger than {max_mib:g} MiB: send less, or raise --set max_body_mib=N."
+    more = "send less, or raise ServerConfig(max_body_mib=N)"
+    message = f"The body is larger than {max_mib:g} MiB: {more}."
     raise APIError(413, message)
 
 

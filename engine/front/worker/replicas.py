@@ -615,7 +615,7 @@ def needed(
     if not has_cores or (config.device not in (None, "cpu") and not has_gpus):
         raise ValueError(
             f"--replicas {num_replicas} need one core each, and one GPU with --device, but Ray has "
-            f"{dict(resources)}: use fewer, or name a larger cluster with --set ray=ADDRESS."
+            f"{dict(resources)}: use fewer, or name a larger cluster with --ray ADDRESS."
         )
     return {"num_cpus": 1} | ({"num_gpus": 1} if has_gpus and config.device != "cpu" else {})
 

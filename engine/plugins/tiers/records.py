@@ -143,7 +143,7 @@ class RecordStore:
             if problem and not empties:
                 raise StoreError(
                     f"{problem}: configure both the same, use another folder, or start without its "
-                    "entries with --set state_dir_mismatch=empty, which deletes them."
+                    "entries with EngineConfig(state_dir_mismatch='empty'), which deletes them."
                 )
             if problem:
                 logger.warning("%s: its entries are deleted (state_dir_mismatch).", problem)

@@ -35,7 +35,7 @@ def cluster() -> Iterator[str]:
 @pytest.fixture(scope="module")
 def url(cluster: str) -> Iterator[str]:
     command = [sys.executable, "-m", "engine", "serve", "--port", "0", "--replicas", "2"]
-    command += ["--set", f"ray={cluster}", "--cache-gib", "0.05", "--max-model-len", "8192"]
+    command += ["--ray", cluster, "--cache-gib", "0.05", "--max-model-len", "8192"]
     server = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE)
     assert server.stdout is not None
     try:

@@ -142,7 +142,7 @@ def test_sampling_defaults_of_trainers_are_read_or_the_file_is_named(
         assert found == expected and not isinstance(found.get("top_k"), float)
         return
     path = re.escape(str(tmp_path / "generation_config.json"))
-    with pytest.raises(ValueError, match=f"{path}: {expected}.* --set sampling_defaults=none"):
+    with pytest.raises(ValueError, match=f"{path}: {expected}.*sampling_defaults='none'"):
         sampling_defaults(config)
     assert sampling_defaults(EngineConfig(model=str(tmp_path), sampling_defaults="none")) == {}
 

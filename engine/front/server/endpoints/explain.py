@@ -89,8 +89,8 @@ ADVICE = {
     "messages": "Only append to a conversation.",
     "answer": "Send answers back as they came, with their reasoning, or use --preserve-thinking.",
     "template": "Start the server with --preserve-thinking if the template drops reasoning.",
-    "replay": "Raise --set replay_mib=N, unless the answer ended by a stop sequence or contains "
-    "a special token, which its text leaves out.",
+    "replay": "Raise ServerConfig(replay_mib=N), unless the answer ended by a stop sequence or "
+    "contains a special token, which its text leaves out.",
     **dict.fromkeys(_TOO_LITTLE_MEMORY, _MORE_MEMORY),
     "forgotten": f"{_MORE_MEMORY} Nothing is to be done if the cache was reset or a step failed.",
     "in_progress": "Send the later request after the end of the earlier one to share more.",
@@ -459,5 +459,5 @@ async def explanation(
     raise APIError(
         404,
         f"No chat with the id {names} of its answer is stored, or not with this cache_salt: "
-        "text completions are not, and older chats were evicted (--set explain_mib=N).",
+        "text completions are not, and older chats were evicted (ServerConfig(explain_mib=N)).",
     )
