@@ -18,7 +18,7 @@ import sys
 import tempfile
 import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
+from functools import cache, partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ import hybridcache.scheduling.request
 from hybridcache.fields import FieldTexts, class_body, documented
 
 PAGES = Path(__file__).resolve().parent / "reference"
-LIST = re.compile(r"^<!-- list: (\w+) -->\n.*?^<!-- end of list -->$", re.MULTILINE | re.DOTALL)
+LIST = re.compile(r"^<!-- list: ([\w-]+) -->\n.*?^<!-- end of list -->$", re.MULTILINE | re.DOTALL)
 
 
 def insert(page: str) -> str:
@@ -353,6 +353,7 @@ def _properties(thing: type) -> Iterator[tuple[str, str]]:
             yield f"{name}: {kind}", _plain(inspect.getdoc(raw) or "")
 
 
+OTHER = "Types in these signatures"
 SECTIONS = (
     ("Engine", "engine"),
     ("Policies", ("hybridcache.policies", "hybridcache.radix")),
@@ -362,8 +363,10 @@ SECTIONS = (
 """Sections with prefixes of modules. The first match counts; other names belong to the cache."""
 
 
-def api() -> str:
-    """Return the public names of ``hybridcache`` and ``engine`` with their docstrings."""
+@cache
+def api() -> dict[str, list[str]]:
+    """Return the public names of ``hybridcache`` and ``engine`` with their docstrings, by
+    section."""
     import engine
 
     parts: dict[str, list[str]] = {"Cache": []}
@@ -388,7 +391,35 @@ def api() -> str:
     parts["Restart"] = _listed(RESTART)
     parts["Results and figures"] = _results()
     parts[OTHER] = _others("\n".join(text for texts in parts.values() for text in texts))
-    return "\n\n".join(f"## {title}\n\n" + "\n\n".join(texts) for title, texts in parts.items())
+    return parts
+
+
+API_PAGES = {
+    "cache": ("Cache", "Boundaries, statistics, step plans, loads", "Restart", OTHER),
+    "policies": ("Policies",),
+    "scheduling": ("Scheduling",),
+    "adapters": ("Events and routing",),
+    "simulator": ("Simulator", "Model sizes and times", "Results and figures"),
+    "engine": ("Engine",),
+}
+"""Pages ``api-NAME.md`` and their sections."""
+
+
+def api_page(name: str) -> str:
+    """Return the sections of one page."""
+    return "\n\n".join(f"## {title}\n\n" + "\n\n".join(api()[title]) for title in API_PAGES[name])
+
+
+def api_index() -> str:
+    """Return a table of the pages and their names."""
+    rows = []
+    for page, titles in API_PAGES.items():
+        found = re.findall(
+            r"^### (\S+)", "\n".join("\n".join(api()[title]) for title in titles), re.M
+        )
+        names = ", ".join(f"`{name.rpartition('.')[2]}`" for name in found)
+        rows.append(f"| [{page}](api-{page}.md) | {names} |")
+    return "\n".join(["| page | names |", "|---|---|", *rows])
 
 
 STEPS = {
@@ -468,9 +499,6 @@ def _results() -> list[str]:
     return texts
 
 
-OTHER = "Types in these signatures"
-
-
 def _others(page: str) -> list[str]:
     """Return the classes that ``page`` names in code and does not describe yet."""
     code = " ".join(re.findall(r"^(?:\| )?`([^`]+)`(?: \||$)", page, re.MULTILINE))
@@ -506,7 +534,8 @@ PARTS: dict[str, Callable[[], str]] = {
     "metrics": metrics,
     "measures": measures,
     "generators": generators,
-    "api": api,
+    "api": api_index,
+    **{f"api-{name}": partial(api_page, name) for name in API_PAGES},
 }
 """Generated parts by name."""
 
