@@ -5,8 +5,8 @@ python -m experiments.wheels [--out dist]
 Wheels of earlier builds are removed from the folder.
 
 The cache's wheel (``hybrid-radix-cache``) contains neither ``engine`` nor ``kernels``. SGLang
-depends on a Hugging Face distribution with a package that is also called ``kernels``, and ``pip
-install 'hybrid-radix-cache[sglang]'`` must not replace it. The engine's wheel
+depends on a Hugging Face distribution with a package that is also called ``kernels``, which an
+installation of the cache next to SGLang must not replace. The engine's wheel
 (``hybrid-radix-engine``, ``engine/pyproject.toml``) contains both, and depends on the cache's.
 
 On Linux the engine has further wheels, with native kernels for the levels of ``kernels.library``:

@@ -33,6 +33,7 @@ from hybridcache.radix.api import Listener
 from hybridcache.radix.cache import HybridRadixCache, LockHandle
 from hybridcache.radix.tree import NodeHandle, PathPart, RadixNode
 from hybridcache.sglang.translation import (
+    HostReader,
     LossMeter,
     Offer,
     RequestStates,
@@ -69,6 +70,7 @@ class HybridRadixBackend(base.BasePrefixCache):
         self.device = params.token_to_kv_pool_allocator.device
         token_bytes, state_bytes = sizes_in_bytes(params, is_hybrid_ssm)
         self._rows = RowView(params.token_to_kv_pool_allocator, params.page_size, token_bytes)
+        self._reader = HostReader(self.device)
         self._grid: int = params.page_size
         """Distance of a prefill's states in tokens."""
         self._states: RequestStates | None = None
@@ -77,7 +79,9 @@ class HybridRadixBackend(base.BasePrefixCache):
         if is_hybrid_ssm:
             pool, extra_buffer = params.req_to_token_pool, params.enable_mamba_extra_buffer
             slots = view = SlotView(pool.mamba_allocator, state_bytes)
-            self._states = RequestStates(pool, view, self._rows, extra_buffer=extra_buffer)
+            self._states = RequestStates(
+                pool, view, self._rows, self._reader, extra_buffer=extra_buffer
+            )
             if extra_buffer:
                 self._grid = mamba_checkpoint_grid(params.page_size)
         config = CacheConfig(
@@ -180,20 +184,19 @@ class HybridRadixBackend(base.BasePrefixCache):
         first = max(req.kv.cache_protected_len, 1)
         if position % self.page_size or not first <= position <= len(tokens):
             return False
-        return self._publish(req, tokens[:position], offer.slot)
+        return self._publish(req, tokens[:position], offer.number)
 
-    def _publish(self, req: Req, tokens: Tokens, slot: torch.Tensor | None) -> bool:
+    def _publish(self, req: Req, tokens: Tokens, slot: int | None) -> bool:
         """Insert the request's rows for ``tokens``, with a state at their end, and move its lock.
-        Rows that the tree already had are replaced by the tree's. Waits once for the device."""
+        Rows that the tree already had are replaced by the tree's."""
         kv, end = req.kv, len(tokens)
         owned = kv.cache_protected_len
         if end - end % self.page_size < max(owned, 1):
             return False
         row = self.req_to_token_pool.req_to_token[kv.req_pool_idx]
         rows = np.empty(end, np.int32)
-        copied = to_host(row[owned:end], slot)
-        rows[owned:] = copied[: end - owned]
-        checkpoints = () if slot is None else ((end, int(copied[-1])),)
+        rows[owned:] = self._reader.read(row[owned:end])
+        checkpoints = () if slot is None else ((end, slot),)
         namespace = namespace_of(req.extra_key, req.cache_salt)
         after = None if req.lock is None else req.lock.receipt.receipt.node
         result = self._cache.insert(tokens, rows, checkpoints, namespace, owned, (), after)
@@ -220,16 +223,17 @@ class HybridRadixBackend(base.BasePrefixCache):
     def insert(self, params: base.InsertParams) -> base.InsertResult:
         """Insert a key with its rows and optional state. Rows that the tree had are freed.
 
-        The caller keeps the state if ``mamba_exist``.
+        The caller keeps the state if ``mamba_exist``. Waits for the current stream; SGLang's
+        scheduler does not call it.
         """
         key, owned = params.key, params.prev_prefix_len
         tokens = tokens_of(key.token_ids, len(key))
         end = len(tokens) - len(tokens) % self.page_size
         state = params.mamba_value if end else None
-        rows = to_host(params.value[:end], state)
-        checkpoints = () if state is None else ((end, int(rows[-1])),)
+        rows = to_host(params.value[:end])
+        checkpoints = () if state is None else ((end, int(state)),)
         namespace = namespace_of(key.extra_key, key.cache_salt)
-        result = self._cache.insert(tokens[:end], rows[:end], checkpoints, namespace, owned)
+        result = self._cache.insert(tokens[:end], rows, checkpoints, namespace, owned)
         self._rows.free(result.duplicates)
         self._rows.give_back()
         return base.InsertResult(

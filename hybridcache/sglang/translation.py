@@ -215,7 +215,9 @@ class RowView(Counts, PageAllocator):
     def to_device(self, rows: Indices) -> torch.Tensor:
         """Convert ``rows`` to SGLang's form: int64[n] on its device. O(n)."""
         there = torch.from_numpy(rows.astype(np.int64))
-        return there if self._is_on_host else there.to(self._theirs.device, non_blocking=True)
+        if self._is_on_host:
+            return there
+        return there.pin_memory().to(self._theirs.device, non_blocking=True)
 
     def free_rows(self) -> Indices:
         page_size = self._theirs.page_size
@@ -264,12 +266,46 @@ class SlotView(Counts, SlotAllocator):
         assert all(0 < slot < self.capacity for slot in slots), "a free slot is out of range"
 
 
-def to_host(rows: torch.Tensor, slot: torch.Tensor | None = None) -> Indices:
-    """Copy rows, and a ``slot`` (int64[1]) after them, to the host as int32[n]. O(n); a GPU stream
-    is synchronised once."""
-    both = rows if slot is None else torch.cat((rows, slot.to(rows.dtype)))
-    copied: Indices = both.cpu().numpy().astype(np.int32)
+def to_host(rows: torch.Tensor) -> Indices:
+    """Copy rows to the host as int32[n], after all work of the current stream. O(n)."""
+    copied: Indices = rows.cpu().numpy().astype(np.int32)
     return copied
+
+
+def streams_of(device: str) -> Any:
+    """Return torch's module of a device with streams, or None for a CPU."""
+    return None if torch.device(device).type == "cpu" else torch.get_device_module(device)
+
+
+class HostReader:
+    """Copies of row and slot numbers to the host that do not wait for a forward pass.
+
+    SGLang lets its scheduling stream wait for the next pass before it processes results, so a copy
+    on that stream would wait too, and with it the streaming of all requests. Copies therefore run
+    on a stream of their own, into pinned memory, and wait for themselves alone. No event is needed:
+    the numbers of a request's rows and of its tracked states were written before the pass began
+    whose results are processed.
+    """
+
+    def __init__(self, device: str) -> None:
+        self._module = streams_of(device)
+        self._stream: Any = None if self._module is None else self._module.Stream()
+        self._buffers: dict[torch.dtype, torch.Tensor] = {}
+
+    def read(self, numbers: torch.Tensor) -> Indices:
+        """Return ``numbers``, int32[n] or int64[n], as int32[n]. O(n)."""
+        if self._module is None:
+            return to_host(numbers)
+        count, dtype = len(numbers), numbers.dtype
+        buffer = self._buffers.get(dtype)
+        if buffer is None or len(buffer) < count:
+            buffer = torch.empty(max(4096, 2 * count), dtype=dtype).pin_memory()
+            self._buffers[dtype] = buffer
+        with self._module.stream(self._stream):
+            buffer[:count].copy_(numbers, non_blocking=True)
+        self._stream.synchronize()
+        copied: Indices = buffer[:count].numpy().astype(np.int32)
+        return copied
 
 
 # --- States of requests ---------------------------------------------------------------------------
@@ -280,7 +316,8 @@ def to_host(rows: torch.Tensor, slot: torch.Tensor | None = None) -> Indices:
 #
 # Without the extra buffer there is only the live state at the end of the computed tokens. It is
 # copied while the request runs, and taken over when it finishes. If no slot is available, nothing
-# is donated and the request continues.
+# is donated and the request continues. SGLang then does not overlap passes, so reading the number
+# of the slot waits for no pass either.
 
 
 @dataclass(frozen=True, slots=True)
@@ -291,6 +328,8 @@ class Offer:
     """Number of tokens it covers."""
     slot: torch.Tensor
     """Slot, int64[1]."""
+    number: int
+    """The same on the host."""
     keep: int | None = None
     """Index of its tracking slot, for a finished request with an extra buffer."""
 
@@ -299,11 +338,18 @@ class RequestStates:
     """States of the requests of one scheduler, and allocation of their slots."""
 
     def __init__(
-        self, pool: HybridReqToTokenPool, slots: SlotView, rows: RowView, *, extra_buffer: bool
+        self,
+        pool: HybridReqToTokenPool,
+        slots: SlotView,
+        rows: RowView,
+        reader: HostReader,
+        *,
+        extra_buffer: bool,
     ) -> None:
         self._pool = pool
         self._slots = slots
         self._rows = rows
+        self._reader = reader
         self.extra_buffer = extra_buffer
         """True if a prefill exports a state before its end."""
 
@@ -359,11 +405,12 @@ class RequestStates:
         if slot is None:
             return None
         if self.extra_buffer:
-            return Offer(position, self._pool.donate_mamba_ping_pong_slot(req, slot))
+            number = self._number(req, self._pool.get_mamba_ping_pong_keep_idx(req))
+            return Offer(position, self._pool.donate_mamba_ping_pong_slot(req, slot), number)
         translate = self._pool.translate_mamba_indices
         live = req.kv.mamba_pool_idx.unsqueeze(0)
         self._pool.mamba_pool.copy_from(translate(live), translate(slot))
-        return Offer(num_tokens, slot)
+        return Offer(num_tokens, slot, int(slot))
 
     def offer_finished(self, req: Req, num_tokens: int) -> Offer | None:
         """Return the deepest state of a finished request with at most ``num_tokens`` tokens."""
@@ -374,7 +421,7 @@ class RequestStates:
         if unflushed is not None:
             num_tokens -= int(unflushed[live])
             unflushed[live] = 0
-        return Offer(num_tokens, live.unsqueeze(-1).clone())
+        return Offer(num_tokens, live.unsqueeze(-1).clone(), int(live))
 
     def _tracked(self, req: Req, num_tokens: int) -> Offer | None:
         kv, pool = req.kv, self._pool
@@ -390,7 +437,11 @@ class RequestStates:
         if not position or position > num_tokens or kv.mamba_ping_pong_empty[index]:
             return None
         slot = kv.mamba_ping_pong_track_buffer[index].unsqueeze(-1).clone()
-        return Offer(position, slot, index)
+        return Offer(position, slot, self._number(req, index), index)
+
+    def _number(self, req: Req, index: int) -> int:
+        """Return the number of a tracking slot."""
+        return int(self._reader.read(req.kv.mamba_ping_pong_track_buffer[index : index + 1])[0])
 
     def settle_running(self, req: Req, offer: Offer, taken: bool) -> None:
         """Clean up after the offer of ``offer_running`` was inserted or rejected."""

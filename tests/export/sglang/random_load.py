@@ -26,6 +26,10 @@ class Served(NamedTuple):
     resumed_tokens: int
     """Tokens from the cache, with compared rows and states: of all requests until retracted."""
     steps: int
+    waits: int
+    """Calls of the cache that wait for a forward pass, with overlapped passes."""
+    checkpoints_in_flight: int
+    """Calls of ``checkpoint`` during such a pass."""
 
 
 class RandomLoad:
@@ -74,6 +78,8 @@ class RandomLoad:
             self.cached_tokens,
             self.scheduler.tp_worker.resumed_tokens,
             self.steps,
+            self.scheduler.num_waits,
+            self.scheduler.num_checkpoints_in_flight,
         )
 
     def _submit(self) -> None:

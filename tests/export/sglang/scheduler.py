@@ -34,7 +34,8 @@ from sglang.srt.sampling.sampling_params import SamplingParams
 from sglang.srt.server_args import PortArgs, ServerArgs
 
 from experiments.sglang.pools import CHUNK, World, new_pools
-from hybridcache.sglang import NAME, plug_in
+from hybridcache.sglang import NAME, plug_in, translation
+from tests.export.sglang.waits import Streams, Waits
 
 VOCAB = 64
 CONFIG = {
@@ -184,6 +185,13 @@ class CPUScheduler(Scheduler):
     """SGLang's scheduler over ``HashModel``, with its loop driven step by step."""
 
     make_worker: Callable[[Any], HashModel]
+    streams: Streams
+    """Streams of the device that the cache sees."""
+    has_pass_in_flight = False
+    num_waits = 0
+    """Calls of the cache that wait for a forward pass."""
+    num_checkpoints_in_flight = 0
+    """Calls of ``checkpoint`` while a pass was in flight."""
 
     def init_ipc_channels(self, port_args: PortArgs) -> None:
         self.ipc_channels = SchedulerIpcChannels.create(
@@ -245,7 +253,9 @@ class CPUScheduler(Scheduler):
 
     def _run_overlap(self, batch: Any) -> bool:
         """Process a batch as in ``event_loop_overlap``: the last result is processed after this
-        batch starts."""
+        batch starts. On a GPU, the scheduling stream then waits for the pass of this batch, so each
+        call that waits for that stream also waits for the pass: such calls of the cache are
+        counted."""
         last = self.last_batch
         at_once = self.is_disable_overlap_for_batch(batch, last_batch=last)
         if at_once:
@@ -255,7 +265,9 @@ class CPUScheduler(Scheduler):
             result = self.run_batch(batch)
             self.result_queue.append((batch.copy(), result))
         if last and not at_once:
+            self.has_pass_in_flight = batch is not None
             self.process_batch_result(*self.result_queue.popleft())
+            self.has_pass_in_flight = False
         elif not last and batch is None:
             self.on_idle()
         self.launch_batch_sample_if_needed(result, batch)
@@ -322,4 +334,21 @@ def new_scheduler(
         num_kv_tokens, num_slots, max_requests=max_requests, context_len=context_len, **pools
     )
     CPUScheduler.make_worker = lambda config: HashModel(world, config, max_requests)
-    return CPUScheduler(args, PortArgs.init_new(args))
+    if backend is None or not overlap:
+        return CPUScheduler(args, PortArgs.init_new(args))
+    CPUScheduler.streams = streams = Streams()
+    translation.streams_of = lambda device: streams
+    scheduler = CPUScheduler(args, PortArgs.init_new(args))
+    checkpoint = scheduler.tree_cache.checkpoint
+
+    def counted(*given: Any, **named: Any) -> None:
+        if not scheduler.has_pass_in_flight:
+            return checkpoint(*given, **named)
+        scheduler.num_checkpoints_in_flight += 1
+        with Waits() as waits:
+            checkpoint(*given, **named)
+        scheduler.num_waits += waits.num
+        return None
+
+    scheduler.tree_cache.checkpoint = counted
+    return scheduler

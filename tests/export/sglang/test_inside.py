@@ -20,26 +20,11 @@ import torch
 from sglang.srt.disaggregation.kv_events import AllBlocksCleared, BlockRemoved, BlockStored
 from sglang.srt.managers.schedule_batch import FINISH_LENGTH, Req
 from sglang.srt.sampling.sampling_params import SamplingParams
-from torch.overrides import TorchFunctionMode
 
 from hybridcache.sglang import cache as backend
+from hybridcache.sglang import translation
 from hybridcache.sglang.cache import sizes_in_bytes
-
-
-class Waits(TorchFunctionMode):
-    """Count of calls that wait for the device when its tensors are on a GPU."""
-
-    NAMES = frozenset(
-        ["cpu", "item", "tolist", "nonzero", "__bool__", "__int__", "__index__", "__float__"]
-    )
-
-    def __init__(self):
-        super().__init__()
-        self.num = 0
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        self.num += getattr(function, "__name__", "") in self.NAMES
-        return function(*args, **(kwargs or {}))
+from tests.export.sglang.waits import Streams, Waits
 
 
 def make_request(rid, tokens, salt=None):
@@ -114,9 +99,12 @@ def test_three_prompts_with_one_prefix_have_the_hits_of_sglangs_test(core):
 
 
 @pytest.mark.parametrize("extra_buffer", [False, True])
-def test_a_request_waits_once_for_the_device_per_publication(extra_buffer, monkeypatch):
-    """Each publication copies the new rows and a slot. Matches do not wait, nor does an answer
-    without a state of its own."""
+def test_publications_do_not_wait_for_the_scheduling_stream(extra_buffer, monkeypatch):
+    """Rows and tracked slots are copied on a stream of their own. Without the extra buffer, where
+    SGLang does not overlap passes, each publication reads its slot from the scheduling stream."""
+    streams = Streams()
+    monkeypatch.setattr(translation, "streams_of", lambda device: streams)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor, *_: tensor)
     caller = Caller("hybridcache", 4000, 20, extra_buffer=extra_buffer)
     waits: dict[str, list[int]] = {"match_prefix": [], "checkpoint": []}
 
@@ -139,7 +127,8 @@ def test_a_request_waits_once_for_the_device_per_publication(extra_buffer, monke
     with Waits() as mode:
         int(torch.tensor(3))
         torch.tensor([3]).cpu()
-    assert waits == {"match_prefix": [0, 0], "checkpoint": [1, not extra_buffer] * 2}
+    assert waits == {"match_prefix": [0, 0], "checkpoint": [not extra_buffer] * 4}
+    assert streams.num_copies >= 4 - 2 * extra_buffer
     assert mode.num == 2
     caller.check()
 
@@ -250,6 +239,8 @@ def test_scheduler_serves_random_requests_under_memory_pressure(strategy):
     """The soak verifies every prefix, and the invariants of both systems after every step."""
     served = soak("--requests", "60", "--strategy", strategy)
     assert served["requests"] + served["aborted"] == 60 and served["cached_tokens"] > 0
+    assert served["waits"] == 0
+    assert (served["checkpoints_in_flight"] > 0) == ("overlapped" in strategy)
 
 
 def test_decisions_do_not_depend_on_the_hash_seed():

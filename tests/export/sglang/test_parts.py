@@ -11,9 +11,11 @@ import pytest
 import torch
 
 from hybridcache import CacheConfig
+from hybridcache import sglang as sglang_plugin
 from hybridcache.config import build_on
 from hybridcache.sglang.translation import (
     NO_TOKEN,
+    HostReader,
     RequestStates,
     RowView,
     SlotView,
@@ -112,7 +114,12 @@ def fake_cache(num_rows=100, num_slots=8, extra_buffer=True):
         grid=1,
     )
     cache = build_on(config, rows, slots)
-    return cache, rows, slots, RequestStates(pool, slots, rows, extra_buffer=extra_buffer)
+    return (
+        cache,
+        rows,
+        slots,
+        RequestStates(pool, slots, rows, HostReader("cpu"), extra_buffer=extra_buffer),
+    )
 
 
 def publish(cache, tokens, with_state=True):
@@ -284,3 +291,15 @@ def settings(**changed):
 def test_unsupported_settings_give_one_line(changed, message):
     reason = why_not(*settings(**changed))
     assert reason is not None and message in reason and "\n" not in reason
+
+
+def test_another_version_is_named_and_its_fault_has_one_sentence(monkeypatch, caplog):
+    assert sglang_plugin.version_note() == ""
+    monkeypatch.setattr(sglang_plugin, "TESTED", ("0.4.0",))
+    note = sglang_plugin.version_note()
+    assert "tested with SGLang 0.4.0" in note and "is installed" in note
+    with pytest.raises(ValueError, match=r"tested with SGLang 0\.4\.0.*Error: "):
+        sglang_plugin._build(None)
+    monkeypatch.setattr(sglang_plugin, "_register", lambda: [].missing)
+    sglang_plugin.plug_in()
+    assert "tested with SGLang 0.4.0" in caplog.text
