@@ -8,6 +8,7 @@ on a clock or on an order that differs between processes, so all ranks build the
 from __future__ import annotations
 
 import logging
+import os
 import time
 from array import array
 from collections import Counter
@@ -33,16 +34,19 @@ from hybridcache.radix.api import Listener
 from hybridcache.radix.cache import HybridRadixCache, LockHandle
 from hybridcache.radix.tree import NodeHandle, PathPart, RadixNode
 from hybridcache.sglang.translation import (
+    EVERY_VARIABLE,
     HostReader,
     LossMeter,
     Offer,
     RequestStates,
     RowView,
     SlotView,
+    boundaries_of,
     branch_position,
     eviction_name,
     namespace_of,
     prompt_of,
+    read_every,
     to_host,
     tokens_of,
     why_not,
@@ -71,6 +75,7 @@ class HybridRadixBackend(base.BasePrefixCache):
         token_bytes, state_bytes = sizes_in_bytes(params, is_hybrid_ssm)
         self._rows = RowView(params.token_to_kv_pool_allocator, params.page_size, token_bytes)
         self._reader = HostReader(self.device)
+        self._every = read_every(os.environ.get(EVERY_VARIABLE))
         self._grid: int = params.page_size
         """Distance of a prefill's states in tokens."""
         self._states: RequestStates | None = None
@@ -130,7 +135,8 @@ class HybridRadixBackend(base.BasePrefixCache):
             if params.cow_mamba and found.checkpoint is not None:
                 found = self._states.resume(self._cache, req, prompt, found)
             if self._states.extra_buffer:
-                branch = branch_position(prompt, found, self._grid)
+                declared = boundaries_of(req)
+                branch = branch_position(prompt, found, self._grid, declared, self._every)
         if req is None:
             self._cache.touch(found)
         else:

@@ -6,7 +6,7 @@ Types excepted, nothing here imports SGLang.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -103,20 +103,63 @@ def prompt_of(key: RadixKey) -> Tokens:
 # --- Placement ----------------------------------------------------------------------------------
 
 
-def branch_position(prompt: Tokens, match: PrefixMatch, grid: int) -> int | None:
-    """Return the position of a fork to save a state at, or None to save at the extend's end.
+EVERY_VARIABLE = "HYBRIDCACHE_SGLANG_EVERY"
+"""Environment variable with the distance of stable positions in tokens; see ``branch_position``."""
+BOUNDARIES = "hybridcache_boundaries"
+"""Key of a request's ``custom_params``: lengths that later prompts are known to share."""
+
+
+def read_every(text: str | None) -> int | None:
+    """Return the value of ``EVERY_VARIABLE``, or None if it is not set. Raises ValueError unless it
+    is an integer above 0.
+
+    >>> read_every(None), read_every("2048")
+    (None, 2048)
+    """
+    if not text:
+        return None
+    if not text.isdecimal() or not int(text):
+        raise ValueError(f"{EVERY_VARIABLE} must be an integer above 0 (got {text!r}).")
+    return int(text)
+
+
+def boundaries_of(req: Req | None) -> tuple[int, ...]:
+    """Return the boundaries that a request declares. Values that are no positions are ignored."""
+    params = None if req is None else req.sampling_params
+    declared = (getattr(params, "custom_params", None) or {}).get(BOUNDARIES)
+    listed = declared if isinstance(declared, list | tuple) else ()
+    return tuple(one for one in listed if type(one) is int and one > 0)
+
+
+def branch_position(
+    prompt: Tokens,
+    match: PrefixMatch,
+    grid: int,
+    boundaries: Sequence[int] = (),
+    every: int | None = None,
+) -> int | None:
+    """Return the position of a shared prefix to save a state at, or None to save at the extend's
+    end.
 
     An SGLang prefill saves one state: at its last grid position, counted from its start, or at the
     position returned by ``match_prefix`` (``mamba_branching_seqlen``) if that is inside the extend.
-    The fork is where ``prompt`` diverges from earlier prompts, ghosts included, rounded down to a
-    multiple of ``grid`` from ``match.cached_len``, as SGLang's kernels require.
+    The first of these that is behind ``match.cached_len`` is taken:
+
+    - the fork: where ``prompt`` diverges from earlier prompts, ghosts included;
+    - the deepest declared boundary;
+    - the deepest multiple of ``every``, if that is set: a threshold that does not move with the
+      lengths of the prompts.
+
+    All are rounded down to a multiple of ``grid`` from ``cached_len``, as SGLang's kernels require.
     """
-    cached_len = match.cached_len
-    seen = min(match.seen_len, len(prompt) - 1)
-    position = seen - (seen - cached_len) % grid
-    if position <= cached_len or not match.forks:
-        return None
-    return position
+    cached_len, last = match.cached_len, len(prompt) - 1
+    fork = min(match.seen_len, last) if match.forks else 0
+    declared = max((one for one in boundaries if one <= last), default=0)
+    for position in (fork, declared, last // every * every if every else 0):
+        floored = position - (position - cached_len) % grid
+        if floored > cached_len:
+            return floored
+    return None
 
 
 # --- Metrics ------------------------------------------------------------------------------------

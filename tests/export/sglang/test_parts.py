@@ -14,14 +14,17 @@ from hybridcache import CacheConfig
 from hybridcache import sglang as sglang_plugin
 from hybridcache.config import build_on
 from hybridcache.sglang.translation import (
+    BOUNDARIES,
     NO_TOKEN,
     HostReader,
     RequestStates,
     RowView,
     SlotView,
+    boundaries_of,
     branch_position,
     namespace_of,
     prompt_of,
+    read_every,
     why_not,
 )
 from tests.cache import serving
@@ -251,6 +254,28 @@ def test_branch_position_is_at_forks_but_not_at_continuations():
     publish(cache, [*range(20), 70, 71], with_state=False)
     assert branch(cache, [*range(20), 90, 91]) == 20, "another prompt continued there"
     assert branch(cache, [80, 81, 82]) is None
+
+
+def test_declared_boundaries_and_a_fixed_distance_come_after_forks():
+    cache, *_ = fake_cache()
+    prompt = np.arange(100, dtype=np.int32)
+
+    def position(*given):
+        return branch_position(prompt, cache.match(prompt), 4, *given)
+
+    assert position() is None
+    assert position((30, 41)) == 40, "the deepest one, rounded down"
+    assert position((30, 100)) == 28, "the whole prompt is no prefix of a later one"
+    assert position((), 32) == 96 and position((30,), 32) == 28
+    assert position((), 128) is None, "shorter than the threshold"
+    publish(cache, [*range(20), 900, 901])
+    assert position((30, 41), 32) == 20, "a fork that was seen comes first"
+    params = SimpleNamespace(custom_params={BOUNDARIES: [30, -1, "x", True, 41]})
+    assert boundaries_of(SimpleNamespace(sampling_params=params)) == (30, 41)
+    assert boundaries_of(None) == boundaries_of(SimpleNamespace(sampling_params=None)) == ()
+    for text in ("0", "-1", "x", "1.5"):
+        with pytest.raises(ValueError, match="must be an integer above 0"):
+            read_every(text)
 
 
 def settings(**changed):
