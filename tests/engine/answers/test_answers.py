@@ -13,7 +13,9 @@ from hypothesis import strategies as st
 
 from engine.front.server.bodies import APIError, decode
 from engine.front.server.schemas import ChatRequest
-from engine.front.server.tool_calls.forms import Form, Hermes, Xml, tool_calls
+from engine.front.server.tool_calls.form import Form, tool_calls
+from engine.front.server.tool_calls.hermes import Hermes
+from engine.front.server.tool_calls.tags import Xml
 from engine.text.answers import Event, ReasoningDelta, TextDelta, ToolCall, joined
 from engine.text.tokenizer import ChatTemplate
 

@@ -11,7 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.config import BUILTIN_DIR
-from engine.front.server.tool_calls.forms import Form, Hermes, Xml
+from engine.front.server.tool_calls.form import Form
+from engine.front.server.tool_calls.hermes import Hermes
+from engine.front.server.tool_calls.tags import Xml
 from engine.text.answers import Event
 from engine.text.tokenizer import ChatTemplate
 from tests.engine.history.agent import TEMPLATE

@@ -14,7 +14,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.front.server.tool_calls.forms import Form, Hermes, Xml
+from engine.front.server.tool_calls.form import Form
+from engine.front.server.tool_calls.hermes import Hermes
+from engine.front.server.tool_calls.tags import Xml
 from engine.plugins.guided.guides import check_beginning, make_matcher, make_vocabulary
 from engine.text.answers import ToolCall
 from engine.text.grammar import Grammar, GrammarError

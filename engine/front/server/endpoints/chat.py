@@ -15,7 +15,7 @@ from engine.errors import Json, JsonObject
 from engine.front.chat_prompt import NO_CHAT, ChatPrompt
 from engine.front.server.bodies import APIError, run, settled
 from engine.front.server.schemas import ChatRequest, arranged, cuts_of
-from engine.front.server.tool_calls.forms import tool_calls
+from engine.front.server.tool_calls.form import tool_calls
 from engine.front.server.transport import event
 from engine.front.server.writers import Call, Writer, finite, new_id, token_text
 from engine.text.answers import (
