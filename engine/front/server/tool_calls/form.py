@@ -110,7 +110,8 @@ class Form(ABC):
 
     @classmethod
     def prepared(cls, messages: list[JsonObject], source: str) -> list[JsonObject]:
-        """Return a chat as the template ``source`` of this form has to get it."""
+        """Return a chat as the template ``source`` of this form has to get it. Arguments of calls
+        are objects, or their JSON."""
         return messages
 
     def after(self, mark: str) -> str:
@@ -434,6 +435,12 @@ def form_of(source: str) -> type[Form] | None:
     with most marks is taken, since the marks of another form may be part of its own."""
     fitting = [form for form in forms().values() if any(sign in source for sign in form.SIGNS)]
     return max(fitting, key=lambda form: len(form.MARKS), default=None)
+
+
+def prepared(messages: list[JsonObject], template: ChatTemplate) -> list[JsonObject]:
+    """Return a chat as its template has to get it; see ``Form.prepared``."""
+    form = form_of(template.source)
+    return messages if form is None else form.prepared(messages, template.source)
 
 
 def tool_calls(body: ChatRequest, template: ChatTemplate) -> Form | None:
