@@ -47,6 +47,7 @@ def screen_rows(engine: Engine, address: str) -> list[tuple[str, str]]:
         "tokenizer": "none: prompts and answers are token ids, as numbers"
         if isinstance(engine.tokenizer, IdTokenizer)
         else "",
+        "tools": _tools_words(engine),
         "sampling": recommended
         and f"{recommended}, unless a request sets them (generation_config.json)",
         "context": _context_words(engine, runner.config.max_len),
@@ -89,6 +90,21 @@ def _first_steps(engine: Engine, address: str) -> list[tuple[str, str]]:
     header = "Content-Type: application/json"
     command = f"curl {address}/{path} -H '{header}' -d '{json.dumps(body)}'"
     return [*rows, ("try", command)]
+
+
+def _tools_words(engine: Engine) -> str:
+    """Return the form in which the model writes calls of tools, or the reason why it cannot be
+    read; empty without a chat template."""
+    # It imports the HTTP library, which an engine without a server does not need.
+    from engine.front.server.tool_calls.form import form_of
+
+    template = None if engine.tokenizer is None else engine.tokenizer.chat_template
+    if template is None:
+        return ""
+    if "tools" not in template.source:
+        return "none: the chat template has no tools"
+    form = form_of(template.source)
+    return "not supported: no known form is in the chat template" if form is None else form.NAME
 
 
 def _context_words(engine: Engine, longest: int) -> str:

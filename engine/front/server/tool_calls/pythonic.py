@@ -153,8 +153,9 @@ class Pythonic(Form):
             lines.append(f"{name}_{number}_value: {self._value(schema, parameters)}")
             rest = f"{name}_after_{number + 1}" if number + 1 < len(named) else ""
             lines.append(f'{name}_after_{number}: (", " {name}_{number}){maybe} {rest}')
-            others = "" if is_required or not rest else f"| {name}_from_{number + 1}"
-            lines.append(f"{name}_from_{number}: ({name}_{number} {rest}){maybe} {others}")
+            first = f"{name}_{number} {rest}" if rest else f"{name}_{number}{maybe}"
+            others = f"| {name}_from_{number + 1}" if rest and not is_required else ""
+            lines.append(f"{name}_from_{number}: {first} {others}")
         first = f"{name}_from_0" if named else ""
         return [f'{name}: {begin} {first} ")"', *lines]
 
