@@ -19,6 +19,10 @@ def screen_text(rows: Iterable[tuple[str, str]]) -> str:
 
 def screen_rows(engine: Engine, address: str) -> list[tuple[str, str]]:
     """Return the rows (name, words) of the start screen."""
+    # It imports the HTTP library, which an engine without a server does not need.
+    from engine.front.server.tool_calls.form import words_of
+
+    template = None if engine.tokenizer is None else engine.tokenizer.chat_template
     config, report, runner = engine.config, engine.report(), engine.runner
     geometry, memory = runner.geometry, runner.memory
     dtype, of_files = str(runner.dtype).removeprefix("torch."), runner.loaded.config.dtype
@@ -47,7 +51,7 @@ def screen_rows(engine: Engine, address: str) -> list[tuple[str, str]]:
         "tokenizer": "none: prompts and answers are token ids, as numbers"
         if isinstance(engine.tokenizer, IdTokenizer)
         else "",
-        "tools": _tools_words(engine),
+        "tools": "" if template is None else words_of(template),
         "sampling": recommended
         and f"{recommended}, unless a request sets them (generation_config.json)",
         "context": _context_words(engine, runner.config.max_len),
@@ -90,21 +94,6 @@ def _first_steps(engine: Engine, address: str) -> list[tuple[str, str]]:
     header = "Content-Type: application/json"
     command = f"curl {address}/{path} -H '{header}' -d '{json.dumps(body)}'"
     return [*rows, ("try", command)]
-
-
-def _tools_words(engine: Engine) -> str:
-    """Return the form in which the model writes calls of tools, or the reason why it cannot be
-    read; empty without a chat template."""
-    # It imports the HTTP library, which an engine without a server does not need.
-    from engine.front.server.tool_calls.form import form_of
-
-    template = None if engine.tokenizer is None else engine.tokenizer.chat_template
-    if template is None:
-        return ""
-    if "tools" not in template.source:
-        return "none: the chat template has no tools"
-    form = form_of(template.source)
-    return "not supported: no known form is in the chat template" if form is None else form.NAME
 
 
 def _context_words(engine: Engine, longest: int) -> str:

@@ -437,6 +437,14 @@ def form_of(source: str) -> type[Form] | None:
     return max(fitting, key=lambda form: len(form.MARKS), default=None)
 
 
+def words_of(template: ChatTemplate) -> str:
+    """Return the name of a template's form for the start screen, or why there is none."""
+    if "tools" not in template.source:
+        return "none: the chat template has no tools"
+    form = form_of(template.source)
+    return "not supported: the chat template has no known form" if form is None else form.NAME
+
+
 def prepared(messages: list[JsonObject], template: ChatTemplate) -> list[JsonObject]:
     """Return a chat as its template has to get it; see ``Form.prepared``."""
     form = form_of(template.source)
