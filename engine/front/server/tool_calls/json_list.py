@@ -9,7 +9,8 @@ from engine.front.server.tool_calls.hermes import NOT_JSON, is_certain, object_r
 from engine.front.server.tool_calls.parameters import Parameters
 
 NOT_A_LIST = "it is not a JSON list of calls"
-_SEPARATOR = re.compile(r"\s*(?P<sign>[],]?)\s*")
+_GAP = re.compile(r"\s*")
+_SEPARATOR = re.compile(r"\s*(?P<sign>[],]?)")
 
 
 def read_list(text: str, start: int, ends: tuple[str, ...]) -> Calls | str | None:
@@ -18,11 +19,13 @@ def read_list(text: str, start: int, ends: tuple[str, ...]) -> Calls | str | Non
     calls = list[Call]()
     if not text.startswith("[", start):
         return NOT_A_LIST if text[start:] else None
-    at = start + 1 + len(text[start + 1 :]) - len(text[start + 1 :].lstrip())
+    at = start + 1
     while True:
-        found = read_object(text, at)
+        gap = _GAP.match(text, at)
+        assert gap is not None, "white space always matches"
+        found = read_object(text, gap.end())
         if isinstance(found, str):
-            return found if is_certain(text, at, ends) else None
+            return found if is_certain(text, gap.end(), ends) else None
         calls.append(found[0])
         separator = _SEPARATOR.match(text, found[1])
         assert separator is not None, "white space always matches"
