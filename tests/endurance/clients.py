@@ -60,7 +60,7 @@ def page(port: int) -> tuple[list[str], dict[str, str], list[str]]:
     server at ``port``."""
     text = PAGE.read_text().replace(SERVER, f"http://127.0.0.1:{port}")
     text = re.sub(r"(?<!/)\bNAME\b", "builtin", text.replace("local/NAME", "local/builtin"))
-    text = text.replace('"output": 8192', '"output": 64')
+    text = re.sub(r"(?<=: )8192\b", "64", text)
     blocks = re.findall(r"^```(\w+)\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
     exports = "".join(body for language, body in blocks if language == "sh" and "export" in body)
     variables = dict(re.findall(r"(\w+)=(\S+)", exports))
