@@ -8,21 +8,33 @@ import json
 import re
 import tomllib
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
+from engine import Engine, EngineConfig
 from engine.front.server.settings import ServerConfig
+from engine.text.tokenizer import HFTokenizer
 from tests.endurance import clients
+from tests.oracle import OracleRunner
 
-from .conftest import Live, ServeAnswer, oracle_engine, serving
+from .conftest import Live, ScriptedSampler, ServeAnswer, oracle_engine, serving
 from .test_tools import HERMES_CALL, QWEN_XML, XML_CALL
 
 FORMS = [
     (None, f"<think>Hm.</think>{HERMES_CALL}", "Dry."),
     (QWEN_XML, f"Hm.</think>{XML_CALL}", "So.</think>Dry."),
 ]
+
+
+TITLES = {
+    "claude": "Claude Code",
+    "codex": "Codex",
+    "opencode": "opencode",
+    "qwen": "Qwen Code",
+}
 
 
 @pytest.fixture(scope="module")
@@ -76,11 +88,34 @@ def test_the_blocks_of_the_tutorial_reach_the_server(named: Live, agent: str) ->
     flags = clients.page(0)[0]
     served = int(flags[flags.index("--max-model-len") + 1])
     assert context == served
-    title = {"claude": "Claude Code", "codex": "Codex", "qwen": "Qwen Code"}.get(agent, agent)
-    row = re.search(rf"^\| {title} ((?:\| [\d,]+ )+)\|$", clients.PAGE.read_text(), re.MULTILINE)
+    row = re.search(
+        rf"^\| {TITLES[agent]} [\d.]+ \| (.*) \|$", clients.PAGE.read_text(), re.MULTILINE
+    )
     assert row is not None
-    prompt, real, builtin = (int(cell) for cell in re.findall(r"\d+", row[1].replace(",", "")))
-    assert prompt < builtin <= served and prompt / 4 < real <= builtin
+    prompt, real, builtin = row[1].replace(",", "").split(" | ")
+    longest = int(prompt.split()[-1])
+    assert longest < int(builtin) <= served and longest / 4 < int(real) <= int(builtin)
+
+
+@pytest.mark.timeout(180)
+@pytest.mark.parametrize("agent", clients.AGENTS)
+def test_coding_agents_answer_with_the_blocks_of_the_tutorial(agent: str, tmp_path: Path) -> None:
+    """The programs, if installed, against a model with scripted answers."""
+    program = clients.find(agent)
+    if program is None:
+        pytest.skip(f"{agent} is not installed: make clients")
+    sampler = ScriptedSampler()
+    sampler.script = b"5 + 3 = 8."
+    flags = clients.page(0)[0]
+    length = int(flags[flags.index("--max-model-len") + 1])
+    runner = OracleRunner(2 * length, 64, max_model_len=length)
+    tokenizer = HFTokenizer()
+    engine = Engine(EngineConfig(), runner=runner, sampler=sampler, tokenizer=tokenizer)
+    names = flags[flags.index("--served-model-name") + 1].split(",")
+    with serving(engine, ServerConfig(served_model_name=tuple(names))) as live:
+        clients.session(agent, program, tmp_path, live.port)
+        usage = live.report()["usage"]
+        assert usage["requests"] >= 1 and usage["prompt_tokens"] > 30_000
 
 
 def weather(city: str, days: int) -> str:
