@@ -180,6 +180,9 @@ def test_broken_calls_are_read_in_linear_time(form: Any) -> None:
     pieces = {"Kimi": form.BEGIN + "f", "LFM2": form.BEGIN + "f(a='", "Olmo": form.BEGIN + "f(a='"}
     text = pieces.get(form.NAME, form.BEGIN + '{\\"') * 3_000
     assert read(form, text, is_cut=True)[1] == text
+    for begin in ("f()", "f(a='x'", "f(a=[1", "", '{"name": "f"}'):
+        text = f"{form.BEGIN}{begin}" + "\n" * 50_000 + "!"
+        assert read(form, text + form.ENDS[0])[2] == []
 
 
 @pytest.mark.parametrize("form", [one for one in OTHERS if one.NAME in ("LFM2", "Olmo", "Kimi")])

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.front.server.tool_calls.form import form_of, prepared
-from engine.front.server.tool_calls.pythonic import NAME
+from engine.front.server.tool_calls.pythonic import IDENTIFIER
 from engine.front.server.tool_calls.tags import Xml
 from engine.text.answers import Event
 from engine.text.tokenizer import ChatTemplate
@@ -129,7 +129,7 @@ def calls(draw: st.DrawFn) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 LINES = re.compile(r"(?<=\n)(?:(<parameter=[^<>\n]+>)|</parameter>)(?=\n)")
-QUOTED = re.compile(rf"\\\\|'\s*(?:,\s*{NAME}\s*=|\)|$)")
+QUOTED = re.compile(rf"\\\\|'\s*(?:,\s*{IDENTIFIER}\s*=|\)|$)")
 """Text that cannot stand between quotes as it is: it has escapes, or ends the string."""
 ENDS = re.compile(r"</parameter>\s*(?:<parameter=[^<>\n]+>|</function>\s*(?:<|$))")
 

@@ -30,13 +30,14 @@ from engine.text.grammar import GrammarError, quoted
 
 MALFORMED = "it is not a list of calls with named arguments"
 REPEATED = "it gives one argument twice"
-NAME = r"""[^\s()\[\]{}=,;:'"<>|]{1,256}"""
-_CALL = re.compile(rf"\s*({NAME})\(\s*")
-_KEY = re.compile(rf"\s*({NAME})\s*=\s*")
+IDENTIFIER = r"""[^\s()\[\]{}=,;:'"<>|]{1,256}"""
+_OBJECTS = re.compile(r"\[\s*\{")
+_CALL = re.compile(rf"\s*({IDENTIFIER})\(\s*")
+_KEY = re.compile(rf"\s*({IDENTIFIER})\s*=\s*")
 _WORD = re.compile(r"""[^\s,()\[\]{}'"=]+""")
 _STRING = re.compile(r"""(?P<quote>['"])(?:[^\\]|\\.)*?(?P=quote)""", re.DOTALL)
 _AFTER_ARGUMENT = re.compile(r"\s*([,)])\s*")
-CLOSING = {"[": "]", "{": "}", "(": ")"}
+OPENING = ("[", "{", "(")
 
 
 class Incomplete(Exception):
@@ -55,16 +56,16 @@ class Pythonic(Form):
         super().__init__(tools, *options)
         for name in self.functions:
             _checked(name)
-        close = rf"\]?\s*(?:{re.escape(self.ENDS[0])}|\Z)"
-        self._close = re.compile(rf"\s*{close}")
+        close = rf"\s*+\]?\s*+(?:{re.escape(self.ENDS[0])}|\Z)"
+        self._close = re.compile(close)
         self._separator = re.compile(self.SEPARATOR)
         self._behind_string = re.compile(
-            rf"\s*(?:,\s*{NAME}\s*=|\)(?:{self.SEPARATOR}\s*{NAME}\(|\s*{close}))"
+            rf"\s*(?:,\s*{IDENTIFIER}\s*=|\)(?:{self.SEPARATOR}\s*{IDENTIFIER}\(|{close}))"
         )
 
     def parse(self, text: str, is_whole: bool = False, is_cut: bool = False) -> Calls | str | None:
         start = len(text) - len(text.removeprefix(self.MARKS[0]).lstrip())
-        if re.compile(r"\[\s*\{").match(text, start):
+        if _OBJECTS.match(text, start):
             found = read_list(text, start, self.ENDS)
             close = self._close.match(text, found.end) if isinstance(found, Calls) else None
             return Calls(found.calls, close.end()) if isinstance(found, Calls) and close else found
@@ -109,7 +110,7 @@ class Pythonic(Form):
         if first in ("'", '"'):
             end = self._end_of_string(text, at)
             return _unquoted(text[at : end + 1]), end + 1
-        if first in CLOSING:
+        if first in OPENING:
             try:
                 end = end_of_json(text, at)
                 return read_leniently(text[at:end]), end
@@ -143,7 +144,7 @@ class Pythonic(Form):
         """See ``Form``. Arguments are in the order of the schema."""
         begin = quoted(f"{_checked(tool)}(")
         if parameters.is_open:
-            value = f'/{NAME}/ "=" {name}_any'
+            value = f'/{IDENTIFIER}/ "=" {name}_any'
             lines = [f"{name}_any: {self._value({}, parameters)}"]
             return [f'{name}: {begin} ({value} (", " {value})*)? ")"', *lines]
         named, lines = parameters.arguments(), list[str]()
@@ -179,7 +180,7 @@ class Lfm2(Pythonic):
     BEGIN = "<|tool_call_start|>["
     BETWEEN = ", "
     END = "]<|tool_call_end|>"
-    SEPARATOR = r"\s*,"
+    SEPARATOR = r"\s*+,"
     WORDS = (("boolean", '"True" | "False"'), ("null", '"None"'))
 
     @classmethod
@@ -206,7 +207,7 @@ class Olmo(Pythonic):
     BEGIN = "<function_calls>"
     BETWEEN = "\n"
     END = "</function_calls>"
-    SEPARATOR = r"\s*[\n,]"
+    SEPARATOR = r"[^\S\n]*+[\n,]"
 
 
 def _written(calls: Sequence[Any]) -> str:
@@ -270,7 +271,7 @@ def _end_of_brackets(text: str, start: int) -> int:
 
 def _checked(name: str) -> str:
     """Return a name. Raises GrammarError if it cannot be written in a call."""
-    if not re.fullmatch(NAME, name):
+    if not re.fullmatch(IDENTIFIER, name):
         raise GrammarError(
             f"{name[:MAX_NAME]!r} cannot be written in a call of this model: choose a name of "
             "letters and digits."
