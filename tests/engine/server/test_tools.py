@@ -119,7 +119,8 @@ KIMI_CALL = (
     f"{json.dumps(BONN)}<|tool_call_end|><|tool_calls_section_end|>"
 )
 FORMS = {
-    "LFM2": (templates.LFM2, '<|tool_call_start|>[weather(city="Bonn", days=2)]<|tool_call_end|>'),
+    # In single quotes: the tokens that were sampled come back, and not those that are written.
+    "LFM2": (templates.LFM2, "<|tool_call_start|>[weather(city='Bonn', days=2)]<|tool_call_end|>"),
     "Kimi": (templates.KIMI, KIMI_CALL),
     "Jamba": (
         templates.JAMBA,
