@@ -172,9 +172,13 @@ def _memory_record(engine: EngineCore) -> Record:
     report = engine.report()
     pools = {"bytes": report.bytes, "kv": report.kv, "slots": report.slots}
     usage, queue = report.usage, report.queue
+    going = [request for request in engine.requests if request.lease is not None]
     shown: dict[str, object] = {
         **{name: [pool.free, pool.cached, pool.held] for name, pool in pools.items()},
-        **{name: usage[name] for name in ("prompt_tokens", "cached_tokens", "evicted_tokens")},
+        # Of ended requests, as the other shares of the page: a long prompt is counted at its start.
+        "prompt_tokens": usage["prompt_tokens"] - sum(one.prompt_len for one in going),
+        "cached_tokens": usage["cached_tokens"] - sum(one.cached_len for one in going),
+        "evicted_tokens": usage["evicted_tokens"],
         "evicted_checkpoints": usage["evicted_slots"],
         "running": report.num_running,
         "waiting": report.num_waiting,

@@ -47,9 +47,9 @@ OPEN, CLOSE = "<think>", "</think>"
 """Marks around the reasoning before an answer; the first may be in the prompt."""
 CALL_OPEN, CALL_CLOSE = "<tool_call>", "</tool_call>"
 """Marks around a tool call in the text of an answer."""
-MARKS = (OPEN, CLOSE, CALL_OPEN, CALL_CLOSE)
-"""Marks of the parts of an answer. They are part of the text, even if the vocabulary lists them as
-tokens that are not shown."""
+IS_MARK = re.compile("</?think>|tool_?call|function_call", re.IGNORECASE)
+"""Marks of the parts of an answer: of reasoning, and of calls in any form. They are part of the
+text, even if the vocabulary lists them as tokens that are not shown."""
 
 
 class TemplateError(ValueError):
@@ -312,7 +312,7 @@ class BackendTokenizer(Tokenizer):
             and not (token_id in special and backend.encode_special_tokens)
         )
         self._added = {token_id: token.content for token_id, token in added.items()}
-        self.hidden_ids = frozenset(i for i in special if self._added[i] not in MARKS)
+        self.hidden_ids = frozenset(i for i in special if not IS_MARK.search(self._added[i]))
         self.control_ids = frozenset(i for i in self.hidden_ids if len(self._added[i]) > 1)
         self.control_tokens = tuple(self._added[i] for i in self.control_ids)
         own_eos = backend.token_to_id(_content(settings.get("eos_token")) or "")

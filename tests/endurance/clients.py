@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -26,7 +27,6 @@ from tests.endurance.faults import server_port
 
 BIN = ROOT / "out/clients/node_modules/.bin"
 PAGE = ROOT / "docs/tutorials/serve-an-agent.md"
-CONTEXT = 131_072
 QUESTION = "Ada has 5 apples. Ada buys 3 more. How many apples does Ada have now?"
 MAX_S = 1_800.0
 """Time of one session. A slow machine needs minutes for the first prompt."""
@@ -51,22 +51,22 @@ AGENTS = {
     "opencode": Agent(("run",), ".config/opencode/opencode.json", '{\n  "model": "local'),
     "qwen": Agent(("-p",), ".qwen/settings.json", '{\n  "model": {'),
 }
-SHORTER = {
-    **{"CLAUDE_CODE_MAX_OUTPUT_TOKENS": "64", "API_TIMEOUT_MS": "1800000"},
-    "DISABLE_TELEMETRY": "1",
-}
-"""Variables of the test alone: the model's answers have no end, and no network is needed."""
+SHORTER = {"CLAUDE_CODE_MAX_OUTPUT_TOKENS": "64"}
+"""Variable of the test alone: the answers of the built-in model have no end."""
 
 
-def page(port: int) -> tuple[dict[str, str], list[str]]:
-    """Return the variables and the other settings of the page, for a server at ``port``."""
-    text = PAGE.read_text().replace(SERVER, f"http://127.0.0.1:{port}").replace("NAME", "builtin")
-    text = text.replace("32768", str(CONTEXT)).replace('"output": 8192', '"output": 64')
-    text = text.replace('"timeout": 600000', f'"timeout": {1000 * MAX_S}')
+def page(port: int) -> tuple[list[str], dict[str, str], list[str]]:
+    """Return the flags of the server, the variables and the other settings of the page, for a
+    server at ``port``."""
+    text = PAGE.read_text().replace(SERVER, f"http://127.0.0.1:{port}")
+    text = re.sub(r"(?<!/)\bNAME\b", "builtin", text.replace("local/NAME", "local/builtin"))
+    text = re.sub(r"(?<=: )8192\b", "64", text)
     blocks = re.findall(r"^```(\w+)\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
     exports = "".join(body for language, body in blocks if language == "sh" and "export" in body)
     variables = dict(re.findall(r"(\w+)=(\S+)", exports))
-    return variables, [body for language, body in blocks if language in ("toml", "json")]
+    [serve] = re.findall(r"^engine serve (.*--max-model-len.*)$", text, re.MULTILINE)
+    files = [body for language, body in blocks if language in ("toml", "json")]
+    return shlex.split(serve), variables, files
 
 
 def find(name: str) -> str | None:
@@ -85,7 +85,7 @@ def requests_in(log: Path) -> list[tuple[int, int, int]]:
 
 def session(name: str, program: str, home: Path, port: int) -> float:
     """Ask in a new session of an agent. Returns its seconds; raises AssertionError if it fails."""
-    agent, (variables, files) = AGENTS[name], page(port)
+    agent, (_, variables, files) = AGENTS[name], page(port)
     if agent.file:
         [text] = [each for each in files if each.startswith(agent.block)]
         (home / agent.file).parent.mkdir(parents=True, exist_ok=True)
@@ -120,8 +120,7 @@ def run(seed: int, number: int, only: str = "") -> dict[str, Any]:
             found[name] = "not installed"
             continue
         with tempfile.TemporaryDirectory() as folder, open(Path(folder) / "log", "w") as log:
-            command = [sys.executable, "-m", "engine", "serve", "--port", "0", "--cache-gib", "1"]
-            command += ["--served-model-name", "*", "--max-model-len", str(CONTEXT)]
+            command = [sys.executable, "-m", "engine", "serve", "--port", "0", *page(0)[0]]
             command += ["--log-requests", "--log-format", "json"]
             pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": log, "text": True}
             with subprocess.Popen(command, cwd=ROOT, **pipes) as server:

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from engine import Engine, EngineConfig, Grammar, RequestSpec, SamplingParams
-from engine.front.server.tool_calls.forms import Hermes
+from engine.front.server.tool_calls.hermes import Hermes
 from engine.plugins.guided import guides as guides_module
 from engine.plugins.guided.guides import Guides
 from engine.requests.logit_rules import FREE

@@ -23,6 +23,7 @@ from engine.errors import JsonObject
 from engine.front.chat_prompt import NO_CHAT, render_chat
 from engine.front.server.bodies import APIError, ClientGone, converted, opened, settled
 from engine.front.server.schemas import KNOWN, Message, completed
+from engine.front.server.tool_calls.form import prepared
 from engine.front.server.transport import unless_gone
 from engine.text.tokenizer import Tokenizer
 
@@ -168,6 +169,8 @@ class TraceWriter:
         messages = completed(converted(given, list[Message], "messages"))
         chat = [message.as_template_input() for message in messages]
         tokenizer, tools = self._tokenizer, body.get("tools")
+        if tokenizer is not None and tokenizer.chat_template is not None:
+            chat = prepared(chat, tokenizer.chat_template)
         said = _text(chat[-1])
         if tokenizer is None:
             texts = [json.dumps(tools) if tools else ""]

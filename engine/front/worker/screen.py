@@ -19,6 +19,10 @@ def screen_text(rows: Iterable[tuple[str, str]]) -> str:
 
 def screen_rows(engine: Engine, address: str) -> list[tuple[str, str]]:
     """Return the rows (name, words) of the start screen."""
+    # It imports the HTTP library, which an engine without a server does not need.
+    from engine.front.server.tool_calls.form import words_of
+
+    template = None if engine.tokenizer is None else engine.tokenizer.chat_template
     config, report, runner = engine.config, engine.report(), engine.runner
     geometry, memory = runner.geometry, runner.memory
     dtype, of_files = str(runner.dtype).removeprefix("torch."), runner.loaded.config.dtype
@@ -47,6 +51,7 @@ def screen_rows(engine: Engine, address: str) -> list[tuple[str, str]]:
         "tokenizer": "none: prompts and answers are token ids, as numbers"
         if isinstance(engine.tokenizer, IdTokenizer)
         else "",
+        "tools": "" if template is None else words_of(template),
         "sampling": recommended
         and f"{recommended}, unless a request sets them (generation_config.json)",
         "context": _context_words(engine, runner.config.max_len),

@@ -13,7 +13,9 @@ from hypothesis import strategies as st
 
 from engine.front.server.bodies import APIError, decode
 from engine.front.server.schemas import ChatRequest
-from engine.front.server.tool_calls.forms import Form, Hermes, Xml, tool_calls
+from engine.front.server.tool_calls.form import Form, forms, tool_calls
+from engine.front.server.tool_calls.hermes import Hermes
+from engine.front.server.tool_calls.tags import Xml
 from engine.text.answers import Event, ReasoningDelta, TextDelta, ToolCall, joined
 from engine.text.tokenizer import ChatTemplate
 
@@ -35,6 +37,7 @@ TOOLS: list[dict[str, Any]] = [
 ]
 
 HERMES, XML = Hermes(TOOLS), Xml(TOOLS)
+OTHERS = [form(TOOLS) for form in forms().values() if form not in (Hermes, Xml)]
 
 
 def read(
@@ -353,13 +356,16 @@ PIECES = st.sampled_from(
         "\\", "{", "}", '{"name": "f"', ', "arguments": {', '"arguments"', "[1]", "x" * 300, " " * 300,
         "é", "null", "<tool_call>\n<function=f>\n", "<parameter=a>\n", "\n</parameter>\n",
         "</function>\n</tool_call>", '<tool_call>\n{"name": "f", "arguments": {}}',
+        *(mark for form in OTHERS for mark in (*form.MARKS, form.BEGIN, form.END, form.CLOSE)),
+        "[", "]", "f(a='", "'", "', b=", ")", ", ", "weather(days=1)", "functions.f:0", "True",
+        "<|tool_call_argument_begin|>{}", '{"name": "g", "arguments": {}}',
     ]
 )  # fmt: skip
 
 
 @settings(max_examples=400)
 @given(
-    st.sampled_from([HERMES, XML]),
+    st.sampled_from([HERMES, XML, *OTHERS]),
     st.lists(PIECES, max_size=14).map("".join),
     st.booleans(),
     st.booleans(),

@@ -10,27 +10,37 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.config import BUILTIN_DIR
-from engine.front.server.tool_calls.forms import Form, Hermes, Xml
+from engine.front.server.tool_calls.form import form_of, prepared
+from engine.front.server.tool_calls.pythonic import IDENTIFIER
+from engine.front.server.tool_calls.tags import Xml
 from engine.text.answers import Event
 from engine.text.tokenizer import ChatTemplate
 from tests.engine.history.agent import TEMPLATE
 
+from . import templates
+from .templates import AS_STRING, BUILTIN
 from .test_answers import parts_of
 
-BUILTIN = (BUILTIN_DIR / "chat_template.jinja").read_text(encoding="utf-8")
-AS_STRING = TEMPLATE.replace(
-    "value if value is string else value|tojson",
-    "value|tojson if value is mapping or (value is iterable and value is not string) "
-    "else value|string",
-)
-"""Template that writes numbers and words in the form of Python, as Qwen3-Coder's and Qwen3.5's."""
-FORMS = [(Hermes, BUILTIN), (Xml, TEMPLATE), (Xml, AS_STRING)]
+FORMS = {
+    "hermes": BUILTIN,
+    "tags": TEMPLATE,
+    "tags-python": AS_STRING,
+    "jamba": templates.JAMBA,
+    "nemotron": templates.NEMOTRON,
+    "granite": templates.GRANITE_LIST,
+    "kimi": templates.KIMI,
+    "lfm2": templates.LFM2,
+    "lfm2-json": templates.LFM2_JSON,
+    "lfm2.5": templates.LFM25,
+    "olmo": templates.OLMO,
+}
 
 Typed = tuple[dict[str, Any], st.SearchStrategy[Any]]
 """A schema, and a strategy for values that match it."""
 MARKUP = (
     "<tool_call>", "</tool_call>", "<function=f>", "</function>", "<parameter=x>", "</parameter>",
+    "<tool_calls>", "]</tool_calls>", "</TOOLCALL>", "<|tool_call_end|>", "')]<|tool_call_end|>",
+    "<|tool_calls_section_begin|>", "</function_calls>", "f(", ")", "=", "'}]", "<|tool_call|>[",
     "<parameter=content>", "<think>", "</think>", "\n", "\n\n", " ", '"', "'", "\\", "{", "}", "[",
     "]", ",", ":", "null", "None", "True", "5", "é", "漢字", "🙂", "\t", "\r", "\u2028", "a", "<",
     "<tool_call>\n<function=f>\n<parameter=x>\n1\n</parameter>\n</function>\n</tool_call>",
@@ -119,6 +129,8 @@ def calls(draw: st.DrawFn) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 LINES = re.compile(r"(?<=\n)(?:(<parameter=[^<>\n]+>)|</parameter>)(?=\n)")
+QUOTED = re.compile(rf"\\\\|'\s*(?:,\s*{IDENTIFIER}\s*=|\)|$)")
+"""Text that cannot stand between quotes as it is: it has escapes, or ends the string."""
 ENDS = re.compile(r"</parameter>\s*(?:<parameter=[^<>\n]+>|</function>\s*(?:<|$))")
 
 
@@ -147,28 +159,47 @@ def is_ambiguous(arguments: dict[str, Any], tool: dict[str, Any]) -> bool:
     return is_open and ("</parameter>" in joined or ENDS.search(joined) is not None)
 
 
-@pytest.mark.parametrize(("form", "template"), FORMS, ids=["hermes", "xml", "xml-python"])
-@given(st.lists(calls(), min_size=1, max_size=2), st.sampled_from(["", "Look.", "{"]), st.data())
+TOOL_NAMES = st.lists(
+    st.sampled_from(["f", "get_weather", "mcp__files-read", "straße", "名前", "a.b"]),
+    min_size=2, max_size=2, unique=True,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FORMS)
+@given(
+    st.lists(calls(), min_size=1, max_size=2),
+    TOOL_NAMES,
+    st.sampled_from(["", "Look.", "{"]),
+    st.data(),
+)
 def test_calls_are_read_as_the_template_writes_them(
-    form: type[Form],
-    template: str,
+    name: str,
     drawn: list[tuple[dict[str, Any], dict[str, Any]]],
+    names: list[str],
     said: str,
     data: st.DataObject,
 ) -> None:
+    template = FORMS[name]
+    form = form_of(template)
+    assert form is not None
     tools = [
-        {"type": "function", "function": {**tool, "name": f"f{number}"}}
+        {"type": "function", "function": {**tool, "name": names[number]}}
         for number, (tool, _) in enumerate(drawn)
     ]
     made = [
-        {"type": "function", "function": {"name": f"f{number}", "arguments": arguments}}
-        for number, (_, arguments) in enumerate(drawn)
+        {"type": "function", "id": "call_1", "function": {"name": names[number], "arguments": each}}
+        for number, (_, each) in enumerate(drawn)
     ]
     if form is Xml and any(is_ambiguous(arguments, tool) for tool, arguments in drawn):
         return
+    if name == "lfm2.5" and any(
+        isinstance(one, str) and QUOTED.search(one) for _, each in drawn for one in each.values()
+    ):
+        return
     ask = {"role": "user", "content": "Do it."}
     answer = {"role": "assistant", "content": said, "tool_calls": made}
-    whole = ChatTemplate(template).render([ask, answer], tools=tools)
+    source = ChatTemplate(template)
+    whole = source.render(prepared([ask, answer], source), tools=tools)
     written = whole.partition("<|im_start|>assistant\n")[2].removesuffix("<|im_end|>\n")
     reader = form(tools).reader(thinks=True)
     events, at = list[Event](), 0
@@ -178,7 +209,7 @@ def test_calls_are_read_as_the_template_writes_them(
         at += size
     events += reader.flush()
     _, text, found = parts_of(events)
-    expected = [(f"f{number}", arguments) for number, (_, arguments) in enumerate(drawn)]
+    expected = [(names[number], arguments) for number, (_, arguments) in enumerate(drawn)]
     assert [(name, json.loads(arguments)) for name, arguments in found] == expected
     assert text == said and reader.warning is None  # type: ignore[attr-defined]
     for (_, one), (_, other) in zip(found, expected, strict=True):

@@ -14,7 +14,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.front.server.tool_calls.forms import Form, Hermes, Xml
+from engine.front.server.tool_calls.form import Form, forms
+from engine.front.server.tool_calls.hermes import Hermes
+from engine.front.server.tool_calls.kimi import Kimi
+from engine.front.server.tool_calls.pythonic import Lfm2, Pythonic
+from engine.front.server.tool_calls.tags import Xml
 from engine.plugins.guided.guides import check_beginning, make_matcher, make_vocabulary
 from engine.text.answers import ToolCall
 from engine.text.grammar import Grammar, GrammarError
@@ -59,15 +63,21 @@ def tools(schema: Any, strict: bool) -> list[dict[str, Any]]:
 
 def written(form: type[Form], value: Any) -> str:
     """Return a call as the chat template writes it."""
-    if form is Hermes:
-        call = {"name": "f", "arguments": {"n": value}}
-        return f"<tool_call>\n{json.dumps(call, ensure_ascii=False)}\n</tool_call>"
-    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-    return (
-        f"<tool_call>\n<function=f>\n<parameter=n>\n{text}\n</parameter>\n</function>\n</tool_call>"
-    )
+    text = json.dumps(value, ensure_ascii=False)
+    if issubclass(form, Xml):
+        text = value if isinstance(value, str) else text
+        call = f"f>\n<parameter=n>\n{text}\n</parameter>\n</function>"
+    elif issubclass(form, Kimi):
+        call = f'functions.f:0<|tool_call_argument_begin|>{{"n": {text}}}'
+    elif issubclass(form, Pythonic):
+        call = f"f(n={text})"
+    else:
+        call = f'{{"name": "f", "arguments": {{"n": {text}}}}}'
+    return f"{form.BEGIN}{call}{form.END}"
 
 
+KINDS = [Hermes, Xml, Kimi, Lfm2]
+"""A form of each kind: calls as objects, tags, JSON behind a name, and literals."""
 PATTERNS = [
     "a",
     "^a",
@@ -170,7 +180,7 @@ def is_valid(schema: Any, value: Any) -> bool:
     return bool(jsonschema.Draft202012Validator(root).is_valid({"n": value}))
 
 
-@pytest.mark.parametrize("form", [Hermes, Xml])
+@pytest.mark.parametrize("form", KINDS)
 @given(SCHEMAS, st.lists(VALUES, min_size=4, max_size=8))
 def test_strict_tools_accept_the_values_that_match_their_schema(
     form: type[Form], schema: Any, values: list[Any]
@@ -195,7 +205,7 @@ def test_strict_tools_accept_the_values_that_match_their_schema(
         assert accepts(grammar, text) == is_valid(schema, read), (text, read)
 
 
-@pytest.mark.parametrize("form", [Hermes, Xml])
+@pytest.mark.parametrize("form", KINDS)
 def test_a_tool_with_many_limits_is_not_too_complex(form: type[Form]) -> None:
     text, large = {"type": "string", "minLength": 1}, {"type": "string", "maxLength": 4000}
     kinds = [text, large, {"anyOf": [large, {"type": "null"}]}, USUAL["date"]]
@@ -208,6 +218,7 @@ def test_a_tool_with_many_limits_is_not_too_complex(form: type[Form]) -> None:
         check_beginning(matcher, np.array(sorted(TOKENIZER.eos_token_ids)))
         call = written(form, "a").replace("=f>", "=f3>").replace("=n>", "=p0>")
         call = call.replace('"f"', '"f3"').replace('"n"', '"p0"')
+        call = call.replace("functions.f:", "functions.f3:").replace("f(n=", "f3(p0=")
         assert accepts(grammar, call)
         assert not accepts(grammar, call.replace("\na\n", "\n\n").replace('"a"', '""'))
 
@@ -232,7 +243,7 @@ USUAL: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("form", [Hermes, Xml])
+@pytest.mark.parametrize("form", KINDS)
 @pytest.mark.parametrize("name", USUAL)
 def test_other_tools_are_not_refused_for_their_schema(form: type[Form], name: str) -> None:
     """Limits that cannot be enforced are dropped; only a tool without a valid call takes all."""
@@ -258,12 +269,12 @@ def test_other_tools_are_not_refused_for_their_schema(form: type[Form], name: st
 def test_tools_that_name_no_arguments_take_any(root: dict[str, Any], strict: bool) -> None:
     """Unknown keywords do not change that."""
     parameters = {"type": "object", "x-order": 1, "$defs": {"Any": {"type": "object"}}, **root}
-    for form in (Hermes, Xml):
+    for form in forms().values():
         offered = [{"function": {"name": "f", "parameters": parameters, "strict": strict}}]
         assert accepts(form(offered).grammar(), written(form, "a"))
 
 
-@pytest.mark.parametrize("form", [Hermes, Xml])
+@pytest.mark.parametrize("form", KINDS)
 def test_a_text_next_to_a_list_does_not_break_the_limits_of_the_list(form: type[Form]) -> None:
     """With tags, a text in brackets would be read as a list."""
     listed = {"type": "array", "items": {"type": "string"}}
@@ -272,7 +283,7 @@ def test_a_text_next_to_a_list_does_not_break_the_limits_of_the_list(form: type[
     assert [accepts(grammar, written(form, one)) for one in values] == 4 * [True] + [False]
 
 
-@pytest.mark.parametrize("form", [Hermes, Xml])
+@pytest.mark.parametrize("form", KINDS)
 @pytest.mark.parametrize(
     ("name", "right", "wrong"),
     [
@@ -290,7 +301,7 @@ def test_formats_of_strict_tools_are_enforced(
     assert [accepts(grammar, written(form, one)) for one in (right, wrong)] == [True, False]
 
 
-@pytest.mark.parametrize("form", [Hermes, Xml])
+@pytest.mark.parametrize("form", KINDS)
 @pytest.mark.parametrize(
     ("schema", "keyword"),
     [

@@ -14,10 +14,12 @@ import pytest
 
 from engine import Engine
 from engine.front.cache_watch import Watch
+from engine.front.server.settings import ServerConfig
+from engine.requests.request import SamplingParams
 from tests.waiting import wait_until
 from tests.watch.follower import follow, truth
 
-from .conftest import Live
+from .conftest import Live, oracle_engine, serving
 
 PROMPT = "the same beginning for all who ask here, "
 
@@ -128,6 +130,26 @@ def test_reader_follows_the_tree_and_the_requests(
 def test_first_event_describes_an_arena_once(make_engine: Callable[..., Engine]) -> None:
     kinds = [kind for kind, *_ in Watch(make_engine()).whole()["records"]]
     assert kinds == ["time", "memory", "slabs"]
+
+
+def test_shares_count_ended_requests() -> None:
+    """A running request would make the share of reused tokens too low."""
+    engine = oracle_engine()
+    engine.generate([PROMPT * 5], SamplingParams(max_tokens=2))
+    engine.submit(PROMPT * 9, SamplingParams(max_tokens=9))
+    engine.step()
+    assert engine.requests and engine.report().usage["prompt_tokens"] > len(PROMPT * 9)
+    records: Any = Watch(engine).whole()["records"]
+    [memory] = [shown for kind, shown, *_ in records if kind == "memory"]
+    assert len(PROMPT * 5) <= memory["prompt_tokens"] <= len(PROMPT * 5) + 1
+    assert memory["cached_tokens"] == 0
+
+
+def test_page_has_the_served_name(read: Callable[..., Reader]) -> None:
+    with serving(oracle_engine(), ServerConfig(served_model_name=("local", "*"))) as live:
+        reader = read(live)
+        reader.wait(lambda reader: bool(reader.events))
+        assert reader.events[0][1]["meta"]["title"] == "local"
 
 
 def test_node_shows_its_text_except_that_of_tenants(

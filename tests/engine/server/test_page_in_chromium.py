@@ -57,6 +57,19 @@ def test_page_shows_new_requests_and_nodes(tab: Any, serve_oracle: Callable[...,
     assert "a tenant's a tenant's" not in tab.content() and "secret" not in tab.content()
 
 
+def test_a_refusal_of_a_proxy_does_not_ask_for_a_key(tab: Any, live: Live) -> None:
+    """No key would pass it: it is not the server's own error."""
+    refusal = {"status": 403, "body": "<h1>403 Forbidden</h1>", "content_type": "text/html"}
+    tab.route("**/v1/cache/events", lambda route: route.fulfill(**refusal))
+    tab.goto(live.url)
+    tab.wait_for_selector("#link[data-state=broken]")
+    assert (
+        "A proxy denies /v1/cache: open the page on the server" in tab.locator("#link").inner_text()
+    )
+    assert "A proxy denies" in tab.locator(".note").inner_text()
+    assert tab.locator("input[type=password]").count() == 0
+
+
 def test_page_shows_the_explanation_of_a_request(tab: Any, live: Live) -> None:
     parted = {"at": 9, "before": "as before ", "was": "three", "now": "four"}
     explanation = {"text": "The system message was changed.", "parted": parted}

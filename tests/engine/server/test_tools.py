@@ -9,8 +9,11 @@ from typing import Any
 import pytest
 
 import engine.text
+from engine.front.server.tool_calls.form import words_of
+from engine.front.worker.screen import screen_rows
 from engine.text.tokenizer import ChatTemplate
 from hybridcache.policies.eviction.survival import Survival
+from tests.engine.answers import templates
 
 from .conftest import Live, ServeAnswer
 from .dialects import BONN, CHAT, SCHEMA, TOOL
@@ -109,6 +112,53 @@ def test_named_tool_is_called(serve_answer: ServeAnswer) -> None:
         ("messages", {"tool_choice": {"type": "tool"}}, "'tool_choice.name' is missing: add it."),
     ):
         assert live.post(f"/v1/{path}", body).json()["error"]["message"] == said
+
+
+KIMI_CALL = (
+    "<|tool_calls_section_begin|><|tool_call_begin|>functions.weather:0<|tool_call_argument_begin|>"
+    f"{json.dumps(BONN)}<|tool_call_end|><|tool_calls_section_end|>"
+)
+FORMS = {
+    # In single quotes: the tokens that were sampled come back, and not those that are written.
+    "LFM2": (templates.LFM2, "<|tool_call_start|>[weather(city='Bonn', days=2)]<|tool_call_end|>"),
+    "Kimi": (templates.KIMI, KIMI_CALL),
+    "Jamba": (
+        templates.JAMBA,
+        f'<tool_calls>[\n    {{"name": "weather", "arguments": {json.dumps(BONN)}}}\n]</tool_calls>',
+    ),
+    "Olmo": (templates.OLMO, '<function_calls>weather(city="Bonn", days=2)</function_calls>'),
+}
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_a_tool_loop_goes_on_as_the_model_wrote_it(serve_answer: ServeAnswer, name: str) -> None:
+    """Also where the template leaves calls out (LFM2), or writes the ids of clients (Kimi)."""
+    template, call = FORMS[name]
+    live = serve_answer(call, template, then="Dry.")
+    assert words_of(ChatTemplate(template)) == name
+    chat: list[Any] = [*CHAT]
+    [choice] = live.client.chat.completions.create(**OPTIONS | {"messages": chat}).choices
+    assert choice.finish_reason == "tool_calls" and choice.message.tool_calls is not None
+    made = choice.message.tool_calls[0]
+    assert (made.function.name, json.loads(made.function.arguments)) == ("weather", BONN)
+    chat += [choice.message.model_dump(exclude_none=True)]
+    chat += [{"role": "tool", "tool_call_id": made.id, "content": "dry"}]
+    tokens = live.post("/tokenize", {"messages": chat, "tools": TOOLS}).json()["tokens"]
+    prompt = live.post("/detokenize", {"tokens": tokens}).json()["prompt"]
+    assert f"assistant\n{call}<|im_end|>" in prompt
+    second = live.client.chat.completions.create(**OPTIONS | {"messages": chat})
+    assert second.choices[0].message.content == "Dry." and second.usage is not None
+    assert second.usage.prompt_tokens == len(tokens)
+
+
+def test_the_start_screen_names_the_form_of_calls(builtin: Live) -> None:
+    assert dict(screen_rows(builtin.engine, ""))["tools"] == "Hermes"
+    said = [
+        words_of(ChatTemplate(source + "{{ messages[0].content }}"))
+        for source in (QWEN_XML, "", "{{ tools }}")
+    ]
+    assert said[:2] == ["tags", "none: the chat template has no tools"]
+    assert said[2].startswith("not supported: ")
 
 
 def test_stream_has_no_empty_events_during_a_call(serve_answer: ServeAnswer) -> None:

@@ -15,7 +15,7 @@ from engine.errors import Json, JsonObject
 from engine.front.chat_prompt import NO_CHAT, ChatPrompt
 from engine.front.server.bodies import APIError, run, settled
 from engine.front.server.schemas import ChatRequest, arranged, cuts_of
-from engine.front.server.tool_calls.forms import tool_calls
+from engine.front.server.tool_calls.form import prepared, tool_calls
 from engine.front.server.transport import event
 from engine.front.server.writers import Call, Writer, finite, new_id, token_text
 from engine.text.answers import (
@@ -38,8 +38,9 @@ async def render(call: Call, body: ChatRequest) -> ChatPrompt:
 
     def work() -> ChatPrompt:
         messages = arranged(body.messages, template)
+        chat = [message.as_template_input() for message in messages]
         return context.history.render(
-            [message.as_template_input() for message in messages],
+            prepared(chat, template),
             tenant,
             tools=body.plain_tools or None,
             variables=(context.switches | (body.chat_template_kwargs or {})) or None,
@@ -103,7 +104,10 @@ class ChatWriter(Writer):
         reader.read(output)
         super().read(index, reader.output)
         if reader.finish is not None and not reader.is_over:
-            self._context.history.keep(self._prompt, as_message(reader.events), output)
+            template = self._context.tokenizer.chat_template
+            assert template is not None, "a chat was rendered"
+            [message] = prepared([as_message(reader.events)], template)
+            self._context.history.keep(self._prompt, message, output)
         elif reader.is_over and reader.finish is None:
             self._stream.abort("stop", output.request_id)
 

@@ -86,6 +86,7 @@ class Page:
                 raise APIError(503, str(error)) from error
             self._views.append((replica, view))
             whole = await ask(AskView(view, "whole"))
+            whole["meta"] |= {"title": self._context.model_name}
             yield await self._event(len(whole["records"]), whole, "whole")
             while not self._is_closed:
                 await asyncio.sleep(EVERY_S * len(self._views))

@@ -184,7 +184,7 @@ class Parameters:
         if is_text and text != plain:
             return text, True
         try:
-            value = _parsed(plain, is_text)
+            value = read_literal(plain, is_text)
         except ValueError:
             return text, is_text
         for member in members:
@@ -214,11 +214,10 @@ class Parameters:
         schema = {} if schema is True else {"enum": []} if schema is False else schema
         return json_rule({**schema, **more}, options)
 
-    def tagged(self, rule: str, end: str) -> tuple[list[tuple[str, bool, str]], list[str]]:
-        """Return (name, whether it is required, expression of its value) of each argument in the
-        form with tags, and the lines of the rules that the expressions use. ``rule`` begins their
-        names, ``end`` is the expression of the end of a value. Raises GrammarError."""
-        roots, lines = self.branches(self.root), list[str]()
+    def arguments(self) -> list[tuple[str, bool, Any]]:
+        """Return (name, whether it is required, schema) of each argument. Raises GrammarError if a
+        strict tool limits its arguments in a way that a form without JSON cannot enforce."""
+        roots = self.branches(self.root)
         named = {name: one for name, one in self.properties().items() if one is not False}
         needed = [{*_listed(one, "required")} for one in roots] or [set()]
         if self.is_strict:
@@ -229,9 +228,14 @@ class Parameters:
             refused += ["anyOf"] * (len(roots) > 1) + ["required"] * (not needed[0] <= {*named})
             if refused:
                 raise self._unenforced(refused[0], "the arguments")
-        parts = []
-        for number, (name, schema) in enumerate(named.items()):
-            is_needed = all(name in each for each in needed)
+        return [(name, all(name in each for each in needed), one) for name, one in named.items()]
+
+    def tagged(self, rule: str, end: str) -> tuple[list[tuple[str, bool, str]], list[str]]:
+        """Return (name, whether it is required, expression of its value) of each argument in the
+        form with tags, and the lines of the rules that the expressions use. ``rule`` begins their
+        names, ``end`` is the expression of the end of a value. Raises GrammarError."""
+        lines, parts = list[str](), []
+        for number, (name, is_needed, schema) in enumerate(self.arguments()):
             texts, kinds, nested, is_limited = list[str](), set[str](), set[str](), False
             branches = self.branches(schema)
             for one in branches:
@@ -368,7 +372,7 @@ def _merged(first: Schema, second: Schema) -> Schema:
     return both | ({"allOf": [*_listed(both, "allOf"), *conflicts]} if conflicts else {})
 
 
-def _parsed(text: str, may_be_text: bool) -> Any:
+def read_literal(text: str, may_be_text: bool) -> Any:
     """Return a value in the form of JSON or Python. Raises ValueError for any other text."""
     word = text if may_be_text else {"none": "null"}.get(text.lower(), text.lower())
     if word in WORDS:

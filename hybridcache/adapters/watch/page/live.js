@@ -47,9 +47,9 @@ class Live {
     const headers = { ...options.headers, ...(key ? { Authorization: `Bearer ${key}` } : {}) };
     const response = await fetch(path, { ...options, headers });
     if (response.ok) return response;
-    let message = `The server answered ${response.status}.`;
-    try { message = (await response.json()).error.message; } catch { /* no JSON: the number says it */ }
-    throw Object.assign(new Error(message), { status: response.status });
+    let [message, isOwn] = [`The server answered ${response.status}.`, true];
+    try { message = (await response.json()).error.message; } catch { isOwn = false; /* no JSON: the number says it */ }
+    throw Object.assign(new Error(message), { status: response.status, isOwn });
   }
 
   async json(path) { return (await this.ask(path)).json(); }
@@ -70,8 +70,9 @@ class Live {
           if (one.event !== "alive") this.take(one);
         }
       } catch (error) {
-        if (error.status === 401 || error.status === 403) { await this.askForKey(error); continue; }
-        if (error.status) reason = error.message;
+        const isRefused = error.status === 401 || error.status === 403;
+        if (isRefused && error.isOwn) { await this.askForKey(error); continue; }
+        if (error.status) reason = isRefused ? "A proxy denies /v1/cache: open the page on the server" : error.message;
       } finally { clearTimeout(timer); }
       await this.pause(reason);
     }
@@ -117,11 +118,12 @@ class Live {
   }
 
   async pause(reason) {
+    reason = reason.replace(/\.$/, "");
     const wait = RETRY_S[Math.min(this.tries, RETRY_S.length - 1)];
     this.tries += 1;
     this.main.classList.add("stale");
-    this.say("broken", `${reason.replace(/\.$/, "")}; trying again${wait >= 2 ? ` in ${wait} s` : ""}`);
-    if (!this.view.tree.items.length) this.view.tree.note.replaceChildren(element("strong", {}, "No connection"), element("span", {}, "The page goes on as soon as the server answers."));
+    this.say("broken", `${reason}; trying again${wait >= 2 ? ` in ${wait} s` : ""}`);
+    if (!this.view.tree.items.length) this.view.tree.note.replaceChildren(element("strong", {}, "No connection"), element("span", {}, `${reason}. The page goes on as soon as the server answers.`));
     await new Promise((done) => { setTimeout(done, 1000 * wait); addEventListener("online", done, { once: true }); });
   }
 

@@ -1,28 +1,29 @@
-"""Forms in which models write calls of tools: their readers and their grammars."""
+"""Forms in which models write calls of tools: the common reader and grammar, and their registry.
+
+A form is a subclass of ``Form`` in a file of this folder. It is found in a chat template by its
+signs. ``docs/how-to/tool-calls.md`` adds one.
+"""
 
 from __future__ import annotations
 
 import json
-import re
+import pkgutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from functools import partial
-from typing import Any, NamedTuple
+from functools import cache, partial
+from importlib import import_module
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
 
 from msgspec import structs
 
-from engine.errors import Json, JsonObject
+from engine.errors import JsonObject
 from engine.front.server.bodies import APIError
 from engine.front.server.schemas import ChatRequest, Choice, NamedTool
-from engine.front.server.tool_calls.parameters import (
-    STRING_PARTS,
-    Pairs,
-    Parameters,
-    read_leniently,
-)
+from engine.front.server.tool_calls.parameters import Parameters
 from engine.text.answers import MAX_NAME, AnswerReader, Event, RequestOutput, TextDelta, ToolCall
 from engine.text.grammar import Grammar, GrammarError, quoted
-from engine.text.tokenizer import CALL_CLOSE, CALL_OPEN, CLOSE, OPEN, ChatTemplate, any_of
+from engine.text.tokenizer import CLOSE, OPEN, ChatTemplate, any_of
 
 MAX_RETRIES = 8
 """Maximum number of broken calls of an answer that are searched for calls again, so that an answer
@@ -35,7 +36,6 @@ THOUGHT = "A call of a tool was left in the reasoning, because "
 """Starts of warnings about an answer; the reason follows."""
 BROKEN_OFF = "it breaks off"
 LEFT_OVER = "Text next to a call of a tool, inside of its marks, is part of the answer"
-MISTYPED = "The argument {!r} of a call is not of the type in the schema of the tool"
 ANY_OBJECT = {"type": "object"}
 ANY = "/(?s:.*)/"
 """Any text, as an expression of Lark."""
@@ -48,21 +48,38 @@ class Call(NamedTuple):
 
     name: str
     arguments: JsonObject
-    end: int
-    """End of the call in the text."""
     doubt: str | None = None
     """Warning about the arguments."""
+
+
+class Calls(NamedTuple):
+    """Calls that were read at one mark."""
+
+    calls: Sequence[Call]
+    end: int
+    """End of the calls in the text."""
 
 
 class Form(ABC):
     """Calls of tools in the answers to one chat, between the marks of a form."""
 
-    MARKS: tuple[str, ...]
-    ENDS: tuple[str, ...]
-    """Texts with which a call begins, and may end."""
-    CALLS: tuple[str, ...]
-    """Rules of Lark: ``calls`` is a call without the marks around it, with ``function`` for any of
-    the functions."""
+    NAME: ClassVar[str]
+    """Name on the start screen and in the table of families."""
+    SIGNS: ClassVar[tuple[str, ...]]
+    """Texts of chat templates; one of them shows that the model writes this form."""
+    MARKS: ClassVar[tuple[str, ...]]
+    """Texts with which calls begin."""
+    ENDS: ClassVar[tuple[str, ...]]
+    """Texts with which they may end; behind the first mark, only the first of them."""
+    BEGIN: ClassVar[str]
+    BETWEEN: ClassVar[str]
+    END: ClassVar[str]
+    """Texts in front of the first call, between two calls, and behind the last one, as templates
+    write them. ``BEGIN`` starts with the first mark."""
+    CLOSE: ClassVar[str] = ""
+    """Mark that follows the calls that ``parse`` returns, and is not part of the answer."""
+    LINES: ClassVar[tuple[str, ...]] = ()
+    """Rules of Lark that the rules of all calls share."""
 
     def __init__(
         self,
@@ -71,7 +88,8 @@ class Form(ABC):
         is_single: bool = False,
     ) -> None:
         """``tools``: as in OpenAI's API; without any, every call is text with a warning.
-        ``choice``: its ``tool_choice``. ``is_single``: the first call ends the answer."""
+        ``choice``: its ``tool_choice``. ``is_single``: the first call ends the answer. Raises
+        GrammarError if the name of a tool cannot be written."""
         self._offered: list[Function] = [tool["function"] for tool in tools]
         self.functions = {one["name"]: Parameters(one) for one in self._offered}
         self.marks = self.MARKS if tools else ()
@@ -79,21 +97,38 @@ class Form(ABC):
         self.is_single, self._choice = is_single, choice
 
     @abstractmethod
-    def parse(self, text: str, is_whole: bool = False, is_cut: bool = False) -> Call | str | None:
-        """Return the call at the beginning of ``text``, the reason why it cannot be made, or None
-        if it is not complete. ``is_whole``: no text follows; ``is_cut``: because a limit or a stop
-        string ended the answer. A call that was returned does not depend on the text after it."""
+    def parse(self, text: str, is_whole: bool = False, is_cut: bool = False) -> Calls | str | None:
+        """Return the calls at the mark with which ``text`` begins, the reason why they cannot be
+        made, or None if they are not complete. ``is_whole``: no text follows; ``is_cut``: because a
+        limit or a stop string ended the answer. Calls that were returned do not depend on the text
+        after them."""
 
     @abstractmethod
     def rules(self, name: str, tool: str, parameters: Parameters) -> list[str]:
-        """Return the rule ``name`` of a call of ``tool``, and its parts. Raises GrammarError."""
+        """Return the rule ``name`` of a call of ``tool``, without ``BEGIN`` and ``END``, and its
+        parts. Raises GrammarError."""
 
-    def refused(self, parsed: Call | str) -> str | None:
-        """Return the reason why ``parsed`` is not a call of an offered tool, or None if it is."""
-        if isinstance(parsed, str) or parsed.name in self.functions:
-            return parsed if isinstance(parsed, str) else None
-        unknown = f"no tool {parsed.name[:MAX_NAME]!r} was offered"
-        return unknown if self.functions else "'tool_choice' is 'none'"
+    @classmethod
+    def prepared(cls, messages: list[JsonObject], source: str) -> list[JsonObject]:
+        """Return a chat as the template ``source`` of this form has to get it. Arguments of calls
+        are objects, or their JSON."""
+        return messages
+
+    def after(self, mark: str) -> str:
+        """Return an expression of Lark for calls behind ``mark``, in an answer that is free except
+        for calls."""
+        rest = self.BEGIN.removeprefix(mark)
+        between = f"({_literal(self.BETWEEN)} function)*"
+        return f"{_literal(rest)} function {between} {_literal(self.END)}"
+
+    def refused(self, parsed: Calls | str) -> str | None:
+        """Return the reason why ``parsed`` are not calls of offered tools, or None if they are."""
+        if isinstance(parsed, str):
+            return parsed
+        names = [one.name for one in parsed.calls if one.name not in self.functions]
+        if names and not self.functions:
+            return "'tool_choice' is 'none'"
+        return f"no tool {names[0][:MAX_NAME]!r} was offered" if names else None
 
     def reader(self, **options: Any) -> AnswerReader:
         """Return a reader of an answer with calls, with the ``options`` of ``AnswerReader``."""
@@ -129,17 +164,17 @@ class Form(ABC):
         if not wanted:
             names = ", ".join(function["name"] for function in self._offered)
             raise GrammarError(f"{name!r} is none of the tools: {names}.")
-        more = "" if self.is_single or name is not None else '("\\n" call)*'
-        start = f"start: call {more}"
+        is_one = self.is_single or name is not None
+        more = "" if is_one else f"({_literal(self.BETWEEN)} function)*"
+        start = f"start: {_literal(self.BEGIN)} function {more} {_literal(self.END)}"
         if text is not None:
             start += "\n" + text().text.replace("start:", "| ", 1)
-        call = f'call: "{CALL_OPEN}\\n" calls "\\n{CALL_CLOSE}"'
         loosely = [f for f in self._only_strict() if name in (None, f["name"])]
         looser = None
         if wanted != loosely:
-            looser = Grammar("lark", "\n".join([start, call, *self._rules(loosely)]))
+            looser = Grammar("lark", "\n".join([start, *self._rules(loosely)]))
         try:
-            return Grammar("lark", "\n".join([start, call, *self._rules(wanted)]), looser=looser)
+            return Grammar("lark", "\n".join([start, *self._rules(wanted)]), looser=looser)
         except GrammarError:
             if looser is None:
                 raise
@@ -152,15 +187,14 @@ class Form(ABC):
         not ``strict``. ``may_think``: the answer may begin with reasoning. Raises GrammarError if
         the schema of a strict tool cannot be used.
         """
-        rests = {CALL_OPEN: f'"\\n"? calls "\\n"? "{CALL_CLOSE}"', FUNCTION: "function"}
 
         def free(rule: str, expression: str) -> list[str]:
             """Return the rules of text with calls, and reasoning outside of it."""
             texts, lines = rule.upper(), list[str]()
             kinds = [texts]
             for number, mark in enumerate(self.MARKS):
-                kinds.append(f"{rule}_{number} {rests[mark]} text")
-                lines.append(f'{rule}_{number}[lazy]: {texts} "{mark}"')
+                kinds.append(f"{rule}_{number} {self.after(mark)} text")
+                lines.append(f"{rule}_{number}[lazy]: {texts} {quoted(mark)}")
             return [f"{texts}: {expression}", f"{rule}: {' | '.join(kinds)}", *lines]
 
         lines = ["start: text", *free("text", ANY), *self._rules(self._only_strict())]
@@ -181,7 +215,7 @@ class Form(ABC):
         """Return the rules of calls, with comments that errors of their compilation quote. Raises
         GrammarError with the name of the tool."""
         rules = [f"call_{number}" for number in range(len(functions))]
-        lines = [*self.CALLS, f"function: {' | '.join(rules)}"]
+        lines = [*self.LINES, f"function: {' | '.join(rules)}"]
         for rule, function in zip(rules, functions, strict=True):
             tool = f"tool {function['name']!r}"
             try:
@@ -192,6 +226,11 @@ class Form(ABC):
         return lines
 
 
+def _literal(text: str) -> str:
+    """Return ``text`` as an expression of Lark, which has no empty strings."""
+    return quoted(text) if text else ""
+
+
 class CallReader(AnswerReader):
     """Reader of an answer with calls."""
 
@@ -199,6 +238,7 @@ class CallReader(AnswerReader):
         """``options``: those of ``AnswerReader``."""
         super().__init__(**options)
         self._form = form
+        self._closes = (form.CLOSE,) if form.CLOSE else ()
         self.warning: str | None = None
         """Sentence about the first call that cannot be made, or is doubtful."""
         self._is_broken_off = False
@@ -260,7 +300,7 @@ class CallReader(AnswerReader):
                 if isinstance(parsed, str) or why is not None:
                     num_retries -= 1
                     break
-                calls.append(parsed)
+                calls += parsed.calls
                 while (next_at := self._behind(at + parsed.end)) is None:
                     yield None
                 at = end = next_at
@@ -289,9 +329,9 @@ class CallReader(AnswerReader):
         """Return the position of the text behind a call in reasoning that ends ``at``: the end of
         the rest if the answer has no more text. None if that is not known yet."""
         after = self._rest[at:].lstrip()
-        if not self._is_whole and any(m.startswith(after) for m in (CALL_CLOSE, CLOSE)):
+        if not self._is_whole and any(m.startswith(after) for m in (*self._closes, CLOSE)):
             return None
-        after = after.removeprefix(CALL_CLOSE).lstrip()
+        after = after.removeprefix(self._form.CLOSE).lstrip()
         marks = CLOSE, *self._form.MARKS
         if not after.removeprefix(CLOSE).strip():
             return len(self._rest) if self._is_whole else None
@@ -301,14 +341,15 @@ class CallReader(AnswerReader):
 
     def _read_text(self) -> Iterator[Event | None]:
         """Read text and calls. White space around a call is not text."""
-        marks, num_retries, has_calls = self._form.MARKS, MAX_RETRIES, False
-        begins, breaks = any_of(marks), any_of((CALL_CLOSE, *marks))
+        marks, closes, close = self._form.MARKS, self._closes, self._form.CLOSE
+        begins, breaks = any_of(marks), any_of((*closes, *marks))
+        num_retries, has_calls = MAX_RETRIES, False
         while True:
             found = begins.search(self._rest)
-            certain = self._certain((*marks, CALL_CLOSE))
+            certain = self._certain((*marks, *closes))
             text = self._rest[: found.start()].rstrip() if found else certain
             if text:
-                if has_calls and CALL_CLOSE in text:
+                if has_calls and close and close in text:
                     self._warn(LEFT_OVER)
                 yield TextDelta(text)
             self._rest = self._rest[len(text) :]
@@ -321,16 +362,17 @@ class CallReader(AnswerReader):
             start = found.start() - len(text)
             parsed, end = yield from self._parse_call(start, found.end() - len(text))
             why = self._form.refused(parsed)
-            if isinstance(parsed, Call) and why is None:
+            if isinstance(parsed, Calls) and why is None:
                 has_calls = True
-                yield self._made(parsed)
+                yield from map(self._made, parsed.calls)
                 self._rest = self._rest[start + parsed.end :]
-                while any(map(self._may_begin, (CALL_CLOSE, *marks))):
+                while any(map(self._may_begin, (*closes, *marks))):
                     yield None
                 behind = self._rest.lstrip()
-                is_part = self._is_cut and CALL_CLOSE.startswith(behind)
-                self._rest = "" if is_part else behind.removeprefix(CALL_CLOSE)
-                if self._rest == behind and found[0] == CALL_OPEN and not begins.match(behind):
+                is_part = self._is_cut and close.startswith(behind)
+                self._rest = "" if is_part else behind.removeprefix(close)
+                is_left = close and self._rest == behind and found[0] == marks[0]
+                if is_left and not begins.match(behind):
                     self._warn(LEFT_OVER) if behind else None
                 continue
             self._warn(f"{BROKEN}{why}")
@@ -339,20 +381,20 @@ class CallReader(AnswerReader):
             mark = breaks.search(self._rest, start + 1, end) if num_retries else None
             if mark is not None:
                 num_retries -= 1
-                end = mark.end() if mark.group() == CALL_CLOSE else mark.start()
+                end = mark.end() if mark.group() == close else mark.start()
             broken = self._rest[:end].rstrip()
             yield TextDelta(broken)
             self._rest = self._rest[len(broken) :]
 
     def _parse_call(
         self, start: int, at: int, stop: str | None = None
-    ) -> Generator[None, None, tuple[Call | str, int]]:
-        """Return the call at ``start`` of the rest, or the reason why there is none, and the end of
-        the text that it was read from. Its mark ends ``at``; a mark ``stop`` ends the text. Yields
-        None where more is needed."""
+    ) -> Generator[None, None, tuple[Calls | str, int]]:
+        """Return the calls at ``start`` of the rest, or the reason why there is none, and the end
+        of the text that they were read from. Their mark ends ``at``; a mark ``stop`` ends the text.
+        Yields None where more is needed."""
         form, tried, num_retries = self._form, 0, MAX_RETRIES
-        closes = (CALL_CLOSE,) if self._rest.startswith(CALL_OPEN, start) else form.ENDS
-        marks = *closes, *form.MARKS, *([stop] if stop else ())
+        is_first = self._rest.startswith(form.MARKS[0], start)
+        marks = *form.ENDS[: 1 if is_first else None], *form.MARKS, *([stop] if stop else ())
         ends, longest = any_of(marks), max(map(len, marks))
         while True:
             end = ends.search(self._rest, at)
@@ -373,222 +415,40 @@ class CallReader(AnswerReader):
                 yield None
 
 
-# --- JSON -----------------------------------------------------------------------------------------
-
-NOT_JSON = "it is not a JSON object with a name and arguments"
+# --- Registry -------------------------------------------------------------------------------------
 
 
-class Hermes(Form):
-    """Form of Hermes, Qwen3 and the built-in model:
-    ``<tool_call>{"name": ..., "arguments": {...}}</tool_call>``."""
-
-    MARKS = (CALL_OPEN,)
-    ENDS = (CALL_CLOSE,)
-    CALLS = ("calls: function",)
-
-    def parse(self, text: str, is_whole: bool = False, is_cut: bool = False) -> Call | str | None:
-        start = len(text) - len(text.removeprefix(CALL_OPEN).lstrip())
-        if not text.startswith("{", start):
-            return NOT_JSON if text[start:] else None
-        try:
-            end = _JSON.raw_decode(text, start)[1]
-            call = read_leniently(text[start:end])
-            name, arguments = call.get("name"), call.get("arguments", call.get("parameters", {}))
-            arguments = read_leniently(arguments) if isinstance(arguments, str) else arguments
-        except (ValueError, RecursionError):
-            in_string = any(not string["end"] for string in STRING_PARTS.finditer(text, start))
-            return None if in_string or not text.endswith((CALL_OPEN, CALL_CLOSE)) else NOT_JSON
-        if not isinstance(name, str) or not isinstance(arguments, dict):
-            return NOT_JSON
-        return Call(name, arguments, end)
-
-    def rules(self, name: str, tool: str, parameters: Parameters) -> list[str]:
-        arguments = {"type": "object", **parameters.root}
-        fields = {"name": {"const": tool}, "arguments": arguments}
-        schema = {
-            "type": "object",
-            "properties": fields,
-            "required": list(fields),
-            "additionalProperties": False,
-        }
-        return [f"{name}: {parameters.json(schema)}"]
+@cache
+def forms() -> dict[str, type[Form]]:
+    """Map the ``NAME`` of each form in this folder to its class."""
+    found: dict[str, type[Form]] = {}
+    for file in pkgutil.iter_modules([str(Path(__file__).parent)]):
+        module = import_module(f"{__package__}.{file.name}")
+        for part in vars(module).values():
+            if isinstance(part, type) and issubclass(part, Form) and "NAME" in vars(part):
+                found[part.NAME] = part
+    return found
 
 
-_JSON = json.JSONDecoder(strict=False)
+def form_of(source: str) -> type[Form] | None:
+    """Return the form of a chat template, or None if no form has a sign in it. Of several, the one
+    with most marks is taken, since the marks of another form may be part of its own."""
+    fitting = [form for form in forms().values() if any(sign in source for sign in form.SIGNS)]
+    return max(fitting, key=lambda form: len(form.MARKS), default=None)
 
 
-# --- XML ------------------------------------------------------------------------------------------
-
-FUNCTION, END_FUNCTION = "<function=", "</function>"
-PARAMETER, END_PARAMETER = "<parameter=", "</parameter>"
-MALFORMED = "it is not written as a function with parameters"
-REPEATED = "it gives one argument twice"
-END_OF_VALUE = r'"\n</parameter>\n"'
-VALUE = (
-    f"value[suffix={END_OF_VALUE}]: VALUE",
-    r"VALUE: /(?s:.*)/ & ~/((?s:.*)\n)?(<\/parameter>|<parameter=[^<>\n]+>)\n(?s:.*)/",
-)
-"""Text up to the closing tag of its parameter, without a line that is a tag of a parameter."""
+def words_of(template: ChatTemplate) -> str:
+    """Return the name of a template's form for the start screen, or why there is none."""
+    if "tools" not in template.source:
+        return "none: the chat template has no tools"
+    form = form_of(template.source)
+    return "not supported: the chat template has no known form" if form is None else form.NAME
 
 
-class Xml(Form):
-    """Form of Qwen3-Coder and Qwen3.5: ``<tool_call><function=NAME>``, then a ``<parameter=NAME>``
-    per argument with its value on separate lines, and closing tags."""
-
-    MARKS = (CALL_OPEN, FUNCTION)
-    ENDS = (CALL_CLOSE, END_FUNCTION)
-    CALLS = (f'calls: "{FUNCTION}" function', *VALUE)
-
-    def __init__(self, tools: Sequence[Mapping[str, Function]], *options: Any) -> None:
-        """Raises GrammarError if the name of a tool cannot be written."""
-        super().__init__(tools, *options)
-        for name in self.functions:
-            tag(name)
-
-    def parse(self, text: str, is_whole: bool = False, is_cut: bool = False) -> Call | str | None:
-        """See ``Form``. A call as the chat template writes it is read first, because values may
-        contain tags. Other ways of writing are read at the end of the answer, or where the first
-        tag shows them."""
-        head = _HEAD.match(text)
-        if head is None:
-            return None if _HEAD_BEGIN.fullmatch(text) else MALFORMED
-        found: Arguments | str | None = _read_written(text, head.end())
-        parameters = self.functions.get(name := head[1].strip())
-        if found is None and (is_whole or not _WRITTEN_BEGIN.match(text, head.end())):
-            flat = _read_flat(text, head.end()) if is_whole else None
-            found = _read_loosely(text, head.end(), is_whole and not is_cut)
-            if flat is not None and not (
-                isinstance(found, tuple) and parameters and parameters.needs(found[0], flat[0])
-            ):
-                found = flat
-            if is_cut and isinstance(found, tuple) and not _is_certain(text, *found):
-                return None
-        if not isinstance(found, tuple):
-            return found
-        pairs, end = found
-        if len({key for key, _ in pairs}) < len(pairs):
-            return REPEATED
-        arguments, doubt = dict[str, Json](), None
-        for key, value in pairs:
-            arguments[key] = value
-            if parameters is not None:
-                arguments[key], is_typed = parameters.read(key, value)
-                doubt = doubt if is_typed or doubt else MISTYPED.format(key[:MAX_NAME])
-        return Call(name, arguments, end, doubt)
-
-    def rules(self, name: str, tool: str, parameters: Parameters) -> list[str]:
-        """See ``Form``. Parameters are in the order of the schema."""
-        begin = tag(tool)
-        if parameters.is_open:
-            anything = f'("{PARAMETER}" /[^<>\\n]{{1,64}}/ ">\\n" value)*'
-            return [f'{name}: {begin} {anything} "{END_FUNCTION}"']
-        arguments, lines = parameters.tagged(name, END_OF_VALUE)
-        parts = []
-        for number, (key, is_required, value) in enumerate(arguments):
-            parts.append(f"{name}_{number}" + ("" if is_required else "?"))
-            lines.append(f'{name}_{number}: "{PARAMETER}" {tag(key)} {value}')
-        return [f'{name}: {begin} {" ".join(parts)} "{END_FUNCTION}"', *lines]
-
-
-_NAME = rf"\s*[^<>\s][^<>\n]{{0,{MAX_NAME - 1}}}"
-_HEAD = re.compile(rf"(?:{CALL_OPEN}\s{{0,{MAX_NAME}}})?{FUNCTION}({_NAME})>")
-_HEAD_BEGIN = re.compile(rf"{CALL_OPEN}\s*|(?:{CALL_OPEN}\s*)?{FUNCTION}[^<>\n]{{0,{MAX_NAME}}}")
-Arguments = tuple[Pairs, int]
-"""Names and texts of the arguments of a call, and its end."""
-_WRITTEN = re.compile(rf"{PARAMETER}({_NAME})>\n")
-_WRITTEN_BEGIN = re.compile(rf"\n?\Z|\n{PARAMETER}[^<>\n]{{0,{MAX_NAME}}}(?:>?\Z|>\n)")
-_LINE_TAG = re.compile(rf"(?<=\n)(?:{PARAMETER}{_NAME}>|{END_PARAMETER})(?=\n)")
-
-
-def _read_written(text: str, at: int) -> Arguments | None:
-    """Read arguments as the chat template writes them, with tags on separate lines; ``at`` is the
-    end of the tag of the function. A value may contain other tags, and pairs of such lines. None if
-    they are not complete, or not written so."""
-    close = f"{END_FUNCTION}\n{CALL_CLOSE}" if text.startswith(CALL_OPEN) else END_FUNCTION
-    pairs, depth, at = Pairs(), 0, at + 1
-    if text[at - 1 : at] != "\n":
-        return None
-    while opening := _WRITTEN.match(text, at):
-        for line in _LINE_TAG.finditer(text, opening.end()):
-            at = line.end() + 1
-            if line[0] != END_PARAMETER:
-                depth += 1
-            elif depth:
-                depth -= 1
-            elif text.startswith(close, at) or _WRITTEN.match(text, at):
-                value = text[opening.end() : max(opening.end(), line.start() - 1)]
-                pairs.append((opening[1].strip(), value))
-                break
-        else:
-            return None
-    return (pairs, at + len(END_FUNCTION)) if text.startswith(close, at) else None
-
-
-_FLAT = re.compile(rf"\s*{PARAMETER}({_NAME})>\n?")
-_FLAT_END = re.compile(
-    rf"\n?{END_PARAMETER}\s*(?:(?={PARAMETER}{_NAME}>)|"
-    rf"{END_FUNCTION}(?P<end>)\s*(?:\Z|{CALL_CLOSE}|{CALL_OPEN}|{FUNCTION}))"
-)
-
-
-def _read_flat(text: str, at: int) -> Arguments | None:
-    """Read arguments that end with a closing tag before the next tag of the call."""
-    pairs = Pairs()
-    while opening := _FLAT.match(text, at):
-        end = _FLAT_END.search(text, opening.end())
-        if end is None:
-            return None
-        pairs.append((opening[1].strip(), text[opening.end() : end.start()]))
-        if end["end"] is not None:
-            return pairs, end.end("end")
-        at = end.end()
-    return None
-
-
-_PARAMETER = re.compile(
-    rf"\s*{PARAMETER}(?P<name>{_NAME})>"
-    rf"(?P<value>.*?)(?:(?P<end>{END_PARAMETER}|{END_FUNCTION}|{PARAMETER})|\Z)",
-    re.DOTALL,
-)
-_PARAMETER_BEGIN = re.compile(rf"\s*{PARAMETER}[^<>\n]{{0,{MAX_NAME}}}")
-_END = re.compile(rf"\s*(?P<tag>{END_FUNCTION}|{CALL_CLOSE}|{CALL_OPEN}|{FUNCTION})?")
-
-
-def _read_loosely(text: str, at: int, is_end: bool) -> Arguments | str | None:
-    """Read arguments that may lack closing tags. ``is_end``: the answer ends behind the text."""
-    pairs = Pairs()
-    while found := _PARAMETER.match(text, at):
-        if found["end"] is None:
-            return None
-        value = found["value"].removeprefix("\n").removesuffix("\n")
-        pairs.append((found["name"].strip(), value))
-        at = found.end("end") if found["end"] == END_PARAMETER else found.start("end")
-    end = _END.match(text, at)
-    assert end is not None, "white space always matches"
-    if end["tag"] is None and end.end() < len(text):
-        return None if _PARAMETER_BEGIN.fullmatch(text, at) else MALFORMED
-    if end["tag"] is None and not is_end:
-        return None
-    return pairs, end.end() if end["tag"] in (END_FUNCTION, None) else end.start("tag")
-
-
-def _is_certain(text: str, pairs: Pairs, end: int) -> bool:
-    """Return True if a call that ends at ``end`` of an answer that was cut off is whole: the call
-    of a value that has tags may go on."""
-    rest = text[end:].lstrip().removeprefix(CALL_CLOSE).lstrip()
-    is_next = any(mark.startswith(rest) for mark in (CALL_CLOSE, *Xml.MARKS))
-    has_tags = any(mark in value for _, value in pairs for mark in Xml.MARKS)
-    return (is_next or rest.startswith(Xml.MARKS)) and not has_tags
-
-
-def tag(name: str) -> str:
-    """Return a name with the end of its tag, as a string of Lark."""
-    if not name.strip() or name != name.strip() or any(letter in name for letter in "<>\n"):
-        raise GrammarError(
-            f"{name[:MAX_NAME]!r} cannot be written as a tag, which this model uses: choose a "
-            "name without <, > and blanks around it."
-        )
-    return quoted(f"{name}>\n")
+def prepared(messages: list[JsonObject], template: ChatTemplate) -> list[JsonObject]:
+    """Return a chat as its template has to get it; see ``Form.prepared``."""
+    form = form_of(template.source)
+    return messages if form is None else form.prepared(messages, template.source)
 
 
 def tool_calls(body: ChatRequest, template: ChatTemplate) -> Form | None:
@@ -598,7 +458,7 @@ def tool_calls(body: ChatRequest, template: ChatTemplate) -> Form | None:
     if "tools" not in source:
         raise APIError(400, "The chat template of this model has no tools: omit 'tools'.")
     # The last mark of the first form is in no template of the second.
-    form = next((form for form in (Xml, Hermes) if form.MARKS[-1] in source), None)
+    form = form_of(source)
     if form is None:
         if choice == "none":
             return None

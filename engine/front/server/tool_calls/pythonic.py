@@ -1,0 +1,279 @@
+"""Calls written like calls of Python functions, with values as literals of JSON or Python.
+
+Templates write strings between quotes as they are. A quote ends a string only if a further
+argument, a further call or the end follows it.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+from engine.errors import Json, JsonObject
+from engine.front.server.tool_calls.form import Call, Calls, Form, Function
+from engine.front.server.tool_calls.hermes import end_of_json
+from engine.front.server.tool_calls.json_list import read_list
+from engine.front.server.tool_calls.parameters import (
+    LIMITS,
+    Parameters,
+    kinds_of,
+    read_leniently,
+    read_literal,
+)
+from engine.text.answers import MAX_NAME
+from engine.text.bounded import read_json
+from engine.text.grammar import GrammarError, quoted
+
+MALFORMED = "it is not a list of calls with named arguments"
+REPEATED = "it gives one argument twice"
+IDENTIFIER = r"""[^\s()\[\]{}=,;:'"<>|]{1,256}"""
+_OBJECTS = re.compile(r"\[\s*\{")
+_CALL = re.compile(rf"\s*({IDENTIFIER})\(\s*")
+_KEY = re.compile(rf"\s*({IDENTIFIER})\s*=\s*")
+_WORD = re.compile(r"""[^\s,()\[\]{}'"=]+""")
+_STRING = re.compile(r"""(?P<quote>['"])(?:[^\\]|\\.)*?(?P=quote)""", re.DOTALL)
+_AFTER_ARGUMENT = re.compile(r"\s*([,)])\s*")
+OPENING = ("[", "{", "(")
+
+
+class Incomplete(Exception):
+    """The calls go on behind the text."""
+
+
+class Pythonic(Form):
+    """Form with calls such as ``f(a=1, b="x")`` between two marks."""
+
+    SEPARATOR: ClassVar[str]
+    """Expression of the text between two calls."""
+    WORDS: ClassVar[tuple[tuple[str, str], ...]] = ()
+    """(Type, expression of Lark of its values) of types that are not written as in JSON."""
+
+    def __init__(self, tools: Sequence[Mapping[str, Function]], *options: Any) -> None:
+        super().__init__(tools, *options)
+        for name in self.functions:
+            _checked(name)
+        close = rf"\s*+\]?\s*+(?:{re.escape(self.ENDS[0])}|\Z)"
+        self._close = re.compile(close)
+        self._separator = re.compile(self.SEPARATOR)
+        self._behind_string = re.compile(
+            rf"\s*(?:,\s*{IDENTIFIER}\s*=|\)(?:{self.SEPARATOR}\s*{IDENTIFIER}\(|{close}))"
+        )
+
+    def parse(self, text: str, is_whole: bool = False, is_cut: bool = False) -> Calls | str | None:
+        start = len(text) - len(text.removeprefix(self.MARKS[0]).lstrip())
+        if _OBJECTS.match(text, start):
+            found = read_list(text, start, self.ENDS)
+            close = self._close.match(text, found.end) if isinstance(found, Calls) else None
+            return Calls(found.calls, close.end()) if isinstance(found, Calls) and close else found
+        if not text.endswith(self.ENDS) and (is_cut or not is_whole):
+            return None
+        try:
+            return self._read(text, start + text.startswith("[", start))
+        except Incomplete:
+            return None
+        except (ValueError, RecursionError) as error:
+            return REPEATED if str(error) == REPEATED else MALFORMED
+
+    def _read(self, text: str, at: int) -> Calls:
+        """Return the calls from ``at`` up to the closing mark, or to the end of the text. Raises
+        Incomplete, and ValueError for any other text."""
+        calls = list[Call]()
+        while True:
+            name, at = _read_head(_CALL, text, at)
+            arguments: JsonObject = {}
+            is_over = text.startswith(")", at)
+            at += is_over
+            while not is_over:
+                key, at = _read_head(_KEY, text, at)
+                value, at = self._read_value(text, at)
+                if key in arguments:
+                    raise ValueError(REPEATED)
+                arguments[key] = value
+                sign = _AFTER_ARGUMENT.match(text, at)
+                if sign is None:
+                    raise ValueError(MALFORMED)
+                is_over, at = sign[1] == ")", sign.end(1)
+            calls.append(Call(name, arguments))
+            if close := self._close.match(text, at):
+                return Calls(calls, close.end())
+            if (separator := self._separator.match(text, at)) is None:
+                raise ValueError(MALFORMED)
+            at = separator.end()
+
+    def _read_value(self, text: str, at: int) -> tuple[Json, int]:
+        """Return a value and its end. Raises Incomplete or ValueError."""
+        first = text[at : at + 1]
+        if first in ("'", '"'):
+            end = self._end_of_string(text, at)
+            return _unquoted(text[at : end + 1]), end + 1
+        if first in OPENING:
+            try:
+                end = end_of_json(text, at)
+                return read_leniently(text[at:end]), end
+            except ValueError:
+                end = _end_of_brackets(text, at)
+                return read_literal(text[at:end], may_be_text=False), end
+        word = _WORD.match(text, at)
+        if word is None:
+            raise ValueError(MALFORMED)
+        return read_literal(word[0], may_be_text=False), word.end()
+
+    def _end_of_string(self, text: str, start: int) -> int:
+        """Return the position of the quote that ends the string at ``start``: the first one that
+        is followed by more of the call, and preferably not escaped. Raises Incomplete."""
+        quote, escaped = text[start], None
+        at = text.find(quote, start + 1)
+        while at >= 0:
+            if self._behind_string.match(text, at + 1):
+                before = at
+                while before > start + 1 and text[before - 1] == "\\":
+                    before -= 1
+                if (at - before) % 2 == 0:
+                    return at
+                escaped = at if escaped is None else escaped
+            at = text.find(quote, at + 1)
+        if escaped is None:
+            raise Incomplete
+        return escaped
+
+    def rules(self, name: str, tool: str, parameters: Parameters) -> list[str]:
+        """See ``Form``. Arguments are in the order of the schema."""
+        begin = quoted(f"{_checked(tool)}(")
+        if parameters.is_open:
+            value = f'/{IDENTIFIER}/ "=" {name}_any'
+            lines = [f"{name}_any: {self._value({}, parameters)}"]
+            return [f'{name}: {begin} ({value} (", " {value})*)? ")"', *lines]
+        named, lines = parameters.arguments(), list[str]()
+        for number, (key, is_required, schema) in enumerate(named):
+            maybe = "" if is_required else "?"
+            lines.append(f"{name}_{number}: {quoted(f'{_checked(key)}=')} {name}_{number}_value")
+            lines.append(f"{name}_{number}_value: {self._value(schema, parameters)}")
+            rest = f"{name}_after_{number + 1}" if number + 1 < len(named) else ""
+            lines.append(f'{name}_after_{number}: (", " {name}_{number}){maybe} {rest}')
+            first = f"{name}_{number} {rest}" if rest else f"{name}_{number}{maybe}"
+            others = f"| {name}_from_{number + 1}" if rest and not is_required else ""
+            lines.append(f"{name}_from_{number}: {first} {others}")
+        first = f"{name}_from_0" if named else ""
+        return [f'{name}: {begin} {first} ")"', *lines]
+
+    def _value(self, schema: Any, parameters: Parameters) -> str:
+        """Return an expression of a value. Raises GrammarError."""
+        words = set[str]()
+        for one in parameters.branches(schema):
+            if {*one}.isdisjoint(LIMITS | {"enum", "const"}):
+                kinds = kinds_of(one) if one else {kind for kind, _ in self.WORDS}
+                words |= {expression for kind, expression in self.WORDS if kind in kinds}
+        return " | ".join([f"({parameters.json(schema)})", *sorted(words)])
+
+
+class Lfm2(Pythonic):
+    """Form of LFM2 and LFM2.5, also with a list of JSON objects."""
+
+    NAME = "LFM2"
+    SIGNS = ("<|tool_call_start|>", "<|tool_list_start|>", "List of tools: ")
+    MARKS = ("<|tool_call_start|>",)
+    ENDS = ("<|tool_call_end|>",)
+    BEGIN = "<|tool_call_start|>["
+    BETWEEN = ", "
+    END = "]<|tool_call_end|>"
+    SEPARATOR = r"\s*+,"
+    WORDS = (("boolean", '"True" | "False"'), ("null", '"None"'))
+
+    @classmethod
+    def prepared(cls, messages: list[JsonObject], source: str) -> list[JsonObject]:
+        """Return the chat with calls in the content, if the template leaves calls out."""
+        if cls.MARKS[0] in source:
+            return messages
+        chat = list[JsonObject]()
+        for message in messages:
+            calls = message.get("tool_calls")
+            if isinstance(calls, list) and calls:
+                rest = {key: value for key, value in message.items() if key != "tool_calls"}
+                message = rest | {"content": f"{message.get('content') or ''}{_written(calls)}"}
+            chat.append(message)
+        return chat
+
+
+class Olmo(Pythonic):
+    """Form of Olmo 3 and Olmo Hybrid, with a call per line."""
+
+    NAME = "Olmo"
+    SIGNS = MARKS = ("<function_calls>",)
+    ENDS = ("</function_calls>",)
+    BEGIN = "<function_calls>"
+    BETWEEN = "\n"
+    END = "</function_calls>"
+    SEPARATOR = r"[^\S\n]*+[\n,]"
+
+
+def _written(calls: Sequence[Any]) -> str:
+    """Return calls as LFM2 was trained to write them."""
+
+    def literal(value: Json) -> str:
+        is_word = value is None or isinstance(value, bool)
+        return str(value) if is_word else json.dumps(value, ensure_ascii=False)
+
+    written = []
+    for call in calls:
+        function = call["function"]
+        arguments = function.get("arguments") or {}
+        arguments = read_json(arguments) if isinstance(arguments, str) else arguments
+        inside = ", ".join(f"{key}={literal(value)}" for key, value in arguments.items())
+        written.append(f"{function['name']}({inside})")
+    return Lfm2.BEGIN + Lfm2.BETWEEN.join(written) + Lfm2.END
+
+
+def _read_head(pattern: re.Pattern[str], text: str, at: int) -> tuple[str, int]:
+    """Return the name of a call or an argument, and the end of its sign. Raises ValueError."""
+    if (found := pattern.match(text, at)) is None:
+        raise ValueError(MALFORMED)
+    return found[1], found.end()
+
+
+def _unquoted(text: str) -> str:
+    """Return the value of a quoted string: with escapes if they are valid ones, else as it is."""
+    quote, body = text[0], text[1:-1]
+    if "\\" not in body:
+        return body
+    if quote == '"':
+        try:
+            return str(read_leniently(text))
+        except ValueError:
+            pass
+    try:
+        with warnings.catch_warnings():  # About escapes.
+            warnings.simplefilter("ignore")
+            # JSON replaces halves of characters.
+            return str(read_json(json.dumps(ast.literal_eval(f"{quote * 3}{body}{quote * 3}"))))
+    except (SyntaxError, ValueError):
+        return body
+
+
+def _end_of_brackets(text: str, start: int) -> int:
+    """Return the end of the literal in brackets at ``start``. Raises Incomplete."""
+    depth, at = 0, start
+    while at < len(text):
+        if text[at] in "'\"":
+            if (string := _STRING.match(text, at)) is None:
+                raise Incomplete
+            at = string.end()
+            continue
+        depth += (text[at] in "[{(") - (text[at] in "]})")
+        at += 1
+        if not depth:
+            return at
+    raise Incomplete
+
+
+def _checked(name: str) -> str:
+    """Return a name. Raises GrammarError if it cannot be written in a call."""
+    if not re.fullmatch(IDENTIFIER, name):
+        raise GrammarError(
+            f"{name[:MAX_NAME]!r} cannot be written in a call of this model: choose a name of "
+            "letters and digits."
+        )
+    return name
