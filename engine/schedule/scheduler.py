@@ -221,7 +221,7 @@ def logit_rows(segments: Sequence[Segment]) -> list[int]:
     return rows
 
 
-EMPTY = Batch(())
+NO_STEP = Batch(())
 """Step without work: the runner is not called."""
 
 
@@ -317,9 +317,9 @@ class Scheduler(StepPlanner[Request]):
         first: if memory is short, the previous step has drafts, or a request is due for a draft.
         """
         if self.must_commit or (self.num_in_flight and self.must_wait):
-            return EMPTY
+            return NO_STEP
         if self.num_in_flight and self.drafting and self.drafting.may_guess(self.running):
-            return EMPTY
+            return NO_STEP
         ends = self.choose()
         drafts = {} if self.drafting is None else self._drafts(self.drafting, ends)
         segments: list[Segment] = []
@@ -344,7 +344,7 @@ class Scheduler(StepPlanner[Request]):
                 num_drawn += 1
         if not segments and not self.manager.has_moves:
             # Changes that ``publish`` makes to a request's row wait for the next segments.
-            return EMPTY
+            return NO_STEP
         self.num_in_flight += bool(segments)
         self._verifies = bool(drafts)
         copies = self.manager.take_step()

@@ -683,8 +683,7 @@ class HybridRadixCache:
         new.stats.rebuilds += 1
         new.stats.evicted_tokens = new.stats.inserted_tokens
         new.stats.evicted_slots = new.stats.inserted_slots
-        listeners, self._listeners = self._listeners, ()
-        for listener in listeners:
+        for listener in self._listeners:
             listener.followed = None
             new.subscribe(listener)
             new._notify_one(listener, "cleared")

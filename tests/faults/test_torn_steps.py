@@ -1,8 +1,9 @@
-"""Exceptions at every line of a step: the cache and the answers stay right, or start again.
+"""Exceptions at every line of a call: the cache and the answers stay right, or start again.
 
 A trace function raises at one executed line of ``hybridcache`` or ``engine``, as a lack of memory
-or an interrupt would. The oracle verifies every later read. Each answer must be that of an
-undisturbed run, and end once; a request may also be refused with an error.
+or an interrupt would, and another one in the repair that follows. The oracle verifies every later
+read. Each answer must be that of an undisturbed run, and end once; a request may also be refused
+with an error.
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ import signal
 import sys
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -26,6 +28,7 @@ import pytest
 import engine as engine_package
 import hybridcache
 from engine import Engine, EngineConfig, Grammar, SamplingParams
+from engine.core import Damage, EngineCore
 from engine.plugins.speculation.drafters import drafters_of
 from engine.schedule.drafting import Drafting
 from engine.text.tokenizer import HFTokenizer
@@ -75,12 +78,12 @@ class Raise:
                 raise self.error
         return self.line
 
-    def step(self, engine: Engine) -> list[Any]:
+    def run(self, call: Callable[[], Any]) -> Any:
         before = sys.gettrace()
-        gc.disable()  # No other code may run in the step.
+        gc.disable()  # No other code may run in the call.
         sys.settrace(self)
         try:
-            return engine.step()
+            return call()
         finally:
             sys.settrace(before)
             gc.enable()
@@ -102,6 +105,8 @@ class Service:
         self.has_text = name == "text"
         self.engine = text_engine(**settings) if self.has_text else make_engine(**settings)
         self.expected: dict[str, list[int]] = {}
+        self.aborted = set[str]()
+        """Requests that may end before their answer is complete."""
         self.outputs: dict[str, list[Any]] = {}
 
     def submit(
@@ -117,7 +122,14 @@ class Service:
         longer, _, _ = answer(prompt, SamplingParams(max_tokens=99), self.engine.config.exact)
         self.drafter.answers[np.array(prompt, np.int32).tobytes()] = longer
         known = PromptBoundaries((length,))
-        self.expected[self.engine.submit(prompt, params, boundaries=known, **options)] = tokens
+        name = options.setdefault("request_id", f"{len(self.expected)}")
+        self.expected[name] = tokens
+        try:
+            self.engine.submit(prompt, params, boundaries=known, **options)
+        except BaseException:
+            if all(name != one.request_id for one in self.engine.requests):
+                del self.expected[name]
+            raise
 
     def submit_some(self) -> None:
         for number, length in enumerate((64, 130, 100, 64, 160)):
@@ -149,8 +161,9 @@ class Service:
             if self.has_text:
                 tokens, text = reference()[name]
                 said = "".join(part.new_text for part in parts)
-                assert said == (text if parts[-1].failure is None else text[: len(said)])
-            if parts[-1].failure is None:
+                is_whole = parts[-1].failure is None and name not in self.aborted
+                assert said == (text if is_whole else text[: len(said)])
+            if parts[-1].failure is None and name not in self.aborted:
                 assert found == tokens, f"{name} has another answer"
                 assert len(parts[-1].logprobs) == len(found)
             else:
@@ -195,7 +208,7 @@ def lines_of(name: str, count: int) -> list[tuple[int, int]]:
         if not service.engine.has_work():
             break
         tracer = Raise()
-        service.take(tracer.step(service.engine))
+        service.take(tracer.run(service.engine.step))
         for number, place in enumerate(tracer.places, 1):
             found.setdefault(place, []).append((step, number))
     service.finish()
@@ -215,9 +228,15 @@ def disturb(name: str, step: int, line: int, error: type[BaseException]) -> Engi
         service.take(service.engine.step())
     tracer = Raise(line, error)
     try:
-        service.take(tracer.step(service.engine))
+        service.take(tracer.run(service.engine.step))
     except error:
         service.take(service.engine.take_outputs())
+    check_service(service)
+    return service.engine if tracer.has_raised else None
+
+
+def check_service(service: Service) -> None:
+    """Check signals, every invariant and all answers, and serve more requests."""
     with pytest.raises(KeyboardInterrupt):
         for _ in range(2):  # If ``DelayedSignals`` was cut, the first may be noted only.
             signal.raise_signal(signal.SIGINT)
@@ -226,7 +245,6 @@ def disturb(name: str, step: int, line: int, error: type[BaseException]) -> Engi
     service.submit_some()  # They find what the cache has now.
     service.finish()
     service.close()
-    return service.engine if tracer.has_raised else None
 
 
 @pytest.mark.full
@@ -268,3 +286,145 @@ def check_lines(name: str, count: int) -> None:
         error = (MemoryError, KeyboardInterrupt)[number % 2]
         num_raised += disturb(name, step, line, error) is not None
     assert num_raised >= 0.9 * count  # Threads of a disk change the number of lines.
+
+
+# --- The other calls -----------------------------------------------------------------------------
+
+
+def abort(service: Service) -> None:
+    name = next(iter(service.expected))
+    service.aborted.add(name)
+    output = service.engine.abort(name)
+    service.take([] if output is None else [output])
+
+
+def submit(service: Service) -> None:
+    service.submit(0, 64, 5, 9)
+
+
+CALLS: dict[str, Callable[[Service], object]] = {
+    "abort": abort,
+    "close": lambda service: service.engine.close(),
+    "disconnect": lambda service: service.engine.disconnect(at_once=False),
+    "end_session": lambda service: service.engine.end_session(list(service.expected)[-1]),
+    "reset_prefix_cache": lambda service: service.engine.reset_prefix_cache(),
+    "run_idle_tasks": lambda service: service.engine.run_idle_tasks(),
+    "submit": submit,
+    "take_outputs": lambda service: service.take(service.engine.take_outputs()),
+}
+"""Public calls that change an engine, except ``step``."""
+
+
+def busy(settings: str) -> Service:
+    """Return a service in the middle of its work, with outputs that were not taken."""
+    service = Service(settings)
+    service.submit_some()
+    for _ in range(4):
+        service.take(service.engine.step())
+    return service
+
+
+def disturb_call(settings: str, call: str, line: int, error: type[BaseException]) -> bool:
+    """Raise ``error`` at a line of a call, repeat the call, and check everything. Returns False if
+    the line was not reached."""
+    service, tracer = busy(settings), Raise(line, error)
+    try:
+        tracer.run(lambda: CALLS[call](service))
+    except error:
+        service.take(service.engine.take_outputs())
+        if call == "abort":
+            service.engine.check()
+    CALLS[call](service)
+    if call == "close":
+        assert not list(service.engine.requests)
+        assert service.engine.report().kv.held == service.engine.report().slots.held == 0
+        service.close()
+    else:
+        check_service(service)
+    return tracer.has_raised
+
+
+def check_call(settings: str, call: str, most: int) -> None:
+    """Disturb a call at ``most`` of its lines, evenly spread, or at all."""
+    service, tracer = busy(settings), Raise()
+    tracer.run(lambda: CALLS[call](service))
+    service.close()
+    num_lines = len(tracer.places)
+    count = min(most, num_lines)
+    first = random.Random(settings + call).randrange(num_lines)
+    lines = [1 + (first + number * num_lines // count) % num_lines for number in range(count)]
+    for line in lines:
+        error = (MemoryError, KeyboardInterrupt)[line % 2]
+        is_exact = settings != "disk" or call != "close"  # Its thread changes the number of lines.
+        assert disturb_call(settings, call, line, error) or not is_exact
+
+
+@pytest.mark.full
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("settings", ["arena", "disk", "drafts", "pools", "text"])
+def test_an_exception_at_any_line_of_a_call_leaves_no_damage(settings: str, call: str) -> None:
+    check_call(settings, call, 60)
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_an_exception_at_some_lines_of_a_call_leaves_no_damage(call: str) -> None:
+    check_call("disk", call, 4)
+
+
+# --- Exceptions in the repair --------------------------------------------------------------------
+
+
+class Again:
+    """Exceptions in the first repairs of an engine, each at one line. Python traces nothing after
+    the first exception of a trace function, so each repair gets a trace function of its own."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, lines: list[int]) -> None:
+        self._lines = lines
+        self.num_raised = 0
+        repair = EngineCore._repair
+
+        def repaired(engine: EngineCore, error: BaseException | None = None) -> None:
+            if not self._lines or engine._damage is Damage.NONE:
+                return repair(engine, error)
+            tracer, before = Raise(self._lines.pop(0)), sys.gettrace()
+            sys.settrace(tracer)
+            try:
+                return repair(engine, error)
+            finally:
+                sys.settrace(before)
+                self.num_raised += tracer.has_raised
+
+        monkeypatch.setattr(EngineCore, "_repair", repaired)
+
+
+def check_repairs(settings: str, count: int) -> None:
+    """Raise at a line of a step and at lines of the two repairs that follow, ``count`` times."""
+    rng, num_raised = random.Random(settings), 0
+    for step, line in lines_of(settings, count):
+        service = Service(settings)
+        service.submit_some()
+        for _ in range(step):
+            service.take(service.engine.step())
+        with pytest.MonkeyPatch.context() as patch:
+            again = Again(patch, [int(2 ** rng.uniform(0, 9)) for _ in range(2)])
+            call = partial(Raise(line).run, service.engine.step)
+            for _ in range(4):
+                with suppress(MemoryError):
+                    service.take(call())
+                call = service.engine.take_outputs
+        num_raised += again.num_raised
+        check_service(service)
+    assert num_raised > count
+
+
+@pytest.mark.full
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_more_exceptions_in_the_repair_leave_no_damage(settings: str) -> None:
+    check_repairs(settings, 60)
+
+
+@pytest.mark.parametrize("settings", ["arena", "disk", "drafts", "pools"])
+def test_some_exceptions_in_the_repair_leave_no_damage(settings: str) -> None:
+    check_repairs(settings, 4)
