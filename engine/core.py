@@ -209,7 +209,7 @@ class EngineCore:
         """End a request in the middle of another call, as plugins do. Its last output comes with
         those of the step."""
         self._scheduler.abort(request, reason)
-        self._scheduler.progressed.append(request)
+        self._scheduler.progressed[request] = None
 
     def has_work(self) -> bool:
         """Return True if ``step`` has something to compute or outputs to return."""
@@ -312,7 +312,7 @@ class EngineCore:
         self._in_flight, self._committing = None, NO_STEP
         requests = {
             **dict.fromkeys(self._requests.values()),
-            **dict.fromkeys(self._scheduler.progressed),
+            **self._scheduler.progressed,
         }
         admission = make_admission(self.config.admission)
         interrupted = self._scheduler.begin_again(requests, admission)
@@ -410,10 +410,10 @@ class EngineCore:
         line, another call goes on."""
         progressed, outputs = self._scheduler.progressed, self._outputs
         while progressed:
-            output = self._report(progressed[0])
+            output = self._report(next(iter(progressed)))
             if not outputs or outputs[-1] is not output:
                 outputs.append(output)
-            progressed.pop(0).output_is_taken = True
+            progressed.popitem(last=False)[0].output_is_taken = True
 
     def _report(self, request: Request) -> RequestOutput:
         """Return the new output of ``request``, for which it may have a mailbox too, and forget a

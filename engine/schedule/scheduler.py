@@ -4,6 +4,7 @@ scheduler, which applies the rules of ``StepPlanner``, builds batches and commit
 from __future__ import annotations
 
 import logging
+from collections import OrderedDict
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, pairwise
@@ -238,7 +239,7 @@ class Scheduler(StepPlanner[Request]):
         super().__init__(manager, **options)
         self.drafting = drafting
         self._verifies = False
-        self.progressed: list[Request] = []
+        self.progressed = OrderedDict[Request, None]()
         """Requests with something to report, also after a failed commit. Emptied by the caller."""
 
     @property
@@ -249,8 +250,7 @@ class Scheduler(StepPlanner[Request]):
     def abort(self, request: Request, reason: FinishReason = "abort") -> None:
         """End ``request`` at once, in any state, and publish the computed tokens: a client that
         ends an answer often goes on from it."""
-        if request in self.progressed:
-            self.progressed.remove(request)
+        self.progressed.pop(request, None)
         if request.finish_reason is not None:
             return
         try:
@@ -292,10 +292,9 @@ class Scheduler(StepPlanner[Request]):
         for request in known:
             if self.drafting is not None:
                 self.drafting.forget(request)
-            is_listed = request in self.progressed
             if request.finish_reason is not None:
                 request.lose_claims()
-                self.progressed += [] if is_listed else [request]
+                self.progressed[request] = None
         self._verifies = False
         self._renew_rules(going)
         return interrupted
@@ -306,7 +305,7 @@ class Scheduler(StepPlanner[Request]):
             try:
                 request.make_rules()
             except Exception as error:
-                self.progressed.append(request)
+                self.progressed[request] = None
                 self._fail(request, error)
 
     def schedule(self) -> Batch:
@@ -400,7 +399,7 @@ class Scheduler(StepPlanner[Request]):
             self.advance(request, segment.end, publishes=has_logits)
             is_scored_through = request.computed_len >= request.max_len
             if run or is_scored_through or not has_logits:
-                self.progressed.append(request)
+                self.progressed[request] = None
                 try:
                     if run or not has_logits:
                         request.accept(run, now_s, has_logits)

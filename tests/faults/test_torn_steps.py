@@ -203,20 +203,30 @@ def lines_of(name: str, count: int) -> list[tuple[int, int]]:
     in it): at any time that it is executed, and spread over all files."""
     service, rng = Service(name), random.Random(name)
     service.submit_some()
-    found: dict[tuple[str, int], list[tuple[int, int]]] = {}
+    places: list[tuple[str, int]] = []
+    steps: list[tuple[int, int]] = []
     for step in range(2000):
         if not service.engine.has_work():
             break
         tracer = Raise()
         service.take(tracer.run(service.engine.step))
-        for number, place in enumerate(tracer.places, 1):
-            found.setdefault(place, []).append((step, number))
+        steps += [(step, number) for number in range(1, 1 + len(tracer.places))]
+        places += tracer.places
     service.finish()
     service.close()
-    places = sorted(found)
-    first = rng.randrange(len(places))
-    chosen = [(first + number * len(places) // count) % len(places) for number in range(count)]
-    return [rng.choice(found[places[each]]) for each in chosen]
+    return [steps[number - 1] for number in spread(places, count, rng)]
+
+
+def spread(places: list[tuple[str, int]], most: int, rng: random.Random) -> list[int]:
+    """Return the numbers of at most ``most`` of the executed ``places``, from 1 on: evenly spread
+    over the different source lines, each at any time that it is executed."""
+    found: dict[tuple[str, int], list[int]] = {}
+    for number, place in enumerate(places, 1):
+        found.setdefault(place, []).append(number)
+    ordered = sorted(found)
+    count, first = min(most, len(ordered)), rng.randrange(len(ordered))
+    chosen = [(first + number * len(ordered) // count) % len(ordered) for number in range(count)]
+    return [rng.choice(found[ordered[each]]) for each in chosen]
 
 
 def disturb(name: str, step: int, line: int, error: type[BaseException]) -> Engine | None:
@@ -345,15 +355,11 @@ def disturb_call(settings: str, call: str, line: int, error: type[BaseException]
 
 
 def check_call(settings: str, call: str, most: int) -> None:
-    """Disturb a call at ``most`` of its lines, evenly spread, or at all."""
+    """Disturb a call at ``most`` of its source lines, evenly spread, or at all of them."""
     service, tracer = busy(settings), Raise()
     tracer.run(lambda: CALLS[call](service))
     service.close()
-    num_lines = len(tracer.places)
-    count = min(most, num_lines)
-    first = random.Random(settings + call).randrange(num_lines)
-    lines = [1 + (first + number * num_lines // count) % num_lines for number in range(count)]
-    for line in lines:
+    for line in spread(tracer.places, most, random.Random(settings + call)):
         error = (MemoryError, KeyboardInterrupt)[line % 2]
         is_exact = settings != "disk" or call != "close"  # Its thread changes the number of lines.
         assert disturb_call(settings, call, line, error) or not is_exact
