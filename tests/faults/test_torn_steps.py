@@ -32,6 +32,7 @@ from engine.core import Damage, EngineCore
 from engine.plugins.speculation.drafters import drafters_of
 from engine.schedule.drafting import Drafting
 from engine.text.tokenizer import HFTokenizer
+from hybridcache import CacheConfig, Lease, LeaseRequest, build_prefix_cache, parse_placement
 from hybridcache.radix.protocol import PromptBoundaries
 from tests.engine.drafted import ScriptedDrafter
 from tests.engine.test_scheduler_machine import answer, half_right, make_engine, pattern
@@ -434,3 +435,103 @@ def test_more_exceptions_in_the_repair_leave_no_damage(settings: str) -> None:
 @pytest.mark.parametrize("settings", ["arena", "disk", "drafts", "pools"])
 def test_some_exceptions_in_the_repair_leave_no_damage(settings: str) -> None:
     check_repairs(settings, 4)
+
+
+# --- The library's own verbs ---------------------------------------------------------------------
+
+CACHES: dict[str, dict[str, Any]] = {
+    "pools": {"num_kv_tokens": 120, "num_slots": 4, "page_size": 4},
+    "arena": {"memory": "arena", "total_bytes": 1600},
+    "survival": {"total_bytes": 1600, "eviction": "survival"},
+    "tiers": {"memory": "arena", "total_bytes": 1600, "host_bytes": 600, "disk_bytes": 1200},
+}
+
+
+class Loads:
+    """Rule of an embedder that loads all offloaded prefixes."""
+
+    def seconds_saved(self, cached_len: int, position: int, *_: object) -> float:
+        return position - cached_len
+
+
+class Embedder:
+    """Caller of the library without an engine."""
+
+    def __init__(self, settings: str) -> None:
+        sizes = {"kv_bytes_per_token": 8, "state_bytes": 64, "grid": 8}
+        self.cache = build_prefix_cache(CacheConfig(**sizes | CACHES[settings]))
+        self.placement = parse_placement("adaptive")
+
+    def serve(self, family: int, length: int) -> None:
+        """Serve one request with every verb of a lease."""
+        prompt = np.array(pattern(family, length), np.int32)
+        lease = Lease.begin(self.cache, self.placement, LeaseRequest(prompt), Loads())
+        if lease is None:
+            return
+        for end in (length // 2, length):
+            at = max(lease.cached_len, lease.published_len)
+            if end <= at:
+                continue
+            if lease.extend(end) is None:
+                self.cache.take_step().done()
+                return lease.abort()
+            lease.take_checkpoint_slots(at, end)
+            self.cache.take_step().done()
+            lease.publish(prompt, end)
+        if family % 2:
+            return lease.preempt(prompt, length)
+        lease.finish(prompt, length, stop_reason="end_turn")
+
+    def hold(self, family: int) -> None:
+        """Lock a prefix, evict others, and insert one without a lease."""
+        prompt = np.array(pattern(family, 24), np.int32)
+        with self.cache.lock(self.cache.match(prompt).node):
+            self.cache.evict(8, 1)
+        rows, slot = self.cache.allocate_kv(24), self.cache.allocate_slot()
+        self.cache.take_step().done()
+        if rows is None or slot is None:
+            return
+        result = self.cache.insert(prompt, rows, [(16, slot)])
+        self.cache.free_kv(result.duplicates)
+        for rejected in result.rejected_slots:
+            self.cache.free_slot(rejected)
+
+    def work(self) -> None:
+        for number, length in enumerate((20, 40, 33, 64, 20, 48)):
+            self.serve(number % 3, length)
+            self.hold(number % 4)
+        self.cache.take_step().done()
+
+    def finish(self) -> None:
+        self.work()
+        self.cache.check(0, 0)
+        self.cache.reset()
+        self.cache.check(0, 0)
+        assert self.cache.cached_tokens == self.cache.num_checkpoints == 0
+
+
+def check_verbs(settings: str, most: int) -> None:
+    """Raise at ``most`` lines of the verbs, and at a line of ``rebuilt``; work must go on."""
+    embedder, tracer, rng = Embedder(settings), Raise(), random.Random(settings)
+    tracer.run(embedder.work)
+    embedder.finish()
+    for number, line in enumerate(spread(tracer.places, most, rng)):
+        embedder, error = Embedder(settings), (MemoryError, KeyboardInterrupt)[number % 2]
+        with pytest.raises(error):
+            Raise(line, error).run(embedder.work)
+        with suppress(MemoryError):
+            Raise(rng.randint(1, 200)).run(embedder.cache.rebuilt)
+        embedder.cache = embedder.cache.rebuilt()
+        embedder.cache.check(0, 0)
+        embedder.finish()
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("settings", CACHES)
+def test_after_an_exception_at_any_line_a_rebuilt_cache_works(settings: str) -> None:
+    check_verbs(settings, 10_000)
+
+
+@pytest.mark.parametrize("settings", CACHES)
+def test_after_an_exception_at_some_lines_a_rebuilt_cache_works(settings: str) -> None:
+    check_verbs(settings, 15)
