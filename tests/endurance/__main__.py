@@ -34,6 +34,7 @@ class Part(NamedTuple):
 PARTS = {
     "cache": Part("operations", 1_800, 60_000, 1_000_000),
     "fuzz": Part("seconds", 1, 60, 600),
+    "waits": Part("loads", 2, 10, 10),
     "stores": Part("kills", 3, 50, 200),
     "faults": Part("faults", 4, 9, 9),
     "soak": Part("requests", 60, 5_000, 200_000),
