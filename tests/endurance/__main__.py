@@ -38,6 +38,7 @@ PARTS = {
     "stores": Part("kills", 3, 50, 200),
     "faults": Part("faults", 4, 9, 9),
     "soak": Part("requests", 60, 5_000, 200_000),
+    "grammars": Part("grammars", 5, 100, 100),
     "hostile": Part("rounds", 1, 1, 3),
     "clients": Part("sessions", 1, 2, 2),
 }
