@@ -36,7 +36,7 @@ PARTS = {
     "fuzz": Part("seconds", 1, 60, 600),
     "waits": Part("loads", 2, 10, 10),
     "stores": Part("kills", 3, 50, 200),
-    "faults": Part("faults", 4, 9, 9),
+    "faults": Part("faults", 4, 10, 10),
     "soak": Part("requests", 60, 5_000, 200_000),
     "grammars": Part("grammars", 5, 100, 100),
     "hostile": Part("rounds", 1, 1, 3),

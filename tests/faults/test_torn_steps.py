@@ -8,11 +8,14 @@ with an error.
 
 from __future__ import annotations
 
+import errno
 import gc
+import os
 import random
 import shutil
 import signal
 import sys
+import threading
 from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
@@ -30,6 +33,7 @@ import hybridcache
 from engine import Engine, EngineConfig, Grammar, SamplingParams
 from engine.core import Damage, EngineCore
 from engine.plugins.speculation.drafters import drafters_of
+from engine.plugins.tiers.records import RecordStore
 from engine.schedule.drafting import Drafting
 from engine.text.tokenizer import HFTokenizer
 from hybridcache import CacheConfig, Lease, LeaseRequest, build_prefix_cache, parse_placement
@@ -537,3 +541,39 @@ def test_after_an_exception_at_any_line_a_rebuilt_cache_works(settings: str) -> 
 @pytest.mark.parametrize("settings", CACHES)
 def test_after_an_exception_at_some_lines_a_rebuilt_cache_works(settings: str) -> None:
     check_verbs(settings, 15)
+
+
+# --- The disk ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("call", "number"),
+    [
+        ("rename", errno.ENOSPC),
+        ("open", errno.EROFS),
+        ("open", errno.EDQUOT),
+        ("fsync", errno.EDQUOT),
+    ],
+)
+def test_a_disk_that_fails_in_the_middle_costs_no_answer(
+    call: str, number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is full, or read-only, from one step on: requests are computed, and the folder is released
+    at the end."""
+    service, real = busy("disk"), getattr(os, call)
+
+    def failing(*arguments: Any, **options: Any) -> Any:
+        if threading.current_thread().name == "disk":
+            raise OSError(number, os.strerror(number))
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(os, call, failing)
+    service.finish()
+    service.submit_some()
+    service.finish()
+    service.engine.close()
+    folder = service.engine.report().folder
+    assert folder is not None and os.strerror(number) in (folder.problem or "")
+    monkeypatch.undo()
+    RecordStore(Path(service.engine.config.state_dir)).close()
+    service.close()
