@@ -3,23 +3,21 @@ used by one thread; see ``AsyncEngine`` for asyncio."""
 
 from __future__ import annotations
 
-import _signal  # type: ignore[import-not-found]  # ``signal`` takes 8 us per call, for enums.
 import logging
-import signal
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
+from enum import Enum
 from functools import partial
 from itertools import repeat
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Any, Protocol
 
 from engine.config import BUILTIN_NAME, EngineConfig
 from engine.errors import DuplicateId, QueueFull
+from engine.interrupts import DelayedSignals
 from engine.requests.request import (
     Intake,
     Prompt,
@@ -29,7 +27,7 @@ from engine.requests.request import (
     SamplingParams,
 )
 from engine.schedule.report import CacheReport, PoolReport, StepReport, cache_kind
-from engine.schedule.scheduler import EMPTY, Batch, BytesLost, Pending, Scheduler
+from engine.schedule.scheduler import NO_STEP, Batch, BytesLost, Pending, Scheduler
 from engine.text.answers import Answer, FinishReason, RequestOutput
 from engine.text.bounded import BoundedMemory
 from engine.text.grammar import Grammar, GrammarError
@@ -39,7 +37,7 @@ from hybridcache.radix.cache import HybridRadixCache
 from hybridcache.radix.protocol import PolicyError
 from hybridcache.scheduling.cache_manager import CacheManager
 from hybridcache.scheduling.loading import Loader
-from hybridcache.tokens import EMPTY as NO_TOKENS
+from hybridcache.tokens import EMPTY
 
 if TYPE_CHECKING:
     import torch
@@ -55,9 +53,25 @@ MAX_RECENT, RECENT_BYTES = 256, 8 << 20
 logger = logging.getLogger(__name__)
 
 
+class Damage(Enum):
+    """Damage that an exception leaves in an engine."""
+
+    NONE = 0
+    STEP = 1
+    """The step that is being computed is lost."""
+    ALL = 2
+    """Cache and queue may be half changed."""
+
+
 class EngineCore:
     """Steps requests. ``Engine`` makes its parts; plugins and observers use it through this
-    class."""
+    class.
+
+    Every call that changes the engine is whole after an exception. Signals are handled at its end.
+    After a MemoryError in the middle of a change the cache starts again empty, and all requests
+    wait again; none is lost or answered twice. If another exception cuts this repair, the next call
+    begins with it.
+    """
 
     def __init__(
         self,
@@ -95,14 +109,16 @@ class EngineCore:
         self.interrupted: tuple[str, ...] = ()
         """Requests that were running when a step last failed."""
         self._requests: dict[str, Request] = {}
-        self._committing = EMPTY
+        self._committing = NO_STEP
         """The step that is being published."""
         self._outputs: deque[RequestOutput] = deque()
         """Outputs that no call has returned yet."""
         self._mailboxes: dict[str, deque[RequestOutput]] = {}
         """Outputs of the requests that ``stream`` follows, not yet taken."""
-        self._is_changing = False
-        """True during a step while it changes the cache and the queue."""
+        self._damage = Damage.NONE
+        """Damage that an exception would leave now, or has left."""
+        self._open_plugins = list(plugins.values())
+        """Plugins that are not closed."""
         self._is_closed = False
 
     @property
@@ -148,7 +164,17 @@ class EngineCore:
             self.compile(Grammar.of_choices(("a",)))
 
     def enqueue(self, request: Request) -> None:
-        """Queue a request. Raises PolicyError, and queues nothing, if a user's policy fails."""
+        """Queue a request. Raises PolicyError, and queues nothing, if a user's policy fails. After
+        any other exception, ``requests`` contains it whole or not at all."""
+        with self._whole():
+            try:
+                self.start_request(request)
+            except ValueError:  # The scheduler has refused it, and changed nothing.
+                self._damage = Damage.NONE
+                raise
+
+    def start_request(self, request: Request) -> None:
+        """Queue a request in the middle of another call, as plugins do; see ``enqueue``."""
         self._scheduler.add(request)
         self._requests[request.request_id] = request
 
@@ -164,19 +190,32 @@ class EngineCore:
 
     def abort(self, request_id: str, reason: FinishReason = "abort") -> RequestOutput | None:
         """End a request at once with ``reason``; its memory is free when this returns. Returns its
-        last output, or None if it had ended already."""
+        last output, or None if it had ended already. After an exception, repeat the call; an output
+        that it could not return comes with the next step, or from ``take_outputs``."""
         request = self._requests.get(request_id)
         if request is None:
             return None
+        with self._whole(Damage.NONE):
+            self._collect()
+            if request_id not in self._requests:
+                return None
+            self._damage = Damage.ALL
+            self.end_request(request, reason)
+            self._damage = Damage.NONE
+            self._collect()
+        return self._outputs.pop()
+
+    def end_request(self, request: Request, reason: FinishReason = "abort") -> None:
+        """End a request in the middle of another call, as plugins do. Its last output comes with
+        those of the step."""
         self._scheduler.abort(request, reason)
-        output = self._report(request)
-        request.output_is_taken = True
-        return output
+        self._scheduler.progressed[request] = None
 
     def has_work(self) -> bool:
         """Return True if ``step`` has something to compute or outputs to return."""
         return (
             self._scheduler.has_work()
+            or self._damage is not Damage.NONE
             or self._in_flight is not None
             or bool(self._scheduler.progressed)
             or bool(self._outputs)
@@ -188,53 +227,73 @@ class EngineCore:
         task is due, or None if there is none."""
         if self.config.check:
             self.check()
-        delays = [plugin.on_idle() for plugin in self.plugins.values()]
+        with self._whole():
+            delays = [plugin.on_idle() for plugin in self.plugins.values()]
         return min((delay for delay in delays if delay is not None), default=None)
 
     def disconnect(self, *, at_once: bool) -> None:
         """Accept no more work from other engines, because the engine is about to end. Local
         requests can still be submitted. Work in progress for other engines, or requested from
         them, is finished unless ``at_once``."""
-        for each in self.transfers:
-            each.disconnect(at_once=at_once)
+        with self._whole():
+            for each in self.transfers:
+                each.disconnect(at_once=at_once)
+
+    @contextmanager
+    def _whole(self, damage: Damage = Damage.ALL) -> Iterator[None]:
+        """Run a call that changes the engine. ``damage``: that of an exception in it, until the
+        call sets another."""
+        with DelayedSignals():
+            try:
+                self._repair()
+                self._damage = damage
+                yield
+                self._damage = Damage.NONE
+            except BaseException as error:
+                self._repair(error)
+                if not isinstance(error, BytesLost):
+                    raise
+
+    def _repair(self, error: BaseException | None = None) -> None:
+        """Repair the damage that ``error`` has left, or an earlier one whose repair was cut."""
+        if self._damage is Damage.NONE:
+            return
+        is_known = self._damage is Damage.STEP or isinstance(error, BytesLost | PolicyError)
+        self._damage = Damage.ALL
+        interrupted = self._undo() if is_known else self._begin_again(error)
+        if not isinstance(error, BytesLost):
+            self.interrupted = interrupted
+        self._damage = Damage.NONE
+        self._collect()
 
     def step(self) -> list[RequestOutput]:
         """Compute one batch; returns the new output of each request.
 
         On an asynchronous device a step is committed after the next one was launched, so outputs
         come one call later. If a step raises, its requests survive, and outputs that it had
-        committed come with the next call, or from ``take_outputs``. Signals are handled at the end
-        of the step. An error of the runner, the sampler or a policy undoes the step. After any
-        other one, such as a MemoryError in the cache, the cache starts again empty.
+        committed come with the next call, or from ``take_outputs``. An error of the runner, the
+        sampler or a policy undoes the step. After any other one, such as a MemoryError in the
+        cache, the cache starts again empty.
         """
-        with DelayedSignals():
+        with self._whole():
             self._step()
         return self._take()
 
     def _step(self) -> None:
-        try:
-            self._is_changing = True
-            if not self._scheduler.must_commit:
-                for each in self.transfers:
-                    each.advance()
-            step = due = self._launch()
-            if self._overlaps:  # The device has probably finished the previous step.
-                due, self._in_flight = self._in_flight or EMPTY, step if step.segments else None
-            self._commit(due)
-        except BaseException as error:
-            is_whole = not self._is_changing or isinstance(error, BytesLost | PolicyError)
-            interrupted = self._undo() if is_whole else self._begin_again(error)
-            self._collect()
-            if not isinstance(error, BytesLost):
-                self.interrupted = interrupted
-                raise
+        if not self._scheduler.must_commit:
+            for each in self.transfers:
+                each.advance()
+        step = due = self._launch()
+        if self._overlaps:  # The device has probably finished the previous step.
+            due, self._in_flight = self._in_flight or NO_STEP, step if step.segments else None
+        self._commit(due)
 
     def _undo(self) -> tuple[str, ...]:
         """Undo the last step, which failed outside of the cache. Returns the ids of the requests
         that were running."""
         self._in_flight = None
         interrupted = tuple(request.request_id for request in self._scheduler.recover())
-        half_done, self._committing = self._committing, EMPTY
+        half_done, self._committing = self._committing, NO_STEP
         # After a step with drafts, published states are in their slots only after the runner's
         # commit.
         was_lost = self._manager.lost_moves() or half_done.has_drafts
@@ -244,21 +303,24 @@ class EngineCore:
             self._forget(was_lost=True)
         return interrupted
 
-    def _begin_again(self, error: BaseException) -> tuple[str, ...]:
+    def _begin_again(self, error: BaseException | None) -> tuple[str, ...]:
         """Replace the cache and the queue, which ``error`` may have left half changed. All requests
-        wait again. Returns the ids of those that were running."""
-        name = type(error).__name__
-        logger.error("%s in the middle of a step: the cache starts again, empty.", name)
-        self._in_flight, self._committing = None, EMPTY
+        wait again. Returns the ids of those that were running. Can be repeated after an exception
+        at any line."""
+        name = "An exception" if error is None else type(error).__name__
+        logger.error("%s in the middle of a call: the cache starts again, empty.", name)
+        self._in_flight, self._committing = None, NO_STEP
         requests = {
             **dict.fromkeys(self._requests.values()),
-            **dict.fromkeys(self._scheduler.progressed),
+            **self._scheduler.progressed,
         }
         admission = make_admission(self.config.admission)
         interrupted = self._scheduler.begin_again(requests, admission)
         for each in self.transfers:
             try:
                 each.step_failed(was_lost=True)
+            except MemoryError:  # The next call repeats it.
+                raise
             except Exception:  # It may be half changed too.
                 logger.exception("A part of the engine could not end its work.")
         self._forget(was_lost=True)
@@ -268,17 +330,17 @@ class EngineCore:
         """Schedule the next step and start its computation; wait briefly if there is none."""
         self._laps = [self.clock()]
         step = self._scheduler.schedule()
-        if step is EMPTY and self._in_flight is None:
+        if step is NO_STEP and self._in_flight is None:
             for each in self.transfers:
                 each.wait()
             if self._scheduler.withholds_all:
                 time.sleep(WITHHELD_S)
         self._laps.append(self.clock())
-        before = self._in_flight or EMPTY
+        before = self._in_flight or NO_STEP
         drawn = before.drawn.tokens if step.late_tokens and before.drawn is not None else None
-        self._is_changing = False
+        self._damage = Damage.STEP
         logits = self.runner.forward(step, drawn) if step.segments or step.moves else None
-        if step is not EMPTY:
+        if step is not NO_STEP:
             self._manager.step_done()
         self._laps.append(self.clock())
         if logits is not None:
@@ -306,7 +368,7 @@ class EngineCore:
                 drawn = None
                 if index in late_tokens:
                     drawn = partial(_token, self._in_flight, late_tokens[index])
-                drafts = NO_TOKENS if segment.draft is None else segment.draft.tokens
+                drafts = EMPTY if segment.draft is None else segment.draft.tokens
                 inputs += request.sampling_inputs(drafts, drawn)
                 rows += range(num_rows - 1 - segment.num_drafts, num_rows)
         if inputs:
@@ -317,13 +379,14 @@ class EngineCore:
         tokens = step.drawn.wait() if step.drawn is not None else ()
         scored = [score.wait() for score in step.scores] if step.scores else ()
         self._laps.append(self.clock())
-        self._is_changing = True
+        self._damage = Damage.ALL
         self._committing = step
         taken = self._scheduler.commit(step, tokens, scored)
-        self._is_changing = False
+        self._damage = Damage.STEP
         if taken:
             self.runner.commit(step, taken)
-        self._committing = EMPTY
+        self._committing = NO_STEP
+        self._damage = Damage.NONE
         self._collect()
         if self.config.check:
             self._manager.check_rows(self.runner.table_row)
@@ -334,7 +397,8 @@ class EngineCore:
 
     def take_outputs(self) -> list[RequestOutput]:
         """Return committed outputs that were not returned yet, for example after a failed step."""
-        self._collect()
+        with self._whole(Damage.NONE):
+            self._collect()
         return self._take()
 
     def _take(self) -> list[RequestOutput]:
@@ -346,10 +410,10 @@ class EngineCore:
         line, another call goes on."""
         progressed, outputs = self._scheduler.progressed, self._outputs
         while progressed:
-            output = self._report(progressed[0])
+            output = self._report(next(iter(progressed)))
             if not outputs or outputs[-1] is not output:
                 outputs.append(output)
-            progressed.pop(0).output_is_taken = True
+            progressed.popitem(last=False)[0].output_is_taken = True
 
     def _report(self, request: Request) -> RequestOutput:
         """Return the new output of ``request``, for which it may have a mailbox too, and forget a
@@ -438,11 +502,13 @@ class EngineCore:
     def end_session(self, request_id: str) -> None:
         """End the session of ``request_id``, its newest request: no request will follow it. Does
         nothing if a newer request followed. O(1)."""
-        self._scheduler.sessions.end(request_id)
+        with self._whole():
+            self._scheduler.sessions.end(request_id)
 
     def reset_prefix_cache(self) -> None:
         """Forget every prefix that no running request uses, in every tier."""
-        self._forget(was_lost=False)
+        with self._whole():
+            self._forget(was_lost=False)
 
     def _forget(self, *, was_lost: bool) -> None:
         self.cache.reset()
@@ -485,60 +551,27 @@ class EngineCore:
         return asdict(self.report()) | {"tree": self.cache.render(40).splitlines()}
 
     def close(self) -> None:
-        """End all requests, including those of other engines, and complete pending writes. Further
-        calls do nothing."""
+        """End all requests, including those of other engines, and complete pending writes. After an
+        exception, repeat the call: it goes on. Further calls do nothing."""
         if self._is_closed:
             return
-        self._is_closed = True
-        for request_id, request in tuple(self._requests.items()):
-            self.abort(request_id)
-            self._scheduler.remove(request)  # An interrupt may have cut an earlier abort.
-        self.disconnect(at_once=True)
-        while self.has_work():
-            self.step()
-        for plugin in self.plugins.values():
-            plugin.close()
+        with DelayedSignals():
+            for request_id in tuple(self._requests):
+                self.abort(request_id)
+            self.disconnect(at_once=True)
+            while self.has_work():
+                self.step()
+            while self._open_plugins:
+                self._open_plugins[0].close()
+                del self._open_plugins[0]
+            self._is_closed = True
 
     def check(self) -> None:
         """Raise AssertionError unless every invariant of the cache holds, ``free + cached + held ==
         total``, and the runner reads for each request the KV rows of its lease. O(cache)."""
-        self._scheduler.check()
-        self._manager.check(self.runner.table_row)
-
-
-class DelayedSignals:
-    """Handle SIGINT and SIGTERM at the end of the block, where no exception of a handler leaves
-    memory claimed; a second signal at once. Does nothing outside of the main thread, in another
-    such block, and for handlers that are not Python's."""
-
-    def __init__(self) -> None:
-        self._handlers: dict[int, Callable[[int, FrameType | None], object]] = {}
-        self._received: list[int] = []
-        self._is_open = False
-
-    def __enter__(self) -> None:
-        if threading.current_thread() is not threading.main_thread():
-            return
-        for number in (signal.SIGINT, signal.SIGTERM):
-            handler = _signal.getsignal(number)
-            is_delayed = isinstance(handler, DelayedSignals) and handler._is_open
-            if callable(handler) and not is_delayed:
-                self._handlers[number] = handler
-                _signal.signal(number, self)
-        self._is_open = True
-
-    def __call__(self, number: int, frame: FrameType | None) -> None:
-        if self._is_open and not self._received:
-            self._received.append(number)
-        else:  # It is the second one, or an exception has cut ``__enter__`` or ``__exit__``.
-            self._handlers[number](number, frame)
-
-    def __exit__(self, *_: object) -> None:
-        self._is_open = False
-        for number, handler in self._handlers.items():
-            _signal.signal(number, handler)
-        for number in self._received:
-            self._handlers[number](number, None)
+        with self._whole(Damage.NONE):
+            self._scheduler.check()
+            self._manager.check(self.runner.table_row)
 
 
 def _token(before: Batch | None, row: int) -> int:

@@ -15,7 +15,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import msgspec
 from msgspec import structs
@@ -53,8 +53,10 @@ from engine.requests.request import Intake, Prompt, Request, RequestSpec, Sampli
 from engine.schedule.report import CacheReport
 from engine.text.answers import Answer, FinishReason, RequestOutput
 from engine.text.tokenizer import Tokenizer
+from hybridcache.radix.protocol import PolicyError
 from hybridcache.tokens import Tokens
 
+Result = TypeVar("Result")
 logger = logging.getLogger(__name__)
 
 
@@ -63,7 +65,8 @@ class EngineHost:
 
     One thread calls ``run``; any thread may call ``receive``. If a step fails, for lack of memory
     for example, the requests that ran fail and the engine goes on. If the next step fails too, or
-    the runner is lost, the engine ends and all requests get an error.
+    the runner is lost, the engine ends and all requests get an error. A command that fails between
+    two steps ends alone.
     """
 
     def __init__(self, engine: Engine, send: Callable[[FromEngine], None]) -> None:
@@ -129,16 +132,30 @@ class EngineHost:
     def _enqueue(self, request: Request) -> None:
         try:
             self.engine.enqueue(request)
-        except Exception:
-            logger.exception(
-                "An admission policy failed; request %s is refused.", request.request_id
-            )
-            failure = StepFailed("the admission policy failed")
+        except Exception as error:
+            is_policy = isinstance(error, PolicyError)
+            why = "the admission policy failed" if is_policy else "it could not be queued"
+            logger.exception("Request %s is refused: %s.", request.request_id, why)
+            failure = StepFailed(why)
             self._deliver([RequestOutput.failed(request.request_id, failure)])
 
     def _abort(self, message: Abort) -> None:
-        if output := self.engine.abort(message.request_id, message.reason):
+        try:
+            output = self.engine.abort(message.request_id, message.reason)
+        except MemoryError:  # The engine has repaired itself.
+            output = self.engine.abort(message.request_id, message.reason)
+        if output:
             self._deliver([output])
+
+    def _attempt(self, command: Callable[[], Result]) -> Result | None:
+        """Run ``command`` between two steps. Returns None if it fails: the engine goes on."""
+        try:
+            return command()
+        except (RunnerLost, AssertionError):  # The second one is of ``check``.
+            raise
+        except Exception:
+            logger.exception("A command between two steps failed; the engine goes on.")
+            return None
 
     def _answer(self, question: Question) -> object:
         """Return the value of the reply to ``question``."""
@@ -207,7 +224,7 @@ class EngineHost:
             self._deliver(self.engine.take_outputs())
             error, lost = StepFailed("the step that computed it failed"), self.engine.interrupted
             for request_id in lost:
-                self.engine.abort(request_id)
+                self._attempt(partial(self.engine.abort, request_id))
             self._deliver([RequestOutput.failed(each, error) for each in lost])
         else:
             self._last_step_failed = False
@@ -217,16 +234,16 @@ class EngineHost:
         """Run queued commands; wait for one if there is no work. False if the thread must end."""
         engine = self.engine
         while True:
-            rest_s = None if engine.has_work() else engine.run_idle_tasks()
+            rest_s = None if engine.has_work() else self._attempt(engine.run_idle_tasks)
             with self._wake:
                 if not self._commands and not engine.has_work() and self._is_open:
                     self._wake.wait(rest_s)
                 num_commands = len(self._commands)
                 is_open, must_stop = self._is_open, self._must_stop
             if not is_open:
-                engine.disconnect(at_once=False)
+                self._attempt(partial(engine.disconnect, at_once=False))
             for _ in range(num_commands):
-                self._commands.popleft()()
+                self._attempt(self._commands.popleft())
             if must_stop:
                 return False
             if engine.has_work():

@@ -37,16 +37,8 @@ import numpy as np
 from engine.requests.request import Marks
 from engine.text.answers import RequestOutput
 from engine.text.bounded import BoundedMemory, read_json
-from engine.text.tokenizer import (
-    CLOSE,
-    OPEN,
-    PROBE,
-    Message,
-    TemplateError,
-    Tokenizer,
-    any_of,
-    as_tokens,
-)
+from engine.text.sandbox import TemplateError
+from engine.text.tokenizer import CLOSE, OPEN, PROBE, Message, Tokenizer, any_of, as_tokens
 from hybridcache.radix.protocol import PromptBoundaries, chat_boundaries
 from hybridcache.tokens import Tokens, common_prefix_len
 

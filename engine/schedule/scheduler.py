@@ -4,6 +4,7 @@ scheduler, which applies the rules of ``StepPlanner``, builds batches and commit
 from __future__ import annotations
 
 import logging
+from collections import OrderedDict
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, pairwise
@@ -226,7 +227,7 @@ def logit_rows(segments: Sequence[Segment]) -> list[int]:
     return rows
 
 
-EMPTY = Batch(())
+NO_STEP = Batch(())
 """Step without work: the runner is not called."""
 
 
@@ -243,7 +244,7 @@ class Scheduler(StepPlanner[Request]):
         super().__init__(manager, **options)
         self.drafting = drafting
         self._verifies = False
-        self.progressed: list[Request] = []
+        self.progressed = OrderedDict[Request, None]()
         """Requests with something to report, also after a failed commit. Emptied by the caller."""
 
     @property
@@ -254,8 +255,7 @@ class Scheduler(StepPlanner[Request]):
     def abort(self, request: Request, reason: FinishReason = "abort") -> None:
         """End ``request`` at once, in any state, and publish the computed tokens: a client that
         ends an answer often goes on from it."""
-        if request in self.progressed:
-            self.progressed.remove(request)
+        self.progressed.pop(request, None)
         if request.finish_reason is not None:
             return
         try:
@@ -297,10 +297,9 @@ class Scheduler(StepPlanner[Request]):
         for request in known:
             if self.drafting is not None:
                 self.drafting.forget(request)
-            is_listed = request in self.progressed
             if request.finish_reason is not None:
                 request.lose_claims()
-                self.progressed += [] if is_listed else [request]
+                self.progressed[request] = None
         self._verifies = False
         self._renew_rules(going)
         return interrupted
@@ -311,7 +310,7 @@ class Scheduler(StepPlanner[Request]):
             try:
                 request.make_rules()
             except Exception as error:
-                self.progressed.append(request)
+                self.progressed[request] = None
                 self._fail(request, error)
 
     def schedule(self) -> Batch:
@@ -322,9 +321,9 @@ class Scheduler(StepPlanner[Request]):
         first: if memory is short, the previous step has drafts, or a request is due for a draft.
         """
         if self.must_commit or (self.num_in_flight and self.must_wait):
-            return EMPTY
+            return NO_STEP
         if self.num_in_flight and self.drafting and self.drafting.may_guess(self.running):
-            return EMPTY
+            return NO_STEP
         ends = self.choose()
         drafts = {} if self.drafting is None else self._drafts(self.drafting, ends)
         segments: list[Segment] = []
@@ -349,7 +348,7 @@ class Scheduler(StepPlanner[Request]):
                 num_drawn += 1
         if not segments and not self.manager.has_moves:
             # Changes that ``publish`` makes to a request's row wait for the next segments.
-            return EMPTY
+            return NO_STEP
         self.num_in_flight += bool(segments)
         self._verifies = bool(drafts)
         copies = self.manager.take_step()
@@ -405,7 +404,7 @@ class Scheduler(StepPlanner[Request]):
             self.advance(request, segment.end, publishes=has_logits)
             is_scored_through = request.computed_len >= request.max_len
             if run or is_scored_through or not has_logits:
-                self.progressed.append(request)
+                self.progressed[request] = None
                 try:
                     if run or not has_logits:
                         request.accept(run, now_s, has_logits)

@@ -19,8 +19,11 @@ from engine.text.bounded import read_json
 MAX_CHARS = 256 * 1024
 """Maximum length of a schema, of an expression, or of all choices or tools together."""
 MAX_CHOICES = 4096
-MAX_GIVEN_CHARS = 16 * 1024
-"""Maximum length of a grammar that a client has written."""
+MAX_EXPRESSION_CHARS = 4096
+"""Maximum length of a regular expression, or of all patterns of a schema together. The time to
+compile one grows with the square: 10,000 characters take three seconds."""
+MAX_GIVEN_CHARS = 8 * 1024
+"""Maximum length of a grammar that a client has written, expressions included."""
 MAX_MULTIPLE = 10_000
 """Maximum product of the ``multipleOf`` values in a schema, without their factors of ten. The
 matcher has that many states, and the time to build them grows with the square."""
@@ -64,11 +67,16 @@ class Grammar:
                 raise GrammarError(f"a JSON schema cannot be read: {error}.") from None
         if not isinstance(schema, bool | Mapping):
             raise GrammarError("a JSON schema must be an object, or the text of one.")
-        return cls("lark", f"start: {json_rule(schema, {'whitespace_pattern': WHITESPACE})}")
+        try:
+            rule = json_rule(schema, {"whitespace_pattern": WHITESPACE})
+        except RecursionError:
+            raise GrammarError("a JSON schema may not be nested that deep.") from None
+        return cls("lark", f"start: {rule}")
 
     @classmethod
     def of_regex(cls, regex: str) -> Grammar:
         """Return the grammar of text that matches a regular expression as a whole."""
+        _check_expressions(len(regex))
         return cls("regex", regex)
 
     @classmethod
@@ -94,7 +102,7 @@ def json_rule(schema: bool | Mapping[str, object], options: Mapping[str, object]
     """Return a Lark expression for JSON that matches ``schema``."""
     root = simplified(schema if isinstance(schema, Mapping) else {} if schema else {"enum": []})
     root = root if isinstance(root, dict) else {"enum": []}
-    _check_multiples(root)
+    _check_numbers(root)
     return f"%json {json.dumps({**root, 'x-guidance': dict(options)})}"
 
 
@@ -172,18 +180,31 @@ def _simplified(schema: Schema, root: Mapping[str, object]) -> Schema | bool:
     return schema
 
 
-def _check_multiples(schema: Mapping[str, object]) -> None:
-    """Raise GrammarError if the ``multipleOf`` values of a schema would take long to compile."""
-    multiples, parts = set[int](), list[object]([schema])
+def _check_expressions(num_chars: int) -> None:
+    if num_chars > MAX_EXPRESSION_CHARS:
+        raise GrammarError(
+            f"regular expressions may have at most {MAX_EXPRESSION_CHARS} characters together (got "
+            f"{num_chars}): for a list of texts, use choices or an enum."
+        )
+
+
+def _check_numbers(schema: Mapping[str, object]) -> None:
+    """Raise GrammarError if the ``multipleOf`` values or the patterns of a schema would take long
+    to compile."""
+    multiples, parts, num_chars = set[int](), list[object]([schema]), 0
     for part in parts:
         if isinstance(part, list):
             parts += part
         elif isinstance(part, Mapping):
             parts += part.values()
+            pattern, by_pattern = part.get("pattern"), part.get("patternProperties")
+            num_chars += len(pattern) if isinstance(pattern, str) else 0
+            num_chars += sum(map(len, by_pattern)) if isinstance(by_pattern, Mapping) else 0
             number = part.get("multipleOf")
             if type(number) in (int, float) and number:
                 digits = Decimal(str(number)).normalize().as_tuple().digits
                 multiples.add(int("".join(map(str, digits))))
+    _check_expressions(num_chars)
     if prod(multiples) > MAX_MULTIPLE:
         raise GrammarError(
             f"the product of the multipleOf values of a schema must be at most {MAX_MULTIPLE}, "

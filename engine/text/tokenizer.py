@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import base64
 import codecs
-import datetime
 import json
 import re
 import sys
@@ -18,15 +17,11 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import jinja2
-import jinja2.ext
-import jinja2.nodes
-import jinja2.parser
-import jinja2.sandbox
 import numpy as np
 
 from engine.config import BUILTIN_DIR
 from engine.text.bounded import BoundedMemory
+from engine.text.sandbox import TOO_MUCH, Renderer, TemplateError
 from hybridcache.tokens import Tokens
 
 if TYPE_CHECKING:
@@ -52,29 +47,31 @@ IS_MARK = re.compile("</?think>|tool_?call|function_call", re.IGNORECASE)
 text, even if the vocabulary lists them as tokens that are not shown."""
 
 
-class TemplateError(ValueError):
-    """The template rejects this chat; the message is the template's."""
-
-
 class ChatTemplate:
     """A Hugging Face chat template: sandboxed Jinja with the filters and globals that such
-    templates use.
+    templates use, rendered by another process (``engine/text/sandbox.py``).
 
     >>> template = ChatTemplate("{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}")
     >>> template.render([{"role": "user", "content": "hi"}])
     '<user>hi'
     """
 
+    renderer = Renderer()
+    """Process of all templates."""
+
     def __init__(self, source: str, special_tokens: Mapping[str, str] | None = None) -> None:
+        """Raise TemplateError if the template does not parse, or exceeds a limit for a short
+        chat."""
         self.source = source
         self.thinks = CLOSE in source
         """True if the model may write reasoning."""
         self.special_tokens = dict(special_tokens or {})
+        self.renderer.render(source, None)
         try:
-            self._template = _compiled(source)
-        except jinja2.TemplateSyntaxError as error:
-            said = str(error).rstrip(".")
-            raise TemplateError(f"The chat template does not parse: {said}.") from error
+            self.render([{"role": "user", "content": "Hello"}], add_generation_prompt=True)
+        except TemplateError as error:
+            if str(error) == TOO_MUCH:
+                raise
 
     def render(
         self,
@@ -85,56 +82,18 @@ class ChatTemplate:
         variables: Mapping[str, object] | None = None,
     ) -> str:
         """Return the chat as text. ``variables`` are switches of the template such as
-        ``enable_thinking``. Raises TemplateError for any exception in the template."""
-        try:
-            return self._template.render(
-                self.special_tokens
-                | dict(variables or {})
-                | {
-                    "messages": messages,
-                    "tools": tools,
-                    "add_generation_prompt": add_generation_prompt,
-                }
-            )
-        except TemplateError:
-            raise
-        except Exception as error:  # A template is a program, and clients choose its inputs.
-            kind = "" if isinstance(error, jinja2.TemplateError) else f"{type(error).__name__}: "
-            raise TemplateError(f"{kind}{error}") from error
-
-
-class _GenerationTag(jinja2.ext.Extension):
-    """Tag ``{% generation %}``, which marks text for training. Serving renders its contents."""
-
-    tags = {"generation"}  # noqa: RUF012 the base class declares it so
-
-    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-@lru_cache(maxsize=8)
-def _compiled(source: str) -> jinja2.Template:
-    """Compile a template (25 ms), once for all engines of a process that use it."""
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True,
-        lstrip_blocks=True,
-        extensions=[jinja2.ext.loopcontrols, _GenerationTag],
-    )
-    environment.filters["tojson"] = _to_json
-    environment.globals["raise_exception"] = _raise
-    environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
-    return environment.from_string(source)
-
-
-def _to_json(value: object, ensure_ascii: bool = False, indent: Any = None, **options: Any) -> str:
-    """Write JSON without HTML escapes, unlike Jinja's own filter, with the options of
-    ``transformers``."""
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, **options)
-
-
-def _raise(message: str) -> None:
-    raise TemplateError(message)
+        ``enable_thinking``. Raises TemplateError for any exception in the template, and if it
+        exceeds a limit."""
+        return self.renderer.render(
+            self.source,
+            self.special_tokens
+            | dict(variables or {})
+            | {
+                "messages": messages,
+                "tools": tools,
+                "add_generation_prompt": add_generation_prompt,
+            },
+        )
 
 
 def any_of(texts: Iterable[str]) -> re.Pattern[str]:

@@ -158,6 +158,10 @@ class HybridRadixCache:
     changed, for other tokens and namespaces, and for a node that was evicted or belongs to another
     cache. A lock that is never returned keeps its path forever. A cache is not thread-safe.
 
+    Any other exception in the middle of a call that changes the cache, such as a MemoryError or an
+    interrupt, may leave the cache half changed. Go on with ``cache.rebuilt()``, which is empty, and
+    begin new leases. ``match`` and the other methods that only read need nothing.
+
     >>> import numpy as np
     >>> from hybridcache import CacheConfig, build_prefix_cache
     >>> cache = build_prefix_cache(CacheConfig(num_kv_tokens=100, num_slots=2, grid=4))
@@ -676,8 +680,8 @@ class HybridRadixCache:
 
         The new cache has the same configuration, memory, statistics and listeners, and an eviction
         policy without history. Leases, locks and matches of this one are worth nothing: ending them
-        changes nothing in the new cache. O(rows). RuntimeError unless ``build_prefix_cache`` made
-        this cache.
+        changes nothing in the new cache. After an exception in this call, repeat it. O(rows).
+        RuntimeError unless ``build_prefix_cache`` made this cache.
         """
         if self.make is None:
             raise RuntimeError("only a cache of build_prefix_cache can be rebuilt")
@@ -686,8 +690,7 @@ class HybridRadixCache:
         new.stats.rebuilds += 1
         new.stats.evicted_tokens = new.stats.inserted_tokens
         new.stats.evicted_slots = new.stats.inserted_slots
-        listeners, self._listeners = self._listeners, ()
-        for listener in listeners:
+        for listener in self._listeners:
             listener.followed = None
             new.subscribe(listener)
             new._notify_one(listener, "cleared")

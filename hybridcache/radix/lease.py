@@ -14,6 +14,10 @@ Life of a lease:
 
 A call that breaks these rules raises ValueError, RuntimeError if a step plan was not taken or not
 carried out, or TypeError for a wrong type. Nothing is changed.
+
+Any other exception in the middle of a call, such as a MemoryError or an interrupt, may leave the
+lease and its cache half changed. Drop all leases of the cache without a call, and go on with
+``cache.rebuilt()``. A placement policy can be kept.
 """
 
 from __future__ import annotations

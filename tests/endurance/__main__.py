@@ -2,6 +2,7 @@
 
     python -m tests.endurance cache faults --size large
     python -m tests.endurance soak --size 20000 --seed 7
+    python -m tests.endurance fuzz --size 60 --seed $RANDOM
 
 ``small`` is a size of the test suite, ``medium`` of `make test-all`, ``large`` of the make target
 of the part. A failure ends the run, with the part and the seed that reproduce it.
@@ -32,9 +33,12 @@ class Part(NamedTuple):
 
 PARTS = {
     "cache": Part("operations", 1_800, 60_000, 1_000_000),
+    "fuzz": Part("seconds", 1, 60, 600),
+    "waits": Part("loads", 2, 10, 10),
     "stores": Part("kills", 3, 50, 200),
-    "faults": Part("faults", 4, 9, 9),
+    "faults": Part("faults", 4, 10, 10),
     "soak": Part("requests", 60, 5_000, 200_000),
+    "grammars": Part("grammars", 5, 100, 100),
     "hostile": Part("rounds", 1, 1, 3),
     "clients": Part("sessions", 1, 2, 2),
 }
@@ -64,6 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     more = {} if options.only is None else {"only": options.only}
     for name in options.parts:
+        print(f"{name}: seed {options.seed}", flush=True)
         began = time.monotonic()
         try:
             found = run(name, options.size, options.seed, **more)

@@ -13,6 +13,7 @@ import http.client
 import json
 import os
 import re
+import resource
 import shutil
 import signal
 import socket
@@ -95,6 +96,8 @@ time_t time(time_t *at) {
 The clock is a day ahead in odd seconds and a day behind in even ones.
 """
 FLAGS = ("--max-running", "8")
+NUM_STOPPED, MAX_STOPPED_BYTES = 1000, 256 << 10
+"""Connections that are not read, and the most memory of the server for each."""
 BODY = {"ignore_eos": True, "temperature": 0}
 
 
@@ -197,6 +200,11 @@ def is_gone(pid: int) -> bool:
         return True
 
 
+def resident_bytes(pid: int) -> int:
+    """Return the memory of a process."""
+    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * resource.getpagesize()
+
+
 def read_answer(connection: socket.socket) -> tuple[int, str]:
     """Return (status, body), possibly cut if the connection closes early."""
     answer = http.client.HTTPResponse(connection)
@@ -287,6 +295,29 @@ def slow_readers(server: Broken) -> None:
             status, body = read_answer(connection)
         assert status == 200 and body.endswith("data: [DONE]\n\n"), body[-200:]
         assert num_events(body) >= 1 and '"finish_reason":"length"' in body
+
+
+def thousand_stopped_readers(server: Broken) -> None:
+    """Open a thousand connections that send a request and never read. Others are answered, and the
+    server's memory stays bounded."""
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (limits[1], limits[1]))
+    connections: list[socket.socket] = []
+    before = resident_bytes(server.process.pid)
+    try:
+        for number in range(NUM_STOPPED):
+            connections.append(server.connect(4096))
+            prompt = f"{number} " + "x" * 20
+            server.ask(connections[-1], 16, stream=True, prompt=prompt)
+        assert b"ok" in server.get("/health")
+        status, body = server.answer()
+        assert status in (200, 429), (status, body)
+        grown = resident_bytes(server.process.pid) - before
+        assert grown < NUM_STOPPED * MAX_STOPPED_BYTES, f"{grown >> 20} MiB"
+    finally:
+        for connection in connections:
+            reset(connection)
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
 
 def half_open_sockets(server: Broken) -> None:
@@ -406,6 +437,7 @@ LIVE = (
     out_of_memory_in_a_step,
     clock_jumps,
     stopped_engine,
+    thousand_stopped_readers,
 )
 """Faults that a server must survive."""
 ENDS = (terminated, killed_engine, killed_server)

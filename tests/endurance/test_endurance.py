@@ -5,10 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from hypothesis.stateful import RuleBasedStateMachine, rule
 
 from hybridcache.radix.cache import HybridRadixCache
 from tests.endurance.__main__ import PARTS, main, run
 from tests.endurance.clients import AGENTS, CONTEXT, page
+from tests.endurance.fuzz import play
 
 
 @pytest.mark.full("cache", "stores")
@@ -23,6 +25,29 @@ def test_wrong_rows_are_detected(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(HybridRadixCache, "gather", lambda self, node: gather(self, node)[::-1])
     with pytest.raises(AssertionError, match="seed"):
         run("cache", "small")
+
+
+class Faulty(RuleBasedStateMachine):
+    """A counter that fails from 3 on."""
+
+    count = 0
+
+    @rule()
+    def add(self) -> None:
+        self.count += 1
+        assert self.count < 3
+
+    @rule()
+    def rest(self) -> None:
+        pass
+
+
+def test_new_operations_that_fail_are_shrunk() -> None:
+    """The failure names the seed, and the fewest operations that repeat it."""
+    with pytest.raises(AssertionError, match="Faulty, seed 3: ") as failure:
+        play(Faulty, 3)
+    operations = [line for line in str(failure.value).splitlines() if line.startswith("state.")]
+    assert operations == ["state.add()"] * 3 + ["state.teardown()"]
 
 
 @pytest.mark.parametrize("name", AGENTS)

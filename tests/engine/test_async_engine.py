@@ -17,6 +17,8 @@ from engine.front.async_engine import ThreadChannel
 from engine.messages import Ask
 from engine.requests.request import RequestSpec
 from engine.schedule.scheduler import Batch
+from hybridcache.radix.cache import HybridRadixCache
+from hybridcache.scheduling.planner import StepPlanner
 from tests.engine.test_scheduler_machine import answer
 from tests.oracle import Fingerprints, OracleRunner, OracleSampler
 
@@ -130,6 +132,46 @@ def test_an_output_that_its_reader_waits_for_can_be_handled_at_once() -> None:
         with pytest.raises(ZeroDivisionError):
             await read(stream)
         stream.abort()
+
+    serve(scenario)
+
+
+@pytest.mark.parametrize("method", ["abort", "reset_prefix_cache", "run_idle_tasks"])
+def test_a_lack_of_memory_between_two_steps_ends_the_command_alone(
+    method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other request, which starts again with the cache, gets its answer."""
+    places = {
+        "abort": (StepPlanner, "leave"),
+        "reset_prefix_cache": (HybridRadixCache, "reset"),
+        "run_idle_tasks": (Engine, "run_idle_tasks"),
+    }
+    owner, name = places[method]
+    original, num_failures = getattr(owner, name), 0
+
+    def failing(*arguments: object, **options: object) -> object:
+        nonlocal num_failures
+        num_failures += 1
+        monkeypatch.setattr(owner, name, original)
+        raise MemoryError
+
+    async def scenario(engine: AsyncEngine, runner: GatedRunner) -> None:
+        streams = [engine.submit([number, 2, 3], ENDLESS) for number in range(2)]
+        for stream in streams:
+            await anext(stream)
+        monkeypatch.setattr(owner, name, failing)
+        if method == "reset_prefix_cache":
+            with pytest.raises(StepFailed):
+                await engine.ask(Ask("reset_cache"))
+        streams[0].abort()
+        assert (await read(streams[0]))[-1].finish_reason == "abort"
+        streams[1].abort("stop")
+        outputs = await read(streams[1])
+        tokens, _, _ = answer([1, 2, 3], ENDLESS, exact=False)
+        assert list(outputs[-1].token_ids) == tokens[: outputs[-1].num_tokens]
+        assert await read(engine.submit([1, 2, 3], ONE))
+        while not num_failures:
+            await asyncio.sleep(0.001)
 
     serve(scenario)
 

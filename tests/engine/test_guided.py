@@ -20,6 +20,7 @@ from engine.plugins.guided.guides import Guides
 from engine.requests.logit_rules import FREE
 from engine.text.grammar import GrammarError
 from engine.text.tokenizer import HFTokenizer
+from tests.endurance.grammars import chain
 from tests.engine.history.agent import make_model_dir
 from tests.engine.history.scripted import ScriptedSampler
 from tests.oracle import OracleRunner, OracleSampler
@@ -91,6 +92,24 @@ def test_answers_match_their_grammar(engine: Engine, name: str) -> None:
         [output] = engine.generate([spec(grammar, f"{number}: ")])
         assert re.fullmatch(expected, output.text), output.text
         assert output.finish_reason == "stop" and output.error is None
+
+
+def test_references_of_any_depth_do_not_end_the_process(engine: Engine) -> None:
+    """The library follows them by recursion. 1,800 levels ended a stack of 8 MiB."""
+    with pytest.raises(ValueError, match="too big"):
+        engine.submit(spec(Grammar.of_schema(chain("items", 3000, 1))))
+    with pytest.raises(ValueError, match="too large"):
+        engine.submit(spec(Grammar.of_schema(chain("items", 120, 60))))
+    with pytest.raises(GrammarError, match="nested that deep"):
+        Grammar.of_schema(chain("items", 1, 5000))
+
+
+def test_long_expressions_are_refused() -> None:
+    """The time to compile one grows with the square of its length."""
+    patterns = closed({f"p{index}": {"pattern": "a?" * 30} for index in range(100)})
+    for make in (lambda: Grammar.of_regex("a?" * 3000), lambda: Grammar.of_schema(patterns)):
+        with pytest.raises(GrammarError, match="at most 4096 characters together"):
+            make()
 
 
 @pytest.mark.timeout(10)

@@ -9,7 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.front.chat_prompt import mark_control_tokens, render_chat
-from engine.text.tokenizer import ChatTemplate, HFTokenizer, TemplateError
+from engine.text import sandbox
+from engine.text.sandbox import TOO_MUCH, Renderer, TemplateError
+from engine.text.tokenizer import ChatTemplate, HFTokenizer
 from hybridcache.tokens import common_prefix_len
 from tests.engine.history.agent import TEMPLATE
 
@@ -121,3 +123,60 @@ def test_any_failure_of_a_template_is_a_template_error(source: str, value: Any) 
 def test_templates_are_sandboxed() -> None:
     with pytest.raises(TemplateError):
         ChatTemplate("{{ messages.__class__.__mro__[1].__subclasses__() }}").render(CHAT)
+
+
+ENDLESS = {
+    "loops": "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+    "text": "{{ ('a' * 10000000000)|length }}",
+    "list": "{{ ([0] * 10000000000)|length }}",
+    "power": "{{ 10 ** (10 ** 9) > 1 }}",
+    "words": "{{ lipsum(n=1000000)|length }}",
+    "indent": "{{ messages|tojson(indent=1000000000)|length }}",
+    "width": "{{ 'a'.center(10000000000)|length }}",
+    "format": "{{ '%10000000000d' % 1 }}",
+    "wrap": "{{ ('a ' * 3000000)|wordwrap(1)|length }}",
+    "replace": "{{ ('a' * 9000000)|replace('a', 'b' * 9000000)|length }}",
+    "doubles": "{% set n = namespace(s='a') %}{% for i in range(60) %}{% set n.s = n.s ~ n.s %}"
+    "{% endfor %}",
+    "date": "{{ strftime_now('%c' * 100000000)|length }}",
+    "source": "{{ 1 }}" * 400_000,
+}
+"""Templates without an end, or with a text that no memory holds."""
+
+
+@pytest.mark.full("loops", "indent", "wrap", "doubles")
+@pytest.mark.parametrize("name", ENDLESS)
+def test_a_template_without_an_end_is_refused_at_the_start(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ChatTemplate, "renderer", Renderer(limit_s=0.1))
+    with pytest.raises(TemplateError) as refusal:
+        ChatTemplate(ENDLESS[name])
+    assert str(refusal.value) == TOO_MUCH
+    assert ChatTemplate("{{ messages[0].content }}").render(CHAT) == CHAT[0]["content"]
+
+
+def test_a_chat_that_exceeds_the_limits_is_refused_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The template is proved with a short chat; the process of a longer one is replaced."""
+    monkeypatch.setattr(ChatTemplate, "renderer", Renderer(limit_s=0.1))
+    template = ChatTemplate(
+        "{% for i in range(n or 1) %}{% for j in range(n or 1) %}x{% endfor %}{% endfor %}"
+    )
+    with pytest.raises(TemplateError, match="2 s or 1 GiB"):
+        template.render(CHAT, variables={"n": 99999})
+    assert template.render(CHAT, variables={"n": 2}) == "xxxx"
+
+
+def test_an_interrupt_leaves_no_answer_for_the_next_rendering(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    template, receive = ChatTemplate("{{ n }}"), sandbox._receive
+
+    def interrupted(pipe: Any) -> bytes:
+        monkeypatch.setattr(sandbox, "_receive", receive)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sandbox, "_receive", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        template.render(CHAT, variables={"n": 1})
+    assert template.render(CHAT, variables={"n": 2}) == "2"

@@ -20,7 +20,8 @@ from engine.requests.request import MAX_BIAS, MAX_COUNT, SamplingParams
 from engine.text.answers import MAX_NAME
 from engine.text.bounded import read_json
 from engine.text.grammar import Grammar, GrammarError
-from engine.text.tokenizer import PROBE, ChatTemplate, TemplateError
+from engine.text.sandbox import TemplateError
+from engine.text.tokenizer import PROBE, ChatTemplate
 
 MAX_MESSAGES = 4096
 """Maximum number of messages of a chat, or of parts of a message."""

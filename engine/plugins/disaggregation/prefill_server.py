@@ -106,7 +106,7 @@ class Outgoing:
             receipt, self._receipt = self._receipt, None
             receipt.cache.unlock(receipt)
         if self.request is not None and self.request.finish_reason is None:
-            self.server.engine.abort(self.request.request_id)
+            self.server.engine.end_request(self.request)
         self.has_ended = True
 
     def _send_rows(self, rows: Indices, known: int) -> None:
@@ -223,7 +223,7 @@ class PrefillServer(Plugin):
         if self.engine.cache.match(tokens, spec.namespace).cached_len < len(tokens) - 1:
             request_id = f"transfer-{next(self._numbers)}"
             request = self.engine.make(structs.replace(spec, request_id=request_id))
-            self.engine.enqueue(request)
+            self.engine.start_request(request)
         self._sessions[peer] = Outgoing(self, peer, ask, tokens, request, ask.start)
 
     def _check_sessions(self, now: float) -> None:
@@ -293,7 +293,12 @@ class PrefillServer(Plugin):
         """End every prefix in progress without sending the rest."""
         for peer, session in tuple(self._sessions.items()):
             if not session.has_ended:
-                self.fail(peer, error)
+                try:
+                    self.fail(peer, error)
+                except Exception:  # Another one has left it, or the cache, half changed.
+                    logger.exception("The transfer of a prefix could not be ended.")
+                finally:
+                    self._sessions.pop(peer, None)
 
     def disconnect(self, *, at_once: bool) -> None:
         """See ``Transfers``. Decode engines get an error for new prefixes, and compute them.

@@ -300,15 +300,17 @@ class PeerLoader(Loader[Request]):
         for load in tuple(self._active):
             try:
                 left -= load.receive(left)
-                if load.is_whole:
-                    self.end(load)
             except Exception as error:
                 self._report(load.address, load.end, error)
                 self.end(load)
+            else:
+                if load.is_whole:
+                    self.end(load)
 
     def end(self, load: PeerLoad) -> None:
         """Publish a complete prefix, or release its memory."""
-        self._active.remove(load)
+        if load in self._active:
+            self._active.remove(load)
         self.manager.other_holders.pop(load.arrival, None)
         load.connection.close()
         wire_bytes, needed_bytes = load.connection.num_bytes, 0
@@ -324,6 +326,14 @@ class PeerLoader(Loader[Request]):
             load.arrival.abort()
             self.counts.failed += 1
         load.request.transferred = Transferred(load.num_loaded, needed_bytes, wire_bytes)
+
+    def end_all(self) -> None:
+        """See ``Loader``. Also ends loads whose beginning or end was cut by an exception: nothing
+        may be copied into their rows any more."""
+        super().end_all()
+        while self._active:
+            self._active[-1].connection.close()
+            del self._active[-1]
 
     def wait_for_data(self) -> None:
         if self._active:

@@ -44,6 +44,9 @@ LIMITS: Mapping[str, int | bool] = {
 }
 """Limits of one matcher. 4,900 random ambiguous grammars of up to 1 kB took at most 26 ms for one
 call; schemas of ordinary size take microseconds."""
+STACK_BYTES, STACK_LOCK = 256 << 20, threading.Lock()
+"""Stack of a compilation. A schema of ``MAX_CHARS`` with one level in ten characters needs less.
+The system provides memory for the used part only."""
 NUM_TRIED = 40
 """Number of tokens of the answer that is tried when a grammar is compiled."""
 BEFORE = "\x02"
@@ -97,10 +100,8 @@ class Compiled:
 
     def __init__(self, make: Callable[[], LLMatcher]) -> None:
         """``make`` compiles the grammar. Raises as it does."""
-        started_s = time.thread_time()
         self._make = make
-        self.matcher = make()
-        self._seconds = time.thread_time() - started_s
+        self.matcher, self._seconds = with_deep_stack(make)
 
     def copy(self, spent: LLMatcher | None = None) -> tuple[LLMatcher, LLMatcher]:
         """Return a matcher at the beginning of an answer, and the one that it shares states with.
@@ -111,7 +112,7 @@ class Compiled:
         if self.matcher is spent:
             if self._seconds > RENEWAL_S:
                 raise TooComplex(SPENT_STATES)
-            self.matcher = self._make()
+            self.matcher, _ = with_deep_stack(self._make)
         return self.matcher.deep_copy(), self.matcher
 
 
@@ -337,6 +338,32 @@ def make_matcher(library: ModuleType, vocabulary: LLTokenizer, grammar: Grammar)
         message = message if grammar.kind == "given" else OUR_PLACE.sub("", message)
         raise _wrong(message, has_schema=grammar.kind == "lark")
     return matcher
+
+
+def with_deep_stack(make: Callable[[], Found]) -> tuple[Found, float]:
+    """Return the value of ``make`` and its processor time. It runs in a thread of its own with
+    ``STACK_BYTES``: the library follows the references of a schema by recursion, and ends the
+    process at the end of a stack."""
+    found: list[tuple[Found, float]] = []
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            found.append((make(), time.thread_time()))
+        except BaseException as error:
+            errors.append(error)
+
+    with STACK_LOCK:
+        before = threading.stack_size(STACK_BYTES)
+        try:
+            thread = threading.Thread(target=run, name="grammar")
+            thread.start()
+        finally:
+            threading.stack_size(before)
+    thread.join()
+    if errors:
+        raise errors[0]
+    return found[0]
 
 
 def check_beginning(matcher: LLMatcher, ends: Tokens) -> None:

@@ -99,6 +99,8 @@ class Disk:
         self._run_tokens = max(1, record_bytes_limit // (row_bytes + TOKEN_BYTES))
         self._jobs: PriorityQueue[tuple[int, int, str, Callable[[], object] | None, Future[Any]]]
         self._jobs, self._numbers = PriorityQueue(), itertools.count()
+        self._has_ended = False
+        """True if the disk thread has no more work, or has ended."""
         self._started_s: float | None = None
         """Time by ``time.monotonic`` at which the current job began, or None if there is none."""
         # A job that hangs in the system cannot be interrupted: it must not keep the process alive.
@@ -229,6 +231,14 @@ class Disk:
         while self.prefixes.unused:
             self._forget(next(iter(self.prefixes.unused)))
 
+    def recover(self) -> None:
+        """Unbind all rows after they were lost, or after an exception in the middle of a call.
+        O(records + rows of the tier)."""
+        self.prefixes.unbind_all()
+        self.num_bytes = sum(map(self._size, self.prefixes.items.values()))
+        self._next_id = max([self._next_id, *(number + 1 for number in self.prefixes.items)])
+        self.settle()
+
     def settle(self) -> None:
         """Forget the records that were found damaged, with their descendants. O(1) if there are
         none, else O(records + rows of the tier)."""
@@ -255,8 +265,9 @@ class Disk:
         return done.done()
 
     def close(self) -> None:
-        """Write pending records, and release the folder."""
-        if self.flush():
+        """Write pending records, and release the folder. After an exception, repeat the call."""
+        if self._has_ended or self.flush():
+            self._has_ended = True
             self._submit(None)
             self._store.close()
         else:

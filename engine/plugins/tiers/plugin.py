@@ -278,8 +278,7 @@ class TierPlugin(Plugin):
         if was_lost:
             steps.take_transfers()
             if disk is not None:
-                disk.settle()
-                disk.prefixes.unbind_all()
+                disk.recover()
                 logger.warning("The cache restarts with %d states from disk.", self.adopt())
         elif disk is not None:
             transfers = steps.take_transfers()

@@ -189,8 +189,16 @@ class Prefixes:
         self._records[rows] = 0
 
     def unbind_all(self) -> None:
-        """Unbind all rows. O(rows of the tier)."""
-        self.unbind(np.flatnonzero(self._records).astype(np.int32))
+        """Unbind all rows, and count everything else again from the items, because an exception may
+        have cut another call. O(rows of the tier + items)."""
+        self._found = None, EMPTY, []
+        self._records[:] = 0
+        self.ids = {item.key: number for number, item in self.items.items()}
+        children = Counter(item.parent for item in self.items.values() if item.parent)
+        self._num_uses = {number: children[number] for number in self.items}
+        were_used = (number for number in reversed(self.items) if number not in self.unused)
+        order = (*were_used, *self.unused)  # Records that are no longer used are removed first.
+        self.unused = OrderedDict.fromkeys(n for n in order if self._num_uses.get(n) == 0)
 
     def parts(self, rows: Indices) -> list[RecordPart]:
         """Return the parts of records that ``rows`` point to, in the order of ``rows``. O(rows)."""

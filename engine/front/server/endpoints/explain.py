@@ -25,7 +25,8 @@ from engine.front.server.schemas import ChatRequest, Message
 from engine.front.server.writers import Call, ServingContext
 from engine.text.answers import RequestOutput
 from engine.text.bounded import BoundedMemory
-from engine.text.tokenizer import ChatTemplate, TemplateError, Tokenizer
+from engine.text.sandbox import TemplateError
+from engine.text.tokenizer import ChatTemplate, Tokenizer
 from hybridcache.geometry.units import counted
 from hybridcache.radix.api import Losses
 from hybridcache.tokens import common_prefix_len
