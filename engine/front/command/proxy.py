@@ -25,6 +25,7 @@ from engine.front.server.bodies import APIError, ClientGone, converted, opened, 
 from engine.front.server.schemas import KNOWN, Message, completed
 from engine.front.server.transport import unless_gone
 from engine.text.tokenizer import Tokenizer
+from hybridcache.client_habits import thoughts_of
 
 Fields = Mapping[str, Any]
 
@@ -204,7 +205,7 @@ def read_answer(raw: bytes) -> tuple[JsonObject, bool]:
             has_end |= choice.get("finish_reason") in ("stop", "tool_calls")
             said = choice.get("delta") or choice.get("message") or {}
             text += said.get("content") or ""
-            reasoning += said.get("reasoning_content") or said.get("reasoning") or ""
+            reasoning += thoughts_of(said)
             for place, call in enumerate(said.get("tool_calls") or ()):
                 known = calls.setdefault(call.get("index", place), ["", ""])
                 function = call.get("function") or {}

@@ -21,6 +21,7 @@ from engine.text.answers import MAX_NAME
 from engine.text.bounded import read_json
 from engine.text.grammar import Grammar, GrammarError
 from engine.text.tokenizer import PROBE, ChatTemplate, TemplateError
+from hybridcache.client_habits import thoughts_of, without_billing
 
 MAX_MESSAGES = 4096
 """Maximum number of messages of a chat, or of parts of a message."""
@@ -207,8 +208,8 @@ class Message(msgspec.Struct, kw_only=True):
     def as_template_input(self) -> JsonObject:
         """Return the message for a chat template: content as one string."""
         message: JsonObject = {"role": self.role, **self.extra}
-        if "reasoning" in message:
-            message.setdefault("reasoning_content", message["reasoning"])
+        if thoughts := thoughts_of(self.extra):
+            message["reasoning_content"] = thoughts
         message["content"] = text_of(self.content)
         if self.tool_calls is not None:
             message["tool_calls"] = self.tool_calls
@@ -312,9 +313,10 @@ def cuts_of(messages: Sequence[Message], tools: Sequence[Mapping[str, Json]] | N
 
 
 def completed(messages: list[Message]) -> list[Message]:
-    """Return the messages of a chat with the arguments of calls as objects. Raises ValueError."""
+    """Return the messages of a chat with the arguments of calls as objects, and system messages
+    without headers that change in each request. Raises ValueError."""
     for index, one in enumerate(messages):
-        if one.content is None and one.role != "assistant":
+        if one.content is None and one.role not in ("assistant", "tool"):
             raise ValueError(f"'messages.{index}' has no 'content': add its text.")
         for call in one.tool_calls or ():
             if isinstance(function := call.get("function"), dict):
@@ -322,7 +324,23 @@ def completed(messages: list[Message]) -> list[Message]:
                 if isinstance(arguments, str):
                     arguments = parsed_arguments(arguments)
                 call["function"] = function | {"arguments": arguments}
-    return messages
+    kept = [one for one in messages if one.role not in SYSTEM or _without_billing(one)]
+    return kept or messages
+
+
+def _without_billing(message: Message) -> bool:
+    """Remove the billing header from a system message. Returns False if nothing is left of it."""
+    parts = message.content if isinstance(message.content, list) else []
+    texts = [part.text for part in parts] if parts else [text_of(message.content)]
+    cleaned = [without_billing(text) for text in texts]
+    if cleaned == texts:
+        return True
+    if parts:
+        pairs = zip(parts, cleaned, strict=True)
+        message.content = [structs.replace(part, text=text) for part, text in pairs if text.strip()]
+    else:
+        message.content = cleaned[0]
+    return any(text.strip() for text in cleaned)
 
 
 def parsed_arguments(text: str) -> JsonObject:
@@ -390,7 +408,7 @@ class ChatRequest(Sampling, kw_only=True):
     """False to end the answer after its first call."""
 
     def __post_init__(self) -> None:
-        completed(self.messages)
+        self.messages = completed(self.messages)
         for tool in self.tools or ():
             function = tool.get("function")
             if isinstance(function, dict) and function.get("parameters") == []:

@@ -43,9 +43,6 @@ REASONS: dict[Finish | None, str] = {
     "length": "max_tokens",
     "tool_calls": "tool_use",
 }
-BILLING = "x-anthropic-billing-header:"
-"""Start of a system block that Claude Code writes for Anthropic's servers. It differs in every
-request, so the prompt is made without it: otherwise no request would find a cached prefix."""
 CHOICES: dict[str, Choice] = {"auto": "auto", "any": "required", "none": "none"}
 
 
@@ -212,8 +209,7 @@ class CountRequest(Body, kw_only=True):
         """Return the chat request, with the fields ``sampling``. Raises ValueError if a field is
         not supported. O(blocks)."""
         system = [TextPart(text=self.system)] if isinstance(self.system, str) else self.system
-        parts = [one for one in system or () if not one.text.startswith(BILLING)]
-        messages = [Message(role="system", content=parts)] if parts else []
+        messages = [Message(role="system", content=system)] if system else []
         for turn in self.messages:
             messages += turn.as_messages()
         choice = self.tool_choice or ToolChoice(type="auto")
