@@ -199,8 +199,8 @@ class Named(Record):
         elif (num_more := length - len(request.output)) > 0:
             more, own = fresh.take(num_more), request.output
             thinks = thinks or num_more > len(own)  # More than another way to count.
-            ids = [more, own] if thinks else [own, more]
-            request = request._replace(output=np.concatenate(ids))
+            parts = (more, own) if thinks else (own, more)
+            request = request._replace(output=np.concatenate(parts))
         if thinks:
             request = request._replace(answer_survives=False)
         return request._replace(stop_reason=reason), text
