@@ -5,6 +5,7 @@ The table in docs/reference/http.md names the clients.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 
@@ -93,3 +94,46 @@ def _count(values: Sequence[object]) -> int:
     if not isinstance(found, int) or isinstance(found, bool) or found < 0:
         raise ValueError(f"usage has {found!r} in place of a number of tokens")
     return found
+
+
+RENDERED = ("tool_use", "tool_result", "function_call", "function_call_output")
+"""Types of blocks that chat templates write."""
+
+
+def line_of(block: Mapping[str, object]) -> str | None:
+    """Return the text for a block of a chat's history that no chat template writes: a refusal, a
+    found document, or a tool that the server of an earlier answer ran. None for other blocks.
+
+    >>> line_of({"type": "server_tool_use", "name": "web_search", "input": {"query": "rain"}})
+    '[web_search was called with {"query": "rain"}.]'
+    """
+    kind = str(block.get("type"))
+    if kind == "refusal":
+        return str(block.get("refusal") or "")
+    if kind == "tool_reference":
+        return f"[The tool {block.get('tool_name')} was found.]"
+    if kind == "search_result":
+        heads = (block.get("title"), block.get("source"), _joined(block.get("content")))
+        return "\n".join(str(one) for one in heads if one)
+    if kind == "compaction":
+        return _joined(block.get("content"))
+    if kind in RENDERED:
+        return None
+    if kind.endswith("_tool_result"):
+        content = block.get("content")
+        return f"[Result: {_joined(content) or json.dumps(_shown(content))}]"
+    if kind.endswith(("_tool_use", "_call")):
+        own = ("type", "id", "status", "name", "cache_control", "caller")
+        given = block.get("input", {name: block[name] for name in block if name not in own})
+        name = block.get("name") or kind.removesuffix("_call")
+        return f"[{name} was called with {json.dumps(_shown(given))}.]"
+    return None
+
+
+def _shown(value: object) -> object:
+    """Return a JSON value without encrypted contents."""
+    if isinstance(value, list):
+        return [_shown(one) for one in value]
+    if isinstance(value, Mapping):
+        return {name: _shown(value[name]) for name in value if not name.startswith("encrypted")}
+    return value

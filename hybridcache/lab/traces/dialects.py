@@ -18,6 +18,7 @@ from hybridcache.client_habits import (
     THOUGHTS,
     has_thoughts,
     length_of,
+    line_of,
     thoughts_of,
     without_billing,
 )
@@ -191,8 +192,8 @@ def _part(part: Record) -> str:
         return part.text("text")
     if kind in THOUGHT_PARTS:
         return _thought(thoughts_of(part))
-    if kind == "refusal":
-        return part.text("refusal")
+    if (line := line_of(part)) is not None:
+        return line
     if kind == "tool_use":
         return _call({"name": part["name"], "arguments": part.get("input")})
     if kind == "tool_result":

@@ -207,7 +207,7 @@ BAD: dict[str, list[tuple[dict[str, Any], str]]] = {
         *(({"messages": one}, "messages") for one in ([], CHAT * 4097)),
     ],
     "/v1/responses": [
-        ({"input": [{"type": "web_search_call"}]}, "web_search_call"),
+        ({"input": [{"type": "bogus"}]}, "bogus"),
         (
             {"input": [CHAT[0] | {"content": [{"type": "video"}]}]},
             "content.0.type' cannot be 'video'",

@@ -53,6 +53,10 @@ class Thinking(msgspec.Struct, kw_only=True, tag_field="type", tag="thinking"):
     thinking: str
 
 
+class RedactedThinking(msgspec.Struct, kw_only=True, tag_field="type", tag="redacted_thinking"):
+    """Encrypted thinking of another server, which is omitted."""
+
+
 class ToolUse(msgspec.Struct, kw_only=True, tag_field="type", tag="tool_use"):
     id: str
     name: str
@@ -83,7 +87,7 @@ class ToolResult(msgspec.Struct, kw_only=True, tag_field="type", tag="tool_resul
         )
 
 
-Block = TextPart | Thinking | ToolUse | ToolResult
+Block = TextPart | Thinking | RedactedThinking | ToolUse | ToolResult
 
 
 class Turn(msgspec.Struct, kw_only=True):
@@ -113,11 +117,13 @@ class Turn(msgspec.Struct, kw_only=True):
                     call: JsonObject = {"id": block.id, "type": "function", "function": function}
                     messages[0].tool_calls = [*(messages[0].tool_calls or ()), call]
                     messages[0].cache_control = block.cache_control or messages[0].cache_control
+                case RedactedThinking():
+                    pass
                 case ToolResult():
                     parts = []  # Of a message after the result.
                     messages += block.as_message(), Message(role=self.role, content=parts)
             is_after_call = isinstance(block, ToolUse) or (
-                is_after_call and isinstance(block, Thinking)
+                is_after_call and isinstance(block, Thinking | RedactedThinking)
             )
         has_results = len(messages) > 1
         return [one for one in messages if one.content or not has_results or one.role == "tool"]
@@ -172,6 +178,7 @@ class CountRequest(Body, kw_only=True):
         **dict.fromkeys(("mcp_servers", "fallbacks"), ([],)),
         "speed": ("standard",),
     }
+    TOOLS: ClassVar[tuple[str, ...]] = ("custom",)
 
     model: str
     messages: Annotated[list[Turn], Meta(min_length=1, max_length=MAX_MESSAGES)]
