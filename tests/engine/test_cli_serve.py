@@ -71,6 +71,26 @@ def _wait_until_ready(url: str) -> None:
 
 
 @pytest.mark.parametrize(
+    "shell, words",
+    [
+        ("ulimit -n 12", "only 12 files can be open, .* ulimit -n 1024"),
+        ("export TMPDIR=/proc", "set TMPDIR to a folder in which this user may write"),
+    ],
+)
+def test_systems_that_cannot_serve_are_named_with_the_remedy(shell: str, words: str) -> None:
+    """Without a traceback. No folder of the system is writable in the second case."""
+    code = (
+        "import sys, tempfile; tempfile._candidate_tempdir_list = lambda: ['/proc']; "
+        "from engine.front.command.cli import main; sys.exit(main(sys.argv[1:]))"
+    )
+    program = ("-m", "engine") if "ulimit" in shell else ("-c", code)
+    command = shlex.join([sys.executable, *program, "serve", "--port", "0", *SMALL])
+    done = subprocess.run(["sh", "-c", f"{shell}; exec {command}"], capture_output=True, text=True)
+    assert re.search(words, done.stderr) and "Traceback" not in done.stderr, done.stderr
+    assert done.returncode == 2
+
+
+@pytest.mark.parametrize(
     "server", [("--log-requests", "--set", "log_level=error", "--host", "0.0.0.0")], indirect=True
 )
 def test_serve_starts_with_one_screen_and_drains_on_sigterm(server: subprocess.Popen[str]) -> None:

@@ -394,7 +394,12 @@ class ClientGone(APIError):
 
 
 async def read_body(request: Request, kind: type[Kind], config: ServerConfig) -> tuple[Kind, int]:
-    """Return the body as ``kind`` and its bytes. Raises APIError 400, 408 (slow), 413 (large)."""
+    """Return the body as ``kind`` and its bytes. Raises APIError 400, 408 (slow), 413 (large), 415
+    (packed)."""
+    encoding = request.headers.get("content-encoding", "identity").strip().lower()
+    if encoding not in ("", "identity"):
+        message = f"Content-Encoding {quoted(encoding)} is not supported: send the body unpacked."
+        raise APIError(415, message)
     try:
         async with asyncio.timeout(config.body_timeout_s):
             raw = await _receive(request, config.max_body_mib)
