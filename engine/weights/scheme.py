@@ -37,7 +37,7 @@ class Stored:
 class Scheme(ABC):
     """Layout of the weight of one linear layer in a file. Instances are immutable."""
 
-    FIELDS: ClassVar[str]
+    FIELDS: ClassVar[str] = "quant_method"
     """Fields of the description that determine the shapes, for errors."""
 
     @property

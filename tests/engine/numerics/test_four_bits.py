@@ -183,7 +183,12 @@ def test_forms_mean_their_weights(form, checkpoint):
         ("gptq", {"group_size": 48}, "group_size 48"),
         ("awq", {"version": "gemv"}, "AWQ with version 'gemv'"),
         ("compressed", {"config_groups": {"a": group_of(strategy="tensor")}}, "strategy 'tensor'"),
-        ("gptq", {"group_size": 64}, "scales is .* instead of"),
+        (
+            "gptq",
+            {"group_size": 64},
+            r"of the wrong shape \(use the config of these files, or correct its bits and "
+            r"group_size\): .*scales is .* instead of",
+        ),
     ],
 )
 def test_descriptions_that_are_not_supported_are_named(form, change, match, checkpoint):
