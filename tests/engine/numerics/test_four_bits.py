@@ -435,6 +435,23 @@ def mxfp4_meant(section: Section, stored: Tensors) -> torch.Tensor | None:
     return (E2M1[codes & 7] * signs * each).float()
 
 
+def eight_meant(section: Section, stored: Tensors) -> torch.Tensor | None:
+    """Return the weight in 8 bits of compressed-tensors, with a scale per channel, tensor or block.
+    Zero points must be 0, as those of symmetric weights."""
+    weights = section["config_groups"]["group_0"]["weights"]
+    dtype = torch.int8 if weights["type"] == "int" else torch.float8_e4m3fn
+    rows, columns = {"channel": (1, COLUMNS), "tensor": (ROWS, COLUMNS)}.get(
+        weights["strategy"], tuple(weights["block_structure"])
+    )
+    shape = (-(-ROWS // rows), -(-COLUMNS // columns))
+    if stored["weight"].dtype is not dtype or stored["weight_scale"].shape != shape:
+        return None
+    if "weight_zero_point" in stored and stored["weight_zero_point"].any():
+        return None
+    scale = stored["weight_scale"].float().repeat_interleave(rows, 0)[:ROWS]
+    return stored["weight"].float() * scale.repeat_interleave(columns, 1)[:, :COLUMNS]
+
+
 def fp8_meant(section: Section, stored: Tensors) -> torch.Tensor | None:
     rows, columns = section["weight_block_size"]
     if stored["weight_scale_inv"].shape != (-(-ROWS // rows), -(-COLUMNS // columns)):
@@ -545,7 +562,37 @@ def fp8_files(draw: st.DrawFn) -> tuple[Section, Tensors]:
     return {"quant_method": "fp8", "weight_block_size": said}, stored
 
 
+@st.composite
+def eight_files(draw: st.DrawFn) -> tuple[Section, Tensors]:
+    numbers, kinds = drawn(draw), st.sampled_from(["int", "float"])
+    strategies = st.sampled_from(["channel", "tensor", "block"])
+    kind, strategy, block = (
+        draw(kinds),
+        draw(strategies),
+        draw(st.sampled_from([[8, 48], [16, 32]])),
+    )
+    rows, columns = {"channel": [1, COLUMNS], "tensor": [ROWS, COLUMNS]}.get(strategy, block)
+    scale = numbers(1, 99, -(-ROWS // rows), -(-COLUMNS // columns)).bfloat16() / 64
+    weight = numbers(-99, 99, ROWS, COLUMNS)
+    dtype = torch.int8 if kind == "int" else torch.float8_e4m3fn
+    stored = {"weight": weight.to(dtype), "weight_scale": scale}
+    if draw(st.booleans()):
+        stored["weight_zero_point"] = torch.full(scale.shape, draw(st.integers(0, 1)))
+    weights = {
+        "num_bits": 8,
+        "type": draw(st.sampled_from([kind, kind, "int"])),
+        "strategy": draw(st.sampled_from([strategy, strategy, "channel"])),
+        "block_structure": draw(st.sampled_from([block, block, [16, 32]])),
+        "symmetric": True,
+    }
+    layout = {"int": "int-quantized", "float": "float-quantized"}[str(weights["type"])]
+    group = {"targets": ["Linear"], "weights": weights}
+    section = {"quant_method": "compressed-tensors", "format": layout}
+    return section | {"config_groups": {"group_0": group}}, stored
+
+
 FILES = {
+    "eight": (eight_files(), eight_meant),
     "gptq": (gptq_files(), gptq_meant),
     "awq": (awq_files(), awq_meant),
     "compressed": (compressed_files(), compressed_meant),
