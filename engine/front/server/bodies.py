@@ -260,7 +260,7 @@ def opened(entry: Json, fixed: Collection[str]) -> Json:
 
 
 MEDIA = {
-    **dict.fromkeys(("image", "image_url", "input_image"), "An image"),
+    **dict.fromkeys(("image", "image_url", "input_image", "computer_screenshot"), "An image"),
     **dict.fromkeys(("document", "file", "input_file"), "A document"),
     **dict.fromkeys(("input_audio", "audio"), "A sound"),
 }
@@ -289,7 +289,10 @@ def _replace_blocks(entries: Json, place: str, refuses: bool, is_content: bool =
             entries[at] = {"type": "text", "text": line} | ({"cache_control": mark} if mark else {})
             continue
         for name in ("content", "output"):
-            _replace_blocks(entry.get(name), f"{path}.{name}", refuses, True)
+            found = entry.get(name)
+            if isinstance(found, dict) and found.get("type") in MEDIA:
+                found = entry[name] = [found]
+            _replace_blocks(found, f"{path}.{name}", refuses, True)
 
 
 REMEDIES = {

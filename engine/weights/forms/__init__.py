@@ -31,8 +31,13 @@ def readers() -> dict[str, tuple[Read, str]]:
     return {file.METHOD: (file.read, file.SERVED) for file in files if hasattr(file, "METHOD")}
 
 
-OWN_FILES = (("quantize_config.json", "gptq"), ("quant_config.json", "awq"))
-"""Files of AutoGPTQ and AutoAWQ beside a config.json without a section, with their method."""
+OWN_FILES = (
+    ("quantize_config.json", "gptq"),
+    ("quant_config.json", "awq"),
+    ("hf_quant_config.json", "modelopt"),
+)
+"""Files of AutoGPTQ, AutoAWQ and ModelOpt beside a config.json without a section, with their
+method."""
 PACKED = (".qweight", ".weight_packed", ".weight_scale", ".weight_scale_inv")
 """Ends of the names of tensors that only quantised weights have."""
 
@@ -85,7 +90,7 @@ def _described(
     nested = text.get("quantization_config") if isinstance(text, Mapping) else None
     if section := config.get("quantization_config") or nested:
         return "quantization_config in config.json", section
-    is_packed = any(name.endswith(".qweight") for name in tensors)
+    is_packed = any(name.endswith(PACKED) for name in tensors)
     for name, method in OWN_FILES:
         if model_dir is not None and is_packed and (path := model_dir / name).is_file():
             try:

@@ -37,16 +37,23 @@ E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
 
 
 def coded(
-    weight: torch.Tensor, *, zeros: bool, dtype: torch.dtype
+    weight: torch.Tensor, *, zeros: bool, dtype: torch.dtype, group: int = GROUP
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return codes [M, N], scales and zeros [M, G], and the weight that they mean."""
-    groups = weight.unflatten(1, (-1, GROUP))
+    """Return codes [M, N], scales and zeros [M, G], and the weight that they mean. The last group
+    of a row may be smaller."""
+    count = weight.shape[1]
+    groups = torch.nn.functional.pad(weight, (0, -count % group)).unflatten(1, (-1, group))
     low, high = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
     scale = ((high - low) / 15 if zeros else groups.abs().amax(-1) / 7).to(dtype)
     zero = (-low / scale.float()).round().clamp(1, 15) if zeros else torch.full_like(low, 8)
     codes = (groups / scale.float()[..., None] + zero[..., None]).round().clamp(0, 15)
     meant = (codes - zero[..., None]) * scale.float()[..., None]
-    return codes.flatten(1).int(), scale, zero.int(), meant.flatten(1)
+    return (
+        codes.flatten(1)[:, :count].int(),
+        scale,
+        zero.int(),
+        meant.flatten(1)[:, :count].contiguous(),
+    )
 
 
 def words(
@@ -80,8 +87,8 @@ def awq(weight: torch.Tensor) -> Made:
     return packed | {"scales": scale.T}, meant
 
 
-def compressed(weight: torch.Tensor, zeros: bool = False) -> Made:
-    codes, scale, zero, meant = coded(weight, zeros=zeros, dtype=torch.bfloat16)
+def compressed(weight: torch.Tensor, zeros: bool = False, group: int = GROUP) -> Made:
+    codes, scale, zero, meant = coded(weight, zeros=zeros, dtype=torch.bfloat16, group=group)
     tensors = {
         "weight_packed": words(codes),
         "weight_scale": scale,
@@ -106,7 +113,7 @@ def group_of(**weights: Any) -> dict[str, Any]:
 
 
 def compressed_section(layout: str, **weights: Any) -> dict[str, Any]:
-    group = group_of(strategy="group", group_size=GROUP, **weights)
+    group = group_of(**{"strategy": "group", "group_size": GROUP} | weights)
     return {
         "quant_method": "compressed-tensors",
         "format": layout,
@@ -132,6 +139,11 @@ FORMS: dict[str, tuple[Callable[[torch.Tensor], Made], dict[str, Any], str]] = {
         lambda w: compressed(w, True),
         compressed_section("pack-quantized", type="int", symmetric=False),
         "int4 in groups of 32",
+    ),
+    "compressed with a smaller last group": (  # Rows of 32, 64, 96 or 160 columns.
+        lambda w: compressed(w, group=64),
+        compressed_section("pack-quantized", type="int", symmetric=True, group_size=64),
+        "int4 in groups of 64",
     ),
     "mxfp4": (mxfp4, compressed_section("mxfp4-pack-quantized", type="float"), "mxfp4"),
 }

@@ -188,6 +188,29 @@ ITEMS: list[tuple[list[dict[str, Any]], list[dict[str, Any]]]] = [
         ],
     ),
     (
+        [
+            {"type": "computer_call", "call_id": "a", "action": {"type": "screenshot"}},
+            {
+                "type": "computer_call_output",
+                "call_id": "a",
+                "output": {"type": "computer_screenshot", "image_url": "data:x"},
+            },
+        ],
+        [
+            {
+                "type": "function_call",
+                "call_id": "a",
+                "name": "computer",
+                "arguments": '{"action": {"type": "screenshot"}}',
+            },
+            {
+                "type": "function_call_output",
+                "call_id": "a",
+                "output": "[An image was left out here, because the model reads text only.]",
+            },
+        ],
+    ),
+    (
         [{"type": "web_search_call", "id": "w", "status": "completed", "action": {"query": "q"}}],
         [
             {
