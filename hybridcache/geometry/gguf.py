@@ -57,7 +57,7 @@ def unreadable(path: Path) -> str | None:
             return "is not a regular file: name another"
         with path.open("rb") as file:
             start = file.read(len(LFS_POINTER))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         if path.is_symlink():
             return f"is a link to {os.readlink(path)}, which does not exist: download it again"
         return ABSENT
