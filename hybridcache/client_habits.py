@@ -101,8 +101,9 @@ RENDERED = ("tool_use", "tool_result", "function_call", "function_call_output")
 
 
 def line_of(block: Mapping[str, object]) -> str | None:
-    """Return the text for a block of a chat's history that no chat template writes: a refusal, a
-    found document, or a tool that the server of an earlier answer ran. None for other blocks.
+    """Return the text of a block of history that no chat template writes. None for other blocks.
+
+    Such a block is a refusal, a found document, or a tool that the server of an earlier answer ran.
 
     >>> line_of({"type": "server_tool_use", "name": "web_search", "input": {"query": "rain"}})
     '[web_search was called with {"query": "rain"}.]'

@@ -46,8 +46,7 @@ OTHER_KINDS = {
 
 
 def _damage(path: Path) -> str | None:
-    """Return the fault of a file that is not in the form of safetensors, or None if it has a whole
-    header and all bytes of it."""
+    """Return the fault of a file that is not whole safetensors, or None if it is."""
     size = path.stat().st_size
     with path.open("rb") as file:
         start = file.read(8)

@@ -268,9 +268,11 @@ MEDIA = {
 
 
 def _replace_blocks(entries: Json, place: str, refuses: bool, is_content: bool = False) -> None:
-    """Replace parts of messages and results of tools that no template writes by text: images,
-    documents and sound by a line (or APIError 400), others by that of ``line_of``. A refused part
-    would end the session of an agent. O(parts)."""
+    """Replace parts of messages and of results of tools that no template writes by text. O(parts).
+
+    A refused part would end the session of an agent. Images, documents and sound become a line, or
+    raise APIError 400; blocks of history become the text of ``line_of``.
+    """
     if not isinstance(entries, list):
         return
     for at, entry in enumerate(entries):

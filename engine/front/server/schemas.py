@@ -313,8 +313,11 @@ def cuts_of(messages: Sequence[Message], tools: Sequence[Mapping[str, Json]] | N
 
 
 def plain_message(message: JsonObject) -> JsonObject:
-    """Return a message of a chat whose thoughts are not parts of its content, and whose custom
-    calls are calls of functions with one ``input``. A refusal is its text if it has no other."""
+    """Return a message of a chat in the form that templates read.
+
+    Thoughts are no parts of its content, custom calls are calls of functions with an ``input``, and
+    a refusal is its text if it has no other.
+    """
     found = {**message}
     if isinstance(content := message.get("content"), list):
         parts = [one if isinstance(one, dict) else {} for one in content]
@@ -341,8 +344,10 @@ def _plain_call(call: Json) -> Json:
 
 
 def completed(messages: list[Message]) -> list[Message]:
-    """Return the messages of a chat with the arguments of calls as objects, and system messages
-    without headers that change in each request. Raises ValueError."""
+    """Return the messages of a chat with the arguments of calls as objects. Raises ValueError.
+
+    System messages lose headers that change in each request.
+    """
     for index, one in enumerate(messages):
         if one.content is None and one.role not in ("assistant", "tool"):
             raise ValueError(f"'messages.{index}' has no 'content': add its text.")

@@ -47,9 +47,9 @@ def read_quantization(
     model_dir: Path | None = None,
     tensors: Mapping[str, torch.Tensor] | None = None,
 ) -> Quantization | None:
-    """Read the formats of a checkpoint's weights from its ``config.json``, or else from a file in
-    its directory: that of AutoGPTQ, AutoAWQ or ModelSlim. ``tensors`` are those of its files.
+    """Read the formats of a checkpoint's weights from its ``config.json``, or a file beside it.
 
+    That is a file of AutoGPTQ, AutoAWQ or ModelSlim. ``tensors`` are those of the weight files.
     Returns None if no weight is quantised. Raises ModelError, also for unsupported formats, and for
     quantised weights without a description.
     """

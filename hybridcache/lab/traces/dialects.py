@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 from hybridcache.client_habits import (
     DETAILS,
+    LENGTHS,
     THOUGHT_PARTS,
     THOUGHTS,
     has_thoughts,
@@ -155,7 +156,7 @@ def answer_of(response: object) -> Answer:
         return Answer(message_text(Record(message)), length, reason, thinks)
     if "text" in choice:
         return Answer(choice.text("text"), length, reason, bool(num_thoughts))
-    if length:
+    if isinstance(usage, dict) and usage.keys() & {*LENGTHS}:
         return Answer(None, length, reason, bool(num_thoughts))
     raise refusal
 
@@ -164,9 +165,9 @@ def _output_item(item: dict[str, object]) -> str:
     """Return the text of an item of the Responses API."""
     if item["type"] == "function_call":
         return _call({"name": item.get("name"), "arguments": item.get("arguments")})
-    return (
-        _content(item.get("content")) if item["type"] == "message" else _thought(thoughts_of(item))
-    )
+    if item["type"] == "reasoning":
+        return _thought(thoughts_of(item))
+    return _content(item.get("content"))
 
 
 def _role(message: Record) -> str:

@@ -107,8 +107,11 @@ class ItemReference(msgspec.Struct, kw_only=True, tag_field="type", tag="item_re
 
 
 def plain_item(item: JsonObject) -> JsonObject:
-    """Return an item of a conversation as one that is supported: a call of a tool that is no
-    function as a call with its fields, and a tool that the server ran as a line of text."""
+    """Return an item of a conversation as one that is supported.
+
+    A call of a tool that is no function becomes a call with its fields, and a tool that the server
+    ran a line of text.
+    """
     kind = item.get("type")
     if not isinstance(kind, str) or kind in RENDERED:
         return item
