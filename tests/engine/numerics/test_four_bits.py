@@ -229,12 +229,13 @@ def test_a_description_beside_the_config_is_read(name, form, checkpoint):
         own = {"zero_point": True, "q_group_size": GROUP, "w_bit": 4, "version": "GEMM"}
     (path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ModelError, match=r"qweight is of a quantised model.*quantize_config.json"):
-        load(path)
+        WeightFiles(path, config)
     (path / name).write_text(json.dumps(own))
-    assert said in load(path).loaded.weights_note
+    found = WeightFiles(path, config).formats
+    assert found is not None and said in found.describe()
     (path / name).write_text(json.dumps({"bits": 4}))
     with pytest.raises(ModelError, match=f"{name} lacks a value|group_size None"):
-        load(path)
+        WeightFiles(path, config)
 
 
 def test_dynamic_gives_modules_their_own_bits(tmp_path):
