@@ -313,7 +313,7 @@ def gguf_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("none.gguf", "none.gguf cannot be read: No such file or directory."),
+        ("none.gguf", "none.gguf does not exist."),
         ("none", "none is not a model: use a directory with config.json or a GGUF file, the file"),
         ("empty", "empty is not a model: use"),
         ("plain.txt", "plain.txt is not a model: use"),

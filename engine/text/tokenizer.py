@@ -22,6 +22,7 @@ import numpy as np
 from engine.config import BUILTIN_DIR
 from engine.text.bounded import BoundedMemory
 from engine.text.sandbox import TOO_MUCH, Renderer, TemplateError
+from hybridcache.geometry.gguf import ABSENT, unreadable
 from hybridcache.tokens import Tokens
 
 if TYPE_CHECKING:
@@ -426,6 +427,9 @@ def _load_backend(model_dir: Path, settings: Settings) -> tokenizers.Tokenizer:
     import tokenizers
 
     path, ranks = model_dir / "tokenizer.json", model_dir / "tiktoken.model"
+    for file in (path, ranks):
+        if (fault := unreadable(file)) not in (None, ABSENT):
+            raise ValueError(f"{file} {fault}.")
     if not has_tokenizer(model_dir):
         raise FileNotFoundError(
             f"No tokenizer in {model_dir}: put the model's tokenizer.json there."
@@ -512,8 +516,10 @@ def merges_into(token: Piece, ids: Mapping[Piece, int]) -> list[tuple[Piece, Pie
 def read_json(path: Path) -> dict[str, Any]:
     """Return the object in ``path``, or {} if the file does not exist. Raises ValueError for any
     other content."""
-    if not path.exists():
-        return {}
+    if (fault := unreadable(path)) is not None:
+        if fault == ABSENT:
+            return {}
+        raise ValueError(f"{path} {fault}.")
     with suppress(ValueError):
         content = json.loads(path.read_text(encoding="utf-8"))
         if isinstance(content, dict):
@@ -534,7 +540,9 @@ def _read_settings(model_dir: Path) -> Settings:
             for text in sorted(added, key=added.__getitem__)
         ]
     path = model_dir / "chat_template.jinja"
-    if path.exists():
+    if (fault := unreadable(path)) not in (None, ABSENT):
+        raise ValueError(f"{path} {fault}.")
+    if fault is None:
         settings["chat_template"] = path.read_text(encoding="utf-8")
     return settings
 

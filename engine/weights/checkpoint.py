@@ -165,10 +165,13 @@ class WeightFiles(Checkpoint):
 
     def check(self, parameters: Iterable[tuple[str, Parameter]], *, tied: bool) -> None:
         wanted: dict[str, Stored] = {}
+        by_fields: dict[str, str] = {}
         for name, parameter in parameters:
-            wanted.update(self._stored(name, parameter.shape))
+            own = self._stored(name, parameter.shape)
+            wanted.update(own)
             scheme = self._scheme(name, parameter.shape)
             if scheme is not None:
+                by_fields |= dict.fromkeys(own, scheme.FIELDS)
                 check_whole_blocks(name, parameter, scheme.format)
         found = self.tensors
         needed = {name for name, stored in wanted.items() if not stored.is_optional}
@@ -177,17 +180,20 @@ class WeightFiles(Checkpoint):
         complaints = {
             "missing": [*needed - found.keys()],
             "unexpected": [*found.keys() - known],
-            "of the wrong shape": [
-                f"{name} is {list(tensor.shape)} instead of {list(stored.shapes[0])}"
-                for name, tensor, stored in both
-                if stored.shapes and tensor.shape not in stored.shapes
-            ],
+            "of the wrong shape": [],
             "of a type that quantization_config does not give": [
                 f"{name} is {dtype_name(tensor.dtype)}"
                 for name, tensor, stored in both
                 if stored.dtypes and tensor.dtype not in stored.dtypes
             ],
         }
+        for name, tensor, stored in both:
+            if stored.shapes and tensor.shape not in stored.shapes:
+                kind = "of the wrong shape"
+                if fields := by_fields.get(name):
+                    kind += f" (use the config of these files, or correct its {fields})"
+                said = f"{name} is {list(tensor.shape)} instead of {list(stored.shapes[0])}"
+                complaints.setdefault(kind, []).append(said)
         raise_complaints(complaints)
 
     def _scheme(self, name: str, shape: tuple[int, ...]) -> Scheme | None:

@@ -12,7 +12,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 
 import numpy as np
 import torch
@@ -37,6 +37,9 @@ SMALL = re.compile(r"ssm_(a|d|norm|conv1d(_[qkv])?)|shortconv\.conv|ffn_gate_inp
 """Words of tensors with several dimensions that are changed by arithmetic or get another shape."""
 FORMATS = {GGML_TYPES[number].name: format for number, format in blocks.GGML_TYPES.items()}
 """Formats by ggml's name of the type."""
+OTHER_PARTS = {"v.": "visual.", "mm.": "visual.", "mtp.": "mtp."}
+"""Beginnings of names of other parts in files of Ollama's converter, and of the published names
+by which they are skipped."""
 ROPE_FACTORS, ONE = "rope_freqs.weight", np.float32(1).tobytes()
 """Tensor with a factor of each rotary frequency. Factors of 1 are ignored."""
 MOST_EXPERTS, MOST_WEIGHTS, MOST_ROWS = 4096, 1 << 17, 1 << 20
@@ -151,6 +154,7 @@ class Model(GgufModel):
         """Return the weights by published name, without reading them. Experts have one each. Raises
         WeightsError for unknown tensors, and for shapes that do not belong together."""
         pieces: dict[str, list[Piece]] = {}
+        made: dict[str, Source] = {}
         unknown, _ = [], self.config
         factors = self.file.tensors.get(ROPE_FACTORS)
         if factors is not None and (factors.data.tobytes() != ONE * math.prod(factors.shape)):
@@ -159,6 +163,11 @@ class Model(GgufModel):
                 f"supported for models of {self.arch}."
             )
         for name, stored in self.file.tensors.items():
+            part = next((one for one in OTHER_PARTS if name.startswith(one)), None)
+            if part is not None:
+                read = partial(self._matrix, name, stored)
+                made[OTHER_PARTS[part] + name] = Source(stored.shape, FLOAT32, read)
+                continue
             try:
                 for target, piece in self._targets(name, self._matrix(name, stored)):
                     pieces.setdefault(target, []).append(piece)
@@ -169,7 +178,6 @@ class Model(GgufModel):
                 f"{self.file.path.name} has {counted(len(unknown), 'tensor')} that models of "
                 f"{self.arch} do not have: {enumerated(unknown)}."
             )
-        made: dict[str, Source] = {}
         for target, found in pieces.items():
             made |= self._sources(target, found)
             if len(made) > MOST_WEIGHTS:
@@ -210,6 +218,8 @@ class Model(GgufModel):
             if form.names is not QWEN3_5:  # The head is not supported, and skipped by its name.
                 yield f"mtp.{name}", (word, stored, None)
                 return
+        if word == "ssm_dt":  # Ollama's name of the bias.
+            word = "ssm_dt.bias"
         stem, dot, suffix = word.rpartition(".")
         if suffix not in ("weight", "bias"):
             stem, dot, suffix = word, "", "" if word in ("ssm_a", "ssm_d") else ".weight"
@@ -345,7 +355,9 @@ def _plain(values: torch.Tensor) -> Matrix:
 
 def _value_heads(model: Model) -> Orders:
     """Return the place of each value head in a file: tiled by key head, so that head p belongs to
-    key head p mod K. Models group them by key head."""
+    key head p mod K. Models group them by key head, and so do files that say so (Ollama's)."""
+    if model.file.metadata.get(f"{model.arch}.ssm.v_head_reordered") is False:
+        return {}
     keys, values = (model.config[f"linear_num_{kind}_heads"] for kind in ("key", "value"))
     if keys == values or not keys or values % keys:
         return {}

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from hybridcache.geometry.config_format import Config
-from hybridcache.geometry.gguf import gguf_file
+from hybridcache.geometry.gguf import ABSENT, gguf_file, unreadable
 from hybridcache.geometry.gguf_config import GgufModel
 from hybridcache.geometry.sizes import MixerSizes, ModelSizes
 from hybridcache.geometry.sizes import ModelError as ModelError
@@ -100,7 +100,12 @@ def read_config(model_dir: Path) -> RawConfig:
     if file is not None:
         return GgufModel(file).config
     path = model_dir / "config.json"
-    if not path.is_file():
+    fault = unreadable(path)
+    if fault not in (None, ABSENT):
+        raise ModelError(f"{path} {fault}.")
+    if fault is not None:
+        if model_dir.is_symlink() and not model_dir.exists():
+            raise ModelError(f"{model_dir} {unreadable(model_dir)}.")
         raise ModelError(
             f"{model_dir} is not a model: use a directory with config.json or a GGUF file, the "
             "file itself, or ORG/NAME for a model of the Hugging Face Hub."

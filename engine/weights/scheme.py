@@ -6,7 +6,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 
@@ -36,6 +36,9 @@ class Stored:
 
 class Scheme(ABC):
     """Layout of the weight of one linear layer in a file. Instances are immutable."""
+
+    FIELDS: ClassVar[str] = "quant_method"
+    """Fields of the description that determine the shapes, for errors."""
 
     @property
     @abstractmethod
@@ -70,6 +73,8 @@ class EightBitScheme(Scheme):
     is_weight_only: bool = False
     """True if activations stay in full precision."""
 
+    FIELDS = "weight_block_size or strategy"
+
     @property
     def format(self) -> EightBits:
         return EightBits(self.kind, self.block[1], self.is_weight_only)
@@ -98,13 +103,17 @@ class EightBitScheme(Scheme):
         return {
             "weight": Stored(((num_rows, num_columns),), (self.format.fields["weight"].dtype,)),
             self.scale_name: Stored(shapes),
-            OFFSET: Stored(is_optional=True),
+            **dict.fromkeys(OFFSETS, Stored(is_optional=True)),
         }
 
     def matrix(self, tensors: Tensors, num_rows: int, num_columns: int) -> Matrix:
         """Return the weight with the scales of each row, so that rows can be read in any order."""
-        if OFFSET in tensors and tensors[OFFSET].count_nonzero():
-            raise ValueError("has zero points: only symmetric weights are supported.")
+        for name in OFFSETS:
+            if name in tensors and tensors[name].float().count_nonzero():
+                raise ValueError(
+                    f"has zero points in {name}, although its config says none: use a checkpoint "
+                    "with symmetric weights."
+                )
         scale = tensors[self.scale_name]
         if scale.dtype is torch.uint8:  # exponents (ue8m0)
             scale = scale.view(torch.float8_e8m0fnu)
@@ -125,13 +134,19 @@ class GroupedScheme(Scheme):
     def format(self) -> Grouped:
         return self.grouped
 
+    @property
+    def group(self) -> int | None:
+        """Number of columns of a group, or None for a whole row."""
+        return None if self.is_per_row else self.grouped.group
+
     def num_groups(self, num_columns: int) -> int:
         """Return the number of groups in a row."""
         return 1 if self.is_per_row else -(-num_columns // self.grouped.group)
 
 
-OFFSET = "weight_offset"
-"""Last part of the name of zero points, which ModelSlim also writes if all are 0."""
+OFFSETS = ("weight_offset", "weight_zero_point")
+"""Last parts of the names of zero points, which ModelSlim, and older versions of
+compressed-tensors, also write if all are 0."""
 
 
 @dataclass(frozen=True, slots=True)

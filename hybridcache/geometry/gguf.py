@@ -7,7 +7,9 @@ Source: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 from __future__ import annotations
 
 import mmap
+import os
 import re
+import stat
 import struct
 from collections.abc import Iterable, Mapping
 from functools import lru_cache
@@ -37,6 +39,47 @@ LABEL = re.compile(r"(?i)[-._]((UD-)?(I?Q\d\w*|TQ\d\w*|BF16|F16|F32|MXFP4\w*|NVF
 OTHER_FILES = ("mmproj", "mtp-", "imatrix", "ggml-vocab")
 """Beginnings of the names of files that are no model: visual towers, drafters, statistics."""
 USUAL_LABEL = "q4_k_m"
+
+
+ABSENT = "does not exist"
+
+
+def unreadable(path: Path) -> str | None:
+    """Return the reason why a file cannot be read, or None if it can.
+
+    It is found by looking at the file, not taken from the message of a library.
+    """
+    try:
+        mode = path.stat().st_mode
+        if stat.S_ISDIR(mode):
+            return "is a folder: name a file"
+        if not stat.S_ISREG(mode):
+            return "is not a regular file: name another"
+        with path.open("rb") as file:
+            start = file.read(len(LFS_POINTER))
+    except (FileNotFoundError, NotADirectoryError):
+        if path.is_symlink():
+            return f"is a link to {os.readlink(path)}, which does not exist: download it again"
+        return ABSENT
+    except PermissionError:
+        return f"cannot be read by this user: {_closed(path)}"
+    except OSError as error:
+        return f"cannot be read: {error.strerror}"
+    if start == LFS_POINTER:
+        return "is a pointer of Git LFS, not the weights: run `git lfs pull`"
+    return None if start else "is empty: download it again"
+
+
+def _closed(path: Path) -> str:
+    """Return the first folder on the way to a file, or the file, that this user may not open."""
+    real = Path(os.path.realpath(path))
+    for place in (*reversed(real.parents), real):
+        needed = os.R_OK if place == real else os.X_OK
+        if not os.access(place, needed, effective_ids=os.access in os.supports_effective_ids):
+            found = place.stat()
+            mode, owner = stat.filemode(found.st_mode), f"user {found.st_uid}"
+            return f"{place} has the rights {mode} and belongs to {owner}; change them with chmod"
+    return "the system forbids it"
 
 
 MetaValue = int | float | str | list[str] | npt.NDArray[np.generic]
@@ -110,7 +153,7 @@ class GgufFile:
             )
         names = [f"{found[1]}-{part + 1:05}-of-{count:05}.gguf" for part in range(count)]
         paths, expected = [self.path.with_name(name) for name in names], None
-        missing = [path.name for path in paths if not path.is_file()]
+        missing = [path.name for path in paths if not os.path.lexists(path)]
         if missing:
             raise ModelError(f"parts of the model are missing: {enumerated(missing)}.")
         tensors: dict[str, StoredTensor] = {}
@@ -138,12 +181,13 @@ class _Header:
         self.name, self.metadata = path.name, dict[str, MetaValue]()
         self.tensors: dict[str, StoredTensor] = {}
         self._at, self._num_texts = 0, 0
+        if (fault := unreadable(path)) is not None:
+            raise ModelError(f"{path} {fault}.")
         try:
             with path.open("rb") as file:
                 self.mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        except (OSError, ValueError) as error:
-            reason = getattr(error, "strerror", None) or "it is empty"
-            raise ModelError(f"{path} cannot be read: {reason}.") from None
+        except OSError as error:
+            raise ModelError(f"{path} cannot be read: {error.strerror}.") from None
         self._end = min(len(self.mapping), MOST_HEADER_BYTES)
         self._check_version()
         num_tensors, num_keys = self._number("Q"), self._number("Q")
@@ -162,10 +206,6 @@ class _Header:
         return found if isinstance(found, int) else None
 
     def _check_version(self) -> None:
-        if self.mapping[: len(LFS_POINTER)] == LFS_POINTER:
-            raise ModelError(
-                f"{self.name} is a pointer of Git LFS, not the weights: run `git lfs pull`."
-            )
         if self.mapping[: len(MAGIC)] != MAGIC:
             raise ModelError(f"{self.name} is not a GGUF file: it does not begin with GGUF.")
         self._at = len(MAGIC)
@@ -283,7 +323,7 @@ def is_gguf(model: Path) -> bool:
     files and without safetensors."""
     if model.is_dir():
         return any(model.glob("*.gguf")) and not any(model.glob("*.safetensors"))
-    if model.suffix == ".gguf" or not model.is_file():
+    if model.suffix == ".gguf" or unreadable(model) is not None:
         return model.suffix == ".gguf"
     with model.open("rb") as file:
         return file.read(len(MAGIC)) == MAGIC

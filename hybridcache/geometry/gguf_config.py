@@ -39,6 +39,7 @@ KEYS = {
     "expert_shared_count": "n_shared_experts",
     "expert_weights_scale": "routed_scaling_factor",
     "expert_weights_norm": "norm_topk_prob",
+    "norm_top_k_prob": "norm_topk_prob",  # Ollama's
     "expert_group_count": "n_group",
     "expert_group_used_count": "topk_group",
     "leading_dense_block_count": "num_dense_layers first_k_dense_replace",
@@ -73,12 +74,17 @@ ROWS = {
 HEAD_DIMS = "mamba_d_head", "mamba_head_dim", "linear_value_head_dim"
 ROPE = {
     "freq_base": "rope_theta",
-    "scaling.factor": "factor",
     "scaling.original_context_length": "original_max_position_embeddings",
     "scaling.yarn_beta_fast": "beta_fast",
     "scaling.yarn_beta_slow": "beta_slow",
     "scaling.yarn_attn_factor": "attention_factor",
 }
+ROPE_NEUTRAL = {
+    "scaling.attn_factor": (1,),
+    "scaling.yarn_log_multiplier": (0,),
+    "scaling.yarn_ext_factor": (-1, 1),
+}
+"""Metadata of a rotary embedding that is not supported, with the values without effect."""
 
 
 def check_architecture(arch: str, file: str) -> None:
@@ -194,11 +200,22 @@ class GgufModel:
         return values | (read_own(self, values) if read_own else {})
 
     def _rope(self) -> Values:
-        """Return the keys of a rotary embedding."""
-        kind = str(self.file.metadata.get(f"{self.arch}.rope.scaling.type", "none"))
-        found: Values = {"rope_type": "default" if kind == "none" else kind}
+        """Return the keys of a rotary embedding. As in llama.cpp, the type is linear if there is a
+        factor and no type, and the factor has an older name. Raises ModelError."""
+        metadata, place = self.file.metadata, f"{self.arch}.rope."
+        for key, values in ROPE_NEUTRAL.items():
+            if f"{place}{key}" in metadata and self.number(f"rope.{key}") not in values:
+                raise ModelError(
+                    f"{place}{key} {metadata[place + key]} in {self.file.path.name} is not "
+                    f"supported; {values[0]} is."
+                )
+        factor = self.number("rope.scaling.factor", 0) or self.number("rope.scale_linear", 0)
+        kind = str(metadata.get(f"{place}scaling.type", "linear"))
+        if kind == "none" or (kind == "linear" and factor in (0, 1)):
+            kind = "default"
+        found: Values = {"rope_type": kind} | ({"factor": factor} if factor else {})
         for key, name in ROPE.items():
-            if f"{self.arch}.rope.{key}" in self.file.metadata:
+            if f"{place}{key}" in metadata:
                 found[name] = self.number(f"rope.{key}")
         return {"rope_parameters": found}
 

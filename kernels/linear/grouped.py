@@ -103,6 +103,7 @@ def from_compressed_tensors(
     packed: torch.Tensor,
     scale: torch.Tensor,
     num_columns: int,
+    group: int | None,
     bits: int = 4,
     zero_point: torch.Tensor | None = None,
     g_idx: torch.Tensor | None = None,
@@ -111,8 +112,9 @@ def from_compressed_tensors(
 
     Args:
         packed: ``weight_packed`` int32 ``[M, ceil(N * bits / 32)]``.
-        scale: ``weight_scale [M, groups]``, or ``[M, 1]`` for one group per row.
+        scale: ``weight_scale [M, groups]``.
         num_columns: N, of ``weight_shape``.
+        group: columns of a group, the last of which may be smaller, or None for one group per row.
         zero_point: ``weight_zero_point`` int32 ``[ceil(M * bits / 32), groups]``.
         g_idx: ``weight_g_idx [N]``.
 
@@ -123,7 +125,7 @@ def from_compressed_tensors(
     zeros = None
     if zero_point is not None:
         zeros = _numbers(zero_point.t(), bits).t()[: len(codes)]
-    return _grouped(codes, scale, zeros, bits, g_idx)
+    return _grouped(codes, scale, zeros, bits, group, g_idx)
 
 
 def to_compressed_tensors(
@@ -144,6 +146,8 @@ def from_gptq(
     qweight: torch.Tensor,
     scales: torch.Tensor,
     qzeros: torch.Tensor | None,
+    num_columns: int,
+    group: int | None,
     bits: int = 4,
     g_idx: torch.Tensor | None = None,
     first_zero: int = 1,
@@ -151,25 +155,37 @@ def from_gptq(
     """Read a matrix in the format of GPTQ.
 
     Args:
-        qweight: int32 ``[N * bits / 32, M]``; scales: ``[groups, M]``.
-        qzeros: int32 ``[groups, M * bits / 32]``, of zeros less ``first_zero``. None if the
+        qweight: int32 ``[ceil(N * bits / 32), M]``; scales: ``[groups, M]``.
+        qzeros: int32 ``[groups, ceil(M * bits / 32)]``, of zeros less ``first_zero``. None if the
             checkpoint is symmetric (``sym``).
+        num_columns, group: N, and as in ``from_compressed_tensors``.
         g_idx: ``[N]``.
         first_zero: 1, or 0 if ``checkpoint_format`` is ``gptq_v2``.
 
     Raises:
-        ValueError: as in ``from_compressed_tensors``.
+        ValueError: as in ``from_compressed_tensors``, or a zero is less than ``first_zero``. It was
+            stored as the largest number, which readers of GPTQ take for different zeros.
     """
-    codes = _numbers(qweight.t(), bits)
-    zeros = None if qzeros is None else (_numbers(qzeros, bits) + first_zero).t()
-    return _grouped(codes, scales.t(), zeros, bits, g_idx)
+    codes, zeros = _numbers(qweight.t(), bits)[:, :num_columns], None
+    if qzeros is not None:
+        zeros = _numbers(qzeros, bits)[:, : len(codes)]
+        if first_zero and (zeros == 2**bits - 1).any():
+            raise ValueError(
+                "has zeros in qzeros that checkpoint_format gptq cannot store: its readers differ "
+                "about them; quantise the model again with checkpoint_format gptq_v2."
+            )
+        zeros = (zeros + first_zero).t()
+    return _grouped(codes, scales.t(), zeros, bits, group, g_idx)
 
 
-def from_awq(qweight: torch.Tensor, scales: torch.Tensor, qzeros: torch.Tensor) -> Read:
+def from_awq(
+    qweight: torch.Tensor, scales: torch.Tensor, qzeros: torch.Tensor, group: int | None
+) -> Read:
     """Read a matrix in the format of AWQ, with 4 bits.
 
     Args:
         qweight: int32 ``[N, M / 8]``; scales: ``[groups, M]``; qzeros: int32 ``[groups, M / 8]``.
+        group: as in ``from_compressed_tensors``.
 
     Raises:
         ValueError: the number of columns per group is not supported.
@@ -178,7 +194,7 @@ def from_awq(qweight: torch.Tensor, scales: torch.Tensor, qzeros: torch.Tensor) 
         _numbers(part, 4).unflatten(-1, (-1, 8))[..., AWQ_ORDER].flatten(-2).t()
         for part in (qweight, qzeros)
     )
-    return _grouped(codes, scales.t(), zeros, 4, None)
+    return _grouped(codes, scales.t(), zeros, 4, group, None)
 
 
 def from_mxfp4(blocks: torch.Tensor, scales: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -203,24 +219,31 @@ def _grouped(
     scale: torch.Tensor,
     zeros: torch.Tensor | None,
     bits: int,
+    group: int | None,
     g_idx: torch.Tensor | None,
 ) -> Read:
     """Return a matrix with these codes ``[M, N]``, scales and zeros ``[M, groups]``."""
-    num_columns, num_groups = codes.shape[1], scale.shape[1]
-    group = -(-num_columns // num_groups)
-    places = torch.arange(num_columns, device=codes.device) // group
-    if g_idx is not None and not torch.equal(g_idx.to(places), places):
-        raise ValueError(
-            "the columns of a group are not together (g_idx is not sorted): use a checkpoint "
-            "without activation ordering (desc_act, actorder)."
-        )
-    if num_groups == 1:  # Rows can be of any length.
-        group, repeats = 128, -(-num_columns // 128)
-        scale, zeros = scale.repeat(1, repeats), None if zeros is None else zeros.repeat(1, repeats)
+    num_columns, is_per_row = codes.shape[1], group is None
+    group = 128 if group is None else group  # Whole rows can be of any length.
     if bits not in (4, 8) or group not in (32, 64, 128):
         raise ValueError(
             f"weights must have 4 or 8 bits and groups of 32, 64 or 128 columns (got {bits} bits, "
             f"{group} columns)."
         )
+    num_groups = -(-num_columns // group)
+    if scale.shape[1] != (1 if is_per_row else num_groups):
+        raise ValueError(
+            f"has {scale.shape[1]} scales per row, and {num_columns} columns in groups of "
+            f"{'a row' if is_per_row else group}."
+        )
+    places = torch.arange(num_columns, device=codes.device) // group
+    if g_idx is not None and not torch.equal(g_idx.to(places), places * (not is_per_row)):
+        raise ValueError(
+            "has groups whose columns are not together (g_idx is not sorted): use a checkpoint "
+            "without activation ordering (desc_act, actorder)."
+        )
+    if is_per_row:
+        scale = scale.repeat(1, num_groups)
+        zeros = None if zeros is None else zeros.repeat(1, num_groups)
     format = Grouped(bits, group, zeros is not None, scale.dtype)
     return format, format.packed(codes, scale.contiguous(), zeros)

@@ -19,7 +19,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from engine.config import BUILTIN_PROMPTS
+from engine.config import BUILTIN_PROMPTS, EngineConfig
+from engine.front.worker.spawn import spawn
 from tests.endurance.faults import child_of
 from tests.waiting import wait_until
 
@@ -68,6 +69,21 @@ def _wait_until_ready(url: str) -> None:
         return False
 
     wait_until(is_ready)
+
+
+def test_systems_that_cannot_serve_are_named_with_the_remedy(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The command line prints these errors without a traceback."""
+    config = EngineConfig()
+    with monkeypatch.context() as patch:
+        patch.setattr("tempfile.tempdir", None)
+        patch.setattr("tempfile._candidate_tempdir_list", lambda: ["/proc"])
+        with pytest.raises(OSError, match="set TMPDIR to a folder in which this user may write"):
+            spawn(config, "here")
+    monkeypatch.setattr("resource.getrlimit", lambda which: (12, 12))
+    with pytest.raises(OSError, match=r"only 12 files can be open, .* ulimit -n 1024"):
+        spawn(config, "here")
 
 
 @pytest.mark.parametrize("server", [("--log-requests", "--host", "0.0.0.0")], indirect=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import functools
 import json
+import shutil
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -188,6 +189,16 @@ def test_a_damaged_tokenizer_is_named(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text('{"version"')
     with pytest.raises(ValueError, match="cannot be read"):
         HFTokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja"])
+def test_a_dangling_link_is_no_missing_file(name: str, model_dir: Path, tmp_path: Path) -> None:
+    """As in a cache of the hub whose blobs were removed."""
+    shutil.copytree(model_dir, tmp_path / "model")
+    (tmp_path / "model" / name).unlink(missing_ok=True)
+    (tmp_path / "model" / name).symlink_to("../../blobs/4f1c")
+    with pytest.raises(ValueError, match=rf"{name} is a link to .*4f1c, which does not exist"):
+        HFTokenizer(tmp_path / "model")
 
 
 def test_chat_templates_are_found_in_all_their_places(model_dir: Path, tmp_path: Path) -> None:

@@ -111,28 +111,39 @@ def widened(read, size):
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.parametrize("size, group", [(256, 128), (96, 32), (300, 300), (192, 64)])
+@pytest.mark.parametrize(
+    "size, group", [(256, 128), (96, 32), (300, None), (192, 64), (480, 128), (100, 64), (20, 32)]
+)
 def test_compressed_tensors_keep_their_numbers(size, group, bits) -> None:
+    given, group = group, group or size
     codes, scale, zeros = draw(24, size, group, bits)
     packed, order = words(codes, bits), torch.arange(size) // group
-    read = grouped.from_compressed_tensors(packed, scale, size, bits, words(zeros.T, bits).T, order)
+    packed_zeros = words(zeros.T, bits).T
+    read = grouped.from_compressed_tensors(packed, scale, size, given, bits, packed_zeros, order)
     assert torch.equal(widened(read, size), formula(codes, scale, zeros, group))
-    read = grouped.from_compressed_tensors(packed, scale, size, bits)
+    read = grouped.from_compressed_tensors(packed, scale, size, given, bits)
     middle = torch.full_like(zeros, 2 ** (bits - 1))
     assert torch.equal(widened(read, size), formula(codes, scale, middle, group))
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-def test_gptq_keeps_its_numbers(bits) -> None:
-    codes, scale, zeros = draw(40, 256, 128, bits)
+@pytest.mark.parametrize("size", [256, 480, 72])
+def test_gptq_keeps_its_numbers(size, bits) -> None:
+    codes, scale, zeros = draw(40, size, 128, bits)
     zeros = zeros.clamp(min=1, max=2**bits - 1)
     weight = words(codes, bits).T.contiguous()
     for first in (1, 0):
-        read = grouped.from_gptq(weight, scale.T, words((zeros - first).T, bits), bits, None, first)
-        assert torch.equal(widened(read, 256), formula(codes, scale, zeros, 128))
-    read = grouped.from_gptq(weight, scale.T, None, bits, torch.arange(256) // 128)
+        qzeros = words((zeros - first).T, bits)
+        read = grouped.from_gptq(weight, scale.T, qzeros, size, 128, bits, None, first)
+        assert torch.equal(widened(read, size), formula(codes, scale, zeros, 128))
+    read = grouped.from_gptq(weight, scale.T, None, size, 128, bits, torch.arange(size) // 128)
     middle = torch.full_like(zeros, 2 ** (bits - 1))
-    assert torch.equal(widened(read, 256), formula(codes, scale, middle, 128))
+    assert torch.equal(widened(read, size), formula(codes, scale, middle, 128))
+    zeros[0, 0] = 0
+    with pytest.raises(ValueError, match="qzeros that checkpoint_format gptq cannot store"):
+        grouped.from_gptq(
+            weight, scale.T, words((zeros - 1).T & 2**bits - 1, bits), size, 128, bits
+        )
 
 
 def test_awq_keeps_its_numbers() -> None:
@@ -141,7 +152,7 @@ def test_awq_keeps_its_numbers() -> None:
     weight, packed_zeros = (
         words(part.T.unflatten(-1, (-1, 8))[..., order].flatten(-2), 4) for part in (codes, zeros)
     )
-    read = grouped.from_awq(weight, scale.T, packed_zeros)
+    read = grouped.from_awq(weight, scale.T, packed_zeros, 128)
     assert torch.equal(widened(read, 256), formula(codes, scale, zeros, 128))
 
 
@@ -161,9 +172,9 @@ def test_mixed_columns_and_odd_groups_are_refused() -> None:
     order = torch.arange(256) // 128
     order[[0, 200]] = order[[200, 0]]
     with pytest.raises(ValueError, match="not together"):
-        grouped.from_compressed_tensors(words(codes, 4), scale, 256, g_idx=order)
+        grouped.from_compressed_tensors(words(codes, 4), scale, 256, 128, g_idx=order)
     with pytest.raises(ValueError, match="got 4 bits, 16 columns"):
-        grouped.from_compressed_tensors(words(codes, 4), torch.ones(8, 16), 256)
+        grouped.from_compressed_tensors(words(codes, 4), torch.ones(8, 16), 256, 16)
 
 
 @pytest.mark.parametrize("bits, group", [(4, 32), (4, 128), (8, 64)])

@@ -128,6 +128,96 @@ def test_answers_are_read_in_usual_fields(fields: dict[str, Any], tmp_path: Path
     assert [*map(answer_text, trace)] == ["", "yes", '{"message": "b"}']
 
 
+THOUGHTS = "I weigh both. " * 20
+USAGE = {"completion_tokens": 420, "completion_tokens_details": {"reasoning_tokens": 412}}
+SIGNED = {"type": "thinking", "thinking": "", "signature": "9f"}
+OMITTED: list[dict[str, Any]] = [
+    {"choices": [{"message": assistant("Dry.")}], "usage": USAGE},
+    {"content": [SIGNED, {"type": "text", "text": "Dry."}], "usage": {"output_tokens": 420}},
+    {
+        "content": [{"type": "redacted_thinking", "data": "x"}, {"type": "text", "text": "Dry."}],
+        "usage": {"output_tokens": 420},
+    },
+    {
+        "output": [
+            {"type": "reasoning", "summary": [], "encrypted_content": "x"},
+            {"type": "message", "content": [{"type": "output_text", "text": "Dry."}]},
+        ],
+        "usage": {"output_tokens": 420},
+    },
+    {"message": assistant("Dry."), "eval_count": 420},
+]
+
+
+@pytest.mark.parametrize("response", OMITTED)
+def test_omitted_thoughts_count_by_the_usage(response: dict[str, Any], tmp_path: Path) -> None:
+    """They are before the text, and not in later prompts."""
+    path = lines(tmp_path / "t.jsonl", {"messages": [user("Rain?")], "response": response})
+    [request] = open_trace(f"{path}?tokenizer=bytes")
+    assert len(request.output) == 420 and not request.answer_survives
+    assert bytes(request.output[-5:-1].astype("u1")) == b"Dry."
+
+
+NAMES: list[dict[str, Any]] = [
+    *({name: THOUGHTS} for name in ("reasoning_content", "reasoning", "thinking")),
+    {"reasoning_text": THOUGHTS},
+    {"reasoning_details": [{"type": "reasoning.text", "text": THOUGHTS}]},
+    {"content": [{"type": "thinking", "thinking": THOUGHTS}, {"type": "text", "text": "Dry."}]},
+    {
+        "content": [
+            {"type": "thinking", "thinking": [{"type": "text", "text": THOUGHTS}]},
+            {"type": "text", "text": "Dry."},
+        ]
+    },
+]
+
+
+@pytest.mark.parametrize("fields", NAMES)
+def test_thoughts_have_many_names(fields: dict[str, Any], tmp_path: Path) -> None:
+    said = assistant("Dry.") | fields
+    chat = [user("Rain?"), said, user("Sun?")]
+    path = lines(tmp_path / "t.jsonl", {"messages": chat, "response": {"message": said}})
+    [request] = open_trace(f"{path}?tokenizer=bytes")
+    assert f"X\n{THOUGHTS}\nX\n\nDry.X" in text_of(request)
+    assert THOUGHTS in answer_text(request) and not request.answer_survives
+
+
+def test_a_response_with_items_has_its_thoughts(tmp_path: Path) -> None:
+    items = [
+        {"type": "reasoning", "content": [{"type": "reasoning_text", "text": THOUGHTS}]},
+        {"type": "message", "content": [{"type": "output_text", "text": "Dry."}]},
+    ]
+    path = lines(tmp_path / "t.jsonl", {"prompt": "Rain?", "response": {"output": items}})
+    [request] = open_trace(f"{path}?tokenizer=bytes")
+    assert THOUGHTS in answer_text(request) and not request.answer_survives
+
+
+def test_a_larger_count_without_thoughts_follows_the_text(tmp_path: Path) -> None:
+    """A limit is no count, and a smaller count changes nothing."""
+    rows = [{"completion_tokens": 6}, {"max_tokens": 420}, {"usage": {"output_tokens": 2}}]
+    path = lines(tmp_path / "t.jsonl", *({"prompt": "q", "answer": "Dry."} | row for row in rows))
+    counted, *others = open_trace(f"{path}?tokenizer=bytes")
+    assert len(counted.output) == 6 and answer_text(counted)[:4] == "Dry."
+    assert [len(one.output) for one in others] == [4, 4] and counted.answer_survives
+
+
+def test_billing_headers_are_no_part_of_prompts(tmp_path: Path) -> None:
+    """Claude Code changes it in each request, so that no prompt would continue another."""
+    rules = "You are an agent. " * 9
+    rows = []
+    for turn, digest in enumerate(("1f00a", "c4d1e")):
+        header = f"x-anthropic-billing-header: cc_version=2.1.1; cch={digest};"
+        chat = [user("a"), assistant("b"), user("c")][: 2 * turn + 1]
+        system = [{"type": "text", "text": header}, {"type": "text", "text": rules}]
+        rows.append({"system": system if turn else f"{header}\n{rules}", "messages": chat})
+    path = lines(tmp_path / "t.jsonl", *rows)
+    with pytest.warns(TraceWarning, match="2 prompts without the billing header"):
+        first, second = open_trace(f"{path}?tokenizer=bytes")
+    assert text_of(first).startswith(f"Xsystem\n{rules}X\nXuser")
+    kept = first.boundaries[-1]
+    assert (second.tokens[:kept] == first.tokens[:kept]).all()
+
+
 def test_unread_fields_are_named_if_there_is_no_answer(tmp_path: Path) -> None:
     path = lines(tmp_path / "t.jsonl", {"prompt": "a", "latency": 3, "said": "a tree"})
     with pytest.warns(TraceWarning, match="answer=NAME: latency, said are not read$"):

@@ -22,10 +22,11 @@ from starlette.types import Receive, Scope, Send
 from engine.errors import JsonObject
 from engine.front.chat_prompt import NO_CHAT, render_chat
 from engine.front.server.bodies import APIError, ClientGone, converted, opened, settled
-from engine.front.server.schemas import KNOWN, Message, completed
+from engine.front.server.schemas import KNOWN, Message, completed, plain_message
 from engine.front.server.tool_calls.form import prepared
 from engine.front.server.transport import unless_gone
 from engine.text.tokenizer import Tokenizer
+from hybridcache.client_habits import thoughts_of
 
 Fields = Mapping[str, Any]
 
@@ -165,7 +166,7 @@ class TraceWriter:
     ) -> tuple[list[int], list[int], list[int]]:
         """Return (ids of the prompt, known boundaries, ids of ``answer`` behind it, as the next
         prompt has them). Raises ValueError if the chat cannot be rendered."""
-        given = [opened(one, KNOWN) for one in (*body["messages"], answer)]
+        given = [opened(plain_message(one), KNOWN) for one in (*body["messages"], answer)]
         messages = completed(converted(given, list[Message], "messages"))
         chat = [message.as_template_input() for message in messages]
         tokenizer, tools = self._tokenizer, body.get("tools")
@@ -207,7 +208,7 @@ def read_answer(raw: bytes) -> tuple[JsonObject, bool]:
             has_end |= choice.get("finish_reason") in ("stop", "tool_calls")
             said = choice.get("delta") or choice.get("message") or {}
             text += said.get("content") or ""
-            reasoning += said.get("reasoning_content") or said.get("reasoning") or ""
+            reasoning += thoughts_of(said)
             for place, call in enumerate(said.get("tool_calls") or ()):
                 known = calls.setdefault(call.get("index", place), ["", ""])
                 function = call.get("function") or {}

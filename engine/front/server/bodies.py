@@ -32,6 +32,7 @@ from engine.errors import (
 )
 from engine.front.server.settings import ServerConfig
 from engine.text.bounded import read_json, whole_text
+from hybridcache.client_habits import line_of
 
 logger = logging.getLogger(__name__)
 
@@ -205,6 +206,10 @@ class Body(Part, kw_only=True):
     """Lists of objects -> type of entries that do not name one."""
     OPEN: ClassVar[Mapping[str, Collection[str]]] = {}
     """Lists of objects -> names of fixed form. Others become a field ``extra`` of each object."""
+    PLAIN: ClassVar[Mapping[str, Callable[[JsonObject], JsonObject]]] = {}
+    """Lists of objects -> function that returns an entry in a form that is supported."""
+    TOOLS: ClassVar[Collection[str]] = ()
+    """Supported types of ``tools``, or () if they are not checked."""
 
     model: str | None = None
     cache_salt: str | None = None
@@ -227,7 +232,11 @@ def decode(kind: type[Kind], raw: bytes, refuses_images: bool = False) -> Kind:
         raise APIError(400, f"The body cannot be read ({error}): send one JSON object.") from None
     given = settled(given)
     for name in ("messages", "input"):
-        _replace_media(given.get(name), name, refuses_images)
+        _replace_blocks(given.get(name), name, refuses_images)
+    _check_tools(given.get("tools"), kind.TOOLS)
+    for name, plain in kind.PLAIN.items():
+        if isinstance(entries := given.get(name), list):
+            given[name] = [plain(one) if isinstance(one, dict) else one for one in entries]
     for name in [*given]:
         if name in kind.NEUTRAL:
             value, allowed = given.pop(name), kind.NEUTRAL[name]
@@ -251,32 +260,61 @@ def opened(entry: Json, fixed: Collection[str]) -> Json:
 
 
 MEDIA = {
-    **dict.fromkeys(("image", "image_url", "input_image"), "An image"),
+    **dict.fromkeys(("image", "image_url", "input_image", "computer_screenshot"), "An image"),
     **dict.fromkeys(("document", "file", "input_file"), "A document"),
     **dict.fromkeys(("input_audio", "audio"), "A sound"),
 }
 """Types of parts that no served model reads -> their common name."""
 
 
-def _replace_media(entries: Json, place: str, refuses: bool) -> None:
-    """Replace images, documents and sound in messages and results of tools by a line of text, or
-    raise APIError 400. A refused part would end the session of an agent. O(parts)."""
+def _replace_blocks(entries: Json, place: str, refuses: bool, is_content: bool = False) -> None:
+    """Replace parts of messages and of results of tools that no template writes by text. O(parts).
+
+    A refused part would end the session of an agent. Images, documents and sound become a line, or
+    raise APIError 400; blocks of history become the text of ``line_of``.
+    """
     if not isinstance(entries, list):
         return
     for at, entry in enumerate(entries):
         if not isinstance(entry, dict):
             continue
-        kind, path = entry.get("type"), f"{place}.{at}"
-        if isinstance(kind, str) and (kind := MEDIA.get(kind)) is not None:
+        kind, path, line = entry.get("type"), f"{place}.{at}", None
+        if isinstance(kind, str) and (medium := MEDIA.get(kind)) is not None:
             if refuses:
-                said = f"'{path}': {kind} is not supported: send text"
+                said = f"'{path}': {medium} is not supported: send text"
                 raise APIError(400, f"{said}, or start the server with --images text.")
-            line = f"[{kind} was left out here, because the model reads text only.]"
+            line = f"[{medium} was left out here, because the model reads text only.]"
+        elif is_content:
+            line = line_of(entry)
+        if line is not None:
             mark = entry.get("cache_control")
             entries[at] = {"type": "text", "text": line} | ({"cache_control": mark} if mark else {})
             continue
         for name in ("content", "output"):
-            _replace_media(entry.get(name), f"{path}.{name}", refuses)
+            found = entry.get(name)
+            if isinstance(found, dict) and found.get("type") in MEDIA:
+                found = entry[name] = [found]
+            _replace_blocks(found, f"{path}.{name}", refuses, True)
+
+
+REMEDIES = {
+    "web_search": 'turn it off in the client (Codex: web_search = "disabled" in config.toml; '
+    "Claude Code: --disallowedTools WebSearch)",
+    "custom": "send a function in its place (Codex: a model catalogue without "
+    "apply_patch_tool_type)",
+}
+"""Beginnings of types of tools that are not supported -> what to do in the client."""
+
+
+def _check_tools(tools: Json, served: Collection[str]) -> None:
+    """Raise APIError 400 for a tool of a type that is not ``served``, with the remedy."""
+    for at, tool in enumerate(tools if isinstance(tools, list) and served else ()):
+        kind = tool.get("type") if isinstance(tool, dict) else None
+        if isinstance(kind, str) and kind not in served:
+            usual = "turn it off in the client, or send a function in its place"
+            advice = next((said for word, said in REMEDIES.items() if kind.startswith(word)), usual)
+            said = f"'tools.{at}' is a tool of the type {quoted(kind)}, which is not supported"
+            raise APIError(400, f"{said}: {advice}.", param=f"tools.{at}.type")
 
 
 def check_nodes(raw: bytes) -> None:
@@ -361,7 +399,12 @@ class ClientGone(APIError):
 
 
 async def read_body(request: Request, kind: type[Kind], config: ServerConfig) -> tuple[Kind, int]:
-    """Return the body as ``kind`` and its bytes. Raises APIError 400, 408 (slow), 413 (large)."""
+    """Return the body as ``kind`` and its bytes. Raises APIError 400, 408 (slow), 413 (large), 415
+    (packed)."""
+    encoding = request.headers.get("content-encoding", "identity").strip().lower()
+    if encoding not in ("", "identity"):
+        message = f"Content-Encoding {quoted(encoding)} is not supported: send the body unpacked."
+        raise APIError(415, message)
     try:
         async with asyncio.timeout(config.body_timeout_s):
             raw = await _receive(request, config.max_body_mib)

@@ -22,6 +22,7 @@ from engine.text.bounded import read_json
 from engine.text.grammar import Grammar, GrammarError
 from engine.text.sandbox import TemplateError
 from engine.text.tokenizer import PROBE, ChatTemplate
+from hybridcache.client_habits import THOUGHT_PARTS, thoughts_of, without_billing
 
 MAX_MESSAGES = 4096
 """Maximum number of messages of a chat, or of parts of a message."""
@@ -208,8 +209,8 @@ class Message(msgspec.Struct, kw_only=True):
     def as_template_input(self) -> JsonObject:
         """Return the message for a chat template: content as one string."""
         message: JsonObject = {"role": self.role, **self.extra}
-        if "reasoning" in message:
-            message.setdefault("reasoning_content", message["reasoning"])
+        if thoughts := thoughts_of(self.extra):
+            message["reasoning_content"] = thoughts
         message["content"] = text_of(self.content)
         if self.tool_calls is not None:
             message["tool_calls"] = self.tool_calls
@@ -312,18 +313,72 @@ def cuts_of(messages: Sequence[Message], tools: Sequence[Mapping[str, Json]] | N
     return [cut for cut in cuts if cut != Cut(len(messages) - 1)][-MAX_CUTS:]
 
 
+def plain_message(message: JsonObject) -> JsonObject:
+    """Return a message of a chat in the form that templates read.
+
+    Thoughts are no parts of its content, custom calls are calls of functions with an ``input``, and
+    a refusal is its text if it has no other.
+    """
+    found = {**message}
+    if isinstance(content := message.get("content"), list):
+        parts = [one if isinstance(one, dict) else {} for one in content]
+        thoughts = [thoughts_of(one) for one in parts if one.get("type") in THOUGHT_PARTS]
+        if thoughts:
+            found.setdefault("reasoning_content", "\n".join(filter(None, thoughts)))
+            kinds = [one.get("type") for one in parts]
+            pairs = zip(content, kinds, strict=True)
+            found["content"] = [one for one, kind in pairs if kind not in THOUGHT_PARTS]
+    if isinstance(refusal := message.get("refusal"), str) and not message.get("content"):
+        found["content"] = refusal
+    if isinstance(calls := message.get("tool_calls"), list):
+        found["tool_calls"] = [_plain_call(one) for one in calls]
+    return found
+
+
+def _plain_call(call: Json) -> Json:
+    custom = call.get("custom") if isinstance(call, dict) else None
+    if not isinstance(call, dict) or not isinstance(custom, dict):
+        return call
+    function = {"name": custom.get("name"), "arguments": {"input": custom.get("input") or ""}}
+    rest: JsonObject = {name: one for name, one in call.items() if name != "custom"}
+    return rest | {"type": "function", "function": function}
+
+
 def completed(messages: list[Message]) -> list[Message]:
-    """Return the messages of a chat with the arguments of calls as objects. Raises ValueError."""
+    """Return the messages of a chat with the arguments of calls as objects. Raises ValueError.
+
+    System messages lose headers that change in each request.
+    """
     for index, one in enumerate(messages):
-        if one.content is None and one.role != "assistant":
+        if one.content is None and one.role not in ("assistant", "tool"):
             raise ValueError(f"'messages.{index}' has no 'content': add its text.")
-        for call in one.tool_calls or ():
+        for at, call in enumerate(one.tool_calls or ()):
+            named = call.get("function", call)
+            if not isinstance(named, dict) or not isinstance(named.get("name"), str):
+                place = f"messages.{index}.tool_calls.{at}"
+                raise ValueError(f"'{place}' has no function with a name: add 'function.name'.")
             if isinstance(function := call.get("function"), dict):
                 arguments = function.get("arguments") or {}  # PHP writes {} as [].
                 if isinstance(arguments, str):
                     arguments = parsed_arguments(arguments)
                 call["function"] = function | {"arguments": arguments}
-    return messages
+    kept = [one for one in messages if one.role not in SYSTEM or _without_billing(one)]
+    return kept or messages
+
+
+def _without_billing(message: Message) -> bool:
+    """Remove the billing header from a system message. Returns False if nothing is left of it."""
+    parts = message.content if isinstance(message.content, list) else []
+    texts = [part.text for part in parts] if parts else [text_of(message.content)]
+    cleaned = [without_billing(text) for text in texts]
+    if cleaned == texts:
+        return True
+    if parts:
+        pairs = zip(parts, cleaned, strict=True)
+        message.content = [structs.replace(part, text=text) for part, text in pairs if text.strip()]
+    else:
+        message.content = cleaned[0]
+    return any(text.strip() for text in cleaned)
 
 
 def parsed_arguments(text: str) -> JsonObject:
@@ -369,6 +424,8 @@ class ChatRequest(Sampling, kw_only=True):
     """POST /v1/chat/completions, and the chat that the body of another dialect means."""
 
     OPEN: ClassVar[Mapping[str, tuple[str, ...]]] = {"messages": KNOWN}
+    PLAIN: ClassVar[Mapping[str, Callable[[JsonObject], JsonObject]]] = {"messages": plain_message}
+    TOOLS: ClassVar[tuple[str, ...]] = ("function",)
 
     messages: Messages
     tools: list[dict[str, Any]] | None = None
@@ -391,7 +448,7 @@ class ChatRequest(Sampling, kw_only=True):
     """False to end the answer after its first call."""
 
     def __post_init__(self) -> None:
-        completed(self.messages)
+        self.messages = completed(self.messages)
         for tool in self.tools or ():
             function = tool.get("function")
             if isinstance(function, dict) and function.get("parameters") == []:
@@ -402,7 +459,7 @@ class ChatRequest(Sampling, kw_only=True):
         if (effort := self.reasoning_effort) is not None:
             switches = {"enable_thinking": effort != "none", "reasoning_effort": effort}
             self.chat_template_kwargs = switches | (self.chat_template_kwargs or {})
-        if self.top_logprobs is not None and not self.logprobs:
+        if self.top_logprobs and not self.logprobs:
             raise ValueError("'top_logprobs' requires 'logprobs': set it to true.")
 
     @property

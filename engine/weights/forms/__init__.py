@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import json
 import pkgutil
 from collections.abc import Callable, Mapping
 from functools import cache
@@ -30,27 +31,33 @@ def readers() -> dict[str, tuple[Read, str]]:
     return {file.METHOD: (file.read, file.SERVED) for file in files if hasattr(file, "METHOD")}
 
 
+OWN_FILES = (
+    ("quantize_config.json", "gptq"),
+    ("quant_config.json", "awq"),
+    ("hf_quant_config.json", "modelopt"),
+)
+"""Files of AutoGPTQ, AutoAWQ and ModelOpt beside a config.json without a section, with their
+method."""
+PACKED = (".qweight", ".weight_packed", ".weight_scale", ".weight_scale_inv")
+"""Ends of the names of tensors that only quantised weights have."""
+
+
 def read_quantization(
     config: RawConfig,
     model_dir: Path | None = None,
     tensors: Mapping[str, torch.Tensor] | None = None,
 ) -> Quantization | None:
-    """Read the formats of a checkpoint's weights from its ``config.json``, or else from ModelSlim's
-    file in its directory. ``tensors`` are those of its files.
+    """Read the formats of a checkpoint's weights from its ``config.json``, or a file beside it.
 
-    Returns None if no weight is quantised. Raises ModelError, also for unsupported formats.
+    That is a file of AutoGPTQ, AutoAWQ or ModelSlim. ``tensors`` are those of the weight files.
+    Returns None if no weight is quantised. Raises ModelError, also for unsupported formats, and for
+    quantised weights without a description.
     """
-    text = config.get("text_config")
-    nested = text.get("quantization_config") if isinstance(text, Mapping) else None
-    section = config.get("quantization_config") or nested
-    if not section:
-        if model_dir is None:
-            return None
-        from engine.weights.forms.model_slim import read_description
-
-        return read_description(model_dir / MODEL_SLIM_FILE)
+    place, section = _described(config, model_dir, tensors or {})
+    if section is None:
+        return _undescribed(model_dir, tensors or {})
     if not isinstance(section, Mapping):
-        raise ModelError("quantization_config in config.json must be an object.")
+        raise ModelError(f"{place} must be an object.")
     method = str(section.get("quant_method", section.get("quant_algo", ""))).lower()
     served = ", ".join(served for _, served in readers().values())
     remedy = (
@@ -72,6 +79,42 @@ def read_quantization(
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         if isinstance(error, ModelError):
             raise
+        raise ModelError(f"{place} lacks a value, or one has the wrong type: {error}.") from None
+
+
+def _described(
+    config: RawConfig, model_dir: Path | None, tensors: Mapping[str, torch.Tensor]
+) -> tuple[str, object]:
+    """Return the description of the weights after its place, or None if there is none."""
+    text = config.get("text_config")
+    nested = text.get("quantization_config") if isinstance(text, Mapping) else None
+    if section := config.get("quantization_config") or nested:
+        return "quantization_config in config.json", section
+    is_packed = any(name.endswith(PACKED) for name in tensors)
+    for name, method in OWN_FILES:
+        if model_dir is not None and is_packed and (path := model_dir / name).is_file():
+            try:
+                section = json.loads(path.read_text(encoding="utf-8"))
+            except ValueError:
+                raise ModelError(f"{name} is not valid JSON: download it again.") from None
+            return name, {"quant_method": method} | section if isinstance(
+                section, dict
+            ) else section
+    return "", None
+
+
+def _undescribed(
+    model_dir: Path | None, tensors: Mapping[str, torch.Tensor]
+) -> Quantization | None:
+    """Return the formats by ModelSlim's file, or None for weights in full precision."""
+    from engine.weights.forms.model_slim import read_description
+
+    found = None if model_dir is None else read_description(model_dir / MODEL_SLIM_FILE)
+    packed = next((name for name in tensors if name.endswith(PACKED)), None)
+    if found is None and packed is not None:
         raise ModelError(
-            f"quantization_config in config.json lacks a value, or one has the wrong type: {error}."
-        ) from None
+            f"{packed} is of a quantised model, and neither config.json (quantization_config) nor "
+            "a file beside it (quantize_config.json, quant_config.json, "
+            f"{MODEL_SLIM_FILE}) describes its form: download the missing file."
+        )
+    return found

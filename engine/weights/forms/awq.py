@@ -28,6 +28,8 @@ METHOD, SERVED = "awq", "AWQ with 4 bits"
 class AwqScheme(GroupedScheme):
     """One weight ``[M, N]``, stored as ``[N, M / 8]``."""
 
+    FIELDS = "group_size"
+
     def describe(self) -> str:
         return f"AWQ, {self.format.describe()}"
 
@@ -40,14 +42,23 @@ class AwqScheme(GroupedScheme):
         }
 
     def matrix(self, tensors: Tensors, num_rows: int, num_columns: int) -> Matrix:
-        format, fields = from_awq(tensors["qweight"], tensors["scales"], tensors["qzeros"])
+        parts = tensors["qweight"], tensors["scales"], tensors["qzeros"]
+        format, fields = from_awq(*parts, self.group)
         return Matrix(format, fields, num_columns)
 
 
 def read(section: Section, tensors: Mapping[str, torch.Tensor]) -> Quantization:
     """Read the section. The modules are those with a packed weight."""
     size = section.get("group_size", section.get("q_group_size"))
-    served = {"bits": (4,), "w_bit": (4,), "version": ("gemm", "GEMM"), "zero_point": (True,)}
+    forms: tuple[object, ...] = ("gemm", "GEMM", "", None)
+    served: dict[str, tuple[object, ...]] = {"bits": (4,), "w_bit": (4,), "version": forms}
+    served |= {
+        "zero_point": (True,),
+        "checkpoint_format": forms,
+        "format": forms,
+        "pack_dtype": ("int32", None),
+    }
+    served |= dict.fromkeys(("adapter", "rotation"), (None,)) | {"dynamic": ({}, None)}
     check_served("AWQ", {**section, "group_size": size}, served | {"group_size": (32, 64, 128)})
     dtype = scale_dtype(tensors, "scales", torch.float16)
     scheme = AwqScheme(Grouped(4, size, True, dtype), is_per_row=False)

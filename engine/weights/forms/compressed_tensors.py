@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -31,6 +32,9 @@ METHOD = "compressed-tensors"
 SERVED = "compressed-tensors with int8, float8, int4 or mxfp4 weights"
 UNPACKED = ("int-quantized", "float-quantized", "naive-quantized")
 PACKED, MXFP4 = "pack-quantized", "mxfp4-pack-quantized"
+STANDARD_EXPONENTS = (0, 14)
+"""First version of compressed-tensors whose exponents of mxfp4 are those of the OCP's standard.
+Earlier ones stored them less 2 (vllm-project/compressed-tensors, #538)."""
 UNUSED = ("transform_config", "kv_cache_scheme")
 """Parts that must be empty."""
 
@@ -38,6 +42,11 @@ UNUSED = ("transform_config", "kv_cache_scheme")
 @dataclass(frozen=True, slots=True)
 class PackedScheme(GroupedScheme):
     """One weight ``[M, N]``, stored as ``[M, N / numbers per word]``."""
+
+    has_order: bool = False
+    """True if the groups of columns are listed (``actorder``)."""
+
+    FIELDS = "num_bits, group_size and strategy"
 
     def describe(self) -> str:
         return "int4 with a scale per output channel" if self.is_per_row else self.format.describe()
@@ -50,7 +59,7 @@ class PackedScheme(GroupedScheme):
             "weight_packed": Stored(((num_rows, num_words),), (torch.int32,)),
             "weight_scale": Stored(((num_rows, num_groups),), (own.dtype,)),
             "weight_shape": Stored(((2,),)),
-            "weight_g_idx": Stored(((num_columns,),), is_optional=True),
+            "weight_g_idx": Stored(((num_columns,),), is_optional=not self.has_order),
         }
         if own.has_zeros:
             found["weight_zero_point"] = Stored(((num_zeros, num_groups),), (torch.int32,))
@@ -64,6 +73,7 @@ class PackedScheme(GroupedScheme):
             tensors["weight_packed"],
             tensors["weight_scale"],
             num_columns,
+            self.group,
             self.grouped.bits,
             tensors.get("weight_zero_point"),
             tensors.get("weight_g_idx"),
@@ -74,6 +84,8 @@ class PackedScheme(GroupedScheme):
 @dataclass(frozen=True, slots=True)
 class Mxfp4Scheme(Scheme):
     """Numbers of 4 bits (e2m1) with an exponent for each group of 32 columns."""
+
+    FIELDS = "num_bits and group_size"
 
     @property
     def format(self) -> Format:
@@ -89,6 +101,13 @@ class Mxfp4Scheme(Scheme):
         }
 
     def matrix(self, tensors: Tensors, num_rows: int, num_columns: int) -> Matrix:
+        if num_columns % 32:
+            raise ValueError(f"has {num_columns} columns: mxfp4 needs whole groups of 32.")
+        if (tensors["weight_scale"] == 255).any():
+            raise ValueError(
+                "has the exponent 255 in weight_scale, which is not a number: the file is damaged, "
+                "or its writer failed; download it again."
+            )
         blocks = tensors["weight_packed"].unflatten(1, (-1, 16))
         return Matrix(self.format, from_mxfp4(blocks, tensors["weight_scale"]), num_columns)
 
@@ -105,11 +124,23 @@ def read(section: Section, tensors: Mapping[str, torch.Tensor]) -> Quantization:
     parsed = []
     for name, group in groups.items():
         layout = group.get("format") or section.get("format")
+        if layout == MXFP4:
+            _check_exponents(str(section.get("version") or ""))
         scheme = _scheme(f"{name} of compressed-tensors", {**group, "format": layout}, tensors)
         targets = group.get("targets") or ()
         parsed.append((scheme, None if "Linear" in targets else Names.of(targets)))
     ignored = Names.of(section.get("ignore") or ())
     return Quantization(tuple(parsed), ignored)
+
+
+def _check_exponents(version: str) -> None:
+    """Raise UnsupportedError if weights would be a quarter of their size."""
+    found = re.match(r"(\d+)\.(\d+)", version)
+    if found is not None and (int(found[1]), int(found[2])) < STANDARD_EXPONENTS:
+        raise UnsupportedError(
+            f"{MXFP4} with version {version} (before 0.14 its exponents were stored less 2; "
+            "quantise the model again with a later one)"
+        )
 
 
 def _scheme(name: str, group: Section, tensors: Mapping[str, torch.Tensor]) -> Scheme:
@@ -157,4 +188,6 @@ def _packed_scheme(
     size = 128 if is_per_row else weights["group_size"]
     dtype = scale_dtype(tensors, "weight_scale", torch.bfloat16)
     has_zeros = not weights.get("symmetric", True)
-    return PackedScheme(Grouped(weights["num_bits"], size, has_zeros, dtype), is_per_row)
+    has_order = weights.get("actorder") in (True, "group", "dynamic")
+    grouped = Grouped(weights["num_bits"], size, has_zeros, dtype)
+    return PackedScheme(grouped, is_per_row, has_order)

@@ -10,8 +10,20 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable
+from typing import NamedTuple
 
-from hybridcache.lab.traces.frame import Record, shown
+from hybridcache.client_habits import (
+    DETAILS,
+    LENGTHS,
+    THOUGHT_PARTS,
+    THOUGHTS,
+    has_thoughts,
+    length_of,
+    line_of,
+    thoughts_of,
+    without_billing,
+)
+from hybridcache.lab.traces.frame import LONGEST, Notes, Record, shown
 
 Chat = list[dict[str, str]]
 STOP_REASONS = {
@@ -32,16 +44,45 @@ ROLES = {
 """Roles of messages, by those of a file in small letters."""
 
 OUTPUT_ITEMS = {"message", "function_call", "reasoning"}
-"""Types of items in the output of the Responses API. Its thoughts are not in later prompts."""
+"""Types of items in the output of the Responses API."""
+BILLING = "without the billing header that Claude Code changes in each request"
 
 
-def plain_chat(messages: Iterable[Record], system: object = None, tools: object = None) -> Chat:
-    """Return a prompt as ``{"role", "content"}`` messages. ValueError or KeyError if invalid."""
+class Answer(NamedTuple):
+    """The answer of a record."""
+
+    text: str | None
+    """None if it is unknown."""
+    num_tokens: int = 0
+    """By the server's count, thoughts included. 0 if it is unknown."""
+    stop_reason: str = ""
+    """Empty if it is unknown."""
+    has_thoughts: bool = False
+    """True if it begins with thoughts, even if the text lacks them."""
+
+
+def plain_chat(
+    messages: Iterable[Record],
+    system: object = None,
+    tools: object = None,
+    notes: Notes | None = None,
+) -> Chat:
+    """Return a prompt as ``{"role", "content"}`` messages; ``notes`` count changes of its texts.
+    ValueError or KeyError if invalid."""
     chat = [{"role": _role(message), "content": message_text(message)} for message in messages]
     if not chat:
         raise ValueError("there is no message in it")
-    leading = [json.dumps(tools, sort_keys=True)] if tools else []
-    leading += [_content(system)] if system else []
+    leading = [_content(system)] if system else []
+    given = *leading, *(one["content"] for one in chat if one["role"] == "system")
+    if any(without_billing(text) != text for text in given):
+        leading = [cleaned for text in leading if (cleaned := without_billing(text))]
+        for one in chat:
+            if one["role"] == "system":
+                one["content"] = without_billing(one["content"])
+        chat = [one for one in chat if one["role"] != "system" or one["content"]] or chat[:1]
+        if notes is not None:
+            notes.count(BILLING, "prompt")
+    leading = [json.dumps(tools, sort_keys=True)] * bool(tools) + leading
     if chat[0]["role"] == "system" and leading:
         leading.append(chat.pop(0)["content"])
     return [{"role": "system", "content": "\n\n".join(leading)}, *chat] if leading else chat
@@ -57,10 +98,9 @@ def role_of(message: Record, name: str) -> str:
 
 def message_text(message: Record) -> str:
     """Return the text of a message, including its thoughts and tool calls."""
-    others = message.keys() & {"reasoning_content", "tool_calls", "function_call"}
+    others = message.keys() & {*THOUGHTS, DETAILS, "tool_calls", "function_call"}
     words = _content(message.get("content") if others else message["content"])
-    if message.get("reasoning_content"):
-        words = _thought(message.text("reasoning_content")) + words
+    words = _thought(thoughts_of(message)) + words
     calls = message.objects("tool_calls") if message.get("tool_calls") else []
     if message.get("function_call"):
         calls = [Record(function=message["function_call"])]
@@ -76,41 +116,48 @@ def is_response(value: object) -> bool:
     return has_field or is_message or isinstance(value.get("output"), list)
 
 
-def answer_of(response: object) -> tuple[str | None, int, str]:
-    """Return (text, number of tokens, stop reason) of an answer: a text, a message, or a whole
-    response of the APIs of OpenAI, Anthropic or Ollama. The text is None if it is unknown, the
-    number 0 and the reason empty. ValueError for another value.
+def answer_of(response: object) -> Answer:
+    """Return the answer of a record: a text, a message, or a whole response of the APIs of OpenAI,
+    Anthropic or Ollama. ValueError for another value.
     """
     if isinstance(response, str):
         if response.startswith(("data:", "event:")):
             raise ValueError("an answer is a stream of events: log its text instead")
-        return response, 0, ""
+        return Answer(response)
     if response is None:
-        return None, 0, ""
+        return Answer(None)
     refusal = ValueError(
         f"its answer is {shown(response)}, not a text, a message, or a response with a message, a "
         "text or its usage"
     )
-    if isinstance(response, dict) and isinstance(response.get("output"), list):
-        response = response["output"]
-    if isinstance(response, list):
-        kinds = {str(item.get("type")) if isinstance(item, dict) else None for item in response}
-        if not response or not kinds <= OUTPUT_ITEMS:
+    whole = Record(response) if isinstance(response, dict) else Record()
+    usage = whole.get("usage")
+    # That of several choices is their sum.
+    is_one = not isinstance(choices := whole.get("choices"), list) or len(choices) < 2
+    length, num_thoughts = (
+        length_of(usage if isinstance(usage, dict) else whole) if is_one else (0, 0)
+    )
+    if length > LONGEST:
+        raise ValueError(f"its usage has {length} tokens, more than {LONGEST}")
+    items = whole.get("output") if isinstance(whole.get("output"), list) else response
+    if isinstance(items, list):
+        kinds = {str(item.get("type")) if isinstance(item, dict) else None for item in items}
+        if not items or not kinds <= OUTPUT_ITEMS:
             raise refusal
-        return _begun("".join(map(_output_item, response))), 0, ""
+        text = _begun("".join(map(_output_item, items)))
+        return Answer(text, length, "", bool(num_thoughts) or "reasoning" in kinds)
     if not isinstance(response, dict):
         raise refusal
-    choice = Record(response).objects("choices")[0] if response.get("choices") else Record()
+    choice = whole.objects("choices")[0] if choices else Record()
     reason = STOP_REASONS.get(str(response.get("stop_reason") or choice.get("finish_reason")), "")
     message = response if "content" in response else choice.get("message", response.get("message"))
     if isinstance(message, dict):
-        return message_text(Record(message)), 0, reason
+        thinks = bool(num_thoughts) or has_thoughts(message)
+        return Answer(message_text(Record(message)), length, reason, thinks)
     if "text" in choice:
-        return choice.text("text"), 0, reason
-    if isinstance(usage := response.get("usage"), dict):
-        usage = Record(usage)
-        if length := usage.first(("completion_tokens", "output_tokens")):
-            return None, usage.whole(length), reason
+        return Answer(choice.text("text"), length, reason, bool(num_thoughts))
+    if isinstance(usage, dict) and usage.keys() & {*LENGTHS}:
+        return Answer(None, length, reason, bool(num_thoughts))
     raise refusal
 
 
@@ -118,7 +165,9 @@ def _output_item(item: dict[str, object]) -> str:
     """Return the text of an item of the Responses API."""
     if item["type"] == "function_call":
         return _call({"name": item.get("name"), "arguments": item.get("arguments")})
-    return _content(item.get("content")) if item["type"] == "message" else ""
+    if item["type"] == "reasoning":
+        return _thought(thoughts_of(item))
+    return _content(item.get("content"))
 
 
 def _role(message: Record) -> str:
@@ -142,8 +191,10 @@ def _part(part: Record) -> str:
     kind = part.get("type")
     if kind in ("text", "input_text", "output_text"):
         return part.text("text")
-    if kind == "thinking":
-        return _thought(part.text("thinking"))
+    if kind in THOUGHT_PARTS:
+        return _thought(thoughts_of(part))
+    if (line := line_of(part)) is not None:
+        return line
     if kind == "tool_use":
         return _call({"name": part["name"], "arguments": part.get("input")})
     if kind == "tool_result":
@@ -159,7 +210,7 @@ def _part(part: Record) -> str:
 
 
 def _thought(words: str) -> str:
-    return f"<think>\n{words}\n</think>\n\n"
+    return f"<think>\n{words}\n</think>\n\n" if words else ""
 
 
 def _begun(text: str) -> str:

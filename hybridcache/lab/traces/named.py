@@ -15,8 +15,10 @@ from dataclasses import dataclass
 from functools import cache
 from itertools import islice
 
+import numpy as np
 from sortedcontainers import SortedDict
 
+from hybridcache.client_habits import DETAILS, THOUGHTS, length_of
 from hybridcache.lab.trace import BadRecords, FreshIds, TraceRequest
 from hybridcache.lab.traces.dialects import ROLES, Chat, answer_of, is_response, plain_chat
 from hybridcache.lab.traces.frame import FEWEST, FileReader, Line, Notes, Record, TraceClock
@@ -54,7 +56,7 @@ ABSENT = {
 """Rules of the fields that a record of a request does not have."""
 SPELLINGS = {
     name.replace("_", ""): name
-    for names in (OF_MESSAGE, ("reasoning_content",), BODIES, *NAMES.values())
+    for names in (OF_MESSAGE, (*THOUGHTS, DETAILS), BODIES, *NAMES.values())
     for name in names
 }
 """Names of fields by their letters."""
@@ -162,14 +164,23 @@ class Named(Record):
         role = spelled(Record(said[-1])).get("role") if isinstance(said[-1], dict) else None
         return ROLES.get(str(role).lower()) == "assistant"
 
-    def request(self, chat: ChatText, fresh: FreshIds) -> tuple[TraceRequest, str]:
-        """Return the request without session and time, and its prompt as one text."""
-        answer, length, reason = answer_of(self.get("answer"))
-        if answer is None and not length and "length" in self:
+    def request(self, chat: ChatText, fresh: FreshIds, notes: Notes) -> tuple[TraceRequest, str]:
+        """Return the request without session and time, and its prompt as one text.
+
+        An answer has the number of tokens that the server counted, if its text has fewer: thoughts
+        that the client did not get are before the text, and are not in later prompts.
+        """
+        answer, length, reason, thinks = answer_of(self.get("answer"))
+        usage = self.record.get("usage")
+        if not length and isinstance(usage, dict):
+            length, num_thoughts = length_of(usage)
+            thinks = thinks or num_thoughts > 0
+        is_limit = self.used.get("length", "").startswith("max_")
+        if not length and "length" in self and not (is_limit and answer is not None):
             length = self.record.whole(self.used["length"])
         if "messages" in self:
             messages = [spelled(message) for message in self.objects("messages")]
-            said = plain_chat(messages, self.get("system"), self.get("tools"))
+            said = plain_chat(messages, self.get("system"), self.get("tools"), notes)
             request = chat.turn(said, answer or "", tools=True, is_cut=reason == "length")
             # A text that begins with the text of every earlier part of the chat.
             text = "".join(f"{one['role']}\x1f{one['content']}\x1e" for one in said)
@@ -185,6 +196,13 @@ class Named(Record):
             request = TraceRequest(0.0, "", None, ids, chat.encode(answer or ""))
         if answer is None:
             request = request._replace(output=fresh.take(length))
+        elif (num_more := length - len(request.output)) > 0:
+            more, own = fresh.take(num_more), request.output
+            thinks = thinks or num_more > len(own)  # More than another way to count.
+            parts = (more, own) if thinks else (own, more)
+            request = request._replace(output=np.concatenate(parts))
+        if thinks:
+            request = request._replace(answer_survives=False)
         return request._replace(stop_reason=reason), text
 
     def message(self) -> Record:
@@ -329,8 +347,8 @@ class Conversation:
         """Add a message. Return its request, without session, if it is an answer: at its time, or
         if times are known at that of the message before. ValueError if that is out of order."""
         message, request = record.message(), None
-        leading = () if self._said else (record.get("system"), record.get("tools"))
-        *system, said = plain_chat([message], *leading)
+        leading = (None, None) if self._said else (record.get("system"), record.get("tools"))
+        *system, said = plain_chat([message], *leading, notes)
         now_s = record.time_s(clock)
         self._said += system
         is_answer = said["role"] == "assistant"

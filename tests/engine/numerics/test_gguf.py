@@ -18,8 +18,9 @@ from safetensors.torch import load_file, save_file
 from engine.config import BUILTIN_DIR
 from engine.models import families, read_model
 from engine.weights.gguf_names import FORMS, Model
+from engine.weights.gguf_weights import GgufWeights
 from engine.weights.model_config import ModelError
-from engine.weights.parameters import Source
+from engine.weights.parameters import Parameter, Source
 from experiments.benchmarks.gguf_files import changed, text_config, write_gguf
 from hybridcache.geometry.gguf import GgufFile
 from hybridcache.geometry.gguf_config import ARCHITECTURES
@@ -384,6 +385,62 @@ def test_rotary_factors_of_1_are_ignored_with_a_word(written) -> None:
     assert "buffers in its files" in found and "buffers in its files" not in expected
 
 
+def test_files_of_ollamas_converter_are_read(written, oracles) -> None:
+    """They have the visual tower, ``ssm_dt`` without a suffix, three sections of rotary dimensions,
+    and the number of KV heads of each layer."""
+    path = written("qwen3_5")
+    expected = {name: weight(source) for name, source in model_of(path).weights().items()}
+    _, config = read_model(model_of(path).config)
+    kinds = model_of(path).config["layer_types"]
+    heads = [2 * (kind == "full_attention") for kind in kinds]
+
+    def change(tensors: dict[str, np.ndarray]) -> None:
+        for name in [name for name in tensors if name.endswith("ssm_dt.bias")]:
+            tensors[name.removesuffix(".bias")] = tensors.pop(name)
+        tensors["v.patch_embed.weight"] = np.zeros((6, 2, 4, 4), np.float32)
+        tensors["v.blk.0.attn_q.weight"] = np.zeros((8, 8), np.float32)
+
+    count = int(model_of(path).number("attention.head_count_kv"))
+    metadata = {
+        "attention.head_count_kv": [count * (kind > 0) for kind in heads],
+        "rope.dimension_sections": [11, 11, 10],
+        "rope.mrope_interleaved": True,
+        "ssm.v_head_reordered": True,
+    }
+    model = rewritten(path, change, **metadata)
+    assert read_model(model.config)[1] == config
+    weights = GgufWeights(model)
+    assert "its visual tower is not supported" in weights.note()
+    weights.check([(name, Parameter(one)) for name, one in expected.items()], tied=True)
+    for name, tensor in expected.items():
+        assert torch.equal(weight(weights.source(name, tensor.shape)), tensor), name
+    stored = model_of(path).file.tensors["blk.0.ssm_a"].data.view(np.float32)
+    grouped = rewritten(path, change_nothing, **{"ssm.v_head_reordered": False}).weights()
+    name = "model.layers.0.linear_attn.A_log"
+    assert np.allclose(weight(grouped[name]), np.log(-stored), rtol=1e-5)
+    assert not torch.equal(weight(grouped[name]), expected[name])
+
+
+@pytest.mark.parametrize(
+    "metadata, factor",
+    [
+        ({"rope.scaling.factor": 4.0}, 4),
+        ({"rope.scale_linear": 4.0}, 4),
+        ({"rope.scaling.type": "linear", "rope.scaling.factor": 4.0}, 4),
+        ({"rope.scaling.type": "linear"}, 1),
+        ({"rope.scaling.type": "none", "rope.scaling.factor": 4.0}, 1),
+        ({"rope.scaling.factor": 0.0}, 1),
+        ({"rope.scaling.attn_factor": 1.0}, 1),
+    ],
+)
+def test_rotary_scaling_is_that_of_llama_cpp(metadata, factor, written) -> None:
+    path = written("qwen3")
+    plain = read_model(model_of(path).config)[1].rope.frequencies
+    found = read_model(rewritten(path, change_nothing, **metadata).config)[1].rope
+    assert found.frequencies == pytest.approx([one / factor for one in plain])
+    assert found.factor == 1
+
+
 GRANITE, KIMI = "granite_moe_hybrid_dense", "kimi_linear"
 FAULTS = {
     "unknown": ("qwen3", put("blk.0.colour"), "that models of qwen3 do not have: blk.0.colour"),
@@ -424,6 +481,11 @@ def test_tensors_that_do_not_fit_are_refused(fault, written) -> None:
         ("qwen3", {"attention.head_count": [1.5]}, "num_attention_heads"),
         ("lfm2", {"attention.head_count_kv": [0]}, "must be 4 whole numbers (got [0])"),
         ("jamba", {"attention.head_count_kv": [2, 2, 0]}, "must be at a fixed period (got [0, 1])"),
+        (
+            "qwen3",
+            {"rope.scaling.attn_factor": 0.5},
+            "qwen3.rope.scaling.attn_factor 0.5 in again.gguf is not supported; 1 is.",
+        ),
         (
             "qwen3",
             {"rope.scaling.type": "longrope"},

@@ -162,8 +162,8 @@ def test_truncated_files_are_refused_at_every_length(tmp_path) -> None:
 
 
 def test_files_that_are_no_files_are_refused(tmp_path) -> None:
-    assert "cannot be read: No such file" in refusal(tmp_path / "absent.gguf")
-    assert "cannot be read: Is a directory" in refusal(tmp_path)
+    assert "absent.gguf does not exist." in refusal(tmp_path / "absent.gguf")
+    assert "is a folder: name a file." in refusal(tmp_path)
 
 
 class Draft:

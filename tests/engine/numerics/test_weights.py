@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import tempfile
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save as serialized
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, Qwen3Config
 
@@ -14,9 +18,11 @@ from engine.models import read_model
 from engine.runner.backends import Kernels
 from engine.runner.device import Device
 from engine.weights.checkpoint import Dummy, WeightsError
+from engine.weights.model_config import ModelError, read_config
 from engine.weights.parameters import Build, WeightSpec
 from engine.weights.tensor_files import find_files, open_file
 from experiments.gpu.models import TINY
+from hybridcache.geometry.gguf import GgufFile
 from tests.engine.numerics import eight_bit
 from tests.engine.numerics.conftest import Driver, load, random_tokens
 
@@ -82,11 +88,95 @@ def test_files_are_those_that_transformers_reads(case, tmp_path):
     assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
 
 
-def test_a_pointer_of_git_lfs_is_named(tmp_path):
-    text = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 12345\n"
-    (tmp_path / "model.safetensors").write_text(text)
-    with pytest.raises(WeightsError, match=r"is a pointer of Git LFS, .*git lfs pull"):
-        open_file(tmp_path / "model.safetensors")
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 12345\n"
+WHOLE = serialized({"a": torch.arange(5.0)})
+FAULTS: dict[str, tuple[bytes, str]] = {
+    "empty": (b"", "is empty"),
+    "pointer": (POINTER, r"is a pointer of Git LFS, .*git lfs pull"),
+    "short": (WHOLE[:-1], rf"is truncated: it has {len(WHOLE) - 1} bytes instead of {len(WHOLE)}"),
+    "long": (WHOLE + b"x", rf"is damaged: it has {len(WHOLE) + 1} bytes instead of {len(WHOLE)}"),
+    "header": (WHOLE[:20], r"is truncated, or not safetensors: its header would have"),
+    "damaged": (WHOLE[:8] + b"x" + WHOLE[9:], "its header is not that of safetensors"),
+    "pickle": (b"PK\x03\x04" + bytes(90), "is a file of PyTorch or a ZIP archive, not safetensors"),
+    "gguf": (b"GGUF" + bytes(90), "is a GGUF file, not safetensors"),
+    "page": (
+        b"<!DOCTYPE html><html>404</html>",
+        "is a web page or XML, perhaps the error of a dow",
+    ),
+}
+"""Contents of a file, and the true reason of its refusal."""
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_refusals_of_files_have_the_true_reason(fault, tmp_path):
+    content, reason = FAULTS[fault]
+    (tmp_path / "model.safetensors").write_bytes(content)
+    with pytest.raises(WeightsError, match=reason) as error:
+        [path] = find_files(tmp_path)
+        open_file(path)
+    assert "\n" not in str(error.value) and "model.safetensors" in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "model.safetensors.index.json", "a.gguf"])
+def test_files_that_are_no_files_are_refused_as_what_they_are(name, tmp_path):
+    def refusal() -> str:
+        with pytest.raises(ModelError) as error:
+            if name.endswith(".gguf"):
+                GgufFile(tmp_path / name)
+            for path in find_files(tmp_path):
+                open_file(path)
+        return str(error.value)
+
+    (tmp_path / name).symlink_to(tmp_path / "blob")
+    assert f"{name} is a link to {tmp_path / 'blob'}, which does not exist" in refusal()
+    (tmp_path / name).unlink()
+    (tmp_path / name).mkdir()
+    assert f"{name} is a folder" in refusal()
+    (tmp_path / name).rmdir()
+    os.mkfifo(tmp_path / name)  # To open it would wait.
+    assert f"{name} is not a regular file" in refusal()
+    (tmp_path / name).unlink()
+    (tmp_path / name).symlink_to(name)
+    assert "cannot be read: Too many levels" in refusal()
+
+
+def test_an_indexed_file_that_is_a_dangling_link_is_named(tmp_path):
+    index = {"weight_map": {"a": "model-1.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    (tmp_path / "model-1.safetensors").symlink_to("../blobs/4f1c")
+    with pytest.raises(WeightsError, match=r"model-1\.safetensors is a link to \.\./blobs/4f1c"):
+        [path] = find_files(tmp_path)
+        open_file(path)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "model.gguf"])
+def test_files_of_other_users_are_refused_with_their_rights(name):
+    """Root can read everything, so it acts as another user here."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / name
+        path.write_bytes(b"x")
+        read = {
+            "config.json": lambda: read_config(path.parent),
+            "model.gguf": lambda: GgufFile(path),
+        }
+        path.parent.chmod(0o755)
+        closed = {path: "-rw-------", path.parent: "drwx------"}
+        for place, rights in closed.items():
+            before = place.stat().st_mode
+            place.chmod(0o600 if place == path else 0o700)
+            user = os.geteuid()
+            if user:
+                place.chmod(0)
+                rights = rights[0] + 9 * "-"
+            else:
+                os.seteuid(65534)
+            try:
+                with pytest.raises(ModelError) as error:
+                    read.get(name, lambda: open_file(path))()
+            finally:
+                os.seteuid(user)
+                place.chmod(before)
+            assert f"{place} has the rights {rights} and belongs to user {user}" in str(error.value)
 
 
 @pytest.mark.parametrize(

@@ -106,6 +106,7 @@ class Chat(Dialect):
         [choice] = body["choices"]
         message, reason = choice["message"], choice["finish_reason"]
         calls = [call["function"] for call in message.get("tool_calls") or ()]
+        assert message.get("reasoning") == message.get("reasoning_content")
         return Answer(
             message.get("reasoning_content") or "",
             message["content"] or "",
@@ -130,6 +131,7 @@ class Chat(Dialect):
             )
             for choice in event["choices"]:
                 delta = choice["delta"]
+                assert delta.get("reasoning") == delta.get("reasoning_content")
                 answer.reasoning += delta.get("reasoning_content") or ""
                 answer.text += delta.get("content") or ""
                 for call in delta.get("tool_calls") or ():

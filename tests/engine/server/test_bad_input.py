@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import re
 from collections.abc import Callable
@@ -207,7 +208,7 @@ BAD: dict[str, list[tuple[dict[str, Any], str]]] = {
         *(({"messages": one}, "messages") for one in ([], CHAT * 4097)),
     ],
     "/v1/responses": [
-        ({"input": [{"type": "web_search_call"}]}, "web_search_call"),
+        ({"input": [{"type": "bogus"}]}, "bogus"),
         (
             {"input": [CHAT[0] | {"content": [{"type": "video"}]}]},
             "content.0.type' cannot be 'video'",
@@ -271,6 +272,19 @@ def test_json_requires_its_content_type(live: Live, content_type: str) -> None:
     headers, body = {"Content-Type": content_type}, b'{"prompt": "x"}'
     answer = httpx.post(live.url + "/v1/completions", content=body, headers=headers, timeout=120)
     assert answer.status_code == 400 and "Content-Type" in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("encoding", ["gzip", "zstd", "br"])
+def test_packed_bodies_are_refused_by_name(live: Live, encoding: str) -> None:
+    headers = {"Content-Type": "application/json", "Content-Encoding": encoding}
+    body = gzip.compress(b'{"prompt": "x"}')
+    for path in ("/v1/completions", "/v1/messages"):
+        answer = httpx.post(live.url + path, content=body, headers=headers, timeout=120)
+        message = answer.json()["error"]["message"]
+        assert answer.status_code == 415 and f"Content-Encoding '{encoding}'" in message
+    plain = headers | {"Content-Encoding": "identity"}
+    body = json.dumps({"prompt": "x", "max_tokens": 1}).encode()
+    assert httpx.post(f"{live.url}/v1/completions", content=body, headers=plain).status_code == 200
 
 
 def test_unknown_paths_and_methods_are_refused(live: Live) -> None:

@@ -6,6 +6,7 @@ They work as in those servers. ``test_bad_input.py`` tests the refusal of others
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import pytest
 from engine.front.server.settings import API_KEY_VARIABLE, ServerConfig
 from engine.text.tokenizer import ChatTemplate
 
-from .conftest import Live
+from .conftest import Live, ServeAnswer
 
 CHAT = [{"role": "user", "content": "Say something."}]
 
@@ -97,6 +98,228 @@ def test_images_become_a_line_of_text_or_are_refused(
         message = refused.json()["error"]["message"]
         assert refused.status_code == 400 and f"{kind} is not supported" in message
         assert refusing.post(path, plain[path]).status_code == 200
+
+
+def tokens_of(live: Live, messages: list[dict[str, Any]]) -> list[int]:
+    tokens: list[int] = live.post("/tokenize", {"messages": messages}).json()["tokens"]
+    return tokens
+
+
+USED = {"type": "server_tool_use", "id": "a", "name": "web_search", "input": {"query": "rain"}}
+FOUND = {"type": "web_search_result", "title": "Rain", "url": "u", "encrypted_content": "x" * 99}
+LINES: list[tuple[dict[str, Any], str]] = [
+    (USED, '[web_search was called with {"query": "rain"}.]'),
+    (
+        {"type": "web_search_tool_result", "tool_use_id": "a", "content": [FOUND]},
+        '[Result: [{"type": "web_search_result", "title": "Rain", "url": "u"}]]',
+    ),
+    ({"type": "tool_reference", "tool_name": "grep"}, "[The tool grep was found.]"),
+    (
+        {
+            "type": "search_result",
+            "title": "Rain",
+            "source": "u",
+            "content": [{"type": "text", "text": "Wet."}],
+        },
+        "Rain\nu\nWet.",
+    ),
+    ({"type": "refusal", "refusal": "I cannot."}, "I cannot."),
+]
+"""Blocks of history that no template writes, and their text."""
+
+
+@pytest.mark.parametrize("block, line", LINES, ids=lambda one: str(one)[:20])
+def test_blocks_of_history_become_a_line_of_text(
+    live: Live, block: dict[str, Any], line: str
+) -> None:
+    """In messages and results of tools of every dialect: a refused one would end the session."""
+    text = {"type": "text", "text": line}
+    call = {"type": "tool_use", "id": "a", "name": "f", "input": {}}
+    for part in (block, text):
+        said = [{"role": "assistant", "content": [text, part]}, *CHAT]
+        chat = [*CHAT, *said]
+        result = {"type": "tool_result", "tool_use_id": "a", "content": [part]}
+        later = [{"role": "assistant", "content": [call]}, {"role": "user", "content": [result]}]
+        count = "/v1/messages/count_tokens"
+        bodies = [
+            ("/tokenize", {"messages": chat}),
+            (count, {"model": "builtin", "messages": chat}),
+            (count, {"model": "builtin", "messages": [*CHAT, *later]}),
+            ("/v1/responses", {"input": chat, "max_output_tokens": 1, "temperature": 0}),
+        ]
+        answers = [live.post(path, body) for path, body in bodies]
+        assert [answer.status_code for answer in answers] == [200] * 4, answers
+        found = [answer.json() for answer in answers[:3]]
+        found.append(answers[3].json()["usage"]["input_tokens"])
+        if part is block:
+            first = found
+    assert first == found
+
+
+ITEMS: list[tuple[list[dict[str, Any]], list[dict[str, Any]]]] = [
+    (
+        [
+            {"type": "custom_tool_call", "call_id": "a", "name": "apply_patch", "input": "*** End"},
+            {"type": "custom_tool_call_output", "call_id": "a", "output": "Done."},
+        ],
+        [
+            {
+                "type": "function_call",
+                "call_id": "a",
+                "name": "apply_patch",
+                "arguments": '{"input": "*** End"}',
+            },
+            {"type": "function_call_output", "call_id": "a", "output": "Done."},
+        ],
+    ),
+    (
+        [
+            {"type": "local_shell_call", "call_id": "a", "action": {"command": ["ls"]}},
+            {"type": "local_shell_call_output", "call_id": "a", "output": "x"},
+        ],
+        [
+            {
+                "type": "function_call",
+                "call_id": "a",
+                "name": "local_shell",
+                "arguments": '{"action": {"command": ["ls"]}}',
+            },
+            {"type": "function_call_output", "call_id": "a", "output": "x"},
+        ],
+    ),
+    (
+        [
+            {"type": "computer_call", "call_id": "a", "action": {"type": "screenshot"}},
+            {
+                "type": "computer_call_output",
+                "call_id": "a",
+                "output": {"type": "computer_screenshot", "image_url": "data:x"},
+            },
+        ],
+        [
+            {
+                "type": "function_call",
+                "call_id": "a",
+                "name": "computer",
+                "arguments": '{"action": {"type": "screenshot"}}',
+            },
+            {
+                "type": "function_call_output",
+                "call_id": "a",
+                "output": "[An image was left out here, because the model reads text only.]",
+            },
+        ],
+    ),
+    (
+        [{"type": "web_search_call", "id": "w", "status": "completed", "action": {"query": "q"}}],
+        [
+            {
+                "role": "assistant",
+                "content": '[web_search was called with {"action": {"query": "q"}}.]',
+            }
+        ],
+    ),
+]
+"""Items of Codex and of OpenAI's clients, and those that mean the same."""
+
+
+@pytest.mark.parametrize("items, plain", ITEMS)
+def test_items_of_other_tools_are_calls_or_text(
+    live: Live, items: list[dict[str, Any]], plain: list[dict[str, Any]]
+) -> None:
+    counts = []
+    for some in (items, plain):
+        answer = live.post("/v1/responses", {"input": [*CHAT, *some], "max_output_tokens": 1})
+        assert answer.status_code == 200, answer.text
+        counts.append(answer.json()["usage"]["input_tokens"])
+    assert counts[0] == counts[1]
+
+
+def test_custom_calls_and_thoughts_in_a_chat_are_read(live: Live) -> None:
+    function = {"name": "f", "arguments": '{"input": "x"}'}
+    calls = [
+        {"id": "a", "type": "custom", "custom": {"name": "f", "input": "x"}},
+        {"id": "a", "type": "function", "function": function},
+    ]
+    custom, plain = (
+        tokens_of(live, [*CHAT, {"role": "assistant", "tool_calls": [call]}]) for call in calls
+    )
+    assert custom == plain
+    nameless = {"role": "assistant", "tool_calls": [{"id": "a", "type": "function"}]}
+    answer = live.post("/tokenize", {"messages": [*CHAT, nameless]})
+    assert answer.status_code == 400
+    assert "messages.1.tool_calls.0' has no function with a name" in answer.text
+
+
+WRITES_THOUGHTS = """\
+{%- for m in messages %}{{- '<|im_start|>' ~ m.role ~ '\\n' ~ (m.reasoning_content or '') }}
+{{- '|' ~ m.content ~ '<|im_end|>\\n' }}{% endfor %}"""
+
+
+def test_thoughts_are_read_under_all_names(serve_answer: ServeAnswer) -> None:
+    live = serve_answer("x", WRITES_THOUGHTS)
+    thoughts: list[dict[str, Any]] = [
+        *({name: "Hm."} for name in ("reasoning_content", "reasoning", "thinking")),
+        {"reasoning": "Hm.", "reasoning_content": "Hm."},
+        {"reasoning_details": [{"type": "reasoning.text", "text": "Hm."}]},
+        {"content": [{"type": "thinking", "thinking": "Hm."}, {"type": "text", "text": "Yes."}]},
+        {"content": [{"type": "reasoning", "text": "Hm."}, {"type": "text", "text": "Yes."}]},
+    ]
+    turn = {"role": "assistant", "content": "Yes."}
+    found = [tokens_of(live, [*CHAT, turn | one]) for one in thoughts]
+    assert b"\nHm.|Yes." in bytes(token for token in found[0] if token < 256)
+    assert all(one == found[0] for one in found)
+
+
+def test_redacted_thinking_is_omitted(live: Live) -> None:
+    """So are thoughts with a signature alone."""
+    text = {"type": "text", "text": "Yes."}
+    counts = []
+    for block in (
+        {"type": "redacted_thinking", "data": "x"},
+        {"type": "thinking", "thinking": "", "signature": "x"},
+    ):
+        chat = [*CHAT, {"role": "assistant", "content": [block, text]}, *CHAT]
+        answer = live.post("/v1/messages/count_tokens", {"model": "builtin", "messages": chat})
+        counts.append(answer.json()["input_tokens"])
+    assert counts[0] == counts[1]
+
+
+@pytest.mark.parametrize(
+    "path, tool, words",
+    [
+        ("/v1/responses", {"type": "web_search"}, "tools.0.*'web_search'.*Codex: web_search = "),
+        ("/v1/responses", {"type": "custom", "name": "apply_patch"}, "apply_patch_tool_type"),
+        ("/v1/responses", {"type": "local_shell"}, "turn it off in the client"),
+        (
+            "/v1/messages",
+            {"type": "web_search_20250305", "name": "web_search"},
+            "--disallowedTools",
+        ),
+        ("/v1/messages", {"type": "bash_20250124", "name": "bash"}, "turn it off in the client"),
+        ("/v1/chat/completions", {"type": "custom", "custom": {"name": "x"}}, "send a function"),
+    ],
+)
+def test_tools_that_are_not_supported_are_named_with_the_remedy(
+    live: Live, path: str, tool: dict[str, Any], words: str
+) -> None:
+    field = "input" if path == "/v1/responses" else "messages"
+    limit = "max_output_tokens" if path == "/v1/responses" else "max_tokens"
+    answer = live.post(path, {"model": "builtin", field: CHAT, limit: 1, "tools": [tool]})
+    message = answer.json()["error"]["message"]
+    assert answer.status_code == 400 and re.search(words, message), message
+    assert message.endswith((".", ")."))
+
+
+def test_a_tool_without_a_result_and_no_scores_are_served(live: Live) -> None:
+    """Tools of MCP may return nothing."""
+    call = {"id": "a", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    asked = [*CHAT, {"role": "assistant", "tool_calls": [call]}]
+    result = {"role": "tool", "tool_call_id": "a"}
+    found = [tokens_of(live, [*asked, result | {"content": one}]) for one in (None, "", [])]
+    assert found[0] == found[1] == found[2]
+    body = {"messages": CHAT, "max_tokens": 1, "logprobs": False, "top_logprobs": 0}
+    assert live.post("/v1/chat/completions", body).status_code == 200
 
 
 def test_switches_of_the_template_have_defaults_of_the_server(

@@ -43,9 +43,6 @@ REASONS: dict[Finish | None, str] = {
     "length": "max_tokens",
     "tool_calls": "tool_use",
 }
-BILLING = "x-anthropic-billing-header:"
-"""Start of a system block that Claude Code writes for Anthropic's servers. It differs in every
-request, so the prompt is made without it: otherwise no request would find a cached prefix."""
 CHOICES: dict[str, Choice] = {"auto": "auto", "any": "required", "none": "none"}
 
 
@@ -54,6 +51,10 @@ class Thinking(msgspec.Struct, kw_only=True, tag_field="type", tag="thinking"):
     thinking themselves."""
 
     thinking: str
+
+
+class RedactedThinking(msgspec.Struct, kw_only=True, tag_field="type", tag="redacted_thinking"):
+    """Encrypted thinking of another server, which is omitted."""
 
 
 class ToolUse(msgspec.Struct, kw_only=True, tag_field="type", tag="tool_use"):
@@ -86,7 +87,7 @@ class ToolResult(msgspec.Struct, kw_only=True, tag_field="type", tag="tool_resul
         )
 
 
-Block = TextPart | Thinking | ToolUse | ToolResult
+Block = TextPart | Thinking | RedactedThinking | ToolUse | ToolResult
 
 
 class Turn(msgspec.Struct, kw_only=True):
@@ -116,11 +117,13 @@ class Turn(msgspec.Struct, kw_only=True):
                     call: JsonObject = {"id": block.id, "type": "function", "function": function}
                     messages[0].tool_calls = [*(messages[0].tool_calls or ()), call]
                     messages[0].cache_control = block.cache_control or messages[0].cache_control
+                case RedactedThinking():
+                    pass
                 case ToolResult():
                     parts = []  # Of a message after the result.
                     messages += block.as_message(), Message(role=self.role, content=parts)
             is_after_call = isinstance(block, ToolUse) or (
-                is_after_call and isinstance(block, Thinking)
+                is_after_call and isinstance(block, Thinking | RedactedThinking)
             )
         has_results = len(messages) > 1
         return [one for one in messages if one.content or not has_results or one.role == "tool"]
@@ -175,6 +178,7 @@ class CountRequest(Body, kw_only=True):
         **dict.fromkeys(("mcp_servers", "fallbacks"), ([],)),
         "speed": ("standard",),
     }
+    TOOLS: ClassVar[tuple[str, ...]] = ("custom",)
 
     model: str
     messages: Annotated[list[Turn], Meta(min_length=1, max_length=MAX_MESSAGES)]
@@ -212,8 +216,7 @@ class CountRequest(Body, kw_only=True):
         """Return the chat request, with the fields ``sampling``. Raises ValueError if a field is
         not supported. O(blocks)."""
         system = [TextPart(text=self.system)] if isinstance(self.system, str) else self.system
-        parts = [one for one in system or () if not one.text.startswith(BILLING)]
-        messages = [Message(role="system", content=parts)] if parts else []
+        messages = [Message(role="system", content=system)] if system else []
         for turn in self.messages:
             messages += turn.as_messages()
         choice = self.tool_choice or ToolChoice(type="auto")

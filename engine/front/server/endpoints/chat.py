@@ -214,7 +214,8 @@ def _message(events: Sequence[Event]) -> dict[str, Any]:
 def _delta(events: Sequence[Event], num_calls: int = 0) -> dict[str, Any]:
     """Return ``events`` as one delta of a message that has ``num_calls`` already. O(length)."""
     said = as_message(events)
-    delta = {name: said[name] for name in ("reasoning_content", "content") if said[name]}
+    delta = dict.fromkeys(("reasoning_content", "reasoning"), said["reasoning_content"])
+    delta = {name: text for name, text in (*delta.items(), ("content", said["content"])) if text}
     if calls := [
         {"index": number, "id": new_id("call", "_"), **call}
         for number, call in enumerate(said["tool_calls"], num_calls)

@@ -39,6 +39,7 @@ from engine.front.server.writers import Call, ServingContext, new_id
 from engine.messages import EndSession
 from engine.text.answers import Event, ReasoningDelta, TextDelta, ToolCall, joined
 from engine.text.bounded import BoundedMemory
+from hybridcache.client_habits import RENDERED, line_of
 
 Kind = Literal["reasoning", "message", "function_call"]
 KINDS: dict[Kind, tuple[str, str]] = {
@@ -105,6 +106,32 @@ class ItemReference(msgspec.Struct, kw_only=True, tag_field="type", tag="item_re
     id: str
 
 
+def plain_item(item: JsonObject) -> JsonObject:
+    """Return an item of a conversation as one that is supported.
+
+    A call of a tool that is no function becomes a call with its fields, and a tool that the server
+    ran a line of text.
+    """
+    kind = item.get("type")
+    if not isinstance(kind, str) or kind in RENDERED:
+        return item
+    own = ("type", "id", "status", "call_id", "name", "namespace")
+    rest = {name: value for name, value in item.items() if name not in own}
+    if "call_id" in item and kind.endswith("_call"):
+        given = rest.get("arguments") if len(rest) == 1 and "arguments" in rest else rest
+        arguments = given if isinstance(given, str) else msgspec.json.encode(given).decode()
+        name = item.get("name") or kind.removesuffix("_call")
+        call: JsonObject = {"type": "function_call", "name": name, "arguments": arguments}
+        return {"call_id": item["call_id"], **call}
+    if "call_id" in item and kind.endswith("_output"):
+        output = rest.get("output", rest)
+        is_content = isinstance(output, str | list)
+        output = output if is_content else msgspec.json.encode(output).decode()
+        return {"type": "function_call_output", "call_id": item["call_id"], "output": output}
+    line = line_of(item)
+    return item if line is None else {"type": "message", "role": "assistant", "content": line}
+
+
 AnyItem = MessageItem | ReasoningItem | CallItem | ResultItem
 
 
@@ -169,6 +196,8 @@ class ResponsesRequest(OpenAIBody, kw_only=True):
 
     NEUTRAL = NEUTRAL
     KINDS: ClassVar[Mapping[str, str]] = {"input": "message", "tools": "function"}
+    PLAIN: ClassVar[Mapping[str, Callable[[JsonObject], JsonObject]]] = {"input": plain_item}
+    TOOLS: ClassVar[tuple[str, ...]] = ("function", "namespace")
 
     input: str | Annotated[list[AnyItem | ItemReference], Meta(max_length=MAX_MESSAGES)]
     instructions: str | None = None

@@ -35,7 +35,7 @@ class ConversationsReader(SessionReader):
         def parse(record: Record) -> Iterator[TraceRequest]:
             record = spelled(record)
             name, messages = self.conversation(record, next(numbers))
-            said = plain_chat(messages, None, record.get("tools"))
+            said = plain_chat(messages, None, record.get("tools"), notes)
             for place, one in enumerate(said):
                 if place and one["role"] == "assistant":
                     request = chat.turn(said[:place], one["content"], tools=True)

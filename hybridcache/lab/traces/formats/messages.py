@@ -48,7 +48,7 @@ class MessagesReader(NamedReader):
                     yield found._replace(session=session, namespace=record.namespace())
             else:
                 name = record.key("session") if "session" in record else ""
-                request, said = record.request(chat, fresh)
+                request, said = record.request(chat, fresh, notes)
                 now_s, namespace = record.time_s(clock), record.namespace()
                 if record.is_whole:
                     notes.count(WHOLE, "prompt")
