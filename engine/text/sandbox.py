@@ -87,10 +87,10 @@ class Renderer:
             # -P: the modules of this folder must not take the place of others.
             command = [sys.executable, "-P", "-s", __file__, str(self._limit_s)]
             pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-            self._process = subprocess.Popen(command, **pipes, start_new_session=True)
-            self._owner = os.getpid()
+            process = subprocess.Popen(command, **pipes, start_new_session=True)
+            self._process, self._owner = process, os.getpid()
             atexit.register(self._end)
-        return self._process
+        return process
 
     def _end(self) -> None:
         process, self._process = self._process, None
