@@ -87,10 +87,11 @@ class Renderer:
             # -P: the modules of this folder must not take the place of others.
             command = [sys.executable, "-P", "-s", __file__, str(self._limit_s)]
             pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-            self._process = subprocess.Popen(command, **pipes, start_new_session=True)
-            self._owner = os.getpid()
-            atexit.register(self._end)
-        return self._process
+            process = subprocess.Popen(command, **pipes, start_new_session=True)
+            if self._process is None:
+                atexit.register(self._end)
+            self._process, self._owner = process, os.getpid()
+        return process
 
     def _end(self) -> None:
         process, self._process = self._process, None
