@@ -30,9 +30,9 @@ from experiments.studies import (
     default,
     grid,
     hints,
+    leaderboard,
     overload,
     router,
-    shadows,
     tiers,
     yardsticks,
 )  # fmt: skip
@@ -48,8 +48,8 @@ from experiments.studies.common import (
     references,
 )
 from experiments.tables import Cell, Column, Table
+from hybridcache.lab.board import BUILT_IN, Split
 from hybridcache.lab.intervals import Interval, interval, paired
-from hybridcache.lab.leaderboard import BUILT_IN, Board, Scores, Split
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -97,12 +97,12 @@ def yardstick_rates(split: Split, is_closed: bool = False) -> dict[str, list[flo
     """Return the rate of the best rebuilt system and the bound, %, as a mean over the replays of
     ``split``, or its closed loops, for each of its seeds; empty unless all of them were run."""
     cells = yardstick_cells()
-    wanted = [(trace, gib) for trace, sizes in split.gib.items() for gib in sizes]
+    wanted = [(cell.spec, gib) for cell in split.cells for gib in cell.sizes]
     if is_closed:
         wanted = [
-            (default.Job("", trace, None, (gib,), rate=rate).label, gib)
-            for trace, loops in split.closed_loop.items()
-            for gib, rate in loops
+            (default.Job("", cell.spec, None, (gib,), rate=rate).label, gib)
+            for cell in split.cells
+            for gib, rate in cell.loops
         ]
     if any((trace, seed, gib) not in cells for trace, gib in wanted for seed in split.seeds):
         return {}
@@ -117,7 +117,7 @@ def yardstick_rates(split: Split, is_closed: bool = False) -> dict[str, list[flo
 def hints_table() -> Table:
     """Return the gain from hints, with systems that do not get them and the bound."""
     table = hints.table(records_of("study_hints"))
-    found = yardstick_rates(Split.load().head(SEEDS))
+    found = yardstick_rates(Split.load().subset(num_seeds=SEEDS))
     more = [[name, interval(of), None] for name, of in found.items()]
     return Table(table.columns, [*table.rows, *more])
 
@@ -125,35 +125,31 @@ def hints_table() -> Table:
 def leaderboard_table() -> Table:
     """Return the leaderboard of the built-in policies, with the best rebuilt systems and the
     bound."""
-    records = records_of("leaderboard")
-    board = Board(
-        Split.load().head(SEEDS), records[0]["reference"],
-        tuple(Scores.from_record(dict(one)) for one in records),
-    )  # fmt: skip
+    board = leaderboard.board_of(records_of("leaderboard"), Split.load().subset(num_seeds=SEEDS))
     rows: list[list[Cell]] = [
-        [one.name, one.served, one.served_difference, one.ttft_ratio,
-         one.hit_rate, one.difference, one.share, one.share_running]
+        [one.name, one.served, one.served_difference, one.ttft_ratio, one.hit_rate, one.difference,
+         None if one.worst is None else one.worst[0], None if one.lost is None else one.lost[0],
+         one.of_plan]
         for one in board.rows()
         if one.name in BUILT_IN
     ]  # fmt: skip
+    reference = board.split.reference
     loops, replays = (yardstick_rates(board.split, is_closed) for is_closed in (True, False))
+    served = board.loops(reference, "token_hit_rate")
+    assert served is not None
+    own = [of.mean(axis=1).tolist() for of in (100 * served, board.replays(reference))]
     for name in loops | replays:
         row: list[Cell] = [name]
-        for found, is_closed in ((loops, True), (replays, False)):
-            own = [
-                100 * fmean(rate for one in board.scores
-                            if (one.rate is not None) is is_closed and one.seed == seed
-                            for rate in one.rates[board.reference])
-                for seed in board.split.seeds
-            ]  # fmt: skip
+        for found, rates_of_first in zip((loops, replays), own, strict=True):
             rates = found.get(name)
-            row += [interval(rates), paired(rates, own), None] if rates else [None] * 3
-        rows.append([*row, None])
-    less = f"less {board.reference}"
+            row += [interval(rates), paired(rates, rates_of_first)] if rates else [None] * 2
+            row += [None]
+        rows.append([*row, None, None])
+    less = f"less {reference}"
     columns = [Column("policy"), Column("closed loop: hits", "%"), Column(less, "points")]
     columns += [Column("mean TTFT", "ratio", ".2f"), Column("replay: hits", "%")]
-    columns += [Column(f"replay: {less}", "points"), Column("% of plan")]
-    return Table([*columns, Column("% of plan next to running requests")], rows)
+    columns += [Column(f"replay: {less}", "points"), Column("worst cell", "points")]
+    return Table([*columns, Column("cells lost", form="d"), Column("% of plan")], rows)
 
 
 def pairs_table(split: str = "evaluation") -> Table:
@@ -161,7 +157,7 @@ def pairs_table(split: str = "evaluation") -> Table:
     bound."""
     records = [one for one in records_of(default.NAME) if one["split"] == split]
     table = default.pairs_table(records, split)
-    compared = Split.load().head(SEEDS)
+    compared = Split.load().subset(num_seeds=SEEDS)
     ours = grouped([one for one in records if one["pair"] == DEFAULT], "seed")
     more: list[list[Cell]] = []
     for name, rates in yardstick_rates(compared, split == "closed loop").items():
@@ -189,27 +185,6 @@ def losses_table() -> Table:
     if (provenance.RESULTS / f"{default.MEMORIES}.jsonl").exists():
         records += records_of(default.MEMORIES)
     return default.losses_table(records, yardstick_cells())
-
-
-def shadows_table() -> Table:
-    """Return the losses by choice of the pair, with those of `lru@adaptive`, the best rebuilt
-    system and the bound."""
-    records, cells = records_of("study_shadows"), yardstick_cells()
-    table = shadows.table(records)
-    seeds = {trace: seed for trace, seed, _ in sorted(cells, key=lambda cell: -(cell[1] or 0))}
-    more: list[list[Cell]] = []
-    for name in YARDSTICKS:
-        more.append([name, None])
-        for of in grouped(records, "split").values():
-            losses = []
-            for one in of:
-                found = cells.get((one["trace"], seeds.get(one["trace"]), one["gib"]), {})
-                found = one["rates"] if name == LRU_ADAPTIVE else found
-                if name in found and not (one["kv_share"] and name == BEST_REBUILT):
-                    losses.append(max(one["rates"].values()) - found[name])
-            more[-1] += [fmean(losses), max(losses)] if losses else [None, None]
-        more[-1].append("")
-    return Table(table.columns, [*table.rows, *more])
 
 
 def capacity_table() -> Table:
@@ -694,15 +669,6 @@ def _pairs(table: Table) -> str:
     return f"`{first}` has the most hits, {gap:.1f} points more than `{second}`."
 
 
-def _shadows(table: Table) -> str:
-    tuning, outside = (table.means(f"{split}: mean loss") for split in shadows.SPLITS)
-    return (
-        f"Shadows of all sessions lose {tuning[1]:.1f} and {outside[1]:.1f} points to the best "
-        f"pair (tuning, outside) at {table.means('cost')[1]:g} times the work of the cache; the "
-        f"default alone loses {tuning[0]:.1f} and {outside[0]:.1f}."
-    )
-
-
 def _ablation(table: Table) -> str:
     names = (str(row[0]) for row in table.rows)
     changes = dict(zip(names, table.means("mean change"), strict=True))
@@ -864,11 +830,6 @@ SECTIONS = {
         "ablation", study(ablation.NAME, ablation.learning_table), _learning,
         Dots({"first 50": "regret to request 50", "200 to 400": "regret to request 400"},
              "points below the best pair of a cell", (0, 1)),
-    ),
-    "shadows": Section(
-        "shadows", shadows_table, _shadows,
-        Dots({split: f"{split}: mean loss" for split in shadows.SPLITS},
-             "mean loss to the best pair of a cell, points"),
     ),
     "published": Section(
         "default", published_table,

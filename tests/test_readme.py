@@ -179,7 +179,7 @@ def test_reference_has_every_option_policy_and_name() -> None:
         assert [name for name in names if f"| `{name}` " not in policies] == []
     api = reference("api")
     assert {f"### {name}\n" in api for name in (*hybridcache.__all__, *engine.__all__)} == {True}
-    for name in ("SimulationResult", "OptimumResult", "ClosedLoopResult", "leaderboard"):
+    for name in ("SimulationResult", "OptimumResult", "ClosedLoopResult", "board"):
         assert re.search(rf"^### hybridcache\.[\w.]+\.{name}$", api, re.MULTILINE), name
     loop = inspect.getdoc(StepPlanner) or ""
     for module, name in re.findall(r"^>>> from (hybridcache\.\S+) import (\w+)$", loop, re.M):

@@ -24,8 +24,8 @@ from experiments.provenance import ROOT
 from experiments.studies import common
 from experiments.tables import Column, Table
 from hybridcache import Trace, open_trace
+from hybridcache.lab.board import Split
 from hybridcache.lab.intervals import interval, paired
-from hybridcache.lab.leaderboard import Split
 from hybridcache.lab.trace import Held, TraceRequest
 
 
@@ -50,16 +50,16 @@ def rates(
 def measure(job: tuple[str, int]) -> list[dict[str, Any]]:
     """Return one record per pair and size of (trace, seed)."""
     (name, seed), split = job, Split.load()
+    [sizes] = [cell.sizes for cell in split.cells if cell.name == name]
+    assert not isinstance(sizes, str)
     trace = open_trace(common.seeded(name, seed)).kept()
     return [
         {"trace": name, "seed": seed, "gib": gib, "pair": pair}
         | {"with_hints": hinted, "without_hints": plain}
         for pair in common.PAIRS
         for gib, (hinted, plain) in zip(
-            split.gib[name],
-            rates(
-                trace, lambda one: one._replace(boundaries=()), split.gib[name], pair, split.model
-            ),
+            sizes,
+            rates(trace, lambda one: one._replace(boundaries=()), sizes, pair, split.model),
             strict=True,
         )
     ]
@@ -116,8 +116,8 @@ def main() -> None:
         work = measure_stop_reasons
         common.run_study("study_stop_reasons", work, jobs, common.plain_table, options.processes)
         return
-    split = Split.load().head(options.seeds)
-    cells = [(trace, seed) for trace in split.gib for seed in split.seeds]
+    split = Split.load().subset(num_seeds=options.seeds)
+    cells = [(cell.name, seed) for cell in split.cells for seed in split.seeds]
     common.run_study("study_hints", measure, cells, table, options.processes)
 
 

@@ -29,8 +29,9 @@ from experiments.studies import common as lab
 from experiments.tables import Column, Table
 from hybridcache import open_trace
 from hybridcache.geometry.times import MeasuredTimes
+from hybridcache.lab.board import Cell as BoardCell
+from hybridcache.lab.board import Split
 from hybridcache.lab.intervals import Interval
-from hybridcache.lab.leaderboard import Split
 from hybridcache.lab.simulation.step_times import MeasuredSteps
 from hybridcache.lab.trace import Trace, TraceRequest
 from hybridcache.lab.traces import recognise
@@ -186,7 +187,7 @@ def test_yardsticks_are_in_tables_and_figures_of_policies(
     [rates] = yardsticks.by_cell(yardsticks.measure(loop)).values()
     assert max(rates.values()) == rates[lab.BOUND] < 100
     monkeypatch.setattr(provenance, "RESULTS", tmp_path)
-    split = Split("tiny", "qwen3-next", (1, 2), {"short?head=24": (0.2, 4.0)})
+    split = Split("tiny", "qwen3-next", (1, 2), (BoardCell("short?head=24", (0.2, 4.0)),))
     assert page.yardstick_rates(split) == {} and page.yardstick_cells() == {}
     provenance.write_json_lines(tmp_path / "yardsticks.jsonl", records)
     rates = page.yardstick_rates(split)

@@ -20,7 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hybridcache import closed_loop, optimum, simulate
-from hybridcache.lab.leaderboard import Split, leaderboard
+from hybridcache.lab.board import Cell, Split, board
 from hybridcache.lab.report import stats_table
 from hybridcache.lab.trace import BadRecordError, TraceRequest
 from hybridcache.lab.trace_stats import trace_stats
@@ -216,8 +216,8 @@ def test_texts_need_a_named_tokenizer(tmp_path: Path) -> None:
     for function in (simulate, closed_loop, optimum):
         assert "tokens counted by: bytes" in function(trace, gib=1).table()
         assert "counted by" not in function("short?head=3", gib=1).table()
-    split = Split("texts", "qwen3-next", (0,), {trace.recipe: (1.0,)})
-    assert f"{trace.recipe}: tokens counted by: bytes" in leaderboard("lru", split).table()
+    split = Split("texts", "qwen3-next", (0,), (Cell(trace.recipe, (1.0,)),))
+    assert f"{trace.recipe}: tokens counted by: bytes" in board("lru", split).table()
 
 
 def test_settings_left_in_a_tokenizer_file_do_not_act(tmp_path: Path) -> None:
