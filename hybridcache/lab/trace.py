@@ -311,6 +311,10 @@ class KnownIds:
         return self._next - num_ids
 
 
+UNNAMED = "unnamed "
+"""Beginning of the names of sessions that no record names."""
+
+
 def units(num_tokens: int, unit: int) -> int:
     """Return the number of units that ``num_tokens`` tokens fill, the last one in part."""
     return -(-num_tokens // unit)

@@ -17,7 +17,7 @@ from itertools import islice
 
 from sortedcontainers import SortedDict
 
-from hybridcache.lab.trace import BadRecords, FreshIds, TraceRequest
+from hybridcache.lab.trace import UNNAMED, BadRecords, FreshIds, TraceRequest
 from hybridcache.lab.traces.dialects import ROLES, Chat, answer_of, is_response, plain_chat
 from hybridcache.lab.traces.frame import FEWEST, FileReader, Line, Notes, Record, TraceClock
 from hybridcache.lab.traces.text import ChatText
@@ -297,7 +297,7 @@ class Prompts:
         if name == "":
             number, continues = self._continued.session(f"{record.namespace()}\0{said}")
             self._num_continued += continues
-            return f"unnamed {number}"
+            return f"{UNNAMED}{number}"
         size, digest = self._last.get(name, (0, 0))
         self._num_later += size > 0
         self._num_continued += size > 0 and hash(said[:size]) == digest

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from hybridcache.lab.trace import FreshIds, TraceRequest, checked, units
+from hybridcache.lab.trace import UNNAMED, FreshIds, TraceRequest, checked, units
 from hybridcache.lab.traces.frame import FileReader, Notes, Record, TraceClock
 from hybridcache.lab.traces.own import FIELDS, READ, header_of
 from hybridcache.tokens import Tokens
@@ -48,7 +48,7 @@ class OwnReader(FileReader):
         def parse(record: Record) -> Iterator[TraceRequest]:
             if unread := ", ".join(name for name in record if name not in READ):
                 notes.count(f"with fields that are not read: {unread}", "record")
-            values: dict[str, Any] = {"session": f"unnamed {next(numbers)}", "namespace": None}
+            values: dict[str, Any] = {"session": f"{UNNAMED}{next(numbers)}", "namespace": None}
             for name, (field, read) in FIELDS.items():
                 if record.get(name) is not None:
                     values[field] = read(record, name)

@@ -14,7 +14,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from hybridcache.lab.trace import FreshIds, TraceRequest
+from hybridcache.lab.trace import UNNAMED, FreshIds, TraceRequest
 from hybridcache.lab.traces.frame import FileReader, Notes, Record, request_of_blocks
 from hybridcache.lab.traces.named import NAMES
 
@@ -51,7 +51,7 @@ class MooncakeReader(FileReader):
 
         def session(record: Record) -> Hashable:
             name = record.first(NAMES["session"])
-            return record.key(name) if name else f"unnamed {next(numbers)}"
+            return record.key(name) if name else f"{UNNAMED}{next(numbers)}"
 
         return session
 
