@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Iterable
 from dataclasses import replace
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from hybridcache.geometry.times import Roofline
 from hybridcache.geometry.units import GIB
 from hybridcache.lab.baselines import BASELINES
 from hybridcache.lab.evictions import ALL_NAMES, make_eviction
-from hybridcache.lab.figures import COLOURS, line_look
+from hybridcache.lab.figures import COLOURS, LOSSES, line_look, panels
 from hybridcache.lab.generators import short
 from hybridcache.lab.intervals import ratio
 from hybridcache.lab.prefix_tree import InfiniteCache
@@ -43,6 +44,7 @@ from hybridcache.lab.simulation.target import LeaseTarget, build_target
 from hybridcache.lab.trace import Trace, TraceRequest
 from hybridcache.lab.trace_stats import trace_stats
 from hybridcache.lab.traces import open_trace
+from hybridcache.radix.api import Losses
 from hybridcache.radix.protocol import EvictionPolicy
 
 SAMPLES = Path(__file__).parent / "samples"
@@ -619,6 +621,56 @@ def test_figures_draw_every_run(small: SimulationResult) -> None:
     planned = simulate("short?head=40", gib=(1, 2), policy="lru", optimum=True)
     assert len(planned.figure(metric="hit").axes) == 1
     assert len(planned.figure().axes) == 2
+
+
+def lightness(pixels: np.ndarray) -> np.ndarray:
+    """Return CIE L* of sRGB values from 0 to 1: [..., 3] to [...]."""
+    linear = np.where(pixels <= 0.04045, pixels / 12.92, ((pixels + 0.055) / 1.055) ** 2.4)
+    return 116 * np.cbrt(linear @ (0.2126, 0.7152, 0.0722)) - 16
+
+
+def rendered(figure: Any) -> np.ndarray:
+    """Return the pixels of a figure, 0 to 1, the lowest row first: [height, width, 3]."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[::-1, :, :3] / 255
+
+
+def test_areas_of_losses_differ_in_grey(small: SimulationResult) -> None:
+    [run, *_] = small.runs
+    causes = len(LOSSES)
+    parts = dict.fromkeys(Losses._fields, 100)
+    full = replace(run, losses=Losses(**parts), cached_tokens=100, prompt_tokens=100 * causes + 100)
+    figure = replace(small, runs=(full,), bound_rate=None).losses_figure()
+    pixels, [axis] = rendered(figure), figure.axes
+    heights = [(100 * place + 50) / (causes + 1) for place in range(causes + 1)]
+    places = [axis.transData.transform((full.gib * 1.05, height)) for height in heights]
+    found = [lightness(pixels[int(y), int(x)]) for x, y in places]
+    assert found[0] > 99, "reused is white"
+    distances = np.abs(np.diff(found))
+    assert distances.min() > 9, dict(zip(reversed(LOSSES), distances.round(1), strict=True))
+    assert all(a < b for a, b in pairwise(found[1:])), "any two causes that remain also differ"
+
+
+def test_figures_have_the_size_asked_for_and_no_empty_cells(small: SimulationResult) -> None:
+    for figure in (
+        small.figure(size=(3.3, 2.6), title=False),
+        small.figure(size=(7, 4), metric=["hit", "ttft-p50"]),
+        small.losses_figure(size=(7, 3), title=False),
+    ):
+        assert tuple(figure.get_size_inches()) in ((3.3, 2.6), (7, 4), (7, 3))
+        assert _is_inside(figure)
+    bare = small.figure(title=False)
+    assert not bare.axes[0].get_title() and not bare.legends[0].get_title().get_text()
+    for count, rows in ((1, [1]), (2, [2]), (4, [2, 2]), (5, [3, 2]), (7, [3, 2, 2])):
+        figure, axes = panels(count, 3)
+        tops = [round(axis.get_position().y0, 3) for axis in axes]
+        assert len(axes) == len(figure.axes) == count
+        assert [tops.count(top) for top in dict.fromkeys(tops)] == rows
+        ends = [axes[sum(rows[: n + 1]) - 1].get_position().x1 for n in range(len(rows))]
+        assert max(ends) - min(ends) < 1e-9, "each row reaches the right edge"
 
 
 def _is_inside(figure: Any) -> bool:

@@ -527,10 +527,17 @@ class ClosedLoopResult:
         notes = [*uncharged_notes(self.runs), *self.trace_notes, *self.failures]
         return "\n".join(["\n\n".join(tables), *notes])
 
-    def figure(self, path: str | Path | None = None) -> Figure:
+    def figure(
+        self,
+        path: str | Path | None = None,
+        *,
+        size: tuple[float, float] | None = None,
+        title: bool = True,
+    ) -> Figure:
         """Draw hits, times to first token and makespan over the rate, a row of panels per cache.
-        The figure is also written to ``path`` (PNG, SVG or PDF), if there is one."""
-        return closed_loop_figure(self.runs, path)
+        The figure is also written to ``path`` (PNG, SVG or PDF), if there is one. ``size``: width
+        and height in inches; ``title=False`` leaves out title and notes."""
+        return closed_loop_figure(self.runs, path, size, title)
 
 
 def closed_loop(

@@ -167,15 +167,26 @@ class SimulationResult(SweepRuns):
         self,
         path: str | Path | None = None,
         metric: str | Sequence[str] | None = None,
+        *,
+        size: tuple[float, float] | None = None,
+        title: bool = True,
     ) -> Figure:
         """Draw metrics over the sizes, a panel each; by default the token hit rate, and its share
         of the best plan if the result has plans. The figure is also written to ``path`` (PNG,
-        SVG or PDF), if there is one."""
-        return sweep_figure([self], path, metric)
+        SVG or PDF), if there is one. ``size``: width and height in inches, such as (3.3, 2.6) for
+        a column of a paper; ``title=False`` leaves out title and notes."""
+        return sweep_figure([self], path, metric, size, title)
 
-    def losses_figure(self, path: str | Path | None = None) -> Figure:
-        """Draw the prompt tokens by loss cause over the sizes, a panel per competitor."""
-        return losses_figure([self], path)
+    def losses_figure(
+        self,
+        path: str | Path | None = None,
+        *,
+        size: tuple[float, float] | None = None,
+        title: bool = True,
+    ) -> Figure:
+        """Draw the prompt tokens by loss cause over the sizes, a panel per competitor. Arguments
+        are those of ``figure``; panels keep the competitor's name."""
+        return losses_figure([self], path, size, title)
 
 
 @dataclass(frozen=True, slots=True, repr=False)
