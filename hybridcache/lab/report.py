@@ -276,6 +276,8 @@ def stats_table(stats: TraceStats) -> str:
         )
         if stats.repeated_answers < 0.9:
             lines[-1] += " (the rest is unknown, left out, or in other tokens there)"
+    if stats.times:
+        lines.append(f"times: {stats.times}")
     if stats.columns:
         lines.append(f"columns: {stats.columns}")
     if stats.ideal_by_page:

@@ -88,6 +88,8 @@ class Trace:
     generated."""
     columns: str = ""
     """Columns of a CSV file that are read for each field, and the unused ones."""
+    times: str = ""
+    """Unit of the times in its file, and the reason for it; empty if it has none."""
 
     def __post_init__(self) -> None:
         require_index(self.unit, f"{self.name}: unit, the tokens of an id,", 1)

@@ -14,6 +14,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from itertools import islice
+from typing import ClassVar
 
 from sortedcontainers import SortedDict
 
@@ -22,8 +23,6 @@ from hybridcache.lab.traces.dialects import ROLES, Chat, answer_of, is_response,
 from hybridcache.lab.traces.frame import FEWEST, FileReader, Line, Notes, Record, TraceClock
 from hybridcache.lab.traces.text import ChatText
 
-SINCE_1970 = ((1e17, 1e9), (1e14, 1e6), (1e11, 1e3))
-"""Numbers above the first value are times since 1970, in the second value's parts of a second."""
 NAMES: dict[str, tuple[str, ...]] = {
     field: tuple(names.split())
     for field, names in {
@@ -137,8 +136,7 @@ class Named(Record):
 
     def time_s(self, clock: TraceClock) -> float:
         """Return the time in seconds, of the next record of ``clock``."""
-        when = clock.at(self.record, self.used.get("time", ""))
-        return when / next((unit for above, unit in SINCE_1970 if when > above), 1.0)
+        return clock.at(self.record, self.used.get("time", ""))
 
     @property
     def has_failed(self) -> bool:
@@ -214,8 +212,46 @@ class Named(Record):
 
 
 @dataclass(frozen=True, slots=True)
-class NamedReader(FileReader):
+class NamedTimes(FileReader):
     """Reader of records with named fields, whose times count from the first."""
+
+    usual_times: ClassVar[str] = "s"
+
+    @property
+    def names(self) -> dict[str, str]:
+        """Names of the user, by field; empty for those of ``NAMES``."""
+        fields = ("time", "session", "answer", "length", "tenant")
+        return {name: getattr(self, name, "") for name in fields}
+
+    def first_fields(self) -> Record:
+        """Return the fields of the first hundred records, each with its first value."""
+        merged = Record()
+        for _, record in islice(self.records(BadRecords(skip=True)), 100):
+            merged |= {name: each for name, each in record.items() if merged.get(name) is None}
+        return merged
+
+    def named(self, record: Record) -> Named:
+        """Return named fields. ValueError, with the file, if one that the user named is missing."""
+        try:
+            return Named(record, self.names)
+        except ValueError as error:
+            raise ValueError(f"{self.path}: {error}") from None
+
+    def times_of(self, record: Record) -> Iterator[object]:
+        named = Named(record, self.names)
+        if name := named.used.get("time"):
+            yield named.record.number(name)
+
+    def ordered(self, found: Iterator[tuple[Line, TraceRequest]]) -> Iterator[TraceRequest]:
+        began_s: float | None = None
+        for request in FileReader.ordered(self, found):
+            began_s = request.timestamp_s if began_s is None else began_s
+            yield request._replace(timestamp_s=request.timestamp_s - began_s)
+
+
+@dataclass(frozen=True, slots=True)
+class NamedReader(NamedTimes):
+    """Reader of texts."""
 
     tokenizer: str = ""
     template: str = "chatml"
@@ -230,25 +266,13 @@ class NamedReader(FileReader):
 
     @property
     def names(self) -> dict[str, str]:
-        """Names of the user, by field; empty for those of ``NAMES``."""
         fields = ("prompt", "time", "session", "answer", "length", "tenant")
         return {name: getattr(self, name) for name in fields}
 
-    def ordered(self, found: Iterator[tuple[Line, TraceRequest]]) -> Iterator[TraceRequest]:
-        began_s: float | None = None
-        for request in FileReader.ordered(self, found):
-            began_s = request.timestamp_s if began_s is None else began_s
-            yield request._replace(timestamp_s=request.timestamp_s - began_s)
-
     def describe(self) -> str:
         """Return the names that are read for each field in the first hundred records."""
-        merged = Record()
-        for _, record in islice(self.records(BadRecords(skip=True)), 100):
-            merged |= {name: each for name, each in record.items() if merged.get(name) is None}
-        try:
-            return Named(merged, self.names).describe() if merged else ""
-        except ValueError as error:
-            raise ValueError(f"{self.path}: {error}") from None
+        merged = self.first_fields()
+        return self.named(merged).describe() if merged else ""
 
 
 # --- Sessions -----------------------------------------------------------------------------------

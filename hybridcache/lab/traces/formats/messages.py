@@ -34,7 +34,7 @@ class MessagesReader(NamedReader):
 
     def parser(self, notes: Notes) -> Callable[[Record], Iterator[TraceRequest]]:
         chat, names = load_chat_text(self.tokenizer, self.template), self.names
-        clock, fresh, prompts = TraceClock(), FreshIds(), Prompts(notes)
+        clock, fresh, prompts = TraceClock(self.time_unit().per_s), FreshIds(), Prompts(notes)
         conversations = defaultdict[str | int, Conversation](Conversation)
 
         def parse(raw: Record) -> Iterator[TraceRequest]:
