@@ -186,7 +186,8 @@ def recognise(path: Path) -> str:
     """Return the format of a file, detected from its first record. ValueError if unknown."""
     is_table = is_csv(path)
     reader = CsvReader(path) if is_table else FileReader(path)
-    _, first = next(reader.records(BadRecords(skip=True)), (0, None))
+    records = (Record(one) for _, one in reader.records(BadRecords(skip=True)))
+    first = next((one for one in records if not MessagesReader.is_left_out(one)), None)
     if first is None:
         next(reader.records(BadRecords(skip=False)), None)  # raises at the first unreadable record
         raise ValueError(f"{path}: there is no record in it")
