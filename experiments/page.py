@@ -23,13 +23,10 @@ from experiments.provenance import ROOT
 from experiments.studies import (
     ablation,
     admission,
-    arena,
     capacity,
     closed_loop,
-    conditions,
+    compare,
     default,
-    grid,
-    hints,
     leaderboard,
     overload,
     router,
@@ -116,7 +113,7 @@ def yardstick_rates(split: Split, is_closed: bool = False) -> dict[str, list[flo
 
 def hints_table() -> Table:
     """Return the gain from hints, with systems that do not get them and the bound."""
-    table = hints.table(records_of("study_hints"))
+    table = compare.hints_table(records_of("study_hints"))
     found = yardstick_rates(Split.load().subset(num_seeds=SEEDS))
     more = [[name, interval(of), None] for name, of in found.items()]
     return Table(table.columns, [*table.rows, *more])
@@ -867,7 +864,7 @@ SECTIONS = {
         Dots({"forecast less engine": "forecast less engine"}, "points of token hit rate", (0, 1)),
     ),
     "conditions": Section(
-        "conditions", study("study_conditions", conditions.table),
+        "conditions", study("study_conditions", compare.conditions_table),
         says(f"The default pair gains {POINTS} over LRU with fixed rules.", gain="gain"),
         Dots({"default pair": "default pair", LRU_ADAPTIVE: LRU_ADAPTIVE,
               "LRU, fixed rules": "lru, fixed rules"} | SHOWN, HITS.head, (1,)),
@@ -887,14 +884,14 @@ SECTIONS = {
               "best rebuilt, 20 GiB": f"{BEST_REBUILT}, "}, "saved prefill time, % of 20 GiB"),
     ),
     "grid": Section(
-        "grid", study("study_grid", grid.table),
+        "grid", study("study_grid", compare.grid_table),
         says(f"A grid of 16 in place of 64 changes the hit rate by {POINTS}, most for "
              "`{gain.top[0]}`.", gain="gain of 16"),
         Dots({"grid of 16": "gain of 16", "grid of 32": "gain of 32"},
              "gain over a grid of 64, points", (0, 1)),
     ),
     "arena": Section(
-        "arena", study("study_arena", arena.table),
+        "arena", study("study_arena", compare.arena_table),
         says("One arena changes the hit rate of a workload by {change.low:+.2f} to "
              "{change.high:+.2f} points.", change="arena"),
         Dots({"mean": "arena"}, "arena less ideal, points"),
