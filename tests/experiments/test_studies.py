@@ -12,8 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from experiments import page, provenance, reproduce
+from experiments import page, provenance, reproduce, sections
 from experiments.benchmarks import measure_prefill
+from experiments.sections import policies
 from experiments.studies import (
     ablation,
     admission,
@@ -190,17 +191,17 @@ def test_yardsticks_are_in_tables_and_figures_of_policies(
     assert max(rates.values()) == rates[lab.BOUND] < 100
     monkeypatch.setattr(provenance, "RESULTS", tmp_path)
     split = Split("tiny", "qwen3-next", (1, 2), (BoardCell("short?head=24", (0.2, 4.0)),))
-    assert page.yardstick_rates(split) == {} and page.yardstick_cells() == {}
+    assert sections.yardstick_rates(split) == {} and sections.yardstick_cells() == {}
     provenance.write_json_lines(tmp_path / "yardsticks.jsonl", records)
-    rates = page.yardstick_rates(split)
+    rates = sections.yardstick_rates(split)
     wanted = [cells["short?head=24", 1, gib][lab.BOUND] for gib in (0.2, 4.0)]
     assert rates[lab.BOUND][0] == pytest.approx(sum(wanted) / 2)
-    assert page.yardstick_rates(replace(split, seeds=(9,))) == {}, "another seed"
+    assert sections.yardstick_rates(replace(split, seeds=(9,))) == {}, "another seed"
     curve = {"trace": "short", "gib": [0.2, 4.0], "low": [0.1, 0.2], "high": [0.2, 0.3]}
     runs = [curve | {"label": label} for label in (capacity.OURS, "lru")]
     provenance.write_json_lines(tmp_path / "study_capacity.jsonl", runs)
-    figure = page.CapacityCurves().draw(Table([Column("trace")], [["short"]]))
-    assert len(figure.axes[0].lines) == 5 and "upper bound" in page.svg(figure)
+    figure = policies.CapacityCurves().draw(Table([Column("trace")], [["short"]]))
+    assert len(figure.axes[0].lines) == 5 and "upper bound" in sections.svg(figure)
 
 
 def test_tables_of_policies_have_a_column_for_each_reference() -> None:
