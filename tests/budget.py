@@ -109,10 +109,10 @@ CAPABILITIES = {
     "policies of users": f"{CACHE}policies/*",
     "rebuilt systems": f"{CACHE}lab/baselines/* experiments/studies/peers.py "
     "experiments/studies/yardsticks.py",
-    "board of policies": f"{CACHE}lab/leaderboard.py {CACHE}lab/benchmark.py {CACHE}lab/board.py "
+    "board of policies": f"{CACHE}lab/board.py {CACHE}lab/entry.py "
     "experiments/studies/leaderboard.py",
     "optimum": f"{CACHE}lab/optimum.py",
-    "traces": f"{CACHE}lab/traces/*",
+    "traces": f"{CACHE}lab/traces/* {CACHE}client_habits.py",
     "simulator": f"{CACHE}lab/*",
     "geometry, command": f"{CACHE}geometry/* {CACHE}command/* {CACHE}__main__.py",
     "benchmarks beside others": "experiments/benchmarks/* experiments/run_sharegpt.py",
