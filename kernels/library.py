@@ -37,6 +37,7 @@ LEVELS_FOLDER = SOURCES / "levels"
 """Folder of compiled levels, in wheels and images. A checkout has none."""
 DIGEST_FILE = "sources.sha256"
 """File of that folder with the digest of the sources. Levels of other sources are not loaded."""
+COMMON_HEADER = "native.h"
 FLAGS = (
     *("-std=c++17", "-O3", "-fopenmp", "-fPIC"),
     # No contraction: an expression gives equal bits wherever it is inlined or vectorised.
@@ -185,11 +186,13 @@ def best_level(features: frozenset[str]) -> Level | None:
 def compile_library(compiler: str, flags: Sequence[str], path: Path) -> None:
     """Compile all sources with these flags into ``path``, with a process for each core.
 
-    The library does not name OpenMP's runtime: it uses that of torch. Raises OSError and
+    The common header is compiled once for all sources, and the largest source comes first. The
+    library does not name OpenMP's runtime: it uses that of torch. Raises OSError and
     SubprocessError.
     """
-    sources = _sources()
+    sources = sorted(_sources(), key=lambda source: source.stat().st_size, reverse=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as directory:
+        header = f"{directory}/{COMMON_HEADER}"
 
         def run(*arguments: str) -> None:
             command = [compiler, *arguments]
@@ -197,9 +200,12 @@ def compile_library(compiler: str, flags: Sequence[str], path: Path) -> None:
 
         def compile_one(number: int) -> str:
             made = f"{directory}/{number}.o"
-            run(*FLAGS, *flags, "-c", str(sources[number]), "-o", made)
+            own = "-include", header, "-c", str(sources[number]), "-o", made
+            run(*FLAGS, *flags, *own)
             return made
 
+        common = str(SOURCES / COMMON_HEADER)
+        run(*FLAGS, *flags, "-x", "c++-header", common, "-o", f"{header}.gch")
         affinity = getattr(os, "sched_getaffinity", lambda _: ())(0)
         with ThreadPoolExecutor(len(affinity) or os.cpu_count()) as pool:
             objects = list(pool.map(compile_one, range(len(sources))))

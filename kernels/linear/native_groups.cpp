@@ -259,6 +259,9 @@ struct PackedBlock {
     uint8_t *scale, *minimum, *factors, *minima;
 };
 
+// Not inlined: each format is compiled once for packing and for all look-ups.
+#define APART __attribute__((noinline))
+
 // Sizes of a format of blocks.py: BYTES and UNITS of a block, WORDS of a packed unit, FACTORS of a block.
 // MINIMUM: true if a block has one.
 template <
@@ -308,7 +311,7 @@ static void pack_halves(const RowWords* from, int shift, RowWords* to) {
 // A unit with codes at CODES in the packed order, and their fifth bits at HIGH.
 template <int BITS, int CODES, bool MINIMUM = false, int HIGH = 0, class Scale = uint16_t>
 struct OneUnit : BlockSizes<CODES + (BITS == 8 ? 32 : 16), 1, BITS, 0, MINIMUM, Scale> {
-    static void pack(const uint8_t* const* rows, const PackedBlock& to) {
+    static APART void pack(const uint8_t* const* rows, const PackedBlock& to) {
         RowWords first = read_word<0>(rows);
         write_lowest<Scale>(first, to.scale);
         if (MINIMUM) write_lowest<uint16_t>(first >> 16 ^ 0x8000, to.minimum);
@@ -335,7 +338,7 @@ static void pack_twos(const uint8_t* const* rows, RowWords* to) {
 }
 
 struct Q2K : BlockSizes<84, 8, 2, 16, true> {
-    static void pack(const uint8_t* const* rows, const PackedBlock& to) {
+    static APART void pack(const uint8_t* const* rows, const PackedBlock& to) {
         pack_twos<2, 16>(rows, to.codes);
         RowWords scales[4], both = read_word<80>(rows);
         read_words<0, 4>(rows, scales);
@@ -349,7 +352,7 @@ struct Q2K : BlockSizes<84, 8, 2, 16, true> {
 };
 
 struct Q3K : BlockSizes<110, 8, 3, 16> {
-    static void pack(const uint8_t* const* rows, const PackedBlock& to) {
+    static APART void pack(const uint8_t* const* rows, const PackedBlock& to) {
         pack_twos<3, 32>(rows, to.codes);
         RowWords own[3];
         read_words<96, 3>(rows, own);
@@ -364,7 +367,7 @@ struct Q3K : BlockSizes<110, 8, 3, 16> {
 // Q4_K and Q5_K.
 template <int BITS>
 struct FourK : BlockSizes<16 + 32 * BITS, 8, BITS, 8, true> {
-    static void pack(const uint8_t* const* rows, const PackedBlock& to) {
+    static APART void pack(const uint8_t* const* rows, const PackedBlock& to) {
         RowWords head[4], high[8], codes[32], *packed = to.codes;
         read_words<0, 4>(rows, head);
         read_words<FourK::BYTES - 128, 32>(rows, codes);
@@ -383,7 +386,7 @@ struct FourK : BlockSizes<16 + 32 * BITS, 8, BITS, 8, true> {
 };
 
 struct Q6K : BlockSizes<210, 8, 6, 16> {
-    static void pack(const uint8_t* const* rows, const PackedBlock& to) {
+    static APART void pack(const uint8_t* const* rows, const PackedBlock& to) {
         RowWords codes[52], *packed = to.codes;
         read_words<0, 52>(rows, codes);
         for (int u = 0; u < 8; u++, packed += 6) {
@@ -397,7 +400,7 @@ struct Q6K : BlockSizes<210, 8, 6, 16> {
 };
 
 struct Iq4Xs : BlockSizes<136, 8, 4, 8> {
-    static void pack(const uint8_t* const* rows, const PackedBlock& to) {
+    static APART void pack(const uint8_t* const* rows, const PackedBlock& to) {
         RowWords head[2];
         read_words<0, 2>(rows, head);
         read_words<8, 32>(rows, to.codes);
