@@ -163,7 +163,11 @@ def settle_products() -> None:
     for rows at other addresses, unless ``MKL_CBWR`` forbids it. Those for AVX-512, and those for
     AMD's processors with AVX2, do not. A value from outside stays.
     """
-    features, is_intel = instructions(), _about_processor("vendor_id") == "GenuineIntel"
+    try:
+        features = instructions()
+    except ValueError:  # ``load`` raises it again, where the settings are read.
+        return
+    is_intel = _about_processor("vendor_id") == "GenuineIntel"
     if "avx2" not in features:
         os.environ.setdefault(MKL_VARIABLE, "COMPATIBLE")
     elif is_intel and "avx512f" not in features:

@@ -31,7 +31,6 @@ LANES = 16
 @cache
 def loaded_library() -> library.Library | None:
     """Return the library, loaded once per process. None if there is none; see ``library.load``."""
-    library.settle_products()
     return library.load()
 
 
