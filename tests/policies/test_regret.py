@@ -85,7 +85,7 @@ def test_all_ghosts_on_the_path_count_as_used_except_superseded_ones() -> None:
 def test_an_evicted_head_is_saved_again(
     label: str, position: int, is_followed: bool, changes: dict[str, Any], is_saved: bool
 ) -> None:
-    item = FakeItem("it", label=label, position=position, is_head=is_followed)
+    item = FakeItem("it", label=label, position=position, is_head=is_followed, earlier_uses=1)
     deeper = FakeItem("other", label="branch", position=690)
     planned = Adaptive().plan(prefill(0, seen_len=700, evicted=(deeper, item), **changes))
     assert (Placed(position, "head") in planned) == is_saved
