@@ -181,10 +181,14 @@ class _Account:
             self.earned -= self.hope_tokens
             self.hope_tokens = 0.0
         if self.placed > MEMORY:
-            self.placed *= 0.5
-            self.earned *= 0.5
-            self.used *= 0.5
-            self.uses *= 0.5
+            self._fade()
+
+    def _fade(self) -> None:
+        """Halve all counts."""
+        self.placed *= 0.5
+        self.earned *= 0.5
+        self.used *= 0.5
+        self.uses *= 0.5
 
     def pays(self, bars: tuple[float, float]) -> bool:
         """Return whether the label earns more than the first of ``bars``, or has more real hits
@@ -193,7 +197,11 @@ class _Account:
         return self.earned > earned_bar * self.placed or self.used / self.placed > used_bar
 
     def offer(self, bars: tuple[float, float]) -> None:
-        """Count a prefill in which the label is possible, and decide if it is a trial."""
+        """Count a prefill in which the label is possible, and decide if it is a trial.
+
+        Each trial halves the counts before it, so that a label pays again after a few trials with
+        hits, however long it had none.
+        """
         self.offered += 1
         self.is_tried = False
         if self.pays(bars):
@@ -202,6 +210,8 @@ class _Account:
             self.is_tried = True
             self.due = self.offered + self.wait
             self.wait = min(self.wait * TRIAL_GROWTH, MEMORY)
+            if not self.hope_tokens:  # A trial weighs as much as all that was before it, or more.
+                self._fade()
 
 
 class Adaptive(PlacementPolicy):
@@ -218,7 +228,8 @@ class Adaptive(PlacementPolicy):
     checkpoint that is not a back-off, because back-offs only replace it. A checkpoint *displaces*
     the mean loss per saved checkpoint: the tokens missed because of evictions. A label *pays* if it
     earns ``MARGIN`` times as much. With ample memory nothing is displaced, and every label with
-    earnings is saved. Trials of a label that does not pay become rarer with each failure.
+    earnings is saved. Trials of a label that does not pay become rarer with each failure, and each
+    halves the older counts of the label.
 
     Eight rules keep useful positions from being starved or displaced:
 

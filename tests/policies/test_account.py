@@ -7,14 +7,22 @@ import itertools
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hybridcache.policies.placement import ANSWER_END, EVIDENCE, PROMPT_END, Adaptive, _Account
+from hybridcache.policies.placement import (
+    ANSWER_END,
+    EVIDENCE,
+    MEMORY,
+    PROMPT_END,
+    Adaptive,
+    _Account,
+)
 from hybridcache.radix.protocol import Prefill
 from tests.policies.items import FakeItem
 
 
 def test_thirty_prefills_of_one_label_by_hand() -> None:
-    """A checkpoint must earn 20 tokens. The first three live on hope, the trial is due at prefill
-    32 of the label (20 were counted before), and the tokens of one hit pay for a few more."""
+    """A checkpoint must earn 20 tokens. The first three live on hope, and the trial is due at
+    prefill 32 of the label, of which 20 were counted before. It halves the four placed (with the
+    first, assumed one) and adds its own. The 200 tokens of a hit then pay until ten are placed."""
     account, steps = _Account(100.0, 20, 3), ""
     for step in range(1, 31):
         account.offer((20.0, float("inf")))
@@ -24,10 +32,7 @@ def test_thirty_prefills_of_one_label_by_hand() -> None:
             account.save()
         if step == 20:
             account.earned += 200
-    assert steps == "PPP" + 8 * "." + "t" + 8 * "." + STEPS_AFTER_THE_HIT
-
-
-STEPS_AFTER_THE_HIT = "PPPPP....."
+    assert steps == "PPP" + 8 * "." + "t" + 8 * "." + "PPPPPPP" + 3 * "."
 
 
 Events = list[tuple[str, int]]
@@ -84,3 +89,25 @@ def test_an_end_is_tried_in_a_fixed_share_of_the_cases_while_conversations_go_on
     live_through(placement, [*history, ("ghost hit", 100)])
     tried = [saves_end(placement) for _ in range(4 * EVIDENCE)]
     assert sum(tried) >= 4
+
+
+@given(HISTORY)
+def test_a_label_pays_again_after_a_few_trials_with_hits(history: Events) -> None:
+    """Its checkpoints earn four times what is needed from now on."""
+    account, bars = _Account(0.0, 0, 0.0), (25.0, float("inf"))
+    for event, times in history:
+        for _ in range(times):
+            account.offer(bars)
+            if event != "newcomer":
+                account.save()
+            if event == "hit":
+                account.earned += 10
+    trials = 0
+    while not account.pays(bars):
+        account.offer(bars)
+        if account.is_tried:
+            trials += 1
+            account.save()
+            account.earned += 100
+        assert trials <= 12, "a label waits at most MEMORY prefills for each"
+        assert account.due - account.offered <= MEMORY

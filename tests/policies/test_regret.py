@@ -14,7 +14,7 @@ from hybridcache.lab.simulation.simulate import simulate
 from hybridcache.lab.trace import Trace, TraceRequest
 from hybridcache.lab.traces import open_trace
 from hybridcache.policies.eviction.survival import Survival
-from hybridcache.policies.placement import Adaptive
+from hybridcache.policies.placement import Adaptive, _Account
 from hybridcache.policies.registry import parse_placement
 from hybridcache.radix.lease import Lease, LeaseRequest
 from hybridcache.radix.protocol import Placed, PlacementPolicy, Prefill, PromptBoundaries
@@ -150,7 +150,9 @@ def test_a_head_that_nobody_declares_is_found_again() -> None:
     [found] = simulate(
         "retries?questions=40&trials=3&heads=3&seed=1", gib=0.5, bound=False, progress=False
     ).runs
-    assert found.token_hit_rate > 0.45, "without the rule it is 0.27"
+    assert found.token_hit_rate > 0.45, (
+        f"retries, three heads, 0.5 GiB: {found.token_hit_rate:.3f}; without the rule it is 0.27"
+    )
 
 
 MEMORIES = ["arena", "pools"]
@@ -179,7 +181,15 @@ def test_hits_do_not_fall_when_memory_grows(trace: str, memory: str) -> None:
         opened = open_trace(f"{trace}seed={seed}").kept()
         result = simulate(opened, gib=sizes, memory=memory, bound=False, progress=False, **settings)
         rates += [25 * run.token_hit_rate for run in result.runs]
-    assert max(np.maximum.accumulate(rates) - rates) <= LARGEST_FALLS[trace][MEMORIES.index(memory)]
+    falls, limit = (
+        np.maximum.accumulate(rates) - rates,
+        LARGEST_FALLS[trace][MEMORIES.index(memory)],
+    )
+    worst = int(falls.argmax())
+    assert falls[worst] <= limit, (
+        f"{trace} in {memory}: {falls[worst]:.2f} points below a smaller size at "
+        f"{sizes[worst]:.3f} GiB ({rates[worst]:.2f} %), the limit is {limit}"
+    )
 
 
 def test_a_system_prompt_before_a_short_question_is_shared() -> None:
@@ -200,13 +210,19 @@ def test_a_system_prompt_before_a_short_question_is_shared() -> None:
             tokens = np.concatenate((tokens, answer))
     trace = Trace("short questions", 1, lambda: requests)
     [found] = simulate(trace, gib=1, bound=False, progress=False).runs
-    assert found.token_hit_rate > 0.88, "0.84 if the boundary counts as the end of the prompt"
+    assert found.token_hit_rate > 0.88, (
+        f"short questions, 1 GiB: {found.token_hit_rate:.3f}; 0.84 if the boundary counts as the "
+        "end of the prompt"
+    )
 
 
 def test_the_only_checkpoint_is_no_short_prefix_that_every_request_locks() -> None:
     """One or two checkpoints fit. A prefix of 320 tokens would be hit by, and locked by, all."""
     [found] = simulate("toolbench-dfs", gib=0.24, bound=False, progress=False).runs
-    assert found.token_hit_rate > 0.65, "LRU with one back-off has 0.66, and the prefix 0.26"
+    assert found.token_hit_rate > 0.65, (
+        f"toolbench-dfs, 0.24 GiB: {found.token_hit_rate:.3f}; LRU with one back-off has 0.66, and "
+        "the prefix 0.26"
+    )
 
 
 def test_survival_begins_as_lru_until_it_has_seen_uses() -> None:
@@ -294,13 +310,14 @@ def test_branches_and_boundaries_are_always_placed() -> None:
     ],
 )
 def test_the_placement_counts_only_checkpoints_that_were_saved(
-    options: dict[str, object], num_slots: int, spec: str
+    options: dict[str, object], num_slots: int, spec: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Planned checkpoints are not saved if the answer is dropped, below the grid, twice at one
     position, without a slot, and for aborted requests."""
     config = CacheConfig(num_kv_tokens=100_000, num_slots=num_slots, grid=64, eviction="lru")
     cache, placement = build_prefix_cache(config), parse_placement(spec)
-    [learned] = [rule for rule in placement.rules if isinstance(rule, Adaptive)]
+    saved: list[_Account] = []  # their own counts fade
+    monkeypatch.setattr(_Account, "save", lambda account: saved.append(account))
     rng = np.random.default_rng(0)
     for number in range(100):
         prompt = rng.integers(0, 1000, 500, dtype=np.int32)
@@ -321,9 +338,7 @@ def test_the_placement_counts_only_checkpoints_that_were_saved(
         else:
             cache.take_step().done()
             lease.finish(prompt, 500)
-    assert (
-        0 < sum(one.placed - 1 for one in learned._accounts.values()) == cache.stats.inserted_slots
-    )
+    assert 0 < len(saved) == cache.stats.inserted_slots
 
 
 @pytest.mark.full
