@@ -399,3 +399,23 @@ def test_survival_learns_by_stop_reason(rule: str) -> None:
     assert learned._accounts.keys() == {("decode", 0)}, (
         "a placement policy decides before the stop reason is known"
     )
+
+
+def test_the_next_use_is_expected_at_the_pace_of_the_session() -> None:
+    """Two sessions alternate in one class of items; one returns sixteen times as often."""
+    policy, latest = Survival(), dict[int, FakeItem]()
+    for now in range(1, 800):
+        for pace in (4, 64):
+            if now % pace:
+                continue
+            before = latest.get(pace)
+            if before is not None:
+                before.uses, before.last_used = 1, now
+                policy.touch(before)
+            item = FakeItem("tip", label="decode", position=1024 + now, created=now, last_used=now)
+            item.evicted_above, latest[pace] = before, item
+            policy.add(item)
+    hazards = policy.hazards
+    hazards.refresh(hazards.now + 200)
+    often, rarely = (hazards.index_at(latest[pace].memo.row, 0) for pace in (4, 64))
+    assert often > 4 * rarely, f"uses per request expected: {often:.3f} and {rarely:.3f}"
