@@ -317,7 +317,7 @@ class Adaptive(PlacementPolicy):
             self._account(("branch", 0))
         if shared and shared[-1] > prefill.cached_len:
             self._account(("boundary", 0))
-        self._num_newcomers += not _resumes_from_tip(prefill)
+        self._num_newcomers += not resumes_from_tip(prefill)
         bars = self._bars()
         for back_off in back_offs:
             self._account(back_off[1:]).offer(bars)
@@ -424,7 +424,7 @@ class Adaptive(PlacementPolicy):
             account is None or decode.earned / decode.placed > account.earned / account.placed
         ):
             rule, account = ANSWER_END, decode
-        if _resumes_from_tip(prefill):
+        if resumes_from_tip(prefill):
             return rule
         if account is None:
             return None
@@ -472,7 +472,7 @@ class Adaptive(PlacementPolicy):
         return MARGIN * price, used
 
 
-def _resumes_from_tip(prefill: Prefill) -> bool:
+def resumes_from_tip(prefill: Prefill) -> bool:
     """Return whether ``prefill`` continues a conversation from its last checkpoint."""
     resumed = prefill.resumed
     if resumed is None or resumed.superseded:
