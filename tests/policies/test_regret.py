@@ -159,7 +159,7 @@ MEMORIES = ["arena", "pools"]
 LARGEST_FALLS = {
     "few-shot?": (0.5, 1.7),
     "retries?questions=12&trials=3&": (0.5, 0.7),
-    "retries?questions=12&trials=3&heads=2&": (0.5, 1.0),
+    "retries?questions=12&trials=3&heads=2&": (1.1, 1.3),
     "chat?": (0.5, 0.5),
     "tree-search?tasks=12&": (1.3, 0.8),
     "short?": (1.9, 0.5),
