@@ -402,27 +402,45 @@ SAMPLE = 1024
 GENERAL_FROM = 3
 """First fact of a class with an effect in all classes: the generation."""
 
-Class = tuple[tuple[bool, bool], tuple[str, int], *tuple[str | int, ...]]
-"""((superseded, speculative), (label, distance), uses, generation, octave of the position, half
-octave), and the stop reason of the answer behind it, if that is known."""
+PACE = "pace"
+"""Name of the pace of a session in a class."""
+
+Class = tuple[tuple[bool, bool], tuple[str, int], *tuple[str | int | tuple[str, int], ...]]
+"""((superseded, speculative), (label, distance), uses, generation, pace of the session if it has
+two tips or more, octave of the position, half octave), and the stop reason of the answer behind it,
+if that is known."""
 
 
 class _Memo:
     """Data of one item: its stage and its place in its lineage."""
 
-    __slots__ = ("active", "demand", "entered", "row", "stage", "superseded", "turn", "uses")
+    __slots__ = (
+        "active",
+        "demand",
+        "entered",
+        "pace",
+        "row",
+        "stage",
+        "superseded",
+        "turn",
+        "uses",
+    )
 
     def __init__(self, item: Item) -> None:
         self.uses = item.uses
         self.superseded = item.superseded
         self.turn = 0
         """Number of earlier tips in the lineage, through forks too: a prompt may end at one."""
+        self.pace = 0
+        """Octave of the requests between the latest two tips of the lineage; 0 with one tip."""
         before = item.predecessor
         if before is not None and isinstance(before.memo, _Memo):
             label = "" if before.stop_reason else before.label  # An answer's end is no fork.
             is_tip = label not in SHARED and (before.uses > 0 or not before.superseded)
             is_earlier = before.position < item.position and (is_tip or label == REJOIN)
-            self.turn = before.memo.turn + is_earlier
+            self.turn, self.pace = before.memo.turn + is_earlier, before.memo.pace
+            if is_earlier and item.created > before.created:
+                self.pace = (item.created - before.created).bit_length()
         self.active = item.last_used
         """Latest use of the item or of an evicted descendant."""
         self.stage = -1
@@ -436,8 +454,8 @@ class _Memo:
 class Survival(EvictionPolicy):
     """Evict the item with the least (index of its class and age) * (tokens lost) / (bytes freed).
 
-    - *Class*: superseded or not, label, uses, generation, position and stop reason. ``Hazards`` has
-      the indices.
+    - *Class*: superseded or not, label, uses, generation, pace, position and stop reason.
+      ``Hazards`` has the indices.
     - *Tokens lost*: the distance to the nearest checkpoint above.
     - *Bytes freed*: the state, and for a leaf also its KV tail. States and tails are compared by
       the tokens that they save per byte.
@@ -445,6 +463,9 @@ class Survival(EvictionPolicy):
       evicted already, counts if a request resumed from it, it was a tip until its eviction, or an
       earlier request ended there. Forks do not count, and tips after them count those before them.
       KV has the generation of the checkpoint at its end.
+    - *Pace*: the octave of the number of requests between the latest two tips of the conversation.
+      Agents think for seconds and people for minutes, so the next gap is like the last. Shared
+      positions have none.
     - *Evidence*: from the first use until ``EVIDENCE`` uses were seen, (tokens lost) / (bytes
       freed) is raised to the part of them that was, so that the policy begins as LRU by class.
       Before any use, as in the first round of a loop, LRU would evict each item before its use.
@@ -633,6 +654,7 @@ class Survival(EvictionPolicy):
             item.stop_reason,
             uses if uses < 2 else 2,
             memo.turn if memo.turn < MAX_TURN else MAX_TURN,
+            memo.pace,
             octave,
             position << 2 >> octave,
         )
@@ -655,6 +677,7 @@ class Survival(EvictionPolicy):
         stop_reason: str,
         uses: int,
         turn: int,
+        pace: int,
         octave: int,
         top: int,
     ) -> int:
@@ -665,8 +688,10 @@ class Survival(EvictionPolicy):
         coarse = (superseded, is_speculative), rule
         if superseded:
             self.hazards.row(coarse, prior, (((False, is_speculative), rule), UNLIKELY))
-        generation = 0 if label in SHARED else turn
-        key: Class = (*coarse, uses, generation, octave, 2 * octave + top % 2)
+        generation, paces = turn, ((PACE, pace),) if pace else ()
+        if label in SHARED:
+            generation, paces = 0, ()
+        key: Class = (*coarse, uses, generation, *paces, octave, 2 * octave + top % 2)
         return self.hazards.row((*key, stop_reason) if stop_reason else key, prior)
 
     def _least(self, columns: Columns, fresh: Container[Item]) -> Item | None:
