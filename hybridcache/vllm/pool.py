@@ -73,15 +73,16 @@ class BlockRows(PageAllocator):
         self.block_rows = layout.block_rows
         self.live = np.zeros(num_blocks, np.int64)
         """Rows of the tree in each block."""
+        self._in_block: Indices = np.arange(layout.block_rows, dtype=np.int32)
         self._is_taken = np.zeros(self.capacity, bool)
         self._drop = drop
 
     def of(self, block_ids: Sequence[int], first: int, end: int) -> Indices:
         """Return the rows [first, end) of a request with these blocks: int32[end - first]."""
         skip = first // self.block_rows
-        ids = np.array(block_ids[skip : -(-end // self.block_rows)], np.int32)[:, None]
-        rows: Indices = ids * np.int32(self.block_rows) + np.arange(self.block_rows, dtype=np.int32)
-        return rows.reshape(-1)[first - skip * self.block_rows : end - skip * self.block_rows]
+        ids: Indices = np.array(block_ids[skip : -(-end // self.block_rows)], np.int32)
+        rows = (ids[:, None] * self.block_rows + self._in_block).reshape(-1)
+        return rows[first - skip * self.block_rows : end - skip * self.block_rows]
 
     def take(self, rows: Indices) -> None:
         """Take ``rows`` for the tree."""
