@@ -968,7 +968,7 @@ class HybridRadixCache:
         length = node.length if type(node) is PathPart else 0 if last is None else last.end
         if start % page_size or len(rows) % page_size or end > length:
             raise ValueError(
-                f"rows must be whole pages of {page_size} tokens of a path of {length} tokens (got "
+                f"rows must be whole pages of {page_size} rows on a path of {length} tokens (got "
                 f"{start} to {end})."
             )
         former = np.empty(len(rows), INT32)
