@@ -58,6 +58,10 @@ SEAMS: dict[str, tuple[str, ...]] = {
         "num_tokens",
         "retention_interval",
     ),
+    "vllm.v1.core.single_type_kv_cache_manager:FullAttentionManager._cache_partial_tail_block": (
+        "request",
+        "num_tokens",
+    ),
     # Called, not overridden:
     "vllm.v1.core.block_pool:BlockPool.cache_partial_block": (
         "request",

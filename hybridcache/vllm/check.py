@@ -11,7 +11,6 @@ import argparse
 import json
 import random
 import sys
-import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -112,8 +111,6 @@ class Report:
     preemptions: int = 0
     aborts: int = 0
     copied_blocks: int = 0
-    scheduler_s: float = 0.0
-    """Processor time of the scheduler."""
 
     @property
     def num_wrong(self) -> int:
@@ -141,6 +138,7 @@ def make_config(model: Model, options: Options, num_blocks: int) -> Any:
         use_eagle_block_drop=lambda: options.eagle,
         needs_eagle_block_drop=lambda: options.eagle,
         num_speculative_tokens=drafts,
+        max_num_new_slots_for_drafting=0,
     )
     encoder = SimpleNamespace(
         create_manager=lambda **_: _Any(
@@ -223,6 +221,7 @@ def make_scheduler(model: Model, options: Options, num_blocks: int) -> Any:
     grammar = _Any(
         grammar_bitmask=lambda *_, **__: None,
         accept_tokens=lambda *_, **__: True,
+        validate_tokens=lambda request, tokens: tokens,
         should_advance=lambda *_, **__: False,
     )
     plain = AsyncScheduler if options.overlap else Scheduler
@@ -355,11 +354,8 @@ class Engine:
 
     def step(self) -> None:
         """Schedule and compute one step, and deliver the tokens of it or of the last one."""
-        scheduler, report = self.scheduler, self.report
-        report.steps += 1
-        begun = time.process_time()
-        output = scheduler.schedule()
-        report.scheduler_s += time.process_time() - begun
+        self.report.steps += 1
+        output = self.scheduler.schedule()
         self._pending.append((output, self._execute(output)))
         if len(self._pending) > self.options.overlap or not output.num_scheduled_tokens:
             self._deliver()
@@ -368,13 +364,11 @@ class Engine:
         if not self._pending:
             return
         output, result = self._pending.popleft()
-        begun = time.process_time()
         self.scheduler.update_from_output(output, result)
         if self.options.drafts and not self.options.overlap:
             ids = [one for one in output.num_scheduled_tokens if one in self.scheduler.requests]
             drafts = DraftTokenIds(ids, [[1] * self.options.drafts for _ in ids])
             self.scheduler.update_draft_token_ids(drafts)
-        self.report.scheduler_s += time.process_time() - begun
 
     def _execute(self, output: Any) -> ModelRunnerOutput:
         contents, manager = self.contents, self.scheduler.kv_cache_manager

@@ -128,15 +128,19 @@ class Places:
         policy.on_prefill(prefill)
         planned = prefill.on_grid(policy.plan(prefill))
         track.stops = {layout.tokens(one.position): one for one in planned}
-        interval = policy.decode_interval() if saves_answer else None
-        if interval is not None:
-            track.interval = -(-interval // layout.rows(layout.grid)) * layout.grid
-        track.is_planned = True
+        self.resume(track, saves_answer)
         lost = {name: layout.tokens(num) for name, num in found.losses._asdict().items() if num}
         # The last part of the prompt, less than a unit, is in no unit of the tree.
         rest = request.num_tokens - track.cached_len - sum(lost.values())
         lost["below_grid"] = lost.get("below_grid", 0) + rest
         track.losses = lost
+
+    def resume(self, track: Track, saves_answer: bool) -> None:
+        """Plan the answer of a request, also of a preempted one, which the policy knows."""
+        interval = self.policy.decode_interval() if saves_answer else None
+        if interval is not None:
+            track.interval = -(-interval // self.layout.rows(self.layout.grid)) * self.layout.grid
+        track.is_planned = True
 
     def saved(self, wanted: Mapping[int, Placed], stored: set[int]) -> None:
         """Notify the policy of the fate of checkpoints."""

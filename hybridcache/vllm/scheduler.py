@@ -18,7 +18,7 @@ from hybridcache.policies.registry import parse_placement
 from hybridcache.radix.protocol import Placed
 from hybridcache.vllm import Settings, require_version
 from hybridcache.vllm.places import DECODE, PREEMPT, Places, Track
-from hybridcache.vllm.pool import BlockTree, HybridPool, Layout
+from hybridcache.vllm.pool import WORDS, BlockTree, HybridPool, Layout
 
 if TYPE_CHECKING:
     from vllm.v1.core.kv_cache_utils import KVCacheBlock
@@ -26,10 +26,29 @@ if TYPE_CHECKING:
     from vllm.v1.request import Request
 
 
+def shared_units(one: Request, other: Request) -> int:
+    """Return the number of units that two prompts share. O(log prompt): hashes are chained."""
+    low, high = 0, min(len(one.block_hashes), len(other.block_hashes))
+    while low < high:
+        middle = (low + high + 1) // 2
+        if one.block_hashes[middle - 1] == other.block_hashes[middle - 1]:
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
 class StateManager(MambaManager):
     """Manager of one state group. It registers no states itself: ``HybridManager`` does."""
 
     def cache_blocks(self, request: Request, num_tokens: int, *args: Any, **kwargs: Any) -> None:
+        return None
+
+
+class RowManager(FullAttentionManager):
+    """Manager of one attention group. Keys of parts of a block are left to ``HybridManager``."""
+
+    def _cache_partial_tail_block(self, request: Request, num_tokens: int) -> None:
         return None
 
 
@@ -53,8 +72,9 @@ class HybridManager(KVCacheManager):
         self.debug = settings.debug
         managers = self.coordinator.single_type_managers
         self.states = [managers[group] for group in layout.states]
-        for manager in self.states:
-            manager.__class__ = StateManager
+        for manager in managers:
+            is_state = isinstance(manager, MambaManager)
+            manager.__class__ = StateManager if is_state else RowManager
         self.block_pool.__class__ = HybridPool
         # Time is counted in steps: no decision depends on a clock or a rank.
         self.tree = BlockTree(
@@ -69,6 +89,8 @@ class HybridManager(KVCacheManager):
         """Requests with ``block_copied_at``."""
         self._coming: list[tuple[int, bytes]] = []
         """Positions and hashes of the states that this step computes."""
+        self._admitted: list[Request] = []
+        """Requests that this step admitted: their prompts are not in the tree yet."""
 
     def tables(self, request: Request) -> list[list[KVCacheBlock]]:
         """Return the block table of a running request in each group."""
@@ -94,6 +116,8 @@ class HybridManager(KVCacheManager):
         track.match, track.cached_len = match, layout.tokens(match.cached_len)
         is_fresh = match.resumed is not None and match.resumed.slot in tree.fresh
         track.is_waiting = is_fresh or self._is_coming(request, track.cached_len)
+        if request.num_preemptions and not track.is_planned:
+            self.places.resume(track, self.saves_answers and not request.resumable)
         if not track.is_planned and not track.is_waiting:
             lost = tree.cache.evicted(found)
             evicted = tuple(one for one in lost if one.position > match.cached_len)
@@ -101,6 +125,9 @@ class HybridManager(KVCacheManager):
             free_slots = self.block_pool.num_unowned(limit) // len(layout.states)
             saves_answer = self.saves_answers and not request.resumable
             num_checkpoints = tree.cache.num_checkpoints
+            shared = max((shared_units(request, one) for one in self._admitted), default=0)
+            if shared * WORDS > found.seen_len:
+                found = found._replace(seen_len=shared * WORDS, forks=True)
             self.places.plan(
                 request, track, found, evicted, free_slots, num_checkpoints, saves_answer
             )
@@ -124,6 +151,7 @@ class HybridManager(KVCacheManager):
         self.num_steps += 1
         self.tree.fresh.clear()
         self._coming.clear()
+        self._admitted.clear()
         for request_id in list(self._copied):
             self._point_to_copy(request_id)
         if self.debug:
@@ -166,8 +194,13 @@ class HybridManager(KVCacheManager):
             return None
         cache, match = self.tree.cache, track.match
         lock = cache.lock(None if match is None else match.node)
+        # Keep room for the copies of planned states, so that they preempt no request.
+        reserve = len(self.states) * (bool(track.stops) + bool(track.interval))
+        self.watermark_blocks += reserve
         new = super().allocate_slots(request, num_new_tokens, *args, **kwargs)
+        self.watermark_blocks -= reserve
         if new is not None:
+            self._admitted.append(request)
             track.is_running = True
             if match is not None:
                 cache.touch(match, resumes=request.num_preemptions > 0)
@@ -365,17 +398,26 @@ class HybridScheduler(AsyncScheduler):
         num_new_local_computed_tokens: int = 0,
         num_external_computed_tokens: int = 0,
     ) -> int:
-        new: int = super()._mamba_block_aligned_split(
-            request, num_new_tokens, num_new_local_computed_tokens, num_external_computed_tokens
-        )
-        track = None if self.hybrid is None else self.hybrid.tracks.get(request.request_id)
-        if track is not None and track.stops:
-            start = request.num_computed_tokens + num_new_local_computed_tokens
-            start += num_external_computed_tokens
-            ends = [end for end in track.stops if start < end < start + new]
-            if ends:
-                return min(ends) - start
-        return new
+        hybrid, block_size = self.hybrid, self.block_size
+        start = request.num_computed_tokens + num_new_local_computed_tokens
+        start += num_external_computed_tokens
+        prefill_end = max(request.num_prompt_tokens, request.num_tokens - 1)
+        if hybrid is None or start >= prefill_end:
+            return num_new_tokens
+        end = start + num_new_tokens
+        if end < prefill_end:
+            # As in vLLM: a chunk before the last ends at a block, unless a block is wider.
+            limit, threshold = (
+                self.max_num_scheduled_tokens,
+                self.scheduler_config.long_prefill_token_threshold,
+            )
+            limit = min(limit, threshold) if threshold > 0 else limit
+            aligned = end // block_size * block_size
+            if aligned > start or block_size <= limit:
+                end = aligned
+        track = hybrid.tracks.get(request.request_id)
+        stops = () if track is None else track.stops
+        return max(min((stop for stop in stops if start < stop < end), default=end) - start, 0)
 
     def _update_after_schedule(self, scheduler_output: SchedulerOutput) -> None:
         super()._update_after_schedule(scheduler_output)
