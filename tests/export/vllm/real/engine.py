@@ -5,6 +5,7 @@ Needs the packages of `make vllm`. Weights are random, and wide enough that gree
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -12,6 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
+
+if importlib.util.find_spec("vllm") is None:
+    pytest.skip("needs vLLM with kernels for CPUs: make vllm", allow_module_level=True)
 
 GRID = 64
 """Chunk of Gated DeltaNet's kernel: a prefill that begins at a multiple of it computes equal bits."""
