@@ -17,11 +17,7 @@ from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 import numpy as np
-from vllm.v1.kv_offload.base import (
-    get_offload_block_hash,
-    get_offload_group_idx,
-    make_offload_key,
-)
+from vllm.v1.kv_offload.base import get_offload_block_hash, get_offload_group_idx, make_offload_key
 from vllm.v1.kv_offload.cpu.policies.base import CachePolicy
 
 from hybridcache.allocators.pools import PageAllocator, SlotAllocator

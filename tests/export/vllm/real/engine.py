@@ -19,7 +19,7 @@ if importlib.util.find_spec("vllm") is None:
     pytest.skip("needs vLLM with kernels for CPUs: make vllm", allow_module_level=True)
 
 GRID = 64
-"""Chunk of Gated DeltaNet's kernel: a prefill that begins at a multiple of it computes equal bits."""
+"""Chunk of Gated DeltaNet's kernel: bits are equal if a prefill begins at a multiple of it."""
 VOCAB = 256
 CLOSE = 0.25
 """Largest difference of a logit that rounding causes here; a wrong state causes more than one."""
