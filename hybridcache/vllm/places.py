@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from hybridcache.radix.api import PrefixMatch
@@ -72,6 +73,14 @@ def hints(request: Request) -> Mapping[str, Any]:
     return found
 
 
+def wants_losses(request: Request) -> bool:
+    """Return whether the response of a request should have its losses (hint ``explain``)."""
+    try:
+        return bool(hints(request).get("explain"))
+    except ValueError:
+        return False
+
+
 def boundaries_of(request: Request) -> tuple[int, ...]:
     """Return the declared positions that later prompts share, ascending. Others are ignored: a
     client's mistake must not stop the engine."""
@@ -80,6 +89,40 @@ def boundaries_of(request: Request) -> tuple[int, ...]:
         return tuple(sorted({int(one) for one in given if 0 < int(one) <= request.num_tokens}))
     except (TypeError, ValueError):
         return ()
+
+
+class Counters:
+    """Prometheus counters, next to those of vLLM in its ``/metrics``.
+
+    The scheduler runs in a process of its own. So they are shown if ``PROMETHEUS_MULTIPROC_DIR`` is
+    set, as vLLM does with several API servers.
+    """
+
+    def __init__(self) -> None:
+        from prometheus_client import Counter
+
+        self._tokens = Counter(
+            "hybridcache_prompt_tokens", "Prompt tokens, cached or computed, by cause.", ["cause"]
+        )
+        self._copied_bytes = Counter(
+            "hybridcache_copied_bytes", "Bytes of block copies for states of answers."
+        )
+
+    def admitted(self, track: Track) -> None:
+        """Count the prompt of an admitted request."""
+        self._tokens.labels("cached").inc(track.cached_len)
+        for cause, num_tokens in track.losses.items():
+            self._tokens.labels(cause).inc(num_tokens)
+
+    def copied(self, num_bytes: int) -> None:
+        """Count a copy of the state of an answer."""
+        self._copied_bytes.inc(num_bytes)
+
+
+@cache
+def counters() -> Counters:
+    """Return the counters of this process, which all engines in it share."""
+    return Counters()
 
 
 class Places:
@@ -111,8 +154,10 @@ class Places:
         if found.missed is not None:
             policy.on_ghost_hit(found.missed, found.missed_tokens)
         drop, cached_len = self._drop, match.cached_len
+        # The part of a unit at the end is at least one row, and less than a unit.
+        rest = min(-(-(request.num_tokens % unit) * WORDS // unit), WORDS - 1)
         prefill = Prefill(
-            prompt_len=max(-(-request.num_tokens * WORDS // unit) - drop, 1),
+            prompt_len=max(layout.rows(request.num_tokens) + rest - drop, 1),
             cached_len=cached_len,
             kv_match_len=max(found.kv_match_len - drop, cached_len),
             seen_len=max(found.seen_len - drop, cached_len),
@@ -131,8 +176,8 @@ class Places:
         self.resume(track, saves_answer)
         lost = {name: layout.tokens(num) for name, num in found.losses._asdict().items() if num}
         # The last part of the prompt, less than a unit, is in no unit of the tree.
-        rest = request.num_tokens - track.cached_len - sum(lost.values())
-        lost["below_grid"] = lost.get("below_grid", 0) + rest
+        num_rest = request.num_tokens - track.cached_len - sum(lost.values())
+        lost["below_grid"] = lost.get("below_grid", 0) + num_rest
         track.losses = lost
 
     def resume(self, track: Track, saves_answer: bool) -> None:

@@ -193,6 +193,7 @@ class BlockTree:
             page_size=WORDS,
             grid=layout.rows(layout.grid),
             eviction=eviction,
+            debug=False,  # Rows are taken by number here, not by ``allocate_kv``.
         )
         self.cache = build_on(config, self.rows, self.slots)
         self.cache.policy.set_clock(clock)

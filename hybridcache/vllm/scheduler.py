@@ -16,8 +16,8 @@ from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager, Mamb
 
 from hybridcache.policies.registry import parse_placement
 from hybridcache.radix.protocol import Placed
-from hybridcache.vllm import Settings, require_version
-from hybridcache.vllm.places import DECODE, PREEMPT, Places, Track
+from hybridcache.vllm import NAME, Settings, require_version
+from hybridcache.vllm.places import DECODE, PREEMPT, Places, Track, counters, wants_losses
 from hybridcache.vllm.pool import WORDS, BlockTree, HybridPool, Layout
 
 if TYPE_CHECKING:
@@ -193,7 +193,7 @@ class HybridManager(KVCacheManager):
         if track.is_waiting:
             return None
         cache, match = self.tree.cache, track.match
-        lock = cache.lock(None if match is None else match.node)
+        self.tree.locks[request.request_id] = cache.lock(None if match is None else match.node)
         # Keep room for the copies of planned states, so that they preempt no request.
         reserve = len(self.states) * (bool(track.stops) + bool(track.interval))
         self.watermark_blocks += reserve
@@ -202,8 +202,11 @@ class HybridManager(KVCacheManager):
         if new is not None:
             self._admitted.append(request)
             track.is_running = True
-            if match is not None:
+            # Without its lock, the match may have been evicted for the blocks of this request.
+            if match is not None and request.request_id in self.tree.locks:
                 cache.touch(match, resumes=request.num_preemptions > 0)
+            if track.losses:
+                counters().admitted(track)
             self._prefilling[request.request_id] = track
             start = kwargs.get("num_new_computed_tokens", 0)
             track.cached_len = start
@@ -212,7 +215,8 @@ class HybridManager(KVCacheManager):
                 track.block_copied_at = start
                 self._copied[request.request_id] = track, request
             self._note_coming(request, track, start + num_new_tokens)
-        cache.unlock(lock)
+        else:
+            self.tree.unlock(request.request_id)
         return new
 
     def step_scheduled(self, num_scheduled_tokens: dict[str, int], requests: Any) -> None:
@@ -276,6 +280,7 @@ class HybridManager(KVCacheManager):
             manager._pending_cow_copies.append((source, block))
             source.ref_cnt += 1
             block.ref_cnt += 1
+        counters().copied(self.layout.block_bytes * len(blocks))
 
     def _give_back_copy(self) -> bool:
         """Free the copy of the newest answer. Returns False if there is none."""
@@ -418,6 +423,18 @@ class HybridScheduler(AsyncScheduler):
         track = hybrid.tracks.get(request.request_id)
         stops = () if track is None else track.stops
         return max(min((stop for stop in stops if start < stop < end), default=end) - start, 0)
+
+    def _free_request(
+        self, request: Request, *args: Any, **kwargs: Any
+    ) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
+        hybrid, lost = self.hybrid, None
+        if hybrid is not None and wants_losses(request):
+            track = hybrid.tracks.get(request.request_id)
+            lost = None if track is None else {"cached": track.cached_len, **track.losses}
+        params, encoder_params = super()._free_request(request, *args, **kwargs)
+        if lost is not None:
+            params = {**(params or {}), NAME: lost}
+        return params, encoder_params
 
     def _update_after_schedule(self, scheduler_output: SchedulerOutput) -> None:
         super()._update_after_schedule(scheduler_output)
