@@ -7,41 +7,26 @@ that is too small for it. Asynchronous scheduling is forced on.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from itertools import islice
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
 from tests.export.vllm.real.engine import (
     GRID,
-    Answer,
     Ask,
     Engine,
+    Load,
+    Served,
     assert_same_bits,
     assert_same_tokens,
     force_async_scheduling,
-    words,
     write_model,
 )
 
 SCHEDULER = os.environ.get("SCHEDULER", "hybridcache.vllm.HybridScheduler")
 NUM_BLOCKS = 44
 """Blocks of the pool: too few for the load."""
-
-
-class Served(NamedTuple):
-    """One request with its answer."""
-
-    ask: Ask
-    answer: Answer
-    alone: bool
-    """True if no other request was served at that time."""
-
-    @property
-    def tokens(self) -> list[int]:
-        return [*self.ask.prompt, *self.answer.tokens]
 
 
 @pytest.fixture(scope="module")
@@ -54,12 +39,6 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
         num_gpu_blocks_override=NUM_BLOCKS,
         additional_config={"hybridcache": {"debug": True}},
     )
-
-
-def batched(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
-    """Yield groups of ``size`` items."""
-    for start in range(0, len(items), size):
-        yield items[start : start + size]
 
 
 class Seen:
@@ -80,58 +59,6 @@ class Seen:
             return step
 
         scheduler._preempt_request, scheduler.schedule = preempt_request, counted
-
-
-@dataclass
-class Load:
-    """Requests served so far, and a source of random tokens."""
-
-    engine: Engine
-    served: list[Served] = field(default_factory=list)
-    source: Iterator[int] = field(default_factory=lambda: words(5))
-
-    def take(self, num_tokens: int) -> list[int]:
-        return [*islice(self.source, num_tokens)]
-
-    def serve(self, *asks: Ask) -> list[Served]:
-        """Serve requests at once."""
-        answers = self.engine.serve(asks)
-        new = [Served(*pair, len(asks) == 1) for pair in zip(asks, answers, strict=True)]
-        self.served += new
-        return new
-
-    def chats(self, at_once: int) -> list[list[int]]:
-        """Serve six conversations of four turns. Returns their histories."""
-        system = self.take(200)
-        histories = [[*system, *self.take(60)] for _ in range(6)]
-        for turn in range(4):
-            for group in batched(histories, at_once):
-                asks = [Ask(tuple(h), 8 + len(h) % 13) for h in group]
-                for history, one in zip(group, self.serve(*asks), strict=True):
-                    history[:] = [*one.tokens, *self.take(40 + 30 * turn)]
-        return histories
-
-    def branches_and_edits(self, history: list[int], at_once: int) -> None:
-        """Continue a conversation in three ways, change its middle, and continue from there."""
-        branches = [Ask((*history, *self.take(50))) for _ in range(3)]
-        edited = [*history[:300], *self.take(30), *history[330:]]
-        edits = [Ask(tuple(edited)), Ask((*edited, *self.take(70)))]
-        for group in batched([*branches, *edits], at_once):
-            self.serve(*group)
-
-    def aborts(self, beside: list[int]) -> None:
-        """Abort requests in the prompt and in the answer, then ask for their beginnings."""
-        longs = [tuple(self.take(1300)) for _ in range(3)]
-        ends = (2, 5, 14)
-        asks = [Ask(long, 40, abort_after=end) for long, end in zip(longs, ends, strict=True)]
-        self.serve(*asks, Ask(tuple(beside)))
-        self.serve(*(Ask((*long[:1000], *self.take(40))) for long in longs))
-
-    def crowd(self) -> None:
-        """Serve eight answers that all need new blocks, then continue them."""
-        prompts = [tuple(self.take(250)) for _ in range(8)]
-        answers = self.serve(*(Ask(prompt, 150) for prompt in prompts))
-        self.serve(*(Ask((*one.tokens, *self.take(30))) for one in answers))
 
 
 @pytest.fixture(scope="module")
