@@ -6,7 +6,6 @@ that is too small for it. Asynchronous scheduling is forced on.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -24,7 +23,6 @@ from tests.export.vllm.real.engine import (
     write_model,
 )
 
-SCHEDULER = os.environ.get("SCHEDULER", "hybridcache.vllm.HybridScheduler")
 NUM_BLOCKS = 44
 """Blocks of the pool: too few for the load."""
 
@@ -34,7 +32,7 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
     force_async_scheduling()
     yield Engine(
         write_model(tmp_path_factory.mktemp("model")),
-        scheduler_cls=SCHEDULER,
+        scheduler_cls="hybridcache.vllm.HybridScheduler",
         prefix_match_unit=GRID,
         num_gpu_blocks_override=NUM_BLOCKS,
         additional_config={"hybridcache": {"debug": True}},
