@@ -73,6 +73,7 @@ MODES = {
     "aborts and priorities": {"chaos": 0.3, "overlap": True, "seed": 3},
     "a coarser grid": {"settings": {"debug": True, "grid": 64, "eviction": "lru"}},
     "whole blocks": {"unit": 0},
+    "a stop at each unit": {"overlap": True, "settings": {"debug": True, "placement": "every:32"}},
 }
 
 
