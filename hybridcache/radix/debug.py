@@ -249,6 +249,13 @@ class _Checks(HybridRadixCache):
                 self._require_not_leased(slot)
         return super().insert(tokens, kv_indices, checkpoints, namespace, owned_from, labels, after)
 
+    def replace_rows(self, node: NodeHandle, start: int, rows: Indices) -> Indices:
+        self._require_held(rows)
+        former = super().replace_rows(node, start, rows)
+        self._owners.put(rows, CACHED)
+        self._owners.put(former, HELD)
+        return former
+
     def _store_rows(self, path: Sequence[RadixNode], rows: Indices, first: int) -> None:
         super()._store_rows(path, rows, first)
         for node in path:
