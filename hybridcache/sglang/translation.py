@@ -477,13 +477,14 @@ class RequestStates:
                 kv.mamba_prev_track_seqlen,
                 pool.get_mamba_ping_pong_other_idx(index),
             )
-        if not position or position > num_tokens or kv.mamba_ping_pong_empty[index]:
+        if not position or position > num_tokens:
             return None
+        number = self._number(req, index)
         slot = kv.mamba_ping_pong_track_buffer[index].unsqueeze(-1).clone()
-        return Offer(position, slot, self._number(req, index), index)
+        return None if number < 0 else Offer(position, slot, number, index)
 
     def _number(self, req: Req, index: int) -> int:
-        """Return the number of a tracking slot."""
+        """Return the number of a tracking slot, or -1 if there is none at ``index``."""
         return int(self._reader.read(req.kv.mamba_ping_pong_track_buffer[index : index + 1])[0])
 
     def settle_running(self, req: Req, offer: Offer, taken: bool) -> None:

@@ -30,6 +30,8 @@ class Served(NamedTuple):
     """Calls of the cache that wait for a forward pass, with overlapped passes."""
     checkpoints_in_flight: int
     """Calls of ``checkpoint`` during such a pass."""
+    accepted_drafts: int
+    rejected_drafts: int
 
 
 class RandomLoad:
@@ -80,7 +82,21 @@ class RandomLoad:
             self.steps,
             self.scheduler.num_waits,
             self.scheduler.num_checkpoints_in_flight,
+            *self.scheduler.count_drafts(),
         )
+
+    def run_in_turn(self, num_requests: int) -> list[int]:
+        """Serve ``num_requests`` one after the other. Returns the cached tokens of each."""
+        hits = []
+        for _ in range(num_requests):
+            self._submit()
+            [request] = self.running.values()
+            while self.scheduler.step():
+                self.check()
+            self._collect()
+            hits.append(request.cached_tokens)
+        self.check(idle=True)
+        return hits
 
     def _submit(self) -> None:
         pick, draw = self.random, self.random.randrange
@@ -145,5 +161,5 @@ class RandomLoad:
 
 
 def _slots(kv: Any) -> int:
-    tracking = kv.mamba_ping_pong_empty
-    return int(kv.holds_mamba) + (0 if tracking is None else tracking.count(False))
+    tracking = kv.mamba_ping_pong_track_buffer
+    return int(kv.holds_mamba) + (0 if tracking is None else int((tracking >= 0).sum()))

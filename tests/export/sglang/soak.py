@@ -32,35 +32,47 @@ STRATEGIES = {
     "extra_buffer": 24,
     "extra_buffer_lazy": 24,
     "extra_buffer overlapped": 24,
+    "extra_buffer_lazy overlapped": 24,
+    "extra_buffer overlapped drafted": 24,
+    "extra_buffer_lazy overlapped drafted": 24,
 }
-"""State slots per strategy: the maximum of six running requests, or a few more."""
+"""State slots per strategy: the maximum of six running requests, or a few more. ``drafted`` is
+multi-token prediction."""
 NUM_KV_TOKENS = 1800
 
 
-def soak(strategy: str, eviction: str, num_requests: int, seed: int) -> dict[str, object]:
+def soak(
+    strategy: str, eviction: str, num_requests: int, seed: int, in_turn: bool
+) -> dict[str, object]:
     """Serve ``num_requests`` in this process. Raises AssertionError with the first fault."""
     os.environ["SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY"] = "1"
     os.environ["SGLANG_CHECK_KV_PAGE_INVARIANTS"] = "1"
-    os.environ["SGLANG_TEST_RETRACT"] = "1"
+    os.environ["SGLANG_TEST_RETRACT"] = str(int(not in_turn))
     os.environ["SGLANG_TEST_RETRACT_INTERVAL"] = "61"
     cpu.stand_in()
     from tests.export.sglang.random_load import RandomLoad
     from tests.export.sglang.scheduler import new_scheduler
 
-    name, _, overlapped = strategy.partition(" ")
+    name, *modes = strategy.split()
     with tempfile.TemporaryDirectory() as folder:
         scheduler = new_scheduler(
             Path(folder),
-            NUM_KV_TOKENS,
-            STRATEGIES[strategy],
+            20 * NUM_KV_TOKENS if in_turn else NUM_KV_TOKENS,
+            20 * STRATEGIES[strategy] if in_turn else STRATEGIES[strategy],
             strategy=name,
-            overlap=bool(overlapped),
+            overlap="overlapped" in modes,
+            draft_length=2 if "drafted" in modes else 0,
             radix_eviction_policy=eviction,
             chunked_prefill_size=256,
             mamba_track_interval=64,
         )
-        served = RandomLoad(scheduler, seed).run(num_requests, check_every=8)
-    return {"strategy": strategy, "eviction": eviction, "seed": seed, **served._asdict()}
+        load = RandomLoad(scheduler, seed)
+        record: dict[str, object] = {"strategy": strategy, "eviction": eviction}
+        if in_turn:
+            hits = load.run_in_turn(num_requests)
+            return record | {"hits": hits, "drafts": scheduler.count_drafts()}
+        served = load.run(num_requests, check_every=8)
+    return record | {"seed": seed} | served._asdict()
 
 
 def main() -> None:
@@ -71,10 +83,14 @@ def main() -> None:
     )
     parser.add_argument("--eviction", default="plain-lru", help="SGLang's --radix-eviction-policy")
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument(
+        "--in-turn", action="store_true", help="one request at a time, with ample memory"
+    )
     parser.add_argument("--no-record", action="store_true", help="write no results")
     options = parser.parse_args()
     if options.strategy:
-        records = [soak(options.strategy, options.eviction, options.requests, options.seed)]
+        given = options.eviction, options.requests, options.seed, options.in_turn
+        records = [soak(options.strategy, *given)]
     else:
         records = []
         for strategy in STRATEGIES:

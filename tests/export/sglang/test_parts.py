@@ -139,7 +139,6 @@ def request(states, extra_buffer=True):
         mamba_cow_src_index=None,
         mamba_needs_clear=True,
         mamba_ping_pong_track_buffer=take(2).clone() if extra_buffer else None,
-        mamba_ping_pong_empty=[False, False],
         mamba_last_track_idx=0,
         mamba_last_track_seqlen=None,
         mamba_prev_track_seqlen=None,
