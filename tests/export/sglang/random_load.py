@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 
 from sglang.srt.managers.io_struct import AbortReq
 
+from hybridcache.allocators.moves import DEVICE, HOST
+from hybridcache.radix.tiers import TieredRadixCache
 from tests.export.sglang.scheduler import VOCAB, CPUScheduler, hashes
 
 NAMES = ((None, None), ("adapter", None), (None, "salt"), ("adapter", "salt"))
@@ -32,6 +34,8 @@ class Served(NamedTuple):
     """Calls of ``checkpoint`` during such a pass."""
     accepted_drafts: int
     rejected_drafts: int
+    loaded_rows: int
+    """Rows of KV and states that were loaded from the host."""
 
 
 class RandomLoad:
@@ -83,7 +87,13 @@ class RandomLoad:
             self.scheduler.num_waits,
             self.scheduler.num_checkpoints_in_flight,
             *self.scheduler.count_drafts(),
+            self._num_loaded(),
         )
+
+    def _num_loaded(self) -> int:
+        tree = self.scheduler.tree_cache.tree
+        is_tiered = isinstance(tree, TieredRadixCache)
+        return tree.offload.copied_rows.get((HOST, DEVICE), 0) if is_tiered else 0
 
     def run_in_turn(self, num_requests: int) -> list[int]:
         """Serve ``num_requests`` one after the other. Returns the cached tokens of each."""

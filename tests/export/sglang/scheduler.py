@@ -94,7 +94,8 @@ class HashModel:
         self.world = world
         self.model_config = model_config
         self.max_requests = max_requests
-        self.rows = np.zeros(world.rows.size + 1, np.int64)
+        keys = world.rows.get_kvcache().full_kv_pool.k_buffer[0]
+        self.rows = keys.flatten(1).view(torch.int64)[:, 0].numpy()
         states = world.requests.mamba_pool.mamba_cache.temporal[0]
         self.states = states.flatten(1).view(torch.int64)[:, 0]
         self.answer: np.ndarray | None = None

@@ -33,11 +33,13 @@ STRATEGIES = {
     "extra_buffer_lazy": 24,
     "extra_buffer overlapped": 24,
     "extra_buffer_lazy overlapped": 24,
+    "no_buffer tiered": 12,
+    "extra_buffer overlapped tiered": 24,
     "extra_buffer overlapped drafted": 24,
     "extra_buffer_lazy overlapped drafted": 24,
 }
 """State slots per strategy: the maximum of six running requests, or a few more. ``drafted`` is
-multi-token prediction."""
+multi-token prediction, ``tiered`` keeps evicted prefixes on the host."""
 NUM_KV_TOKENS = 1800
 
 
@@ -61,6 +63,8 @@ def soak(
             20 * STRATEGIES[strategy] if in_turn else STRATEGIES[strategy],
             strategy=name,
             overlap="overlapped" in modes,
+            enable_hierarchical_cache="tiered" in modes,
+            hicache_ratio=4.0,
             draft_length=2 if "drafted" in modes else 0,
             radix_eviction_policy=eviction,
             chunked_prefill_size=256,

@@ -241,6 +241,8 @@ def soak(*arguments, hash_seed="0"):
         "extra_buffer overlapped",
         "extra_buffer overlapped drafted",
         "extra_buffer_lazy overlapped drafted",
+        "no_buffer tiered",
+        "extra_buffer overlapped tiered",
     ],
 )
 def test_scheduler_serves_random_requests_under_memory_pressure(strategy):
@@ -251,6 +253,7 @@ def test_scheduler_serves_random_requests_under_memory_pressure(strategy):
     assert (served["checkpoints_in_flight"] > 0) == ("overlapped" in strategy)
     for drafts in ("accepted_drafts", "rejected_drafts"):
         assert (served[drafts] > 100) == ("drafted" in strategy)
+    assert (served["loaded_rows"] > 500) == ("tiered" in strategy)
 
 
 @pytest.mark.parametrize("strategy", ["extra_buffer overlapped", "extra_buffer_lazy overlapped"])
