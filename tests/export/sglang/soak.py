@@ -2,7 +2,7 @@
 
 python -m tests.export.sglang.soak [--requests 10000] [--strategy "extra_buffer overlapped"]
 
-Needs SGLang 0.5.23 (`make sglang`). Its unchanged scheduler runs on a CPU, over a model that only
+Needs SGLang (`make sglang`). Its unchanged scheduler runs on a CPU, over a model that only
 records its inputs (`tests/export/sglang/scheduler.py`). Conversations continue, fork, repeat and
 are cut off, with and without adapters and salts, in pools so small that KV and states are always
 short. Every 61st decode step retracts requests.
@@ -105,7 +105,7 @@ def main() -> None:
             done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
             records.append(json.loads(done.stdout.splitlines()[-1]))
     if not options.no_record:
-        keep("soak_sglang", records, {"sglang": cpu.VERSION, "kv": NUM_KV_TOKENS} | STRATEGIES)
+        keep("soak_sglang", records, {"sglang": cpu.version(), "kv": NUM_KV_TOKENS} | STRATEGIES)
     for record in records:
         print(json.dumps(record))
 
