@@ -33,7 +33,7 @@ STRATEGIES = {
     "extra_buffer_lazy": 24,
     "extra_buffer overlapped": 24,
     "extra_buffer_lazy overlapped": 24,
-    "no_buffer tiered": 12,
+    "no_buffer tiered": 24,
     "extra_buffer overlapped tiered": 24,
     "extra_buffer overlapped drafted": 24,
     "extra_buffer_lazy overlapped drafted": 24,
