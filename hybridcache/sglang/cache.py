@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -209,6 +210,14 @@ class HybridRadixBackend(base.BasePrefixCache):
                 pending.prompt, found, self._grid, declared, self._every
             )
         return found.cached_len - req.prefix_len, handle_of(found.node)
+
+    @property
+    def full_kv_pool_host(self) -> SimpleNamespace:
+        """Size and free rows of the host tier, for SGLang's metrics."""
+        offload = self._cache.offload
+        assert offload is not None
+        pages = offload.tiers[0].pages
+        return SimpleNamespace(logical_size=pages.capacity, available_size=lambda: pages.num_free)
 
     def check_hicache_events(self) -> None:
         """Do nothing: all copies are queued on the scheduling stream, in order."""

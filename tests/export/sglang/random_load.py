@@ -93,6 +93,7 @@ class RandomLoad:
     def _num_loaded(self) -> int:
         tree = self.scheduler.tree_cache.tree
         is_tiered = isinstance(tree, TieredRadixCache)
+        self.scheduler.metrics_reporter._log_hicache_stats()
         return tree.offload.copied_rows.get((HOST, DEVICE), 0) if is_tiered else 0
 
     def run_in_turn(self, num_requests: int) -> list[int]:
