@@ -131,14 +131,16 @@ rivals:  ## install flash-linear-attention's kernels for the kernel benchmark
 	$(PYTHON) -m pip install $(PIP_FLAGS) --no-deps --upgrade --target out/rivals 'fla-core>=0.6,<0.7' einops
 
 # SGLang and the packages that it needs. Installed outside .venv, because it requires another version of torch.
-SGLANG := sglang==0.5.23 annotated-doc apache-tvm-ffi==0.1.11 compressed-tensors==0.18.0 dill einops fastapi msgspec orjson \
+SGLANG_VERSION ?= 0.5.23
+SGLANG := annotated-doc apache-tvm-ffi==0.1.11 compressed-tensors==0.18.0 dill einops fastapi msgspec orjson \
 	psutil pyzmq setproctitle uvloop xgrammar==0.2.7 xxhash
 
-out/sglang/.installed: Makefile
-	$(BIN)/pip install $(PIP_FLAGS) --no-deps --upgrade --target out/sglang $(SGLANG)
+out/sglang/.installed-$(SGLANG_VERSION): Makefile
+	rm -rf out/sglang
+	$(BIN)/pip install $(PIP_FLAGS) --no-deps --target out/sglang sglang==$(SGLANG_VERSION) $(SGLANG)
 	@touch $@
 
-sglang: install out/sglang/.installed  ## test our cache inside SGLang on a CPU, and time both trees
+sglang: install out/sglang/.installed-$(SGLANG_VERSION)  ## test our cache inside SGLang on a CPU, and time both trees; SGLANG_VERSION=0.5.22
 	PYTHONPATH=out/sglang OMP_NUM_THREADS=1 $(BIN)/pytest -x tests/export/sglang
 	PYTHONPATH=out/sglang OMP_NUM_THREADS=1 $(BIN)/python -m experiments.benchmarks.sglang
 
