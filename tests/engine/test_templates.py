@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.front.chat_prompt import mark_control_tokens, render_chat
+from engine.front.chat_prompt import Conversation, Rendering, mark_control_tokens
 from engine.text import sandbox
 from engine.text.sandbox import TOO_MUCH, Renderer, TemplateError
 from engine.text.tokenizer import ChatTemplate, HFTokenizer
@@ -62,7 +62,7 @@ def test_chat_contents_stay_text_and_boundaries_are_exact(
     ]
     tools = [{"function": {"name": extra, "description": [extra]}}]
     variables = {"extra": extra}
-    prompt = render_chat(tokenizer, chat, tools=tools, variables=variables)
+    prompt = Rendering(tokenizer, Conversation(chat, tools, variables)).prompt()
     assert prompt.tokens.tolist().count(257) == len(chat) + 1
     assert prompt.tokens.tolist().count(258) == len(chat)
     assert tokenizer.chat_template is not None
@@ -71,7 +71,7 @@ def test_chat_contents_stay_text_and_boundaries_are_exact(
     )
     assert tokenizer.decode(prompt.tokens.tolist(), skip_special_tokens=False) == text
     turn = [{"role": "assistant", "content": "\ue000"}, {"role": "user", "content": "\ue000"}]
-    later = render_chat(tokenizer, [*chat, *turn], tools=tools, variables=variables)
+    later = Rendering(tokenizer, Conversation([*chat, *turn], tools, variables)).prompt()
     ids = (one.tokens for one in (prompt, later))
     assert common_prefix_len(*ids) in prompt.boundaries.positions
 
@@ -92,7 +92,7 @@ def test_a_long_chat_is_encoded_once(monkeypatch: pytest.MonkeyPatch) -> None:
         lambda text, **options: encoded.append(len(text)) or encode(text, **options),
     )
     chat = [*CHAT, {"role": "assistant", "content": "word " * 20_000}, CHAT[-1]]
-    render_chat(tokenizer, chat)
+    Rendering(tokenizer, Conversation(chat)).prompt()
     assert max(encoded) > 100_000 > sum(sorted(encoded)[:-1]) * 10
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import msgspec
@@ -14,7 +15,7 @@ from starlette.responses import Response
 from engine.errors import Json, JsonObject
 from engine.front.chat_prompt import NO_CHAT, ChatPrompt
 from engine.front.server.bodies import APIError, run, settled
-from engine.front.server.schemas import ChatRequest, arranged, cuts_of
+from engine.front.server.schemas import ChatRequest
 from engine.front.server.tool_calls.form import prepared, tool_calls
 from engine.front.server.transport import event
 from engine.front.server.writers import Call, Writer, finite, new_id, token_text
@@ -37,19 +38,9 @@ async def render(call: Call, body: ChatRequest) -> ChatPrompt:
         raise APIError(400, NO_CHAT)
 
     def work() -> ChatPrompt:
-        messages = arranged(body.messages, template)
-        chat = [message.as_template_input() for message in messages]
-        return context.history.render(
-            prepared(chat, template),
-            tenant,
-            tools=body.plain_tools or None,
-            variables=(context.switches | (body.chat_template_kwargs or {})) or None,
-            add_generation_prompt=body.add_generation_prompt is not False
-            and not body.continue_final_message,
-            continues_last=body.continue_final_message,
-            namespace=tenant.namespace,
-            cuts=cuts_of(messages, body.tools),
-        )
+        chat = body.conversation(template, context.switches)
+        chat = replace(chat, messages=prepared(chat.messages, template))
+        return context.history.render(chat, tenant, tenant.namespace)
 
     try:
         return await run(call.size, work)

@@ -10,7 +10,7 @@ import json
 import pkgutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from functools import cache, partial
+from functools import cache, lru_cache, partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -430,6 +430,7 @@ def forms() -> dict[str, type[Form]]:
     return found
 
 
+@lru_cache(maxsize=64)
 def form_of(source: str) -> type[Form] | None:
     """Return the form of a chat template, or None if no form has a sign in it. Of several, the one
     with most marks is taken, since the marks of another form may be part of its own."""
@@ -445,10 +446,10 @@ def words_of(template: ChatTemplate) -> str:
     return "not supported: the chat template has no known form" if form is None else form.NAME
 
 
-def prepared(messages: list[JsonObject], template: ChatTemplate) -> list[JsonObject]:
+def prepared(messages: Sequence[JsonObject], template: ChatTemplate) -> list[JsonObject]:
     """Return a chat as its template has to get it; see ``Form.prepared``."""
     form = form_of(template.source)
-    return messages if form is None else form.prepared(messages, template.source)
+    return [*messages] if form is None else form.prepared([*messages], template.source)
 
 
 def tool_calls(body: ChatRequest, template: ChatTemplate) -> Form | None:
