@@ -21,8 +21,8 @@ from starlette.types import Receive, Scope, Send
 
 from engine.errors import JsonObject
 from engine.front.chat_prompt import NO_CHAT, Conversation, Rendering
-from engine.front.server.bodies import APIError, ClientGone, converted, opened, settled
-from engine.front.server.schemas import KNOWN, Message, completed, plain_message, text_of
+from engine.front.server.bodies import APIError, ClientGone, converted, settled
+from engine.front.server.schemas import Message, completed, plain_message, text_of
 from engine.front.server.tool_calls.form import prepared
 from engine.front.server.transport import unless_gone
 from engine.text.tokenizer import Tokenizer
@@ -130,7 +130,7 @@ class TraceWriter:
             return b""
         if exchange.answer.status_code != 200:
             return b""
-        body = settled(json.loads(exchange.body))
+        body: Any = settled(json.loads(exchange.body))
         coded = {"content-encoding": exchange.answer.headers.get("content-encoding", "")}
         raw = httpx.Response(200, headers=coded, content=b"".join(exchange.pieces)).content
         answer, has_end = read_answer(raw)
@@ -166,7 +166,7 @@ class TraceWriter:
     ) -> tuple[list[int], list[int], list[int]]:
         """Return (ids of the prompt, known boundaries, ids of ``answer`` behind it, as the next
         prompt has them). Raises ValueError if the chat cannot be rendered."""
-        given = [opened(plain_message(one), KNOWN) for one in (*body["messages"], answer)]
+        given = [plain_message(one) for one in (*body["messages"], answer)]
         messages = completed(converted(given, list[Message], "messages"))
         chat = [one.as_template_input(one.role, text_of(one.content)) for one in messages]
         tokenizer, tools = self._tokenizer, body.get("tools")

@@ -14,7 +14,15 @@ from msgspec import Meta, structs
 
 from engine.errors import Json, JsonObject
 from engine.front.chat_prompt import Conversation, Cut
-from engine.front.server.bodies import Body, Part, check_nodes, converted
+from engine.front.server.bodies import (
+    MAX_NODES,
+    TOO_MANY,
+    Body,
+    Part,
+    checked_tool,
+    converted,
+    num_nodes,
+)
 from engine.requests.request import MAX_BIAS, MAX_COUNT, SamplingParams
 from engine.text.answers import MAX_NAME
 from engine.text.bounded import read_json
@@ -265,18 +273,19 @@ def _joint(template: ChatTemplate, role: Role) -> str:
         return "\n"
 
 
-def plain_message(message: JsonObject) -> JsonObject:
-    """Return a message of a chat in the form that templates read.
+def plain_message(message: JsonObject, place: str = "") -> JsonObject:
+    """Return a message of a chat in the form of ``Message``, with unknown names in ``extra``.
 
     Thoughts are no parts of its content, custom calls are calls of functions with an ``input``, and
     a refusal is its text if it has no other.
     """
-    found = {**message}
+    extra = {name: value for name, value in message.items() if name not in KNOWN}
+    found = {name: message[name] for name in KNOWN if name in message} | {"extra": extra}
     if isinstance(content := message.get("content"), list):
         parts = [one if isinstance(one, dict) else {} for one in content]
         thoughts = [thoughts_of(one) for one in parts if one.get("type") in THOUGHT_PARTS]
         if thoughts:
-            found.setdefault("reasoning_content", "\n".join(filter(None, thoughts)))
+            extra.setdefault("reasoning_content", "\n".join(filter(None, thoughts)))
             kinds = [one.get("type") for one in parts]
             pairs = zip(content, kinds, strict=True)
             found["content"] = [one for one, kind in pairs if kind not in THOUGHT_PARTS]
@@ -336,7 +345,8 @@ def _without_billing(message: Message) -> bool:
 def parsed_arguments(text: str) -> JsonObject:
     """Parse the arguments of a call that a model wrote; invalid JSON is returned under ``BROKEN``.
     Raises ValueError if it is too large."""
-    check_nodes(text.encode())
+    if num_nodes(text.encode()) > MAX_NODES:
+        raise ValueError(TOO_MANY)
     try:
         value = read_json(text or "{}")
     except ValueError:
@@ -375,9 +385,10 @@ Messages = Annotated[list[Message], Meta(min_length=1, max_length=MAX_MESSAGES)]
 class ChatRequest(Sampling, kw_only=True):
     """POST /v1/chat/completions, and the chat that the body of another dialect means."""
 
-    OPEN: ClassVar[Mapping[str, tuple[str, ...]]] = {"messages": KNOWN}
-    PLAIN: ClassVar[Mapping[str, Callable[[JsonObject], JsonObject]]] = {"messages": plain_message}
-    TOOLS: ClassVar[tuple[str, ...]] = ("function",)
+    ENTRIES: ClassVar[Mapping[str, Callable[[JsonObject, str], JsonObject]]] = {
+        "messages": plain_message,
+        "tools": partial(checked_tool, served=("function",)),
+    }
 
     messages: Messages
     tools: list[dict[str, Any]] | None = None

@@ -7,7 +7,8 @@ assistant's ``reasoning_content``, and a tool use is one of its calls.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from functools import partial
 from typing import Annotated, Any, ClassVar, Literal
 
 import msgspec
@@ -15,7 +16,7 @@ from msgspec import Meta
 from starlette.responses import Response
 
 from engine.errors import JsonObject
-from engine.front.server.bodies import APIError, Body, Part, json_response
+from engine.front.server.bodies import APIError, Body, Part, checked_tool, json_response
 from engine.front.server.endpoints.chat import PartWriter, as_tool, chat_of, named_event, render
 from engine.front.server.schemas import (
     MAX_MESSAGES,
@@ -178,7 +179,9 @@ class CountRequest(Body, kw_only=True):
         **dict.fromkeys(("mcp_servers", "fallbacks"), ([],)),
         "speed": ("standard",),
     }
-    TOOLS: ClassVar[tuple[str, ...]] = ("custom",)
+    ENTRIES: ClassVar[Mapping[str, Callable[[JsonObject, str], JsonObject]]] = {
+        "tools": partial(checked_tool, served=("custom",))
+    }
 
     model: str
     messages: Annotated[list[Turn], Meta(min_length=1, max_length=MAX_MESSAGES)]

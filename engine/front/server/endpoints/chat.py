@@ -14,7 +14,7 @@ from starlette.responses import Response
 
 from engine.errors import Json, JsonObject
 from engine.front.chat_prompt import NO_CHAT, ChatPrompt
-from engine.front.server.bodies import APIError, run, settled
+from engine.front.server.bodies import APIError, run
 from engine.front.server.schemas import ChatRequest
 from engine.front.server.tool_calls.form import prepared, tool_calls
 from engine.front.server.transport import event
@@ -226,7 +226,9 @@ def named_event(data: Mapping[str, Json]) -> bytes:
 def as_tool(name: str, description: str | None, schema: Json, strict: bool | None) -> JsonObject:
     """Return a function of another dialect as a tool of a chat."""
     function: JsonObject = {"name": name, "description": description, "strict": strict}
-    return {"type": "function", "function": settled(function | {"parameters": schema})}
+    function["parameters"] = schema
+    given: JsonObject = {name: one for name, one in function.items() if one is not None}
+    return {"type": "function", "function": given}
 
 
 async def chat_of(call: Call, convert: Callable[[], ChatRequest]) -> ChatRequest:
