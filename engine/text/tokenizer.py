@@ -97,7 +97,8 @@ class ChatTemplate:
         )
 
 
-def any_of(texts: Iterable[str]) -> re.Pattern[str]:
+@lru_cache(maxsize=256)
+def any_of(texts: tuple[str, ...]) -> re.Pattern[str]:
     """Return a pattern of the ``texts``, the longest first; it matches nothing if there are
     none."""
     return re.compile("|".join(map(re.escape, sorted(texts, key=len, reverse=True))) or "(?!)")

@@ -49,8 +49,14 @@ async def render(call: Call, body: ChatRequest) -> ChatPrompt:
         raise APIError(400, message, param="messages") from error
 
 
+TEXT_EVENT = b'%b,"choices":[{"index":%d,"delta":{"content":%b},"logprobs":null,'
+TEXT_EVENT += b'"finish_reason":null}]}\n\n'
+"""Format of an event with text: start of all events, index of the choice, and text as JSON."""
+
+
 class ChatWriter(Writer):
-    """Generates the answers to one chat, and reads them as events for a dialect to write."""
+    """Generates the answers to one chat, reads them as events, and writes OpenAI's chat
+    completions. Subclasses write other dialects."""
 
     FORMAT = "response_format"
     """The dialect's name of the answer's format."""
@@ -73,6 +79,10 @@ class ChatWriter(Writer):
             )
             for _ in range(body.n)
         ]
+        self.KIND = "chat.completion.chunk" if is_stream else "chat.completion"
+        self._has_only_text = not (body.logprobs or body.return_token_ids)
+        self._num_calls = Counter[int]()
+        """Number of calls of each answer that were written."""
         marks = prompt.marks
         if calls is not None:
             marks["call_marks"] = calls.marks
@@ -90,10 +100,10 @@ class ChatWriter(Writer):
     def thought(self) -> dict[str, int]:
         return {"reasoning_tokens": sum(one.num_reasoning_tokens for one in self.readers)}
 
-    def read(self, index: int, output: RequestOutput) -> None:
+    def read(self, index: int, output: RequestOutput) -> RequestOutput:
+        """Read the events of the next output. The first call may end it."""
         reader = self.readers[index]
         reader.read(output)
-        super().read(index, reader.output)
         if reader.finish is not None and not reader.is_over:
             template = self._context.tokenizer.chat_template
             assert template is not None, "a chat was rendered"
@@ -101,6 +111,7 @@ class ChatWriter(Writer):
             self._context.history.keep(self._prompt, message, output)
         elif reader.is_over and reader.finish is None:
             self._stream.abort("stop", output.request_id)
+        return reader.output
 
     def ended(self) -> None:
         """Also remember the chat with its first answer, for explanations."""
@@ -108,27 +119,6 @@ class ChatWriter(Writer):
         if first := self._latest.get(0):
             message = as_message(self.readers[0].events)
             self._context.remember(self.answer_id, self._call, self._body, first, message)
-
-
-TEXT_EVENT = b'%b,"choices":[{"index":%d,"delta":{"content":%b},"logprobs":null,'
-TEXT_EVENT += b'"finish_reason":null}]}\n\n'
-"""Format of an event with text: start of all events, index of the choice, and text as JSON."""
-
-
-async def chat(call: Call, body: ChatRequest) -> Response:
-    """Answer one chat request."""
-    return await _ChatWriter(call, body, new_id("chatcmpl")).answer(body.stream)
-
-
-class _ChatWriter(ChatWriter):
-    """Writes OpenAI's chat completions."""
-
-    def __init__(self, call: Call, body: ChatRequest, answer_id: str) -> None:
-        super().__init__(call, body, answer_id)
-        self.KIND = "chat.completion.chunk" if body.stream else "chat.completion"
-        self._has_only_text = not (body.logprobs or body.return_token_ids)
-        self._num_calls = Counter[int]()
-        """Number of calls of each answer that were written."""
 
     def whole(self) -> JsonObject:
         choices: list[JsonObject] = [
@@ -189,6 +179,11 @@ class _ChatWriter(ChatWriter):
             rivals = [entry(*pair) for pair in score.top_logprobs[:num_top]]
             content.append({**entry(score.token_id, score.logprob), "top_logprobs": rivals})
         return {"content": content}
+
+
+async def chat(call: Call, body: ChatRequest) -> Response:
+    """Answer one chat request."""
+    return await ChatWriter(call, body, new_id("chatcmpl")).answer(body.stream)
 
 
 def _message(events: Sequence[Event]) -> dict[str, Any]:
