@@ -15,9 +15,14 @@ help:  ## list the targets
 	@grep -E '^[a-z0-9.-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 EVERYTHING := -e '.[dev,lab]' -e ./engine
-# Prints one line per step, and the end of its output if it fails.
-QUIET = @printf '  %s ... ' '$(1)'; $(2) > out/install.log 2>&1 && echo done || \
-	{ echo failed; tail -n 20 out/install.log; exit 1; }
+# Prints one line per step and per 20 packages of it, and the end of its output if it fails.
+QUIET = @echo '  $(1) ...'; { $(2) 2>&1 || echo 'make: *** failed'; } | tee out/install.log | { count=0; while read -r word name rest; do \
+	case "$$word" in \
+	Collecting) count=$$((count + 1)); [ $$((count % 20)) -ne 0 ] || echo "    $$count packages found, up to $$name";; \
+	Building) echo "    building $$rest";; \
+	Installing) echo "    installing $$count packages";; \
+	esac; done; }; \
+	! grep -q '^make: \*\*\* failed$$' out/install.log || { echo '  failed'; tail -n 20 out/install.log; exit 1; }
 
 install: $(INSTALLED)  ## install everything that demo, tests and experiments need into .venv
 
@@ -169,14 +174,17 @@ triton-3.6: out/triton-3.6.0  ## install the Triton of torch 2.11, for tests tha
 LLAMA := llama-cpp-python==0.3.36
 LLAMA_SOURCES := out/llama-sources/llama_cpp_python-0.3.36/vendor/llama.cpp
 
+# One compiler per core that this process may use.
+CORES := $(shell nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
+
 llama:  ## build llama.cpp and llama-server for this processor, for their benchmarks (some minutes)
-	CMAKE_ARGS="-DGGML_NATIVE=ON -DLLAVA_BUILD=OFF" $(PYTHON) -m pip install $(PIP_FLAGS) --no-deps --upgrade --target out/llama \
+	CMAKE_ARGS="-DGGML_NATIVE=ON -DLLAVA_BUILD=OFF" CMAKE_BUILD_PARALLEL_LEVEL=$(CORES) $(PYTHON) -m pip install $(PIP_FLAGS) --no-deps --upgrade --target out/llama \
 		--no-binary llama-cpp-python '$(LLAMA)' 'gguf>=0.19' diskcache
 	$(PYTHON) -m pip download $(PIP_FLAGS) --no-deps --no-binary llama-cpp-python -d out/llama-sources '$(LLAMA)'
 	tar -xzf out/llama-sources/llama_cpp_python-0.3.36.tar.gz -C out/llama-sources
 	cmake -S $(LLAMA_SOURCES) -B out/llama-sources/build -DCMAKE_BUILD_TYPE=Release -DGGML_NATIVE=ON -DBUILD_SHARED_LIBS=OFF \
 		-DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_APP=OFF -DLLAMA_USE_PREBUILT_UI=OFF -DLLAMA_OPENSSL=OFF
-	cmake --build out/llama-sources/build --target llama-server --parallel
+	cmake --build out/llama-sources/build --target llama-server --parallel $(CORES)
 	install -D out/llama-sources/build/bin/llama-server out/llama/bin/llama-server
 
 tune:  ## on a machine with a GPU: write fast launch parameters into kernels/tuned.json

@@ -466,8 +466,7 @@ RESULTS = {
     "hybridcache.lab.simulation.result": ("RunResult", "SessionResult", "ClosedLoopRun"),
     "hybridcache.lab.simulation.closed_loop": ("ClosedLoopResult",),
     "hybridcache.lab.optimum": ("Optimum",),
-    "hybridcache.lab.benchmark": ("benchmark", "Ranking", "data_hash"),
-    "hybridcache.lab.leaderboard": ("leaderboard", "Split", "Board"),
+    "hybridcache.lab.board": ("board", "Split", "Cell", "Board", "data_hash"),
     "hybridcache.policies.eviction.scored": ("SampledPolicy",),
 }
 """Names in results, and tools that users import from their modules."""

@@ -25,6 +25,7 @@ from itertools import product
 from pathlib import Path
 from time import perf_counter
 from typing import Any
+from urllib.parse import quote
 
 if not __package__:  # Run by its path: the folder of the script would hide packages of its names.
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
@@ -33,7 +34,7 @@ import numpy as np
 from tqdm import tqdm
 
 from engine import Engine, EngineConfig, RequestOutput, SamplingParams
-from experiments.studies.common import keep, positive, published, rounded
+from experiments.studies.common import in_data, keep, positive, rounded
 from hybridcache import Trace, TraceRequest, open_trace, simulate
 from hybridcache.geometry.model import BUILTIN
 from hybridcache.geometry.units import format_seconds
@@ -46,6 +47,7 @@ from hybridcache.radix.api import Losses
 from hybridcache.radix.protocol import PromptBoundaries
 
 CACHES = ("none", "radix", "hybrid")
+IDS = "the ids of the trace"
 GENERATED = "sharegpt-like?sessions=6&sessions_per_s=0.05"
 
 
@@ -69,11 +71,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--name", default="sharegpt", help="name of the result file (default: %(default)s)")
     options = parser.parse_args(arguments)
     try:
-        trace = conversations(options.data, options.requests)
+        trace = conversations(options.data, options.requests, options.model)
         records = []
         for cache, cell in cells(trace, options):
             records.append(simulated(cache, cell) if options.simulate else served(cache, cell))
-        print(table(records))
+        print("\n".join([table(records), *notes(records, trace)]))
     except (ValueError, OSError, ModuleNotFoundError) as error:
         print(f"run_sharegpt: {error}", file=sys.stderr)
         return 2
@@ -81,15 +83,35 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def conversations(spec: str, num_requests: int) -> Trace:
-    """Return the first requests of the trace ``spec`` in memory. The built-in model has a token per
-    byte, so ShareGPT's texts are read as bytes if ``spec`` names no tokenizer."""
-    spec = (published(spec) if "." in spec.partition("?")[0] else None) or spec
+def conversations(spec: str, num_requests: int, model: str = BUILTIN) -> Trace:
+    """Return the first requests of the trace ``spec`` in memory. ShareGPT's texts are counted by
+    the tokenizer of ``model`` if ``spec`` names none."""
+    name = spec.partition("?")[0]
+    if "." in name and not Path(name).is_file():
+        spec = in_data(spec) or spec
     path = Path(spec.partition("?")[0])
-    if "tokenizer=" not in spec and path.is_file() and recognise(path) == "sharegpt":
-        spec += ("&" if "?" in spec else "?") + "tokenizer=bytes"
+    is_texts = name == "sharegpt" or (path.is_file() and recognise(path) == "sharegpt")
+    if "tokenizer=" not in spec and is_texts:
+        spec += f"{'&' if '?' in spec else '?'}tokenizer={quote(tokenizer_of(model))}"
     trace = open_trace(spec).head(num_requests).kept()
     return replace(trace, name=path.name.partition(".")[0], recipe="")
+
+
+def tokenizer_of(model: str) -> str:
+    """Return the tokenizer of a model, as in ``?tokenizer=``: bytes of the built-in model, the file
+    in a model's folder, and Qwen3.5's for a preset of Qwen. ValueError for another model."""
+    folder = Path(model)
+    if model == BUILTIN:
+        return "bytes"
+    found = [*folder.glob("tokenizer.json"), *folder.glob("*.tiktoken")]
+    if found:
+        return str(found[0])
+    if model.lower().startswith("qwen"):
+        return "qwen3.5"
+    raise ValueError(
+        f"{model} has no tokenizer.json that counts the tokens of the texts: name a tokenizer, as "
+        "in --data 'FILE?tokenizer=qwen3.5'"
+    )
 
 
 def cells(trace: Trace, options: argparse.Namespace) -> Iterator[tuple[str, Scenario]]:
@@ -185,6 +207,7 @@ def record(
     return {
         "mode": mode,
         "trace": cell.opened().name,
+        "counted_by": cell.opened().counted_by or IDS,
         "cache": cache,
         "gib": cell.gib,
         "policy": str(cell.policy),
@@ -194,6 +217,17 @@ def record(
         "lost_tokens": lost._asdict(),
         **{f"ttft_{name}_s": ttft_s[at] for name, at in (("mean", 0), ("p50", 50), ("p95", 95))},
     }
+
+
+def notes(records: Sequence[dict[str, Any]], trace: Trace) -> list[str]:
+    """Return the lines under the table: tokenizer, arrivals, and the reason of zeros."""
+    found = trace.notes or [f"tokens counted by: {IDS}"]
+    if any(one["cache"] == "radix" and not one["hit_tokens"] for one in records):
+        found.append(
+            "radix: KV alone resumes no prompt of a hybrid model, whose recurrent layers need a "
+            "state at the same position; so its hits are 0, and `hybrid` saves states too"
+        )
+    return found
 
 
 def table(records: Sequence[dict[str, Any]]) -> str:

@@ -52,7 +52,7 @@ CAPABILITIES = {
     f"{CACHE}policies/registry.py {CACHE}policies/eviction/lru.py "
     f"{CACHE}policies/eviction/priority_classes.py",
     "core: the engine with one family": "engine/core.py engine/engine.py engine/config.py "
-    "engine/errors.py engine/messages.py engine/__init__.py engine/requests/* "
+    "engine/errors.py engine/messages.py engine/interrupts.py engine/__init__.py engine/requests/* "
     "engine/schedule/scheduler.py engine/schedule/report.py engine/runner/model_runner.py "
     "engine/runner/steps.py engine/runner/memory.py engine/runner/build.py "
     "engine/runner/loading.py engine/runner/sampler.py "
@@ -89,7 +89,7 @@ CAPABILITIES = {
     "other quantised files": "engine/weights/forms/* kernels/linear/grouped.py "
     "kernels/linear/words.py engine/weights/scheme.py",
     "int8 and fp8 products": "kernels/linear/eight_bits.py kernels/linear/int8.py kernels/amx.h",
-    "weights, tokenizers": "engine/weights/* engine/text/*",
+    "weights, tokenizers, templates": "engine/weights/* engine/text/*",
     "GPU scripts": "experiments/gpu/*",
     "Kimi Linear": "kernels/kda/* kernels/mla/* engine/models/kimi_linear.py "
     f"{CACHE}geometry/families/kimi_linear.py",
@@ -109,10 +109,10 @@ CAPABILITIES = {
     "policies of users": f"{CACHE}policies/*",
     "rebuilt systems": f"{CACHE}lab/baselines/* experiments/studies/peers.py "
     "experiments/studies/yardsticks.py",
-    "board of policies": f"{CACHE}lab/leaderboard.py {CACHE}lab/benchmark.py {CACHE}lab/board.py "
+    "board of policies": f"{CACHE}lab/board.py {CACHE}lab/entry.py "
     "experiments/studies/leaderboard.py",
     "optimum": f"{CACHE}lab/optimum.py",
-    "traces": f"{CACHE}lab/traces/*",
+    "traces": f"{CACHE}lab/traces/* {CACHE}client_habits.py",
     "simulator": f"{CACHE}lab/*",
     "geometry, command": f"{CACHE}geometry/* {CACHE}command/* {CACHE}__main__.py",
     "benchmarks beside others": "experiments/benchmarks/* experiments/run_sharegpt.py",

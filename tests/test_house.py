@@ -93,7 +93,7 @@ ORDER = {
     "adapters sglang lab",
     "hybridcache/radix": "tree protocol api offload cache lease tiers warm_state debug",
     "engine": "config weights layers models errors text requests schedule messages runner "
-    "core plugins engine front",
+    "interrupts core plugins engine front",
     "engine/front": "chat_prompt cache_watch async_engine server worker command",
     "engine/front/server": "settings bodies transport metrics access schemas tool_calls writers "
     "endpoints app",

@@ -305,13 +305,15 @@ class Scheduler(StepPlanner[Request]):
         return interrupted
 
     def _renew_rules(self, requests: Iterable[Request]) -> None:
-        """Make the rules of ``requests`` again: the step may have failed while it used them."""
+        """Make the rules of waiting ``requests`` again: the step may have failed while it used
+        them. A request whose rules cannot be made ends with the error."""
         for request in requests:
             try:
                 request.make_rules()
             except Exception as error:
                 self.progressed[request] = None
                 self._fail(request, error)
+                self.remove(request)
 
     def schedule(self) -> Batch:
         """Choose the next step's segments and claim the memory for it.

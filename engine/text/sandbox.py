@@ -88,8 +88,9 @@ class Renderer:
             command = [sys.executable, "-P", "-s", __file__, str(self._limit_s)]
             pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
             process = subprocess.Popen(command, **pipes, start_new_session=True)
+            if self._process is None:
+                atexit.register(self._end)
             self._process, self._owner = process, os.getpid()
-            atexit.register(self._end)
         return process
 
     def _end(self) -> None:

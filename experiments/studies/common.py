@@ -109,11 +109,18 @@ DATA = (ROOT / "data", ROOT.parent / "shared" / "data", ROOT.parent / "shared" /
 def published(spec: str) -> str | None:
     """Return ``spec`` with the path of its file, or None, which is said on standard error, if the
     file is missing."""
+    found = in_data(spec)
+    if found is None:
+        name = spec.partition("?")[0]
+        _say(f"left out: {name}: no such file in {' or '.join(map(str, DATA))}")
+    return found
+
+
+def in_data(spec: str) -> str | None:
+    """Return ``spec`` with the path of its file, or None if the file is missing."""
     name, mark, options = spec.partition("?")
     shipped = SHIPPED.get(name.partition(".")[0].replace("_", "-"))
     path = next((path for folder in DATA if (path := folder / name).is_file()), shipped)
-    if path is None:
-        _say(f"left out: {name}: no such file in {' or '.join(map(str, DATA))}")
     return None if path is None else f"{path}{mark}{options}"
 
 

@@ -8,8 +8,8 @@ figure. The measured figure is then only compared with the range of the draws (*
 not), and the number of draws near it is printed.
 
 The measured figures come from runs of those systems on workloads stated to this project. No public
-page contains them. The rebuilt systems get no boundary hints; `experiments.studies.hints` measures
-their effect.
+page contains them. The rebuilt systems get no boundary hints; `experiments.studies.compare`
+measures their effect.
 
 Some figures are left out because their workload cannot be drawn again:
 

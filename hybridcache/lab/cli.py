@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import gzip
-import json
 import os
 import shlex
 import signal
@@ -12,7 +11,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, fields, replace
+from dataclasses import fields, replace
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO, cast
@@ -21,9 +20,8 @@ from hybridcache.command.extras import how_to_install, version
 from hybridcache.command.parser import Parser, with_flags
 from hybridcache.command.signals import end_by_exception, open_closed_streams
 from hybridcache.geometry.units import counted
-from hybridcache.lab.benchmark import Ranking, benchmark
+from hybridcache.lab.board import Board, Split, board
 from hybridcache.lab.figures import closed_loop_figure, figure_path, losses_figure, sweep_figure
-from hybridcache.lab.leaderboard import BUILT_IN, Split, leaderboard
 from hybridcache.lab.progress import shown_progress
 from hybridcache.lab.report import METRICS, find_metric, losses_table, stats_table
 from hybridcache.lab.scenario import (
@@ -435,45 +433,26 @@ def _optimum(options: argparse.Namespace) -> int:
     return 0
 
 
-# --- Benchmark and leaderboard --------------------------------------------------------------------
+# --- Boards ---------------------------------------------------------------------------------------
 
 
 def add_benchmark(commands: Commands) -> None:
     text = "your policy on the frozen benchmark, next to rebuilt systems and the upper bound"
-    parser = add_command(commands, "benchmark", text, _benchmark, goes_on=True)
+    parser = add_command(commands, "benchmark", text, _board, goes_on=True, built_in=None)
+    parser.set_defaults(split="benchmark", results=None)
     parser.foreign = OF_THE_ENGINE
     add = parser.add_argument
     help = "module:Class of an eviction policy, or eviction@placement; may be repeated"
-    add("--policy", action="append", default=[], metavar="POLICY", help=help)
+    add("--policy", action="append", default=[], metavar="POLICY", help=help, dest="policies")
     add("--quick", action="store_true", help="three traces with one seed: under two minutes")
-    add("--seeds", type=int, metavar="N", help="only the first N seeds (default: all five)")
     add("--data", type=Path, metavar="FOLDER", help="files that are not part of the package")
-    add("--processes", **PROCESSES)
-    add("--json", **FILE, help="new JSON file of all figures, which `leaderboard --results` reads")
-    add("--output", **FILE, help="JSON lines of finished runs; a repeated command continues")
-
-
-def _benchmark(options: argparse.Namespace) -> int:
-    if options.json and options.json.exists():
-        raise ValueError(f"--json {options.json}: the file exists: remove it, or name another")
-    ranking = benchmark(
-        options.policy,
-        quick=options.quick,
-        seeds=options.seeds,
-        data=options.data,
-        processes=options.processes,
-        resume_from=options.output,
-    )
-    print(ranking.table())
-    if options.json:
-        ranking.write(options.json)
-        print(f"results: {options.json}")
-    return 0
+    _add_board(parser, "five")
 
 
 def add_leaderboard(commands: Commands) -> None:
     text = "your policy against every built-in one on the evaluation split"
-    parser = add_command(commands, "leaderboard", text, _leaderboard, goes_on=True)
+    parser = add_command(commands, "leaderboard", text, _board, goes_on=True)
+    parser.set_defaults(quick=False, data=None)
     parser.foreign = {"--policy": "write the policy without a flag"}
     add = parser.add_argument
     add(
@@ -483,37 +462,42 @@ def add_leaderboard(commands: Commands) -> None:
         help="module:Class of an eviction policy, or eviction@placement",
     )
     add("--built-in", metavar="NAMES", help="built-in evictions, commas between (default: all)")
-    add("--seeds", type=int, metavar="N", help="only the first N seeds (default: all ten)")
-    add("--split", **FILE, help="another split (default: the packaged one)")
-    add("--processes", **PROCESSES)
-    add("--output", **FILE, help="JSON lines of finished runs; a repeated command continues")
-    add("--json", action="store_true", help="JSON lines, one per policy, instead of a table")
-    help = "rank the systems in these files of `benchmark --json` instead; nothing is run"
+    add("--split", **FILE | {"default": "evaluation"}, help="another split (default: evaluation)")
+    help = "rank the systems in these files of --json instead; nothing is run"
     add("--results", nargs="+", **FILE, help=help)
+    _add_board(parser, "ten")
 
 
-def _leaderboard(options: argparse.Namespace) -> int:
+def _add_board(parser: Parser, num_seeds: str) -> None:
+    """Add the flags that both boards have."""
+    add = parser.add_argument
+    add("--seeds", type=int, metavar="N", help=f"only the first N seeds (default: all {num_seeds})")
+    add("--processes", **PROCESSES)
+    add("--json", **FILE, help="new JSON file of all figures, which `leaderboard --results` reads")
+    add("--output", **FILE, help="JSON lines of finished runs; a repeated command continues")
+
+
+def _board(options: argparse.Namespace) -> int:
     if options.results:
-        print(Ranking.read(*options.results).table())
+        print(Board.read(*options.results).table())
         return 0
-    if not options.policies and options.built_in is None:
-        print("running all built-in policies: --built-in names fewer", file=sys.stderr)
+    if options.json and options.json.exists():
+        raise ValueError(f"--json {options.json}: the file exists: remove it, or name another")
     named = options.built_in
-    built_in = BUILT_IN if named is None else tuple(filter(None, split_specs(named)))
-    board = leaderboard(
+    found = board(
         options.policies,
         Split.load(options.split),
-        built_in=built_in,
+        built_in=None if named is None else tuple(filter(None, split_specs(named))),
+        quick=options.quick,
         seeds=options.seeds,
+        data=options.data,
         processes=options.processes,
         resume_from=options.output,
     )
+    print(found.table())
     if options.json:
-        for row in board.rows():
-            record = json.loads(json.dumps(asdict(row)), parse_constant=lambda _: None)
-            print(json.dumps(record))  # JSON has no NaN.
-    else:
-        print(board.table())
+        found.write(options.json)
+        print(f"results: {options.json}")
     return 0
 
 

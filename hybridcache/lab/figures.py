@@ -46,6 +46,8 @@ _MARKERS = "osD^vPX"
 PLAN = "best plan with hindsight"
 
 _FONTS: Any = {"font.size": 9.0, "xtick.labelsize": 8.0, "ytick.labelsize": 8.0, "pdf.fonttype": 42}
+Size = tuple[float, float] | None
+"""Width and height of a whole figure in inches; None for a size by its panels."""
 TITLE_CHARS, CAPTION_CHARS = 14, 17
 """Characters in an inch of a title, and of a caption."""
 MOST_TICKS = 6
@@ -74,17 +76,19 @@ def sweep_figure(
     results: Sequence[SweepRuns],
     path: str | Path | None,
     words: str | Sequence[str] | None = None,
+    size: Size = None,
+    title: bool = True,
 ) -> Figure:
     """Draw metrics over the memory size: a panel per trace and metric, a line per competitor.
     Without ``words``: token hit rates, and shares of the best plan with hindsight if there are
-    plans."""
+    plans. ``size`` and ``title`` are those of ``save``."""
     if words is None:
         known = any(run.optimum_tokens is not None for result in results for run in result.runs)
         words = ("hit", "optimum") if known else "hit"
     words = [words] if isinstance(words, str) else list(words)
     cells = list(product(results, words))
-    size = (4.6, 3.5) if len(cells) == 1 else (3.4, 2.7)
-    figure, axes = panels(len(cells), columns=3 if len(words) % 2 else 2, size=size)
+    usual = (4.6, 3.5) if len(cells) == 1 else (3.4, 2.7)
+    figure, axes = panels(len(cells), columns=3 if len(words) % 2 else 2, size=usual)
     for axis, (result, word) in zip(axes, cells, strict=True):
         metric = find_metric(word)
         draw_curves(axis, result, metric)
@@ -92,8 +96,9 @@ def sweep_figure(
             draw_limits(axis, result)
         size_axis(axis, sizes=_sizes(result))
         axis.set_ylabel(metric.title)
-    set_titles(figure, axes, [_facts(result) for result, _ in cells])
-    return save(figure, axes, path, " ".join(_notes(results, words)))
+    if title:
+        set_titles(figure, axes, [_facts(result) for result, _ in cells])
+    return save(figure, axes, path, " ".join(_notes(results, words)) if title else "", size)
 
 
 def _sizes(result: SweepRuns) -> list[float]:
@@ -137,16 +142,20 @@ def _notes(results: Sequence[SweepRuns], words: Sequence[str]) -> list[str]:
 LOSSES = dict(
     zip(
         Losses._fields,
-        ("#d9d9d9", "#1b6ca8", "#c8553d", "#d99a1c", "#8a5a9e", "#555555", "#6a9a5b"),
+        ("#ececec", "#a3cfe8", "#dc9a48", "#5f9660", "#84569d", "#7d3230", "#1d2b47"),
         strict=True,
     )
 )
+"""Colours of the causes, from light to dark, so that neighbours also differ in grey."""
 
 
 @_fonts()
-def losses_figure(results: Sequence[SweepRuns], path: str | Path | None) -> Figure:
+def losses_figure(
+    results: Sequence[SweepRuns], path: str | Path | None, size: Size = None, title: bool = True
+) -> Figure:
     """Draw the loss causes stacked over the size, a panel per trace and competitor. The white area
-    was reused. ValueError if no run has causes."""
+    was reused; bars have the 95 % interval of its height. ``size`` and ``title`` are those of
+    ``save``. ValueError if no run has causes."""
     shown = [
         (result, label, runs)
         for result in results
@@ -162,9 +171,14 @@ def losses_figure(results: Sequence[SweepRuns], path: str | Path | None) -> Figu
         size_axis(axis, sizes=_sizes(result))
         axis.set_ylim(0, 100)
         axis.set_ylabel("prompt tokens, %")
-    titles = [[*_facts(result), label] for result, label, _ in shown]
+    titles = [[*_facts(result), label] if title else [label] for result, label, _ in shown]
+    notes = [
+        f"{note[:1].upper()}{note[1:]}." for result in results for note in interval_notes(result)
+    ]
     set_titles(figure, axes, titles)
-    return save(figure, axes, path, LOSSES_NOTE)
+    return save(
+        figure, axes, path, " ".join([LOSSES_NOTE, *dict.fromkeys(notes)]) if title else "", size
+    )
 
 
 def stack_losses(axis: Axes, runs: Sequence[RunResult]) -> None:
@@ -181,6 +195,9 @@ def stack_losses(axis: Axes, runs: Sequence[RunResult]) -> None:
             axis.fill_between(sizes, floor, top, color=colour, linewidth=0, label=words)
         top = floor
     axis.plot(sizes, top, color="black", linewidth=1.4, label="reused: below the line")
+    lows, highs = zip(*(run.interval.scaled(100)[1:] for run in runs), strict=True)
+    axis.vlines(sizes, lows, highs, "white", linewidth=3.6)
+    axis.vlines(sizes, lows, highs, "black", linewidth=1.2)
 
 
 def line_look(place: int, count: int) -> dict[str, Any]:
@@ -261,21 +278,26 @@ def panels(
     count: int, columns: int, size: tuple[float, float] = (4.6, 3.5)
 ) -> tuple[Figure, list[Axes]]:
     """Return a figure of ``count`` panels of ``size`` (inches), at most ``columns`` in a row, and
-    their axes. The figure belongs to no window and no notebook, so their backend is not changed."""
+    their axes. Rows have no empty cells: panels of a row with fewer are wider. The figure
+    belongs to no window and no notebook, so their backend is not changed."""
     from matplotlib.figure import Figure
 
     width, height = size
-    columns = min(count, columns)
-    rows = -(-count // columns)
-    figure = Figure(figsize=(width * columns, height * rows))
-    grid = figure.subplots(rows, columns, squeeze=False)
-    axes = [axis for row in grid for axis in row]
-    for spare in axes[count:]:
-        spare.set_visible(False)
+    num_rows = -(-count // columns)
+    # Rows of nearly equal numbers of panels, the first rows with one more.
+    rows = [count // num_rows + (row < count % num_rows) for row in range(num_rows)]
+    whole = math.lcm(*rows)
+    figure = Figure(figsize=(width * rows[0], height * num_rows))
+    grid = figure.add_gridspec(num_rows, whole)
+    axes = []
+    for row, in_row in enumerate(rows):
+        step = whole // in_row
+        for place in range(in_row):
+            axes.append(figure.add_subplot(grid[row, step * place : step * (place + 1)]))
     for axis in axes:
         axis.grid(True, which="major", linewidth=0.4, alpha=0.5)
         axis.spines[["top", "right"]].set_visible(False)
-    return figure, axes[:count]
+    return figure, axes
 
 
 def save(
@@ -283,9 +305,13 @@ def save(
     axes: Sequence[Axes],
     path: str | Path | None,
     caption: str = "",
+    size: Size = None,
 ) -> Figure:
     """Add one legend for all panels, with the caption as its title, and write the figure to
-    ``path`` (None for no file). The figure grows by the height of both."""
+    ``path`` (None for no file). The figure grows by the height of both, or has ``size`` (inches).
+    Functions with ``title=False`` draw neither title nor caption."""
+    if size is not None:
+        figure.set_size_inches(size)
     entries = {
         label: handle
         for axis in axes
@@ -295,9 +321,8 @@ def save(
     longest = max(map(len, entries), default=0)
     columns = max(1, min(6, int(width / (0.5 + 0.06 * longest))))
     lines = textwrap.wrap(caption, int(CAPTION_CHARS * width))
-    figure.set_size_inches(
-        width, height + 0.14 * len(lines) + 0.17 * -(-len(entries) // columns) + 0.15
-    )
+    grown = height + 0.14 * len(lines) + 0.17 * -(-len(entries) // columns) + 0.15
+    figure.set_size_inches(width, height if size else grown)
     figure.set_layout_engine("constrained")
     figure.legend(
         entries.values(),
@@ -323,17 +348,19 @@ CLOSED_LOOP_PANELS: dict[str, Callable[[ClosedLoopRun], float]] = {
 
 
 @_fonts()
-def closed_loop_figure(runs: Sequence[ClosedLoopRun], path: str | Path | None) -> Figure:
+def closed_loop_figure(
+    runs: Sequence[ClosedLoopRun], path: str | Path | None, size: Size = None, title: bool = True
+) -> Figure:
     """Draw hits, times to first token and makespan over the rate of sessions: four panels per
     trace and cache, a line per admission policy. Points are means over seeds; bars reach from the
-    smallest to the largest."""
+    smallest to the largest. ``size`` and ``title`` are those of ``save``."""
     names = {run.config["trace"]: run.trace_name for run in runs}
     is_clear = len(set(names.values())) == len(names)
     cells = list(dict.fromkeys((run.config["trace"], run.label, run.gib) for run in runs))
     admissions = list(dict.fromkeys(run.admission for run in runs))
-    columns, size = (2, (3.4, 2.7)) if len(cells) == 1 else (4, (2.8, 2.5))
+    columns, usual = (2, (3.4, 2.7)) if len(cells) == 1 else (4, (2.8, 2.5))
     drawn = list(product(cells, CLOSED_LOOP_PANELS.items()))
-    figure, axes = panels(len(drawn), columns, size)
+    figure, axes = panels(len(drawn), columns, usual)
     titles = []
     for axis, (cell, (name, value)) in zip(axes, drawn, strict=True):
         here = [run for run in runs if (run.config["trace"], run.label, run.gib) == cell]
@@ -358,6 +385,8 @@ def closed_loop_figure(runs: Sequence[ClosedLoopRun], path: str | Path | None) -
             axis.yaxis.set_major_formatter(lambda value, _: _number(value))
         trace = names[cell[0]] if is_clear else cell[0]
         titles.append([trace, here[0].config["model"], f"{cell[2]:.3g} GiB", cell[1]])
-    set_titles(figure, axes, titles)
-    has_bars = len({run.seed for run in runs}) > 1
-    return save(figure, axes, path, "Bars: the smallest to the largest of all seeds." * has_bars)
+    if title:
+        set_titles(figure, axes, titles)
+    has_bars = title and len({run.seed for run in runs}) > 1
+    note = "Bars: the smallest to the largest of all seeds." * has_bars
+    return save(figure, axes, path, note, size)

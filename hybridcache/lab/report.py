@@ -104,8 +104,8 @@ SERVE = {
 
 
 def to_serve(run: RunResult, model: str) -> str:
-    """Return the command that serves ``model`` with the settings of ``run``, or the settings that
-    ``engine serve`` does not support."""
+    """Return the command that serves ``model`` with the settings of ``run``, its flags if the model
+    has no path, or the settings that ``engine serve`` does not support."""
     config = run.config
     names = "state_dtype", "page_size", "grid", "memory"
     state_dtype, page_size, grid, memory = (config[name] for name in names)
@@ -127,6 +127,8 @@ def to_serve(run: RunResult, model: str) -> str:
     for name, (flag, usual) in SERVE.items():
         if (value := config[name]) != usual:
             flags += f" {flag}{shlex.quote(str(value))}"
+    if not model:
+        return f"flags of engine serve: {flags}"
     return f"to serve: engine serve --model {model} {flags}"
 
 
@@ -166,10 +168,12 @@ def interval_notes(result: SweepRuns) -> list[str]:
     if not result.runs:
         return []
     num_units = min(len(run.by_session) for run in result.runs)
-    unit = "seed" if "seeds" in result.runs[0].config else "session"
+    units = counted(num_units, result.units)
+    if result.units == "group":
+        units += " of requests that share half of a prompt (no sessions in the trace)"
     if num_units < FEWEST_UNITS:
-        return [f"no intervals: {counted(num_units, unit)}, fewer than {FEWEST_UNITS}"]
-    return [f"intervals: 95 %, over {counted(num_units, unit)}, cut at 0 and 100 %"]
+        return [f"no intervals: {units}, fewer than {FEWEST_UNITS}"]
+    return [f"intervals: 95 %, over {units}, cut at 0 and 100 %"]
 
 
 def marked(run: RunResult, word: str) -> str:
@@ -272,6 +276,8 @@ def stats_table(stats: TraceStats) -> str:
         )
         if stats.repeated_answers < 0.9:
             lines[-1] += " (the rest is unknown, left out, or in other tokens there)"
+    if stats.times:
+        lines.append(f"times: {stats.times}")
     if stats.columns:
         lines.append(f"columns: {stats.columns}")
     if stats.ideal_by_page:

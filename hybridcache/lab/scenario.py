@@ -15,14 +15,17 @@ policy = ["lru", "survival"]
 
 from __future__ import annotations
 
+import ast
 import hashlib
-import inspect
 import json
+import os
 import sys
+import sysconfig
 import tomllib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cache
+from importlib.machinery import PathFinder
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, TypeVar
@@ -59,7 +62,7 @@ from hybridcache.policies.registry import (
     parse_placement,
     split_specs,
 )
-from hybridcache.policies.user import OwnPolicy, import_module, own_policy
+from hybridcache.policies.user import OwnPolicy, own_policy
 from hybridcache.radix.protocol import PlacementPolicy
 
 ALL = "all"
@@ -627,22 +630,84 @@ def _policy(one: object) -> str | OwnPolicy:
     return _spec_of(one) or own_policy(one)
 
 
+def is_own(policy: object) -> bool:
+    """Return whether a policy, or one of several in a text, is a user's."""
+    return not isinstance(policy, str) or any(map(_module_of, split_specs(policy)))
+
+
+def _module_of(spec: str) -> str:
+    """Return the module that a specification names, or an empty text for a built-in policy."""
+    name, colon, _ = spec.strip().partition(":")
+    known = name in ALL_NAMES | PLACEMENT_NAMES | ADMISSION_NAMES  # such as marconi:2
+    return "" if known or not colon else name
+
+
 def sources_of(policies: Iterable[str]) -> str:
-    """Return the sources of the modules of the user's own policies among ``policies``. ValueError
-    if one cannot be read."""
-    found = ""
+    """Return the sources of the modules of the user's own policies among ``policies``, and of all
+    modules that these import, except those of installed packages. No code of them is run.
+    ValueError if one cannot be read."""
+    found: dict[str, str] = {}
     for spec in (spec for policy in policies for spec in split_specs(policy)):
-        module_name, colon, _ = spec.strip().partition(":")
-        if not colon or module_name in ALL_NAMES | PLACEMENT_NAMES | ADMISSION_NAMES:
-            continue  # such as marconi:2
-        try:
-            found += inspect.getsource(import_module(spec, module_name))
-        except (OSError, TypeError) as error:
+        module = _module_of(spec)
+        if module and not _add_sources(module, found, module.partition(".")[0]):
             raise ValueError(
                 f"{spec!r}: its source cannot be read, so stored runs cannot be matched with this "
                 "class; put the class in a file, or store no runs"
-            ) from error
-    return found
+            )
+    return "".join(found[module] for module in sorted(found))
+
+
+INSTALLED = tuple(
+    {f"{sysconfig.get_path(name)}{os.sep}" for name in ("stdlib", "purelib", "platlib")}
+)
+"""Folders of Python's library and of installed packages."""
+PACKAGE = f"{Path(__file__).parents[1]}{os.sep}"
+
+
+def _add_sources(module: str, found: dict[str, str], own: str) -> bool:
+    """Add the source of a module, and of those that it imports. Modules of installed packages are
+    left out, except those of the package ``own``. Returns False if it has no source."""
+    if module in found:
+        return True
+    path = _path_of(module)
+    if path is None or path.suffix != ".py" or not path.is_file():
+        return False
+    if module.partition(".")[0] != own and str(path).startswith((*INSTALLED, PACKAGE)):
+        return True
+    found[module] = path.read_text(encoding="utf-8")
+    package = module if path.name == "__init__.py" else module.rpartition(".")[0]
+    if above := module.rpartition(".")[0]:
+        _add_sources(above, found, own)
+    for node in ast.walk(ast.parse(found[module], str(path))):
+        if isinstance(node, ast.Import):
+            names = [one.name for one in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            parts = package.split(".")
+            start = parts[: len(parts) - node.level + 1] if node.level else []
+            base = ".".join(filter(None, [*start, node.module]))
+            names = [base, *(f"{base}.{one.name}" for one in node.names)]
+        else:
+            continue
+        for name in filter(None, names):
+            _add_sources(name, found, own)
+    return True
+
+
+def _path_of(module: str) -> Path | None:
+    """Return the file of a module, which is not imported for it; None if there is none."""
+    loaded = getattr(sys.modules.get(module), "__file__", None)
+    if loaded:
+        return Path(loaded)
+    folders: Sequence[str] | None = None
+    spec, name = None, ""
+    for part in module.split("."):
+        name = f"{name}.{part}".strip(".")
+        search = [*sys.path, str(Path.cwd())] if folders is None else folders
+        spec = PathFinder.find_spec(name, search)
+        if spec is None:
+            return None
+        folders = spec.submodule_search_locations or []
+    return None if spec is None or not spec.has_location else Path(str(spec.origin))
 
 
 def _spec_of(own: object) -> str | None:

@@ -88,6 +88,8 @@ class Trace:
     generated."""
     columns: str = ""
     """Columns of a CSV file that are read for each field, and the unused ones."""
+    times: str = ""
+    """Unit of the times in its file, and the reason for it; empty if it has none."""
 
     def __post_init__(self) -> None:
         require_index(self.unit, f"{self.name}: unit, the tokens of an id,", 1)
@@ -309,6 +311,10 @@ class KnownIds:
             raise OverflowError("more than 2**30 ids in one trace")
         self._next += num_ids
         return self._next - num_ids
+
+
+UNNAMED = "unnamed "
+"""Beginning of the names of sessions that no record names."""
 
 
 def units(num_tokens: int, unit: int) -> int:

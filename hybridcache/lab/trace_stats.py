@@ -62,6 +62,8 @@ class TraceStats:
     """Share of the tokens of answers that the next prompt of the session repeats, behind the whole
     prompt; None if no answer with known ids is followed by a prompt."""
     columns: str = ""
+    times: str = ""
+    """Unit of the times in the file, and the reason for it."""
 
     @property
     def ideal_hit_rate(self) -> float:
@@ -128,4 +130,5 @@ def trace_stats(trace: Trace, *, progress: Callable[[int], None] | None = None) 
         counted_by=trace.counted_by,
         repeated_answers=num_repeated / num_answered if has_answer_ids else None,
         columns=trace.columns,
+        times=trace.times,
     )

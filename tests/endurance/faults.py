@@ -182,7 +182,8 @@ def child_of(pid: int) -> int:
     """Return the process id of a server's engine. Raises RuntimeError if it has none."""
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):
-            if parts_of(stat)[1] == str(pid):
+            renders = b"sandbox.py" in (stat.parent / "cmdline").read_bytes()
+            if parts_of(stat)[1] == str(pid) and not renders:
                 return int(stat.parent.name)
     raise RuntimeError(f"Process {pid} has no child that is its engine.")
 

@@ -10,8 +10,8 @@ from unittest.mock import Mock
 import pytest
 import torch
 
-from engine import Engine, RequestOutput, SamplingParams
-from engine.requests.request import RequestSpec
+from engine import Engine, EngineConfig, RequestOutput, SamplingParams
+from engine.requests.request import Request, RequestSpec
 from engine.schedule.scheduler import Batch
 from engine.text.grammar import Grammar
 from engine.text.tokenizer import HFTokenizer
@@ -19,6 +19,7 @@ from hybridcache import Lease
 from hybridcache.tokens import Tokens
 from tests.engine.drafted import ScriptedDrafter, assert_same, drafting_engine, prompts
 from tests.engine.test_engine import ids, make_engine
+from tests.oracle import OracleRunner, OracleSampler
 
 ANSWER = SamplingParams(max_tokens=6, ignore_eos=True)
 
@@ -173,3 +174,35 @@ def test_outputs_finished_by_a_failed_commit_are_returned(
         engine.check()
     assert sorted(output.request_id for output in outputs) == submitted
     assert {output.finish_reason for output in outputs} == {"length"}
+
+
+def test_a_request_whose_rules_cannot_be_made_again_leaves_the_queue(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A step fails, and then the rules of one of its requests: it ends once, and the other goes
+    on."""
+    runner = OracleRunner(1024, 16)
+    engine = Engine(EngineConfig(check=True), runner=runner, sampler=OracleSampler())
+    names = [engine.submit([1, 2, number], SamplingParams(max_tokens=6)) for number in range(2)]
+    engine.step()
+    forward, make_rules = runner.forward, Request.make_rules
+
+    def failing(*arguments: object) -> object:
+        monkeypatch.setattr(runner, "forward", forward)
+        raise RuntimeError("no step")
+
+    def some(request: Request) -> None:
+        if request.request_id == names[0]:
+            raise MemoryError
+        make_rules(request)
+
+    monkeypatch.setattr(runner, "forward", failing)
+    monkeypatch.setattr(Request, "make_rules", some)
+    with pytest.raises(RuntimeError):
+        engine.step()
+    outputs = engine.take_outputs()
+    while engine.has_work():
+        outputs += engine.step()
+    ends = {output.request_id: output.finish_reason for output in outputs if output.is_finished}
+    assert ends == {names[0]: "error", names[1]: "length"}
+    assert sum(output.is_finished for output in outputs) == 2

@@ -12,7 +12,7 @@ from typing import Any
 
 from experiments import provenance
 from experiments.benchmarks.second_turn import PUBLISHED, RIVALS
-from experiments.studies import arena, tiers
+from experiments.studies import compare, tiers
 from experiments.studies.common import DEFAULT, grouped
 from experiments.studies.default import COMPARED
 from tests.documents import ROOT
@@ -197,7 +197,7 @@ def quotes() -> dict[str, list[str]]:
     pools, slab = (one("bench_tree", measure=name) for name in ("request", "request, arena"))
     host_memory = one("bench_tree", measure="host memory")
     slabs = [
-        fmean(arena.mean_differences(cells))
+        fmean(compare.mean_differences(cells))
         for cells in grouped(result("study_arena"), "trace").values()
     ]
     moved = max(run["kv_moved_per_kv_written"] for run in result("study_arena"))

@@ -58,6 +58,33 @@ def test_engine_and_simulation_agree_on_conversations(
     assert {record["mode"] for record in dry} == {"simulation"}
 
 
+def test_texts_are_counted_by_the_model_and_the_table_says_so(
+    data: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(data.parent)
+    [one, _] = run(data.name, "--simulate", "--caches", "hybrid", "radix")
+    shown = capsys.readouterr()
+    assert one["counted_by"] == "bytes" and "tokens counted by: bytes" in shown.out
+    assert "radix: KV alone resumes no prompt of a hybrid model" in shown.out
+    assert "no such file" not in shown.err
+    [other] = run(data.name, "--simulate", "--caches", "hybrid", "--model", "qwen3-next")
+    shown = capsys.readouterr().out
+    assert other["counted_by"] == "qwen3.5" and "tokens counted by: qwen3.5" in shown
+    assert 3 * other["prompt_tokens"] < one["prompt_tokens"] and "radix:" not in shown
+    [named] = run(
+        f"{data}?tokenizer=bytes", "--simulate", "--caches", "hybrid", "--model", "qwen3-next"
+    )
+    assert named["counted_by"] == "bytes" and named["prompt_tokens"] == one["prompt_tokens"]
+    (data.parent / "folder").mkdir()
+    (data.parent / "folder" / "tokenizer.json").write_text("{}")
+    assert run_sharegpt.tokenizer_of("folder") == "folder/tokenizer.json"
+    given = ["--simulate", "--data", str(data), "--model", "jamba"]
+    assert run_sharegpt.main(given) == 2
+    assert "jamba has no tokenizer.json" in capsys.readouterr().err
+    assert run_sharegpt.main(["--simulate", "--data", "absent.json"]) == 2
+    assert "left out" not in capsys.readouterr().err
+
+
 def test_lengths_and_generated_conversations_are_simulated(data: Path) -> None:
     lengths = data.with_name("lengths.jsonl")
     turns = [["u", 300], ["a", 50], ["u", 20], ["a", 9]]

@@ -12,14 +12,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from experiments import page, provenance, reproduce
+from experiments import page, provenance, reproduce, sections
 from experiments.benchmarks import measure_prefill
+from experiments.sections import policies
 from experiments.studies import (
     ablation,
     admission,
     capacity,
     closed_loop,
-    conditions,
+    compare,
     default,
     overload,
     tiers,
@@ -29,8 +30,9 @@ from experiments.studies import common as lab
 from experiments.tables import Column, Table
 from hybridcache import open_trace
 from hybridcache.geometry.times import MeasuredTimes
+from hybridcache.lab.board import Cell as BoardCell
+from hybridcache.lab.board import Split
 from hybridcache.lab.intervals import Interval
-from hybridcache.lab.leaderboard import Split
 from hybridcache.lab.simulation.step_times import MeasuredSteps
 from hybridcache.lab.trace import Trace, TraceRequest
 from hybridcache.lab.traces import recognise
@@ -46,9 +48,11 @@ from tests.policies.items import FakeItem
 def test_study_writes_records(study: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(provenance, "WRITTEN", tmp_path)
     monkeypatch.setitem(lab.WORKLOADS, "short", lab.Workload("short?head=24", "1:4:2"))
-    monkeypatch.setattr(sys, "argv", [study, "--traces", "short", "--seeds", "5"])
-    sys.argv += ["--processes", "1"]
-    importlib.import_module(f"experiments.studies.{study}").main()
+    is_alone = study == "capacity"
+    name = study if is_alone else "compare"
+    monkeypatch.setattr(sys, "argv", [name, "--traces", "short", "--seeds", "5"])
+    sys.argv += ["--processes", "1", *([] if is_alone else [study])]
+    importlib.import_module(f"experiments.studies.{name}").main()
     head, *records = (tmp_path / f"study_{study}.jsonl").read_text().splitlines()
     assert "commit" in json.loads(head)["provenance"]
     for record in map(json.loads, records):
@@ -73,9 +77,9 @@ def test_study_without_records_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_p
     monkeypatch.setattr(provenance, "WRITTEN", tmp_path)
     monkeypatch.setattr(lab, "DATA", (tmp_path,))
     for flags in ("--seeds 0", "--seeds -1", "--processes 0", "--traces mooncake"):
-        monkeypatch.setattr(sys, "argv", ["arena", *flags.split()])
+        monkeypatch.setattr(sys, "argv", ["compare", "arena", *flags.split()])
         with pytest.raises(SystemExit):
-            importlib.import_module("experiments.studies.arena").main()
+            compare.main()
     assert not [*tmp_path.iterdir()]
 
 
@@ -186,23 +190,24 @@ def test_yardsticks_are_in_tables_and_figures_of_policies(
     [rates] = yardsticks.by_cell(yardsticks.measure(loop)).values()
     assert max(rates.values()) == rates[lab.BOUND] < 100
     monkeypatch.setattr(provenance, "RESULTS", tmp_path)
-    split = Split("tiny", "qwen3-next", (1, 2), {"short?head=24": (0.2, 4.0)})
-    assert page.yardstick_rates(split) == {} and page.yardstick_cells() == {}
+    split = Split("tiny", "qwen3-next", (1, 2), (BoardCell("short?head=24", (0.2, 4.0)),))
+    assert sections.yardstick_rates(split) == {} and sections.yardstick_cells() == {}
     provenance.write_json_lines(tmp_path / "yardsticks.jsonl", records)
-    rates = page.yardstick_rates(split)
+    rates = sections.yardstick_rates(split)
     wanted = [cells["short?head=24", 1, gib][lab.BOUND] for gib in (0.2, 4.0)]
     assert rates[lab.BOUND][0] == pytest.approx(sum(wanted) / 2)
-    assert page.yardstick_rates(replace(split, seeds=(9,))) == {}, "another seed"
+    assert sections.yardstick_rates(replace(split, seeds=(9,))) == {}, "another seed"
     curve = {"trace": "short", "gib": [0.2, 4.0], "low": [0.1, 0.2], "high": [0.2, 0.3]}
     runs = [curve | {"label": label} for label in (capacity.OURS, "lru")]
     provenance.write_json_lines(tmp_path / "study_capacity.jsonl", runs)
-    figure = page.CapacityCurves().draw(Table([Column("trace")], [["short"]]))
-    assert len(figure.axes[0].lines) == 5 and "upper bound" in page.svg(figure)
+    figure = policies.CapacityCurves().draw(Table([Column("trace")], [["short"]]))
+    assert len(figure.axes[0].lines) == 5 and "upper bound" in sections.svg(figure)
 
 
 def test_tables_of_policies_have_a_column_for_each_reference() -> None:
-    studies = admission, closed_loop, conditions, overload
-    for make in (*(one.table for one in studies), default.losses_table, tiers.over_seeds):
+    studies = admission, closed_loop, overload
+    tables = compare.conditions_table, default.losses_table, tiers.over_seeds
+    for make in (*(one.table for one in studies), *tables):
         references = {column.reference for column in make([]).columns}
         assert set(lab.YARDSTICKS) <= references, make
 

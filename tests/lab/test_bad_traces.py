@@ -5,18 +5,24 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
+import sys
 import warnings
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
-from unittest.mock import patch
+from unittest.mock import MagicMock, patch
 
+import numpy as np
 import pytest
 
 from hybridcache.lab import traces
 from hybridcache.lab.trace import BadRecordError
 from hybridcache.lab.traces import frame, open_trace
 from hybridcache.lab.traces.frame import TraceWarning
+from hybridcache.tokens import common_prefix_len
 from tests.lab.records import SEGMENTS, agent_request, agent_session, lines
 
 GOOD: dict[str, dict[str, Any]] = {
@@ -56,6 +62,7 @@ GOOD: dict[str, dict[str, Any]] = {
         "turns": [["u", 20], ["a", 5], ["u", 3], ["a", 4]],
         "first_msg_blocks16": [7],
     },
+    "counts": {"timestamp": 9, "session": "s", "prompt_tokens": 40, "completion_tokens": 4},
     "taubench": {
         "task_id": 1,
         "trial": 0,
@@ -156,7 +163,10 @@ def test_records_are_lines_or_an_array(reader: str, tmp_path: Path) -> None:
         (b"\xff\xff\x00", "line 1: not UTF-8"),
         ("{}".encode("utf-16"), "line 1: not UTF-8"),
         (b'["\xff"]', "line 1, record 1: damaged, or not UTF-8"),
-        (b"PK\3\4\0", "line 1: not JSON"),
+        (b"PK\3\4\0", "it is not a readable zip archive"),
+        (b"BZh91AY", "a bzip2 file, which is not read: unpack it first"),
+        (b"PAR1\0", "a Parquet file: install the package pyarrow, or write it as JSON lines"),
+        (b"\x28\xb5\x2f\xfd\0", "compressed with Zstandard: install the package zstandard"),
         (b"", "there is no record"),
         (b"[]", "there is no record"),
         (b"[]\n\n{}", "line 1: the text after the array is lost"),
@@ -165,8 +175,10 @@ def test_records_are_lines_or_an_array(reader: str, tmp_path: Path) -> None:
         (gzip.compress(b'{"tokens": [1]}\n')[:15], "line 1: damaged, or not UTF-8"),
         (gzip.compress(b'[{"id": "x"}]')[:18], "line 1, record 1: damaged, or not UTF-8"),
         (b'{"what": 1}', "no format recognises its fields .what.; a file of texts"),
-        (b"who,what\n1,2\n", "no format recognises its columns .who, what.*Counts of tokens"),
-        (b"time;prompt\n0;hello\n", "no format recognises its columns .time;prompt"),
+        (
+            b"who,what\n1,2\n",
+            "no format recognises its columns .who, what.*are read as counts:FILE",
+        ),
         (b"time,pr\xe4mpt\n0,a\n", "line 1: damaged, or not UTF-8"),
     ],
 )
@@ -395,30 +407,167 @@ def test_rows_of_no_tokens_are_refused(tmp_path: Path, tokens: dict[str, list[in
 
 
 @pytest.mark.parametrize(
-    ("word", "first", "step", "span"),
+    ("word", "first", "step", "span", "said"),
     [
-        ("mooncake", 5, 1, "0.005 to 0.044"),  # Seconds that are read as milliseconds.
-        ("bailian", 1.7e12, 1000, "1.7e+12 to 1.7e+12"),  # Milliseconds since 1970.
-        ("jsonl", 0, 0.001, "0 to 0.039"),
-        ("mooncake", 5, 60, None),
-        ("jsonl", 0, 0.01, None),  # As in a load test.
-        ("mooncake", 5, 0, None),
-        ("bailian", 1.7e9, 0.1, None),
+        ("mooncake", 5, 1, 39, "read in s: in ms the median distance would be 0.001 s"),
+        ("mooncake", 0.5, 60.5, 2.3595, "in ms: as the .* milliseconds with fractions are rare"),
+        ("mooncake", 5, 60, 2.34, ""),
+        ("mooncake", 5, 0, 0, ""),
+        ("mooncake", 1.7e12, 1000, 39, ""),
+        ("mooncake", 1.7e9, 1, 39, "read in s: in ms the median"),
+        ("bailian", 1.7e12, 1000, 39, ""),
+        ("bailian", 1.7e9, 0.125, 4.875, ""),
+        ("bailian", 0, 2000, 78, "read in ms: in s all are multiples of 1,000"),
+        ("bailian", 7, 4001, 156.039, "read in ms: in s the median distance would be 4e.03 s"),
+        ("jsonl", 0, 0.001, 0.039, "in s: as the .*, although the median distance would be 0.001"),
+        ("jsonl", 0, 0.01, 0.39, ""),  # As in a load test.
+        ("messages", 100, 5000, 195, "read in ms"),
+        ("messages", 1.7e18, 1e9, 39, ""),
+        ("counts", 0, 1000, 39, "read in ms: in s all are multiples of 1,000"),
     ],
 )
-def test_times_that_cannot_be_in_their_unit_are_warned_of(
-    tmp_path: Path, word: str, first: float, step: float, span: str | None
+def test_one_function_decides_the_unit_of_times_in_all_formats(
+    tmp_path: Path, word: str, first: float, step: float, span: float, said: str
 ) -> None:
     records = [GOOD[word] | {"timestamp": first + step * number} for number in range(40)]
-    trace = open_trace(written(tmp_path / "t", word, *records))
+    spec = written(tmp_path / "t", word, *records)
     with warnings.catch_warnings(record=True) as caught:
-        assert len(list(trace)) == 40
-    said = [f"{tmp_path}/t: all 40 requests arrive from {span} s: are its times in another unit?"]
-    assert [str(one.message) for one in caught] == said * (span is not None)
-    records = [GOOD[word] | {"timestamp": first + step * number / 3} for number in range(120)]
+        warnings.simplefilter("always")
+        trace = open_trace(spec)
+        found = [one.timestamp_s for one in trace]
+    assert found[-1] - found[0] == pytest.approx(span, rel=1e-4)
+    told = [str(one.message) for one in caught if "times are" in str(one.message)]
+    assert len(told) == bool(said)
+    assert not said or (re.search(said, told[0]) and told[0].endswith("?times=s or ms decides"))
+    assert trace.times.startswith(("s, ", "ms, ", "ns, "))
+    for unit, per_s in (("s", 1), ("ms", 1000)):
+        asked = open_trace(f"{spec}{'&' if '?' in spec else '?'}times={unit}")
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            found = [one.timestamp_s for one in asked]
+        assert found[-1] - found[0] == pytest.approx(39 * step / per_s)
+        assert asked.times == f"{unit}, as ?times= says"
+
+
+def test_every_format_with_times_has_the_option_and_no_other(tmp_path: Path) -> None:
+    timed = {"jsonl", "mooncake", "mooncake-sessions", "bailian", "coding-agent", "messages"}
+    for word, record in GOOD.items():
+        spec = written(tmp_path / "t", word, record)
+        spec += ("&" if "?" in spec else "?") + "times="
+        if word not in timed | {"counts"}:
+            with pytest.raises(ValueError, match="no option 'times'"):
+                open_trace(f"{spec}s")
+            continue
+        assert len(list(open_trace(f"{spec}ms"))) == 1
+        with pytest.raises(ValueError, match="option 'times' is s or ms, not 'min'"):
+            open_trace(f"{spec}min")
+    own = tmp_path / "own.jsonl"
+    rows = [{"timestamp": 1000 * n, "tokens": [1]} for n in range(12)]
+    lines(own, {"format": "hybridcache", "version": 1, "unit": 1}, *rows)
+    assert open_trace(own).times == "s, as our own format has them"
+    agent = agent_session("a", 64, 64, [agent_request(1000 * n, 640, [1, 10]) for n in range(12)])
+    found = [one.timestamp_s for one in open_trace(f"{lines(tmp_path / 'a', agent)}")]
+    assert found[-1] - found[0] == 11, "milliseconds within a session"
+
+
+@pytest.mark.parametrize(
+    ("row", "problem"),
+    [
+        ("0.5,a,950,80", None),
+        ("0.5,a,950.0,0", None),
+        ("0.5,a,,80", "1 row of no prompt tokens left out"),
+        ("0.5,a,0,80", "1 row of no prompt tokens left out"),
+        ("0.5,a,950,x", "completion_tokens is 'x', not a whole number"),
+        ("0.5,a,950", "3 fields under 4 names"),
+        (",a,950,80", "but the records above have a number as its time"),
+        ("0.5,,950,80", "field 'session' is missing"),
+        ("0.5,a,-3,80", "prompt_tokens is '-3', not a whole number"),
+    ],
+)
+def test_logs_of_counts_name_bad_cells(tmp_path: Path, row: str, problem: str | None) -> None:
+    """Logs have numbers as times, empty cells, and rows of no tokens for failed requests."""
+    path = tmp_path / "counts.csv"
+    path.write_text(f"time,session,prompt_tokens,completion_tokens\n0,a,950,80\n{row}\n")
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            requests = list(open_trace(path))
+        said = [str(one.message) for one in caught]
+    except ValueError as error:
+        requests, said = [], [str(error)]
+    if problem is None:
+        assert [(one.timestamp_s, one.num_tokens(1)) for one in requests] == [(0, 950), (0.5, 950)]
+        assert not said and requests[0].tokens.tolist() == requests[1].tokens.tolist()
+    else:
+        assert len(said) == 1 and problem in said[0]
+
+
+def test_counts_have_columns_of_any_name_filters_and_a_shared_beginning(tmp_path: Path) -> None:
+    path = tmp_path / "access.csv"
+    path.write_text(
+        "ts;user;endpoint;in;out;status\n"
+        "2026-03-01T09:00:00;a;/chat;950;80;200\n"
+        "2026-03-01T09:00:01;b;/chat;400;20;200\n"
+        "2026-03-01T09:00:02;b;/embed;400;0;200\n"
+        "2026-03-01T09:00:03;b;/chat;420;5;500\n"
+        "2026-03-01T09:00:04;a;/chat;1157;68;200\n"
+        "2026-03-01T09:00:05;a;/chat;90;1;200\n"
+    )
+    options = "prompt=in&session=user&length=out&where=endpoint:/chat&system=300"
     with warnings.catch_warnings(record=True) as caught:
-        assert len(list(open_trace(written(tmp_path / "t", word, *records)))) == 120
-    assert bool(caught) == (span is not None or 0 < step < 0.1)
+        trace = open_trace(f"counts:{path}?{options}")
+        first, other, later, cut = trace
+    assert sorted(str(one.message).split(": ", 1)[1] for one in caught) == [
+        "1 row of failed requests left out (status 400 or more, error or failed)",
+        "1 row of other values than those of ?where= left out",
+    ]
+    whole = np.concatenate((first.tokens, first.output))
+    assert common_prefix_len(first.tokens, other.tokens) == 300
+    assert common_prefix_len(whole, later.tokens) == 1030 and len(later.tokens) == 1157
+    assert cut.tokens.tolist() == first.tokens[:90].tolist()
+    assert "prompt=in, time=ts, session=user, length=out, status=status (a prompt" in trace.columns
+    with pytest.raises(ValueError, match="no column of prompt tokens or sessions; it has ts"):
+        open_trace(f"counts:{path}?session=user")
+    with pytest.raises(ValueError, match="there is no column 'who'; it has ts, user"):
+        open_trace(f"counts:{path}?prompt=in&session=who")
+    path.write_text('{"session": 1, "prompt_tokens": 9, "completion_tokens": 2}\n' * 2)
+    assert [one.num_tokens(1) for one in open_trace(path)] == [9, 9], "recognised, as JSON lines"
+
+
+def test_compressed_files_and_tables_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = "".join(json.dumps(GOOD["jsonl"] | {"timestamp": n}) + "\n" for n in range(3))
+    wanted = list(map(str, open_trace(lines(tmp_path / "t", *map(json.loads, text.splitlines())))))
+    with zipfile.ZipFile(tmp_path / "t.zip", "w") as archive:
+        archive.writestr("inside.jsonl", text)
+    assert list(map(str, open_trace(tmp_path / "t.zip"))) == wanted
+    with zipfile.ZipFile(tmp_path / "t.zip", "a") as archive:
+        archive.writestr("other.jsonl", text)
+    with pytest.raises(ValueError, match="a zip archive of 2 files: unpack it, and name one of"):
+        open_trace(tmp_path / "t.zip")
+    for between in ",;\t":
+        table = between.join(('"a,b;c"', "session", "prompt")) + "\n"
+        (tmp_path / "t.csv").write_text(table + between.join(("0", "s", "hello")) + "\n")
+        [request] = open_trace(f"{tmp_path / 't.csv'}?tokenizer=bytes")
+        assert bytes(request.tokens.tolist()) == b"hello" and request.session == "s"
+    # The optional libraries, by doubles with the few names that are used.
+    content = gzip.compress(text.encode())
+    decompressor = SimpleNamespace(stream_reader=lambda file: gzip.GzipFile(fileobj=file))
+    double = SimpleNamespace(ZstdDecompressor=lambda: decompressor, ZstdError=gzip.BadGzipFile)
+    monkeypatch.setitem(sys.modules, "zstandard", double)
+    monkeypatch.setitem(frame.OPENERS, b"\x1f\x8b", frame._open_zstd)
+    (tmp_path / "t.zst").write_bytes(content)
+    assert list(map(str, open_trace(tmp_path / "t.zst"))) == wanted
+    rows = [json.loads(line) | {"empty": None} for line in text.splitlines()]
+    file = MagicMock(
+        **{"iter_batches.return_value": [MagicMock(**{"to_pylist.return_value": rows})]}
+    )
+    file.__enter__.return_value = file
+    parquet = SimpleNamespace(ParquetFile=lambda _: file)
+    library = SimpleNamespace(parquet=parquet, ArrowException=OSError)
+    monkeypatch.setitem(sys.modules, "pyarrow", library)
+    (tmp_path / "t.parquet").write_bytes(b"PAR1")
+    assert list(map(str, open_trace(tmp_path / "t.parquet"))) == wanted
 
 
 def test_later_turns_of_a_session_follow_after_their_delays(tmp_path: Path) -> None:

@@ -227,7 +227,7 @@ def test_output_never_overwrites_a_file_without_results(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    short_split = 'model = "qwen3-next"\nseeds = [1]\n[gib]\n"short?head=20" = [0.5]\n'
+    short_split = 'model = "qwen3-next"\nseeds = [1]\n[cells]\n"short?head=20" = {sizes = [0.5]}\n'
     Path("split.toml").write_text(short_split)
     assert run(capsys, "trace", "convert", "short?head=20", "trace.jsonl")[0] == 0
     others = {

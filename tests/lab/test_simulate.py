@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Iterable
 from dataclasses import replace
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from hybridcache.geometry.times import Roofline
 from hybridcache.geometry.units import GIB
 from hybridcache.lab.baselines import BASELINES
 from hybridcache.lab.evictions import ALL_NAMES, make_eviction
-from hybridcache.lab.figures import COLOURS, line_look
+from hybridcache.lab.figures import COLOURS, LOSSES, line_look, panels
 from hybridcache.lab.generators import short
 from hybridcache.lab.intervals import ratio
 from hybridcache.lab.prefix_tree import InfiniteCache
@@ -43,6 +44,7 @@ from hybridcache.lab.simulation.target import LeaseTarget, build_target
 from hybridcache.lab.trace import Trace, TraceRequest
 from hybridcache.lab.trace_stats import trace_stats
 from hybridcache.lab.traces import open_trace
+from hybridcache.radix.api import Losses
 from hybridcache.radix.protocol import EvictionPolicy
 
 SAMPLES = Path(__file__).parent / "samples"
@@ -480,14 +482,55 @@ def test_verdict_names_no_policy_without_a_hit(tmp_path: Path) -> None:
     path.write_text('{"tokens": [1, 2, 3]}\n' * 2)
     result = simulate(str(path), gib=1, policy=["lru", "fifo"])
     assert result.verdict() == "no policy has a hit at any of these sizes"
-    found = simulate("short?head=30", gib=1, policy=["lru", "fifo"]).verdict()
+    found = simulate(recorded("short?head=30"), gib=1, policy=["lru", "fifo"]).verdict()
     equal = r"lru has the most hits \(not different: fifo\);"
-    assert re.match(f"{equal} to serve:", found)
+    assert re.match(f"{equal} flags of engine serve: --cache-gib 1 ", found)
     paths = Scenario(Path("short"), model=Path("qwen3"), times=Path("t.json"))
     assert paths == Scenario("short", model="qwen3", times="t.json")
     assert open_trace(Path("short")).name == "short"
-    few = simulate("short?head=3", gib=1, policy=["lru", "fifo"])
+    few = simulate(recorded("short?head=3"), gib=1, policy=["lru", "fifo"])
     assert "--model ./mine --cache" in few.verdict("./mine")
+    assert "(no interval: 3 sessions)" in few.verdict()
+
+
+def recorded(spec: str) -> Trace:
+    """Return a trace whose texts and times cannot be drawn again."""
+    return replace(open_trace(spec).kept(), recipe="")
+
+
+def test_one_draw_gives_no_verdict(tmp_path: Path) -> None:
+    """Arrivals of a conversation file, and texts of a generator, are one draw without --seeds."""
+    path = tmp_path / "chats.json"
+    turns = [
+        {"from": who, "value": f"{who} {n} " * 30} for n in range(3) for who in ("human", "gpt")
+    ]
+    chats = [{"id": f"c{n}", "conversations": [*turns[:2], *turns]} for n in range(6)]
+    path.write_text(json.dumps(chats))
+    policies = {"policy": ["lru", "fifo"], "gib": 0.3, "bound": False, "progress": False}
+    for spec, part in ((f"{path}?tokenizer=bytes", "arrivals"), ("short?head=30", "trace")):
+        found = simulate(spec, **policies)
+        assert found.verdict() == f"one draw of the {part}: run --seeds 5 to compare policies"
+        assert "the most hits" in simulate(spec, seeds=2, **policies).verdict()
+    assert "(no interval: 2 seeds)" in simulate("short?head=30", seeds=2, **policies).verdict()
+
+
+def test_intervals_without_sessions_are_over_groups_that_share_prompts(tmp_path: Path) -> None:
+    path, lines = tmp_path / "blocks.jsonl", []
+    for turn in range(3):
+        for chat in range(6):  # six conversations of three turns with a common first block
+            blocks = [0, *(100 * chat + 10 * n + k for n in range(turn + 1) for k in (1, 2, 3))]
+            record = {"timestamp": 1000 * len(lines), "hash_ids": blocks, "output_length": 1}
+            lines.append(json.dumps(record | {"input_length": 512 * len(blocks)}))
+    path.write_text("\n".join(lines))
+    result = simulate(str(path), gib=8, policy="lru", bound=False, progress=False)
+    [run] = result.runs
+    assert len(run.by_session) == 6 and {one.requests for one in run.by_session} == {3}
+    assert sum(one.cached_tokens for one in run.by_session) == run.cached_tokens > 0
+    assert sum(sum(one.losses or ()) for one in run.by_session) == sum(run.losses or ()) > 0
+    assert "over 6 groups of requests that share half of a prompt (no sessions" in result.table()
+    named = [json.dumps(json.loads(line) | {"session_id": n % 6}) for n, line in enumerate(lines)]
+    path.write_text("\n".join(named))
+    assert "over 6 sessions, cut" in simulate(str(path), gib=8, policy="lru").table()
 
 
 @pytest.mark.parametrize(
@@ -505,8 +548,9 @@ def test_verdict_names_no_policy_without_a_hit(tmp_path: Path) -> None:
 )
 def test_verdict_has_the_settings_that_won(settings: dict[str, Any], flags: str) -> None:
     settings = {"policy": ["lru", "fifo"]} | settings
-    found = simulate("short?head=30", gib=0.3, bound=False, **settings).verdict()
-    command = r"to serve: engine serve --model ORG/[\w-]+ --cache-gib 0.3"
+    trace = recorded("short?head=30")
+    found = simulate(trace, gib=0.3, bound=False, **settings).verdict("DIR")
+    command = r"to serve: engine serve --model DIR --cache-gib 0.3"
     command += " --eviction (lru|fifo|marconi) --checkpoints adaptive"
     assert re.search(f"; ({command}|engine serve does){re.escape(flags)}$", found), found
 
@@ -521,7 +565,8 @@ def test_sizes_of_results_are_those_asked_for() -> None:
 def test_rebuilt_systems_with_more_hits_are_named() -> None:
     """Marconi also reuses where the memory is too small for any request of ours."""
     policies, systems = ["lru", "survival"], ["marconi", "lightllm", "vllm"]
-    result = simulate("short?head=100", gib=[0.05, 4], policy=policies, baseline=systems)
+    trace = recorded("short?head=100")
+    result = simulate(trace, gib=[0.05, 4], policy=policies, baseline=systems)
     small = replace(result, runs=tuple(run for run in result.runs if run.gib < 1))
     points = 100 * small.best(0.05).token_hit_rate
     assert small.best(0.05).label == "marconi (rebuilt)"
@@ -572,6 +617,56 @@ def test_figures_draw_every_run(small: SimulationResult) -> None:
     planned = simulate("short?head=40", gib=(1, 2), policy="lru", optimum=True)
     assert len(planned.figure(metric="hit").axes) == 1
     assert len(planned.figure().axes) == 2
+
+
+def lightness(pixels: np.ndarray) -> np.ndarray:
+    """Return CIE L* of sRGB values from 0 to 1: [..., 3] to [...]."""
+    linear = np.where(pixels <= 0.04045, pixels / 12.92, ((pixels + 0.055) / 1.055) ** 2.4)
+    return 116 * np.cbrt(linear @ (0.2126, 0.7152, 0.0722)) - 16
+
+
+def rendered(figure: Any) -> np.ndarray:
+    """Return the pixels of a figure, 0 to 1, the lowest row first: [height, width, 3]."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[::-1, :, :3] / 255
+
+
+def test_areas_of_losses_differ_in_grey(small: SimulationResult) -> None:
+    [run, *_] = small.runs
+    causes = len(LOSSES)
+    parts = dict.fromkeys(Losses._fields, 100)
+    full = replace(run, losses=Losses(**parts), cached_tokens=100, prompt_tokens=100 * causes + 100)
+    figure = replace(small, runs=(full,), bound_rate=None).losses_figure()
+    pixels, [axis] = rendered(figure), figure.axes
+    heights = [(100 * place + 50) / (causes + 1) for place in range(causes + 1)]
+    places = [axis.transData.transform((full.gib * 1.05, height)) for height in heights]
+    found = [lightness(pixels[int(y), int(x)]) for x, y in places]
+    assert found[0] > 99, "reused is white"
+    distances = np.abs(np.diff(found))
+    assert distances.min() > 9, dict(zip(reversed(LOSSES), distances.round(1), strict=True))
+    assert all(a < b for a, b in pairwise(found[1:])), "any two causes that remain also differ"
+
+
+def test_figures_have_the_size_asked_for_and_no_empty_cells(small: SimulationResult) -> None:
+    for figure in (
+        small.figure(size=(3.3, 2.6), title=False),
+        small.figure(size=(7, 4), metric=["hit", "ttft-p50"]),
+        small.losses_figure(size=(7, 3), title=False),
+    ):
+        assert tuple(figure.get_size_inches()) in ((3.3, 2.6), (7, 4), (7, 3))
+        assert _is_inside(figure)
+    bare = small.figure(title=False)
+    assert not bare.axes[0].get_title() and not bare.legends[0].get_title().get_text()
+    for count, rows in ((1, [1]), (2, [2]), (4, [2, 2]), (5, [3, 2]), (7, [3, 2, 2])):
+        figure, axes = panels(count, 3)
+        tops = [round(axis.get_position().y0, 3) for axis in axes]
+        assert len(axes) == len(figure.axes) == count
+        assert [tops.count(top) for top in dict.fromkeys(tops)] == rows
+        ends = [axes[sum(rows[: n + 1]) - 1].get_position().x1 for n in range(len(rows))]
+        assert max(ends) - min(ends) < 1e-9, "each row reaches the right edge"
 
 
 def _is_inside(figure: Any) -> bool:

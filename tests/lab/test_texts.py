@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import Any
 from warnings import catch_warnings
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from hybridcache import closed_loop, optimum, simulate
-from hybridcache.lab.leaderboard import Split, leaderboard
+from hybridcache.lab.board import Cell, Split, board
 from hybridcache.lab.report import stats_table
 from hybridcache.lab.trace import BadRecordError, TraceRequest
 from hybridcache.lab.trace_stats import trace_stats
@@ -29,6 +30,7 @@ from hybridcache.lab.traces.frame import UNANSWERED, TraceWarning
 from hybridcache.lab.traces.named import Continued
 from hybridcache.lab.traces.own import write_own
 from hybridcache.lab.traces.text import load_chat_text
+from hybridcache.tokens import common_prefix_len
 from tests.lab.records import lines
 
 
@@ -306,8 +308,8 @@ def test_texts_need_a_named_tokenizer(tmp_path: Path) -> None:
     for function in (simulate, closed_loop, optimum):
         assert "tokens counted by: bytes" in function(trace, gib=1).table()
         assert "counted by" not in function("short?head=3", gib=1).table()
-    split = Split("texts", "qwen3-next", (0,), {trace.recipe: (1.0,)})
-    assert f"{trace.recipe}: tokens counted by: bytes" in leaderboard("lru", split).table()
+    split = Split("texts", "qwen3-next", (0,), (Cell(trace.recipe, (1.0,)),))
+    assert f"{trace.recipe}: tokens counted by: bytes" in board("lru", split).table()
 
 
 def test_settings_left_in_a_tokenizer_file_do_not_act(tmp_path: Path) -> None:
@@ -405,3 +407,61 @@ def test_answers_repeated_by_the_next_prompt_are_counted(
     stats = trace_stats(open_trace(f"{path}?tokenizer=bytes"))
     assert stats.repeated_answers == pytest.approx(share)
     assert ("answers found again" in stats_table(stats)) == (share is not None)
+
+
+def test_published_conversations_and_logs_of_the_responses_api_are_read(tmp_path: Path) -> None:
+    said = [user("hello"), {"role": "assistant", "content": "yes"}]
+    chat = {"conversation_id": "c", "model": "m", "conversation": [*said, *said], "turn": 2}
+    path = lines(tmp_path / "lmsys.jsonl", chat, chat)
+    found = list(open_trace(f"{path}?tokenizer=bytes&pause=0"))
+    assert len(found) == 4 and {one.stop_reason for one in found} == {"end_turn"}
+    again = lines(tmp_path / "same.jsonl", *[{"messages": chat["conversation"]}] * 2)
+    assert list(map(str, open_trace(f"{again}?tokenizer=bytes&pause=0"))) == list(map(str, found))
+    # A log of requests of the Responses API, whose prompt repeats call and result.
+    call = {"type": "function_call", "name": "f", "arguments": "{}", "call_id": "1"}
+    result = {"type": "function_call_output", "call_id": "1", "output": "42"}
+    ask = {"type": "message", "role": "user", "content": [{"type": "input_text", "text": "hi"}]}
+    body = {"instructions": "be brief", "input": [ask], "output": [call]}
+    thought = {"type": "reasoning", "summary": []}
+    later = body | {"input": [ask, thought, call, result], "output": [ask | {"role": "assistant"}]}
+    path = lines(tmp_path / "responses.jsonl", body, later)
+    first, second = open_trace(f"{path}?tokenizer=bytes")
+    whole = np.concatenate((first.tokens, first.output))
+    assert text_of(first).startswith("Xsystem\nbe brief") and first.session == second.session
+    assert common_prefix_len(whole, second.tokens) >= len(whole) - 1 and "42" in text_of(second)
+    path = lines(tmp_path / "text.jsonl", {"input": "hello", "output": [call]})
+    assert "hello" in text_of(next(iter(open_trace(f"{path}?tokenizer=bytes"))))
+
+
+def test_session_files_of_a_coding_agent_are_single_messages(tmp_path: Path) -> None:
+    """Each block of an answer is a line; summaries and snapshots are no messages."""
+    base = {"sessionId": "s", "uuid": "u", "isSidechain": False}
+
+    def at(second: int, kind: str, **message: Any) -> dict[str, Any]:
+        when = f"2026-03-01T09:00:{second:02}Z"
+        return base | {"type": kind, "timestamp": when, "message": {"role": kind} | message}
+
+    words, use = (
+        {"type": "text", "text": "I look."},
+        {"type": "tool_use", "name": "ls", "input": {}},
+    )
+    result = {"type": "tool_result", "tool_use_id": "1", "content": "a.py"}
+    side = {"isSidechain": True, "agentId": "x"}
+    rows = [
+        {"type": "summary", "summary": "old", "leafUuid": "u"},
+        {"type": "file-history-snapshot", "sessionId": "s", "snapshot": {}},
+        at(0, "user", content="list the files"),
+        at(2, "assistant", id="m1", content=[words], usage={"output_tokens": 9}),
+        at(3, "assistant", id="m1", content=[use], usage={"output_tokens": 9}),
+        at(4, "user", content=[result]) | {"toolUseResult": {"stdout": "a.py"}},
+        at(5, "user", content="search") | side,
+        at(6, "assistant", id="m2", content=[words]) | side,
+        at(7, "assistant", id="m3", content=[words]),
+    ]
+    trace = open_trace(f"{lines(tmp_path / 's.jsonl', *rows)}?tokenizer=bytes")
+    first, second, third = sorted(trace, key=lambda one: (one.session, one.timestamp_s))
+    assert [first.session, second.session, third.session] == ["s", "s", "s/x"]
+    assert "I look." in text_of(second) and "ls" in text_of(second) and "a.py" in text_of(second)
+    whole = np.concatenate((first.tokens, first.output))
+    assert common_prefix_len(whole, second.tokens) == len(whole), "its two lines are one answer"
+    assert (second.timestamp_s - first.timestamp_s, third.timestamp_s) == (4, 5)

@@ -36,7 +36,7 @@ DATA = Path(__file__).resolve().parents[2] / "data"
 
 def test_every_format_is_a_small_file() -> None:
     sizes = {path.name: len(path.read_text().splitlines()) for path in FORMATS.glob("*.py")}
-    assert len(sizes) > 8 and max(sizes.values()) <= 80, sizes
+    assert len(sizes) > 8 and max(sizes.values()) <= 90, sizes
 
 
 @pytest.mark.parametrize(

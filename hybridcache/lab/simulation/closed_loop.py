@@ -192,6 +192,15 @@ class LoopRun:
         )
         self.priority_classes = cache.policy.has_priority_classes
 
+    def turn(self, number: int, place: int) -> Turn:
+        """Return a request of session ``number``, which is due."""
+        return self.sessions[number][place]
+
+    def pause_s(self, number: int, place: int) -> float | None:
+        """Return the pause before a request of session ``number``, or None if there is none."""
+        turns = self.sessions[number]
+        return turns[place].pause_s if place < len(turns) else None
+
     def has_work(self) -> bool:
         """Return whether a request waits or runs."""
         return self.planner.has_work()
@@ -218,7 +227,7 @@ class LoopRun:
     def _ask(self, when_s: float, number: int) -> None:
         """Submit the next request of session ``number``, which was due at ``when_s``."""
         place = self.next_turns[number]
-        turn = self.sessions[number][place]
+        turn = self.turn(number, place)
         self.num_live += place == 0
         self.max_live = max(self.max_live, self.num_live)
         self._submit(turn, number, place, when_s)
@@ -240,9 +249,9 @@ class LoopRun:
         """Schedule the next request of session ``number``, after its pause, if there is one.
         ``ended_id`` is that of the session in the planner."""
         self.next_turns[number] += 1
-        place = self.next_turns[number]
-        if place < len(self.sessions[number]):
-            self._push(self.now_s + self.sessions[number][place].pause_s, number)
+        pause_s = self.pause_s(number, self.next_turns[number])
+        if pause_s is not None:
+            self._push(self.now_s + pause_s, number)
             return
         self.num_live -= 1
         if self.tells_ends and ended_id is not None:
@@ -425,7 +434,11 @@ class PeerLoop(LoopRun):
 def run_closed_loop(trace: Trace, cell: Scenario) -> ClosedLoopRun:
     """Serve ``trace`` with the one cache, admission policy, rate and seed of ``cell``, and return
     the figures. ValueError if no request fits."""
-    served = simulate_closed_loop(trace, cell)
+    return figures_of(simulate_closed_loop(trace, cell), trace, cell)
+
+
+def figures_of(served: LoopRun, trace: Trace, cell: Scenario) -> ClosedLoopRun:
+    """Return the figures of a finished run. RunFailed if no request fitted."""
     if not (answered := served.answered):
         num_tried = served.num_refused
         does_not_fit = f"no request fits in the memory ({num_tried} tried)"
@@ -514,10 +527,17 @@ class ClosedLoopResult:
         notes = [*uncharged_notes(self.runs), *self.trace_notes, *self.failures]
         return "\n".join(["\n\n".join(tables), *notes])
 
-    def figure(self, path: str | Path | None = None) -> Figure:
+    def figure(
+        self,
+        path: str | Path | None = None,
+        *,
+        size: tuple[float, float] | None = None,
+        title: bool = True,
+    ) -> Figure:
         """Draw hits, times to first token and makespan over the rate, a row of panels per cache.
-        The figure is also written to ``path`` (PNG, SVG or PDF), if there is one."""
-        return closed_loop_figure(self.runs, path)
+        The figure is also written to ``path`` (PNG, SVG or PDF), if there is one. ``size``: width
+        and height in inches; ``title=False`` leaves out title and notes."""
+        return closed_loop_figure(self.runs, path, size, title)
 
 
 def closed_loop(

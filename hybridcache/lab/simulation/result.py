@@ -16,6 +16,7 @@ from hybridcache.lab.scenario import Scenario
 from hybridcache.lab.simulation.grid import Plain, Stored
 from hybridcache.lab.simulation.serving import RequestLog
 from hybridcache.lab.simulation.target import Target
+from hybridcache.lab.trace import UNNAMED, Trace
 from hybridcache.radix.api import Losses
 
 SAME_SIZE = 1e-3
@@ -241,6 +242,55 @@ def merged(runs: Sequence[RunResult], seeds: Sequence[int]) -> RunResult:
     )
 
 
+def grouped(runs: Sequence[RunResult], trace: Trace) -> tuple[tuple[RunResult, ...], bool]:
+    """Return runs whose intervals are over groups of requests (``groups_of``), and True; unchanged
+    runs and False if the trace names a session. O(tokens)."""
+    names = [one.session for run in runs[:1] for one in run.by_session]
+    has_names = not all(name.startswith(UNNAMED) for name in names)
+    if has_names or len(names) < (runs[0].requests if runs else 0) or not names:
+        return tuple(runs), False
+    groups = groups_of(trace)
+    found = []
+    for run in runs:
+        sums: dict[int, list[SessionResult]] = {}
+        for one in run.by_session:
+            sums.setdefault(groups[one.session], []).append(one)
+        by_group = []
+        for number, of in sums.items():
+            losses = [one.losses for one in of if one.losses is not None]
+            requests, prompt, cached = (
+                sum(column) for column in zip(*(one[1:4] for one in of), strict=True)
+            )
+            total = Losses(*map(sum, zip(*losses, strict=True))) if losses else None
+            by_group.append(SessionResult(f"group {number}", requests, prompt, cached, total))
+        found.append(replace(run, by_session=tuple(by_group)))
+    return tuple(found), True
+
+
+GROUP_STEP = 64
+"""Tokens, or a block if it is longer, in which prompts are compared."""
+
+
+def groups_of(trace: Trace) -> dict[str, int]:
+    """Return a number of each request's group by its session, which has one request. A request is
+    in the group of the first one that shares at least half of its prompt. O(tokens)."""
+    step = max(1, GROUP_STEP // trace.unit)
+    seen: dict[int, int] = {}
+    found: dict[str, int] = {}
+    for number, request in enumerate(trace):
+        whole = np.concatenate((request.tokens, request.output))
+        digests, last = list[int](), hash(request.namespace)
+        for end in range(step, len(whole) + 1, step):
+            last = hash((last, whole[end - step : end].tobytes()))
+            digests.append(last)
+        half = -(-len(request.tokens) // (2 * step))
+        group = seen.get(digests[half - 1], number) if half <= len(digests) else number
+        found[str(request.session)] = group
+        for digest in digests:
+            seen.setdefault(digest, group)
+    return found
+
+
 SUMMED = (
     *("requests", "hits", "bypassed", "prompt_tokens", "cached_tokens", "seconds"),
     *("seconds_saved", "checkpoints_made", "written_kv_bytes", "moved_slabs", "moved_kv_bytes"),
@@ -363,6 +413,10 @@ class SweepRuns:
     """A sentence per run that failed, because of its policy. It is not among ``runs``."""
     working_set_bytes: int = 0
     """Bytes of all that a cache could keep, if sizes were given as shares of them; else 0."""
+    units: str = "session"
+    """Units of the intervals: ``session``, ``seed``, or ``group`` of requests without sessions."""
+    drawn_once: str = ""
+    """Part of the trace that is drawn, and of which the runs have one draw; else empty."""
 
     def by_label(self) -> dict[str, list[RunResult]]:
         """Runs of each competitor, by size."""

@@ -19,9 +19,11 @@ from statistics import fmean
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
+from hybridcache.geometry.model import BUILTIN
 from hybridcache.geometry.times import MeasuredTimes, Roofline
 from hybridcache.geometry.units import GIB, counted
 from hybridcache.lab.figures import losses_figure, sweep_figure
+from hybridcache.lab.intervals import FEWEST_UNITS
 from hybridcache.lab.optimum import Optimum, best_plan
 from hybridcache.lab.prefix_tree import InfiniteCache
 from hybridcache.lab.progress import Progress, shown_progress
@@ -44,6 +46,7 @@ from hybridcache.lab.simulation.result import (
     RunResult,
     SweepRuns,
     describe_times,
+    grouped,
     merged,
     summarise,
 )
@@ -118,7 +121,8 @@ class SimulationResult(SweepRuns):
         """Return one sentence: the policy with the highest mean token hit rate over the sizes,
         those that tie with it (``report.ties``), rebuilt systems with a higher mean, and the
         command that serves ``model`` at the smallest size of its most hits (``report.to_serve``).
-        Empty with fewer than two policies of our own.
+        Empty with fewer than two policies of our own. One draw of a trace gives no verdict: its
+        intervals do not contain the chance of the draw.
         """
         by_label = self.by_label()
         means = {
@@ -135,6 +139,8 @@ class SimulationResult(SweepRuns):
         )
         if not means[first]:
             return f"no policy has a hit at any of these sizes{more}"
+        if self.drawn_once:
+            return f"one draw of the {self.drawn_once}: run --seeds 5 to compare policies{more}"
         best = {run.gib: run for run in by_label[first]}
         equal = [
             label
@@ -146,28 +152,41 @@ class SimulationResult(SweepRuns):
             has_most += f" in the mean of {len(best)} sizes"
         if equal:
             has_most += f" (not different: {', '.join(equal)})"
+        num_units = min(len(run.by_session) for run in self.runs)
+        if num_units < FEWEST_UNITS:
+            has_most += f" (no interval: {counted(num_units, self.units)})"
         enough = max(run.token_hit_rate for run in best.values()) - TIE
         served = min(
             (run for run in best.values() if run.token_hit_rate > enough), key=lambda run: run.gib
         )
-        if not model:
-            model = self.geometry.name
-            model = model if model == "builtin" else f"ORG/{model}"
+        if self.geometry.name == BUILTIN:
+            model = model or BUILTIN
         return f"{has_most}{more}; {to_serve(served, model)}"
 
     def figure(
         self,
         path: str | Path | None = None,
         metric: str | Sequence[str] | None = None,
+        *,
+        size: tuple[float, float] | None = None,
+        title: bool = True,
     ) -> Figure:
         """Draw metrics over the sizes, a panel each; by default the token hit rate, and its share
         of the best plan if the result has plans. The figure is also written to ``path`` (PNG,
-        SVG or PDF), if there is one."""
-        return sweep_figure([self], path, metric)
+        SVG or PDF), if there is one. ``size``: width and height in inches, such as (3.3, 2.6) for
+        a column of a paper; ``title=False`` leaves out title and notes."""
+        return sweep_figure([self], path, metric, size, title)
 
-    def losses_figure(self, path: str | Path | None = None) -> Figure:
-        """Draw the prompt tokens by loss cause over the sizes, a panel per competitor."""
-        return losses_figure([self], path)
+    def losses_figure(
+        self,
+        path: str | Path | None = None,
+        *,
+        size: tuple[float, float] | None = None,
+        title: bool = True,
+    ) -> Figure:
+        """Draw the prompt tokens by loss cause over the sizes, a panel per competitor. Arguments
+        are those of ``figure``; panels keep the competitor's name."""
+        return losses_figure([self], path, size, title)
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -268,7 +287,7 @@ def simulate(
         progress=progress,
     )
     # Runs in a file may have been computed without them.
-    runs = tuple(replace(one, **yardsticks[one.gib]) for one in runs)
+    runs, is_grouped = grouped([replace(one, **yardsticks[one.gib]) for one in runs], opened)
     return SimulationResult(
         opened.name,
         geometry,
@@ -278,14 +297,23 @@ def simulate(
         trace_notes=opened.notes,
         failures=failures,
         working_set_bytes=whole_bytes,
+        units="group" if is_grouped else "session",
+        drawn_once=drawn_part(opened),
     )
+
+
+def drawn_part(trace: Trace) -> str:
+    """Return the part of a trace that a seed draws; empty if there is none."""
+    if not trace.recipe or seeded(trace.recipe, 0) == seeded(trace.recipe, 1):
+        return ""
+    return "arrivals" if trace.arrivals else "trace"
 
 
 def _over_seeds(asked: Scenario, options: Plain) -> SimulationResult:
     """Simulate each draw of the trace at the sizes of the first one, and merge the runs. ValueError
     if nothing of the trace is drawn."""
     opened, seeds = asked.opened(), seeds_of(asked)
-    if not opened.recipe or seeded(opened.recipe, 0) == seeded(opened.recipe, 1):
+    if not drawn_part(opened):
         raise ValueError(
             f"seeds must be left out for {opened.name}: nothing of it is drawn, its times are its "
             "own."
@@ -307,6 +335,8 @@ def _over_seeds(asked: Scenario, options: Plain) -> SimulationResult:
         bound_rate=None if not bound_tokens else bound_tokens / runs[0].prompt_tokens,
         trace_notes=[*opened.notes, note],
         working_set_bytes=whole_bytes,
+        units="seed",
+        drawn_once="",
     )
 
 

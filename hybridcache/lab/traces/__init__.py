@@ -11,7 +11,7 @@ import inspect
 from collections.abc import Mapping
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 from urllib.parse import parse_qsl, urlencode
 
 from hybridcache.command.parser import or_known
@@ -20,14 +20,15 @@ from hybridcache.lab.generators import GENERATORS
 from hybridcache.lab.trace import BadRecords, Trace
 from hybridcache.lab.traces.formats.coding_agent import CodingAgentReader
 from hybridcache.lab.traces.formats.conversations import ConversationsReader, TauBenchReader
-from hybridcache.lab.traces.formats.csv import CsvReader, is_csv
+from hybridcache.lab.traces.formats.counts import CountsReader
+from hybridcache.lab.traces.formats.csv import CsvReader
 from hybridcache.lab.traces.formats.jsonl import OwnReader
 from hybridcache.lab.traces.formats.messages import MessagesReader
 from hybridcache.lab.traces.formats.mooncake import BailianReader, MooncakeReader
 from hybridcache.lab.traces.formats.mooncake_sessions import MooncakeSessionsReader
 from hybridcache.lab.traces.formats.sharegpt import ShareGPTReader
 from hybridcache.lab.traces.formats.sharegpt_counts import ShareGPTCountsReader
-from hybridcache.lab.traces.frame import FileReader, Record, warn
+from hybridcache.lab.traces.frame import FileReader, Record, is_csv, warn
 from hybridcache.lab.traces.text import NO_TOKENIZER, packaged_file
 
 _Number = TypeVar("_Number", int, float)
@@ -46,6 +47,7 @@ READERS: dict[str, type[FileReader]] = {
         TauBenchReader,
         ConversationsReader,
         MessagesReader,
+        CountsReader,
         CsvReader,
     )
 }
@@ -161,19 +163,22 @@ def _read(rest: str, options: Mapping[str, str], bad: BadRecords) -> Trace:
             raise FileNotFoundError(f"no trace {rest!r}: there is no file {path}{known}")
         word = word if is_named else recognise(path)
     kinds = {field.name: str(field.type) for field in fields(READERS[word])}
-    kinds = {name: kind for name, kind in kinds.items() if name not in ("path", "bad")}
-    reader = READERS[word](path=path, bad=bad, **_converted(f"format {word}", kinds, options))
+    hidden = {"path", "bad"} | ({"times"} if not READERS[word].usual_times else set())
+    kinds = {name: kind for name, kind in kinds.items() if name not in hidden}
+    values: dict[str, Any] = _converted(f"format {word}", kinds, options)
+    reader = READERS[word](path=path, bad=bad, **values)
     unit, columns, counted_by = reader.unit, reader.describe(), reader.counted_by
     if getattr(reader, "tokenizer", None) == "":
         raise ValueError(f"{rest}: {NO_TOKENIZER}")
     recipe = f"{rest}?{urlencode(options)}" if options else rest
-    arrivals = getattr(reader, "arrivals", "")
-    return Trace(path.name.split(".")[0], unit, reader, bad, counted_by, recipe, arrivals, columns)
+    arrivals, times = getattr(reader, "arrivals", ""), reader.time_unit()
+    said = f"{times.name}, {times.because}" if reader.usual_times else ""
+    name = path.name.split(".")[0]
+    return Trace(name, unit, reader, bad, counted_by, recipe, arrivals, columns, said)
 
 
 COUNTS_ALONE = (
-    '. Counts of tokens do not tell which prompts agree: the tutorial "Your own trace" turns them '
-    "into a trace"
+    ". Numbers of tokens with a session are read as counts:FILE?prompt=COLUMN&session=COLUMN"
 )
 
 
@@ -181,11 +186,12 @@ def recognise(path: Path) -> str:
     """Return the format of a file, detected from its first record. ValueError if unknown."""
     is_table = is_csv(path)
     reader = CsvReader(path) if is_table else FileReader(path)
-    _, first = next(reader.records(BadRecords(skip=True)), (0, None))
+    records = (Record(one) for _, one in reader.records(BadRecords(skip=True)))
+    first = next((one for one in records if not MessagesReader.is_left_out(one)), None)
     if first is None:
         next(reader.records(BadRecords(skip=False)), None)  # raises at the first unreadable record
         raise ValueError(f"{path}: there is no record in it")
-    for known in (CsvReader,) if is_table else READERS.values():
+    for known in (CsvReader, CountsReader) if is_table else READERS.values():
         if known.recognises(Record(first)):
             return known.word
     if not is_table and {"tokens", "prefix"} & first.keys():

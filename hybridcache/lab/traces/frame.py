@@ -7,6 +7,7 @@ without an arrival time (``SessionReader``).
 
 from __future__ import annotations
 
+import csv
 import gzip
 import heapq
 import io
@@ -14,16 +15,16 @@ import json
 import math
 import re
 import warnings
+import zipfile
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from io import BufferedReader
 from itertools import count
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -37,15 +38,20 @@ LONGEST = 1 << 24
 WINDOW, WINDOW_IDS = 1024, 1 << 24
 """Requests read ahead of the one that is yielded, and ids in their prompts and answers. A request
 can be moved before at most that many others."""
-DAMAGED = (EOFError, zlib.error, gzip.BadGzipFile, UnicodeDecodeError)
+DAMAGED = (EOFError, zlib.error, gzip.BadGzipFile, zipfile.BadZipFile, UnicodeDecodeError)
 """Errors raised when reading a truncated or damaged gzip file, or a text that is not UTF-8."""
 DAMAGE = "damaged, or not UTF-8: everything from this line on is lost ({})"
 UNANSWERED = "left out, because no answer follows a question"
 CUT = "cut before the first prompt of more than {:,} tokens: cap=N sets another limit"
-FEWEST, MANY, MOST_PER_S, LAST_S = 10, 100, 1000, 1e11
-"""Requests to be judged; those in one second, a rate and a time that suggest another unit."""
-ODD_TIMES = "all {:,} requests arrive from {:.4g} to {:.4g} s: are its times in another unit?"
-_CHUNK = 1 << 16
+FEWEST, SAMPLED = 10, 1000
+"""Least and largest number of times by which their unit is judged."""
+FASTEST_S, SLOWEST_S = 0.01, 3600.0
+"""Median distances of the times of requests between which a unit is plausible."""
+UNITS = {"s": 1.0, "ms": 1e3, "us": 1e6, "ns": 1e9}
+"""Parts of a second, by the names of units."""
+SINCE_1970 = ((1e17, "ns"), (1e14, "us"), (1e11, "ms"))
+"""Numbers above the first value are times since 1970 in the unit."""
+_CHUNK, _HEAD = 1 << 16, 1 << 12
 _OPENING, _BLANK = re.compile(r"[\s\[]*"), re.compile(r"[\s,]*")
 Line = int | str
 """Line of a record; "7, record 3" in an array, in which others may begin on the same line."""
@@ -158,10 +164,64 @@ def shown(value: object) -> str:
     return text if len(text := repr(value)) <= 40 else text[:37] + "..."
 
 
-class TraceClock:
-    """Times of a file's records: all have the same kind of time, or none has one."""
+class TimeUnit(NamedTuple):
+    """Unit of a file's times."""
 
-    def __init__(self) -> None:
+    name: str
+    """A name of ``UNITS``."""
+    because: str
+    """Reason of the choice."""
+    is_odd: bool = False
+    """True if the times suggest another unit than the format's, or than the chosen one."""
+
+    @property
+    def per_s(self) -> float:
+        """Parts of a second."""
+        return UNITS[self.name]
+
+
+def unit_of_times(times: Sequence[float], usual: str, asked: str = "") -> TimeUnit:
+    """Return the unit of ``times``, which is ``usual`` in their format, and ``asked`` if the user
+    has named one. ValueError for another name than s and ms. O(n log n).
+
+    >>> unit_of_times([1.5 * n for n in range(20)], "ms").name
+    's'
+    """
+    if asked not in ("", "s", "ms"):
+        raise ValueError(f"option 'times' is s or ms, not {asked!r}")
+    if asked:
+        return TimeUnit(asked, "as ?times= says")
+    largest = max(times, default=0.0)
+    for above, name in SINCE_1970:
+        if largest > above:
+            return TimeUnit(name, f"numbers of {largest:.3g} are times since 1970")
+    distinct = sorted(set(times))
+    if len(times) < FEWEST or len(distinct) < 2:
+        return TimeUnit(usual, "as the format has them")
+    median = float(np.median(np.diff(distinct)))
+    other = "s" if usual == "ms" else "ms"
+    gap_s, other_gap_s = (median / UNITS[name] * (1 + 1e-9) for name in (usual, other))
+    reasons = []
+    if not FASTEST_S <= gap_s <= SLOWEST_S:
+        reasons.append(f"the median distance would be {gap_s:.3g} s")
+    if usual == "s" and all(time % 1000 == 0 for time in distinct):
+        reasons.append("all are multiples of 1,000")
+    is_other = bool(reasons) and FASTEST_S <= other_gap_s <= SLOWEST_S
+    if usual == "ms" and any(time % 1 for time in distinct):
+        reasons.append("milliseconds with fractions are rare")
+    if not reasons:
+        return TimeUnit(usual, "as the format has them")
+    if not is_other:
+        return TimeUnit(usual, f"as the format has them, although {' and '.join(reasons)}", True)
+    return TimeUnit(other, f"in {usual} {' and '.join(reasons)}", True)
+
+
+class TraceClock:
+    """Times of a file's records: all have the same kind of time, or none has one. Numbers have
+    ``per_s`` parts of a second."""
+
+    def __init__(self, per_s: float = 1.0) -> None:
+        self._per_s = per_s
         self._untimed = count()
         self._kind = self._name = ""
         """Kind of the first record's time, and its field; empty before it."""
@@ -173,7 +233,7 @@ class TraceClock:
         if isinstance(name in record and record.number(name), str):
             kind, when_s = self._date(record, name)
         elif name in record:
-            kind, when_s = "a number as its time", record.seconds(name)
+            kind, when_s = "a number as its time", record.seconds(name) / self._per_s
         self._name = self._name or name
         if kind != (self._kind or kind):
             problem = f"but the records above have {self._kind} ({self._name})"
@@ -255,16 +315,81 @@ def make_folder(path: Path) -> Path:
 
 
 @contextmanager
-def open_bytes(path: str | Path) -> Iterator[BufferedReader | gzip.GzipFile]:
-    """Open a file, plain or gzipped, and skip its byte order mark. Reading may raise one of
-    ``DAMAGED``."""
+def open_bytes(path: str | Path) -> Iterator[Any]:
+    """Open a file, plain or compressed (``OPENERS``), and skip its byte order mark. Reading may
+    raise one of ``DAMAGED``. ValueError for another compression."""
     with open(path, "rb") as file:
-        zipped = file.read(2) == b"\x1f\x8b"
-    with gzip.open(path, "rb") if zipped else open(path, "rb") as opened:
+        head = file.read(6)
+    opener = next((one for magic, one in OPENERS.items() if head.startswith(magic)), open)
+    with opener(path, "rb") as opened:
         with suppress(*DAMAGED):  # the next read reports the line
             if opened.peek(3)[:3] == b"\xef\xbb\xbf":
                 opened.read(3)
         yield opened
+
+
+def _open_zstd(path: str | Path, _: str) -> Any:
+    try:
+        import zstandard  # type: ignore[import-not-found,unused-ignore]
+    except ModuleNotFoundError:
+        raise ValueError(
+            f"{path}: it is compressed with Zstandard: install the package zstandard, or unpack it "
+            "with `zstd -d`"
+        ) from None
+
+    class Source(io.RawIOBase):
+        """Decompressed bytes; a truncated file is ``DAMAGED``."""
+
+        def __init__(self) -> None:
+            self._file = open(path, "rb")  # noqa: SIM115 (closed with the source)
+            self._reader = zstandard.ZstdDecompressor().stream_reader(self._file)
+
+        def readable(self) -> bool:
+            return True
+
+        def readinto(self, buffer: Any) -> int:
+            try:
+                return int(self._reader.readinto(buffer))
+            except zstandard.ZstdError as error:
+                raise EOFError(str(error)) from error
+
+        def close(self) -> None:
+            self._file.close()
+            super().close()
+
+    return io.BufferedReader(Source())
+
+
+def _open_zip(path: str | Path, _: str) -> Any:
+    try:
+        archive = zipfile.ZipFile(path)
+        names = [one.filename for one in archive.infolist() if not one.is_dir()]
+    except zipfile.BadZipFile as error:
+        raise ValueError(f"{path}: it is not a readable zip archive ({error})") from None
+    if len(names) != 1:
+        raise ValueError(
+            f"{path}: a zip archive of {counted(len(names), 'file')}: unpack it, and name one of "
+            f"{', '.join(names[:5]) or 'them'}"
+        )
+    return archive.open(names[0])
+
+
+def _refuse(name: str) -> Callable[..., Any]:
+    def refuse(path: str | Path, _: str) -> Any:
+        raise ValueError(f"{path}: a {name}, which is not read: unpack it first")
+
+    return refuse
+
+
+OPENERS: dict[bytes, Callable[..., Any]] = {
+    b"\x1f\x8b": gzip.open,
+    b"\x28\xb5\x2f\xfd": _open_zstd,
+    b"PK\x03\x04": _open_zip,
+    b"BZh": _refuse("bzip2 file"),
+    b"\xfd7zXZ": _refuse("xz file"),
+    b"7z\xbc\xaf": _refuse("7-Zip archive"),
+}
+"""Functions that open compressed files, by their first bytes."""
 
 
 def head_of(path: str | Path) -> bytes:
@@ -277,14 +402,47 @@ def head_of(path: str | Path) -> bytes:
 
 
 def json_records(path: str | Path, bad: BadRecords) -> Records:
-    """Yield (line, object) for every record of JSON lines or of a JSON array, one at a time. Bad
-    records are reported."""
-    read = _array if head_of(path).startswith(b"[") else _lines
+    """Yield (line, object) for every record of JSON lines, of a JSON array or of a Parquet file,
+    one at a time. Bad records are reported."""
+    head = head_of(path)
+    if head.startswith(b"PAR1"):
+        yield from _parquet(path)
+        return
+    read = _array if head.startswith(b"[") else _lines
     for line, value in read(path, bad):
         if isinstance(value, dict):
             yield line, value
         else:
             bad.report(path, line, f"a JSON object was expected, not {type(value).__name__}")
+
+
+def _parquet(path: str | Path) -> Records:
+    """Yield (row, object) for every row. ValueError without a library or for a damaged file."""
+    try:
+        import pyarrow  # type: ignore[import-not-found,unused-ignore]
+        from pyarrow import parquet  # type: ignore[import-not-found,unused-ignore]
+    except ModuleNotFoundError:
+        raise ValueError(
+            f"{path}: a Parquet file: install the package pyarrow, or write it as JSON lines"
+        ) from None
+    try:
+        with parquet.ParquetFile(path) as file:
+            number = 0
+            for batch in file.iter_batches(batch_size=64):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield f"row {number}", _plain(row)
+    except pyarrow.ArrowException as error:
+        raise ValueError(f"{path}: it is not a readable Parquet file ({error})") from None
+
+
+def _plain(value: Any) -> Any:
+    """Return a value of Parquet as one of JSON, without fields that are null in a structure."""
+    if isinstance(value, dict):
+        return {name: _plain(one) for name, one in value.items() if one is not None}
+    if isinstance(value, list):
+        return [_plain(one) for one in value]
+    return value.isoformat() if isinstance(value, datetime) else value
 
 
 def _lines(path: str | Path, bad: BadRecords) -> Iterator[tuple[Line, object]]:
@@ -342,6 +500,59 @@ def _array(path: str | Path, bad: BadRecords) -> Iterator[tuple[Line, object]]:
             text, blank = text[end:], _BLANK
 
 
+SEPARATORS = {",": "comma", ";": "semicolon", "\t": "tab"}
+
+
+def csv_records(path: Path, bad: BadRecords) -> Records:
+    """Yield (line, row). Rows of another length, or with an open quote, are reported."""
+    csv.field_size_limit(LONGEST)  # of the whole process: 128 KiB of text are its default
+    with open_bytes(path) as file:
+        between = delimiter_of(file.peek(_HEAD)[:_HEAD])
+        rows = csv.reader((line.decode() for line in file), strict=True, delimiter=between)
+        names: list[str] = []
+        while True:
+            line = rows.line_num + 1
+            try:
+                row = next(rows, None)
+            except DAMAGED as error:
+                bad.report(path, line, DAMAGE.format(error))
+                return
+            except csv.Error as error:
+                kind = SEPARATORS[between]
+                problem = f"not {kind}-separated values ({error}), up to line {rows.line_num}"
+                bad.report(path, line, problem)
+                continue
+            if row is None:
+                return
+            if not names:
+                names = row
+            elif row and len(row) != len(names):
+                bad.report(path, line, f"{len(row)} fields under {len(names)} names")
+            elif row:
+                fields = zip(names, row, strict=True)
+                yield line, {name: value or None for name, value in fields if name}
+
+
+def table_records(path: Path, bad: BadRecords) -> Records:
+    """Yield (line, record) of a CSV file, or of another one."""
+    return csv_records(path, bad) if is_csv(path) else json_records(path, bad)
+
+
+def delimiter_of(head: bytes) -> str:
+    """Return the sign between the names of the first line: the most frequent of comma, semicolon
+    and tab, quoted ones not counted."""
+    names = re.sub(rb'"[^"]*"', b"", head.partition(b"\n")[0])
+    return max(SEPARATORS, key=lambda sign: names.count(sign.encode()))
+
+
+def is_csv(path: Path) -> bool:
+    """Return whether a file begins with a line of names, or has the ending of CSV and no JSON."""
+    head = head_of(path)
+    names = rb',*("?[A-Za-z][^{}\[\]:]*[,;\t][^{}\[\]:]*|prompt)'
+    has_names = re.fullmatch(names, head.partition(b"\n")[0].strip()) is not None
+    return has_names or (".csv" in path.suffixes and head[:1] not in b"{[")
+
+
 # --- Readers ------------------------------------------------------------------------------------
 
 
@@ -351,8 +562,12 @@ class FileReader:
 
     path: Path
     bad: BadRecords = field(default_factory=lambda: BadRecords(skip=False))
+    times: str = ""
+    """Unit of the times: ``s`` or ``ms``; ``unit_of_times`` decides if it is empty."""
     word: ClassVar[str]
     """Name of the format, as in ``word:path``."""
+    usual_times: ClassVar[str] = ""
+    """Unit of the times in this format; empty if it has none."""
 
     @property
     def unit(self) -> int:
@@ -382,6 +597,26 @@ class FileReader:
         """Yield (line, record). Records that cannot be read are reported to ``bad``."""
         return json_records(self.path, bad)
 
+    def times_of(self, record: Record) -> Iterable[object]:
+        """Return the numbers of the times in ``record``."""
+        return (record.number("timestamp"),) if "timestamp" in record else ()
+
+    def time_unit(self) -> TimeUnit:
+        """Return the unit of the times, judged by the first ``SAMPLED`` ones."""
+        found: list[float] = []
+        if not self.usual_times or self.times:
+            return unit_of_times(found, self.usual_times or "s", self.times)
+        for _, values in self.records(BadRecords(skip=True)):
+            with suppress(KeyError, ValueError, TypeError, AttributeError):
+                found += [
+                    float(one)
+                    for one in self.times_of(Record(values))
+                    if isinstance(one, int | float) and 0 <= one < math.inf
+                ]
+            if len(found) >= SAMPLED:
+                break
+        return unit_of_times(found, self.usual_times)
+
     def parser(self, notes: Notes) -> Callable[[Record], Iterable[TraceRequest]]:
         """Return the function that converts the next record to requests. It raises KeyError,
         ValueError or OverflowError, without any other effect, if the record is invalid."""
@@ -389,16 +624,16 @@ class FileReader:
 
     def __call__(self) -> Iterator[TraceRequest]:
         """Yield the requests in order of time. BadRecordError for one that cannot be read."""
-        notes, number, first_s, last_s = Notes(self.path), 0, math.inf, 0.0
-        requests = self.ordered(self.parsed(self.records(self.bad), self.parser(notes)))
-        for request in requests:
-            first_s, last_s = min(first_s, request.timestamp_s), request.timestamp_s
-            number += 1
-            yield request
-        is_crowded = 0 < last_s - first_s < max(number >= MANY, number / MOST_PER_S)
-        if number >= FEWEST and (is_crowded or last_s > LAST_S):
-            notes.say(ODD_TIMES.format(number, first_s, last_s))
+        notes = Notes(self.path)
+        self.judge_times(notes)
+        yield from self.ordered(self.parsed(self.records(self.bad), self.parser(notes)))
         notes.end()
+
+    def judge_times(self, notes: Notes) -> None:
+        """Warn if the times suggest another unit."""
+        unit = self.time_unit()
+        if unit.is_odd:
+            notes.say(f"times are read in {unit.name}: {unit.because}; ?times=s or ms decides")
 
     def parsed(
         self, records: Records, parse: Callable[[Record], Iterable[_T]]
@@ -495,6 +730,7 @@ class SessionReader(FileReader):
 
     def __call__(self) -> Iterator[TraceRequest]:
         notes = Notes(self.path)
+        self.judge_times(notes)
         parse = self.parser(notes)
 
         def session(record: Record) -> Iterator[list[TraceRequest]]:

@@ -14,18 +14,25 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from itertools import islice
+from typing import Any, ClassVar
 
 import numpy as np
 from sortedcontainers import SortedDict
 
 from hybridcache.client_habits import DETAILS, THOUGHTS, length_of
-from hybridcache.lab.trace import BadRecords, FreshIds, TraceRequest
+from hybridcache.lab.trace import UNNAMED, BadRecords, FreshIds, TraceRequest
 from hybridcache.lab.traces.dialects import ROLES, Chat, answer_of, is_response, plain_chat
-from hybridcache.lab.traces.frame import FEWEST, FileReader, Line, Notes, Record, TraceClock
+from hybridcache.lab.traces.frame import (
+    FEWEST,
+    FileReader,
+    Line,
+    Notes,
+    Record,
+    Records,
+    TraceClock,
+)
 from hybridcache.lab.traces.text import ChatText
 
-SINCE_1970 = ((1e17, 1e9), (1e14, 1e6), (1e11, 1e3))
-"""Numbers above the first value are times since 1970, in the second value's parts of a second."""
 NAMES: dict[str, tuple[str, ...]] = {
     field: tuple(names.split())
     for field, names in {
@@ -37,13 +44,35 @@ NAMES: dict[str, tuple[str, ...]] = {
         "length": "output_tokens completion_tokens answer_tokens output_length "
         "max_tokens max_completion_tokens max_output_tokens",
         "model": "model",
-        "system": "system",
+        "system": "system instructions",
         "tools": "tools",
         "tenant": "cache_salt tenant tenant_id namespace",
         "status": "status_code status",
     }.items()
 }
 """Fields of a record and the names that contain them. The first name with a value counts."""
+
+
+def messages_of(given: object) -> object:
+    """Return the messages of an ``input`` of the Responses API: a text, or items. Thoughts are left
+    out: servers omit them from prompts."""
+    if isinstance(given, str):
+        return [{"role": "user", "content": given}]
+    if not _are_objects(given) or not isinstance(given, list):
+        return given
+    found = []
+    for item in given:
+        kind = item.get("type", "message")
+        if kind == "function_call":
+            call = {"name": item.get("name"), "arguments": item.get("arguments")}
+            found.append({"role": "assistant", "content": "", "tool_calls": [{"function": call}]})
+        elif kind == "function_call_output":
+            found.append({"role": "tool", "content": item.get("output")})
+        elif kind != "reasoning":
+            found.append(item)
+    return found
+
+
 BODIES = ("request", "request_body", "body")
 """Names of an object that holds the fields of a request."""
 OF_MESSAGE = ("role", "content", "tool_calls", "function_call")
@@ -108,12 +137,47 @@ def _decoded(field: str, value: object) -> object:
     return value
 
 
+def of_coding_session(record: Record) -> Record:
+    """Return a line of Claude Code's session files as a single message; another one unchanged. The
+    messages of each subagent are a session of their own."""
+    message = record.get("message")
+    if "sessionId" not in record or not isinstance(message, dict) or "role" not in message:
+        return record
+    found = Record(role=message["role"], content=message.get("content"))
+    found["session"] = record["sessionId"]
+    if record.get("isSidechain"):
+        found["session"] = f"{record['sessionId']}/{record.get('agentId') or 'subagent'}"
+    return Record(found | {name: record[name] for name in ("timestamp",) if name in record})
+
+
+def joined(records: Records) -> Records:
+    """Yield records; the content of lines that follow each other with the same ``message.id`` is
+    joined in the first."""
+    held: tuple[Line, dict[str, Any]] | None = None
+    for line, record in records:
+        message = record.get("message")
+        parts = message.get("content") if isinstance(message, dict) and "id" in message else None
+        if held is not None:
+            first = held[1]["message"]
+            if isinstance(parts, list) and first["id"] == message["id"]:  # type: ignore[index]
+                first["content"] = [*first["content"], *parts]
+                continue
+            yield held
+            held = None
+        if isinstance(parts, list):
+            held = line, record
+        else:
+            yield line, record
+    if held is not None:
+        yield held
+
+
 class Named(Record):
     """Fields of a record under the names of ``NAMES``."""
 
     def __init__(self, record: Record, names: dict[str, str]) -> None:
         """``names`` are those that the user gave. Raises ValueError if one of them is missing."""
-        record = spelled(record, names.values())
+        record = spelled(of_coding_session(record), names.values())
         body = None if {"messages", "prompt"} & record.keys() else record.first(BODIES)
         inner = _decoded(body, record[body]) if body else None
         if isinstance(inner, dict):
@@ -128,19 +192,24 @@ class Named(Record):
                 raise ValueError(f"there is no column {own!r}; it has {', '.join(record)}")
             if found := record.first((own,) if own else known):
                 self.used[field], self[field] = found, _decoded(field, record[found])
+        if (
+            not self.keys() & {"messages", "prompt"}
+            and "input" in record
+            and not names.get("prompt")
+        ):
+            self.used["messages"], self["messages"] = "input", messages_of(record["input"])
         if "messages" in self:  # One of both is read.
             other = "messages" if names.get("prompt") else "prompt"
             for fields in (self, self.used):
                 fields.pop(other, None)
         self._prompt_name = names.get("prompt") or "prompt"
-        self.has_prompt = bool({self._prompt_name, "messages"} & record.keys())
+        self.has_prompt = bool({self._prompt_name, "messages"} & (record.keys() | self.keys()))
         """True if it has a prompt or messages, which may be null."""
         self.is_message = "role" in record and not self.has_prompt
 
     def time_s(self, clock: TraceClock) -> float:
         """Return the time in seconds, of the next record of ``clock``."""
-        when = clock.at(self.record, self.used.get("time", ""))
-        return when / next((unit for above, unit in SINCE_1970 if when > above), 1.0)
+        return clock.at(self.record, self.used.get("time", ""))
 
     @property
     def has_failed(self) -> bool:
@@ -232,8 +301,46 @@ class Named(Record):
 
 
 @dataclass(frozen=True, slots=True)
-class NamedReader(FileReader):
+class NamedTimes(FileReader):
     """Reader of records with named fields, whose times count from the first."""
+
+    usual_times: ClassVar[str] = "s"
+
+    @property
+    def names(self) -> dict[str, str]:
+        """Names of the user, by field; empty for those of ``NAMES``."""
+        fields = ("time", "session", "answer", "length", "tenant")
+        return {name: getattr(self, name, "") for name in fields}
+
+    def first_fields(self) -> Record:
+        """Return the fields of the first hundred records, each with its first value."""
+        merged = Record()
+        for _, record in islice(self.records(BadRecords(skip=True)), 100):
+            merged |= {name: each for name, each in record.items() if merged.get(name) is None}
+        return merged
+
+    def named(self, record: Record) -> Named:
+        """Return named fields. ValueError, with the file, if one that the user named is missing."""
+        try:
+            return Named(record, self.names)
+        except ValueError as error:
+            raise ValueError(f"{self.path}: {error}") from None
+
+    def times_of(self, record: Record) -> Iterator[object]:
+        named = Named(record, self.names)
+        if name := named.used.get("time"):
+            yield named.record.number(name)
+
+    def ordered(self, found: Iterator[tuple[Line, TraceRequest]]) -> Iterator[TraceRequest]:
+        began_s: float | None = None
+        for request in FileReader.ordered(self, found):
+            began_s = request.timestamp_s if began_s is None else began_s
+            yield request._replace(timestamp_s=request.timestamp_s - began_s)
+
+
+@dataclass(frozen=True, slots=True)
+class NamedReader(NamedTimes):
+    """Reader of texts."""
 
     tokenizer: str = ""
     template: str = "chatml"
@@ -248,25 +355,13 @@ class NamedReader(FileReader):
 
     @property
     def names(self) -> dict[str, str]:
-        """Names of the user, by field; empty for those of ``NAMES``."""
         fields = ("prompt", "time", "session", "answer", "length", "tenant")
         return {name: getattr(self, name) for name in fields}
 
-    def ordered(self, found: Iterator[tuple[Line, TraceRequest]]) -> Iterator[TraceRequest]:
-        began_s: float | None = None
-        for request in FileReader.ordered(self, found):
-            began_s = request.timestamp_s if began_s is None else began_s
-            yield request._replace(timestamp_s=request.timestamp_s - began_s)
-
     def describe(self) -> str:
         """Return the names that are read for each field in the first hundred records."""
-        merged = Record()
-        for _, record in islice(self.records(BadRecords(skip=True)), 100):
-            merged |= {name: each for name, each in record.items() if merged.get(name) is None}
-        try:
-            return Named(merged, self.names).describe() if merged else ""
-        except ValueError as error:
-            raise ValueError(f"{self.path}: {error}") from None
+        merged = self.first_fields()
+        return self.named(merged).describe() if merged else ""
 
 
 # --- Sessions -----------------------------------------------------------------------------------
@@ -315,7 +410,7 @@ class Prompts:
         if name == "":
             number, continues = self._continued.session(f"{record.namespace()}\0{said}")
             self._num_continued += continues
-            return f"unnamed {number}"
+            return f"{UNNAMED}{number}"
         size, digest = self._last.get(name, (0, 0))
         self._num_later += size > 0
         self._num_continued += size > 0 and hash(said[:size]) == digest

@@ -41,6 +41,12 @@ def header_of(path: Path) -> tuple[int, str]:
         raise BadRecordError(f"{path}, line {line}: {error}") from error
 
 
+def has_header(path: Path) -> bool:
+    """Return whether a file begins with the line that ``write_own`` writes."""
+    _, values = next(json_records(path, BadRecords(skip=True)), (1, {}))
+    return values.get("format") == "hybridcache"
+
+
 def write_own(trace: Trace, file: TextIO) -> int:
     """Write ``trace`` as ``jsonl`` and return the number of requests. Prompts that repeat their
     session are written as ``prefix``."""

@@ -27,6 +27,7 @@ class CodingAgentReader(SessionReader):
     """Recorded sessions with their own pauses. ``starts`` sets the times of their starts."""
 
     word: ClassVar[str] = "coding-agent"
+    usual_times: ClassVar[str] = "s"
     starts: Starts = field(default_factory=lambda: Starts("fixed", 1 / 300))
     unit: int = 64
 
@@ -38,8 +39,12 @@ class CodingAgentReader(SessionReader):
     def is_left_out(record: Record) -> bool:
         return bool(record.get("dup"))  # recorded twice
 
+    def times_of(self, record: Record) -> Iterator[object]:
+        yield from (request.number("t") for request in record.objects("requests"))
+
     def parser(self, notes: Notes) -> Callable[[Record], Iterator[TraceRequest]]:
         unit, fresh, known, taken = self.unit, FreshIds(), KnownIds(), Counter[str]()
+        per_s = self.time_unit().per_s
 
         @cache
         def blocks(*sizes: int) -> Tokens:
@@ -57,7 +62,9 @@ class CodingAgentReader(SessionReader):
                 tokens[:shared] = np.concatenate((blocks(sizes[0]), blocks(*sizes)))[:shared]
                 one = request_of_blocks(request, tokens, unit, fresh, ("in", "out"))
                 kept = chat_boundaries(len(one.tokens), (shared,), (len(tokens),)).positions
-                one = one._replace(timestamp_s=when_s, session=names[agent], boundaries=kept)
+                one = one._replace(
+                    timestamp_s=when_s / per_s, session=names[agent], boundaries=kept
+                )
                 yield one._replace(stop_reason=STOP_REASONS.get(str(request.get("stop")), ""))
 
         return parse

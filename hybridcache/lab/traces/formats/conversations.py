@@ -27,7 +27,9 @@ class ConversationsReader(SessionReader):
 
     @staticmethod
     def recognises(record: Record) -> bool:
-        return Named(record, {}).is_whole
+        """Return whether its messages end with an answer, or are a list ``conversation``, as in
+        LMSYS-Chat-1M and WildChat."""
+        return Named(record, {}).is_whole or _listed(record) == "conversation"
 
     def parser(self, notes: Notes) -> Callable[[Record], Iterator[TraceRequest]]:
         chat, numbers = load_chat_text(self.tokenizer, self.template), count(1)
@@ -47,7 +49,18 @@ class ConversationsReader(SessionReader):
 
     def conversation(self, record: Record, number: int) -> tuple[str | int, list[Record]]:
         """Return (session, messages) of the ``number``-th record."""
-        return number, [spelled(message) for message in record.objects("messages")]
+        return number, [spelled(message) for message in record.objects(_listed(record))]
+
+
+def _listed(record: Record) -> str:
+    """Return the name of the field with the messages of a conversation."""
+    said = record.get("conversation")
+    are_messages = (
+        isinstance(said, list)
+        and said
+        and all(isinstance(one, dict) and "role" in one for one in said)
+    )
+    return "conversation" if are_messages and "messages" not in record else "messages"
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,9 +10,9 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from hybridcache.lab.trace import FreshIds, TraceRequest, checked, units
-from hybridcache.lab.traces.frame import FileReader, Notes, Record, TraceClock
-from hybridcache.lab.traces.own import FIELDS, READ, header_of
+from hybridcache.lab.trace import UNNAMED, FreshIds, TraceRequest, checked, units
+from hybridcache.lab.traces.frame import FileReader, Notes, Record, TimeUnit, TraceClock
+from hybridcache.lab.traces.own import FIELDS, READ, has_header, header_of
 from hybridcache.tokens import Tokens
 
 
@@ -21,6 +21,7 @@ class OwnReader(FileReader):
     """Files written by ``write_own`` or by a program of the user."""
 
     word: ClassVar[str] = "jsonl"
+    usual_times: ClassVar[str] = "s"
 
     @staticmethod
     def recognises(record: Record) -> bool:
@@ -36,19 +37,25 @@ class OwnReader(FileReader):
     def unit(self) -> int:
         return header_of(self.path)[0]
 
+    def time_unit(self) -> TimeUnit:
+        if not self.times and has_header(self.path):
+            return TimeUnit("s", "as our own format has them")
+        return FileReader.time_unit(self)
+
     @property
     def counted_by(self) -> str:
         return header_of(self.path)[1]
 
     def parser(self, notes: Notes) -> Callable[[Record], Iterator[TraceRequest]]:
-        unit, fresh, clock, numbers = self.unit, FreshIds(), TraceClock(), count()
+        unit, fresh, numbers = self.unit, FreshIds(), count()
+        clock = TraceClock(self.time_unit().per_s)
         last = dict[Hashable, Tokens]()
         """Last prompt and answer of each session, for ``prefix``."""
 
         def parse(record: Record) -> Iterator[TraceRequest]:
             if unread := ", ".join(name for name in record if name not in READ):
                 notes.count(f"with fields that are not read: {unread}", "record")
-            values: dict[str, Any] = {"session": f"unnamed {next(numbers)}", "namespace": None}
+            values: dict[str, Any] = {"session": f"{UNNAMED}{next(numbers)}", "namespace": None}
             for name, (field, read) in FIELDS.items():
                 if record.get(name) is not None:
                     values[field] = read(record, name)

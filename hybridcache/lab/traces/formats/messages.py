@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
-from hybridcache.lab.trace import FreshIds, TraceRequest
-from hybridcache.lab.traces.frame import Notes, Record, TraceClock
-from hybridcache.lab.traces.named import Conversation, Named, NamedReader, Prompts
+from hybridcache.lab.trace import BadRecords, FreshIds, TraceRequest
+from hybridcache.lab.traces.frame import FileReader, Notes, Record, Records, TraceClock
+from hybridcache.lab.traces.named import Conversation, Named, NamedReader, Prompts, joined
 from hybridcache.lab.traces.text import load_chat_text
 
 FAILED = "of failed requests left out (status 400 or more, error or failed)"
@@ -32,9 +32,20 @@ class MessagesReader(NamedReader):
         named = Named(record, {})
         return named.has_prompt or (named.is_message and "content" in named.record)
 
+    @staticmethod
+    def is_left_out(record: Record) -> bool:
+        """Return whether it is a line of a coding session without a message: a summary, a state."""
+        has_session = "sessionId" in record or "leafUuid" in record
+        return has_session and "type" in record and not isinstance(record.get("message"), dict)
+
+    def records(self, bad: BadRecords) -> Records:
+        """Yield (line, record). Lines with parts of one answer (Claude Code writes one per block)
+        are one record."""
+        return joined(FileReader.records(self, bad))
+
     def parser(self, notes: Notes) -> Callable[[Record], Iterator[TraceRequest]]:
         chat, names = load_chat_text(self.tokenizer, self.template), self.names
-        clock, fresh, prompts = TraceClock(), FreshIds(), Prompts(notes)
+        clock, fresh, prompts = TraceClock(self.time_unit().per_s), FreshIds(), Prompts(notes)
         conversations = defaultdict[str | int, Conversation](Conversation)
 
         def parse(raw: Record) -> Iterator[TraceRequest]:

@@ -14,7 +14,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from hybridcache.lab.trace import FreshIds, TraceRequest
+from hybridcache.lab.trace import UNNAMED, FreshIds, TraceRequest
 from hybridcache.lab.traces.frame import FileReader, Notes, Record, request_of_blocks
 from hybridcache.lab.traces.named import NAMES
 
@@ -24,7 +24,7 @@ class MooncakeReader(FileReader):
     """Times in milliseconds. A request without a session is a session of its own."""
 
     word: ClassVar[str] = "mooncake"
-    times_per_s: ClassVar[int] = 1000
+    usual_times: ClassVar[str] = "ms"
     unit: int = 512
 
     @staticmethod
@@ -33,9 +33,10 @@ class MooncakeReader(FileReader):
 
     def parser(self, notes: Notes) -> Callable[[Record], Iterator[TraceRequest]]:
         fresh, session, numbers = FreshIds(), self.sessions(), dict[str | int, int]()
+        per_s = self.time_unit().per_s
 
         def parse(record: Record) -> Iterator[TraceRequest]:
-            when_s = record.seconds("timestamp") / self.times_per_s
+            when_s = record.seconds("timestamp") / per_s
             hashes = record.values_of("hash_ids")
             if not {*map(type, hashes)} <= {int, str}:
                 raise ValueError("hash_ids holds more than whole numbers and texts")
@@ -51,7 +52,7 @@ class MooncakeReader(FileReader):
 
         def session(record: Record) -> Hashable:
             name = record.first(NAMES["session"])
-            return record.key(name) if name else f"unnamed {next(numbers)}"
+            return record.key(name) if name else f"{UNNAMED}{next(numbers)}"
 
         return session
 
@@ -62,7 +63,7 @@ class BailianReader(MooncakeReader):
     request continues the session of its parent; a second child opens another session."""
 
     word: ClassVar[str] = "bailian"
-    times_per_s: ClassVar[int] = 1
+    usual_times: ClassVar[str] = "s"
     unit: int = 16
 
     @staticmethod

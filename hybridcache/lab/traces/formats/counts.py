@@ -1,0 +1,80 @@
+"""Logs of numbers of tokens without texts: JSON lines or CSV, a request in each row. A prompt is
+taken to continue the prompt and answer before it in its session; sessions share ``system`` tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from hybridcache.lab.trace import BadRecords, FreshIds, KnownIds, TraceRequest
+from hybridcache.lab.traces.formats.messages import FAILED
+from hybridcache.lab.traces.frame import Notes, Record, Records, TraceClock, table_records
+from hybridcache.lab.traces.named import Named, NamedTimes
+from hybridcache.tokens import Tokens
+
+COUNTS = ("prompt_tokens", "input_tokens", "num_prompt_tokens", "input_length")
+EMPTY, OTHER = "of no prompt tokens left out", "of other values than those of ?where= left out"
+
+
+@dataclass(frozen=True, slots=True)
+class CountsReader(NamedTimes):
+    """Rows with a number of prompt tokens and a session."""
+
+    word: ClassVar[str] = "counts"
+    prompt: str = ""
+    """Column of the tokens of prompts, if it has another name; so are the next four."""
+    time: str = ""
+    session: str = ""
+    length: str = ""
+    tenant: str = ""
+    where: str = ""
+    """Rows to read, as ``column:value``, joined by commas."""
+    system: int = 0
+
+    @staticmethod
+    def recognises(record: Record) -> bool:
+        named = Named(record, {})
+        is_alone = "session" in named and not named.has_prompt
+        return is_alone and named.record.first(COUNTS) is not None
+
+    def records(self, bad: BadRecords) -> Records:
+        return table_records(self.path, bad)
+
+    def parser(self, notes: Notes) -> Callable[[Record], Iterator[TraceRequest]]:
+        clock, known, fresh = TraceClock(self.time_unit().per_s), KnownIds(), FreshIds()
+        head = np.arange(known.reserve(self.system), self.system, dtype=np.int32)
+        last = dict[object, Tokens]()
+        wanted = dict(one.split(":", 1) for one in self.where.split(",") if ":" in one)
+
+        def parse(raw: Record) -> Iterator[TraceRequest]:
+            record = Named(raw, self.names)
+            row, name = record.record, self.prompt or raw.first(COUNTS) or COUNTS[0]
+            if any(str(raw[column]) != value for column, value in wanted.items()):
+                return notes.count(OTHER, "row")
+            if record.has_failed or row.number(name) in (None, 0):
+                return notes.count(FAILED if record.has_failed else EMPTY, "row")
+            session, namespace = record.key("session"), record.namespace()
+            before = last.get((namespace, session), head)
+            length, answer = row.whole(name, 1), record.used.get("length")
+            first = known.reserve(added := max(0, length - len(before)))
+            new = np.arange(first, first + added, dtype=np.int32)
+            output = fresh.take(row.whole(answer) if answer else 0)
+            tokens, now_s = np.concatenate((before[:length], new)), record.time_s(clock)
+            last[namespace, session] = np.concatenate((tokens, output))
+            yield TraceRequest(now_s, session, namespace, tokens, output)
+
+        return parse
+
+    def describe(self) -> str:
+        """Return the columns that are read. ValueError if one is missing."""
+        merged = self.first_fields()
+        name, used = self.prompt or merged.first(COUNTS), self.named(merged).used if merged else {}
+        if merged and (name not in merged or "session" not in used):
+            fault = f"no column of prompt tokens or sessions; it has {', '.join(merged)}"
+            raise ValueError(f"{self.path}: {fault}: add ?prompt=COLUMN&session=COLUMN")
+        pairs = ", ".join(f"{field}={one}" for field, one in used.items())
+        return f"prompt={name}, {pairs} (a prompt continues the one before it in its session)"
