@@ -151,7 +151,8 @@ def load_tokenizer_of(config: EngineConfig, vocab_size: int | None) -> Tokenizer
 
 
 def _own_tokenizer_of(config: EngineConfig, vocab_size: int | None) -> Tokenizer | None:
-    from engine.text.tokenizer import HFTokenizer, IdTokenizer, has_tokenizer, named_eos
+    from engine.text.tokenizer import IdTokenizer
+    from engine.text.tokenizer_files import HFTokenizer, has_tokenizer, named_eos
 
     path, eos = Path(config.tokenizer or config.model_dir), frozenset[int]()
     max_ids = vocab_size if config.tokenizer else None

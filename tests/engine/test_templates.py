@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from engine.front.chat_prompt import Conversation, Rendering, mark_control_tokens
 from engine.text import sandbox
 from engine.text.sandbox import TOO_MUCH, Renderer, TemplateError
-from engine.text.tokenizer import ChatTemplate, HFTokenizer
+from engine.text.tokenizer import ChatTemplate
+from engine.text.tokenizer_files import HFTokenizer
 from hybridcache.tokens import common_prefix_len
 from tests.engine.history.agent import TEMPLATE
 

@@ -22,7 +22,7 @@ from engine.front.server.tool_calls.tags import Xml
 from engine.plugins.guided.guides import check_beginning, make_matcher, make_vocabulary
 from engine.text.answers import ToolCall
 from engine.text.grammar import Grammar, GrammarError
-from engine.text.tokenizer import HFTokenizer
+from engine.text.tokenizer_files import HFTokenizer
 
 llguidance = pytest.importorskip("llguidance")
 

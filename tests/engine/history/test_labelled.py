@@ -19,7 +19,8 @@ from engine.front.server.bodies import decode
 from engine.front.server.endpoints.explain import Explanations
 from engine.front.server.schemas import ChatRequest
 from engine.text.answers import AnswerReader, RequestOutput, as_message
-from engine.text.tokenizer import ChatTemplate, HFTokenizer
+from engine.text.tokenizer import ChatTemplate
+from engine.text.tokenizer_files import HFTokenizer
 from tests.engine.history.scripted import ScriptedEngine
 
 THINKING = """\

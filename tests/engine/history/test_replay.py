@@ -11,7 +11,7 @@ import pytest
 
 from engine.front.chat_prompt import ChatPrompt, Conversation, Rendering, SampledTurn
 from engine.front.server.settings import ServerConfig
-from engine.text.tokenizer import HFTokenizer
+from engine.text.tokenizer_files import HFTokenizer
 from tests.engine.history import agent
 from tests.engine.history.agent import make_model_dir, sampled_like
 from tests.engine.history.scripted import ScriptedEngine
