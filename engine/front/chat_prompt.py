@@ -129,7 +129,7 @@ def _digest(before: bytes, value: object) -> bytes:
     return hashlib.blake2b(before + text, digest_size=16).digest()
 
 
-class Cut(NamedTuple):
+class PromptCut(NamedTuple):
     """A place in a chat up to which the client declares that later chats will be equal."""
 
     message: int | None
@@ -146,7 +146,7 @@ class Conversation:
     tools: Sequence[Mapping[str, object]] | None = None
     variables: Mapping[str, object] | None = None
     """Switches of the template."""
-    cuts: Sequence[Cut] = ()
+    cuts: Sequence[PromptCut] = ()
     add_generation_prompt: bool = True
     """True if the prompt ends with the beginning of an answer."""
     continues_last: bool = False
@@ -365,7 +365,7 @@ def _futures(messages: Sequence[Message], with_tools: bool, thinks: bool) -> lis
 def _future_behind(
     messages: Sequence[Message], index: int | None, content: str | None
 ) -> list[Message]:
-    """Return a chat that equals this one up to a ``Cut``, and differs right after it."""
+    """Return a chat that equals this one up to a ``PromptCut``, and differs right after it."""
     ask: Message = {"role": "user", "content": PROBE}
     if index is None:
         return [{"role": "system", "content": PROBE}, ask]

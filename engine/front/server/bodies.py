@@ -194,11 +194,11 @@ async def run(size: int, work: Callable[[], Result]) -> Result:
     return await asyncio.get_running_loop().run_in_executor(_threads, work)
 
 
-class Part(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+class FixedObject(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     """Object of a fixed form inside a body. Unknown names are refused unless they are null."""
 
 
-class Body(Part, kw_only=True):
+class Body(FixedObject, kw_only=True):
     """Base of all bodies."""
 
     NEUTRAL: ClassVar[Mapping[str, Collection[object] | None]] = {}

@@ -13,12 +13,12 @@ import msgspec
 from msgspec import Meta, structs
 
 from engine.errors import Json, JsonObject
-from engine.front.chat_prompt import Conversation, Cut
+from engine.front.chat_prompt import Conversation, PromptCut
 from engine.front.server.bodies import (
     MAX_NODES,
     TOO_MANY,
     Body,
-    Part,
+    FixedObject,
     checked_tool,
     converted,
     num_nodes,
@@ -80,7 +80,7 @@ class NamedSchema(msgspec.Struct, kw_only=True):
     schema: JsonObject | bool | None = None
 
 
-class ResponseFormat(Part, kw_only=True, omit_defaults=True):
+class ResponseFormat(FixedObject, kw_only=True, omit_defaults=True):
     """Form of an answer, with ``json_schema`` in chats, and with its fields in other dialects."""
 
     type: Literal["text", "json_object", "json_schema"]
@@ -100,7 +100,7 @@ class ResponseFormat(Part, kw_only=True, omit_defaults=True):
         return Grammar.of_schema(schema)
 
 
-class StructuredOutputs(Part, kw_only=True):
+class StructuredOutputs(FixedObject, kw_only=True):
     """vLLM's structured outputs. Only one of them may be set."""
 
     json: JsonObject | bool | str | None = None
@@ -447,9 +447,9 @@ class ChatRequest(Sampling, kw_only=True):
         groups = [[one] for one in self.messages]
         if num_first > 1 and not _writes(template, (*roles[: min(num_first, 3)], "user")):
             groups[:num_first], roles[:num_first] = [self.messages[:num_first]], roles[:1]
-        chat, cuts = list[JsonObject](), list[Cut]()
+        chat, cuts = list[JsonObject](), list[PromptCut]()
         if any(tool.get("cache_control") for tool in self.tools or ()):
-            cuts.append(Cut(None))
+            cuts.append(PromptCut(None))
         for role, group in zip(roles, groups, strict=True):
             texts, length, marks = list[str](), 0, list[tuple[int, int]]()
             for parts in (one.parts for one in group):
@@ -463,13 +463,13 @@ class ChatRequest(Sampling, kw_only=True):
                 marks.append((0, 0))
             content = "".join(texts)
             for number, end in marks[-MAX_CUTS - 1 :]:
-                cuts.append(Cut(len(chat), content[:end] if number < len(texts) else None))
+                cuts.append(PromptCut(len(chat), content[:end] if number < len(texts) else None))
             chat.append(group[0].as_template_input(role, content))
         return Conversation(
             chat,
             self.plain_tools or None,
             (switches | (self.chat_template_kwargs or {})) or None,
-            [cut for cut in cuts if cut != Cut(len(chat) - 1)][-MAX_CUTS:],
+            [cut for cut in cuts if cut != PromptCut(len(chat) - 1)][-MAX_CUTS:],
             self.add_generation_prompt is not False and not self.continue_final_message,
             self.continue_final_message,
         )

@@ -18,7 +18,7 @@ from starlette.responses import Response
 
 from engine.errors import Json, JsonObject
 from engine.front.server.access import Tenant
-from engine.front.server.bodies import APIError, Part, checked_tool, json_response, quoted
+from engine.front.server.bodies import APIError, FixedObject, checked_tool, json_response, quoted
 from engine.front.server.endpoints.chat import PartWriter, as_tool, chat_of, named_event
 from engine.front.server.schemas import (
     IGNORED,
@@ -179,7 +179,7 @@ class NamespaceTool(msgspec.Struct, kw_only=True, tag_field="type", tag="namespa
 AnyTool = FunctionTool | NamespaceTool
 
 
-class NamedFunction(Part, kw_only=True):
+class NamedFunction(FixedObject, kw_only=True):
     type: Literal["function"]
     name: Name
 
