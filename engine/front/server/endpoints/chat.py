@@ -158,13 +158,12 @@ class ChatWriter(Writer):
     ) -> JsonObject:
         """Return the fields of a choice, or of a part of it, besides its text."""
         answer = self.readers[index]
-        told: JsonObject = {"logprobs": self._scores(scores), "finish_reason": answer.finish}
+        logprobs = self._scores(scores) if self._body.logprobs else None
+        told: JsonObject = {"logprobs": logprobs, "finish_reason": answer.finish}
         return told | answer.warned | self._ids("token_ids", token_ids)
 
-    def _scores(self, scores: Sequence[SampledToken] | None) -> JsonObject | None:
-        """Return one object per token, with its best alternatives, if they are requested."""
-        if not self._body.logprobs:
-            return None
+    def _scores(self, scores: Sequence[SampledToken] | None) -> JsonObject:
+        """Return one object per token, with its best alternatives."""
         tokenizer, num_top = self._context.tokenizer, self._body.top_logprobs or 0
 
         def entry(token_id: int, logprob: float | None) -> JsonObject:
