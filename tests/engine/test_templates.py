@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -9,6 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.front.chat_prompt import Conversation, Rendering, mark_control_tokens
+from engine.front.server.bodies import decode
+from engine.front.server.schemas import ChatRequest
 from engine.text import sandbox
 from engine.text.sandbox import TOO_MUCH, Renderer, TemplateError
 from engine.text.tokenizer import ChatTemplate
@@ -181,3 +184,33 @@ def test_an_interrupt_leaves_no_answer_for_the_next_rendering(
     with pytest.raises(KeyboardInterrupt):
         template.render(CHAT, variables={"n": 1})
     assert template.render(CHAT, variables={"n": 2}) == "2"
+
+
+PARTS = st.lists(st.tuples(st.sampled_from(["", "a", "b "]), st.booleans()), max_size=3)
+
+
+@given(st.lists(st.tuples(st.sampled_from(["user", "assistant", "system"]), PARTS), min_size=1))
+def test_a_conversation_has_every_part_and_the_last_marked_places(
+    given_messages: list[tuple[str, list[tuple[str, bool]]]],
+) -> None:
+    """Compare with a plain reading: parts on lines, and a cut behind each mark except the end."""
+    mark = {"cache_control": {"type": "ephemeral"}}
+    messages = [
+        {
+            "role": role,
+            "content": [{"type": "text", "text": text} | (mark if m else {}) for text, m in parts],
+        }
+        for role, parts in given_messages
+    ]
+    body = decode(ChatRequest, json.dumps({"messages": messages}).encode())
+    source = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+    chat = body.conversation(ChatTemplate(source), {})
+    texts = [[text for text, _ in parts] for _, parts in given_messages]
+    assert [one["content"] for one in chat.messages] == ["\n".join(each) for each in texts]
+    cuts = [
+        (index, "\n".join(texts[index][:end]) if end < len(parts) else None)
+        for index, (_, parts) in enumerate(given_messages)
+        for end, (_, is_marked) in enumerate(parts, 1)
+        if is_marked
+    ]
+    assert [*chat.cuts] == [cut for cut in cuts if cut != (len(messages) - 1, None)][-4:]
