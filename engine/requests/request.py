@@ -41,7 +41,8 @@ from engine.text.answers import (
     Transferred,
 )
 from engine.text.grammar import Grammar, GrammarError
-from engine.text.tokenizer import CLOSE, IdTokenizer, Tokenizer, read_json
+from engine.text.tokenizer import CLOSE, IdTokenizer, Tokenizer
+from engine.text.tokenizer_files import read_json
 from hybridcache.geometry.gguf import gguf_file
 from hybridcache.radix.protocol import PromptBoundaries, require_boundaries
 from hybridcache.scheduling.request import ScheduledRequest

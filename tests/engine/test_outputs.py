@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.text.answers import Phase, TextStream
-from engine.text.tokenizer import HFTokenizer, StreamDecoder
+from engine.text.tokenizer import StreamDecoder
+from engine.text.tokenizer_files import HFTokenizer
 
 letters = st.text("abé", max_size=40)
 
