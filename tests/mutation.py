@@ -52,7 +52,6 @@ class Group(NamedTuple):
 
 
 NUMERICS = "tests/engine/numerics"
-STATE = ("tests/engine/test_policy_state.py", "tests/cache/test_lease.py")
 GROUPS = {
     "cache": Group(
         (
@@ -96,7 +95,10 @@ GROUPS = {
     ),
     "learned state": Group(
         ("hybridcache/radix/warm_state.py",),
-        ("tests/cache/test_remembered.py", "tests/policies/test_regret.py", *STATE),
+        (
+            *("tests/engine/test_policy_state.py", "tests/policies/test_regret.py"),
+            *("tests/cache/test_lease.py", "tests/cache/test_operations.py"),
+        ),
     ),
     "adapters": Group(
         ("hybridcache/adapters/*", "hybridcache/adapters/*/*"),
@@ -224,8 +226,8 @@ GROUPS = {
         ("tests/engine/server", "tests/engine/test_async_engine.py"),
     ),
 }
-SLOW = ("test_remembered",)
-"""Slow tests that detect no mutant that other tests do not detect."""
+EXCLUDED = "test_remembered", "test_every_format_is_a_small_file"
+"""Slow tests that detect no mutant that other tests do not detect, and tests that read sources."""
 CONFIG = """
 [tool.mutmut]
 source_paths = ["hybridcache", "engine", "kernels"]
@@ -234,7 +236,7 @@ do_not_mutate_patterns = ['raise \\w+', 'assert ', 'logger']
 also_copy = ["tests", "experiments", "docs", "README.md"]
 pytest_add_cli_args_test_selection = {tests}
 pytest_add_cli_args = ["-p", "no:xdist", "-p", "no:cacheprovider", "-p", "tests.mutation",
-    "--timeout=0", "-k", "{slow}"]
+    "--timeout=0", "-k", "{excluded}"]
 """
 SEED = 99
 """Seed of a sample."""
@@ -288,7 +290,7 @@ def prepare(files: Sequence[str], tests: Sequence[str], work: Path) -> bool:
     config = CONFIG.format(
         mutated=list(files),
         tests=list(tests),
-        slow=" and ".join(f"not {test}" for test in SLOW),
+        excluded=" and ".join(f"not {test}" for test in EXCLUDED),
     )
     (work / "pyproject.toml").write_text((ROOT / "pyproject.toml").read_text() + config)
     return is_changed
