@@ -245,6 +245,8 @@ pytest_add_cli_args = ["-p", "no:xdist", "-p", "no:cacheprovider", "-p", "tests.
 """
 SEED = 99
 """Seed of a sample."""
+END_S = 10
+"""Seconds in which mutmut must end after an interrupt."""
 KILLED = ("killed", "timeout", "caught by type check", "segfault")
 NOT_TRIED = "not checked"
 SPINNER = re.compile(r"[\u2800-\u28ff] |$")
@@ -316,12 +318,15 @@ def mutmut(work: Path, *arguments: str, limit_s: float | None = None, quiet: boo
         text=True,
         stdout=subprocess.PIPE if quiet else None,
         stderr=subprocess.STDOUT if quiet else None,
-        process_group=0 if limit_s is not None else None,
     )
     try:
         return running.communicate(timeout=limit_s)[0] or ""
     except subprocess.TimeoutExpired:
-        os.killpg(running.pid, signal.SIGKILL)
+        running.send_signal(signal.SIGINT)  # mutmut then ends its own processes.
+    try:
+        return running.communicate(timeout=END_S)[0] or ""
+    except subprocess.TimeoutExpired:
+        running.kill()
         return running.communicate()[0] or ""
 
 
