@@ -12,6 +12,8 @@ import pytest
 import tokenizers
 
 from engine.front.server.tool_calls.form import form_of, forms, prepared, words_of
+from engine.front.server.tool_calls.parameters import Parameters
+from engine.front.server.tool_calls.tags import Xml
 from engine.models import families
 from engine.text.grammar import Grammar, GrammarError
 from engine.text.tokenizer import BackendTokenizer, ChatTemplate
@@ -224,6 +226,28 @@ def test_an_escaped_quote_does_not_end_a_string(form: Any) -> None:
     text = form.BEGIN + r"""f(a="x\", b=1", c="y\\", d=2)""" + form.END
     [(name, arguments)] = read(form, text)[2]
     assert name == "f" and json.loads(arguments) == {"a": 'x", b=1', "c": "y\\", "d": 2}
+
+
+def test_a_limit_that_is_no_object_is_ignored() -> None:
+    """Schemas of clients are not checked against the standard."""
+    form = Xml([{"function": {"name": "f", "parameters": {"patternProperties": 5}}}])
+    text = "<tool_call>\n<function=f>\n<parameter=x>\n1\n</parameter>\n</function>\n</tool_call>"
+    assert read(form, text)[2] == [("f", '{"x": "1"}')]
+
+
+def test_equal_keywords_do_not_hide_different_ones() -> None:
+    """In any order of their names."""
+    first = {"minimum": 1, "maximum": 9}
+    for name in first:
+        found = Parameters({}).branches({"allOf": [first, first | {name: 5}]})
+        assert found == [first | {"allOf": [{name: 5}]}]
+
+
+def test_the_pattern_is_the_first_limit_that_is_refused() -> None:
+    schema = {"type": "string", "not": {"const": "a"}, "pattern": "(?=a)b"}
+    tool = {"name": "f", "strict": True, "parameters": {"properties": {"x": schema}}}
+    with pytest.raises(GrammarError, match="'pattern' of 'x' cannot be enforced"):
+        Xml([{"function": tool}]).grammar()
 
 
 def test_templates_without_a_known_form_are_named() -> None:
