@@ -57,7 +57,7 @@ serve: install  ## serve the built-in model at http://127.0.0.1:8000/v1
 test: install  ## run a representative part of the tests, in four minutes on two cores
 	$(TESTING) $(BIN)/pytest --processes $(JOBS)
 
-test-all: install  ## run every test with long profiles, endurance, and mutants of changed files, part by part (an hour)
+test-all: install  ## run every test with long profiles, endurance, and a sample of mutants, part by part (an hour)
 	$(TESTING) $(BIN)/python -m tests.run all
 
 replay: install  ## compare decisions and bits with tests/replay.json; BASE=HEAD~1 compares with that commit, line by line
@@ -124,7 +124,7 @@ out/mutation/.installed: Makefile
 	$(BIN)/pip install $(PIP_FLAGS) --upgrade --target out/mutation/site -c constraints.txt mutmut==3.8.1
 	@touch $@
 
-mutate: install out/mutation/.installed  ## mutate cache, scheduler and lease (hours); fails if an unlisted mutant survives
+mutate: install out/mutation/.installed  ## mutate half of the product (days; continues where it stopped); fails if an unlisted mutant survives; MUTANTS='--sample 200' takes ten minutes
 	PYTHONPATH=out/mutation/site $(BIN)/python -m tests.mutation $(MUTANTS)
 
 rivals:  ## install flash-linear-attention's kernels for the kernel benchmark

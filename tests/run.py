@@ -20,7 +20,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from kernels import library
-from tests import mutation
 from tests.endurance.__main__ import PARTS as ENDURANCE
 from tests.selection import ROOT, TOUCHY
 
@@ -107,16 +106,8 @@ def all_parts() -> list[Part]:
     return [
         *parts,
         *(Part(f"endurance: {name}", [*python, "tests.endurance", name]) for name in ENDURANCE),
-        mutation_part(),
+        Part("mutation", ["make", "mutate", "MUTANTS=--sample 200"]),
     ]
-
-
-def mutation_part(sample: str = "3") -> Part:
-    """Return a tenth of the mutants of the files that differ from main."""
-    known = {file for group in mutation.GROUPS.values() for file in mutation.files_of(group)}
-    files = sorted(known & set(changed_files()))
-    command = ["make", "mutate", f"MUTANTS={' '.join(files)} --sample {sample}"]
-    return Part("mutation", command, missing=None if files else "no mutated file has changed")
 
 
 def run_all(names: Sequence[str]) -> int:
@@ -127,23 +118,6 @@ def run_all(names: Sequence[str]) -> int:
         print(f"tests.run all: no part matches {', '.join(names)}; choose from {choices}.")
         return 2
     return run(parts, OUT / "test-all")
-
-
-def _git(*arguments: str) -> list[str]:
-    command = ["git", "-C", str(ROOT), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
-
-
-def changed_files() -> list[str]:
-    """Return the files that differ from the merge base with the remote's main branch or main, or
-    from the previous commit on main itself. Untracked files are included."""
-    branches = set(_git("for-each-ref", "--format=%(refname:short)", "refs"))
-    base = next((name for name in ("origin/main", "main") if name in branches), "HEAD~1")
-    if _git("rev-parse", base) == _git("rev-parse", "HEAD"):
-        base = "HEAD~1"
-    [fork] = _git("merge-base", base, "HEAD")
-    untracked = _git("ls-files", "--others", "--exclude-standard")
-    return sorted({*_git("diff", "--name-only", fork), *untracked})
 
 
 # --- make test-environments ---------------------------------------------------------------------
