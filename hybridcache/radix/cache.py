@@ -1186,6 +1186,9 @@ class HybridRadixCache:
             assert one.position % self.checkpoint_grid == 0, f"{one} is off the grid"
             expected = one.num_successors > 0 or is_superseded(one)
             assert one.superseded == expected, f"{one} superseded: {not expected}"
+            promise = one.promise
+            is_past = promise is None or (promise.uses <= one.uses and promise.made <= self.now)
+            assert is_past, f"{one} has a promise of later time: {promise}"
         self._check_rows(edges)
         self._check_slots([one.slot for one in checkpoints])
         self._check_locks()
