@@ -212,6 +212,8 @@ class RequestSpec(Struct, frozen=True, array_like=True, tag=True, eq=False):
     They ascend from 0 on; those past the prompt are ignored."""
     ends_session: bool = False
     """True if the client declared that no request of this session follows."""
+    returns_within_s: float | None = None
+    """Promise of the client to send the next turn within this time after the answer, or None."""
     answer_starts_text: bool = False
     """True if the answer is a separate text, as in a chat, and does not continue the prompt."""
     call_marks: Sequence[str] = ()

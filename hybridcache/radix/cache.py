@@ -49,6 +49,7 @@ from hybridcache.radix.tree import (
     ItemBytes,
     NodeHandle,
     PathPart,
+    Promise,
     RadixNode,
     RadixTree,
     is_superseded,
@@ -990,18 +991,26 @@ class HybridRadixCache:
             last = last.parent
         return former
 
-    def label_tip(self, node: NodeHandle | None, stop_reason: str) -> None:
+    def label_tip(
+        self, node: NodeHandle | None, stop_reason: str, returns_within_s: float | None = None
+    ) -> None:
         """Set the ``stop_reason`` of the deepest checkpoint of the answer that ends at
         ``node``. After ``session_end`` it is superseded: only a repetition would resume from it.
+        With ``returns_within_s`` set its ``promise``.
 
-        Replaces an earlier stop reason. Does nothing if there is no checkpoint, or if the path
-        forks below it, because then it serves other conversations too. O(nodes between).
+        Replaces an earlier stop reason unless the new one is empty, and an earlier promise. Does
+        nothing if there is no checkpoint, or if the path forks below it, because then it serves
+        other conversations too. O(nodes between).
         """
         last = self._usable(node)
         while last is not None and type(last.children) is not dict:
             tip = last.checkpoint
             if tip is not None:
-                if stop_reason != tip.stop_reason:
+                tip.promise = None
+                if returns_within_s is not None:
+                    now_s = self.policy.clock()
+                    tip.promise = Promise(now_s, now_s + returns_within_s, self.now, tip.uses)
+                if stop_reason and stop_reason != tip.stop_reason:
                     tip.stop_reason = stop_reason
                     self.policy.on_relabelled(tip)
                     self._note_superseded(tip, tip.num_successors > 0 or is_superseded(tip))
@@ -1239,6 +1248,9 @@ class HybridRadixCache:
             assert one.position % self.checkpoint_grid == 0, f"{one} is off the grid"
             expected = one.num_successors > 0 or is_superseded(one)
             assert one.superseded == expected, f"{one} superseded: {not expected}"
+            promise = one.promise
+            is_past = promise is None or (promise.uses <= one.uses and promise.made <= self.now)
+            assert is_past, f"{one} has a promise of later time: {promise}"
         self._check_rows(edges)
         self._check_slots([one.slot for one in checkpoints])
         self._check_locks()

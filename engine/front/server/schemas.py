@@ -30,6 +30,7 @@ from engine.text.grammar import Grammar, GrammarError
 from engine.text.sandbox import TemplateError
 from engine.text.tokenizer import PROBE, ChatTemplate
 from hybridcache.client_habits import THOUGHT_PARTS, thoughts_of, without_billing
+from hybridcache.tokens import require_seconds
 
 MAX_MESSAGES = 4096
 """Maximum number of messages of a chat, or of parts of a message."""
@@ -158,6 +159,21 @@ class Sampling(OpenAIBody, kw_only=True):
     def ends_session(self) -> bool:
         """True if no request of this session follows. Values of OpenAI's metadata are texts."""
         return str((self.metadata or {}).get("session_end")).lower() == "true"
+
+    @property
+    def returns_within_s(self) -> float | None:
+        """Time within which the client promises the next turn, in seconds, or None. Raises
+        ValueError unless it is a number of at least 0."""
+        given = (self.metadata or {}).get("returns_within_s")
+        if given is None:
+            return None
+        try:
+            return require_seconds(float(str(given)), "metadata.returns_within_s")
+        except ValueError:
+            raise ValueError(
+                "metadata.returns_within_s must be a finite number of seconds, at least 0 (got "
+                f"{given!r:.40})."
+            ) from None
 
     def forms(self, format_name: str) -> dict[str, Callable[[], Grammar]]:
         """Return the requested forms: parameter -> function that makes its grammar, and may raise

@@ -265,6 +265,7 @@ class Writer(ABC):
                     sampling,
                     namespace,
                     ends_session=body.ends_session,
+                    returns_within_s=body.returns_within_s,
                     request_id=request_id,
                     choice_of=self._name(number - at) if at else None,
                     grammar=grammar,

@@ -18,8 +18,9 @@ from __future__ import annotations
 import random
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Container, Hashable, Iterable
+from collections.abc import Container, Hashable, Iterable, Sequence
 from itertools import chain
+from math import inf
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -472,6 +473,11 @@ class Survival(EvictionPolicy):
     - *Demand*: if a tip leaves the last tier, its predecessor takes over its class.
     - *Ghosts*: a ghost hit counts as a use of the class. This holds for each ghost from which the
       request would have resumed if only this item had been kept.
+    - *Promise*: until a promised return, the index of an item is at least that of one certain use
+      in the requests that will arrive until then, at the rate since the promise. This counts within
+      its namespace only: if the victim has a promise, the least item of its namespace is evicted
+      instead, and the victim takes that item's place in the order. So promises move memory within
+      a namespace, and no namespace gets more by them.
 
     Candidates are leaf KV without a checkpoint, which goes first, and checkpoints, for a leaf with
     its tail. Leaf KV is a candidate alone if KV has a separate pool. A use refreshes the consumed
@@ -493,6 +499,10 @@ class Survival(EvictionPolicy):
         """Leaf KV until a call of ``victim`` needs it ranked. None from then on."""
         self._stale: dict[Item, None] = {}
         """Checkpoints with an outdated value: those with an evicted descendant, and new ones."""
+        self._lent: dict[Item, None] = {}
+        """Promised candidates in the place of an item that was evicted instead."""
+        self._exchange: tuple[Item, Item] | None = None
+        """Latest victim that was chosen instead of another candidate, and that candidate."""
         self._just_used = False
         """True if the latest call was a use: a ghost hit then belongs to the same request."""
 
@@ -563,6 +573,12 @@ class Survival(EvictionPolicy):
         if is_kv and self._idle_kv is not None and item in self._idle_kv:
             del self._idle_kv[item]
             return
+        if self._exchange is not None:
+            if evicted and item is self._exchange[0]:
+                self._lend(*self._exchange)
+            self._exchange = None
+        if self._lent:
+            self._lent.pop(item, None)
         above = item.above
         if above is not None:
             self._stale[above] = None
@@ -600,6 +616,10 @@ class Survival(EvictionPolicy):
         if kind != "checkpoint" and self._dead:
             return next(iter(self._dead))
         self.hazards.refresh(self.hazards.now)
+        if self._lent:
+            now_s = self.clock()
+            for item in [item for item in self._lent if item.promise_at(now_s) is None]:
+                self._put(item, item.memo, self._columns_of(item))
         columns, stale = self._checkpoints, self._stale
         # A random one too, which bounds the age of changes that were not noticed.
         if columns.items:
@@ -609,7 +629,7 @@ class Survival(EvictionPolicy):
             its, place = columns, columns.places.get(item)
             if place is None:
                 its, place = self._kv, self._kv.places.get(item)
-            if place is not None:
+            if place is not None and item not in self._lent:
                 span, size_bytes = item.span_and_size()
                 its.worths[place] = span / size_bytes
         chosen = None if kind == "kv" else self._least(columns, stale)
@@ -623,6 +643,8 @@ class Survival(EvictionPolicy):
 
     def _put(self, item: Item, memo: _Memo, columns: Columns) -> None:
         """Enter the numbers of ``item`` in ``columns``."""
+        if self._lent:
+            self._lent.pop(item, None)
         worth = 0.0
         if columns is self._kv or item not in self._stale:  # else ``victim`` computes it
             span, size_bytes = item.span_and_size()
@@ -719,7 +741,7 @@ class Survival(EvictionPolicy):
                 values = rates * (worths if trust == 1.0 else worths**trust)
             place = int(values.argmin())
             item = columns.items[first + place]
-            if item in fresh:
+            if item in fresh or item in self._lent:
                 break
             span, size_bytes = item.span_and_size()
             worth = span / size_bytes
@@ -727,4 +749,43 @@ class Survival(EvictionPolicy):
                 break
             worths[place] = worth
             values[place] = rates.item(place) * worth**trust
-        return item
+        if item.promise is None or (item.promise_at(now_s := self.clock())) is None:
+            return item
+        return self._instead_of(item, values, columns.items[first:last], now_s, trust)
+
+    # --- Promises ---------------------------------------------------------------------------------
+
+    def _columns_of(self, item: Item) -> Columns:
+        return self._kv if item.kind == "kv" else self._checkpoints
+
+    def _instead_of(
+        self, item: Item, values: Floats, items: Sequence[Item], now_s: float, trust: float
+    ) -> Item:
+        """Return the item to evict when the promised ``item`` has the least of ``values``: the one
+        of its namespace with the least value including promises, perhaps itself. O(candidates)."""
+        owner, chosen, least = item.namespace, item, inf
+        for place in values.argsort(kind="stable").tolist():
+            value, other = values.item(place), items[place]
+            if value >= least:
+                break
+            if other is not item and other.namespace != owner:
+                continue
+            if (promise := other.promise_at(now_s)) is not None:
+                span, size_bytes = other.span_and_size()
+                waited = max(self.hazards.now - promise.made, 0) + 1
+                rate = (now_s - promise.made_s) / (promise.until_s - now_s) / waited
+                value = max(value, rate * (span / size_bytes) ** trust)
+            if value < least:
+                chosen, least = other, value
+        if chosen is not item:
+            self._exchange = chosen, item
+        return chosen
+
+    def _lend(self, evicted: Item, promised: Item) -> None:
+        """Give ``promised`` the place of ``evicted`` in the order, until its promise ends."""
+        columns = self._columns_of(evicted)
+        place = columns.places.get(evicted)
+        if place is not None and promised in columns.places:
+            numbers = (columns.cells, columns.times, columns.worths)
+            columns.put(promised, *(column.item(place) for column in numbers))
+            self._lent[promised] = None
