@@ -192,6 +192,13 @@ def test_reference_has_every_option_policy_and_name() -> None:
     assert all(f"`{column}`" in api for column in ("control_us", "seconds_saved", "lost_refused"))
 
 
+def test_pages_of_the_api_are_short_and_in_the_index() -> None:
+    index = (ROOT / "docs/index.md").read_text()
+    for page in API:
+        assert len(page.read_text().split()) <= 3_500, page.name
+        assert f"\nreference/{page.stem}\n" in index
+
+
 @pytest.mark.parametrize(
     "page",
     [
