@@ -84,6 +84,14 @@ def test_commands_on_package_pages_exist(page: Path) -> None:
             documents.check_command(block.text)
 
 
+def test_readme_is_short_and_every_column_of_a_table_has_a_heading() -> None:
+    assert len(README.read_text().splitlines()) <= 120
+    for page in PAGES:
+        heads = re.findall(r"^(\|.*\|)\n\| ?-", page.read_text(), re.MULTILINE)
+        empty = [head for head in heads if re.search(r"\|\s*\|", head)]
+        assert empty == [], page
+
+
 def test_readme_policy_can_be_simulated(tmp_path: Path) -> None:
     (block,) = re.findall(r"```python\n(# mine\.py\n.*?)```", README.read_text(), re.DOTALL)
     (tmp_path / "mine.py").write_text(block)
