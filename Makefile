@@ -83,7 +83,7 @@ bench: install  ## run the timed benchmarks, into out/results; the machine must 
 	$(BIN)/python -m experiments.benchmarks.simulate
 	$(BIN)/python -m experiments.benchmarks.overhead
 
-reproduce: install  ## regenerate the published figures whose code has changed, and docs/results.md (hours; can be stopped and continued)
+reproduce: install  ## regenerate the published figures whose code has changed, and docs/results*.md (hours; can be stopped and continued)
 	$(BIN)/python -m experiments.reproduce
 
 tiers: install  ## kill the writer of a disk store 200 times

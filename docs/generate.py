@@ -141,7 +141,7 @@ def cli() -> str:
                 title = group.title or "options"
                 rows = [_option(action, parser) for action in actions]
                 lines = [f"| {shown} | {_cell(help)} |" for shown, help in rows]
-                parts.append("\n".join([f"| {_cell(title)} | |", "|---|---|", *lines, ""]))
+                parts.append("\n".join([f"| {_cell(title)} | meaning |", "|---|---|", *lines, ""]))
     return "\n".join(parts)
 
 
@@ -337,7 +337,7 @@ def _class(name: str, thing: type) -> str:
         for field, help in (*_fields(thing), *_properties(thing))
     ]
     if rows:
-        parts.append("\n".join(["| attribute | |", "|---|---|", *rows]))
+        parts.append("\n".join(["| attribute | meaning |", "|---|---|", *rows]))
     for member, raw in _members(thing).items():
         if not isinstance(raw, property):
             title = f"#### {name.rpartition('.')[2]}.{member}"
@@ -355,7 +355,10 @@ def _properties(thing: type) -> Iterator[tuple[str, str]]:
 
 OTHER = "Types in these signatures"
 SECTIONS = (
+    ("Settings", ("engine.config", "engine.front.server.settings")),
     ("Engine", "engine"),
+    ("Cache", "hybridcache.radix.cache"),
+    ("Leases", "hybridcache.radix.lease"),
     ("Policies", ("hybridcache.policies", "hybridcache.radix")),
     ("Simulator", "hybridcache.lab"),
     ("Model sizes and times", "hybridcache.geometry"),
@@ -390,17 +393,22 @@ def api() -> dict[str, list[str]]:
     parts["Events and routing"] = _listed(EVENTS)
     parts["Restart"] = _listed(RESTART)
     parts["Results and figures"] = _results()
+    parts["Leaderboard"] = _listed(LEADERBOARD)
     parts[OTHER] = _others("\n".join(text for texts in parts.values() for text in texts))
     return parts
 
 
 API_PAGES = {
-    "cache": ("Cache", "Boundaries, statistics, step plans, loads", "Restart", OTHER),
+    "cache": ("Cache",),
+    "lease": ("Leases", "Restart"),
+    "types": ("Boundaries, statistics, step plans, loads", OTHER),
     "policies": ("Policies",),
     "scheduling": ("Scheduling",),
     "adapters": ("Events and routing",),
-    "simulator": ("Simulator", "Model sizes and times", "Results and figures"),
+    "simulator": ("Simulator", "Model sizes and times", "Leaderboard"),
+    "results": ("Results and figures",),
     "engine": ("Engine",),
+    "settings": ("Settings",),
 }
 """Pages ``api-NAME.md`` and their sections."""
 
@@ -466,10 +474,12 @@ RESULTS = {
     "hybridcache.lab.simulation.result": ("RunResult", "SessionResult", "ClosedLoopRun"),
     "hybridcache.lab.simulation.closed_loop": ("ClosedLoopResult",),
     "hybridcache.lab.optimum": ("Optimum",),
-    "hybridcache.lab.board": ("board", "Split", "Cell", "Board", "data_hash"),
     "hybridcache.policies.eviction.scored": ("SampledPolicy",),
 }
 """Names in results, and tools that users import from their modules."""
+
+LEADERBOARD = {"hybridcache.lab.board": ("board", "Split", "Cell", "Board", "data_hash")}
+"""Names that rank a policy."""
 
 
 def _listed(modules: Mapping[str, Sequence[str]]) -> list[str]:

@@ -1,13 +1,15 @@
-"""The results page: a finding, a figure and a folded table per section, all from result files.
+"""The results pages: a finding, a figure and a folded table per section, all from result files.
 
-``results_page.md`` is the template. Each ``<!-- result: NAME -->`` becomes the section of that
-name: the finding in one sentence, the figure, the command, and the table in ``<details>``. The
-figures are SVG files with colours for light and dark pages. They are drawn from the same tables.
+``results_page.md`` is the template. Each ``<!-- page: NAME -->`` begins ``results-NAME.md``; the
+text before the first one is ``results.md``. Each ``<!-- result: NAME -->`` becomes the section of
+that name: the finding in one sentence, the figure, the command, and the table in ``<details>``.
+The figures are SVG files with colours for light and dark pages, drawn from the same tables.
 """
 
 from __future__ import annotations
 
 import pkgutil
+import re
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
@@ -15,9 +17,15 @@ from pathlib import Path
 from experiments import provenance, sections
 from experiments.provenance import ROOT
 from experiments.sections import Section, svg
-from experiments.tables import Table
+from experiments.tables import Column, Table
 
 TEMPLATE = ROOT / "experiments" / "results_page.md"
+BEGIN = re.compile(r"^<!-- page: ([\w-]+) -->\n(# .*)\n", re.MULTILINE)
+NOTE = (
+    "\n<!-- Generated from experiments/results_page.md by "
+    "`python -m experiments.reproduce --page`. Do not edit. -->\n"
+)
+TERMS = "\nTerms, intervals and the default model: [results](results.md).\n"
 SECTIONS: dict[str, Section] = {}
 """Sections of all modules of ``experiments.sections``."""
 for _module in pkgutil.iter_modules(sections.__path__):
@@ -44,13 +52,25 @@ def render(name: str, section: Section, figures: dict[Path, str], origin: str) -
     )
 
 
-def page(template: Path, parts: Table, origin: Callable[[str], str]) -> tuple[str, dict[Path, str]]:
-    """Return the page and its figures by path. ``parts`` is the table of all parts, and ``origin``
-    returns commit and date of a part's results by its name."""
+def pages(
+    template: Path, parts: Table, origin: Callable[[str], str]
+) -> tuple[dict[str, str], dict[Path, str]]:
+    """Return the pages by file name and the figures by path. ``parts`` is the table of all parts,
+    and ``origin`` returns commit and date of a part's results by its name."""
     text = template.read_text(encoding="utf-8")
     figures: dict[Path, str] = {}
     for name, section in SECTIONS.items():
         mark = f"<!-- result: {name} -->"
         if mark in text:
             text = text.replace(mark, render(name, section, figures, origin(section.part)))
-    return text.replace("<!-- result: parts -->", parts.markdown()), figures
+    text = text.replace("<!-- result: parts -->", parts.markdown())
+    first, *rest = BEGIN.split(text)
+    written, rows = {}, []
+    for name, title, body in zip(rest[::3], rest[1::3], rest[2::3], strict=True):
+        file = f"results-{name}.md"
+        written[file] = f"{title}\n{NOTE}{TERMS}{body.rstrip()}\n"
+        headings = "; ".join(re.findall(r"^## (.*)", body, re.MULTILINE))
+        rows.append([f"[{title.rpartition(': ')[2]}]({file})", headings or "commit of each part"])
+    index = Table([Column("page"), Column("sections")], rows).markdown()
+    title, _, body = first.replace("<!-- result: pages -->", index).partition("\n")
+    return {"results.md": f"{title}\n{NOTE}{body.rstrip()}\n"} | written, figures

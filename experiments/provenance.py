@@ -24,7 +24,7 @@ FIGURES = ROOT / "experiments" / "figures"
 WRITTEN = Path(os.environ.get("HYBRIDCACHE_RESULTS", ROOT / "out")) / "results"
 """Folder of new results: ``RESULTS`` if ``reproduce`` runs the command. A command that is run
 directly never overwrites a published file."""
-GENERATED = (":!experiments/results", ":!experiments/figures", ":!docs/results.md")
+GENERATED = (":!experiments/results", ":!experiments/figures", ":!docs/results*.md")
 """Git pathspecs that exclude files written by commands, because they are not code."""
 CODE = (".py", ".cpp", ".h", ".jinja", ".json", ".toml")
 """Suffixes of files that determine results. Splits and parts are TOML files."""

@@ -84,6 +84,14 @@ def test_commands_on_package_pages_exist(page: Path) -> None:
             documents.check_command(block.text)
 
 
+def test_readme_is_short_and_every_column_of_a_table_has_a_heading() -> None:
+    assert len(README.read_text().splitlines()) <= 120
+    for page in PAGES:
+        heads = re.findall(r"^(\|.*\|)\n\| ?-", page.read_text(), re.MULTILINE)
+        empty = [head for head in heads if re.search(r"\|\s*\|", head)]
+        assert empty == [], page
+
+
 def test_readme_policy_can_be_simulated(tmp_path: Path) -> None:
     (block,) = re.findall(r"```python\n(# mine\.py\n.*?)```", README.read_text(), re.DOTALL)
     (tmp_path / "mine.py").write_text(block)
@@ -190,6 +198,13 @@ def test_reference_has_every_option_policy_and_name() -> None:
         assert re.search(rf"^### hybridcache\.[\w.]+\.{name}$", api, re.MULTILINE), name
     assert "- `max_running`: most running requests." in api
     assert all(f"`{column}`" in api for column in ("control_us", "seconds_saved", "lost_refused"))
+
+
+def test_pages_of_the_api_are_short_and_in_the_index() -> None:
+    index = (ROOT / "docs/index.md").read_text()
+    for page in API:
+        assert len(page.read_text().split()) <= 3_500, page.name
+        assert f"\nreference/{page.stem}\n" in index
 
 
 @pytest.mark.parametrize(

@@ -168,21 +168,16 @@ def served(load: str) -> str:
 
 
 def back_to_a_branch() -> str:
-    """Return the tokens that are read again where a client returns to an earlier branch, and the
-    ratio of the times to the first token if they were measured."""
+    """Return the tokens that are read again where a client returns to an earlier branch."""
     rows = "back to the parent", "back to the original after an edit", "two branches in turn"
     ours, theirs = (
-        [one("second_turn", side=side, row=row, **PUBLISHED[0].fields) for row in rows]
+        extent(
+            one("second_turn", side=side, row=row, **PUBLISHED[0].fields)["read_again_mean"]
+            for row in rows
+        )
         for side in RIVALS
     )
-    low, high = extent(run["read_again_mean"] for run in theirs)
-    most = max(run["read_again_mean"] for run in ours)
-    told = f"at most {most:.0f} tokens read again, {low:.0f} to {high:.0f} by llama-server"
-    if None in [run["ttft_s"] for run in (*ours, *theirs)]:
-        return told
-    pairs = zip(ours, theirs, strict=True)
-    low, high = extent(mine["ttft_s"] / other["ttft_s"] for mine, other in pairs)
-    return f"{told}; time to first token {low:.2f} to {high:.2f} times as long"
+    return f"at most {ours[1]:.0f} | {theirs[0]:.0f} to {theirs[1]:.0f}: llama-server"
 
 
 def row(cells: Iterable[float], form: str) -> str:
@@ -219,18 +214,13 @@ def quotes() -> dict[str, list[str]]:
     threads = settings["threads"]
     return {
         "README.md": [
-            "default policies {:.1f} %, LRU with fixed checkpoint rules {:.1f} % (31 cells replayed in turn: {:.1f} %, {:.1f} %)".format(
-                *(
-                    pair(of, split)
-                    for split in ("closed loop", "evaluation")
-                    for of in (DEFAULT, COMPARED[1])
-                )
-            ),
-            f"hit rate {hit(0.2, 'sessions'):.1f} % with `sessions` admission, {hit(0.2, 'oldest'):.1f} % oldest first; 99th percentile of TTFT {p99('sessions'):.0f} s, {p99('oldest'):.0f} s",
-            "{} traces | {:.1f} % of the prefill time".format(*tier_share(2)),
-            f"{100 * result('sharegpt')[-1]['saved_share']:.0f} % of the prompt tokens saved",
-            f"mean {slab['request_us_mean']:.0f} µs in one arena, {pools['request_us_mean']:.0f} µs in two pools; medians {slab['request_us_median']:.0f} and {pools['request_us_median']:.0f} µs",
-            f"prefill {llama('prefill beside llama.cpp', 'bfloat16'):.1f}x in bfloat16, {llama('prefill beside llama.cpp', 'Q4_K_M'):.1f}x in Q4_K_M; one stream {llama('one stream beside llama.cpp', 'bfloat16'):.1f}x and {llama('one stream beside llama.cpp', 'Q4_K_M'):.1f}x",
+            f"| {pair(DEFAULT, 'closed loop'):.1f} % | {pair(COMPARED[1], 'closed loop'):.1f} %",
+            f"token hit rate | {hit(0.2, 'sessions'):.1f} % | {hit(0.2, 'oldest'):.1f} %",
+            f"| {p99('sessions'):.0f} s | {p99('oldest'):.0f} s |",
+            f"prefill time saved | {tier_share(2)[1]:.1f} %",
+            f"| {100 * result('sharegpt')[-1]['saved_share']:.0f} % | none",
+            f"mean {slab['request_us_mean']:.0f} µs in one arena | {pools['request_us_mean']:.0f} µs in two pools",
+            f"| {llama('prefill beside llama.cpp', 'Q4_K_M'):.1f}x, {llama('one stream beside llama.cpp', 'Q4_K_M'):.1f}x |",
             back_to_a_branch(),
         ],
         "docs/concepts/admission.md": [

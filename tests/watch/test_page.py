@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 import re
+import tomllib
 from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
+from experiments.provenance import ROOT
 from hybridcache.adapters.watch.page import SCRIPTS, live_page
 from hybridcache.adapters.watch.recorder import Record, Recorder
 from tests.cache.serving import hybrid, serve, traffic
+from tests.watch import picture
 from tests.watch.follower import follow, truth
 
 NODES = """() => Object.fromEntries([...hybridcache.view.model.nodes.values()].map((node) => [
@@ -73,6 +77,15 @@ def test_the_page_is_one_file_without_external_resources() -> None:
     folder = Path(__file__).parents[2] / "hybridcache" / "adapters" / "watch" / "page"
     assert {path.name for path in folder.glob("*.js")} == {f"{name}.js" for name in SCRIPTS}
     assert page == live_page()
+
+
+@pytest.mark.parametrize("scheme", picture.PICTURES)
+def test_pictures_show_the_present_page(scheme: str) -> None:
+    """Draw them again by ``python -m tests.watch.picture``."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    with Image.open(picture.PICTURES[scheme]) as image:
+        facts = image.info
+    assert facts["version"] == project["version"] and facts["sources"] == picture.sources()
 
 
 def test_the_page_shows_the_nodes_at_each_time(tab: Any, tmp_path: Path) -> None:
