@@ -174,6 +174,9 @@ def settle_products() -> None:
         os.environ.setdefault(MKL_VARIABLE, "AVX2,STRICT")
 
 
+settle_products()  # At the import, because MKL reads its settings at the first product.
+
+
 def best_level(features: frozenset[str]) -> Level | None:
     """Return the highest level that was built and that a processor with these features has."""
     digest = LEVELS_FOLDER / DIGEST_FILE
