@@ -89,12 +89,7 @@ class DebugLease(Lease):
         self._step_start, self._stepped_len = None, computed_len
 
     def _end(
-        self,
-        tokens: Tokens,
-        computed_len: int,
-        donate: bool,
-        stop_reason: str,
-        returns_within_s: float | None = None,
+        self, tokens: Tokens, computed_len: int, donate: bool, stop_reason: str | None
     ) -> None:
         has_own_state = self.state_slot is not None and self._request.own_slot is None
         if donate and has_own_state and (self._stepped_len or 0) > computed_len:
@@ -102,7 +97,7 @@ class DebugLease(Lease):
                 f"the last step went to {self._stepped_len}, so state_slot has the state after "
                 f"that many tokens and not after {computed_len}: call finish(..., donate=False)"
             )
-        super()._end(tokens, computed_len, donate, stop_reason, returns_within_s)
+        super()._end(tokens, computed_len, donate, stop_reason)
 
     def _require_computed(self, tokens: Tokens, computed_len: int) -> None:
         super()._require_computed(tokens, computed_len)

@@ -670,7 +670,7 @@ class Lease:
             raise ValueError(f"stop_reason must be one of {known}, or empty (got {stop_reason!r}).")
         is_answer = computed_len > self.prompt_len
         donate &= self._interval is not None if is_answer else computed_len in self._planned
-        self._end(tokens, computed_len, donate, stop_reason, self._request.returns_within_s)
+        self._end(tokens, computed_len, donate, stop_reason)
 
     def preempt(self, tokens: Tokens, computed_len: int) -> None:
         """Publish the computed tokens and end the lease, to begin again later.
@@ -681,24 +681,20 @@ class Lease:
         errors of ``publish``; the lease then goes on.
         """
         self._require_computed(tokens, computed_len)
-        self._end(tokens, computed_len, True, "")
+        self._end(tokens, computed_len, True, None)
 
     def abort(self) -> None:
         """Free everything held and end the lease, unless it has ended. Published tokens stay in the
         tree."""
         if not self._has_ended:
-            self._end(EMPTY, 0, False, "")
+            self._end(EMPTY, 0, False, None)
 
     def _end(
-        self,
-        tokens: Tokens,
-        computed_len: int,
-        donate: bool,
-        stop_reason: str,
-        returns_within_s: float | None = None,
+        self, tokens: Tokens, computed_len: int, donate: bool, stop_reason: str | None
     ) -> None:
         """Publish the computed tokens and their checkpoints, and return everything else that is
-        held. With ``donate`` the own slot is one of these checkpoints, if it can be."""
+        held. With ``donate`` the own slot is one of these checkpoints, if it can be.
+        ``stop_reason`` is None if the answer was not finished."""
         cache, placement, own_slot = self.cache, self._placement, self.state_slot
         published_len = computed_len
         if self._request.exact:
@@ -724,8 +720,9 @@ class Lease:
         tip: NodeHandle | None = self._lock.node
         if pending or published_len > self.published_len:
             tip = self._insert(tokens, published_len, is_last=True)
-        if stop_reason or returns_within_s is not None:
-            cache.label_tip(tip, stop_reason, returns_within_s)
+        promised_s = self._request.returns_within_s
+        if stop_reason or (promised_s is not None and stop_reason is not None):
+            cache.label_tip(tip, stop_reason, promised_s)
         held = self._rows[self.published_len : self.extended_len]
         self.state_slot, self._has_ended, self._pending = None, True, {}
         self._rows, self._tokens = EMPTY, EMPTY  # Planners keep ended leases.
