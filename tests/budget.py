@@ -22,6 +22,7 @@ import re
 import sys
 import threading
 import tokenize
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -129,6 +130,7 @@ NO_CODE = {
 COMPREHENSIONS = {"<listcomp>", "<setcomp>", "<dictcomp>", "<genexpr>"}
 
 
+@cache
 def code_lines(file: Path) -> int:
     """Return the lines with code: without docstrings, comments and blank lines."""
     text = file.read_text(encoding="utf-8")

@@ -1,10 +1,15 @@
-"""Mutation tests of the cache, the scheduler and the lease; fail if an unlisted mutant survives.
+"""Mutation tests of half of the product; fail if an unlisted mutant survives.
 
-python -m tests.mutation [FILE ...] [--sample DIGITS]      or `make mutate MUTANTS=FILE`
+python -m tests.mutation [FILE ...]         or `make mutate MUTANTS=FILE`
+python -m tests.mutation --sample 200       that many mutants of all groups, for at most 10 minutes
+python -m tests.mutation --list             lines of code of each group, and their share
 
 mutmut changes one expression at a time, in a copy of the repository, and runs the tests that
 execute it. Each file has a separate copy in ``out/mutation``, so that mutmut slows down only the
-functions of that file. An interrupted run continues in its copy; delete the copy to start again.
+functions of that file. A run continues where the last one stopped. Survivors are tried again after
+a change of the repository. Delete the copy to start again.
+
+A sample has one copy per group. Its mutants depend on the sources only, so it also continues.
 
 Equivalent mutants, which no test can detect, are listed in ``equivalent_mutants.txt``. An entry is
 the name of the function, the lines of the diff, and a reason. It is void after a change of one of
@@ -24,9 +29,12 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from random import Random
 from typing import NamedTuple
 
 import pytest
@@ -43,6 +51,7 @@ class Group(NamedTuple):
     tests: tuple[str, ...]
 
 
+NUMERICS = "tests/engine/numerics"
 GROUPS = {
     "cache": Group(
         (
@@ -80,20 +89,169 @@ GROUPS = {
         ("hybridcache/allocators/pools.py",),
         ("tests/allocators", "tests/cache/test_arena.py"),
     ),
+    "policies": Group(
+        ("hybridcache/policies/*", "hybridcache/policies/eviction/*"),
+        ("tests/policies", "tests/cache/test_rules.py"),
+    ),
+    "learned state": Group(
+        ("hybridcache/radix/warm_state.py",),
+        (
+            *("tests/engine/test_policy_state.py", "tests/policies/test_regret.py"),
+            *("tests/cache/test_lease.py", "tests/cache/test_operations.py"),
+        ),
+    ),
+    "adapters": Group(
+        ("hybridcache/adapters/*", "hybridcache/adapters/*/*"),
+        (
+            *("tests/routing", "tests/export/test_events.py", "tests/watch/test_recorder.py"),
+            *("tests/export/test_events_machine.py", "tests/lab/test_fleet.py"),
+        ),
+    ),
+    "SGLang": Group(("hybridcache/sglang/*",), ("tests/export/sglang",)),
+    "geometry": Group(
+        ("hybridcache/geometry/*", "hybridcache/geometry/families/*"),
+        (
+            *("tests/lab/test_costs.py", "tests/engine/test_checkpoint_dtype.py"),
+            f"{NUMERICS}/test_published_configs.py",
+        ),
+    ),
+    "GGUF": Group(
+        ("hybridcache/geometry/gguf*", "engine/weights/gguf*"),
+        (f"{NUMERICS}/test_gguf.py", f"{NUMERICS}/test_gguf_files.py"),
+    ),
+    "simulator": Group(
+        ("hybridcache/lab/*", "hybridcache/lab/simulation/*"),
+        (
+            *("tests/lab/test_simulate.py", "tests/lab/test_closed_loop.py"),
+            *("tests/lab/test_generators.py", "tests/lab/test_intervals.py"),
+            *("tests/lab/test_optimum.py", "tests/lab/test_costs.py", "tests/lab/test_cli.py"),
+            *("tests/lab/test_board.py", "tests/lab/test_fleet.py"),
+        ),
+    ),
+    "traces": Group(
+        (
+            *("hybridcache/lab/trace.py", "hybridcache/lab/trace_stats.py"),
+            *("hybridcache/lab/traces/*", "hybridcache/lab/traces/formats/*"),
+        ),
+        ("tests/lab/test_traces.py", "tests/lab/test_bad_traces.py", "tests/lab/test_texts.py"),
+    ),
+    "rebuilt systems": Group(("hybridcache/lab/baselines/*",), ("tests/lab/baselines",)),
+    "answers": Group(
+        ("engine/text/answers.py", "engine/text/bounded.py"),
+        (
+            *("tests/engine/answers", "tests/engine/test_outputs.py"),
+            "tests/engine/test_thoughts.py",
+        ),
+    ),
+    "chat prompt": Group(
+        ("engine/front/chat_prompt.py", "engine/text/sandbox.py"),
+        ("tests/engine/test_templates.py", "tests/engine/history/test_labelled.py"),
+    ),
+    "tool calls": Group(("engine/front/server/tool_calls/*",), ("tests/engine/answers",)),
+    "texts": Group(
+        ("engine/text/tokenizer.py", "engine/text/gguf_tokenizer.py", "engine/text/grammar.py"),
+        (
+            *("tests/engine/test_tokenizer.py", "tests/engine/test_tokenizer_forms.py"),
+            *("tests/engine/test_gguf_tokenizer.py", "tests/engine/test_guided.py"),
+        ),
+    ),
+    "weights": Group(
+        ("engine/weights/[!g]*",),
+        (
+            *(f"{NUMERICS}/test_weights.py", f"{NUMERICS}/test_ranks.py"),
+            *("tests/engine/test_head_loading.py", "tests/engine/test_hub.py"),
+        ),
+    ),
+    "weight forms": Group(
+        ("engine/weights/forms/*", "engine/weights/scheme.py"),
+        (
+            *(f"{NUMERICS}/test_quantized_files.py", f"{NUMERICS}/test_four_bits.py"),
+            f"{NUMERICS}/test_convert.py",
+        ),
+    ),
+    "formats of matrices": Group(
+        tuple(
+            f"kernels/linear/{name}.py"
+            for name in ("blocks", "eight_bits", "formats", "grouped", "groups", "int8", "words")
+        ),
+        (
+            *("tests/kernels/test_blocks.py", "tests/kernels/test_groups.py"),
+            "tests/kernels/test_linear.py",
+        ),
+    ),
+    "runner": Group(
+        ("engine/runner/*",),
+        (
+            *("tests/engine/test_engine.py", "tests/engine/test_running_states.py"),
+            *("tests/engine/test_head_drafts.py", "tests/engine/test_head_loading.py"),
+            *(f"{NUMERICS}/test_{name}.py" for name in ("memory", "graphs", "verify", "devices")),
+        ),
+    ),
+    "samplers": Group(
+        ("engine/runner/sampler.py", "engine/requests/*"),
+        (
+            *("tests/engine/test_sampler.py", "tests/engine/test_token_counts.py"),
+            *("tests/engine/test_outputs.py", "tests/engine/test_drafts.py"),
+            *("tests/engine/test_thoughts.py", "tests/engine/test_batch.py"),
+        ),
+    ),
+    "drafts": Group(
+        ("engine/plugins/speculation/*", "engine/schedule/drafting.py"),
+        (
+            *("tests/engine/test_drafters.py", "tests/engine/test_drafts.py"),
+            *("tests/engine/test_continuation.py", "tests/engine/test_head_drafts.py"),
+        ),
+    ),
+    "stores": Group(
+        ("engine/plugins/tiers/*",),
+        ("tests/engine/store", "tests/engine/test_tier_copies.py", "tests/engine/test_tiers.py"),
+    ),
+    "layers": Group(
+        ("engine/layers/*", "engine/models/*"),
+        (f"{NUMERICS}/test_parity.py", f"{NUMERICS}/test_fused.py"),
+    ),
+    "engine": Group(
+        ("engine/config.py", "engine/core.py", "engine/engine.py", "engine/messages.py"),
+        (
+            *("tests/engine/test_engine.py", "tests/engine/test_schedule.py"),
+            *("tests/engine/test_failing_alone.py", "tests/engine/test_loading.py"),
+            *("tests/engine/test_plugins.py", "tests/engine/test_async_engine.py"),
+        ),
+    ),
+    "server": Group(
+        (
+            *("engine/front/async_engine.py", "engine/front/cache_watch.py"),
+            *("engine/front/server/*", "engine/front/server/endpoints/*"),
+        ),
+        ("tests/engine/server", "tests/engine/test_async_engine.py"),
+    ),
 }
-SLOW = ("test_remembered",)
-"""Slow tests that detect no mutant that other tests do not detect."""
+EXCLUDED = (
+    "test_remembered",
+    "test_every_format_is_a_small_file",
+    "test_an_error_in_a_custom_policy_is_one_line",
+)
+"""Slow tests that detect no mutant that other tests do not detect, and tests of sources or of lines
+in tracebacks, which differ in mutmut's copy."""
 CONFIG = """
 [tool.mutmut]
-source_paths = ["hybridcache", "engine"]
+source_paths = ["hybridcache", "engine", "kernels"]
 only_mutate = {mutated}
 do_not_mutate_patterns = ['raise \\w+', 'assert ', 'logger']
-also_copy = ["kernels", "tests", "experiments"]
+also_copy = ["tests", "experiments", "docs", "README.md"]
 pytest_add_cli_args_test_selection = {tests}
 pytest_add_cli_args = ["-p", "no:xdist", "-p", "no:cacheprovider", "-p", "tests.mutation",
-    "--timeout=0", "-k", "{slow}"]
+    "--timeout=0", "-k", "{excluded}"]
 """
+SEED = 99
+"""Seed of a sample."""
+END_S = 10
+"""Seconds in which mutmut must end after an interrupt."""
 KILLED = ("killed", "timeout", "caught by type check", "segfault")
+NOT_TRIED = "not checked"
+SPINNER = re.compile(r"[\u2800-\u28ff] |$")
+LAST_LINES = 25
+"""Number of lines to print of mutmut's output if it fails."""
 
 
 class Mutant(NamedTuple):
@@ -114,44 +272,67 @@ def files_of(group: Group) -> list[str]:
     return [str(file.relative_to(ROOT)) for file in sorted(wanted, key=lambda f: f.stat().st_size)]
 
 
-def prepare(file: str, tests: Sequence[str], work: Path) -> None:
-    """Copy the repository, with mutmut's settings, to ``work``. Keeps earlier results."""
+def groups_of_files() -> dict[str, str]:
+    """Return the name of the group of each file to mutate."""
+    return {file: name for name, group in GROUPS.items() for file in files_of(group)}
+
+
+def prepare(files: Sequence[str], tests: Sequence[str], work: Path) -> bool:
+    """Copy the repository, with mutmut's settings, to ``work``. Keeps earlier results.
+
+    Return whether a file was copied.
+    """
     command = ["git", "-C", str(ROOT), "ls-files", "--cached", "--others", "--exclude-standard"]
     listed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    is_changed = False
     for name in listed.splitlines():
         source, target = ROOT / name, work / name
         is_known = target.exists() and source.is_file()
+        if name == "pyproject.toml":  # the copy's has settings of mutmut too
+            continue
         if source.is_file() and not (is_known and filecmp.cmp(source, target, shallow=False)):
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(source, target)
+            is_changed = True
     config = CONFIG.format(
-        mutated=[file],
+        mutated=list(files),
         tests=list(tests),
-        slow=" and ".join(f"not {test}" for test in SLOW),
+        excluded=" and ".join(f"not {test}" for test in EXCLUDED),
     )
     (work / "pyproject.toml").write_text((ROOT / "pyproject.toml").read_text() + config)
+    return is_changed
 
 
-def mutmut(work: Path, *arguments: str, **options: object) -> str:
-    """Run mutmut in the copy and return its output."""
+def mutmut(work: Path, *arguments: str, limit_s: float | None = None, quiet: bool = True) -> str:
+    """Run mutmut in the copy, for at most ``limit_s`` seconds, and return its output.
+
+    Results of mutants are kept when the time ends.
+    """
     environment = {"HYPOTHESIS_PROFILE": "mutate", "OMP_NUM_THREADS": "1"}
     paths = [Path(path) for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
     kept = os.pathsep.join(str(path.resolve()) for path in paths if path.resolve() != ROOT)
-    done = subprocess.run(
+    running = subprocess.Popen(
         [sys.executable, "-m", "mutmut", *arguments],
         cwd=work,
         env=os.environ | environment | {"PYTHONPATH": kept},
         text=True,
-        check=False,
-        **({"capture_output": True} | options),  # type: ignore[call-overload]
+        stdout=subprocess.PIPE if quiet else None,
+        stderr=subprocess.STDOUT if quiet else None,
     )
-    return done.stdout or ""
+    try:
+        return running.communicate(timeout=limit_s)[0] or ""
+    except subprocess.TimeoutExpired:
+        running.send_signal(signal.SIGINT)  # mutmut then ends its own processes.
+    try:
+        return running.communicate(timeout=END_S)[0] or ""
+    except subprocess.TimeoutExpired:
+        running.kill()
+        return running.communicate()[0] or ""
 
 
 def outcomes(work: Path) -> dict[str, str]:
-    """Map the names of the mutants to their outcomes."""
-    found = re.findall(r"^\s+(\S+): (.+)$", mutmut(work, "results", "--all", "true"), re.M)
-    return {name: status for name, status in found if status != "not checked"}
+    """Map the names of the mutants to their outcomes, or to "not checked"."""
+    return dict(re.findall(r"^\s+(\S+): (.+)$", mutmut(work, "results", "--all", "true"), re.M))
 
 
 def mutant(work: Path, name: str) -> Mutant:
@@ -171,44 +352,135 @@ def listed(text: str) -> Iterator[Mutant]:
             yield Mutant(lines[0], tuple(line for line in lines[1:] if line[0] in "-+"))
 
 
-def try_file(file: str, tests: Sequence[str], processes: int, sample: str) -> int:
-    """Mutate one file. Return the number of survivors that are not listed.
-
-    Only mutants whose number ends in a digit of ``sample`` are tried.
-    """
-    work = ROOT / "out" / "mutation" / file.removesuffix(".py").replace("/", ".")
-    prepare(file, tests, work)
-    mutmut(work, "run", "--max-children", str(processes), f"*[{sample}]", capture_output=False)
-    found = outcomes(work)
+def judge(title: str, work: Path, found: dict[str, str]) -> int:
+    """Print the outcomes of mutants. Return the number of survivors that are not listed."""
     equivalent = set(listed(EQUIVALENT.read_text(encoding="utf-8")))
-    survivors = [mutant(work, one) for one, status in found.items() if status not in KILLED]
+    tried = {name: status for name, status in found.items() if status != NOT_TRIED}
+    survivors = [mutant(work, name) for name, status in tried.items() if status not in KILLED]
     unlisted = [one for one in survivors if one not in equivalent]
-    for one in unlisted:
-        print(f"\n{one}")
-    counts = Counter(found.values()).most_common()
+    counts = Counter(tried.values()).most_common()
     shown = ", ".join(f"{count} {status}" for status, count in counts)
     num_equivalent = len(survivors) - len(unlisted)
-    print(f"\n{file}: {len(found)} mutants: {shown}; {num_equivalent} are listed as equivalent.")
-    if not found:
-        print("No mutant was tried; see the output of mutmut above.")
-        return 1
+    text = "".join(f"\n{one}\n" for one in unlisted)
+    text += f"\n{title}: {len(tried)} mutants: {shown}; {num_equivalent} are listed as equivalent."
+    if len(tried) < len(found):
+        text += f" {len(found) - len(tried)} were not tried."
+    print(text, flush=True)
     return len(unlisted)
 
 
+def again(found: dict[str, str], is_changed: bool) -> list[str]:
+    """Return the mutants to try: new ones, and survivors after a change of the repository."""
+    wanted = (lambda status: status not in KILLED) if is_changed else NOT_TRIED.__eq__
+    return [name for name, status in found.items() if wanted(status)]
+
+
+def try_file(file: str, tests: Sequence[str], processes: int) -> int:
+    """Mutate one file. Return the number of survivors that are not listed."""
+    work = ROOT / "out" / "mutation" / file.removesuffix(".py").replace("/", ".")
+    is_changed = prepare([file], tests, work)
+    before = outcomes(work)
+    children = "--max-children", str(processes)
+    if is_changed or not before or NOT_TRIED in before.values():
+        mutmut(work, "run", *children, quiet=False)
+    survived = [name for name, status in before.items() if status not in (*KILLED, NOT_TRIED)]
+    if is_changed and survived:
+        mutmut(work, "run", *children, *survived, quiet=False)
+    found = outcomes(work)
+    if not found:
+        print(f"{file}: no mutant was tried; see the output of mutmut above.")
+        return 1
+    return judge(file, work, found)
+
+
+def draw(files: Sequence[str], count: int) -> dict[str, list[float]]:
+    """Return places of mutants in files, from 0 to 1, ``count`` in all, in proportion to sizes."""
+    random = Random(SEED)
+    sizes = [(ROOT / file).stat().st_size for file in files]
+    drawn: dict[str, list[float]] = {}
+    for file in random.choices(files, sizes, k=count):
+        drawn.setdefault(file, []).append(random.random())
+    return drawn
+
+
+def try_sample(name: str, drawn: dict[str, list[float]], end_s: float) -> int:
+    """Try drawn mutants of one group until a time. Return the number of unlisted survivors."""
+    work = ROOT / "out" / "mutation" / "sample" / re.sub(r"\W", "_", name)
+    is_changed = prepare(list(drawn), GROUPS[name].tests, work)
+    output = ""
+    if is_changed or not outcomes(work):
+        # No mutant has this name: mutmut makes the mutants, measures the tests and stops.
+        output = mutmut(work, "run", "none", limit_s=max(1.0, end_s - time.monotonic()))
+    known, chosen = outcomes(work), list[str]()
+    for file, places in drawn.items():
+        start = file.removesuffix(".py").replace("/", ".") + "."
+        names = [one for one in known if one.startswith(start) and "." not in one[len(start) :]]
+        chosen += [names[int(place * len(names))] for place in places if names]
+    wanted = again({one: known[one] for one in chosen}, is_changed)
+    if not (work / "mutants" / "mutmut-stats.json").exists():
+        lines = [line for line in output.splitlines() if not SPINNER.match(line)]
+        output, is_late = "\n".join(lines[-LAST_LINES:]), time.monotonic() >= end_s
+        print(f"{name}: " + ("no time was left." if is_late else f"mutmut failed:\n{output}"))
+        return 0 if is_late else 1
+    if wanted:
+        left_s = max(1.0, end_s - time.monotonic())
+        mutmut(work, "run", "--max-children", "1", *wanted, limit_s=left_s)
+        known = outcomes(work)
+    return judge(name, work, {one: known[one] for one in chosen})
+
+
+def try_samples(count: int, minutes: float, processes: int, names: Sequence[str]) -> int:
+    """Try mutants of all groups, a group per process. Return the number of unlisted survivors."""
+    groups, end_s = groups_of_files(), time.monotonic() + 60 * minutes
+    drawn: dict[str, dict[str, list[float]]] = {}
+    for file, places in draw(list(groups), count).items():
+        drawn.setdefault(groups[file], {})[file] = places
+    chosen = [name for name in drawn if not names or name in names]
+    with ThreadPoolExecutor(processes) as pool:
+        return sum(pool.map(lambda name: try_sample(name, drawn[name], end_s), chosen))
+
+
+def print_groups() -> None:
+    """Print the lines of code that each group mutates, and their share of the product's."""
+    from tests import budget  # imports the engine, which mutants do not need
+
+    counts = Counter[str]()
+    for file, name in groups_of_files().items():
+        counts[name] += budget.code_lines(ROOT / file)
+    for name, lines in counts.items():
+        print(f"{lines:7,}  {name}")
+    total = budget.num_lines()["lines of the product"]
+    print(f"{counts.total():7,}  of {total:,} lines of the product: {counts.total() / total:.0%}")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    tests = {file: group.tests for group in GROUPS.values() for file in files_of(group)}
+    groups = groups_of_files()
     parser = argparse.ArgumentParser(prog="tests.mutation", description=__doc__.splitlines()[0])
-    parser.add_argument("files", nargs="*", metavar="FILE", help="default: all")
+    parser.add_argument(
+        "names", nargs="*", metavar="FILE", help="files (default: all); with --sample, groups"
+    )
     parser.add_argument("--processes", type=int, default=os.cpu_count())
     parser.add_argument(
-        "--sample", default="0-9", metavar="DIGITS", help="last digits of the numbers to try"
+        "--sample", type=int, metavar="N", help="try N mutants drawn from all groups"
     )
+    parser.add_argument(
+        "--minutes", type=float, default=10.0, help="limit of a sample (default: 10)"
+    )
+    parser.add_argument("--list", action="store_true", help="print groups and their lines of code")
     options = parser.parse_args(arguments)
-    unknown = sorted(set(options.files) - set(tests))
+    choices = list(groups) if options.sample is None else list(GROUPS)
+    unknown = sorted(set(options.names) - set(choices))
     if unknown:
-        parser.error(f"{', '.join(unknown)} cannot be mutated; choose from {', '.join(tests)}.")
-    files = options.files or list(tests)
-    unlisted = sum(try_file(file, tests[file], options.processes, options.sample) for file in files)
+        parser.error(f"{', '.join(unknown)} cannot be mutated; choose from {', '.join(choices)}.")
+    if options.list:
+        print_groups()
+        return 0
+    if options.sample is not None:
+        unlisted = try_samples(options.sample, options.minutes, options.processes, options.names)
+    else:
+        tests = {file: GROUPS[name].tests for file, name in groups.items()}
+        files = options.names or list(tests)
+        unlisted = sum(try_file(file, tests[file], options.processes) for file in files)
     if unlisted:
         print(f"{unlisted} mutants survive that are not listed in {EQUIVALENT.name}.")
     return 1 if unlisted else 0

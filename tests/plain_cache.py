@@ -178,6 +178,20 @@ class PlainCache:
             rows += piece.rows
         return rows
 
+    def replace_rows(
+        self, tokens: Tokens, length: int, namespace: Hashable, start: int, rows: list[int]
+    ) -> list[int]:
+        """Exchange the rows from ``start`` on, on the path of the first ``length`` tokens, and
+        return the former ones."""
+        former = []
+        for piece in self._path(tuple(tokens[:length].tolist()), namespace):
+            assert piece.rows is not None
+            for position in range(piece.start, piece.end):
+                if start <= position < start + len(rows):
+                    former.append(piece.rows[position - piece.start])
+                    piece.rows[position - piece.start] = rows[position - start]
+        return former
+
     def touch(self, tokens: Tokens, cached_len: int, namespace: Hashable) -> None:
         """Count a use of the first ``cached_len`` tokens: of all KV on the path and of the state at
         its end."""

@@ -19,11 +19,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tests import mutation
+from kernels import library
 from tests.endurance.__main__ import PARTS as ENDURANCE
 from tests.selection import ROOT, TOUCHY
 
 PYTEST = (sys.executable, "-m", "pytest", "--processes", "2")
+EVERYTHING = {"HYBRIDCACHE_TESTS": "all"}
 OUT = ROOT / "out"
 LAST_LINES = 25
 """Number of output lines to print of a failed part."""
@@ -97,25 +98,16 @@ def test_parts() -> dict[str, list[Path]]:
 
 def all_parts() -> list[Part]:
     """Return all parts of `make test-all`."""
-    everything = {"HYBRIDCACHE_TESTS": "all"}
     parts = [
-        Part(name, [*PYTEST, *(file.relative_to(ROOT) for file in files)], everything)
+        Part(name, [*PYTEST, *(file.relative_to(ROOT) for file in files)], EVERYTHING)
         for name, files in test_parts().items()
     ]
     python = sys.executable, "-m"
     return [
         *parts,
         *(Part(f"endurance: {name}", [*python, "tests.endurance", name]) for name in ENDURANCE),
-        mutation_part(),
+        Part("mutation", ["make", "mutate", "MUTANTS=--sample 200"]),
     ]
-
-
-def mutation_part(sample: str = "3") -> Part:
-    """Return a tenth of the mutants of the files that differ from main."""
-    known = {file for group in mutation.GROUPS.values() for file in mutation.files_of(group)}
-    files = sorted(known & set(changed_files()))
-    command = ["make", "mutate", f"MUTANTS={' '.join(files)} --sample {sample}"]
-    return Part("mutation", command, missing=None if files else "no mutated file has changed")
 
 
 def run_all(names: Sequence[str]) -> int:
@@ -126,23 +118,6 @@ def run_all(names: Sequence[str]) -> int:
         print(f"tests.run all: no part matches {', '.join(names)}; choose from {choices}.")
         return 2
     return run(parts, OUT / "test-all")
-
-
-def _git(*arguments: str) -> list[str]:
-    command = ["git", "-C", str(ROOT), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
-
-
-def changed_files() -> list[str]:
-    """Return the files that differ from the merge base with the remote's main branch or main, or
-    from the previous commit on main itself. Untracked files are included."""
-    branches = set(_git("for-each-ref", "--format=%(refname:short)", "refs"))
-    base = next((name for name in ("origin/main", "main") if name in branches), "HEAD~1")
-    if _git("rev-parse", base) == _git("rev-parse", "HEAD"):
-        base = "HEAD~1"
-    [fork] = _git("merge-base", base, "HEAD")
-    untracked = _git("ls-files", "--others", "--exclude-standard")
-    return sorted({*_git("diff", "--name-only", fork), *untracked})
 
 
 # --- make test-environments ---------------------------------------------------------------------
@@ -161,8 +136,24 @@ def touchy_tests() -> list[Path]:
 
 NUMERICS = ("tests/kernels", "tests/engine/numerics")
 COMPILER = re.compile(r"(.*-)?(cc|c\+\+|gcc|g\+\+|clang|clang\+\+)(-[\d.]+)?")
-INSTRUCTIONS = ("AVX512_CORE", "AVX2")
-"""Limits of oneDNN's instructions that are tested: each selects other kernels."""
+LIMITS = (
+    library.LEVEL_VARIABLE,
+    "ATEN_CPU_CAPABILITY",
+    "ONEDNN_MAX_CPU_ISA",
+    "MKL_ENABLE_INSTRUCTIONS",
+)
+"""Variables that limit the instructions of our kernels, PyTorch, oneDNN and MKL."""
+PROCESSORS = {
+    "AVX-512 without VNNI": ("avx512", "avx512", "AVX512_CORE", "AVX512"),
+    "AVX2": ("avx2", "avx2", "AVX2", "AVX2"),
+    "SSE4": ("sse4", "default", "SSE41", "SSE4_2"),
+}
+"""Imitated processors, by their best instructions: a value of each variable of ``LIMITS``."""
+EXACTNESS = [
+    f"tests/engine/numerics/test_{name}.py"
+    for name in ("exactness", "four_bits", "gguf_models", "published_sizes")
+]
+"""Tests that hits are exact, in all families and formats, with 1 and 2 threads."""
 BARE = {"HOME": "/proc", "XDG_CACHE_HOME": "/proc/none", "TRITON_HOME": "/proc"}
 BARE |= {"LANG": "C", "LC_ALL": "C", "TERM": ""}
 BACKGROUND = "trap '' INT; exec nohup setsid --wait \"$@\" <&-"
@@ -179,20 +170,38 @@ def link_programs(folder: Path) -> None:
                 link.symlink_to(program)
 
 
+def imitated(name: str) -> dict[str, str]:
+    """Return the environment in which this processor is one of ``PROCESSORS``."""
+    return dict(zip(LIMITS, PROCESSORS[name], strict=True))
+
+
+def lacks(name: str) -> str | None:
+    """Return the reason why this processor cannot imitate one of ``PROCESSORS``, or None."""
+    [level] = [one for one in library.LEVELS if one.name == PROCESSORS[name][0]]
+    missing = level.needs - library.processor_instructions()
+    return f"this processor lacks {', '.join(sorted(missing))}" if missing else None
+
+
 def run_environments() -> int:
-    """Run the tests of numbers without a compiler, and touchy tests in a bare background shell."""
+    """Run the tests of numbers with other instructions and without a compiler, and touchy tests in
+    a bare background shell."""
     numerics = [*PYTEST, "-p", "no:cacheprovider", *NUMERICS]
+    exactness = [*PYTEST, "-p", "no:cacheprovider", *EXACTNESS]
     command = [*PYTEST, "-p", "no:cacheprovider", *touchy_tests()]
     with tempfile.TemporaryDirectory() as folder:
         link_programs(Path(folder))
-        limits = [{}, *({"ONEDNN_MAX_CPU_ISA": limit} for limit in INSTRUCTIONS)]
-        parts = [
-            Part(" ".join(("no compiler", *limit.values())), numerics, {"PATH": folder} | limit)
-            for limit in limits
-        ]
-        limit = {"HYBRIDCACHE_CPU_LEVEL": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}
-        limit |= {"ATEN_CPU_CAPABILITY": "avx2"}
-        parts.append(Part("kernels of AVX2", numerics, limit))
+        bare = {"PATH": folder}
+        parts = [Part("no compiler", numerics, bare)]
+        for name in PROCESSORS:
+            limits, missing = imitated(name), lacks(name)
+            parts += [
+                Part(name, numerics, limits, missing),
+                Part(f"{name}, no compiler", numerics, limits | bare, missing),
+            ]
+        name = "AVX2"
+        parts.append(
+            Part(f"{name}, exactness", exactness, imitated(name) | EVERYTHING, lacks(name))
+        )
         parts.append(Part("background", ["sh", "-c", BACKGROUND, "sh", *command], BARE))
         return run(parts, OUT / "test-environments")
 

@@ -11,7 +11,7 @@ from functools import cache
 import pytest
 
 from hybridcache.config import CacheConfig
-from tests import budget
+from tests import budget, mutation
 from tests.selection import ROOT
 
 Functions = dict[tuple[str, int], str]
@@ -44,6 +44,13 @@ def test_numbers_are_within_the_budget(
             "remove elsewhere, or raise tests/budget.json with the reason in the commit",
         ]
     )
+
+
+def test_mutants_judge_half_of_the_product(
+    measured: tuple[dict[str, int], dict[str, Functions]],
+) -> None:
+    mutated = sum(budget.code_lines(ROOT / file) for file in mutation.groups_of_files())
+    assert mutated >= 0.5 * measured[0]["lines of the product"]
 
 
 def test_the_core_does_not_grow() -> None:

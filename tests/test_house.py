@@ -90,7 +90,7 @@ def test_packages_import_only_allowed_packages(package: str) -> None:
 NO_ROOMS = {"__init__", "__main__", "setup"}
 ORDER = {
     "hybridcache": "command tokens fields allocators radix scheduling policies geometry config "
-    "adapters sglang lab",
+    "adapters sglang lab vllm",
     "hybridcache/radix": "tree protocol api offload cache lease tiers warm_state debug",
     "engine": "config weights layers models errors text requests schedule messages runner "
     "interrupts core plugins engine front",
@@ -181,13 +181,13 @@ def plugin_of(file: Path) -> str:
 
 
 def test_hybridcache_never_imports_torch() -> None:
-    """Except in the SGLang plugin."""
-    plugin = "hybridcache/sglang/"
+    """Except in the plug-ins for engines, which are imported by their engines."""
+    plugins = "hybridcache/sglang/", "hybridcache/vllm/"
     tops = ((file, module.split(".")[0]) for file, module in imports_of("hybridcache"))
-    torch = [file for file, top in tops if top in ("torch", "sglang")]
-    assert torch and all(file.startswith(plugin) for file in torch)
-    heavy = "('torch', 'matplotlib', 'scipy', 'transformers', 'triton', 'sglang')"
-    load = "import sys, hybridcache, hybridcache.lab.cli, hybridcache.sglang"
+    torch = [file for file, top in tops if top in ("torch", "sglang", "vllm")]
+    assert torch and all(file.startswith(plugins) for file in torch)
+    heavy = "('torch', 'matplotlib', 'scipy', 'transformers', 'triton', 'sglang', 'vllm')"
+    load = "import sys, hybridcache, hybridcache.lab.cli, hybridcache.sglang, hybridcache.vllm"
     code = f"{load}; print([m for m in {heavy} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -69,10 +69,24 @@ def test_forked_processes_report_all_and_are_replaced_if_they_die(tmp_path: Path
     assert stopped.returncode == 1 and "stopping after 1 failures" in stopped.stdout
 
 
+def test_groups_of_mutants_name_files_and_tests() -> None:
+    """A renamed file would leave its group without a message."""
+    for name, group in mutation.GROUPS.items():
+        assert all(list(ROOT.glob(pattern)) for pattern in group.mutated), name
+        assert all((ROOT / path).exists() for path in group.tests), name
+
+
+def test_a_sample_is_always_the_same() -> None:
+    files = list(mutation.groups_of_files())
+    drawn = mutation.draw(files, 200)
+    assert drawn == mutation.draw(files, 200) and set(drawn) <= set(files)
+    assert sum(map(len, drawn.values())) == 200
+
+
 def test_excluded_tests_and_equivalent_mutants_exist() -> None:
     """A renamed test or a changed line would make an entry void without a message."""
     files = list((ROOT / "tests").rglob("test_*.py"))
-    for name in mutation.SLOW:
+    for name in mutation.EXCLUDED:
         assert any(name in file.stem or name in file.read_text() for file in files), name
     for mutant in mutation.listed(mutation.EQUIVALENT.read_text()):
         module = mutant.function.split(".")

@@ -125,7 +125,7 @@ class EngineHost:
             with self._wake:
                 if not self._is_open:
                     raise EngineStopped(self.failure or STOPPING)
-                self.call_soon(lambda: self._enqueue(request))
+                self.call_soon(partial(self._enqueue, request))
         except Exception as error:
             self._deliver([RequestOutput.failed(spec.request_id, RequestError.of(error))])
 
@@ -297,7 +297,7 @@ class RequestStream:
         if output.failure is not None:
             self._num_left = 0
             raise RequestError.from_wire(output.failure)
-        self._num_left -= output.is_finished
+        self._num_left -= output.finish_reason is not None
         return output
 
     def abort(self, reason: FinishReason = "abort", request_id: str | None = None) -> None:
@@ -502,7 +502,7 @@ class AsyncEngine:
             case Outputs(outputs):
                 for output in outputs:
                     stream = self._streams.get(output.request_id)
-                    if output.is_finished:
+                    if output.finish_reason is not None:
                         self._streams.pop(output.request_id, None)
                     if stream is not None:
                         stream.put(output)

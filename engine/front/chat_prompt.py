@@ -20,13 +20,12 @@ they are used instead (``Replay``). A turn is replaced only if
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 import re
 import sys
 from array import array
 from bisect import bisect, bisect_left
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -34,6 +33,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from engine.errors import JsonObject
 from engine.requests.request import Marks
 from engine.text.answers import RequestOutput
 from engine.text.bounded import BoundedMemory, read_json
@@ -46,6 +46,9 @@ MARK = "\ufdd0"
 """Character inside a control token that is text. No character has this code, so no text has it."""
 KEEPS_THINKING = "preserve_thinking"
 """Template variable of newer templates; emulated for templates that do not support it."""
+FIRST, LAST = 0x100000, 0x10FFFD
+"""Private-use characters that stand for a message, and for its turn."""
+_PLACES = re.compile(f"([{chr(FIRST)}-{chr(LAST)}])")
 ENTRY_BYTES = 512
 """Approximate size of an answer without its ids and its reasoning."""
 
@@ -73,40 +76,26 @@ class Replay:
         self._known = BoundedMemory[Place, SampledTurn](limit_bytes)
 
     def render(
-        self,
-        messages: Sequence[Message],
-        tenant: Hashable,
-        *,
-        tools: Sequence[Mapping[str, object]] | None = None,
-        variables: Mapping[str, object] | None = None,
-        **options: Any,
+        self, chat: Conversation, tenant: Hashable, namespace: Hashable = None
     ) -> ChatPrompt:
         """Render a chat with the turns that were sampled for its answers. With ``KEEPS_THINKING``,
         messages get the reasoning that their client dropped."""
+        variables, messages = chat.variables, [*chat.messages]
         keeps = (variables or {}).get(KEEPS_THINKING, self._keeps_thinking) is True
-        if keeps:
-            variables = {**(variables or {}), KEEPS_THINKING: True}
-        chat = list(messages)
         sampled: dict[int, SampledTurn] = {}
-        place = tenant, _digest(b"", tools)
-        for index, message in enumerate(chat):
+        place = tenant, _digest(b"", chat.tools)
+        for index, message in enumerate(chat.messages):
             place, reasoning = _place_behind(place, message)
             turn = self._known.get(place) if message.get("role") == "assistant" else None
             if turn is None or reasoning not in (turn.reasoning.strip(), "" if keeps else None):
                 continue
             sampled[index] = turn
             if turn.reasoning and not reasoning:
-                chat[index] = {**message, "reasoning_content": turn.reasoning}
-        prompt = render_chat(
-            self._tokenizer,
-            chat,
-            tools=tools,
-            variables=variables,
-            sampled=sampled,
-            keeps_thinking=keeps,
-            **options,
-        )
-        return replace(prompt, place=place)
+                messages[index] = {**message, "reasoning_content": turn.reasoning}
+        variables = {**(variables or {}), KEEPS_THINKING: True} if keeps else variables
+        chat = replace(chat, messages=messages, variables=variables)
+        rendering = Rendering(self._tokenizer, chat, sampled, keeps, namespace)
+        return replace(rendering.prompt(), place=place)
 
     def keep(self, prompt: ChatPrompt, message: Message, output: RequestOutput) -> None:
         """Store the tokens of the answer to ``prompt``, sent as ``message``, that a client can send
@@ -140,13 +129,28 @@ def _digest(before: bytes, value: object) -> bytes:
     return hashlib.blake2b(before + text, digest_size=16).digest()
 
 
-class Cut(NamedTuple):
+class PromptCut(NamedTuple):
     """A place in a chat up to which the client declares that later chats will be equal."""
 
     message: int | None
     """Index of the message that contains or ends at the cut, or None for the end of the tools."""
     content: str | None = None
     """Shared beginning of its content, or None if all of it is shared."""
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """A chat as the input of its template, whatever the dialect of its request."""
+
+    messages: Sequence[JsonObject]
+    tools: Sequence[Mapping[str, object]] | None = None
+    variables: Mapping[str, object] | None = None
+    """Switches of the template."""
+    cuts: Sequence[PromptCut] = ()
+    add_generation_prompt: bool = True
+    """True if the prompt ends with the beginning of an answer."""
+    continues_last: bool = False
+    """True if the prompt ends with the content of the last message."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,108 +186,153 @@ class ChatPrompt:
 NO_CHAT = "This model has no chat template, so it cannot chat: use /v1/completions."
 
 
-def render_chat(
-    tokenizer: Tokenizer,
-    messages: Sequence[Message],
-    *,
-    tools: Sequence[Mapping[str, object]] | None = None,
-    add_generation_prompt: bool = True,
-    variables: Mapping[str, object] | None = None,
-    namespace: Hashable = None,
-    cuts: Sequence[Cut] = (),
-    sampled: Mapping[int, SampledTurn] | None = None,
-    keeps_thinking: bool = False,
-    continues_last: bool = False,
-) -> ChatPrompt:
-    """Render and encode a chat.
+class Span(NamedTuple):
+    """Turn in a rendered chat that is replaced by sampled tokens."""
 
-    ``sampled`` has the sampled turns by the index of their message; with ``keeps_thinking`` they
-    are also used where the template drops reasoning from history. Control tokens inside the chat's
-    texts (contents, names, arguments, tools) are encoded as text, so that a client cannot forge
-    turns. With ``continues_last``, the prompt ends with the content of the last message.
+    start: int
+    end: int
+    """Start of the token that ends the turn."""
+    close: int
+    """End of that token."""
+    turn: SampledTurn
 
-    Raises TemplateError if the model has no chat template, or if the template rejects the chat.
-    Takes at most five renders plus one for each of ``cuts``, one encoding of the whole chat and a
-    few of its ends.
+
+class Rendering:
+    """Text of a chat, and the places in it that decide on its tokens.
+
+    Control tokens inside the chat's texts (contents, names, arguments, tools) are encoded as text,
+    so that a client cannot forge turns.
     """
-    template = tokenizer.chat_template
-    if template is None:
-        raise TemplateError(NO_CHAT)
-    messages, tools, variables, cuts = mark_control_tokens(
-        tokenizer.control_tokens, (messages, tools, variables, cuts)
-    )
-    render = partial(
-        template.render,
-        tools=tools,
-        add_generation_prompt=add_generation_prompt,
-        variables=variables,
-    )
-    encode_text = partial(
-        tokenizer.encode, add_special_tokens=False, mark=MARK, namespace=namespace
-    )
-    text = render(messages)
-    walls = [*any_of(tokenizer.special_tokens).finditer(text)]
-    control_tokens = {*tokenizer.control_tokens}
-    controls = [wall for wall in walls if wall[0] in control_tokens]
-    turns = dict(sampled or {})
-    if continues_last:
-        turns.pop(len(messages) - 1, None)
-    spans = [*_find_spans(tokenizer, render, messages, text, turns, controls, keeps_thinking)]
-    ending = text[-64:].rstrip() if add_generation_prompt else ""
-    if continues_last:
-        content = _content(messages[-1])
-        at = text.rfind(content)
-        if not content or at < 0:
-            raise TemplateError("the last message has no content to continue")
-        text = text[: at + len(content)]
 
-    def encode(text: str, start: int = 0, known_len: int | None = None) -> Tokens:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        chat: Conversation,
+        sampled: Mapping[int, SampledTurn] | None = None,
+        keeps_thinking: bool = False,
+        namespace: Hashable = None,
+    ) -> None:
+        """Render and encode ``chat``. ``sampled`` has the sampled turns by the index of their
+        message; with ``keeps_thinking`` they are also used where the template drops reasoning from
+        history. Raises TemplateError if the model has no chat template, or if it rejects the chat.
+        """
+        if (template := tokenizer.chat_template) is None:
+            raise TemplateError(NO_CHAT)
+        self._tokenizer, self._chat, self._keeps_thinking = tokenizer, chat, keeps_thinking
+        given = chat.messages, chat.tools, chat.variables, chat.cuts
+        marked = mark_control_tokens(tokenizer.control_tokens, given)
+        self._messages, self._tools, variables, self._cuts = marked
+        self._render = partial(
+            template.render,
+            tools=self._tools,
+            add_generation_prompt=chat.add_generation_prompt,
+            variables=variables,
+        )
+        self._encode = partial(
+            tokenizer.encode, add_special_tokens=False, mark=MARK, namespace=namespace
+        )
+        self.text = self._render(self._messages)
+        self.walls = [*any_of(tokenizer.special_tokens).finditer(self.text)]
+        """Special tokens. The texts on either side are encoded independently."""
+        control_tokens = {*tokenizer.control_tokens}
+        self._controls = [wall for wall in self.walls if wall[0] in control_tokens]
+        turns = dict(sampled or {})
+        if chat.continues_last:
+            turns.pop(len(self._messages) - 1, None)
+        self.spans = [*self._find_spans(turns)] if turns else []
+        """Turns that are replaced by sampled tokens, in order."""
+        self._ending = self.text[-64:].rstrip() if chat.add_generation_prompt else ""
+        if chat.continues_last:
+            content = _content(self._messages[-1])
+            at = self.text.rfind(content)
+            if not content or at < 0:
+                raise TemplateError("the last message has no content to continue")
+            self.text = self.text[: at + len(content)]
+        self._codes = _codes(self.text)
+        self.tokens = self.encode(self.text)
+        """int32[n]."""
+
+    def prompt(self) -> ChatPrompt:
+        """Return the prompt with the positions at which later chats differ. Takes at most three
+        renders plus one for each cut, and a few encodings of ends of the chat."""
+        chat, messages, length = self._chat, self._messages, len(self.tokens)
+        continued = _content(messages[-1]) if chat.continues_last else ""
+        thinks = self._ending.endswith(OPEN) or continued.rfind(OPEN) > continued.rfind(CLOSE)
+        may_think = not self._ending.endswith(CLOSE)
+        other, *longer = _futures(messages, bool(self._tools), may_think)
+        futures = [_future_behind(messages, *cut) for cut in self._cuts]
+        cuts = [end for future in futures for end in self.shared(future)]
+        kept = {end for future in longer for end in self.shared(future)}
+        header = ""
+        if chat.add_generation_prompt:
+            kept |= {length} if self._keeps_thinking else set()
+            header = self.text[self._controls[-1].start() :] if self._controls else ""
+        return ChatPrompt(
+            self.tokens,
+            chat_boundaries(length, {*self.shared(other), *cuts}, kept),
+            thinks,
+            starts_text=not chat.continues_last,
+            cuts=tuple(cuts),
+            header=header,
+        )
+
+    def encode(self, text: str, start: int = 0, known_len: int | None = None) -> Tokens:
         """Return the tokens of ``text[start:]``, with sampled tokens in place of the turns that end
-        in the known part of it."""
+        in its first ``known_len`` characters, which are those of this chat."""
         ids = list[int]()
-        for span in spans:
+        for span in self.spans:
             if start <= span.start and span.end <= (len(text) if known_len is None else known_len):
-                ids += [*encode_text(text[start : span.start]), *encode_text(span.turn.header)]
+                ids += self._encode(text[start : span.start]) + self._encode(span.turn.header)
                 ids += span.turn.token_ids
                 start = span.end
-        return as_tokens(ids + encode_text(text[start:]))
+        return as_tokens(ids + self._encode(text[start:]))
 
-    tokens, wall_ends = encode(text), [wall.end() for wall in walls]
-
-    def shared(future: Sequence[Message]) -> list[int]:
+    def shared(self, future: Sequence[Message]) -> list[int]:
         """Return the number of tokens that a later chat shares with this one, or [] if the template
         rejects it. Only the text after the last special token of their common part is encoded."""
         try:
-            later = render(future)
+            later = self._render(future)
         except TemplateError:
             return []
-        same = common_prefix_len(_codes(text), _codes(later))
-        known_len = min([same, *(span.start for span in spans if span.close > same)])
-        number = bisect(wall_ends, known_len)
-        split = walls[number - 1].start() if number else 0
-        if split <= len(text) // 2:
-            num_before = len(encode(text[:split]))
+        same, tokens = common_prefix_len(self._codes, _codes(later)), self.tokens
+        known_len = min([same, *(span.start for span in self.spans if span.close > same)])
+        number = bisect(self.walls, known_len, key=re.Match.end)
+        split = self.walls[number - 1].start() if number else 0
+        if split <= len(self.text) // 2:
+            num_before = len(self.encode(self.text[:split]))
         else:
-            num_before = len(tokens) - len(encode(text, split))
-        end = encode(later, split, known_len)
+            num_before = len(tokens) - len(self.encode(self.text, split))
+        end = self.encode(later, split, known_len)
         return [num_before + common_prefix_len(tokens[num_before:], end)]
 
-    continued = _content(messages[-1]) if continues_last else ""
-    is_thinking = ending.endswith(OPEN) or continued.rfind(OPEN) > continued.rfind(CLOSE)
-    other, *longer = _futures(messages, bool(tools), thinks=not ending.endswith(CLOSE))
-    cut_at = [end for cut in cuts for end in shared(_future_behind(messages, *cut))]
-    kept = {end for future in longer for end in shared(future)}
-    if keeps_thinking and add_generation_prompt:
-        kept.add(len(tokens))
-    header = text[controls[-1].start() :] if add_generation_prompt and controls else ""
-    return ChatPrompt(
-        tokens,
-        chat_boundaries(len(tokens), {*shared(other), *cut_at}, kept),
-        is_thinking,
-        starts_text=not continues_last,
-        cuts=tuple(cut_at),
-        header=header,
-    )
+    def _find_spans(self, turns: Mapping[int, SampledTurn]) -> Iterator[Span]:
+        """Yield the turns that can be replaced, in order. ``turns`` are given by the index of their
+        message. Takes one render."""
+        text, controls = self.text, self._controls
+        if _PLACES.search(text):
+            return
+        marked = [*self._messages]
+        for index in turns:
+            marked[index] = _marked(marked[index], chr(FIRST + index))
+        pieces = _PLACES.split(self._render(marked))
+        if "".join(pieces[::2]) != text:
+            return
+        end_ids = self._tokenizer.eos_token_ids
+        ends = {self._tokenizer.token_bytes(i).decode("utf-8", "replace") for i in end_ids}
+        at = last = 0
+        for before, place in zip(pieces[::2], pieces[1::2], strict=False):
+            at += len(before)
+            number = bisect_left(controls, at, key=re.Match.start)
+            later = (controls[index] for index in range(number, len(controls)))
+            close = next((one for one in later if one[0] in ends), None)
+            if not number or controls[number - 1].start() < last or close is None:
+                continue
+            start, last = controls[number - 1].start(), close.start()
+            turn = turns[ord(place) - FIRST]
+            is_whole = text.startswith(turn.header, start)
+            is_whole = is_whole and turn.reasoning.strip() in text[start:last]
+            if pieces.count(place) == 1 and (self._keeps_thinking or is_whole):
+                yield Span(start, last, close.end(), turn)
 
 
 def _codes(text: str) -> Tokens:
@@ -298,12 +347,12 @@ def _content(message: Message) -> str:
 def _futures(messages: Sequence[Message], with_tools: bool, thinks: bool) -> list[list[Message]]:
     """Return possible later chats that share a beginning with this one. ``thinks``: the answer may
     contain reasoning."""
-    system = list(
-        itertools.takewhile(lambda message: message["role"] in ("system", "developer"), messages)
-    )
+    num_system = 0
+    while num_system < len(messages) and messages[num_system]["role"] in ("system", "developer"):
+        num_system += 1
     ask: Message = {"role": "user", "content": PROBE}
     answer: Message = {"role": "assistant", "content": PROBE}
-    futures = [[*system, ask], [*messages, answer, ask]]
+    futures = [[*messages[:num_system], ask], [*messages, answer, ask]]
     if with_tools or messages[-1]["role"] == "tool":
         call = {"id": PROBE, "type": "function", "function": {"name": PROBE, "arguments": {}}}
         thoughts = {"reasoning_content": PROBE} if thinks else {}
@@ -316,7 +365,7 @@ def _futures(messages: Sequence[Message], with_tools: bool, thinks: bool) -> lis
 def _future_behind(
     messages: Sequence[Message], index: int | None, content: str | None
 ) -> list[Message]:
-    """Return a chat that equals this one up to a ``Cut``, and differs right after it."""
+    """Return a chat that equals this one up to a ``PromptCut``, and differs right after it."""
     ask: Message = {"role": "user", "content": PROBE}
     if index is None:
         return [{"role": "system", "content": PROBE}, ask]
@@ -378,61 +427,6 @@ def _plain(arguments: object) -> str:
     with suppress(ValueError):
         arguments = read_json(arguments or "{}") if isinstance(arguments, str) else arguments or {}
     return json.dumps(arguments, sort_keys=True)
-
-
-FIRST, LAST = 0x100000, 0x10FFFD
-"""Private-use characters that stand for a message, and for its turn."""
-_PLACES = re.compile(f"([{chr(FIRST)}-{chr(LAST)}])")
-
-
-class Span(NamedTuple):
-    """Turn in a rendered chat that is replaced by sampled tokens."""
-
-    start: int
-    end: int
-    """Start of the token that ends the turn."""
-    close: int
-    """End of that token."""
-    turn: SampledTurn
-
-
-def _find_spans(
-    tokenizer: Tokenizer,
-    render: Callable[[Sequence[Message]], str],
-    messages: Sequence[Message],
-    text: str,
-    turns: Mapping[int, SampledTurn],
-    controls: Sequence[re.Match[str]],
-    keeps_thinking: bool,
-) -> Iterator[Span]:
-    """Yield the turns that can be replaced in ``text``, the rendering of ``messages``, in order.
-
-    ``turns`` are given by the index of their message; ``controls`` are the control tokens of the
-    text. Takes one render.
-    """
-    if not turns or _PLACES.search(text):
-        return
-    marked = list(messages)
-    for index in turns:
-        marked[index] = _marked(messages[index], chr(FIRST + index))
-    pieces = _PLACES.split(render(marked))
-    if "".join(pieces[::2]) != text:
-        return
-    ends = {tokenizer.token_bytes(i).decode("utf-8", "replace") for i in tokenizer.eos_token_ids}
-    control_starts, at, last = [control.start() for control in controls], 0, 0
-    for before, place in zip(pieces[::2], pieces[1::2], strict=False):
-        at += len(before)
-        number = bisect_left(control_starts, at)
-        later = (controls[index] for index in range(number, len(controls)))
-        close = next((one for one in later if one[0] in ends), None)
-        if not number or control_starts[number - 1] < last or close is None:
-            continue
-        start, last, turn = control_starts[number - 1], close.start(), turns[ord(place) - FIRST]
-        is_whole = (
-            text.startswith(turn.header, start) and turn.reasoning.strip() in text[start:last]
-        )
-        if pieces.count(place) == 1 and (keeps_thinking or is_whole):
-            yield Span(start, last, close.end(), turn)
 
 
 def _marked(message: Message, mark: str) -> Message:

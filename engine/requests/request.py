@@ -41,7 +41,8 @@ from engine.text.answers import (
     Transferred,
 )
 from engine.text.grammar import Grammar, GrammarError
-from engine.text.tokenizer import CLOSE, IdTokenizer, Tokenizer, read_json
+from engine.text.tokenizer import CLOSE, IdTokenizer, Tokenizer
+from engine.text.tokenizer_files import read_json
 from hybridcache.geometry.gguf import gguf_file
 from hybridcache.radix.protocol import PromptBoundaries, require_boundaries
 from hybridcache.scheduling.request import ScheduledRequest
@@ -211,6 +212,8 @@ class RequestSpec(Struct, frozen=True, array_like=True, tag=True, eq=False):
     They ascend from 0 on; those past the prompt are ignored."""
     ends_session: bool = False
     """True if the client declared that no request of this session follows."""
+    returns_within_s: float | None = None
+    """Promise of the client to send the next turn within this time after the answer, or None."""
     answer_starts_text: bool = False
     """True if the answer is a separate text, as in a chat, and does not continue the prompt."""
     call_marks: Sequence[str] = ()

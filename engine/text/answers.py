@@ -366,8 +366,6 @@ Event = ReasoningDelta | TextDelta | ToolCall
 
 def joined(events: list[Event]) -> list[Event]:
     """Merge adjacent events of one kind. O(length)."""
-    if len(events) < 2:
-        return events
     merged: list[Event] = []
     for kind, group in itertools.groupby(events, type):
         parts = cast("Any", group)
@@ -460,7 +458,7 @@ class AnswerReader:
         events: list[Event] = []
         while (event := next(self._parts)) is not None:
             events.append(event)
-        return joined(events)
+        return events if len(events) < 2 else joined(events)
 
     def flush(self, is_cut: bool = False) -> list[Event]:
         """Return the events held back, after the end of the text. ``is_cut``: the answer was cut

@@ -8,15 +8,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from engine.text.tokenizer import (
-    CONTRACTIONS,
-    KIMI_WORDS,
-    SPACES,
-    BackendTokenizer,
-    Settings,
-    cased,
-    merges_into,
-)
+from engine.text.tokenizer import BackendTokenizer, Settings
+from engine.text.tokenizer_files import CONTRACTIONS, KIMI_WORDS, SPACES, cased, merges_into
 from hybridcache.geometry.gguf import GgufFile, gguf_file
 from hybridcache.geometry.sizes import ModelError
 

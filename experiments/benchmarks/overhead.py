@@ -27,7 +27,7 @@ from engine.requests.request import RequestSpec
 from engine.runner.sampler import Sampler
 from engine.schedule.report import StepReport
 from engine.schedule.scheduler import Batch
-from engine.text.tokenizer import HFTokenizer
+from engine.text.tokenizer_files import HFTokenizer
 from experiments.studies.common import keep, plain_table, positive
 from hybridcache import CacheConfig, Lease, LeaseRequest, ModelGeometry, build_prefix_cache
 from hybridcache.lab.simulation.closed_loop import SimulatedRequest, Turn

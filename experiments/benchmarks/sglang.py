@@ -34,7 +34,7 @@ from tqdm import tqdm
 
 from experiments.benchmarks import tree_work
 from experiments.benchmarks.tree_work import Work, Workload, new_cache
-from experiments.sglang.cpu import VERSION, stand_in
+from experiments.sglang.cpu import stand_in, version
 from experiments.studies.common import keep, plain_table, positive
 
 stand_in()
@@ -206,7 +206,7 @@ def main() -> None:
         for live in lives:
             records += measure(live, "end", options.runs, bar)
             records += measure(live, "extra_buffer", 1, bar)
-    settings = {"sglang": VERSION, "kv": NUM_KV_TOKENS, "slots": NUM_SLOTS}
+    settings = {"sglang": version(), "kv": NUM_KV_TOKENS, "slots": NUM_SLOTS}
     keep("bench_sglang", records, settings, plain_table)
 
 

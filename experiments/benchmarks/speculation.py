@@ -31,7 +31,7 @@ from tqdm import tqdm
 from engine import Engine, EngineConfig, RequestOutput, SamplingParams
 from engine.engine import load_runner
 from engine.runner.sampler import Sampler
-from engine.text.tokenizer import HFTokenizer
+from engine.text.tokenizer_files import HFTokenizer
 from experiments import texts
 from experiments.benchmarks.timing import alternate, ratio_spread
 from experiments.studies.common import keep, positive

@@ -10,10 +10,10 @@ import importlib.machinery
 import importlib.util
 import sys
 import warnings
+from importlib import metadata
 from types import ModuleType
 from typing import Any
 
-VERSION = "0.5.23"
 STOOD_IN = (
     "IPython",
     "aiohttp",
@@ -78,6 +78,11 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
 def is_installed() -> bool:
     return importlib.util.find_spec("sglang") is not None
+
+
+def version() -> str:
+    """Return the version of the installed SGLang."""
+    return metadata.version("sglang")
 
 
 def stand_in() -> None:

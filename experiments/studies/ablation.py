@@ -61,10 +61,7 @@ class Without(Adaptive):
         return super()._choose(prefill, positions, bars)
 
     def _end(self, prefill: Prefill) -> tuple[str, int] | None:
-        resumed = prefill.resumed
-        is_alive = resumed is not None and not resumed.superseded
-        is_tip = is_alive and (resumed.label, resumed.distance) in placement.TIPS
-        if self.rule == "turnover" and not is_tip:
+        if self.rule == "turnover" and not placement.resumes_from_tip(prefill):
             return None
         return super()._end(
             prefill._replace(resumed=None) if self.rule == "succession" else prefill
@@ -79,12 +76,24 @@ class Without(Adaptive):
         return earned, float("inf") if self.rule == "rank" else used
 
 
+class WithoutPace(survival.Survival):
+    """`survival` without the pace of sessions."""
+
+    def _row(self, *facts: Any) -> int:
+        return super()._row(*facts[:PLACE_OF_PACE], 0, *facts[PLACE_OF_PACE + 1 :])
+
+
+PLACE_OF_PACE = 7
+"""Number of the pace among the arguments of ``Survival._row``."""
 RULES = ("head", "succession", "turnover", "rank", "free memory", "spare slots", "room")
 
 
 PAIRS = {
     f"without the rule *{rule}*": f"survival@{__name__}:Without('{rule}')" for rule in RULES
-} | {"`survival` with LRU's placement": f"survival@{common.STATIC_PLACEMENT}"}
+} | {
+    "without the fact *pace*": f"{__name__}:WithoutPace@adaptive",
+    "`survival` with LRU's placement": f"survival@{common.STATIC_PLACEMENT}",
+}
 
 
 def measure(work: tuple[default.Job, default.Job]) -> list[dict[str, Any]]:

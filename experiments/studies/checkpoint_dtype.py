@@ -32,7 +32,7 @@ from engine.config import TILE
 from engine.engine import load_runner
 from engine.runner.sampler import Sampler
 from engine.schedule.scheduler import Batch, Segment
-from engine.text.tokenizer import HFTokenizer
+from engine.text.tokenizer_files import HFTokenizer
 from experiments import texts
 from experiments.studies.common import keep, plain_table
 

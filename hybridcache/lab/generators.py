@@ -6,6 +6,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator
 from functools import partial, wraps
+from heapq import heappop, heappush
 from itertools import islice
 from typing import Any, ParamSpec
 
@@ -432,6 +433,87 @@ def retries(
         if left > 1:
             seen = writer.text(writer.spread(step - step // 2, 0.4))
             running.append((number, left - 1, np.concatenate((prompt, answer, seen))))
+
+
+@generator
+def live_agents(
+    seed: int = 0,
+    sessions: int = 24,
+    live: int = 5,
+    head: int = 1500,
+    shortest: int = 20_000,
+    longest: int = 40_000,
+    step: int = 900,
+    boundaries: bool = True,
+) -> Requests:
+    """Generate coding agents, ``live`` of them at once, that share a system message of ``head``
+    tokens and grow to U{shortest..longest} tokens.
+
+    A call adds an answer and an observation, together about ``step`` tokens. Each session has a
+    pace of its own, from 2 to 8 seconds between calls, so that the calls of others in between are
+    few. A finished session is replaced.
+    """
+    writer = Writer(seed, boundaries)
+    system = writer.text(head)
+    running: list[tuple[float, int, int, float, Tokens]] = []
+    """Time of the next call, number, final length, pace and prompt of each session, as a heap."""
+
+    def begin(number: int, second: float) -> None:
+        prompt = np.concatenate((system, writer.text(writer.spread(1500))))
+        pace = 2.0 * 4.0 ** float(writer.rng.random())
+        heappush(running, (second, number, writer.between(shortest, longest), pace, prompt))
+
+    for number in range(min(live, sessions)):
+        begin(number, float(number))
+    begun = len(running)
+    while running:
+        second, number, final, pace, prompt = heappop(running)
+        answer = writer.text(writer.spread(step // 3, 0.4))
+        request = writer.request(number, prompt, answer, head)
+        yield request._replace(timestamp_s=second)
+        seen = writer.text(writer.spread(step - step // 3, 0.4))
+        prompt = np.concatenate((prompt, answer, seen))
+        second += pace * float(writer.rng.uniform(0.8, 1.2))
+        if len(prompt) < final:
+            heappush(running, (second, number, final, pace, prompt))
+        elif begun < sessions:
+            begin(begun, second)
+            begun += 1
+
+
+@generator
+def phased_heads(
+    seed: int = 0,
+    phases: int = 6,
+    questions: int = 40,
+    head: int = 2500,
+    question: int = 200,
+    report: int = 400,
+    chats: int = 15,
+    turns: int = 6,
+    boundaries: bool = True,
+) -> Requests:
+    """Generate ``phases`` rounds of single prompts with one undeclared head, and chats in between.
+
+    A prompt is the head, one of ``questions`` texts, and a report that no other prompt repeats.
+    The texts of an odd round are those of the round before, so its prompts fork behind the head
+    only, and each text is used once. The chats of a phase, ``turns`` rounds of ``chats``, evict the
+    head and end with it.
+    """
+    writer = Writer(seed, boundaries)
+    shared, session = writer.text(head), 0
+    for phase in range(phases):
+        if phase % 2 == 0:
+            texts = [writer.text(writer.spread(question)) for _ in range(questions)]
+        for number in writer.rng.permutation(questions).tolist():
+            prompt = np.concatenate((shared, texts[number], writer.text(writer.spread(report))))
+            yield writer.request(session, prompt, writer.text(_ANSWER * 2))
+            session += 1
+        histories = [writer.text(0)] * chats
+        added, answered = partial(writer.spread, 400), partial(writer.spread, 200)
+        for request in _rounds(writer, histories, turns, added, answered):
+            yield request._replace(session=(session, request.session))
+        session += 1
 
 
 # --- Long chats of ShareGPT -----------------------------------------------------------------------

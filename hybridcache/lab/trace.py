@@ -55,6 +55,9 @@ class TraceRequest(NamedTuple):
     stop_reason: str = ""
     """Reason why the answer ended, one of ``STOP_REASONS`` of a lease ("session_end" if no further
     turn will come); empty if it is not known."""
+    returns_within_s: float | None = None
+    """Promise of the client, true or not, to send the session's next request within this time after
+    the answer; None without a promise."""
 
     def num_tokens(self, unit: int) -> int:
         """Return the length of the prompt in tokens."""
@@ -195,6 +198,7 @@ def checked(request: TraceRequest, unit: int) -> TraceRequest:
         ("partial_tokens", Integral, 1, unit),
         ("answer_tokens", Integral, 0, 1 << 31),
         ("service_s", Real, 0, 1e99),
+        ("returns_within_s", Real, 0, 1e99),
     )
     for name, kind, least, most in limits:
         value = getattr(request, name)

@@ -126,7 +126,8 @@ MEMORY = 1024
 Also the maximum number of prefills between trials."""
 EVIDENCE = 8
 """Number of events before which observations are not trusted: checkpoints of a label before others
-are compared with it, and uses before ``survival`` weighs tokens and bytes in full."""
+are compared with it, uses before ``survival`` weighs tokens and bytes in full, and requests for a
+head. Also the part of the ends, one in so many, that is used at least, and that is always tried."""
 Rule = tuple[str, int]
 """Label and distance of a checkpoint (``Placed``): each has an account of its own."""
 BACK = "back"
@@ -180,10 +181,14 @@ class _Account:
             self.earned -= self.hope_tokens
             self.hope_tokens = 0.0
         if self.placed > MEMORY:
-            self.placed *= 0.5
-            self.earned *= 0.5
-            self.used *= 0.5
-            self.uses *= 0.5
+            self._fade()
+
+    def _fade(self) -> None:
+        """Halve all counts."""
+        self.placed *= 0.5
+        self.earned *= 0.5
+        self.used *= 0.5
+        self.uses *= 0.5
 
     def pays(self, bars: tuple[float, float]) -> bool:
         """Return whether the label earns more than the first of ``bars``, or has more real hits
@@ -192,7 +197,11 @@ class _Account:
         return self.earned > earned_bar * self.placed or self.used / self.placed > used_bar
 
     def offer(self, bars: tuple[float, float]) -> None:
-        """Count a prefill in which the label is possible, and decide if it is a trial."""
+        """Count a prefill in which the label is possible, and decide if it is a trial.
+
+        Each trial halves the counts before it, so that a label pays again after a few trials with
+        hits, however long it had none.
+        """
         self.offered += 1
         self.is_tried = False
         if self.pays(bars):
@@ -201,6 +210,8 @@ class _Account:
             self.is_tried = True
             self.due = self.offered + self.wait
             self.wait = min(self.wait * TRIAL_GROWTH, MEMORY)
+            if not self.hope_tokens:  # A trial weighs as much as all that was before it, or more.
+                self._fade()
 
 
 class Adaptive(PlacementPolicy):
@@ -217,20 +228,25 @@ class Adaptive(PlacementPolicy):
     checkpoint that is not a back-off, because back-offs only replace it. A checkpoint *displaces*
     the mean loss per saved checkpoint: the tokens missed because of evictions. A label *pays* if it
     earns ``MARGIN`` times as much. With ample memory nothing is displaced, and every label with
-    earnings is saved. Trials of a label that does not pay become rarer with each failure.
+    earnings is saved. Trials of a label that does not pay become rarer with each failure, and each
+    halves the older counts of the label.
 
     Eight rules keep useful positions from being starved or displaced:
 
-    - *Head*: an evicted shared checkpoint on the path is saved again if two different texts or more
-      that were used themselves follow it within a grid step (``Item.is_shared_head``), and it is
-      above the fork and the declared boundaries, which are candidates anyway. Of several, the
-      deepest. Its own uses would not do: all requests that go deeper pass each cut of a long text.
+    - *Head*: an evicted shared checkpoint on the path is saved again if ``EVIDENCE`` requests or
+      more resumed from it, or would have, or if two different texts that were used themselves
+      follow it within a grid step (``Item.is_shared_head``). It is above the fork and the declared
+      boundaries, which are candidates anyway. Of several, the one with the most requests times the
+      tokens that each saves. Of cuts of a long text, which all requests pass, that is the deepest.
     - *Succession*: a prompt that resumes from the tip of its conversation saves the end, of prompt
       or answer, with the higher earnings. This supersedes the old tip, which is then evicted in its
       place. A conversation in the cache therefore stays there.
-    - *Turnover*: a conversation that is not in the cache saves its end too while real hits are at
-      least ``1 / MARGIN`` of the earnings of ends. Otherwise the tips in the cache keep their
-      places, so that some conversations hit when not all fit.
+    - *Turnover*: a conversation that is not in the cache saves its end too while one in
+      ``EVIDENCE`` ends is used before its eviction, of those whose conversation goes on. Otherwise
+      the tips in the cache keep their places, so that some conversations hit when not all fit.
+      One in ``EVIDENCE`` is saved even then. It replaces tips of conversations that have ended, and
+      shows when more can be kept. Each end counts once: a conversation without a checkpoint misses
+      its last one at every turn, which says nothing about further ones.
     - *Rank*: a label also pays if its real hits save more tokens per checkpoint than those of
       forks.
     - *Free memory*: a back-off without earnings is saved in free memory only. Under pressure it is
@@ -255,6 +271,10 @@ class Adaptive(PlacementPolicy):
         self._num_placed = 1.0
         self._mean_prompt = 0.0
         self._num_prompts = 0
+        self._ends_used = self._ends_lost = 0.0
+        """Ends of prompts and answers by their first use: before or after their eviction."""
+        self._num_newcomers = 0
+        """Prefills that do not resume from the tip of their conversation."""
         self._room = 1 << 30
         """Checkpoints that fit, as of the latest prefill."""
         self._saves_answer = True
@@ -297,6 +317,7 @@ class Adaptive(PlacementPolicy):
             self._account(("branch", 0))
         if shared and shared[-1] > prefill.cached_len:
             self._account(("boundary", 0))
+        self._num_newcomers += not resumes_from_tip(prefill)
         bars = self._bars()
         for back_off in back_offs:
             self._account(back_off[1:]).offer(bars)
@@ -314,6 +335,7 @@ class Adaptive(PlacementPolicy):
                 if above.distance == 1 and not above.stop_reason:
                     break
                 above = above.above
+            self._count_end(is_used=True, is_first=item.uses == 1)
         account = self._account(rule)
         num_tokens = item.position - (0 if above is None else above.position)
         account.earned += num_tokens
@@ -321,7 +343,10 @@ class Adaptive(PlacementPolicy):
         account.uses += 1
 
     def on_ghost_hit(self, item: Item, num_tokens: int) -> None:
-        account = self._account((item.label, item.distance))
+        rule = item.label, item.distance
+        if rule in ENDS:
+            self._count_end(is_used=False, is_first=item.uses == 0 and item.earlier_uses <= 1)
+        account = self._account(rule)
         account.earned += num_tokens
         account.uses += 1
         self._missed_tokens += num_tokens
@@ -399,15 +424,22 @@ class Adaptive(PlacementPolicy):
             account is None or decode.earned / decode.placed > account.earned / account.placed
         ):
             rule, account = ANSWER_END, decode
-        resumed = prefill.resumed
-        is_alive = resumed is not None and not resumed.superseded
-        if resumed is not None and is_alive and (resumed.label, resumed.distance) in TIPS:
+        if resumes_from_tip(prefill):
             return rule
         if account is None:
             return None
-        # The turnover rule: are enough of its checkpoints used before their eviction?
-        is_used = not account.hope_tokens and MARGIN * account.used > account.earned
-        return rule if is_used else None
+        # The turnover rule.
+        num_ended = self._ends_used + self._ends_lost
+        is_trial = num_ended > 0 and self._num_newcomers % EVIDENCE == 0
+        return rule if is_trial or EVIDENCE * self._ends_used > num_ended else None
+
+    def _count_end(self, is_used: bool, is_first: bool) -> None:
+        """Count the first use of an end. Old counts fade."""
+        self._ends_used += is_used and is_first
+        self._ends_lost += not is_used and is_first
+        if self._ends_used + self._ends_lost > EVIDENCE**2:
+            self._ends_used *= 0.5
+            self._ends_lost *= 0.5
 
     def _account(self, rule: Rule) -> _Account:
         account = self._accounts.get(rule)
@@ -440,14 +472,28 @@ class Adaptive(PlacementPolicy):
         return MARGIN * price, used
 
 
+def resumes_from_tip(prefill: Prefill) -> bool:
+    """Return whether ``prefill`` continues a conversation from its last checkpoint."""
+    resumed = prefill.resumed
+    if resumed is None or resumed.superseded:
+        return False
+    return (resumed.label, resumed.distance) in TIPS
+
+
 def _head(prefill: Prefill) -> Item | None:
     """Return the evicted checkpoint of the rule *Head*, or None. O(evicted checkpoints)."""
     if not prefill.evicted:
         return None
     known, grid = (prefill.seen_len, *prefill.boundaries, prefill.prompt_len), prefill.grid
     first = min(end - end % grid for end in known if end > prefill.cached_len)
-    shared = (item for item in prefill.evicted if item.label in SHARED and not item.stop_reason)
-    return next((it for it in shared if it.position < first and it.is_shared_head(grid)), None)
+    found, most = None, 0
+    for item in prefill.evicted:  # the deepest first
+        if item.label in SHARED and not item.stop_reason and item.position < first:
+            asked = item.uses + item.earlier_uses
+            saved = asked * (item.position - prefill.cached_len)
+            if saved > most and (asked >= EVIDENCE or item.is_shared_head(grid)):
+                found, most = item, saved
+    return found
 
 
 def _positions(prefill: Prefill) -> Positions:

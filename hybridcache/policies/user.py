@@ -254,6 +254,7 @@ class GuardedEviction(Guard, EvictionPolicy):
         self.orders_classes = bool(policy.orders_classes)
 
     def set_clock(self, clock: Callable[[], float]) -> None:
+        super().set_clock(clock)
         self._policy.set_clock(clock)
 
     def add(self, item: Item) -> None:

@@ -49,6 +49,7 @@ from hybridcache.radix.tree import (
     ItemBytes,
     NodeHandle,
     PathPart,
+    Promise,
     RadixNode,
     RadixTree,
     is_superseded,
@@ -135,6 +136,11 @@ class RowIndex:
             if (edge := self._known.get(serial)) is not None:
                 num_owned += len(move.rename(edge.rows))
         return num_owned
+
+    def renumbered(self, edge: Edge) -> None:
+        """Note that ``edge`` has other rows than before. O(1)."""
+        self._known.pop(edge.serial, None)
+        self.new[edge.serial] = edge
 
     def check(self, edges: list[Edge]) -> None:
         """Check that the index has ``edges``, those of all resident nodes. O(rows)."""
@@ -650,6 +656,13 @@ class HybridRadixCache:
             pass
         return Eviction(stats.evicted_tokens - tokens, stats.evicted_slots - slots)
 
+    def evict_next(self) -> bool:
+        """Evict the next victim of either kind, for memory that rows and states share.
+
+        Returns False if nothing evictable remains. Amortised O(log n) per freed item.
+        """
+        return self._evict_one(None)
+
     def reset(self) -> None:
         """Remove everything that is not locked, ghosts included. O(tree).
 
@@ -928,18 +941,76 @@ class HybridRadixCache:
         last = None if leaf.parent is None else leaf
         return InsertResult(num_tokens, duplicates, rejected, last)
 
-    def label_tip(self, node: NodeHandle | None, stop_reason: str) -> None:
+    def replace_rows(self, node: NodeHandle, start: int, rows: Indices) -> Indices:
+        """Point the tokens from ``start`` on, on the path to ``node``, to ``rows``, int32[k].
+
+        For a page or block that was copied, as copy-on-write does: the tree keeps the copy, so the
+        original becomes free unless another path uses it. ``rows`` are whole pages that the caller
+        holds and has written with the same KV. Returns the former rows, which the caller holds from
+        then on: free them when nothing reads them any more. Other paths through these tokens are
+        pointed to ``rows`` too. Leases that resumed here keep the former row numbers. This is not a
+        use: no recency changes. O(nodes from ``node`` up to ``start`` + k).
+
+        Not checked: that the caller holds ``rows``. ``check`` finds rows with two owners.
+
+        >>> import numpy as np
+        >>> from hybridcache import CacheConfig, build_prefix_cache
+        >>> cache = build_prefix_cache(CacheConfig(num_kv_tokens=100, num_slots=2, grid=4))
+        >>> prompt = np.arange(8, dtype=np.int32)
+        >>> node = cache.insert(prompt, cache.allocate_kv(8), [(8, cache.allocate_slot())]).node
+        >>> copy = cache.allocate_kv(4)
+        >>> former = cache.replace_rows(node, 4, copy)
+        >>> cache.gather(node)[4:].tolist() == copy.tolist()
+        True
+        >>> cache.free_kv(former)
+        >>> cache.check(held_tokens=0, held_slots=0)
+
+        Raises:
+            ValueError: ``rows`` is not int32[k] of whole pages, or the path does not have the
+                tokens [``start``, ``start`` + k). Nothing is changed.
+        """
+        require_int32(rows, "rows")
+        start, end = require_index(start, "start", 0), start + len(rows)
+        last, page_size = self._usable(node), self.page_size
+        length = node.length if type(node) is PathPart else 0 if last is None else last.end
+        if start % page_size or len(rows) % page_size or end > length:
+            raise ValueError(
+                f"rows must be whole pages of {page_size} rows on a path of {length} tokens (got "
+                f"{start} to {end})."
+            )
+        former = np.empty(len(rows), INT32)
+        while last is not None and last.end > start:
+            kv, first = last.kv, last.start
+            if kv is not None and first < end:
+                low, high = max(first, start), min(last.end, end)
+                part = kv.rows[low - first : high - first]
+                former[low - start : high - start] = part
+                part[:] = rows[low - start : high - start]
+                if self._row_index is not None:
+                    self._row_index.renumbered(kv)
+            last = last.parent
+        return former
+
+    def label_tip(
+        self, node: NodeHandle | None, stop_reason: str, returns_within_s: float | None = None
+    ) -> None:
         """Set the ``stop_reason`` of the deepest checkpoint of the answer that ends at
         ``node``. After ``session_end`` it is superseded: only a repetition would resume from it.
+        With ``returns_within_s`` set its ``promise``.
 
-        Replaces an earlier stop reason. Does nothing if there is no checkpoint, or if the path
-        forks below it, because then it serves other conversations too. O(nodes between).
+        Replaces an earlier stop reason unless the new one is empty, and an earlier promise. Does
+        nothing if there is no checkpoint, or if the path forks below it, because then it serves
+        other conversations too. O(nodes between).
         """
         last = self._usable(node)
         while last is not None and type(last.children) is not dict:
             tip = last.checkpoint
             if tip is not None:
-                if stop_reason != tip.stop_reason:
+                tip.promise = None
+                if returns_within_s is not None:
+                    now_s = self.policy.clock()
+                    tip.promise = Promise(now_s, now_s + returns_within_s, self.now, tip.uses)
+                if stop_reason and stop_reason != tip.stop_reason:
                     tip.stop_reason = stop_reason
                     self.policy.on_relabelled(tip)
                     self._note_superseded(tip, tip.num_successors > 0 or is_superseded(tip))
@@ -1177,6 +1248,9 @@ class HybridRadixCache:
             assert one.position % self.checkpoint_grid == 0, f"{one} is off the grid"
             expected = one.num_successors > 0 or is_superseded(one)
             assert one.superseded == expected, f"{one} superseded: {not expected}"
+            promise = one.promise
+            is_past = promise is None or (promise.uses <= one.uses and promise.made <= self.now)
+            assert is_past, f"{one} has a promise of later time: {promise}"
         self._check_rows(edges)
         self._check_slots([one.slot for one in checkpoints])
         self._check_locks()

@@ -88,14 +88,21 @@ class DebugLease(Lease):
         super().roll_back(computed_len, unwritten)
         self._step_start, self._stepped_len = None, computed_len
 
-    def _end(self, tokens: Tokens, computed_len: int, donate: bool, stop_reason: str) -> None:
+    def _end(
+        self,
+        tokens: Tokens,
+        computed_len: int,
+        donate: bool,
+        stop_reason: str,
+        returns_within_s: float | None = None,
+    ) -> None:
         has_own_state = self.state_slot is not None and self._request.own_slot is None
         if donate and has_own_state and (self._stepped_len or 0) > computed_len:
             raise ValueError(
                 f"the last step went to {self._stepped_len}, so state_slot has the state after "
                 f"that many tokens and not after {computed_len}: call finish(..., donate=False)"
             )
-        super()._end(tokens, computed_len, donate, stop_reason)
+        super()._end(tokens, computed_len, donate, stop_reason, returns_within_s)
 
     def _require_computed(self, tokens: Tokens, computed_len: int) -> None:
         super()._require_computed(tokens, computed_len)
@@ -248,6 +255,13 @@ class _Checks(HybridRadixCache):
             for _, slot in checkpoints:
                 self._require_not_leased(slot)
         return super().insert(tokens, kv_indices, checkpoints, namespace, owned_from, labels, after)
+
+    def replace_rows(self, node: NodeHandle, start: int, rows: Indices) -> Indices:
+        self._require_held(rows)
+        former = super().replace_rows(node, start, rows)
+        self._owners.put(rows, CACHED)
+        self._owners.put(former, HELD)
+        return former
 
     def _store_rows(self, path: Sequence[RadixNode], rows: Indices, first: int) -> None:
         super()._store_rows(path, rows, first)

@@ -49,6 +49,7 @@ from hybridcache.tokens import (
     immutable,
     require_index,
     require_int32,
+    require_seconds,
 )
 
 SPARE_ROWS = 512
@@ -116,6 +117,11 @@ class LeaseRequest(NamedTuple):
     """Whether the request continues one that is counted in ``cache.stats`` already: the
     ``is_counted`` of its preempted lease. Its hits and losses are then not added again. Policies
     learn from it as from any other."""
+    returns_within_s: float | None = None
+    """Promise of the client to send the next turn within this time after the answer, in seconds, or
+    None. Until then ``survival`` evicts other entries of the namespace first, those of less value
+    than a certain use within that time: the shorter the time, the more. Other policies ignore it.
+    A broken promise costs the namespace the entries that were evicted instead."""
 
 
 NO_BOUNDARIES: PromptBoundaries = LeaseRequest._field_defaults["boundaries"]
@@ -273,6 +279,8 @@ class Lease:
             raise ValueError("a request needs at least one token (got no tokens)")
         if request.boundaries is not NO_BOUNDARIES:
             require_boundaries(request.boundaries)
+        if (promised_s := request.returns_within_s) is not None:
+            require_seconds(promised_s, "returns_within_s")
         for what, number in (("table_row", request.table_row), ("own_slot", slot)):
             if number is not None and type(number) is not int:
                 require_index(number, what, 0)
@@ -662,7 +670,7 @@ class Lease:
             raise ValueError(f"stop_reason must be one of {known}, or empty (got {stop_reason!r}).")
         is_answer = computed_len > self.prompt_len
         donate &= self._interval is not None if is_answer else computed_len in self._planned
-        self._end(tokens, computed_len, donate, stop_reason)
+        self._end(tokens, computed_len, donate, stop_reason, self._request.returns_within_s)
 
     def preempt(self, tokens: Tokens, computed_len: int) -> None:
         """Publish the computed tokens and end the lease, to begin again later.
@@ -681,7 +689,14 @@ class Lease:
         if not self._has_ended:
             self._end(EMPTY, 0, False, "")
 
-    def _end(self, tokens: Tokens, computed_len: int, donate: bool, stop_reason: str) -> None:
+    def _end(
+        self,
+        tokens: Tokens,
+        computed_len: int,
+        donate: bool,
+        stop_reason: str,
+        returns_within_s: float | None = None,
+    ) -> None:
         """Publish the computed tokens and their checkpoints, and return everything else that is
         held. With ``donate`` the own slot is one of these checkpoints, if it can be."""
         cache, placement, own_slot = self.cache, self._placement, self.state_slot
@@ -709,8 +724,8 @@ class Lease:
         tip: NodeHandle | None = self._lock.node
         if pending or published_len > self.published_len:
             tip = self._insert(tokens, published_len, is_last=True)
-        if stop_reason:
-            cache.label_tip(tip, stop_reason)
+        if stop_reason or returns_within_s is not None:
+            cache.label_tip(tip, stop_reason, returns_within_s)
         held = self._rows[self.published_len : self.extended_len]
         self.state_slot, self._has_ended, self._pending = None, True, {}
         self._rows, self._tokens = EMPTY, EMPTY  # Planners keep ended leases.

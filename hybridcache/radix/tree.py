@@ -159,6 +159,19 @@ next insertion or eviction, or for as long as it is locked.
 Kind = Literal["kv", "checkpoint"]
 
 
+class Promise(NamedTuple):
+    """Announcement of a client that it continues a conversation soon."""
+
+    made_s: float
+    """Time of the announcement, by ``EvictionPolicy.clock``."""
+    until_s: float
+    """Time at which it ends."""
+    made: int
+    """Logical time of the announcement."""
+    uses: int
+    """Uses of the checkpoint so far. A further use keeps the promise, and ends it."""
+
+
 class Item:
     """Unit of eviction, as seen by a policy: one checkpoint, or the KV of one node. Made by the
     cache.
@@ -196,6 +209,9 @@ class Item:
     stop_reason: str
     """Reason why the answer before it ended (``hybridcache.radix.lease.STOP_REASONS``), for the
     deepest checkpoint of a finished request. Empty for others, or if it is not known."""
+    promise: Promise | None
+    """Latest promise for the end of a conversation (``LeaseRequest.returns_within_s``), or None. KV
+    has that of the checkpoint at its end. See ``promise_at``."""
     node: RadixNode
     """Node of the tree, for the cache only."""
     item_bytes: ItemBytes
@@ -208,6 +224,21 @@ class Item:
         Always False in an attention-only cache.
         """
         return False
+
+    @property
+    def namespace(self) -> Hashable:
+        """Namespace of its prompts. O(nodes above)."""
+        return self.node.namespace
+
+    def promise_at(self, now_s: float) -> Promise | None:
+        """Return the promise if it still counts at ``now_s``, else None.
+
+        It ends with its time, with the next use, and once a later turn has superseded the item.
+        """
+        item = self.node.checkpoint
+        if item is None or (promise := item.promise) is None or item.superseded:
+            return None
+        return promise if now_s < promise.until_s and item.uses == promise.uses else None
 
     @property
     def above(self) -> Item | None:
@@ -321,6 +352,11 @@ class Edge(Item):
         return view
 
     @property
+    def promise(self) -> Promise | None:  # type: ignore[override]
+        checkpoint = self.node.checkpoint
+        return None if checkpoint is None else checkpoint.promise
+
+    @property
     def dead(self) -> bool:
         node = self.node
         return node.checkpoint is None and not node.children and self.item_bytes.state > 0
@@ -337,6 +373,7 @@ class Checkpoint(Item):
         "earlier_uses",
         "label",
         "num_successors",
+        "promise",
         "slot",
         "stop_reason",
         "stored",
@@ -361,6 +398,7 @@ class Checkpoint(Item):
         self.num_successors = 0
         """Running requests that will save a deeper checkpoint (``LockHandle.superseded``)."""
         self.superseded = False
+        self.promise = None
         self.stored: OffloadedCheckpoint | None = None
         """Item in an offload tier that replaced it, or None."""
         self.memo = None

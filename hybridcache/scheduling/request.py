@@ -34,6 +34,10 @@ class RequestFields(Protocol):
         """True if no request of its session follows."""
 
     @property
+    def returns_within_s(self) -> float | None:
+        """Promise of the client, as in ``LeaseRequest``."""
+
+    @property
     def choice_of(self) -> str | None:
         """Name of the first request, if this is another choice of the same answer."""
 

@@ -11,7 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 NAME = "hybridcache"
 """Value of ``--radix-cache-backend``."""
-TESTED = ("0.5.23",)
+TESTED = ("0.5.23", "0.5.22")
 """Versions of SGLang that ``make sglang`` has passed with."""
 logger = logging.getLogger("hybridcache.sglang")
 

@@ -15,7 +15,8 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -25,7 +26,13 @@ from sglang.srt.mem_cache.events import KVCacheEventRecorder
 from sglang.srt.mem_cache.radix_cache import RadixKey
 from sglang.srt.mem_cache.registry import TreeCacheBuildContext, default_radix_cache_factory
 from sglang.srt.mem_cache.utils import split_node_hash_value
-from sglang.srt.runtime_context import get_disagg, get_memory, get_parallel, mamba_checkpoint_grid
+from sglang.srt.runtime_context import (
+    get_disagg,
+    get_memory,
+    get_parallel,
+    get_spec,
+    mamba_checkpoint_grid,
+)
 from sglang.srt.utils.rank_consensus_checker import rank_consensus
 
 from hybridcache.allocators.pools import SlotAllocator
@@ -36,8 +43,10 @@ from hybridcache.radix.tree import NodeHandle, PathPart, RadixNode
 from hybridcache.sglang.translation import (
     EVERY_VARIABLE,
     HostReader,
+    HostTier,
     LossMeter,
     Offer,
+    Pending,
     RequestStates,
     RowView,
     SlotView,
@@ -62,12 +71,20 @@ class HybridRadixBackend(base.BasePrefixCache):
 
     disable = False
     sliding_window_size = None
+    cache_controller = None
+    """None, because the host tier is not SGLang's."""
+    enable_storage = False
+    ongoing_write_through = ongoing_load_back = ()
 
     def __init__(
-        self, params: CacheInitParams, is_hybrid_ssm: bool, eviction: str | None = None
+        self,
+        params: CacheInitParams,
+        is_hybrid_ssm: bool,
+        eviction: str | None = None,
+        host: HostSettings | None = None,
     ) -> None:
         """Build an empty cache over the pools of ``params``. ``eviction`` replaces its
-        ``eviction_policy``."""
+        ``eviction_policy``. Evicted prefixes are kept on the host if ``host`` is given."""
         self.req_to_token_pool = params.req_to_token_pool
         self.token_to_kv_pool_allocator = params.token_to_kv_pool_allocator
         self.page_size = params.page_size
@@ -85,10 +102,11 @@ class HybridRadixBackend(base.BasePrefixCache):
             pool, extra_buffer = params.req_to_token_pool, params.enable_mamba_extra_buffer
             slots = view = SlotView(pool.mamba_allocator, state_bytes)
             self._states = RequestStates(
-                pool, view, self._rows, self._reader, extra_buffer=extra_buffer
+                pool, view, self._settle, self._reader, extra_buffer=extra_buffer
             )
             if extra_buffer:
                 self._grid = mamba_checkpoint_grid(params.page_size)
+        device_bytes = self._rows.capacity * token_bytes + slots.capacity * state_bytes
         config = CacheConfig(
             prefix_cache="hybrid" if is_hybrid_ssm else "radix",
             num_kv_tokens=self._rows.capacity,
@@ -97,6 +115,7 @@ class HybridRadixBackend(base.BasePrefixCache):
             state_bytes=state_bytes,
             page_size=params.page_size,
             grid=1,
+            host_bytes=0 if host is None else host.num_bytes(device_bytes),
             eviction=params.eviction_policy if eviction is None else eviction,
             debug=False,  # SGLang allocates rows itself.
         )
@@ -108,7 +127,16 @@ class HybridRadixBackend(base.BasePrefixCache):
             self.init_metrics_collector()
             self._meter = LossMeter(self._grid, self.metrics_collector.labels)
         self._cache: HybridRadixCache
+        self._host: HostTier | None = None
         self.reset()
+        if host is not None:
+            kv, mamba = params.token_to_kv_pool_allocator.get_kvcache(), pool.mamba_pool
+            kv = getattr(kv, "full_kv_pool", kv)
+            rows = [*kv.kv_buffer] if hasattr(kv, "kv_buffer") else [*kv.k_buffer, *kv.v_buffer]
+            states = [*mamba.mamba_cache.conv, mamba.mamba_cache.temporal]
+            [tier] = self._cache.offload.tiers
+            state_rows = self._cache.offload.state_rows
+            self._host = HostTier(rows, states, tier.pages.capacity, state_rows, host.fence)
 
     def reset(self) -> None:
         """Discard all contents. SGLang clears its pools itself after this call."""
@@ -118,6 +146,15 @@ class HybridRadixBackend(base.BasePrefixCache):
         if self._events.recorder.enabled:
             self._events.restart()
             self._cache.subscribe(self._events)
+
+    def _settle(self) -> None:
+        """Queue the copies of evictions and loads, and then free evicted rows in SGLang."""
+        if self._host is not None:
+            plan = self._cache.take_step()
+            if plan.transfers:
+                self._host.run(plan.transfers)
+            plan.done()
+        self._rows.give_back()
 
     @property
     def tree(self) -> HybridRadixCache:
@@ -141,15 +178,53 @@ class HybridRadixBackend(base.BasePrefixCache):
             self._cache.touch(found)
         else:
             req.hybridcache_match = found
-        handle = handle_of(found.node)
+        handle: Any = handle_of(found.node)
+        best, num_loadable = handle, 0
+        if req is not None and found.loadable:
+            best = Pending(found.loadable[-1], prompt, found.namespace)
+            num_loadable = best.resumable.position - found.cached_len
         return base.MatchResult(
             device_prefix_len=found.cached_len,
             last_device_node=handle,
             last_host_node=handle,
-            best_match_node=handle,
+            best_match_node=best,
+            host_hit_length=num_loadable,
+            mamba_host_hit_length=int(num_loadable > 0),
             mamba_branching_seqlen=branch,
             full_kv_hit_length=min(found.kv_match_len, len(prompt) - 1),
         )
+
+    def init_load_back(self, params: base.InitLoadBackParams) -> tuple[int, Handle]:
+        """Load the prefix that ``match_prefix`` found on the host, if there is room. Returns the
+        number of loaded tokens and the last node. O(tokens)."""
+        req, pending = params.req, params.best_match_node
+        assert self._states is not None
+        found = self._states.load(self._cache, req, pending)
+        self._settle()
+        if found is None:
+            return 0, req.last_node
+        req.hybridcache_match = found
+        if self._states.extra_buffer:
+            declared = boundaries_of(req)
+            req.mamba_branching_seqlen = branch_position(
+                pending.prompt, found, self._grid, declared, self._every
+            )
+        return found.cached_len - req.prefix_len, handle_of(found.node)
+
+    @property
+    def full_kv_pool_host(self) -> SimpleNamespace:
+        """Size and free rows of the host tier, for SGLang's metrics."""
+        offload = self._cache.offload
+        assert offload is not None
+        pages = offload.tiers[0].pages
+        return SimpleNamespace(logical_size=pages.capacity, available_size=lambda: pages.num_free)
+
+    def check_hicache_events(self) -> None:
+        """Do nothing: all copies are queued on the scheduling stream, in order."""
+
+    def ready_to_load_host_cache(self) -> int:
+        """Return -1: the pass waits for loads on the scheduling stream, not layer by layer."""
+        return -1
 
     def touch_prefix(self, key: RadixKey) -> None:
         """Refresh the resume point of a waiting request. O(n)."""
@@ -171,7 +246,7 @@ class HybridRadixBackend(base.BasePrefixCache):
             states.release(req, offer, self._publish_state(req, tokens, offer))
         elif (offer := states.offer_running(self._cache, req, len(tokens))) is not None:
             states.settle_running(req, offer, self._publish_state(req, tokens, offer))
-        self._rows.give_back()
+        self._settle()
 
     def _count(self, req: Req) -> None:
         """Count an admitted request as a use when it has computed its first chunk."""
@@ -241,7 +316,7 @@ class HybridRadixBackend(base.BasePrefixCache):
         namespace = namespace_of(key.extra_key, key.cache_salt)
         result = self._cache.insert(tokens[:end], rows, checkpoints, namespace, owned)
         self._rows.free(result.duplicates)
-        self._rows.give_back()
+        self._settle()
         return base.InsertResult(
             prefix_len=owned + len(result.duplicates),
             total_len=end,
@@ -254,7 +329,7 @@ class HybridRadixBackend(base.BasePrefixCache):
         """Evict until this many rows and slots are freed, or nothing evictable is left."""
         began = time.perf_counter()
         evicted = self._cache.evict(params.num_tokens, params.mamba_num)
-        self._rows.give_back()
+        self._settle()
         self.update_eviction_metrics(evicted.num_tokens, began)
         return base.EvictResult(
             num_tokens_evicted=evicted.num_tokens, mamba_num_evicted=evicted.num_slots
@@ -431,16 +506,35 @@ def _key(tokens: Tokens, namespace: Any) -> RadixKey:
 logger = logging.getLogger("hybridcache.sglang")
 
 
+class HostSettings(NamedTuple):
+    """Settings of ``--enable-hierarchical-cache``."""
+
+    size_gb: int
+    """``--hicache-size``: size per rank in GB, or 0 if the ratio counts."""
+    ratio: float
+    """``--hicache-ratio``: size as a multiple of the device's."""
+    fence: Any
+    """Stream of the forward passes."""
+
+    def num_bytes(self, device_bytes: int) -> int:
+        return self.size_gb * 10**9 if self.size_gb else int(self.ratio * device_bytes)
+
+
 def build_backend(ctx: TreeCacheBuildContext) -> base.BasePrefixCache:
     """Build the cache of one scheduler. Raises ValueError if a setting is not supported."""
     if ctx.disable_radix_cache:
         return default_radix_cache_factory(ctx)
-    refusal = why_not(ctx, get_memory(), get_disagg(), get_parallel())
+    memory = get_memory()
+    refusal = why_not(ctx, memory, get_disagg(), get_parallel(), get_spec())
     if refusal is not None:
         raise ValueError(refusal)
     eviction = eviction_name(ctx.params.eviction_policy)
     logger.info("hybridcache: eviction policy %s", eviction)
-    return HybridRadixBackend(ctx.params, ctx.is_hybrid_ssm, eviction)
+    host = None
+    if ctx.enable_hierarchical_cache:
+        fence = ctx.tp_worker.model_runner.forward_stream
+        host = HostSettings(memory.hicache_size, memory.hicache_ratio, fence)
+    return HybridRadixBackend(ctx.params, ctx.is_hybrid_ssm, eviction, host)
 
 
 def sizes_in_bytes(params: CacheInitParams, is_hybrid_ssm: bool) -> tuple[int, int]:

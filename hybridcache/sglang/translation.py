@@ -6,16 +6,18 @@ Types excepted, nothing here imports SGLang.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 
+from hybridcache.allocators.moves import DEVICE, Copy, Transfer
 from hybridcache.allocators.pools import BaseAllocator, PageAllocator, SlotAllocator
 from hybridcache.policies.registry import DEFAULT_EVICTION, EVICTION_NAMES
-from hybridcache.radix.api import Losses, PrefixMatch, losses_of
+from hybridcache.radix.api import Losses, PrefixMatch, Resumable, losses_of
 from hybridcache.radix.cache import HybridRadixCache
 from hybridcache.tokens import Indices, Tokens
 
@@ -45,15 +47,21 @@ def eviction_name(asked: str) -> str:
     return {"lru": DEFAULT_EVICTION, PLAIN_LRU: "lru"}.get(asked, asked)
 
 
-def why_not(ctx: TreeCacheBuildContext, memory: Any, disagg: Any, parallel: Any) -> str | None:
+def why_not(
+    ctx: TreeCacheBuildContext, memory: Any, disagg: Any, parallel: Any, spec: Any
+) -> str | None:
     """Return a message for the first unsupported setting of SGLang's build context and of its other
     settings, or None if all are supported."""
     params = ctx.params
     has_windows = ctx.is_hybrid_swa or params.sliding_window_size is not None
+    tiered, is_drafted = ctx.enable_hierarchical_cache, spec.speculative_algorithm is not None
     unknown = eviction_name(params.eviction_policy) not in EVICTION_NAMES
     refused = {
         "models with sliding windows": has_windows,
-        "--enable-hierarchical-cache": ctx.enable_hierarchical_cache,
+        "--hicache-storage-backend": tiered and memory.hicache_storage_backend is not None,
+        "--enable-hierarchical-cache on attention-only models": tiered and not ctx.is_hybrid_ssm,
+        "--enable-hierarchical-cache with --pp-size > 1": tiered and params.pp_size > 1,
+        "--enable-hierarchical-cache with --speculative-algorithm": tiered and is_drafted,
         "LMCache": memory.enable_lmcache,
         "FlexKV": memory.enable_flexkv,
         "--enable-unified-memory": memory.enable_unified_memory,
@@ -235,7 +243,6 @@ class RowView(Counts, PageAllocator):
         self.capacity = theirs.size + theirs.page_size
         self.unit_bytes = token_bytes
         self.budget = None
-        self._is_on_host = torch.device(theirs.device).type == "cpu"
 
     def allocate(self, num_tokens: int) -> Indices | None:
         self.give_back()
@@ -257,10 +264,7 @@ class RowView(Counts, PageAllocator):
 
     def to_device(self, rows: Indices) -> torch.Tensor:
         """Convert ``rows`` to SGLang's form: int64[n] on its device. O(n)."""
-        there = torch.from_numpy(rows.astype(np.int64))
-        if self._is_on_host:
-            return there
-        return there.pin_memory().to(self._theirs.device, non_blocking=True)
+        return on_device(rows, self._theirs.device)
 
     def free_rows(self) -> Indices:
         page_size = self._theirs.page_size
@@ -320,6 +324,14 @@ def streams_of(device: str) -> Any:
     return None if torch.device(device).type == "cpu" else torch.get_device_module(device)
 
 
+def on_device(rows: Indices, device: Any) -> torch.Tensor:
+    """Copy ``rows`` to a device as int64[n], from pinned memory: the host does not wait. O(n)."""
+    there = torch.from_numpy(rows.astype(np.int64))
+    if streams_of(str(device)) is None:
+        return there
+    return there.pin_memory().to(device, non_blocking=True)
+
+
 class HostReader:
     """Copies of row and slot numbers to the host that do not wait for a forward pass.
 
@@ -351,6 +363,88 @@ class HostReader:
         return copied
 
 
+# --- Host tier ------------------------------------------------------------------------------------
+
+
+class Pending(NamedTuple):
+    """Offloaded prefix that a waiting request could resume from after a load."""
+
+    resumable: Resumable
+    prompt: Tokens
+    namespace: Hashable
+
+
+class HostTier:
+    """Pinned memory for evicted KV rows and states, and the copies to and from SGLang's pools.
+
+    All copies run on the scheduling stream, in the order of the decisions, after ``fence``: a pass
+    in flight can still write rows that are free. The next pass waits for that stream. The host
+    waits for nothing.
+    """
+
+    def __init__(
+        self,
+        kv: Sequence[torch.Tensor],
+        states: Sequence[torch.Tensor],
+        num_rows: int,
+        state_rows: int,
+        fence: Any,
+    ) -> None:
+        """Allocate ``num_rows`` rows. ``kv`` is [rows, ...] per layer, ``states`` [layers, slots,
+        ...]; a state takes ``state_rows`` rows."""
+        self._kv = [_bytes_of(one) for one in kv]
+        self._states = [_bytes_of(layer) for one in states for layer in one]
+        self._fence, self._device = fence, kv[0].device
+        self._module = streams_of(str(self._device))
+        row, state = (sum(one.shape[1] for one in of) for of in (self._kv, self._states))
+        self._width = max(row, -(-state // state_rows))
+        self._memory = torch.zeros(num_rows, self._width, dtype=torch.uint8)
+        if self._module is not None:
+            self._memory = self._memory.pin_memory()
+
+    def run(self, transfers: Iterable[Transfer]) -> None:
+        """Carry out the copies of a step plan. O(bytes)."""
+        if self._module is not None:
+            self._module.current_stream().wait_stream(self._fence)
+        for one in transfers:
+            assert isinstance(one, Copy)
+            tensors = self._kv if one.kind == "kv" else self._states
+            if one.src_tier == DEVICE:
+                rows = on_device(one.src, self._device)
+                packed = torch.cat([of[rows] for of in tensors], 1)
+                if one.kind != "kv":
+                    padding = len(one.dst) * self._width - packed.shape[1]
+                    packed = torch.nn.functional.pad(packed, (0, padding))
+                    packed = packed.reshape(len(one.dst), self._width)
+                for here, there in _runs(one.dst):
+                    width = packed.shape[1]
+                    self._memory[there, :width].copy_(packed[here], non_blocking=True)
+            else:
+                rows = on_device(one.dst, self._device)
+                shape = len(one.src), self._width
+                packed = torch.empty(shape, dtype=torch.uint8, device=self._device)
+                for here, there in _runs(one.src):
+                    packed[here].copy_(self._memory[there], non_blocking=True)
+                if one.kind != "kv":
+                    packed = packed.reshape(1, -1)
+                first = 0
+                for of in tensors:
+                    of[rows] = packed[:, first : first + of.shape[1]]
+                    first += of.shape[1]
+
+
+def _bytes_of(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a view of ``tensor``, [n, ...], as uint8[n, bytes]."""
+    return tensor.view(len(tensor), -1).view(torch.uint8)
+
+
+def _runs(rows: Indices) -> Iterator[tuple[slice, slice]]:
+    """Return the consecutive runs of ``rows`` as (place in ``rows``, rows)."""
+    cuts = [0, *(np.flatnonzero(np.diff(rows) != 1) + 1).tolist(), len(rows)]
+    for start, end in pairwise(cuts):
+        yield slice(start, end), slice(int(rows[start]), int(rows[start]) + end - start)
+
+
 # --- States of requests ---------------------------------------------------------------------------
 #
 # A request owns a live slot. With an *extra buffer* it also owns tracking slots, in which its
@@ -378,20 +472,21 @@ class Offer:
 
 
 class RequestStates:
-    """States of the requests of one scheduler, and allocation of their slots."""
+    """States of the requests of one scheduler, and allocation of their slots. ``settle`` is called
+    after evictions, before a freed slot is used."""
 
     def __init__(
         self,
         pool: HybridReqToTokenPool,
         slots: SlotView,
-        rows: RowView,
+        settle: Callable[[], None],
         reader: HostReader,
         *,
         extra_buffer: bool,
     ) -> None:
         self._pool = pool
         self._slots = slots
-        self._rows = rows
+        self._settle = settle
         self._reader = reader
         self.extra_buffer = extra_buffer
         """True if a prefill exports a state before its end."""
@@ -401,7 +496,7 @@ class RequestStates:
         allocator = self._pool.mamba_allocator
         slot: torch.Tensor | None = allocator.alloc(1)
         if slot is None and cache.evict(num_slots=1).num_slots:
-            self._rows.give_back()
+            self._settle()
             slot = allocator.alloc(1)
         return slot
 
@@ -440,6 +535,24 @@ class RequestStates:
         req.kv.mamba_needs_clear = False
         return match
 
+    def load(self, cache: HybridRadixCache, req: Req, pending: Pending) -> PrefixMatch | None:
+        """Load an offloaded prefix and let ``req`` resume from it. Returns its match, or None if
+        there is no room, and then changes nothing in ``req``. O(tokens)."""
+        slot = None if req.kv.holds_mamba else self.take_slot(cache)
+        if slot is None and not req.kv.holds_mamba:
+            return None
+        if not cache.load(pending.resumable):
+            if slot is not None:
+                self._pool.mamba_allocator.free(slot)
+            return None
+        found = cache.match(pending.prompt, pending.namespace)
+        assert found.checkpoint is not None and found.cached_len == pending.resumable.position
+        if slot is not None:
+            req.kv.mamba_pool_idx = slot[0]
+        req.kv.mamba_cow_src_index = self._slots.tensor(found.checkpoint)
+        req.kv.mamba_needs_clear = False
+        return found
+
     def offer_running(self, cache: HybridRadixCache, req: Req, num_tokens: int) -> Offer | None:
         """Return the state that a running request donates after a chunk. None if there is none, or
         no slot to continue with."""
@@ -477,13 +590,14 @@ class RequestStates:
                 kv.mamba_prev_track_seqlen,
                 pool.get_mamba_ping_pong_other_idx(index),
             )
-        if not position or position > num_tokens or kv.mamba_ping_pong_empty[index]:
+        if not position or position > num_tokens:
             return None
+        number = self._number(req, index)
         slot = kv.mamba_ping_pong_track_buffer[index].unsqueeze(-1).clone()
-        return Offer(position, slot, self._number(req, index), index)
+        return None if number < 0 else Offer(position, slot, number, index)
 
     def _number(self, req: Req, index: int) -> int:
-        """Return the number of a tracking slot."""
+        """Return the number of a tracking slot, or -1 if there is none at ``index``."""
         return int(self._reader.read(req.kv.mamba_ping_pong_track_buffer[index : index + 1])[0])
 
     def settle_running(self, req: Req, offer: Offer, taken: bool) -> None:

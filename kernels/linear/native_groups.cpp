@@ -32,6 +32,7 @@ struct alignas(64) Unit {
     float step;
     int32_t starts[2];  // of the sums of each half of the columns, or sums of x if outputs have zeros
     float sums[2], sum;  // step times sum of x of each half, and of both
+    int32_t start;       // both starts
 };
 static_assert(sizeof(Unit) == 64, "a line of the cache");
 
@@ -79,14 +80,16 @@ struct HalfLanes {
     }
     static Ints numbers(Ints codes) { return codes ^ all(int32_t(0x80808080)); }
 
-    // Sum of products of four words. MOST: the largest code, or 128 for numbers with signs.
-    template <int MOST>
+    // Sum of products of COUNT words. MOST: the largest code, or 128 for numbers with signs.
+    template <int MOST, int COUNT>
     static Ints add(Ints sum, const Ints* w, const int32_t* x) {
         constexpr int SAFE = MOST == 128 ? 1 : 32767 / (2 * 127 * MOST);
-        constexpr int STEPS = SAFE < 4 ? SAFE : 4;
+        constexpr int STEPS = SAFE >= COUNT ? COUNT : SAFE >= 4 ? 4 : SAFE >= 2 ? 2 : 1;
         __m256i ones = _mm256_set1_epi16(1);
-        for (int s = 0; s < 4; s += STEPS) {
+#pragma GCC unroll 8
+        for (int s = 0; s < COUNT; s += STEPS) {
             __m256i pairs = product<MOST>(w[s], x[s]);
+#pragma GCC unroll 8
             for (int t = s + 1; t < s + STEPS; t++)
                 pairs = _mm256_add_epi16(pairs, product<MOST>(w[t], x[t]));
             sum += (Ints)_mm256_madd_epi16(pairs, ones);
@@ -133,9 +136,9 @@ struct FullLanes {
     }
     static Ints numbers(Ints codes) { return codes; }
 
-    template <int MOST>
+    template <int MOST, int COUNT>
     static Ints add(Ints sum, const Ints* w, const int32_t* x) {
-        for (int s = 0; s < 4; s++)  // GCC 12 spills the sums of its intrinsic to memory.
+        for (int s = 0; s < COUNT; s++)  // GCC 12 spills the sums of its intrinsic to memory.
             asm("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(w[s]), "m"(x[s]));
         return sum;
     }
@@ -259,6 +262,9 @@ struct PackedBlock {
     uint8_t *scale, *minimum, *factors, *minima;
 };
 
+// Not inlined: each format is compiled once for packing and for all look-ups.
+#define APART __attribute__((noinline))
+
 // Sizes of a format of blocks.py: BYTES and UNITS of a block, WORDS of a packed unit, FACTORS of a block.
 // MINIMUM: true if a block has one.
 template <
@@ -308,7 +314,7 @@ static void pack_halves(const RowWords* from, int shift, RowWords* to) {
 // A unit with codes at CODES in the packed order, and their fifth bits at HIGH.
 template <int BITS, int CODES, bool MINIMUM = false, int HIGH = 0, class Scale = uint16_t>
 struct OneUnit : BlockSizes<CODES + (BITS == 8 ? 32 : 16), 1, BITS, 0, MINIMUM, Scale> {
-    static void pack(const uint8_t* const* rows, const PackedBlock& to) {
+    static APART void pack(const uint8_t* const* rows, const PackedBlock& to) {
         RowWords first = read_word<0>(rows);
         write_lowest<Scale>(first, to.scale);
         if (MINIMUM) write_lowest<uint16_t>(first >> 16 ^ 0x8000, to.minimum);
@@ -335,7 +341,7 @@ static void pack_twos(const uint8_t* const* rows, RowWords* to) {
 }
 
 struct Q2K : BlockSizes<84, 8, 2, 16, true> {
-    static void pack(const uint8_t* const* rows, const PackedBlock& to) {
+    static APART void pack(const uint8_t* const* rows, const PackedBlock& to) {
         pack_twos<2, 16>(rows, to.codes);
         RowWords scales[4], both = read_word<80>(rows);
         read_words<0, 4>(rows, scales);
@@ -349,7 +355,7 @@ struct Q2K : BlockSizes<84, 8, 2, 16, true> {
 };
 
 struct Q3K : BlockSizes<110, 8, 3, 16> {
-    static void pack(const uint8_t* const* rows, const PackedBlock& to) {
+    static APART void pack(const uint8_t* const* rows, const PackedBlock& to) {
         pack_twos<3, 32>(rows, to.codes);
         RowWords own[3];
         read_words<96, 3>(rows, own);
@@ -364,7 +370,7 @@ struct Q3K : BlockSizes<110, 8, 3, 16> {
 // Q4_K and Q5_K.
 template <int BITS>
 struct FourK : BlockSizes<16 + 32 * BITS, 8, BITS, 8, true> {
-    static void pack(const uint8_t* const* rows, const PackedBlock& to) {
+    static APART void pack(const uint8_t* const* rows, const PackedBlock& to) {
         RowWords head[4], high[8], codes[32], *packed = to.codes;
         read_words<0, 4>(rows, head);
         read_words<FourK::BYTES - 128, 32>(rows, codes);
@@ -383,7 +389,7 @@ struct FourK : BlockSizes<16 + 32 * BITS, 8, BITS, 8, true> {
 };
 
 struct Q6K : BlockSizes<210, 8, 6, 16> {
-    static void pack(const uint8_t* const* rows, const PackedBlock& to) {
+    static APART void pack(const uint8_t* const* rows, const PackedBlock& to) {
         RowWords codes[52], *packed = to.codes;
         read_words<0, 52>(rows, codes);
         for (int u = 0; u < 8; u++, packed += 6) {
@@ -397,7 +403,7 @@ struct Q6K : BlockSizes<210, 8, 6, 16> {
 };
 
 struct Iq4Xs : BlockSizes<136, 8, 4, 8> {
-    static void pack(const uint8_t* const* rows, const PackedBlock& to) {
+    static APART void pack(const uint8_t* const* rows, const PackedBlock& to) {
         RowWords head[2];
         read_words<0, 2>(rows, head);
         read_words<8, 32>(rows, to.codes);
@@ -549,19 +555,21 @@ struct Place {
     }
 
     void load_factors(int64_t u) {
-        for (int h = 0; FACTORS && h < HALVES; h++) {
-            int64_t group = units + (u * HALVES + h) * PANEL;
-            factors[h] = R::widened(w.factors + group);
-            if (MINIMA) minima[h] = R::floats(R::widened(w.minima + group));
-        }
+        for (int h = 0; FACTORS && h < HALVES; h++)
+            factors[h] = R::widened(w.factors + units + (u * HALVES + h) * PANEL);
+    }
+    void load_minima(int64_t u) {
+        for (int h = 0; FACTORS && MINIMA && h < HALVES; h++)
+            minima[h] = R::floats(R::widened(w.minima + units + (u * HALVES + h) * PANEL));
     }
 
-    // Adds the sums of both halves of a unit, of which the second may be 0, to those of a block.
-    void add(const Ints* found, const Unit& row, Floats& part, Floats& low) const {
-        Ints whole = FACTORS == 2 ? found[0] * factors[0] + found[1] * factors[1] : found[0] + found[1];
+    // Adds the sums of both halves of a unit, or of all of it, to those of a block.
+    void add(const Ints* found, const Unit& row, Floats& part) const {
+        Ints whole = FACTORS == 2 ? found[0] * factors[0] + found[1] * factors[1] : found[0];
         if (FACTORS == 1) whole *= factors[0];
         part = R::multiply_add(R::floats(whole), R::all(row.step), part);
-        if (!MINIMA) return;
+    }
+    void add_minima(const Unit& row, Floats& low) const {
         if (FACTORS == 0) low += row.sum;
         if (FACTORS == 1) low = R::multiply_add(minima[0], R::all(row.sum), low);
         for (int h = 0; FACTORS == 2 && h < 2; h++)
@@ -579,44 +587,72 @@ struct Place {
     }
 };
 
-// Adds blocks to the sums of ROWS rows and the outputs of one register.
-template <class R, class C, int FACTORS, bool MINIMA, bool ZEROS, int ROWS>
+// Adds blocks to the sums of ROWS rows and the outputs of COUNT registers.
+template <class R, class C, int FACTORS, bool MINIMA, bool ZEROS, int ROWS, int COUNT>
 static void multiply_rows(
     const PackedGroups& w, int64_t panel, int64_t lane, const Unit* x, int64_t stride, int64_t begin,
     int64_t end, float* sums, bool first) {
     typedef typename R::Ints Ints;
     typedef typename R::Floats Floats;
     typedef typename R::UnalignedFloats Unaligned;
-    Place<R, C, FACTORS, MINIMA> place(w, panel, lane);
-    Floats total[ROWS];
+    typedef Place<R, C, FACTORS, MINIMA> Own;
+    constexpr int64_t WIDTH = sizeof(Ints) / 4;
+    constexpr int HALVES = Own::HALVES;
+    Own places[2] = {Own(w, panel, lane), Own(w, panel, lane + (COUNT - 1) * WIDTH)};
+    Floats total[COUNT][ROWS];
+#pragma GCC unroll 2
+    for (int i = 0; i < COUNT; i++)
 #pragma GCC unroll 8
-    for (int r = 0; r < ROWS; r++)
-        total[r] = first ? Floats{} : (Floats)*(const Unaligned*)(sums + r * PANEL + lane);
+        for (int r = 0; r < ROWS; r++)
+            total[i][r] = first ? Floats{}
+                                : (Floats)*(const Unaligned*)(sums + r * PANEL + lane + i * WIDTH);
     for (int64_t b = begin; b < end; b++) {
-        Floats part[ROWS] = {}, low[ROWS] = {};
-        Ints zeros = ZEROS ? place.zeros(b) : Ints{};
+        Floats part[COUNT][ROWS] = {}, low[COUNT][ROWS] = {};
+        Ints zeros[COUNT];
+        for (int i = 0; i < COUNT; i++) zeros[i] = ZEROS ? places[i].zeros(b) : Ints{};
         for (int64_t u = b * w.block; u < (b + 1) * w.block; u++) {
-            Ints own[8];
-            place.unpack(u, own);
-            place.load_factors(u);
+#pragma GCC unroll 2
+            for (int i = 0; i < COUNT; i++) {
+                Ints own[8];
+                places[i].unpack(u, own);
+                places[i].load_factors(u);
 #pragma GCC unroll 8
-            for (int r = 0; r < ROWS; r++) {
-                const Unit& row = x[r * stride + u];
-                Ints found[2];
-                for (int h = 0; h < 2; h++) {
-                    Ints start = R::all(row.starts[h]);
-                    if (ZEROS) start *= zeros;
-                    found[h] = R::template add<C::MOST>(start, own + 4 * h, row.words + 4 * h);
+                for (int r = 0; r < ROWS; r++) {
+                    const Unit& row = x[r * stride + u];
+                    Ints found[2];
+#pragma GCC unroll 2
+                    for (int h = 0; h < HALVES; h++) {
+                        constexpr int WORDS = 8 / HALVES;
+                        Ints start = R::all(HALVES == 2 ? row.starts[h] : row.start);
+                        if (ZEROS) start *= zeros[i];
+                        found[h] = R::template add<C::MOST, WORDS>(
+                            start, own + WORDS * h, row.words + WORDS * h);
+                    }
+                    places[i].add(found, row, part[i][r]);
                 }
-                place.add(found, row, part[r], low[r]);
             }
         }
-        place.load_scales(b);
+        // In a loop of their own, because both sums and the codes do not fit the registers.
+        for (int64_t u = b * w.block; MINIMA && u < (b + 1) * w.block; u++)
+#pragma GCC unroll 2
+            for (int i = 0; i < COUNT; i++) {
+                places[i].load_minima(u);
 #pragma GCC unroll 8
-        for (int r = 0; r < ROWS; r++) total[r] = place.with_block(total[r], part[r], low[r]);
+                for (int r = 0; r < ROWS; r++) places[i].add_minima(x[r * stride + u], low[i][r]);
+            }
+#pragma GCC unroll 2
+        for (int i = 0; i < COUNT; i++) {
+            places[i].load_scales(b);
+#pragma GCC unroll 8
+            for (int r = 0; r < ROWS; r++)
+                total[i][r] = places[i].with_block(total[i][r], part[i][r], low[i][r]);
+        }
     }
+#pragma GCC unroll 2
+    for (int i = 0; i < COUNT; i++)
 #pragma GCC unroll 8
-    for (int r = 0; r < ROWS; r++) *(Unaligned*)(sums + r * PANEL + lane) = total[r];
+        for (int r = 0; r < ROWS; r++)
+            *(Unaligned*)(sums + r * PANEL + lane + i * WIDTH) = total[i][r];
 }
 
 // Ways to multiply all rows with a panel, for some blocks. Sums are [rows, 16].
@@ -627,18 +663,21 @@ struct ByLanes {
         const PackedGroups& w, int64_t panel, const Unit* x, int64_t rows, int64_t, int64_t begin,
         int64_t end, float* sums) {
         constexpr int64_t WIDTH = sizeof(typename R::Ints) / 4;
-        for (int64_t lane = 0; lane < PANEL; lane += WIDTH)
-            for (int64_t r = 0, count; r < rows; r += count) {
-                int64_t left = rows - r;
-                count = left == 6 || left > 9 ? 6 : left > 3 ? 4 : left > 1 ? 2 : 1;
-                auto function = count == 6 ? multiply_rows<R, C, FACTORS, MINIMA, ZEROS, 6>
-                    : count == 4           ? multiply_rows<R, C, FACTORS, MINIMA, ZEROS, 4>
-                    : count == 2           ? multiply_rows<R, C, FACTORS, MINIMA, ZEROS, 2>
-                                           : multiply_rows<R, C, FACTORS, MINIMA, ZEROS, 1>;
+        for (int64_t r = 0, count; r < rows; r += count) {
+            int64_t left = rows - r;
+            count = left == 6 || left > 9 ? 6 : left > 3 ? 4 : left > 1 ? 2 : 1;
+            // Sums of few rows leave registers for both halves of a panel.
+            constexpr int BOTH = WIDTH < PANEL ? 2 : 1, OF_TWO = C::MOST == 128 ? BOTH : 1;
+            auto function = count == 6 ? multiply_rows<R, C, FACTORS, MINIMA, ZEROS, 6, 1>
+                : count == 4           ? multiply_rows<R, C, FACTORS, MINIMA, ZEROS, 4, 1>
+                : count == 2           ? multiply_rows<R, C, FACTORS, MINIMA, ZEROS, 2, OF_TWO>
+                                       : multiply_rows<R, C, FACTORS, MINIMA, ZEROS, 1, BOTH>;
+            int64_t step = WIDTH * (count == 1 ? BOTH : count == 2 ? OF_TWO : 1);
+            for (int64_t lane = 0; lane < PANEL; lane += step)
                 function(
                     w, panel, lane, x + r * w.stride(), w.stride(), begin, end, sums + r * PANEL,
                     begin == 0);
-            }
+        }
     }
 };
 
@@ -685,17 +724,18 @@ struct ByTiles {
                 Ints zeros = ZEROS ? place.zeros(b) : Ints{};
                 for (int64_t u = b * w.block; u < (b + 1) * w.block; u++) {
                     if (u + 1 < last) start(u + 1);
-                    place.load_factors(u);
+                    place.load_factors(u), place.load_minima(u);
                     for (int r = 0; r < count; r++) {
                         const Unit& row = own[r * w.stride() + u];
                         Ints found[2] = {products[u % 2][0][r], products[u % 2][SUMS - 1][r]};
                         if constexpr (SUMS == 2) {
                             found[0] += row.starts[0], found[1] += row.starts[1];
                         } else {
-                            Ints both = R::all(row.starts[0] + row.starts[1]);
-                            found[0] += ZEROS ? both * zeros : both, found[1] = Ints{};
+                            Ints both = R::all(row.start);
+                            found[0] += ZEROS ? both * zeros : both;
                         }
-                        place.add(found, row, part[r], low[r]);
+                        place.add(found, row, part[r]);
+                        if (MINIMA) place.add_minima(row, low[r]);
                     }
                 }
                 place.load_scales(b);
@@ -778,6 +818,7 @@ static void quantize_unit(const T* x, int64_t count, int32_t factor, Unit* to) {
         to->sums[h] = to->step * float(sum);
     }
     to->sum = to->sums[0] + to->sums[1];
+    to->start = to->starts[0] + to->starts[1];
 }
 
 // Rows in int8 times a weight. Its items, some panels each, are independent of each other.

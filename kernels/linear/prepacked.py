@@ -31,8 +31,18 @@ def is_available(weight: torch.Tensor) -> bool:
         and torch.backends.mkldnn.is_available()
         and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
         and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-        and (weight.dtype is torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported())
+        and has_products(weight)
     )
+
+
+def has_products(x: torch.Tensor) -> bool:
+    """Return True if PyTorch has vectorised products of matrices of this dtype and device. On a CPU
+    without AVX-512 those of bfloat16 and float16 are loops over elements."""
+    if x.device.type != "cpu" or x.dtype not in (torch.bfloat16, torch.float16):
+        return True
+    word = "bf16" if x.dtype is torch.bfloat16 else "fp16"
+    is_supported = getattr(torch.ops.mkldnn, f"_is_mkldnn_{word}_supported", None)
+    return is_supported is not None and is_supported()
 
 
 class PrepackedLinear:

@@ -28,7 +28,7 @@ import torch
 
 from kernels.attention import reference as attention
 from kernels.attention.sequences import Sequences
-from kernels.linear.prepacked import by_blocks
+from kernels.linear.prepacked import by_blocks, has_products
 from kernels.packed import Packed
 
 
@@ -83,9 +83,15 @@ def multiply_heads(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """Compute ``out[t, h] = x[t, h] @ weight[h]``: x ``[T, H, M]``, weight ``[H, M, N]``.
 
     Returns ``[T, H, N]``. Tokens are multiplied in blocks of one size, so the shape of a call does
-    not depend on their number.
+    not depend on their number. Where PyTorch's products of the dtype are slow, they are computed in
+    float32 and rounded once.
     """
-    return by_blocks(lambda rows: torch.bmm(rows.transpose(0, 1), weight).transpose(0, 1), x)
+    weight = weight if has_products(weight) else weight.float()
+
+    def product(rows: torch.Tensor) -> torch.Tensor:
+        return torch.bmm(rows.transpose(0, 1).to(weight.dtype), weight).transpose(0, 1).to(x.dtype)
+
+    return by_blocks(product, x)
 
 
 def prepare_heads(weight: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:

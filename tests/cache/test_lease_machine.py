@@ -165,6 +165,7 @@ class LeaseMachine(RuleBasedStateMachine):
             **sizes,
         )
         self.cache = build_prefix_cache(config)
+        self.cache.policy.set_clock(lambda: float(self.num_requests))
         self.ledger = parse_placement(Ledger(placement))
         self.own_slots = 1000 if rng.random() < 0.3 else None
         self.outbox, self.router = Outbox(self.cache), self._router(config, placement)
@@ -252,6 +253,7 @@ class LeaseMachine(RuleBasedStateMachine):
             stateful=self.is_hybrid,
             own_slot=None if self.own_slots is None else self.own_slots + self.num_requests,
             table_row=rng.choice([None, self.num_requests]),
+            returns_within_s=rng.choice([None, None, 2.0, 9.0]),
         )
         exchange = rng.choice([None, Rate(0.0), Rate(0.05), Rate(9.0)])
         num_loaded = self.num_loaded_rows()

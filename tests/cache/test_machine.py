@@ -111,6 +111,17 @@ class CacheMachine(RuleBasedStateMachine):
         )
         self.twins.publish(request, length, positions, data.draw(st.booleans()))
 
+    @precondition(lambda self: any(one.published_len for one in self.twins.requests))
+    @rule(data=st.data())
+    def replace_rows(self, data: st.DataObject) -> None:
+        published = [one for one in self.twins.requests if one.published_len]
+        request = data.draw(st.sampled_from(published))
+        page_size = self.twins.config.page_size
+        num_pages = request.published_len // page_size
+        first = data.draw(st.integers(0, num_pages))
+        count = data.draw(st.integers(0, num_pages - first))
+        self.twins.replace_rows(request, first * page_size, count * page_size)
+
     @precondition(lambda self: self.twins.requests)
     @rule(data=st.data())
     def end(self, data: st.DataObject) -> None:

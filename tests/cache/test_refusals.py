@@ -91,6 +91,14 @@ REFUSED = {
     "another's node": ("another", lambda cache, rows: cache.gather(FOUND_ELSEWHERE.node)),
     "a used node": ("another", lambda cache, rows: cache.refresh(FOUND_ELSEWHERE.node)),
     "a node as base": ("another", insert(owned_from=5, after=FOUND_ELSEWHERE.node)),
+    "another's node for a copy": (
+        "another",
+        lambda cache, rows: cache.replace_rows(FOUND_ELSEWHERE.node, 0, rows),
+    ),
+    "a copy past the end": (
+        "on a path of 3 tokens",
+        lambda cache, rows: cache.replace_rows(cache.match(ids("abXc")).node, 0, rows),
+    ),
     "a listener of another cache": ("another", lambda cache, rows: cache.subscribe(FOLLOWS)),
 }
 """Wrong calls, each with a part of its message."""
@@ -254,7 +262,7 @@ def test_a_lease_whose_slot_was_freed_holds_no_rows_after_its_end():
 
 def spec(**changes):
     fields = {"request_id": "one", "namespace": None, "boundaries": PromptBoundaries()}
-    fields |= {"ends_session": False, "choice_of": None, "save_at": ()}
+    fields |= {"returns_within_s": None, "ends_session": False, "choice_of": None, "save_at": ()}
     return SimpleNamespace(**fields | changes)
 
 

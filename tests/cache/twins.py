@@ -315,6 +315,19 @@ class Twins:
         request.rows[: len(rows)] = rows
         request.published_len = result.inserted_len
 
+    def replace_rows(self, request: Request, start: int, num_tokens: int) -> None:
+        """Point some of the published tokens of ``request`` to newly allocated rows. The caller
+        holds the former rows from then on."""
+        rows = self.allocate_kv(num_tokens)
+        if rows is None:
+            return
+        former = self.cache.replace_rows(request.node, start, rows)
+        plain = self.plain.replace_rows(
+            request.tokens, request.published_len, request.namespace, start, rows.tolist()
+        )
+        assert former.tolist() == plain
+        self.held_rows.append(former)
+
     def end(self, request: Request) -> None:
         """Unlock, and free all rows that were not published."""
         self.requests.remove(request)

@@ -18,7 +18,7 @@ import numpy as np
 from engine.plugins.guided.guides import Guides
 from engine.requests.logit_rules import ruled
 from engine.text.grammar import Grammar, GrammarError
-from engine.text.tokenizer import HFTokenizer
+from engine.text.tokenizer_files import HFTokenizer
 
 MAX_S, MAX_MIB = 3.0, 256
 """Limits of one grammar: processor time, and memory above that of the process before."""

@@ -9,7 +9,7 @@ from hypothesis.stateful import RuleBasedStateMachine, rule
 
 from hybridcache.radix.cache import HybridRadixCache
 from tests.endurance.__main__ import PARTS, main, run
-from tests.endurance.clients import AGENTS, CONTEXT, page
+from tests.endurance.clients import AGENTS, page
 from tests.endurance.fuzz import play
 
 
@@ -52,7 +52,8 @@ def test_new_operations_that_fail_are_shrunk() -> None:
 
 @pytest.mark.parametrize("name", AGENTS)
 def test_page_tells_an_agent_the_size_of_the_context(name: str) -> None:
-    variables, files = page(1)
+    flags, variables, files = page(1)
+    context = flags[flags.index("--max-model-len") + 1]
     block = AGENTS[name].block
     texts = [text for text in files if text.startswith(block)] if block else variables.values()
-    assert sum(str(CONTEXT) in text for text in texts) == 1
+    assert sum(context in text for text in texts) == 1

@@ -18,7 +18,7 @@ from engine.plugins.speculation.drafters import Drafter
 from engine.requests.request import Request
 from engine.runner.sampler import Sampler
 from engine.schedule.drafting import Drafting
-from engine.text.tokenizer import HFTokenizer
+from engine.text.tokenizer_files import HFTokenizer
 from tests.engine.test_hits_change_nothing import HYBRID
 from tests.oracle import engine_with
 

@@ -19,7 +19,7 @@ from engine.config import BUILTIN_DIR
 from engine.engine import load_tokenizer_of
 from engine.front.worker.screen import screen_rows
 from engine.text.answers import Answer
-from engine.text.tokenizer import HFTokenizer
+from engine.text.tokenizer_files import HFTokenizer
 from experiments.benchmarks.gguf_files import vocabulary, write_gguf
 from hybridcache import Lease
 from tests.oracle import OracleDrawn, OracleRunner, OracleSampler

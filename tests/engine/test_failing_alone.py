@@ -14,7 +14,7 @@ from engine import Engine, EngineConfig, RequestOutput, SamplingParams
 from engine.requests.request import Request, RequestSpec
 from engine.schedule.scheduler import Batch
 from engine.text.grammar import Grammar
-from engine.text.tokenizer import HFTokenizer
+from engine.text.tokenizer_files import HFTokenizer
 from hybridcache import Lease
 from hybridcache.tokens import Tokens
 from tests.engine.drafted import ScriptedDrafter, assert_same, drafting_engine, prompts

@@ -16,7 +16,8 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from engine.config import BUILTIN_DIR
 from engine.text.gguf_tokenizer import PATTERNS, read_generation_config, read_tokenizer
 from engine.text.sandbox import TemplateError
-from engine.text.tokenizer import ChatTemplate, HFTokenizer
+from engine.text.tokenizer import ChatTemplate
+from engine.text.tokenizer_files import HFTokenizer
 from engine.weights.model_config import ModelError
 from experiments.benchmarks.gguf_files import vocabulary
 from hybridcache.geometry.gguf import GgufFile

@@ -19,7 +19,7 @@ from engine.plugins.guided import guides as guides_module
 from engine.plugins.guided.guides import Guides
 from engine.requests.logit_rules import FREE
 from engine.text.grammar import GrammarError
-from engine.text.tokenizer import HFTokenizer
+from engine.text.tokenizer_files import HFTokenizer
 from tests.endurance.grammars import chain
 from tests.engine.history.agent import make_model_dir
 from tests.engine.history.scripted import ScriptedSampler

@@ -5,11 +5,22 @@ from __future__ import annotations
 
 import time
 
+import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.text.answers import Phase, TextStream
-from engine.text.tokenizer import HFTokenizer, StreamDecoder
+from engine.text.answers import (
+    Answer,
+    AnswerReader,
+    DraftCounts,
+    Phase,
+    RequestOutput,
+    TextDelta,
+    TextStream,
+    Timings,
+)
+from engine.text.tokenizer import StreamDecoder
+from engine.text.tokenizer_files import HFTokenizer
 
 letters = st.text("abé", max_size=40)
 
@@ -101,3 +112,33 @@ def test_a_text_that_repeats_the_beginning_of_a_long_stop_string_is_cheap() -> N
     for token in range(8000):
         stream.push(token)
     assert time.thread_time() - began_s < 5
+
+
+def test_white_space_behind_the_reasoning_is_not_part_of_the_text() -> None:
+    """The text is shown as soon as its first character arrives."""
+    reader = AnswerReader(thinks=True, is_thinking=True)
+    events = [reader.push(piece) for piece in ("a</think>", " ", "\n b", " c")]
+    assert events[1:] == [[], [TextDelta("b")], [TextDelta(" c")]]
+
+
+def test_time_per_token_begins_behind_the_first_token() -> None:
+    assert Timings(0.5, 1.0, 4.0).tpot_s(4) == 1.0
+    assert Timings(0.5, 1.0, 4.0).tpot_s(2) == 3.0
+    assert Timings(0.5, 1.0, 4.0).tpot_s(1) is Timings(0.5, 1.0, None).tpot_s(4) is None
+
+
+def test_an_answer_grows_by_any_number_of_tokens() -> None:
+    answer, end = Answer(np.empty(0, np.int32)), 0
+    for new in ((1,), (2, 3), (), (4, 5, 6)):
+        end += len(new)
+        answer.add(RequestOutput("a", new, num_tokens=end))
+    assert answer.tokens[:end].tolist() == [1, 2, 3, 4, 5, 6]
+
+
+def test_copied_counts_of_drafts_do_not_change() -> None:
+    counts = DraftCounts()
+    counts.count("ngram", 2, 1)
+    kept = counts.copy()
+    counts.count("ngram", 1, 1)
+    assert kept == DraftCounts(1, {("ngram", 1): 1, ("ngram", 2): 1}, {("ngram", 1): 1})
+    assert (counts.num_verified, counts.accepted) == (2, {("ngram", 1): 2})

@@ -23,7 +23,7 @@ import pytest
 import uvicorn
 
 from engine.front.command.proxy import Proxy, TraceWriter
-from engine.text.tokenizer import HFTokenizer
+from engine.text.tokenizer_files import HFTokenizer
 from hybridcache import open_trace, simulate
 from hybridcache.lab.report import stats_table
 from hybridcache.lab.trace_stats import trace_stats

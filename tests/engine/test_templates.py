@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.front.chat_prompt import mark_control_tokens, render_chat
+from engine.front.chat_prompt import Conversation, Rendering, mark_control_tokens
+from engine.front.server.bodies import decode
+from engine.front.server.schemas import ChatRequest
 from engine.text import sandbox
 from engine.text.sandbox import TOO_MUCH, Renderer, TemplateError
-from engine.text.tokenizer import ChatTemplate, HFTokenizer
+from engine.text.tokenizer import ChatTemplate
+from engine.text.tokenizer_files import HFTokenizer
 from hybridcache.tokens import common_prefix_len
 from tests.engine.history.agent import TEMPLATE
 
@@ -62,7 +66,7 @@ def test_chat_contents_stay_text_and_boundaries_are_exact(
     ]
     tools = [{"function": {"name": extra, "description": [extra]}}]
     variables = {"extra": extra}
-    prompt = render_chat(tokenizer, chat, tools=tools, variables=variables)
+    prompt = Rendering(tokenizer, Conversation(chat, tools, variables)).prompt()
     assert prompt.tokens.tolist().count(257) == len(chat) + 1
     assert prompt.tokens.tolist().count(258) == len(chat)
     assert tokenizer.chat_template is not None
@@ -71,7 +75,7 @@ def test_chat_contents_stay_text_and_boundaries_are_exact(
     )
     assert tokenizer.decode(prompt.tokens.tolist(), skip_special_tokens=False) == text
     turn = [{"role": "assistant", "content": "\ue000"}, {"role": "user", "content": "\ue000"}]
-    later = render_chat(tokenizer, [*chat, *turn], tools=tools, variables=variables)
+    later = Rendering(tokenizer, Conversation([*chat, *turn], tools, variables)).prompt()
     ids = (one.tokens for one in (prompt, later))
     assert common_prefix_len(*ids) in prompt.boundaries.positions
 
@@ -92,7 +96,7 @@ def test_a_long_chat_is_encoded_once(monkeypatch: pytest.MonkeyPatch) -> None:
         lambda text, **options: encoded.append(len(text)) or encode(text, **options),
     )
     chat = [*CHAT, {"role": "assistant", "content": "word " * 20_000}, CHAT[-1]]
-    render_chat(tokenizer, chat)
+    Rendering(tokenizer, Conversation(chat)).prompt()
     assert max(encoded) > 100_000 > sum(sorted(encoded)[:-1]) * 10
 
 
@@ -180,3 +184,33 @@ def test_an_interrupt_leaves_no_answer_for_the_next_rendering(
     with pytest.raises(KeyboardInterrupt):
         template.render(CHAT, variables={"n": 1})
     assert template.render(CHAT, variables={"n": 2}) == "2"
+
+
+PARTS = st.lists(st.tuples(st.sampled_from(["", "a", "b "]), st.booleans()), max_size=3)
+
+
+@given(st.lists(st.tuples(st.sampled_from(["user", "assistant", "system"]), PARTS), min_size=1))
+def test_a_conversation_has_every_part_and_the_last_marked_places(
+    given_messages: list[tuple[str, list[tuple[str, bool]]]],
+) -> None:
+    """Compare with a plain reading: parts on lines, and a cut behind each mark except the end."""
+    mark = {"cache_control": {"type": "ephemeral"}}
+    messages = [
+        {
+            "role": role,
+            "content": [{"type": "text", "text": text} | (mark if m else {}) for text, m in parts],
+        }
+        for role, parts in given_messages
+    ]
+    body = decode(ChatRequest, json.dumps({"messages": messages}).encode())
+    source = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+    chat = body.conversation(ChatTemplate(source), {})
+    texts = [[text for text, _ in parts] for _, parts in given_messages]
+    assert [one["content"] for one in chat.messages] == ["\n".join(each) for each in texts]
+    cuts = [
+        (index, "\n".join(texts[index][:end]) if end < len(parts) else None)
+        for index, (_, parts) in enumerate(given_messages)
+        for end, (_, is_marked) in enumerate(parts, 1)
+        if is_marked
+    ]
+    assert [*chat.cuts] == [cut for cut in cuts if cut != (len(messages) - 1, None)][-4:]

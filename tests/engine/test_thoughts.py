@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from engine import Engine, SamplingParams
 from engine.requests.logit_rules import END, FREE, ReasoningBudget
-from engine.text.tokenizer import HFTokenizer
+from engine.text.tokenizer_files import HFTokenizer
 from tests.engine.test_engine import make_engine as make_oracle_engine
 
 TOKENIZER = HFTokenizer()

@@ -19,14 +19,8 @@ from transformers import PreTrainedTokenizerFast as TokenizersBackend
 
 from engine import EngineConfig
 from engine.engine import load_tokenizer_of
-from engine.text.tokenizer import (
-    KIMI_WORDS,
-    BackendTokenizer,
-    ChatTemplate,
-    HFTokenizer,
-    Tokenizer,
-    has_tokenizer,
-)
+from engine.text.tokenizer import BackendTokenizer, ChatTemplate, Tokenizer
+from engine.text.tokenizer_files import KIMI_WORDS, HFTokenizer, has_tokenizer
 from engine.weights.hub import SMALL_FILES
 
 CORPUS = [

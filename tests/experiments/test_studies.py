@@ -23,6 +23,7 @@ from experiments.studies import (
     compare,
     default,
     overload,
+    promises,
     tiers,
     yardsticks,
 )
@@ -41,6 +42,27 @@ from hybridcache.radix.protocol import Prefill
 from tests.engine.server.conftest import oracle_engine
 from tests.lab.test_bad_traces import GOOD, written
 from tests.policies.items import FakeItem
+
+
+def test_the_study_of_promises_tells_truth_from_lies(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(promises, "SESSIONS", 12)
+    for client in promises.CLIENTS:
+        found = promises.requests(client, 0)
+        last: dict[object, TraceRequest] = {}
+        kept = []
+        for request in found:
+            before = last.get(request.session)
+            if before is not None and before.returns_within_s is not None:
+                kept.append(request.timestamp_s - before.timestamp_s <= before.returns_within_s)
+            last[request.session] = request
+        ends = {one.returns_within_s for one in last.values() if one.namespace == "A"}
+        assert all(one.returns_within_s is None for one in found if one.namespace == "B")
+        assert all(kept) == (client != "always")
+        assert (ends == {None}) == (client in ("silent", "truthful"))
+    jobs = [(own, 1.0, client, 0) for own in promises.NAMESPACES for client in promises.CLIENTS]
+    records = [one for job in jobs for one in promises.serve(job)]
+    assert len(promises.table(records).rows) == 8
+    assert all(0 < one["hits_A"] < 1 and 0 < one["hits_B"] < 1 for one in records)
 
 
 @pytest.mark.full("capacity")

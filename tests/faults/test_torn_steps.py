@@ -36,7 +36,7 @@ from engine.errors import DuplicateId
 from engine.plugins.speculation.drafters import drafters_of
 from engine.plugins.tiers.records import RecordStore
 from engine.schedule.drafting import Drafting
-from engine.text.tokenizer import HFTokenizer
+from engine.text.tokenizer_files import HFTokenizer
 from hybridcache import CacheConfig, Lease, LeaseRequest, build_prefix_cache, parse_placement
 from hybridcache.radix.protocol import PromptBoundaries
 from tests.engine.drafted import ScriptedDrafter

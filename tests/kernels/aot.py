@@ -202,8 +202,7 @@ def load_launches(path: Path) -> dict[str, Callable[[], object]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("launches", type=Path, nargs="+", help="files with LAUNCHES")
-    parser.add_argument("--only", help="name of one entry of LAUNCHES")
+    parser.add_argument("launches", nargs="+", help="FILE with LAUNCHES, or FILE:NAME for one")
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
     parser.add_argument("--out", type=Path, help="JSON lines for the results, with provenance")
     args = parser.parse_args()
@@ -211,10 +210,11 @@ def main() -> None:
     from kernels import tuning
 
     records = []
-    for path in args.launches:
-        launches = load_launches(path)
-        if args.only:
-            launches = {args.only: launches[args.only]}
+    for given in args.launches:
+        file, _, name = given.partition(":")
+        launches = load_launches(path := Path(file))
+        if name:
+            launches = {name: launches[name]}
         with tuning.using({}):  # The tuning table of this machine may not fit the targets.
             for record in compile_launches(launches, args.targets):
                 records.append({"folder": path.stem} | record)

@@ -147,7 +147,7 @@ def backends(*names: str, prompts: bool = True) -> list[Any]:
                 marks = (WITHOUT_NATIVE,) if kind == "native" else ()
                 methods = [None]
                 if kind == "native" and prompts and shared_library() is not None:
-                    methods = methods_of_prompts(dtype) or methods  # Without AVX-512, none.
+                    methods = methods_of_prompts(dtype) or methods  # Without AVX2, none.
                 for method in methods:
                     backend = module if method is None else OneMethod(module, method, dtype)
                     words = (

@@ -31,7 +31,7 @@ FLAGS_OF = {level.name: level.flags for level in LEVELS if "avx512_vnni" in leve
 """Compiler flags of the levels that code with tiles builds on: it also uses AVX512_VNNI."""
 LEVEL_FLAGS = FLAGS_OF.get(library.level_name(), ())
 AMX_FLAGS = (*LEVEL_FLAGS, "-shared", "-mamx-tile", "-mamx-bf16", "-mamx-int8")
-HAS_TILES = "amx_tile" in library.instructions()
+HAS_TILES = "amx_tile" in library.processor_instructions()
 """True if the processor computes with tiles, whatever level is selected."""
 pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="the emulator needs signals of Linux"),

@@ -66,12 +66,15 @@ TRITONS = [
 """Folders with a version of Triton, or None for the installed one."""
 
 
-def compiled(launches: Path, triton: Path | None, *options: str) -> list[dict[str, object]]:
-    """Return the records of ``aot.py`` for a file of launches."""
+def compiled(
+    *launches: Path | str, triton: Path | None = None, target: str | None = None
+) -> list[dict[str, object]]:
+    """Return the records of ``aot.py`` for files of launches, or for single launches ``FILE:NAME``.
+    One process compiles all, because its start takes as long as several kernels."""
     paths = [str(triton)] if triton else []
     paths += filter(None, [os.environ.get("PYTHONPATH")])
     run = subprocess.run(
-        [sys.executable, HERE / "aot.py", launches, *options],
+        [sys.executable, HERE / "aot.py", *launches, *(["--targets", target] if target else [])],
         capture_output=True,
         text=True,
         check=False,
@@ -94,64 +97,64 @@ FP8_ROWS = 180 / 128
 which share the loads of x, have 147."""
 
 
-@pytest.mark.parametrize(
-    ("launches", "only", "weights_per_product", "most"),
-    [
-        pytest.param(*case, marks=[] if index in (0, 1) else pytest.mark.full)
-        for index, case in enumerate(
-            [
-                ("linear", "int4_zeros_some", 8, FOUR_BITS),
-                ("moe", "fp8_rows_one", 16, FP8_ROWS),
-                *(
-                    ("linear", f"int4{word}", 8, FOUR_BITS)
-                    for word in ("_one", "_some", "_prefill")
-                ),
-                *(("linear", f"int4_in_32{word}", 8, FOUR_BITS) for word in ("_one", "_some")),
-                ("linear", "int4_zeros_one", 8, FOUR_BITS),
-                ("linear", "mxfp4_one", 8, FOUR_BITS),
-                ("linear", "q4_k_one", 4, 8.0),  # Half of the products add up x, for the minima.
-                *(("moe", f"int4{word}", 8, FOUR_BITS) for word in ("_one", "_some", "_prefill")),
-                *(("moe", f"int4_in_32{word}", 8, FOUR_BITS) for word in ("_some", "_prefill")),
-                ("moe", "mxfp4_some", 8, FOUR_BITS),
-                ("moe", "q4_k_some", 4, 8.3),  # 6.2 and 7.5: gate and up share sums of x.
-                ("moe", "fp8_rows_some", 16, FP8_ROWS),
-                ("linear", "fp8_rows_one", 16, FP8_ROWS),
-                ("linear", "fp8_rows_some", 16, 320 / 128),  # Scales of 64 tokens take 128.
-            ]
-        )
-    ],
-)
-def test_loops_have_few_instructions_per_weight(
-    launches: str, only: str, weights_per_product: int, most: float
-) -> None:
-    """And no conversions of floating-point numbers, and no divisions."""
-    file = HERE / "launches" / f"{launches}.py"
-    records = compiled(file, None, "--only", only, "--targets", "sm_90")
-    loops = [loop for record in records if record["wgmma"] for loop in record["loops"]]
-    if not loops:
-        pytest.skip("the triton package has no nvdisasm")
-    assert_products_keep_their_registers(records)
-    for instructions, products, conversions, divisions in loops:
-        assert instructions / (products * weights_per_product) <= most
-        assert conversions == divisions == 0
-
-
+LOOPS = {
+    ("linear", "int4_zeros_some"): (8, FOUR_BITS),
+    ("moe", "fp8_rows_one"): (16, FP8_ROWS),
+    **{("linear", f"int4{word}"): (8, FOUR_BITS) for word in ("_one", "_some", "_prefill")},
+    **{("linear", f"int4_in_32{word}"): (8, FOUR_BITS) for word in ("_one", "_some")},
+    ("linear", "int4_zeros_one"): (8, FOUR_BITS),
+    ("linear", "mxfp4_one"): (8, FOUR_BITS),
+    ("linear", "q4_k_one"): (4, 8.0),  # Half of the products add up x, for the minima.
+    **{("moe", f"int4{word}"): (8, FOUR_BITS) for word in ("_one", "_some", "_prefill")},
+    **{("moe", f"int4_in_32{word}"): (8, FOUR_BITS) for word in ("_some", "_prefill")},
+    ("moe", "mxfp4_some"): (8, FOUR_BITS),
+    ("moe", "q4_k_some"): (4, 8.3),  # 6.2 and 7.5: gate and up share sums of x.
+    ("moe", "fp8_rows_some"): (16, FP8_ROWS),
+    ("linear", "fp8_rows_one"): (16, FP8_ROWS),
+    ("linear", "fp8_rows_some"): (16, 320 / 128),  # Scales of 64 tokens take 128.
+}
+"""Weights per product, and most instructions per weight, by folder and launch."""
 BOTH = [("attention", "size_64_odd_group"), ("attention", "qwen3_next"), ("pointwise", "conv1d")]
 BOTH += [("recurrences", name) for name in ("gdn", "kda", "mamba2")]
+"""Launches that decode and verify."""
+SHARES = pytest.mark.parametrize(
+    ("loops", "both"),
+    [
+        pytest.param(2, 1, id="some"),
+        pytest.param(len(LOOPS), len(BOTH), id="all", marks=pytest.mark.full),
+    ],
+)
 
 
-@pytest.mark.full("attention-size_64_odd_group")
-@pytest.mark.parametrize(("launches", "only"), BOTH)
-def test_decoding_and_verification_round_alike(launches: str, only: str) -> None:
-    """They are two compilations of the same arithmetic. One with other multiply-adds would give a
-    verified token other bits than a decoded one."""
-    file = HERE / "launches" / f"{launches}.py"
-    records = compiled(file, None, "--only", only, "--targets", "sm_90")
-    found = [r["arithmetic"] for r in records if r["kernel"].startswith(("decode", "verify"))]
-    if found[0] is None:
-        pytest.skip("the triton package has no nvdisasm")
-    decode, verify = found
-    assert decode == verify and sum(decode.values()) > 0
+@SHARES
+def test_hopper_has_few_instructions_and_one_rounding(loops: int, both: int) -> None:
+    """Loops have few instructions per weight, no conversions of floating-point numbers, and no
+    divisions.
+
+    Decoding and verification are two compilations of the same arithmetic. One with other
+    multiply-adds would give a verified token other bits than a decoded one.
+    """
+    counted, pairs = list(LOOPS)[:loops], BOTH[:both]
+    files = [f"{HERE / 'launches' / folder}.py:{name}" for folder, name in (*counted, *pairs)]
+    records = compiled(*files, target="sm_90")
+    by_launch = {key: [] for key in (*counted, *pairs)}
+    for record in records:
+        by_launch[record["folder"], record["launch"]].append(record)
+    assert_products_keep_their_registers(records)
+    for key in counted:
+        found = [loop for record in by_launch[key] if record["wgmma"] for loop in record["loops"]]
+        assert found, key
+        weights_per_product, most = LOOPS[key]
+        for instructions, products, conversions, divisions in found:
+            assert instructions / (products * weights_per_product) <= most, key
+            assert conversions == divisions == 0, key
+    for key in pairs:
+        decode, verify = [
+            record["arithmetic"]
+            for record in by_launch[key]
+            if record["kernel"].startswith(("decode", "verify"))
+        ]
+        assert decode == verify and sum(decode.values()) > 0, key
 
 
 def test_a_product_whose_operand_changes_is_found() -> None:
@@ -191,7 +194,7 @@ def test_a_bound_that_an_outer_loop_carries_is_found() -> None:
 @pytest.mark.parametrize("target", aot.TARGETS)
 def test_kernels_of_all_sizes_fit_a_target(target: str, triton: Path | None) -> None:
     """A test per target, so that the processes of pytest share the work."""
-    records = compiled(SIZES, triton, "--targets", target)
+    records = compiled(SIZES, triton=triton, target=target)
     assert_products_keep_their_registers(records)
     assert records
     assert [one for one in records if one["shared_bytes"] > aot.SHARED_BYTES[target]] == []
@@ -202,7 +205,7 @@ def test_kernels_of_all_sizes_fit_a_target(target: str, triton: Path | None) -> 
 @pytest.mark.parametrize("triton", TRITONS)
 @pytest.mark.parametrize("launches", LAUNCHES)
 def test_kernels_compile_and_fit_their_targets(launches: Path, triton: Path | None) -> None:
-    records = compiled(launches, triton)
+    records = compiled(launches, triton=triton)
     assert_products_keep_their_registers(records)
     assert [record for record in records if record["carried_bounds"]] == []
     assert {record["target"] for record in records} == set(aot.TARGETS)

@@ -17,7 +17,9 @@ from kernels.native import has, kernel_choices
 from tests.kernels.test_scan import Scan, Sizes
 
 pytestmark = pytest.mark.skipif(not has("decode_gdn_float32_float32"), reason="no C++ compiler")
-NEEDS_AVX512 = pytest.mark.skipif(not has("chunk_gdn_float32_lanes"), reason="no AVX-512")
+NATIVE_CHUNKS = pytest.mark.skipif(
+    not has("chunk_gdn_float32_lanes"), reason="no native scan of prompts"
+)
 
 SIZES, TOKENS = Sizes(groups=3, heads=3, key=32, value=48), 150
 SMALLEST_NORMAL = torch.finfo(torch.float32).tiny
@@ -53,8 +55,8 @@ def decode(module: Any, decay: float) -> list[torch.Tensor]:
 KERNELS = pytest.mark.parametrize(
     "kernel",
     [
-        pytest.param(partial(chunk, gdn), marks=NEEDS_AVX512, id="chunk_gdn"),
-        pytest.param(partial(chunk, mamba2), marks=NEEDS_AVX512, id="chunk_mamba2"),
+        pytest.param(partial(chunk, gdn), marks=NATIVE_CHUNKS, id="chunk_gdn"),
+        pytest.param(partial(chunk, mamba2), marks=NATIVE_CHUNKS, id="chunk_mamba2"),
         pytest.param(partial(decode, gdn), id="decode_gdn"),
         pytest.param(partial(decode, kda), id="decode_kda"),
     ],

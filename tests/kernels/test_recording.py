@@ -124,12 +124,40 @@ class TestCompiling:
         assert library.load().functions._name == str(library.LEVELS_FOLDER / level.file_name)
 
     def test_a_level_that_the_processor_lacks_is_refused(self, monkeypatch) -> None:
-        _, middle, higher, *_ = library.levels_of("x86_64")
-        monkeypatch.setattr(library, "instructions", lambda: middle.needs)
+        lowest, middle, higher, *_ = library.levels_of("x86_64")
+        monkeypatch.setattr(library, "processor_instructions", lambda: middle.needs)
         for name in ("avx", higher.name):
             monkeypatch.setenv(library.LEVEL_VARIABLE, name)
-            with pytest.raises(ValueError, match=f"{name}: the levels .* are avx2, avx512[.]"):
+            with pytest.raises(ValueError, match=f"{name}: the levels .* are sse4, avx2[.]"):
                 library.load()
+        monkeypatch.setenv(library.LEVEL_VARIABLE, lowest.name)
+        assert library.instructions() == lowest.needs < middle.needs
+
+
+@pytest.mark.parametrize(
+    ("vendor", "level", "expected"),
+    [
+        ("GenuineIntel", "sse4", "COMPATIBLE"),
+        ("AuthenticAMD", "sse4", "COMPATIBLE"),
+        ("GenuineIntel", "avx2", "AVX2,STRICT"),
+        ("AuthenticAMD", "avx2", None),
+        ("GenuineIntel", "avx512", None),
+    ],
+)
+def test_products_of_mkl_are_settled_where_they_depend_on_threads(
+    vendor, level, expected, monkeypatch
+) -> None:
+    [needs] = [one.needs for one in library.LEVELS if one.name == level]
+    about = {"vendor_id": vendor, "flags": " ".join(needs)}
+    monkeypatch.setattr(library, "_about_processor", lambda name, *_: about[name])
+    monkeypatch.delenv(library.LEVEL_VARIABLE, raising=False)
+    monkeypatch.setenv(library.MKL_VARIABLE, "")
+    del os.environ[library.MKL_VARIABLE]
+    library.settle_products()
+    assert os.environ.get(library.MKL_VARIABLE) == expected
+    monkeypatch.setenv(library.MKL_VARIABLE, "AUTO")
+    library.settle_products()
+    assert os.environ[library.MKL_VARIABLE] == "AUTO"
 
 
 class TestLevels:

@@ -31,6 +31,8 @@ SMALL: dict[str, dict[str, int]] = {
     "conversations": {"num_conversations": 100},
     "sharegpt-like": {"requests": 100},
     "retries": {"questions": 10, "trials": 2},
+    "live-agents": {"sessions": 3},
+    "phased-heads": {"phases": 2},
 }
 
 
@@ -55,6 +57,35 @@ def test_agents_repeat_a_head_that_no_boundary_declares() -> None:
         assert np.array_equal(one.tokens, first[(number + 9) % 18].tokens), "it is tried twice"
     shared = [common_prefix_len(first[1].tokens, first[other].tokens) for other in (2, 3, 10)]
     assert shared == [0, 1600, len(first[1].tokens)]
+
+
+def test_live_agents_are_few_and_come_back_after_a_few_requests_of_others() -> None:
+    requests = list(GENERATORS["live-agents"](sessions=8))
+    names = [request.session for request in requests]
+    last = {request.session: request for request in requests}
+    assert all(20_000 - 2_000 < len(one.tokens) <= 40_000 for one in last.values())
+    places = {name: [at for at, one in enumerate(names) if one == name] for name in last}
+    live = [sum(of[0] <= at <= of[-1] for of in places.values()) for at in range(len(names))]
+    assert max(live) == 5 and len(places) == 8
+    gaps = sorted(two - one for of in places.values() for one, two in pairwise(of))
+    assert [gaps[len(gaps) * part // 4] for part in (1, 2, 3)] == [3, 4, 6]
+    paces = {name: np.diff([requests[at].timestamp_s for at in of]) for name, of in places.items()}
+    for pace in paces.values():
+        assert pace.max() < 1.5 * pace.min(), "the think time is that of the session"
+    assert min(pace.mean() for pace in paces.values()) * 2 < max(map(np.mean, paces.values()))
+
+
+def test_prompts_of_an_odd_phase_fork_behind_the_head_only() -> None:
+    requests = list(GENERATORS["phased-heads"](phases=2, questions=5, chats=3, turns=2))
+    assert len(requests) == 2 * (5 + 3 * 2)
+    first, chats, later = requests[:5], requests[5:11], requests[11:16]
+    head = first[0].tokens[:2500]
+    for one in (*first, *later):
+        assert one.boundaries == (len(one.tokens),), "nothing declares the head"
+        assert np.array_equal(one.tokens[:2500], head)
+    assert all(common_prefix_len(one.tokens, head) == 0 for one in chats)
+    shared = [max(common_prefix_len(one.tokens, other.tokens) for other in first) for one in later]
+    assert min(shared) > 2500 and len({one.session for one in requests}) == 16
 
 
 def test_number_of_live_conversations_is_limited() -> None:

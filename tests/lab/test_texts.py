@@ -325,6 +325,13 @@ def test_settings_left_in_a_tokenizer_file_do_not_act(tmp_path: Path) -> None:
     assert chat.encode("aaaab" * 20).tolist() == [3, 1] * 20
 
 
+@pytest.mark.parametrize("text", ["", "ab", "<|im_end|>", "a<|im_end|>b"])
+def test_texts_are_encoded_as_int32(text: str) -> None:
+    tokens = load_chat_text("bytes").encode(text)
+    assert tokens.dtype == np.int32
+    assert len(tokens) == len(text.replace("<|im_end|>", "X"))
+
+
 def test_only_the_first_word_of_a_text_gets_a_space(tmp_path: Path) -> None:
     """Some tokenizers put a space before a text, and not after its special tokens. Tokens that are
     not added ones do not split a text."""

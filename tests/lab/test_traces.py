@@ -310,6 +310,7 @@ requests = st.lists(
         st.none() | st.integers(0, 15),
         st.none() | st.floats(0, 9),
         st.sampled_from(["", "end_turn"]),
+        st.none() | st.floats(0, 9),
     ).map(_with_possible_answer),
     max_size=8,
 ).map(lambda found: sorted(found, key=lambda request: request.timestamp_s))

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 from hybridcache.radix.protocol import EvictionPolicy, Item, Kind
+from hybridcache.radix.tree import Promise
 
 _serials = iter(range(10**9))
 
@@ -30,11 +32,17 @@ class FakeItem(Item):
     label: str = ""
     distance: int = 0
     stop_reason: str = ""
+    promise: Promise | None = None
+    namespace: str | None = None
     memo: Any = None
     serial: int = field(default_factory=_serials.__next__)
     is_head: bool = False
     evicted_above: Any = None
     """Evicted checkpoint between this item and ``above``."""
+
+    @property
+    def node(self) -> Any:
+        return SimpleNamespace(checkpoint=self)
 
     def span_and_size(self) -> tuple[int, int]:
         return self.span, self.size_bytes

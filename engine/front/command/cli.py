@@ -28,6 +28,7 @@ from hybridcache.geometry.units import counted, format_seconds
 
 if TYPE_CHECKING:
     from engine.engine import Engine
+    from engine.errors import JsonObject
     from engine.front.async_engine import AsyncEngine
     from engine.requests.request import SamplingParams
     from engine.text.answers import RequestOutput
@@ -348,7 +349,7 @@ def _convert(arguments: argparse.Namespace) -> int:
 
 
 def _generate(arguments: argparse.Namespace) -> int:
-    from engine.front.chat_prompt import render_chat
+    from engine.front.chat_prompt import Conversation, Rendering
     from engine.requests.request import RequestSpec
 
     stop = tuple(arguments.stop)
@@ -359,7 +360,8 @@ def _generate(arguments: argparse.Namespace) -> int:
     for text in texts:
         spec = RequestSpec(text, sampling)
         if arguments.chat:
-            chat = render_chat(engine.tokenizer, [{"role": "user", "content": text}])
+            messages: list[JsonObject] = [{"role": "user", "content": text}]
+            chat = Rendering(engine.tokenizer, Conversation(messages)).prompt()
             spec = RequestSpec(chat.tokens, sampling, **chat.marks)
         for output in engine.stream(spec):
             if not arguments.json:
@@ -378,7 +380,7 @@ def _chat(arguments: argparse.Namespace) -> int:
     message that is refused, for example because it is too long, is removed from the conversation.
     Raises ValueError if the model has no chat template."""
     from engine.errors import RequestError
-    from engine.front.chat_prompt import render_chat
+    from engine.front.chat_prompt import Conversation, Rendering
     from engine.requests.request import RequestSpec
 
     engine, sampling = _loaded(arguments)
@@ -389,12 +391,12 @@ def _chat(arguments: argparse.Namespace) -> int:
         )
     if sys.stdin.isatty() and engine.config.model is None:
         print("The built-in model solves small word problems, such as:", BUILTIN_PROMPTS[0])
-    messages = [] if system is None else [{"role": "system", "content": system}]
+    messages: list[JsonObject] = [] if system is None else [{"role": "system", "content": system}]
     try:
         for line in _messages_of_user():
             messages.append({"role": "user", "content": line})
             try:
-                prompt = render_chat(tokenizer, messages)
+                prompt = Rendering(tokenizer, Conversation(messages)).prompt()
                 spec = RequestSpec(prompt.tokens, sampling, **prompt.marks)
                 for output in engine.stream(spec):  # Leaving the loop aborts the request.
                     print(output.new_text, end="", flush=True)

@@ -12,7 +12,7 @@ from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, BinaryIO
 
 import httpx
@@ -20,9 +20,9 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.types import Receive, Scope, Send
 
 from engine.errors import JsonObject
-from engine.front.chat_prompt import NO_CHAT, render_chat
-from engine.front.server.bodies import APIError, ClientGone, converted, opened, settled
-from engine.front.server.schemas import KNOWN, Message, completed, plain_message
+from engine.front.chat_prompt import NO_CHAT, Conversation, Rendering
+from engine.front.server.bodies import APIError, ClientGone, converted, settled
+from engine.front.server.schemas import Message, completed, plain_message, text_of
 from engine.front.server.tool_calls.form import prepared
 from engine.front.server.transport import unless_gone
 from engine.text.tokenizer import Tokenizer
@@ -130,7 +130,7 @@ class TraceWriter:
             return b""
         if exchange.answer.status_code != 200:
             return b""
-        body = settled(json.loads(exchange.body))
+        body: Any = settled(json.loads(exchange.body))
         coded = {"content-encoding": exchange.answer.headers.get("content-encoding", "")}
         raw = httpx.Response(200, headers=coded, content=b"".join(exchange.pieces)).content
         answer, has_end = read_answer(raw)
@@ -166,9 +166,9 @@ class TraceWriter:
     ) -> tuple[list[int], list[int], list[int]]:
         """Return (ids of the prompt, known boundaries, ids of ``answer`` behind it, as the next
         prompt has them). Raises ValueError if the chat cannot be rendered."""
-        given = [opened(plain_message(one), KNOWN) for one in (*body["messages"], answer)]
+        given = [plain_message(one) for one in (*body["messages"], answer)]
         messages = completed(converted(given, list[Message], "messages"))
-        chat = [message.as_template_input() for message in messages]
+        chat = [one.as_template_input(one.role, text_of(one.content)) for one in messages]
         tokenizer, tools = self._tokenizer, body.get("tools")
         if tokenizer is not None and tokenizer.chat_template is not None:
             chat = prepared(chat, tokenizer.chat_template)
@@ -180,10 +180,11 @@ class TraceWriter:
             ids = _piece_ids([*texts, f"{HEADER}assistant\n"])
             # A model draws the first token of END; the template adds the rest to the next prompt.
             return ids, [], _piece_ids([said]) + _piece_ids([END])[:has_end]
-        how: dict[str, Any] = {"tools": tools, "variables": body.get("chat_template_kwargs")}
-        prompt = render_chat(tokenizer, chat[:-1], **how)
+        before = Conversation(chat[:-1], tools, body.get("chat_template_kwargs"))
+        prompt = Rendering(tokenizer, before).prompt()
         ids, boundaries = prompt.tokens.tolist(), list(prompt.boundaries.positions)
-        whole = render_chat(tokenizer, chat, add_generation_prompt=False, **how).tokens.tolist()
+        later = replace(before, messages=chat, add_generation_prompt=False)
+        whole = Rendering(tokenizer, later).tokens.tolist()
         ends = tokenizer.eos_token_ids
         if whole[: len(ids)] != ids or len(whole) == len(ids):
             output = tokenizer.encode(said, add_special_tokens=False)

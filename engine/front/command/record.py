@@ -64,7 +64,8 @@ def run(arguments: argparse.Namespace) -> int:
     from engine.front.command.proxy import PIECE, Proxy, TraceWriter
     from engine.front.server.settings import ServerConfig, bind, local_address
     from engine.text.gguf_tokenizer import load_tokenizer
-    from engine.text.tokenizer import BackendTokenizer, HFTokenizer
+    from engine.text.tokenizer import BackendTokenizer
+    from engine.text.tokenizer_files import HFTokenizer
 
     tokenizer: BackendTokenizer | None = None
     model = "CONFIG_JSON"

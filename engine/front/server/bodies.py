@@ -180,6 +180,7 @@ _threads = ThreadPoolExecutor(2, thread_name_prefix="server")
 """Threads for long work, which does not delay short work."""
 MAX_NODES = 100_000
 """Maximum names, lists and objects of a JSON text: decoding holds the interpreter for 50 ms."""
+TOO_MANY = f"it has more than {MAX_NODES:,} names, lists and objects"
 UNMARKED = bytes(set(range(256)) - set(b'[{:"'))
 """Bytes that begin no list, object or text, and end no name."""
 
@@ -193,23 +194,18 @@ async def run(size: int, work: Callable[[], Result]) -> Result:
     return await asyncio.get_running_loop().run_in_executor(_threads, work)
 
 
-class Part(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+class FixedObject(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     """Object of a fixed form inside a body. Unknown names are refused unless they are null."""
 
 
-class Body(Part, kw_only=True):
+class Body(FixedObject, kw_only=True):
     """Base of all bodies."""
 
     NEUTRAL: ClassVar[Mapping[str, Collection[object] | None]] = {}
     """Parameters that are not supported -> values without effect, or None if all have none."""
-    KINDS: ClassVar[Mapping[str, str]] = {}
-    """Lists of objects -> type of entries that do not name one."""
-    OPEN: ClassVar[Mapping[str, Collection[str]]] = {}
-    """Lists of objects -> names of fixed form. Others become a field ``extra`` of each object."""
-    PLAIN: ClassVar[Mapping[str, Callable[[JsonObject], JsonObject]]] = {}
-    """Lists of objects -> function that returns an entry in a form that is supported."""
-    TOOLS: ClassVar[Collection[str]] = ()
-    """Supported types of ``tools``, or () if they are not checked."""
+    ENTRIES: ClassVar[Mapping[str, Callable[[JsonObject, str], JsonObject]]] = {}
+    """Lists of objects -> function that returns an entry in the form that is converted to its type.
+    It gets the entry and its place in the body, and may raise APIError."""
 
     model: str | None = None
     cache_salt: str | None = None
@@ -224,39 +220,26 @@ def decode(kind: type[Kind], raw: bytes, refuses_images: bool = False) -> Kind:
     one sentence about the first fault, or the first image. O(its size)."""
     try:
         text = raw.decode()
-        check_nodes(raw)
-        given = read_json(text)
+        if num_nodes(raw) > MAX_NODES:
+            raise ValueError(TOO_MANY)
+        given = settled(read_json(text))
         if not isinstance(given, dict):
             raise ValueError("it has no names and values between { and }")
     except ValueError as error:
         raise APIError(400, f"The body cannot be read ({error}): send one JSON object.") from None
-    given = settled(given)
     for name in ("messages", "input"):
         _replace_blocks(given.get(name), name, refuses_images)
-    _check_tools(given.get("tools"), kind.TOOLS)
-    for name, plain in kind.PLAIN.items():
+    for name, form in kind.ENTRIES.items():
         if isinstance(entries := given.get(name), list):
-            given[name] = [plain(one) if isinstance(one, dict) else one for one in entries]
+            for at, entry in enumerate(entries):
+                if isinstance(entry, dict):
+                    entries[at] = form(entry, f"{name}.{at}")
     for name in [*given]:
         if name in kind.NEUTRAL:
             value, allowed = given.pop(name), kind.NEUTRAL[name]
             if allowed is not None and value not in allowed:
                 raise APIError(400, f"'{name}' is not supported: omit it.")
-    for name, usual in kind.KINDS.items():
-        if isinstance(entries := given.get(name), list):
-            given[name] = [{"type": usual} | e if isinstance(e, dict) else e for e in entries]
-    for name, fixed in kind.OPEN.items():
-        if isinstance(entries := given.get(name), list):
-            given[name] = [opened(entry, fixed) for entry in entries]
     return converted(given, kind)
-
-
-def opened(entry: Json, fixed: Collection[str]) -> Json:
-    """Return an object with all names but the ``fixed`` ones in a field ``extra``."""
-    if not isinstance(entry, dict):
-        return entry
-    extra = {name: value for name, value in entry.items() if name not in fixed}
-    return {name: entry[name] for name in fixed if name in entry} | {"extra": extra}
 
 
 MEDIA = {
@@ -306,21 +289,15 @@ REMEDIES = {
 """Beginnings of types of tools that are not supported -> what to do in the client."""
 
 
-def _check_tools(tools: Json, served: Collection[str]) -> None:
-    """Raise APIError 400 for a tool of a type that is not ``served``, with the remedy."""
-    for at, tool in enumerate(tools if isinstance(tools, list) and served else ()):
-        kind = tool.get("type") if isinstance(tool, dict) else None
-        if isinstance(kind, str) and kind not in served:
-            usual = "turn it off in the client, or send a function in its place"
-            advice = next((said for word, said in REMEDIES.items() if kind.startswith(word)), usual)
-            said = f"'tools.{at}' is a tool of the type {quoted(kind)}, which is not supported"
-            raise APIError(400, f"{said}: {advice}.", param=f"tools.{at}.type")
-
-
-def check_nodes(raw: bytes) -> None:
-    """Raise ValueError for a JSON text with many values. O(its length)."""
-    if num_nodes(raw) > MAX_NODES:
-        raise ValueError(f"it has more than {MAX_NODES:,} names, lists and objects")
+def checked_tool(tool: JsonObject, place: str, *, served: Collection[str]) -> JsonObject:
+    """Return a tool. Raises APIError 400 with the remedy if its type is none of ``served``."""
+    kind = tool.get("type")
+    if isinstance(kind, str) and kind not in served:
+        usual = "turn it off in the client, or send a function in its place"
+        advice = next((said for word, said in REMEDIES.items() if kind.startswith(word)), usual)
+        said = f"'{place}' is a tool of the type {quoted(kind)}, which is not supported"
+        raise APIError(400, f"{said}: {advice}.", param=f"{place}.type")
+    return tool
 
 
 def num_nodes(raw: bytes) -> int:
@@ -337,22 +314,20 @@ FREE = {
 """Names of objects of any form, such as JSON schemas and arguments of calls."""
 
 
-def settled(given: JsonObject) -> JsonObject:
-    """Return the object ``given`` without nulls, which mean the default everywhere in these APIs,
-    and with 3 in place of 3.0. Objects of any form stay as they are. O(its size)."""
-    return {
-        name: entry if name in FREE and isinstance(entry, dict) else _settled(entry)
-        for name, entry in given.items()
-        if entry is not None
-    }
-
-
-def _settled(value: Json) -> Json:
+def settled(value: Json) -> Json:
+    """Return JSON without nulls in objects, which mean the default everywhere in these APIs, and
+    with 3 in place of 3.0. Objects of any form stay as they are; others are copies. O(its size)."""
     if isinstance(value, dict):
-        return settled(value)
+        return {
+            name: entry
+            if type(entry) is str or (name in FREE and isinstance(entry, dict))
+            else settled(entry)
+            for name, entry in value.items()
+            if entry is not None
+        }
     if isinstance(value, list):
         is_plain = {*map(type, value)}.isdisjoint((dict, list, float))
-        return value if is_plain else [*map(_settled, value)]
+        return value if is_plain else [*map(settled, value)]
     if isinstance(value, float) and abs(value) <= 2**53 and value.is_integer():
         return int(value)
     return value

@@ -3,9 +3,8 @@ Types and the widest ranges are checked here, limits of the engine where the val
 
 from __future__ import annotations
 
-import itertools
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from functools import lru_cache, partial
 from typing import Annotated, Any, ClassVar, Literal
@@ -14,8 +13,16 @@ import msgspec
 from msgspec import Meta, structs
 
 from engine.errors import Json, JsonObject
-from engine.front.chat_prompt import Cut
-from engine.front.server.bodies import Body, Part, check_nodes, converted
+from engine.front.chat_prompt import Conversation, PromptCut
+from engine.front.server.bodies import (
+    MAX_NODES,
+    TOO_MANY,
+    Body,
+    FixedObject,
+    checked_tool,
+    converted,
+    num_nodes,
+)
 from engine.requests.request import MAX_BIAS, MAX_COUNT, SamplingParams
 from engine.text.answers import MAX_NAME
 from engine.text.bounded import read_json
@@ -23,6 +30,7 @@ from engine.text.grammar import Grammar, GrammarError
 from engine.text.sandbox import TemplateError
 from engine.text.tokenizer import PROBE, ChatTemplate
 from hybridcache.client_habits import THOUGHT_PARTS, thoughts_of, without_billing
+from hybridcache.tokens import require_seconds
 
 MAX_MESSAGES = 4096
 """Maximum number of messages of a chat, or of parts of a message."""
@@ -73,7 +81,7 @@ class NamedSchema(msgspec.Struct, kw_only=True):
     schema: JsonObject | bool | None = None
 
 
-class ResponseFormat(Part, kw_only=True, omit_defaults=True):
+class ResponseFormat(FixedObject, kw_only=True, omit_defaults=True):
     """Form of an answer, with ``json_schema`` in chats, and with its fields in other dialects."""
 
     type: Literal["text", "json_object", "json_schema"]
@@ -93,7 +101,7 @@ class ResponseFormat(Part, kw_only=True, omit_defaults=True):
         return Grammar.of_schema(schema)
 
 
-class StructuredOutputs(Part, kw_only=True):
+class StructuredOutputs(FixedObject, kw_only=True):
     """vLLM's structured outputs. Only one of them may be set."""
 
     json: JsonObject | bool | str | None = None
@@ -152,6 +160,21 @@ class Sampling(OpenAIBody, kw_only=True):
         """True if no request of this session follows. Values of OpenAI's metadata are texts."""
         return str((self.metadata or {}).get("session_end")).lower() == "true"
 
+    @property
+    def returns_within_s(self) -> float | None:
+        """Time within which the client promises the next turn, in seconds, or None. Raises
+        ValueError unless it is a number of at least 0."""
+        given = (self.metadata or {}).get("returns_within_s")
+        if given is None:
+            return None
+        try:
+            return require_seconds(float(str(given)), "metadata.returns_within_s")
+        except ValueError:
+            raise ValueError(
+                "metadata.returns_within_s must be a finite number of seconds, at least 0 (got "
+                f"{given!r:.40})."
+            ) from None
+
     def forms(self, format_name: str) -> dict[str, Callable[[], Grammar]]:
         """Return the requested forms: parameter -> function that makes its grammar, and may raise
         GrammarError. ``format_name`` is the dialect's name of ``response_format``."""
@@ -206,24 +229,25 @@ class Message(msgspec.Struct, kw_only=True):
     cache_control: CacheControl | None = None
     extra: JsonObject = {}
 
-    def as_template_input(self) -> JsonObject:
-        """Return the message for a chat template: content as one string."""
-        message: JsonObject = {"role": self.role, **self.extra}
+    def as_template_input(self, role: Role, content: str) -> JsonObject:
+        """Return the message for a chat template, with this role and content."""
+        message: JsonObject = {"role": role, **self.extra}
         if thoughts := thoughts_of(self.extra):
             message["reasoning_content"] = thoughts
-        message["content"] = text_of(self.content)
+        message["content"] = content
         if self.tool_calls is not None:
             message["tool_calls"] = self.tool_calls
         return message
 
-    def cuts(self, index: int) -> Iterator[Cut]:
-        """Yield the marked places of this message, which has the given ``index``."""
-        parts = self.content if isinstance(self.content, list) else []
-        for end, part in enumerate(parts[:-1], 1):
-            if part.cache_control is not None:
-                yield Cut(index, text_of(parts[:end]))
-        if self.cache_control is not None or (parts and parts[-1].cache_control is not None):
-            yield Cut(index)
+    @property
+    def parts(self) -> Sequence[TextPart]:
+        """Parts of the content, of which the last one has the mark of the message."""
+        parts = self.content or ()
+        if isinstance(parts, str):
+            return (TextPart(text=parts, cache_control=self.cache_control),)
+        if self.cache_control is None or not parts:
+            return parts
+        return *parts[:-1], structs.replace(parts[-1], cache_control=self.cache_control)
 
 
 def text_of(content: str | Sequence[TextPart] | None) -> str:
@@ -232,47 +256,6 @@ def text_of(content: str | Sequence[TextPart] | None) -> str:
 
 
 SYSTEM = "system", "developer"
-
-
-def arranged(messages: Sequence[Message], template: ChatTemplate) -> list[Message]:
-    """Return a chat with the roles and parts that ``template`` supports, for all dialects.
-
-    Developer messages are system messages unless the template has that role. Several system
-    messages at the beginning are joined, and later ones become messages of the user, if the
-    template does not write them there. They keep their places, because a prompt that changes at its
-    beginning is not in the cache. Between the parts of a content is the text that the template
-    writes there, or a line break if it does not support parts.
-    """
-    has_developer = "developer" in template.source and _writes(template, ("developer", "user"))
-    chat = [structs.replace(one) for one in messages]
-    for one in chat:
-        one.role = "system" if one.role == "developer" and not has_developer else one.role
-    first = list(itertools.takewhile(lambda one: one.role in SYSTEM, chat))
-    for one in chat[len(first) :]:
-        roles = "system", "user", "assistant", one.role, "user"
-        one.role = "user" if one.role in SYSTEM and not _writes(template, roles) else one.role
-    for one in chat:
-        if isinstance(one.content, list) and len(one.content) > 1:
-            joint = _joint(template, one.role)
-            rest = [structs.replace(part, text=joint + part.text) for part in one.content[1:]]
-            one.content = [one.content[0], *rest]
-    if len(first) > 1 and not _writes(template, (*(one.role for one in first[:3]), "user")):
-        chat[: len(first)] = [_joined(first)]
-    return chat
-
-
-def _joined(messages: Sequence[Message]) -> Message:
-    """Return system messages as one, with an empty line between them."""
-    parts: list[TextPart] = []
-    for one in messages:
-        given = one.content or []
-        own = [TextPart(text=given)] if isinstance(given, str) else [*given]
-        if parts and own:
-            own[0] = structs.replace(own[0], text=f"\n\n{own[0].text}")
-        if own and one.cache_control is not None:
-            own[-1] = structs.replace(own[-1], cache_control=one.cache_control)
-        parts += own
-    return structs.replace(messages[0], content=parts, cache_control=None)
 
 
 @lru_cache(maxsize=64)
@@ -306,25 +289,19 @@ def _joint(template: ChatTemplate, role: Role) -> str:
         return "\n"
 
 
-def cuts_of(messages: Sequence[Message], tools: Sequence[Mapping[str, Json]] | None) -> list[Cut]:
-    """Return the last ``MAX_CUTS`` marked places before the end of the chat."""
-    of_tools = [Cut(None)] if any(tool.get("cache_control") for tool in tools or ()) else []
-    cuts = [*of_tools, *(cut for index, one in enumerate(messages) for cut in one.cuts(index))]
-    return [cut for cut in cuts if cut != Cut(len(messages) - 1)][-MAX_CUTS:]
-
-
-def plain_message(message: JsonObject) -> JsonObject:
-    """Return a message of a chat in the form that templates read.
+def plain_message(message: JsonObject, place: str = "") -> JsonObject:
+    """Return a message of a chat in the form of ``Message``, with unknown names in ``extra``.
 
     Thoughts are no parts of its content, custom calls are calls of functions with an ``input``, and
     a refusal is its text if it has no other.
     """
-    found = {**message}
+    extra = {name: value for name, value in message.items() if name not in KNOWN}
+    found = {name: message[name] for name in KNOWN if name in message} | {"extra": extra}
     if isinstance(content := message.get("content"), list):
         parts = [one if isinstance(one, dict) else {} for one in content]
         thoughts = [thoughts_of(one) for one in parts if one.get("type") in THOUGHT_PARTS]
         if thoughts:
-            found.setdefault("reasoning_content", "\n".join(filter(None, thoughts)))
+            extra.setdefault("reasoning_content", "\n".join(filter(None, thoughts)))
             kinds = [one.get("type") for one in parts]
             pairs = zip(content, kinds, strict=True)
             found["content"] = [one for one, kind in pairs if kind not in THOUGHT_PARTS]
@@ -384,7 +361,8 @@ def _without_billing(message: Message) -> bool:
 def parsed_arguments(text: str) -> JsonObject:
     """Parse the arguments of a call that a model wrote; invalid JSON is returned under ``BROKEN``.
     Raises ValueError if it is too large."""
-    check_nodes(text.encode())
+    if num_nodes(text.encode()) > MAX_NODES:
+        raise ValueError(TOO_MANY)
     try:
         value = read_json(text or "{}")
     except ValueError:
@@ -423,9 +401,10 @@ Messages = Annotated[list[Message], Meta(min_length=1, max_length=MAX_MESSAGES)]
 class ChatRequest(Sampling, kw_only=True):
     """POST /v1/chat/completions, and the chat that the body of another dialect means."""
 
-    OPEN: ClassVar[Mapping[str, tuple[str, ...]]] = {"messages": KNOWN}
-    PLAIN: ClassVar[Mapping[str, Callable[[JsonObject], JsonObject]]] = {"messages": plain_message}
-    TOOLS: ClassVar[tuple[str, ...]] = ("function",)
+    ENTRIES: ClassVar[Mapping[str, Callable[[JsonObject, str], JsonObject]]] = {
+        "messages": plain_message,
+        "tools": partial(checked_tool, served=("function",)),
+    }
 
     messages: Messages
     tools: list[dict[str, Any]] | None = None
@@ -461,6 +440,55 @@ class ChatRequest(Sampling, kw_only=True):
             self.chat_template_kwargs = switches | (self.chat_template_kwargs or {})
         if self.top_logprobs and not self.logprobs:
             raise ValueError("'top_logprobs' requires 'logprobs': set it to true.")
+
+    def conversation(self, template: ChatTemplate, switches: JsonObject) -> Conversation:
+        """Return the chat as ``template`` reads it, with the server's ``switches`` as defaults.
+
+        Developer messages are system messages unless the template has that role. Several system
+        messages at the beginning are joined, and later ones become messages of the user, if the
+        template does not write them there. They keep their places, because a prompt that changes at
+        its beginning is not in the cache. Between the parts of a content is the text that the
+        template writes there, or a line break if it does not support parts. The last ``MAX_CUTS``
+        marked places before the end count.
+        """
+        has_developer = "developer" in template.source and _writes(template, ("developer", "user"))
+        roles = [one.role for one in self.messages]
+        if not has_developer:
+            roles = ["system" if role == "developer" else role for role in roles]
+        num_first = next((at for at, role in enumerate(roles) if role not in SYSTEM), len(roles))
+        for at in range(num_first, len(roles)):
+            places = "system", "user", "assistant", roles[at], "user"
+            if roles[at] in SYSTEM and not _writes(template, places):
+                roles[at] = "user"
+        groups = [[one] for one in self.messages]
+        if num_first > 1 and not _writes(template, (*roles[: min(num_first, 3)], "user")):
+            groups[:num_first], roles[:num_first] = [self.messages[:num_first]], roles[:1]
+        chat, cuts = list[JsonObject](), list[PromptCut]()
+        if any(tool.get("cache_control") for tool in self.tools or ()):
+            cuts.append(PromptCut(None))
+        for role, group in zip(roles, groups, strict=True):
+            texts, length, marks = list[str](), 0, list[tuple[int, int]]()
+            for parts in (one.parts for one in group):
+                between = _joint(template, role) if len(parts) > 1 else ""
+                for number, part in enumerate(parts):
+                    texts.append((between if number else "\n\n" if texts else "") + part.text)
+                    length += len(texts[-1])
+                    if part.cache_control is not None:
+                        marks.append((len(texts), length))
+            if not texts and len(group) == 1 and group[0].cache_control is not None:
+                marks.append((0, 0))
+            content = "".join(texts)
+            for number, end in marks[-MAX_CUTS - 1 :]:
+                cuts.append(PromptCut(len(chat), content[:end] if number < len(texts) else None))
+            chat.append(group[0].as_template_input(role, content))
+        return Conversation(
+            chat,
+            self.plain_tools or None,
+            (switches | (self.chat_template_kwargs or {})) or None,
+            [cut for cut in cuts if cut != PromptCut(len(chat) - 1)][-MAX_CUTS:],
+            self.add_generation_prompt is not False and not self.continue_final_message,
+            self.continue_final_message,
+        )
 
     @property
     def plain_tools(self) -> list[dict[str, Any]]:

@@ -8,7 +8,6 @@ import time
 import uuid
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping, Sequence
-from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property, partial
 from typing import Any
@@ -64,6 +63,8 @@ class ServingContext:
         self.history = Replay(self.tokenizer, replay_bytes, keeps_thinking=thinks)
         names = [name for name in config.served_model_name if name != "*"]
         self.model_names = names or [engine.facts.model_name]
+        self.model_name = self.model_names[0]
+        """Name in answers."""
         self.switches = config.default_switches or {}
         self.fingerprint = engine.facts.exactness.fingerprint
         self.metrics = Metrics(engine.channel.pid)
@@ -79,11 +80,6 @@ class ServingContext:
             return await handler(Call(self, request, size, tenant), body)
 
         return Route(path, operation, methods=["POST"])
-
-    @property
-    def model_name(self) -> str:
-        """Name in answers."""
-        return self.model_names[0]
 
     def check_model(self, model: str | None) -> None:
         """Raise APIError 404 if a client names another model."""
@@ -119,12 +115,10 @@ class ServingContext:
         forms: Mapping[str, Callable[[], Grammar]],
         namespace: str | None,
         is_thinking: bool = False,
-    ) -> Grammar | None:
-        """Compile the grammar of an answer, or return None if the answer is free. ``forms``:
-        parameter of the body -> function that makes its grammar. ``is_thinking``: the grammar
-        applies after the reasoning. Raises APIError 400 for several forms, or an unusable one."""
-        if not forms:
-            return None
+    ) -> Grammar:
+        """Compile the grammar of an answer that is not free. ``forms``: parameter of the body ->
+        function that makes its grammar. ``is_thinking``: the grammar applies after the reasoning.
+        Raises APIError 400 for several forms, or an unusable one."""
         if len(forms) > 1:
             listed = ", ".join(f"'{name}'" for name in forms)
             raise APIError(400, f"An answer can have only one form: send one of {listed}.")
@@ -260,8 +254,10 @@ class Writer(ABC):
                 engine.check(tokens, of_prompt[0], marks.get("prompt_logprobs"))
                 choices += [(tokens, *choice) for choice in enumerate(of_prompt)]
                 await asyncio.sleep(0)  # Let the event loop run between two prompts.
-            is_thinking = marks.get("is_thinking", False)
-            grammar = await context.grammar_of(forms, namespace, is_thinking)
+            grammar = None
+            if forms:
+                is_thinking = marks.get("is_thinking", False)
+                grammar = await context.grammar_of(forms, namespace, is_thinking)
             for number, (tokens, at, sampling) in enumerate(choices):
                 request_id = self._name(number)
                 spec = RequestSpec(
@@ -269,6 +265,7 @@ class Writer(ABC):
                     sampling,
                     namespace,
                     ends_session=body.ends_session,
+                    returns_within_s=body.returns_within_s,
                     request_id=request_id,
                     choice_of=self._name(number - at) if at else None,
                     grammar=grammar,
@@ -289,23 +286,9 @@ class Writer(ABC):
         """Return the id of the request for the choice of this ``number``."""
         return f"{self.answer_id}-{number}" if number else self.answer_id
 
-    async def news(self) -> AsyncGenerator[tuple[int, bool], None]:
-        """Yield (index of the answer, whether it is its first output) after each output. Closing
-        the iterator ends the requests. Raises RequestError if one ended without an answer."""
-        try:
-            async for output in self._stream:
-                index = self._index_of[output.request_id]
-                is_first = index not in self._latest
-                self.read(index, output)
-                yield index, is_first
-        finally:
-            self._stream.abort()
-            if self._latest:
-                self.ended()
-
-    def read(self, index: int, output: RequestOutput) -> None:
-        """Read the latest output of an answer, before it is written."""
-        self._latest[index] = output
+    def read(self, index: int, output: RequestOutput) -> RequestOutput:
+        """Read the next output of an answer, and return it as it is written."""
+        return output
 
     def ended(self) -> None:
         """Note the token counts for the log, once no output follows."""
@@ -380,7 +363,8 @@ class Writer(ABC):
             stream = EventStream(self._events(), headers, self.failed, keep_alive_s)
             self._stream.handle = partial(self._write_now, stream)
             return stream
-        await unless_gone(self._call.request.receive, self._read_all())
+        reading = anext(self._events(is_stream=False), None)
+        await unless_gone(self._call.request.receive, reading)
         size = sum(len(one.output) + len(one.prompt_token_ids) for one in self.outputs)
         response = await run(size, lambda: json_response(self.whole()))
         response.headers.update(self._cache_headers())
@@ -392,24 +376,30 @@ class Writer(ABC):
         index = self._index_of[output.request_id]
         if index not in self._latest or not stream.is_ready:
             return False
-        self.read(index, output)
+        self._latest[index] = self.read(index, output)
         if written := b"".join(self.write(index, False)):
             stream.write(written)
         return True
 
-    async def _events(self) -> AsyncGenerator[bytes, None]:
-        """Yield the stream, one piece per output."""
-        async with aclosing(self.news()) as news:
-            async for index, is_first in news:
-                # A prompt can be echoed.
-                size = len(self._latest[index].prompt_token_ids) if is_first else 0
-                if written := await run(size, partial(b"".join, self.write(index, is_first))):
-                    yield written
-        yield b"".join(self.end())
-
-    async def _read_all(self) -> None:
-        async for _ in self.news():
-            pass
+    async def _events(self, is_stream: bool = True) -> AsyncGenerator[bytes, None]:
+        """Read all outputs, and yield one piece for each if they are streamed. Closing the iterator
+        ends the requests. Raises RequestError if one ended without an answer."""
+        try:
+            async for output in self._stream:
+                index = self._index_of[output.request_id]
+                is_first = index not in self._latest
+                self._latest[index] = self.read(index, output)
+                if is_stream:
+                    # A prompt can be echoed.
+                    size = len(output.prompt_token_ids) if is_first else 0
+                    if written := await run(size, partial(b"".join, self.write(index, is_first))):
+                        yield written
+        finally:
+            self._stream.abort()
+            if self._latest:
+                self.ended()
+        if is_stream:
+            yield b"".join(self.end())
 
 
 # --- Parts of answers -----------------------------------------------------------------------------

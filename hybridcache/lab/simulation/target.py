@@ -72,6 +72,7 @@ class LeaseTarget:
             PromptBoundaries(request.boundaries, request.answer_survives),
             stateful=self._stateful,
             own_slot=None if self._own_slots is None else next(self._own_slots),
+            returns_within_s=request.returns_within_s,
         )
         before = {} if self.exchange is None else self._fetched_bytes()
         lease = Lease.begin(self.cache, self.placement, asked, self.exchange)

@@ -23,6 +23,7 @@ FIELDS: dict[str, tuple[str, Callable[[Record, str], object]]] = {
     "answer_survives": ("answer_survives", Record.flag),
     "service": ("service_s", Record.seconds),
     "stop_reason": ("stop_reason", Record.text),
+    "returns_within": ("returns_within_s", Record.seconds),
 }
 """Fields of a line that are a field of a request, with their types."""
 READ = {"timestamp", "tokens", "prefix", *FIELDS, "request", "answer"}

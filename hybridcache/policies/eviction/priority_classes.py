@@ -37,6 +37,7 @@ class PriorityClasses(EvictionPolicy):
         return self._rest.failure or self._dead.failure or self._superseded.failure
 
     def set_clock(self, clock: Callable[[], float]) -> None:
+        super().set_clock(clock)
         for policy in (self._rest, self._dead, self._superseded):
             policy.set_clock(clock)
 

@@ -18,8 +18,9 @@ from __future__ import annotations
 import random
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Container, Hashable, Iterable
+from collections.abc import Container, Hashable, Iterable, Sequence
 from itertools import chain
+from math import inf
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -402,27 +403,45 @@ SAMPLE = 1024
 GENERAL_FROM = 3
 """First fact of a class with an effect in all classes: the generation."""
 
-Class = tuple[tuple[bool, bool], tuple[str, int], *tuple[str | int, ...]]
-"""((superseded, speculative), (label, distance), uses, generation, octave of the position, half
-octave), and the stop reason of the answer behind it, if that is known."""
+PACE = "pace"
+"""Name of the pace of a session in a class."""
+
+Class = tuple[tuple[bool, bool], tuple[str, int], *tuple[str | int | tuple[str, int], ...]]
+"""((superseded, speculative), (label, distance), uses, generation, pace of the session if it has
+two tips or more, octave of the position, half octave), and the stop reason of the answer behind it,
+if that is known."""
 
 
 class _Memo:
     """Data of one item: its stage and its place in its lineage."""
 
-    __slots__ = ("active", "demand", "entered", "row", "stage", "superseded", "turn", "uses")
+    __slots__ = (
+        "active",
+        "demand",
+        "entered",
+        "pace",
+        "row",
+        "stage",
+        "superseded",
+        "turn",
+        "uses",
+    )
 
     def __init__(self, item: Item) -> None:
         self.uses = item.uses
         self.superseded = item.superseded
         self.turn = 0
         """Number of earlier tips in the lineage, through forks too: a prompt may end at one."""
+        self.pace = 0
+        """Octave of the requests between the latest two tips of the lineage; 0 with one tip."""
         before = item.predecessor
         if before is not None and isinstance(before.memo, _Memo):
             label = "" if before.stop_reason else before.label  # An answer's end is no fork.
             is_tip = label not in SHARED and (before.uses > 0 or not before.superseded)
             is_earlier = before.position < item.position and (is_tip or label == REJOIN)
-            self.turn = before.memo.turn + is_earlier
+            self.turn, self.pace = before.memo.turn + is_earlier, before.memo.pace
+            if is_earlier and item.created > before.created:
+                self.pace = (item.created - before.created).bit_length()
         self.active = item.last_used
         """Latest use of the item or of an evicted descendant."""
         self.stage = -1
@@ -436,8 +455,8 @@ class _Memo:
 class Survival(EvictionPolicy):
     """Evict the item with the least (index of its class and age) * (tokens lost) / (bytes freed).
 
-    - *Class*: superseded or not, label, uses, generation, position and stop reason. ``Hazards`` has
-      the indices.
+    - *Class*: superseded or not, label, uses, generation, pace, position and stop reason.
+      ``Hazards`` has the indices.
     - *Tokens lost*: the distance to the nearest checkpoint above.
     - *Bytes freed*: the state, and for a leaf also its KV tail. States and tails are compared by
       the tokens that they save per byte.
@@ -445,12 +464,20 @@ class Survival(EvictionPolicy):
       evicted already, counts if a request resumed from it, it was a tip until its eviction, or an
       earlier request ended there. Forks do not count, and tips after them count those before them.
       KV has the generation of the checkpoint at its end.
+    - *Pace*: the octave of the number of requests between the latest two tips of the conversation.
+      Agents think for seconds and people for minutes, so the next gap is like the last. Shared
+      positions have none.
     - *Evidence*: from the first use until ``EVIDENCE`` uses were seen, (tokens lost) / (bytes
       freed) is raised to the part of them that was, so that the policy begins as LRU by class.
       Before any use, as in the first round of a loop, LRU would evict each item before its use.
     - *Demand*: if a tip leaves the last tier, its predecessor takes over its class.
     - *Ghosts*: a ghost hit counts as a use of the class. This holds for each ghost from which the
       request would have resumed if only this item had been kept.
+    - *Promise*: until a promised return, the index of an item is at least that of one certain use
+      in the requests that will arrive until then, at the rate since the promise. This counts within
+      its namespace only: if the victim has a promise, the least item of its namespace is evicted
+      instead, and the victim takes that item's place in the order. So promises move memory within
+      a namespace, and no namespace gets more by them.
 
     Candidates are leaf KV without a checkpoint, which goes first, and checkpoints, for a leaf with
     its tail. Leaf KV is a candidate alone if KV has a separate pool. A use refreshes the consumed
@@ -472,6 +499,10 @@ class Survival(EvictionPolicy):
         """Leaf KV until a call of ``victim`` needs it ranked. None from then on."""
         self._stale: dict[Item, None] = {}
         """Checkpoints with an outdated value: those with an evicted descendant, and new ones."""
+        self._lent: dict[Item, None] = {}
+        """Promised candidates in the place of an item that was evicted instead."""
+        self._exchange: tuple[Item, Item] | None = None
+        """Latest victim that was chosen instead of another candidate, and that candidate."""
         self._just_used = False
         """True if the latest call was a use: a ghost hit then belongs to the same request."""
 
@@ -542,6 +573,12 @@ class Survival(EvictionPolicy):
         if is_kv and self._idle_kv is not None and item in self._idle_kv:
             del self._idle_kv[item]
             return
+        if self._exchange is not None:
+            if evicted and item is self._exchange[0]:
+                self._lend(*self._exchange)
+            self._exchange = None
+        if self._lent:
+            self._lent.pop(item, None)
         above = item.above
         if above is not None:
             self._stale[above] = None
@@ -579,6 +616,10 @@ class Survival(EvictionPolicy):
         if kind != "checkpoint" and self._dead:
             return next(iter(self._dead))
         self.hazards.refresh(self.hazards.now)
+        if self._lent:
+            now_s = self.clock()
+            for item in [item for item in self._lent if item.promise_at(now_s) is None]:
+                self._put(item, item.memo, self._columns_of(item))
         columns, stale = self._checkpoints, self._stale
         # A random one too, which bounds the age of changes that were not noticed.
         if columns.items:
@@ -588,7 +629,7 @@ class Survival(EvictionPolicy):
             its, place = columns, columns.places.get(item)
             if place is None:
                 its, place = self._kv, self._kv.places.get(item)
-            if place is not None:
+            if place is not None and item not in self._lent:
                 span, size_bytes = item.span_and_size()
                 its.worths[place] = span / size_bytes
         chosen = None if kind == "kv" else self._least(columns, stale)
@@ -602,6 +643,8 @@ class Survival(EvictionPolicy):
 
     def _put(self, item: Item, memo: _Memo, columns: Columns) -> None:
         """Enter the numbers of ``item`` in ``columns``."""
+        if self._lent:
+            self._lent.pop(item, None)
         worth = 0.0
         if columns is self._kv or item not in self._stale:  # else ``victim`` computes it
             span, size_bytes = item.span_and_size()
@@ -633,6 +676,7 @@ class Survival(EvictionPolicy):
             item.stop_reason,
             uses if uses < 2 else 2,
             memo.turn if memo.turn < MAX_TURN else MAX_TURN,
+            memo.pace,
             octave,
             position << 2 >> octave,
         )
@@ -655,6 +699,7 @@ class Survival(EvictionPolicy):
         stop_reason: str,
         uses: int,
         turn: int,
+        pace: int,
         octave: int,
         top: int,
     ) -> int:
@@ -665,8 +710,10 @@ class Survival(EvictionPolicy):
         coarse = (superseded, is_speculative), rule
         if superseded:
             self.hazards.row(coarse, prior, (((False, is_speculative), rule), UNLIKELY))
-        generation = 0 if label in SHARED else turn
-        key: Class = (*coarse, uses, generation, octave, 2 * octave + top % 2)
+        generation, paces = turn, ((PACE, pace),) if pace else ()
+        if label in SHARED:
+            generation, paces = 0, ()
+        key: Class = (*coarse, uses, generation, *paces, octave, 2 * octave + top % 2)
         return self.hazards.row((*key, stop_reason) if stop_reason else key, prior)
 
     def _least(self, columns: Columns, fresh: Container[Item]) -> Item | None:
@@ -694,7 +741,7 @@ class Survival(EvictionPolicy):
                 values = rates * (worths if trust == 1.0 else worths**trust)
             place = int(values.argmin())
             item = columns.items[first + place]
-            if item in fresh:
+            if item in fresh or item in self._lent:
                 break
             span, size_bytes = item.span_and_size()
             worth = span / size_bytes
@@ -702,4 +749,43 @@ class Survival(EvictionPolicy):
                 break
             worths[place] = worth
             values[place] = rates.item(place) * worth**trust
-        return item
+        if item.promise is None or (item.promise_at(now_s := self.clock())) is None:
+            return item
+        return self._instead_of(item, values, columns.items[first:last], now_s, trust)
+
+    # --- Promises ---------------------------------------------------------------------------------
+
+    def _columns_of(self, item: Item) -> Columns:
+        return self._kv if item.kind == "kv" else self._checkpoints
+
+    def _instead_of(
+        self, item: Item, values: Floats, items: Sequence[Item], now_s: float, trust: float
+    ) -> Item:
+        """Return the item to evict when the promised ``item`` has the least of ``values``: the one
+        of its namespace with the least value including promises, perhaps itself. O(candidates)."""
+        owner, chosen, least = item.namespace, item, inf
+        for place in values.argsort(kind="stable").tolist():
+            value, other = values.item(place), items[place]
+            if value >= least:
+                break
+            if other is not item and other.namespace != owner:
+                continue
+            if (promise := other.promise_at(now_s)) is not None:
+                span, size_bytes = other.span_and_size()
+                waited = max(self.hazards.now - promise.made, 0) + 1
+                rate = (now_s - promise.made_s) / (promise.until_s - now_s) / waited
+                value = max(value, rate * (span / size_bytes) ** trust)
+            if value < least:
+                chosen, least = other, value
+        if chosen is not item:
+            self._exchange = chosen, item
+        return chosen
+
+    def _lend(self, evicted: Item, promised: Item) -> None:
+        """Give ``promised`` the place of ``evicted`` in the order, until its promise ends."""
+        columns = self._columns_of(evicted)
+        place = columns.places.get(evicted)
+        if place is not None and promised in columns.places:
+            numbers = (columns.cells, columns.times, columns.worths)
+            columns.put(promised, *(column.item(place) for column in numbers))
+            self._lent[promised] = None

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from engine.front.server.bodies import APIError, decode
 from engine.front.server.schemas import ChatRequest
-from engine.front.server.tool_calls.form import Form, forms, tool_calls
+from engine.front.server.tool_calls.form import CallForm, forms, tool_calls
 from engine.front.server.tool_calls.hermes import Hermes
 from engine.front.server.tool_calls.tags import Xml
 from engine.text.answers import Event, ReasoningDelta, TextDelta, ToolCall, joined
@@ -41,7 +41,7 @@ OTHERS = [form(TOOLS) for form in forms().values() if form not in (Hermes, Xml)]
 
 
 def read(
-    form: Form, text: str, size: int | None = None, **options: Any
+    form: CallForm, text: str, size: int | None = None, **options: Any
 ) -> tuple[str, str, list[tuple[str, str]]]:
     """Return (reasoning, text, calls as (name, arguments)) of an answer read ``size`` characters at
     a time."""
@@ -206,7 +206,7 @@ def xml(name: str, **values: str) -> str:
     ],
 )  # fmt: skip
 def test_answers_are_read_the_same_in_any_pieces(
-    form: Form, text: str, expected: tuple[str, str, list[tuple[str, str]]]
+    form: CallForm, text: str, expected: tuple[str, str, list[tuple[str, str]]]
 ) -> None:
     assert read(form, text) == expected
     for size in (1, 2, 3, 7) if len(text) < 1000 else (1000,):
@@ -221,7 +221,7 @@ ONCE = "<function=f>\n<parameter=a>\n"
 @pytest.mark.parametrize(
     ("form", "mark"), [(HERMES, '<tool_call>{\\"'), (XML, "<function=f>x"), (XML, ONCE)]
 )
-def test_broken_calls_are_read_in_linear_time(form: Form, mark: str, opening: str) -> None:
+def test_broken_calls_are_read_in_linear_time(form: CallForm, mark: str, opening: str) -> None:
     """In quadratic time it would take more than an hour."""
     text = (mark * 20_000).strip()
     expected = (text, "", []) if opening else ("", text, [])
@@ -253,7 +253,7 @@ def test_broken_calls_are_read_in_linear_time(form: Form, mark: str, opening: st
     ],
 )  # fmt: skip
 def test_lost_and_doubtful_parts_of_calls_have_a_warning(
-    form: Form, text: str, is_cut: bool, said: str | None
+    form: CallForm, text: str, is_cut: bool, said: str | None
 ) -> None:
     reader = form.reader(thinks=True)
     for letter in text:
@@ -335,7 +335,7 @@ def test_values_have_the_types_of_their_schema(
         (XML, xml("weather", city="Bonn", deep='{"a": 1}') + "\n" + xml("g") + xml("h", a="}")),
     ],
 )
-def test_truncated_answers_have_only_calls_with_json_arguments(form: Form, text: str) -> None:
+def test_truncated_answers_have_only_calls_with_json_arguments(form: CallForm, text: str) -> None:
     found = set()
     for cut in range(len(text) + 1):
         reader = form.reader(thinks=True)
@@ -372,7 +372,7 @@ PIECES = st.sampled_from(
     st.data(),
 )
 def test_random_texts_are_read_the_same_in_any_pieces(
-    form: Form, text: str, thinking: bool, is_cut: bool, data: st.DataObject
+    form: CallForm, text: str, thinking: bool, is_cut: bool, data: st.DataObject
 ) -> None:
     options = {"is_thinking": thinking, "is_cut": is_cut}
     whole = read(form, text, **options)

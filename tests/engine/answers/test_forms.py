@@ -11,12 +11,14 @@ from typing import Any
 import pytest
 import tokenizers
 
-from engine.front.server.tool_calls.form import form_of, forms, prepared
+from engine.front.server.tool_calls.form import form_of, forms, prepared, words_of
+from engine.front.server.tool_calls.parameters import Parameters
+from engine.front.server.tool_calls.tags import Xml
 from engine.models import families
 from engine.text.grammar import Grammar, GrammarError
 from engine.text.tokenizer import BackendTokenizer, ChatTemplate
 
-from .templates import LFM2, LFM25, TEMPLATES
+from .templates import KIMI, LFM2, LFM25, TEMPLATES
 from .test_answers import OTHERS, read
 from .test_round_trip import FORMS
 from .test_strict_tools import accepts
@@ -198,6 +200,59 @@ def test_templates_that_leave_calls_out_get_them_as_text() -> None:
     calls = '<|tool_call_start|>[f(a=[true], b=None, c="é")]<|tool_call_end|>'
     assert message == {"role": "assistant", "content": f"So{calls}"}
     assert prepared(chat, ChatTemplate(LFM25)) == chat
+
+
+def test_results_name_calls_as_the_model_numbered_them() -> None:
+    """A later call goes on counting; a result of an unknown call keeps its id."""
+    made = [
+        {"id": f"call_{n}", "type": "function", "function": {"name": "f", "arguments": {}}}
+        for n in "ab"
+    ]
+    chat = []
+    for call in made:
+        chat += [{"role": "assistant", "content": "", "tool_calls": [call]}]
+        chat += [{"role": "tool", "tool_call_id": call["id"], "content": "x"}]
+    chat += [{"role": "tool", "tool_call_id": "other", "content": "x"}]
+    first, result, second, last, unknown = prepared(chat, ChatTemplate(KIMI))
+    for number, message in enumerate((first, second)):
+        assert message["tool_calls"] == [made[number] | {"id": f"functions.f:{number}"}]
+    named = [message["tool_call_id"] for message in (result, last, unknown)]
+    assert named == ["functions.f:0", "functions.f:1", "other"]
+
+
+@pytest.mark.parametrize("form", [one for one in OTHERS if one.NAME in ("LFM2", "Olmo")])
+def test_an_escaped_quote_does_not_end_a_string(form: Any) -> None:
+    """Even if the text after it looks like the next argument."""
+    text = form.BEGIN + r"""f(a="x\", b=1", c="y\\", d=2)""" + form.END
+    [(name, arguments)] = read(form, text)[2]
+    assert name == "f" and json.loads(arguments) == {"a": 'x", b=1', "c": "y\\", "d": 2}
+
+
+def test_a_limit_that_is_no_object_is_ignored() -> None:
+    """Schemas of clients are not checked against the standard."""
+    form = Xml([{"function": {"name": "f", "parameters": {"patternProperties": 5}}}])
+    text = "<tool_call>\n<function=f>\n<parameter=x>\n1\n</parameter>\n</function>\n</tool_call>"
+    assert read(form, text)[2] == [("f", '{"x": "1"}')]
+
+
+def test_equal_keywords_do_not_hide_different_ones() -> None:
+    """In any order of their names."""
+    first = {"minimum": 1, "maximum": 9}
+    for name in first:
+        found = Parameters({}).branches({"allOf": [first, first | {name: 5}]})
+        assert found == [first | {"allOf": [{name: 5}]}]
+
+
+def test_the_pattern_is_the_first_limit_that_is_refused() -> None:
+    schema = {"type": "string", "not": {"const": "a"}, "pattern": "(?=a)b"}
+    tool = {"name": "f", "strict": True, "parameters": {"properties": {"x": schema}}}
+    with pytest.raises(GrammarError, match="'pattern' of 'x' cannot be enforced"):
+        Xml([{"function": tool}]).grammar()
+
+
+def test_templates_without_a_known_form_are_named() -> None:
+    found = words_of(ChatTemplate("{{ tools }}"))
+    assert found == "not supported: the chat template has no known form"
 
 
 def test_marks_of_calls_are_part_of_the_text() -> None:

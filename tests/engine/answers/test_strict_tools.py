@@ -14,15 +14,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.front.server.tool_calls.form import Form, forms
+from engine.front.server.tool_calls.form import CallForm, forms
 from engine.front.server.tool_calls.hermes import Hermes
 from engine.front.server.tool_calls.kimi import Kimi
-from engine.front.server.tool_calls.pythonic import Lfm2, Pythonic
+from engine.front.server.tool_calls.pythonic import Lfm2Calls, Pythonic
 from engine.front.server.tool_calls.tags import Xml
 from engine.plugins.guided.guides import check_beginning, make_matcher, make_vocabulary
 from engine.text.answers import ToolCall
 from engine.text.grammar import Grammar, GrammarError
-from engine.text.tokenizer import HFTokenizer
+from engine.text.tokenizer_files import HFTokenizer
 
 llguidance = pytest.importorskip("llguidance")
 
@@ -61,7 +61,7 @@ def tools(schema: Any, strict: bool) -> list[dict[str, Any]]:
     return [{"function": {"name": "f", "parameters": parameters, "strict": strict}}]
 
 
-def written(form: type[Form], value: Any) -> str:
+def written(form: type[CallForm], value: Any) -> str:
     """Return a call as the chat template writes it."""
     text = json.dumps(value, ensure_ascii=False)
     if issubclass(form, Xml):
@@ -76,7 +76,7 @@ def written(form: type[Form], value: Any) -> str:
     return f"{form.BEGIN}{call}{form.END}"
 
 
-KINDS = [Hermes, Xml, Kimi, Lfm2]
+KINDS = [Hermes, Xml, Kimi, Lfm2Calls]
 """A form of each kind: calls as objects, tags, JSON behind a name, and literals."""
 PATTERNS = [
     "a",
@@ -183,7 +183,7 @@ def is_valid(schema: Any, value: Any) -> bool:
 @pytest.mark.parametrize("form", KINDS)
 @given(SCHEMAS, st.lists(VALUES, min_size=4, max_size=8))
 def test_strict_tools_accept_the_values_that_match_their_schema(
-    form: type[Form], schema: Any, values: list[Any]
+    form: type[CallForm], schema: Any, values: list[Any]
 ) -> None:
     """Values with tags are compared as they are read. A refusal names a keyword of the schema, or
     says that no value matches."""
@@ -206,7 +206,7 @@ def test_strict_tools_accept_the_values_that_match_their_schema(
 
 
 @pytest.mark.parametrize("form", KINDS)
-def test_a_tool_with_many_limits_is_not_too_complex(form: type[Form]) -> None:
+def test_a_tool_with_many_limits_is_not_too_complex(form: type[CallForm]) -> None:
     text, large = {"type": "string", "minLength": 1}, {"type": "string", "maxLength": 4000}
     kinds = [text, large, {"anyOf": [large, {"type": "null"}]}, USUAL["date"]]
     properties = {f"p{number}": kinds[number % 4] for number in range(40)}
@@ -245,7 +245,7 @@ USUAL: dict[str, Any] = {
 
 @pytest.mark.parametrize("form", KINDS)
 @pytest.mark.parametrize("name", USUAL)
-def test_other_tools_are_not_refused_for_their_schema(form: type[Form], name: str) -> None:
+def test_other_tools_are_not_refused_for_their_schema(form: type[CallForm], name: str) -> None:
     """Limits that cannot be enforced are dropped; only a tool without a valid call takes all."""
     grammar: Grammar | None = form(tools(USUAL[name], strict=False)).grammar()
     assert grammar is not None
@@ -275,7 +275,7 @@ def test_tools_that_name_no_arguments_take_any(root: dict[str, Any], strict: boo
 
 
 @pytest.mark.parametrize("form", KINDS)
-def test_a_text_next_to_a_list_does_not_break_the_limits_of_the_list(form: type[Form]) -> None:
+def test_a_text_next_to_a_list_does_not_break_the_limits_of_the_list(form: type[CallForm]) -> None:
     """With tags, a text in brackets would be read as a list."""
     listed = {"type": "array", "items": {"type": "string"}}
     grammar = form(tools({"anyOf": [{"type": "string"}, listed]}, strict=True)).grammar()
@@ -295,7 +295,7 @@ def test_a_text_next_to_a_list_does_not_break_the_limits_of_the_list(form: type[
     ],
 )
 def test_formats_of_strict_tools_are_enforced(
-    form: type[Form], name: str, right: str, wrong: str
+    form: type[CallForm], name: str, right: str, wrong: str
 ) -> None:
     grammar = form(tools({"type": "string", "format": name}, strict=True)).grammar()
     assert [accepts(grammar, written(form, one)) for one in (right, wrong)] == [True, False]
@@ -315,7 +315,7 @@ def test_formats_of_strict_tools_are_enforced(
     ],
 )
 def test_a_strict_tool_is_refused_by_the_name_of_the_keyword(
-    form: type[Form], schema: Any, keyword: str
+    form: type[CallForm], schema: Any, keyword: str
 ) -> None:
     with pytest.raises(GrammarError, match=f"tool 'f'.*['\"]{keyword}['\"]"):
         make_matcher(llguidance, vocabulary(), form(tools(schema, strict=True)).grammar())

@@ -11,7 +11,8 @@ from typing import Any
 from engine import Engine, EngineConfig, RequestOutput, RequestSpec, SamplingParams
 from engine.requests.request import SamplingInput
 from engine.text.answers import SampledToken
-from engine.text.tokenizer import HFTokenizer, Tokenizer
+from engine.text.tokenizer import Tokenizer
+from engine.text.tokenizer_files import HFTokenizer
 from tests.engine.server.conftest import allowed
 from tests.oracle import Fingerprints, OracleDrawn, OracleRunner
 

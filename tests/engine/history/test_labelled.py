@@ -13,13 +13,14 @@ from typing import Any
 import pytest
 
 from engine import RequestSpec
-from engine.front.chat_prompt import render_chat
+from engine.front.chat_prompt import Conversation, Rendering
 from engine.front.server.access import Tenant
 from engine.front.server.bodies import decode
 from engine.front.server.endpoints.explain import Explanations
 from engine.front.server.schemas import ChatRequest
 from engine.text.answers import AnswerReader, RequestOutput, as_message
-from engine.text.tokenizer import ChatTemplate, HFTokenizer
+from engine.text.tokenizer import ChatTemplate
+from engine.text.tokenizer_files import HFTokenizer
 from tests.engine.history.scripted import ScriptedEngine
 
 THINKING = """\
@@ -262,7 +263,7 @@ def run(pair: Pair, namespace: str | None = None) -> tuple[dict[str, Any], Expla
         if name == "second":
             pair.prepare(engine)
         parts = {"tools": body.get("tools"), "variables": body.get("variables")}
-        prompt = render_chat(tokenizer, body["messages"], **parts)
+        prompt = Rendering(tokenizer, Conversation(body["messages"], **parts)).prompt()
         spec = RequestSpec(prompt.tokens, namespace=namespace, **prompt.marks)
         output = engine.answer(spec, tokenizer.encode(pair.answer))
         reader = AnswerReader(True, is_thinking=prompt.is_thinking)

@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from engine.front.chat_prompt import ChatPrompt, SampledTurn, render_chat
+from engine.front.chat_prompt import ChatPrompt, Conversation, Rendering, SampledTurn
 from engine.front.server.settings import ServerConfig
-from engine.text.tokenizer import HFTokenizer
+from engine.text.tokenizer_files import HFTokenizer
 from tests.engine.history import agent
 from tests.engine.history.agent import make_model_dir, sampled_like
 from tests.engine.history.scripted import ScriptedEngine
@@ -42,7 +42,8 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> HFTokenizer:
 def render(
     tokenizer: Any, chat: list[dict[str, Any]], turn: SampledTurn | None = None, **options: Any
 ) -> ChatPrompt:
-    return render_chat(tokenizer, chat, sampled={2: turn} if turn else None, **options)
+    sampled, keeps = {2: turn} if turn else None, options.pop("keeps_thinking", False)
+    return Rendering(tokenizer, Conversation(chat, **options), sampled, keeps).prompt()
 
 
 def text_of(tokenizer: Any, prompt: ChatPrompt) -> str:

@@ -20,7 +20,9 @@ from kernels.attention import reference as attention
 from kernels.conv1d import reference as conv1d
 from kernels.gdn import reference as gdn
 from kernels.linear import reference as linear
-from tests.engine.numerics.conftest import random_tokens
+from kernels.linear.grouped import Grouped
+from kernels.linear.native import has_groups
+from tests.engine.numerics.conftest import load, random_tokens
 
 PROMPT_LENS = st.integers(1, 210)
 
@@ -166,6 +168,25 @@ class TestCheckAtTheStart:
                 digests.add(load_small(kernels=kernels).exactness.digest)
         assert len(digests) == 1
         assert load_small(kernels=kernels, dtype="float32").exactness.digest not in digests
+
+    @pytest.mark.full
+    @pytest.mark.parametrize("kernels", ["", override_all("reference")], ids=["default", "plain"])
+    @pytest.mark.parametrize("quantization", [None, "int8", "fp8", "int4", "int4-128"])
+    @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+    def test_it_holds_in_all_formats_with_any_threads(
+        self, model, dtype, quantization, kernels, oracles
+    ):
+        if "int4" in (quantization or "") and not (kernels == "" and has_groups(Grouped(4, 32))):
+            pytest.skip("four bits need native products")
+        digests = set()
+        for num_threads in (1, 2):
+            with threads(num_threads):
+                runner = load(
+                    oracles(model).path, dtype=dtype, quantization=quantization, kernels=kernels
+                )
+            assert runner.exactness.different == ()
+            digests.add(runner.exactness.digest)
+        assert len(digests) == 1
 
     def test_products_that_depend_on_the_batch_are_noticed(self, monkeypatch):
         """As with a library that has another kernel for more than 96 rows."""

@@ -441,6 +441,12 @@ def test_rotary_scaling_is_that_of_llama_cpp(metadata, factor, written) -> None:
     assert found.factor == 1
 
 
+def test_rotary_dimensions_are_those_of_the_file(written) -> None:
+    """Also if they are not the usual quarter of a head."""
+    model = rewritten(written("qwen3_5"), change_nothing, **{"rope.dimension_count": 4})
+    assert len(read_model(model.config)[1].rope.frequencies) == 2
+
+
 GRANITE, KIMI = "granite_moe_hybrid_dense", "kimi_linear"
 FAULTS = {
     "unknown": ("qwen3", put("blk.0.colour"), "that models of qwen3 do not have: blk.0.colour"),

@@ -11,6 +11,7 @@ import torch
 from engine.weights.model_config import read_config
 from experiments.benchmarks.gguf_files import ARCHITECTURES, write_gguf
 from tests.engine.numerics.conftest import Driver, load, random_tokens
+from tests.engine.numerics.test_exactness import threads
 
 ABSENT = ("qwen3_next", "qwen3_next_no_renormalise", "falcon_h1_norm_before_gate")
 """Small models with layers that the format does not have; ``test_gguf`` has one without them."""
@@ -32,3 +33,19 @@ def test_logits_and_hits_of_each_architecture(kind, family, oracles, tmp_path) -
     most = {"F32": 2e-3, "Q8_0": 0.2, "Q4_0": 1.2}[kind]
     assert (cold - expected).norm() < most * expected.norm()
     assert torch.equal(hit[1:], cold[64:])
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("kind", ["F16", "BF16", "Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0"])
+def test_hits_are_exact_in_each_format_with_any_threads(kind, model, oracles, tmp_path) -> None:
+    path = oracles(model).path
+    if model in ABSENT or read_config(path)["model_type"] not in ARCHITECTURES:
+        pytest.skip("GGUF has no such model")
+    write_gguf(gguf, path, tmp_path / "model.gguf", kind)
+    digests = set()
+    for num_threads in (1, 2):
+        with threads(num_threads):
+            exactness = load(tmp_path / "model.gguf").exactness
+        assert exactness.different == ()
+        digests.add(exactness.digest)
+    assert len(digests) == 1

@@ -18,7 +18,7 @@ from engine.front.async_engine import AsyncEngine
 from engine.front.worker.process_channel import start_engine
 from engine.front.worker.spawn import spawn
 from engine.messages import Ask
-from engine.text.tokenizer import HFTokenizer
+from engine.text.tokenizer_files import HFTokenizer
 from hybridcache.radix.protocol import PromptBoundaries
 from tests.engine.test_async_engine import read
 from tests.oracle import OracleRunner, OracleSampler
@@ -29,7 +29,7 @@ sys.path[:] = json.loads(sys.argv[1])
 import engine.front.worker.process_channel as worker
 from tests.oracle import OracleRunner
 from tests.oracle import OracleSampler
-from engine.text.tokenizer import HFTokenizer
+from engine.text.tokenizer_files import HFTokenizer
 
 class Runner(OracleRunner):
     num_steps = 0

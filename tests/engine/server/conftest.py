@@ -26,7 +26,8 @@ from engine.requests.logit_rules import Mask
 from engine.requests.request import SamplingInput
 from engine.schedule.scheduler import Batch
 from engine.text.answers import SampledToken
-from engine.text.tokenizer import ChatTemplate, HFTokenizer
+from engine.text.tokenizer import ChatTemplate
+from engine.text.tokenizer_files import HFTokenizer
 from tests import served
 from tests.oracle import OracleDrawn, OracleRunner, OracleSampler
 from tests.waiting import wait_until

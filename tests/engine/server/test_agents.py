@@ -16,7 +16,7 @@ import pytest
 
 from engine import Engine, EngineConfig
 from engine.front.server.settings import ServerConfig
-from engine.text.tokenizer import HFTokenizer
+from engine.text.tokenizer_files import HFTokenizer
 from tests.endurance import clients
 from tests.oracle import OracleRunner
 

@@ -16,7 +16,8 @@ from engine import Engine, EngineConfig, RequestSpec, SamplingParams
 from engine.config import BUILTIN_DIR
 from engine.front.worker.screen import screen_rows, screen_text
 from engine.requests.request import sampling_defaults
-from engine.text.tokenizer import IdTokenizer, named_eos
+from engine.text.tokenizer import IdTokenizer
+from engine.text.tokenizer_files import named_eos
 from experiments.gpu.models import TINY, write_geometry
 
 from .conftest import Live, serving

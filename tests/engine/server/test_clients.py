@@ -12,7 +12,7 @@ from typing import Any
 import openai
 import pytest
 
-from engine.text.tokenizer import HFTokenizer
+from engine.text.tokenizer_files import HFTokenizer
 
 from .conftest import Live
 

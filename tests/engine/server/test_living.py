@@ -308,6 +308,24 @@ def test_client_can_end_its_session(
     assert 'policy="sessions",reason="nothing is gained by withholding: oldest first"' in metrics
 
 
+@pytest.mark.parametrize("path", bodies(""))
+def test_client_can_promise_its_next_turn(serve_oracle: Callable[..., Live], path: str) -> None:
+    live = serve_oracle()
+    body = bodies("hello " * 40, 24)[path]
+    for wrong in ("soon", "-1", "inf"):
+        answer = live.post(path, body | {"metadata": {"returns_within_s": wrong}})
+        assert answer.status_code == 400 and "metadata.returns_within_s must be" in answer.text
+    for promised, expected in ((None, None), ("2.5", 2.5)):
+        metadata = {} if promised is None else {"returns_within_s": promised}
+        answer = live.post(path, body | {"metadata": metadata})
+        assert answer.status_code == 200, answer.text
+        live.wait_until_idle()
+        tips = [node.checkpoint for node in live.engine.cache.iter_nodes() if node.checkpoint]
+        promises = [tip.promise for tip in tips if tip.promise is not None]
+        found = [round(promise.until_s - promise.made_s, 6) for promise in promises]
+        assert tips and found == ([] if expected is None else [expected])
+
+
 @pytest.mark.parametrize("method", ["arrived", "order", "left"])
 def test_server_outlives_an_admission_policy_that_raises(
     serve_oracle: Callable[..., Live], method: str

@@ -31,7 +31,7 @@ from engine.front.worker import replicas as fleet
 from engine.front.worker.process_channel import start_engine
 from engine.front.worker.spawn import spawn
 from engine.requests.request import Request
-from engine.text.tokenizer import HFTokenizer
+from engine.text.tokenizer_files import HFTokenizer
 from tests.engine.fleet.test_fleet import LocalFleet, serve
 from tests.oracle import OracleSampler
 

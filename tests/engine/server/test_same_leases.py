@@ -12,7 +12,7 @@ import pytest
 
 from engine import Engine, EngineConfig
 from engine.config import BUILTIN_DIR
-from engine.text.tokenizer import HFTokenizer
+from engine.text.tokenizer_files import HFTokenizer
 from hybridcache import open_trace
 from hybridcache.geometry.units import GIB
 from hybridcache.lab.scenario import Scenario

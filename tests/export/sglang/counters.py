@@ -2,7 +2,7 @@
 
 python -m tests.export.sglang.counters [--requests 100] [--states 24 8]
 
-Needs SGLang 0.5.23 (`make sglang`). Its unchanged scheduler serves the requests of generated traces
+Needs SGLang (`make sglang`). Its unchanged scheduler serves the requests of generated traces
 in turn, with its own radix cache, over a model that answers as the trace says
 (`tests/export/sglang/scheduler.py`). The rebuilt cache serves the same requests with the same
 numbers of KV rows and states. ``cached_tokens`` of both are compared. Token ids are taken modulo
@@ -77,7 +77,7 @@ def main() -> None:
     with get_context("spawn").Pool(1, maxtasksperchild=1) as pool:  # settings are global
         parts = pool.starmap(compare, [(one, options.requests) for one in options.states], 1)
     records = [record for part in parts for record in part]
-    keep("sglang_counters", records, {"sglang": cpu.VERSION})
+    keep("sglang_counters", records, {"sglang": cpu.version()})
     show(records)
 
 

@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 
 from sglang.srt.managers.io_struct import AbortReq
 
+from hybridcache.allocators.moves import DEVICE, HOST
+from hybridcache.radix.tiers import TieredRadixCache
 from tests.export.sglang.scheduler import VOCAB, CPUScheduler, hashes
 
 NAMES = ((None, None), ("adapter", None), (None, "salt"), ("adapter", "salt"))
@@ -30,6 +32,10 @@ class Served(NamedTuple):
     """Calls of the cache that wait for a forward pass, with overlapped passes."""
     checkpoints_in_flight: int
     """Calls of ``checkpoint`` during such a pass."""
+    accepted_drafts: int
+    rejected_drafts: int
+    loaded_rows: int
+    """Rows of KV and states that were loaded from the host."""
 
 
 class RandomLoad:
@@ -80,7 +86,28 @@ class RandomLoad:
             self.steps,
             self.scheduler.num_waits,
             self.scheduler.num_checkpoints_in_flight,
+            *self.scheduler.count_drafts(),
+            self._num_loaded(),
         )
+
+    def _num_loaded(self) -> int:
+        tree = self.scheduler.tree_cache.tree
+        is_tiered = isinstance(tree, TieredRadixCache)
+        self.scheduler.metrics_reporter._log_hicache_stats()
+        return tree.offload.copied_rows.get((HOST, DEVICE), 0) if is_tiered else 0
+
+    def run_in_turn(self, num_requests: int) -> list[int]:
+        """Serve ``num_requests`` one after the other. Returns the cached tokens of each."""
+        hits = []
+        for _ in range(num_requests):
+            self._submit()
+            [request] = self.running.values()
+            while self.scheduler.step():
+                self.check()
+            self._collect()
+            hits.append(request.cached_tokens)
+        self.check(idle=True)
+        return hits
 
     def _submit(self) -> None:
         pick, draw = self.random, self.random.randrange
@@ -145,5 +172,5 @@ class RandomLoad:
 
 
 def _slots(kv: Any) -> int:
-    tracking = kv.mamba_ping_pong_empty
-    return int(kv.holds_mamba) + (0 if tracking is None else tracking.count(False))
+    tracking = kv.mamba_ping_pong_track_buffer
+    return int(kv.holds_mamba) + (0 if tracking is None else int((tracking >= 0).sum()))

@@ -17,14 +17,16 @@ from zlib import crc32
 
 import numpy as np
 import torch
-from sglang.srt.arg_groups import mamba_hook
+from sglang.srt.arg_groups import mamba_hook, speculative_hook
 from sglang.srt.distributed import bootstrap
 from sglang.srt.layers.logits_processor import LogitsProcessorOutput
+from sglang.srt.managers import overlap_utils
 from sglang.srt.managers import scheduler as scheduler_module
 from sglang.srt.managers.schedule_batch import Req
 from sglang.srt.managers.scheduler import Scheduler
 from sglang.srt.managers.scheduler_components.ipc_channels import SchedulerIpcChannels
 from sglang.srt.managers.utils import GenerationBatchResult
+from sglang.srt.mem_cache import allocation
 from sglang.srt.mem_cache.registry import registered_radix_cache_backends
 from sglang.srt.model_executor.model_runner_components.ngram_embedding_manager import (
     NgramEmbeddingManager,
@@ -32,6 +34,12 @@ from sglang.srt.model_executor.model_runner_components.ngram_embedding_manager i
 from sglang.srt.runtime_context import SpawnRanks, get_context, get_parallel, publish
 from sglang.srt.sampling.sampling_params import SamplingParams
 from sglang.srt.server_args import PortArgs, ServerArgs
+from sglang.srt.speculative.base_spec_worker import BaseSpecWorker
+from sglang.srt.speculative.eagle_info import EagleDraftInput
+from sglang.srt.speculative.spec_utils import (
+    commit_mamba_states_after_verify,
+    prepare_mamba_track_for_verify,
+)
 
 from experiments.sglang.pools import CHUNK, World, new_pools
 from hybridcache.sglang import NAME, plug_in, translation
@@ -86,7 +94,8 @@ class HashModel:
         self.world = world
         self.model_config = model_config
         self.max_requests = max_requests
-        self.rows = np.zeros(world.rows.size + 1, np.int64)
+        keys = world.rows.get_kvcache().full_kv_pool.k_buffer[0]
+        self.rows = keys.flatten(1).view(torch.int64)[:, 0].numpy()
         states = world.requests.mamba_pool.mamba_cache.temporal[0]
         self.states = states.flatten(1).view(torch.int64)[:, 0]
         self.answer: np.ndarray | None = None
@@ -181,6 +190,111 @@ class HashModel:
         return after
 
 
+class HashDrafter(BaseSpecWorker):
+    """Draft worker of multi-token prediction, nearly half of whose drafts are rejected.
+
+    The drafts are chains of the hash model's own answers. A pass verifies them as SGLang's worker
+    does: it writes the KV rows of all drafts, also of rejected ones, and SGLang's own functions
+    select the accepted state and the tracked one.
+    """
+
+    target_worker = draft_worker = None
+
+    def __init__(self, model: HashModel, num_draft_tokens: int) -> None:
+        super().__init__()
+        self.target_worker = model
+        self.num_draft_tokens = num_draft_tokens
+        self.num_accepted = self.num_rejected = 0
+        model.model_runner.req_to_token_pool = model.world.requests
+        model.model_runner.attn_backend.update_mamba_state_after_mtp_verify = self._commit
+
+    def forward_batch_generation(
+        self, batch: Any, on_publish: Callable[[torch.Tensor], None] | None = None, **_: Any
+    ) -> GenerationBatchResult:
+        if batch.forward_mode.is_extend():
+            result = self.target_worker.forward_batch_generation(batch)
+            result.new_seq_lens, bonus = batch.seq_lens, result.next_token_ids
+        else:
+            result, bonus = self._verify(batch)
+        if on_publish is not None:
+            on_publish(result.new_seq_lens)
+        unused = torch.zeros(len(bonus), 1)
+        result.next_draft_input = EagleDraftInput(
+            bonus_tokens=bonus,
+            topk_p=unused,
+            topk_index=unused.to(torch.int64),
+            hidden_states=unused,
+        )
+        return result
+
+    def _verify(self, batch: Any) -> tuple[GenerationBatchResult, torch.Tensor]:
+        model, width = self.target_worker, self.num_draft_tokens
+        pool, indices = model.world.requests, batch.req_pool_indices
+        prepare_mamba_track_for_verify(batch)
+        self._slots = pool.get_mamba_indices(indices).to(torch.int64)
+        places = batch.seq_lens.numpy()[:, None] + np.arange(width)
+        chains = np.empty(places.shape, np.int64)
+        last, drafts = model.states[self._slots].numpy(), batch.spec_info.bonus_tokens.numpy()
+        accepted = np.ones(len(last), np.int64)
+        is_right = np.ones(len(last), bool)
+        for step in range(width):
+            last = last + (drafts.astype(np.int64) + 1) * _POWERS[places[:, step]]
+            chains[:, step] = last
+            is_right &= (last >> 20) % 3 > 0
+            accepted += is_right & (step + 1 < width)
+            drafts = (np.abs(last) + ~is_right) % VOCAB
+        rows = pool.req_to_token[indices[:, None], torch.from_numpy(places)].numpy()
+        model.rows[rows] = chains
+        self._chains = torch.from_numpy(chains)
+        self.num_accepted += int(accepted.sum()) - len(last)
+        self.num_rejected += len(last) * width - int(accepted.sum())
+        lens = torch.from_numpy(accepted)
+        index = torch.arange(chains.size).reshape(chains.shape)
+        kept = torch.where(torch.arange(width) < lens[:, None], index, -1)
+        commit_mamba_states_after_verify(model, batch, lens, kept, width)
+        answers = torch.from_numpy(np.abs(chains) % VOCAB)
+        result = GenerationBatchResult(
+            logits_output=LogitsProcessorOutput(next_token_logits=None),
+            next_token_ids=answers.flatten(),
+            can_run_cuda_graph=False,
+            speculative_num_draft_tokens=width,
+            accept_lens=lens,
+            new_seq_lens=batch.seq_lens + lens,
+        )
+        return result, answers.gather(1, lens[:, None] - 1)[:, 0]
+
+    def _commit(
+        self,
+        *,
+        last_correct_step_indices: torch.Tensor,
+        mamba_track_indices: torch.Tensor | None,
+        mamba_steps_to_track: torch.Tensor | None,
+        **_: Any,
+    ) -> None:
+        """Store the states after the accepted drafts, and after the tracked ones."""
+        states, row = self.target_worker.states, torch.arange(len(self._chains))
+        states[self._slots] = self._chains[row, last_correct_step_indices]
+        if mamba_track_indices is not None and mamba_steps_to_track is not None:
+            is_tracked = (mamba_steps_to_track >= 0) & (mamba_track_indices >= 0)
+            steps = mamba_steps_to_track[is_tracked]
+            states[mamba_track_indices[is_tracked]] = self._chains[row[is_tracked], steps]
+
+
+def write_rows(
+    requests: torch.Tensor,
+    req_to_token: torch.Tensor,
+    starts: torch.Tensor,
+    ends: torch.Tensor,
+    rows: torch.Tensor,
+    batch_size: int,
+) -> None:
+    """Store new rows of requests, as SGLang's kernel ``assign_req_to_token_pool`` does."""
+    counts = (ends - starts).tolist()
+    assert len(counts) == batch_size and sum(counts) == len(rows)
+    for request, start, new in zip(requests, starts.tolist(), rows.split(counts), strict=True):
+        req_to_token[request, start : start + len(new)] = new.to(req_to_token.dtype)
+
+
 class CPUScheduler(Scheduler):
     """SGLang's scheduler over ``HashModel``, with its loop driven step by step."""
 
@@ -207,6 +321,9 @@ class CPUScheduler(Scheduler):
         worker = type(self).make_worker(self.model_config)
         self.tp_worker = self.model_worker = worker
         self.draft_worker = None
+        if self.spec_algorithm.is_some():
+            num_draft_tokens = self.server_args.speculative_num_draft_tokens
+            self.draft_worker = self.model_worker = HashDrafter(worker, num_draft_tokens)
         self.kv_cache_allocation_time = 0.0
         self.device = "cpu"
         self.schedule_stream = torch.cpu.Stream()
@@ -231,6 +348,11 @@ class CPUScheduler(Scheduler):
         self.dp_tp_cpu_group = self.dp_tp_group.cpu_group
         self.pad_input_ids_func = None
         self.startup_available_gpu_memory_gb = 0.0
+
+    def count_drafts(self) -> tuple[int, int]:
+        """Return the numbers of accepted and of rejected drafts."""
+        drafter = self.draft_worker
+        return (0, 0) if drafter is None else (drafter.num_accepted, drafter.num_rejected)
 
     def step(self) -> bool:
         """Run one iteration of SGLang's event loop. Returns False if there was nothing to do."""
@@ -303,10 +425,11 @@ def new_scheduler(
     overlap: bool = False,
     backend: str | None = NAME,
     context_len: int = 4096,
+    draft_length: int = 0,
     **settings: Any,
 ) -> CPUScheduler:
     """Return SGLang's scheduler with this cache, or with its own if ``backend`` is None. One per
-    process, because its settings are global."""
+    process, because its settings are global. Multi-token prediction if ``draft_length`` > 0."""
     (folder / "config.json").write_text(json.dumps(CONFIG))
     if NAME not in registered_radix_cache_backends():
         plug_in()
@@ -314,6 +437,20 @@ def new_scheduler(
     mamba_hook._platform_supports_mamba_cache_extra_buffer = lambda: True
     bootstrap._bind_threads_if_cpu = lambda *, device: None
     torch.Tensor.pin_memory = lambda tensor, *_: tensor
+    make_tensor = torch.tensor
+    torch.tensor = lambda *given, pin_memory=False, **named: make_tensor(*given, **named)
+    if draft_length:
+        speculative_hook._disable_overlap_schedule_for_cpu = lambda server_args: None
+        allocation.assign_req_to_token_pool_func = write_rows
+        overlap_utils.gather_spec_extras = lambda at, *buffers: tuple(
+            None if buffer is None else buffer[at] for buffer in buffers
+        )
+        settings |= {
+            "speculative_algorithm": "NEXTN",
+            "speculative_num_steps": draft_length,
+            "speculative_eagle_topk": 1,
+            "speculative_num_draft_tokens": draft_length + 1,
+        }
     args = ServerArgs(
         model_path=str(folder),
         device="cpu",

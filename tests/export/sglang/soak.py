@@ -2,7 +2,7 @@
 
 python -m tests.export.sglang.soak [--requests 10000] [--strategy "extra_buffer overlapped"]
 
-Needs SGLang 0.5.23 (`make sglang`). Its unchanged scheduler runs on a CPU, over a model that only
+Needs SGLang (`make sglang`). Its unchanged scheduler runs on a CPU, over a model that only
 records its inputs (`tests/export/sglang/scheduler.py`). Conversations continue, fork, repeat and
 are cut off, with and without adapters and salts, in pools so small that KV and states are always
 short. Every 61st decode step retracts requests.
@@ -32,35 +32,51 @@ STRATEGIES = {
     "extra_buffer": 24,
     "extra_buffer_lazy": 24,
     "extra_buffer overlapped": 24,
+    "extra_buffer_lazy overlapped": 24,
+    "no_buffer tiered": 24,
+    "extra_buffer overlapped tiered": 24,
+    "extra_buffer overlapped drafted": 24,
+    "extra_buffer_lazy overlapped drafted": 24,
 }
-"""State slots per strategy: the maximum of six running requests, or a few more."""
+"""State slots per strategy: the maximum of six running requests, or a few more. ``drafted`` is
+multi-token prediction, ``tiered`` keeps evicted prefixes on the host."""
 NUM_KV_TOKENS = 1800
 
 
-def soak(strategy: str, eviction: str, num_requests: int, seed: int) -> dict[str, object]:
+def soak(
+    strategy: str, eviction: str, num_requests: int, seed: int, in_turn: bool
+) -> dict[str, object]:
     """Serve ``num_requests`` in this process. Raises AssertionError with the first fault."""
     os.environ["SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY"] = "1"
     os.environ["SGLANG_CHECK_KV_PAGE_INVARIANTS"] = "1"
-    os.environ["SGLANG_TEST_RETRACT"] = "1"
+    os.environ["SGLANG_TEST_RETRACT"] = str(int(not in_turn))
     os.environ["SGLANG_TEST_RETRACT_INTERVAL"] = "61"
     cpu.stand_in()
     from tests.export.sglang.random_load import RandomLoad
     from tests.export.sglang.scheduler import new_scheduler
 
-    name, _, overlapped = strategy.partition(" ")
+    name, *modes = strategy.split()
     with tempfile.TemporaryDirectory() as folder:
         scheduler = new_scheduler(
             Path(folder),
-            NUM_KV_TOKENS,
-            STRATEGIES[strategy],
+            20 * NUM_KV_TOKENS if in_turn else NUM_KV_TOKENS,
+            20 * STRATEGIES[strategy] if in_turn else STRATEGIES[strategy],
             strategy=name,
-            overlap=bool(overlapped),
+            overlap="overlapped" in modes,
+            enable_hierarchical_cache="tiered" in modes,
+            hicache_ratio=4.0,
+            draft_length=2 if "drafted" in modes else 0,
             radix_eviction_policy=eviction,
             chunked_prefill_size=256,
             mamba_track_interval=64,
         )
-        served = RandomLoad(scheduler, seed).run(num_requests, check_every=8)
-    return {"strategy": strategy, "eviction": eviction, "seed": seed, **served._asdict()}
+        load = RandomLoad(scheduler, seed)
+        record: dict[str, object] = {"strategy": strategy, "eviction": eviction}
+        if in_turn:
+            hits = load.run_in_turn(num_requests)
+            return record | {"hits": hits, "drafts": scheduler.count_drafts()}
+        served = load.run(num_requests, check_every=8)
+    return record | {"seed": seed} | served._asdict()
 
 
 def main() -> None:
@@ -71,10 +87,14 @@ def main() -> None:
     )
     parser.add_argument("--eviction", default="plain-lru", help="SGLang's --radix-eviction-policy")
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument(
+        "--in-turn", action="store_true", help="one request at a time, with ample memory"
+    )
     parser.add_argument("--no-record", action="store_true", help="write no results")
     options = parser.parse_args()
     if options.strategy:
-        records = [soak(options.strategy, options.eviction, options.requests, options.seed)]
+        given = options.eviction, options.requests, options.seed, options.in_turn
+        records = [soak(options.strategy, *given)]
     else:
         records = []
         for strategy in STRATEGIES:
@@ -85,7 +105,7 @@ def main() -> None:
             done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
             records.append(json.loads(done.stdout.splitlines()[-1]))
     if not options.no_record:
-        keep("soak_sglang", records, {"sglang": cpu.VERSION, "kv": NUM_KV_TOKENS} | STRATEGIES)
+        keep("soak_sglang", records, {"sglang": cpu.version(), "kv": NUM_KV_TOKENS} | STRATEGIES)
     for record in records:
         print(json.dumps(record))
 

@@ -233,7 +233,17 @@ def soak(*arguments, hash_seed="0"):
 
 
 @pytest.mark.parametrize(
-    "strategy", ["no_buffer", "extra_buffer", "extra_buffer_lazy", "extra_buffer overlapped"]
+    "strategy",
+    [
+        "no_buffer",
+        "extra_buffer",
+        "extra_buffer_lazy",
+        "extra_buffer overlapped",
+        "extra_buffer overlapped drafted",
+        "extra_buffer_lazy overlapped drafted",
+        "no_buffer tiered",
+        "extra_buffer overlapped tiered",
+    ],
 )
 def test_scheduler_serves_random_requests_under_memory_pressure(strategy):
     """The soak verifies every prefix, and the invariants of both systems after every step."""
@@ -241,6 +251,21 @@ def test_scheduler_serves_random_requests_under_memory_pressure(strategy):
     assert served["requests"] + served["aborted"] == 60 and served["cached_tokens"] > 0
     assert served["waits"] == 0
     assert (served["checkpoints_in_flight"] > 0) == ("overlapped" in strategy)
+    for drafts in ("accepted_drafts", "rejected_drafts"):
+        assert (served[drafts] > 100) == ("drafted" in strategy)
+    assert (served["loaded_rows"] > 500) == ("tiered" in strategy)
+
+
+@pytest.mark.parametrize("strategy", ["extra_buffer overlapped", "extra_buffer_lazy overlapped"])
+def test_hits_with_multi_token_prediction_are_within_a_step_of_those_without(strategy):
+    """The soak compares every answer with that of the model without drafts and cache."""
+    arguments = ("--in-turn", "--requests", "40", "--strategy")
+    without = soak(*arguments, strategy)
+    drafted = soak(*arguments, f"{strategy} drafted")
+    assert min(drafted["drafts"]) > 100 and without["drafts"] == [0, 0]
+    assert max(without["hits"]) > 256
+    for hit, with_drafts in zip(without["hits"], drafted["hits"], strict=True):
+        assert abs(hit - with_drafts) <= 64, "the track interval"
 
 
 def test_decisions_do_not_depend_on_the_hash_seed():

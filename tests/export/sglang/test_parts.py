@@ -12,11 +12,14 @@ import torch
 
 from hybridcache import CacheConfig
 from hybridcache import sglang as sglang_plugin
+from hybridcache.allocators.moves import DEVICE, HOST, Copy
 from hybridcache.config import build_on
+from hybridcache.sglang import translation
 from hybridcache.sglang.translation import (
     BOUNDARIES,
     NO_TOKEN,
     HostReader,
+    HostTier,
     RequestStates,
     RowView,
     SlotView,
@@ -29,6 +32,7 @@ from hybridcache.sglang.translation import (
 )
 from tests.cache import serving
 from tests.cache.serving import ids
+from tests.export.sglang.waits import Streams
 
 
 class FakeRows:
@@ -121,7 +125,7 @@ def fake_cache(num_rows=100, num_slots=8, extra_buffer=True):
         cache,
         rows,
         slots,
-        RequestStates(pool, slots, rows, HostReader("cpu"), extra_buffer=extra_buffer),
+        RequestStates(pool, slots, rows.give_back, HostReader("cpu"), extra_buffer=extra_buffer),
     )
 
 
@@ -139,7 +143,6 @@ def request(states, extra_buffer=True):
         mamba_cow_src_index=None,
         mamba_needs_clear=True,
         mamba_ping_pong_track_buffer=take(2).clone() if extra_buffer else None,
-        mamba_ping_pong_empty=[False, False],
         mamba_last_track_idx=0,
         mamba_last_track_seqlen=None,
         mamba_prev_track_seqlen=None,
@@ -278,8 +281,40 @@ def test_declared_boundaries_and_a_fixed_distance_come_after_forks():
             read_every(text)
 
 
+@pytest.mark.parametrize("has_streams", [False, True])
+def test_rows_and_states_return_from_the_host_unchanged(has_streams, monkeypatch):
+    """Rows on the host are fragmented, and a state does not fill its last row."""
+    if has_streams:
+        streams = Streams()
+        monkeypatch.setattr(translation, "streams_of", lambda device: streams)
+        monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor, *_: tensor)
+    layers = [torch.rand(20, 2, 3).to(torch.bfloat16) for _ in range(4)]
+    states = [torch.rand(2, 6, 5), torch.rand(3, 6, 2, 7).to(torch.float16)]
+    before = [one.clone() for one in (*layers, *states)]
+    host = HostTier(layers, states, 40, state_rows=4, fence="passes")
+    rows, there = ids([3, 9, 4, 11]), ids([7, 8, 30, 2])
+    host.run([Copy("kv", DEVICE, rows, HOST, there, 4)])
+    host.run([Copy("checkpoint", DEVICE, ids([5]), HOST, ids([20, 21, 0, 39]), 4)])
+    for one in layers:
+        one[rows] = 0
+    for one in states:
+        one[:, 5] = 0
+    loaded = ids([12, 0, 1, 19])
+    host.run([Copy("kv", HOST, there, DEVICE, loaded, 4)])
+    host.run([Copy("checkpoint", HOST, ids([20, 21, 0, 39]), DEVICE, ids([2]), 4)])
+    for one, was in zip(layers, before[:4], strict=True):
+        assert torch.equal(one[loaded], was[rows])
+        assert torch.equal(one[[2, 5, 6]], was[[2, 5, 6]]), "other rows are untouched"
+    for one, was in zip(states, before[4:], strict=True):
+        assert torch.equal(one[:, 2], was[:, 5]) and torch.equal(one[:, 1], was[:, 1])
+    assert not has_streams or streams.num_fences == 4
+
+
+TIERED = {"enable_hierarchical_cache": True}
+
+
 def settings(**changed):
-    """Return (ctx, memory, disagg, parallel) of a hybrid model with default settings."""
+    """Return (ctx, memory, disagg, parallel, spec) of a hybrid model with default settings."""
     values = {
         "is_hybrid_swa": False,
         "is_hybrid_ssm": True,
@@ -287,6 +322,9 @@ def settings(**changed):
         "sliding_window_size": None,
         "is_eagle": False,
         "eviction_policy": "lru",
+        "hicache_storage_backend": None,
+        "pp_size": 1,
+        "speculative_algorithm": None,
         "enable_lmcache": False,
         "enable_flexkv": False,
         "enable_unified_memory": False,
@@ -295,7 +333,7 @@ def settings(**changed):
     }
     everything = SimpleNamespace(**(values | changed))
     everything.params = everything
-    return everything, everything, everything, everything
+    return (everything,) * 5
 
 
 @pytest.mark.parametrize(
@@ -303,7 +341,10 @@ def settings(**changed):
     [
         ({"is_hybrid_swa": True}, "sliding windows"),
         ({"sliding_window_size": 128}, "sliding windows"),
-        ({"enable_hierarchical_cache": True}, "--enable-hierarchical-cache"),
+        (TIERED | {"hicache_storage_backend": "file"}, "--hicache-storage-backend"),
+        (TIERED | {"is_hybrid_ssm": False}, "--enable-hierarchical-cache on attention-only models"),
+        (TIERED | {"pp_size": 2}, "--pp-size"),
+        (TIERED | {"speculative_algorithm": "NEXTN"}, "--speculative-algorithm"),
         ({"enable_lmcache": True}, "LMCache"),
         ({"enable_flexkv": True}, "FlexKV"),
         ({"enable_unified_memory": True}, "--enable-unified-memory"),
@@ -314,6 +355,7 @@ def settings(**changed):
     ],
 )
 def test_unsupported_settings_give_one_line(changed, message):
+    assert why_not(*settings(**TIERED)) is None
     reason = why_not(*settings(**changed))
     assert reason is not None and message in reason and "\n" not in reason
 

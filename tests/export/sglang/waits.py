@@ -33,6 +33,8 @@ class Streams:
     def __init__(self) -> None:
         self.num_copies = 0
         """Times that the host waited for a stream other than the scheduling stream."""
+        self.num_fences = 0
+        """Times that the scheduling stream, not the host, waited for the forward passes."""
         self.current: Streams | None = None
 
     def Stream(self) -> Streams:
@@ -43,6 +45,14 @@ class Streams:
         self.current = stream
         yield
         self.current = None
+
+    def current_stream(self) -> Streams:
+        return self
+
+    def wait_stream(self, stream: Any) -> None:
+        """Note that copies between tiers follow the forward passes."""
+        assert stream is not None
+        self.num_fences += 1
 
     def synchronize(self) -> None:
         assert self.current is None, "the host waits inside of the block of the stream"

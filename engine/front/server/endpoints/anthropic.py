@@ -7,7 +7,8 @@ assistant's ``reasoning_content``, and a tool use is one of its calls.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from functools import partial
 from typing import Annotated, Any, ClassVar, Literal
 
 import msgspec
@@ -15,7 +16,7 @@ from msgspec import Meta
 from starlette.responses import Response
 
 from engine.errors import JsonObject
-from engine.front.server.bodies import APIError, Body, Part, json_response
+from engine.front.server.bodies import APIError, Body, FixedObject, checked_tool, json_response
 from engine.front.server.endpoints.chat import PartWriter, as_tool, chat_of, named_event, render
 from engine.front.server.schemas import (
     MAX_MESSAGES,
@@ -129,7 +130,7 @@ class Turn(msgspec.Struct, kw_only=True):
         return [one for one in messages if one.content or not has_results or one.role == "tool"]
 
 
-class Tool(msgspec.Struct, kw_only=True):
+class CustomTool(msgspec.Struct, kw_only=True):
     """A custom tool."""
 
     type: Literal["custom"] | None = None
@@ -144,7 +145,7 @@ class Tool(msgspec.Struct, kw_only=True):
         return as_tool(self.name, self.description, self.input_schema, self.strict) | mark
 
 
-class ToolChoice(Part, kw_only=True):
+class ToolChoice(FixedObject, kw_only=True):
     type: Literal["auto", "any", "tool", "none"]
     name: Name | None = None
     disable_parallel_tool_use: bool = False
@@ -154,7 +155,7 @@ class ToolChoice(Part, kw_only=True):
             raise ValueError("'tool_choice.name' is missing: add it.")
 
 
-class ThinkingConfig(Part, kw_only=True):
+class ThinkingConfig(FixedObject, kw_only=True):
     """Thinking ends at the latest after ``budget_tokens``."""
 
     type: Literal["enabled", "disabled", "adaptive"]
@@ -163,7 +164,7 @@ class ThinkingConfig(Part, kw_only=True):
     """``omitted``: thinking blocks have a signature and no text."""
 
 
-class OutputConfig(Part, kw_only=True):
+class OutputConfig(FixedObject, kw_only=True):
     effort: Literal["low", "medium", "high", "xhigh", "max"] | None = None
     """Variable ``reasoning_effort`` of the template."""
     format: ResponseFormat | None = None
@@ -178,12 +179,14 @@ class CountRequest(Body, kw_only=True):
         **dict.fromkeys(("mcp_servers", "fallbacks"), ([],)),
         "speed": ("standard",),
     }
-    TOOLS: ClassVar[tuple[str, ...]] = ("custom",)
+    ENTRIES: ClassVar[Mapping[str, Callable[[JsonObject, str], JsonObject]]] = {
+        "tools": partial(checked_tool, served=("custom",))
+    }
 
     model: str
     messages: Annotated[list[Turn], Meta(min_length=1, max_length=MAX_MESSAGES)]
     system: str | Annotated[list[TextPart], Meta(max_length=MAX_MESSAGES)] | None = None
-    tools: list[Tool] | None = None
+    tools: list[CustomTool] | None = None
     tool_choice: ToolChoice | None = None
     thinking: ThinkingConfig | None = None
     output_config: OutputConfig | None = None

@@ -6,6 +6,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import msgspec
@@ -13,8 +14,8 @@ from starlette.responses import Response
 
 from engine.errors import Json, JsonObject
 from engine.front.chat_prompt import NO_CHAT, ChatPrompt
-from engine.front.server.bodies import APIError, run, settled
-from engine.front.server.schemas import ChatRequest, arranged, cuts_of
+from engine.front.server.bodies import APIError, run
+from engine.front.server.schemas import ChatRequest
 from engine.front.server.tool_calls.form import prepared, tool_calls
 from engine.front.server.transport import event
 from engine.front.server.writers import Call, Writer, finite, new_id, token_text
@@ -37,19 +38,9 @@ async def render(call: Call, body: ChatRequest) -> ChatPrompt:
         raise APIError(400, NO_CHAT)
 
     def work() -> ChatPrompt:
-        messages = arranged(body.messages, template)
-        chat = [message.as_template_input() for message in messages]
-        return context.history.render(
-            prepared(chat, template),
-            tenant,
-            tools=body.plain_tools or None,
-            variables=(context.switches | (body.chat_template_kwargs or {})) or None,
-            add_generation_prompt=body.add_generation_prompt is not False
-            and not body.continue_final_message,
-            continues_last=body.continue_final_message,
-            namespace=tenant.namespace,
-            cuts=cuts_of(messages, body.tools),
-        )
+        chat = body.conversation(template, context.switches)
+        chat = replace(chat, messages=prepared(chat.messages, template))
+        return context.history.render(chat, tenant, tenant.namespace)
 
     try:
         return await run(call.size, work)
@@ -58,8 +49,14 @@ async def render(call: Call, body: ChatRequest) -> ChatPrompt:
         raise APIError(400, message, param="messages") from error
 
 
+TEXT_EVENT = b'%b,"choices":[{"index":%d,"delta":{"content":%b},"logprobs":null,'
+TEXT_EVENT += b'"finish_reason":null}]}\n\n'
+"""Format of an event with text: start of all events, index of the choice, and text as JSON."""
+
+
 class ChatWriter(Writer):
-    """Generates the answers to one chat, and reads them as events for a dialect to write."""
+    """Generates the answers to one chat, reads them as events, and writes OpenAI's chat
+    completions. Subclasses write other dialects."""
 
     FORMAT = "response_format"
     """The dialect's name of the answer's format."""
@@ -82,6 +79,10 @@ class ChatWriter(Writer):
             )
             for _ in range(body.n)
         ]
+        self.KIND = "chat.completion.chunk" if is_stream else "chat.completion"
+        self._has_only_text = not (body.logprobs or body.return_token_ids)
+        self._num_calls = Counter[int]()
+        """Number of calls of each answer that were written."""
         marks = prompt.marks
         if calls is not None:
             marks["call_marks"] = calls.marks
@@ -99,10 +100,10 @@ class ChatWriter(Writer):
     def thought(self) -> dict[str, int]:
         return {"reasoning_tokens": sum(one.num_reasoning_tokens for one in self.readers)}
 
-    def read(self, index: int, output: RequestOutput) -> None:
+    def read(self, index: int, output: RequestOutput) -> RequestOutput:
+        """Read the events of the next output. The first call may end it."""
         reader = self.readers[index]
         reader.read(output)
-        super().read(index, reader.output)
         if reader.finish is not None and not reader.is_over:
             template = self._context.tokenizer.chat_template
             assert template is not None, "a chat was rendered"
@@ -110,6 +111,7 @@ class ChatWriter(Writer):
             self._context.history.keep(self._prompt, message, output)
         elif reader.is_over and reader.finish is None:
             self._stream.abort("stop", output.request_id)
+        return reader.output
 
     def ended(self) -> None:
         """Also remember the chat with its first answer, for explanations."""
@@ -117,27 +119,6 @@ class ChatWriter(Writer):
         if first := self._latest.get(0):
             message = as_message(self.readers[0].events)
             self._context.remember(self.answer_id, self._call, self._body, first, message)
-
-
-TEXT_EVENT = b'%b,"choices":[{"index":%d,"delta":{"content":%b},"logprobs":null,'
-TEXT_EVENT += b'"finish_reason":null}]}\n\n'
-"""Format of an event with text: start of all events, index of the choice, and text as JSON."""
-
-
-async def chat(call: Call, body: ChatRequest) -> Response:
-    """Answer one chat request."""
-    return await _ChatWriter(call, body, new_id("chatcmpl")).answer(body.stream)
-
-
-class _ChatWriter(ChatWriter):
-    """Writes OpenAI's chat completions."""
-
-    def __init__(self, call: Call, body: ChatRequest, answer_id: str) -> None:
-        super().__init__(call, body, answer_id)
-        self.KIND = "chat.completion.chunk" if body.stream else "chat.completion"
-        self._has_only_text = not (body.logprobs or body.return_token_ids)
-        self._num_calls = Counter[int]()
-        """Number of calls of each answer that were written."""
 
     def whole(self) -> JsonObject:
         choices: list[JsonObject] = [
@@ -177,13 +158,12 @@ class _ChatWriter(ChatWriter):
     ) -> JsonObject:
         """Return the fields of a choice, or of a part of it, besides its text."""
         answer = self.readers[index]
-        told: JsonObject = {"logprobs": self._scores(scores), "finish_reason": answer.finish}
+        logprobs = self._scores(scores) if self._body.logprobs else None
+        told: JsonObject = {"logprobs": logprobs, "finish_reason": answer.finish}
         return told | answer.warned | self._ids("token_ids", token_ids)
 
-    def _scores(self, scores: Sequence[SampledToken] | None) -> JsonObject | None:
-        """Return one object per token, with its best alternatives, if they are requested."""
-        if not self._body.logprobs:
-            return None
+    def _scores(self, scores: Sequence[SampledToken] | None) -> JsonObject:
+        """Return one object per token, with its best alternatives."""
         tokenizer, num_top = self._context.tokenizer, self._body.top_logprobs or 0
 
         def entry(token_id: int, logprob: float | None) -> JsonObject:
@@ -198,6 +178,11 @@ class _ChatWriter(ChatWriter):
             rivals = [entry(*pair) for pair in score.top_logprobs[:num_top]]
             content.append({**entry(score.token_id, score.logprob), "top_logprobs": rivals})
         return {"content": content}
+
+
+async def chat(call: Call, body: ChatRequest) -> Response:
+    """Answer one chat request."""
+    return await ChatWriter(call, body, new_id("chatcmpl")).answer(body.stream)
 
 
 def _message(events: Sequence[Event]) -> dict[str, Any]:
@@ -235,7 +220,9 @@ def named_event(data: Mapping[str, Json]) -> bytes:
 def as_tool(name: str, description: str | None, schema: Json, strict: bool | None) -> JsonObject:
     """Return a function of another dialect as a tool of a chat."""
     function: JsonObject = {"name": name, "description": description, "strict": strict}
-    return {"type": "function", "function": settled(function | {"parameters": schema})}
+    function["parameters"] = schema
+    given: JsonObject = {name: one for name, one in function.items() if one is not None}
+    return {"type": "function", "function": given}
 
 
 async def chat_of(call: Call, convert: Callable[[], ChatRequest]) -> ChatRequest:

@@ -21,7 +21,7 @@ from starlette.responses import Response
 from engine.errors import Json, JsonObject
 from engine.front.chat_prompt import said_by
 from engine.front.server.bodies import APIError, json_response, quoted
-from engine.front.server.schemas import ChatRequest, Message
+from engine.front.server.schemas import ChatRequest, Message, text_of
 from engine.front.server.writers import Call, ServingContext
 from engine.text.answers import RequestOutput
 from engine.text.bounded import BoundedMemory
@@ -130,7 +130,7 @@ class AnsweredChat:
     @cached_property
     def messages(self) -> list[JsonObject]:
         """Messages as the template reads them."""
-        return [message.as_template_input() for message in self.sent]
+        return [one.as_template_input(one.role, text_of(one.content)) for one in self.sent]
 
 
 def _cause(lost: dict[str, int], parting: dict[str, Any] | None, known_len: int) -> str | None:

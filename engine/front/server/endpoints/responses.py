@@ -18,7 +18,7 @@ from starlette.responses import Response
 
 from engine.errors import Json, JsonObject
 from engine.front.server.access import Tenant
-from engine.front.server.bodies import APIError, Part, json_response, quoted
+from engine.front.server.bodies import APIError, FixedObject, checked_tool, json_response, quoted
 from engine.front.server.endpoints.chat import PartWriter, as_tool, chat_of, named_event
 from engine.front.server.schemas import (
     IGNORED,
@@ -106,13 +106,13 @@ class ItemReference(msgspec.Struct, kw_only=True, tag_field="type", tag="item_re
     id: str
 
 
-def plain_item(item: JsonObject) -> JsonObject:
-    """Return an item of a conversation as one that is supported.
+def plain_item(item: JsonObject, place: str) -> JsonObject:
+    """Return an item of a conversation as one that is supported, by default a message.
 
     A call of a tool that is no function becomes a call with its fields, and a tool that the server
     ran a line of text.
     """
-    kind = item.get("type")
+    kind = item.setdefault("type", "message")
     if not isinstance(kind, str) or kind in RENDERED:
         return item
     own = ("type", "id", "status", "call_id", "name", "namespace")
@@ -130,6 +130,11 @@ def plain_item(item: JsonObject) -> JsonObject:
         return {"type": "function_call_output", "call_id": item["call_id"], "output": output}
     line = line_of(item)
     return item if line is None else {"type": "message", "role": "assistant", "content": line}
+
+
+def plain_tool(tool: JsonObject, place: str) -> JsonObject:
+    """Return a tool, by default a function. Raises APIError 400 for an unsupported type."""
+    return checked_tool({"type": "function"} | tool, place, served=("function", "namespace"))
 
 
 AnyItem = MessageItem | ReasoningItem | CallItem | ResultItem
@@ -174,7 +179,7 @@ class NamespaceTool(msgspec.Struct, kw_only=True, tag_field="type", tag="namespa
 AnyTool = FunctionTool | NamespaceTool
 
 
-class NamedFunction(Part, kw_only=True):
+class NamedFunction(FixedObject, kw_only=True):
     type: Literal["function"]
     name: Name
 
@@ -195,9 +200,10 @@ class ResponsesRequest(OpenAIBody, kw_only=True):
     """POST /v1/responses."""
 
     NEUTRAL = NEUTRAL
-    KINDS: ClassVar[Mapping[str, str]] = {"input": "message", "tools": "function"}
-    PLAIN: ClassVar[Mapping[str, Callable[[JsonObject], JsonObject]]] = {"input": plain_item}
-    TOOLS: ClassVar[tuple[str, ...]] = ("function", "namespace")
+    ENTRIES: ClassVar[Mapping[str, Callable[[JsonObject, str], JsonObject]]] = {
+        "input": plain_item,
+        "tools": plain_tool,
+    }
 
     input: str | Annotated[list[AnyItem | ItemReference], Meta(max_length=MAX_MESSAGES)]
     instructions: str | None = None

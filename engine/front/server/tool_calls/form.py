@@ -1,6 +1,6 @@
 """Forms in which models write calls of tools: the common reader and grammar, and their registry.
 
-A form is a subclass of ``Form`` in a file of this folder. It is found in a chat template by its
+A form is a subclass of ``CallForm`` in a file of this folder. It is found in a chat template by its
 signs. ``docs/how-to/tool-calls.md`` adds one.
 """
 
@@ -10,7 +10,7 @@ import json
 import pkgutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from functools import cache, partial
+from functools import cache, lru_cache, partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -43,7 +43,7 @@ Function = Mapping[str, Any]
 """An offered tool: its name, the schema of its parameters, and whether it is strict."""
 
 
-class Call(NamedTuple):
+class ParsedCall(NamedTuple):
     """A call that was read."""
 
     name: str
@@ -55,12 +55,12 @@ class Call(NamedTuple):
 class Calls(NamedTuple):
     """Calls that were read at one mark."""
 
-    calls: Sequence[Call]
+    calls: Sequence[ParsedCall]
     end: int
     """End of the calls in the text."""
 
 
-class Form(ABC):
+class CallForm(ABC):
     """Calls of tools in the answers to one chat, between the marks of a form."""
 
     NAME: ClassVar[str]
@@ -234,7 +234,7 @@ def _literal(text: str) -> str:
 class CallReader(AnswerReader):
     """Reader of an answer with calls."""
 
-    def __init__(self, form: Form, options: Mapping[str, Any]) -> None:
+    def __init__(self, form: CallForm, options: Mapping[str, Any]) -> None:
         """``options``: those of ``AnswerReader``."""
         super().__init__(**options)
         self._form = form
@@ -274,7 +274,7 @@ class CallReader(AnswerReader):
     def _warn(self, why: str) -> None:
         self.warning = self.warning or why
 
-    def _made(self, call: Call) -> ToolCall:
+    def _made(self, call: ParsedCall) -> ToolCall:
         if call.doubt is not None:
             self._warn(call.doubt)
         return ToolCall(call.name, json.dumps(call.arguments, ensure_ascii=False))
@@ -293,7 +293,7 @@ class CallReader(AnswerReader):
                 continue
             yield from self._as_thought(text := self._rest[: found.start()].rstrip())
             at, end = found.start() - len(text), found.end() - len(text)
-            calls, why = list[Call](), None
+            calls, why = list[ParsedCall](), None
             while why is None:
                 parsed, _ = yield from self._parse_call(at, end, CLOSE)
                 why = self._form.refused(parsed)
@@ -419,18 +419,19 @@ class CallReader(AnswerReader):
 
 
 @cache
-def forms() -> dict[str, type[Form]]:
+def forms() -> dict[str, type[CallForm]]:
     """Map the ``NAME`` of each form in this folder to its class."""
-    found: dict[str, type[Form]] = {}
+    found: dict[str, type[CallForm]] = {}
     for file in pkgutil.iter_modules([str(Path(__file__).parent)]):
         module = import_module(f"{__package__}.{file.name}")
         for part in vars(module).values():
-            if isinstance(part, type) and issubclass(part, Form) and "NAME" in vars(part):
+            if isinstance(part, type) and issubclass(part, CallForm) and "NAME" in vars(part):
                 found[part.NAME] = part
     return found
 
 
-def form_of(source: str) -> type[Form] | None:
+@lru_cache(maxsize=64)
+def form_of(source: str) -> type[CallForm] | None:
     """Return the form of a chat template, or None if no form has a sign in it. Of several, the one
     with most marks is taken, since the marks of another form may be part of its own."""
     fitting = [form for form in forms().values() if any(sign in source for sign in form.SIGNS)]
@@ -445,13 +446,13 @@ def words_of(template: ChatTemplate) -> str:
     return "not supported: the chat template has no known form" if form is None else form.NAME
 
 
-def prepared(messages: list[JsonObject], template: ChatTemplate) -> list[JsonObject]:
-    """Return a chat as its template has to get it; see ``Form.prepared``."""
+def prepared(messages: Sequence[JsonObject], template: ChatTemplate) -> list[JsonObject]:
+    """Return a chat as its template has to get it; see ``CallForm.prepared``."""
     form = form_of(template.source)
-    return messages if form is None else form.prepared(messages, template.source)
+    return [*messages] if form is None else form.prepared([*messages], template.source)
 
 
-def tool_calls(body: ChatRequest, template: ChatTemplate) -> Form | None:
+def tool_calls(body: ChatRequest, template: ChatTemplate) -> CallForm | None:
     """Return the calls in the answers to a chat with tools, or None if they are text. Raises
     APIError 400 if this model does not call tools."""
     choice, source = body.tool_choice, template.source

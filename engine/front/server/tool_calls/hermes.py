@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 
-from engine.front.server.tool_calls.form import Call, Calls, Form
+from engine.front.server.tool_calls.form import CallForm, Calls, ParsedCall
 from engine.front.server.tool_calls.parameters import STRING_PARTS, Parameters, read_leniently
 from engine.text.tokenizer import CALL_CLOSE, CALL_OPEN
 
 NOT_JSON = "it is not a JSON object with a name and arguments"
 
 
-class Hermes(Form):
+class Hermes(CallForm):
     """Form of Hermes, Qwen3, Granite 4, Falcon-H1 and the built-in model:
     ``<tool_call>{"name": ..., "arguments": {...}}</tool_call>``."""
 
@@ -47,7 +47,7 @@ def end_of_json(text: str, start: int) -> int:
     return _JSON.raw_decode(text, start)[1]
 
 
-def read_object(text: str, start: int) -> tuple[Call, int] | str:
+def read_object(text: str, start: int) -> tuple[ParsedCall, int] | str:
     """Return the call whose JSON object begins at ``start``, and its end, or the reason why there
     is none."""
     if not text.startswith("{", start):
@@ -61,7 +61,7 @@ def read_object(text: str, start: int) -> tuple[Call, int] | str:
         return NOT_JSON
     if not isinstance(name, str) or not isinstance(arguments, dict):
         return NOT_JSON
-    return Call(name, arguments), end
+    return ParsedCall(name, arguments), end
 
 
 def is_certain(text: str, start: int, ends: tuple[str, ...]) -> bool:

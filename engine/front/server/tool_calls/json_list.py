@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from engine.front.server.tool_calls.form import Call, Calls, Form
+from engine.front.server.tool_calls.form import CallForm, Calls, ParsedCall
 from engine.front.server.tool_calls.hermes import NOT_JSON, is_certain, object_rule, read_object
 from engine.front.server.tool_calls.parameters import Parameters
 
@@ -16,7 +16,7 @@ _SEPARATOR = re.compile(r"\s*(?P<sign>[],]?)")
 def read_list(text: str, start: int, ends: tuple[str, ...]) -> Calls | str | None:
     """Return the calls whose list begins at ``start``, without its white space, the reason why
     there are none, or None if the list is not complete. ``ends`` are marks behind lists."""
-    calls = list[Call]()
+    calls = list[ParsedCall]()
     if not text.startswith("[", start):
         return NOT_A_LIST if text[start:] else None
     at = start + 1
@@ -36,7 +36,7 @@ def read_list(text: str, start: int, ends: tuple[str, ...]) -> Calls | str | Non
         at = separator.end()
 
 
-class JsonList(Form):
+class JsonList(CallForm):
     """Form with a mark, a list of objects and a closing mark."""
 
     def parse(self, text: str, is_whole: bool = False, is_cut: bool = False) -> Calls | str | None:
@@ -47,7 +47,7 @@ class JsonList(Form):
         return [f"{name}: {object_rule(tool, parameters)}"]
 
 
-class Jamba(JsonList):
+class JambaCalls(JsonList):
     """Form of Jamba 1.5 and later: the list has a call per line."""
 
     NAME = "Jamba"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from engine.errors import JsonObject
-from engine.front.server.tool_calls.form import Call, Calls, Form
+from engine.front.server.tool_calls.form import CallForm, Calls, ParsedCall
 from engine.front.server.tool_calls.hermes import end_of_json
 from engine.front.server.tool_calls.parameters import STRING_PARTS, Parameters, read_leniently
 from engine.text.answers import MAX_NAME
@@ -25,7 +25,7 @@ _HEAD = re.compile(
 _TAIL = re.compile(rf"\s*(?P<mark>{re.escape(END_CALL)})?")
 
 
-class Kimi(Form):
+class Kimi(CallForm):
     """Form of Kimi K2 and Kimi Linear: a section with calls, each with the id
     ``functions.NAME:NUMBER``. Calls are numbered throughout a chat."""
 
@@ -58,7 +58,7 @@ class Kimi(Form):
             return MALFORMED
         if tail["mark"] is None and (is_cut or not is_whole):
             return None
-        return Calls([Call(head["name"], arguments)], tail.end())
+        return Calls([ParsedCall(head["name"], arguments)], tail.end())
 
     def rules(self, name: str, tool: str, parameters: Parameters) -> list[str]:
         if re.search(r"[\s<]|:[0-9]+$|^functions\.", tool):

@@ -207,7 +207,7 @@ class Parameters:
             root = changed(self.root, lambda one: _loosened(one, self.root))
             schema = changed(schema, lambda one: _loosened(one, self.root))
         # References point to the root, which becomes an inner part.
-        schema = changed(schema, _moved) if isinstance(schema, Mapping) else schema
+        schema = changed(schema, _moved)
         if '"$ref"' in json.dumps([schema, more]):
             more["$defs"] = {"parameters": changed(root, _moved)}
         options = AS_DUMPED | ({} if self.is_strict else {"lenient": True})

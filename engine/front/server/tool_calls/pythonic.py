@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from engine.errors import Json, JsonObject
-from engine.front.server.tool_calls.form import Call, Calls, Form, Function
+from engine.front.server.tool_calls.form import CallForm, Calls, Function, ParsedCall
 from engine.front.server.tool_calls.hermes import end_of_json
 from engine.front.server.tool_calls.json_list import read_list
 from engine.front.server.tool_calls.parameters import (
@@ -44,7 +44,7 @@ class Incomplete(Exception):
     """The calls go on behind the text."""
 
 
-class Pythonic(Form):
+class Pythonic(CallForm):
     """Form with calls such as ``f(a=1, b="x")`` between two marks."""
 
     SEPARATOR: ClassVar[str]
@@ -81,7 +81,7 @@ class Pythonic(Form):
     def _read(self, text: str, at: int) -> Calls:
         """Return the calls from ``at`` up to the closing mark, or to the end of the text. Raises
         Incomplete, and ValueError for any other text."""
-        calls = list[Call]()
+        calls = list[ParsedCall]()
         while True:
             name, at = _read_head(_CALL, text, at)
             arguments: JsonObject = {}
@@ -97,7 +97,7 @@ class Pythonic(Form):
                 if sign is None:
                     raise ValueError(MALFORMED)
                 is_over, at = sign[1] == ")", sign.end(1)
-            calls.append(Call(name, arguments))
+            calls.append(ParsedCall(name, arguments))
             if close := self._close.match(text, at):
                 return Calls(calls, close.end())
             if (separator := self._separator.match(text, at)) is None:
@@ -141,7 +141,7 @@ class Pythonic(Form):
         return escaped
 
     def rules(self, name: str, tool: str, parameters: Parameters) -> list[str]:
-        """See ``Form``. Arguments are in the order of the schema."""
+        """See ``CallForm``. Arguments are in the order of the schema."""
         begin = quoted(f"{_checked(tool)}(")
         if parameters.is_open:
             value = f'/{IDENTIFIER}/ "=" {name}_any'
@@ -170,7 +170,7 @@ class Pythonic(Form):
         return " | ".join([f"({parameters.json(schema)})", *sorted(words)])
 
 
-class Lfm2(Pythonic):
+class Lfm2Calls(Pythonic):
     """Form of LFM2 and LFM2.5, also with a list of JSON objects."""
 
     NAME = "LFM2"
@@ -224,7 +224,7 @@ def _written(calls: Sequence[Any]) -> str:
         arguments = read_json(arguments) if isinstance(arguments, str) else arguments
         inside = ", ".join(f"{key}={literal(value)}" for key, value in arguments.items())
         written.append(f"{function['name']}({inside})")
-    return Lfm2.BEGIN + Lfm2.BETWEEN.join(written) + Lfm2.END
+    return Lfm2Calls.BEGIN + Lfm2Calls.BETWEEN.join(written) + Lfm2Calls.END
 
 
 def _read_head(pattern: re.Pattern[str], text: str, at: int) -> tuple[str, int]:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from engine.errors import Json
-from engine.front.server.tool_calls.form import Call, Calls, Form, Function
+from engine.front.server.tool_calls.form import CallForm, Calls, Function, ParsedCall
 from engine.front.server.tool_calls.parameters import Pairs, Parameters
 from engine.text.answers import MAX_NAME
 from engine.text.grammar import GrammarError, quoted
@@ -26,7 +26,7 @@ VALUE = (
 """Text up to the closing tag of its parameter, without a line that is a tag of a parameter."""
 
 
-class Xml(Form):
+class Xml(CallForm):
     """Form of Qwen3-Coder and Qwen3.5: ``<tool_call><function=NAME>``, then a ``<parameter=NAME>``
     per argument with its value on separate lines, and closing tags."""
 
@@ -46,7 +46,7 @@ class Xml(Form):
             tag(name)
 
     def parse(self, text: str, is_whole: bool = False, is_cut: bool = False) -> Calls | str | None:
-        """See ``Form``. A call as the chat template writes it is read first, because values may
+        """See ``CallForm``. A call as the chat template writes it is read first, because values may
         contain tags. Other ways of writing are read at the end of the answer, or where the first
         tag shows them."""
         head = _HEAD.match(text)
@@ -74,7 +74,7 @@ class Xml(Form):
             if parameters is not None:
                 arguments[key], is_typed = parameters.read(key, value)
                 doubt = doubt if is_typed or doubt else MISTYPED.format(key[:MAX_NAME])
-        return Calls([Call(name, arguments, doubt)], end)
+        return Calls([ParsedCall(name, arguments, doubt)], end)
 
     def after(self, mark: str) -> str:
         """Also without the line breaks, in which models differ."""
@@ -82,7 +82,7 @@ class Xml(Form):
         return whole if mark == CALL_OPEN else "function"
 
     def rules(self, name: str, tool: str, parameters: Parameters) -> list[str]:
-        """See ``Form``. Parameters are in the order of the schema."""
+        """See ``CallForm``. Parameters are in the order of the schema."""
         begin = tag(tool)
         if parameters.is_open:
             anything = f'("{PARAMETER}" /[^<>\\n]{{1,64}}/ ">\\n" value)*'

@@ -1,0 +1,144 @@
+"""Plug-in for vLLM: ``--scheduler-cls hybridcache.vllm.HybridScheduler`` uses HybridRadixCache.
+
+Importing this module imports neither vLLM nor torch. Settings are given to vLLM as
+``--additional-config '{"hybridcache": {"placement": "adaptive"}}'``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any
+
+from hybridcache.policies.registry import (
+    DEFAULT_EVICTION,
+    DEFAULT_PLACEMENT,
+    make_eviction,
+    parse_placement,
+)
+from hybridcache.tokens import require_bool, require_index
+
+if TYPE_CHECKING:
+    from hybridcache.vllm.scheduler import HybridScheduler as HybridScheduler
+
+NAME = "hybridcache"
+"""Key of the settings in ``--additional-config``, and of the hints in ``extra_args``."""
+TESTED = ("0.32", "0.33")
+"""Minor versions of vLLM that the tests run with."""
+
+SEAMS: dict[str, tuple[str, ...]] = {
+    "vllm.v1.core.sched.async_scheduler:AsyncScheduler._mamba_block_aligned_split": (
+        "request",
+        "num_new_tokens",
+        "num_new_local_computed_tokens",
+        "num_external_computed_tokens",
+    ),
+    "vllm.v1.core.sched.async_scheduler:AsyncScheduler._update_after_schedule": (
+        "scheduler_output",
+    ),
+    "vllm.v1.core.sched.async_scheduler:AsyncScheduler._free_request": (
+        "request",
+        "delay_free_blocks",
+    ),
+    "vllm.v1.core.kv_cache_manager:KVCacheManager.get_computed_blocks": ("request",),
+    "vllm.v1.core.kv_cache_manager:KVCacheManager.allocate_slots": (
+        "request",
+        "num_new_tokens",
+        "num_new_computed_tokens",
+        "new_computed_blocks",
+    ),
+    "vllm.v1.core.kv_cache_manager:KVCacheManager.free": ("request",),
+    "vllm.v1.core.kv_cache_manager:KVCacheManager.new_step_starts": (),
+    "vllm.v1.core.kv_cache_manager:KVCacheManager.reset_prefix_cache": (),
+    "vllm.v1.core.block_pool:BlockPool.get_new_blocks": ("num_blocks",),
+    "vllm.v1.core.block_pool:BlockPool.move_block_hashes": ("src_block", "dst_block"),
+    "vllm.v1.core.block_pool:BlockPool._emit_block_removed_events": ("block_hashes",),
+    "vllm.v1.core.single_type_kv_cache_manager:MambaManager.cache_blocks": (
+        "request",
+        "num_tokens",
+        "retention_interval",
+    ),
+    "vllm.v1.core.single_type_kv_cache_manager:FullAttentionManager._cache_partial_tail_block": (
+        "request",
+        "num_tokens",
+    ),
+    # Called, not overridden:
+    "vllm.v1.core.block_pool:BlockPool.cache_partial_block": (
+        "request",
+        "block",
+        "num_tokens",
+        "kv_cache_group_id",
+        "block_size",
+    ),
+    "vllm.v1.core.block_pool:BlockPool._maybe_evict_cached_block": ("block",),
+    "vllm.v1.core.block_pool:BlockPool.free_blocks": ("ordered_blocks",),
+    "vllm.v1.core.kv_cache_utils:FreeKVCacheBlockQueue.remove": ("block",),
+    "vllm.v1.core.kv_cache_utils:FreeKVCacheBlockQueue.prepend_n": ("blocks",),
+}
+"""Private code of vLLM that is overridden or called, with the first parameters after ``self``. The
+rest of the contract: ``MambaManager._partial_hit_reqs``, ``_pending_cow_copies`` and
+``req_to_blocks``, and the fields of ``Request``."""
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """Value of ``additional_config["hybridcache"]``.
+
+    >>> Settings.read({"hybridcache": {"eviction": "lru"}}).eviction
+    'lru'
+    >>> Settings.read({"hybridcache": {"evict": "lru"}})
+    Traceback (most recent call last):
+    ValueError: hybridcache has no setting 'evict'; known: eviction, placement, grid, debug.
+    """
+
+    eviction: str = DEFAULT_EVICTION
+    """Name of the eviction policy."""
+    placement: str = DEFAULT_PLACEMENT
+    """Name of the placement of checkpoints."""
+    grid: int = 0
+    """Checkpoints are saved at multiples of this many tokens: a multiple of the match unit. 0 is
+    the match unit itself."""
+    debug: bool = False
+    """Check all invariants at each step, for tests. O(blocks)."""
+
+    def __post_init__(self) -> None:
+        make_eviction(self.eviction)
+        parse_placement(self.placement)
+        require_index(self.grid, "grid", 0)
+        require_bool(self.debug, "debug")
+
+    @classmethod
+    def read(cls, additional_config: Any) -> Settings:
+        """Read the settings of vLLM's ``additional_config``. Raises ValueError for unknown ones."""
+        given = additional_config.get(NAME, {}) if isinstance(additional_config, Mapping) else {}
+        if not isinstance(given, Mapping):
+            raise ValueError(f"the value of {NAME} must be a JSON object (got {given!r}).")
+        known = [one.name for one in fields(cls)]
+        for name in given:
+            if name not in known:
+                raise ValueError(f"{NAME} has no setting {name!r}; known: {', '.join(known)}.")
+        return cls(**given)
+
+
+def require_version(installed: str) -> None:
+    """Raise RuntimeError unless ``installed`` is a tested version of vLLM.
+
+    >>> require_version("0.33.0+cpu")
+    >>> require_version("0.40.1")
+    Traceback (most recent call last):
+    RuntimeError: hybridcache works with vLLM 0.32 and 0.33 (installed: 0.40.1). Install one of these, or a newer hybridcache.
+    """  # noqa: E501
+    if ".".join(installed.split(".")[:2]) not in TESTED:
+        raise RuntimeError(
+            f"hybridcache works with vLLM {' and '.join(TESTED)} (installed: {installed}). Install "
+            "one of these, or a newer hybridcache."
+        )
+
+
+def __getattr__(name: str) -> object:
+    """Import the scheduler when vLLM resolves its name."""
+    if name == "HybridScheduler":
+        from hybridcache.vllm.scheduler import HybridScheduler
+
+        return HybridScheduler
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

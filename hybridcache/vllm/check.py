@@ -1,0 +1,473 @@
+"""Check of contents: does every request resume from the rows and states of its own prompt?
+
+``python -m hybridcache.vllm.check`` runs a workload through vLLM's own scheduler with a worker
+that computes nothing. It stores the identity of a prefix instead of each row and state, and
+compares it wherever a request resumes. A wrong state is silent in an engine: answers get worse.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import sys
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from vllm.sampling_params import SamplingParams
+from vllm.utils.hashing import get_hash_fn_by_name
+from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec, MambaSpec
+from vllm.v1.outputs import DraftTokenIds, ModelRunnerOutput
+from vllm.v1.request import Request, RequestStatus
+
+from hybridcache.lab.traces import open_trace
+from hybridcache.vllm import NAME
+from hybridcache.vllm.scheduler import HybridScheduler
+
+MAX_LEN = 1 << 18
+"""Longest prompt with its answer."""
+POWERS = np.cumprod(np.full(MAX_LEN, 6364136223846793005, np.uint64)).view(np.int64)
+GARBAGE = -1
+"""Content of memory in which no state is known to be."""
+
+
+@dataclass(frozen=True)
+class Model:
+    """Cache of a hybrid model in vLLM: blocks of equal bytes, for attention and states."""
+
+    num_layers: int = 12
+    """Layers per cache group."""
+    num_state_groups: int = 3
+    num_attention_groups: int = 1
+    row_bytes: int = 2048
+    """Bytes of one token's KV in one layer."""
+    state_bytes: int = 8192 * 3 * 2 + 32 * 128 * 128 * 4
+    """Bytes of one layer's state."""
+
+    @property
+    def block_size(self) -> int:
+        """Tokens of a block whose page has room for a state, as vLLM chooses it."""
+        return 16 * -(-self.state_bytes // (16 * self.row_bytes)) if self.num_state_groups else 16
+
+    def num_blocks(self, gib: float) -> int:
+        return int(gib * 2**30 // (self.block_size * self.row_bytes * self.num_layers))
+
+
+QWEN3_NEXT = Model()
+"""Qwen3-Next-80B-A3B in bfloat16 with states in float32: blocks of 1,056 tokens."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """Flags of one run."""
+
+    scheduler: str = "hybridcache"
+    """hybridcache or vllm."""
+    unit: int = 32
+    """``--prefix-match-unit``; 0 is the block."""
+    retention: int | None = 0
+    """``--prefix-cache-retention-interval``."""
+    sessions: int = 16
+    """Requests at once."""
+    chunk: int = 8192
+    """``--max-num-batched-tokens``."""
+    overlap: bool = False
+    """Asynchronous scheduling: a step is scheduled before the last one's tokens are known."""
+    drafts: int = 0
+    """Draft tokens per step."""
+    eagle: bool = False
+    """Drafts of an EAGLE or MTP head, for which vLLM drops the end of each hit."""
+    chaos: float = 0.0
+    """Share of requests that are aborted in the middle. Priorities are random then."""
+    seed: int = 0
+    settings: Mapping[str, Any] | None = None
+    """Value of ``additional_config["hybridcache"]``."""
+
+
+@dataclass
+class Report:
+    """Result of one run."""
+
+    requests: int = 0
+    prompt_tokens: int = 0
+    hit_tokens: int = 0
+    resumed_tokens: int = 0
+    """Hits of preempted requests included."""
+    checked_rows: int = 0
+    wrong_rows: int = 0
+    wrong_states: int = 0
+    """Wrong rows and states. ``chained_copies`` are copies from a block that is written by another
+    copy of the same step."""
+    chained_copies: int = 0
+    steps: int = 0
+    preemptions: int = 0
+    aborts: int = 0
+    copied_blocks: int = 0
+
+    @property
+    def num_wrong(self) -> int:
+        return self.wrong_rows + self.wrong_states + self.chained_copies
+
+    @property
+    def hit_rate(self) -> float:
+        return self.hit_tokens / max(self.prompt_tokens, 1)
+
+
+class _Any(SimpleNamespace):
+    """Configuration in which every field that was not given is None."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return None
+
+
+def make_config(model: Model, options: Options, num_blocks: int) -> Any:
+    """Return the fields of a ``VllmConfig`` that a scheduler reads."""
+    drafts = options.drafts
+    spec = _Any(
+        use_eagle=lambda: options.eagle,
+        use_eagle_block_drop=lambda: options.eagle,
+        needs_eagle_block_drop=lambda: options.eagle,
+        num_speculative_tokens=drafts,
+        max_num_new_slots_for_drafting=0,
+    )
+    encoder = SimpleNamespace(
+        create_manager=lambda **_: _Any(
+            get_manager_metadata=lambda: None,
+            get_freed_mm_hashes=lambda: [],
+            free=lambda request: None,
+            reset=lambda: None,
+        )
+    )
+    return _Any(
+        scheduler_config=_Any(
+            max_num_seqs=256,
+            max_num_batched_tokens=options.chunk,
+            policy="priority" if options.chaos else "fcfs",
+            long_prefill_token_threshold=0,
+            async_scheduling=options.overlap,
+            enable_chunked_prefill=True,
+            prefill_schedule_interval=1,
+            scheduler_reserve_full_isl=True,
+            watermark=0.0,
+        ),
+        cache_config=_Any(
+            block_size=model.block_size,
+            enable_prefix_caching=True,
+            mamba_cache_mode="align",
+            num_gpu_blocks=num_blocks,
+            enable_mamba_shared_prefix_checkpoint=False,
+        ),
+        parallel_config=_Any(
+            data_parallel_index=0,
+            data_parallel_size=1,
+            pipeline_parallel_size=1,
+            decode_context_parallel_size=1,
+            prefill_context_parallel_size=1,
+        ),
+        observability_config=_Any(kv_cache_metrics=False),
+        model_config=_Any(max_model_len=MAX_LEN, runner_type="generate", is_diffusion=False),
+        ec_manager_config=_Any(get_encoder_cache_manager_obj=lambda: encoder),
+        aux_output_config=_Any(enabled=False),
+        speculative_config=spec if drafts else None,
+        num_speculative_tokens=drafts,
+        num_lookahead_tokens=drafts if options.eagle else 0,
+        num_prefill_lookahead_tokens=int(options.eagle),
+        num_hash_lookahead_tokens=0,
+        max_in_flight_tokens=options.chunk,
+        max_concurrent_batches=1 + options.overlap,
+        additional_config={NAME: dict(options.settings or {})},
+    )
+
+
+def make_scheduler(model: Model, options: Options, num_blocks: int) -> Any:
+    """Build vLLM's scheduler, or this project's, for a model without tensors."""
+    size, layers = model.block_size, range(model.num_layers)
+    page = size * model.row_bytes
+    attention = FullAttentionSpec(
+        block_size=size,
+        num_kv_heads=1,
+        head_size=model.row_bytes // 4,
+        dtype=torch.bfloat16,
+    )
+    state = MambaSpec(
+        block_size=size,
+        shapes=((model.state_bytes // 4,),),
+        dtypes=(torch.float32,),
+        page_size_padded=page,
+        mamba_cache_mode="align",
+        num_speculative_blocks=options.drafts,
+    )
+    kinds = [attention] * model.num_attention_groups + [state] * model.num_state_groups
+    groups = [
+        KVCacheGroupSpec([f"group{number}.layer{layer}" for layer in layers], kind)
+        for number, kind in enumerate(kinds)
+    ]
+    config = KVCacheConfig(
+        num_blocks=num_blocks,
+        kv_cache_tensors=[],
+        kv_cache_groups=groups,
+        prefix_cache_retention_interval=options.retention,
+    )
+    grammar = _Any(
+        grammar_bitmask=lambda *_, **__: None,
+        accept_tokens=lambda *_, **__: True,
+        validate_tokens=lambda request, tokens: tokens,
+        should_advance=lambda *_, **__: False,
+    )
+    plain = AsyncScheduler if options.overlap else Scheduler
+    return (HybridScheduler if options.scheduler == NAME else plain)(
+        vllm_config=make_config(model, options, num_blocks),
+        kv_cache_config=config,
+        structured_output_manager=grammar,
+        block_size=size,
+        hash_block_size=options.unit or size,
+        log_stats=True,
+    )
+
+
+class Contents:
+    """Worker that stores the identity of a prefix in place of each row and state."""
+
+    def __init__(self, model: Model, num_blocks: int, report: Report) -> None:
+        self.size = model.block_size
+        self.attention = range(model.num_attention_groups)
+        self.states = range(len(self.attention), len(self.attention) + model.num_state_groups)
+        self.rows = np.full((num_blocks, self.size), GARBAGE, np.int64)
+        self.state = np.full(num_blocks, GARBAGE, np.int64)
+        self.report = report
+
+    def copy(self, copies: Sequence[Any]) -> None:
+        """Copy blocks before a step, all at once."""
+        if not copies:
+            return
+        pairs = np.array([(one[0], one[1]) for one in copies])
+        src, dst = pairs[:, 0], pairs[:, 1]
+        self.report.chained_copies += int(np.isin(src, dst).sum())
+        self.report.copied_blocks += len(src)
+        self.rows[dst], self.state[dst] = self.rows[src], self.state[src]
+
+    def compare(self, tables: Sequence[Sequence[int]], prefix: np.ndarray, end: int) -> None:
+        """Compare the rows [0, end) of a request with its prefixes."""
+        self.report.checked_rows += end * len(self.attention)
+        for group in self.attention:
+            for span in range(-(-end // self.size)):
+                low, high = span * self.size, min((span + 1) * self.size, end)
+                found = self.rows[tables[group][span], : high - low]
+                self.report.wrong_rows += int((found != prefix[low + 1 : high + 1]).sum())
+
+    def compute(
+        self, tables: Sequence[Sequence[int]], prefix: np.ndarray, start: int, end: int, kept: int
+    ) -> None:
+        """Compute the tokens [start, end), of which those from ``kept`` on are rejected drafts."""
+        size = self.size
+        for group in self.states if start else ():
+            found = self.state[tables[group][(start - 1) // size]]
+            self.report.wrong_states += int(found != prefix[start])
+        for group in self.attention:
+            for span in range(start // size, -(-end // size)):
+                low, high = max(span * size, start), min((span + 1) * size, end)
+                row = self.rows[tables[group][span]]
+                good = min(max(kept, low), high)
+                row[low - span * size : good - span * size] = prefix[low + 1 : good + 1]
+                row[good - span * size : high - span * size] = GARBAGE
+        for group in self.states:
+            self.state[tables[group][(kept - 1) // size]] = prefix[kept]
+
+
+@dataclass(eq=False)
+class _Live:
+    """Request of the workload in the engine."""
+
+    request: Request
+    answer: list[int]
+    prefix: np.ndarray
+    rest: deque[Any]
+    """Later requests of the session."""
+    done: int = 0
+    """Tokens that the worker has computed and accepted."""
+    num_answered: int = 0
+    """Tokens of the answer that the worker has sampled."""
+    is_installed: bool = False
+    abort_at: int = 0
+    """Length at which the client aborts. 0 is never."""
+
+
+class Engine:
+    """Engine with vLLM's scheduler and a worker without tensors."""
+
+    def __init__(self, model: Model, options: Options, gib: float) -> None:
+        self.options, self.report = options, Report()
+        num_blocks = model.num_blocks(gib)
+        self.scheduler = make_scheduler(model, options, num_blocks)
+        self.contents = Contents(model, num_blocks, self.report)
+        self.live: dict[str, _Live] = {}
+        self._chance = random.Random(options.seed)
+        hash_fn = get_hash_fn_by_name("sha256")
+        init_none_hash(hash_fn)
+        self._hasher = get_request_block_hasher(options.unit or model.block_size, hash_fn)
+        self._pending: deque[tuple[Any, ModelRunnerOutput]] = deque()
+        manager = self.scheduler.kv_cache_manager
+        manager.record_prefix_cache_stats = self._record
+
+    def _record(self, request: Request, num_hits: int) -> None:
+        self.report.resumed_tokens += num_hits
+        if request.num_preemptions:
+            return
+        self.report.requests += 1
+        self.report.prompt_tokens += request.num_tokens
+        self.report.hit_tokens += num_hits
+
+    def submit(self, number: int, session: deque[Any]) -> None:
+        """Add the next request of a session."""
+        one, chance, options = session.popleft(), self._chance, self.options
+        prompt, answer = one.tokens.tolist(), one.output.tolist() or [1]
+        namespace = None if one.namespace is None else str(one.namespace)
+        hints = {f"{NAME}_boundaries": list(one.boundaries)} if one.boundaries else None
+        params = SamplingParams(max_tokens=len(answer), ignore_eos=True, extra_args=hints)
+        request = Request(
+            f"r{number}-{self.report.steps}",
+            prompt,
+            params,
+            None,
+            block_hasher=self._hasher,
+            cache_salt=namespace,
+            priority=chance.randrange(3) if options.chaos else 0,
+        )
+        tokens = np.array(prompt + answer, np.int64) + 1
+        salt = 0 if namespace is None else hash(namespace)
+        prefix = np.concatenate([[salt], salt + np.cumsum(tokens * POWERS[: len(tokens)])])
+        live = _Live(request, answer, prefix, session)
+        if options.chaos and chance.random() < options.chaos:
+            live.abort_at = chance.randrange(1, len(tokens))
+        self.live[request.request_id] = live
+        self.scheduler.add_request(request)
+
+    def step(self) -> None:
+        """Schedule and compute one step, and deliver the tokens of it or of the last one."""
+        self.report.steps += 1
+        output = self.scheduler.schedule()
+        self._pending.append((output, self._execute(output)))
+        if len(self._pending) > self.options.overlap or not output.num_scheduled_tokens:
+            self._deliver()
+
+    def _deliver(self) -> None:
+        if not self._pending:
+            return
+        output, result = self._pending.popleft()
+        self.scheduler.update_from_output(output, result)
+        if self.options.drafts and not self.options.overlap:
+            ids = [one for one in output.num_scheduled_tokens if one in self.scheduler.requests]
+            drafts = DraftTokenIds(ids, [[1] * self.options.drafts for _ in ids])
+            self.scheduler.update_draft_token_ids(drafts)
+
+    def _execute(self, output: Any) -> ModelRunnerOutput:
+        contents, manager = self.contents, self.scheduler.kv_cache_manager
+        for request_id in output.preempted_req_ids or ():
+            if request_id in self.live:
+                self.live[request_id].is_installed = False
+                self.report.preemptions += 1
+        contents.copy(output.kv_cache_block_copies or ())
+        sampled: list[list[int]] = []
+        for request_id, num_tokens in output.num_scheduled_tokens.items():
+            live = self.live[request_id]
+            request, tables = live.request, manager.get_block_ids(request_id)
+            num_drafts = len(output.scheduled_spec_decode_tokens.get(request_id, ()))
+            if not live.is_installed:
+                live.is_installed = True
+                live.done = request.num_computed_tokens - num_tokens
+                live.num_answered = request.num_output_tokens
+                contents.compare(tables, live.prefix, live.done)
+            start, end = live.done, min(live.done + num_tokens, len(live.prefix) - 1)
+            samples = not request.is_prefill_chunk
+            accepted = 0
+            if samples and num_drafts:
+                accepted = self._chance.randint(0, num_drafts)
+                accepted = min(accepted, len(live.answer) - live.num_answered - 1)
+            kept = max(min(start + num_tokens - num_drafts + accepted, end), start + 1)
+            contents.compute(tables, live.prefix, start, end, min(kept, end))
+            live.done = kept
+            tokens: list[int] = []
+            if samples:
+                tokens = live.answer[live.num_answered :][: 1 + accepted]
+                live.num_answered += len(tokens)
+            sampled.append(tokens or [1] * samples)
+        ids = list(output.num_scheduled_tokens)
+        return ModelRunnerOutput(
+            req_ids=ids,
+            req_id_to_index={one: number for number, one in enumerate(ids)},
+            sampled_token_ids=sampled,
+        )
+
+    def collect(self) -> list[_Live]:
+        """Abort requests whose time has come, and return those that have ended."""
+        scheduler, ended = self.scheduler, []
+        for request_id, live in list(self.live.items()):
+            if live.abort_at and 0 < live.abort_at <= live.request.num_computed_tokens:
+                scheduler.finish_requests(request_id, RequestStatus.FINISHED_ABORTED)
+                self.report.aborts += 1
+            if request_id not in scheduler.requests:
+                ended.append(self.live.pop(request_id))
+        return ended
+
+
+def run(
+    requests: Iterable[Any],
+    gib: float,
+    options: Options,
+    model: Model = QWEN3_NEXT,
+    each_step: Callable[[Engine], None] | None = None,
+) -> Report:
+    """Serve ``requests``, each session one after the other, ``options.sessions`` at once."""
+    engine = Engine(model, options, gib)
+    sessions: dict[Any, deque[Any]] = {}
+    for number, one in enumerate(requests):
+        key = number if one.session is None else one.session
+        sessions.setdefault(key, deque()).append(one)
+    waiting, number = deque(sessions.values()), 0
+    while waiting or engine.live:
+        while waiting and len(engine.live) < options.sessions:
+            engine.submit(number, waiting.popleft())
+            number += 1
+        engine.step()
+        if each_step is not None:
+            each_step(engine)
+        for live in engine.collect():
+            if live.rest:
+                engine.submit(number, live.rest)
+                number += 1
+    while engine._pending:
+        engine._deliver()
+    return engine.report
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the check. Returns 1 if a row or state was wrong."""
+    parser = argparse.ArgumentParser(prog="python -m hybridcache.vllm.check", description=__doc__)
+    parser.add_argument("--trace", default="chat?head=400", help="workload of the laboratory")
+    parser.add_argument("--gib", type=float, default=4.0, help="memory of the cache, GiB")
+    for name in ("scheduler", "unit", "sessions", "chunk", "drafts", "seed", "chaos"):
+        default = getattr(Options, name)
+        parser.add_argument(f"--{name}", type=type(default), default=default)
+    parser.add_argument("--retention", type=int, help="tokens; none given: 0", default=0)
+    parser.add_argument("--overlap", action="store_true", help="asynchronous scheduling")
+    parser.add_argument("--eagle", action="store_true", help="drafts of an EAGLE or MTP head")
+    parser.add_argument("--settings", type=json.loads, help="JSON object of hybridcache")
+    given = vars(parser.parse_args(argv))
+    trace, gib = given.pop("trace"), given.pop("gib")
+    report = run(open_trace(trace), gib, Options(**given))
+    print(json.dumps(asdict(report) | {"hit_rate": round(report.hit_rate, 4)}))
+    return int(report.num_wrong > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

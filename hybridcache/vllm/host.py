@@ -1,0 +1,305 @@
+"""``survival`` for vLLM's host memory: a ``CachePolicy`` for ``cache_policy_module_path``.
+
+vLLM stores blocks in host memory in *chunks*. A chunk has a key: the hash of the prefix that it
+ends, and the number of its cache group. The policy sees no tokens and no layers, so it learns both
+from the requests that end:
+
+- Chunks of a request are a path, by their positions. A tree node's token is the start of a hash.
+- Groups whose chunks are missing at some positions hold states; the others hold attention.
+
+The scheduler class is not needed: any vLLM with ``OffloadingConnector`` can use this.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
+from typing import TYPE_CHECKING
+
+import numpy as np
+from vllm.v1.kv_offload.base import get_offload_block_hash, get_offload_group_idx, make_offload_key
+from vllm.v1.kv_offload.cpu.policies.base import CachePolicy
+
+from hybridcache.allocators.pools import PageAllocator, SlotAllocator
+from hybridcache.config import CacheConfig, build_on
+from hybridcache.tokens import INT32, Indices
+
+if TYPE_CHECKING:
+    from vllm.v1.kv_offload.base import OffloadKey, ReqContext
+    from vllm.v1.kv_offload.cpu.policies.base import ChunkStatus
+
+HOST_SEAMS: dict[str, tuple[str, ...]] = {
+    "vllm.v1.kv_offload.cpu.policies.base:CachePolicy.get": ("key",),
+    "vllm.v1.kv_offload.cpu.policies.base:CachePolicy.insert": ("key", "chunk"),
+    "vllm.v1.kv_offload.cpu.policies.base:CachePolicy.remove": ("key",),
+    "vllm.v1.kv_offload.cpu.policies.base:CachePolicy.touch": ("keys", "req_context"),
+    "vllm.v1.kv_offload.cpu.policies.base:CachePolicy.on_store_miss": ("keys", "req_context"),
+    "vllm.v1.kv_offload.cpu.policies.base:CachePolicy.on_request_finished": (
+        "key_groups",
+        "insertion_only_keys",
+        "reused_keys",
+        "req_context",
+    ),
+    "vllm.v1.kv_offload.cpu.policies.base:CachePolicy.evict": ("n", "protected"),
+    "vllm.v1.kv_offload.cpu.policies.base:CachePolicy.clear": (),
+    "vllm.v1.kv_offload.cpu.policies.base:CachePolicy.mark_evictable": ("key",),
+    "vllm.v1.kv_offload.cpu.policies.base:CachePolicy.mark_non_evictable": ("key",),
+    "vllm.v1.kv_offload.base:ReqContext.get_offload_key_position": ("key",),
+}
+"""Methods of vLLM's interface that this module overrides or calls, in the form of ``SEAMS``."""
+
+
+class _Rows(PageAllocator):
+    """Numbers of tree nodes. ``leave`` is called with those that the tree gives up."""
+
+    def __init__(self, capacity: int, row_bytes: int, leave: Callable[[int], None]) -> None:
+        super().__init__(capacity, 1, row_bytes)
+        self._leave = leave
+
+    def free(self, rows: Indices) -> None:
+        super().free(rows)
+        for row in rows.tolist():
+            self._leave(row)
+
+
+class _Slots(SlotAllocator):
+    """Numbers of states. ``leave`` is called with those that the tree gives up."""
+
+    def __init__(self, capacity: int, state_bytes: int, leave: Callable[[int], None]) -> None:
+        super().__init__(capacity, state_bytes)
+        self._leave = leave
+
+    def free(self, slot: int) -> None:
+        super().free(slot)
+        self._leave(slot)
+
+
+class SurvivalCachePolicy(CachePolicy):
+    """Evict chunks of host memory in the order of ``survival``.
+
+    Attention chunks behind the last state of a path go first, then superseded states, then the rest
+    by the policy. Chunks that a running request has stored have no place in the tree yet, and are
+    evicted only if nothing else is left.
+    """
+
+    def __init__(self, cache_capacity: int) -> None:
+        super().__init__(cache_capacity)
+        self.clear()
+
+    def clear(self) -> None:
+        self.chunks: dict[OffloadKey, ChunkStatus] = {}
+        """All chunks, the oldest first."""
+        self._evictable: set[OffloadKey] = set()
+        self._groups: set[int] = set()
+        """Numbers of the groups seen so far."""
+        self._states: set[int] = set()
+        """Numbers of the groups that hold states."""
+        self._plant()
+
+    def _plant(self) -> None:
+        """Begin with an empty tree. All chunks have no place in it, and go first."""
+        num_states = len(self._states)
+        num_attention = len(self._groups) - num_states
+        capacity = self.cache_capacity + 1
+        self._rows = _Rows(capacity, max(num_attention, 1), self._row_left)
+        self._slots = _Slots(capacity, max(num_states, 1), self._slot_left)
+        config = CacheConfig(
+            prefix_cache="hybrid" if num_states else "radix",
+            total_bytes=capacity * max(num_attention, 1),
+            kv_bytes_per_token=max(num_attention, 1),
+            state_bytes=max(num_states, 1),
+            grid=1,
+        )
+        self.cache = build_on(config, self._rows, self._slots)
+        self.cache.policy.set_clock(lambda: float(self.cache.now))
+        self._homes: dict[bytes, tuple[int, bytes | None, int]] = {}
+        """Row, hash before it, and length of the path, of each hash in the tree."""
+        self._hash_of: dict[int, bytes] = {}
+        self._state_of: dict[int, bytes] = {}
+        self._saved: set[bytes] = set()
+        """Hashes with a state in the tree: the values of ``_state_of``."""
+        self._first: dict[OffloadKey, None] = dict.fromkeys(self.chunks)
+        """Chunks that the tree has given up, the next victims first."""
+
+    # --- vLLM's interface -------------------------------------------------------------------------
+
+    def get(self, key: OffloadKey) -> ChunkStatus | None:
+        return self.chunks.get(key)
+
+    def insert(
+        self, key: OffloadKey, chunk: ChunkStatus, req_context: ReqContext | None = None
+    ) -> None:
+        self.chunks[key] = chunk
+        if chunk.ref_cnt == 0:
+            self._evictable.add(key)
+
+    def remove(self, key: OffloadKey) -> None:
+        del self.chunks[key]
+        self._evictable.discard(key)
+        self._first.pop(key, None)
+
+    def touch(self, keys: Iterable[OffloadKey], req_context: ReqContext) -> None:
+        path = self._deepest(keys)
+        if path is not None:
+            self.cache.touch(self.cache.match(np.append(path, np.int32(0))))
+
+    def on_store_miss(self, keys: Iterable[OffloadKey], req_context: ReqContext) -> None:
+        """Do nothing: ghosts are counted when the request ends."""
+
+    def on_request_finished(
+        self,
+        key_groups: Sequence[Sequence[OffloadKey]],
+        insertion_only_keys: set[OffloadKey],
+        reused_keys: set[OffloadKey],
+        req_context: ReqContext,
+    ) -> None:
+        """Give the chunks of a request their places in the tree, and count its use."""
+        position = req_context.get_offload_key_position
+        found: dict[bytes, tuple[int, list[int]]] = {}
+        for keys in key_groups:
+            for key in keys:
+                at, name = position(key), get_offload_block_hash(key)
+                if at is None:
+                    return  # Not of a version that is supported: they remain without a place.
+                found.setdefault(name, (at, []))[1].append(get_offload_group_idx(key))
+        if not found:
+            return
+        chain = sorted(found, key=lambda name: found[name][0])
+        self._learn(groups for _, groups in found.values())
+        attention = self._groups - self._states
+        chain = [name for name in chain if attention <= {*found[name][1]} or name in self._homes]
+        whole: list[bytes] = []
+        for name in chain:
+            if any(make_offload_key(name, group) not in self.chunks for group in attention):
+                break
+            whole.append(name)
+        if whole:
+            self._publish(whole)
+
+    def evict(
+        self, n: int, protected: set[OffloadKey]
+    ) -> list[tuple[OffloadKey, ChunkStatus]] | None:
+        if n > len(self._evictable) - sum(key in self._evictable for key in protected):
+            return None
+        victims: list[tuple[OffloadKey, ChunkStatus]] = []
+        path = self._deepest(protected)
+        with nullcontext() if path is None else self.cache.lock_kv(path):
+            while True:
+                for key in list(self._first):
+                    if len(victims) < n and self._is_free(key, protected):
+                        victims.append((key, self._take(key)))
+                if len(victims) == n:
+                    return victims
+                if not self.cache.evict_next():
+                    break
+        for key in list(self.chunks):
+            if len(victims) < n and self._is_free(key, protected):
+                victims.append((key, self._take(key)))
+        return victims
+
+    def mark_evictable(self, key: OffloadKey) -> None:
+        self._evictable.add(key)
+
+    def mark_non_evictable(self, key: OffloadKey) -> None:
+        self._evictable.discard(key)
+
+    # --- Tree -------------------------------------------------------------------------------------
+
+    def _is_free(self, key: OffloadKey, protected: set[OffloadKey]) -> bool:
+        return key in self._evictable and key not in protected
+
+    def _take(self, key: OffloadKey) -> ChunkStatus:
+        """Remove a chunk that is evicted."""
+        self._evictable.discard(key)
+        self._first.pop(key, None)
+        return self.chunks.pop(key)
+
+    def _learn(self, positions: Iterable[Sequence[int]]) -> None:
+        """Learn the kinds of the groups from those that have a chunk at each position."""
+        sets = [set(groups) for groups in positions]
+        groups = self._groups | set().union(*sets)
+        states = {group for group in groups if any(group not in one for one in sets)}
+        if states == groups:  # Parts of a request, which tell nothing.
+            states = set()
+        if groups != self._groups or not states <= self._states:
+            self._groups, self._states = groups, self._states | states
+            self._plant()
+
+    def _path(self, end: bytes | None) -> Indices:
+        """Return the tokens from the root to the hash ``end``."""
+        names = []
+        while end is not None:
+            names.append(end[:4])
+            end = self._homes[end][1]
+        return np.frombuffer(b"".join(names[::-1]), INT32)
+
+    def _deepest(self, keys: Iterable[OffloadKey]) -> Indices | None:
+        """Return the longest path in the tree that ends in one of ``keys``, or None."""
+        names = [name for name in map(get_offload_block_hash, keys) if name in self._homes]
+        return self._path(max(names, key=lambda name: self._homes[name][2])) if names else None
+
+    def _publish(self, chain: Sequence[bytes]) -> None:
+        """Store a path whose attention chunks are all there, and its states."""
+        cache, homes = self.cache, self._homes
+        known = max((i for i, name in enumerate(chain) if name in homes), default=-1)
+        before = chain[known] if known >= 0 else None
+        new = [name for name in chain[known + 1 :] if name not in homes]
+        path = self._path(before)
+        tokens = np.concatenate([path, np.frombuffer(b"".join(n[:4] for n in new), INT32)])
+        match = cache.match(np.append(tokens, np.int32(0)))
+        first = len(path)
+        if match.kv_match_len != first:
+            return  # Another path has the same tokens: these chunks remain without a place.
+        cache.touch(match)
+        with cache.lock_kv(path) as lock:
+            rows = cache.allocate_kv(len(new))
+            assert rows is not None, "there is a row for each chunk"
+            for row, name in zip(rows.tolist(), new, strict=True):
+                homes[name] = row, before, (homes[before][2] if before is not None else 0) + 1
+                self._hash_of[row], before = name, name
+            all_rows = rows if lock.node is None else np.append(cache.gather(lock.node), rows)
+            saves = []
+            for name in chain if self._states else ():
+                keys = [make_offload_key(name, group) for group in self._states]
+                if name in self._saved or name not in homes:
+                    continue
+                if all(key in self.chunks for key in keys):
+                    slot = cache.allocate_slot()
+                    assert slot is not None, "there is a slot for each state"
+                    self._state_of[slot] = name
+                    self._saved.add(name)
+                    saves.append((homes[name][2], slot))
+            result = cache.insert(tokens, all_rows.astype(INT32), saves, None, first)
+        for slot in result.rejected_slots:
+            self._saved.discard(self._state_of.pop(slot))
+            cache.free_slot(slot)
+        for name in chain:
+            for group in self._groups:
+                self._first.pop(make_offload_key(name, group), None)
+
+    def _row_left(self, row: int) -> None:
+        name = self._hash_of.pop(row, None)
+        if name is not None:
+            del self._homes[name]
+            self._give_up(name, self._groups - self._states)
+
+    def _slot_left(self, slot: int) -> None:
+        name = self._state_of.pop(slot, None)
+        if name is not None:
+            self._saved.discard(name)
+            self._give_up(name, self._states)
+
+    def _give_up(self, name: bytes, groups: Iterable[int]) -> None:
+        for group in groups:
+            key = make_offload_key(name, group)
+            if key in self.chunks:
+                self._first[key] = None
+
+    def check(self) -> None:
+        """Check the invariants. O(chunks)."""
+        self.cache.check(held_tokens=0, held_slots=0)
+        assert self._evictable <= self.chunks.keys() and self._first.keys() <= self.chunks.keys()
+        assert len(self.chunks) <= self.cache_capacity
+        assert {row for row, _, _ in self._homes.values()} == self._hash_of.keys()
+        for _, before, length in self._homes.values():
+            assert length == (self._homes[before][2] if before is not None else 0) + 1

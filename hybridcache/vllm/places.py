@@ -1,0 +1,193 @@
+"""Positions at which the requests of vLLM save states, and their losses by cause."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+from hybridcache.radix.api import PrefixMatch
+from hybridcache.radix.protocol import Item, Placed, PlacementPolicy, Prefill
+from hybridcache.vllm import NAME
+from hybridcache.vllm.pool import HASH_BYTES, WORDS, Layout
+
+if TYPE_CHECKING:
+    from vllm.v1.core.kv_cache_utils import KVCacheBlock
+    from vllm.v1.request import Request
+
+DECODE, PREEMPT = "decode", "preempt"
+"""Labels of the state at the end of an answer, and of one at the end of an interrupted prompt."""
+
+
+@dataclass(slots=True, eq=False)
+class Track:
+    """Progress of one request through the cache."""
+
+    match: PrefixMatch | None = None
+    """Match that the request resumes from. None if it may not read the cache."""
+    cached_len: int = 0
+    """Resumed length, tokens."""
+    is_planned: bool = False
+    is_waiting: bool = False
+    """True in a step in which another request computes a deeper state for the same prompt."""
+    is_running: bool = False
+    stops: dict[int, Placed] = field(default_factory=dict)
+    """Planned checkpoints that are not saved yet, by position in tokens."""
+    interval: int = 0
+    """Distance of the states of the answer, tokens. 0 saves none."""
+    answer: tuple[int, list[KVCacheBlock]] | None = None
+    """Position and blocks of the rolling copy of the answer's last state."""
+    block_copied_at: int = 0
+    """Hit inside a block, whose copy the tree is not pointed to yet. 0 if there is none."""
+    losses: dict[str, int] = field(default_factory=dict)
+    """Prompt tokens that are computed, by cause."""
+    _ids: bytes = b""
+
+    def ids(self, request: Request, num_tokens: int, unit: int) -> bytes:
+        """Return the tree's tokens of the whole units of the first ``num_tokens``."""
+        count = num_tokens // unit
+        if request.resumable:
+            self._ids = b""  # A session may have lost its last tokens.
+        known = len(self._ids) // HASH_BYTES
+        if count > known:
+            added = [one[:HASH_BYTES] for one in request.block_hashes[known:count]]
+            self._ids += b"".join(added)
+        return self._ids[: count * HASH_BYTES]
+
+
+def hints(request: Request) -> Mapping[str, Any]:
+    """Return the hints in ``extra_args`` of a request.
+
+    These are ``{"hybridcache": {"boundaries": [...]}}``, or ``hybridcache_boundaries`` from clients
+    of the HTTP API, whose ``vllm_xargs`` are flat. Raises ValueError for others.
+    """
+    params = request.sampling_params
+    given = (params.extra_args or {}) if params is not None else {}
+    flat = NAME + "_"
+    found = {name[len(flat) :]: value for name, value in given.items() if name.startswith(flat)}
+    found |= given.get(NAME) or {}
+    for name in found:
+        if name not in ("boundaries", "explain"):
+            raise ValueError(f"{NAME} has no hint {name!r}; known: boundaries, explain.")
+    return found
+
+
+def wants_losses(request: Request) -> bool:
+    """Return whether the response of a request should have its losses (hint ``explain``)."""
+    try:
+        return bool(hints(request).get("explain"))
+    except ValueError:
+        return False
+
+
+def boundaries_of(request: Request) -> tuple[int, ...]:
+    """Return the declared positions that later prompts share, ascending. Others are ignored: a
+    client's mistake must not stop the engine."""
+    try:
+        given = hints(request).get("boundaries", ())
+        return tuple(sorted({int(one) for one in given if 0 < int(one) <= request.num_tokens}))
+    except (TypeError, ValueError):
+        return ()
+
+
+class Counters:
+    """Prometheus counters, next to those of vLLM in its ``/metrics``.
+
+    The scheduler runs in a process of its own. So they are shown if ``PROMETHEUS_MULTIPROC_DIR`` is
+    set, as vLLM does with several API servers.
+    """
+
+    def __init__(self) -> None:
+        from prometheus_client import Counter
+
+        self._tokens = Counter(
+            "hybridcache_prompt_tokens", "Prompt tokens, cached or computed, by cause.", ["cause"]
+        )
+        self._copied_bytes = Counter(
+            "hybridcache_copied_bytes", "Bytes of block copies for states of answers."
+        )
+
+    def admitted(self, track: Track) -> None:
+        """Count the prompt of an admitted request."""
+        self._tokens.labels("cached").inc(track.cached_len)
+        for cause, num_tokens in track.losses.items():
+            self._tokens.labels(cause).inc(num_tokens)
+
+    def copied(self, num_bytes: int) -> None:
+        """Count a copy of the state of an answer."""
+        self._copied_bytes.inc(num_bytes)
+
+
+@cache
+def counters() -> Counters:
+    """Return the counters of this process, which all engines in it share."""
+    return Counters()
+
+
+class Places:
+    """Decisions of a placement policy, in tokens.
+
+    Policies count in rows of the tree, as its items do: a unit is ``WORDS`` long for them.
+    """
+
+    def __init__(self, policy: PlacementPolicy, layout: Layout, drop: int) -> None:
+        self.policy, self.layout = policy, layout
+        self._drop = drop * WORDS
+        """Rows before the end of matching KV that cannot be resumed from (EAGLE)."""
+
+    def plan(
+        self,
+        request: Request,
+        track: Track,
+        found: PrefixMatch,
+        evicted: tuple[Item, ...],
+        free_slots: int,
+        num_checkpoints: int,
+        saves_answer: bool,
+    ) -> None:
+        """Plan the checkpoints of a new request, and notify the policy of it."""
+        unit, policy, layout, match = self.layout.unit, self.policy, self.layout, track.match
+        assert match is not None
+        if match.resumed is not None:
+            policy.on_hit(match.resumed)
+        if found.missed is not None:
+            policy.on_ghost_hit(found.missed, found.missed_tokens)
+        drop, cached_len = self._drop, match.cached_len
+        # The part of a unit at the end is at least one row, and less than a unit.
+        rest = min(-(-(request.num_tokens % unit) * WORDS // unit), WORDS - 1)
+        prefill = Prefill(
+            prompt_len=max(layout.rows(request.num_tokens) + rest - drop, 1),
+            cached_len=cached_len,
+            kv_match_len=max(found.kv_match_len - drop, cached_len),
+            seen_len=max(found.seen_len - drop, cached_len),
+            boundaries=tuple(max(one * WORDS // unit - drop, 0) for one in boundaries_of(request)),
+            grid=layout.rows(layout.grid),
+            resumed=match.resumed,
+            evicted=evicted,
+            forks=found.forks,
+            answer_survives=saves_answer,
+            free_slots=free_slots,
+            num_checkpoints=num_checkpoints,
+        )
+        policy.on_prefill(prefill)
+        planned = prefill.on_grid(policy.plan(prefill))
+        track.stops = {layout.tokens(one.position): one for one in planned}
+        self.resume(track, saves_answer)
+        lost = {name: layout.tokens(num) for name, num in found.losses._asdict().items() if num}
+        # The last part of the prompt, less than a unit, is in no unit of the tree.
+        num_rest = request.num_tokens - track.cached_len - sum(lost.values())
+        lost["below_grid"] = lost.get("below_grid", 0) + num_rest
+        track.losses = lost
+
+    def resume(self, track: Track, saves_answer: bool) -> None:
+        """Plan the answer of a request, also of a preempted one, which the policy knows."""
+        interval = self.policy.decode_interval() if saves_answer else None
+        if interval is not None:
+            track.interval = -(-interval // self.layout.rows(self.layout.grid)) * self.layout.grid
+        track.is_planned = True
+
+    def saved(self, wanted: Mapping[int, Placed], stored: set[int]) -> None:
+        """Notify the policy of the fate of checkpoints."""
+        for position, placed in wanted.items():
+            (self.policy.on_saved if position in stored else self.policy.on_dropped)(placed)

@@ -1,0 +1,442 @@
+"""HybridScheduler: vLLM's asynchronous scheduler, with this project's eviction and places.
+
+The scheduler is vLLM's. Its cache manager, block pool and state managers keep their data and get
+derived classes: hits come from the tree (``pool.py``), chunks end at planned positions
+(``places.py``), and victims are the tree's. ``SEAMS`` lists the overridden code.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import vllm
+from vllm.v1.core.kv_cache_manager import KVCacheBlocks, KVCacheManager
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager, MambaManager
+
+from hybridcache.policies.registry import parse_placement
+from hybridcache.radix.protocol import Placed
+from hybridcache.vllm import NAME, Settings, require_version
+from hybridcache.vllm.places import DECODE, PREEMPT, Places, Track, counters, wants_losses
+from hybridcache.vllm.pool import WORDS, BlockTree, HybridPool, Layout
+
+if TYPE_CHECKING:
+    from vllm.v1.core.kv_cache_utils import KVCacheBlock
+    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.request import Request
+
+
+def shared_units(one: Request, other: Request) -> int:
+    """Return the number of units that two prompts share. O(log prompt): hashes are chained."""
+    low, high = 0, min(len(one.block_hashes), len(other.block_hashes))
+    while low < high:
+        middle = (low + high + 1) // 2
+        if one.block_hashes[middle - 1] == other.block_hashes[middle - 1]:
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
+class StateManager(MambaManager):
+    """Manager of one state group. It registers no states itself: ``HybridManager`` does."""
+
+    def cache_blocks(self, request: Request, num_tokens: int, *args: Any, **kwargs: Any) -> None:
+        return None
+
+
+class RowManager(FullAttentionManager):
+    """Manager of one attention group. Keys of parts of a block are left to ``HybridManager``."""
+
+    def _cache_partial_tail_block(self, request: Request, num_tokens: int) -> None:
+        return None
+
+
+class HybridManager(KVCacheManager):
+    """vLLM's cache manager with hits and states of the tree."""
+
+    tree: BlockTree
+    places: Places
+    layout: Layout
+    states: list[StateManager]
+    drop: int
+    """Units that EAGLE drops from each hit."""
+    saves_answers: bool
+    """False with speculation: a state of the last accepted token is in an unknown block."""
+    debug: bool
+
+    def start(self, settings: Settings, layout: Layout, drop: int, drafts: bool) -> None:
+        """Set up the fields of this class."""
+        self.num_steps = 0
+        self.layout, self.drop, self.saves_answers = layout, drop, not drafts
+        self.debug = settings.debug
+        managers = self.coordinator.single_type_managers
+        self.states = [managers[group] for group in layout.states]
+        for manager in managers:
+            is_state = isinstance(manager, MambaManager)
+            manager.__class__ = StateManager if is_state else RowManager
+        self.block_pool.__class__ = HybridPool
+        # Time is counted in steps: no decision depends on a clock or a rank.
+        self.tree = BlockTree(
+            self.block_pool, layout, settings.eviction, lambda: self.num_steps * 0.05
+        )
+        self.block_pool.tree = self.tree
+        self.places = Places(parse_placement(settings.placement), layout, drop)
+        self.tracks: dict[str, Track] = {}
+        self._prefilling: dict[str, Track] = {}
+        """Running requests whose prompts are not published yet."""
+        self._copied: dict[str, tuple[Track, Request]] = {}
+        """Requests with ``block_copied_at``."""
+        self._coming: list[tuple[int, bytes]] = []
+        """Positions and hashes of the states that this step computes."""
+        self._admitted: list[Request] = []
+        """Requests that this step admitted: their prompts are not in the tree yet."""
+
+    def tables(self, request: Request) -> list[list[KVCacheBlock]]:
+        """Return the block table of a running request in each group."""
+        managers = self.coordinator.single_type_managers
+        return [manager.req_to_blocks[request.request_id] for manager in managers]
+
+    # --- Lookup -----------------------------------------------------------------------------------
+
+    def get_computed_blocks(
+        self, request: Request, max_cache_hit_length: int | None = None
+    ) -> tuple[KVCacheBlocks, int, int]:
+        track = self.tracks.get(request.request_id)
+        if track is None:
+            track = self.tracks[request.request_id] = Track()
+        track.match, track.cached_len, track.is_waiting = None, 0, False
+        if not self.prefix_cache_lookup_enabled(request):
+            return self.empty_kv_cache_blocks, 0, 0
+        layout, tree, num_tokens = self.layout, self.tree, request.num_tokens
+        if max_cache_hit_length is not None:
+            num_tokens = min(num_tokens, max_cache_hit_length + 1)
+        ids = track.ids(request, num_tokens, layout.unit)
+        found, match = tree.find(ids, num_tokens, self.drop)
+        track.match, track.cached_len = match, layout.tokens(match.cached_len)
+        is_fresh = match.resumed is not None and match.resumed.slot in tree.fresh
+        track.is_waiting = is_fresh or self._is_coming(request, track.cached_len)
+        if request.num_preemptions and not track.is_planned:
+            self.places.resume(track, self.saves_answers and not request.resumable)
+        if not track.is_planned and not track.is_waiting:
+            lost = tree.cache.evicted(found)
+            evicted = tuple(one for one in lost if one.position > match.cached_len)
+            limit = 64 * len(layout.states)
+            free_slots = self.block_pool.num_unowned(limit) // len(layout.states)
+            saves_answer = self.saves_answers and not request.resumable
+            num_checkpoints = tree.cache.num_checkpoints
+            shared = max((shared_units(request, one) for one in self._admitted), default=0)
+            if shared * WORDS > found.seen_len:
+                found = found._replace(seen_len=shared * WORDS, forks=True)
+            self.places.plan(
+                request, track, found, evicted, free_slots, num_checkpoints, saves_answer
+            )
+        blocks = self.create_kv_cache_blocks(tuple(tree.blocks_of(match)))
+        return blocks, track.cached_len, 0
+
+    def _is_coming(self, request: Request, cached_len: int) -> bool:
+        """Return whether this step computes a deeper state for the prompt of ``request``."""
+        hashes, unit = request.block_hashes, self.layout.unit
+        last = (request.num_tokens - 1) // unit - self.drop
+        for position, key in self._coming:
+            number = position // unit
+            if cached_len < position and number <= last and hashes[number - 1] == key:
+                return True
+        return False
+
+    # --- Steps ------------------------------------------------------------------------------------
+
+    def new_step_starts(self) -> None:
+        super().new_step_starts()
+        self.num_steps += 1
+        self.tree.fresh.clear()
+        self._coming.clear()
+        self._admitted.clear()
+        for request_id in list(self._copied):
+            self._point_to_copy(request_id)
+        if self.debug:
+            self.tree.check()
+
+    def _point_to_copy(self, request_id: str) -> None:
+        track, request = self._copied.pop(request_id)
+        self.tree.block_copied(request, self.tables(request), track.block_copied_at)
+
+    def allocate_slots(
+        self, request: Request, num_new_tokens: int, *args: Any, **kwargs: Any
+    ) -> KVCacheBlocks | None:
+        track = self.tracks.get(request.request_id)
+        if track is None or not track.is_running:
+            return self._admit(request, track, num_new_tokens, *args, **kwargs)
+        new = super().allocate_slots(request, num_new_tokens, *args, **kwargs)
+        while new is None and self._give_back_copy():
+            new = super().allocate_slots(request, num_new_tokens, *args, **kwargs)
+        if new is not None:
+            start = request.num_computed_tokens
+            if track.stops:
+                self._note_coming(request, track, start + num_new_tokens)
+            interval = track.interval
+            if interval and start % interval == 0 and start >= request.num_prompt_tokens:
+                self._copy_state(request, track, start)
+        return new
+
+    def _note_coming(self, request: Request, track: Track, end: int) -> None:
+        if end in track.stops:
+            number = end // self.layout.unit
+            self._coming.append((end, request.block_hashes[number - 1]))
+
+    def _admit(
+        self, request: Request, track: Track | None, num_new_tokens: int, *args: Any, **kwargs: Any
+    ) -> KVCacheBlocks | None:
+        """Allocate the first blocks of a request, under a lock on its hit."""
+        if track is None:
+            track = self.tracks[request.request_id] = Track()
+        if track.is_waiting:
+            return None
+        cache, match = self.tree.cache, track.match
+        self.tree.locks[request.request_id] = cache.lock(None if match is None else match.node)
+        # Keep room for the copies of planned states, so that they preempt no request.
+        reserve = len(self.states) * (bool(track.stops) + bool(track.interval))
+        self.watermark_blocks += reserve
+        new = super().allocate_slots(request, num_new_tokens, *args, **kwargs)
+        self.watermark_blocks -= reserve
+        if new is not None:
+            self._admitted.append(request)
+            track.is_running = True
+            # Without its lock, the match may have been evicted for the blocks of this request.
+            if match is not None and request.request_id in self.tree.locks:
+                cache.touch(match, resumes=request.num_preemptions > 0)
+            if track.losses:
+                counters().admitted(track)
+            self._prefilling[request.request_id] = track
+            start = kwargs.get("num_new_computed_tokens", 0)
+            track.cached_len = start
+            track.stops = {end: one for end, one in track.stops.items() if end > start}
+            if start % self.layout.block_size:
+                track.block_copied_at = start
+                self._copied[request.request_id] = track, request
+            self._note_coming(request, track, start + num_new_tokens)
+        else:
+            self.tree.unlock(request.request_id)
+        return new
+
+    def step_scheduled(self, num_scheduled_tokens: dict[str, int], requests: Any) -> None:
+        """Publish the prompts, as far as the step that was scheduled computes them."""
+        for request_id in [one for one in self._prefilling if one in num_scheduled_tokens]:
+            request, track = requests[request_id], self._prefilling[request_id]
+            end = min(request.num_computed_tokens, request.num_tokens)
+            if end >= max(request.num_prompt_tokens, request.num_tokens - 1):
+                del self._prefilling[request_id]
+            tables = self.tables(request)
+            states: dict[int, tuple[Placed, list[KVCacheBlock]]] = {}
+            if end in track.stops:
+                states[end] = track.stops.pop(end), self._running_state(tables, end)
+            self._publish(request, track, tables, end, states)
+            if end not in states or end % self.layout.block_size == 0:
+                continue
+            # The next step overwrites this state: vLLM copies it first, and reserves the blocks.
+            for manager, block in zip(self.states, states[end][1], strict=True):
+                if block.block_id in self.tree.slots.slot_of:
+                    manager._partial_hit_reqs[request_id] = end // self.layout.block_size, block
+
+    def _running_state(
+        self, tables: list[list[KVCacheBlock]], computed_len: int
+    ) -> list[KVCacheBlock]:
+        """Return the blocks that hold the state after the last computed token."""
+        at = (computed_len - 1) // self.layout.block_size
+        return [tables[group][at] for group in self.layout.states]
+
+    def _publish(
+        self,
+        request: Request,
+        track: Track,
+        tables: list[list[KVCacheBlock]],
+        end: int,
+        states: dict[int, tuple[Placed, list[KVCacheBlock]]],
+    ) -> None:
+        end = min(end, len(request.block_hashes) * self.layout.unit)
+        ids = track.ids(request, end, self.layout.unit)
+        stored = self.tree.publish(request, ids, tables, states) if ids else set()
+        self.places.saved({at: placed for at, (placed, _) in states.items()}, stored)
+
+    # --- Answers ----------------------------------------------------------------------------------
+
+    def _copy_state(self, request: Request, track: Track, start: int) -> None:
+        """Let this step copy the state after ``start`` tokens before it computes.
+
+        Only the last copy is kept, in blocks of the request's own, which are published when the
+        answer ends. So a stop token needs no notice, and asynchronous steps may run ahead.
+        """
+        pool, sources = self.block_pool, self._running_state(self.tables(request), start)
+        if any(block.is_null for block in sources):
+            return
+        if track.answer is None:
+            # Keep a block for each running request, so that no copy preempts one.
+            if pool.get_num_free_blocks() < len(sources) + len(self.tracks):
+                return
+            track.answer = start, pool.get_new_blocks(len(sources))
+        blocks = track.answer[1]
+        track.answer = start, blocks
+        for manager, source, block in zip(self.states, sources, blocks, strict=True):
+            manager._pending_cow_copies.append((source, block))
+            source.ref_cnt += 1
+            block.ref_cnt += 1
+        counters().copied(self.layout.block_bytes * len(blocks))
+
+    def _give_back_copy(self) -> bool:
+        """Free the copy of the newest answer. Returns False if there is none."""
+        for track in reversed(self.tracks.values()):
+            if track.answer is not None:
+                self.block_pool.free_blocks(track.answer[1])
+                track.answer, track.interval = None, 0
+                return True
+        return False
+
+    # --- Ends -------------------------------------------------------------------------------------
+
+    def free(self, request: Request) -> None:
+        """Publish the computed tokens of a request that ended or is preempted, and free it."""
+        request_id = request.request_id
+        track = self.tracks.pop(request_id, None)
+        if track is not None and track.is_running:
+            self._end(request, track)
+        super().free(request)
+
+    def _end(self, request: Request, track: Track) -> None:
+        request_id, tables, layout = request.request_id, self.tables(request), self.layout
+        self._prefilling.pop(request_id, None)
+        if request_id in self._copied:
+            self._point_to_copy(request_id)
+        end = computed = request.num_computed_tokens
+        if not self.saves_answers:  # Drafts in flight may be rejected.
+            end = min(end - request.num_in_flight_tokens, request.num_tokens - 1)
+        end = min(end, request.num_tokens, len(request.block_hashes) * layout.unit)
+        states: dict[int, tuple[Placed, list[KVCacheBlock]]] = {}
+        if track.answer is not None and track.answer[0] <= end:
+            states[track.answer[0]] = Placed(layout.rows(track.answer[0]), DECODE), track.answer[1]
+        if self.saves_answers and computed == end and end % layout.grid == 0 < end:
+            blocks = self._running_state(tables, end)
+            if end > track.cached_len and not any(
+                block.is_null or self.tree.owns(block) for block in blocks
+            ):
+                label = PREEMPT if end <= request.num_prompt_tokens else DECODE
+                states[end] = track.stops.pop(end, Placed(layout.rows(end), label)), blocks
+        self._publish(request, track, tables, end, states)
+        self.places.saved(track.stops, set())
+        self.tree.unlock(request_id)
+        if track.answer is not None:
+            self.block_pool.free_blocks(track.answer[1])
+        owned = self.tree
+        for group in layout.attention:
+            for block, first in zip(tables[group], tables[layout.attention[0]], strict=True):
+                if block.block_hash is not None and not owned.owns(first):
+                    self.block_pool.drop(block)
+
+    def reset_prefix_cache(self) -> bool:
+        if not super().reset_prefix_cache():
+            return False
+        self.tree.cache.reset()
+        return True
+
+
+class HybridScheduler(AsyncScheduler):
+    """Scheduler for ``--scheduler-cls hybridcache.vllm.HybridScheduler``."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        require_version(vllm.__version__)
+        super().__init__(*args, **kwargs)
+        settings = Settings.read(self.vllm_config.additional_config)
+        self.hybrid: HybridManager | None = None
+        """Cache manager, or None for a model without linear layers, which is served as by vLLM."""
+        if not self.has_mamba_layers:
+            return
+        layout = self._layout(settings)
+        drop = int(self.use_eagle_block_drop)
+        # Planned stops replace the one at the end of the prompt.
+        self.mamba_partial_cache_hit = False
+        manager = self.kv_cache_manager
+        manager.__class__ = HybridManager
+        manager.start(settings, layout, drop, self.num_spec_tokens > 0)
+        self.hybrid = manager
+
+    def _layout(self, settings: Settings) -> Layout:
+        """Return the layout of the model's blocks. Raises ValueError for a model or a setting that
+        is not supported."""
+        manager, groups = self.kv_cache_manager, self.kv_cache_config.kv_cache_groups
+        managers = manager.coordinator.single_type_managers
+        kinds = {type(one).__name__ for one in managers}
+        refused = {
+            "--no-enable-prefix-caching": not manager.enable_caching,
+            "KV connectors (--kv-transfer-config)": self.connector is not None,
+            "decode context parallelism": self.dcp_world_size > 1,
+            "prefill context parallelism": self.pcp_world_size > 1,
+            "drafts of several MTP modules": self.num_prefill_lookahead > 1,
+            f"the cache groups of this model ({', '.join(sorted(kinds))})": not all(
+                type(one) in (FullAttentionManager, MambaManager) for one in managers
+            ),
+            "groups with blocks of different sizes": len({one.block_size for one in managers}) > 1,
+        }
+        for what, is_set in refused.items():
+            if is_set:
+                raise ValueError(
+                    f"hybridcache does not support {what}: drop it, or --scheduler-cls."
+                )
+        unit = self.block_size
+        if manager.coordinator.enable_partial_hash_hits:
+            unit = self.hash_block_size
+        grid = settings.grid or unit
+        if grid % unit:
+            raise ValueError(
+                f"grid must be a multiple of --prefix-match-unit, which is {unit} (got {grid})."
+            )
+        by_kind: dict[bool, list[int]] = {True: [], False: []}
+        for number, one in enumerate(managers):
+            by_kind[isinstance(one, MambaManager)].append(number)
+        size = sum(groups[0].kv_cache_spec.page_size_bytes for _ in groups[0].layer_names)
+        return Layout(
+            unit, grid, self.block_size, size, tuple(by_kind[False]), tuple(by_kind[True])
+        )
+
+    def _mamba_block_aligned_split(
+        self,
+        request: Request,
+        num_new_tokens: int,
+        num_new_local_computed_tokens: int = 0,
+        num_external_computed_tokens: int = 0,
+    ) -> int:
+        hybrid, block_size = self.hybrid, self.block_size
+        start = request.num_computed_tokens + num_new_local_computed_tokens
+        start += num_external_computed_tokens
+        prefill_end = max(request.num_prompt_tokens, request.num_tokens - 1)
+        if hybrid is None or start >= prefill_end:
+            return num_new_tokens
+        end = start + num_new_tokens
+        if end < prefill_end:
+            # As in vLLM: a chunk before the last ends at a block, unless a block is wider.
+            limit, threshold = (
+                self.max_num_scheduled_tokens,
+                self.scheduler_config.long_prefill_token_threshold,
+            )
+            limit = min(limit, threshold) if threshold > 0 else limit
+            aligned = end // block_size * block_size
+            if aligned > start or block_size <= limit:
+                end = aligned
+        track = hybrid.tracks.get(request.request_id)
+        stops = () if track is None else track.stops
+        return max(min((stop for stop in stops if start < stop < end), default=end) - start, 0)
+
+    def _free_request(
+        self, request: Request, *args: Any, **kwargs: Any
+    ) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
+        hybrid, lost = self.hybrid, None
+        if hybrid is not None and wants_losses(request):
+            track = hybrid.tracks.get(request.request_id)
+            lost = None if track is None else {"cached": track.cached_len, **track.losses}
+        params, encoder_params = super()._free_request(request, *args, **kwargs)
+        if lost is not None:
+            params = {**(params or {}), NAME: lost}
+        return params, encoder_params
+
+    def _update_after_schedule(self, scheduler_output: SchedulerOutput) -> None:
+        super()._update_after_schedule(scheduler_output)
+        if self.hybrid is not None and self.hybrid._prefilling:
+            self.hybrid.step_scheduled(scheduler_output.num_scheduled_tokens, self.requests)

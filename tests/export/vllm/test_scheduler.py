@@ -1,0 +1,327 @@
+"""HybridScheduler in vLLM's own code, with a worker that stores the identity of each prefix."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("vllm")
+
+from vllm.distributed.kv_events import AllBlocksCleared, BlockStored
+from vllm.sampling_params import SamplingParams
+from vllm.v1.core.kv_cache_utils import get_block_hash, get_group_id, maybe_convert_block_hash
+from vllm.v1.request import Request, RequestStatus
+
+from hybridcache.vllm import Settings, require_version
+from hybridcache.vllm.check import Contents, Engine, Model, Options, run
+from hybridcache.vllm.places import Track, boundaries_of
+
+SMALL = Model(num_layers=1, num_state_groups=2, row_bytes=256, state_bytes=128 * 256)
+"""Blocks of 128 tokens."""
+DEBUG = {"debug": True}
+GIB_PER_BLOCK = SMALL.block_size * SMALL.row_bytes / 2**30
+
+
+def prompt_of(*parts: tuple[int, int]) -> list[int]:
+    """Return the tokens of parts (seed, length)."""
+    draws = [np.random.default_rng(seed).integers(1, 9999, size) for seed, size in parts]
+    return np.concatenate(draws).tolist()
+
+
+def turn(prompt: Sequence[int], answer: int, session: object = None, **fields: Any) -> Any:
+    tokens = np.array(prompt, np.int32)
+    output = np.random.default_rng(len(prompt)).integers(1, 9999, answer).astype(np.int32)
+    named = {"namespace": None, "boundaries": (), "session": session} | fields
+    return SimpleNamespace(tokens=tokens, output=output, **named)
+
+
+def chats(num_sessions: int, num_turns: int, seed: int = 0) -> list[Any]:
+    """Draw conversations with one system prompt, whose turns contain all earlier ones."""
+    chance, found = np.random.default_rng(seed), []
+    for session in range(num_sessions):
+        text = prompt_of((7, 300))
+        for number in range(num_turns):
+            text = text + prompt_of((1000 * session + number + 1, int(chance.integers(20, 400))))
+            one = turn(text, int(chance.integers(3, 150)), session)
+            found.append(one)
+            text = text + one.output.tolist()
+    return found
+
+
+def serve(requests: list[Any], num_blocks: int, model: Model = SMALL, **options: Any) -> Any:
+    defaults = {"sessions": 6, "chunk": 512, "settings": DEBUG}
+    gib = (num_blocks + 0.5) * GIB_PER_BLOCK
+    return run(requests, gib, Options(**(defaults | options)), model)
+
+
+def test_preempted_requests_resume_from_what_they_computed():
+    report = serve(chats(8, 4), 30, overlap=True, settings={"debug": True, "placement": "end"})
+    assert report.num_wrong == 0 and report.preemptions > 0
+    assert report.resumed_tokens > report.hit_tokens
+
+
+MODES = {
+    "in turn": {},
+    "asynchronous": {"overlap": True},
+    "drafts": {"drafts": 2},
+    "EAGLE": {"drafts": 3, "eagle": True, "overlap": True},
+    "aborts and priorities": {"chaos": 0.3, "overlap": True, "seed": 3},
+    "a coarser grid": {"settings": {"debug": True, "grid": 64, "eviction": "lru"}},
+    "whole blocks": {"unit": 0},
+    "a stop at each unit": {"overlap": True, "settings": {"debug": True, "placement": "every:32"}},
+}
+
+
+@pytest.mark.parametrize("num_blocks", [40, 120])
+@pytest.mark.parametrize("options", MODES.values(), ids=MODES)
+def test_every_request_resumes_from_its_own_prompt(options, num_blocks):
+    report = serve(chats(8, 4), num_blocks, **options)
+    assert report.num_wrong == 0
+    assert report.checked_rows == report.resumed_tokens > 0
+    assert bool(report.aborts) == bool(options.get("chaos"))
+
+
+def test_two_attention_groups_share_one_tree():
+    model = Model(1, 2, 2, SMALL.row_bytes, SMALL.state_bytes)
+    report = serve(chats(8, 4), 60, model, overlap=True)
+    assert report.num_wrong == 0
+    assert report.checked_rows == 2 * report.resumed_tokens > 0
+
+
+def test_a_copy_that_is_not_carried_out_is_found(monkeypatch):
+    monkeypatch.setattr(Contents, "copy", lambda *_: None)
+    report = serve(chats(8, 4), 120)
+    assert report.wrong_rows > 100 < report.wrong_states * 1000
+
+
+def test_hits_exceed_those_of_vllm_with_each_of_its_flags():
+    requests = chats(8, 4)
+    ours = serve(requests, 60).hit_rate
+    for options in ({"unit": 0}, {}, {"unit": 0, "retention": None}):
+        report = serve(requests, 60, scheduler="vllm", **options)
+        assert report.num_wrong == 0 and ours > report.hit_rate + 0.1
+
+
+def test_a_model_without_states_is_served_by_vllm_as_it_is():
+    model = Model(num_layers=1, num_state_groups=0, row_bytes=256)
+    reports = [
+        run(chats(6, 3), 200 * 16 * 256 / 2**30, Options(name, unit=0, sessions=4), model)
+        for name in ("hybridcache", "vllm")
+    ]
+    assert reports[0] == reports[1] and reports[0].hit_tokens > 0
+    engine = Engine(model, Options(unit=0), 0.01)
+    assert engine.scheduler.hybrid is None
+
+
+# --- One engine ---------------------------------------------------------------------------------
+
+
+class Steps:
+    """Engine whose requests are added one by one. ``hits`` are those of each request."""
+
+    def __init__(self, num_blocks: int = 200, **options: Any) -> None:
+        defaults = {"chunk": 4096, "settings": DEBUG}
+        gib = (num_blocks + 0.5) * GIB_PER_BLOCK
+        self.engine = Engine(SMALL, Options(**(defaults | options)), gib)
+        self.scheduler = self.engine.scheduler
+        self.hits: list[int] = []
+        record = self.scheduler.kv_cache_manager.record_prefix_cache_stats
+        self.scheduler.kv_cache_manager.record_prefix_cache_stats = lambda request, hits: (
+            record(request, hits),
+            self.hits.append(hits),
+        )
+        self.number = 0
+
+    def serve(self, *turns: Any) -> list[int]:
+        """Serve ``turns`` at once, and return their hits in tokens."""
+        first = len(self.hits)
+        for one in turns:
+            self.number += 1
+            self.engine.submit(self.number, deque([one]))
+        while self.engine.live:
+            self.engine.step()
+            self.engine.collect()
+        assert self.engine.report.num_wrong == 0
+        return self.hits[first:]
+
+
+def test_the_next_turn_resumes_at_the_end_of_the_answer():
+    steps, first = Steps(), turn(prompt_of((1, 300)), 100)
+    assert steps.serve(first) == [0]
+    text = [*first.tokens, *first.output]
+    # The last token of an answer is never computed: 399 tokens are 12 units of 32.
+    assert steps.serve(turn([*text, *prompt_of((2, 50))], 5)) == [384]
+    assert steps.engine.report.copied_blocks > 0
+
+
+def test_equal_prompts_of_one_step_wait_for_the_first():
+    steps, prompt = Steps(), prompt_of((1, 300))
+    assert sorted(steps.serve(*[turn(prompt, 4) for _ in range(4)])) == [0, 288, 288, 288]
+
+
+def test_a_declared_boundary_is_hit_at_its_second_sighting():
+    prompts = [prompt_of((1, 200), (seed, 300)) for seed in (2, 3)]
+    plain = [Steps().serve(turn(one, 4)) for one in prompts]
+    assert plain == [[0], [0]]
+    steps = Steps()
+    hits = [steps.serve(turn(one, 4, boundaries=(200,))) for one in prompts]
+    assert hits == [[0], [192]]
+
+
+def test_prompts_of_different_salts_share_nothing():
+    steps, prompt = Steps(), prompt_of((1, 300))
+    hits = [steps.serve(turn(prompt, 4, namespace=name)) for name in ("a", "b", None, "a", None)]
+    assert hits == [[0], [0], [0], [288], [288]]
+
+
+def test_images_separate_prompts_from_their_position_on():
+    from vllm.multimodal.inputs import MultiModalFeatureSpec, PlaceholderRange
+
+    steps, prompt = Steps(), prompt_of((1, 300))
+    ids = []
+    for name in ("cat", "dog"):
+        feature = MultiModalFeatureSpec(
+            data=None, modality="image", identifier=name, mm_position=PlaceholderRange(100, 30)
+        )
+        request = Request(
+            name,
+            prompt,
+            SamplingParams(max_tokens=4),
+            None,
+            mm_features=[feature],
+            block_hasher=steps.engine._hasher,
+        )
+        ids.append(np.frombuffer(Track().ids(request, 300, 32), np.int32))
+    equal = ids[0] == ids[1]
+    assert equal[: 3 * 4].all() and not equal[3 * 4 :].any()
+
+
+def test_a_reset_forgets_everything_also_while_requests_run():
+    steps, prompt = Steps(), prompt_of((1, 300))
+    steps.serve(turn(prompt, 4))
+    assert steps.scheduler.reset_prefix_cache()
+    assert steps.serve(turn(prompt, 4)) == [0]
+    steps.number += 1
+    steps.engine.submit(steps.number, deque([turn(prompt, 40)]))
+    for _ in range(5):
+        steps.engine.step()
+    assert not steps.scheduler.reset_prefix_cache()
+    assert steps.scheduler.reset_prefix_cache(reset_running_requests=True)
+    assert steps.serve() == [0]  # The preempted request begins again.
+    tree = steps.scheduler.hybrid.tree
+    tree.check()
+    assert not steps.scheduler.hybrid.tracks and not tree.locks
+
+
+def test_events_name_what_the_cache_holds():
+    steps = Steps(num_blocks=30)
+    pool = steps.scheduler.kv_cache_manager.block_pool
+    pool.enable_kv_cache_events = True
+    held: set[Any] = set()
+
+    def follow() -> list[Any]:
+        events = take()
+        for event in events:
+            if isinstance(event, AllBlocksCleared):
+                held.clear()
+                continue
+            named = {(event.group_idx, one) for one in event.block_hashes}
+            (held.update if isinstance(event, BlockStored) else held.difference_update)(named)
+        return events
+
+    take, pool.take_events = pool.take_events, follow
+    for one in chats(6, 3):
+        steps.serve(one)
+        follow()
+        keys = pool.cached_block_hash_to_block._cache
+        found = {(get_group_id(key), maybe_convert_block_hash(get_block_hash(key))) for key in keys}
+        assert held == found
+    assert held
+
+
+def test_causes_of_loss_are_in_the_response_and_in_counters():
+    from prometheus_client import REGISTRY
+
+    def count(cause: str) -> float:
+        labels = {"cause": cause}
+        return REGISTRY.get_sample_value("hybridcache_prompt_tokens_total", labels) or 0.0
+
+    steps, prompt = Steps(), prompt_of((1, 300))
+    steps.serve(turn(prompt, 4))
+    before = count("cached"), count("never_seen")
+    params = SamplingParams(max_tokens=1, extra_args={"hybridcache": {"explain": True}})
+    again = prompt + prompt_of((2, 64))
+    request = Request("x", again, params, None, block_hasher=steps.engine._hasher)
+    steps.scheduler.add_request(request)
+    steps.scheduler.schedule()
+    request.status = RequestStatus.FINISHED_ABORTED
+    found, _ = steps.scheduler._free_request(request)
+    lost = found["hybridcache"]
+    assert sum(lost.values()) == 364 and lost["cached"] == 288
+    assert count("cached") - before[0] == 288 and count("never_seen") - before[1] == 64
+
+
+def test_hints_that_are_wrong_are_ignored():
+    def found(hints: Any) -> tuple[int, ...]:
+        params = SamplingParams(max_tokens=1, extra_args=hints)
+        return boundaries_of(Request("x", [1] * 100, params, None))
+
+    assert found({"hybridcache": {"boundaries": [70, 20]}}) == (20, 70)
+    assert found({"hybridcache_boundaries": [20, 20, 101, -3, 0]}) == (20,)
+    for hints in (None, {"hybridcache": {"boundary": [3]}}, {"hybridcache_boundaries": ["x"]}):
+        assert found(hints) == ()
+
+
+# --- Refusals -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        ({"evict": "lru"}, "no setting 'evict'"),
+        ({"eviction": "x"}, "eviction"),
+        ({"placement": "x"}, "placement"),
+        ({"grid": -1}, "grid must be at least 0"),
+        ({"grid": 48}, "multiple of --prefix-match-unit, which is 32"),
+        ({"debug": 1}, "debug"),
+        ("lru", "must be a JSON object"),
+    ],
+)
+def test_a_wrong_setting_is_named_at_the_start(given, named):
+    with pytest.raises((ValueError, TypeError), match=named):
+        Settings.read({"hybridcache": given})
+        Engine(SMALL, Options(settings=given), 1.0)
+
+
+def test_other_versions_are_refused():
+    with pytest.raises(RuntimeError, match=r"installed: 0\.99\.0"):
+        require_version("0.99.0")
+
+
+REFUSED = {
+    "--no-enable-prefix-caching": lambda config: vars(config.cache_config).update(
+        enable_prefix_caching=False
+    ),
+    "several MTP modules": lambda config: vars(config).update(num_prefill_lookahead_tokens=2),
+}
+
+
+@pytest.mark.parametrize(("named", "change"), REFUSED.items(), ids=REFUSED)
+def test_what_is_not_supported_is_named_at_the_start(named, change, monkeypatch):
+    from hybridcache.vllm import check
+
+    make = check.make_config
+
+    def changed(*args: Any) -> Any:
+        config = make(*args)
+        change(config)
+        return config
+
+    monkeypatch.setattr(check, "make_config", changed)
+    with pytest.raises(ValueError, match=named):
+        Engine(SMALL, Options(), 0.01)

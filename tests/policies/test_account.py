@@ -1,0 +1,113 @@
+"""Accounts of the adaptive placement: worked examples, and rules that refuse open again."""
+
+from __future__ import annotations
+
+import itertools
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hybridcache.policies.placement import (
+    ANSWER_END,
+    EVIDENCE,
+    MEMORY,
+    PROMPT_END,
+    Adaptive,
+    _Account,
+)
+from hybridcache.radix.protocol import Prefill
+from tests.policies.items import FakeItem
+
+
+def test_thirty_prefills_of_one_label_by_hand() -> None:
+    """A checkpoint must earn 20 tokens. The first three live on hope, and the trial is due at
+    prefill 32 of the label, of which 20 were counted before. It halves the four placed (with the
+    first, assumed one) and adds its own. The 200 tokens of a hit then pay until ten are placed."""
+    account, steps = _Account(100.0, 20, 3), ""
+    for step in range(1, 31):
+        account.offer((20.0, float("inf")))
+        pays = account.pays((20.0, float("inf")))
+        steps += "P" if pays else "t" if account.is_tried else "."
+        if pays or account.is_tried:
+            account.save()
+        if step == 20:
+            account.earned += 200
+    assert steps == "PPP" + 8 * "." + "t" + 8 * "." + "PPPPPPP" + 3 * "."
+
+
+Events = list[tuple[str, int]]
+HISTORY = st.lists(
+    st.tuples(st.sampled_from(("hit", "ghost hit", "newcomer", "end")), st.integers(1, 300)),
+    max_size=12,
+)
+
+
+def saves_end(placement: Adaptive) -> bool:
+    """Return whether a conversation that is not in the cache saves its end."""
+    prefill = Prefill(1000, 0, 0, 0, (), 64)
+    placement.on_prefill(prefill)
+    planned = [placed[1:] for placed in placement.plan(prefill)]
+    return PROMPT_END in planned or placement.decode_interval() is not None
+
+
+def live_through(placement: Adaptive, history: Events) -> None:
+    """Apply each event of ``history`` as many times as it says."""
+    for event, times in history:
+        for _ in range(times):
+            label, distance = ANSWER_END if event == "hit" else PROMPT_END
+            item = FakeItem("old", label=label, distance=distance, position=960)
+            if event == "hit":
+                item.uses = 1
+                placement.on_hit(item)
+            elif event == "ghost hit":
+                item.earlier_uses = 1
+                placement.on_ghost_hit(item, 960)
+            elif event == "newcomer":
+                saves_end(placement)
+            else:
+                placement._account(ANSWER_END).save()
+
+
+@given(HISTORY)
+def test_turnover_opens_after_any_history_once_ends_are_used(history: Events) -> None:
+    placement = Adaptive()
+    live_through(placement, [*history, ("ghost hit", 1)])
+    for number in itertools.count():
+        if EVIDENCE * placement._ends_used > placement._ends_used + placement._ends_lost:
+            break
+        assert number < EVIDENCE * (EVIDENCE + 2), "it is still closed"
+        if saves_end(placement):
+            item = FakeItem("new", label="back", distance=1, position=960, uses=1)
+            placement.on_hit(item)
+
+
+@given(HISTORY)
+def test_an_end_is_tried_in_a_fixed_share_of_the_cases_while_conversations_go_on(
+    history: Events,
+) -> None:
+    placement = Adaptive()
+    live_through(placement, [*history, ("ghost hit", 100)])
+    tried = [saves_end(placement) for _ in range(4 * EVIDENCE)]
+    assert sum(tried) >= 4
+
+
+@given(HISTORY)
+def test_a_label_pays_again_after_a_few_trials_with_hits(history: Events) -> None:
+    """Its checkpoints earn four times what is needed from now on."""
+    account, bars = _Account(0.0, 0, 0.0), (25.0, float("inf"))
+    for event, times in history:
+        for _ in range(times):
+            account.offer(bars)
+            if event != "newcomer":
+                account.save()
+            if event == "hit":
+                account.earned += 10
+    trials = 0
+    while not account.pays(bars):
+        account.offer(bars)
+        if account.is_tried:
+            trials += 1
+            account.save()
+            account.earned += 100
+        assert trials <= 12, "a label waits at most MEMORY prefills for each"
+        assert account.due - account.offered <= MEMORY
