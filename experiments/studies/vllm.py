@@ -57,10 +57,13 @@ FLAGS: dict[str, dict[str, Any]] = {
     "--prefix-cache-retention-interval none": {"unit": 0, "retention": None},
 }
 OURS = "HybridScheduler"
+EVICTION_ONLY = "eviction only"
+"""HybridScheduler without a match unit, so that its places are ends of whole blocks."""
 VARIANTS: dict[str, dict[str, Any]] = {
     AS_IS: {"scheduler": "vllm", "unit": 0},
     **{flag: {"scheduler": "vllm", **options} for flag, options in FLAGS.items()},
     OURS: {},
+    EVICTION_ONLY: {"unit": 0, "settings": {"placement": "branch,backoff,end"}},
 }
 
 
@@ -143,9 +146,14 @@ def table(records: common.Records) -> Table:
 def main() -> None:
     parser = common.command_line(__doc__)
     parser.add_argument("--review", action="store_true", help="only the first published cells")
+    parser.add_argument("--cells", nargs="+", metavar="TRACE:GIB:SESSIONS", help="only these")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=[*VARIANTS])
     options = parser.parse_args()
-    jobs = [*jobs_of(options.seeds, options.review, options.variants)]
+    jobs = [
+        job
+        for job in jobs_of(options.seeds, options.review, options.variants)
+        if not options.cells or f"{job.trace}:{job.gib:g}:{job.sessions}" in options.cells
+    ]
     run = partial(common.run_study, "study_vllm", measure, jobs, table)
     run(options.processes)
 
