@@ -124,9 +124,8 @@ def table(records: common.Records) -> Table:
         ]
         wrong = sum(one["num_wrong"] for one in by_variant.get(OURS, ()))
         seeds = len({one["seed"] for one in found})
-        rows.append(
-            [trace, gib, sessions, seeds, rates.get(AS_IS), best, ours, gain, *steps, wrong]
-        )
+        shown = rates.get(AS_IS), best, rates.get(EVICTION_ONLY), ours, gain
+        rows.append([trace, gib, sessions, seeds, *shown, *steps, wrong])
     columns = [
         Column("trace"),
         Column("GiB", form="g"),
@@ -134,6 +133,7 @@ def table(records: common.Records) -> Table:
         Column("seeds", form="d"),
         Column(AS_IS, "%"),
         Column("best of it and two flags", "%"),
+        Column(EVICTION_ONLY, "%"),
         Column(OURS, "%"),
         Column("gain over the best", "points"),
         Column("steps as it is", form=".0f"),

@@ -31,6 +31,8 @@ class Track:
     is_planned: bool = False
     is_waiting: bool = False
     """True in a step in which another request computes a deeper state for the same prompt."""
+    is_cold: bool = False
+    """True after a hit that does not fit into an empty pool: all of the prompt is computed."""
     is_running: bool = False
     stops: dict[int, Placed] = field(default_factory=dict)
     """Planned checkpoints that are not saved yet, by position in tokens."""
@@ -56,36 +58,24 @@ class Track:
         return self._ids[: count * HASH_BYTES]
 
 
-def hints(request: Request) -> Mapping[str, Any]:
-    """Return the hints in ``extra_args`` of a request.
+def hint(request: Request, name: str) -> Any:
+    """Return a hint in ``extra_args`` of a request, or None.
 
-    These are ``{"hybridcache": {"boundaries": [...]}}``, or ``hybridcache_boundaries`` from clients
-    of the HTTP API, whose ``vllm_xargs`` are flat. Raises ValueError for others.
+    It is in ``{"hybridcache": {"boundaries": [...]}}``, or ``hybridcache_boundaries`` from clients
+    of the HTTP API, whose ``vllm_xargs`` are flat. Others are ignored: a client's mistake must not
+    stop the engine.
     """
     params = request.sampling_params
     given = (params.extra_args or {}) if params is not None else {}
-    flat = NAME + "_"
-    found = {name[len(flat) :]: value for name, value in given.items() if name.startswith(flat)}
-    found |= given.get(NAME) or {}
-    for name in found:
-        if name not in ("boundaries", "explain"):
-            raise ValueError(f"{NAME} has no hint {name!r}; known: boundaries, explain.")
-    return found
-
-
-def wants_losses(request: Request) -> bool:
-    """Return whether the response of a request should have its losses (hint ``explain``)."""
-    try:
-        return bool(hints(request).get("explain"))
-    except ValueError:
-        return False
+    own = given.get(NAME)
+    found = own.get(name) if isinstance(own, Mapping) else None
+    return given.get(f"{NAME}_{name}") if found is None else found
 
 
 def boundaries_of(request: Request) -> tuple[int, ...]:
-    """Return the declared positions that later prompts share, ascending. Others are ignored: a
-    client's mistake must not stop the engine."""
+    """Return the declared positions that later prompts share, ascending."""
     try:
-        given = hints(request).get("boundaries", ())
+        given = hint(request, "boundaries") or ()
         return tuple(sorted({int(one) for one in given if 0 < int(one) <= request.num_tokens}))
     except (TypeError, ValueError):
         return ()
@@ -162,7 +152,7 @@ class Places:
             kv_match_len=max(found.kv_match_len - drop, cached_len),
             seen_len=max(found.seen_len - drop, cached_len),
             boundaries=tuple(max(one * WORDS // unit - drop, 0) for one in boundaries_of(request)),
-            grid=layout.rows(layout.grid),
+            grid=WORDS,
             resumed=match.resumed,
             evicted=evicted,
             forks=found.forks,
@@ -184,7 +174,7 @@ class Places:
         """Plan the answer of a request, also of a preempted one, which the policy knows."""
         interval = self.policy.decode_interval() if saves_answer else None
         if interval is not None:
-            track.interval = -(-interval // self.layout.rows(self.layout.grid)) * self.layout.grid
+            track.interval = -(-interval // WORDS) * self.layout.unit
         track.is_planned = True
 
     def saved(self, wanted: Mapping[int, Placed], stored: set[int]) -> None:
