@@ -13,6 +13,7 @@ from hybridcache.vllm import NAME
 from hybridcache.vllm.pool import HASH_BYTES, WORDS, Layout
 
 if TYPE_CHECKING:
+    from prometheus_client import Counter
     from vllm.v1.core.kv_cache_utils import KVCacheBlock
     from vllm.v1.request import Request
 
@@ -45,6 +46,10 @@ class Track:
     losses: dict[str, int] = field(default_factory=dict)
     """Prompt tokens that are computed, by cause."""
     _ids: bytes = b""
+
+    def causes(self) -> dict[str, int]:
+        """Return the tokens of the prompt by cause, with those that are cached."""
+        return {"cached": self.cached_len, **self.losses}
 
     def ids(self, request: Request, num_tokens: int, unit: int) -> bytes:
         """Return the tree's tokens of the whole units of the first ``num_tokens``."""
@@ -81,38 +86,19 @@ def boundaries_of(request: Request) -> tuple[int, ...]:
         return ()
 
 
-class Counters:
-    """Prometheus counters, next to those of vLLM in its ``/metrics``.
-
-    The scheduler runs in a process of its own. So they are shown if ``PROMETHEUS_MULTIPROC_DIR`` is
-    set, as vLLM does with several API servers.
-    """
-
-    def __init__(self) -> None:
-        from prometheus_client import Counter
-
-        self._tokens = Counter(
-            "hybridcache_prompt_tokens", "Prompt tokens, cached or computed, by cause.", ["cause"]
-        )
-        self._copied_bytes = Counter(
-            "hybridcache_copied_bytes", "Bytes of block copies for states of answers."
-        )
-
-    def admitted(self, track: Track) -> None:
-        """Count the prompt of an admitted request."""
-        self._tokens.labels("cached").inc(track.cached_len)
-        for cause, num_tokens in track.losses.items():
-            self._tokens.labels(cause).inc(num_tokens)
-
-    def copied(self, num_bytes: int) -> None:
-        """Count a copy of the state of an answer."""
-        self._copied_bytes.inc(num_bytes)
-
-
 @cache
-def counters() -> Counters:
-    """Return the counters of this process, which all engines in it share."""
-    return Counters()
+def counters() -> tuple[Counter, Counter]:
+    """Return the Prometheus counters of this process: prompt tokens by cause, and copied bytes.
+
+    They are next to those of vLLM in its ``/metrics``. The scheduler runs in a process of its own.
+    So they are shown if ``PROMETHEUS_MULTIPROC_DIR`` is set, as vLLM does with several API servers.
+    """
+    from prometheus_client import Counter
+
+    text = "Prompt tokens, cached or computed, by cause."
+    tokens = Counter("hybridcache_prompt_tokens", text, ["cause"])
+    text = "Bytes of block copies for states of answers."
+    return tokens, Counter("hybridcache_copied_bytes", text)
 
 
 class Places:

@@ -7,6 +7,7 @@ derived classes: hits come from the tree (``pool.py``), chunks end at planned po
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from typing import TYPE_CHECKING, Any
 
 import vllm
@@ -28,14 +29,9 @@ if TYPE_CHECKING:
 
 def shared_units(one: Request, other: Request) -> int:
     """Return the number of units that two prompts share. O(log prompt): hashes are chained."""
-    low, high = 0, min(len(one.block_hashes), len(other.block_hashes))
-    while low < high:
-        middle = (low + high + 1) // 2
-        if one.block_hashes[middle - 1] == other.block_hashes[middle - 1]:
-            low = middle
-        else:
-            high = middle - 1
-    return low
+    ours, theirs = one.block_hashes, other.block_hashes
+    numbers = range(min(len(ours), len(theirs)))
+    return bisect_left(numbers, True, key=lambda number: ours[number] != theirs[number])
 
 
 class StateManager(MambaManager):
@@ -138,11 +134,12 @@ class HybridManager(KVCacheManager):
         """Return whether this step computes a deeper state for the prompt of ``request``."""
         hashes, unit = request.block_hashes, self.layout.unit
         last = (request.num_tokens - 1) // unit - self.drop
-        for position, key in self._coming:
-            number = position // unit
-            if cached_len < position and number <= last and hashes[number - 1] == key:
-                return True
-        return False
+        return any(
+            cached_len < position
+            and position <= last * unit
+            and hashes[position // unit - 1] == key
+            for position, key in self._coming
+        )
 
     # --- Steps ------------------------------------------------------------------------------------
 
@@ -206,7 +203,8 @@ class HybridManager(KVCacheManager):
             if match is not None and request.request_id in self.tree.locks:
                 cache.touch(match, resumes=request.num_preemptions > 0)
             if track.losses:
-                counters().admitted(track)
+                for cause, num_tokens in track.causes().items():
+                    counters()[0].labels(cause).inc(num_tokens)
             self._prefilling[request.request_id] = track
             start = kwargs.get("num_new_computed_tokens", 0)
             track.cached_len = start
@@ -283,7 +281,7 @@ class HybridManager(KVCacheManager):
             manager._pending_cow_copies.append((source, block))
             source.ref_cnt += 1
             block.ref_cnt += 1
-        counters().copied(self.layout.block_bytes * len(blocks))
+        counters()[1].inc(self.layout.block_bytes * len(blocks))
 
     def _give_back_copy(self) -> bool:
         """Free the copy of the newest answer. Returns False if there is none."""
@@ -424,7 +422,7 @@ class HybridScheduler(AsyncScheduler):
         hybrid, lost = self.hybrid, None
         if hybrid is not None and hint(request, "explain"):
             track = hybrid.tracks.get(request.request_id)
-            lost = None if track is None else {"cached": track.cached_len, **track.losses}
+            lost = None if track is None else track.causes()
         params, encoder_params = super()._free_request(request, *args, **kwargs)
         if lost is not None:
             params = {**(params or {}), NAME: lost}
