@@ -66,6 +66,14 @@ def test_preempted_requests_resume_from_what_they_computed():
     assert report.resumed_tokens > report.hit_tokens
 
 
+def test_one_request_at_a_time_keeps_the_order_of_the_trace():
+    first, other = (turn(prompt_of((seed, 900)), 20, seed) for seed in (1, 2))
+    again = turn([*first.tokens, *first.output], 20, 1)
+    # Memory has room for one of the prompts: the other one comes between two turns.
+    assert serve([first, other, again], 13, sessions=1).hit_tokens == 0
+    assert serve([first, again, other], 13, sessions=1).hit_tokens > 500
+
+
 class StuckError(Exception):
     """No end after a number of steps."""
 
