@@ -57,10 +57,13 @@ FLAGS: dict[str, dict[str, Any]] = {
     "--prefix-cache-retention-interval none": {"unit": 0, "retention": None},
 }
 OURS = "HybridScheduler"
+EVICTION_ONLY = "eviction only"
+"""HybridScheduler without a match unit, so that its places are ends of whole blocks."""
 VARIANTS: dict[str, dict[str, Any]] = {
     AS_IS: {"scheduler": "vllm", "unit": 0},
     **{flag: {"scheduler": "vllm", **options} for flag, options in FLAGS.items()},
     OURS: {},
+    EVICTION_ONLY: {"unit": 0, "settings": {"placement": "branch,backoff,end"}},
 }
 
 
@@ -121,9 +124,8 @@ def table(records: common.Records) -> Table:
         ]
         wrong = sum(one["num_wrong"] for one in by_variant.get(OURS, ()))
         seeds = len({one["seed"] for one in found})
-        rows.append(
-            [trace, gib, sessions, seeds, rates.get(AS_IS), best, ours, gain, *steps, wrong]
-        )
+        shown = rates.get(AS_IS), best, rates.get(EVICTION_ONLY), ours, gain
+        rows.append([trace, gib, sessions, seeds, *shown, *steps, wrong])
     columns = [
         Column("trace"),
         Column("GiB", form="g"),
@@ -131,6 +133,7 @@ def table(records: common.Records) -> Table:
         Column("seeds", form="d"),
         Column(AS_IS, "%"),
         Column("best of it and two flags", "%"),
+        Column(EVICTION_ONLY, "%"),
         Column(OURS, "%"),
         Column("gain over the best", "points"),
         Column("steps as it is", form=".0f"),
@@ -143,9 +146,14 @@ def table(records: common.Records) -> Table:
 def main() -> None:
     parser = common.command_line(__doc__)
     parser.add_argument("--review", action="store_true", help="only the first published cells")
+    parser.add_argument("--cells", nargs="+", metavar="TRACE:GIB:SESSIONS", help="only these")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=[*VARIANTS])
     options = parser.parse_args()
-    jobs = [*jobs_of(options.seeds, options.review, options.variants)]
+    jobs = [
+        job
+        for job in jobs_of(options.seeds, options.review, options.variants)
+        if not options.cells or f"{job.trace}:{job.gib:g}:{job.sessions}" in options.cells
+    ]
     run = partial(common.run_study, "study_vllm", measure, jobs, table)
     run(options.processes)
 

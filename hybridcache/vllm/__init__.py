@@ -16,7 +16,7 @@ from hybridcache.policies.registry import (
     make_eviction,
     parse_placement,
 )
-from hybridcache.tokens import require_bool, require_index
+from hybridcache.tokens import require_bool
 
 if TYPE_CHECKING:
     from hybridcache.vllm.scheduler import HybridScheduler as HybridScheduler
@@ -88,23 +88,19 @@ class Settings:
     'lru'
     >>> Settings.read({"hybridcache": {"evict": "lru"}})
     Traceback (most recent call last):
-    ValueError: hybridcache has no setting 'evict'; known: eviction, placement, grid, debug.
+    ValueError: hybridcache has no setting 'evict'; known: eviction, placement, debug.
     """
 
     eviction: str = DEFAULT_EVICTION
     """Name of the eviction policy."""
     placement: str = DEFAULT_PLACEMENT
     """Name of the placement of checkpoints."""
-    grid: int = 0
-    """Checkpoints are saved at multiples of this many tokens: a multiple of the match unit. 0 is
-    the match unit itself."""
     debug: bool = False
     """Check all invariants at each step, for tests. O(blocks)."""
 
     def __post_init__(self) -> None:
         make_eviction(self.eviction)
         parse_placement(self.placement)
-        require_index(self.grid, "grid", 0)
         require_bool(self.debug, "debug")
 
     @classmethod

@@ -427,11 +427,12 @@ def run(
     model: Model = QWEN3_NEXT,
     each_step: Callable[[Engine], None] | None = None,
 ) -> Report:
-    """Serve ``requests``, each session one after the other, ``options.sessions`` at once."""
+    """Serve ``requests``, ``options.sessions`` at once: each session one request after the other,
+    or, one at a time, all requests in the order of the trace."""
     engine = Engine(model, options, gib)
     sessions: dict[Any, deque[Any]] = {}
     for number, one in enumerate(requests):
-        key = number if one.session is None else one.session
+        key = number if one.session is None or options.sessions == 1 else one.session
         sessions.setdefault(key, deque()).append(one)
     waiting, number = deque(sessions.values()), 0
     while waiting or engine.live:

@@ -13,6 +13,7 @@ from hybridcache.vllm import NAME
 from hybridcache.vllm.pool import HASH_BYTES, WORDS, Layout
 
 if TYPE_CHECKING:
+    from prometheus_client import Counter
     from vllm.v1.core.kv_cache_utils import KVCacheBlock
     from vllm.v1.request import Request
 
@@ -31,6 +32,8 @@ class Track:
     is_planned: bool = False
     is_waiting: bool = False
     """True in a step in which another request computes a deeper state for the same prompt."""
+    is_cold: bool = False
+    """True after a hit that does not fit into an empty pool: all of the prompt is computed."""
     is_running: bool = False
     stops: dict[int, Placed] = field(default_factory=dict)
     """Planned checkpoints that are not saved yet, by position in tokens."""
@@ -44,6 +47,10 @@ class Track:
     """Prompt tokens that are computed, by cause."""
     _ids: bytes = b""
 
+    def causes(self) -> dict[str, int]:
+        """Return the tokens of the prompt by cause, with those that are cached."""
+        return {"cached": self.cached_len, **self.losses}
+
     def ids(self, request: Request, num_tokens: int, unit: int) -> bytes:
         """Return the tree's tokens of the whole units of the first ``num_tokens``."""
         count = num_tokens // unit
@@ -56,73 +63,42 @@ class Track:
         return self._ids[: count * HASH_BYTES]
 
 
-def hints(request: Request) -> Mapping[str, Any]:
-    """Return the hints in ``extra_args`` of a request.
+def hint(request: Request, name: str) -> Any:
+    """Return a hint in ``extra_args`` of a request, or None.
 
-    These are ``{"hybridcache": {"boundaries": [...]}}``, or ``hybridcache_boundaries`` from clients
-    of the HTTP API, whose ``vllm_xargs`` are flat. Raises ValueError for others.
+    It is in ``{"hybridcache": {"boundaries": [...]}}``, or ``hybridcache_boundaries`` from clients
+    of the HTTP API, whose ``vllm_xargs`` are flat. Others are ignored: a client's mistake must not
+    stop the engine.
     """
     params = request.sampling_params
     given = (params.extra_args or {}) if params is not None else {}
-    flat = NAME + "_"
-    found = {name[len(flat) :]: value for name, value in given.items() if name.startswith(flat)}
-    found |= given.get(NAME) or {}
-    for name in found:
-        if name not in ("boundaries", "explain"):
-            raise ValueError(f"{NAME} has no hint {name!r}; known: boundaries, explain.")
-    return found
-
-
-def wants_losses(request: Request) -> bool:
-    """Return whether the response of a request should have its losses (hint ``explain``)."""
-    try:
-        return bool(hints(request).get("explain"))
-    except ValueError:
-        return False
+    own = given.get(NAME)
+    found = own.get(name) if isinstance(own, Mapping) else None
+    return given.get(f"{NAME}_{name}") if found is None else found
 
 
 def boundaries_of(request: Request) -> tuple[int, ...]:
-    """Return the declared positions that later prompts share, ascending. Others are ignored: a
-    client's mistake must not stop the engine."""
+    """Return the declared positions that later prompts share, ascending."""
     try:
-        given = hints(request).get("boundaries", ())
+        given = hint(request, "boundaries") or ()
         return tuple(sorted({int(one) for one in given if 0 < int(one) <= request.num_tokens}))
     except (TypeError, ValueError):
         return ()
 
 
-class Counters:
-    """Prometheus counters, next to those of vLLM in its ``/metrics``.
-
-    The scheduler runs in a process of its own. So they are shown if ``PROMETHEUS_MULTIPROC_DIR`` is
-    set, as vLLM does with several API servers.
-    """
-
-    def __init__(self) -> None:
-        from prometheus_client import Counter
-
-        self._tokens = Counter(
-            "hybridcache_prompt_tokens", "Prompt tokens, cached or computed, by cause.", ["cause"]
-        )
-        self._copied_bytes = Counter(
-            "hybridcache_copied_bytes", "Bytes of block copies for states of answers."
-        )
-
-    def admitted(self, track: Track) -> None:
-        """Count the prompt of an admitted request."""
-        self._tokens.labels("cached").inc(track.cached_len)
-        for cause, num_tokens in track.losses.items():
-            self._tokens.labels(cause).inc(num_tokens)
-
-    def copied(self, num_bytes: int) -> None:
-        """Count a copy of the state of an answer."""
-        self._copied_bytes.inc(num_bytes)
-
-
 @cache
-def counters() -> Counters:
-    """Return the counters of this process, which all engines in it share."""
-    return Counters()
+def counters() -> tuple[Counter, Counter]:
+    """Return the Prometheus counters of this process: prompt tokens by cause, and copied bytes.
+
+    They are next to those of vLLM in its ``/metrics``. The scheduler runs in a process of its own.
+    So they are shown if ``PROMETHEUS_MULTIPROC_DIR`` is set, as vLLM does with several API servers.
+    """
+    from prometheus_client import Counter
+
+    text = "Prompt tokens, cached or computed, by cause."
+    tokens = Counter("hybridcache_prompt_tokens", text, ["cause"])
+    text = "Bytes of block copies for states of answers."
+    return tokens, Counter("hybridcache_copied_bytes", text)
 
 
 class Places:
@@ -162,7 +138,7 @@ class Places:
             kv_match_len=max(found.kv_match_len - drop, cached_len),
             seen_len=max(found.seen_len - drop, cached_len),
             boundaries=tuple(max(one * WORDS // unit - drop, 0) for one in boundaries_of(request)),
-            grid=layout.rows(layout.grid),
+            grid=WORDS,
             resumed=match.resumed,
             evicted=evicted,
             forks=found.forks,
@@ -184,7 +160,7 @@ class Places:
         """Plan the answer of a request, also of a preempted one, which the policy knows."""
         interval = self.policy.decode_interval() if saves_answer else None
         if interval is not None:
-            track.interval = -(-interval // self.layout.rows(self.layout.grid)) * self.layout.grid
+            track.interval = -(-interval // WORDS) * self.layout.unit
         track.is_planned = True
 
     def saved(self, wanted: Mapping[int, Placed], stored: set[int]) -> None:

@@ -40,9 +40,7 @@ class Layout(NamedTuple):
     """Blocks of one model."""
 
     unit: int
-    """Tokens per hash: hits end at its multiples."""
-    grid: int
-    """Checkpoints are at multiples of it, tokens."""
+    """Tokens per hash: states are saved and hits end at its multiples."""
     block_size: int
     """Tokens per block, in all groups."""
     block_bytes: int
@@ -191,7 +189,7 @@ class BlockTree:
             kv_bytes_per_token=max(self.rows.unit_bytes, 1),
             state_bytes=state_bytes,
             page_size=WORDS,
-            grid=layout.rows(layout.grid),
+            grid=WORDS,
             eviction=eviction,
             debug=False,  # Rows are taken by number here, not by ``allocate_kv``.
         )
@@ -306,8 +304,7 @@ class BlockTree:
         cache.unlock(before)
         for slot in result.rejected_slots:
             self.slots.free(slot)
-        rejected = set(result.rejected_slots)
-        return {layout.tokens(row) for (row, slot), _ in saves if slot not in rejected}
+        return {layout.tokens(row) for (row, slot), _ in saves if slot in self.slots.blocks}
 
     def _add_key(self, request: Any, block: KVCacheBlock, position: int, group: int) -> None:
         self.pool.cache_partial_block(

@@ -7,6 +7,7 @@ derived classes: hits come from the tree (``pool.py``), chunks end at planned po
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from typing import TYPE_CHECKING, Any
 
 import vllm
@@ -17,7 +18,7 @@ from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager, Mamb
 from hybridcache.policies.registry import parse_placement
 from hybridcache.radix.protocol import Placed
 from hybridcache.vllm import NAME, Settings, require_version
-from hybridcache.vllm.places import DECODE, PREEMPT, Places, Track, counters, wants_losses
+from hybridcache.vllm.places import DECODE, PREEMPT, Places, Track, counters, hint
 from hybridcache.vllm.pool import WORDS, BlockTree, HybridPool, Layout
 
 if TYPE_CHECKING:
@@ -28,14 +29,9 @@ if TYPE_CHECKING:
 
 def shared_units(one: Request, other: Request) -> int:
     """Return the number of units that two prompts share. O(log prompt): hashes are chained."""
-    low, high = 0, min(len(one.block_hashes), len(other.block_hashes))
-    while low < high:
-        middle = (low + high + 1) // 2
-        if one.block_hashes[middle - 1] == other.block_hashes[middle - 1]:
-            low = middle
-        else:
-            high = middle - 1
-    return low
+    ours, theirs = one.block_hashes, other.block_hashes
+    numbers = range(min(len(ours), len(theirs)))
+    return bisect_left(numbers, True, key=lambda number: ours[number] != theirs[number])
 
 
 class StateManager(MambaManager):
@@ -106,7 +102,7 @@ class HybridManager(KVCacheManager):
         if track is None:
             track = self.tracks[request.request_id] = Track()
         track.match, track.cached_len, track.is_waiting = None, 0, False
-        if not self.prefix_cache_lookup_enabled(request):
+        if track.is_cold or not self.prefix_cache_lookup_enabled(request):
             return self.empty_kv_cache_blocks, 0, 0
         layout, tree, num_tokens = self.layout, self.tree, request.num_tokens
         if max_cache_hit_length is not None:
@@ -116,18 +112,18 @@ class HybridManager(KVCacheManager):
         track.match, track.cached_len = match, layout.tokens(match.cached_len)
         is_fresh = match.resumed is not None and match.resumed.slot in tree.fresh
         track.is_waiting = is_fresh or self._is_coming(request, track.cached_len)
+        saves_answer = self.saves_answers and not request.resumable
         if request.num_preemptions and not track.is_planned:
-            self.places.resume(track, self.saves_answers and not request.resumable)
+            self.places.resume(track, saves_answer)
         if not track.is_planned and not track.is_waiting:
             lost = tree.cache.evicted(found)
             evicted = tuple(one for one in lost if one.position > match.cached_len)
             limit = 64 * len(layout.states)
             free_slots = self.block_pool.num_unowned(limit) // len(layout.states)
-            saves_answer = self.saves_answers and not request.resumable
-            num_checkpoints = tree.cache.num_checkpoints
             shared = max((shared_units(request, one) for one in self._admitted), default=0)
             if shared * WORDS > found.seen_len:
                 found = found._replace(seen_len=shared * WORDS, forks=True)
+            num_checkpoints = tree.cache.num_checkpoints
             self.places.plan(
                 request, track, found, evicted, free_slots, num_checkpoints, saves_answer
             )
@@ -138,11 +134,12 @@ class HybridManager(KVCacheManager):
         """Return whether this step computes a deeper state for the prompt of ``request``."""
         hashes, unit = request.block_hashes, self.layout.unit
         last = (request.num_tokens - 1) // unit - self.drop
-        for position, key in self._coming:
-            number = position // unit
-            if cached_len < position and number <= last and hashes[number - 1] == key:
-                return True
-        return False
+        return any(
+            cached_len < position
+            and position <= last * unit
+            and hashes[position // unit - 1] == key
+            for position, key in self._coming
+        )
 
     # --- Steps ------------------------------------------------------------------------------------
 
@@ -206,7 +203,8 @@ class HybridManager(KVCacheManager):
             if match is not None and request.request_id in self.tree.locks:
                 cache.touch(match, resumes=request.num_preemptions > 0)
             if track.losses:
-                counters().admitted(track)
+                for cause, num_tokens in track.causes().items():
+                    counters()[0].labels(cause).inc(num_tokens)
             self._prefilling[request.request_id] = track
             start = kwargs.get("num_new_computed_tokens", 0)
             track.cached_len = start
@@ -217,6 +215,9 @@ class HybridManager(KVCacheManager):
             self._note_coming(request, track, start + num_new_tokens)
         else:
             self.tree.unlock(request.request_id)
+            # A hit holds blocks beside their copies: it may need more than the prompt alone.
+            pool = self.block_pool
+            track.is_cold = pool.get_num_free_blocks() == pool.num_gpu_blocks - 1
         return new
 
     def step_scheduled(self, num_scheduled_tokens: dict[str, int], requests: Any) -> None:
@@ -280,7 +281,7 @@ class HybridManager(KVCacheManager):
             manager._pending_cow_copies.append((source, block))
             source.ref_cnt += 1
             block.ref_cnt += 1
-        counters().copied(self.layout.block_bytes * len(blocks))
+        counters()[1].inc(self.layout.block_bytes * len(blocks))
 
     def _give_back_copy(self) -> bool:
         """Free the copy of the newest answer. Returns False if there is none."""
@@ -313,7 +314,7 @@ class HybridManager(KVCacheManager):
         states: dict[int, tuple[Placed, list[KVCacheBlock]]] = {}
         if track.answer is not None and track.answer[0] <= end:
             states[track.answer[0]] = Placed(layout.rows(track.answer[0]), DECODE), track.answer[1]
-        if self.saves_answers and computed == end and end % layout.grid == 0 < end:
+        if self.saves_answers and computed == end and end % layout.unit == 0 < end:
             blocks = self._running_state(tables, end)
             if end > track.cached_len and not any(
                 block.is_null or self.tree.owns(block) for block in blocks
@@ -325,10 +326,9 @@ class HybridManager(KVCacheManager):
         self.tree.unlock(request_id)
         if track.answer is not None:
             self.block_pool.free_blocks(track.answer[1])
-        owned = self.tree
         for group in layout.attention:
             for block, first in zip(tables[group], tables[layout.attention[0]], strict=True):
-                if block.block_hash is not None and not owned.owns(first):
+                if block.block_hash is not None and not self.tree.owns(first):
                     self.block_pool.drop(block)
 
     def reset_prefix_cache(self) -> bool:
@@ -349,7 +349,7 @@ class HybridScheduler(AsyncScheduler):
         """Cache manager, or None for a model without linear layers, which is served as by vLLM."""
         if not self.has_mamba_layers:
             return
-        layout = self._layout(settings)
+        layout = self._layout()
         drop = int(self.use_eagle_block_drop)
         # Planned stops replace the one at the end of the prompt.
         self.mamba_partial_cache_hit = False
@@ -358,9 +358,8 @@ class HybridScheduler(AsyncScheduler):
         manager.start(settings, layout, drop, self.num_spec_tokens > 0)
         self.hybrid = manager
 
-    def _layout(self, settings: Settings) -> Layout:
-        """Return the layout of the model's blocks. Raises ValueError for a model or a setting that
-        is not supported."""
+    def _layout(self) -> Layout:
+        """Return the layout of the model's blocks. Raises ValueError for what is not supported."""
         manager, groups = self.kv_cache_manager, self.kv_cache_config.kv_cache_groups
         managers = manager.coordinator.single_type_managers
         kinds = {type(one).__name__ for one in managers}
@@ -383,18 +382,11 @@ class HybridScheduler(AsyncScheduler):
         unit = self.block_size
         if manager.coordinator.enable_partial_hash_hits:
             unit = self.hash_block_size
-        grid = settings.grid or unit
-        if grid % unit:
-            raise ValueError(
-                f"grid must be a multiple of --prefix-match-unit, which is {unit} (got {grid})."
-            )
         by_kind: dict[bool, list[int]] = {True: [], False: []}
         for number, one in enumerate(managers):
             by_kind[isinstance(one, MambaManager)].append(number)
         size = sum(groups[0].kv_cache_spec.page_size_bytes for _ in groups[0].layer_names)
-        return Layout(
-            unit, grid, self.block_size, size, tuple(by_kind[False]), tuple(by_kind[True])
-        )
+        return Layout(unit, self.block_size, size, tuple(by_kind[False]), tuple(by_kind[True]))
 
     def _mamba_block_aligned_split(
         self,
@@ -428,9 +420,9 @@ class HybridScheduler(AsyncScheduler):
         self, request: Request, *args: Any, **kwargs: Any
     ) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
         hybrid, lost = self.hybrid, None
-        if hybrid is not None and wants_losses(request):
+        if hybrid is not None and hint(request, "explain"):
             track = hybrid.tracks.get(request.request_id)
-            lost = None if track is None else {"cached": track.cached_len, **track.losses}
+            lost = None if track is None else track.causes()
         params, encoder_params = super()._free_request(request, *args, **kwargs)
         if lost is not None:
             params = {**(params or {}), NAME: lost}

@@ -14,6 +14,7 @@ pytest.importorskip("vllm")
 
 from vllm.distributed.kv_events import AllBlocksCleared, BlockStored
 from vllm.sampling_params import SamplingParams
+from vllm.v1.core.kv_cache_manager import KVCacheManager
 from vllm.v1.core.kv_cache_utils import get_block_hash, get_group_id, maybe_convert_block_hash
 from vllm.v1.request import Request, RequestStatus
 
@@ -65,13 +66,43 @@ def test_preempted_requests_resume_from_what_they_computed():
     assert report.resumed_tokens > report.hit_tokens
 
 
+def test_one_request_at_a_time_keeps_the_order_of_the_trace():
+    first, other = (turn(prompt_of((seed, 900)), 20, seed) for seed in (1, 2))
+    again = turn([*first.tokens, *first.output], 20, 1)
+    # Memory has room for one of the prompts: the other one comes between two turns.
+    assert serve([first, other, again], 13, sessions=1).hit_tokens == 0
+    assert serve([first, again, other], 13, sessions=1).hit_tokens > 500
+
+
+class StuckError(Exception):
+    """No end after a number of steps."""
+
+
+@pytest.mark.parametrize("num_blocks", [14, 15])
+def test_a_hit_that_does_not_fit_beside_its_copies_is_given_up(num_blocks):
+    """A prompt of 900 tokens fits into 12 blocks, and its hit inside a block needs 15."""
+
+    def limit(engine: Engine) -> None:
+        if engine.report.steps > 900:
+            raise StuckError(engine.report)
+
+    first = turn(prompt_of((1, 700)), 100, "a")
+    text = [*first.tokens, *first.output]
+    again = turn(text + prompt_of((2, 100)), 20, "a")
+    for overlap in (False, True):
+        options = Options(sessions=6, chunk=512, settings=DEBUG, overlap=overlap)
+        gib = (num_blocks + 0.5) * GIB_PER_BLOCK
+        report = run([first, again], gib, options, SMALL, limit)
+        assert report.num_wrong == 0 == report.hit_tokens and report.requests == 2
+
+
 MODES = {
     "in turn": {},
     "asynchronous": {"overlap": True},
     "drafts": {"drafts": 2},
     "EAGLE": {"drafts": 3, "eagle": True, "overlap": True},
     "aborts and priorities": {"chaos": 0.3, "overlap": True, "seed": 3},
-    "a coarser grid": {"settings": {"debug": True, "grid": 64, "eviction": "lru"}},
+    "another eviction": {"settings": {"debug": True, "eviction": "lru"}},
     "whole blocks": {"unit": 0},
     "a stop at each unit": {"overlap": True, "settings": {"debug": True, "placement": "every:32"}},
 }
@@ -157,6 +188,25 @@ def test_the_next_turn_resumes_at_the_end_of_the_answer():
     # The last token of an answer is never computed: 399 tokens are 12 units of 32.
     assert steps.serve(turn([*text, *prompt_of((2, 50))], 5)) == [384]
     assert steps.engine.report.copied_blocks > 0
+
+
+def test_the_lock_of_an_admission_gives_way_to_its_own_blocks(monkeypatch):
+    """A path may have rows in blocks that its hit does not use, as of an earlier copy."""
+    steps, prompt = Steps(num_blocks=30), prompt_of((1, 300))
+    steps.serve(turn(prompt, 4))
+    plain, pool = KVCacheManager.allocate_slots, steps.scheduler.kv_cache_manager.block_pool
+    found = []
+
+    def take_all(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if not found:
+            found.extend(pool.get_new_blocks(pool.get_num_free_blocks()))
+            pool.free_blocks(found)
+            return None
+        return plain(self, *args, **kwargs)
+
+    monkeypatch.setattr(KVCacheManager, "allocate_slots", take_all)
+    assert steps.serve(turn(prompt, 4)) == [0]
+    assert len(found) == 29
 
 
 def test_equal_prompts_of_one_step_wait_for_the_first():
@@ -273,7 +323,12 @@ def test_hints_that_are_wrong_are_ignored():
 
     assert found({"hybridcache": {"boundaries": [70, 20]}}) == (20, 70)
     assert found({"hybridcache_boundaries": [20, 20, 101, -3, 0]}) == (20,)
-    for hints in (None, {"hybridcache": {"boundary": [3]}}, {"hybridcache_boundaries": ["x"]}):
+    for hints in (
+        None,
+        {"hybridcache": {"boundary": [3]}},
+        {"hybridcache": "x"},
+        {"hybridcache_boundaries": ["x"]},
+    ):
         assert found(hints) == ()
 
 
@@ -286,8 +341,7 @@ def test_hints_that_are_wrong_are_ignored():
         ({"evict": "lru"}, "no setting 'evict'"),
         ({"eviction": "x"}, "eviction"),
         ({"placement": "x"}, "placement"),
-        ({"grid": -1}, "grid must be at least 0"),
-        ({"grid": 48}, "multiple of --prefix-match-unit, which is 32"),
+        ({"grid": 64}, "no setting 'grid'"),
         ({"debug": 1}, "debug"),
         ("lru", "must be a JSON object"),
     ],
