@@ -46,8 +46,8 @@ UNKNOWN: Tokens = np.zeros(1, np.int32)
 """Tokens of a segment whose one token is drawn but has not reached the host."""
 
 
-KEPT = frozenset(["request", "lease", "samples", "scores", "draft"])
-"""Fields of a segment that only the scheduler reads."""
+KEPT = {"request": None, "lease": None, "samples": False, "scores": False, "draft": None}
+"""Fields of a segment that only the scheduler reads, and their values elsewhere."""
 
 
 class Segment(Struct, frozen=True):
@@ -121,7 +121,7 @@ class Segment(Struct, frozen=True):
 
     def __reduce__(self) -> tuple[type[Segment], tuple[object, ...]]:
         fields = self.__struct_fields__
-        return Segment, tuple(None if one in KEPT else getattr(self, one) for one in fields)
+        return Segment, tuple(KEPT[one] if one in KEPT else getattr(self, one) for one in fields)
 
     @property
     def end(self) -> int:

@@ -8,7 +8,7 @@ board counts their hits.
 
 >>> split = Split("tiny", "qwen3-next", (0, 1, 2), (Cell("short?head=20", (1.0,)),))
 >>> [row.name for row in board(split=split, built_in=("lru", "fifo")).rows()]
-['lru', 'fifo', '(plan)', '(upper bound)']
+['(plan)', '(upper bound)', 'lru', 'fifo']
 """
 
 from __future__ import annotations

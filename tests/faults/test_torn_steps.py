@@ -484,8 +484,8 @@ class Embedder:
         lease = Lease.begin(self.cache, self.placement, LeaseRequest(prompt), Loads())
         if lease is None:
             return
+        at = lease.cached_len
         for end in (length // 2, length):
-            at = max(lease.cached_len, lease.published_len)
             if end <= at:
                 continue
             if lease.extend(end) is None:
@@ -494,6 +494,7 @@ class Embedder:
             lease.take_checkpoint_slots(at, end)
             self.cache.take_step().done()
             lease.publish(prompt, end)
+            at = end
         if family % 2:
             return lease.preempt(prompt, length)
         lease.finish(prompt, length, stop_reason="end_turn")

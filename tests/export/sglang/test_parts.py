@@ -361,6 +361,7 @@ def test_unsupported_settings_give_one_line(changed, message):
 
 
 def test_another_version_is_named_and_its_fault_has_one_sentence(monkeypatch, caplog):
+    monkeypatch.setattr(sglang_plugin, "version", lambda name: "0.5.23")
     assert sglang_plugin.version_note() == ""
     monkeypatch.setattr(sglang_plugin, "TESTED", ("0.4.0",))
     note = sglang_plugin.version_note()
