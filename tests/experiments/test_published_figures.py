@@ -280,10 +280,12 @@ def quotes() -> dict[str, list[str]]:
             f"host memory saved {tier_share(2)[1]:.1f} % of the prefill time that 20 GiB on the device saved; 4 GiB alone saved {tier_share(1)[1]:.1f} %",
         ],
         "hybridcache/sglang/README.md": [
-            f"{soaked('requests') + soaked('aborted'):,} random requests in four strategies",
+            f"{soaked('requests') + soaked('aborted'):,} random requests in nine strategies",
             f"{soaked('retracted')} retractions, {soaked('aborted')} aborts and {soaked('flushes')} flushes",
             f"after each of {soaked('steps'):,} steps",
             f"{soaked('resumed_tokens') / 1e6:.2f} million tokens from the cache",
+            f"In {soaked('checkpoints_in_flight'):,} publications during a",
+            f"The host tier loaded {soaked('loaded_rows'):,} rows",
         ],
         "docs/how-to/sglang.md": [
             f"the token hit rate is {sglang_hits('hybridcache', 'survival', 'end')[-1]:.1f} % with `survival`, {sglang_hits('hybridcache', 'lru', 'end')[-1]:.1f} % with `lru`, and {sglang_hits('rust', 'lru', 'end')[-1]:.1f} % with SGLang's own cache",
