@@ -221,29 +221,6 @@ def test_a_call_at_the_end_of_the_reasoning_is_made(
     assert not other.calls and other.warning and "left in the reasoning" in other.warning
 
 
-@DIALECT
-@STREAMED
-@FORM
-@pytest.mark.parametrize("more", ["", "Or not.\n"])
-def test_a_call_in_reasoning_before_an_answer_has_a_warning(
-    serve_answer: ServeAnswer,
-    dialect: Dialect,
-    template: str | None,
-    call: str,
-    opening: str,
-    more: str,
-    stream: bool,
-) -> None:
-    """It has none if the answer makes a call."""
-    live = serve_answer(f"{opening}Hm.\n{call}\n{more}</think>\n\nIt rains.", template)
-    answer = dialect.ask(live, stream=stream, tools=[TOOL])
-    assert (answer.calls, answer.text) == ([], "It rains.")
-    assert answer.warning and "an answer follows it" in answer.warning
-    live = serve_answer(f"{opening}Hm.\n{call}\n{more}</think>\n\nIt rains. {call}", template)
-    answer = dialect.ask(live, stream=stream, tools=[TOOL])
-    assert (answer.calls, answer.warning) == ([("weather", BONN)], None)
-
-
 PARTS = """\
 {% macro text(c) %}{% if c is string %}{{ c }}{% else %}{% for p in c %}{{ '|' if not loop.first }}
 {{- p.text }}{% endfor %}{% endif %}{% endmacro %}"""

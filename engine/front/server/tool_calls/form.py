@@ -241,8 +241,8 @@ class CallReader(AnswerReader):
         self._closes = (form.CLOSE,) if form.CLOSE else ()
         self.warning: str | None = None
         """Sentence about the first call that cannot be made, or is doubtful."""
-        self._thought: str | None = None
-        """Why the last call in the reasoning was not made."""
+        self._left: str | None = None
+        """Warning of the last whole call in the reasoning, for an answer that makes none."""
         self._is_broken_off = False
         """True if a limit or a stop string ended the answer inside a call."""
 
@@ -266,17 +266,12 @@ class CallReader(AnswerReader):
                 self.is_over = True
                 self.events = self.events[: len(self.events) - len(self.new) + end]
                 self.new = self.new[:end]
-        if reason is None:
-            return
-        if not any(isinstance(one, ToolCall) for one in self.events):
-            if self._thought is not None:
-                self._warn(THOUGHT + self._thought)
-            return
-        has_stopped = reason == "stop" and not self._is_broken_off
-        # A call that ends exactly at the limit is complete: the client can run it.
-        is_whole = reason == "length" and isinstance(self.events[-1], ToolCall)
-        if self.is_over or has_stopped or is_whole:
-            self.finish = "tool_calls"
+        if reason is not None and any(isinstance(one, ToolCall) for one in self.events):
+            has_stopped = reason == "stop" and not self._is_broken_off
+            # A call that ends exactly at the limit is complete: the client can run it.
+            is_whole = reason == "length" and isinstance(self.events[-1], ToolCall)
+            if self.is_over or has_stopped or is_whole:
+                self.finish = "tool_calls"
 
     def _warn(self, why: str) -> None:
         self.warning = self.warning or why
@@ -288,12 +283,14 @@ class CallReader(AnswerReader):
 
     def _read_reasoning(self) -> Iterator[Event | None]:
         """Read up to ``</think>``. Calls are part of the reasoning, unless the answer ends behind
-        them: then they are made. An answer without calls has a warning of one that was not."""
-        marks, num_retries, is_call = self._form.MARKS, MAX_RETRIES, False
+        them: then they are made. There is a warning of those that are not, if no call follows."""
+        marks, num_retries, why = self._form.MARKS, MAX_RETRIES, None
         while self.is_thinking:
             marks = marks if num_retries else ()
             found = any_of((CLOSE, *marks)).search(self._rest)
             if found is None or found[0] == CLOSE:
+                if found is None and self._is_whole and why is not None:
+                    self._warn(THOUGHT + why)
                 yield from self._read_thought((CLOSE, *marks))
                 continue
             yield from self._as_thought(text := self._rest[: found.start()].rstrip())
@@ -319,16 +316,18 @@ class CallReader(AnswerReader):
                 why = "the schema of a strict tool is not enforced there"
             if why is None and self._is_cut:
                 why = f"{BROKEN_OFF} behind it"
-            self._thought, is_call = why, not isinstance(parsed, str)
             if why is None:
                 yield from map(self._made, calls)
-                self._rest, self.is_thinking = "", False
+                self._rest, self.is_thinking, self._left = "", False, None
             else:
+                # A part of a call that an answer follows is only a word about calls.
+                if calls or isinstance(parsed, Calls):
+                    self._left = THOUGHT + why
                 yield from self._as_thought(self._rest[:end].rstrip())
         while not self._rest.strip():
+            if self._is_whole and why is not None:
+                self._warn(THOUGHT + why)
             yield None
-        if not is_call:  # A mark in reasoning that an answer follows is a word about calls.
-            self._thought = None
         self._rest = self._rest.lstrip()
 
     def _behind(self, at: int) -> int | None:
@@ -360,9 +359,12 @@ class CallReader(AnswerReader):
                 yield TextDelta(text)
             self._rest = self._rest[len(text) :]
             if found is None:
-                if self._is_whole and not has_calls and self._rest:
-                    yield TextDelta(self._rest)
-                    self._rest = ""
+                if self._is_whole and not has_calls:
+                    if self._left is not None:
+                        self._warn(self._left)
+                    if self._rest:
+                        yield TextDelta(self._rest)
+                        self._rest = ""
                 yield None
                 continue
             start = found.start() - len(text)
