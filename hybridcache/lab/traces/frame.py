@@ -338,26 +338,40 @@ def _open_zstd(path: str | Path, _: str) -> Any:
         ) from None
 
     class Source(io.RawIOBase):
-        """Decompressed bytes; a truncated file is ``DAMAGED``."""
+        """Decompressed bytes of all frames; a truncated or damaged file is ``DAMAGED``."""
 
         def __init__(self) -> None:
             self._file = open(path, "rb")  # noqa: SIM115 (closed with the source)
-            self._reader = zstandard.ZstdDecompressor().stream_reader(self._file)
+            self._frame = zstandard.ZstdDecompressor().decompressobj()
+            self._left = b""
+            """Decompressed bytes that were not read yet."""
 
         def readable(self) -> bool:
             return True
 
         def readinto(self, buffer: Any) -> int:
-            try:
-                return int(self._reader.readinto(buffer))
-            except zstandard.ZstdError as error:
-                raise EOFError(str(error)) from error
+            while not self._left:
+                more = self._frame.unused_data if self._frame.eof else b""
+                more = more or self._file.read(1 << 13)
+                if not more:
+                    if self._frame.eof:
+                        return 0
+                    raise EOFError("the last frame is truncated")
+                if self._frame.eof:
+                    self._frame = zstandard.ZstdDecompressor().decompressobj()
+                try:
+                    self._left = self._frame.decompress(more)
+                except zstandard.ZstdError as error:
+                    raise EOFError(str(error)) from error
+            read, self._left = self._left[: len(buffer)], self._left[len(buffer) :]
+            buffer[: len(read)] = read
+            return len(read)
 
         def close(self) -> None:
             self._file.close()
             super().close()
 
-    return io.BufferedReader(Source())
+    return io.BufferedReader(Source(), 1 << 16)
 
 
 def _open_zip(path: str | Path, _: str) -> Any:
@@ -384,6 +398,7 @@ def _refuse(name: str) -> Callable[..., Any]:
 OPENERS: dict[bytes, Callable[..., Any]] = {
     b"\x1f\x8b": gzip.open,
     b"\x28\xb5\x2f\xfd": _open_zstd,
+    b"\x50\x2a\x4d\x18": _open_zstd,  # a skippable frame, as pzstd begins with
     b"PK\x03\x04": _open_zip,
     b"BZh": _refuse("bzip2 file"),
     b"\xfd7zXZ": _refuse("xz file"),
