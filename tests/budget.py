@@ -252,8 +252,9 @@ def generate_walk(walk: Walk) -> int:
 
 
 def chat_walk(walk: Walk) -> int:
-    """Count from a POST in this process to the first streamed text, in the third chat. The second
-    step waits for that text, because the engine's thread may be early."""
+    """Count from a POST in this process to the first streamed text. The second step waits for that
+    text, because the engine's thread may be early. The least of three chats counts, after two:
+    timers of the server may fire in one."""
     engine, may_step = small_engine(), threading.Event()
     step = engine.step
 
@@ -265,12 +266,12 @@ def chat_walk(walk: Walk) -> int:
 
     engine.step = one_step  # type: ignore[method-assign]
 
-    async def chat(app: Any, text: str) -> int:
+    async def chat(app: Any, text: str) -> None:
         body = {"messages": [{"role": "user", "content": text}], "stream": True, "max_tokens": 300}
         scope = {"type": "http", "method": "POST", "path": "/v1/chat/completions"}
         scope |= {"query_string": b"", "headers": [(b"content-type", b"application/json")]}
         parts = [{"type": "http.request", "body": json.dumps(body).encode()}]
-        arrived, counts = asyncio.Event(), []
+        arrived = asyncio.Event()
 
         async def receive() -> Any:
             if not parts:
@@ -279,23 +280,25 @@ def chat_walk(walk: Walk) -> int:
 
         async def send(message: Any) -> None:
             if walk.is_open and re.search(rb'"content": ?"[^"]', message.get("body", b"")):
-                counts.append(walk.stop())
+                walk.stop()
                 may_step.set()
                 arrived.set()
 
         may_step.set()
         walk.start()
         await app(scope, receive, send)
-        return counts[0]
 
     async def chats() -> int:
         app = create_app(AsyncEngine(engine), ServerConfig())
         async with app.router.lifespan_context(app):
-            for number in range(3):
-                count = await chat(app, f"{number} Tell me a story.")
+            walks = []
+            for number in range(5):
+                await chat(app, f"{number} Tell me a story.")
+                walks.append(walk.functions)
                 while engine.has_work():
                     await asyncio.sleep(0.01)
-        return count
+        walk.functions = min(walks[2:], key=len)
+        return len(walk.functions)
 
     return asyncio.run(chats())
 

@@ -2,7 +2,7 @@
 
 python -m tests.mutation [FILE ...]         or `make mutate MUTANTS=FILE`
 python -m tests.mutation --sample 200       that many mutants of all groups, for at most 10 minutes
-python -m tests.mutation --list             lines of code of each group, and their share
+python -m tests.mutation --list             lines, files and tests of each group
 
 mutmut changes one expression at a time, in a copy of the repository, and runs the tests that
 execute it. Each file has a separate copy in ``out/mutation``, so that mutmut slows down only the
@@ -448,7 +448,8 @@ def print_groups() -> None:
     for file, name in groups_of_files().items():
         counts[name] += budget.code_lines(ROOT / file)
     for name, lines in counts.items():
-        print(f"{lines:7,}  {name}")
+        print(f"{lines:7,}  {name}: {' '.join(GROUPS[name].mutated)}")
+        print(f"         tests: {' '.join(GROUPS[name].tests)}")
     total = budget.num_lines()["lines of the product"]
     print(f"{counts.total():7,}  of {total:,} lines of the product: {counts.total() / total:.0%}")
 
@@ -466,7 +467,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--minutes", type=float, default=10.0, help="limit of a sample (default: 10)"
     )
-    parser.add_argument("--list", action="store_true", help="print groups and their lines of code")
+    parser.add_argument(
+        "--list", action="store_true", help="print groups, their lines of code, files and tests"
+    )
     options = parser.parse_args(arguments)
     choices = list(groups) if options.sample is None else list(GROUPS)
     unknown = sorted(set(options.names) - set(choices))

@@ -23,6 +23,7 @@ from engine.models import families
 from hybridcache import CacheConfig
 from hybridcache.adapters.routing.registry import ROUTERS
 from hybridcache.lab.baselines import BASELINES
+from hybridcache.lab.evictions import ALL_NAMES
 from hybridcache.lab.generators import GENERATORS
 from hybridcache.lab.report import METRICS
 from hybridcache.lab.traces import READERS
@@ -90,6 +91,11 @@ def test_readme_is_short_and_every_column_of_a_table_has_a_heading() -> None:
         heads = re.findall(r"^(\|.*\|)\n\| ?-", page.read_text(), re.MULTILINE)
         empty = [head for head in heads if re.search(r"\|\s*\|", head)]
         assert empty == [], page
+
+
+def test_readme_counts_policies_and_rebuilt_systems() -> None:
+    counts = f"{len(ALL_NAMES)} eviction policies, {len(BASELINES)} configurations of rebuilt"
+    assert counts in README.read_text()
 
 
 def test_readme_policy_can_be_simulated(tmp_path: Path) -> None:

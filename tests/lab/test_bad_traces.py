@@ -115,6 +115,10 @@ def replaced(value: Any, path: tuple[Any, ...], wrong: Any) -> Any:
     return copy
 
 
+def test_every_reader_has_a_valid_record() -> None:
+    assert traces.READERS.keys() - GOOD.keys() == {"csv"}, "add a record to GOOD"
+
+
 @pytest.mark.filterwarnings("ignore::hybridcache.lab.traces.frame.TraceWarning")
 @pytest.mark.full("messages", "jsonl", "sharegpt", "taubench")
 @pytest.mark.parametrize("reader", list(GOOD))

@@ -29,6 +29,26 @@ def test_each_rule_plans_the_expected_positions(spec: str, positions: list[int])
     assert sorted(placed.position for placed in planned) == positions
 
 
+def test_no_back_off_is_at_the_end_of_the_prompt() -> None:
+    """A repetition computes at least its last token, so it cannot resume there."""
+    prefill = Prefill(640, 0, 0, 0, (), 64)
+    planned = prefill.on_grid(parse_placement("backoff:2").plan(prefill))
+    assert [placed.position for placed in planned] == [576, 512]
+
+
+@pytest.mark.parametrize(("fits", "room"), [(1, 1), (2, 1), (3, 1), (4, 2), (5, 2), (7, 3), (8, 4)])
+def test_the_room_rule_leaves_a_prompt_half_of_the_checkpoints_that_fit(
+    fits: int, room: int
+) -> None:
+    prefill = Prefill(
+        5000, 0, 0, 0, (500, 1500, 2500, 3500), 64, num_checkpoints=1, free_slots=fits - 1
+    )
+    placement = parse_placement("adaptive")
+    placement.on_prefill(prefill)
+    planned = prefill.on_grid(placement.plan(prefill))
+    assert len(planned) + (placement.decode_interval() is not None) == room
+
+
 @pytest.mark.parametrize(("prompt_len", "position"), [(1000, 960), (640, 576)])
 def test_a_branch_at_the_end_of_a_known_prompt_can_be_used_by_that_prompt(
     prompt_len: int, position: int

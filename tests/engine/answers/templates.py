@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from engine.config import BUILTIN_DIR
+from engine.front.server.tool_calls.form import CallForm, prepared
+from engine.text.tokenizer import ChatTemplate
+from tests.documents import ROOT, blocks
 from tests.engine.history.agent import TEMPLATE
 
 BUILTIN = (BUILTIN_DIR / "chat_template.jinja").read_text(encoding="utf-8")
@@ -83,3 +88,50 @@ TEMPLATES: dict[str, tuple[str, ...]] = {
     "olmo_hybrid": (OLMO,),
 }
 """``model_type`` -> templates of its published models, the newest first."""
+
+FORMS = {
+    "hermes": BUILTIN,
+    "tags": TEMPLATE,
+    "tags-python": AS_STRING,
+    "jamba": JAMBA,
+    "nemotron": NEMOTRON,
+    "granite": GRANITE_LIST,
+    "kimi": KIMI,
+    "lfm2": LFM2,
+    "lfm2-json": LFM2_JSON,
+    "lfm2.5": LFM25,
+    "olmo": OLMO,
+    "toy": chat_with(
+        "{% for c in m.tool_calls %}{{ '<<' ~ c.function.name ~ ' ' }}"
+        "{{ c.function.arguments|tojson ~ '>>' }}{% if not loop.last %}{{ '\\n' }}{% endif %}"
+        "{% endfor %}"
+    ),
+}
+"""Templates of all forms."""
+
+
+def toy() -> type[CallForm]:
+    """Return the form of the how-to page."""
+    names: dict[str, Any] = {}
+    exec(next(blocks(ROOT / "docs/how-to/tool-calls.md")).text, names)
+    form: type[CallForm] = names["Toy"]
+    return form
+
+
+TOY = toy()
+
+
+def written(template: str, *calls: tuple[str, dict[str, Any]], tools: list[dict[str, Any]]) -> str:
+    """Return calls as a template writes them."""
+    made = [
+        {"type": "function", "id": f"call_{number}", "function": {"name": name, "arguments": each}}
+        for number, (name, each) in enumerate(calls)
+    ]
+    source = ChatTemplate(template)
+    chat = [
+        {"role": "user", "content": "Rain?"},
+        {"role": "assistant", "content": "", "tool_calls": made},
+    ]
+    text = source.render(prepared(chat, source), tools=tools)
+    inside = text.partition("<|im_start|>assistant\n")[2].removesuffix("<|im_end|>\n")
+    return inside.removeprefix("<think>\n\n</think>\n\n")

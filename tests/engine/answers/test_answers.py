@@ -19,6 +19,8 @@ from engine.front.server.tool_calls.tags import Xml
 from engine.text.answers import Event, ReasoningDelta, TextDelta, ToolCall, joined
 from engine.text.tokenizer import ChatTemplate
 
+from .templates import TOY
+
 SCHEMA = {
     "type": "object",
     "properties": {
@@ -37,7 +39,7 @@ TOOLS: list[dict[str, Any]] = [
 ]
 
 HERMES, XML = Hermes(TOOLS), Xml(TOOLS)
-OTHERS = [form(TOOLS) for form in forms().values() if form not in (Hermes, Xml)]
+OTHERS = [form(TOOLS) for form in (*forms().values(), TOY) if form not in (Hermes, Xml)]
 
 
 def read(

@@ -15,25 +15,9 @@ from engine.front.server.tool_calls.pythonic import IDENTIFIER
 from engine.front.server.tool_calls.tags import Xml
 from engine.text.answers import Event
 from engine.text.tokenizer import ChatTemplate
-from tests.engine.history.agent import TEMPLATE
 
-from . import templates
-from .templates import AS_STRING, BUILTIN
+from .templates import FORMS
 from .test_answers import parts_of
-
-FORMS = {
-    "hermes": BUILTIN,
-    "tags": TEMPLATE,
-    "tags-python": AS_STRING,
-    "jamba": templates.JAMBA,
-    "nemotron": templates.NEMOTRON,
-    "granite": templates.GRANITE_LIST,
-    "kimi": templates.KIMI,
-    "lfm2": templates.LFM2,
-    "lfm2-json": templates.LFM2_JSON,
-    "lfm2.5": templates.LFM25,
-    "olmo": templates.OLMO,
-}
 
 Typed = tuple[dict[str, Any], st.SearchStrategy[Any]]
 """A schema, and a strategy for values that match it."""
