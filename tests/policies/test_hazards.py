@@ -203,8 +203,16 @@ def test_vectorised_hazards_match_plain_ones() -> None:
     )
 
 
-def test_hazards_without_a_class_can_be_refreshed() -> None:
-    assert Hazards().refresh(100)
+def test_hazards_without_a_class_are_refreshed_every_64_requests() -> None:
+    hazards = Hazards()
+    assert [hazards.refresh(now) for now in (63, 64, 127, 128)] == [False, True, False, True]
+
+
+def test_an_age_at_the_edge_of_a_bin_is_in_that_bin() -> None:
+    hazards = Hazards()
+    hazards.index[0] = range(NUM_BINS)
+    assert [hazards.index_at(0, edge) for edge in EDGES.tolist()] == [*range(len(EDGES))]
+    assert hazards.index_at(0, int(EDGES[9]) - 1) == 8
 
 
 def test_the_index_of_the_first_bins_matches_that_of_all_bins() -> None:
