@@ -47,13 +47,10 @@ class Rows:
 class DecodePart:
     """The first D tokens: one of each decoding sequence."""
 
+    num_tokens: int
     sequences: Sequences
     slots: torch.Tensor
     """int32[D]; empty for an attention-only model."""
-
-    @property
-    def num_tokens(self) -> int:
-        return len(self.sequences.rows)
 
     @property
     def attention_inputs(self) -> dict[str, object]:
@@ -70,6 +67,7 @@ class DecodePart:
 class VerifyPart:
     """The next V tokens, packed: the next token and the drafts of each sequence with drafts."""
 
+    num_tokens: int
     packed: Packed
     sequences: Sequences
     tokens: Sequences
@@ -81,10 +79,6 @@ class VerifyPart:
     before: torch.Tensor
     """int64[V]: index of the token before each of the V tokens; V plus the sequence's number for
     its first token."""
-
-    @property
-    def num_tokens(self) -> int:
-        return len(self.before)
 
     @property
     def attention_inputs(self) -> dict[str, object]:
@@ -109,6 +103,7 @@ def tokens_before(lengths: Sequence[int], num_tokens: int) -> npt.NDArray[np.int
 class PrefillPart:
     """The remaining P tokens, packed: chunks of prompts."""
 
+    num_tokens: int
     packed: Packed
     sequences: Sequences
     slots: torch.Tensor
@@ -116,10 +111,6 @@ class PrefillPart:
     resumed: torch.Tensor
     """bool[B]: True to continue from the slot's state, False to start from zero."""
     exports: Exports | None
-
-    @property
-    def num_tokens(self) -> int:
-        return sum(self.packed.lengths)
 
     @property
     def attention_inputs(self) -> dict[str, object]:
@@ -158,10 +149,6 @@ class LayerInputs:
     live: torch.Tensor | None = None
     """See ``Rows.live``, with T as count."""
 
-    @property
-    def rows(self) -> Rows:
-        return Rows(self.num_tokens, self.live)
-
     def by_part(self, compute: Callable[[StepPart, slice], torch.Tensor]) -> torch.Tensor:
         """Call ``compute`` with each part and its range of tokens, and concatenate the results."""
         bounds = running_sum([part.num_tokens for part in self.parts])
@@ -188,6 +175,12 @@ def multiplied(x: torch.Tensor, factor: float) -> torch.Tensor:
 def summed(x: Any) -> Any:
     """Return x if it is a tensor, or the result of ``ExpertSums``."""
     return x if isinstance(x, torch.Tensor) else x.sum()
+
+
+def _added(x: Any, residual: torch.Tensor | None) -> tuple[Any, torch.Tensor]:
+    """Return x + residual twice: the input of a block without a norm, and the stream."""
+    stream = summed(x) if residual is None else summed(x) + residual
+    return stream, stream
 
 
 B = TypeVar("B", bound=Layer)
@@ -336,25 +329,15 @@ class Residual(Composite, Generic[B]):
     ) -> None:
         self.block = block
         self._before, self._after, self._multiplier = before, after, multiplier
+        self.enter = _added if before is None else before.add
+        """Function of (output of the previous block, stream before that block or None). Returns
+        (the block's input, the stream with that output)."""
         self.layers = [part for part in (before, block, after) if part is not None]
 
     def seal(self) -> None:
         super().seal()
         if self._before is not None:
             self._before.quantize_for(self.block)
-
-    def enter(
-        self, hidden: torch.Tensor, residual: torch.Tensor | None
-    ) -> tuple[Any, torch.Tensor]:
-        """Return (the block's input, the residual stream).
-
-        ``hidden`` is the output of the previous block, not yet added; ``residual`` is the stream
-        before that block, or None.
-        """
-        if self._before is not None:
-            return self._before.add(hidden, residual)
-        stream = summed(hidden) if residual is None else summed(hidden) + residual
-        return stream, stream
 
     def leave(self, hidden: torch.Tensor) -> torch.Tensor:
         """Return the block's output in the form that is added to the stream."""

@@ -210,15 +210,13 @@ class GatedDeltaNet(Recurrent):
         )
 
     def finish(self, mixed: torch.Tensor, projected: torch.Tensor) -> torch.Tensor:
+        z = projected[: len(mixed)].split(self._widths, dim=-1)[1].view(mixed.shape)
+        norm = mixed, self._norm_weight, z, self._eps
         is_whole = len(mixed) == len(projected) and mixed.shape[-1] % SCALE_BLOCK == 0
-        if not (is_whole and self._output.takes_fp8_rows):
-            return super().finish(mixed, projected)
-        z = projected.split(self._widths, dim=-1)[1].view(mixed.shape)
-        return self._output(self._norm.gated_rms_norm_rows(mixed, self._norm_weight, z, self._eps))
-
-    def _gated(self, mixed: torch.Tensor, projected: torch.Tensor) -> torch.Tensor:
-        z = projected.split(self._widths, dim=-1)[1].view(mixed.shape)
-        return self._norm.gated_rms_norm(mixed, self._norm_weight, z, self._eps)
+        if is_whole and self._output.takes_fp8_rows:
+            return self._output(self._norm.gated_rms_norm_rows(*norm))
+        gated = self._norm.gated_rms_norm(*norm).flatten(1)
+        return self._output(pad_rows(gated, len(projected)))
 
 
 class KimiDeltaAttention(Recurrent):
