@@ -12,10 +12,9 @@ from dataclasses import asdict
 from enum import Enum
 from functools import partial
 from itertools import repeat
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from engine.config import BUILTIN_NAME, EngineConfig
+from engine.config import EngineConfig
 from engine.errors import DuplicateId, QueueFull
 from engine.interrupts import DelayedSignals
 from engine.requests.request import (
@@ -31,7 +30,6 @@ from engine.schedule.scheduler import NO_STEP, Batch, BytesLost, Pending, Schedu
 from engine.text.answers import Answer, FinishReason, RequestOutput
 from engine.text.bounded import BoundedMemory
 from engine.text.grammar import Grammar, GrammarError
-from engine.weights.hub import display_name
 from hybridcache.policies.registry import make_admission
 from hybridcache.radix.cache import HybridRadixCache
 from hybridcache.radix.protocol import PolicyError
@@ -125,11 +123,6 @@ class EngineCore:
     def cache(self) -> HybridRadixCache:
         """The cache. A step that fails in the middle of its work replaces it by an empty one."""
         return self._manager.cache
-
-    @property
-    def model_name(self) -> str:
-        """Name of the model on the hub, or of its directory."""
-        return display_name(Path(self.config.model)) if self.config.model else BUILTIN_NAME
 
     def submit(
         self, prompt: Prompt | RequestSpec, sampling: SamplingParams | None = None, **options: Any

@@ -46,7 +46,7 @@ from engine.text.tokenizer_files import read_json
 from hybridcache.geometry.gguf import gguf_file
 from hybridcache.radix.protocol import NO_BOUNDARIES, PromptBoundaries, require_boundaries
 from hybridcache.scheduling.request import ScheduledRequest
-from hybridcache.tokens import Tokens, require_namespace
+from hybridcache.tokens import PLAIN, Tokens, require_namespace
 
 RECOMMENDED = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 """Settings of ``generation_config.json`` that become defaults of requests."""
@@ -567,7 +567,8 @@ class Intake:
             ids = f"token ids from 0 to {self.vocab_size - 1}"
             raise ValueError(f"prompt must be a text or a flat list of {ids}.")
         self.check(tokens, sampling, spec.prompt_logprobs)
-        require_namespace(spec.namespace)
+        if type(spec.namespace) not in PLAIN:
+            require_namespace(spec.namespace)
         if (boundaries := spec.boundaries) is not NO_BOUNDARIES:
             require_boundaries(boundaries)
             positions = boundaries.positions

@@ -245,7 +245,7 @@ class Writer(ABC):
         samplings = cache(
             partial(body.samplings, logprobs=num_scores, defaults=engine.sampling_defaults)
         )
-        self._stream = engine.stream(context.metrics.observe)
+        self._stream = RequestStream(engine.abort, context.metrics.observe)
         self._call.request.state.answer_id = self.answer_id
         try:
             choices = []
