@@ -177,12 +177,6 @@ def summed(x: Any) -> Any:
     return x if isinstance(x, torch.Tensor) else x.sum()
 
 
-def _added(x: Any, residual: torch.Tensor | None) -> tuple[Any, torch.Tensor]:
-    """Return x + residual twice: the input of a block without a norm, and the stream."""
-    stream = summed(x) if residual is None else summed(x) + residual
-    return stream, stream
-
-
 B = TypeVar("B", bound=Layer)
 
 
@@ -329,15 +323,25 @@ class Residual(Composite, Generic[B]):
     ) -> None:
         self.block = block
         self._before, self._after, self._multiplier = before, after, multiplier
-        self.enter = _added if before is None else before.add
-        """Function of (output of the previous block, stream before that block or None). Returns
-        (the block's input, the stream with that output)."""
         self.layers = [part for part in (before, block, after) if part is not None]
 
     def seal(self) -> None:
         super().seal()
         if self._before is not None:
             self._before.quantize_for(self.block)
+
+    def enter(
+        self, hidden: torch.Tensor, residual: torch.Tensor | None
+    ) -> tuple[Any, torch.Tensor]:
+        """Return (the block's input, the residual stream).
+
+        ``hidden`` is the output of the previous block, not yet added; ``residual`` is the stream
+        before that block, or None.
+        """
+        if self._before is not None:
+            return self._before.add(hidden, residual)
+        stream = summed(hidden) if residual is None else summed(hidden) + residual
+        return stream, stream
 
     def leave(self, hidden: torch.Tensor) -> torch.Tensor:
         """Return the block's output in the form that is added to the stream."""
@@ -353,13 +357,6 @@ class MixerStep(Residual[Mixer]):
 
 class FeedForwardStep(Residual[FeedForward]):
     """An MLP or experts, and their norms."""
-
-    def __call__(
-        self, hidden: torch.Tensor, residual: torch.Tensor | None, rows: Rows
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return (the output that is added to the stream, the stream)."""
-        normed, residual = self.enter(hidden, residual)
-        return self.leave(self.block(normed, rows)), residual
 
 
 class Parallel(Composite):

@@ -130,7 +130,8 @@ class PredictionHead(Composite):
         projected = block.project(normed)
         mixed = block.mix(projected, inputs, pools[:2])
         hidden = self._attention.leave(block.finish(mixed, projected))
-        hidden, residual = self._mlp(hidden, residual, Rows(count))
+        normed, residual = self._mlp.enter(hidden, residual)
+        hidden = self._mlp.leave(self._mlp.block(normed, Rows(count)))
         return self._norm.add(hidden, residual)[0][: inputs.num_tokens]
 
 

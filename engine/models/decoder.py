@@ -274,7 +274,8 @@ class Decoder(ABC):
         hidden states after the final norm, the residual stream).
         """
         for step in self._between[index]:
-            hidden, residual = step(hidden, residual, rows)
+            normed, residual = step.enter(hidden, residual)
+            hidden = step.leave(step.block(normed, rows))
         if index == len(self.mixers):
             return self.norm.add(hidden, residual)
         mixer = self.mixers[index]
