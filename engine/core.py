@@ -12,9 +12,10 @@ from dataclasses import asdict
 from enum import Enum
 from functools import partial
 from itertools import repeat
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from engine.config import EngineConfig
+from engine.config import BUILTIN_NAME, EngineConfig
 from engine.errors import DuplicateId, QueueFull
 from engine.interrupts import DelayedSignals
 from engine.requests.request import (
@@ -30,6 +31,7 @@ from engine.schedule.scheduler import NO_STEP, Batch, BytesLost, Pending, Schedu
 from engine.text.answers import Answer, FinishReason, RequestOutput
 from engine.text.bounded import BoundedMemory
 from engine.text.grammar import Grammar, GrammarError
+from engine.weights.hub import display_name
 from hybridcache.policies.registry import make_admission
 from hybridcache.radix.cache import HybridRadixCache
 from hybridcache.radix.protocol import PolicyError
@@ -123,6 +125,11 @@ class EngineCore:
     def cache(self) -> HybridRadixCache:
         """The cache. A step that fails in the middle of its work replaces it by an empty one."""
         return self._manager.cache
+
+    @property
+    def model_name(self) -> str:
+        """Name of the model on the hub, or of its directory."""
+        return display_name(Path(self.config.model)) if self.config.model else BUILTIN_NAME
 
     def submit(
         self, prompt: Prompt | RequestSpec, sampling: SamplingParams | None = None, **options: Any
@@ -514,7 +521,7 @@ class EngineCore:
         slots = PoolReport.of(cache.free_slots, cache.num_checkpoints, held_slots)
         total, is_kept = cache.stats.total, config.prefix_cache != "none"
         report = CacheReport(
-            prefix_cache=cache_kind(config, memory),
+            prefix_cache=cache_kind(config.prefix_cache, memory),
             eviction=config.eviction if is_kept else "none",
             checkpoints=config.checkpoints if is_kept else (),
             grid=cache.grid,

@@ -9,7 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
-from engine.config import BUILTIN_NAME, ConfigError, EngineConfig
+from engine.config import ConfigError, EngineConfig
 from engine.core import EngineCore, Plugin
 from engine.models import read_model
 from engine.requests.logit_rules import LogitRule
@@ -17,7 +17,7 @@ from engine.requests.request import Intake
 from engine.schedule.report import cache_kind
 from engine.schedule.scheduler import Scheduler
 from engine.text.grammar import Grammar
-from engine.weights.hub import display_name, resolve_config
+from engine.weights.hub import resolve_config
 from engine.weights.model_config import read_config
 from hybridcache.config import CacheConfig, build_prefix_cache
 from hybridcache.geometry.gguf import is_gguf
@@ -81,11 +81,6 @@ class Engine(EngineCore):
         super().__init__(runner, sampler, intake, scheduler, plugins)
         for plugin in plugins.values():
             plugin.attach(self, scheduler.manager)
-
-    @property
-    def model_name(self) -> str:
-        """Name of the model on the hub, or of its directory."""
-        return display_name(Path(self.config.model)) if self.config.model else BUILTIN_NAME
 
 
 def engine_plugins(config: EngineConfig) -> dict[str, Plugin]:
@@ -226,7 +221,7 @@ def cache_config(config: EngineConfig, runner: ModelRunner) -> CacheConfig:
     """Return the config of the cache for the runner's pools."""
     memory = runner.memory
     return CacheConfig(
-        prefix_cache=cache_kind(config, memory),
+        prefix_cache=cache_kind(config.prefix_cache, memory),
         memory="arena" if memory.slab_rows else "budget",
         total_bytes=memory.total_bytes if memory.slab_rows else None,
         num_kv_tokens=0 if memory.slab_rows else memory.num_kv_tokens,

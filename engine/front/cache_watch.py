@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-from engine.engine import Engine
+from engine.core import EngineCore
 from engine.errors import JsonObject
 from engine.requests.request import Request
 from hybridcache.adapters.watch.page import FORM
@@ -34,7 +34,7 @@ two steps."""
 class Watch:
     """Follows one engine for a reader. Called in the engine's thread, between two steps."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: EngineCore) -> None:
         """Raises ValueError if the tree has more nodes than a page can show."""
         self._engine = engine
         self._recorder = Recorder()
@@ -168,7 +168,7 @@ def _request_record(one: Request, progress: Progress, finished_s: float | None =
     return ["request", shown]
 
 
-def _memory_record(engine: Engine) -> Record:
+def _memory_record(engine: EngineCore) -> Record:
     report = engine.report()
     pools = {"bytes": report.bytes, "kv": report.kv, "slots": report.slots}
     usage, queue = report.usage, report.queue
