@@ -85,8 +85,8 @@ class EngineCore:
         self.config, self.tokenizer, self.clock = intake.config, intake.tokenizer, intake.clock
         self.runner, self.plugins = runner, plugins
         self._sampler, self._intake = sampler, intake
-        self.validate, self.make = intake.validate, intake.make
-        """See ``Intake``. Safe to call from any thread."""
+        self.validate, self.make = intake.validate, partial(Request, intake=intake)
+        """See ``Intake.validate`` and ``Request``. Safe to call from any thread."""
         self.sampling_defaults = intake.sampling_defaults
         self.max_model_len = intake.max_model_len
         """Maximum number of tokens of a prompt and its answer together."""
@@ -276,17 +276,14 @@ class EngineCore:
         cache, the cache starts again empty.
         """
         with self._whole():
-            self._step()
+            if not self._scheduler.must_commit:
+                for each in self.transfers:
+                    each.advance()
+            step = due = self._launch()
+            if self._overlaps:  # The device has probably finished the previous step.
+                due, self._in_flight = self._in_flight or NO_STEP, step if step.segments else None
+            self._commit(due)
         return self._take()
-
-    def _step(self) -> None:
-        if not self._scheduler.must_commit:
-            for each in self.transfers:
-                each.advance()
-        step = due = self._launch()
-        if self._overlaps:  # The device has probably finished the previous step.
-            due, self._in_flight = self._in_flight or NO_STEP, step if step.segments else None
-        self._commit(due)
 
     def _undo(self) -> tuple[str, ...]:
         """Undo the last step, which failed outside of the cache. Returns the ids of the requests
@@ -341,7 +338,7 @@ class EngineCore:
         self._damage = Damage.STEP
         logits = self.runner.forward(step, drawn) if step.segments or step.moves else None
         if step is not NO_STEP:
-            self._manager.step_done()
+            self._manager.step.done()
         self._laps.append(self.clock())
         if logits is not None:
             self._sample(step, logits)
@@ -524,7 +521,7 @@ class EngineCore:
         slots = PoolReport.of(cache.free_slots, cache.num_checkpoints, held_slots)
         total, is_kept = cache.stats.total, config.prefix_cache != "none"
         report = CacheReport(
-            prefix_cache=cache_kind(config, memory),
+            prefix_cache=cache_kind(config.prefix_cache, memory),
             eviction=config.eviction if is_kept else "none",
             checkpoints=config.checkpoints if is_kept else (),
             grid=cache.grid,

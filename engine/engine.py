@@ -221,7 +221,7 @@ def cache_config(config: EngineConfig, runner: ModelRunner) -> CacheConfig:
     """Return the config of the cache for the runner's pools."""
     memory = runner.memory
     return CacheConfig(
-        prefix_cache=cache_kind(config, memory),
+        prefix_cache=cache_kind(config.prefix_cache, memory),
         memory="arena" if memory.slab_rows else "budget",
         total_bytes=memory.total_bytes if memory.slab_rows else None,
         num_kv_tokens=0 if memory.slab_rows else memory.num_kv_tokens,

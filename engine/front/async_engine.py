@@ -263,10 +263,12 @@ class RequestStream:
     def __init__(
         self,
         on_abort: Callable[[str, FinishReason], None],
-        on_end: Callable[[RequestOutput], object],
+        on_end: Callable[[RequestOutput], object] = lambda output: None,
         adds: bool = True,
     ) -> None:
-        """Without ``adds``, outputs go on to the process of their reader, which adds them up."""
+        """``on_abort`` ends a request (``AsyncEngine.abort``). ``on_end`` gets the last output of
+        each, also if the reader has left. Without ``adds``, outputs go on to the process of their
+        reader, which adds them up."""
         self._adds = adds
         self.answers: dict[str, Answer] = {}
         """Answer of each request by its id, in the order of submission."""
@@ -464,17 +466,10 @@ class AsyncEngine:
         max_running = self.channel.num_engines * self.config.max_running
         if len(self._streams) >= max_running + self.config.max_queue:
             raise QueueFull(self.config.max_queue)
-        stream = self._streams[request_id] = stream or self.stream()
+        stream = self._streams[request_id] = stream or RequestStream(self.abort)
         stream.open(request_id, cast("Tokens", spec.prompt))
         self.channel.send(spec)
         return stream
-
-    def stream(
-        self, on_end: Callable[[RequestOutput], object] = lambda output: None, adds: bool = True
-    ) -> RequestStream:
-        """Return a stream without requests, for a reader of several. ``on_end`` gets the last
-        output of each, also if the reader has left."""
-        return RequestStream(self.abort, on_end, adds)
 
     def abort(self, request_id: str, reason: FinishReason = "abort") -> None:
         """End a request before the next step. Does nothing if it has ended."""

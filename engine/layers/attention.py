@@ -1,5 +1,5 @@
-"""Softmax attention: with grouped queries, norms, partial rotary embedding and optional output
-gate, or multi-head latent attention."""
+"""Softmax attention with grouped queries, norms, partial rotary embedding and optional output
+gate."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from engine.layers.blocks import (
     pad_rows,
 )
 from engine.weights.model_config import ModelError
-from engine.weights.parameters import Build, Composite
+from engine.weights.parameters import Build
 from engine.weights.products import Linear, Part
-from hybridcache.geometry.mixers import AttentionSizes, LatentAttentionSizes
+from hybridcache.geometry.mixers import AttentionSizes
 
 
 class Attention(OneProduct):
@@ -120,85 +120,3 @@ def _gate_first(sizes: AttentionSizes) -> torch.Tensor | None:
         return None
     rows = torch.arange(2 * sizes.num_heads * sizes.head_dim).view(-1, 2, sizes.head_dim)
     return torch.cat([rows[:, 1].flatten(), rows[:, 0].flatten()])
-
-
-class LatentAttention(Composite):
-    """Multi-head latent attention without rotation, in absorbed form. Queries and the latent row
-    are one product ``[query | latent | shared key]``.
-
-    The matrices that would expand a latent into keys and values are multiplied with queries and
-    outputs instead, in full precision. So prefills and decodes, hits and cold runs all read
-    latents. Ranks share the heads, and each stores the complete latent row.
-    """
-
-    def __init__(
-        self,
-        name: str,
-        hidden_size: int,
-        sizes: LatentAttentionSizes,
-        build: Build,
-        norm: RMSNorm,
-        *,
-        bias: bool,
-    ) -> None:
-        """``norm``: that of the latent. ``bias``: True if latent and output products have one."""
-        beside = sizes.rope_dim
-        by_head = sizes.num_heads, sizes.nope_dim + beside
-        expanded = sizes.num_heads, sizes.nope_dim + sizes.value_dim
-        queries = [Part(f"{name}.q_proj", math.prod(by_head))]
-        self._query = Linear(hidden_size, queries, build, outputs=[by_head])
-        latent = Part(f"{name}.kv_a_proj_with_mqa", sizes.rank + beside)
-        self._latent = Linear(hidden_size, [latent], build, bias=bias)
-        self._output = Linear(
-            sizes.num_heads * sizes.value_dim,
-            [Part(f"{name}.o_proj", hidden_size)],
-            build,
-            bias=bias,
-            sums=True,
-        )
-        sizes = build.own(sizes)
-        self.sizes, self.keeps = sizes, sizes.keeps
-        heads = sizes.num_heads
-        self._widths = [heads * by_head[1], sizes.rank, beside]
-        self.projected_size, self.mixed_shape = sum(self._widths), (heads * sizes.value_dim,)
-        self._norm = norm
-        self.layers = self._query, self._latent, norm, self._output
-        self._expand = build.weights.empty(heads, expanded[1], sizes.rank)
-        expand = self._expand.flatten(0, 1)
-        self.own = [build.parameter(f"{name}.kv_b_proj.weight", expand, kinds=[expanded])]
-        self._scale = by_head[1] ** -0.5
-        self._mla, self._cache_write = build.kernels["mla"], build.kernels["cache_write"]
-
-    def seal(self) -> None:
-        super().seal()
-        keys, values = self._expand.split([self.sizes.nope_dim, self.sizes.value_dim], dim=1)
-        self._to_keys = self._mla.prepare_heads(keys)
-        self._from_latent = self._mla.prepare_heads(values.mT)
-        del self._expand
-
-    def project(self, hidden: torch.Tensor) -> torch.Tensor:
-        return torch.cat([self._query(hidden), self._latent(hidden)], dim=-1)
-
-    def mix(self, projected: torch.Tensor, inputs: LayerInputs, pools: Pools) -> torch.Tensor:
-        """Write this step's rows, and attend to all tokens so far. Returns ``[T, H * V]``."""
-        (pool,) = pools
-        query, latent, shared = projected[: inputs.num_tokens].split(self._widths, dim=-1)
-        rows = torch.cat([self._norm(latent.contiguous()), shared], dim=-1)
-        self._cache_write.write_rows(rows, pool, inputs.kv_indices)
-        own, query_shared = query.unflatten(1, (self.sizes.num_heads, -1)).split(
-            [self.sizes.nope_dim, self.sizes.rope_dim], dim=-1
-        )
-        query = torch.cat([self._to_keys(own), query_shared], dim=-1)
-        where = {"table": inputs.table, "scale": self._scale, "rank": self.sizes.rank}
-
-        def attend(part: StepPart, tokens: slice) -> torch.Tensor:
-            if isinstance(part, PrefillPart):
-                return self._mla.prefill_mla(query[tokens], pool, **part.attention_inputs, **where)
-            # The heads of one token fill a program, so drafts of a sequence do not share one.
-            sequences = part.tokens if isinstance(part, VerifyPart) else part.sequences
-            return self._mla.decode_mla(query[tokens], pool, sequences=sequences, **where)
-
-        return self._from_latent(inputs.by_part(attend)).flatten(1)
-
-    def finish(self, mixed: torch.Tensor, projected: torch.Tensor) -> torch.Tensor:
-        return self._output(pad_rows(mixed, len(projected)))

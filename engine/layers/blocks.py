@@ -47,13 +47,10 @@ class Rows:
 class DecodePart:
     """The first D tokens: one of each decoding sequence."""
 
+    num_tokens: int
     sequences: Sequences
     slots: torch.Tensor
     """int32[D]; empty for an attention-only model."""
-
-    @property
-    def num_tokens(self) -> int:
-        return len(self.sequences.rows)
 
     @property
     def attention_inputs(self) -> dict[str, object]:
@@ -70,6 +67,7 @@ class DecodePart:
 class VerifyPart:
     """The next V tokens, packed: the next token and the drafts of each sequence with drafts."""
 
+    num_tokens: int
     packed: Packed
     sequences: Sequences
     tokens: Sequences
@@ -81,10 +79,6 @@ class VerifyPart:
     before: torch.Tensor
     """int64[V]: index of the token before each of the V tokens; V plus the sequence's number for
     its first token."""
-
-    @property
-    def num_tokens(self) -> int:
-        return len(self.before)
 
     @property
     def attention_inputs(self) -> dict[str, object]:
@@ -109,6 +103,7 @@ def tokens_before(lengths: Sequence[int], num_tokens: int) -> npt.NDArray[np.int
 class PrefillPart:
     """The remaining P tokens, packed: chunks of prompts."""
 
+    num_tokens: int
     packed: Packed
     sequences: Sequences
     slots: torch.Tensor
@@ -116,10 +111,6 @@ class PrefillPart:
     resumed: torch.Tensor
     """bool[B]: True to continue from the slot's state, False to start from zero."""
     exports: Exports | None
-
-    @property
-    def num_tokens(self) -> int:
-        return sum(self.packed.lengths)
 
     @property
     def attention_inputs(self) -> dict[str, object]:
@@ -157,10 +148,6 @@ class LayerInputs:
     """Parts with tokens: the decoding, the verifying and the prefill part, in this order."""
     live: torch.Tensor | None = None
     """See ``Rows.live``, with T as count."""
-
-    @property
-    def rows(self) -> Rows:
-        return Rows(self.num_tokens, self.live)
 
     def by_part(self, compute: Callable[[StepPart, slice], torch.Tensor]) -> torch.Tensor:
         """Call ``compute`` with each part and its range of tokens, and concatenate the results."""
@@ -370,13 +357,6 @@ class MixerStep(Residual[Mixer]):
 
 class FeedForwardStep(Residual[FeedForward]):
     """An MLP or experts, and their norms."""
-
-    def __call__(
-        self, hidden: torch.Tensor, residual: torch.Tensor | None, rows: Rows
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return (the output that is added to the stream, the stream)."""
-        normed, residual = self.enter(hidden, residual)
-        return self.leave(self.block(normed, rows)), residual
 
 
 class Parallel(Composite):

@@ -103,7 +103,8 @@ class RoutedExperts(Composite):
         self._narrow, self._widen = narrow, widen
         layers = router, experts, narrow, widen, shared
         self.layers = [layer for layer in layers if layer is not None]
-        self._sum, self._gate = build.rank.sum, build.kernels["activation"].sigmoid_mul
+        self._sum = build.rank.sum if build.is_divided else None
+        self._gate = build.kernels["activation"].sigmoid_mul
         experts.defers = shared is None and widen is None and not build.is_divided
 
     @property
@@ -119,7 +120,7 @@ class RoutedExperts(Composite):
         out = self._experts(rows.of(inner), weights, experts, joined)
         if not isinstance(out, torch.Tensor):
             return out._replace(num_rows=len(x))
-        out = pad_rows(self._sum(out), len(x))
+        out = pad_rows(out if self._sum is None else self._sum(out), len(x))
         out = out if self._widen is None else self._widen(out)
         if self._shared is None:
             return out

@@ -30,6 +30,7 @@ from engine.layers.blocks import (
     MixerStep,
     Pools,
     RMSNorm,
+    Rows,
     VerifyPart,
     pad_rows,
     padded_count,
@@ -121,7 +122,7 @@ class PredictionHead(Composite):
             angles=rotary(positions),
             kv_indices=kv_indices,
             table=rows,
-            parts=[DecodePart(sequences, rows.new_empty(0))],
+            parts=[DecodePart(count, sequences, rows.new_empty(0))],
         )
         entered = self._enter(pad_rows(embedded, num_rows), pad_rows(before, num_rows))
         normed, residual = self._attention.enter(entered, None)
@@ -129,7 +130,8 @@ class PredictionHead(Composite):
         projected = block.project(normed)
         mixed = block.mix(projected, inputs, pools[:2])
         hidden = self._attention.leave(block.finish(mixed, projected))
-        hidden, residual = self._mlp(hidden, residual, inputs.rows)
+        normed, residual = self._mlp.enter(hidden, residual)
+        hidden = self._mlp.leave(self._mlp.block(normed, Rows(count)))
         return self._norm.add(hidden, residual)[0][: inputs.num_tokens]
 
 

@@ -1,5 +1,5 @@
-"""Recurrent mixers: a short causal convolution, and a scan after it (Gated DeltaNet, Kimi Delta
-Attention, Mamba-1, Mamba-2) or a gate (LFM2)."""
+"""Recurrent mixers: a short causal convolution, and a scan after it. Gated DeltaNet and Mamba-2 are
+here; a mixer of one family is in the file of its family."""
 
 from __future__ import annotations
 
@@ -8,19 +8,11 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 
-from engine.layers.blocks import (
-    LayerInputs,
-    OneProduct,
-    Pools,
-    PrefillPart,
-    RMSNorm,
-    StepPart,
-    pad_rows,
-)
+from engine.layers.blocks import LayerInputs, OneProduct, Pools, PrefillPart, StepPart, pad_rows
 from engine.weights.model_config import ModelError
 from engine.weights.parameters import Build, Kinds, Parameter
 from engine.weights.products import SCALE_BLOCK, Linear, Part, QuantizedRows
-from hybridcache.geometry.mixers import DeltaSizes, MambaSizes, ShortConvSizes
+from hybridcache.geometry.mixers import DeltaSizes, MambaSizes
 from hybridcache.geometry.sizes import Spec
 
 
@@ -91,39 +83,6 @@ class Recurrent(OneProduct):
     def _gated(self, mixed: torch.Tensor, projected: torch.Tensor) -> torch.Tensor:
         """Return the input of the last product, from the results of ``mix`` and ``project``."""
         raise NotImplementedError
-
-
-class ShortConv(Recurrent):
-    """``out(C * conv(B * x))``; B, C and x are one product ``[B | C | x]``."""
-
-    def __init__(
-        self, name: str, hidden_size: int, sizes: ShortConvSizes, build: Build, *, bias: bool
-    ) -> None:
-        """``bias``: True if both products and the convolution have one."""
-        channels, conv = (sizes.channels, 1), {f"{name}.conv": sizes.channels}
-        inputs = [Part(f"{name}.in_proj", 3 * sizes.channels)]
-        outputs = [Part(f"{name}.out_proj", hidden_size)]
-        self._projection = Linear(hidden_size, inputs, build, outputs=[channels] * 3, bias=bias)
-        self._output = Linear(sizes.channels, outputs, build, bias=bias, sums=True)
-        self.layers = self._projection, self._output
-        sizes = build.own(sizes)
-        self.keeps = sizes.keeps
-        width = sizes.channels
-        self.projected_size, self.mixed_shape = 3 * width, (width,)
-        self._conv = CausalConv(width, sizes.conv_width, build, bias=bias, silu=False)
-        self.own = [*self._conv.parameters(conv, [channels])]
-
-    def _inputs(self, projected: torch.Tensor) -> Sequence[torch.Tensor]:
-        gate, _, x = projected.chunk(3, dim=-1)
-        return [gate * x]
-
-    def _scan(
-        self, x: torch.Tensor, gates: Sequence[torch.Tensor], part: StepPart, *states: torch.Tensor
-    ) -> torch.Tensor:
-        return x
-
-    def _gated(self, mixed: torch.Tensor, projected: torch.Tensor) -> torch.Tensor:
-        return projected.chunk(3, dim=-1)[1] * mixed
 
 
 class GatedDeltaNet(Recurrent):
@@ -210,170 +169,13 @@ class GatedDeltaNet(Recurrent):
         )
 
     def finish(self, mixed: torch.Tensor, projected: torch.Tensor) -> torch.Tensor:
+        z = projected[: len(mixed)].split(self._widths, dim=-1)[1].view(mixed.shape)
+        norm = mixed, self._norm_weight, z, self._eps
         is_whole = len(mixed) == len(projected) and mixed.shape[-1] % SCALE_BLOCK == 0
-        if not (is_whole and self._output.takes_fp8_rows):
-            return super().finish(mixed, projected)
-        z = projected.split(self._widths, dim=-1)[1].view(mixed.shape)
-        return self._output(self._norm.gated_rms_norm_rows(mixed, self._norm_weight, z, self._eps))
-
-    def _gated(self, mixed: torch.Tensor, projected: torch.Tensor) -> torch.Tensor:
-        z = projected.split(self._widths, dim=-1)[1].view(mixed.shape)
-        return self._norm.gated_rms_norm(mixed, self._norm_weight, z, self._eps)
-
-
-class KimiDeltaAttention(Recurrent):
-    """Layer in which decays and the output gate are two products each, through a width of one head.
-
-    The input of ``mix`` and ``finish`` is laid out as ``[query | key | value | decay | gate |
-    beta]``.
-    """
-
-    def __init__(
-        self, name: str, hidden_size: int, sizes: DeltaSizes, build: Build, norm: RMSNorm
-    ) -> None:
-        """``norm``: norm over a head, before the output gate."""
-        heads, head, width = sizes.num_value_heads, sizes.value_dim, sizes.value_width
-        by_head, all_of_it, each = (heads, head), (1, head), (heads, 1)
-        inputs = [Part(f"{name}.{word}_proj", width) for word in "qkv"]
-        inputs += [Part(f"{name}.{word}_a_proj", head) for word in "gf"]
-        inputs += [Part(f"{name}.b_proj", heads)]
-        kinds = [*[by_head] * 3, all_of_it, all_of_it, each]
-        self._projection = Linear(hidden_size, inputs, build, outputs=kinds)
-        self._decay, self._gate = (
-            Linear(head, [Part(f"{name}.{word}_b_proj", width)], build, outputs=[by_head])
-            for word in "fg"
-        )
-        outputs = [Part(f"{name}.o_proj", hidden_size)]
-        self._output = Linear(width, outputs, build, sums=True)
-        convs = {f"{name}.{word}_conv1d": width for word in "qkv"}
-        sizes = build.own(sizes)
-        self.keeps = sizes.keeps
-        heads, width = sizes.num_value_heads, sizes.value_width
-        self._narrow_widths = [sizes.conv_channels, head, head, heads]
-        self._widths = [sizes.conv_channels, width, width, heads]
-        self.projected_size, self.mixed_shape = sum(self._widths), (heads, head)
-        self._conv = CausalConv(sizes.conv_channels, sizes.conv_width, build)
-        self._A_log = build.weights.empty(heads, dtype=torch.float32)
-        self._dt_bias = build.weights.empty(heads, head, dtype=torch.float32)
-        self._norm, self._kda = norm, build.kernels["kda"]
-        self.layers = self._projection, self._decay, self._gate, norm, self._output
-        self._sigmoid_mul = build.kernels["activation"].sigmoid_mul
-        decays, steps = self._A_log.view(1, 1, -1, 1), self._dt_bias.flatten()
-        self.own = [
-            *self._conv.parameters(convs, [by_head] * 3),
-            build.parameter(f"{name}.A_log", decays, "log_decay", [each], dim=2),
-            build.parameter(f"{name}.dt_bias", steps, "time_bias", [by_head]),
-        ]
-
-    def project(self, hidden: torch.Tensor | QuantizedRows) -> torch.Tensor:
-        qkv, gate, decay, beta = self._projection(hidden).split(self._narrow_widths, dim=-1)
-        decay, gate = self._decay(decay.contiguous()), self._gate(gate.contiguous())
-        return torch.cat([qkv, decay, gate, beta], dim=-1)
-
-    def _inputs(self, projected: torch.Tensor) -> Sequence[torch.Tensor]:
-        qkv, decay, _, beta = projected.split(self._widths, dim=-1)
-        return qkv, decay, beta
-
-    def _scan(
-        self, x: torch.Tensor, gates: Sequence[torch.Tensor], part: StepPart, *states: torch.Tensor
-    ) -> torch.Tensor:
-        decay, beta = gates
-        *heads, decay = (one.unflatten(1, self.mixed_shape) for one in (*x.chunk(3, dim=-1), decay))
-        gates = decay, beta, self._A_log, self._dt_bias
-        if isinstance(part, PrefillPart):
-            gates = self._kda.gates(*gates)
-            return self._kda.chunk_kda(*heads, *gates, states=states[0], **part.scan_inputs)
-        return self._kda.decode_kda(*heads, *gates, states=states[0], **part.scan_inputs)
-
-    def _gated(self, mixed: torch.Tensor, projected: torch.Tensor) -> torch.Tensor:
-        gate = projected.split(self._widths, dim=-1)[2]
-        return self._sigmoid_mul(self._norm(mixed).flatten(1), gate)
-
-
-class Mamba1(Recurrent):
-    """Layer with an input product ``[x | z]``, and Jamba's norms. Time steps, B and C are products
-    of the convolution's output, so ``mix`` contains dense products."""
-
-    def __init__(
-        self,
-        name: str,
-        hidden_size: int,
-        sizes: MambaSizes,
-        step_size: int,
-        build: Build,
-        *,
-        eps: float,
-        bias: bool = False,
-        conv_bias: bool = True,
-    ) -> None:
-        """``step_size``: inner size of the time steps' product. ``eps``: epsilon of the norms.
-        ``bias``: True if input and output products have one."""
-        inner, state, weights = sizes.inner, sizes.state_dim, build.weights
-        self._widths, channels = [step_size, state, state], [(inner, 1)]
-        inputs = [Part(f"{name}.in_proj", 2 * inner)]
-        self._projection = Linear(hidden_size, inputs, build, outputs=2 * channels, bias=bias)
-        selected = [Part(f"{name}.x_proj", sum(self._widths))]
-        self._selection = Linear(inner, selected, build, sums=True)
-        steps = [Part(f"{name}.dt_proj", inner)]
-        self._steps = Linear(step_size, steps, build, outputs=channels)
-        outputs = [Part(f"{name}.out_proj", hidden_size)]
-        self._output = Linear(inner, outputs, build, bias=bias, sums=True)
-        conv, sizes = {f"{name}.conv1d": inner}, build.own(sizes)
-        self.keeps, self._inner = sizes.keeps, sizes.inner
-        inner = sizes.inner
-        self.projected_size, self.mixed_shape = 2 * inner, (inner,)
-        self._norms = [
-            RMSNorm(f"{name}.{word}_layernorm", size, build, eps=eps)
-            for word, size in zip(("dt", "b", "c"), self._widths, strict=True)
-        ]
-        products = self._projection, self._selection, self._steps, self._output
-        self.layers = *products, *self._norms
-        self._conv = CausalConv(inner, sizes.conv_width, build, bias=conv_bias)
-        self._A_log = weights.empty(inner, state, dtype=torch.float32)
-        self._dt_bias = weights.empty(inner, dtype=torch.float32)
-        self._D = weights.empty(inner, dtype=torch.float32)
-        self._mamba1 = build.kernels["mamba1"]
-        self._gate = build.kernels["activation"].silu_mul
-        self.own = [
-            *self._conv.parameters(conv, channels),
-            build.parameter(f"{name}.A_log", self._A_log, "log_decay", channels),
-            build.parameter(f"{name}.dt_proj.bias", self._dt_bias, "time_bias", channels),
-            build.parameter(f"{name}.D", self._D, "skip", channels),
-        ]
-
-    def seal(self) -> None:
-        super().seal()
-        self._A = self._A_log.exp().neg().mT.contiguous()
-        del self._A_log
-
-    def mix(self, projected: torch.Tensor, inputs: LayerInputs, pools: Pools) -> torch.Tensor:
-        """Return ``[T, V]``."""
-        x = projected[: inputs.num_tokens, : self._inner]
-        windows, states = pools[0], pools[1][:, 0]
-        x = inputs.by_part(lambda part, tokens: self._conv(x[tokens], part, windows))
-        selected = self._selection(pad_rows(x, inputs.num_rows)).split(self._widths, dim=-1)
-        dt, B, C = (norm(part) for norm, part in zip(self._norms, selected, strict=True))
-        gates = B, C, self._steps(dt)
-        return inputs.by_part(
-            lambda part, tokens: self._scan(
-                x[tokens], [gate[tokens] for gate in gates], part, states
-            )
-        )
-
-    def _scan(
-        self, x: torch.Tensor, gates: Sequence[torch.Tensor], part: StepPart, *states: torch.Tensor
-    ) -> torch.Tensor:
-        B, C, dt = gates
-        if isinstance(part, PrefillPart):
-            step = self._mamba1.time_steps(dt, self._dt_bias)
-            return self._mamba1.chunk_mamba1(
-                x, B, C, step, self._A, self._D, states=states[0], **part.scan_inputs
-            )
-        own = self._A, self._dt_bias, self._D
-        return self._mamba1.decode_mamba1(x, B, C, dt, *own, states=states[0], **part.scan_inputs)
-
-    def _gated(self, mixed: torch.Tensor, projected: torch.Tensor) -> torch.Tensor:
-        return self._gate(mixed, projected[:, self._inner :])
+        if is_whole and self._output.takes_fp8_rows:
+            return self._output(self._norm.gated_rms_norm_rows(*norm))
+        gated = self._norm.gated_rms_norm(*norm).flatten(1)
+        return self._output(pad_rows(gated, len(projected)))
 
 
 class Mamba2(Recurrent):

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import pkgutil
 from functools import cache
-from importlib import import_module
 from typing import TYPE_CHECKING
 
 from engine.weights.model_config import ModelConfig, ModelError, RawConfig, check_all_read
-from hybridcache.geometry.families import COMPOSITES, read, text_part
+from hybridcache.geometry.families import COMPOSITES, defined, read, text_part
 
 if TYPE_CHECKING:
     from engine.models.decoder import Decoder
@@ -46,10 +44,4 @@ def read_model(raw: RawConfig) -> tuple[type[Decoder], ModelConfig]:
 @cache
 def families() -> dict[str, type[Decoder]]:
     """Map each ``model_type`` of a config.json to the class that supports it."""
-    found: dict[str, type[Decoder]] = {}
-    for file in pkgutil.iter_modules(__path__):
-        module = import_module(f"{__name__}.{file.name}")
-        for part in vars(module).values():
-            if isinstance(part, type) and part.__module__ == module.__name__:
-                found.update(dict.fromkeys(getattr(part, "model_types", ()), part))
-    return found
+    return {word: family for family, words in defined(__name__, "model_types") for word in words}

@@ -25,7 +25,6 @@ from engine.layers.blocks import (
     Pools,
     RMSNorm,
     Rows,
-    multiplied,
 )
 from engine.layers.experts import SigmoidRouter
 from engine.layers.prediction import PredictionHead
@@ -94,17 +93,19 @@ class Decoder(ABC):
         self.config, self.build, self.stacked_experts = config, build, stacked_experts
         self._parts: list[Layer] = []
         self._sealing = Sealing(beside=build.weights.device.type == "cpu")
-        embedding = Embedding(self.embedding_name, config.vocab_size, config.hidden_size, build)
-        self._embedding = self._add(embedding, fill)
+        sizes, factor = (config.vocab_size, config.hidden_size), config.embedding_multiplier
+        self.embedding = self._add(Embedding(self.embedding_name, *sizes, build, factor), fill)
+        """Start of the residual stream."""
         layers: list[Sequence[Step]] = []
-        for index, sizes in enumerate(config.sizes.layers):
-            layers.append(self.steps(f"{self.layers_name}.{index}", sizes))
+        for index, layer in enumerate(config.sizes.layers):
+            layers.append(self.steps(f"{self.layers_name}.{index}", layer))
             for step in layers[-1]:
                 self._add(step, fill)
         self._arrange(layers)
         self.norm = self._add(self.norm_of(self.norm_name), fill)
-        head = Head("lm_head", config.vocab_size, embedding, build, is_tied=config.tie_embeddings)
-        self._head = self._add(head, fill)
+        is_tied, factor = config.tie_embeddings, config.logit_multiplier
+        head = Head("lm_head", config.vocab_size, self.embedding, build, factor, is_tied=is_tied)
+        self.head = self._add(head, fill)
         self.prediction: PredictionHead | None = None
         if with_prediction:
             self.prediction = self._add(self.prediction_head(), fill)
@@ -235,23 +236,17 @@ class Decoder(ABC):
         weights = self.build.weights
         return torch.empty(*shape, dtype=weights.dtype, device=weights.device)
 
-    def embedding(self, token_ids: torch.Tensor) -> torch.Tensor:
-        """Return the start of the residual stream, ``[T, H]``."""
-        return multiplied(self._embedding(token_ids), self.config.embedding_multiplier)
-
-    def head(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Return logits ``[T, vocab_size]``."""
-        return multiplied(self._head(hidden), self.config.logit_multiplier)
-
     def forward(
         self, token_ids: torch.Tensor, inputs: LayerInputs, pools: Sequence[Pools]
     ) -> torch.Tensor:
         """Compute the hidden states ``[num_rows, H]`` after the final norm, and update the pools,
         one entry per entry of ``keeps``."""
-        out, residual = self.start(token_ids, inputs.rows)
+        rows = Rows(inputs.num_tokens, inputs.live)
+        out, residual = self.advance(0, self.embedding(token_ids), None, rows)
         for index, step in enumerate(self.mixers):
             mixed = step.block.mix(out, inputs, pools[index])
-            out, residual = self.resume(index, mixed, out, residual, inputs.rows)
+            hidden = step.leave(step.block.finish(mixed, out))
+            out, residual = self.advance(index + 1, hidden, residual, rows)
         if self.prediction is not None:
             self.follow(token_ids, out, inputs, pools)
         return out
@@ -269,36 +264,23 @@ class Decoder(ABC):
             embedded = self.embedding(token_ids)
             self.prediction.follow(embedded, hidden[: len(token_ids)], inputs, pools[-1])
 
-    def start(self, token_ids: torch.Tensor, rows: Rows) -> tuple[torch.Tensor, torch.Tensor]:
-        """Compute up to the first mixer. Returns (its input product, the residual stream)."""
-        return self._advance(0, self.embedding(token_ids), None, rows)
-
-    def resume(
-        self,
-        index: int,
-        mixed: torch.Tensor,
-        projected: torch.Tensor,
-        residual: torch.Tensor,
-        rows: Rows,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Continue after mixer ``index``, with its output.
-
-        Returns (the input product of the next mixer or the hidden states after the final norm, the
-        residual stream).
-        """
-        step = self.mixers[index]
-        hidden = step.leave(step.block.finish(mixed, projected))
-        return self._advance(index + 1, hidden, residual, rows)
-
-    def _advance(
+    def advance(
         self, index: int, hidden: torch.Tensor, residual: torch.Tensor | None, rows: Rows
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Compute up to mixer ``index``, or after the last one to the end.
+
+        ``hidden`` is the output of the mixer before, not yet added; ``residual`` is the stream
+        before that mixer, or None at the beginning. Returns (the input product of the mixer or the
+        hidden states after the final norm, the residual stream).
+        """
         for step in self._between[index]:
-            hidden, residual = step(hidden, residual, rows)
+            normed, residual = step.enter(hidden, residual)
+            hidden = step.leave(step.block(normed, rows))
         if index == len(self.mixers):
             return self.norm.add(hidden, residual)
-        normed, residual = self.mixers[index].enter(hidden, residual)
-        return self.mixers[index].block.project(normed), residual
+        mixer = self.mixers[index]
+        normed, residual = mixer.enter(hidden, residual)
+        return mixer.block.project(normed), residual
 
     def _add(self, part: T, fill: Fill | None) -> T:
         self._parts.append(part)

@@ -2,16 +2,53 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar
 
-from engine.layers.blocks import MLP, FeedForward, Mixer
+import torch
+
+from engine.layers.blocks import MLP, FeedForward, Mixer, StepPart
 from engine.layers.experts import RoutedExperts
-from engine.layers.recurrent import ShortConv
+from engine.layers.recurrent import CausalConv, Recurrent
 from engine.layers.rotary import RopeDefaults
 from engine.models.decoder import Decoder
-from engine.weights.products import Experts, expert_names
+from engine.weights.parameters import Build
+from engine.weights.products import Experts, Linear, Part, expert_names
 from hybridcache.geometry.mixers import AttentionSizes, ShortConvSizes
 from hybridcache.geometry.sizes import ExpertsSizes, MixerSizes, MLPSizes
+
+
+class ShortConv(Recurrent):
+    """``out(C * conv(B * x))``; B, C and x are one product ``[B | C | x]``."""
+
+    def __init__(
+        self, name: str, hidden_size: int, sizes: ShortConvSizes, build: Build, *, bias: bool
+    ) -> None:
+        """``bias``: True if both products and the convolution have one."""
+        channels, conv = (sizes.channels, 1), {f"{name}.conv": sizes.channels}
+        inputs = [Part(f"{name}.in_proj", 3 * sizes.channels)]
+        outputs = [Part(f"{name}.out_proj", hidden_size)]
+        self._projection = Linear(hidden_size, inputs, build, outputs=[channels] * 3, bias=bias)
+        self._output = Linear(sizes.channels, outputs, build, bias=bias, sums=True)
+        self.layers = self._projection, self._output
+        sizes = build.own(sizes)
+        self.keeps = sizes.keeps
+        width = sizes.channels
+        self.projected_size, self.mixed_shape = 3 * width, (width,)
+        self._conv = CausalConv(width, sizes.conv_width, build, bias=bias, silu=False)
+        self.own = [*self._conv.parameters(conv, [channels])]
+
+    def _inputs(self, projected: torch.Tensor) -> Sequence[torch.Tensor]:
+        gate, _, x = projected.chunk(3, dim=-1)
+        return [gate * x]
+
+    def _scan(
+        self, x: torch.Tensor, gates: Sequence[torch.Tensor], part: StepPart, *states: torch.Tensor
+    ) -> torch.Tensor:
+        return x
+
+    def _gated(self, mixed: torch.Tensor, projected: torch.Tensor) -> torch.Tensor:
+        return projected.chunk(3, dim=-1)[1] * mixed
 
 
 class Lfm2(Decoder):

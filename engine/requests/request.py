@@ -44,9 +44,9 @@ from engine.text.grammar import Grammar, GrammarError
 from engine.text.tokenizer import CLOSE, IdTokenizer, Tokenizer
 from engine.text.tokenizer_files import read_json
 from hybridcache.geometry.gguf import gguf_file
-from hybridcache.radix.protocol import PromptBoundaries, require_boundaries
+from hybridcache.radix.protocol import NO_BOUNDARIES, PromptBoundaries, require_boundaries
 from hybridcache.scheduling.request import ScheduledRequest
-from hybridcache.tokens import Tokens, require_namespace
+from hybridcache.tokens import PLAIN, Tokens, require_namespace
 
 RECOMMENDED = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 """Settings of ``generation_config.json`` that become defaults of requests."""
@@ -207,7 +207,7 @@ class RequestSpec(Struct, frozen=True, array_like=True, tag=True, eq=False):
     namespace: Namespace = None
     """Requests of different namespaces share no cache entries. None, a str, bytes, an int, or a
     tuple of these."""
-    boundaries: PromptBoundaries = PromptBoundaries()
+    boundaries: PromptBoundaries = NO_BOUNDARIES
     """Positions at which later prompts are known to continue, and whether they contain the answer.
     They ascend from 0 on; those past the prompt are ignored."""
     ends_session: bool = False
@@ -266,8 +266,9 @@ class Marks(TypedDict, total=False):
 class Request(ScheduledRequest):
     """Scheduled request with its sampling parameters, text and times."""
 
-    def __init__(self, spec: RequestSpec, intake: Intake, arrival: int) -> None:
-        """Start a request from a valid ``spec``. Raises GrammarError."""
+    def __init__(self, spec: RequestSpec, intake: Intake) -> None:
+        """Start a request from a valid ``spec``. Raises GrammarError. O(length of the prompt)."""
+        arrival = next(intake.arrivals)
         sampling = spec.sampling or intake.default_sampling
         prompt = np.asarray(spec.prompt, np.int32)
         longest = intake.max_model_len
@@ -363,11 +364,10 @@ class Request(ScheduledRequest):
     def stop_reason(self) -> str:
         """See ``ScheduledRequest``. An answer in which a tool call begins after its reasoning, or
         in reasoning without an answer, is "tool_use", even if the call cannot be made. O(text)."""
-        reason = super().stop_reason
-        if reason or self.finish_reason not in ("stop", "length"):
-            return reason
-        if self.finish_reason == "length":
-            return "length"
+        if self.spec.ends_session:
+            return "session_end"
+        if self.finish_reason != "stop":
+            return "length" if self.finish_reason == "length" else ""
         if self.spec.call_marks:
             before, _, answer = "".join(self.text).rpartition(CLOSE)
             answer = answer if answer.strip() else before
@@ -525,7 +525,7 @@ class Request(ScheduledRequest):
 
 
 class Intake:
-    """Makes requests for one engine. Safe to call from any thread."""
+    """Validation and common facts of the requests of one engine. Safe to call from any thread."""
 
     def __init__(
         self,
@@ -546,7 +546,7 @@ class Intake:
         """Defaults of ``SamplingParams`` that the model recommends."""
         self.default_sampling = SamplingParams(**self.sampling_defaults)
         self.clock, self.grammar_rule = clock, grammar_rule
-        self._arrivals, self._names = itertools.count(), itertools.count()
+        self.arrivals, self._names = itertools.count(), itertools.count()
 
     def validate(self, spec: RequestSpec, arrival_s: float | None = None) -> RequestSpec:
         """Return ``spec`` with token ids for its prompt, complete sampling parameters, an id and
@@ -567,15 +567,18 @@ class Intake:
             ids = f"token ids from 0 to {self.vocab_size - 1}"
             raise ValueError(f"prompt must be a text or a flat list of {ids}.")
         self.check(tokens, sampling, spec.prompt_logprobs)
-        require_namespace(spec.namespace)
-        require_boundaries(spec.boundaries)
-        positions = spec.boundaries.positions
-        positions = positions[bisect(positions, 0) : bisect(positions, len(tokens))]
+        if type(spec.namespace) not in PLAIN:
+            require_namespace(spec.namespace)
+        if (boundaries := spec.boundaries) is not NO_BOUNDARIES:
+            require_boundaries(boundaries)
+            positions = boundaries.positions
+            positions = positions[bisect(positions, 0) : bisect(positions, len(tokens))]
+            boundaries = boundaries._replace(positions=tuple(map(int, positions)))
         return structs.replace(
             spec,
             prompt=np.ascontiguousarray(tokens, np.int32),
             sampling=sampling,
-            boundaries=spec.boundaries._replace(positions=tuple(map(int, positions))),
+            boundaries=boundaries,
             request_id=spec.request_id or f"request-{next(self._names)}",
             arrival_s=spec.arrival_s if arrival_s is None else arrival_s,
         )
@@ -607,7 +610,3 @@ class Intake:
             raise ValueError("thinking_token_budget requires a tokenizer, and the engine has none.")
         if self.tokenizer is None and sampling.stop:
             raise ValueError("stop requires a tokenizer, and the engine has none.")
-
-    def make(self, spec: RequestSpec) -> Request:
-        """Make a request from a valid ``spec``. Raises GrammarError. O(length of the prompt)."""
-        return Request(spec, self, next(self._arrivals))

@@ -76,18 +76,9 @@ class Sampler:
             num_top = request.params.logprobs
             if num_top is not None:
                 wanted[row] = num_top
-        return Drawn(self._choose(logits, requests), logits, wanted)
-
-    @torch.inference_mode()
-    def score(self, logits: torch.Tensor, token_ids: Sequence[int], num_top: int) -> Drawn:
-        """Compute log-probabilities of given tokens, one per row, and of the most likely ones."""
-        index = upload(token_ids, torch.int64, logits.device)
-        return Drawn(index, logits, dict.fromkeys(range(len(token_ids)), num_top))
-
-    def _choose(self, logits: torch.Tensor, requests: Sequence[SamplingInput]) -> torch.Tensor:
         scores = _ruled(logits, requests)
         if all(request.params.is_greedy for request in requests):
-            return scores.argmax(dim=-1)
+            return Drawn(scores.argmax(dim=-1), logits, wanted)
         tokens = torch.empty(len(requests), dtype=torch.int64, device=logits.device)
         # Sums over other columns, or in another order, differ in their last bits. So the columns
         # depend on the parameters of the request only, never on the rest of the batch.
@@ -96,8 +87,8 @@ class Sampler:
             groups.setdefault(_width(request.params, logits.shape[-1]), []).append(row)
         for width, group in groups.items():
             for part in _parts(len(group), logits.shape[-1]):
-                rows = group[part]
-                picked, chosen = _pick(scores, rows).float(), [requests[row] for row in rows]
+                of_part = group[part]
+                picked, chosen = _pick(scores, of_part).float(), [requests[row] for row in of_part]
                 if width == 0:
                     found = picked.argmax(dim=-1)
                 elif width is None:
@@ -105,8 +96,14 @@ class Sampler:
                 else:
                     ids, probabilities = _filter(picked, chosen, width)
                     found = ids.gather(1, _look_up(probabilities, chosen)[:, None])[:, 0]
-                tokens[upload(rows, torch.int64, logits.device)] = found
-        return tokens
+                tokens[upload(of_part, torch.int64, logits.device)] = found
+        return Drawn(tokens, logits, wanted)
+
+    @torch.inference_mode()
+    def score(self, logits: torch.Tensor, token_ids: Sequence[int], num_top: int) -> Drawn:
+        """Compute log-probabilities of given tokens, one per row, and of the most likely ones."""
+        index = upload(token_ids, torch.int64, logits.device)
+        return Drawn(index, logits, dict.fromkeys(range(len(token_ids)), num_top))
 
 
 def uniform(seed: int, draw: int) -> float:

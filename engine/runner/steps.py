@@ -79,7 +79,7 @@ class StepInputs:
         token_ids[:num_tokens] = known
         parts = list[StepPart]()
         if decodes:
-            parts.append(DecodePart(*self._sequences(decodes)))
+            parts.append(DecodePart(len(decodes), *self._sequences(decodes)))
         if verified is not None:
             parts.append(verified)
         if prefills:
@@ -107,6 +107,7 @@ class StepInputs:
             exports = [(index, at, staging[i]) for i, (index, at, _) in enumerate(exports)]
         sequences, slots = self._sequences(segments)
         return PrefillPart(
+            num_tokens=sum(lengths),
             packed=packed,
             sequences=sequences,
             slots=slots,
@@ -260,7 +261,7 @@ class DecodeGraphs:
         """Return a function that makes the step's part from the tables. ``bounded`` makes
         ``Sequences`` with the bucket's bounds."""
         rows, kv_lens, slots = self._tables[0][4:, :size].unbind()
-        return lambda: DecodePart(bounded(rows.int(), kv_lens.int()), slots.int())
+        return lambda: DecodePart(size, bounded(rows.int(), kv_lens.int()), slots.int())
 
 
 class PrefillGraphs:
@@ -320,11 +321,14 @@ class PrefillGraphs:
     def _piece(self, index: int, size: int) -> None:
         """Compute the layers between the mixers ``index - 1`` and ``index``."""
         rows, residual = Rows(size, self._live[:size]), self._residual[:size]
+        model, before = self._model, None
         if index == 0:
-            out, stream = self._model.start(self._token_ids[:size], rows)
+            hidden = model.embedding(self._token_ids[:size])
         else:
             projected, mixed = (x[:size] for x in self._buffers[index - 1])
-            out, stream = self._model.resume(index - 1, mixed, projected, residual, rows)
+            step, before = model.mixers[index - 1], residual
+            hidden = step.leave(step.block.finish(mixed, projected))
+        out, stream = model.advance(index, hidden, before, rows)
         if index == len(self._mixers):
             self._hidden[:size].copy_(out)
         else:

@@ -135,6 +135,7 @@ class Verification:
         slots = [self.running.at(one.slot) for one in segments if one.slot is not None]
         own_rows, ends = [one.row for one in segments], [one.end for one in segments]
         return VerifyPart(
+            num_tokens=len(rows),
             packed=Packed.from_lengths(lengths, device),
             sequences=Sequences.of(own_rows, ends, device),
             tokens=Sequences.of(rows, kv_lens, device),
@@ -286,7 +287,7 @@ class VerifyGraphs(DecodeGraphs):
         packed = replace(packed, cu_seqlens=tables[6, : size + 1])
         sequences, tokens = bounded(rows, kv_lens), bounded(token_rows, token_kv_lens)
         before = self._tables[0][4, :size]
-        part = VerifyPart(packed, sequences, tokens, slots, step_slots, before)
+        part = VerifyPart(size, packed, sequences, tokens, slots, step_slots, before)
         return lambda: part
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from engine.config import EngineConfig
 from hybridcache.scheduling.cache_manager import MemorySizes
 from hybridcache.scheduling.planner import AdmissionReport
 
@@ -115,7 +114,6 @@ class CacheReport:
     """Folder with all cached entries, or None if they are not written."""
 
 
-def cache_kind(config: EngineConfig, memory: MemorySizes) -> str:
+def cache_kind(prefix_cache: str, memory: MemorySizes) -> str:
     """Return ``hybrid``, ``radix`` for a model without states, or ``none``."""
-    is_radix = config.prefix_cache == "hybrid" and not memory.is_stateful
-    return "radix" if is_radix else config.prefix_cache
+    return "radix" if prefix_cache == "hybrid" and not memory.is_stateful else prefix_cache

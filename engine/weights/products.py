@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from engine.weights.parameters import Build, Composite, Parameter, Storage, plain_or
-from engine.weights.ranks import ALONE, Cut, Kinds
+from engine.weights.ranks import Cut, Kinds
 from hybridcache.geometry.sizes import ExpertsSizes
 from hybridcache.geometry.sizes import part as part_of
 from kernels.linear.formats import Matrix, Plain, Product
@@ -84,7 +84,8 @@ class Linear:
             for storage, group in groups
         ]
         self._kernel = build.kernels["linear"]
-        self._rank = build.rank if sums else ALONE
+        self._sum = build.rank.sum if sums and build.is_divided else None
+        """Sum of the results of all ranks, or None if a result is whole."""
         self._in_features = in_features if inputs is None else len(inputs)
 
     def parameters(self) -> Iterator[tuple[str, Parameter]]:
@@ -105,7 +106,8 @@ class Linear:
     def __call__(self, x: torch.Tensor | QuantizedRows) -> torch.Tensor:
         if isinstance(x, QuantizedRows) and not self.takes_fp8_rows:
             x = x.x
-        return self._rank.sum(self._product(x))
+        out = self._product(x)
+        return out if self._sum is None else self._sum(out)
 
 
 class _Stack:
@@ -297,8 +299,12 @@ class Embedding(Composite):
     """Maps token ids to hidden states, ``[T]`` to ``[T, hidden_size]``. Each rank has some of the
     rows."""
 
-    def __init__(self, name: str, vocab_size: int, hidden_size: int, build: Build) -> None:
+    def __init__(
+        self, name: str, vocab_size: int, hidden_size: int, build: Build, factor: float = 1.0
+    ) -> None:
+        """``factor``: multiplier of the hidden states."""
         weights, self._rank, self._kernel = build.weights, build.rank, build.kernels["linear"]
+        self._factor = factor
         self._ids, self._dtype = build.rank.span(vocab_size), weights.dtype
         shape = len(self._ids), hidden_size
         self.matrix = Matrix.empty(weights.storage(name).loaded, shape, weights.empty)
@@ -314,14 +320,16 @@ class Embedding(Composite):
     def __call__(self, token_ids: torch.Tensor) -> torch.Tensor:
         matrix = self.matrix
         if self.own_ids is None and isinstance(matrix.format, Plain):
-            return F.embedding(token_ids, matrix.fields["weight"])
-        shape = len(token_ids), matrix.num_columns
-        hidden = torch.empty(shape, dtype=self._dtype, device=token_ids.device)
-        if self.own_ids is None:
-            self._kernel.look_up(matrix, token_ids, hidden)
-            return hidden
-        repeated(self._look_up, token_ids, hidden)
-        return self._rank.sum(hidden)
+            hidden = F.embedding(token_ids, matrix.fields["weight"])
+        else:
+            shape = len(token_ids), matrix.num_columns
+            hidden = torch.empty(shape, dtype=self._dtype, device=token_ids.device)
+            if self.own_ids is None:
+                self._kernel.look_up(matrix, token_ids, hidden)
+            else:
+                repeated(self._look_up, token_ids, hidden)
+                hidden = self._rank.sum(hidden)
+        return hidden if self._factor == 1.0 else hidden * self._factor
 
     def _look_up(self, token_ids: torch.Tensor, out: torch.Tensor) -> None:
         """Write the rows of this rank's tokens, and zeros for other tokens."""
@@ -335,10 +343,20 @@ class Head(Composite):
     """Maps hidden states to logits, ``[T, hidden_size]`` to ``[T, vocab_size]``."""
 
     def __init__(
-        self, name: str, vocab_size: int, embedding: Embedding, build: Build, *, is_tied: bool
+        self,
+        name: str,
+        vocab_size: int,
+        embedding: Embedding,
+        build: Build,
+        factor: float = 1.0,
+        *,
+        is_tied: bool,
     ) -> None:
-        """``is_tied``: True to use the weights of ``embedding``."""
-        self._rank, self._vocab_size, self._is_tied = build.rank, vocab_size, is_tied
+        """``factor``: multiplier of the logits. ``is_tied``: True to use the weights of
+        ``embedding``."""
+        self._join = build.rank.join if build.is_divided else None
+        self._vocab_size, self._is_tied = vocab_size, is_tied
+        self._factor = factor
         self._linear = Linear(
             embedding.matrix.num_columns,
             [Part(name, vocab_size, embedding.own_ids)],
@@ -352,4 +370,7 @@ class Head(Composite):
             yield from super().parameters()
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
-        return self._rank.join(self._linear(hidden), self._vocab_size)
+        logits = self._linear(hidden)
+        if self._join is not None:
+            logits = self._join(logits, self._vocab_size)
+        return logits if self._factor == 1.0 else logits * self._factor

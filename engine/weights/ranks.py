@@ -97,16 +97,12 @@ class Rank:
     def sum(self, x: torch.Tensor) -> torch.Tensor:
         """Sum ``x`` over all ranks in float32, rounded once. The fixed order gives the same bits on
         each rank."""
-        if self.group is None:
-            return x
         out = x.new_empty(x.shape)
         repeated(self._sum, x, out)  # Replayed with recorded steps, like ``_join``.
         return out
 
     def join(self, x: torch.Tensor, size: int) -> torch.Tensor:
         """Concatenate every rank's columns ``x [T, span(size)]`` to ``[T, size]``."""
-        if self.group is None:
-            return x
         out = x.new_empty(len(x), size)
         repeated(self._join, x, out)
         return out

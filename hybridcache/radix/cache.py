@@ -524,8 +524,8 @@ class HybridRadixCache:
         if old is not None:
             handle.superseded = None
             old.num_successors -= 1
-            if old.node.checkpoint is old and not old.num_successors:
-                self._note_superseded(old, is_superseded(old))
+            if old.node.checkpoint is old:
+                self._note_superseded(old)
         node.locks -= 1
         if node.locks:
             return
@@ -574,7 +574,7 @@ class HybridRadixCache:
             wanted = -(-num_tokens // self.page_size) * self.page_size
             if self._can_free(wanted * pages.unit_bytes, wanted):
                 kind: Kind | None = "kv" if pages.budget is None else None
-                while rows is None and self._evict_one(kind):
+                while rows is None and self.evict_next(kind):
                     rows = pages.allocate(num_tokens)
             if rows is None:
                 self.stats.refusals += 1
@@ -595,15 +595,14 @@ class HybridRadixCache:
             if before is not None:
                 replaces.superseded = before
                 before.num_successors += 1
-                if not before.superseded:
-                    self._note_superseded(before, True)
+                self._note_superseded(before)
         slots, budget = self._slots, self._slots.budget
         if slots.num_taken == slots.capacity:
-            self._evict_one("checkpoint")
+            self.evict_next("checkpoint")
         elif budget is not None and budget.free_bytes < slots.unit_bytes:
             is_possible = self._can_free(slots.unit_bytes, 0)
             while is_possible and budget.free_bytes < slots.unit_bytes:
-                is_possible = self._evict_one(None)
+                is_possible = self.evict_next()
         slot = slots.allocate()
         if slot is None:
             self.stats.refusals += 1
@@ -619,7 +618,8 @@ class HybridRadixCache:
             ValueError: ``kv_indices`` is not int32[n] of whole pages in range, or more than all
                 callers hold. Nothing is freed.
         """
-        require_int32(kv_indices, "rows")
+        if type(kv_indices) is not np.ndarray or (kv_indices.dtype, kv_indices.ndim) != (INT32, 1):
+            require_int32(kv_indices, "rows")
         pages, num_rows = self._pages, len(kv_indices)
         num_held = pages.num_taken - self.cached_tokens
         if num_rows > num_held:
@@ -650,18 +650,32 @@ class HybridRadixCache:
         """Evict until that much was freed or nothing evictable remains. O(log n) per item."""
         stats = self.stats
         tokens, slots = stats.evicted_tokens, stats.evicted_slots
-        while stats.evicted_tokens - tokens < num_tokens and self._evict_one("kv"):
+        while stats.evicted_tokens - tokens < num_tokens and self.evict_next("kv"):
             pass
-        while stats.evicted_slots - slots < num_slots and self._evict_one("checkpoint"):
+        while stats.evicted_slots - slots < num_slots and self.evict_next("checkpoint"):
             pass
         return Eviction(stats.evicted_tokens - tokens, stats.evicted_slots - slots)
 
-    def evict_next(self) -> bool:
-        """Evict the next victim of either kind, for memory that rows and states share.
+    def evict_next(self, kind: Kind | None = None) -> bool:
+        """Evict the policy's next victim, of either kind if rows and states share their memory.
 
         Returns False if nothing evictable remains. Amortised O(log n) per freed item.
         """
-        return self._evict_one(None)
+        policy, ghosts = self.policy, self.ghosts
+        while (item := policy.victim(kind)) is not None and item.node.locks:
+            policy.discard(item, evicted=False)
+            self._withheld.add(item)
+        if item is None:
+            return False
+        node = item.node
+        self.stats.evictions += 1
+        if item.kind == "checkpoint" and node.children:
+            self._drop_checkpoint(node)
+        else:
+            self._drop_leaf(node)
+        if ghosts.num_bytes > ghosts.limit_bytes:
+            ghosts.trim()
+        return True
 
     def reset(self) -> None:
         """Remove everything that is not locked, ghosts included. O(tree).
@@ -681,7 +695,7 @@ class HybridRadixCache:
         )
         if plan is not None and not plan.is_done and is_used:
             raise RuntimeError(NOT_CARRIED_OUT)
-        while self._evict_one(None):
+        while self.evict_next():
             pass
         self.ghosts.clear()
         if plan is not None:
@@ -742,25 +756,6 @@ class HybridRadixCache:
         if short_tokens <= self.cached_tokens - self._locked_len:
             return True
         return short_tokens <= self.cached_tokens - self.protected().num_tokens
-
-    def _evict_one(self, kind: Kind | None) -> bool:
-        """Evict the policy's victim. Returns False if nothing evictable remains. Amortised O(log n)
-        per freed item."""
-        policy, ghosts = self.policy, self.ghosts
-        while (item := policy.victim(kind)) is not None and item.node.locks:
-            policy.discard(item, evicted=False)
-            self._withheld.add(item)
-        if item is None:
-            return False
-        node = item.node
-        self.stats.evictions += 1
-        if item.kind == "checkpoint" and node.children:
-            self._drop_checkpoint(node)
-        else:
-            self._drop_leaf(node)
-        if ghosts.num_bytes > ghosts.limit_bytes:
-            ghosts.trim()
-        return True
 
     def _drop_checkpoint(self, node: RadixNode) -> None:
         """Free the checkpoint of an unlocked node, which keeps the evicted item as a tombstone."""
@@ -1013,7 +1008,7 @@ class HybridRadixCache:
                 if stop_reason and stop_reason != tip.stop_reason:
                     tip.stop_reason = stop_reason
                     self.policy.on_relabelled(tip)
-                    self._note_superseded(tip, tip.num_successors > 0 or is_superseded(tip))
+                    self._note_superseded(tip)
                 return
             last = last.parent
 
@@ -1117,8 +1112,8 @@ class HybridRadixCache:
         is_deepest = not checkpoint.superseded or checkpoint.has_ended
         before = last_checkpoint(node) if is_deepest else None
         node.checkpoint = checkpoint
-        if before is not None and not before.superseded:
-            self._note_superseded(before, True)
+        if before is not None:
+            self._note_superseded(before)
         if node.locks:
             self._locked_slots += 1
         if (lost := node.lost_checkpoint) is not None:
@@ -1152,10 +1147,12 @@ class HybridRadixCache:
         there. O(nodes between it and the next deeper one)."""
         last = last_checkpoint(node)
         if last is not None:
-            self._note_superseded(last, last.num_successors > 0 or is_superseded(last))
+            self._note_superseded(last)
 
-    def _note_superseded(self, item: Checkpoint, superseded: bool) -> None:
-        """Note that ``item`` is ``superseded`` or not, and notify the policy of a change."""
+    def _note_superseded(self, item: Checkpoint) -> None:
+        """Note whether ``item`` is superseded now, and notify the policy of a change. O(nodes to
+        the next deeper checkpoint)."""
+        superseded = item.num_successors > 0 or is_superseded(item)
         if superseded == item.superseded:
             return
         is_candidate = item not in self._withheld

@@ -31,6 +31,7 @@ from hybridcache.allocators.moves import NOT_CARRIED_OUT, Move, Transfer
 from hybridcache.radix.api import Losses, PrefixMatch, losses_of
 from hybridcache.radix.cache import HybridRadixCache, LockHandle
 from hybridcache.radix.protocol import (
+    NO_BOUNDARIES,
     Item,
     LoadRule,
     Placed,
@@ -93,7 +94,7 @@ class LeaseRequest(NamedTuple):
     namespace: Hashable = None
     """Requests in different namespaces share nothing: None, a str, bytes, an int or a tuple of
     these."""
-    boundaries: PromptBoundaries = PromptBoundaries()
+    boundaries: PromptBoundaries = NO_BOUNDARIES
     """Positions that later prompts are known to keep, and whether they keep the answer."""
     reuse: bool = True
     """Whether to read cached entries. Set it to False to get the logits of every position; the
@@ -124,7 +125,6 @@ class LeaseRequest(NamedTuple):
     A broken promise costs the namespace the entries that were evicted instead."""
 
 
-NO_BOUNDARIES: PromptBoundaries = LeaseRequest._field_defaults["boundaries"]
 NO_STATES = (
     "a request with a state needs room for one: build a hybrid cache with num_slots or more "
     "total_bytes. A model without linear layers needs a cache with prefix_cache='radix', and "

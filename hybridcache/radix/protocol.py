@@ -333,6 +333,10 @@ class PromptBoundaries(NamedTuple):
     superseded."""
 
 
+NO_BOUNDARIES = PromptBoundaries()
+"""Boundaries of a prompt without known ones."""
+
+
 def require_boundaries(boundaries: object) -> None:
     """Raise TypeError unless ``boundaries`` is a ``PromptBoundaries`` with integers and a bool, and
     ValueError unless its positions ascend from 0 on. O(positions)."""

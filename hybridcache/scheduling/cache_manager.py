@@ -7,7 +7,7 @@ KV rows and slots belong to the lease (``hybridcache/radix/lease.py`` has the ma
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 import numpy as np
@@ -43,18 +43,18 @@ class MemorySizes:
     owns_states: bool = False
     """True if running states are stored outside this memory, one per row of the request table. The
     slots then hold checkpoints only."""
+    slab_rows: int = field(init=False)
+    """KV rows that occupy as many bytes as one slot; 0 if states have a separate pool or do not
+    exist."""
+
+    def __post_init__(self) -> None:
+        has_slabs = self.memory == "arena" and self.is_stateful
+        rows = slab_rows(self.state_bytes, self.row_bytes, self.page_size) if has_slabs else 0
+        object.__setattr__(self, "slab_rows", rows)
 
     @property
     def is_stateful(self) -> bool:
         return self.state_bytes > 0
-
-    @property
-    def slab_rows(self) -> int:
-        """KV rows that occupy as many bytes as one slot; 0 if states have a separate pool or do not
-        exist."""
-        if self.memory == "pools" or not self.is_stateful:
-            return 0
-        return slab_rows(self.state_bytes, self.row_bytes, self.page_size)
 
     @property
     def slot_bytes(self) -> int:
@@ -69,7 +69,7 @@ class MemorySizes:
     def share(self, num_tokens: int, num_states: int) -> float:
         """Return the part of the memory, 0 to 1, that ``num_tokens`` KV rows and ``num_states``
         states take. With two pools, the fuller pool counts."""
-        if self.memory == "arena" or not self.is_stateful:
+        if self.memory == "arena" or not self.state_bytes:
             return (num_tokens + num_states * self.slab_rows) / self.num_kv_tokens
         return max(num_tokens / self.num_kv_tokens, num_states / max(1, self.num_slots))
 
@@ -139,7 +139,8 @@ class CacheManager:
         self._requests: dict[int, ScheduledRequest] = {}
         self.other_holders: dict[Holder, None] = {}
         """Owners of rows and slots that are no leases."""
-        self._step = StepPlan()
+        self.step = StepPlan()
+        """Tensor work of the last batch."""
         has_pools = cache.arena is None and not cache.shares_memory
         self.memory = MemorySizes(
             "pools" if has_pools else "arena",
@@ -213,22 +214,18 @@ class CacheManager:
 
     def take_step(self) -> StepPlan:
         """Return the tensor work of the next batch, to be done before it computes. Call its
-        ``carry_out``, or ``step_done`` when the batch was given to the device."""
-        self._step = step = self.cache.take_step()
+        ``carry_out``, or ``done`` when the batch was given to the device, which orders its work."""
+        self.step = step = self.cache.steps.take()
         if step.row_writes:  # Cut at the request table's width: a lease has whole pages of rows.
             clipped = [w.up_to(self._requests[w.table_row].max_len) for w in step.row_writes]
             step.row_writes = tuple(write for write in clipped if len(write.kv_indices))
         return step
 
-    def step_done(self) -> None:
-        """Record that the last batch was given to the device, which orders its work. O(1)."""
-        self._step.done()
-
     def lost_moves(self) -> bool:
         """Return, after a failed step, whether the moves of the last batch are uncertain. If so, no
         cached row can be trusted. Moves that no batch has taken remain for the next one. The other
         work of the batch is forgotten: its requests have no lease any more."""
-        lost, self._step = bool(self._step.transfers), StepPlan()
+        lost, self.step = bool(self.step.transfers), StepPlan()
         self.cache.steps.open_plan = None
         return lost
 
@@ -239,7 +236,7 @@ class CacheManager:
         self._free_rows = list(range(self.num_rows - 1, -1, -1))
         self._requests.clear()
         self.other_holders.clear()
-        self._step = StepPlan()
+        self.step = StepPlan()
 
     def held(self) -> tuple[int, int]:
         """Return (KV rows, slots) held by running requests and by ``other_holders``."""

@@ -12,7 +12,7 @@ from hybridcache.radix.api import Losses
 from hybridcache.radix.lease import Lease
 from hybridcache.radix.protocol import PromptBoundaries
 from hybridcache.scheduling.sessions import Session
-from hybridcache.tokens import Tokens, require_index, require_int32
+from hybridcache.tokens import INT32, Tokens, require_index, require_int32
 
 
 class RequestFields(Protocol):
@@ -109,8 +109,11 @@ class ScheduledRequest(WaitingRequest):
             TypeError, ValueError: the prompt is empty or not int32[n], or longer than ``max_len``.
                 ``Lease.begin`` raises those of other fields.
         """
-        require_int32(prompt, "prompt")
-        if not 0 < len(prompt) <= require_index(max_len, "max_len"):
+        if type(prompt) is not np.ndarray or prompt.dtype is not INT32 or prompt.ndim != 1:
+            require_int32(prompt, "prompt")
+        if type(max_len) is not int:
+            require_index(max_len, "max_len")
+        if not 0 < len(prompt) <= max_len:
             raise ValueError(
                 f"a prompt must have from 1 to max_len tokens (got {len(prompt)}, and max_len is "
                 f"{max_len})"

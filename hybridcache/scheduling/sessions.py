@@ -111,37 +111,30 @@ class Sessions:
             self.idle.pop(session, None)
             self.open[session] = None
             return session
-        if not self._recognises:
-            return self._add(self._begin(tenant, now_s), choice_of or request_id, len(prompt))
+        num_tokens, known_len = len(prompt), 0
         anchors = self._anchors.get(tenant)
-        if anchors is None:
-            anchors = self._anchors[tenant] = _Anchors()
-        # The polynomial hash, modulo 2**64, of every prefix. Only those of one length are compared.
-        if len(self._powers) < len(prompt):
-            size = max(len(prompt), 2 * len(self._powers))
-            self._powers = np.cumprod(np.full(size, _FACTOR), dtype=np.uint64)
-        numbers = prompt.astype(np.uint64) + np.uint64(1)
-        hashes = np.cumsum(numbers * self._powers[: len(prompt)])
-        session, known_len = anchors.find(hashes)
+        if self._recognises:
+            if anchors is None:
+                anchors = self._anchors[tenant] = _Anchors()
+            # The polynomial hash, modulo 2**64, of every prefix. Those of one length are compared.
+            if len(self._powers) < num_tokens:
+                size = max(num_tokens, 2 * len(self._powers))
+                self._powers = np.cumprod(np.full(size, _FACTOR), dtype=np.uint64)
+            numbers = prompt.astype(np.uint64) + np.uint64(1)
+            hashes = np.cumsum(numbers * self._powers[:num_tokens])
+            session, known_len = anchors.find(hashes)
+            if session is not None:
+                anchors.remove(session)
+                self.idle.pop(session, None)
+                self._drop_name(session)
         if session is None:
-            session = self._begin(tenant, now_s)
-        else:
-            anchors.remove(session)
-            self.idle.pop(session, None)
-            self._drop_name(session)
-        session.known_len = known_len
-        for length in anchor_lens(len(prompt), boundaries):
-            anchors.add(session, length, int(hashes[length - 1]))
-        return self._add(session, choice_of or request_id, len(prompt))
-
-    def _begin(self, tenant: Hashable, now_s: float) -> Session:
-        self._num_begun += 1
-        return Session(self._num_begun, tenant, now_s)
-
-    def _add(self, session: Session, request_id: str, num_tokens: int) -> Session:
-        """Count a new prompt of ``session``."""
-        session.newest_id = request_id
-        self._by_newest[request_id] = session
+            self._num_begun += 1
+            session = Session(self._num_begun, tenant, now_s)
+        if anchors is not None:
+            for length in anchor_lens(num_tokens, boundaries):
+                anchors.add(session, length, int(hashes[length - 1]))
+        session.known_len, session.newest_id = known_len, choice_of or request_id
+        self._by_newest[session.newest_id] = session
         session.num_requests += 1
         session.num_open += 1
         session.num_admitted = 0

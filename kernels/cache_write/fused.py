@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.state_copy.copy import BLOCK_BYTES, copy_block
+from kernels.state_copy.fused import BLOCK_BYTES, copy_block
 from kernels.strides import row_stride
 
 

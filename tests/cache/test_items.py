@@ -51,7 +51,7 @@ def test_item_size_equals_the_bytes_that_eviction_frees(prefix_cache, seed):
     while candidates := [item for item in cache.candidates() if not item.node.locks]:
         policy.next = rng.choice(candidates)
         expected, before = policy.next.size_bytes, used_bytes(cache)
-        cache._evict_one(None)
+        cache.evict_next()
         assert before - used_bytes(cache) == expected
     for handle in handles:
         cache.unlock(handle)

@@ -13,7 +13,7 @@ import pytest
 
 from engine import AsyncEngine, Engine, EngineConfig, QueueFull, RequestOutput, SamplingParams
 from engine.errors import DuplicateId, EngineStopped, StepFailed
-from engine.front.async_engine import ThreadChannel
+from engine.front.async_engine import RequestStream, ThreadChannel
 from engine.messages import Ask
 from engine.requests.request import RequestSpec
 from engine.schedule.scheduler import Batch
@@ -94,7 +94,7 @@ def test_an_abort_during_a_step_takes_effect_when_it_ends() -> None:
 
 def test_one_stream_has_the_outputs_of_several_requests() -> None:
     async def scenario(engine: AsyncEngine, runner: GatedRunner) -> None:
-        stream = engine.stream()
+        stream = RequestStream(engine.abort)
         for name, params in (("a", ENDLESS), ("b", ONE)):
             spec = RequestSpec(np.array([1, 2, 3], np.int32), params, request_id=name)
             engine.submit_valid(spec, stream)
@@ -108,7 +108,7 @@ def test_one_stream_has_the_outputs_of_several_requests() -> None:
         assert isinstance(engine.channel, ThreadChannel)
         ended = engine.channel.host.engine.recent.listed()
         assert [one.answer for _, one in ended] == [None, None], "only the reader adds up"
-        assert await read(stream) == await read(engine.stream()) == []
+        assert await read(stream) == await read(RequestStream(engine.abort)) == []
 
     serve(scenario)
 

@@ -17,7 +17,7 @@ from transformers import GenerationConfig, GenerationMixin, PretrainedConfig
 
 from engine import EngineConfig
 from engine.requests.logit_rules import FREE, Penalties, Repeats
-from engine.requests.request import Intake, RequestSpec, SamplingInput, SamplingParams
+from engine.requests.request import Intake, Request, RequestSpec, SamplingInput, SamplingParams
 from engine.runner import sampler
 from engine.runner.sampler import Sampler, uniform
 from engine.text.answers import NO_TOKEN
@@ -114,7 +114,8 @@ def test_tokens_do_not_depend_on_the_batch(mix):
 
 def test_a_seed_may_be_an_integer_of_numpy():
     intake = Intake(EngineConfig(), None, vocab_size=VOCAB, max_model_len=64)
-    made = intake.make(intake.validate(RequestSpec([1, 2], SamplingParams(seed=np.int64(-5)))))
+    spec = intake.validate(RequestSpec([1, 2], SamplingParams(seed=np.int64(-5))))
+    made = Request(spec, intake)
     assert uniform(made.seed, 3) == uniform(-5, 3)
 
 

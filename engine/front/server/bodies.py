@@ -204,8 +204,8 @@ class Body(FixedObject, kw_only=True):
     NEUTRAL: ClassVar[Mapping[str, Collection[object] | None]] = {}
     """Parameters that are not supported -> values without effect, or None if all have none."""
     ENTRIES: ClassVar[Mapping[str, Callable[[JsonObject, str], JsonObject]]] = {}
-    """Lists of objects -> function that returns an entry in the form that is converted to its type.
-    It gets the entry and its place in the body, and may raise APIError."""
+    """Lists of ``LISTS`` -> function that returns an entry in the form that is converted to its
+    type. It gets the entry and its place in the body, and may raise APIError."""
 
     model: str | None = None
     cache_salt: str | None = None
@@ -213,6 +213,10 @@ class Body(FixedObject, kw_only=True):
 
 
 Kind = TypeVar("Kind", bound=Body)
+CHATS = "messages", "input"
+"""Lists of a body that are chats."""
+LISTS = *CHATS, "tools"
+"""Lists of a body that are read entry by entry."""
 
 
 def decode(kind: type[Kind], raw: bytes, refuses_images: bool = False) -> Kind:
@@ -222,22 +226,27 @@ def decode(kind: type[Kind], raw: bytes, refuses_images: bool = False) -> Kind:
         text = raw.decode()
         if num_nodes(raw) > MAX_NODES:
             raise ValueError(TOO_MANY)
-        given = settled(read_json(text))
-        if not isinstance(given, dict):
+        body = read_json(text)
+        if not isinstance(body, dict):
             raise ValueError("it has no names and values between { and }")
     except ValueError as error:
         raise APIError(400, f"The body cannot be read ({error}): send one JSON object.") from None
-    for name in ("messages", "input"):
-        _replace_blocks(given.get(name), name, refuses_images)
-    for name, form in kind.ENTRIES.items():
-        if isinstance(entries := given.get(name), list):
-            for at, entry in enumerate(entries):
-                if isinstance(entry, dict):
-                    entries[at] = form(entry, f"{name}.{at}")
-    for name in [*given]:
-        if name in kind.NEUTRAL:
-            value, allowed = given.pop(name), kind.NEUTRAL[name]
-            if allowed is not None and value not in allowed:
+    given: JsonObject = {}
+    for name, value in body.items():
+        if name in LISTS and isinstance(value, list):
+            form, entries = kind.ENTRIES.get(name), list[Json]()
+            for at, entry in enumerate(map(settled, value)):
+                if name in CHATS:
+                    entry = _written(entry, f"{name}.{at}", refuses_images)
+                if form is not None and isinstance(entry, dict):
+                    entry = form(entry, f"{name}.{at}")
+                entries.append(entry)
+            given[name] = entries
+        elif value is not None:
+            value = settled(value)
+            if name not in kind.NEUTRAL:
+                given[name] = value
+            elif (allowed := kind.NEUTRAL[name]) is not None and value not in allowed:
                 raise APIError(400, f"'{name}' is not supported: omit it.")
     return converted(given, kind)
 
@@ -250,34 +259,34 @@ MEDIA = {
 """Types of parts that no served model reads -> their common name."""
 
 
-def _replace_blocks(entries: Json, place: str, refuses: bool, is_content: bool = False) -> None:
-    """Replace parts of messages and of results of tools that no template writes by text. O(parts).
+def _written(entry: Json, place: str, refuses: bool, is_content: bool = False) -> Json:
+    """Return a message, item or part with text in place of parts that no template writes. O(parts).
 
     A refused part would end the session of an agent. Images, documents and sound become a line, or
     raise APIError 400; blocks of history become the text of ``line_of``.
     """
-    if not isinstance(entries, list):
-        return
-    for at, entry in enumerate(entries):
-        if not isinstance(entry, dict):
-            continue
-        kind, path, line = entry.get("type"), f"{place}.{at}", None
-        if isinstance(kind, str) and (medium := MEDIA.get(kind)) is not None:
-            if refuses:
-                said = f"'{path}': {medium} is not supported: send text"
-                raise APIError(400, f"{said}, or start the server with --images text.")
-            line = f"[{medium} was left out here, because the model reads text only.]"
-        elif is_content:
-            line = line_of(entry)
-        if line is not None:
-            mark = entry.get("cache_control")
-            entries[at] = {"type": "text", "text": line} | ({"cache_control": mark} if mark else {})
-            continue
-        for name in ("content", "output"):
-            found = entry.get(name)
-            if isinstance(found, dict) and found.get("type") in MEDIA:
-                found = entry[name] = [found]
-            _replace_blocks(found, f"{path}.{name}", refuses, True)
+    if not isinstance(entry, dict):
+        return entry
+    kind, line = entry.get("type"), None
+    if isinstance(kind, str) and (medium := MEDIA.get(kind)) is not None:
+        if refuses:
+            said = f"'{place}': {medium} is not supported: send text"
+            raise APIError(400, f"{said}, or start the server with --images text.")
+        line = f"[{medium} was left out here, because the model reads text only.]"
+    elif is_content:
+        line = line_of(entry)
+    if line is not None:
+        mark = entry.get("cache_control")
+        return {"type": "text", "text": line} | ({"cache_control": mark} if mark else {})
+    for name in ("content", "output"):
+        found = entry.get(name)
+        if isinstance(found, dict) and found.get("type") in MEDIA:
+            found = [found]
+        if isinstance(found, list):
+            places = (f"{place}.{name}.{at}" for at in range(len(found)))
+            parts = zip(found, places, strict=True)
+            entry[name] = [_written(part, its, refuses, True) for part, its in parts]
+    return entry
 
 
 REMEDIES = {

@@ -501,11 +501,6 @@ class ChatRequest(Sampling, kw_only=True):
             for tool in self.tools or ()
         ]
 
-    @property
-    def limit(self) -> int | None:
-        """Maximum number of tokens of an answer, by either name; None for the default."""
-        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
-
 
 class CompletionRequest(Sampling, kw_only=True):
     """POST /v1/completions."""

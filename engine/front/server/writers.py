@@ -245,7 +245,7 @@ class Writer(ABC):
         samplings = cache(
             partial(body.samplings, logprobs=num_scores, defaults=engine.sampling_defaults)
         )
-        self._stream = engine.stream(context.metrics.observe)
+        self._stream = RequestStream(engine.abort, context.metrics.observe)
         self._call.request.state.answer_id = self.answer_id
         try:
             choices = []
@@ -258,8 +258,10 @@ class Writer(ABC):
             if forms:
                 is_thinking = marks.get("is_thinking", False)
                 grammar = await context.grammar_of(forms, namespace, is_thinking)
+            own_id = self.answer_id
+            names = [f"{own_id}-{number}" if number else own_id for number in range(len(choices))]
             for number, (tokens, at, sampling) in enumerate(choices):
-                request_id = self._name(number)
+                request_id = names[number]
                 spec = RequestSpec(
                     tokens,
                     sampling,
@@ -267,7 +269,7 @@ class Writer(ABC):
                     ends_session=body.ends_session,
                     returns_within_s=body.returns_within_s,
                     request_id=request_id,
-                    choice_of=self._name(number - at) if at else None,
+                    choice_of=names[number - at] if at else None,
                     grammar=grammar,
                     arrival_s=time.perf_counter(),
                     **marks,
@@ -281,10 +283,6 @@ class Writer(ABC):
                 raise
             context.metrics.count_failure(error)
             raise of_failure(RequestError.of(error)) from error
-
-    def _name(self, number: int) -> str:
-        """Return the id of the request for the choice of this ``number``."""
-        return f"{self.answer_id}-{number}" if number else self.answer_id
 
     def read(self, index: int, output: RequestOutput) -> RequestOutput:
         """Read the next output of an answer, and return it as it is written."""

@@ -122,7 +122,7 @@ class EngineReplica:
         stream: RequestStream | None = None
         is_covered = False
         try:
-            stream = self._async.submit_valid(spec, self._async.stream(adds=False))
+            stream = self._async.submit_valid(spec, RequestStream(self._async.abort, adds=False))
             async for output in stream:
                 if not is_covered and output.new_token_ids:
                     is_covered = True

@@ -9,10 +9,8 @@
 from __future__ import annotations
 
 import json
-import pkgutil
 from collections.abc import Callable, Mapping
 from functools import cache
-from importlib import import_module
 from pathlib import Path
 
 import torch
@@ -20,6 +18,7 @@ import torch
 from engine.weights.layer_names import MODEL_SLIM_FILE
 from engine.weights.model_config import ModelError, RawConfig
 from engine.weights.scheme import Quantization, Section, UnsupportedError
+from hybridcache.geometry.families import defined
 
 Read = Callable[[Section, Mapping[str, torch.Tensor]], Quantization | None]
 
@@ -27,8 +26,8 @@ Read = Callable[[Section, Mapping[str, torch.Tensor]], Quantization | None]
 @cache
 def readers() -> dict[str, tuple[Read, str]]:
     """Map each ``METHOD`` to its reader, and to the supported part of it."""
-    files = [import_module(f"{__name__}.{file.name}") for file in pkgutil.iter_modules(__path__)]
-    return {file.METHOD: (file.read, file.SERVED) for file in files if hasattr(file, "METHOD")}
+    files = defined(__name__, "METHOD")
+    return {method: (file.read, file.SERVED) for file, method in files}
 
 
 OWN_FILES = (

@@ -12,7 +12,7 @@ import torch
 
 from experiments.gpu.kernel_cases import Case, Setup
 from kernels.state_copy import fused, reference
-from kernels.state_copy.copy import BLOCK_BYTES
+from kernels.state_copy.fused import BLOCK_BYTES
 
 
 def cases(setup: Setup) -> Iterator[Case]:

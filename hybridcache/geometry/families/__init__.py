@@ -9,10 +9,10 @@ Modules are discovered, not registered. A config with an unknown ``model_type`` 
 from __future__ import annotations
 
 import pkgutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from importlib import import_module
-from types import ModuleType
+from typing import Any
 
 from hybridcache.geometry.config_format import Config
 from hybridcache.geometry.families import fields
@@ -95,10 +95,18 @@ def _by_layer_types(text: Fields) -> ModelSizes:
 
 
 @cache
-def modules() -> dict[str, ModuleType]:
+def modules() -> dict[str, Any]:
     """Return the modules by ``model_type``."""
-    found: dict[str, ModuleType] = {}
-    for file in pkgutil.iter_modules(__path__):
-        module = import_module(f"{__name__}.{file.name}")
-        found |= dict.fromkeys(getattr(module, "FORMATS", ()), module)
-    return found
+    return {word: module for module, words in defined(__name__, "FORMATS") for word in words}
+
+
+def defined(package: str, name: str) -> Iterator[tuple[Any, Any]]:
+    """Yield (owner, value) for each module of ``package``, and each class in one, that defines
+    ``name``. A file that is added to a package is found in this way, without a list of them."""
+    for file in pkgutil.iter_modules(import_module(package).__path__):
+        module = import_module(f"{package}.{file.name}")
+        parts = vars(module).values()
+        own = (one for one in parts if isinstance(one, type) and one.__module__ == module.__name__)
+        for owner in (module, *own):
+            if name in vars(owner):
+                yield owner, vars(owner)[name]

@@ -271,7 +271,7 @@ class LoopRun:
         ]
         makes_room = manager.has_moves
         manager.take_step()
-        manager.step_done()
+        manager.step.done()
         if not tasks:
             # After a step that only emptied slabs, the next one can take slots at once.
             if not makes_room:

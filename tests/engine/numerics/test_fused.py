@@ -102,9 +102,11 @@ def test_rows_quantised_by_norms_and_experts_change_no_bit(num_tokens, monkeypat
     def outputs() -> list[torch.Tensor]:
         model = family(config, Build(kernels, spec), Dummy(0).fill)
         rows, ids = Rows(num_tokens), torch.arange(num_tokens)
-        projected, stream = model.start(ids, rows)
-        kinds.append(type(model.mixers[0].enter(stream, None)[0]))
-        return [projected, *model.resume(0, mixed, projected, stream, rows)]
+        projected, stream = model.advance(0, model.embedding(ids), None, rows)
+        step = model.mixers[0]
+        kinds.append(type(step.enter(stream, None)[0]))
+        hidden = step.leave(step.block.finish(mixed, projected))
+        return [projected, *model.advance(1, hidden, stream, rows)]
 
     together = outputs()
     monkeypatch.setattr(linear.Product, "takes_fp8_rows", lambda self, size: False)

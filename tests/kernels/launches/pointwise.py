@@ -8,7 +8,7 @@ from kernels.cache_write.fused import gather_rows, move_rows, write_kv, write_ro
 from kernels.conv1d.fused import decode_conv1d, prefill_conv1d
 from kernels.norm.fused import gated_rms_norm, rms_norm
 from kernels.rotary.fused import rotate, rotate_and_write
-from kernels.state_copy.copy import copy_states
+from kernels.state_copy.fused import copy_states
 from tests.kernels.arena import make_arena, prompts, verified
 
 

@@ -88,7 +88,9 @@ class ChatWriter(Writer):
             marks["call_marks"] = calls.marks
             calls.restrict(forms, self.FORMAT, template.thinks and not prompt.is_thinking)
         num_scores = (body.top_logprobs or 0) if body.logprobs else None
-        await self.submit([prompt.tokens], marks, body.limit, num_scores, forms)
+        limits = body.max_completion_tokens, body.max_tokens
+        limit = next((one for one in limits if one is not None), None)
+        await self.submit([prompt.tokens], marks, limit, num_scores, forms)
         return await self.respond(is_stream)
 
     def written(self) -> dict[str, int]:

@@ -7,12 +7,9 @@ signs. ``docs/how-to/tool-calls.md`` adds one.
 from __future__ import annotations
 
 import json
-import pkgutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from functools import cache, lru_cache, partial
-from importlib import import_module
-from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 from msgspec import structs
@@ -24,6 +21,7 @@ from engine.front.server.tool_calls.parameters import Parameters
 from engine.text.answers import MAX_NAME, AnswerReader, Event, RequestOutput, TextDelta, ToolCall
 from engine.text.grammar import Grammar, GrammarError, quoted
 from engine.text.tokenizer import CLOSE, OPEN, ChatTemplate, any_of
+from hybridcache.geometry.families import defined
 
 MAX_RETRIES = 8
 """Maximum number of broken calls of an answer that are searched for calls again, so that an answer
@@ -429,13 +427,7 @@ class CallReader(AnswerReader):
 @cache
 def forms() -> dict[str, type[CallForm]]:
     """Map the ``NAME`` of each form in this folder to its class."""
-    found: dict[str, type[CallForm]] = {}
-    for file in pkgutil.iter_modules([str(Path(__file__).parent)]):
-        module = import_module(f"{__package__}.{file.name}")
-        for part in vars(module).values():
-            if isinstance(part, type) and issubclass(part, CallForm) and "NAME" in vars(part):
-                found[part.NAME] = part
-    return found
+    return {name: form for form, name in defined(__package__, "NAME")}
 
 
 @lru_cache(maxsize=64)
