@@ -1,8 +1,9 @@
-"""Triton's interpreter, which runs kernels on the CPU, with repairs of six of its faults."""
+"""Triton's interpreter, which runs kernels on the CPU, with repairs of seven of its faults."""
 
 from __future__ import annotations
 
 import functools
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,8 @@ def repair() -> None:
       a tile, while tensor cores use one order for all.
     - Up to triton 3.6, a loaded bound of ``range`` fails on numpy 2.4.
     - An autotuner needs a device's clock, so it uses its first candidate.
+    - Each launch searches the language for its functions again, which takes longer than a small
+      kernel.
     """
     try:
         from triton.runtime import autotuner, interpreter
@@ -28,7 +31,7 @@ def repair() -> None:
         return
     multiply = interpreter.InterpreterBuilder.create_dot
     operate = interpreter.InterpreterBuilder.binary_op
-    patch_tensor = interpreter._patch_lang_tensor
+    patch_tensor, patch_builtin = interpreter._patch_lang_tensor, interpreter._patch_builtin
 
     tl, convert = interpreter.tl, interpreter._convert_float
 
@@ -79,9 +82,21 @@ def repair() -> None:
     def time_nothing(tuner: Any, *arguments: Any, config: Any, **keywords: Any) -> list[float]:
         return [0.0, 0.0, 0.0]
 
+    @functools.cache
+    def replacements(package: Any) -> list[tuple[Any, ...]]:
+        found: list[tuple[Any, ...]] = []
+        scope = SimpleNamespace(set_attr=lambda *change: found.append(change))
+        patch_builtin(package, interpreter.interpreter_builder, scope)
+        return found
+
+    def patch_known(package: Any, builder: Any, scope: Any) -> None:
+        for change in replacements(package):
+            scope.set_attr(*change)
+
     autotuner.Autotuner._bench = time_nothing
     interpreter.InterpreterBuilder.create_dot = create_dot
     interpreter.InterpreterBuilder.binary_op = binary_op
     interpreter.InterpreterBuilder.get_bf16 = get_bf16
     interpreter._convert_float = convert_float
     interpreter._patch_lang_tensor = patch_tensor_index
+    interpreter._patch_builtin = patch_known
