@@ -22,8 +22,9 @@ def repair() -> None:
       a tile, while tensor cores use one order for all.
     - Up to triton 3.6, a loaded bound of ``range`` fails on numpy 2.4.
     - An autotuner needs a device's clock, so it uses its first candidate.
-    - Each launch searches the language for its functions again, which takes longer than a small
-      kernel.
+    - Each launch, and each call of a function in it, replaces the functions of the language again,
+      which takes longer than a small kernel. They stay replaced from the first launch on. Each
+      operation also makes the table of dtypes again.
     """
     try:
         from triton.runtime import autotuner, interpreter
@@ -31,7 +32,8 @@ def repair() -> None:
         return
     multiply = interpreter.InterpreterBuilder.create_dot
     operate = interpreter.InterpreterBuilder.binary_op
-    patch_tensor, patch_builtin = interpreter._patch_lang_tensor, interpreter._patch_builtin
+    patch, patch_tensor = interpreter._patch_lang, interpreter._patch_lang_tensor
+    numpy_dtype_of, dtypes = interpreter._get_np_dtype, dict[str, Any]()
 
     tl, convert = interpreter.tl, interpreter._convert_float
 
@@ -83,15 +85,14 @@ def repair() -> None:
         return [0.0, 0.0, 0.0]
 
     @functools.cache
-    def replacements(package: Any) -> list[tuple[Any, ...]]:
-        found: list[tuple[Any, ...]] = []
-        scope = SimpleNamespace(set_attr=lambda *change: found.append(change))
-        patch_builtin(package, interpreter.interpreter_builder, scope)
-        return found
+    def patch_all() -> Any:
+        patch(SimpleNamespace(__globals__={"tl": tl, "core": tl.core}))
+        return SimpleNamespace(restore=lambda: None)
 
-    def patch_known(package: Any, builder: Any, scope: Any) -> None:
-        for change in replacements(package):
-            scope.set_attr(*change)
+    def numpy_dtype(dtype: Any) -> Any:
+        if dtype.name not in dtypes:
+            dtypes[dtype.name] = numpy_dtype_of(dtype)
+        return dtypes[dtype.name]
 
     autotuner.Autotuner._bench = time_nothing
     interpreter.InterpreterBuilder.create_dot = create_dot
@@ -99,4 +100,5 @@ def repair() -> None:
     interpreter.InterpreterBuilder.get_bf16 = get_bf16
     interpreter._convert_float = convert_float
     interpreter._patch_lang_tensor = patch_tensor_index
-    interpreter._patch_builtin = patch_known
+    interpreter._patch_lang = lambda function: patch_all()
+    interpreter._get_np_dtype = numpy_dtype
