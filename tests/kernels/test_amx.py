@@ -8,7 +8,7 @@ import importlib
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from kernels.linear.blocks import GGML_TYPES
 from kernels.linear.groups import linear_groups
 from kernels.linear.native import NativeInt8Linear, NativeLinear
 from kernels.moe.native import NativeExperts
-from tests.kernels.compiled import OneMethod, assert_close
+from tests.kernels.compiled import OneMethod, assert_close, kept_folder
 from tests.kernels.test_attention import Cache
 from tests.kernels.test_groups import Decoded, draw_numbers, make, pairs_of_products
 from tests.kernels.test_scan import Scan, Sizes
@@ -99,13 +99,9 @@ class AmxKernels:
 
 
 @pytest.fixture(scope="module")
-def kernels(tmp_path_factory: pytest.TempPathFactory) -> AmxKernels:
-    try:
-        with library._user_folder() as folder:
-            (folder / "tests").mkdir(exist_ok=True)
-            return AmxKernels(folder / "tests")
-    except (OSError, RuntimeError):
-        return AmxKernels(tmp_path_factory.mktemp("amx"))
+def kernels() -> Iterator[AmxKernels]:
+    with kept_folder() as folder:
+        yield AmxKernels(folder)
 
 
 @pytest.fixture
