@@ -1,8 +1,9 @@
-"""Triton's interpreter, which runs kernels on the CPU, with repairs of six of its faults."""
+"""Triton's interpreter, which runs kernels on the CPU, with repairs of seven of its faults."""
 
 from __future__ import annotations
 
 import functools
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,9 @@ def repair() -> None:
       a tile, while tensor cores use one order for all.
     - Up to triton 3.6, a loaded bound of ``range`` fails on numpy 2.4.
     - An autotuner needs a device's clock, so it uses its first candidate.
+    - Each launch, and each call of a function in it, replaces the functions of the language again,
+      which takes longer than a small kernel. They stay replaced from the first launch on. Each
+      operation also makes the table of dtypes again.
     """
     try:
         from triton.runtime import autotuner, interpreter
@@ -28,7 +32,8 @@ def repair() -> None:
         return
     multiply = interpreter.InterpreterBuilder.create_dot
     operate = interpreter.InterpreterBuilder.binary_op
-    patch_tensor = interpreter._patch_lang_tensor
+    patch, patch_tensor = interpreter._patch_lang, interpreter._patch_lang_tensor
+    numpy_dtype_of, dtypes = interpreter._get_np_dtype, dict[str, Any]()
 
     tl, convert = interpreter.tl, interpreter._convert_float
 
@@ -79,9 +84,21 @@ def repair() -> None:
     def time_nothing(tuner: Any, *arguments: Any, config: Any, **keywords: Any) -> list[float]:
         return [0.0, 0.0, 0.0]
 
+    @functools.cache
+    def patch_all() -> Any:
+        patch(SimpleNamespace(__globals__={"tl": tl, "core": tl.core}))
+        return SimpleNamespace(restore=lambda: None)
+
+    def numpy_dtype(dtype: Any) -> Any:
+        if dtype.name not in dtypes:
+            dtypes[dtype.name] = numpy_dtype_of(dtype)
+        return dtypes[dtype.name]
+
     autotuner.Autotuner._bench = time_nothing
     interpreter.InterpreterBuilder.create_dot = create_dot
     interpreter.InterpreterBuilder.binary_op = binary_op
     interpreter.InterpreterBuilder.get_bf16 = get_bf16
     interpreter._convert_float = convert_float
     interpreter._patch_lang_tensor = patch_tensor_index
+    interpreter._patch_lang = lambda function: patch_all()
+    interpreter._get_np_dtype = numpy_dtype

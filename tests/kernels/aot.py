@@ -25,7 +25,7 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -46,10 +46,6 @@ SHARED_BYTES = {
     "gfx942": 64 * 1024,
 }
 """Shared memory available to one program, by target."""
-
-
-_LOGS: dict[str, str] = {}
-"""Assembler log of each kernel by its hash."""
 
 
 class _AbsentDevice:
@@ -93,8 +89,13 @@ def recording(target: str) -> Iterator[list[Compiled]]:
     def compile_only(kernel: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
         with redirect_stdout(io.StringIO()) as log:
             result = run(kernel, *args, grid=grid, warmup=True, **kwargs)
-        # A cached kernel has no log.
-        compiled.append(Compiled(result, _LOGS.setdefault(result.hash, log.getvalue())))
+        # A cached kernel has no log, so the first one is kept.
+        kept = Path(os.environ["TRITON_CACHE_DIR"]) / f"{result.hash}.log"
+        if log.getvalue():
+            new = kept.with_suffix(f".{os.getpid()}")
+            new.write_text(log.getvalue())
+            new.replace(kept)
+        compiled.append(Compiled(result, kept.read_text() if kept.exists() else ""))
         return result
 
     driver.set_active(_AbsentDevice(GPUTarget(*TARGETS[target]), list(TARGETS).index(target)))
@@ -205,7 +206,14 @@ def main() -> None:
     parser.add_argument("launches", nargs="+", help="FILE with LAUNCHES, or FILE:NAME for one")
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
     parser.add_argument("--out", type=Path, help="JSON lines for the results, with provenance")
+    parser.add_argument("--keep", metavar="FOLDER", help="folder with kernels of earlier calls")
     args = parser.parse_args()
+    with tempfile.TemporaryDirectory() if args.keep is None else nullcontext(args.keep) as cache:
+        os.environ["TRITON_CACHE_DIR"] = cache
+        compile_files(args)
+
+
+def compile_files(args: argparse.Namespace) -> None:
     from experiments.provenance import write_json_lines
     from kernels import tuning
 
@@ -226,6 +234,4 @@ def main() -> None:
 if __name__ == "__main__":
     os.environ.pop("TRITON_INTERPRET", None)
     sys.path.insert(0, str(ROOT))
-    with tempfile.TemporaryDirectory() as cache:
-        os.environ["TRITON_CACHE_DIR"] = cache
-        main()
+    main()

@@ -6,14 +6,17 @@ import importlib
 import importlib.util
 import os
 import pkgutil
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 
+from kernels import library
 from kernels.native import DTYPES, has, kernel_choices, shared_library
 from kernels.packed import Packed
 
@@ -24,6 +27,20 @@ WITHOUT_NATIVE = pytest.mark.skipif(
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.2e-2}
 """Root mean square error over root mean square, by dtype."""
+
+
+@contextmanager
+def kept_folder() -> Iterator[Path]:
+    """Yield a folder for compiled code, next to the library. It is temporary if the user has no
+    such folder."""
+    try:
+        with library._user_folder() as folder:
+            (folder / "tests").mkdir(exist_ok=True)
+    except (OSError, RuntimeError):
+        with tempfile.TemporaryDirectory() as temporary:
+            yield Path(temporary)
+    else:
+        yield folder / "tests"
 
 
 def native(name: str) -> Any:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import importlib
-import shutil
+import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +18,13 @@ import torch
 
 from kernels import library, native
 from kernels.attention import native as attention
-from kernels.library import COMPILERS, FLAGS, LEVELS, SOURCES
+from kernels.library import FLAGS, LEVELS, SOURCES
 from kernels.linear import reference
 from kernels.linear.blocks import GGML_TYPES
 from kernels.linear.groups import linear_groups
 from kernels.linear.native import NativeInt8Linear, NativeLinear
 from kernels.moe.native import NativeExperts
-from tests.kernels.compiled import OneMethod, assert_close
+from tests.kernels.compiled import OneMethod, assert_close, kept_folder
 from tests.kernels.test_attention import Cache
 from tests.kernels.test_groups import Decoded, draw_numbers, make, pairs_of_products
 from tests.kernels.test_scan import Scan, Sizes
@@ -30,6 +32,7 @@ from tests.kernels.test_scan import Scan, Sizes
 FLAGS_OF = {level.name: level.flags for level in LEVELS if "avx512_vnni" in level.needs}
 """Compiler flags of the levels that code with tiles builds on: it also uses AVX512_VNNI."""
 LEVEL_FLAGS = FLAGS_OF.get(library.level_name(), ())
+EMULATOR = Path(__file__).parent / "amx_emulator.cpp"
 AMX_FLAGS = (*LEVEL_FLAGS, "-shared", "-mamx-tile", "-mamx-bf16", "-mamx-int8")
 HAS_TILES = "amx_tile" in library.processor_instructions()
 """True if the processor computes with tiles, whatever level is selected."""
@@ -57,13 +60,12 @@ SHAPES = [(130, 64), (70, 1100), (40, 36), (64, 30), (7, 2), (64, 512), (20, 288
 
 
 class AmxKernels:
-    """Native functions with AMX, compiled at their first use, and the emulator."""
+    """Native functions with AMX: those of the library, if it has them, or compiled at their first
+    use and kept like it. And the emulator."""
 
     def __init__(self, folder: Path) -> None:
         self._folder, self._compiled = folder, {}
-        source = Path(__file__).parent / "amx_emulator.cpp"
-        self.emulator = self._compile(source, (*LEVEL_FLAGS, "-shared"))
-        self.emulator.end_emulation.restype = ctypes.c_int64
+        self._library = native.shared_library() if library.level_name() == "amx" else None
         self.permission = ctypes.c_int64(7)
         self.permit_amx(ctypes.byref(self.permission))
 
@@ -71,21 +73,35 @@ class AmxKernels:
         source = next((path for word, path in SOURCES_OF.items() if word in name), None)
         if source is None:
             raise AttributeError(name)
+        if self._library is not None:
+            return getattr(self._library, name)
         if source not in self._compiled:
             self._compiled[source] = self._compile(SOURCES / source, AMX_FLAGS)
         return getattr(self._compiled[source], name)
 
+    @cached_property
+    def emulator(self) -> ctypes.CDLL:
+        emulator = self._compile(EMULATOR, (*LEVEL_FLAGS, "-shared"))
+        emulator.end_emulation.restype = ctypes.c_int64
+        return emulator
+
     def _compile(self, source: Path, flags: Sequence[str]) -> ctypes.CDLL:
-        compiler = next(filter(None, map(shutil.which, COMPILERS)))
-        made = self._folder / f"{source.parent.name}-{source.stem}.so"
-        command = [compiler, *FLAGS, *flags, source, library._openmp(), "-o", made]
-        subprocess.run(command, check=True)
+        compiler = library.find_compiler()
+        digest = hashlib.sha256(EMULATOR.read_bytes()).hexdigest()[:8]
+        digest += library._fingerprint(compiler, flags)
+        made = self._folder / f"{source.parent.name}-{source.stem}-{digest}.so"
+        if not made.exists():
+            new = made.with_suffix(f".{os.getpid()}")
+            command = [compiler, *FLAGS, *flags, source, library._openmp(), "-o", new]
+            subprocess.run(command, check=True)
+            new.replace(made)
         return ctypes.CDLL(str(made))
 
 
 @pytest.fixture(scope="module")
-def kernels(tmp_path_factory: pytest.TempPathFactory) -> AmxKernels:
-    return AmxKernels(tmp_path_factory.mktemp("amx"))
+def kernels() -> Iterator[AmxKernels]:
+    with kept_folder() as folder:
+        yield AmxKernels(folder)
 
 
 @pytest.fixture
@@ -96,9 +112,9 @@ def emulator(kernels, monkeypatch):
     if not HAS_TILES:
         kernels.emulator.start_emulation()
     yield
-    emulated = kernels.emulator.end_emulation()
+    emulated = HAS_TILES or kernels.emulator.end_emulation()
     native.function.cache_clear()
-    assert HAS_TILES or emulated > 0
+    assert emulated
 
 
 def test_permission_is_refused_without_amx(kernels) -> None:

@@ -10,11 +10,13 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
 from tests.kernels import machine_code
+from tests.kernels.compiled import kept_folder
 
 pytest.importorskip("triton")
 HERE = Path(__file__).parent
@@ -67,14 +69,14 @@ TRITONS = [
 
 
 def compiled(
-    *launches: Path | str, triton: Path | None = None, target: str | None = None
+    *launches: Path | str, triton: Path | None = None, options: Sequence[str | Path] = ()
 ) -> list[dict[str, object]]:
     """Return the records of ``aot.py`` for files of launches, or for single launches ``FILE:NAME``.
     One process compiles all, because its start takes as long as several kernels."""
     paths = [str(triton)] if triton else []
     paths += filter(None, [os.environ.get("PYTHONPATH")])
     run = subprocess.run(
-        [sys.executable, HERE / "aot.py", *launches, *(["--targets", target] if target else [])],
+        [sys.executable, HERE / "aot.py", *launches, *options],
         capture_output=True,
         text=True,
         check=False,
@@ -136,7 +138,9 @@ def test_hopper_has_few_instructions_and_one_rounding(loops: int, both: int) -> 
     """
     counted, pairs = list(LOOPS)[:loops], BOTH[:both]
     files = [f"{HERE / 'launches' / folder}.py:{name}" for folder, name in (*counted, *pairs)]
-    records = compiled(*files, target="sm_90")
+    with kept_folder() as folder:  # Triton does not compile an unchanged kernel again.
+        (folder / "triton").mkdir(exist_ok=True)
+        records = compiled(*files, options=("--targets", "sm_90", "--keep", folder / "triton"))
     by_launch = {key: [] for key in (*counted, *pairs)}
     for record in records:
         by_launch[record["folder"], record["launch"]].append(record)
@@ -194,7 +198,7 @@ def test_a_bound_that_an_outer_loop_carries_is_found() -> None:
 @pytest.mark.parametrize("target", aot.TARGETS)
 def test_kernels_of_all_sizes_fit_a_target(target: str, triton: Path | None) -> None:
     """A test per target, so that the processes of pytest share the work."""
-    records = compiled(SIZES, triton=triton, target=target)
+    records = compiled(SIZES, triton=triton, options=("--targets", target))
     assert_products_keep_their_registers(records)
     assert records
     assert [one for one in records if one["shared_bytes"] > aot.SHARED_BYTES[target]] == []

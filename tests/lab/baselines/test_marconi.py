@@ -114,6 +114,54 @@ def test_eviction_is_after_or_before_the_insertion(reading: Reading, kept: dict[
     assert ends(peer) == kept
 
 
+@pytest.mark.parametrize("reading", ["paper", "artifact"])
+@pytest.mark.parametrize(("alpha", "evicted"), [(0.0, 10), (0.2, 10), (0.6, 2), (2.0, 2)])
+def test_the_least_score_is_evicted(reading: Reading, alpha: float, evicted: int) -> None:
+    """Three prompts have 10, 2 and 4 tokens, from the oldest to the newest.
+
+    A fourth needs room. The normalised efficiencies are 1, 0 and 0.27 (51, 11.7 and 22.3 FLOPs per
+    byte). In the paper, recencies are 0, 1/2 and 1: the second has the least score if alpha exceeds
+    1/2. In the artifact they are 0, 1/4 and 1.
+    """
+    lengths = [10, 2, 4]
+    peer = cache(reading, budget=sum(lengths) + 3 * SMALL.state_bytes, alpha=alpha)
+    for number, length in enumerate([*lengths, 1]):
+        replay(peer, run(100 * number, length), ids())
+    peer.check()
+    assert ends(peer) == {length: 1 for length in sorted([1, *lengths]) if length != evicted}
+
+
+@pytest.mark.parametrize(("reading", "kept"), [("paper", [1, 4, 5]), ("artifact", [1, 5])])
+def test_bytes_of_a_dead_leaf_are_its_own_or_those_of_the_last_candidate(
+    reading: Reading, kept: list[int]
+) -> None:
+    """15 bytes are needed. The oldest prompt has 20, and the newest, which is walked last, 11."""
+    peer = cache(reading, budget=45)
+    for number, length in enumerate([10, 4, 1, 5]):
+        replay(peer, run(100 * number, length), ids())
+    assert list(ends(peer)) == kept
+
+
+@pytest.mark.parametrize(("reading", "time"), [("paper", 4), ("artifact", 9)])
+def test_a_merged_node_has_the_recency_of_its_child_or_the_later_one(
+    reading: Reading, time: int
+) -> None:
+    peer = cache(reading)
+    replay(peer, ids(1, 2), ids())
+    replay(peer, ids(1, 2, 3), ids())
+    above, below = sorted(peer.candidates, key=lambda node: node.depth)
+    above.time, below.time = 9, 4
+    peer._remove(above)
+    peer.check()
+    assert (below.depth, len(below.tokens), below.time) == (3, 3, time)
+
+
+@pytest.mark.parametrize(("reading", "saved"), [("paper", 3), ("artifact", PAPER_7B.total(3))])
+def test_alpha_is_tuned_by_hit_tokens_or_flops(reading: Reading, saved: float) -> None:
+    requests = [(ids(1, 2, 3), ids(), None), (ids(1, 2, 3, 4), ids(), None)]
+    assert cache(reading)._saved(requests, 0.0) == saved
+
+
 @pytest.mark.parametrize(("reading", "waits"), [("paper", 3), ("artifact", 2)])
 def test_alpha_is_tuned_after_the_expected_number_of_requests(
     reading: Reading, waits: int, monkeypatch: pytest.MonkeyPatch
@@ -132,3 +180,27 @@ def test_alpha_is_tuned_after_the_expected_number_of_requests(
     seen = first - 1 if reading == "paper" else first
     assert tuned == max(waits * seen, first)
     peer.check()
+
+
+@pytest.mark.parametrize("reading", ["paper", "artifact"])
+@pytest.mark.parametrize(("returning", "other", "alpha"), [(10, 2, 1.1), (2, 10, 0.0)])
+def test_alpha_is_the_least_that_keeps_the_returning_text(
+    reading: Reading, returning: int, other: int, alpha: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A text grows in every third request. The two between have new texts of another length.
+
+    When the second of them needs room, the text is the oldest of two candidates. If it is the
+    longer one, its score is alpha, and the other's is 1. If it is the shorter one, every alpha
+    saves equally much.
+    """
+    monkeypatch.setattr(marconi, "WINDOW", 2)
+    peer = MarconiCache(BaselineConfig(40, 1, 10), reading)
+    peer.flops, text = ONE_WIDE, run(0, returning)
+    for number in range(6):
+        assert peer.alpha == 0.0 and peer._recorded is not None
+        if number % 3:
+            replay(peer, run(100 * number, other), ids())
+        else:
+            replay(peer, text, ids())
+            text = np.append(text, np.int32(5000 + number))
+    assert peer._recorded is None and peer.alpha == alpha
