@@ -289,7 +289,7 @@ def store(
     }
     chat = decode(ChatRequest, json.dumps(sent).encode())
     began_s = time.perf_counter()
-    call: Any = SimpleNamespace(tenant=Tenant(0, namespace), size=100, began_s=began_s)
+    call: Any = SimpleNamespace(tenant=Tenant("key", namespace), size=100, began_s=began_s)
     explanations.remember(name, call, chat, output, answer)
 
 
