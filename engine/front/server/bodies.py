@@ -431,7 +431,7 @@ async def _receive(request: Request, max_mib: float) -> bytes:
                 break
         else:
             return bytes(body)
-    more = "send less, or raise ServerConfig(max_body_mib=N)"
+    more = "send less, or serve with ServerConfig(max_body_mib=N) of engine.serve_engine in Python"
     message = f"The body is larger than {max_mib:g} MiB: {more}."
     raise APIError(413, message)
 

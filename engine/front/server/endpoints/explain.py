@@ -90,7 +90,7 @@ ADVICE = {
     "template": "The template may drop reasoning",
     "replay": "Nothing is to be done if the answer ended by a stop sequence or contains a special "
     "token, which its text leaves out. Otherwise its tokens were evicted: more are kept with "
-    "ServerConfig(replay_mib=N) of engine.serve_engine, for which the command has no flag.",
+    "ServerConfig(replay_mib=N) of engine.serve_engine in Python.",
     "in_progress": "Send the later request after the end of the earlier one to share more.",
     "not_fetched": "Nothing is to be done: computing them was faster than loading.",
     "below_grid": "Nothing is to be done: it is less than one step of --grid.",
@@ -517,5 +517,5 @@ async def explanation(
         404,
         f"No chat with the id {names} of its answer is stored, or not with this cache_salt: "
         "text completions are not, and older chats were evicted. Send the chat again and ask then; "
-        "ServerConfig(explain_mib=N) of engine.serve_engine keeps more.",
+        "ServerConfig(explain_mib=N) of engine.serve_engine in Python keeps more.",
     )
