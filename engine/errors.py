@@ -84,6 +84,7 @@ class ContextOverflow(InvalidRequest):
         self.max_model_len = max_model_len
         is_prompt = prompt_len + min(max_tokens, 1) > max_model_len
         advice = "shorten the prompt" if is_prompt else "shorten the prompt or lower max_tokens"
+        advice += ", or start the server with a larger --max-model-len"
         answer = f" and its answer needs {max_tokens} more" if max_tokens else ""
         super().__init__(
             f"This model's maximum context length is {max_model_len} tokens. However, the prompt "

@@ -98,6 +98,21 @@ def test_readme_counts_policies_and_rebuilt_systems() -> None:
     assert counts in README.read_text()
 
 
+def test_quoted_symptoms_are_texts_of_the_sources() -> None:
+    files = (
+        file
+        for name in ("engine", "kernels", "hybridcache")
+        for file in ROOT.glob(f"{name}/**/*.py")
+    )
+    sources = re.sub(r'"\s*\n\s*f?"', "", "\n".join(file.read_text() for file in files))
+    page = (ROOT / "docs/how-to/troubleshooting.md").read_text()
+    symptoms = re.findall(
+        r"`([^`]+)`", "\n".join(re.findall(r"^\| ([^|]*) \|", page, re.MULTILINE))
+    )
+    parts = [part.strip() for symptom in symptoms for part in symptom.split("...")]
+    assert len(parts) > 20 and [part for part in parts if part not in sources] == []
+
+
 def test_readme_policy_can_be_simulated(tmp_path: Path) -> None:
     (block,) = re.findall(r"```python\n(# mine\.py\n.*?)```", README.read_text(), re.DOTALL)
     (tmp_path / "mine.py").write_text(block)

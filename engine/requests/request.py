@@ -172,7 +172,8 @@ def sampling_defaults(config: EngineConfig) -> dict[str, Any]:
         SamplingParams(**found)
     except ValueError as error:
         raise ConfigError(
-            f"{path}: {error} Correct it, or use EngineConfig(sampling_defaults='none')."
+            f"{path}: {error} Correct or remove the file. In Python, "
+            "EngineConfig(sampling_defaults='none') ignores it."
         ) from None
     return found
 

@@ -95,7 +95,8 @@ def find_files(model_dir: Path) -> list[Path]:
     found = f"; found {enumerated(others)}, which transformers does not read either" * bool(others)
     raise WeightsError(
         f"there is no {WEIGHTS_NAME} and no {INDEX_NAME} in {model_dir}{found} (.bin is not "
-        "supported): use EngineConfig(load_format='dummy') to try without weights."
+        "supported): convert them to safetensors, or name a model that has them. In Python, "
+        "EngineConfig(load_format='dummy') tries a model without weights."
     )
 
 

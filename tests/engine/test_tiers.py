@@ -103,7 +103,8 @@ def test_a_different_engine_is_refused_and_the_folder_is_unchanged(
         patch.setattr("engine.plugins.tiers.tier_copies.allocate", refuse)
         make_engine(state_dir=str(folder))
     with pytest.raises(
-        StoreError, match=r"differs in .*dtype.*: configure both.*state_dir_mismatch='empty'"
+        StoreError,
+        match=r"differs in .*dtype.*: configure both.*remove the files.*state_dir_mismatch='empty'",
     ):
         make_engine(state_dir=str(folder), dtype="bfloat16")
     with pytest.raises(StoreError, match="differs in weights"):

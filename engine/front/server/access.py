@@ -43,6 +43,8 @@ OPERATORS = ("/v1/cache", "/reset_prefix_cache", "/flush_cache")
 SECRET_FILE, SECRET_BYTES = "salt-secret", 32
 """Name and size of the file with the key of the hashes of salts."""
 KEY = re.compile(rb"[\x21-\x7e]+")
+KEY_DIGITS = 8
+"""Digits of the hash of a key in the log: a name that stays when keys are added or removed."""
 NAME = re.compile(rb"[\x21-\x7e]{1,128}")
 """Pattern of the ids that clients may send in ``X-Request-Id``."""
 
@@ -57,8 +59,8 @@ SALT_HEADER = "x-cache-salt"
 class Tenant:
     """Owner of requests and of the answers to them."""
 
-    key: int | None = None
-    """Index of the API key among those of the server, or None if the server requires none."""
+    key: str | None = None
+    """Hash of the API key, or None if the server requires none."""
     namespace: str | None = None
     """Keyed hash of the salt, or None if the request has no salt. The cache uses only this part."""
 
@@ -70,8 +72,7 @@ class Access:
         """Read the keys. Raises ValueError for a file or a key that cannot be used."""
         self._config = config
         self.accepted: list[bytes] = []
-        """Distinct keys that requests may have, the operator's too; empty if none is required. The
-        place of a key is its number for good, so a key that was removed leaves a random one."""
+        """Distinct keys that requests may have, the operator's too; empty if none is required."""
         self.reload()
         self._secret = secrets.token_bytes(SECRET_BYTES)
 
@@ -95,8 +96,7 @@ class Access:
         self._are_salts = num_keys > 1 if config.salt_by_key is None else config.salt_by_key
         """True if requests with different keys share no cache entries. By default they do not if
         clients have several keys, because the number of reused tokens reveals shared prompts."""
-        kept = [key if key in accepted else secrets.token_bytes(32) for key in self.accepted]
-        self.accepted = list(dict.fromkeys([*kept, *accepted]))
+        self.accepted = list(dict.fromkeys(accepted))
 
     def keep_secret(self, folder: str) -> None:
         """Use the secret of ``folder``, in which the cache is kept for the next start. It is there
@@ -125,13 +125,13 @@ class Access:
             message = f"A request has one salt, as 'cache_salt' or {SALT_HEADER}: a text that is "
             message += "not empty and does not contain U+FFFD, the sign of invalid characters."
             raise APIError(400, message)
-        place: int | None = scope.get("state", {}).get("api_key")
-        # The key itself: its index is that of another key once the file of keys has changed.
-        by_key = [self.accepted[place].hex()] if self._are_salts and place is not None else []
+        key: bytes | None = scope.get("state", {}).get("api_key")
+        owner = None if key is None else hashlib.sha256(key).hexdigest()
+        by_key = [key.hex()] if self._are_salts and key is not None else []
         if not by_key and not given:
-            return Tenant(place)
+            return Tenant(owner)
         parts = json.dumps([by_key, *given]).encode()
-        return Tenant(place, hmac.new(self._secret, parts, hashlib.sha256).hexdigest()[:32])
+        return Tenant(owner, hmac.new(self._secret, parts, hashlib.sha256).hexdigest()[:32])
 
     def refusal(self, scope: Scope) -> APIError | None:
         """Return the answer to a request that may not use its path, or None; record its key."""
@@ -148,7 +148,7 @@ class Access:
             fits = [hmac.compare_digest(given, key) for key in self.accepted]
             if not any(fits):
                 return _no_key(f"--api-key-file or {API_KEY_VARIABLE}")
-            scope["state"]["api_key"] = fits.index(True)
+            scope["state"]["api_key"] = given
         if not is_reserved or operator is not None or _is_from_here(Request(scope)):
             return None
         message = "This path is reserved for the operator: send the request from the server's "
@@ -213,14 +213,15 @@ def _log_request(scope: Scope, status: int, is_sent: bool, began_s: float) -> No
     ``is_sent``: it got the whole answer."""
     state, tokens = scope["state"], scope["state"].get("num_tokens")
     took_ms = 1000 * (time.perf_counter() - began_s)
-    client, key = (scope.get("client") or (None,))[0], state.get("api_key")
+    client, given = (scope.get("client") or (None,))[0], state.get("api_key")
+    key = None if given is None else hashlib.sha256(given).hexdigest()[:KEY_DIGITS]
     parts = (
         f"{scope['method']} {short(scope['path'], 200)} {status or 499}",
         tokens and "prompt {:,}  cached {:,}  answer {:,}".format(*tokens),
         f"{took_ms:.0f} ms",
         state.get("answer_id"),
         client and f"from {client}",
-        key is not None and f"key {key}",
+        key and f"key {key}",
         not is_sent and "not sent completely",
         state.get("error"),
     )

@@ -215,9 +215,7 @@ def create_app(
     if (folder := engine.config.state_dir) is not None:
         access.keep_secret(folder)
     assert engine.tokenizer is not None, "a served engine always has a tokenizer"
-    grid = engine.config.grid if engine.config.prefix_cache == "hybrid" else 0
-    explain_bytes = int(config.explain_mib * 2**20)
-    explanations = Explanations(engine.tokenizer, explain_bytes, grid)
+    explanations = Explanations(engine.tokenizer, engine.config, config)
     context = ServingContext(engine, config, access, explanations.remember)
     responses = Responses(context)
     page = Page(context, config.replicas)

@@ -126,6 +126,20 @@ ABSENT_FIELDS = {
     "lora_request": "is not supported: merge the adapter into the model",
 }
 """Parameters of other servers -> the sentence about them."""
+SAME_FIELDS = (
+    ("tools", "functions"),
+    ("tool_choice", "function_call"),
+    ("max_tokens", "max_completion_tokens", "max_output_tokens", "max_new_tokens", "num_predict"),
+    ("stop", "stop_sequences"),
+    ("messages", "input", "prompt"),
+    ("system", "instructions"),
+    ("response_format", "text", "output_config", "format", "json_schema"),
+    ("structured_outputs", "regex", "ebnf", "guided_json", "guided_regex", "guided_choice"),
+    ("structured_outputs", "guided_grammar", "grammar"),
+    ("reasoning_effort", "reasoning", "thinking"),
+    ("echo", "prompt_logprobs"),
+)
+"""Names of one parameter in several APIs and their versions."""
 
 
 async def _refuse(request: Request, error: Exception) -> Response:
@@ -357,14 +371,14 @@ def converted(value: object, of_type: type[Result], place: str = "") -> Result:
             raise APIError(400, str(error.__cause__)) from None
         text, _, at = str(error).replace("`", "").partition(" - at ")
     what = "A name in " if at.startswith("key") else "A value of " if at.endswith("[...]") else ""
+    fields: tuple[str, ...] = getattr(of_type, "__struct_fields__", ())
     path = at.rpartition("$")[2].removesuffix("[...]")
     param, code = (place + re.sub(r"\[(\d+)\]", r".\1", path)), None
     if found := re.fullmatch(r"Object (missing required|contains unknown) field (.*)", text):
         param += f".{found[2]}"
         said = "is missing: add it"
         if found[1] == "contains unknown":
-            usual, code = "is not a parameter: check its spelling or drop it", "unknown_parameter"
-            said = ABSENT_FIELDS.get(found[2], usual)
+            said, code = _about_unknown(found[2], () if at else fields), "unknown_parameter"
     else:
         if text.startswith("Expected "):
             text = text.replace(" | null", "").replace(" | ", " or ")
@@ -373,6 +387,15 @@ def converted(value: object, of_type: type[Result], place: str = "") -> Result:
         said = re.sub("Invalid (enum )?value (.*)", r"cannot be \2: see /openapi.json", said)
     param = param.removeprefix(".")
     raise APIError(400, f"{what}{quoted(param)} {said}.", param=param, code=code)
+
+
+def _about_unknown(name: str, fields: Collection[str]) -> str:
+    """Return the sentence about a parameter ``name`` that is none of these ``fields``."""
+    groups = (group for group in SAME_FIELDS if name in group)
+    if known := next((one for group in groups for one in group if one in fields), None):
+        return f"is not a parameter here: use '{known}'"
+    usual = "is not a parameter here: drop it, or see /openapi.json for the names"
+    return ABSENT_FIELDS.get(name, usual)
 
 
 class ClientGone(APIError):
@@ -417,7 +440,7 @@ async def _receive(request: Request, max_mib: float) -> bytes:
                 break
         else:
             return bytes(body)
-    more = "send less, or raise ServerConfig(max_body_mib=N)"
+    more = "send less, or serve with ServerConfig(max_body_mib=N) of engine.serve_engine in Python"
     message = f"The body is larger than {max_mib:g} MiB: {more}."
     raise APIError(413, message)
 

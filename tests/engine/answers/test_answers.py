@@ -347,7 +347,7 @@ def test_truncated_answers_have_only_calls_with_json_arguments(form: CallForm, t
         _, rest, made = parts_of(events)
         is_broken = reader.warning is not None
         assert all(isinstance(json.loads(arguments), dict) for _, arguments in made)
-        assert is_broken == ("<tool_call>" in rest)
+        assert is_broken == (len(rest.strip()) > 1)  # A mark, or a part of it.
         found.add((len(made), is_broken))
     assert {is_broken for _, is_broken in found} == {True, False}
     assert max(number for number, _ in found) == text.count("</tool_call>")
@@ -403,3 +403,23 @@ def test_the_form_is_recognised_in_the_template(source: str, expected: type) -> 
     for without, why in (("{{ messages }}", "has no tools"), ("{{ tools }}", "is not supported")):
         with pytest.raises(APIError, match=why):
             tool_calls(body, ChatTemplate(without))
+
+
+@pytest.mark.parametrize("form", forms().values(), ids=lambda form: form.NAME)
+@pytest.mark.parametrize("start", ["", "<think>so</think>", "Now: ", "<think>I call "])
+def test_an_answer_that_is_cut_inside_of_a_mark_has_a_warning(
+    form: type[CallForm], start: str
+) -> None:
+    def warning(text: str, choice: Any = "auto", is_cut: bool = True) -> str | None:
+        reader = form(TOOLS, choice).reader(thinks=True)
+        events = [event for letter in start + text for event in reader.push(letter)]
+        read = parts_of([*events, *reader.flush(is_cut)])
+        assert "".join(read[:2]).endswith(text.strip()) and not read[2]
+        return reader.warning  # type: ignore[attr-defined]
+
+    for mark in form.MARKS:
+        for size in range(1, len(mark)):
+            assert "breaks off" in (warning(mark[:size], "required") or "")
+            assert (warning(mark[:size]) is not None) == (size > 1)
+            assert warning(mark[:size], is_cut=False) is None
+        assert warning(mark[:2] + " and more") is None

@@ -21,7 +21,7 @@ from engine.text.tokenizer import BackendTokenizer, ChatTemplate
 
 from .templates import FORMS, KIMI, LFM2, LFM25, TEMPLATES
 from .templates import written as written_by
-from .test_answers import OTHERS, read
+from .test_answers import OTHERS, parts_of, read
 from .test_strict_tools import accepts
 
 MODELS = Path(__file__).parents[3] / "docs/engine/models.md"
@@ -64,6 +64,20 @@ def test_each_form_has_a_template() -> None:
 
 def test_a_template_without_a_sign_has_no_form() -> None:
     assert form_of("{{ tools }}") is None and form_of("") is None
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_a_call_that_is_cut_breaks_off_wherever_it_is_cut(name: str) -> None:
+    form = form_of(FORMS[name])
+    assert form is not None
+    text, num_broken = written(FORMS[name], ("weather", {"city": "Bonn", "days": 3})), 0
+    for end in range(1, len(text) + 1):
+        reader = form(TOOLS, "required").reader(thinks=True)
+        *_, calls = parts_of([*reader.push(text[:end]), *reader.flush(is_cut=True)])
+        if not calls:
+            num_broken += 1
+            assert "breaks off" in reader.warning  # type: ignore[attr-defined]
+    assert len(form.MARKS[0]) < num_broken < len(text)
 
 
 @pytest.mark.parametrize("name", WRITTEN)

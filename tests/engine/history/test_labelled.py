@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from engine import RequestSpec
+from engine import EngineConfig, RequestSpec, ServerConfig
 from engine.front.chat_prompt import Conversation, Rendering
 from engine.front.server.access import Tenant
 from engine.front.server.bodies import decode
@@ -255,7 +255,7 @@ def run(pair: Pair, namespace: str | None = None) -> tuple[dict[str, Any], Expla
     if pair.template is not None:
         tokenizer.chat_template = ChatTemplate(pair.template)
     engine = ScriptedEngine(tokenizer, **pair.engine)
-    explanations = Explanations(tokenizer, 1 << 20, grid=64)
+    explanations = Explanations(tokenizer, EngineConfig(), ServerConfig())
     base = copy.deepcopy(pair.base)
     later = copy.deepcopy(pair.base)
     pair.edit(later)
@@ -289,7 +289,7 @@ def store(
     }
     chat = decode(ChatRequest, json.dumps(sent).encode())
     began_s = time.perf_counter()
-    call: Any = SimpleNamespace(tenant=Tenant(0, namespace), size=100, began_s=began_s)
+    call: Any = SimpleNamespace(tenant=Tenant("key", namespace), size=100, began_s=began_s)
     explanations.remember(name, call, chat, output, answer)
 
 

@@ -330,6 +330,7 @@ def test_overlong_prompt_is_refused_in_the_words_of_each_dialect(
         error = live.post(dialect.path, body).json()["error"]
         assert error["code"] == "context_length_exceeded"
         assert message.startswith("This model's maximum context length is 4096 tokens. ")
+        assert "--max-model-len" in message
 
 
 @STREAMED

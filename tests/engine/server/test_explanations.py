@@ -10,6 +10,7 @@ import httpx
 import numpy as np
 import pytest
 
+from engine import EngineConfig, ServerConfig
 from engine.front.server.endpoints.explain import AnsweredChat, Explanations
 from hybridcache.radix.api import Losses
 
@@ -97,7 +98,7 @@ def test_tokens_of_a_request_in_progress_are_not_evicted(
         for name, began_s, end_s in (("a", 1.0, ended_s), ("b", 5.0, 6.0))
     )
     tokenizer: Any = None  # Without a difference, no text is decoded.
-    told = Explanations(tokenizer, 1 << 20, grid=64).explain(first, later)
+    told = Explanations(tokenizer, EngineConfig(), ServerConfig()).explain(first, later)
     assert told["cause"] == cause and said in told["text"]
     assert ("More memory" in told["text"]) == (cause == "forgotten")
 
@@ -124,3 +125,71 @@ def test_advice_for_a_template_that_writes_tools_behind_the_system_text(live: Li
         ids = [live.post("/v1/chat/completions", chat).json()["id"] for chat in chats]
         told = live.get(f"/v1/cache/explanations/{ids[1]}?compared_with={ids[0]}").json()
         assert told["cause"] == "system" and words in told["advice"], told
+
+
+SAME = {"role": "system", "content": "Every session of a client begins with this. " * 4}
+
+
+def sessions(*chats: list[tuple[str, str]]) -> list[dict[str, Any]]:
+    """Chats with the same system message and these further (role, content)."""
+    return [
+        {"messages": [SAME, *({"role": r, "content": c} for r, c in chat)], "max_tokens": 4}
+        for chat in chats
+    ]
+
+
+def test_another_first_question_is_a_new_conversation_with_the_same_beginning(live: Live) -> None:
+    asked = "Please read the second file and say what it is for. " * 3
+    chats = sessions([("user", "What is in file one?")], [("user", "How long is it?")])
+    ids = [live.post("/v1/chat/completions", chat).json()["id"] for chat in [*chats, chats[1]]]
+    first, later, _ = ids
+    told = live.get(f"/v1/cache/explanations/{later}").json()
+    assert "new conversation with the same beginning" in told["text"] and told["compared_with"]
+    assert told["parted"]["path"] == "messages[1].content"
+    assert "Only append" not in told["text"] and told["cause"] != "messages"
+    assert [*told["lost"]] == ["below_grid"] and "Nothing is to be done" in told["advice"]
+    # A client that edits its first question, and sends the later ones again, changes its history.
+    old, new = sessions(
+        [("user", "Now it is nine."), ("assistant", "Yes."), ("user", asked)],
+        [("user", "Now it is ten."), ("assistant", "Yes."), ("user", asked)],
+    )
+    earlier, edited = (live.post("/v1/chat/completions", one).json()["id"] for one in (old, new))
+    path = f"/v1/cache/explanations/{edited}"
+    assert live.get(path).json()["compared_with"] == earlier
+    assert live.get(path).json()["cause"] == "messages"
+    told = live.get(f"/v1/cache/explanations/{later}?compared_with={first}").json()
+    assert told["parted"]["change"] == "messages"
+
+
+@pytest.mark.parametrize(
+    ("at", "checkpoints", "setting"),
+    [
+        (200, ("adaptive",), "adaptive,backoff:2"),
+        (200, ("branch", "backoff"), "branch,backoff:2"),
+        (200, ("adaptive", "backoff:2"), None),
+        (96, ("adaptive",), None),
+    ],
+)
+def test_advice_names_a_setting_that_reaches_the_place_and_is_not_in_use(
+    at: int, checkpoints: tuple[str, ...], setting: str | None
+) -> None:
+    tokenizer: Any = None
+    explanations = Explanations(tokenizer, EngineConfig(checkpoints=checkpoints), ServerConfig())
+    advice = explanations._nearer(at, 300)
+    assert "cache_control" in advice
+    assert (setting in advice) if setting else ("--checkpoints" not in advice)
+
+
+def test_advice_names_no_flag_that_is_in_use() -> None:
+    tokenizer: Any = None
+
+    def advice(cause: str, server: ServerConfig, **engine: Any) -> str:
+        return Explanations(tokenizer, EngineConfig(**engine), server)._advice(cause) or ""
+
+    plain, keeps = ServerConfig(), ServerConfig(preserve_thinking=True)
+    for cause in ("answer", "template"):
+        assert "--preserve-thinking" in advice(cause, plain)
+        assert "--preserve-thinking" not in advice(cause, keeps)
+    assert "(--host-gib, --state-dir)" in advice("kv_evicted", plain)
+    assert "(--state-dir)" in advice("kv_evicted", plain, host_gib=1.0)
+    assert "tier" not in advice("kv_evicted", plain, host_gib=1.0, state_dir="here")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import http.client
 import json
 import logging
@@ -388,7 +389,10 @@ def test_statuses_are_counted_and_logged_as_json(
     records = [one for one in caplog.records if one.name.endswith("access.requests")]
     lines = [json.loads(JsonFormatter().format(one)) for one in records]
     assert [one["status"] for one in lines] == [200, 400, 401, 404, 413]
-    assert (lines[0]["key"], lines[0]["client"]) == (1, "127.0.0.1") and lines[2]["key"] is None
+    name = hashlib.sha256(b"second").hexdigest()[:8]  # The same after a change of the file.
+    assert (lines[0]["key"], lines[0]["client"]) == (name, "127.0.0.1") and lines[2]["key"] is None
+    assert f"key {name}" in records[0].getMessage()
+    assert all(f"key {name}" in one.getMessage() for one in (records[1], records[3], records[4]))
     assert lines[0]["answer_tokens"] == 1 and datetime.fromisoformat(lines[0]["time"]).tzinfo
     assert "prompt" in lines[1]["error"] and "message" not in lines[0]
     warning = logging.LogRecord("engine", logging.WARNING, "", 0, "Two %s", ("words",), None)

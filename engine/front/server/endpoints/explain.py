@@ -18,10 +18,12 @@ import numpy as np
 from starlette.requests import Request
 from starlette.responses import Response
 
+from engine.config import EngineConfig
 from engine.errors import Json, JsonObject
 from engine.front.chat_prompt import said_by
 from engine.front.server.bodies import APIError, json_response, quoted
 from engine.front.server.schemas import ChatRequest, Message, text_of
+from engine.front.server.settings import ServerConfig
 from engine.front.server.writers import Call, ServingContext
 from engine.text.answers import RequestOutput
 from engine.text.bounded import BoundedMemory
@@ -69,14 +71,10 @@ CHANGED = {
     "replay": "the earlier answer came back, and its sampled tokens could not be used for it",
 }
 """Causes of a difference between two prompts."""
-_MORE_MEMORY = (
-    "More memory (--cache-gib) or a tier (--host-gib, --state-dir) would keep them, and so would "
-    "clients that report the ends of other sessions (metadata.session_end)."
-)
-_NEARER = (
-    "To resume nearer to the difference, mark the end of the equal text with cache_control, or "
-    "save more states before the end of prompts (--checkpoints adaptive,backoff:2)."
-)
+FIRST_QUESTION = "the first message after the system message differs"
+"""Difference from another conversation with the same system message and tools."""
+NEAR_END = 2
+"""Number of states before the end of prompts that advice names."""
 _TOO_LITTLE_MEMORY = ("refused", "checkpoint_evicted", "kv_evicted", "forgotten")
 _ALONE = "No stored request shares any of it."
 _FROM_OTHER = (
@@ -88,16 +86,13 @@ ADVICE = {
     "system": "Put text that changes at the end of the system message or into the last message.",
     "variables": "Send the same chat_template_kwargs with each request.",
     "messages": "Only append to a conversation.",
-    "answer": "Send answers back as they came, with their reasoning, or use --preserve-thinking.",
-    "template": "Start the server with --preserve-thinking if the template drops reasoning.",
-    "replay": "Raise ServerConfig(replay_mib=N), unless the answer ended by a stop sequence or "
-    "contains a special token, which its text leaves out.",
-    **dict.fromkeys(_TOO_LITTLE_MEMORY, _MORE_MEMORY),
-    "forgotten": f"{_MORE_MEMORY} Nothing is to be done if the cache was reset or a step failed.",
+    "answer": "Send answers back as they came, with their reasoning",
+    "template": "The template may drop reasoning",
+    "replay": "Nothing is to be done if the answer ended by a stop sequence or contains a special "
+    "token, which its text leaves out. Otherwise its tokens were evicted: more are kept with "
+    "ServerConfig(replay_mib=N) of engine.serve_engine in Python.",
     "in_progress": "Send the later request after the end of the earlier one to share more.",
     "not_fetched": "Nothing is to be done: computing them was faster than loading.",
-    "never_checkpointed": "Mark the end of the shared part with cache_control, or try other "
-    "--checkpoints.",
     "below_grid": "Nothing is to be done: it is less than one step of --grid.",
     TOOLS_BEHIND: "The chat template writes the tools behind the system message, so they are "
     "computed again too: put text that changes into the first user message, or write the tools "
@@ -105,7 +100,7 @@ ADVICE = {
     NEW: "Nothing is to be done, unless the system message begins with text that changes: put such "
     "text at its end.",
 }
-"""Advice by the cause of an explanation."""
+"""Advice by the cause of an explanation, as far as no setting decides it."""
 
 
 @dataclass(frozen=True)
@@ -152,10 +147,11 @@ def _cause(lost: dict[str, int], parting: dict[str, Any] | None, known_len: int)
 class Explanations:
     """Recent chats of one server in ``limit_bytes``, and explanations of their computation."""
 
-    def __init__(self, tokenizer: Tokenizer, limit_bytes: int, grid: int = 0) -> None:
-        """``grid``: distance of positions at which states may be saved; 0 if none are."""
-        self._tokenizer, self._grid = tokenizer, grid
-        self.memory = BoundedMemory[str, AnsweredChat](limit_bytes)
+    def __init__(self, tokenizer: Tokenizer, engine: EngineConfig, server: ServerConfig) -> None:
+        """``engine`` and ``server``: settings in use, which no advice names."""
+        self._tokenizer, self._engine, self._server = tokenizer, engine, server
+        self._grid = engine.grid if engine.prefix_cache == "hybrid" else 0
+        self.memory = BoundedMemory[str, AnsweredChat](int(server.explain_mib * 2**20))
         """Chats by the id of their answer, in the order of their ends."""
 
     def remember(
@@ -246,6 +242,13 @@ class Explanations:
                 parting = self._part(earlier, later, at)
             is_new = may_be_new and parting is not None and at < self._grid
             is_new = is_new and not _continues(earlier, later)
+        asks_other = (
+            parting is not None
+            and earlier is not None
+            and may_be_new
+            and parting["change"] == "messages"
+            and _asks_other(earlier, later)
+        )
         overlaps = earlier is not None and earlier.ended_s > later.began_s
         unknown = "in_progress" if overlaps else "forgotten"
         by_cause = losses._asdict() | {unknown: losses.never_seen}
@@ -255,23 +258,31 @@ class Explanations:
             lost[name] = max(min(end, shared_len) - start, 0)
             start = end
         is_other = cached_len > shared_len
-        cause = NEW if is_new else _cause(lost, None if is_other else parting, known_len)
-        advice = None if cause is None else ADVICE[cause]
+        cause = _cause(lost, None if is_other or asks_other else parting, known_len)
+        cause = NEW if is_new else cause
         if cause == "system" and earlier is not None and self._has_tools_behind(earlier, later):
-            advice = ADVICE[TOOLS_BEHIND]
-        if cause in ("messages", "system") and lost["never_checkpointed"]:
-            advice = f"{advice} {_NEARER}"
+            advice: str | None = ADVICE[TOOLS_BEHIND]
+        else:
+            advice = self._advice(cause)
+        if cause in ("messages", "system", "never_checkpointed") and lost["never_checkpointed"]:
+            nearer = self._nearer(shared_len, earlier_len)
+            advice = " ".join(filter(None, [advice, nearer]))
         # Without a position of the grid between the cached and the shared length, no state could be
         # saved there, however much memory there is.
         is_tail = shared_len - cached_len < self._grid and not cached_len % self._grid
         if cause in (*_TOO_LITTLE_MEMORY, "in_progress") and is_tail:
             advice = ADVICE["below_grid"]
+        if asks_other and not is_new and sum(lost.values()) < max(self._grid, 1):
+            advice = "Nothing is to be done: it reused all that both have in common"
+            advice += ", but for less than one step of --grid." if any(lost.values()) else "."
         lost = {name: number for name, number in lost.items() if number}
         words = [
             f"{cached_len:,} of {limit:,} tokens were reused, {limit - cached_len:,} computed."
         ]
         if is_new:
             words.append("It is a new conversation, or its beginning changed.")
+        elif asks_other:
+            words.append("It is a new conversation with the same beginning as an earlier one.")
         if earlier is None:
             words.append(_FROM_OTHER if cached_len else _ALONE)
         if parting is not None:
@@ -279,7 +290,7 @@ class Explanations:
             shown = f", {parting['was']!r} became {parting['now']!r}" if parting["was"] else ""
             words.append(
                 f"It differs from the earlier request after {counted(parting['at'], 'token')}: "
-                f"{CHANGED[parting['change']]}{where}{shown}."
+                f"{FIRST_QUESTION if asks_other else CHANGED[parting['change']]}{where}{shown}."
             )
         if lost and not is_new:
             sharing = "that both share" if earlier_len else "that the cache knew"
@@ -297,6 +308,39 @@ class Explanations:
             "advice": advice,
             "text": " ".join([*words, *filter(None, [advice])]),
         }
+
+    def _advice(self, cause: str | None) -> str | None:
+        """Return the advice for ``cause``. It names no setting that is in use."""
+        keeps_thinking = self._server.preserve_thinking
+        if cause in _TOO_LITTLE_MEMORY:
+            used = self._engine.host_gib, self._engine.state_dir
+            flags = ("--host-gib", "--state-dir")
+            tiers = [flag for flag, value in zip(flags, used, strict=True) if value is None]
+            tier = f" or a tier ({', '.join(tiers)})" if tiers else ""
+            advice = f"More memory (--cache-gib){tier} would keep them, and so would clients that "
+            advice += "report the ends of other sessions (metadata.session_end)."
+            done = " Nothing is to be done if the cache was reset or a step failed."
+            return advice + done * (cause == "forgotten")
+        if cause == "answer":
+            return ADVICE[cause] + ("." if keeps_thinking else ", or use --preserve-thinking.")
+        if cause == "template":
+            return None if keeps_thinking else f"{ADVICE[cause]}: --preserve-thinking keeps it."
+        return ADVICE.get(cause or "")
+
+    def _nearer(self, shared_len: int, earlier_len: int) -> str:
+        """Return advice to resume nearer to the end of the shared part. ``earlier_len``: length of
+        the earlier prompt, 0 if it is not known."""
+        advice = "To resume nearer to the difference, mark the end of the equal text with "
+        advice += "cache_control"
+        specs = [one for one in self._engine.checkpoints if one != "none"]
+        others = [one for one in specs if one.partition(":")[0] != "backoff"]
+        counts = [int(one.partition(":")[2] or 1) for one in specs if one not in others]
+        # Number of the last grid positions of the earlier prompt down to the shared part.
+        needed = (earlier_len - 1) // self._grid - shared_len // self._grid + 1
+        if max(counts, default=0) < needed <= NEAR_END and earlier_len:
+            setting = ",".join([*others, f"backoff:{NEAR_END}"])
+            advice += f", or save more states before the end of prompts (--checkpoints {setting})"
+        return advice + "."
 
     def _has_tools_behind(self, earlier: AnsweredChat, later: AnsweredChat) -> bool:
         """Return True if the template writes tools after the first difference of the system
@@ -411,6 +455,18 @@ def _continues(earlier: AnsweredChat, later: AnsweredChat) -> bool:
     return num_common > 1 or len(new) > num_common == len(old) == 1
 
 
+def _asks_other(earlier: AnsweredChat, later: AnsweredChat) -> bool:
+    """Return True if the first messages after the system message differ and none of the further
+    ones, nor the earlier answer, is at the same place in ``later``. O(messages)."""
+    old = [_fields(one) for one in earlier.messages[_system_len(earlier) :]]
+    new = [_fields(one) for one in later.messages[_system_len(later) :]]
+    if not old or not new or any(a == b for a, b in zip(old, new, strict=False)):
+        return False
+    at = len(earlier.messages) - _system_len(earlier) + _system_len(later)
+    is_answered = at < len(later.messages)
+    return not is_answered or said_by(later.messages[at]) != said_by(earlier.message)
+
+
 def _common_len(old: Sequence[object], new: Sequence[object]) -> int:
     """Return the number of equal entries at the beginning of both."""
     pairs = enumerate(zip(old, new, strict=False))
@@ -460,5 +516,6 @@ async def explanation(
     raise APIError(
         404,
         f"No chat with the id {names} of its answer is stored, or not with this cache_salt: "
-        "text completions are not, and older chats were evicted (ServerConfig(explain_mib=N)).",
+        "text completions are not, and older chats were evicted. Send the chat again and ask then; "
+        "ServerConfig(explain_mib=N) of engine.serve_engine in Python keeps more.",
     )

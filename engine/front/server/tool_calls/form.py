@@ -18,7 +18,15 @@ from engine.errors import JsonObject
 from engine.front.server.bodies import APIError
 from engine.front.server.schemas import ChatRequest, Choice, NamedTool
 from engine.front.server.tool_calls.parameters import Parameters
-from engine.text.answers import MAX_NAME, AnswerReader, Event, RequestOutput, TextDelta, ToolCall
+from engine.text.answers import (
+    MAX_NAME,
+    AnswerReader,
+    Event,
+    RequestOutput,
+    TextDelta,
+    ToolCall,
+    begin_of,
+)
 from engine.text.grammar import Grammar, GrammarError, quoted
 from engine.text.tokenizer import CLOSE, OPEN, ChatTemplate, any_of
 from hybridcache.geometry.families import defined
@@ -93,6 +101,8 @@ class CallForm(ABC):
         self.marks = self.MARKS if tools else ()
         """Texts with which a call begins; () if every call is text."""
         self.is_single, self._choice = is_single, choice
+        self.is_forced = choice not in (None, "none", "auto")
+        """True if the answer must be calls."""
 
     @abstractmethod
     def parse(self, text: str, is_whole: bool = False, is_cut: bool = False) -> Calls | str | None:
@@ -139,7 +149,7 @@ class CallForm(ABC):
         -> function that makes its grammar. The form ``format_name`` is then that of an answer
         without calls. ``may_think``: the answer may begin with reasoning."""
         functions, choice = self._offered, self._choice
-        if choice not in (None, "none", "auto"):
+        if self.is_forced:
             name = choice.function.name if isinstance(choice, NamedTool) else None
             forms["tool_choice"] = partial(self.grammar, name)
         elif functions and (text := forms.get(format_name)) is not None:
@@ -274,6 +284,13 @@ class CallReader(AnswerReader):
     def _warn(self, why: str) -> None:
         self.warning = self.warning or why
 
+    def _ends_in_mark(self) -> bool:
+        """Return True if the answer was cut off inside of a mark. One character of it counts only
+        in an answer that must be calls: others may end with a sign such as ``<``."""
+        least = 1 if self._form.is_forced else 2
+        ends = (len(self._rest) - begin_of(self._rest, mark) for mark in self._form.MARKS)
+        return self._is_cut and max(ends) >= least
+
     def _made(self, call: ParsedCall) -> ToolCall:
         if call.doubt is not None:
             self._warn(call.doubt)
@@ -287,6 +304,8 @@ class CallReader(AnswerReader):
             marks = marks if num_retries else ()
             found = any_of((CLOSE, *marks)).search(self._rest)
             if found is None or found[0] == CLOSE:
+                if found is None and self._is_whole and self._ends_in_mark():
+                    why = BROKEN_OFF
                 if found is None and self._is_whole and why is not None:
                     self._warn(THOUGHT + why)
                 yield from self._read_thought((CLOSE, *marks))
@@ -349,6 +368,9 @@ class CallReader(AnswerReader):
         num_retries, has_calls = MAX_RETRIES, False
         while True:
             found = begins.search(self._rest)
+            if found is None and self._is_whole and self._ends_in_mark():
+                self._warn(f"{BROKEN}{BROKEN_OFF}")
+                self._is_broken_off = True
             certain = self._certain((*marks, *closes))
             text = self._rest[: found.start()].rstrip() if found else certain
             if text:
@@ -415,7 +437,11 @@ class CallReader(AnswerReader):
             elif end is not None or self._is_whole:
                 until = len(self._rest) if end is None else end.start()
                 is_cut = self._is_cut or end is not None
-                return form.parse(self._rest[start:until], True, is_cut) or BROKEN_OFF, until
+                parsed = form.parse(self._rest[start:until], True, is_cut)
+                # The text of a cut call is not malformed, as far as is known.
+                if parsed is None or (end is None and self._is_cut and isinstance(parsed, str)):
+                    parsed = BROKEN_OFF
+                return parsed, until
             else:
                 at = max(at, len(self._rest) - longest)
                 yield None
