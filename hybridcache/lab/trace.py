@@ -112,7 +112,7 @@ class Trace:
     def notes(self) -> list[str]:
         """Notes under tables: the tokenizer, and drawn arrivals."""
         notes = [f"tokens counted by: {self.counted_by}"] if self.counted_by else []
-        notes += [f"arrivals: {self.arrivals} (--seeds draws others)"] if self.arrivals else []
+        notes += [f"arrivals: {self.arrivals} (?seed=1 draws others)"] if self.arrivals else []
         return notes
 
     @property

@@ -150,11 +150,14 @@ class RunResult(_Run):
     def above(self, other: RunResult) -> Interval:
         """Return this run's token hit rate less that of ``other``, in points, paired by session.
         ValueError if they ran over different sessions."""
-        if [one[:3] for one in self.by_session] != [one[:3] for one in other.by_session]:
+        ours, theirs = sorted(self._sums()), sorted(other._sums())
+        if [one[:3] for one in ours] != [one[:3] for one in theirs]:
             raise ValueError(f"{self.label} and {other.label} ran over different sessions.")
-        pairs = zip(self.by_session, other.by_session, strict=True)
-        parts = [one.cached_tokens - two.cached_tokens for one, two in pairs]
-        return linear_ratio(parts, [one.prompt_tokens for one in self.by_session]).scaled(100)
+        parts = [one[3] - two[3] for one, two in zip(ours, theirs, strict=True)]
+        return linear_ratio(parts, [one[2] for one in ours]).scaled(100)
+
+    def _sums(self) -> list[tuple[str, int, int, int]]:
+        return [one[:4] for one in self.by_session]
 
     @property
     def request_hit_rate(self) -> float:
