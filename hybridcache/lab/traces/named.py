@@ -309,7 +309,7 @@ class NamedTimes(FileReader):
     @property
     def names(self) -> dict[str, str]:
         """Names of the user, by field; empty for those of ``NAMES``."""
-        fields = ("time", "session", "answer", "length", "tenant")
+        fields = ("time", "session", "answer", "length", "tenant", "status")
         return {name: getattr(self, name, "") for name in fields}
 
     def first_fields(self) -> Record:
@@ -345,17 +345,18 @@ class NamedReader(NamedTimes):
     tokenizer: str = ""
     template: str = "chatml"
     prompt: str = ""
-    """Name of the field of prompts in a file with other names; so are the next five."""
+    """Name of the field of prompts in a file with other names; so are the next six."""
     time: str = ""
     session: str = ""
     answer: str = ""
     length: str = ""
     tenant: str = ""
     """Name of the field of tenants. Prompts of different tenants share no prefix."""
+    status: str = ""
 
     @property
     def names(self) -> dict[str, str]:
-        fields = ("prompt", "time", "session", "answer", "length", "tenant")
+        fields = ("prompt", "time", "session", "answer", "length", "tenant", "status")
         return {name: getattr(self, name) for name in fields}
 
     def describe(self) -> str:
