@@ -275,11 +275,12 @@ def stats_table(stats: TraceStats) -> str:
     counting = f"one id is {'one token' if stats.unit == 1 else f'{stats.unit} tokens'}"
     if stats.counted_by:
         counting = f"counted by: {stats.counted_by}"
+    sessions = counted(stats.num_sessions, "session") if stats.num_sessions else "no sessions"
     duration = f"{stats.duration_s:,.{1 if stats.duration_s < 10 else 0}f}"
     lines = [
         text_table(header, rows),
         "",
-        f"requests {stats.num_requests:,} in {counted(stats.num_sessions, 'session')} and "
+        f"requests {stats.num_requests:,} in {sessions} and "
         f"{counted(stats.num_namespaces, 'namespace')}, over {duration} s; "
         f"{counted(stats.num_bad, 'bad record')} skipped",
         f"prompt tokens {stats.prompt_tokens:,}; {counting}",
@@ -294,6 +295,8 @@ def stats_table(stats: TraceStats) -> str:
         )
         if stats.repeated_answers < 0.9:
             lines[-1] += " (the rest is unknown, left out, or in other tokens there)"
+    if stats.arrivals:
+        lines.append(f"arrivals: {stats.arrivals}")
     if stats.times:
         lines.append(f"times: {stats.times}")
     if stats.columns:

@@ -32,7 +32,7 @@ from hybridcache.lab.figures import COLOURS, LOSSES, line_look, panels
 from hybridcache.lab.generators import short
 from hybridcache.lab.intervals import ratio
 from hybridcache.lab.prefix_tree import InfiniteCache
-from hybridcache.lab.report import METRICS, losses_table
+from hybridcache.lab.report import METRICS, losses_table, stats_table
 from hybridcache.lab.scenario import MEMORIES, Scenario
 from hybridcache.lab.simulation.closed_loop import closed_loop
 from hybridcache.lab.simulation.grid import run_grid
@@ -857,6 +857,32 @@ def test_drawn_arrivals_are_said_in_the_table_and_in_the_record(tmp_path: Path) 
         assert f"arrivals: {drawn} (?seed=1 draws others)" in result.table()
         assert result.to_dicts()[0]["arrivals"] == drawn
     assert "arrivals" not in simulate("short?head=9", gib=1, progress=False).to_dicts()[0]
+    assert f"arrivals: {drawn}" in stats_table(trace_stats(open_trace(spec)))
+
+
+@pytest.mark.parametrize("where", ["record", "message"])
+def test_times_of_conversations_are_not_read_and_the_note_says_so(
+    tmp_path: Path, where: str
+) -> None:
+    """WildChat's time of a conversation is that of its last turn."""
+    path, when = tmp_path / "chats.jsonl", {"timestamp": "2023-04-09T00:02:53Z"}
+    said = [{"role": role, "content": "word"} for role in ("user", "assistant")]
+    records = {
+        "record": when | {"conversation": said},
+        "message": {"conversation": [one | when for one in said]},
+    }
+    path.write_text(json.dumps(records[where]))
+    [note] = open_trace(f"{path}?tokenizer=bytes").notes[1:]
+    assert note.startswith("arrivals: drawn, timestamp of the file is not read: poisson:1 sessions")
+
+
+def test_stats_of_a_trace_without_sessions_count_none(tmp_path: Path) -> None:
+    path, blocks = tmp_path / "blocks.jsonl", {"input_length": 512, "output_length": 1}
+    records = [blocks | {"timestamp": 1000 * n, "hash_ids": [n]} for n in range(3)]
+    path.write_text("\n".join(map(json.dumps, records)))
+    assert "requests 3 in no sessions and" in stats_table(trace_stats(open_trace(path)))
+    path.write_text("\n".join(json.dumps(one | {"session_id": 1}) for one in records))
+    assert "requests 3 in 1 session and" in stats_table(trace_stats(open_trace(path)))
 
 
 if __name__ == "__main__":

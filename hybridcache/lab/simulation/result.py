@@ -16,7 +16,7 @@ from hybridcache.lab.scenario import Scenario
 from hybridcache.lab.simulation.grid import Plain, Stored
 from hybridcache.lab.simulation.serving import RequestLog
 from hybridcache.lab.simulation.target import Target
-from hybridcache.lab.trace import UNNAMED, Trace
+from hybridcache.lab.trace import Trace, has_sessions
 from hybridcache.radix.api import Losses
 
 SAME_SIZE = 1e-3
@@ -249,8 +249,7 @@ def grouped(runs: Sequence[RunResult], trace: Trace) -> tuple[tuple[RunResult, .
     """Return runs whose intervals are over groups of requests (``groups_of``), and True; unchanged
     runs and False if the trace names a session. O(tokens)."""
     names = [one.session for run in runs[:1] for one in run.by_session]
-    has_names = not all(name.startswith(UNNAMED) for name in names)
-    if has_names or len(names) < (runs[0].requests if runs else 0) or not names:
+    if not names or has_sessions(names, runs[0].requests):
         return tuple(runs), False
     groups = groups_of(trace)
     found = []

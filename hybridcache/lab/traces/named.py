@@ -24,6 +24,7 @@ from hybridcache.lab.trace import UNNAMED, BadRecords, FreshIds, TraceRequest
 from hybridcache.lab.traces.dialects import ROLES, Chat, answer_of, is_response, plain_chat
 from hybridcache.lab.traces.frame import (
     FEWEST,
+    TIMES,
     FileReader,
     Line,
     Notes,
@@ -38,7 +39,7 @@ NAMES: dict[str, tuple[str, ...]] = {
     for field, names in {
         "prompt": "prompt",
         "messages": "messages",
-        "time": "timestamp ts time seconds arrival_time start_time created created_at started_at",
+        "time": TIMES,
         "session": "session_id session conversation_id conversation chat_id thread_id",
         "answer": "answer response output completion response_body reply generated_text",
         "length": "output_tokens completion_tokens answer_tokens output_length "
