@@ -84,11 +84,29 @@ TIE = 0.0005
 def ties(run: RunResult, best: RunResult) -> bool:
     """Return True if the hits of ``run`` do not differ from those of ``best``: by less than
     ``TIE``, or by less than the interval of their difference, paired by session."""
-    if run is best or abs(best.token_hit_rate - run.token_hit_rate) < TIE:
-        return True
-    if [one[:3] for one in run.by_session] != [one[:3] for one in best.by_session]:
-        return False
-    return best.above(run).low <= 0
+    return abs(best.token_hit_rate - run.token_hit_rate) < TIE or best.above(run).low <= 0
+
+
+def most_hits(runs: Sequence[RunResult], units: str) -> tuple[RunResult, str]:
+    """Return the policy of our own with the most hits among ``runs`` of one size, and a sentence:
+    its paired difference to the second with a 95 % interval over ``units``, the policies that do
+    not differ from it, and rebuilt systems that have more."""
+    ordered = sorted(runs, key=lambda run: -run.token_hit_rate)
+    first, *others = [run for run in ordered if run.config["baseline"] is None]
+    text, num_units = "no policy has a hit", len(first.by_session)
+    if first.cached_tokens:
+        equal = ", ".join(run.label for run in others if ties(run, first))
+        text = f"{first.label} has the most hits"
+        if others and not ties(others[0], first):
+            text += f", {first.above(others[0])} points more than {others[0].label}"
+        if equal:
+            text += f" (not different: {equal})"
+        if num_units < FEWEST_UNITS:
+            text += f" (no interval: {counted(num_units, units)})"
+    for run in ordered:
+        if (points := 100 * (run.token_hit_rate - first.token_hit_rate)) > 0:
+            text += f"; {run.label} has {points:.1f} points more"
+    return first, text
 
 
 SERVE = {
@@ -257,11 +275,12 @@ def stats_table(stats: TraceStats) -> str:
     counting = f"one id is {'one token' if stats.unit == 1 else f'{stats.unit} tokens'}"
     if stats.counted_by:
         counting = f"counted by: {stats.counted_by}"
+    sessions = counted(stats.num_sessions, "session") if stats.num_sessions else "no sessions"
     duration = f"{stats.duration_s:,.{1 if stats.duration_s < 10 else 0}f}"
     lines = [
         text_table(header, rows),
         "",
-        f"requests {stats.num_requests:,} in {counted(stats.num_sessions, 'session')} and "
+        f"requests {stats.num_requests:,} in {sessions} and "
         f"{counted(stats.num_namespaces, 'namespace')}, over {duration} s; "
         f"{counted(stats.num_bad, 'bad record')} skipped",
         f"prompt tokens {stats.prompt_tokens:,}; {counting}",
@@ -276,6 +295,8 @@ def stats_table(stats: TraceStats) -> str:
         )
         if stats.repeated_answers < 0.9:
             lines[-1] += " (the rest is unknown, left out, or in other tokens there)"
+    if stats.arrivals:
+        lines.append(f"arrivals: {stats.arrivals}")
     if stats.times:
         lines.append(f"times: {stats.times}")
     if stats.columns:

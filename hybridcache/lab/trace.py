@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from itertools import islice
@@ -112,7 +112,7 @@ class Trace:
     def notes(self) -> list[str]:
         """Notes under tables: the tokenizer, and drawn arrivals."""
         notes = [f"tokens counted by: {self.counted_by}"] if self.counted_by else []
-        notes += [f"arrivals: {self.arrivals} (--seeds draws others)"] if self.arrivals else []
+        notes += [f"arrivals: {self.arrivals} (?seed=1 draws others)"] if self.arrivals else []
         return notes
 
     @property
@@ -319,6 +319,11 @@ class KnownIds:
 
 UNNAMED = "unnamed "
 """Beginning of the names of sessions that no record names."""
+
+
+def has_sessions(names: Collection[Hashable], num_requests: int) -> bool:
+    """Return whether a record names one of the sessions ``names``, or one has two requests."""
+    return len(names) < num_requests or not all(str(one).startswith(UNNAMED) for one in names)
 
 
 def units(num_tokens: int, unit: int) -> int:

@@ -9,7 +9,7 @@ import numpy as np
 
 from hybridcache.lab.intervals import percentiles
 from hybridcache.lab.prefix_tree import InfiniteCache
-from hybridcache.lab.trace import FreshIds, Trace, TraceRequest
+from hybridcache.lab.trace import FreshIds, Trace, TraceRequest, has_sessions
 from hybridcache.tokens import common_prefix_len
 
 _PAGES = (16, 64, 512)
@@ -38,6 +38,7 @@ class TraceStats:
     unit: int
     num_requests: int
     num_sessions: int
+    """0 if no record names a session and no prompt continues another."""
     num_namespaces: int
     num_bad: int
     duration_s: float
@@ -64,6 +65,8 @@ class TraceStats:
     columns: str = ""
     times: str = ""
     """Unit of the times in the file, and the reason for it."""
+    arrivals: str = ""
+    """Arrivals that are drawn; empty if times are recorded or generated."""
 
     @property
     def ideal_hit_rate(self) -> float:
@@ -113,7 +116,7 @@ def trace_stats(trace: Trace, *, progress: Callable[[int], None] | None = None) 
         name=trace.name,
         unit=unit,
         num_requests=len(times),
-        num_sessions=len(last),
+        num_sessions=len(last) if has_sessions(last, len(times)) else 0,
         num_namespaces=len(namespaces),
         num_bad=trace.bad.count,
         duration_s=times[-1] - times[0],
@@ -131,4 +134,5 @@ def trace_stats(trace: Trace, *, progress: Callable[[int], None] | None = None) 
         repeated_answers=num_repeated / num_answered if has_answer_ids else None,
         columns=trace.columns,
         times=trace.times,
+        arrivals=trace.arrivals,
     )

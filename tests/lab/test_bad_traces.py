@@ -532,12 +532,27 @@ def test_counts_have_columns_of_any_name_filters_and_a_shared_beginning(tmp_path
     assert common_prefix_len(whole, later.tokens) == 1030 and len(later.tokens) == 1157
     assert cut.tokens.tolist() == first.tokens[:90].tolist()
     assert "prompt=in, time=ts, session=user, length=out, status=status (a prompt" in trace.columns
+    assert "not read" not in trace.columns
     with pytest.raises(ValueError, match="no column of prompt tokens or sessions; it has ts"):
         open_trace(f"counts:{path}?session=user")
     with pytest.raises(ValueError, match="there is no column 'who'; it has ts, user"):
         open_trace(f"counts:{path}?prompt=in&session=who")
     path.write_text('{"session": 1, "prompt_tokens": 9, "completion_tokens": 2}\n' * 2)
     assert [one.num_tokens(1) for one in open_trace(path)] == [9, 9], "recognised, as JSON lines"
+
+
+@pytest.mark.filterwarnings("ignore::hybridcache.lab.traces.frame.TraceWarning")
+def test_the_column_of_the_status_can_have_any_name(tmp_path: Path) -> None:
+    """Columns of counts that are not read are named, such as a status of another name."""
+    path = tmp_path / "log.csv"
+    path.write_text("user,in,http,x\na,90,200,1\na,95,429,1\na,99,500,1\n")
+    spec = f"counts:{path}?prompt=in&session=user"
+    assert open_trace(spec).columns.endswith("; not read: http, x")
+    assert [one.num_tokens(1) for one in open_trace(f"{spec}&status=http")] == [90]
+    with pytest.raises(ValueError, match="there is no column 'code'"):
+        open_trace(f"{spec}&status=code")
+    path.write_text("user,prompt,http\na,hello,200\na,hello you,429\n")
+    assert len(list(open_trace(f"{path}?tokenizer=bytes&session=user&status=http"))) == 1
 
 
 def test_compressed_files_and_tables_are_read(

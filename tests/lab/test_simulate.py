@@ -32,7 +32,7 @@ from hybridcache.lab.figures import COLOURS, LOSSES, line_look, panels
 from hybridcache.lab.generators import short
 from hybridcache.lab.intervals import ratio
 from hybridcache.lab.prefix_tree import InfiniteCache
-from hybridcache.lab.report import METRICS, losses_table
+from hybridcache.lab.report import METRICS, losses_table, stats_table
 from hybridcache.lab.scenario import MEMORIES, Scenario
 from hybridcache.lab.simulation.closed_loop import closed_loop
 from hybridcache.lab.simulation.grid import run_grid
@@ -481,16 +481,49 @@ def test_verdict_names_no_policy_without_a_hit(tmp_path: Path) -> None:
     path = tmp_path / "two.jsonl"
     path.write_text('{"tokens": [1, 2, 3]}\n' * 2)
     result = simulate(str(path), gib=1, policy=["lru", "fifo"])
-    assert result.verdict() == "no policy has a hit at any of these sizes"
+    assert result.verdict() == "at 1 GiB: no policy has a hit"
     found = simulate(recorded("short?head=30"), gib=1, policy=["lru", "fifo"]).verdict()
-    equal = r"lru has the most hits \(not different: fifo\);"
-    assert re.match(f"{equal} flags of engine serve: --cache-gib 1 ", found)
+    equal = r"at 1 GiB: lru has the most hits \(not different: fifo\)\n"
+    assert re.match(f"{equal}flags of engine serve: --cache-gib 1 ", found)
     paths = Scenario(Path("short"), model=Path("qwen3"), times=Path("t.json"))
     assert paths == Scenario("short", model="qwen3", times="t.json")
     assert open_trace(Path("short")).name == "short"
     few = simulate(recorded("short?head=3"), gib=1, policy=["lru", "fifo"])
     assert "--model ./mine --cache" in few.verdict("./mine")
     assert "(no interval: 3 sessions)" in few.verdict()
+
+
+def test_verdict_has_a_line_per_size_and_flags_of_a_size_that_the_policy_leads() -> None:
+    """The policy of the best mean can have fewer hits at the size of its own most hits."""
+    run = simulate("short?head=60", gib=1, policy="lru", bound=False, progress=False).runs[0]
+    sessions = run.by_session
+
+    def at(label: str, gib: float, cached: int) -> RunResult:
+        parts = tuple(one._replace(cached_tokens=cached) for one in sessions)
+        total = {"by_session": parts, "cached_tokens": cached * len(parts)}
+        return replace(
+            run, config=run.config | {"label": label, "policy": label, "gib": gib}, **total
+        )
+
+    def verdict(**hits: list[int]) -> list[str]:
+        runs = [at(label, gib, n) for label, of in hits.items() for gib, n in enumerate(of, 1)]
+        return SimulationResult("t", geometry, tuple(runs), None).verdict().split("\n")
+
+    geometry = Scenario("short").geometry()
+    lines = verdict(lru=[100, 500, 500], gdsf=[400, 450, 500])
+    assert [line.partition(", ")[0] for line in lines] == [
+        "at 1 GiB: gdsf has the most hits",
+        "at 2 GiB: lru has the most hits",
+        "at 3 GiB: lru has the most hits (not different: gdsf)",
+        "in the mean of 3 sizes",
+    ]
+    points = 100 * 300 * len(sessions) / run.prompt_tokens
+    assert re.search(rf"hits, {points:.1f} \[\S+, \S+\] points more than lru$", lines[0])
+    assert "gdsf has the most hits; flags of engine serve: --cache-gib 3 --ev" in lines[-1]
+    assert "--cache-gib 1 --eviction gdsf" in verdict(lru=[100, 500], gdsf=[400, 450])[-1]
+    best_nowhere = verdict(lru=[900, 10], fifo=[10, 900], gdsf=[800, 800])
+    assert best_nowhere[-1].endswith("mean of 2 sizes, gdsf has the most hits, but at none of them")
+    assert "gdsf" not in verdict(lru=[300, 500], gdsf=[450])[-1], "it has no run at 2 GiB"
 
 
 def recorded(spec: str) -> Trace:
@@ -510,7 +543,9 @@ def test_one_draw_gives_no_verdict(tmp_path: Path) -> None:
     for spec, part in ((f"{path}?tokenizer=bytes", "arrivals"), ("short?head=30", "trace")):
         found = simulate(spec, **policies)
         assert found.verdict() == f"one draw of the {part}: run --seeds 5 to compare policies"
-        assert "the most hits" in simulate(spec, seeds=2, **policies).verdict()
+        two = simulate(spec, seeds=2, **policies)
+        assert "the most hits" in two.verdict()
+        assert ("the conversations are the same" in two.table()) == (part == "arrivals")
     assert "(no interval: 2 seeds)" in simulate("short?head=30", seeds=2, **policies).verdict()
 
 
@@ -552,7 +587,7 @@ def test_verdict_has_the_settings_that_won(settings: dict[str, Any], flags: str)
     found = simulate(trace, gib=0.3, bound=False, **settings).verdict("DIR")
     command = r"to serve: engine serve --model DIR --cache-gib 0.3"
     command += " --eviction (lru|fifo|marconi) --checkpoints adaptive"
-    assert re.search(f"; ({command}|engine serve does){re.escape(flags)}$", found), found
+    assert re.search(f"\n({command}|engine serve does){re.escape(flags)}$", found), found
 
 
 def test_sizes_of_results_are_those_asked_for() -> None:
@@ -570,10 +605,9 @@ def test_rebuilt_systems_with_more_hits_are_named() -> None:
     small = replace(result, runs=tuple(run for run in result.runs if run.gib < 1))
     points = 100 * small.best(0.05).token_hit_rate
     assert small.best(0.05).label == "marconi (rebuilt)"
-    assert small.verdict().endswith(f"; marconi (rebuilt) has {points:.1f} points more in the mean")
-    assert result.verdict().startswith(
-        "lru has the most hits in the mean of 2 sizes (not different"
-    )
+    more = f"no policy has a hit; marconi (rebuilt) has {points:.1f} points more"
+    assert small.verdict() == f"at 0.05 GiB: {more}"
+    assert f"0.05 GiB: {more}\nat 4 GiB: lru has the most hits (not different" in result.verdict()
     table = result.table()
     assert "not counted: 512 states in host memory (lightllm (rebuilt))\n" in table
     assert "not counted: the memory of running requests (marconi (rebuilt))" in table
@@ -820,9 +854,35 @@ def test_drawn_arrivals_are_said_in_the_table_and_in_the_record(tmp_path: Path) 
     results.append(simulate(spec, gib=1, policy="lru", seeds=2, progress=False))
     drawn = "drawn, not recorded: poisson:2 sessions a second, pauses 7 s (median)"
     for result in results:
-        assert f"arrivals: {drawn} (--seeds draws others)" in result.table()
+        assert f"arrivals: {drawn} (?seed=1 draws others)" in result.table()
         assert result.to_dicts()[0]["arrivals"] == drawn
     assert "arrivals" not in simulate("short?head=9", gib=1, progress=False).to_dicts()[0]
+    assert f"arrivals: {drawn}" in stats_table(trace_stats(open_trace(spec)))
+
+
+@pytest.mark.parametrize("where", ["record", "message"])
+def test_times_of_conversations_are_not_read_and_the_note_says_so(
+    tmp_path: Path, where: str
+) -> None:
+    """WildChat's time of a conversation is that of its last turn."""
+    path, when = tmp_path / "chats.jsonl", {"timestamp": "2023-04-09T00:02:53Z"}
+    said = [{"role": role, "content": "word"} for role in ("user", "assistant")]
+    records = {
+        "record": when | {"conversation": said},
+        "message": {"conversation": [one | when for one in said]},
+    }
+    path.write_text(json.dumps(records[where]))
+    [note] = open_trace(f"{path}?tokenizer=bytes").notes[1:]
+    assert note.startswith("arrivals: drawn, timestamp of the file is not read: poisson:1 sessions")
+
+
+def test_stats_of_a_trace_without_sessions_count_none(tmp_path: Path) -> None:
+    path, blocks = tmp_path / "blocks.jsonl", {"input_length": 512, "output_length": 1}
+    records = [blocks | {"timestamp": 1000 * n, "hash_ids": [n]} for n in range(3)]
+    path.write_text("\n".join(map(json.dumps, records)))
+    assert "requests 3 in no sessions and" in stats_table(trace_stats(open_trace(path)))
+    path.write_text("\n".join(json.dumps(one | {"session_id": 1}) for one in records))
+    assert "requests 3 in 1 session and" in stats_table(trace_stats(open_trace(path)))
 
 
 if __name__ == "__main__":

@@ -523,7 +523,10 @@ class ClosedLoopResult:
             notes.append(f"step times: {self.times}")
             seeds = len({run.seed for run in chosen})
             if seeds > 1:
-                notes.append(f"means of {seeds} seeds; most and oldest wait: the largest")
+                notes.append(
+                    f"means of {seeds} seeds, which draw arrivals of the same sessions; most and "
+                    "oldest wait: the largest"
+                )
             header = ["admission, sessions/s", *(metric.title for metric in LOOP_METRICS)]
             tables.append("\n".join([title, text_table(header, rows), *notes]))
         notes = [*uncharged_notes(self.runs), *self.trace_notes, *self.failures]

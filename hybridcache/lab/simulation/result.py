@@ -16,7 +16,7 @@ from hybridcache.lab.scenario import Scenario
 from hybridcache.lab.simulation.grid import Plain, Stored
 from hybridcache.lab.simulation.serving import RequestLog
 from hybridcache.lab.simulation.target import Target
-from hybridcache.lab.trace import UNNAMED, Trace
+from hybridcache.lab.trace import Trace, has_sessions
 from hybridcache.radix.api import Losses
 
 SAME_SIZE = 1e-3
@@ -150,11 +150,14 @@ class RunResult(_Run):
     def above(self, other: RunResult) -> Interval:
         """Return this run's token hit rate less that of ``other``, in points, paired by session.
         ValueError if they ran over different sessions."""
-        if [one[:3] for one in self.by_session] != [one[:3] for one in other.by_session]:
+        ours, theirs = sorted(self._sums()), sorted(other._sums())
+        if [one[:3] for one in ours] != [one[:3] for one in theirs]:
             raise ValueError(f"{self.label} and {other.label} ran over different sessions.")
-        pairs = zip(self.by_session, other.by_session, strict=True)
-        parts = [one.cached_tokens - two.cached_tokens for one, two in pairs]
-        return linear_ratio(parts, [one.prompt_tokens for one in self.by_session]).scaled(100)
+        parts = [one[3] - two[3] for one, two in zip(ours, theirs, strict=True)]
+        return linear_ratio(parts, [one[2] for one in ours]).scaled(100)
+
+    def _sums(self) -> list[tuple[str, int, int, int]]:
+        return [one[:4] for one in self.by_session]
 
     @property
     def request_hit_rate(self) -> float:
@@ -246,8 +249,7 @@ def grouped(runs: Sequence[RunResult], trace: Trace) -> tuple[tuple[RunResult, .
     """Return runs whose intervals are over groups of requests (``groups_of``), and True; unchanged
     runs and False if the trace names a session. O(tokens)."""
     names = [one.session for run in runs[:1] for one in run.by_session]
-    has_names = not all(name.startswith(UNNAMED) for name in names)
-    if has_names or len(names) < (runs[0].requests if runs else 0) or not names:
+    if not names or has_sessions(names, runs[0].requests):
         return tuple(runs), False
     groups = groups_of(trace)
     found = []

@@ -23,7 +23,6 @@ from hybridcache.geometry.model import BUILTIN
 from hybridcache.geometry.times import MeasuredTimes, Roofline
 from hybridcache.geometry.units import GIB, counted
 from hybridcache.lab.figures import losses_figure, sweep_figure
-from hybridcache.lab.intervals import FEWEST_UNITS
 from hybridcache.lab.optimum import Optimum, best_plan
 from hybridcache.lab.prefix_tree import InfiniteCache
 from hybridcache.lab.progress import Progress, shown_progress
@@ -34,10 +33,10 @@ from hybridcache.lab.report import (
     interval_notes,
     limit_percent,
     marked,
+    most_hits,
     notes_on,
     size_label,
     text_table,
-    ties,
     to_serve,
 )
 from hybridcache.lab.scenario import LOAD, Scenario, seeds_of, settings_of
@@ -118,50 +117,48 @@ class SimulationResult(SweepRuns):
         return "\n".join([title, text_table(header, rows), *too_large])
 
     def verdict(self, model: str = "") -> str:
-        """Return one sentence: the policy with the highest mean token hit rate over the sizes,
-        those that tie with it (``report.ties``), rebuilt systems with a higher mean, and the
-        command that serves ``model`` at the smallest size of its most hits (``report.to_serve``).
-        Empty with fewer than two policies of our own. One draw of a trace gives no verdict: its
-        intervals do not contain the chance of the draw.
+        """Return a line per size: the policy with the most hits, and those that do not differ from
+        it (``report.most_hits``). A last line has the command that serves ``model`` with the
+        highest mean over the sizes (``report.to_serve``), at the smallest size of its most hits
+        among those where no other policy of our own has more; no command if there is none. Empty
+        with fewer than two policies of our own. One draw of a trace gives no verdict: its intervals
+        do not contain the chance of the draw.
         """
-        by_label = self.by_label()
-        means = {
-            label: fmean(run.token_hit_rate for run in runs) for label, runs in by_label.items()
+        ours = {
+            label: {run.gib: run for run in runs}
+            for label, runs in self.by_label().items()
+            if runs[0].config["baseline"] is None
         }
-        ours = [label for label, runs in by_label.items() if runs[0].config["baseline"] is None]
         if len(ours) < 2:
             return ""
-        first = max(ours, key=lambda label: means[label])
-        more = "".join(
-            f"; {label} has {100 * (mean - means[first]):.1f} points more in the mean"
-            for label, mean in means.items()
-            if label not in ours and mean > means[first]
-        )
-        if not means[first]:
-            return f"no policy has a hit at any of these sizes{more}"
         if self.drawn_once:
-            return f"one draw of the {self.drawn_once}: run --seeds 5 to compare policies{more}"
-        best = {run.gib: run for run in by_label[first]}
-        equal = [
-            label
-            for label in ours
-            if label != first and all(ties(run, best.get(run.gib, run)) for run in by_label[label])
+            return f"one draw of the {self.drawn_once}: run --seeds 5 to compare policies"
+        said, first = dict[str, list[str]](), dict[float, RunResult]()
+        for gib in sorted({gib for runs in ours.values() for gib in runs}):
+            first[gib], text = most_hits([run for run in self.runs if run.gib == gib], self.units)
+            said.setdefault(text, []).append(size_label(first[gib]))
+        lines = [f"at {', '.join(sizes)} GiB: {text}" for text, sizes in said.items()]
+        means = {
+            label: fmean(run.token_hit_rate for run in runs.values())
+            for label, runs in ours.items()
+            if runs.keys() == first.keys()  # none failed
+        }
+        best = max(means, key=means.__getitem__, default="")
+        if not means.get(best):
+            return "\n".join(lines)
+        mean = f"in the mean of {len(first)} sizes, {best} has the most hits"
+        leads = [
+            run
+            for gib, run in ours[best].items()
+            if run.token_hit_rate > first[gib].token_hit_rate - TIE
         ]
-        has_most = f"{first} has the most hits"
-        if len(best) > 1:
-            has_most += f" in the mean of {len(best)} sizes"
-        if equal:
-            has_most += f" (not different: {', '.join(equal)})"
-        num_units = min(len(run.by_session) for run in self.runs)
-        if num_units < FEWEST_UNITS:
-            has_most += f" (no interval: {counted(num_units, self.units)})"
-        enough = max(run.token_hit_rate for run in best.values()) - TIE
-        served = min(
-            (run for run in best.values() if run.token_hit_rate > enough), key=lambda run: run.gib
-        )
+        if not leads:
+            return "\n".join([*lines, f"{mean}, but at none of them"])
+        enough = max(run.token_hit_rate for run in leads) - TIE
+        served = min((run for run in leads if run.token_hit_rate > enough), key=lambda run: run.gib)
         if self.geometry.name == BUILTIN:
             model = model or BUILTIN
-        return f"{has_most}{more}; {to_serve(served, model)}"
+        return "\n".join([*lines, f"{mean}; " * (len(first) > 1) + to_serve(served, model)])
 
     def figure(
         self,
@@ -328,7 +325,8 @@ def _over_seeds(asked: Scenario, options: Plain) -> SimulationResult:
         raise RunFailed(failures[0])
     runs = tuple(merged(of, seeds) for of in zip(*(result.runs for result in results), strict=True))
     bound_tokens = runs[0].bound_tokens if options["bound"] else None
-    note = f"{counted(len(seeds), 'draw')} of the trace (--seeds): rates over all their tokens"
+    part = "arrivals, the conversations are the same" if opened.arrivals else "trace"
+    note = f"{counted(len(seeds), 'draw')} (--seeds) of the {part}: rates over all their tokens"
     return replace(
         results[0],
         runs=runs,

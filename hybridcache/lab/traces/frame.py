@@ -51,6 +51,8 @@ UNITS = {"s": 1.0, "ms": 1e3, "us": 1e6, "ns": 1e9}
 """Parts of a second, by the names of units."""
 SINCE_1970 = ((1e17, "ns"), (1e14, "us"), (1e11, "ms"))
 """Numbers above the first value are times since 1970 in the unit."""
+TIMES = "timestamp ts time seconds arrival_time start_time created created_at started_at"
+"""Names of the time of a record."""
 _CHUNK, _HEAD = 1 << 16, 1 << 12
 _OPENING, _BLANK = re.compile(r"[\s\[]*"), re.compile(r"[\s,]*")
 Line = int | str
@@ -736,7 +738,16 @@ class SessionReader(FileReader):
         """Description of the times that ``seed`` draws."""
         starts = f"{self.starts.kind}:{self.starts.per_s:g}"
         pauses = "as in the file" if self.pause is None else f"{self.pause.median_s:g} s (median)"
-        return f"drawn, not recorded: {starts} sessions a second, pauses {pauses}"
+        times = f"{starts} sessions a second, pauses {pauses}"
+        return f"drawn, {self.unread_time() or 'not recorded'}: {times}"
+
+    def unread_time(self) -> str:
+        """Return a remark on times of the first record that are not read; empty without any."""
+        _, first = next(self.records(BadRecords(skip=True)), (0, {}))
+        turns = (one[0] for one in first.values() if isinstance(one, list) and one)
+        parts = [Record(one) for one in (first, *turns) if isinstance(one, dict)]
+        names = (part.first(TIMES.split()) for part in parts if not self.usual_times)
+        return next((f"{name} of the file is not read" for name in names if name), "")
 
     @property
     def cap(self) -> int:

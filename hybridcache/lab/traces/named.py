@@ -24,6 +24,7 @@ from hybridcache.lab.trace import UNNAMED, BadRecords, FreshIds, TraceRequest
 from hybridcache.lab.traces.dialects import ROLES, Chat, answer_of, is_response, plain_chat
 from hybridcache.lab.traces.frame import (
     FEWEST,
+    TIMES,
     FileReader,
     Line,
     Notes,
@@ -38,7 +39,7 @@ NAMES: dict[str, tuple[str, ...]] = {
     for field, names in {
         "prompt": "prompt",
         "messages": "messages",
-        "time": "timestamp ts time seconds arrival_time start_time created created_at started_at",
+        "time": TIMES,
         "session": "session_id session conversation_id conversation chat_id thread_id",
         "answer": "answer response output completion response_body reply generated_text",
         "length": "output_tokens completion_tokens answer_tokens output_length "
@@ -309,7 +310,7 @@ class NamedTimes(FileReader):
     @property
     def names(self) -> dict[str, str]:
         """Names of the user, by field; empty for those of ``NAMES``."""
-        fields = ("time", "session", "answer", "length", "tenant")
+        fields = ("time", "session", "answer", "length", "tenant", "status")
         return {name: getattr(self, name, "") for name in fields}
 
     def first_fields(self) -> Record:
@@ -345,17 +346,18 @@ class NamedReader(NamedTimes):
     tokenizer: str = ""
     template: str = "chatml"
     prompt: str = ""
-    """Name of the field of prompts in a file with other names; so are the next five."""
+    """Name of the field of prompts in a file with other names; so are the next six."""
     time: str = ""
     session: str = ""
     answer: str = ""
     length: str = ""
     tenant: str = ""
     """Name of the field of tenants. Prompts of different tenants share no prefix."""
+    status: str = ""
 
     @property
     def names(self) -> dict[str, str]:
-        fields = ("prompt", "time", "session", "answer", "length", "tenant")
+        fields = ("prompt", "time", "session", "answer", "length", "tenant", "status")
         return {name: getattr(self, name) for name in fields}
 
     def describe(self) -> str:

@@ -26,11 +26,12 @@ class CountsReader(NamedTimes):
 
     word: ClassVar[str] = "counts"
     prompt: str = ""
-    """Column of the tokens of prompts, if it has another name; so are the next four."""
+    """Column of the tokens of prompts, if it has another name; so are the next five."""
     time: str = ""
     session: str = ""
     length: str = ""
     tenant: str = ""
+    status: str = ""
     where: str = ""
     """Rows to read, as ``column:value``, joined by commas."""
     system: int = 0
@@ -77,4 +78,9 @@ class CountsReader(NamedTimes):
             fault = f"no column of prompt tokens or sessions; it has {', '.join(merged)}"
             raise ValueError(f"{self.path}: {fault}: add ?prompt=COLUMN&session=COLUMN")
         pairs = ", ".join(f"{field}={one}" for field, one in used.items())
-        return f"prompt={name}, {pairs} (a prompt continues the one before it in its session)"
+        read = {name, *used.values(), *(one.partition(":")[0] for one in self.where.split(","))}
+        rest = ", ".join(one for one in merged if one not in read)
+        unread = f"; not read: {rest}" * bool(rest)
+        return (
+            f"prompt={name}, {pairs} (a prompt continues the one before it in its session){unread}"
+        )
