@@ -167,6 +167,8 @@ class Loader(ABC, Generic[R]):
             request.loaded_len = 0
             try:
                 self.forget(request)
+            except MemoryError:  # The caller begins again.
+                raise
             except Exception:  # An exception has left the cache half changed, or the load.
                 logger.exception("The load of a prefix could not be ended.")
         self._held.clear()

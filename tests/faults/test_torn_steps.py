@@ -46,6 +46,8 @@ from tests.oracle import OracleRunner, OracleSampler
 pytestmark = pytest.mark.usefixtures("ctrl_c")
 
 FOLDERS = tuple(str(Path(one.__file__).parent) for one in (engine_package, hybridcache))
+Place = tuple[str, int]
+"""File and number of a source line."""
 EXTRA = "extra"
 """Request that is submitted while others run."""
 SMALL = {"kv_tokens": 320, "slots": 6, "max_running": 3, "token_budget": 128, "grid": 16}
@@ -67,22 +69,31 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 
 class Raise:
-    """Trace function that counts the executed lines, and raises at one of them."""
+    """Trace function that counts the executed lines, and raises at one of them. With ``place``, it
+    counts the executions of that source line only."""
 
-    def __init__(self, at: int | None = None, error: type[BaseException] = MemoryError) -> None:
-        self.at, self.error, self.has_raised = at, error, False
-        self.places: list[tuple[str, int]] = []
-        """File and number of each executed line."""
+    def __init__(
+        self,
+        at: int | None = None,
+        error: type[BaseException] = MemoryError,
+        place: Place | None = None,
+    ) -> None:
+        self.at, self.error, self.place, self.has_raised = at, error, place, False
+        self.places: list[Place] = []
+        """Executed lines."""
 
     def __call__(self, frame: FrameType, event: str, argument: object) -> Callable[..., Any] | None:
         # A trace function can raise between the end of a ``with`` block and the release of its
         # lock, as in bounded.py. Nothing else can.
         file, left_out = frame.f_code.co_filename, ("/debug.py", "/bounded.py")
-        return self.line if file.startswith(FOLDERS) and not file.endswith(left_out) else None
+        is_other = self.place is not None and file != self.place[0]
+        is_ours = file.startswith(FOLDERS) and not file.endswith(left_out)
+        return self.line if is_ours and not is_other else None
 
     def line(self, frame: FrameType, event: str, argument: object) -> Callable[..., Any]:
-        if event == "line":
-            self.places.append((frame.f_code.co_filename, frame.f_lineno))
+        place = frame.f_code.co_filename, frame.f_lineno
+        if event == "line" and self.place in (None, place):
+            self.places.append(place)
             if len(self.places) == self.at:
                 self.has_raised = True
                 raise self.error
@@ -102,8 +113,11 @@ class Raise:
 class Service:
     """Requests to a small engine, and their outputs."""
 
-    def __init__(self, name: str) -> None:
-        settings = dict(SETTINGS[name])
+    sides: tuple[str, ...] = ("engine",)
+    """Names of the engines that take turns."""
+
+    def __init__(self, name: str, **others: Any) -> None:
+        settings = SETTINGS[name] | others
         drafts = settings.pop("drafts", None)
         self.drafter = ScriptedDrafter(half_right)
         if drafts is not None:
@@ -155,15 +169,23 @@ class Service:
         for output in outputs:
             self.outputs.setdefault(output.request_id, []).append(output)
 
+    def has_work(self) -> bool:
+        return self.engine.has_work()
+
+    def turn(self, side: str) -> None:
+        """Step an engine."""
+        self.take(self.engine.step())
+
     def finish(self) -> None:
         for number in range(2000):
-            if not self.engine.has_work():
+            if not self.has_work():
                 break
-            self.take(self.engine.step())
+            for side in self.sides:
+                self.turn(side)
             if number < 2 or number % 16 == 0:
                 self.engine.check()
         self.engine.check()
-        assert not self.engine.has_work(), "some requests never finish"
+        assert not self.has_work(), "some requests never finish"
         assert self.expected.keys() == self.outputs.keys(), "an answer is missing"
         for name, tokens in self.expected.items():
             parts = self.outputs[name]
@@ -220,7 +242,7 @@ def lines_of(name: str, count: int) -> list[tuple[int, int]]:
     in it): at any time that it is executed, and spread over all files."""
     service, rng = Service(name), random.Random(name)
     service.submit_some()
-    places: list[tuple[str, int]] = []
+    places: list[Place] = []
     steps: list[tuple[int, int]] = []
     for step in range(2000):
         if not service.engine.has_work():
@@ -234,10 +256,10 @@ def lines_of(name: str, count: int) -> list[tuple[int, int]]:
     return [steps[number - 1] for number in spread(places, count, rng)]
 
 
-def spread(places: list[tuple[str, int]], most: int, rng: random.Random) -> list[int]:
+def spread(places: list[Place], most: int, rng: random.Random) -> list[int]:
     """Return the numbers of at most ``most`` of the executed ``places``, from 1 on: evenly spread
     over the different source lines, each at any time that it is executed."""
-    found: dict[tuple[str, int], list[int]] = {}
+    found: dict[Place, list[int]] = {}
     for number, place in enumerate(places, 1):
         found.setdefault(place, []).append(number)
     ordered = sorted(found)

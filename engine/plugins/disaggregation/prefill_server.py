@@ -11,6 +11,7 @@ import itertools
 import logging
 import socket
 import time
+import weakref
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -164,6 +165,8 @@ class PrefillServer(Plugin):
             self._context.destroy(0)
             why = error.strerror or error
             raise ConfigError(f"--transfer-at {self.config.transfer_at}: {why}.") from error
+        # The collection of an engine that was not closed would wait for its open socket for ever.
+        weakref.finalize(self, _close, self._router, self._context)
         bound = self._router.getsockopt_string(zmq.LAST_ENDPOINT)
         self.address = name, int(bound.rpartition(":")[2])
         engine.transfers.append(self)
@@ -295,6 +298,8 @@ class PrefillServer(Plugin):
             if not session.has_ended:
                 try:
                     self.fail(peer, error)
+                except MemoryError:  # The engine begins again.
+                    raise
                 except Exception:  # Another one has left it, or the cache, half changed.
                     logger.exception("The transfer of a prefix could not be ended.")
                 finally:
@@ -309,10 +314,16 @@ class PrefillServer(Plugin):
             self._end_all(EngineStopped(STOPPING))
             self._sessions.clear()
             self.unsent.clear()
-            self._context.destroy(round(1e3 * wire.LINGER_S))
+            _close(self._router, self._context)
 
     def completed(self, report: CacheReport) -> CacheReport:
         return replace(report, transfers=asdict(self.counts))
 
     def start_screen(self) -> Sequence[tuple[str, str]]:
         return [("role", "prefill, for decode engines at {}:{}".format(*self.address))]
+
+
+def _close(router: zmq.Socket[bytes], context: zmq.Context[zmq.Socket[bytes]]) -> None:
+    """Close all connections, after the last messages were sent."""
+    router.close(round(1e3 * wire.LINGER_S))
+    context.term()

@@ -10,6 +10,7 @@ prefix, both with the parts of a multi-token head.
 from __future__ import annotations
 
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -186,9 +187,16 @@ class Connection:
             raise TransferError(f"the other side is unclear ({error})") from error
 
     def close(self) -> None:
-        self._socket.disable_monitor()
-        self._events.close()
-        self._socket.close()
+        # In this order: a thread of ZeroMQ would wait for ever to report an event to ``_events``.
+        if not self._socket.closed:
+            self._socket.disable_monitor()
+            self._events.close()
+            self._socket.close()
+
+    def __del__(self) -> None:
+        """Close a connection that an exception has left open."""
+        with suppress(AttributeError):  # The exception was in ``__init__``.
+            self.close()
 
 
 PROTOCOL = "8"
