@@ -122,12 +122,13 @@ earnings are withdrawn if no fewer fit."""
 TRIAL_GROWTH = 4
 """Growth of that number after each failed trial."""
 MEMORY = 1024
-"""Checkpoints of a label, or uses of a class of ``survival``, after which its counts are halved.
-Also the maximum number of prefills between trials."""
+"""Checkpoints of a label, requests for ends, or uses of a class of ``survival``, after which the
+counts are halved. Also the maximum number of prefills between trials."""
 EVIDENCE = 8
 """Number of events before which observations are not trusted: checkpoints of a label before others
 are compared with it, uses before ``survival`` weighs tokens and bytes in full, and requests for a
-head. Also the part of the ends, one in so many, that is used at least, and that is always tried."""
+head. Also the part of the requests for ends, one in so many, that finds its end at least. Its
+square is the number of conversations for one trial of an end."""
 Rule = tuple[str, int]
 """Label and distance of a checkpoint (``Placed``): each has an account of its own."""
 BACK = "back"
@@ -196,11 +197,12 @@ class _Account:
         earned_bar, used_bar = bars
         return self.earned > earned_bar * self.placed or self.used / self.placed > used_bar
 
-    def offer(self, bars: tuple[float, float]) -> None:
+    def offer(self, bars: tuple[float, float], is_end: bool = False) -> None:
         """Count a prefill in which the label is possible, and decide if it is a trial.
 
         Each trial halves the counts before it, so that a label pays again after a few trials with
-        hits, however long it had none.
+        hits, however long it had none. Those of ends keep their counts, because the rule *Turnover*
+        has trials of its own.
         """
         self.offered += 1
         self.is_tried = False
@@ -210,7 +212,7 @@ class _Account:
             self.is_tried = True
             self.due = self.offered + self.wait
             self.wait = min(self.wait * TRIAL_GROWTH, MEMORY)
-            if not self.hope_tokens:  # A trial weighs as much as all that was before it, or more.
+            if not self.hope_tokens and not is_end:  # It weighs as much as all before it, or more.
                 self._fade()
 
 
@@ -229,7 +231,7 @@ class Adaptive(PlacementPolicy):
     the mean loss per saved checkpoint: the tokens missed because of evictions. A label *pays* if it
     earns ``MARGIN`` times as much. With ample memory nothing is displaced, and every label with
     earnings is saved. Trials of a label that does not pay become rarer with each failure, and each
-    halves the older counts of the label.
+    halves the older counts of the label, unless it is that of an end.
 
     Eight rules keep useful positions from being starved or displaced:
 
@@ -242,11 +244,11 @@ class Adaptive(PlacementPolicy):
       or answer, with the higher earnings. This supersedes the old tip, which is then evicted in its
       place. A conversation in the cache therefore stays there.
     - *Turnover*: a conversation that is not in the cache saves its end too while one in
-      ``EVIDENCE`` ends is used before its eviction, of those whose conversation goes on. Otherwise
-      the tips in the cache keep their places, so that some conversations hit when not all fit.
-      One in ``EVIDENCE`` is saved even then. It replaces tips of conversations that have ended, and
-      shows when more can be kept. Each end counts once: a conversation without a checkpoint misses
-      its last one at every turn, which says nothing about further ones.
+      ``EVIDENCE`` requests for an end finds it. Otherwise the tips in the cache keep their places,
+      so that some conversations hit when not all fit. This holds in the first round of a loop too,
+      before any request for an end. One conversation in ``EVIDENCE**2`` is saved even then. It
+      replaces tips of conversations that have ended, and shows when more can be kept. More trials
+      would displace most tips under an order by recency, which evicts those that are due next.
     - *Rank*: a label also pays if its real hits save more tokens per checkpoint than those of
       forks.
     - *Free memory*: a back-off without earnings is saved in free memory only. Under pressure it is
@@ -272,7 +274,7 @@ class Adaptive(PlacementPolicy):
         self._mean_prompt = 0.0
         self._num_prompts = 0
         self._ends_used = self._ends_lost = 0.0
-        """Ends of prompts and answers by their first use: before or after their eviction."""
+        """Requests for the end of a prompt or answer, by its presence: before or after eviction."""
         self._num_newcomers = 0
         """Prefills that do not resume from the tip of their conversation."""
         self._room = 1 << 30
@@ -320,11 +322,11 @@ class Adaptive(PlacementPolicy):
         self._num_newcomers += not resumes_from_tip(prefill)
         bars = self._bars()
         for back_off in back_offs:
-            self._account(back_off[1:]).offer(bars)
+            self._account(back_off[1:]).offer(bars, back_off[1:] == PROMPT_END)
         if not prefill.forks and prefill.floor(prefill.seen_len) is not None:
             self._account((REJOIN, 0)).offer(bars)
         if prefill.answer_survives:
-            self._account(ANSWER_END).offer(bars)
+            self._account(ANSWER_END).offer(bars, is_end=True)
         planned, self._saves_answer = self._choose(prefill, positions, bars)
         self._latest = prefill, planned
 
@@ -335,7 +337,7 @@ class Adaptive(PlacementPolicy):
                 if above.distance == 1 and not above.stop_reason:
                     break
                 above = above.above
-            self._count_end(is_used=True, is_first=item.uses == 1)
+            self._count_end(is_used=True)
         account = self._account(rule)
         num_tokens = item.position - (0 if above is None else above.position)
         account.earned += num_tokens
@@ -345,7 +347,7 @@ class Adaptive(PlacementPolicy):
     def on_ghost_hit(self, item: Item, num_tokens: int) -> None:
         rule = item.label, item.distance
         if rule in ENDS:
-            self._count_end(is_used=False, is_first=item.uses == 0 and item.earlier_uses <= 1)
+            self._count_end(is_used=False)
         account = self._account(rule)
         account.earned += num_tokens
         account.uses += 1
@@ -429,15 +431,16 @@ class Adaptive(PlacementPolicy):
         if account is None:
             return None
         # The turnover rule.
-        num_ended = self._ends_used + self._ends_lost
-        is_trial = num_ended > 0 and self._num_newcomers % EVIDENCE == 0
-        return rule if is_trial or EVIDENCE * self._ends_used > num_ended else None
+        num_asked = self._ends_used + self._ends_lost
+        is_trial = num_asked > 0 and self._num_newcomers % EVIDENCE**2 == 0
+        is_used = not account.hope_tokens and EVIDENCE * self._ends_used > num_asked
+        return rule if is_trial or is_used else None
 
-    def _count_end(self, is_used: bool, is_first: bool) -> None:
-        """Count the first use of an end. Old counts fade."""
-        self._ends_used += is_used and is_first
-        self._ends_lost += not is_used and is_first
-        if self._ends_used + self._ends_lost > EVIDENCE**2:
+    def _count_end(self, is_used: bool) -> None:
+        """Count a request for an end, which was in the cache or evicted. Old counts fade."""
+        self._ends_used += is_used
+        self._ends_lost += not is_used
+        if self._ends_used + self._ends_lost > MEMORY:
             self._ends_used *= 0.5
             self._ends_lost *= 0.5
 

@@ -42,11 +42,14 @@ HISTORY = st.lists(
 )
 
 
+NEWCOMER = Prefill(1000, 0, 0, 0, (), 64)
+"""A conversation that is not in the cache."""
+
+
 def saves_end(placement: Adaptive) -> bool:
     """Return whether a conversation that is not in the cache saves its end."""
-    prefill = Prefill(1000, 0, 0, 0, (), 64)
-    placement.on_prefill(prefill)
-    planned = [placed[1:] for placed in placement.plan(prefill)]
+    placement.on_prefill(NEWCOMER)
+    planned = [placed[1:] for placed in placement.plan(NEWCOMER)]
     return PROMPT_END in planned or placement.decode_interval() is not None
 
 
@@ -75,7 +78,7 @@ def test_turnover_opens_after_any_history_once_ends_are_used(history: Events) ->
     for number in itertools.count():
         if EVIDENCE * placement._ends_used > placement._ends_used + placement._ends_lost:
             break
-        assert number < EVIDENCE * (EVIDENCE + 2), "it is still closed"
+        assert number < EVIDENCE * MEMORY + EVIDENCE**3, "it is still closed"
         if saves_end(placement):
             item = FakeItem("new", label="back", distance=1, position=960, uses=1)
             placement.on_hit(item)
@@ -87,8 +90,23 @@ def test_an_end_is_tried_in_a_fixed_share_of_the_cases_while_conversations_go_on
 ) -> None:
     placement = Adaptive()
     live_through(placement, [*history, ("ghost hit", 100)])
-    tried = [saves_end(placement) for _ in range(4 * EVIDENCE)]
+    tried = [saves_end(placement) for _ in range(4 * EVIDENCE**2)]
     assert sum(tried) >= 4
+
+
+def test_turnover_counts_every_request_for_an_end_and_no_assumed_earnings() -> None:
+    """One request in seven finds its end, then one in ten, then two in eleven."""
+    placement = Adaptive()
+    live_through(placement, [("newcomer", 1), ("hit", 1)])
+    assert placement._accounts[ANSWER_END].hope_tokens and placement._end(NEWCOMER) is None
+    live_through(placement, [("ghost hit", 6)])
+    for rule in (PROMPT_END, ANSWER_END) * 40:
+        placement._account(rule).save()
+    assert placement._end(NEWCOMER) is not None
+    live_through(placement, [("ghost hit", 3)])
+    assert placement._end(NEWCOMER) is None
+    live_through(placement, [("hit", 1)])
+    assert placement._end(NEWCOMER) is not None
 
 
 @given(HISTORY)
