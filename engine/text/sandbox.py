@@ -107,9 +107,11 @@ def _send(pipe: IO[bytes], content: bytes) -> None:
 
 
 def _receive(pipe: IO[bytes]) -> bytes:
-    """Return the next message, or b"" at the end."""
+    """Return the next message, or b"" at the end, also if the other process ended in the middle."""
     head = pipe.read(_LENGTH.size)
-    return pipe.read(_LENGTH.unpack(head)[0]) if len(head) == _LENGTH.size else b""
+    size = _LENGTH.unpack(head)[0] if len(head) == _LENGTH.size else 0
+    content = pipe.read(size)
+    return content if len(content) == size else b""
 
 
 # --- The program ----------------------------------------------------------------------------------
@@ -169,6 +171,8 @@ def answer(source: str, variables: Mapping[str, object] | None) -> tuple[int, st
 def main() -> None:
     """Answer questions from standard input until its end."""
     limit_s = float(sys.argv[1])
+    # If the other process has ended, nobody reads the answer: end without a traceback.
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     resource.setrlimit(resource.RLIMIT_AS, (LIMIT_BYTES, LIMIT_BYTES))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     while question := _receive(sys.stdin.buffer):

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import pickle
+import struct
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -214,3 +218,16 @@ def test_a_conversation_has_every_part_and_the_last_marked_places(
         if is_marked
     ]
     assert [*chat.cuts] == [cut for cut in cuts if cut != (len(messages) - 1, None)][-4:]
+
+
+@pytest.mark.parametrize("num_bytes", [20, None], ids=["in a question", "before the answer"])
+def test_the_process_of_templates_ends_silently_after_the_other_one(num_bytes: int | None) -> None:
+    command = [sys.executable, "-P", "-s", sandbox.__file__, "2.0"]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe) as process:
+        assert process.stdin is not None and process.stdout is not None
+        process.stdout.close()
+        question = pickle.dumps(("{{ 1 }}", {}))
+        process.stdin.write(struct.pack("<Q", len(question)) + question[:num_bytes])
+        process.stdin.close()
+        assert process.stderr is not None and process.stderr.read() == b""

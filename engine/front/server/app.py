@@ -148,7 +148,7 @@ class Server(uvicorn.Server):
         """Stop serving other engines at once, and requests after ``drain_s`` or a second signal."""
         if self._engine.failure is None:  # Else the command prints the reason.
             logger.warning(
-                "Stopping: new requests are refused; %s may run for %g s more (drain_s), or "
+                "Stopping: new requests are refused; %s may run for %g s more (--drain-s), or "
                 "until a second signal.",
                 counted(len(self.server_state.tasks), "request"),
                 self._drain_s,

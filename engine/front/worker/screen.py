@@ -55,7 +55,8 @@ def screen_rows(engine: Engine, address: str) -> list[tuple[str, str]]:
         "sampling": recommended
         and f"{recommended}, unless a request sets them (generation_config.json)",
         "context": _context_words(engine, runner.config.max_len),
-        "memory": f"{arena}, {format_bytes(memory.total_bytes * config.tp)}",
+        "memory": f"{arena}, {format_bytes(memory.total_bytes * config.tp)}"
+        + " at most, used as the cache fills" * runner.device.is_cpu,
         "KV": f"{report.kv.total:,} tokens at most, {format_bytes(geometry.kv_bytes_per_token)} "
         "each",
         "states": f"{num_states:,} at most, {format_bytes(geometry.state_bytes)} each, as much as "
