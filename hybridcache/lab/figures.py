@@ -48,6 +48,8 @@ PLAN = "best plan with hindsight"
 _FONTS: Any = {"font.size": 9.0, "xtick.labelsize": 8.0, "ytick.labelsize": 8.0, "pdf.fonttype": 42}
 Size = tuple[float, float] | None
 """Width and height of a whole figure in inches; None for a size by its panels."""
+LEAST_PANEL = 1.5, 1.5
+"""Smallest panel with its labels in inches, in a figure of a given size."""
 TITLE_CHARS, CAPTION_CHARS = 14, 17
 """Characters in an inch of a title, and of a caption."""
 MOST_TICKS = 6
@@ -88,7 +90,7 @@ def sweep_figure(
     words = [words] if isinstance(words, str) else list(words)
     cells = list(product(results, words))
     usual = (4.6, 3.5) if len(cells) == 1 else (3.4, 2.7)
-    figure, axes = panels(len(cells), columns=3 if len(words) % 2 else 2, size=usual)
+    figure, axes = panels(len(cells), 3 if len(words) % 2 else 2, usual, size)
     for axis, (result, word) in zip(axes, cells, strict=True):
         metric = find_metric(word)
         draw_curves(axis, result, metric)
@@ -164,7 +166,7 @@ def losses_figure(
     ]
     if not shown:
         raise ValueError("none of these runs has loss causes: rebuilt peers do not record them")
-    figure, axes = panels(len(shown), columns=3, size=(3.4, 2.7))
+    figure, axes = panels(len(shown), 3, (3.4, 2.7), size)
     for axis, (result, _, runs) in zip(axes, shown, strict=True):
         stack_losses(axis, runs)
         draw_limits(axis, result)
@@ -275,19 +277,22 @@ def _number(size: float) -> str:
 
 
 def panels(
-    count: int, columns: int, size: tuple[float, float] = (4.6, 3.5)
+    count: int, columns: int, panel: tuple[float, float] = (4.6, 3.5), size: Size = None
 ) -> tuple[Figure, list[Axes]]:
-    """Return a figure of ``count`` panels of ``size`` (inches), at most ``columns`` in a row, and
-    their axes. Rows have no empty cells: panels of a row with fewer are wider. The figure
-    belongs to no window and no notebook, so their backend is not changed."""
+    """Return a figure and its ``count`` axes: panels of the size ``panel`` (inches), at most
+    ``columns`` in a row, and fewer if a figure of ``size`` is narrow. Rows have no empty cells:
+    panels of a row with fewer are wider. The figure belongs to no window and no notebook, so their
+    backend is not changed."""
     from matplotlib.figure import Figure
 
-    width, height = size
+    width, height = panel
+    if size is not None:
+        columns = max(1, min(columns, int(size[0] / LEAST_PANEL[0])))
     num_rows = -(-count // columns)
     # Rows of nearly equal numbers of panels, the first rows with one more.
     rows = [count // num_rows + (row < count % num_rows) for row in range(num_rows)]
     whole = math.lcm(*rows)
-    figure = Figure(figsize=(width * rows[0], height * num_rows))
+    figure = Figure(figsize=size or (width * rows[0], height * num_rows))
     grid = figure.add_gridspec(num_rows, whole)
     axes = []
     for row, in_row in enumerate(rows):
@@ -309,9 +314,8 @@ def save(
 ) -> Figure:
     """Add one legend for all panels, with the caption as its title, and write the figure to
     ``path`` (None for no file). The figure grows by the height of both, or has ``size`` (inches).
-    Functions with ``title=False`` draw neither title nor caption."""
-    if size is not None:
-        figure.set_size_inches(size)
+    Functions with ``title=False`` draw neither title nor caption. ValueError if panels do not fit
+    into ``size``."""
     entries = {
         label: handle
         for axis in axes
@@ -321,8 +325,19 @@ def save(
     longest = max(map(len, entries), default=0)
     columns = max(1, min(6, int(width / (0.5 + 0.06 * longest))))
     lines = textwrap.wrap(caption, int(CAPTION_CHARS * width))
-    grown = height + 0.14 * len(lines) + 0.17 * -(-len(entries) // columns) + 0.15
-    figure.set_size_inches(width, height if size else grown)
+    below = 0.14 * len(lines) + 0.17 * -(-len(entries) // columns) + 0.15
+    if size is None:
+        figure.set_size_inches(width, height + below)
+    else:
+        num_rows = axes[0].get_gridspec().nrows  # type: ignore[union-attr]
+        least = num_rows * LEAST_PANEL[1] + below
+        if width < LEAST_PANEL[0] or height < least:
+            fit = max(0, int((height - below) / LEAST_PANEL[1])) * int(width / LEAST_PANEL[0])
+            raise ValueError(
+                f"size=({width:g}, {height:g}) has room for {counted(fit, 'panel')} and the legend "
+                f"(got {len(axes)}): draw fewer, or make it {math.ceil(10 * least) / 10:g} inches "
+                f"high, and at least {LEAST_PANEL[0]:g} wide."
+            )
     figure.set_layout_engine("constrained")
     figure.legend(
         entries.values(),
@@ -360,7 +375,7 @@ def closed_loop_figure(
     admissions = list(dict.fromkeys(run.admission for run in runs))
     columns, usual = (2, (3.4, 2.7)) if len(cells) == 1 else (4, (2.8, 2.5))
     drawn = list(product(cells, CLOSED_LOOP_PANELS.items()))
-    figure, axes = panels(len(drawn), columns, usual)
+    figure, axes = panels(len(drawn), columns, usual, size)
     titles = []
     for axis, (cell, (name, value)) in zip(axes, drawn, strict=True):
         here = [run for run in runs if (run.config["trace"], run.label, run.gib) == cell]

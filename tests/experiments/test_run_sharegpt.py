@@ -53,7 +53,15 @@ def test_engine_and_simulation_agree_on_conversations(
     printed = capsys.readouterr().out
     assert "never_checkpointed" in printed and "TTFT" in printed and SECRET not in printed
     assert SECRET not in (data.parent / "sharegpt.jsonl").read_text()
+    assert (
+        "the first 9 requests of conversations in order of time (--requests)\nTTFT: meas" in printed
+    )
+    assert "--seeds" not in printed
     dry = run(data, "--simulate")
+    shown = capsys.readouterr()
+    assert "TTFT: computed, not measured (" in shown.out
+    assert f"{data.parent / 'sharegpt.jsonl'} will be replaced" in shown.err
+    assert "hybrid survival @ adaptive, 0.05 GiB: done" in shown.err
     assert [record["hit_tokens"] for record in dry] == [record["hit_tokens"] for record in found]
     assert {record["mode"] for record in dry} == {"simulation"}
 
@@ -98,11 +106,17 @@ def test_lengths_and_generated_conversations_are_simulated(data: Path) -> None:
 
 
 def test_the_script_runs_by_its_path_from_any_folder(tmp_path: Path) -> None:
-    """Without the checkout in PYTHONPATH; the folder of the script has packages such as sglang."""
+    """Without the checkout in PYTHONPATH; the folder of the script has packages such as sglang.
+    Nothing of the engine is needed."""
     environment = os.environ | {"HYBRIDCACHE_RESULTS": str(tmp_path / "out")}
     environment.pop("PYTHONPATH", None)
     script = Path(run_sharegpt.__file__).resolve()
     few = ["--simulate", "--requests", "4", "--caches", "hybrid", "--gib", "0.05"]
+    for module in ("msgspec", "torch"):  # packages of the engine alone
+        (tmp_path / "absent" / module).mkdir(parents=True)
+        fails = f"raise ModuleNotFoundError('No module named {module!r}', name={module!r})"
+        (tmp_path / "absent" / module / "__init__.py").write_text(fails)
+    environment["PYTHONPATH"] = str(tmp_path / "absent")
     command = [sys.executable, script, *few]
     done = subprocess.run(
         command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300

@@ -685,13 +685,22 @@ def test_areas_of_losses_differ_in_grey(small: SimulationResult) -> None:
 
 
 def test_figures_have_the_size_asked_for_and_no_empty_cells(small: SimulationResult) -> None:
+    ours = [run for run in small.runs if run.label == "lru"]
     for figure in (
         small.figure(size=(3.3, 2.6), title=False),
         small.figure(size=(7, 4), metric=["hit", "ttft-p50"]),
         small.losses_figure(size=(7, 3), title=False),
+        small.losses_figure(size=(3.3, 2.6), title=False),
     ):
         assert tuple(figure.get_size_inches()) in ((3.3, 2.6), (7, 4), (7, 3))
         assert _is_inside(figure)
+    three = [replace(run, config=run.config | {"label": f"p{n}"}) for n in range(3) for run in ours]
+    many = replace(small, runs=tuple(three))
+    with pytest.raises(
+        ValueError, match=r"room for 2 panels and the legend \(got 3\): .* (\S+) inches"
+    ):
+        many.losses_figure(size=(3.3, 2.6), title=False)
+    assert _is_inside(many.losses_figure(size=(3.3, 3.9), title=False)), "two rows"
     bare = small.figure(title=False)
     assert not bare.axes[0].get_title() and not bare.legends[0].get_title().get_text()
     for count, rows in ((1, [1]), (2, [2]), (4, [2, 2]), (5, [3, 2]), (7, [3, 2, 2])):
