@@ -35,7 +35,18 @@ COMMAND = (sys.executable, "-m", "engine")
 SMALL = ("--cache-gib", "0.05", "--max-model-len", "2048")
 
 
-def test_a_closed_pipe_ends_the_command_without_a_traceback() -> None:
+def test_a_closed_pipe_ends_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w", encoding="utf-8", errors="strict") as stdout:
+        monkeypatch.setattr(sys, "stdout", stdout)
+        flags = ("--device", "cpu", "--json", "--max-tokens", "1")
+        assert run("generate", *SMALL, *flags, "\udcff", *map(str, range(30))) == 141
+        print("text that Python writes at its exit", flush=True)
+
+
+@pytest.mark.full
+def test_a_closed_pipe_ends_a_process_without_a_traceback() -> None:
     command = [*COMMAND, "generate", *SMALL, "--device", "cpu", "--json", "--max-tokens", "1"]
     command = ["env", "PYTHONIOENCODING=utf-8:strict", *command, "\udcff", *map(str, range(30))]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
