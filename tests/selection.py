@@ -32,6 +32,13 @@ TOGETHER = ("tests/engine/numerics/", "tests/engine/server/")
 """Folders with expensive session fixtures: at level "quick" one worker runs all of their tests."""
 APART = "tests/kernels/test_aot.py", "tests/engine/numerics/test_published_sizes.py"
 """Files with long cases that share nothing: workers take them one by one."""
+LONG = (
+    "tests/experiments/test_second_turn.py",
+    "tests/kernels/test_scan.py",
+    "tests/test_readme.py",
+    "tests/test_replay.py",
+)
+"""Files that take longest alone."""
 QUICK_SHARE = 4
 """Level "quick" draws the number of hypothesis examples divided by this."""
 
@@ -213,7 +220,8 @@ def _file_rank(path: Path) -> int:
 def rank(item: pytest.Item) -> int:
     """Return the sort key of an item for a run in several processes.
 
-    Folders of ``TOGETHER`` come first, then files that wait for processes and sockets: a long scope
-    that starts last would delay the end of the run.
+    Folders of ``TOGETHER`` and files of ``LONG`` come first, then files that wait for processes and
+    sockets: a long scope that starts last would delay the end of the run.
     """
-    return 0 if scope_of(item.nodeid).endswith("/") else _file_rank(item.path)
+    scope = scope_of(item.nodeid)
+    return 0 if scope.endswith("/") or scope in LONG else _file_rank(item.path)

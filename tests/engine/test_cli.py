@@ -15,6 +15,7 @@ import socket
 import subprocess
 import sys
 import termios
+import warnings
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -25,6 +26,7 @@ from msgspec import structs
 from engine import Engine
 from engine.config import BUILTIN_PROMPTS
 from engine.errors import WireError
+from engine.front.command import cli
 from engine.front.command.cli import main
 from tests.engine.test_hits_change_nothing import ATTENTION_ONLY
 from tests.test_refusals import exit_code
@@ -33,7 +35,18 @@ COMMAND = (sys.executable, "-m", "engine")
 SMALL = ("--cache-gib", "0.05", "--max-model-len", "2048")
 
 
-def test_a_closed_pipe_ends_the_command_without_a_traceback() -> None:
+def test_a_closed_pipe_ends_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w", encoding="utf-8", errors="strict") as stdout:
+        monkeypatch.setattr(sys, "stdout", stdout)
+        flags = ("--device", "cpu", "--json", "--max-tokens", "1")
+        assert run("generate", *SMALL, *flags, "\udcff", *map(str, range(30))) == 141
+        print("text that Python writes at its exit", flush=True)
+
+
+@pytest.mark.full
+def test_a_closed_pipe_ends_a_process_without_a_traceback() -> None:
     command = [*COMMAND, "generate", *SMALL, "--device", "cpu", "--json", "--max-tokens", "1"]
     command = ["env", "PYTHONIOENCODING=utf-8:strict", *command, "\udcff", *map(str, range(30))]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
@@ -42,8 +55,23 @@ def test_a_closed_pipe_ends_the_command_without_a_traceback() -> None:
         usual = b"No C++ compiler", b"Compil"  # A compiled library may not be kept.
         assert [line for line in said if not line.startswith(usual)] == []
     assert process.returncode == 141
+
+
+@pytest.mark.full
+def test_a_process_without_standard_streams_ends() -> None:
     closed = ["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", *COMMAND, "chat", *SMALL]
     assert subprocess.run(closed).returncode == 0
+
+
+def test_a_chat_without_standard_streams_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python has None in place of a stream that is closed when it starts."""
+    monkeypatch.setattr(cli, "end_by_exception", lambda *_: None)
+    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
+    monkeypatch.setattr(sys, "argv", ["engine", "chat", *SMALL])
+    for name in ("stdin", "stdout", "stderr"):
+        monkeypatch.setattr(sys, name, None)
+    assert main() == 0
+    assert os.get_inheritable(sys.stdin.fileno()) and sys.stderr.name == os.devnull
 
 
 def run(*arguments: str) -> int:
@@ -263,6 +291,7 @@ class Missing(importlib.abc.MetaPathFinder):
         if name.split(".")[0] in optional:
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 sys.meta_path.insert(0, Missing())
+from engine.front.command import cli
 from engine.front.command.cli import main
 for line in sys.stdin:
     print("$", line.strip(), flush=True)

@@ -172,7 +172,7 @@ the arena and in pools. The aim is 0.5 for all. Without the rule *Head* the thir
 of conversations that are not in the cache (*Turnover*) evicts others that would be used."""
 
 
-@pytest.mark.full("few-shot?-arena", "short?-pools", "retries?questions=12&trials=3&heads=2&-arena")
+@pytest.mark.full("few-shot?-arena", "short?-pools")
 @pytest.mark.parametrize("memory", MEMORIES)
 @pytest.mark.parametrize("trace", list(LARGEST_FALLS))
 def test_hits_do_not_fall_when_memory_grows(trace: str, memory: str) -> None:

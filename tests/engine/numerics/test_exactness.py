@@ -135,14 +135,18 @@ def test_only_preempted_answers_differ_and_none_with_exact():
     prompts = [random_tokens(length, length, 256) for length in (150, 200, 97, 230, 180, 120)]
     greedy = SamplingParams(temperature=0, max_tokens=90, ignore_eos=True, logprobs=3)
 
-    def answers(prompts, **settings):
-        engine = Engine(EngineConfig(device="cpu", dtype="float32", max_model_len=512, **settings))
+    def start(**settings):
+        return Engine(EngineConfig(device="cpu", dtype="float32", max_model_len=512, **settings))
+
+    def answers(engine, prompts):
         outputs = engine.generate(prompts, greedy)
         return outputs, [(output.token_ids, output.logprobs) for output in outputs]
 
-    cold = [answers([prompt], cache_gib=0.01, prefix_cache="none")[1][0] for prompt in prompts]
+    alone = start(cache_gib=0.01, prefix_cache="none")
+    cold = [answers(alone, [prompt])[1][0] for prompt in prompts]
     for exact in (True, False):
-        outputs, found = answers(prompts, cache_gib=0.0015, max_running=6, exact=exact)
+        engine = start(cache_gib=0.0015, max_running=6, exact=exact)
+        outputs, found = answers(engine, prompts)
         preempted = [output.num_preemptions > 0 for output in outputs]
         assert any(preempted)
         for was_preempted, own, expected in zip(preempted, found, cold, strict=True):

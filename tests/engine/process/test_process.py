@@ -101,8 +101,9 @@ SPECS = (
 UNCOMPARED = ("request_id", "timings", "answer")
 
 
-def test_a_process_gives_the_outputs_of_a_thread() -> None:
-    """Compare every field of every output except its times, drafts included."""
+def test_a_process_gives_the_outputs_of_a_thread_until_it_is_killed() -> None:
+    """Compare every field of every output except its times, drafts included. Its death fails all
+    waiting callers."""
     runner = OracleRunner(8192, 16, max_model_len=4096)
     settings = {"draft": "tree:4"}
     alone = Engine(
@@ -132,7 +133,27 @@ def test_a_process_gives_the_outputs_of_a_thread() -> None:
         assert (await engine.report()).kv.cached == 0
         await assert_nothing_held(engine)
 
-    run(scenario, **settings)
+        await check_death(engine)
+
+    slow = "if any(one.start > 450 for one in given[0].segments): time.sleep(0.02)"  # of ENDLESS
+    assert "ended by SIGKILL" in str(run(scenario, step=slow, **settings).failure)
+
+
+async def check_death(engine: AsyncEngine) -> None:
+    reason = "ended by SIGKILL"
+    stream = engine.submit(RequestSpec([1], ENDLESS))
+    await anext(stream)
+    report = asyncio.ensure_future(engine.report())
+    await asyncio.sleep(0)
+    os.kill(engine.channel.pid, signal.SIGKILL)
+    with pytest.raises(EngineStopped, match=reason):
+        await read(stream)
+    await asyncio.gather(report, return_exceptions=True)
+    with pytest.raises(EngineStopped, match=reason):
+        engine.submit([1])
+    with pytest.raises(EngineStopped, match=reason):
+        await engine.report()
+    await engine.drain()
 
 
 def test_one_failed_step_fails_its_requests_and_two_end_the_engine() -> None:
@@ -156,23 +177,3 @@ def test_one_failed_step_fails_its_requests_and_two_end_the_engine() -> None:
             await engine.report()
 
     assert "has failed" in str(run(scenario, step=step, max_running=2).failure)
-
-
-def test_a_killed_process_fails_all_waiting_callers() -> None:
-    async def scenario(engine: AsyncEngine) -> None:
-        reason = "ended by SIGKILL"
-        stream = engine.submit(RequestSpec([1], ENDLESS))
-        await anext(stream)
-        report = asyncio.ensure_future(engine.report())
-        await asyncio.sleep(0)
-        os.kill(engine.channel.pid, signal.SIGKILL)
-        with pytest.raises(EngineStopped, match=reason):
-            await read(stream)
-        await asyncio.gather(report, return_exceptions=True)
-        with pytest.raises(EngineStopped, match=reason):
-            engine.submit([1])
-        with pytest.raises(EngineStopped, match=reason):
-            await engine.report()
-        await engine.drain()
-
-    assert "ended by SIGKILL" in str(run(scenario, step="time.sleep(0.02)").failure)
