@@ -205,9 +205,18 @@ def disturb_line(name: str, side: str, tracer: Raise) -> bool:
                 tracer.run(turn) if each == side else turn()
             except tracer.error:
                 assert tracer.has_raised
-                service.take(service.engine.take_outputs())
+                take_outputs(service)
     check_service(service)
     return tracer.has_raised
+
+
+def take_outputs(service: Service) -> None:
+    """Take the outputs of both engines. Further exceptions may cut the first two repairs."""
+    for _ in range(3):
+        with contextlib.suppress(MemoryError):
+            service.take(service.engine.take_outputs())
+            if isinstance(service, Pair):
+                service.prefill.take_outputs()
 
 
 def check_places(name: str, side: str, most: int, num_others: int) -> None:
