@@ -64,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("parts", nargs="+", choices=PARTS, metavar="PART", help=", ".join(PARTS))
     parser.add_argument("--size", default="medium", help="small, medium, large or a number")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", help="text in the names of the attacks of hostile, or a client")
+    parser.add_argument("--only", help="attack of hostile, format of faults, or client")
     options = parser.parse_args(arguments)
     more = {} if options.only is None else {"only": options.only}
     for name in options.parts:

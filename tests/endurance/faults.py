@@ -96,6 +96,8 @@ time_t time(time_t *at) {
 The clock is a day ahead in odd seconds and a day behind in even ones.
 """
 FLAGS = ("--max-running", "8")
+FORMATS = {"default": FLAGS, "int4": (*FLAGS, "--quantization", "int4")}
+"""Flags of servers, by the format of their weights."""
 NUM_STOPPED, MAX_STOPPED_BYTES = 1000, 256 << 10
 """Connections that are not read, and the most memory of the server for each."""
 BODY = {"ignore_eos": True, "temperature": 0}
@@ -432,10 +434,10 @@ def killed_server(server: Broken) -> None:
 
 
 LIVE = (
+    out_of_memory_in_a_step,
     killed_clients,
     slow_readers,
     half_open_sockets,
-    out_of_memory_in_a_step,
     clock_jumps,
     stopped_engine,
     thousand_stopped_readers,
@@ -445,10 +447,16 @@ ENDS = (terminated, killed_engine, killed_server)
 """Faults that end a server."""
 
 
-def run(seed: int, num_faults: int) -> dict[str, float]:
-    """Inject the first ``num_faults`` faults. Returns the seconds of each. No fault is random."""
+def run(seed: int, num_faults: int, only: str = "") -> dict[str, dict[str, float]]:
+    """Inject the first ``num_faults`` faults, with each format of weights or with ``only`` one.
+    Returns the seconds of each. No fault is random."""
+    return {name: inject(num_faults, *FORMATS[name]) for name in FORMATS if only in ("", name)}
+
+
+def inject(num_faults: int, *flags: str) -> dict[str, float]:
+    """Inject faults into servers with ``flags``. Returns the seconds of each."""
     seconds: dict[str, float] = {}
-    with tempfile.TemporaryDirectory() as folder, broken_server(Path(folder), *FLAGS) as server:
+    with tempfile.TemporaryDirectory() as folder, broken_server(Path(folder), *flags) as server:
         total = sum(settled(server)["engine_memory_bytes"].values())
         for fault in LIVE[:num_faults]:
             started = time.monotonic()
@@ -460,10 +468,10 @@ def run(seed: int, num_faults: int) -> dict[str, float]:
     for fault in ENDS[: max(num_faults - len(LIVE), 0)]:
         with tempfile.TemporaryDirectory() as folder:
             started = time.monotonic()
-            with broken_server(Path(folder), *FLAGS) as server:
+            with broken_server(Path(folder), *flags) as server:
                 fault(server)
             seconds[fault.__name__] = round(time.monotonic() - started, 2)
-            with broken_server(Path(folder), *FLAGS) as server:
+            with broken_server(Path(folder), *flags) as server:
                 assert server.answer()[0] == 200
                 assert sum(settled(server)["engine_memory_bytes"].values()) == total
     return seconds

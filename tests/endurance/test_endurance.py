@@ -17,7 +17,13 @@ from tests.endurance.fuzz import play
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds processes in /proc")
 @pytest.mark.parametrize("part", [name for name in PARTS if name not in ("hostile", "clients")])
 def test_each_part_passes(part: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([part, "--size", "small", "--seed", "5"]) == 0, capsys.readouterr().out
+    options = ["--size", "small", "--seed", "5", *(["--only", "default"] * (part == "faults"))]
+    assert main([part, *options]) == 0, capsys.readouterr().out
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds processes in /proc")
+def test_a_server_with_weights_of_four_bits_survives_a_fault() -> None:
+    assert run("faults", "1", only="int4")["int4"].keys() == {"out_of_memory_in_a_step"}
 
 
 def test_wrong_rows_are_detected(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,7 +25,7 @@ from engine.core import EngineCore
 from engine.plugins.disaggregation import prefill_server, prefix_load
 from engine.plugins.disaggregation.prefill_server import Outgoing, PrefillServer
 from engine.plugins.disaggregation.prefix_load import ReceivedPrefix
-from engine.plugins.disaggregation.wire import Connection, Taken
+from engine.plugins.disaggregation.wire import Connection, Data, Taken, ToDecode
 from engine.runner.device import HostCopy
 from hybridcache.tokens import Indices
 from tests.engine.test_scheduler_machine import make_engine
@@ -205,9 +205,18 @@ def disturb_line(name: str, side: str, tracer: Raise) -> bool:
                 tracer.run(turn) if each == side else turn()
             except tracer.error:
                 assert tracer.has_raised
-                service.take(service.engine.take_outputs())
+                take_outputs(service)
     check_service(service)
     return tracer.has_raised
+
+
+def take_outputs(service: Service) -> None:
+    """Take the outputs of both engines. Further exceptions may cut the first two repairs."""
+    for _ in range(3):
+        with contextlib.suppress(MemoryError):
+            service.take(service.engine.take_outputs())
+            if isinstance(service, Pair):
+                service.prefill.take_outputs()
 
 
 def check_places(name: str, side: str, most: int, num_others: int) -> None:
@@ -262,6 +271,27 @@ def test_an_exception_in_some_functions_of_a_transfer_leaves_no_damage(
     side: str, function: Callable[..., Any]
 ) -> None:
     assert disturb_line("arena", side, Raise(1, MemoryError, first_line(function)))
+
+
+def test_a_last_message_that_is_lost_ends_the_transfer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Further signs of life must not keep the decode engine waiting."""
+    pair, real, lost = Pair("arena"), PrefillServer._send, list[bytes]()
+
+    def failing(self: PrefillServer, peer: bytes, message: ToDecode, *copied: HostCopy) -> None:
+        is_last = peer not in dict(self.unsent) and self._sessions[peer].has_ended
+        if isinstance(message, Data) and is_last and not lost:
+            lost.append(peer)
+            raise MemoryError
+        real(self, peer, message, *copied)
+
+    monkeypatch.setattr(PrefillServer, "_send", failing)
+    pair.submit_some()
+    while not lost:
+        for side in SIDES:
+            with contextlib.suppress(MemoryError):
+                pair.turn(side)
+    pair.finish()
+    pair.close()
 
 
 def test_a_connection_that_is_not_closed_stops_no_other() -> None:

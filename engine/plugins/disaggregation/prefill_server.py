@@ -293,9 +293,9 @@ class PrefillServer(Plugin):
         self._end_all(StepFailed("a step of the prefill engine failed"))
 
     def _end_all(self, error: RequestError) -> None:
-        """End every prefix in progress without sending the rest."""
+        """End every prefix that is not confirmed as a whole, because a message may be lost."""
         for peer, session in tuple(self._sessions.items()):
-            if not session.has_ended:
+            if not session.has_ended or session.num_taken_bytes < session.num_queued_bytes:
                 try:
                     self.fail(peer, error)
                 except MemoryError:  # The engine begins again.
