@@ -42,8 +42,6 @@ class Track:
     """Distance of the states of the answer, tokens. 0 saves none."""
     answer: tuple[int, list[KVCacheBlock]] | None = None
     """Position and blocks of the rolling copy of the answer's last state."""
-    block_copied_at: int = 0
-    """Hit inside a block, whose copy the tree is not pointed to yet. 0 if there is none."""
     losses: dict[str, int] = field(default_factory=dict)
     """Prompt tokens that are computed, by cause."""
     _ids: bytes = b""
