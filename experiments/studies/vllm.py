@@ -21,7 +21,7 @@ from tqdm import tqdm
 from experiments import provenance
 from experiments.provenance import resumed
 from experiments.studies import common
-from experiments.tables import Column, Table
+from experiments.tables import Cell, Column, Table
 from hybridcache import open_trace
 
 CONVERSATIONS = "conversations?num_conversations=60&turns=10&live=24"
@@ -77,6 +77,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
+SERIES = (AS_IS, "best of two flags", OURS)
+HITS = f"{', '.join(SERIES)}: %"
+
+
 class Job(NamedTuple):
     """One run."""
 
@@ -120,43 +124,45 @@ def measure(job: Job) -> dict[str, Any]:
     return job._asdict() | record
 
 
-def table(records: common.Records) -> Table:
-    """Return a row per cell, as means over seeds: token hit rates, and forward passes."""
-    rows = []
-    for (trace, gib, sessions), found in common.grouped(
-        records, "trace", "gib", "sessions"
-    ).items():
-        by_variant = common.grouped(found, "variant")
-        rates = {
-            variant: 100 * fmean(one["hit_rate"] for one in of)
-            for variant, of in by_variant.items()
-        }
-        flags = [rate for variant, rate in rates.items() if variant in FLAGS]
-        best = max([rates[AS_IS], *flags]) if AS_IS in rates else None
-        ours = rates.get(OURS)
-        gain = None if ours is None or best is None else ours - best
-        steps = [
-            fmean(one["steps"] for one in by_variant[variant]) if variant in by_variant else None
-            for variant in (AS_IS, OURS)
-        ]
-        wrong = sum(one["num_wrong"] for one in by_variant.get(OURS, ()))
-        seeds = len({one["seed"] for one in found})
-        shown = rates.get(AS_IS), best, *(rates.get(one) for one in IN_BLOCKS), ours, gain
-        rows.append([trace, gib, sessions, seeds, *shown, *steps, wrong])
+def table(records: common.Records, sessions: int = TOGETHER) -> Table:
+    """Return a row per cell with ``sessions`` at once, as means over the seeds that have all flags:
+    token hit rates, and forward passes."""
+    seeds = [
+        {one["variant"]: one for one in of}
+        for of in common.grouped(records, "trace", "gib", "sessions", "seed").values()
+        if of[0]["sessions"] == sessions
+    ]
+    cells: dict[tuple[str, float], list[dict[str, Any]]] = {}
+    for runs in seeds:
+        if {AS_IS, OURS, *FLAGS} <= runs.keys():
+            cells.setdefault((runs[OURS]["trace"], runs[OURS]["gib"]), []).append(runs)
+
+    def mean(found: list[dict[str, Any]], variant: str, field: str) -> float | None:
+        known = [runs[variant][field] for runs in found if variant in runs]
+        return fmean(known) if known else None
+
+    rows: list[list[Cell]] = []
+    order = [(name, gib) for name, workload in WORKLOADS.items() for gib in workload.gib]
+    for (trace, gib), found in sorted(cells.items(), key=lambda cell: order.index(cell[0])):
+        rates = {name: mean(found, name, "hit_rate") for name in VARIANTS}
+        percent = {name: 100 * rate for name, rate in rates.items() if rate is not None}
+        best = max(percent[name] for name in (AS_IS, *FLAGS))
+        ours = percent[OURS]
+        wrong = sum(runs[name]["num_wrong"] for runs in found for name in runs)
+        rows.append([
+            trace, gib, len(found), [percent[AS_IS], best, ours], ours - percent[AS_IS],
+            ours - best, *(percent.get(name) for name in IN_BLOCKS),
+            [mean(found, AS_IS, "steps"), mean(found, OURS, "steps")], wrong,
+        ])  # fmt: skip
     columns = [
-        Column("trace"),
-        Column("GiB", form="g"),
-        Column("sessions", form="d"),
-        Column("seeds", form="d"),
-        Column(AS_IS, "%"),
-        Column("best of it and two flags", "%"),
-        Column(WHOLE_BLOCKS, "%"),
-        Column(EVICTION_ONLY, "%"),
-        Column(OURS, "%"),
-        Column("gain over the best", "points"),
-        Column("steps as it is", form=".0f"),
-        Column("steps", form=".0f"),
-        Column("wrong rows and states", form="d"),
+        *(Column("trace"), Column("GiB", form="g"), Column("seeds", form="d")),
+        *(
+            Column(HITS, form=".1f"),
+            Column("gain", "points"),
+            Column("gain over the best", "points"),
+        ),
+        *(Column(f"{name}, first seed", "%") for name in IN_BLOCKS),
+        *(Column("forward passes: as it is, ours", form=".0f"), Column("wrong", form="d")),
     ]
     return Table(columns, rows)
 
@@ -172,7 +178,9 @@ def main() -> None:
     ]
     file = provenance.WRITTEN / "study_vllm.jsonl"
     settings = {"code": provenance.code_hash(["hybridcache"])}
-    print(table([*tqdm(resumed(file, settings, jobs), total=len(jobs), disable=None)]))
+    records = [*tqdm(resumed(file, settings, jobs), total=len(jobs), disable=None)]
+    for sessions in (TOGETHER, ALONE):
+        print(table(records, sessions))
 
 
 if __name__ == "__main__":
