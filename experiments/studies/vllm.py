@@ -3,19 +3,25 @@
 `python -m experiments.studies.vllm` writes study_vllm.jsonl. It needs vLLM, as `make vllm` installs
 it. Schedulers, block pools and cache managers are vLLM's; the worker computes no tokens and checks
 all contents (hybridcache.vllm.check). The model is Qwen3-Next: blocks of 1,056 tokens. Each session
-sends its next request at once. `--review` runs only the cells that were published first.
+sends its next request at once. A run that was stopped is continued by the same command. `--review`
+runs only the cells that were published first.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import argparse
+from collections.abc import Iterator
 from dataclasses import asdict
 from functools import partial
 from statistics import fmean
 from typing import Any, NamedTuple
 
+from tqdm import tqdm
+
+from experiments import provenance
+from experiments.provenance import resumed
 from experiments.studies import common
-from experiments.tables import Column, Table
+from experiments.tables import Cell, Column, Table
 from hybridcache import open_trace
 
 CONVERSATIONS = "conversations?num_conversations=60&turns=10&live=24"
@@ -57,14 +63,22 @@ FLAGS: dict[str, dict[str, Any]] = {
     "--prefix-cache-retention-interval none": {"unit": 0, "retention": None},
 }
 OURS = "HybridScheduler"
-EVICTION_ONLY = "eviction only"
-"""HybridScheduler without a match unit, so that its places are ends of whole blocks."""
+WHOLE_BLOCKS, EVICTION_ONLY = "no match unit", "eviction only"
+"""HybridScheduler without the flag, so that its places are ends of whole blocks, and the same with
+fixed places."""
+IN_BLOCKS = (WHOLE_BLOCKS, EVICTION_ONLY)
+"""Variants that are run only in the cells with several sessions that were published first."""
 VARIANTS: dict[str, dict[str, Any]] = {
     AS_IS: {"scheduler": "vllm", "unit": 0},
     **{flag: {"scheduler": "vllm", **options} for flag, options in FLAGS.items()},
     OURS: {},
+    WHOLE_BLOCKS: {"unit": 0},
     EVICTION_ONLY: {"unit": 0, "settings": {"placement": "branch,backoff,end"}},
 }
+
+
+SERIES = (AS_IS, "best of two flags", OURS)
+HITS = f"{', '.join(SERIES)}: %"
 
 
 class Job(NamedTuple):
@@ -77,22 +91,29 @@ class Job(NamedTuple):
     variant: str
 
 
-def jobs_of(seeds: int, review: bool, variants: Sequence[str]) -> Iterator[Job]:
-    """Yield all runs, those of the review first."""
-    done = set()
-    for sessions in (TOGETHER, ALONE):
-        for trace, workload in WORKLOADS.items():
-            for gib in workload.review.get(sessions, ()):
-                done.add((trace, gib, sessions, 0))
-    for trace, workload in () if review else WORKLOADS.items():
-        for seed in range(seeds if workload.has_seeds else 1):
-            done.update((trace, gib, TOGETHER, seed) for gib in workload.gib)
-    for cell in sorted(done, key=lambda cell: (cell[3], -cell[2], [*WORKLOADS].index(cell[0]))):
-        for variant in variants:
-            yield Job(*cell, variant)
+def jobs_of(seeds: int, review: bool) -> Iterator[Job]:
+    """Yield all runs. Those of the first seed come first, and of these the published ones."""
+    published = [
+        (trace, gib, sessions, 0)
+        for sessions in (TOGETHER, ALONE)
+        for trace, workload in WORKLOADS.items()
+        for gib in workload.review.get(sessions, ())
+    ]
+    others = [
+        (trace, gib, TOGETHER, seed)
+        for seed in range(0 if review else seeds)
+        for trace, workload in WORKLOADS.items()
+        for gib in (workload.gib if workload.has_seeds or not seed else ())
+    ]
+    cells = dict.fromkeys([*published, *others])
+    for cell in sorted(cells, key=lambda cell: (cell[3], cell[2] == ALONE)):
+        is_first = cell in published and cell[2] == TOGETHER
+        for variant in VARIANTS:
+            if is_first or variant not in IN_BLOCKS:
+                yield Job(*cell, variant)
 
 
-def measure(job: Job) -> common.Records:
+def measure(job: Job) -> dict[str, Any]:
     """Run one variant of one cell."""
     from hybridcache.vllm.check import Options, run  # Imported here: it imports vLLM.
 
@@ -100,62 +121,66 @@ def measure(job: Job) -> common.Records:
     trace = open_trace(common.seeded(spec, job.seed) if job.seed else spec)
     report = run(trace, job.gib, Options(sessions=job.sessions, **VARIANTS[job.variant]))
     record = asdict(report) | {"hit_rate": report.hit_rate, "num_wrong": report.num_wrong}
-    return [job._asdict() | record]
+    return job._asdict() | record
 
 
-def table(records: common.Records) -> Table:
-    """Return a row per cell, as means over seeds: token hit rates, and forward passes."""
-    rows = []
-    for (trace, gib, sessions), found in common.grouped(
-        records, "trace", "gib", "sessions"
-    ).items():
-        by_variant = common.grouped(found, "variant")
-        rates = {
-            variant: 100 * fmean(one["hit_rate"] for one in of)
-            for variant, of in by_variant.items()
-        }
-        flags = [rate for variant, rate in rates.items() if variant in FLAGS]
-        best = max([rates[AS_IS], *flags]) if AS_IS in rates else None
-        ours = rates.get(OURS)
-        gain = None if ours is None or best is None else ours - best
-        steps = [
-            fmean(one["steps"] for one in by_variant[variant]) if variant in by_variant else None
-            for variant in (AS_IS, OURS)
-        ]
-        wrong = sum(one["num_wrong"] for one in by_variant.get(OURS, ()))
-        seeds = len({one["seed"] for one in found})
-        shown = rates.get(AS_IS), best, rates.get(EVICTION_ONLY), ours, gain
-        rows.append([trace, gib, sessions, seeds, *shown, *steps, wrong])
+def table(records: common.Records, sessions: int = TOGETHER) -> Table:
+    """Return a row per cell with ``sessions`` at once, as means over the seeds that have all flags:
+    token hit rates, and forward passes."""
+    seeds = [
+        {one["variant"]: one for one in of}
+        for of in common.grouped(records, "trace", "gib", "sessions", "seed").values()
+        if of[0]["sessions"] == sessions
+    ]
+    cells: dict[tuple[str, float], list[dict[str, Any]]] = {}
+    for runs in seeds:
+        if {AS_IS, OURS, *FLAGS} <= runs.keys():
+            cells.setdefault((runs[OURS]["trace"], runs[OURS]["gib"]), []).append(runs)
+
+    def mean(found: list[dict[str, Any]], variant: str, field: str) -> float | None:
+        known = [runs[variant][field] for runs in found if variant in runs]
+        return fmean(known) if known else None
+
+    rows: list[list[Cell]] = []
+    order = [(name, gib) for name, workload in WORKLOADS.items() for gib in workload.gib]
+    for (trace, gib), found in sorted(cells.items(), key=lambda cell: order.index(cell[0])):
+        rates = {name: mean(found, name, "hit_rate") for name in VARIANTS}
+        percent = {name: 100 * rate for name, rate in rates.items() if rate is not None}
+        best = max(percent[name] for name in (AS_IS, *FLAGS))
+        ours = percent[OURS]
+        wrong = sum(runs[name]["num_wrong"] for runs in found for name in runs)
+        rows.append([
+            trace, gib, len(found), [percent[AS_IS], best, ours], ours - percent[AS_IS],
+            ours - best, *(percent.get(name) for name in IN_BLOCKS),
+            [mean(found, AS_IS, "steps"), mean(found, OURS, "steps")], wrong,
+        ])  # fmt: skip
     columns = [
-        Column("trace"),
-        Column("GiB", form="g"),
-        Column("sessions", form="d"),
-        Column("seeds", form="d"),
-        Column(AS_IS, "%"),
-        Column("best of it and two flags", "%"),
-        Column(EVICTION_ONLY, "%"),
-        Column(OURS, "%"),
-        Column("gain over the best", "points"),
-        Column("steps as it is", form=".0f"),
-        Column("steps", form=".0f"),
-        Column("wrong rows and states", form="d"),
+        *(Column("trace"), Column("GiB", form="g"), Column("seeds", form="d")),
+        *(
+            Column(HITS, form=".1f"),
+            Column("gain", "points"),
+            Column("gain over the best", "points"),
+        ),
+        *(Column(f"{name}, first seed", "%") for name in IN_BLOCKS),
+        *(Column("forward passes: as it is, ours", form=".0f"), Column("wrong", form="d")),
     ]
     return Table(columns, rows)
 
 
 def main() -> None:
-    parser = common.command_line(__doc__)
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--seeds", type=common.positive, default=3, help="number of seeds")
     parser.add_argument("--review", action="store_true", help="only the first published cells")
-    parser.add_argument("--cells", nargs="+", metavar="TRACE:GIB:SESSIONS", help="only these")
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=[*VARIANTS])
     options = parser.parse_args()
     jobs = [
-        job
-        for job in jobs_of(options.seeds, options.review, options.variants)
-        if not options.cells or f"{job.trace}:{job.gib:g}:{job.sessions}" in options.cells
+        (" ".join(map(str, job)), partial(measure, job))
+        for job in jobs_of(options.seeds, options.review)
     ]
-    run = partial(common.run_study, "study_vllm", measure, jobs, table)
-    run(options.processes)
+    file = provenance.WRITTEN / "study_vllm.jsonl"
+    settings = {"code": provenance.code_hash(["hybridcache"])}
+    records = [*tqdm(resumed(file, settings, jobs), total=len(jobs), disable=None)]
+    for sessions in (TOGETHER, ALONE):
+        print(table(records, sessions))
 
 
 if __name__ == "__main__":

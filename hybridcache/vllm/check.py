@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from vllm.sampling_params import SamplingParams
 from vllm.utils.hashing import get_hash_fn_by_name
+from vllm.v1.core.encoder_cache_manager import EncoderCacheManager
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
@@ -130,28 +131,18 @@ class _Any(SimpleNamespace):
         return None
 
 
+def _encoder(**_: Any) -> EncoderCacheManager:
+    """Return a cache of images that stays empty."""
+    return EncoderCacheManager(1)
+
+
 def make_config(model: Model, options: Options, num_blocks: int) -> Any:
     """Return the fields of a ``VllmConfig`` that a scheduler reads."""
-    drafts = options.drafts
-    spec = _Any(
-        use_eagle=lambda: options.eagle,
-        use_eagle_block_drop=lambda: options.eagle,
-        needs_eagle_block_drop=lambda: options.eagle,
-        num_speculative_tokens=drafts,
-        max_num_new_slots_for_drafting=0,
-    )
-    encoder = SimpleNamespace(
-        create_manager=lambda **_: _Any(
-            get_manager_metadata=lambda: None,
-            get_freed_mm_hashes=lambda: [],
-            free=lambda request: None,
-            reset=lambda: None,
-        )
-    )
+    drafts, eagle, chunk = options.drafts, options.eagle, options.chunk
     return _Any(
         scheduler_config=_Any(
             max_num_seqs=256,
-            max_num_batched_tokens=options.chunk,
+            max_num_batched_tokens=chunk,
             policy="priority" if options.chaos else "fcfs",
             long_prefill_token_threshold=0,
             async_scheduling=options.overlap,
@@ -165,7 +156,6 @@ def make_config(model: Model, options: Options, num_blocks: int) -> Any:
             enable_prefix_caching=True,
             mamba_cache_mode="align",
             num_gpu_blocks=num_blocks,
-            enable_mamba_shared_prefix_checkpoint=False,
         ),
         parallel_config=_Any(
             data_parallel_index=0,
@@ -174,16 +164,24 @@ def make_config(model: Model, options: Options, num_blocks: int) -> Any:
             decode_context_parallel_size=1,
             prefill_context_parallel_size=1,
         ),
-        observability_config=_Any(kv_cache_metrics=False),
-        model_config=_Any(max_model_len=MAX_LEN, runner_type="generate", is_diffusion=False),
-        ec_manager_config=_Any(get_encoder_cache_manager_obj=lambda: encoder),
-        aux_output_config=_Any(enabled=False),
-        speculative_config=spec if drafts else None,
+        observability_config=_Any(),
+        model_config=_Any(max_model_len=MAX_LEN, runner_type="generate"),
+        ec_manager_config=_Any(get_encoder_cache_manager_obj=lambda: _Any(create_manager=_encoder)),
+        aux_output_config=_Any(),
+        speculative_config=_Any(
+            use_eagle=lambda: eagle,
+            use_eagle_block_drop=lambda: eagle,
+            needs_eagle_block_drop=lambda: eagle,
+            num_speculative_tokens=drafts,
+            max_num_new_slots_for_drafting=0,
+        )
+        if drafts
+        else None,
         num_speculative_tokens=drafts,
-        num_lookahead_tokens=drafts if options.eagle else 0,
-        num_prefill_lookahead_tokens=int(options.eagle),
+        num_lookahead_tokens=drafts if eagle else 0,
+        num_prefill_lookahead_tokens=int(eagle),
         num_hash_lookahead_tokens=0,
-        max_in_flight_tokens=options.chunk,
+        max_in_flight_tokens=chunk,
         max_concurrent_batches=1 + options.overlap,
         additional_config={NAME: dict(options.settings or {})},
     )
@@ -191,39 +189,27 @@ def make_config(model: Model, options: Options, num_blocks: int) -> Any:
 
 def make_scheduler(model: Model, options: Options, num_blocks: int) -> Any:
     """Build vLLM's scheduler, or this project's, for a model without tensors."""
-    size, layers = model.block_size, range(model.num_layers)
-    page = size * model.row_bytes
+    size, num_states = model.block_size, model.num_state_groups
     attention = FullAttentionSpec(
-        block_size=size,
-        num_kv_heads=1,
-        head_size=model.row_bytes // 4,
-        dtype=torch.bfloat16,
+        block_size=size, num_kv_heads=1, head_size=model.row_bytes // 4, dtype=torch.bfloat16
     )
     state = MambaSpec(
         block_size=size,
         shapes=((model.state_bytes // 4,),),
         dtypes=(torch.float32,),
-        page_size_padded=page,
+        page_size_padded=size * model.row_bytes,
         mamba_cache_mode="align",
         num_speculative_blocks=options.drafts,
     )
-    kinds = [attention] * model.num_attention_groups + [state] * model.num_state_groups
-    groups = [
-        KVCacheGroupSpec([f"group{number}.layer{layer}" for layer in layers], kind)
-        for number, kind in enumerate(kinds)
-    ]
+    kinds = [attention] * model.num_attention_groups + [state] * num_states
+    names = [f"layer{layer}" for layer in range(model.num_layers)]
     config = KVCacheConfig(
         num_blocks=num_blocks,
         kv_cache_tensors=[],
-        kv_cache_groups=groups,
+        kv_cache_groups=[KVCacheGroupSpec(names, kind) for kind in kinds],
         prefix_cache_retention_interval=options.retention,
     )
-    grammar = _Any(
-        grammar_bitmask=lambda *_, **__: None,
-        accept_tokens=lambda *_, **__: True,
-        validate_tokens=lambda request, tokens: tokens,
-        should_advance=lambda *_, **__: False,
-    )
+    grammar = _Any(accept_tokens=lambda *_: True, validate_tokens=lambda _, tokens: tokens)
     plain = AsyncScheduler if options.overlap else Scheduler
     return (HybridScheduler if options.scheduler == NAME else plain)(
         vllm_config=make_config(model, options, num_blocks),

@@ -12,7 +12,7 @@ The scheduler class is not needed: any vLLM with ``OffloadingConnector`` can use
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
@@ -20,61 +20,18 @@ import numpy as np
 from vllm.v1.kv_offload.base import get_offload_block_hash, get_offload_group_idx, make_offload_key
 from vllm.v1.kv_offload.cpu.policies.base import CachePolicy
 
-from hybridcache.allocators.pools import PageAllocator, SlotAllocator
-from hybridcache.config import CacheConfig, build_on
+from hybridcache.config import CacheConfig, build_prefix_cache
+from hybridcache.radix.api import Listener
 from hybridcache.tokens import INT32, Indices
 
 if TYPE_CHECKING:
     from vllm.v1.kv_offload.base import OffloadKey, ReqContext
     from vllm.v1.kv_offload.cpu.policies.base import ChunkStatus
 
-HOST_SEAMS: dict[str, tuple[str, ...]] = {
-    "vllm.v1.kv_offload.cpu.policies.base:CachePolicy.get": ("key",),
-    "vllm.v1.kv_offload.cpu.policies.base:CachePolicy.insert": ("key", "chunk"),
-    "vllm.v1.kv_offload.cpu.policies.base:CachePolicy.remove": ("key",),
-    "vllm.v1.kv_offload.cpu.policies.base:CachePolicy.touch": ("keys", "req_context"),
-    "vllm.v1.kv_offload.cpu.policies.base:CachePolicy.on_store_miss": ("keys", "req_context"),
-    "vllm.v1.kv_offload.cpu.policies.base:CachePolicy.on_request_finished": (
-        "key_groups",
-        "insertion_only_keys",
-        "reused_keys",
-        "req_context",
-    ),
-    "vllm.v1.kv_offload.cpu.policies.base:CachePolicy.evict": ("n", "protected"),
-    "vllm.v1.kv_offload.cpu.policies.base:CachePolicy.clear": (),
-    "vllm.v1.kv_offload.cpu.policies.base:CachePolicy.mark_evictable": ("key",),
-    "vllm.v1.kv_offload.cpu.policies.base:CachePolicy.mark_non_evictable": ("key",),
-    "vllm.v1.kv_offload.base:ReqContext.get_offload_key_position": ("key",),
-}
-"""Methods of vLLM's interface that this module overrides or calls, in the form of ``SEAMS``."""
+    from hybridcache.radix.tree import RadixNode
 
 
-class _Rows(PageAllocator):
-    """Numbers of tree nodes. ``leave`` is called with those that the tree gives up."""
-
-    def __init__(self, capacity: int, row_bytes: int, leave: Callable[[int], None]) -> None:
-        super().__init__(capacity, 1, row_bytes)
-        self._leave = leave
-
-    def free(self, rows: Indices) -> None:
-        super().free(rows)
-        for row in rows.tolist():
-            self._leave(row)
-
-
-class _Slots(SlotAllocator):
-    """Numbers of states. ``leave`` is called with those that the tree gives up."""
-
-    def __init__(self, capacity: int, state_bytes: int, leave: Callable[[int], None]) -> None:
-        super().__init__(capacity, state_bytes)
-        self._leave = leave
-
-    def free(self, slot: int) -> None:
-        super().free(slot)
-        self._leave(slot)
-
-
-class SurvivalCachePolicy(CachePolicy):
+class SurvivalCachePolicy(CachePolicy, Listener):
     """Evict chunks of host memory in the order of ``survival``.
 
     Attention chunks behind the last state of a path go first, then superseded states, then the rest
@@ -100,17 +57,17 @@ class SurvivalCachePolicy(CachePolicy):
         """Begin with an empty tree. All chunks have no place in it, and go first."""
         num_states = len(self._states)
         num_attention = len(self._groups) - num_states
-        capacity = self.cache_capacity + 1
-        self._rows = _Rows(capacity, max(num_attention, 1), self._row_left)
-        self._slots = _Slots(capacity, max(num_states, 1), self._slot_left)
         config = CacheConfig(
             prefix_cache="hybrid" if num_states else "radix",
-            total_bytes=capacity * max(num_attention, 1),
+            num_kv_tokens=self.cache_capacity + 1,
+            num_slots=self.cache_capacity + 1,
             kv_bytes_per_token=max(num_attention, 1),
             state_bytes=max(num_states, 1),
             grid=1,
         )
-        self.cache = build_on(config, self._rows, self._slots)
+        self.cache = build_prefix_cache(config)
+        self.followed = None  # The former cache is forgotten.
+        self.cache.subscribe(self)
         self.cache.policy.set_clock(lambda: float(self.cache.now))
         self._homes: dict[bytes, tuple[int, bytes | None, int]] = {}
         """Row, hash before it, and length of the path, of each hash in the tree."""
@@ -182,20 +139,21 @@ class SurvivalCachePolicy(CachePolicy):
         if n > len(self._evictable) - sum(key in self._evictable for key in protected):
             return None
         victims: list[tuple[OffloadKey, ChunkStatus]] = []
-        path = self._deepest(protected)
+        path, candidates = self._deepest(protected), self._candidates()
         with nullcontext() if path is None else self.cache.lock_kv(path):
-            while True:
-                for key in list(self._first):
-                    if len(victims) < n and self._is_free(key, protected):
-                        victims.append((key, self._take(key)))
-                if len(victims) == n:
-                    return victims
-                if not self.cache.evict_next():
-                    break
-        for key in list(self.chunks):
-            if len(victims) < n and self._is_free(key, protected):
-                victims.append((key, self._take(key)))
+            while len(victims) < n:
+                key = next(candidates)
+                if key in self._evictable and key not in protected:
+                    victims.append((key, self.chunks[key]))
+                    self.remove(key)
         return victims
+
+    def _candidates(self) -> Iterator[OffloadKey]:
+        """Yield the chunks that the tree gives up, the next victims first, and then all others."""
+        yield from list(self._first)
+        while self.cache.evict_next():
+            yield from list(self._first)
+        yield from list(self.chunks)
 
     def mark_evictable(self, key: OffloadKey) -> None:
         self._evictable.add(key)
@@ -204,15 +162,6 @@ class SurvivalCachePolicy(CachePolicy):
         self._evictable.discard(key)
 
     # --- Tree -------------------------------------------------------------------------------------
-
-    def _is_free(self, key: OffloadKey, protected: set[OffloadKey]) -> bool:
-        return key in self._evictable and key not in protected
-
-    def _take(self, key: OffloadKey) -> ChunkStatus:
-        """Remove a chunk that is evicted."""
-        self._evictable.discard(key)
-        self._first.pop(key, None)
-        return self.chunks.pop(key)
 
     def _learn(self, positions: Iterable[Sequence[int]]) -> None:
         """Learn the kinds of the groups from those that have a chunk at each position."""
@@ -277,17 +226,17 @@ class SurvivalCachePolicy(CachePolicy):
             for group in self._groups:
                 self._first.pop(make_offload_key(name, group), None)
 
-    def _row_left(self, row: int) -> None:
-        name = self._hash_of.pop(row, None)
-        if name is not None:
+    def kv_removed(self, node: RadixNode) -> None:
+        for row in self.cache.gather(node)[node.start :].tolist():
+            name = self._hash_of.pop(row)
             del self._homes[name]
             self._give_up(name, self._groups - self._states)
 
-    def _slot_left(self, slot: int) -> None:
-        name = self._state_of.pop(slot, None)
-        if name is not None:
-            self._saved.discard(name)
-            self._give_up(name, self._states)
+    def checkpoint_removed(self, node: RadixNode) -> None:
+        assert node.checkpoint is not None
+        name = self._state_of.pop(node.checkpoint.slot)
+        self._saved.discard(name)
+        self._give_up(name, self._states)
 
     def _give_up(self, name: bytes, groups: Iterable[int]) -> None:
         for group in groups:

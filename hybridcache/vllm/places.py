@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
+from hybridcache.policies.placement import HEADER
 from hybridcache.radix.api import PrefixMatch
-from hybridcache.radix.protocol import Item, Placed, PlacementPolicy, Prefill
+from hybridcache.radix.protocol import Item, Placed, PlacementPolicy, Prefill, end_of_prompt
 from hybridcache.vllm import NAME
 from hybridcache.vllm.pool import HASH_BYTES, WORDS, Layout
 
@@ -41,8 +42,6 @@ class Track:
     """Distance of the states of the answer, tokens. 0 saves none."""
     answer: tuple[int, list[KVCacheBlock]] | None = None
     """Position and blocks of the rolling copy of the answer's last state."""
-    block_copied_at: int = 0
-    """Hit inside a block, whose copy the tree is not pointed to yet. 0 if there is none."""
     losses: dict[str, int] = field(default_factory=dict)
     """Prompt tokens that are computed, by cause."""
     _ids: bytes = b""
@@ -132,12 +131,16 @@ class Places:
         drop, cached_len = self._drop, match.cached_len
         # The part of a unit at the end is at least one row, and less than a unit.
         rest = min(-(-(request.num_tokens % unit) * WORDS // unit), WORDS - 1)
+        # The policy takes a boundary in the last unit, however long, for the end of the prompt.
+        ends = boundaries_of(request)
+        if end_of_prompt(request.num_tokens, ends, HEADER) is None:
+            ends = (*ends, request.num_tokens)
         prefill = Prefill(
             prompt_len=max(layout.rows(request.num_tokens) + rest - drop, 1),
             cached_len=cached_len,
             kv_match_len=max(found.kv_match_len - drop, cached_len),
             seen_len=max(found.seen_len - drop, cached_len),
-            boundaries=tuple(max(one * WORDS // unit - drop, 0) for one in boundaries_of(request)),
+            boundaries=tuple(max(one * WORDS // unit - drop, 0) for one in ends),
             grid=WORDS,
             resumed=match.resumed,
             evicted=evicted,

@@ -69,42 +69,36 @@ class BlockRows(PageAllocator):
         row_bytes = layout.block_bytes * len(layout.attention) // layout.block_rows
         super().__init__(num_blocks * layout.block_rows, WORDS, row_bytes)
         self.block_rows = layout.block_rows
-        self.live = np.zeros(num_blocks, np.int64)
-        """Rows of the tree in each block."""
-        self._in_block: Indices = np.arange(layout.block_rows, dtype=np.int32)
-        self._is_taken = np.zeros(self.capacity, bool)
+        self.is_taken = np.zeros((num_blocks, layout.block_rows), bool)
+        """True for the rows of the tree, by block."""
         self._drop = drop
 
     def of(self, block_ids: Sequence[int], first: int, end: int) -> Indices:
         """Return the rows [first, end) of a request with these blocks: int32[end - first]."""
-        skip = first // self.block_rows
-        ids: Indices = np.array(block_ids[skip : -(-end // self.block_rows)], np.int32)
-        rows = (ids[:, None] * self.block_rows + self._in_block).reshape(-1)
-        return rows[first - skip * self.block_rows : end - skip * self.block_rows]
+        size = self.block_rows
+        skip = first // size
+        ids: Indices = np.array(block_ids[skip : -(-end // size)], np.int32)
+        rows = np.add.outer(ids * size, np.arange(size, dtype=np.int32)).reshape(-1)
+        return rows[first - skip * size : end - skip * size]
 
     def take(self, rows: Indices) -> None:
         """Take ``rows`` for the tree."""
-        self._is_taken[rows] = True
+        self.is_taken.reshape(-1)[rows] = True
         self.num_taken += len(rows)
-        blocks, counts = np.unique(rows // self.block_rows, return_counts=True)
-        self.live[blocks] += counts
 
     def free(self, rows: Indices) -> None:
         """Return ``rows``, and drop the blocks that have no more rows of the tree."""
-        self._is_taken[rows] = False
+        self.is_taken.reshape(-1)[rows] = False
         self.num_taken -= len(rows)
-        blocks, counts = np.unique(rows // self.block_rows, return_counts=True)
-        self.live[blocks] -= counts
-        for block in blocks[self.live[blocks] == 0].tolist():
+        blocks = np.unique(rows // self.block_rows)
+        for block in blocks[~self.is_taken[blocks].any(1)].tolist():
             self._drop(block)
 
     def free_rows(self) -> Indices:
-        return np.flatnonzero(~self._is_taken).astype(INT32)
+        return np.flatnonzero(~self.is_taken).astype(INT32)
 
     def check(self, num_reserved: int = 0) -> None:
-        taken = self._is_taken.reshape(-1, self.block_rows).sum(1)
-        assert (taken == self.live).all(), "the rows of a block are miscounted"
-        assert taken.sum() == self.num_taken, "the rows of the tree are miscounted"
+        assert self.is_taken.sum() == self.num_taken, "the rows of the tree are miscounted"
 
 
 class StateSlots(SlotAllocator):
@@ -209,7 +203,9 @@ class BlockTree:
     def owns(self, block: KVCacheBlock) -> bool:
         """Return whether the tree has rows or a state in a block of the first attention group or
         of a state group."""
-        return bool(self.rows.live[block.block_id]) or block.block_id in self.slots.slot_of
+        return block.block_id in self.slots.slot_of or bool(
+            self.rows.is_taken[block.block_id].any()
+        )
 
     def evict(self) -> None:
         """Evict one item. If all are locked, return the lock of the oldest request first.
@@ -280,31 +276,37 @@ class BlockTree:
         tokens = np.frombuffer(ids, INT32)
         before = cache.lock_kv(tokens)
         known = 0 if before.node is None else before.node.end
-        first_group = tables[layout.attention[0]]
         saves = []
         for position, (placed, blocks) in states.items():
             for group, block in zip(layout.states, blocks, strict=True):
                 self._add_key(request, block, position, group)
             row = layout.rows(position)
             saves.append(((row, self.slots.take(blocks)), placed._replace(position=row)))
-        rows = self.rows.of([block.block_id for block in first_group], 0, num_rows)
+        ids_of_first = [block.block_id for block in tables[layout.attention[0]]]
+        rows = self.rows.of(ids_of_first, 0, num_rows)
         self.rows.take(rows[known:])
         result = cache.publish(ids[known * 4 :], rows, saves, None, known, before.node)
         new_spans = range(known // layout.block_rows, -(-num_rows // layout.block_rows))
         for span in new_spans if known < num_rows else ():
             end = min((span + 1) * layout.block_size, layout.tokens(num_rows))
-            blocks = [tables[group][span] for group in layout.attention]
-            if len(blocks) > 1:
-                self.peers[blocks[0].block_id] = blocks[1:]
-            for group, block in zip(layout.attention, blocks, strict=True):
-                if block.block_hash is None:
-                    self._add_key(request, block, end, group)
+            self._own_span(request, tables, span, end)
         self.unlock(request.request_id)
         self.locks[request.request_id] = cache.lock(result.node)
         cache.unlock(before)
         for slot in result.rejected_slots:
             self.slots.free(slot)
         return {layout.tokens(row) for (row, slot), _ in saves if slot in self.slots.blocks}
+
+    def _own_span(
+        self, request: Any, tables: Sequence[Sequence[KVCacheBlock]], span: int, end: int
+    ) -> None:
+        """Note the attention blocks of a span that the tree has up to ``end``, and add keys."""
+        blocks = [tables[group][span] for group in self.layout.attention]
+        if len(blocks) > 1:
+            self.peers[blocks[0].block_id] = blocks[1:]
+        for group, block in zip(self.layout.attention, blocks, strict=True):
+            if block.block_hash is None:
+                self._add_key(request, block, end, group)
 
     def _add_key(self, request: Any, block: KVCacheBlock, position: int, group: int) -> None:
         self.pool.cache_partial_block(
@@ -320,24 +322,17 @@ class BlockTree:
         in, so that the original becomes free unless another path uses it."""
         layout, lock = self.layout, self.locks.get(request.request_id)
         span, end = at // layout.block_size, layout.rows(at)
-        blocks = [tables[group][span] for group in layout.attention]
         if lock is None or lock.node is None or lock.node.end < end:
             return
         start = span * layout.block_rows
-        rows = self.rows.of([blocks[0].block_id], 0, end - start)
+        rows = self.rows.of([tables[layout.attention[0]][span].block_id], 0, end - start)
         former = self.cache.gather(lock.node)[start:end]
-        if (former == rows).all():
-            return
-        # A part may be the copy's already: only the others change their owner.
-        is_new = ~np.isin(rows, former)
-        self.rows.take(rows[is_new])
-        self.cache.replace_rows(lock.node, start, rows)
-        if len(blocks) > 1:
-            self.peers[blocks[0].block_id] = blocks[1:]
-        for group, block in zip(layout.attention, blocks, strict=True):
-            if block.block_hash is None:
-                self._add_key(request, block, at, group)
-        self.rows.free(former[~np.isin(former, rows)])
+        is_new = rows != former
+        if is_new.any():
+            self.rows.take(rows[is_new])
+            self.cache.replace_rows(lock.node, start, rows)
+            self._own_span(request, tables, span, at)
+            self.rows.free(former[is_new])
 
     def state_moved(self, src: KVCacheBlock, dst: KVCacheBlock) -> None:
         """Note that vLLM copies a saved state from ``src`` to ``dst`` in this step."""
@@ -353,7 +348,8 @@ class BlockTree:
         self.cache.check(held_tokens=0, held_slots=0)
         pool, layout = self.pool, self.layout
         peers = {block.block_id for blocks in self.peers.values() for block in blocks}
-        assert self.peers.keys() <= set(np.flatnonzero(self.rows.live).tolist()), "stale peers"
+        owned = set(np.flatnonzero(self.rows.is_taken.any(1)).tolist())
+        assert self.peers.keys() <= owned, "stale peers"
         is_front = True
         for block in pool.free_block_queue.get_all_free_blocks():
             is_owned = self.owns(block) or block.block_id in peers

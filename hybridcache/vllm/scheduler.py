@@ -8,6 +8,7 @@ derived classes: hits come from the tree (``pool.py``), chunks end at planned po
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections import defaultdict
 from typing import TYPE_CHECKING, Any
 
 import vllm
@@ -51,26 +52,16 @@ class RowManager(FullAttentionManager):
 class HybridManager(KVCacheManager):
     """vLLM's cache manager with hits and states of the tree."""
 
-    tree: BlockTree
-    places: Places
-    layout: Layout
-    states: list[StateManager]
-    drop: int
-    """Units that EAGLE drops from each hit."""
-    saves_answers: bool
-    """False with speculation: a state of the last accepted token is in an unknown block."""
-    debug: bool
-
     def start(self, settings: Settings, layout: Layout, drop: int, drafts: bool) -> None:
-        """Set up the fields of this class."""
+        """Set up the fields of this class. ``drop`` units of each hit are dropped (EAGLE)."""
         self.num_steps = 0
-        self.layout, self.drop, self.saves_answers = layout, drop, not drafts
-        self.debug = settings.debug
+        self.layout, self.drop, self.debug = layout, drop, settings.debug
+        self.saves_answers = not drafts
+        """False with drafts: a state of the last accepted token is in an unknown block."""
         managers = self.coordinator.single_type_managers
         self.states = [managers[group] for group in layout.states]
-        for manager in managers:
-            is_state = isinstance(manager, MambaManager)
-            manager.__class__ = StateManager if is_state else RowManager
+        for number, manager in enumerate(managers):
+            manager.__class__ = StateManager if number in layout.states else RowManager
         self.block_pool.__class__ = HybridPool
         # Time is counted in steps: no decision depends on a clock or a rank.
         self.tree = BlockTree(
@@ -78,11 +69,9 @@ class HybridManager(KVCacheManager):
         )
         self.block_pool.tree = self.tree
         self.places = Places(parse_placement(settings.placement), layout, drop)
-        self.tracks: dict[str, Track] = {}
+        self.tracks: defaultdict[str, Track] = defaultdict(Track)
         self._prefilling: dict[str, Track] = {}
         """Running requests whose prompts are not published yet."""
-        self._copied: dict[str, tuple[Track, Request]] = {}
-        """Requests with ``block_copied_at``."""
         self._coming: list[tuple[int, bytes]] = []
         """Positions and hashes of the states that this step computes."""
         self._admitted: list[Request] = []
@@ -98,9 +87,7 @@ class HybridManager(KVCacheManager):
     def get_computed_blocks(
         self, request: Request, max_cache_hit_length: int | None = None
     ) -> tuple[KVCacheBlocks, int, int]:
-        track = self.tracks.get(request.request_id)
-        if track is None:
-            track = self.tracks[request.request_id] = Track()
+        track = self.tracks[request.request_id]
         track.match, track.cached_len, track.is_waiting = None, 0, False
         if track.is_cold or not self.prefix_cache_lookup_enabled(request):
             return self.empty_kv_cache_blocks, 0, 0
@@ -149,75 +136,56 @@ class HybridManager(KVCacheManager):
         self.tree.fresh.clear()
         self._coming.clear()
         self._admitted.clear()
-        for request_id in list(self._copied):
-            self._point_to_copy(request_id)
         if self.debug:
             self.tree.check()
-
-    def _point_to_copy(self, request_id: str) -> None:
-        track, request = self._copied.pop(request_id)
-        self.tree.block_copied(request, self.tables(request), track.block_copied_at)
 
     def allocate_slots(
         self, request: Request, num_new_tokens: int, *args: Any, **kwargs: Any
     ) -> KVCacheBlocks | None:
-        track = self.tracks.get(request.request_id)
-        if track is None or not track.is_running:
-            return self._admit(request, track, num_new_tokens, *args, **kwargs)
-        new = super().allocate_slots(request, num_new_tokens, *args, **kwargs)
-        while new is None and self._give_back_copy():
+        track, start = self.tracks[request.request_id], request.num_computed_tokens
+        if track.is_running:
             new = super().allocate_slots(request, num_new_tokens, *args, **kwargs)
-        if new is not None:
-            start = request.num_computed_tokens
-            if track.stops:
-                self._note_coming(request, track, start + num_new_tokens)
-            interval = track.interval
-            if interval and start % interval == 0 and start >= request.num_prompt_tokens:
+            while new is None and self._give_back_copy():
+                new = super().allocate_slots(request, num_new_tokens, *args, **kwargs)
+            is_answer = track.interval > 0 and start >= request.num_prompt_tokens
+            if new is not None and is_answer and start % track.interval == 0:
                 self._copy_state(request, track, start)
+        else:
+            new = self._admit(request, track, num_new_tokens, *args, **kwargs)
+            start = track.cached_len
+        end = start + num_new_tokens
+        if new is not None and end in track.stops:
+            self._coming.append((end, request.block_hashes[end // self.layout.unit - 1]))
         return new
 
-    def _note_coming(self, request: Request, track: Track, end: int) -> None:
-        if end in track.stops:
-            number = end // self.layout.unit
-            self._coming.append((end, request.block_hashes[number - 1]))
-
     def _admit(
-        self, request: Request, track: Track | None, num_new_tokens: int, *args: Any, **kwargs: Any
+        self, request: Request, track: Track, *args: Any, **kwargs: Any
     ) -> KVCacheBlocks | None:
         """Allocate the first blocks of a request, under a lock on its hit."""
-        if track is None:
-            track = self.tracks[request.request_id] = Track()
         if track.is_waiting:
             return None
-        cache, match = self.tree.cache, track.match
-        self.tree.locks[request.request_id] = cache.lock(None if match is None else match.node)
+        request_id, tree, match = request.request_id, self.tree, track.match
+        tree.locks[request_id] = tree.cache.lock(None if match is None else match.node)
         # Keep room for the copies of planned states, so that they preempt no request.
         reserve = len(self.states) * (bool(track.stops) + bool(track.interval))
         self.watermark_blocks += reserve
-        new = super().allocate_slots(request, num_new_tokens, *args, **kwargs)
+        new = super().allocate_slots(request, *args, **kwargs)
         self.watermark_blocks -= reserve
-        if new is not None:
-            self._admitted.append(request)
-            track.is_running = True
-            # Without its lock, the match may have been evicted for the blocks of this request.
-            if match is not None and request.request_id in self.tree.locks:
-                cache.touch(match, resumes=request.num_preemptions > 0)
-            if track.losses:
-                for cause, num_tokens in track.causes().items():
-                    counters()[0].labels(cause).inc(num_tokens)
-            self._prefilling[request.request_id] = track
-            start = kwargs.get("num_new_computed_tokens", 0)
-            track.cached_len = start
-            track.stops = {end: one for end, one in track.stops.items() if end > start}
-            if start % self.layout.block_size:
-                track.block_copied_at = start
-                self._copied[request.request_id] = track, request
-            self._note_coming(request, track, start + num_new_tokens)
-        else:
-            self.tree.unlock(request.request_id)
+        if new is None:
+            tree.unlock(request_id)
             # A hit holds blocks beside their copies: it may need more than the prompt alone.
             pool = self.block_pool
             track.is_cold = pool.get_num_free_blocks() == pool.num_gpu_blocks - 1
+            return None
+        track.is_running = True
+        self._admitted.append(request)
+        self._prefilling[request_id] = track
+        track.stops = {end: one for end, one in track.stops.items() if end > track.cached_len}
+        # Without its lock, the match may have been evicted for the blocks of this request.
+        if match is not None and request_id in tree.locks:
+            tree.cache.touch(match, resumes=request.num_preemptions > 0)
+        for cause, num_tokens in track.causes().items() if track.losses else ():
+            counters()[0].labels(cause).inc(num_tokens)
         return new
 
     def step_scheduled(self, num_scheduled_tokens: dict[str, int], requests: Any) -> None:
@@ -232,6 +200,8 @@ class HybridManager(KVCacheManager):
             if end in track.stops:
                 states[end] = track.stops.pop(end), self._running_state(tables, end)
             self._publish(request, track, tables, end, states)
+            if request in self._admitted and track.cached_len % self.layout.block_size:
+                self.tree.block_copied(request, tables, track.cached_len)
             if end not in states or end % self.layout.block_size == 0:
                 continue
             # The next step overwrites this state: vLLM copies it first, and reserves the blocks.
@@ -305,8 +275,6 @@ class HybridManager(KVCacheManager):
     def _end(self, request: Request, track: Track) -> None:
         request_id, tables, layout = request.request_id, self.tables(request), self.layout
         self._prefilling.pop(request_id, None)
-        if request_id in self._copied:
-            self._point_to_copy(request_id)
         end = computed = request.num_computed_tokens
         if not self.saves_answers:  # Drafts in flight may be rejected.
             end = min(end - request.num_in_flight_tokens, request.num_tokens - 1)
@@ -382,11 +350,10 @@ class HybridScheduler(AsyncScheduler):
         unit = self.block_size
         if manager.coordinator.enable_partial_hash_hits:
             unit = self.hash_block_size
-        by_kind: dict[bool, list[int]] = {True: [], False: []}
-        for number, one in enumerate(managers):
-            by_kind[isinstance(one, MambaManager)].append(number)
-        size = sum(groups[0].kv_cache_spec.page_size_bytes for _ in groups[0].layer_names)
-        return Layout(unit, self.block_size, size, tuple(by_kind[False]), tuple(by_kind[True]))
+        size = len(groups[0].layer_names) * groups[0].kv_cache_spec.page_size_bytes
+        states = [i for i, one in enumerate(managers) if isinstance(one, MambaManager)]
+        attention = [i for i in range(len(managers)) if i not in states]
+        return Layout(unit, self.block_size, size, tuple(attention), tuple(states))
 
     def _mamba_block_aligned_split(
         self,

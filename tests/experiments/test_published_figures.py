@@ -12,7 +12,7 @@ from typing import Any
 
 from experiments import provenance
 from experiments.benchmarks.second_turn import PUBLISHED, RIVALS
-from experiments.studies import compare, tiers
+from experiments.studies import compare, tiers, vllm
 from experiments.studies.common import DEFAULT, grouped
 from experiments.studies.default import COMPARED
 from tests.documents import ROOT
@@ -36,6 +36,23 @@ def extent(values: Iterable[float]) -> tuple[float, float]:
     """Return the smallest and the largest value."""
     listed = list(values)
     return min(listed), max(listed)
+
+
+def vllm_gains(sessions: int) -> str:
+    """Return the mean gains of HybridScheduler in the cells with that many sessions at once."""
+    cells = vllm.table(result("study_vllm"), sessions)
+    gain, over_best = (fmean(cells.means(name)) for name in ("gain", "gain over the best"))
+    return (
+        f"{gain:.1f} points more token hits than vLLM as it is, and {over_best:.1f} more than the "
+        f"best of it and two flags, in the mean of {len(cells.rows)} cells"
+    )
+
+
+def vllm_time(per: str) -> str:
+    """Return the processor time of HybridScheduler beside vLLM's own, per step or request."""
+    found = one("bench_vllm", per=per, scheduler="hybridcache")
+    limits = f"{found['lowest_ratio']:.2f} to {found['highest_ratio']:.2f}"
+    return f"{found['ratio']:.2f} times that of vLLM ({limits}), {found['us'] / 1000:.1f} ms"
 
 
 # --- Sources --------------------------------------------------------------------------------------
@@ -222,6 +239,7 @@ def quotes() -> dict[str, list[str]]:
             f"mean {slab['request_us_mean']:.0f} µs in one arena | {pools['request_us_mean']:.0f} µs in two pools",
             f"| {llama('prefill beside llama.cpp', 'Q4_K_M'):.1f}x, {llama('one stream beside llama.cpp', 'Q4_K_M'):.1f}x |",
             back_to_a_branch(),
+            vllm_gains(vllm.TOGETHER).partition(", and")[0],
         ],
         "docs/concepts/admission.md": [
             f"reuse {hit(0.1, 'oldest'):.0f} % of their prompt tokens at 0.1 sessions per second, and {hit(0.2, 'oldest'):.0f} % at 0.2",
@@ -286,6 +304,12 @@ def quotes() -> dict[str, list[str]]:
             f"{soaked('resumed_tokens') / 1e6:.2f} million tokens from the cache",
             f"In {soaked('checkpoints_in_flight'):,} publications during a",
             f"The host tier loaded {soaked('loaded_rows'):,} rows",
+        ],
+        "docs/how-to/vllm.md": [
+            f"16 sessions at once: {vllm_gains(vllm.TOGETHER)}",
+            f"One request at a time: {vllm_gains(vllm.ALONE)}",
+            f"a step of a steady decode of 64 takes {vllm_time('step')}",
+            f"a request of 8,192 tokens, half of them cached, {vllm_time('request')}",
         ],
         "docs/how-to/sglang.md": [
             f"the token hit rate is {sglang_hits('hybridcache', 'survival', 'end')[-1]:.1f} % with `survival`, {sglang_hits('hybridcache', 'lru', 'end')[-1]:.1f} % with `lru`, and {sglang_hits('rust', 'lru', 'end')[-1]:.1f} % with SGLang's own cache",

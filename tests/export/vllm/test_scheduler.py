@@ -223,6 +223,13 @@ def test_a_declared_boundary_is_hit_at_its_second_sighting():
     assert hits == [[0], [192]]
 
 
+def test_a_boundary_before_the_last_block_is_not_the_end_of_the_prompt():
+    """The rest of a prompt may be longer than the header of an answer, though less than a block."""
+    steps, prompt = Steps(unit=0), prompt_of((1, 140))
+    hits = [steps.serve(turn(prompt, 4, boundaries=(110,))) for _ in range(2)]
+    assert hits == [[0], [128]]
+
+
 def test_prompts_of_different_salts_share_nothing():
     steps, prompt = Steps(), prompt_of((1, 300))
     hits = [steps.serve(turn(prompt, 4, namespace=name)) for name in ("a", "b", None, "a", None)]
