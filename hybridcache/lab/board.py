@@ -720,17 +720,13 @@ class Board:
 
     # --- Text -------------------------------------------------------------------------------------
 
-    def heads(self) -> list[str]:
-        """Return the heads of the table's columns."""
-        less = f"less {self.split.reference}"
-        return [head.replace("less reference", less) for head in HEADS]
-
     def _repr_html_(self) -> str:
         """Return the table for a notebook."""
         return f"<pre>{escape(self.table())}</pre>"
 
     def table(self) -> str:
-        """Return the board as text. Columns without figures are left out."""
+        """Return the board as text: a table of the replays and one of the closed loops. Columns
+        without figures are left out, and so are intervals of shares and pools."""
         split, num_seeds = self.split, len(self.split.seeds)
         ran = [run for run in self.runs if run.system == split.reference]
         of_first = [run for run in ran if run.seed == split.seeds[0]]
@@ -746,26 +742,31 @@ class Board:
         subset = ", quick subset" if self.is_quick else ""
         title = (
             f"{split.name}{subset}: {loops}{cells} of {counted(len(of_first), 'trace')}, "
-            f"{counted(num_seeds, 'seed')} each, {split.model}. {explained}\n"
+            f"{counted(num_seeds, 'seed')} each, {split.model}.\n{explained}\n"
         )
         rows = [row.cells() for row in self.rows()]
         for row in rows:
             row[0] = f"{row[0]} (rebuilt)" if row[0] in BASELINES else row[0]
-        shown = [i for i in range(len(HEADS)) if any(row[i] != "-" for row in rows)]
-        table = text_table(
-            [self.heads()[i] for i in shown], [[row[i] for i in shown] for row in rows]
-        )
+        tables = []
+        for name in sorted(SHOWN, key=lambda name: name != split.ranked_by):
+            known = {
+                i: head for i, head in SHOWN[name].items() if any(row[i] != "-" for row in rows)
+            }
+            own = [[row[0], *(_short(row[i], i) for i in known)] for row in rows
+                   if any(row[i] != "-" for i in known)]  # fmt: skip
+            tables += [text_table([name, *known.values()], own)] if own else []
         notes = [
+            f"less: points less {split.reference}, paired by seed",
             f"lost: more than {LOST} points below {split.reference}, of all sizes in one memory or "
-            "two pools"
+            "two pools",
         ]
         if num_loops:
             notes.append(
-                f"closed loop: ratio of mean TTFT and p99: geometric means; in time: a first token "
-                f"within {split.ttft_limit_s:g} s"
+                "closed loop: TTFT is relative to that of the reference; it and p99 are geometric "
+                f"means; in time: a first token within {split.ttft_limit_s:g} s"
             )
         notes += [f"left out: {name}: {why}" for name, why in self.left_out.items()]
-        return "\n".join([title, table, *notes, *self.notes])
+        return "\n".join([title, "\n\n".join(tables), *notes, *self.notes])
 
 
 HEADS = [
@@ -773,6 +774,19 @@ HEADS = [
     *("% of plan", "% of bound", "two pools: hits, %", "closed loop: hits, %"),
     *("loop: less reference, points", "mean TTFT, ratio", "TTFT p99, s", "in time, %"),
 ]
+
+
+SHOWN = {
+    "replay": {1: "hits, %", 2: "less", 5: "% of plan", 6: "% of bound", 7: "pools, %", 4: "lost"}
+    | {3: "worst cell"},
+    "closed loop": {8: "hits, %", 9: "less", 10: "TTFT, ratio", 11: "p99, s", 12: "in time, %"},
+}
+"""Places of the columns of both tables in ``HEADS``, and their short heads."""
+
+
+def _short(cell: str, place: int) -> str:
+    """Return a cell of a table, without the interval of a share or of two pools."""
+    return cell.partition(" [")[0] if place in (5, 6, 7, 12) else cell
 
 
 def _over_seeds(rates: np.ndarray) -> Interval:

@@ -444,7 +444,7 @@ def add_benchmark(commands: Commands) -> None:
     add = parser.add_argument
     help = "module:Class of an eviction policy, or eviction@placement; may be repeated"
     add("--policy", action="append", default=[], metavar="POLICY", help=help, dest="policies")
-    add("--quick", action="store_true", help="three traces with one seed: under two minutes")
+    add("--quick", action="store_true", help="three traces with one seed: 2 min of CPU time")
     add("--data", type=Path, metavar="FOLDER", help="files that are not part of the package")
     _add_board(parser, "five")
 
