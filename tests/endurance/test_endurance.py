@@ -21,6 +21,7 @@ def test_each_part_passes(part: str, capsys: pytest.CaptureFixture[str]) -> None
     assert main([part, *options]) == 0, capsys.readouterr().out
 
 
+@pytest.mark.full
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds processes in /proc")
 def test_a_server_with_weights_of_four_bits_survives_a_fault() -> None:
     assert run("faults", "1", only="int4")["int4"].keys() == {"out_of_memory_in_a_step"}

@@ -30,7 +30,7 @@ import pytest
 
 import engine as engine_package
 import hybridcache
-from engine import Engine, EngineConfig, Grammar, SamplingParams
+from engine import Engine, EngineConfig, Grammar, RequestOutput, SamplingParams
 from engine.core import Damage, EngineCore
 from engine.errors import DuplicateId
 from engine.plugins.speculation.drafters import drafters_of
@@ -41,6 +41,7 @@ from hybridcache import CacheConfig, Lease, LeaseRequest, build_prefix_cache, pa
 from hybridcache.radix.protocol import PromptBoundaries
 from tests.engine.drafted import ScriptedDrafter
 from tests.engine.test_scheduler_machine import answer, half_right, make_engine, pattern
+from tests.engine.transfer.pair import GREEDY, plain_engine, text
 from tests.oracle import OracleRunner, OracleSampler
 
 pytestmark = pytest.mark.usefixtures("ctrl_c")
@@ -268,6 +269,13 @@ def spread(places: list[Place], most: int, rng: random.Random) -> list[int]:
     return [rng.choice(found[ordered[each]]) for each in chosen]
 
 
+def some(places: list[Place], most: int, rng: random.Random) -> list[Place]:
+    """Return at most ``most`` of ``places``, evenly spread."""
+    count, first = min(most, len(places)), rng.randrange(len(places))
+    numbers = (first + number * len(places) // count for number in range(count))
+    return [places[number % len(places)] for number in numbers]
+
+
 def disturb(name: str, step: int, line: int, error: type[BaseException]) -> Engine | None:
     """Raise ``error`` at a line of a step, and check everything afterwards. Returns the engine, or
     None if the line was not reached."""
@@ -335,6 +343,62 @@ def check_lines(name: str, count: int) -> None:
         error = (MemoryError, KeyboardInterrupt)[number % 2]
         num_raised += disturb(name, step, line, error) is not None
     assert num_raised >= 0.9 * count  # Threads of a disk change the number of lines.
+
+
+# --- A model with weights of four bits -----------------------------------------------------------
+
+
+def check_quantized(quantization: str, most: int) -> None:
+    """Raise at ``most`` source lines of steps that compute, evenly spread. The disturbed answers
+    have the same tokens, and the next ones also the same bits."""
+    engine = plain_engine(quantization=quantization)
+    prompts = [text(0, 80), text(0, 64) + text(1, 20)]
+    recorder, rng = Raise(), random.Random(quantization)
+    answers_of(engine, prompts, None)  # Some lines are executed once only.
+    expected = answers_of(engine, prompts, recorder)
+    counts, num_raised = Counter(recorder.places), 0
+    for number, place in enumerate(some(sorted(counts), most, rng)):
+        error = (MemoryError, KeyboardInterrupt)[number % 2]
+        tracer = Raise(rng.randint(1, counts[place]), error, place)
+        disturbed = answers_of(engine, prompts, tracer)
+        assert [one.token_ids for one in disturbed] == [one.token_ids for one in expected]
+        num_raised += tracer.has_raised
+    assert num_raised >= 0.5 * most
+    again = answers_of(engine, prompts, None)
+    assert [one.logprobs for one in again] == [one.logprobs for one in expected]
+    engine.close()
+
+
+def answers_of(
+    engine: Engine, prompts: list[list[int]], tracer: Raise | None
+) -> list[RequestOutput]:
+    """Return the last output of each request, from an empty cache."""
+    engine.reset_prefix_cache()
+    names = [engine.submit(prompt, GREEDY) for prompt in prompts]
+    last = dict[str, RequestOutput]()
+    while engine.has_work():
+        try:
+            is_traced = tracer is not None and not tracer.has_raised
+            outputs = tracer.run(engine.step) if is_traced else engine.step()
+        except (MemoryError, KeyboardInterrupt):
+            assert tracer is not None and tracer.has_raised
+            outputs = engine.take_outputs()
+        last |= {output.request_id: output for output in outputs}
+    engine.check()
+    assert not any(last[name].failure for name in names)
+    return [last[name] for name in names]
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("quantization", ["int4", "int4-128"])
+def test_an_exception_at_any_line_of_a_step_changes_no_answer_of_four_bits(
+    quantization: str,
+) -> None:
+    check_quantized(quantization, 200)
+
+
+def test_an_exception_at_some_lines_of_a_step_changes_no_answer_of_four_bits() -> None:
+    check_quantized("int4", 2)
 
 
 # --- The other calls -----------------------------------------------------------------------------

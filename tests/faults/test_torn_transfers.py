@@ -37,6 +37,7 @@ from tests.faults.test_torn_steps import (
     Service,
     abort,
     check_service,
+    some,
 )
 from tests.oracle import OracleRunner, OracleState
 
@@ -242,14 +243,6 @@ def first_line(function: Callable[..., Any]) -> Place:
     code = getattr(function, "__func__", function).__code__
     lines = [line for _, _, line in code.co_lines() if line]
     return code.co_filename, min(line for line in lines if line > code.co_firstlineno)
-
-
-def some(places: list[Place], most: int, rng: random.Random) -> list[Place]:
-    """Return at most ``most`` of ``places``, evenly spread."""
-    count, first = min(most, len(places)), rng.randrange(len(places))
-    return [
-        places[(first + number * len(places) // count) % len(places)] for number in range(count)
-    ]
 
 
 @pytest.mark.full
