@@ -260,7 +260,7 @@ def panel_lines(
             )  # fmt: skip
         axis.set_xscale("log", base=2)
         if len(x) <= 8:
-            axis.set_xticks(x[::2])
+            axis.set_xticks(x[:: 1 + (len(x) > 2)])
         axis.xaxis.set_major_formatter("{x:,g}")
         axis.xaxis.set_minor_locator(NullLocator())
         if log_y:
