@@ -35,7 +35,6 @@ def test_numbers_are_within_the_budget(
 ) -> None:
     found, limits = measured[0], budget.read_store()
     assert found.keys() == limits.keys()
-    del found["lines: vLLM scheduler"], limits["lines: vLLM scheduler"]  # Until it is merged.
     assert min(found.values()) > 10
     above = {name: number for name, number in found.items() if number > limits[name]}
     assert not above, "\n".join(
