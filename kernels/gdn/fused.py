@@ -32,20 +32,10 @@ import triton
 import triton.language as tl
 
 from kernels.packed import ScanInputs, StepInputs
-from kernels.recurrence import (
-    block_of,
-    decode,
-    decode_kernel,
-    scan,
-    scan_config,
-    scan_kernel,
-    tile_tokens,
-)
+from kernels.recurrence import block_of, decode, scan, scan_config, tile_tokens
 from kernels.strides import rows_contiguous
 from kernels.target import has_roomy_memory, is_hopper
 from kernels.tuning import tuned
-
-__all__ = ["chunk_gdn", "decode_gdn", "decode_kernel", "gates", "scan_kernel"]
 
 # --- Gates of prompts; the decode kernel computes its own -----------------------------------------
 

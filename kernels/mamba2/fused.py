@@ -32,20 +32,10 @@ import triton.language as tl
 from kernels.gdn.fused import BLOCK, pairwise_decay, softplus
 from kernels.mamba2.reference import NO_LIMITS
 from kernels.packed import ScanInputs, StepInputs
-from kernels.recurrence import (
-    block_of,
-    decode,
-    decode_kernel,
-    scan,
-    scan_config,
-    scan_kernel,
-    tile_tokens,
-)
+from kernels.recurrence import block_of, decode, scan, scan_config, tile_tokens
 from kernels.strides import rows_contiguous
 from kernels.target import has_roomy_memory
 from kernels.tuning import tuned
-
-__all__ = ["chunk_mamba2", "decode_kernel", "decode_mamba2", "gates", "scan_kernel"]
 
 # --- Gates of prompts; the decode kernel computes its own -----------------------------------------
 
