@@ -91,13 +91,14 @@ GROUPS = {
     ),
     "policies": Group(
         ("hybridcache/policies/*", "hybridcache/policies/eviction/*"),
-        ("tests/policies", "tests/cache/test_rules.py"),
+        ("tests/policies", "tests/cache/test_rules.py", "tests/cache/test_remembered.py"),
     ),
     "learned state": Group(
         ("hybridcache/radix/warm_state.py",),
         (
             *("tests/engine/test_policy_state.py", "tests/policies/test_regret.py"),
             *("tests/cache/test_lease.py", "tests/cache/test_operations.py"),
+            "tests/cache/test_remembered.py",
         ),
     ),
     "adapters": Group(

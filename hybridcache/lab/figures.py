@@ -79,7 +79,7 @@ def sweep_figure(
     path: str | Path | None,
     words: str | Sequence[str] | None = None,
     size: Size = None,
-    title: bool = True,
+    title: bool | str = True,
 ) -> Figure:
     """Draw metrics over the memory size: a panel per trace and metric, a line per competitor.
     Without ``words``: token hit rates, and shares of the best plan with hindsight if there are
@@ -99,7 +99,7 @@ def sweep_figure(
         size_axis(axis, sizes=_sizes(result))
         axis.set_ylabel(metric.title)
     if title:
-        set_titles(figure, axes, [_facts(result) for result, _ in cells])
+        set_titles(figure, axes, [_facts(result) for result, _ in cells], title)
     return save(figure, axes, path, " ".join(_notes(results, words)) if title else "", size)
 
 
@@ -119,7 +119,9 @@ class _Titles(textwrap.TextWrapper):
     wordsep_simple_re = re.compile(r"(\s+|(?<=[,&?])|(?=\())")
 
 
-def set_titles(figure: Figure, axes: Sequence[Axes], parts: Sequence[Sequence[str]]) -> None:
+def set_titles(
+    figure: Figure, axes: Sequence[Axes], parts: Sequence[Sequence[str]], title: bool | str
+) -> None:
     """Write the parts that all panels share above the figure, and the others above each panel."""
     shared = [part for part in parts[0] if all(part in others for others in parts)]
     width = figure.get_size_inches()[0]
@@ -130,7 +132,8 @@ def set_titles(figure: Figure, axes: Sequence[Axes], parts: Sequence[Sequence[st
     for axis, own in zip(axes, parts, strict=True):
         rest = [part for part in own if part not in shared]
         axis.set_title(wrapped(rest, axis.get_position().width * width), fontsize=9)
-    figure.suptitle(wrapped(shared, width), fontsize=9)
+    text = wrapped(shared, width) if isinstance(title, bool) else title
+    figure.suptitle(text, fontsize=9)
 
 
 def _notes(results: Sequence[SweepRuns], words: Sequence[str]) -> list[str]:
@@ -153,7 +156,10 @@ LOSSES = dict(
 
 @_fonts()
 def losses_figure(
-    results: Sequence[SweepRuns], path: str | Path | None, size: Size = None, title: bool = True
+    results: Sequence[SweepRuns],
+    path: str | Path | None,
+    size: Size = None,
+    title: bool | str = True,
 ) -> Figure:
     """Draw the loss causes stacked over the size, a panel per trace and competitor. The white area
     was reused; bars have the 95 % interval of its height. ``size`` and ``title`` are those of
@@ -177,7 +183,7 @@ def losses_figure(
     notes = [
         f"{note[:1].upper()}{note[1:]}." for result in results for note in interval_notes(result)
     ]
-    set_titles(figure, axes, titles)
+    set_titles(figure, axes, titles, title)
     return save(
         figure, axes, path, " ".join([LOSSES_NOTE, *dict.fromkeys(notes)]) if title else "", size
     )
@@ -335,8 +341,8 @@ def save(
             fit = max(0, int((height - below) / LEAST_PANEL[1])) * int(width / LEAST_PANEL[0])
             raise ValueError(
                 f"size=({width:g}, {height:g}) has room for {counted(fit, 'panel')} and the legend "
-                f"(got {len(axes)}): draw fewer, or make it {math.ceil(10 * least) / 10:g} inches "
-                f"high, and at least {LEAST_PANEL[0]:g} wide."
+                f"(got {len(axes)}): draw fewer, make it {math.ceil(10 * least) / 10:g} inches high "
+                f"and at least {LEAST_PANEL[0]:g} wide, or leave out the caption (title=False)."
             )
     figure.set_layout_engine("constrained")
     figure.legend(
@@ -364,7 +370,10 @@ CLOSED_LOOP_PANELS: dict[str, Callable[[ClosedLoopRun], float]] = {
 
 @_fonts()
 def closed_loop_figure(
-    runs: Sequence[ClosedLoopRun], path: str | Path | None, size: Size = None, title: bool = True
+    runs: Sequence[ClosedLoopRun],
+    path: str | Path | None,
+    size: Size = None,
+    title: bool | str = True,
 ) -> Figure:
     """Draw hits, times to first token and makespan over the rate of sessions: four panels per
     trace and cache, a line per admission policy. Points are means over seeds; bars reach from the
@@ -401,7 +410,7 @@ def closed_loop_figure(
         trace = names[cell[0]] if is_clear else cell[0]
         titles.append([trace, here[0].config["model"], f"{cell[2]:.3g} GiB", cell[1]])
     if title:
-        set_titles(figure, axes, titles)
+        set_titles(figure, axes, titles, title)
     has_bars = title and len({run.seed for run in runs}) > 1
     note = "Bars: the smallest to the largest of all seeds." * has_bars
     return save(figure, axes, path, note, size)

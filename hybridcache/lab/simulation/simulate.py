@@ -166,12 +166,12 @@ class SimulationResult(SweepRuns):
         metric: str | Sequence[str] | None = None,
         *,
         size: tuple[float, float] | None = None,
-        title: bool = True,
+        title: bool | str = True,
     ) -> Figure:
         """Draw metrics over the sizes, a panel each; by default the token hit rate, and its share
         of the best plan if the result has plans. The figure is also written to ``path`` (PNG,
         SVG or PDF), if there is one. ``size``: width and height in inches, such as (3.3, 2.6) for
-        a column of a paper; ``title=False`` leaves out title and notes."""
+        a column of a paper; ``title=False`` leaves out title and notes, a text replaces the title."""
         return sweep_figure([self], path, metric, size, title)
 
     def losses_figure(
@@ -179,7 +179,7 @@ class SimulationResult(SweepRuns):
         path: str | Path | None = None,
         *,
         size: tuple[float, float] | None = None,
-        title: bool = True,
+        title: bool | str = True,
     ) -> Figure:
         """Draw the prompt tokens by loss cause over the sizes, a panel per competitor. Arguments
         are those of ``figure``; panels keep the competitor's name."""
@@ -312,8 +312,8 @@ def _over_seeds(asked: Scenario, options: Plain) -> SimulationResult:
     opened, seeds = asked.opened(), seeds_of(asked)
     if not drawn_part(opened):
         raise ValueError(
-            f"seeds must be left out for {opened.name}: nothing of it is drawn, its times are its "
-            "own."
+            f"seeds must be left out for {opened.name}: the file has the times, so no seed changes "
+            "it."
         )
     traces = [seeded(opened.recipe, seed) for seed in seeds]
     first = open_trace(traces[0])

@@ -6,6 +6,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 
 from engine.runner.predictor import Newest
@@ -120,12 +121,19 @@ def test_state_after_rejected_tokens_is_not_saved(oracles) -> None:
     assert all(map(torch.equal, driver.states(saved), steps[1]))
 
 
+def require_recordable(driver: Driver) -> None:
+    """Skip a test of recorded steps if a kernel reads lengths on the host, as references do."""
+    if "reference" in driver.runner.kernels.words().values():
+        pytest.skip(f"kernels read lengths on the host: {driver.runner.kernels.words()}")
+
+
 def test_recorded_passes_of_the_head_draft_the_same_tokens(tmp_path) -> None:
     """Of three requests in a recording for four, with keys that outgrow one bound and then all.
     Requests that fill it write to the padding row."""
     path, recorder = write_geometry(tmp_path, MODELS["states"]), Recorder()
     options = {"load_format": "dummy", "draft": "mtp:4", "max_running": 4, "max_model_len": 100}
     driver = Driver(load(path, **options, cache_gib=0.03))
+    require_recordable(driver)
     runner, lengths = driver.runner, (14, 5, 60)
     sequences, _ = driver.start([random_tokens(length, length) for length in lengths], 20)
     newest = [Newest(one.row, one.slot, 7, one.computed_len) for one in sequences]
@@ -151,6 +159,7 @@ def test_random_verifications_in_graphs_equal_single_steps(tmp_path) -> None:
     path, draw = write_geometry(tmp_path, MODELS["states"]), np.random.default_rng(3)
     options = {"load_format": "dummy", "draft": "mtp:4", "max_running": 4, "max_model_len": 1100}
     driver = Driver(load(path, **options, cache_gib=0.03))
+    require_recordable(driver)
     runner, verified, states = driver.runner, 0, {}
     runner.graphs = runner._decode_graphs(recorder, is_native=True)
     prompts = [random_tokens(length, length) for length in (5, 2, 9, 3)]

@@ -49,7 +49,7 @@ SAID_FIELDS = ("content", "tool_calls", "reasoning_content")
 """Fields that ``said_by`` returns."""
 LOST = {
     "refused": "without memory to resume in",
-    "not_fetched": "in a lower tier and not worth fetching",
+    "not_fetched": "in a lower tier and not loaded",
     "checkpoint_evicted": "past a state that was evicted",
     "never_checkpointed": "past the last state that was saved",
     "below_grid": "past the last position at which a state may be saved",
@@ -92,7 +92,8 @@ ADVICE = {
     "token, which its text leaves out. Otherwise its tokens were evicted: more are kept with "
     "ServerConfig(replay_mib=N) of engine.serve_engine in Python.",
     "in_progress": "Send the later request after the end of the earlier one to share more.",
-    "not_fetched": "Nothing is to be done: computing them was faster than loading.",
+    "not_fetched": "Computing them was faster than loading, or the device had no memory for them. If "
+    "usage.refusals of /v1/cache rises, raise --cache-gib or lower --max-running.",
     "below_grid": "Nothing is to be done: it is less than one step of --grid.",
     TOOLS_BEHIND: "The chat template writes the tools behind the system message, so they are "
     "computed again too: put text that changes into the first user message, or write the tools "
