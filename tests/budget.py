@@ -113,7 +113,7 @@ CAPABILITIES = {
     "board of policies": f"{CACHE}lab/board.py {CACHE}lab/entry.py "
     "experiments/studies/leaderboard.py",
     "optimum": f"{CACHE}lab/optimum.py",
-    "traces": f"{CACHE}lab/traces/* {CACHE}client_habits.py",
+    "traces": f"{CACHE}lab/traces/* {CACHE}adapters/client_habits.py",
     "simulator": f"{CACHE}lab/*",
     "geometry, command": f"{CACHE}geometry/* {CACHE}command/* {CACHE}__main__.py",
     "benchmarks beside others": "experiments/benchmarks/* experiments/run_sharegpt.py",

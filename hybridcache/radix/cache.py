@@ -42,6 +42,7 @@ from hybridcache.radix.api import (
 from hybridcache.radix.offload import OffloadTiers
 from hybridcache.radix.protocol import EvictionPolicy, Item, Kind, Placed, raise_failure
 from hybridcache.radix.tree import (
+    SESSION_END,
     TOKEN_BYTES,
     Checkpoint,
     Edge,
@@ -525,7 +526,7 @@ class HybridRadixCache:
             handle.superseded = None
             old.num_successors -= 1
             if old.node.checkpoint is old:
-                self._note_superseded(old)
+                self._review(old.node)
         node.locks -= 1
         if node.locks:
             return
@@ -595,7 +596,7 @@ class HybridRadixCache:
             if before is not None:
                 replaces.superseded = before
                 before.num_successors += 1
-                self._note_superseded(before)
+                self._review(before.node)
         slots, budget = self._slots, self._slots.budget
         if slots.num_taken == slots.capacity:
             self.evict_next("checkpoint")
@@ -767,7 +768,7 @@ class HybridRadixCache:
         node.checkpoint = None
         node.lost_checkpoint = checkpoint
         has_successor = checkpoint.superseded and not checkpoint.num_successors
-        if not has_successor or checkpoint.has_ended:
+        if not has_successor or checkpoint.stop_reason == SESSION_END:
             self._review(node)
         self._is_cached[checkpoint.slot] = 0
         self.num_checkpoints -= 1
@@ -1008,7 +1009,7 @@ class HybridRadixCache:
                 if stop_reason and stop_reason != tip.stop_reason:
                     tip.stop_reason = stop_reason
                     self.policy.on_relabelled(tip)
-                    self._note_superseded(tip)
+                    self._review(last)
                 return
             last = last.parent
 
@@ -1109,11 +1110,11 @@ class HybridRadixCache:
         if revives is not None:
             self._withdraw(revives)
         checkpoint.superseded = is_superseded(checkpoint)
-        is_deepest = not checkpoint.superseded or checkpoint.has_ended
+        is_deepest = not checkpoint.superseded or checkpoint.stop_reason == SESSION_END
         before = last_checkpoint(node) if is_deepest else None
         node.checkpoint = checkpoint
         if before is not None:
-            self._note_superseded(before)
+            self._review(before.node)
         if node.locks:
             self._locked_slots += 1
         if (lost := node.lost_checkpoint) is not None:
@@ -1144,14 +1145,10 @@ class HybridRadixCache:
 
     def _review(self, node: RadixNode) -> None:
         """Update whether the last checkpoint at or above ``node`` is superseded, after a change
-        there. O(nodes between it and the next deeper one)."""
-        last = last_checkpoint(node)
-        if last is not None:
-            self._note_superseded(last)
-
-    def _note_superseded(self, item: Checkpoint) -> None:
-        """Note whether ``item`` is superseded now, and notify the policy of a change. O(nodes to
-        the next deeper checkpoint)."""
+        there, and notify the policy of a change. O(nodes between it and the next deeper one)."""
+        item = last_checkpoint(node)
+        if item is None:
+            return
         superseded = item.num_successors > 0 or is_superseded(item)
         if superseded == item.superseded:
             return

@@ -27,6 +27,8 @@ from hybridcache.tokens import EMPTY, PLAIN, Indices, Tokens, common_prefix_len,
 
 TOKEN_BYTES = 4
 """Bytes of one int32 token id."""
+SESSION_END = "session_end"
+"""Stop reason of a session of which no request follows, as its client has said."""
 
 
 def edge_tokens(edge: bytes) -> Tokens:
@@ -409,11 +411,6 @@ class Checkpoint(Item):
         label = f"{self.label}:{self.distance}" if self.distance else self.label
         return f"{label}/{self.stop_reason}" if self.stop_reason else label
 
-    @property
-    def has_ended(self) -> bool:
-        """True if the client has said that no request of its session follows."""
-        return self.stop_reason == "session_end"
-
     def __repr__(self) -> str:
         return f"<checkpoint slot={self.slot} at {self.node.end} used={self.last_used}>"
 
@@ -470,7 +467,7 @@ def is_superseded(item: Checkpoint) -> bool:
         if child.checkpoint is not None:
             return True
         child = child.children
-    return child is None and item.has_ended
+    return child is None and item.stop_reason == SESSION_END
 
 
 # --- Offloaded parts ------------------------------------------------------------------------------
@@ -519,7 +516,7 @@ def is_superseded_in_tiers(item: Checkpoint) -> bool:
         resident, entry = members(node.children), node.offloaded
         num_stored = 0 if entry is None else sum(entry.num_children)
         if len(resident) + num_stored != 1:
-            return not (resident or num_stored) and item.has_ended
+            return not (resident or num_stored) and item.stop_reason == SESSION_END
         stored = (ghost for ghost in members(node.ghosts) if tier_of(ghost) is not None)
         node = next(chain(resident, stored))
         if node.checkpoint is not None or (node.offloaded and node.offloaded.state):

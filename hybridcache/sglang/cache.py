@@ -335,11 +335,11 @@ class HybridRadixBackend(base.BasePrefixCache):
             num_tokens_evicted=evicted.num_tokens, mamba_num_evicted=evicted.num_slots
         )
 
-    def inc_lock_ref(self, node: Handle) -> Held:
+    def inc_lock_ref(self, node: Handle) -> LockReceipt:
         """Lock a node's state and the rows of its path. O(1)."""
-        return Held(receipt=self._cache.lock(node_of(node)))
+        return LockReceipt(receipt=self._cache.lock(node_of(node)))
 
-    def dec_lock_ref(self, node: Handle, params: Held) -> base.DecLockRefResult:
+    def dec_lock_ref(self, node: Handle, params: LockReceipt) -> base.DecLockRefResult:
         """Release one ``inc_lock_ref``, whose result ``params`` is. O(1)."""
         self._cache.unlock(params.receipt)
         return base.DecLockRefResult()
@@ -420,12 +420,12 @@ def node_of(handle: Handle) -> Node:
 
 
 @dataclass(kw_only=True)
-class Held(base.IncLockRefResult, base.DecLockRefParams):
+class LockReceipt(base.IncLockRefResult, base.DecLockRefParams):
     """Lock receipt with both of SGLang's interfaces."""
 
     receipt: LockHandle
 
-    def to_dec_params(self) -> Held:
+    def to_dec_params(self) -> LockReceipt:
         return self
 
 

@@ -80,7 +80,7 @@ PART = 128
 """Pairs per ranking program, which compares each pair with each."""
 
 
-class Blocks(NamedTuple):
+class RowBlocks(NamedTuple):
     """Rows of work in blocks of BT, each with one expert."""
 
     pairs: torch.Tensor | None
@@ -99,7 +99,7 @@ class Sorted(NamedTuple):
     """Experts of each token, ``[T, k]``, and their pairs in blocks."""
 
     experts: torch.Tensor
-    blocks: Blocks
+    blocks: RowBlocks
 
 
 class Stack(NamedTuple):
@@ -620,7 +620,7 @@ def _depth(dtype: torch.dtype, stack: Stack) -> int:
 
 def empty_blocks(
     num_tokens: int, k: int, num_experts: int, most_rows: int, device: torch.device
-) -> Blocks:
+) -> RowBlocks:
     """Allocate the blocks of T tokens with k experts, of more than ``FEW_TOKENS``."""
     # By powers of two of tokens: one step in each range compiles all kernels of that range.
     most_pairs, num_pairs = triton.next_power_of_2(num_tokens) * k, num_tokens * k
@@ -628,10 +628,10 @@ def empty_blocks(
     num_blocks = num_pairs // rows + min(num_experts, num_pairs)
     sizes = num_blocks * rows, num_blocks, 1
     pairs, experts, count = (torch.empty(n, dtype=torch.int32, device=device) for n in sizes)
-    return Blocks(pairs, experts, count, num_blocks, rows)
+    return RowBlocks(pairs, experts, count, num_blocks, rows)
 
 
-def make_blocks(experts: torch.Tensor, num_experts: int, most_rows: int = MOST_ROWS) -> Blocks:
+def make_blocks(experts: torch.Tensor, num_experts: int, most_rows: int = MOST_ROWS) -> RowBlocks:
     """Build the blocks for ``experts [T, k]``, in the order of tokens within an expert.
 
     Values stay on the device.
@@ -639,7 +639,7 @@ def make_blocks(experts: torch.Tensor, num_experts: int, most_rows: int = MOST_R
     num_tokens, k = experts.shape
     num_pairs = num_tokens * k
     if num_tokens <= FEW_TOKENS:
-        return Blocks(None, experts.reshape(-1), None, num_pairs, 16)
+        return RowBlocks(None, experts.reshape(-1), None, num_pairs, 16)
     blocks = empty_blocks(num_tokens, k, num_experts, most_rows, experts.device)
     _sort_by_parts(experts, blocks, num_experts)
     return blocks
@@ -662,7 +662,7 @@ def rows_per_block(mean: int, most_rows: int) -> int:
     return min((16, 32, 64, 128), key=cost)
 
 
-def _sort_by_parts(experts: torch.Tensor, blocks: Blocks, num_experts: int) -> None:
+def _sort_by_parts(experts: torch.Tensor, blocks: RowBlocks, num_experts: int) -> None:
     """Fill ``blocks`` with a counting sort: each pair is read twice, and compared with the pairs of
     its part."""
     num_pairs = experts.numel()

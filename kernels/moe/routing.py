@@ -25,7 +25,7 @@ class Sorting(NamedTuple):
     pairs: torch.Tensor | None
     block_experts: torch.Tensor
     block_count: torch.Tensor | None
-    """These three are as in ``fused.Blocks``."""
+    """These three are as in ``fused.RowBlocks``."""
 
 
 @cache

@@ -175,12 +175,12 @@ def backends(*names: str, prompts: bool = True) -> list[Any]:
 
 
 def triton_functions(folder: str) -> dict[str, Any]:
-    """Return the functions of ``kernels.FOLDER`` that Triton compiles, by name."""
-    package = importlib.import_module(f"kernels.{folder}")
+    """Return the functions of ``kernels.FOLDER`` and ``recurrence`` that Triton compiles."""
+    path = importlib.import_module(f"kernels.{folder}").__path__
     functions: dict[str, Any] = {}
-    for module in pkgutil.iter_modules(package.__path__):
-        members = vars(importlib.import_module(f"kernels.{folder}.{module.name}"))
-        for name, member in members.items():
+    modules = (f"{folder}.{module.name}" for module in pkgutil.iter_modules(path))
+    for module in ("recurrence", *modules):
+        for name, member in vars(importlib.import_module(f"kernels.{module}")).items():
             if type(member).__name__ in {"JITFunction", "InterpretedFunction"}:
                 functions[name] = member.fn
     return functions

@@ -18,7 +18,6 @@ from tests.kernels.compiled import assert_close, backends
 
 fused = pytest.importorskip("kernels.attention.fused")
 fused_activation = pytest.importorskip("kernels.activation.fused")
-decode = pytest.importorskip("kernels.attention.decode")
 splits = pytest.importorskip("kernels.attention.splits")
 PROMPTS = pytest.mark.parametrize(("backend", "dtype"), backends("attention"))
 DECODES = pytest.mark.parametrize(("backend", "dtype"), backends("attention", prompts=False))
@@ -222,7 +221,7 @@ def test_chunks_are_split_by_tokens(max_tokens, device, monkeypatch) -> None:
     cache = Cache.filled([80, 70, 60], 4, 2, 16, torch.float32, device)
     out = cache.verify(fused, SPANS)
     starts = running_sum([end - start for _, start, end in SPANS])
-    chunks = list(decode._chunks(starts, max_tokens))
+    chunks = list(fused._chunks(starts, max_tokens))
     assert [chunk.start for chunk in chunks] == [0, *(chunk.stop for chunk in chunks[:-1])]
     assert chunks[-1].stop == 11 and (len(chunks) == 1) == (max_tokens >= 31)
     for chunk in chunks:
@@ -232,7 +231,7 @@ def test_chunks_are_split_by_tokens(max_tokens, device, monkeypatch) -> None:
         )
         next_size = starts[min(chunk.stop + 4, 11)] - starts[chunk.start]
         assert chunk.stop == 11 or next_size > max_tokens
-    monkeypatch.setattr(decode, "group_size", lambda *sizes: max_tokens)
+    monkeypatch.setattr(fused, "group_size", lambda *sizes: max_tokens)
     assert torch.equal(cache.verify(fused, SPANS), out)
 
 
@@ -270,8 +269,8 @@ def test_decode_is_independent_of_row_positions() -> None:
 @pytest.mark.full
 def test_many_splits_are_joined_in_a_fixed_order(device, monkeypatch) -> None:
     """The order does not depend on the longest sequence or on the batch."""
-    monkeypatch.setattr(decode, "SPLIT", 32)
-    monkeypatch.setattr(decode, "COMBINED", 4)
+    monkeypatch.setattr(fused, "SPLIT", 32)
+    monkeypatch.setattr(fused, "COMBINED", 4)
     cache = Cache.filled([500, 20, 128, 129], 4, 2, 32, torch.float32, device)
     ends = [(b, len(query)) for b, query in enumerate(cache.queries)]
     batched = cache.decode(fused, ends)
@@ -336,5 +335,5 @@ def test_number_of_sequences_changes_no_bit(size, device, monkeypatch) -> None:
     for i, end in enumerate(ends):
         assert torch.equal(cache.decode(fused, [end])[0], batched[i]), end
     for group in (4, 8):
-        monkeypatch.setattr(decode, "group_size", lambda *sizes, group=group: group)
+        monkeypatch.setattr(fused, "group_size", lambda *sizes, group=group: group)
         assert torch.equal(cache.decode(fused, ends), batched), group

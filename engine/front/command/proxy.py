@@ -26,7 +26,7 @@ from engine.front.server.schemas import Message, completed, plain_message, text_
 from engine.front.server.tool_calls.form import prepared
 from engine.front.server.transport import unless_gone
 from engine.text.tokenizer import Tokenizer
-from hybridcache.client_habits import thoughts_of
+from hybridcache.adapters.client_habits import thoughts_of
 
 Fields = Mapping[str, Any]
 

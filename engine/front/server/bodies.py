@@ -32,7 +32,7 @@ from engine.errors import (
 )
 from engine.front.server.settings import ServerConfig
 from engine.text.bounded import read_json, whole_text
-from hybridcache.client_habits import line_of
+from hybridcache.adapters.client_habits import line_of
 
 logger = logging.getLogger(__name__)
 

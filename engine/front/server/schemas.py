@@ -29,7 +29,7 @@ from engine.text.bounded import read_json
 from engine.text.grammar import Grammar, GrammarError
 from engine.text.sandbox import TemplateError
 from engine.text.tokenizer import PROBE, ChatTemplate
-from hybridcache.client_habits import THOUGHT_PARTS, thoughts_of, without_billing
+from hybridcache.adapters.client_habits import THOUGHT_PARTS, thoughts_of, without_billing
 from hybridcache.tokens import require_seconds
 
 MAX_MESSAGES = 4096

@@ -12,7 +12,7 @@ import json
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from hybridcache.client_habits import (
+from hybridcache.adapters.client_habits import (
     DETAILS,
     LENGTHS,
     THOUGHT_PARTS,

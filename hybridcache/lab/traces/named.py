@@ -19,7 +19,7 @@ from typing import Any, ClassVar
 import numpy as np
 from sortedcontainers import SortedDict
 
-from hybridcache.client_habits import DETAILS, THOUGHTS, length_of
+from hybridcache.adapters.client_habits import DETAILS, THOUGHTS, length_of
 from hybridcache.lab.trace import UNNAMED, BadRecords, FreshIds, TraceRequest
 from hybridcache.lab.traces.dialects import ROLES, Chat, answer_of, is_response, plain_chat
 from hybridcache.lab.traces.frame import (

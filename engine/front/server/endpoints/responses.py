@@ -39,7 +39,7 @@ from engine.front.server.writers import Call, ServingContext, new_id
 from engine.messages import EndSession
 from engine.text.answers import Event, ReasoningDelta, TextDelta, ToolCall, joined
 from engine.text.bounded import BoundedMemory
-from hybridcache.client_habits import RENDERED, line_of
+from hybridcache.adapters.client_habits import RENDERED, line_of
 
 Kind = Literal["reasoning", "message", "function_call"]
 KINDS: dict[Kind, tuple[str, str]] = {
