@@ -46,6 +46,11 @@ class Track:
     """Prompt tokens that are computed, by cause."""
     _ids: bytes = b""
 
+    @property
+    def num_pending(self) -> int:
+        """Number of planned states that have no blocks yet, with that of the answer."""
+        return len(self.stops) + (self.interval > 0 and self.answer is None)
+
     def causes(self) -> dict[str, int]:
         """Return the tokens of the prompt by cause, with those that are cached."""
         return {"cached": self.cached_len, **self.losses}
