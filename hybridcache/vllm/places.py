@@ -48,8 +48,8 @@ class Track:
 
     @property
     def num_pending(self) -> int:
-        """Number of planned states that have no blocks yet, with that of the answer."""
-        return len(self.stops) + (self.interval > 0 and self.answer is None)
+        """Number of states that a running request will still take blocks for."""
+        return (len(self.stops) + (self.interval > 0 and self.answer is None)) * self.is_running
 
     def causes(self) -> dict[str, int]:
         """Return the tokens of the prompt by cause, with those that are cached."""

@@ -111,8 +111,7 @@ class HybridManager(KVCacheManager):
             if shared * WORDS > found.seen_len:
                 found = found._replace(seen_len=shared * WORDS, forks=True)
             # Free blocks that running requests will take for states are theirs.
-            taken = sum(one.num_pending for one in self.tracks.values() if one.is_running)
-            taken = min(taken, free_slots)
+            taken = min(sum(one.num_pending for one in self.tracks.values()), free_slots)
             num_checkpoints = tree.cache.num_checkpoints + taken
             self.places.plan(
                 request, track, found, evicted, free_slots - taken, num_checkpoints, saves_answer
