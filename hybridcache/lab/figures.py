@@ -406,6 +406,6 @@ def closed_loop_figure(
         titles.append([trace, here[0].config["model"], f"{cell[2]:.3g} GiB", cell[1]])
     if title:
         set_titles(figure, axes, titles, title)
-    has_bars = title and len({run.seed for run in runs}) > 1
+    has_bars = bool(title) and len({run.seed for run in runs}) > 1
     note = "Bars: the smallest to the largest of all seeds." * has_bars
     return save(figure, axes, path, note, size)
