@@ -46,6 +46,8 @@ _MARKERS = "osD^vPX"
 PLAN = "best plan with hindsight"
 
 _FONTS: Any = {"font.size": 9.0, "xtick.labelsize": 8.0, "ytick.labelsize": 8.0, "pdf.fonttype": 42}
+Title = bool | str
+"""True for the default title and caption, False for none, or a title of one's own."""
 Size = tuple[float, float] | None
 """Width and height of a whole figure in inches; None for a size by its panels."""
 LEAST_PANEL = 1.5, 1.5
@@ -79,7 +81,7 @@ def sweep_figure(
     path: str | Path | None,
     words: str | Sequence[str] | None = None,
     size: Size = None,
-    title: bool | str = True,
+    title: Title = True,
 ) -> Figure:
     """Draw metrics over the memory size: a panel per trace and metric, a line per competitor.
     Without ``words``: token hit rates, and shares of the best plan with hindsight if there are
@@ -120,7 +122,7 @@ class _Titles(textwrap.TextWrapper):
 
 
 def set_titles(
-    figure: Figure, axes: Sequence[Axes], parts: Sequence[Sequence[str]], title: bool | str
+    figure: Figure, axes: Sequence[Axes], parts: Sequence[Sequence[str]], title: Title
 ) -> None:
     """Write the parts that all panels share above the figure, and the others above each panel."""
     shared = [part for part in parts[0] if all(part in others for others in parts)]
@@ -132,8 +134,7 @@ def set_titles(
     for axis, own in zip(axes, parts, strict=True):
         rest = [part for part in own if part not in shared]
         axis.set_title(wrapped(rest, axis.get_position().width * width), fontsize=9)
-    text = wrapped(shared, width) if isinstance(title, bool) else title
-    figure.suptitle(text, fontsize=9)
+    figure.suptitle(title if isinstance(title, str) else wrapped(shared, width), fontsize=9)
 
 
 def _notes(results: Sequence[SweepRuns], words: Sequence[str]) -> list[str]:
@@ -156,10 +157,7 @@ LOSSES = dict(
 
 @_fonts()
 def losses_figure(
-    results: Sequence[SweepRuns],
-    path: str | Path | None,
-    size: Size = None,
-    title: bool | str = True,
+    results: Sequence[SweepRuns], path: str | Path | None, size: Size = None, title: Title = True
 ) -> Figure:
     """Draw the loss causes stacked over the size, a panel per trace and competitor. The white area
     was reused; bars have the 95 % interval of its height. ``size`` and ``title`` are those of
@@ -341,8 +339,8 @@ def save(
             fit = max(0, int((height - below) / LEAST_PANEL[1])) * int(width / LEAST_PANEL[0])
             raise ValueError(
                 f"size=({width:g}, {height:g}) has room for {counted(fit, 'panel')} and the legend "
-                f"(got {len(axes)}): draw fewer, make it {math.ceil(10 * least) / 10:g} inches high "
-                f"and at least {LEAST_PANEL[0]:g} wide, or leave out the caption (title=False)."
+                f"(got {len(axes)}): draw fewer, leave out the caption (title=False), or make it "
+                f"{math.ceil(10 * least) / 10:g} inches high and {LEAST_PANEL[0]:g} wide."
             )
     figure.set_layout_engine("constrained")
     figure.legend(
@@ -370,10 +368,7 @@ CLOSED_LOOP_PANELS: dict[str, Callable[[ClosedLoopRun], float]] = {
 
 @_fonts()
 def closed_loop_figure(
-    runs: Sequence[ClosedLoopRun],
-    path: str | Path | None,
-    size: Size = None,
-    title: bool | str = True,
+    runs: Sequence[ClosedLoopRun], path: str | Path | None, size: Size = None, title: Title = True
 ) -> Figure:
     """Draw hits, times to first token and makespan over the rate of sessions: four panels per
     trace and cache, a line per admission policy. Points are means over seeds; bars reach from the
@@ -411,6 +406,6 @@ def closed_loop_figure(
         titles.append([trace, here[0].config["model"], f"{cell[2]:.3g} GiB", cell[1]])
     if title:
         set_titles(figure, axes, titles, title)
-    has_bars = title and len({run.seed for run in runs}) > 1
+    has_bars = bool(title) and len({run.seed for run in runs}) > 1
     note = "Bars: the smallest to the largest of all seeds." * has_bars
     return save(figure, axes, path, note, size)

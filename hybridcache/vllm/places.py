@@ -46,6 +46,11 @@ class Track:
     """Prompt tokens that are computed, by cause."""
     _ids: bytes = b""
 
+    @property
+    def num_pending(self) -> int:
+        """Number of states that a running request will still take blocks for."""
+        return (len(self.stops) + (self.interval > 0 and self.answer is None)) * self.is_running
+
     def causes(self) -> dict[str, int]:
         """Return the tokens of the prompt by cause, with those that are cached."""
         return {"cached": self.cached_len, **self.losses}

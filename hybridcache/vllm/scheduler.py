@@ -110,9 +110,11 @@ class HybridManager(KVCacheManager):
             shared = max((shared_units(request, one) for one in self._admitted), default=0)
             if shared * WORDS > found.seen_len:
                 found = found._replace(seen_len=shared * WORDS, forks=True)
-            num_checkpoints = tree.cache.num_checkpoints
+            # Free blocks that running requests will take for states are theirs.
+            taken = min(sum(one.num_pending for one in self.tracks.values()), free_slots)
+            num_checkpoints = tree.cache.num_checkpoints + taken
             self.places.plan(
-                request, track, found, evicted, free_slots, num_checkpoints, saves_answer
+                request, track, found, evicted, free_slots - taken, num_checkpoints, saves_answer
             )
         blocks = self.create_kv_cache_blocks(tuple(tree.blocks_of(match)))
         return blocks, track.cached_len, 0

@@ -541,7 +541,8 @@ class ClosedLoopResult:
     ) -> Figure:
         """Draw hits, times to first token and makespan over the rate, a row of panels per cache.
         The figure is also written to ``path`` (PNG, SVG or PDF), if there is one. ``size``: width
-        and height in inches; ``title=False`` leaves out title and notes, a text replaces the title."""
+        and height in inches; ``title=False`` leaves out title and notes; a text
+        replaces the title."""
         return closed_loop_figure(self.runs, path, size, title)
 
 

@@ -18,6 +18,7 @@ from vllm.v1.core.kv_cache_manager import KVCacheManager
 from vllm.v1.core.kv_cache_utils import get_block_hash, get_group_id, maybe_convert_block_hash
 from vllm.v1.request import Request, RequestStatus
 
+from hybridcache import open_trace
 from hybridcache.vllm import Settings, require_version
 from hybridcache.vllm.check import Contents, Engine, Model, Options, run
 from hybridcache.vllm.places import Track, boundaries_of
@@ -136,6 +137,17 @@ def test_hits_exceed_those_of_vllm_with_each_of_its_flags():
     for options in ({"unit": 0}, {}, {"unit": 0, "retention": None}):
         report = serve(requests, 60, scheduler="vllm", **options)
         assert report.num_wrong == 0 and ours > report.hit_rate + 0.1
+
+
+@pytest.mark.parametrize(("trace", "gib"), [("branch", 4), ("resend?seed=2", 2)])
+def test_prompts_at_once_do_not_plan_into_the_same_free_memory(trace, gib):
+    # Each of the first prompts sees the free blocks that the others have planned states for.
+    ours, as_it_is = (
+        run(open_trace(trace), gib, Options(**options))
+        for options in ({}, {"scheduler": "vllm", "unit": 0})
+    )
+    assert ours.num_wrong == 0
+    assert ours.hit_tokens > as_it_is.hit_tokens > 0
 
 
 def test_a_model_without_states_is_served_by_vllm_as_it_is():

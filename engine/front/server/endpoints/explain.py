@@ -92,7 +92,7 @@ ADVICE = {
     "token, which its text leaves out. Otherwise its tokens were evicted: more are kept with "
     "ServerConfig(replay_mib=N) of engine.serve_engine in Python.",
     "in_progress": "Send the later request after the end of the earlier one to share more.",
-    "not_fetched": "Computing them was faster than loading, or the device had no memory for them. If "
+    "not_fetched": "Computing was faster than loading, or the device had no memory for them. If "
     "usage.refusals of /v1/cache rises, raise --cache-gib or lower --max-running.",
     "below_grid": "Nothing is to be done: it is less than one step of --grid.",
     TOOLS_BEHIND: "The chat template writes the tools behind the system message, so they are "
