@@ -230,6 +230,21 @@ def test_moving_rows_without_a_holder_raises():
         arena.slots.allocate()
 
 
+def test_an_opened_slab_is_used_after_all_other_holes():
+    """A row is the unit: five slabs of ten rows. Few rows then move to empty the last one."""
+    arena = ArenaAllocator(50, 1, 10)
+    first = arena.allocate(8)
+    occupancies = [arena.occupancy().tolist()]
+    for num_rows in (4, 7):
+        arena.allocate(num_rows)
+        occupancies.append(arena.occupancy().tolist())
+    arena.free(first[:3])
+    arena.allocate(5)
+    occupancies.append(arena.occupancy().tolist())
+    used = [sorted(each, reverse=True) for each in occupancies]
+    assert used == [[8, 0, 0, 0, 0], [10, 2, 0, 0, 0], [10, 9, 0, 0, 0], [10, 10, 1, 0, 0]]
+
+
 def test_a_slab_has_whole_pages_and_fits_one_state():
     assert [slab_rows(12, 2), slab_rows(13, 2), slab_rows(13, 2, 4)] == [6, 7, 8]
     arena = ArenaAllocator(407, 2, 13, 4)

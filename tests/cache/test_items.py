@@ -7,7 +7,7 @@ import random
 import pytest
 
 from hybridcache.radix.protocol import EvictionPolicy, Item, Kind
-from tests.cache.serving import hybrid, serve, traffic
+from tests.cache.serving import hybrid, ids, serve, traffic
 
 TOKEN_BYTES, STATE_BYTES = 3, 1000
 
@@ -86,6 +86,17 @@ def test_position_span_and_above_match_the_path(seed):
             assert item.size_bytes == STATE_BYTES
         dead = item.kind == "kv" and not item.node.children and item.node.checkpoint is None
         assert item.dead == dead
+
+
+def test_a_shared_head_has_two_used_checkpoints_at_its_distance_or_behind():
+    """Two texts follow a head of 8 tokens, with a checkpoint each after 4 more."""
+    cache, head, found = hybrid(), ids(range(8)), []
+    for number in (10, 11):
+        for positions in ((8, 12), ()):
+            serve(cache, ids(head, [number] * 5), positions)
+        item = cache.match(ids(head, "x")).resumed
+        found.append([item.is_shared_head(within) for within in (3, 4, 5)])
+    assert item.position == 8 and found == [[False] * 3, [True, True, False]]
 
 
 def test_span_without_states_is_the_length_of_the_segment():

@@ -148,6 +148,35 @@ def test_a_position_with_a_slot_is_not_planned_again() -> None:
     check(cache)
 
 
+@pytest.mark.parametrize(("accepted", "resumed_at"), [(128, 128), (127, 0)])
+def test_a_roll_back_keeps_the_checkpoint_at_the_accepted_length(
+    accepted: int, resumed_at: int
+) -> None:
+    cache, text = make_cache(), tokens(140)
+    lease = begin(cache, text[:100], "end")
+    prefill(lease, text[:100])
+    assert lease.extend(140)
+    assert [position for position, _ in lease.take_checkpoint_slots(100, 131)] == [128]
+    carried_out(cache)
+    lease.roll_back(accepted)
+    lease.finish(text, accepted, donate=False)
+    assert cache.match(text).cached_len == resumed_at
+    check(cache)
+
+
+@pytest.mark.parametrize(("prompt_len", "label"), [(128, "preempt"), (127, "decode")])
+def test_a_preempted_state_is_that_of_an_answer_only_behind_the_prompt(
+    prompt_len: int, label: str
+) -> None:
+    cache, text = make_cache(), tokens(140)
+    lease = begin(cache, text[:prompt_len], "none")
+    prefill(lease, text[:prompt_len])
+    assert lease.extend(128)
+    lease.preempt(text, 128)
+    resumed = cache.match(text).resumed
+    assert resumed is not None and (resumed.position, resumed.label) == (128, label)
+
+
 # --- Misuse --------------------------------------------------------------------------------------
 
 

@@ -196,6 +196,14 @@ def test_filters_equal_those_of_transformers(temperature, width):
                 assert_drawn_from(logits, requests, expected, by_id=size is None)
 
 
+def test_no_token_is_kept_behind_a_sum_of_exactly_top_p():
+    """Two tokens have a probability of one half each. The others have none."""
+    logits = torch.full((1, VOCAB), -200.0)
+    logits[0, [5, 9]] = 0.0
+    for top_p, kept in ((0.5, {5}), (0.501, {5, 9})):
+        assert {drawn(logits, request(seed, top_p=top_p))[0] for seed in range(20)} == kept
+
+
 def assert_drawn_from(logits, requests, chances, by_id):
     """Check that each token is where its number falls in the running sum of ``chances``."""
     order = torch.arange(VOCAB).expand_as(logits)

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.front.chat_prompt import Conversation, Rendering, mark_control_tokens
+from engine.front.chat_prompt import MARK, Conversation, Rendering, mark_control_tokens
 from engine.front.server.bodies import decode
 from engine.front.server.schemas import ChatRequest
 from engine.text import sandbox
@@ -88,6 +88,24 @@ def test_roles_stay_roles() -> None:
     """Guard against templates with control tokens such as ``<|im_user|>``, which compare roles."""
     chat = [{"role": "user", "content": "user"}]
     assert mark_control_tokens(["<|im_user|>", "<|im_end|>"], chat) == chat
+
+
+@pytest.mark.parametrize(("token", "text"), [("aba", "xababax"), ("||", "a|||b"), ("aa", "aaaa")])
+def test_no_control_token_is_left_where_two_overlap(token: str, text: str) -> None:
+    marked = mark_control_tokens([token], text)
+    assert token not in marked and marked.replace(MARK, "") == text
+
+
+@pytest.mark.parametrize(
+    ("content", "is_thinking"),
+    [("a", False), ("<think>a", True), ("<think>a</think>b", False), ("</think>a<think>b", True)],
+)
+def test_a_continued_answer_thinks_only_behind_an_open_mark(
+    content: str, is_thinking: bool
+) -> None:
+    chat = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": content}]
+    conversation = Conversation(chat, add_generation_prompt=False, continues_last=True)
+    assert Rendering(_tokenizer(TEMPLATE), conversation).prompt().is_thinking == is_thinking
 
 
 def test_a_long_chat_is_encoded_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -33,6 +34,35 @@ def test_thirty_prefills_of_one_label_by_hand() -> None:
         if step == 20:
             account.earned += 200
     assert steps == "PPP" + 8 * "." + "t" + 8 * "." + "PPPPPPP" + 3 * "."
+
+
+@pytest.mark.parametrize("earnings", ["earned", "used"])
+def test_halving_old_counts_leaves_the_earnings_per_checkpoint(earnings: str) -> None:
+    """Checkpoint ``MEMORY`` halves the counts. The label earned 5 tokens for each, and 6 pay."""
+    account, bars = _Account(0.0, 0, 0.0), (6.0, 6.0)
+    setattr(account, earnings, 5.0 * MEMORY)
+    pays = []
+    for _ in range(MEMORY):
+        account.save()
+        pays.append(account.pays(bars))
+    assert pays[:10] == [True] * 10 and pays[-2:] == [False] * 2
+    assert account.placed == (MEMORY + 1) / 2
+
+
+@pytest.mark.parametrize(
+    ("distance", "stop_reason", "earned"),
+    [(1, "", 640), (1, "tool_use", 1216), (4, "", 1216)],
+)
+def test_an_end_earns_down_to_the_nearest_checkpoint_that_it_does_not_replace(
+    distance: int, stop_reason: str, earned: int
+) -> None:
+    """Between a fork at 64 and an end at 1280 is a back-off at 640."""
+    placement, fork = Adaptive(), FakeItem("fork", label="branch", position=64)
+    back = FakeItem("back", label="back", position=640, above=fork)
+    back.distance, back.stop_reason = distance, stop_reason
+    end = FakeItem("end", label="back", distance=1, position=1280, above=back)
+    placement.on_hit(end)
+    assert placement._account(PROMPT_END).earned == earned
 
 
 Events = list[tuple[str, int]]

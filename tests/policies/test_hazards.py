@@ -28,6 +28,7 @@ from hybridcache.policies.eviction.survival import (
     Hazards,
     index_of,
 )
+from hybridcache.policies.placement import MEMORY
 
 EDGE_LIST: list[int] = EDGES.tolist()
 WIDTH_LIST: list[float] = WIDTHS.tolist()
@@ -206,6 +207,18 @@ def test_vectorised_hazards_match_plain_ones() -> None:
 def test_hazards_without_a_class_are_refreshed_every_64_requests() -> None:
     hazards = Hazards()
     assert [hazards.refresh(now) for now in (63, 64, 127, 128)] == [False, True, False, True]
+
+
+def test_halving_the_counts_of_a_class_leaves_its_index() -> None:
+    """More than ``MEMORY`` stages ended at age 0, each in a use after half a request."""
+    hazards, found = Hazards(), []
+    row = hazards.row(("a",))
+    for _ in range(2 * MEMORY):
+        hazards.close(hazards.open(row, 0), 0, used=True)
+    for now in (64, 256):
+        assert hazards.refresh(now)
+        found.append(hazards.index_at(row, 0))
+    assert found[1] == pytest.approx(found[0], rel=0.01)
 
 
 def test_an_age_at_the_edge_of_a_bin_is_in_that_bin() -> None:

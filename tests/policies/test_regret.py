@@ -13,7 +13,7 @@ from hybridcache.lab.generators import chat
 from hybridcache.lab.simulation.simulate import simulate
 from hybridcache.lab.trace import Trace, TraceRequest
 from hybridcache.lab.traces import open_trace
-from hybridcache.policies.eviction.survival import Survival
+from hybridcache.policies.eviction.survival import PACE, Survival
 from hybridcache.policies.placement import Adaptive, _Account
 from hybridcache.policies.registry import parse_placement
 from hybridcache.radix.lease import Lease, LeaseRequest
@@ -392,6 +392,19 @@ def test_survival_learns_by_stop_reason(rule: str) -> None:
     assert learned._accounts.keys() == {("decode", 0)}, (
         "a placement policy decides before the stop reason is known"
     )
+
+
+def test_a_conversation_with_one_tip_has_no_class_of_paces() -> None:
+    policy = Survival()
+    first = FakeItem("first", label="decode")
+    second = FakeItem("second", label="decode", position=128, created=9, evicted_above=first)
+    has_pace = []
+    for item in (first, second):
+        policy.add(item)
+        keys = {row: key for key, row in policy.hazards.rows.items()}
+        facts = [fact for fact in keys[item.memo.row] if isinstance(fact, tuple)]
+        has_pace.append(PACE in dict(facts))
+    assert has_pace == [False, True]
 
 
 def test_the_next_use_is_expected_at_the_pace_of_the_session() -> None:

@@ -233,6 +233,13 @@ def test_an_escaped_quote_does_not_end_a_string(form: Any) -> None:
     assert name == "f" and json.loads(arguments) == {"a": 'x", b=1', "c": "y\\", "d": 2}
 
 
+@pytest.mark.parametrize("form", [one for one in OTHERS if one.NAME in ("LFM2", "Olmo")])
+def test_a_string_without_another_end_ends_at_its_first_escaped_quote(form: Any) -> None:
+    text = form.BEGIN + r"""f(a="C:\", b="D:\")""" + form.END
+    [(name, arguments)] = read(form, text)[2]
+    assert name == "f" and json.loads(arguments) == {"a": "C:\\", "b": "D:\\"}
+
+
 def test_a_limit_that_is_no_object_is_ignored() -> None:
     """Schemas of clients are not checked against the standard."""
     form = Xml([{"function": {"name": "f", "parameters": {"patternProperties": 5}}}])
