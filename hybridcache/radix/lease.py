@@ -41,7 +41,7 @@ from hybridcache.radix.protocol import (
     require_boundaries,
     require_placement,
 )
-from hybridcache.radix.tree import NodeHandle
+from hybridcache.radix.tree import SESSION_END, NodeHandle
 from hybridcache.tokens import (
     EMPTY,
     INT32,
@@ -56,7 +56,7 @@ from hybridcache.tokens import (
 SPARE_ROWS = 512
 """Spare capacity for the rows of a short answer, so that they need no second array."""
 
-STOP_REASONS = frozenset({"tool_use", "end_turn", "stop_sequence", "length", "session_end"})
+STOP_REASONS = frozenset({"tool_use", "end_turn", "stop_sequence", "length", SESSION_END})
 """Reasons why an answer ended, as ``Lease.finish`` takes them."""
 
 Saved = tuple[int, int]
