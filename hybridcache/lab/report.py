@@ -89,14 +89,17 @@ def ties(run: RunResult, best: RunResult) -> bool:
 
 def most_hits(runs: Sequence[RunResult], units: str) -> tuple[RunResult, str]:
     """Return the policy of our own with the most hits among ``runs`` of one size, and a sentence:
-    its paired difference to the second with a 95 % interval over ``units``, the policies that do
-    not differ from it, and rebuilt systems that have more."""
+    policies with equal hits, its paired difference to the second with a 95 % interval over
+    ``units``, the policies that do not differ from it, and rebuilt systems that have more."""
     ordered = sorted(runs, key=lambda run: -run.token_hit_rate)
     first, *others = [run for run in ordered if run.config["baseline"] is None]
     text, num_units = "no policy has a hit", len(first.by_session)
     if first.cached_tokens:
-        equal = ", ".join(run.label for run in others if ties(run, first))
+        same = [run.label for run in others if run.cached_tokens == first.cached_tokens]
+        equal = ", ".join(r.label for r in others if ties(r, first) and r.label not in same)
         text = f"{first.label} has the most hits"
+        if same:
+            text = f"{', '.join((first.label, *same))} have the most hits (equal)"
         if others and not ties(others[0], first):
             text += f", {first.above(others[0])} points more than {others[0].label}"
         if equal:
