@@ -19,6 +19,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from engine import ServerConfig, serve_engine
 from engine.config import BUILTIN_PROMPTS, EngineConfig
 from engine.front.worker.spawn import spawn
 from tests.endurance.faults import child_of
@@ -84,6 +85,16 @@ def test_systems_that_cannot_serve_are_named_with_the_remedy(
     monkeypatch.setattr("resource.getrlimit", lambda which: (12, 12))
     with pytest.raises(OSError, match=r"only 12 files can be open, .* ulimit -n 1024"):
         spawn(config, "here")
+
+
+def test_a_script_that_serves_lets_waiting_threads_sleep(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the command does, before torch is imported."""
+    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(ValueError):
+        serve_engine(EngineConfig(), ServerConfig(port=taken.getsockname()[1]))
+    assert os.environ["GOMP_SPINCOUNT"] == "1000"
 
 
 @pytest.mark.parametrize("server", [("--log-requests", "--host", "0.0.0.0")], indirect=True)

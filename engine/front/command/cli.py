@@ -102,8 +102,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         open_closed_streams()
         end_by_exception(signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
         warnings.showwarning = lambda text, *_, **__: print(f"engine: {text}", file=sys.stderr)
-        if "OMP_WAIT_POLICY" not in os.environ:
-            os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)  # Before torch is imported.
+        limit_spinning()
     name, flags = "engine", set[str]()
     try:
         parsed = _parser(sys.argv[1:] if arguments is None else arguments).parse_args(arguments)
@@ -276,6 +275,12 @@ def _serve(arguments: argparse.Namespace) -> int:
     return serve_engine(_engine_config(arguments), server_config)
 
 
+def limit_spinning() -> None:
+    """Let threads of OpenMP that wait sleep soon. Has no effect once torch is imported."""
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)
+
+
 def serve_engine(engine_config: EngineConfig, server_config: ServerConfig) -> int:
     """Serve until a signal ends it, as ``engine serve`` does, and return the exit code.
 
@@ -285,6 +290,7 @@ def serve_engine(engine_config: EngineConfig, server_config: ServerConfig) -> in
     from engine.front.server.settings import bind, local_address
     from engine.front.worker.spawn import spawn
 
+    limit_spinning()
     # A taken port is reported before slow work.
     with bind(server_config) as listener, ExitStack() as stack:
         needs_key = bool(server_config.api_key_file or os.environ.get(API_KEY_VARIABLE))

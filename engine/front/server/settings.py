@@ -41,7 +41,7 @@ class ServerConfig:
     """Minimum level of messages in the log."""
     log_format: Literal["text", "json"] = "text"
     """Form of the lines of the log; json has one object per line, with the time, and for a request
-    also the client's address and the number of its key."""
+    also the client's address and a name of its key."""
     served_model_name: tuple[str, ...] = ()
     """Model names for clients, of which answers have the first; with * any name is accepted; by
     default the name of the model directory."""
