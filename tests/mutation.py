@@ -64,7 +64,7 @@ GROUPS = {
         (
             *("tests/allocators", "tests/radix", "tests/cache"),
             *("tests/export/test_events.py", "tests/export/test_events_machine.py"),
-            "tests/policies/test_ghosts_above.py",
+            *("tests/policies/test_ghosts_above.py", "tests/policies/test_promises.py"),
         ),
     ),
     "requests": Group(

@@ -148,6 +148,16 @@ def test_a_position_with_a_slot_is_not_planned_again() -> None:
     check(cache)
 
 
+def test_decode_saves_no_state_at_the_position_where_a_step_starts() -> None:
+    """The last step saved it."""
+    cache, text = make_cache(), tokens(140)
+    lease = begin(cache, text[:100], "end")
+    prefill(lease, text[:100])
+    assert lease.extend(140)
+    assert [position for position, _ in lease.take_checkpoint_slots(100, 128)] == [128]
+    assert lease.take_checkpoint_slots(128, 131) == ()
+
+
 @pytest.mark.parametrize(("accepted", "resumed_at"), [(128, 128), (127, 0)])
 def test_a_roll_back_keeps_the_checkpoint_at_the_accepted_length(
     accepted: int, resumed_at: int

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterable
 
 import pytest
 
+from hybridcache.policies.placement import Placement
 from hybridcache.policies.registry import PLACEMENT_NAMES, parse_placement
-from hybridcache.radix.protocol import Placed, Prefill
+from hybridcache.radix.protocol import Placed, PlacementPolicy, Prefill
 from tests.policies.items import FakeItem
 
 
@@ -27,6 +29,25 @@ def test_each_rule_plans_the_expected_positions(spec: str, positions: list[int])
     prefill = Prefill(1000, 0, 0, 0, (), 64)
     planned = prefill.on_grid(parse_placement(spec).plan(prefill))
     assert sorted(placed.position for placed in planned) == positions
+
+
+@pytest.mark.parametrize(
+    ("intervals", "shortest"), [((3, 1, None), 1), ((None, 2), 2), ((None,), None), ((), None)]
+)
+def test_several_rules_save_answers_at_the_shortest_interval_of_any(
+    intervals: tuple[int | None, ...], shortest: int | None
+) -> None:
+    class Every(PlacementPolicy):
+        def __init__(self, interval: int | None) -> None:
+            self.interval = interval
+
+        def plan(self, prefill: Prefill) -> Iterable[Placed]:
+            return ()
+
+        def decode_interval(self) -> int | None:
+            return self.interval
+
+    assert Placement(tuple(map(Every, intervals))).decode_interval() == shortest
 
 
 def test_no_back_off_is_at_the_end_of_the_prompt() -> None:
