@@ -242,32 +242,30 @@ class Contents:
         self.report.copied_blocks += len(src)
         self.rows[dst], self.state[dst] = self.rows[src], self.state[src]
 
+    def _rows_of(self, table: Sequence[int], start: int, end: int) -> tuple[Any, Any]:
+        """Return the blocks and the offsets in them of the tokens [start, end)."""
+        spans, offsets = np.divmod(np.arange(start, end), self.size)
+        return np.array(table)[spans], offsets
+
     def compare(self, tables: Sequence[Sequence[int]], prefix: np.ndarray, end: int) -> None:
         """Compare the rows [0, end) of a request with its prefixes."""
-        self.report.checked_rows += end * len(self.attention)
         for group in self.attention:
-            for span in range(-(-end // self.size)):
-                low, high = span * self.size, min((span + 1) * self.size, end)
-                found = self.rows[tables[group][span], : high - low]
-                self.report.wrong_rows += int((found != prefix[low + 1 : high + 1]).sum())
+            found = self.rows[self._rows_of(tables[group], 0, end)]
+            self.report.checked_rows += end
+            self.report.wrong_rows += int((found != prefix[1 : end + 1]).sum())
 
     def compute(
         self, tables: Sequence[Sequence[int]], prefix: np.ndarray, start: int, end: int, kept: int
     ) -> None:
         """Compute the tokens [start, end), of which those from ``kept`` on are rejected drafts."""
-        size = self.size
         for group in self.states if start else ():
-            found = self.state[tables[group][(start - 1) // size]]
+            found = self.state[tables[group][(start - 1) // self.size]]
             self.report.wrong_states += int(found != prefix[start])
+        rows = np.where(np.arange(start, end) < kept, prefix[start + 1 : end + 1], GARBAGE)
         for group in self.attention:
-            for span in range(start // size, -(-end // size)):
-                low, high = max(span * size, start), min((span + 1) * size, end)
-                row = self.rows[tables[group][span]]
-                good = min(max(kept, low), high)
-                row[low - span * size : good - span * size] = prefix[low + 1 : good + 1]
-                row[good - span * size : high - span * size] = GARBAGE
+            self.rows[self._rows_of(tables[group], start, end)] = rows
         for group in self.states:
-            self.state[tables[group][(kept - 1) // size]] = prefix[kept]
+            self.state[tables[group][(kept - 1) // self.size]] = prefix[kept]
 
 
 @dataclass(eq=False)

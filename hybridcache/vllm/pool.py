@@ -73,13 +73,12 @@ class BlockRows(PageAllocator):
         """True for the rows of the tree, by block."""
         self._drop = drop
 
-    def of(self, block_ids: Sequence[int], first: int, end: int) -> Indices:
-        """Return the rows [first, end) of a request with these blocks: int32[end - first]."""
-        size = self.block_rows
-        skip = first // size
-        ids: Indices = np.array(block_ids[skip : -(-end // size)], np.int32)
-        rows = np.add.outer(ids * size, np.arange(size, dtype=np.int32)).reshape(-1)
-        return rows[first - skip * size : end - skip * size]
+    def of(self, block_ids: Sequence[int], num_rows: int) -> Indices:
+        """Return the first ``num_rows`` rows of these blocks: int32[num_rows]."""
+        first = np.array(block_ids, np.int32) * self.block_rows
+        offsets = np.arange(self.block_rows, dtype=np.int32)
+        rows: Indices = np.add.outer(first, offsets).reshape(-1)[:num_rows]
+        return rows
 
     def take(self, rows: Indices) -> None:
         """Take ``rows`` for the tree."""
@@ -283,7 +282,7 @@ class BlockTree:
             row = layout.rows(position)
             saves.append(((row, self.slots.take(blocks)), placed._replace(position=row)))
         ids_of_first = [block.block_id for block in tables[layout.attention[0]]]
-        rows = self.rows.of(ids_of_first, 0, num_rows)
+        rows = self.rows.of(ids_of_first, num_rows)
         self.rows.take(rows[known:])
         result = cache.publish(ids[known * 4 :], rows, saves, None, known, before.node)
         new_spans = range(known // layout.block_rows, -(-num_rows // layout.block_rows))
@@ -309,13 +308,7 @@ class BlockTree:
                 self._add_key(request, block, end, group)
 
     def _add_key(self, request: Any, block: KVCacheBlock, position: int, group: int) -> None:
-        self.pool.cache_partial_block(
-            request=request,
-            block=block,
-            num_tokens=position,
-            kv_cache_group_id=group,
-            block_size=self.layout.block_size,
-        )
+        self.pool.cache_partial_block(request, block, position, group, self.layout.block_size)
 
     def block_copied(self, request: Any, tables: Sequence[Sequence[KVCacheBlock]], at: int) -> None:
         """Point the tree to the request's copy of the attention block that its hit at ``at`` ended
@@ -325,7 +318,7 @@ class BlockTree:
         if lock is None or lock.node is None or lock.node.end < end:
             return
         start = span * layout.block_rows
-        rows = self.rows.of([tables[layout.attention[0]][span].block_id], 0, end - start)
+        rows = self.rows.of([tables[layout.attention[0]][span].block_id], end - start)
         former = self.cache.gather(lock.node)[start:end]
         is_new = rows != former
         if is_new.any():

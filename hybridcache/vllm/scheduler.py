@@ -2,7 +2,8 @@
 
 The scheduler is vLLM's. Its cache manager, block pool and state managers keep their data and get
 derived classes: hits come from the tree (``pool.py``), chunks end at planned positions
-(``places.py``), and victims are the tree's. ``SEAMS`` lists the overridden code.
+(``places.py``), and victims are the tree's. ``tests/export/vllm/test_seams.py`` lists the
+overridden code.
 """
 
 from __future__ import annotations
@@ -373,11 +374,10 @@ class HybridScheduler(AsyncScheduler):
         end = start + num_new_tokens
         if end < prefill_end:
             # As in vLLM: a chunk before the last ends at a block, unless a block is wider.
-            limit, threshold = (
-                self.max_num_scheduled_tokens,
-                self.scheduler_config.long_prefill_token_threshold,
-            )
-            limit = min(limit, threshold) if threshold > 0 else limit
+            limit = self.max_num_scheduled_tokens
+            threshold = self.scheduler_config.long_prefill_token_threshold
+            if threshold > 0:
+                limit = min(limit, threshold)
             aligned = end // block_size * block_size
             if aligned > start or block_size <= limit:
                 end = aligned

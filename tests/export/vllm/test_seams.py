@@ -12,7 +12,52 @@ pytest.importorskip("vllm", reason="needs vLLM: make vllm, or make vllm-schedule
 
 import vllm
 
-from hybridcache.vllm import SEAMS, TESTED, require_version
+from hybridcache.vllm import TESTED, require_version
+
+SEAMS = (
+    # scheduler.py
+    "core.sched.async_scheduler:AsyncScheduler._mamba_block_aligned_split(request, num_new_tokens, "
+    "num_new_local_computed_tokens, num_external_computed_tokens)",
+    "core.sched.async_scheduler:AsyncScheduler._update_after_schedule(scheduler_output)",
+    "core.sched.async_scheduler:AsyncScheduler._free_request(request, delay_free_blocks)",
+    "core.kv_cache_manager:KVCacheManager.get_computed_blocks(request)",
+    "core.kv_cache_manager:KVCacheManager.allocate_slots(request, num_new_tokens, "
+    "num_new_computed_tokens, new_computed_blocks)",
+    "core.kv_cache_manager:KVCacheManager.free(request)",
+    "core.kv_cache_manager:KVCacheManager.new_step_starts()",
+    "core.kv_cache_manager:KVCacheManager.reset_prefix_cache()",
+    "core.single_type_kv_cache_manager:MambaManager.cache_blocks(request, num_tokens, "
+    "retention_interval)",
+    "core.single_type_kv_cache_manager:FullAttentionManager._cache_partial_tail_block(request, "
+    "num_tokens)",
+    # pool.py
+    "core.block_pool:BlockPool.get_new_blocks(num_blocks)",
+    "core.block_pool:BlockPool.move_block_hashes(src_block, dst_block)",
+    "core.block_pool:BlockPool._emit_block_removed_events(block_hashes)",
+    # pool.py, called and not overridden
+    "core.block_pool:BlockPool.cache_partial_block(request, block, num_tokens, kv_cache_group_id, "
+    "block_size)",
+    "core.block_pool:BlockPool._maybe_evict_cached_block(block)",
+    "core.block_pool:BlockPool.free_blocks(ordered_blocks)",
+    "core.kv_cache_utils:FreeKVCacheBlockQueue.remove(block)",
+    "core.kv_cache_utils:FreeKVCacheBlockQueue.prepend_n(blocks)",
+    # host.py
+    "kv_offload.cpu.policies.base:CachePolicy.get(key)",
+    "kv_offload.cpu.policies.base:CachePolicy.insert(key, chunk)",
+    "kv_offload.cpu.policies.base:CachePolicy.remove(key)",
+    "kv_offload.cpu.policies.base:CachePolicy.touch(keys, req_context)",
+    "kv_offload.cpu.policies.base:CachePolicy.on_store_miss(keys, req_context)",
+    "kv_offload.cpu.policies.base:CachePolicy.on_request_finished(key_groups, "
+    "insertion_only_keys, reused_keys, req_context)",
+    "kv_offload.cpu.policies.base:CachePolicy.evict(n, protected)",
+    "kv_offload.cpu.policies.base:CachePolicy.clear()",
+    "kv_offload.cpu.policies.base:CachePolicy.mark_evictable(key)",
+    "kv_offload.cpu.policies.base:CachePolicy.mark_non_evictable(key)",
+    "kv_offload.base:ReqContext.get_offload_key_position(key)",
+)
+"""Code below ``vllm.v1`` that is overridden or called, with the first parameters after ``self``.
+Most of it is private. The rest of the contract: ``MambaManager._partial_hit_reqs``,
+``_pending_cow_copies`` and ``req_to_blocks``, and the fields of ``Request``."""
 
 
 def installed(seam: str) -> Any:
