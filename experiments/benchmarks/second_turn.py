@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import http.client
 import itertools
 import json
 import os
@@ -51,7 +52,7 @@ from engine.weights.model_files import read_config
 from experiments import provenance
 from experiments.benchmarks import gguf_files, llama
 from experiments.benchmarks import llama_cpp as rival
-from experiments.benchmarks.serving import START_S
+from experiments.benchmarks.serving import end_server, start_server
 from experiments.studies.common import Records, grouped, positive, rounded
 from experiments.tables import Cell, Column, Table
 from experiments.texts import KEYS, NAMES, THINGS
@@ -392,7 +393,7 @@ class Sent:
 
 @dataclass
 class Client:
-    """OpenAI client on one socket per request."""
+    """OpenAI client with one connection per request."""
 
     port: int
     host: str = "127.0.0.1"
@@ -403,11 +404,10 @@ class Client:
 
     def exchange(self, method: str, path: str, body: Any = None) -> Any:
         """Return the JSON of an answer. Raises RuntimeError for a status other than 200."""
-        connection, status, lines = self._open(method, path, body)
-        with connection:
-            text = b"\n".join(lines)
-        if status != 200:
-            raise RuntimeError(f"{method} {path}: status {status}, {text[:300]!r}")
+        with self._open(method, path, body) as answer:
+            text = answer.read()
+        if answer.status != 200:
+            raise RuntimeError(f"{method} {path}: status {answer.status}, {text[:300]!r}")
         return json.loads(text)
 
     def chat(self, ask: ChatRequest) -> Message:
@@ -417,13 +417,11 @@ class Client:
         options |= {"return_token_ids": True, "max_tokens": 200 if ask.cut else self.max_tokens}
         if self.answer_id is not None:
             options["logit_bias"] = {str(self.answer_id): 100}
-        body = sent.body | options
-        connection, status, lines = self._open("POST", "/v1/chat/completions", body)
         pieces = 0
-        with connection:
-            for line in lines:
-                if status != 200:
-                    raise RuntimeError(f"status {status}, {line[:300]!r}")
+        with self._open("POST", "/v1/chat/completions", sent.body | options) as answer:
+            for line in answer:
+                if answer.status != 200:
+                    raise RuntimeError(f"status {answer.status}, {line[:300]!r}")
                 if line.startswith(b"data: {") and sent.read(json.loads(line[6:])):
                     sent.first_s = sent.first_s or time.perf_counter()
                     pieces += 1
@@ -434,34 +432,13 @@ class Client:
         self.sent.append(sent)
         return {"role": "assistant", "content": sent.text}
 
-    def _open(
-        self, method: str, path: str, body: Any
-    ) -> tuple[socket.socket, int, Iterator[bytes]]:
-        """Send a request. Returns its socket, the status, and the lines of the answer."""
-        payload = b"" if body is None else json.dumps(body).encode()
-        connection = socket.create_connection((self.host, self.port), timeout=600)
-        head = f"{method} {path} HTTP/1.1\r\nHost: {self.host}:{self.port}\r\nConnection: close\r\n"
-        head += f"Content-Type: application/json\r\nContent-Length: {len(payload)}\r\n\r\n"
-        connection.sendall(head.encode() + payload)
-        stream = connection.makefile("rb")
-        status = int(stream.readline().split()[1])
-        headers = b"".join(iter(stream.readline, b"\r\n")).lower()
-        blocks = _chunks(stream) if b"transfer-encoding: chunked" in headers else stream
-        return connection, status, _lines(blocks)
-
-
-def _chunks(stream: Any) -> Iterator[bytes]:
-    while size := int(stream.readline().split(b";")[0], 16):
-        yield stream.read(size)
-        stream.readline()
-
-
-def _lines(blocks: Any) -> Iterator[bytes]:
-    rest = b""
-    for block in blocks:
-        *whole, rest = (rest + block).split(b"\n")
-        yield from whole
-    yield from filter(None, [rest])
+    def _open(self, method: str, path: str, body: Any) -> http.client.HTTPResponse:
+        """Send a request. Returns its answer; closing it closes the connection."""
+        connection = http.client.HTTPConnection(self.host, self.port, timeout=600)
+        payload = None if body is None else json.dumps(body).encode()
+        headers = {"Content-Type": "application/json", "Connection": "close"}
+        connection.request(method, path, payload, headers)
+        return connection.getresponse()
 
 
 def drive(client: Client, steps: Sequence[Steps], restart: Callable[[], None]) -> list[Sent]:
@@ -620,33 +597,15 @@ class Side:
 
     def _run(self) -> None:
         variables = {"PYTHONPATH": str(provenance.ROOT), "OMP_NUM_THREADS": str(self.threads)}
-        environment = os.environ | variables
-        self.process = subprocess.Popen(
-            self.command,
-            env=environment,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
+        options = {"env": os.environ | variables, "stderr": subprocess.DEVNULL}
+        self.process = start_server(
+            self.command, self.client.port, start_new_session=True, **options
         )
-        end = time.monotonic() + START_S
-        while time.monotonic() < end:
-            with contextlib.suppress(OSError, RuntimeError, ValueError, IndexError):
-                self.client.exchange("GET", "/health")
-                return
-            if self.process.poll() is not None:
-                raise RuntimeError(f"{self.name} ended with status {self.process.returncode}.")
-            time.sleep(0.1)
-        raise RuntimeError(f"{self.name} did not start within {START_S:g} s.")
 
     def stop(self) -> None:
         """End the server if this side started it."""
         if self.process is not None:
-            self.process.terminate()
-            try:
-                self.process.wait(60)
-            except subprocess.TimeoutExpired:
-                self.process.kill()
-                self.process.wait()
+            end_server(self.process)
             self.process = None
 
     def restart(self) -> None:
