@@ -4,7 +4,6 @@
     python -m experiments.benchmarks.second_turn --size small        # about a minute
     python -m experiments.benchmarks.second_turn --size published    # the plan of docs/results.md
     python -m experiments.benchmarks.second_turn --model FILE.gguf --tokens 2000 16000 --at-once 1 4
-    python -m experiments.benchmarks.second_turn --url vllm=http://127.0.0.1:8001
 
 Every server has the same GGUF file and receives the same conversations over the OpenAI protocol.
 *Read again* is the number of prompt tokens that an earlier request had computed, as prompt or as
@@ -396,7 +395,6 @@ class Client:
     """OpenAI client with one connection per request."""
 
     port: int
-    host: str = "127.0.0.1"
     max_tokens: int = 8
     answer_id: int | None = None
     """The only token of answers."""
@@ -434,7 +432,7 @@ class Client:
 
     def _open(self, method: str, path: str, body: Any) -> http.client.HTTPResponse:
         """Send a request. Returns its answer; closing it closes the connection."""
-        connection = http.client.HTTPConnection(self.host, self.port, timeout=600)
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=600)
         payload = None if body is None else json.dumps(body).encode()
         headers = {"Content-Type": "application/json", "Connection": "close"}
         connection.request(method, path, payload, headers)
@@ -549,8 +547,6 @@ class Side:
     """One server with some options."""
 
     name: str
-    url: str = ""
-    """Address of a server that runs already."""
     flags: Sequence[str] = ()
     is_llama: bool = False
     threads: int = 1
@@ -560,10 +556,6 @@ class Side:
 
     def start(self, model: Path, needs: str, num_tokens: int, folder: Path) -> None:
         """Start the server with what a case of prompts of ``num_tokens`` needs."""
-        if self.url:
-            host, _, port = self.url.removeprefix("http://").rstrip("/").rpartition(":")
-            self.client = Client(int(port), host)
-            return
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.client = Client(free.getsockname()[1])
@@ -592,7 +584,7 @@ class Side:
         """Empty the cache; restart a server that cannot."""
         if self.is_llama:
             self.restart()
-        elif not self.url:
+        else:
             self.client.exchange("POST", "/reset_prefix_cache")
 
     def _run(self) -> None:
@@ -603,16 +595,15 @@ class Side:
         )
 
     def stop(self) -> None:
-        """End the server if this side started it."""
+        """End the server, if it runs."""
         if self.process is not None:
             end_server(self.process)
             self.process = None
 
     def restart(self) -> None:
-        """End the server and start it with the same options; only if this side started it."""
-        if self.process is not None:
-            self.stop()
-            self._run()
+        """End the server and start it with the same options."""
+        self.stop()
+        self._run()
 
     def resident_bytes(self) -> int | None:
         """Return the memory of the server's processes, or None if it is not known."""
@@ -625,22 +616,16 @@ class Side:
         return total or None
 
     def ids_of(self, sent: Sent) -> tuple[npt.NDArray[np.int32], Sequence[int]]:
-        """Return the rendered ids of a prompt and its answer, by the server's own endpoints."""
+        """Return the rendered ids of a prompt and its answer; llama-server has endpoints for it."""
         if sent.ids is not None:
             return sent.ids, sent.answer_ids
-        with contextlib.suppress(RuntimeError):  # llama-server has these endpoints.
-            text = self.client.exchange("POST", "/apply-template", sent.body)["prompt"]
-            prompt, whole = (
-                self.client.exchange(
-                    "POST",
-                    "/tokenize",
-                    {"content": part, "add_special": True, "parse_special": True},
-                )["tokens"]
-                for part in (text, text + sent.thoughts + sent.text)
-            )
-            return np.asarray(prompt, np.int32), whole[len(prompt) :]
-        told = self.client.exchange("POST", "/tokenize", sent.body)
-        return np.asarray(told["tokens"], np.int32), ()
+        text = self.client.exchange("POST", "/apply-template", sent.body)["prompt"]
+        options = {"add_special": True, "parse_special": True}
+        prompt, whole = (
+            self.client.exchange("POST", "/tokenize", {"content": part, **options})["tokens"]
+            for part in (text, text + sent.thoughts + sent.text)
+        )
+        return np.asarray(prompt, np.int32), whole[len(prompt) :]
 
 
 def make_model(name: str, format: str) -> Path:
@@ -839,12 +824,11 @@ def table(records: Records, without: str = "") -> Table:
 
 def sides_of(options: argparse.Namespace) -> list[Side]:
     """Return the servers to compare."""
-    named = [word.partition("=") for word in options.url]
-    sides = [Side("engine"), *(Side(name, url) for name, _, url in named)]
+    sides = [Side("engine")]
     if LLAMA_SERVER.is_file():
         best = ["-np", "8", "--ctx-checkpoints", "256", "--checkpoint-min-step", "0"]
-        sides.insert(1, Side("llama-server", is_llama=True))
-        sides.insert(2, Side("llama-server, best options", flags=best, is_llama=True))
+        sides.append(Side("llama-server", is_llama=True))
+        sides.append(Side("llama-server, best options", flags=best, is_llama=True))
     else:
         print("llama-server is not built. Run `make llama` (some minutes).")
     sides.append(Side("engine, grid 16", flags=["--grid", "16"]))
@@ -860,7 +844,6 @@ def main() -> None:
     parser.add_argument("--at-once", type=positive, nargs="+", help="clients: 1 4")
     parser.add_argument("--cases", nargs="+", choices=CASES, help="by default all")
     parser.add_argument("--sides", nargs="+", help="names of the servers, by default all")
-    parser.add_argument("--url", nargs="+", default=[], metavar="NAME=http://HOST:PORT")
     parser.add_argument("--threads", type=positive, default=os.cpu_count() or 1)
     parser.add_argument("--resume", action="store_true", help="leave out cases of this commit")
     options = parser.parse_args()
