@@ -433,9 +433,8 @@ def api_index() -> str:
 STEPS = {
     "hybridcache.allocators.moves": ("Move", "Copy", "Drop", "RowWrite", "StepMemory"),
     "hybridcache.radix.api": ("CacheStats", "Losses", "Listener"),
-    "hybridcache.radix.offload": ("path_of",),
+    "hybridcache.radix.offload": ("path_of", "Exchange", "PrefillTimes"),
     "hybridcache.radix.protocol": ("PromptBoundaries", "LoadRule", "PolicyError"),
-    "hybridcache.geometry.times": ("Exchange", "PrefillTimes"),
 }
 """Names of boundaries and results, and for an engine with an arena or tiers."""
 

@@ -366,7 +366,7 @@ class Request(ScheduledRequest):
         """See ``ScheduledRequest``. An answer in which a tool call begins after its reasoning, or
         in reasoning without an answer, is "tool_use", even if the call cannot be made. O(text)."""
         if self.spec.ends_session:
-            return "session_end"
+            return super().stop_reason
         if self.finish_reason != "stop":
             return "length" if self.finish_reason == "length" else ""
         if self.spec.call_marks:

@@ -4,7 +4,6 @@
     python -m experiments.benchmarks.second_turn --size small        # about a minute
     python -m experiments.benchmarks.second_turn --size published    # the plan of docs/results.md
     python -m experiments.benchmarks.second_turn --model FILE.gguf --tokens 2000 16000 --at-once 1 4
-    python -m experiments.benchmarks.second_turn --url vllm=http://127.0.0.1:8001
 
 Every server has the same GGUF file and receives the same conversations over the OpenAI protocol.
 *Read again* is the number of prompt tokens that an earlier request had computed, as prompt or as
@@ -22,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import http.client
 import itertools
 import json
 import os
@@ -51,7 +51,7 @@ from engine.weights.model_files import read_config
 from experiments import provenance
 from experiments.benchmarks import gguf_files, llama
 from experiments.benchmarks import llama_cpp as rival
-from experiments.benchmarks.serving import START_S
+from experiments.benchmarks.serving import end_server, start_server
 from experiments.studies.common import Records, grouped, positive, rounded
 from experiments.tables import Cell, Column, Table
 from experiments.texts import KEYS, NAMES, THINGS
@@ -60,7 +60,7 @@ from hybridcache.geometry.units import GIB
 from hybridcache.tokens import common_prefix_len
 
 Message = dict[str, Any]
-Steps = Generator["Ask", Message, None]
+Steps = Generator["ChatRequest", Message, None]
 """Requests of a client. Each receives the answer as a message."""
 LLAMA_SERVER = rival.FOLDER / "bin" / "llama-server"
 MAX_OTHERS = 0.05
@@ -77,7 +77,7 @@ WORDS = (*KEYS, *NAMES, *THINGS)
 
 
 @dataclass(frozen=True, slots=True)
-class Ask:
+class ChatRequest:
     """One request of a client."""
 
     messages: Sequence[Message]
@@ -136,20 +136,22 @@ class Chat:
     messages: list[Message] = field(default_factory=list)
     num_calls: int = 0
 
-    def ask(self, row: str = "", **options: Any) -> Generator[Ask, Message, Message]:
+    def ask(self, row: str = "", **options: Any) -> Generator[ChatRequest, Message, Message]:
         """Send the messages and append the answer, which is returned."""
         head = [{"role": "system", "content": self.system}] if self.system else []
         sent = [*head, *map(dict, self.messages)]
-        answer = yield Ask(sent, self.tools, self.variables, row, **options)
+        answer = yield ChatRequest(sent, self.tools, self.variables, row, **options)
         self.messages.append(answer)
         return answer
 
-    def turn(self, share: float, row: str = "", **options: Any) -> Generator[Ask, Message, Message]:
+    def turn(
+        self, share: float, row: str = "", **options: Any
+    ) -> Generator[ChatRequest, Message, Message]:
         """Send one more message of the user."""
         self.messages.append({"role": "user", "content": self.text.draw(share)})
         return (yield from self.ask(row, **options))
 
-    def step(self, share: float, row: str = "") -> Generator[Ask, Message, Message]:
+    def step(self, share: float, row: str = "") -> Generator[ChatRequest, Message, Message]:
         """Let the last answer call a tool and send its result of ``share``."""
         self.num_calls += 1
         call = {"name": "read", "arguments": json.dumps({"path": f"{self.num_calls}.txt"})}
@@ -345,7 +347,7 @@ CASES: dict[str, Case] = {
 class Sent:
     """One request with its answer. Times are seconds of ``time.perf_counter``."""
 
-    ask: Ask
+    ask: ChatRequest
     sent_s: float
     first_s: float = 0.0
     """Time of the first piece of the answer."""
@@ -390,10 +392,9 @@ class Sent:
 
 @dataclass
 class Client:
-    """OpenAI client on one socket per request."""
+    """OpenAI client with one connection per request."""
 
     port: int
-    host: str = "127.0.0.1"
     max_tokens: int = 8
     answer_id: int | None = None
     """The only token of answers."""
@@ -401,27 +402,24 @@ class Client:
 
     def exchange(self, method: str, path: str, body: Any = None) -> Any:
         """Return the JSON of an answer. Raises RuntimeError for a status other than 200."""
-        connection, status, lines = self._open(method, path, body)
-        with connection:
-            text = b"\n".join(lines)
-        if status != 200:
-            raise RuntimeError(f"{method} {path}: status {status}, {text[:300]!r}")
+        with self._open(method, path, body) as answer:
+            text = answer.read()
+        if answer.status != 200:
+            raise RuntimeError(f"{method} {path}: status {answer.status}, {text[:300]!r}")
         return json.loads(text)
 
-    def chat(self, ask: Ask) -> Message:
+    def chat(self, ask: ChatRequest) -> Message:
         """Send one request and return its answer as the client sends it back."""
         sent = Sent(ask, time.perf_counter())
         options = {"stream": True, "stream_options": {"include_usage": True}, "temperature": 0}
         options |= {"return_token_ids": True, "max_tokens": 200 if ask.cut else self.max_tokens}
         if self.answer_id is not None:
             options["logit_bias"] = {str(self.answer_id): 100}
-        body = sent.body | options
-        connection, status, lines = self._open("POST", "/v1/chat/completions", body)
         pieces = 0
-        with connection:
-            for line in lines:
-                if status != 200:
-                    raise RuntimeError(f"status {status}, {line[:300]!r}")
+        with self._open("POST", "/v1/chat/completions", sent.body | options) as answer:
+            for line in answer:
+                if answer.status != 200:
+                    raise RuntimeError(f"status {answer.status}, {line[:300]!r}")
                 if line.startswith(b"data: {") and sent.read(json.loads(line[6:])):
                     sent.first_s = sent.first_s or time.perf_counter()
                     pieces += 1
@@ -432,34 +430,13 @@ class Client:
         self.sent.append(sent)
         return {"role": "assistant", "content": sent.text}
 
-    def _open(
-        self, method: str, path: str, body: Any
-    ) -> tuple[socket.socket, int, Iterator[bytes]]:
-        """Send a request. Returns its socket, the status, and the lines of the answer."""
-        payload = b"" if body is None else json.dumps(body).encode()
-        connection = socket.create_connection((self.host, self.port), timeout=600)
-        head = f"{method} {path} HTTP/1.1\r\nHost: {self.host}:{self.port}\r\nConnection: close\r\n"
-        head += f"Content-Type: application/json\r\nContent-Length: {len(payload)}\r\n\r\n"
-        connection.sendall(head.encode() + payload)
-        stream = connection.makefile("rb")
-        status = int(stream.readline().split()[1])
-        headers = b"".join(iter(stream.readline, b"\r\n")).lower()
-        blocks = _chunks(stream) if b"transfer-encoding: chunked" in headers else stream
-        return connection, status, _lines(blocks)
-
-
-def _chunks(stream: Any) -> Iterator[bytes]:
-    while size := int(stream.readline().split(b";")[0], 16):
-        yield stream.read(size)
-        stream.readline()
-
-
-def _lines(blocks: Any) -> Iterator[bytes]:
-    rest = b""
-    for block in blocks:
-        *whole, rest = (rest + block).split(b"\n")
-        yield from whole
-    yield from filter(None, [rest])
+    def _open(self, method: str, path: str, body: Any) -> http.client.HTTPResponse:
+        """Send a request. Returns its answer; closing it closes the connection."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=600)
+        payload = None if body is None else json.dumps(body).encode()
+        headers = {"Content-Type": "application/json", "Connection": "close"}
+        connection.request(method, path, payload, headers)
+        return connection.getresponse()
 
 
 def drive(client: Client, steps: Sequence[Steps], restart: Callable[[], None]) -> list[Sent]:
@@ -570,8 +547,6 @@ class Side:
     """One server with some options."""
 
     name: str
-    url: str = ""
-    """Address of a server that runs already."""
     flags: Sequence[str] = ()
     is_llama: bool = False
     threads: int = 1
@@ -581,10 +556,6 @@ class Side:
 
     def start(self, model: Path, needs: str, num_tokens: int, folder: Path) -> None:
         """Start the server with what a case of prompts of ``num_tokens`` needs."""
-        if self.url:
-            host, _, port = self.url.removeprefix("http://").rstrip("/").rpartition(":")
-            self.client = Client(int(port), host)
-            return
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.client = Client(free.getsockname()[1])
@@ -613,45 +584,26 @@ class Side:
         """Empty the cache; restart a server that cannot."""
         if self.is_llama:
             self.restart()
-        elif not self.url:
+        else:
             self.client.exchange("POST", "/reset_prefix_cache")
 
     def _run(self) -> None:
         variables = {"PYTHONPATH": str(provenance.ROOT), "OMP_NUM_THREADS": str(self.threads)}
-        environment = os.environ | variables
-        self.process = subprocess.Popen(
-            self.command,
-            env=environment,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
+        options = {"env": os.environ | variables, "stderr": subprocess.DEVNULL}
+        self.process = start_server(
+            self.command, self.client.port, start_new_session=True, **options
         )
-        end = time.monotonic() + START_S
-        while time.monotonic() < end:
-            with contextlib.suppress(OSError, RuntimeError, ValueError, IndexError):
-                self.client.exchange("GET", "/health")
-                return
-            if self.process.poll() is not None:
-                raise RuntimeError(f"{self.name} ended with status {self.process.returncode}.")
-            time.sleep(0.1)
-        raise RuntimeError(f"{self.name} did not start within {START_S:g} s.")
 
     def stop(self) -> None:
-        """End the server if this side started it."""
+        """End the server, if it runs."""
         if self.process is not None:
-            self.process.terminate()
-            try:
-                self.process.wait(60)
-            except subprocess.TimeoutExpired:
-                self.process.kill()
-                self.process.wait()
+            end_server(self.process)
             self.process = None
 
     def restart(self) -> None:
-        """End the server and start it with the same options; only if this side started it."""
-        if self.process is not None:
-            self.stop()
-            self._run()
+        """End the server and start it with the same options."""
+        self.stop()
+        self._run()
 
     def resident_bytes(self) -> int | None:
         """Return the memory of the server's processes, or None if it is not known."""
@@ -664,22 +616,16 @@ class Side:
         return total or None
 
     def ids_of(self, sent: Sent) -> tuple[npt.NDArray[np.int32], Sequence[int]]:
-        """Return the rendered ids of a prompt and its answer, by the server's own endpoints."""
+        """Return the rendered ids of a prompt and its answer; llama-server has endpoints for it."""
         if sent.ids is not None:
             return sent.ids, sent.answer_ids
-        with contextlib.suppress(RuntimeError):  # llama-server has these endpoints.
-            text = self.client.exchange("POST", "/apply-template", sent.body)["prompt"]
-            prompt, whole = (
-                self.client.exchange(
-                    "POST",
-                    "/tokenize",
-                    {"content": part, "add_special": True, "parse_special": True},
-                )["tokens"]
-                for part in (text, text + sent.thoughts + sent.text)
-            )
-            return np.asarray(prompt, np.int32), whole[len(prompt) :]
-        told = self.client.exchange("POST", "/tokenize", sent.body)
-        return np.asarray(told["tokens"], np.int32), ()
+        text = self.client.exchange("POST", "/apply-template", sent.body)["prompt"]
+        options = {"add_special": True, "parse_special": True}
+        prompt, whole = (
+            self.client.exchange("POST", "/tokenize", {"content": part, **options})["tokens"]
+            for part in (text, text + sent.thoughts + sent.text)
+        )
+        return np.asarray(prompt, np.int32), whole[len(prompt) :]
 
 
 def make_model(name: str, format: str) -> Path:
@@ -878,12 +824,11 @@ def table(records: Records, without: str = "") -> Table:
 
 def sides_of(options: argparse.Namespace) -> list[Side]:
     """Return the servers to compare."""
-    named = [word.partition("=") for word in options.url]
-    sides = [Side("engine"), *(Side(name, url) for name, _, url in named)]
+    sides = [Side("engine")]
     if LLAMA_SERVER.is_file():
         best = ["-np", "8", "--ctx-checkpoints", "256", "--checkpoint-min-step", "0"]
-        sides.insert(1, Side("llama-server", is_llama=True))
-        sides.insert(2, Side("llama-server, best options", flags=best, is_llama=True))
+        sides.append(Side("llama-server", is_llama=True))
+        sides.append(Side("llama-server, best options", flags=best, is_llama=True))
     else:
         print("llama-server is not built. Run `make llama` (some minutes).")
     sides.append(Side("engine, grid 16", flags=["--grid", "16"]))
@@ -899,7 +844,6 @@ def main() -> None:
     parser.add_argument("--at-once", type=positive, nargs="+", help="clients: 1 4")
     parser.add_argument("--cases", nargs="+", choices=CASES, help="by default all")
     parser.add_argument("--sides", nargs="+", help="names of the servers, by default all")
-    parser.add_argument("--url", nargs="+", default=[], metavar="NAME=http://HOST:PORT")
     parser.add_argument("--threads", type=positive, default=os.cpu_count() or 1)
     parser.add_argument("--resume", action="store_true", help="leave out cases of this commit")
     options = parser.parse_args()

@@ -425,20 +425,37 @@ def over_http(flags: Sequence[str], engine: Mapping[str, object]) -> Iterator[in
     its port. The server ends with the context."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    command = [*serve_command(engine), "--port", str(port), *flags]
-    server = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    last_s = time.monotonic() + START_S
+    server = start_server([*serve_command(engine), "--port", str(port), *flags], port)
     try:
-        while True:
-            with suppress(OSError, http.client.HTTPException):
-                _request(port, "GET", "/health")
-                break
-            if server.poll() is not None or time.monotonic() > last_s:
-                raise ValueError("engine serve did not become ready; see its output above.")
-            time.sleep(0.1)
         yield port
     finally:
-        server.terminate()
+        end_server(server)
+
+
+def start_server(command: Sequence[str], port: int, **options: Any) -> subprocess.Popen[bytes]:
+    """Start a server and wait until it is ready. ``options`` are those of ``Popen``. Raises
+    ValueError if it ends, or is not ready within ``START_S``."""
+    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, **options)
+    last_s = time.monotonic() + START_S
+    try:
+        while server.poll() is None and time.monotonic() < last_s:
+            with suppress(OSError, http.client.HTTPException):
+                _request(port, "GET", "/health")
+                return server
+            time.sleep(0.1)
+        raise ValueError(f"{command[0]} did not become ready; see its output above.")
+    except BaseException:
+        end_server(server)
+        raise
+
+
+def end_server(server: subprocess.Popen[bytes]) -> None:
+    """End a server, by force after a minute."""
+    server.terminate()
+    try:
+        server.wait(60)
+    except subprocess.TimeoutExpired:
+        server.kill()
         server.wait()
 
 

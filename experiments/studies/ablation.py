@@ -24,7 +24,7 @@ from hybridcache.lab.trace import Held, Trace
 from hybridcache.policies import placement
 from hybridcache.policies.eviction import survival
 from hybridcache.policies.placement import Adaptive, Positions
-from hybridcache.radix.protocol import Placed, Prefill
+from hybridcache.radix.protocol import Item, Placed, Prefill
 
 NAME = "study_ablation"
 LEARNERS = (common.DEFAULT, "lru@adaptive", "gdsf@adaptive", "lhd@adaptive", "lru@backoff")
@@ -79,12 +79,11 @@ class Without(Adaptive):
 class WithoutPace(survival.Survival):
     """`survival` without the pace of sessions."""
 
-    def _row(self, *facts: Any) -> int:
-        return super()._row(*facts[:PLACE_OF_PACE], 0, *facts[PLACE_OF_PACE + 1 :])
+    def _enter(self, item: Item, memo: Any, used: bool | None) -> None:
+        memo.pace = 0
+        super()._enter(item, memo, used)
 
 
-PLACE_OF_PACE = 7
-"""Number of the pace among the arguments of ``Survival._row``."""
 RULES = ("head", "succession", "turnover", "rank", "free memory", "spare slots", "room")
 
 

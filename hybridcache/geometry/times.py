@@ -1,26 +1,16 @@
-"""Prefill times, computed from a roofline or interpolated in a measured table, compared with the
-times of copies between tiers."""
+"""Prefill times, computed from a roofline or interpolated in a measured table."""
 
 from __future__ import annotations
 
 import json
 import math
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Protocol
 
 from hybridcache.geometry.model import ModelGeometry
-
-
-class PrefillTimes(Protocol):
-    """Model of the seconds that one prefill takes."""
-
-    def seconds(self, start: int, end: int) -> float:
-        """Return the seconds to compute tokens [start, end) after ``start`` reused tokens; 0.0
-        if empty."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,44 +135,3 @@ def interpolated(values: Sequence[float], place: tuple[int, float]) -> float:
     """Return the value at ``place``, as ``locate`` returns it."""
     index, part = place
     return values[index] + part * (values[min(index + 1, len(values) - 1)] - values[index])
-
-
-# --- Exchange rate between tiers ------------------------------------------------------------------
-
-
-PCIE_BYTES_PER_S = 50e9
-"""PCIe 5.0 x16 from pinned memory, one way: 63 GB/s by its data sheet, less protocol overhead."""
-DISK_BYTES_PER_S = 6e9
-"""Sequential reads of one NVMe drive of that generation."""
-LATENCY_S = {"host": 20e-6, "disk": 200e-6}
-"""Fixed latency of one copy, by tier."""
-
-
-@dataclass(frozen=True)
-class Exchange:
-    """Copy times by tier and prefill times of a model on a machine. Implements ``LoadRule``."""
-
-    times: PrefillTimes
-    """Seconds of a prefill, for example ``MeasuredTimes`` or ``Roofline``."""
-    bytes_per_s: Mapping[str, float] = field(
-        default_factory=lambda: {"host": PCIE_BYTES_PER_S, "disk": DISK_BYTES_PER_S}
-    )
-    """Bandwidth from each tier to the device: measured, or from data sheets."""
-    unit: int = 1
-    """Tokens per id, for a cache that counts in units of several tokens."""
-
-    def copy_seconds(self, num_bytes: Mapping[str, int]) -> float:
-        """Return the seconds to copy these bytes to the device, one tier after the other."""
-        return sum(
-            LATENCY_S[tier] + size / self.bytes_per_s[tier]
-            for tier, size in num_bytes.items()
-            if size
-        )
-
-    def seconds_saved(
-        self, cached_len: int, position: int, prompt_len: int, num_bytes: Mapping[str, int]
-    ) -> float:
-        """Return the seconds saved by a load; see ``LoadRule``."""
-        unit, seconds = self.unit, self.times.seconds
-        without = seconds(cached_len * unit, prompt_len * unit)
-        return without - seconds(position * unit, prompt_len * unit) - self.copy_seconds(num_bytes)

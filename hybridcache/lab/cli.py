@@ -420,16 +420,10 @@ def add_optimum(commands: Commands) -> None:
     add("--trace", type=str, required=True, help=TRACE_HELP)
     add("--skip-bad", **SKIP_BAD)
     add_settings(parser, "model", "gib", "state_dtype", "grid")
-    add(
-        "--counts-running",
-        action="store_true",
-        help="KV and state of the running request take memory too, as in every cache",
-    )
 
 
 def _optimum(options: argparse.Namespace) -> int:
-    scenario = Scenario(opened(options.trace, options), **given_settings(options))
-    print(optimum(scenario, counts_running=options.counts_running).table())
+    print(optimum(Scenario(opened(options.trace, options), **given_settings(options))).table())
     return 0
 
 

@@ -50,7 +50,7 @@ class Failure:
 # --- The board's side -----------------------------------------------------------------------------
 
 
-class Entry:
+class EntryProcess:
     """The board's end of a child that runs the policies of one cell."""
 
     def __init__(self, cell: Scenario, unit: int, num_sessions: int | None) -> None:
@@ -119,7 +119,7 @@ class Entry:
 class RepeatedEviction(EvictionPolicy):
     """Eviction by the victims that a child sends, by their serials."""
 
-    def __init__(self, entry: Entry) -> None:
+    def __init__(self, entry: EntryProcess) -> None:
         self._entry, self._held = entry, dict[int, Item]()
 
     def add(self, item: Item) -> None:
@@ -147,7 +147,7 @@ class RepeatedEviction(EvictionPolicy):
 class RepeatedPlacement(PlacementPolicy):
     """Placement by the decisions that a child sends."""
 
-    def __init__(self, entry: Entry) -> None:
+    def __init__(self, entry: EntryProcess) -> None:
         self._entry = entry
 
     def plan(self, prefill: Prefill) -> Sequence[Placed]:
@@ -166,14 +166,14 @@ class RepeatedPlacement(PlacementPolicy):
 @contextmanager
 def entered(
     trace: Trace, cell: Scenario, num_sessions: int | None = None
-) -> Iterator[tuple[Trace, Scenario, Entry | None]]:
+) -> Iterator[tuple[Trace, Scenario, EntryProcess | None]]:
     """Yield a trace and a cell for a run. If a policy of the cell is not built in, its child gets
     each request when the trace is read, and the cell repeats its decisions."""
     if cell.baseline or not (is_own(cell.policy) or is_own(cell.checkpoints)):
         yield trace, cell, None
         return
     is_loop = num_sessions is not None
-    entry = Entry(cell, 1 if is_loop else trace.unit, num_sessions)
+    entry = EntryProcess(cell, 1 if is_loop else trace.unit, num_sessions)
 
     def relayed() -> Iterator[TraceRequest]:
         for request in trace.in_order():
@@ -194,7 +194,7 @@ class RelayedLoop(LoopRun):
     """A closed loop that sends each request to a child when it is due, and each pause when it
     begins."""
 
-    entry: Entry
+    entry: EntryProcess
 
     def turn(self, number: int, place: int) -> Turn:
         found = super().turn(number, place)

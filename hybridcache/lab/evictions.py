@@ -12,8 +12,8 @@ from typing import Any
 from hybridcache.policies import registry
 from hybridcache.policies.eviction.gdsf import Ageing
 from hybridcache.policies.eviction.scored import SampledPolicy
-from hybridcache.policies.eviction.sieve import BothKinds, OneQueue, Queue, QueuePolicy, Record
-from hybridcache.policies.registry import EVICTION_NAMES, Entry
+from hybridcache.policies.eviction.sieve import BothKinds, OneQueue, Queue, QueuePolicy, QueueState
+from hybridcache.policies.registry import EVICTION_NAMES, NamedPolicy
 from hybridcache.radix.protocol import EvictionPolicy, Item
 
 
@@ -74,13 +74,13 @@ class S3Fifo(QueuePolicy):
         super().__init__()
         self.small, self.main = Queue(), Queue()
 
-    def enter(self, item: Item, ghost: Record | None) -> Queue:
+    def enter(self, item: Item, ghost: QueueState | None) -> Queue:
         """Enter ``small``, or ``main`` if a ghost of ``small`` returns."""
         if ghost is None or not isinstance(ghost.owner, type(self)):
             return self.small
         return self.main if ghost.queue is ghost.owner.small else self.small
 
-    def used(self, item: Item, record: Record) -> None:
+    def used(self, item: Item, record: QueueState) -> None:
         """Increment the counter, up to 3. The item does not move."""
         record.mark = min(record.mark + 1, 3)
 
@@ -117,12 +117,12 @@ class ARC(QueuePolicy):
         self._frequent_asked = False
         """True if the latest ghost hit was of ``frequent``. T1 then also shrinks at its target."""
 
-    def enter(self, item: Item, ghost: Record | None) -> Queue:
+    def enter(self, item: Item, ghost: QueueState | None) -> Queue:
         """Enter ``recent``, or ``frequent`` if a ghost returns."""
         self._frequent_asked = False
         return self.recent if ghost is None else self.frequent
 
-    def used(self, item: Item, record: Record) -> None:
+    def used(self, item: Item, record: QueueState) -> None:
         """Move to the young end of ``frequent``, from either list."""
         self.move(item, self.frequent)
 
@@ -134,7 +134,7 @@ class ARC(QueuePolicy):
         self._chosen = first.oldest() or second.oldest()
         return self._chosen
 
-    def gone(self, item: Item, record: Record, evicted: bool) -> None:
+    def gone(self, item: Item, record: QueueState, evicted: bool) -> None:
         """Count the chosen victim as a ghost, unless it was only locked."""
         if item is not self._chosen:
             return
@@ -145,7 +145,7 @@ class ARC(QueuePolicy):
     def on_ghost_hit(self, item: Item) -> None:
         """Enlarge the list of the ghost by the item's bytes times the ratio of ghost counts."""
         super().on_ghost_hit(item)
-        record: Record | None = item.memo
+        record: QueueState | None = item.memo
         if record is None or record.owner is not self:
             return
         from_recent = record.queue is self.recent
@@ -192,7 +192,7 @@ class WTinyLFU(QueuePolicy):
         self._duel: tuple[Item, Item] | None = None
         """(incumbent to evict, newcomer that takes its place in main)."""
 
-    def enter(self, item: Item, ghost: Record | None) -> Queue:
+    def enter(self, item: Item, ghost: QueueState | None) -> Queue:
         return self.window
 
     def add(self, item: Item) -> None:
@@ -202,7 +202,7 @@ class WTinyLFU(QueuePolicy):
         if ghost is not None:
             item.memo.mark = ghost.mark + 1
 
-    def used(self, item: Item, record: Record) -> None:
+    def used(self, item: Item, record: QueueState) -> None:
         """Count a use, and move the item in the window or to the protected queue, whose overflow
         returns to probation."""
         record.mark += 1
@@ -241,7 +241,7 @@ class WTinyLFU(QueuePolicy):
             return incumbent
         return self._main_oldest() or newcomer
 
-    def gone(self, item: Item, record: Record, evicted: bool) -> None:
+    def gone(self, item: Item, record: QueueState, evicted: bool) -> None:
         """Move a newcomer that won its comparison to the place of the evicted item."""
         if self._duel is None:
             return
@@ -258,13 +258,13 @@ class WTinyLFU(QueuePolicy):
         return self.probation.oldest() or self.protected.oldest()
 
 
-LAB_NAMES: dict[str, Entry] = {
-    "arc": Entry(partial(BothKinds, ARC)),
-    "clock": Entry(partial(BothKinds, Clock)),
-    "lfu": Entry(LFU),
-    "random": Entry(Random),
-    "s3-fifo": Entry(partial(BothKinds, S3Fifo)),
-    "w-tinylfu": Entry(partial(BothKinds, WTinyLFU)),
+LAB_NAMES: dict[str, NamedPolicy] = {
+    "arc": NamedPolicy(partial(BothKinds, ARC)),
+    "clock": NamedPolicy(partial(BothKinds, Clock)),
+    "lfu": NamedPolicy(LFU),
+    "random": NamedPolicy(Random),
+    "s3-fifo": NamedPolicy(partial(BothKinds, S3Fifo)),
+    "w-tinylfu": NamedPolicy(partial(BothKinds, WTinyLFU)),
 }
 """Names that only simulations know."""
 ALL_NAMES = EVICTION_NAMES | LAB_NAMES

@@ -21,12 +21,13 @@ from hybridcache.adapters.routing.outbox import Outbox
 from hybridcache.adapters.routing.protocol import ReplicaId, ReplicaSpec, RouteRequest
 from hybridcache.adapters.routing.registry import find_router
 from hybridcache.geometry.model import ModelGeometry
-from hybridcache.geometry.times import PrefillTimes, Roofline
+from hybridcache.geometry.times import Roofline
 from hybridcache.lab.scenario import Scenario
 from hybridcache.lab.simulation.grid import Plain, Stored
 from hybridcache.lab.simulation.serving import Asked, EventLoop, Replica, RequestLog
 from hybridcache.lab.simulation.target import LeaseTarget, build_target
 from hybridcache.lab.trace import Trace
+from hybridcache.radix.offload import PrefillTimes
 
 
 @dataclass(frozen=True, slots=True)

@@ -145,9 +145,6 @@ class MemoryBudget:
     capacity_bytes: int
     kv_bytes_per_token: int
     state_bytes: int
-    running_bytes: npt.NDArray[np.int64] | None = None
-    """Bytes that each request holds while it runs, if nothing of it is cached: int64[requests].
-    Counted next to the entries kept since the request before; cached KV is counted once."""
 
 
 class Plan:
@@ -159,8 +156,6 @@ class Plan:
         self.trie, self.budget = trie, budget
         self.usage = np.zeros(num_requests, dtype=np.int64)
         """Bytes kept on the device between request t and t + 1."""
-        self.running = budget.running_bytes
-        """Bytes of running requests, less the KV that they reuse; None if they are not counted."""
         self.cached_lens = np.zeros(num_requests, dtype=np.int64)
         self.hits: dict[int, Position] = {}
 
@@ -219,12 +214,9 @@ class Plan:
         usage: npt.NDArray[np.int64] = np.cumsum(change)[:-1]
         return usage
 
-    def fits(self, usage: npt.NDArray[np.int64], running: npt.NDArray[np.int64] | None) -> bool:
-        """Return whether kept entries, and running requests, stay within the capacity."""
-        most = usage.max(initial=0)
-        if running is not None:
-            most = max(most, (usage[:-1] + running[1:]).max(initial=0))
-        return bool(most <= self.budget.capacity_bytes)
+    def fits(self, usage: npt.NDArray[np.int64]) -> bool:
+        """Return whether kept entries stay within the capacity."""
+        return bool(usage.max(initial=0) <= self.budget.capacity_bytes)
 
     def verify(self) -> None:
         """Check from scratch that a cache could execute the plan. Raises AssertionError."""
@@ -234,11 +226,7 @@ class Plan:
             kv_bytes = position.span * budget.kv_bytes_per_token
             for kept, size in ((position.kv, kv_bytes), (position.checkpoints, budget.state_bytes)):
                 entries.append((position, kept, size, np.flatnonzero(kept)))
-        running = budget.running_bytes
-        if running is not None:
-            reused = self.cached_lens * budget.kv_bytes_per_token
-            running = np.where(running == 0, 0, running - reused)
-        assert self.fits(self.bytes_of(entries), running), "over capacity"
+        assert self.fits(self.bytes_of(entries)), "over capacity"
         for request, position in self.hits.items():
             path = paths[request]
             assert self.cached_lens[request] == position.depth, "another length than the hit's"
@@ -301,12 +289,9 @@ def clairvoyant_greedy(trie: VisitedTrie, budget: MemoryBudget) -> Plan:
         if heap and now < -heap[0][0] * (1 - 1e-9):
             heapq.heappush(heap, (-now, request, depth, position))
             continue
-        running, usage = plan.running, plan.usage + plan.bytes_of(added)
-        if running is not None and running[request]:
-            running = running.copy()
-            running[request] -= gain * budget.kv_bytes_per_token
-        if plan.fits(usage, running):
-            plan.running, plan.usage = running, usage
+        usage = plan.usage + plan.bytes_of(added)
+        if plan.fits(usage):
+            plan.usage = usage
             for _, kept, _, which in added:
                 kept[which] = True
             plan.hits[request] = position
@@ -433,19 +418,11 @@ class Optimum:
         return (self.bound - self.reached) / self.bound if self.bound else 0.0
 
 
-def best_plan(
-    trace: Trace,
-    gib: float,
-    geometry: ModelGeometry,
-    *,
-    grid: int = 1,
-    counts_running: bool = False,
-) -> Optimum:
+def best_plan(trace: Trace, gib: float, geometry: ModelGeometry, *, grid: int = 1) -> Optimum:
     """Build a plan of contents of the cache and positions of checkpoints, with hindsight.
 
-    ``grid`` is in tokens. ``counts_running``: the running request's KV and state take memory too;
-    one that the memory cannot hold counts nothing. ValueError for a grid that does not fit the
-    trace's unit and for a trace without a request.
+    ``grid`` is in tokens. Running requests take no memory. ValueError for a grid that does not fit
+    the trace's unit and for a trace without a request.
 
     >>> from hybridcache.lab.generators import resend
     >>> best = best_plan(resend().head(60), 2.0, ModelGeometry.preset("qwen3-next"))
@@ -460,14 +437,8 @@ def best_plan(
     if not requests:
         raise ValueError(f"{trace.name}: {trace.is_empty_because}")
     trie = build_trie(requests, grid=max(1, grid // trace.unit))
-    capacity_bytes = budget_bytes(gib)
-    kv_bytes, state_bytes = geometry.kv_bytes_per_token * trace.unit, geometry.state_bytes
-    running_bytes = None
-    if counts_running:
-        lens = [len(request.tokens) + len(request.output) for request in requests]
-        running_bytes = np.asarray(lens, dtype=np.int64) * kv_bytes + state_bytes
-        running_bytes[running_bytes > capacity_bytes] = 0
-    budget = MemoryBudget(capacity_bytes, kv_bytes, state_bytes, running_bytes)
+    row_bytes = geometry.kv_bytes_per_token * trace.unit
+    budget = MemoryBudget(budget_bytes(gib), row_bytes, geometry.state_bytes)
     plan = clairvoyant_greedy(trie, budget)
     plan.verify()
     if grid > trace.unit:

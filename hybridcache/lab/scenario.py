@@ -34,14 +34,7 @@ from hybridcache.allocators.moves import DISK, HOST
 from hybridcache.command.parser import did_you_mean, or_known
 from hybridcache.config import GRID, CacheConfig
 from hybridcache.geometry.model import DTYPE_BYTES, ModelGeometry
-from hybridcache.geometry.times import (
-    DISK_BYTES_PER_S,
-    PCIE_BYTES_PER_S,
-    Exchange,
-    MeasuredTimes,
-    PrefillTimes,
-    Roofline,
-)
+from hybridcache.geometry.times import MeasuredTimes, Roofline
 from hybridcache.geometry.units import format_bytes
 from hybridcache.lab.baselines import BASELINES
 from hybridcache.lab.evictions import ALL_NAMES, LAB_NAMES, make_eviction
@@ -63,6 +56,7 @@ from hybridcache.policies.registry import (
     split_specs,
 )
 from hybridcache.policies.user import OwnPolicy, own_policy
+from hybridcache.radix.offload import DISK_BYTES_PER_S, PCIE_BYTES_PER_S, Exchange, PrefillTimes
 from hybridcache.radix.protocol import PlacementPolicy
 
 ALL = "all"

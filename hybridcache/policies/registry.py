@@ -41,7 +41,7 @@ DEFAULT_PLACEMENT = "adaptive"
 """Checkpoint placement if none is named."""
 
 
-class Entry(NamedTuple):
+class NamedPolicy(NamedTuple):
     """One policy name."""
 
     make: Callable[..., Any]
@@ -51,45 +51,45 @@ class Entry(NamedTuple):
     """Example of the number, if it is required."""
 
 
-EVICTION_NAMES: dict[str, Entry] = {
-    "lru": Entry(LRU),
-    "fifo": Entry(FIFO),
-    "sieve": Entry(partial(BothKinds, Sieve)),
-    "gdsf": Entry(GDSF),
-    "lhd": Entry(LHD),
-    "marconi": Entry(Marconi, "alpha"),
-    "survival": Entry(Survival),
+EVICTION_NAMES: dict[str, NamedPolicy] = {
+    "lru": NamedPolicy(LRU),
+    "fifo": NamedPolicy(FIFO),
+    "sieve": NamedPolicy(partial(BothKinds, Sieve)),
+    "gdsf": NamedPolicy(GDSF),
+    "lhd": NamedPolicy(LHD),
+    "marconi": NamedPolicy(Marconi, "alpha"),
+    "survival": NamedPolicy(Survival),
 }
 """Names for ``CacheConfig.eviction``. Simulations have more (``hybridcache.lab.evictions``)."""
 
-PLACEMENT_NAMES: dict[str, Entry] = {
-    "end": Entry(placement.End),
-    "branch": Entry(placement.Branch),
-    "boundary": Entry(placement.Boundary),
-    "backoff": Entry(placement.Backoff, "checkpoints"),
-    "adaptive": Entry(placement.Adaptive),
-    "every": Entry(placement.Every, "tokens", "1024"),
+PLACEMENT_NAMES: dict[str, NamedPolicy] = {
+    "end": NamedPolicy(placement.End),
+    "branch": NamedPolicy(placement.Branch),
+    "boundary": NamedPolicy(placement.Boundary),
+    "backoff": NamedPolicy(placement.Backoff, "checkpoints"),
+    "adaptive": NamedPolicy(placement.Adaptive),
+    "every": NamedPolicy(placement.Every, "tokens", "1024"),
 }
 """Names of checkpoint placement rules, combined with commas."""
 
-ADMISSION_NAMES: dict[str, Entry] = {
-    "oldest": Entry(admission.Oldest),
-    "cached-first": Entry(admission.CachedFirst),
-    "longest-match": Entry(admission.LongestMatch),
-    "sessions": Entry(admission.SessionGate),
-    "live": Entry(admission.Live, "sessions", "16"),
+ADMISSION_NAMES: dict[str, NamedPolicy] = {
+    "oldest": NamedPolicy(admission.Oldest),
+    "cached-first": NamedPolicy(admission.CachedFirst),
+    "longest-match": NamedPolicy(admission.LongestMatch),
+    "sessions": NamedPolicy(admission.SessionGate),
+    "live": NamedPolicy(admission.Live, "sessions", "16"),
 }
 """Names of admission policies."""
 
 
-def known_names(table: Mapping[str, Entry]) -> list[str]:
+def known_names(table: Mapping[str, NamedPolicy]) -> list[str]:
     """Return the names of ``table``, as ``name:N`` if a number is possible."""
     plain = [name for name, entry in table.items() if not entry.example]
     return [*plain, *(f"{name}:N" for name, entry in table.items() if entry.counts)]
 
 
 def make_eviction(
-    spec: EvictionSpec, names: Mapping[str, Entry] = EVICTION_NAMES
+    spec: EvictionSpec, names: Mapping[str, NamedPolicy] = EVICTION_NAMES
 ) -> Callable[[], EvictionPolicy]:
     """Return a factory of the eviction policy that ``spec`` names, makes or is. Raises ValueError
     if it is none of ``names``, or the class does not fit."""
@@ -143,7 +143,7 @@ def split_specs(text: str) -> list[str]:
 
 
 def _maker(
-    what: str, table: Mapping[str, Entry], spec: object, protocol: type[Any]
+    what: str, table: Mapping[str, NamedPolicy], spec: object, protocol: type[Any]
 ) -> Callable[[], Any]:
     """Return the factory for a name of ``table``, ``module:Class``, or a user's object."""
     if not isinstance(spec, str):

@@ -892,17 +892,19 @@ class HybridRadixCache:
         after ``base``, a node on the path that ends at ``owned_from`` or before, or None for the
         root. ``saves`` are the checkpoints, as (position, slot)."""
         num_tokens = len(kv_indices) - len(kv_indices) % self.page_size
-        ends = [num_tokens]
-        for (end, slot), _ in saves:
+        ends, accepted, rejected = [num_tokens], [], list[int]()
+        step = self.checkpoint_grid
+        for save in saves:
+            position, slot = save[0]
             if self._is_cached[slot] or not self._slots.is_taken[slot]:
                 raise ValueError(f"slot {slot} is free or the cache's: take one with allocate_slot")
-            if end < num_tokens and end % self.checkpoint_grid == 0:
-                ends.append(end)
-        rejected: tuple[int, ...] = ()
-        if not self.needs_states:
-            ends, rejected, saves = ends[:1], tuple(slot for (_, slot), _ in saves), ()
-            if not self._keeps:
-                return InsertResult(0, EMPTY, rejected, None)
+            if self.needs_states and position % step == 0 and 0 < position <= num_tokens:
+                ends.append(position)
+                accepted.append(save)
+            else:
+                rejected.append(slot)
+        if not self._keeps:
+            return InsertResult(0, EMPTY, tuple(rejected), None)
         node = base if base is not None else self._tree.root(namespace)
         inside, first = None, node.end
         kv_match_len = first
@@ -929,13 +931,21 @@ class HybridRadixCache:
             kv.last_used = self.now
             if not node.children and kv not in self._withheld:
                 self.policy.touch(kv)
-        if saves:
-            rejected = self._place(leaf, saves, kv_match_len)
+        node = leaf
+        for (position, slot), placed in sorted(accepted, key=itemgetter(0), reverse=True):
+            while (above := node.parent) is not None and above.end >= position:
+                node = above
+            if node.end > position:
+                node = self._split(node, position)
+            if node.checkpoint is None:
+                self._store_checkpoint(node, slot, placed, position <= kv_match_len)
+            else:
+                rejected.append(slot)
         if kv_match_len < num_tokens and leaf.children is None and leaf.kv is not None:
             self.policy.add(leaf.kv)
         duplicates = kv_indices[owned_from:kv_match_len] if kv_match_len > owned_from else EMPTY
         last = None if leaf.parent is None else leaf
-        return InsertResult(num_tokens, duplicates, rejected, last)
+        return InsertResult(num_tokens, duplicates, tuple(rejected), last)
 
     def replace_rows(self, node: NodeHandle, start: int, rows: Indices) -> Indices:
         """Point the tokens from ``start`` on, on the path to ``node``, to ``rows``, int32[k].
@@ -1063,30 +1073,6 @@ class HybridRadixCache:
                 self._notify("kv_stored", node)
             start, serial = end, serial + 1
         self.num_items = serial
-
-    def _place(
-        self, leaf: RadixNode, saves: Collection[tuple[tuple[int, int], Placed]], offered: int
-    ) -> tuple[int, ...]:
-        """Store checkpoints on the path to ``leaf``, splitting where needed; return the slots not
-        taken.
-
-        The policy already holds nodes that end at or before ``offered``. O(path).
-        """
-        rejected: list[int] = []
-        node, end, step = leaf, leaf.end, self.checkpoint_grid
-        if len(saves) > 1:
-            saves = sorted(saves, key=itemgetter(0), reverse=True)
-        for (position, slot), placed in saves:
-            if position % step == 0 and 0 < position <= end:
-                while (above := node.parent) is not None and above.end >= position:
-                    node = above
-                if node.end > position:
-                    node = self._split(node, position)
-                if node.checkpoint is None:
-                    self._store_checkpoint(node, slot, placed, position <= offered)
-                    continue
-            rejected.append(slot)
-        return tuple(rejected)
 
     def _store_checkpoint(
         self, node: RadixNode, slot: int, what: Placed | Checkpoint, offered: bool

@@ -19,12 +19,13 @@ hold its bytes. Rules:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable
-from typing import NamedTuple
+from collections.abc import Callable, Hashable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from hybridcache.allocators.moves import DEVICE, DISK, Copy, Drop, StepQueue
+from hybridcache.allocators.moves import DEVICE, DISK, HOST, Copy, Drop, StepQueue
 from hybridcache.allocators.pools import PageAllocator, are_distinct
 from hybridcache.radix.api import Resumable
 from hybridcache.radix.protocol import EvictionPolicy, raise_failure
@@ -392,3 +393,52 @@ def path_of(node: RadixNode) -> tuple[Hashable, Tokens]:
         parts.append(node.tokens)
         node = node.parent
     return node.key, np.concatenate(parts[::-1])
+
+
+# --- Exchange rate between tiers ------------------------------------------------------------------
+
+
+PCIE_BYTES_PER_S = 50e9
+"""PCIe 5.0 x16 from pinned memory, one way: 63 GB/s by its data sheet, less protocol overhead."""
+DISK_BYTES_PER_S = 6e9
+"""Sequential reads of one NVMe drive of that generation."""
+LATENCY_S = {HOST: 20e-6, DISK: 200e-6}
+"""Fixed latency of one copy, by tier."""
+
+
+class PrefillTimes(Protocol):
+    """Model of the seconds that one prefill takes."""
+
+    def seconds(self, start: int, end: int) -> float:
+        """Return the seconds to compute tokens [start, end) after ``start`` reused tokens; 0.0
+        if empty."""
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """Copy times by tier and prefill times of a model on a machine. Implements ``LoadRule``."""
+
+    times: PrefillTimes
+    """Seconds of a prefill, for example ``MeasuredTimes`` or ``Roofline``."""
+    bytes_per_s: Mapping[str, float] = field(
+        default_factory=lambda: {HOST: PCIE_BYTES_PER_S, DISK: DISK_BYTES_PER_S}
+    )
+    """Bandwidth from each tier to the device: measured, or from data sheets."""
+    unit: int = 1
+    """Tokens per id, for a cache that counts in units of several tokens."""
+
+    def copy_seconds(self, num_bytes: Mapping[str, int]) -> float:
+        """Return the seconds to copy these bytes to the device, one tier after the other."""
+        return sum(
+            LATENCY_S[tier] + size / self.bytes_per_s[tier]
+            for tier, size in num_bytes.items()
+            if size
+        )
+
+    def seconds_saved(
+        self, cached_len: int, position: int, prompt_len: int, num_bytes: Mapping[str, int]
+    ) -> float:
+        """Return the seconds saved by a load; see ``LoadRule``."""
+        unit, seconds = self.unit, self.times.seconds
+        without = seconds(cached_len * unit, prompt_len * unit)
+        return without - seconds(position * unit, prompt_len * unit) - self.copy_seconds(num_bytes)

@@ -11,6 +11,7 @@ import numpy as np
 from hybridcache.radix.api import Losses
 from hybridcache.radix.lease import Lease
 from hybridcache.radix.protocol import PromptBoundaries
+from hybridcache.radix.tree import SESSION_END
 from hybridcache.scheduling.sessions import Session
 from hybridcache.tokens import INT32, Tokens, require_index, require_int32
 
@@ -182,7 +183,7 @@ class ScheduledRequest(WaitingRequest):
     @property
     def stop_reason(self) -> str:
         """Reason why the answer ended, as ``Lease.finish`` takes it; empty if it is not known."""
-        return "session_end" if self.spec.ends_session else ""
+        return SESSION_END if self.spec.ends_session else ""
 
     def lose_claims(self) -> None:
         """Forget the lease, the row and all computed tokens, without a call of the cache."""

@@ -129,7 +129,7 @@ def gates(
 # --- Token by token: gates, normalisation, update and read-out in one pass over the state ---------
 
 
-class Inputs(NamedTuple):
+class DeltaInputs(NamedTuple):
     """Tokens, parameters of their gates, and strides between tokens, passed to kernels as one
     argument."""
 
@@ -206,7 +206,7 @@ def decode_gdn(
     scale = scale or key.shape[-1] ** -0.5
     return decode(
         step,
-        Inputs(*tokens, A_log, dt_bias, max_beta, scale, strides),
+        DeltaInputs(*tokens, A_log, dt_bias, max_beta, scale, strides),
         value.new_empty(value.shape),
         num_groups=key.shape[-2],
         config={"num_warps": 2}
@@ -321,7 +321,7 @@ def invert_unit_lower(b_a, LOG_BT: tl.constexpr, SOLVE_TYPE: tl.constexpr):
     return b_d
 
 
-class Tiles(NamedTuple):
+class GDNTiles(NamedTuple):
     """Tokens, results of `solve_kernel`, and strides between tokens, passed as one argument."""
 
     query: torch.Tensor
@@ -427,7 +427,7 @@ def chunk_gdn(
     strides = query.stride(0), key.stride(0), value.stride(0)
     return scan(
         scan_tile,
-        Tiles(query, key, value, matrices, vectors, strides),
+        GDNTiles(query, key, value, matrices, vectors, strides),
         out,
         num_groups=num_heads,
         config=scan_config(

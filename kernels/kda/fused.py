@@ -33,7 +33,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.gdn.fused import BLOCK, Inputs, compute_gates, invert_unit_lower, write_and_read
+from kernels.gdn.fused import BLOCK, DeltaInputs, compute_gates, invert_unit_lower, write_and_read
 from kernels.packed import ScanInputs, StepInputs
 from kernels.recurrence import block_of, decode, scan, scan_config, tile_tokens
 from kernels.strides import rows_contiguous
@@ -153,7 +153,7 @@ def decode_kda(
     strides = tuple(x.stride(0) for x in tokens)
     return decode(
         step,
-        Inputs(*tokens, A_log, dt_bias, 1.0, scale or key.shape[-1] ** -0.5, strides),
+        DeltaInputs(*tokens, A_log, dt_bias, 1.0, scale or key.shape[-1] ** -0.5, strides),
         value.new_empty(value.shape),
         num_groups=key.shape[-2],
         config={"num_warps": 2},
@@ -257,7 +257,7 @@ def solve_kernel(
     tl.store(p_matrix, (b_inverse * b_beta).to(p_matrices.dtype.element_ty))
 
 
-class Tiles(NamedTuple):
+class KDATiles(NamedTuple):
     """Values, results of `solve_kernel`, and the stride between tokens, passed as one argument."""
 
     value: torch.Tensor
@@ -347,7 +347,7 @@ def chunk_kda(
     )
     return scan(
         scan_tile,
-        Tiles(value, matrices, factors, decay, value.stride(0)),
+        KDATiles(value, matrices, factors, decay, value.stride(0)),
         out,
         num_groups=num_heads,
         config=scan_config(*(value.dtype, key_dim, value_dim, tile_size), operands=3, matrices=2),

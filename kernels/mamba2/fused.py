@@ -113,7 +113,7 @@ def gates(
 # --- Token by token: gates, update and read-out in one pass over the state ------------------------
 
 
-class Inputs(NamedTuple):
+class Mamba2Inputs(NamedTuple):
     """Tokens, parameters, and strides between tokens, passed to kernels as one argument."""
 
     x: torch.Tensor
@@ -176,7 +176,7 @@ def decode_mamba2(
     key_dim, value_dim = B.shape[-1], x.shape[-1]
     return decode(
         step,
-        Inputs(*tokens, A_log, dt_bias, D, *(float(limit) for limit in limits), strides),
+        Mamba2Inputs(*tokens, A_log, dt_bias, D, *(float(limit) for limit in limits), strides),
         x.new_empty(x.shape),
         num_groups=B.shape[-2],
         config={"num_warps": 2 if key_dim <= 128 else 4}
@@ -240,7 +240,7 @@ def weigh_kernel(
         tl.store(p_matrix, b_weights.to(p_matrices.dtype.element_ty))
 
 
-class Tiles(NamedTuple):
+class Mamba2Tiles(NamedTuple):
     """Tokens, results of `weigh_kernel`, and strides between tokens, passed as one argument."""
 
     x: torch.Tensor
@@ -330,7 +330,7 @@ def chunk_mamba2(
     )
     return scan(
         scan_tile,
-        Tiles(x, B, C, D, matrices, vectors, (x.stride(0), B.stride(0), C.stride(0))),
+        Mamba2Tiles(x, B, C, D, matrices, vectors, (x.stride(0), B.stride(0), C.stride(0))),
         out,
         num_groups=num_groups,
         config=scan_config(

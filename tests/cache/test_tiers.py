@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from hybridcache import CacheConfig, build_prefix_cache
-from hybridcache.geometry.times import LATENCY_S, Exchange
 from hybridcache.policies.eviction.fifo import FIFO
 from hybridcache.policies.registry import EvictionSpec, parse_placement
 from hybridcache.radix.api import Listener, Losses
 from hybridcache.radix.lease import Lease, LeaseRequest
+from hybridcache.radix.offload import LATENCY_S, Exchange
 from hybridcache.radix.protocol import Item, PolicyError
 from hybridcache.radix.tiers import TieredRadixCache
 from hybridcache.radix.tree import OffloadedCheckpoint, RadixNode

@@ -256,6 +256,3 @@ def test_optimum_prints_a_table(capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["optimum", "--trace", "resend?head=45", "--gib", "2,4"]
     code, out, _ = run(capsys, *arguments)
     assert code == 0 and "reached, %" in out
-    base = ["optimum", "--trace", "short?head=45", "--gib", "0.3"]
-    whole = run(capsys, *base)[1]
-    assert run(capsys, *base, "--counts-running")[1].split()[:-1] != whole.split()[:-1]

@@ -52,7 +52,7 @@ class Outgoing:
     server: PrefillServer = field(repr=False)
     peer: bytes
     """Connection to the decode engine."""
-    ask: wire.Ask
+    ask: wire.PrefixRequest
     tokens: Tokens
     """The prefix and one more token, so that its last position can be resumed from."""
     request: Request | None
@@ -204,7 +204,7 @@ class PrefillServer(Plugin):
         """Handle one message. Raises RequestError if a prefix is refused, and ValueError if the
         message is malformed."""
         session = self._sessions.get(peer)
-        if isinstance(message, wire.Ask):
+        if isinstance(message, wire.PrefixRequest):
             if session is not None:
                 raise ValueError("a second request")
             self._begin(peer, message)
@@ -212,7 +212,7 @@ class PrefillServer(Plugin):
             session.num_taken_bytes = min(message.num_bytes, session.num_queued_bytes)
             session.moved_s = time.monotonic()
 
-    def _begin(self, peer: bytes, ask: wire.Ask) -> None:
+    def _begin(self, peer: bytes, ask: wire.PrefixRequest) -> None:
         names = [name for name in self._own if self._own[name] != ask.identity.get(name)]
         if names:
             raise StepFailed(f"it differs in {', '.join(names)}: configure both the same")

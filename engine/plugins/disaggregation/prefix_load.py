@@ -266,7 +266,7 @@ class PeerLoader(Loader[Request]):
             boundaries=request.spec.boundaries._replace(answer_survives=False),
             save_at=(end,),
         )
-        connection.send(wire.Ask(self._own, arrival.start, spec))
+        connection.send(wire.PrefixRequest(self._own, arrival.start, spec))
         return load
 
     def _end(self, request: Request) -> int:

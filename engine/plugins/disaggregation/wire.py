@@ -1,10 +1,10 @@
 """Messages between two engines over ZeroMQ.
 
 A prefill engine has one ROUTER socket. A decode engine opens a DEALER socket for each prefix, sends
-``Ask``, and receives frames of ``Data``: the KV of all tokens in order, then the state, or
-``Failed``. It confirms each with ``Taken``, and closes the connection at the end. ``PrefixBuffer``
-converts between bytes and memory: the arena rows of tokens, and those of the state at the end of a
-prefix, both with the parts of a multi-token head.
+a ``PrefixRequest``, and receives frames of ``Data``: the KV of all tokens in order, then the state,
+or ``Failed``. It confirms each with ``Taken``, and closes the connection at the end.
+``PrefixBuffer`` converts between bytes and memory: the arena rows of tokens, and those of the state
+at the end of a prefix, both with the parts of a multi-token head.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class TransferMessage(msgspec.Struct, frozen=True, array_like=True, tag=True):
     """Base of the messages. The type is encoded in the first field."""
 
 
-class Ask(TransferMessage, frozen=True):
+class PrefixRequest(TransferMessage, frozen=True):
     """Request for a prefix."""
 
     identity: dict[str, str]
@@ -85,7 +85,7 @@ class Failed(TransferMessage, frozen=True):
     error: WireError
 
 
-ToPrefill = Ask | Taken
+ToPrefill = PrefixRequest | Taken
 ToDecode = Data | Alive | Failed
 ENCODER = msgspec.msgpack.Encoder(enc_hook=plain)
 FOR_PREFILL: msgspec.msgpack.Decoder[ToPrefill] = msgspec.msgpack.Decoder(ToPrefill)

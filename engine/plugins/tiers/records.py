@@ -66,7 +66,7 @@ def digest_of(fields: Mapping[str, str]) -> bytes:
     return hashlib.blake2b(text.encode(), digest_size=32).digest()
 
 
-class Record(NamedTuple):
+class StoredRecord(NamedTuple):
     """One record, without its payload."""
 
     id: int
@@ -158,7 +158,7 @@ class RecordStore:
             raise _unusable(self.folder, error) from error
         return self
 
-    def scan(self) -> Iterator[Record]:
+    def scan(self) -> Iterator[StoredRecord]:
         """Yield all complete records, by ascending id, and remove the others. O(records); no
         payload is read. Raises StoreError if a file cannot be read or removed."""
         try:
@@ -244,7 +244,7 @@ class RecordStore:
             rest, zlib.crc32(record_id.to_bytes(8, "little"), zlib.crc32(self._digest))
         )
 
-    def _parse(self, record_id: int, file: BinaryIO) -> Record | None:
+    def _parse(self, record_id: int, file: BinaryIO) -> StoredRecord | None:
         """Read a record up to its payload. None if it is damaged. Raises OSError."""
         head = file.read(HEAD_BYTES)
         if len(head) < HEAD_BYTES:
@@ -255,7 +255,7 @@ class RecordStore:
         meta = file.read(meta_bytes)
         if CRC.pack(self._crc(record_id, head[: SIZES.size] + meta)) != head[SIZES.size :]:
             return None
-        return Record(record_id, meta, payload_bytes, payload_crc)
+        return StoredRecord(record_id, meta, payload_bytes, payload_crc)
 
     def _replace(self, name: str, parts: Iterable[Bytes], *, is_synced: bool) -> None:
         """Write a file under another name, and rename it; with ``is_synced``, in this order also on

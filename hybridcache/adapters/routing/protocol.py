@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
 from hybridcache.adapters.events import Event
-from hybridcache.geometry.times import PrefillTimes
+from hybridcache.radix.offload import PrefillTimes
 from hybridcache.radix.protocol import PlacementPolicy
 from hybridcache.tokens import Tokens
 

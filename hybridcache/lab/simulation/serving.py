@@ -18,11 +18,11 @@ from functools import partial
 from time import perf_counter
 
 from hybridcache.adapters.routing.outbox import Outbox
-from hybridcache.geometry.times import PrefillTimes
 from hybridcache.lab.scenario import Scenario
 from hybridcache.lab.simulation.target import Served, Target
 from hybridcache.lab.trace import TraceRequest
 from hybridcache.radix.api import Losses
+from hybridcache.radix.offload import PrefillTimes
 
 NUM_SUMS = len(Losses._fields) + 4
 

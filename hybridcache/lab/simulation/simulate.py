@@ -358,27 +358,20 @@ OF_PLANS = {"model", "gib", "state_dtype", "checkpoint_dtype", "grid"}
 
 
 def optimum(
-    scenario: Scenario | str | Trace,
-    *,
-    counts_running: bool = False,
-    progress: Progress = None,
-    **settings: object,
+    scenario: Scenario | str | Trace, *, progress: Progress = None, **settings: object
 ) -> OptimumResult:
     """Compute a plan with hindsight at every size, and a bound that no cache exceeds.
 
     ``scenario`` may be that of a ``simulate``: its model, sizes, precisions and grid have an
-    effect, and ``settings`` may name these alone. ``counts_running``: KV and state of the running
-    request take memory too, as in every cache. Raises the errors of ``simulate``.
+    effect, and ``settings`` may name these alone. Raises the errors of ``simulate``.
     """
-    require_bool(counts_running, "counts_running")
     asked = Scenario.of(scenario, settings)
     asked.refuse(settings.keys() - OF_PLANS, "has no effect on the optimum: leave it out")
     opened, geometry = asked.opened(), asked.geometry()
     points, _ = asked.points(opened, opened.unit)
     held, plans = opened.kept(KEEP_BYTES), list[Optimum]()
-    plan = partial(best_plan, geometry=geometry, grid=asked.grid, counts_running=counts_running)
     with shown_progress(progress, "runs", opened.name) as show:
         for size in points:
-            plans.append(plan(held, size))
+            plans.append(best_plan(held, size, geometry, grid=asked.grid))
             show(len(plans), len(points))
     return OptimumResult(tuple(plans), geometry.name, opened.notes)

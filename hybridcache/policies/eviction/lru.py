@@ -9,7 +9,7 @@ from itertools import chain
 
 from hybridcache.radix.protocol import EvictionPolicy, Item, Kind
 
-Entry = tuple[int, int, Item]
+QueueEntry = tuple[int, int, Item]
 """(last use when entered, serial, item): sort key of candidates."""
 
 
@@ -38,7 +38,7 @@ class LRU(EvictionPolicy):
             line = self._dead if item.dead else self._kv
         else:
             line = self._superseded if item.superseded else self._checkpoints
-        entries: deque[Entry] | list[Entry] = line.queue
+        entries: deque[QueueEntry] | list[QueueEntry] = line.queue
         if entries and entry < entries[-1]:
             entries = line.late
             heappush(line.late, entry)
@@ -82,19 +82,19 @@ class _Line:
     """
 
     def __init__(self) -> None:
-        self.queue: deque[Entry] = deque()
-        self.late: list[Entry] = []
+        self.queue: deque[QueueEntry] = deque()
+        self.late: list[QueueEntry] = []
         self.limit = 64
         """Length of queue or heap at which stale entries are removed."""
 
-    def __iter__(self) -> Iterator[Entry]:
+    def __iter__(self) -> Iterator[QueueEntry]:
         return chain(self.queue, self.late)
 
     def oldest(self) -> Item | None:
         """Return the least recently used item, removing stale entries before it. O(log n)
         amortised."""
         queue, late = self.queue, self.late
-        first: Entry | None = None
+        first: QueueEntry | None = None
         while queue:
             entry = queue[0]
             item = entry[2]

@@ -48,7 +48,7 @@ class Queue:
 
 
 @dataclass(eq=False, slots=True)
-class Record:
+class QueueState:
     """State of an item in a queue policy, kept during locks: queue, place and number of uses."""
 
     owner: QueuePolicy
@@ -70,14 +70,14 @@ class QueuePolicy(ABC):
         self._next_ticket = 0
         self._now = 0
         """Logical time of the newest item or use."""
-        self._asked_back: dict[int, tuple[Record, int]] = {}
+        self._asked_back: dict[int, tuple[QueueState, int]] = {}
         """Ghost hits by position: (record, time)."""
 
     @abstractmethod
-    def enter(self, item: Item, ghost: Record | None) -> Queue:
+    def enter(self, item: Item, ghost: QueueState | None) -> Queue:
         """Return the queue for a new item. ``ghost`` is its record after a recent ghost hit."""
 
-    def used(self, item: Item, record: Record) -> None:
+    def used(self, item: Item, record: QueueState) -> None:
         """Process one or more uses of a candidate since the last call: set its reference bit."""
         record.mark = 1
 
@@ -85,34 +85,34 @@ class QueuePolicy(ABC):
     def choose(self) -> Item | None:
         """Return the candidate to evict, without removing it."""
 
-    def gone(self, item: Item, record: Record, evicted: bool) -> None:  # noqa: B027
+    def gone(self, item: Item, record: QueueState, evicted: bool) -> None:  # noqa: B027
         """Process the removal of a candidate. If not ``evicted``, it can return."""
 
     def move(self, item: Item, queue: Queue) -> None:
         """Move ``item`` to the young end of ``queue``."""
-        record: Record = item.memo
+        record: QueueState = item.memo
         record.queue.remove(record.ticket)
         record.queue, record.ticket = queue, self._ticket()
         queue.put(record.ticket, item)
 
     def add(self, item: Item) -> None:
         self._now = max(self._now, item.last_used)
-        record: Record | None = item.memo
+        record: QueueState | None = item.memo
         if record is None or record.owner is not self:
             queue = self.enter(item, self._returned(item))
-            item.memo = record = Record(self, queue, self._ticket(), item.uses)
+            item.memo = record = QueueState(self, queue, self._ticket(), item.uses)
         record.queue.put(record.ticket, item)
         self.touch(item)
 
     def touch(self, item: Item) -> None:
         self._now = max(self._now, item.last_used)
-        record: Record = item.memo
+        record: QueueState = item.memo
         if item.uses > record.uses:
             record.uses = item.uses
             self.used(item, record)
 
     def discard(self, item: Item, evicted: bool) -> None:
-        record: Record = item.memo
+        record: QueueState = item.memo
         record.queue.remove(record.ticket)
         self.gone(item, record, evicted)
 
@@ -120,7 +120,7 @@ class QueuePolicy(ABC):
         if item.memo is not None:
             self._asked_back[item.position] = (item.memo, self._now)
 
-    def _returned(self, item: Item) -> Record | None:
+    def _returned(self, item: Item) -> QueueState | None:
         """Return the ghost's record if ``item`` is a returned ghost, and not from another priority
         class."""
         if item.memo is not None:
@@ -176,7 +176,7 @@ class OneQueue(QueuePolicy):
         super().__init__()
         self.queue = Queue()
 
-    def enter(self, item: Item, ghost: Record | None) -> Queue:
+    def enter(self, item: Item, ghost: QueueState | None) -> Queue:
         return self.queue
 
 
@@ -199,7 +199,7 @@ class Sieve(OneQueue):
             return None
         while True:
             item = self.queue.after(self.hand)
-            record: Record = item.memo
+            record: QueueState = item.memo
             if not record.mark:
                 self.hand = record.ticket
                 self._chosen = item
@@ -207,7 +207,7 @@ class Sieve(OneQueue):
             record.mark = 0
             self.hand = record.ticket + 1
 
-    def gone(self, item: Item, record: Record, evicted: bool) -> None:
+    def gone(self, item: Item, record: QueueState, evicted: bool) -> None:
         """Advance the hand to the next younger item. After the youngest it starts again."""
         if item is self._chosen:
             self._chosen = None

@@ -19,7 +19,7 @@ import random
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Container, Hashable, Iterable, Sequence
-from itertools import chain
+from itertools import chain, islice
 from math import inf
 from typing import Any, NamedTuple
 
@@ -127,7 +127,8 @@ class Hazards:
         self._parents: list[int | None] = []
         self._priors: list[float] = []
         self._families: list[int] = []
-        """Generation of each row and its parent, as one number: rows are ordered by it."""
+        """Generation of each row in ``_order`` and its parent, as one number: rows are ordered by
+        it."""
         self._facts: list[int] = []
         self._fact_numbers: dict[Hashable, int] = {}
         self._order: Ints = np.empty(0, np.int64)
@@ -174,7 +175,6 @@ class Hazards:
         for row, key in enumerate(state["keys"]):  # JSON has lists in place of tuples
             facts = tuple(tuple(fact) if isinstance(fact, list) else fact for fact in key)
             self.rows[facts] = row
-            self._enrol(facts, self._parents[row], row in self._models)
 
     def row(self, key: Key, prior: float = 1.0, model: tuple[Key, float] | None = None) -> int:
         """Return the row of class ``key``, whose parent is ``key[:-1]``.
@@ -196,20 +196,12 @@ class Hazards:
         row = self.rows[key] = len(self._parents)
         self._parents.append(parent)
         self._priors.append(prior)
-        self._enrol(key, parent, model is not None)
         if row == len(self.index):
             self._events, self._reached = doubled(self._events), doubled(self._reached)
             self._partial, self.index = doubled(self._partial), doubled(self.index)
         first = 1 / (_MIDDLES + UNUSED) if begins_as is None else self.index[begins_as]
         self.index[row] = prior * first
         return row
-
-    def _enrol(self, key: Key, parent: int | None, has_model: bool) -> None:
-        """Note the generation and the fact of a new row."""
-        generation = 2 * len(key) + has_model
-        self._families.append(generation << _ROW_BITS | (0 if parent is None else parent + 1))
-        fact, numbers = (generation, parent if has_model else key[-1]), self._fact_numbers
-        self._facts.append(numbers.setdefault(fact, len(numbers)))
 
     def open(self, row: int, now: int) -> int:
         """Begin a stage in the class of ``row``. Returns the number of the stage."""
@@ -292,6 +284,13 @@ class Hazards:
     def _arrange(self) -> None:
         """Compute the order of all rows, and their generations: shortest keys first, and rows with
         models after others of their length. O(rows log rows)."""
+        first_new, numbers = len(self._families), self._fact_numbers
+        for row, key in enumerate(islice(self.rows, first_new, None), first_new):
+            is_modelled, parent = row in self._models, self._parents[row]
+            generation = 2 * len(key) + is_modelled
+            self._families.append(generation << _ROW_BITS | (0 if parent is None else parent + 1))
+            fact = generation, parent if is_modelled else key[-1]
+            self._facts.append(numbers.setdefault(fact, len(numbers)))
         families, facts = np.array((self._families, self._facts), np.int64)
         self._order = order = families.argsort(kind="stable")
         families, facts, priors = families.take(order), facts.take(order), np.array(self._priors)
@@ -666,55 +665,35 @@ class Survival(EvictionPolicy):
             memo.active = item.last_used
         memo.superseded = superseded = item.superseded
         demand = None if superseded else memo.demand
-        uses, position = item.uses, item.position
+        is_covered, stop_reason = superseded or demand is not None, item.stop_reason
+        label, distance, uses, position = item.label, item.distance, item.uses, item.position
+        if uses > 2:
+            uses = 2
+        turn, pace = memo.turn if memo.turn < MAX_TURN else MAX_TURN, memo.pace
         octave = position.bit_length()
-        facts = (
-            superseded or demand is not None,
-            item.kind,
-            item.label,
-            item.distance,
-            item.stop_reason,
-            uses if uses < 2 else 2,
-            memo.turn if memo.turn < MAX_TURN else MAX_TURN,
-            memo.pace,
-            octave,
-            position << 2 >> octave,
-        )
+        half = position << 2 >> octave & 1  # 1 in the upper half of the octave
+        kind = item.kind
+        facts = is_covered, kind, label, distance, stop_reason, uses, turn, pace, octave, half
         row = hazards.row_of_facts.get(facts)
         if row is None:
-            row = hazards.row_of_facts[facts] = self._row(*facts)
+            is_speculative = distance > 1 or label not in COMMON
+            prior = UNLIKELY if is_speculative else 1.0
+            coarse = (is_covered, is_speculative), (label or kind, distance)
+            if is_covered:
+                hazards.row(coarse, prior, (((False, is_speculative), coarse[1]), UNLIKELY))
+            paces = ((PACE, pace),) if pace else ()
+            if label in SHARED:
+                turn, paces = 0, ()
+            key: Class = (*coarse, uses, turn, *paces, octave, 2 * octave + half)
+            if stop_reason:
+                key = (*key, stop_reason)
+            row = hazards.row_of_facts[facts] = hazards.row(key, prior)
         if demand is not None:
             age = hazards.now - memo.active
             if hazards.index_at(demand, age) >= hazards.index_at(row, age):
                 row = demand
         memo.row, memo.entered = row, memo.active
         memo.stage = hazards.open(row, memo.active)
-
-    def _row(
-        self,
-        superseded: bool,
-        kind: Kind,
-        label: str,
-        distance: int,
-        stop_reason: str,
-        uses: int,
-        turn: int,
-        pace: int,
-        octave: int,
-        top: int,
-    ) -> int:
-        """Return the row of a class. ``top`` has the two highest bits of the position."""
-        is_speculative = distance > 1 or label not in COMMON
-        rule = label or kind, distance
-        prior = UNLIKELY if is_speculative else 1.0
-        coarse = (superseded, is_speculative), rule
-        if superseded:
-            self.hazards.row(coarse, prior, (((False, is_speculative), rule), UNLIKELY))
-        generation, paces = turn, ((PACE, pace),) if pace else ()
-        if label in SHARED:
-            generation, paces = 0, ()
-        key: Class = (*coarse, uses, generation, *paces, octave, 2 * octave + top % 2)
-        return self.hazards.row((*key, stop_reason) if stop_reason else key, prior)
 
     def _least(self, columns: Columns, fresh: Container[Item]) -> Item | None:
         """Return the candidate with the least value per byte, or None. Outdated values of chosen

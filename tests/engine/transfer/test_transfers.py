@@ -216,7 +216,7 @@ def asking(identity: object, start: object = 0, **changes: object) -> bytes:
     spec = prefix(b"\1\0\0\0" * 100)
     fields = {name: getattr(spec, name) for name in spec.__struct_fields__} | changes
     return msgspec.msgpack.encode(
-        ["Ask", identity, start, ["RequestSpec", *fields.values()]], enc_hook=bytes_of
+        ["PrefixRequest", identity, start, ["RequestSpec", *fields.values()]], enc_hook=bytes_of
     )
 
 
@@ -257,7 +257,7 @@ def test_garbage_on_the_port_closes_only_its_own_connection(prefill: Engine, pla
         b"\x91" * 100_000,
         rng.bytes(5000),
         msgspec.msgpack.encode(["Quit", 1]),
-        msgspec.msgpack.encode(["Ask", {}]),
+        msgspec.msgpack.encode(["PrefixRequest", {}]),
         asking(3),
         asking({}),
         ask(prompt=b"abc"),
@@ -300,7 +300,7 @@ def impostor(answers: Sequence[Sequence[bytes] | None]) -> Iterator[int]:
                 if not router.poll(20):
                     continue
                 peer, data = router.recv_multipart()
-                if b"Ask" not in data[:8]:
+                if b"PrefixRequest" not in data[:16]:
                     continue
                 for answer in answers:
                     if answer is None:
