@@ -83,7 +83,7 @@ class Replay:
         variables, messages = chat.variables, [*chat.messages]
         keeps = (variables or {}).get(KEEPS_THINKING, self._keeps_thinking) is True
         sampled: dict[int, SampledTurn] = {}
-        place = tenant, _digest(b"", chat.tools)
+        place = tenant, json.dumps(chat.tools, default=repr).encode()
         for index, message in enumerate(chat.messages):
             place, reasoning = _place_behind(place, message)
             turn = self._known.get(place) if message.get("role") == "assistant" else None
@@ -115,18 +115,14 @@ class Replay:
 
 
 Place = tuple[Hashable, bytes]
-"""Tenant, and digest of a chat up to a message, without reasoning."""
+"""Tenant, and digest of a chat up to a message, without reasoning; before the first one, tools."""
 
 
 def _place_behind(place: Place, message: Message) -> tuple[Place, str]:
     """Return (place behind ``message``, its reasoning). O(its size)."""
     (tenant, before), (*said, reasoning) = place, said_by(message)
-    return (tenant, _digest(before, [message.get("role"), *said])), reasoning
-
-
-def _digest(before: bytes, value: object) -> bytes:
-    text = json.dumps(value, default=repr).encode()
-    return hashlib.blake2b(before + text, digest_size=16).digest()
+    text = json.dumps([message.get("role"), *said], default=repr).encode()
+    return (tenant, hashlib.blake2b(before + text, digest_size=16).digest()), reasoning
 
 
 class PromptCut(NamedTuple):
