@@ -231,16 +231,6 @@ class Message(msgspec.Struct, kw_only=True):
             message["tool_calls"] = self.tool_calls
         return message
 
-    @property
-    def parts(self) -> Sequence[TextPart]:
-        """Parts of the content, of which the last one has the mark of the message."""
-        parts = self.content or ()
-        if isinstance(parts, str):
-            return (TextPart(text=parts, cache_control=self.cache_control),)
-        if self.cache_control is None or not parts:
-            return parts
-        return *parts[:-1], structs.replace(parts[-1], cache_control=self.cache_control)
-
 
 def text_of(content: str | Sequence[TextPart] | None) -> str:
     """Return the content of a message as one text. Its parts begin with the text between them."""
@@ -456,12 +446,15 @@ class ChatRequest(Sampling, kw_only=True):
             cuts.append(PromptCut(None))
         for role, group in zip(roles, groups, strict=True):
             texts, length, marks = list[str](), 0, list[tuple[int, int]]()
-            for parts in (one.parts for one in group):
+            for one in group:
+                parts = one.content or ()
+                parts = [TextPart(text=parts)] if isinstance(parts, str) else parts
                 between = _joint(template, role) if len(parts) > 1 else ""
-                for number, part in enumerate(parts):
-                    texts.append((between if number else "\n\n" if texts else "") + part.text)
+                for number, part in enumerate(parts, 1):
+                    texts.append((between if number > 1 else "\n\n" if texts else "") + part.text)
                     length += len(texts[-1])
-                    if part.cache_control is not None:
+                    owners = (part, one) if number == len(parts) else (part,)
+                    if any(owner.cache_control is not None for owner in owners):
                         marks.append((len(texts), length))
             if not texts and len(group) == 1 and group[0].cache_control is not None:
                 marks.append((0, 0))
