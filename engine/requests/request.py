@@ -262,8 +262,6 @@ class Marks(TypedDict, total=False):
     call_marks: Sequence[str]
     prompt_logprobs: int | None
     is_thinking: bool
-    ends_session: bool
-    returns_within_s: float | None
 
 
 class Request(ScheduledRequest):

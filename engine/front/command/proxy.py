@@ -166,8 +166,7 @@ class TraceWriter:
     ) -> tuple[list[int], list[int], list[int]]:
         """Return (ids of the prompt, known boundaries, ids of ``answer`` behind it, as the next
         prompt has them). Raises ValueError if the chat cannot be rendered."""
-        pairs = enumerate((*body["messages"], answer))
-        given = [plain_message(one, f"messages.{at}") for at, one in pairs]
+        given = [plain_message(one, "messages") for one in (*body["messages"], answer)]
         sent = ChatRequest(messages=converted(given, list[Message], "messages"))
         chat = [one.as_template_input(one.role, text_of(one.content)) for one in sent.messages]
         tokenizer, tools = self._tokenizer, body.get("tools")

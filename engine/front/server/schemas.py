@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from functools import lru_cache, partial
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, TypedDict
 
 import msgspec
 from msgspec import Meta, structs
@@ -23,7 +23,7 @@ from engine.front.server.bodies import (
     converted,
     num_nodes,
 )
-from engine.requests.request import MAX_BIAS, MAX_COUNT, Marks, SamplingParams
+from engine.requests.request import MAX_BIAS, MAX_COUNT, SamplingParams
 from engine.text.answers import MAX_NAME
 from engine.text.bounded import read_json
 from engine.text.grammar import Grammar, GrammarError
@@ -130,6 +130,13 @@ class OpenAIBody(Body, kw_only=True):
     stream_options: JsonObject | None = None
 
 
+class SessionMarks(TypedDict, total=False):
+    """Fields of a ``RequestSpec`` that a client sets."""
+
+    ends_session: bool
+    returns_within_s: float
+
+
 class Sampling(OpenAIBody, kw_only=True):
     """Sampling and form of the answer. None selects the engine's default."""
 
@@ -156,11 +163,11 @@ class Sampling(OpenAIBody, kw_only=True):
     metadata: JsonObject | None = None
 
     @property
-    def session(self) -> Marks:
+    def session(self) -> SessionMarks:
         """Facts about the session in the metadata, whose values are texts in OpenAI's API. Raises
         ValueError unless the promised time is a number of at least 0."""
         metadata = self.metadata or {}
-        marks: Marks = {"ends_session": str(metadata.get("session_end")).lower() == "true"}
+        marks: SessionMarks = {"ends_session": str(metadata.get("session_end")).lower() == "true"}
         if (given := metadata.get("returns_within_s")) is not None:
             name = "metadata.returns_within_s"
             try:
@@ -322,17 +329,14 @@ def _plain_call(call: Json, place: str) -> Json:
 def _without_billing(message: Message) -> bool:
     """Remove the billing header, which changes in each request, from a system message. Returns
     False if nothing is left of it."""
-    parts = message.content if isinstance(message.content, list) else []
-    texts = [part.text for part in parts] if parts else [text_of(message.content)]
-    cleaned = [without_billing(text) for text in texts]
-    if cleaned == texts:
-        return True
-    if parts:
-        pairs = zip(parts, cleaned, strict=True)
-        message.content = [structs.replace(part, text=text) for part, text in pairs if text.strip()]
-    else:
-        message.content = cleaned[0]
-    return any(text.strip() for text in cleaned)
+    content = message.content or ""
+    if isinstance(content, str):
+        message.content = without_billing(content)
+        return message.content == content or bool(message.content.strip())
+    parts = [structs.replace(part, text=without_billing(part.text)) for part in content]
+    if parts != content:
+        message.content = [part for part in parts if part.text.strip()]
+    return bool(message.content)
 
 
 def parsed_arguments(text: str) -> JsonObject:

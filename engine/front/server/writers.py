@@ -256,7 +256,7 @@ class Writer(ABC):
                 is_thinking = marks.get("is_thinking", False)
                 grammar = await context.grammar_of(forms, namespace, is_thinking)
             own_id = self.answer_id
-            marks = marks | body.session
+            session = body.session
             names = [f"{own_id}-{number}" if number else own_id for number in range(len(choices))]
             for number, (tokens, at, sampling) in enumerate(choices):
                 request_id = names[number]
@@ -268,6 +268,7 @@ class Writer(ABC):
                     choice_of=names[number - at] if at else None,
                     grammar=grammar,
                     arrival_s=time.perf_counter(),
+                    **session,
                     **marks,
                 )
                 self._index_of[request_id] = number
