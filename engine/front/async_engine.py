@@ -346,6 +346,8 @@ class EngineChannel(ABC):
     """Id of the process that computes, or None if there are several."""
     front: AsyncEngine
     """Receives messages of the engine (``receive``) and its end (``closed``)."""
+    send: Callable[[ToEngine], None]
+    """Sends a message, which is valid, without waiting."""
 
     @property
     @abstractmethod
@@ -355,10 +357,6 @@ class EngineChannel(ABC):
     @abstractmethod
     def start(self) -> None:
         """Begin to serve. Called once, in the event loop."""
-
-    @abstractmethod
-    def send(self, message: ToEngine) -> None:
-        """Send ``message``, which is valid, without waiting."""
 
     @abstractmethod
     async def drain(self) -> None:
@@ -372,9 +370,10 @@ class EngineChannel(ABC):
 class ThreadChannel(EngineChannel):
     """Connection to an engine in a thread of this process."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, front: AsyncEngine) -> None:
         self.config, self.tokenizer = engine.config, engine.tokenizer
-        self.host = EngineHost(engine, lambda message: self.front.receive(message))
+        self.front, self.host = front, EngineHost(engine, front.receive)
+        self.send = self.host.receive
         self.facts, self.pid = self.host.facts, os.getpid()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
@@ -390,9 +389,6 @@ class ThreadChannel(EngineChannel):
             self.host.run()
         finally:
             self.front.closed(self.host.failure)
-
-    def send(self, message: ToEngine) -> None:
-        self.host.receive(message)
 
     async def drain(self) -> None:
         self._end(at_once=False)
@@ -414,7 +410,7 @@ class AsyncEngine:
 
     def __init__(self, served: Engine | EngineChannel) -> None:
         """Serve an engine in a thread of this process, or connect to the one behind a channel."""
-        self.channel = ThreadChannel(served) if isinstance(served, Engine) else served
+        self.channel = ThreadChannel(served, self) if isinstance(served, Engine) else served
         self.config, self.tokenizer = self.channel.config, self.channel.tokenizer
         self.facts = facts = self.channel.facts
         self._intake = Intake(

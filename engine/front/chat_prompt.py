@@ -28,7 +28,7 @@ from bisect import bisect, bisect_left
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -83,7 +83,7 @@ class Replay:
         variables, messages = chat.variables, [*chat.messages]
         keeps = (variables or {}).get(KEEPS_THINKING, self._keeps_thinking) is True
         sampled: dict[int, SampledTurn] = {}
-        place = tenant, _digest(b"", chat.tools)
+        place = tenant, json.dumps(chat.tools, default=repr).encode()
         for index, message in enumerate(chat.messages):
             place, reasoning = _place_behind(place, message)
             turn = self._known.get(place) if message.get("role") == "assistant" else None
@@ -115,18 +115,14 @@ class Replay:
 
 
 Place = tuple[Hashable, bytes]
-"""Tenant, and digest of a chat up to a message, without reasoning."""
+"""Tenant, and digest of a chat up to a message, without reasoning; before the first one, tools."""
 
 
 def _place_behind(place: Place, message: Message) -> tuple[Place, str]:
     """Return (place behind ``message``, its reasoning). O(its size)."""
     (tenant, before), (*said, reasoning) = place, said_by(message)
-    return (tenant, _digest(before, [message.get("role"), *said])), reasoning
-
-
-def _digest(before: bytes, value: object) -> bytes:
-    text = json.dumps(value, default=repr).encode()
-    return hashlib.blake2b(before + text, digest_size=16).digest()
+    text = json.dumps([message.get("role"), *said], default=repr).encode()
+    return (tenant, hashlib.blake2b(before + text, digest_size=16).digest()), reasoning
 
 
 class PromptCut(NamedTuple):
@@ -379,34 +375,37 @@ def _future_behind(
     return chat if any(message["role"] == "user" for message in chat) else [*chat, ask]
 
 
-def mark_control_tokens(control_tokens: Sequence[str], value: object) -> Any:
+@lru_cache(maxsize=64)
+def _ends_of(tokens: tuple[str, ...]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return (beginnings, ends) of ``tokens``, without the whole tokens."""
+    cuts = [(one[:at], one[at:]) for one in tokens for at in range(1, len(one))]
+    return tuple({head for head, _ in cuts}), tuple({tail for _, tail in cuts})
+
+
+def mark_control_tokens(control_tokens: tuple[str, ...], value: object) -> Any:
     """Return ``value`` with ``MARK`` in its texts, so that none can become a control token, alone
-    or with adjacent text. O(size of ``value``).
+    or with adjacent text. Parts without such a text are no copies. O(size of ``value``).
 
     A control token is inside a text, or the text ends with a beginning of the token, or it starts
     with an end of it.
     """
-    heads = tuple({token[:end] for token in control_tokens for end in range(1, len(token))})
-    tails = tuple({token[start:] for token in control_tokens for start in range(1, len(token))})
-
-    def marked(value: object) -> object:
-        if isinstance(value, Mapping):
-            # Names that templates may use, such as ``text``, stay as they are.
-            return {
-                name if str(name).isidentifier() else marked(name): marked(entry)
-                for name, entry in value.items()
-            }
-        if isinstance(value, list | tuple):
-            return [marked(entry) for entry in value]
-        if not isinstance(value, str):
-            return value
+    if isinstance(value, str):
+        heads, tails = _ends_of(control_tokens)
         before, after = MARK * value.startswith(tails), MARK * value.endswith(heads)
         for token in control_tokens:
             while token in value:  # Again for tokens that overlapped.
                 value = value.replace(token, token[0] + MARK + token[1:])
         return before + value + after
-
-    return marked(value)
+    mark = partial(mark_control_tokens, control_tokens)
+    if isinstance(value, Mapping):
+        # Names that templates may use, such as ``text``, stay as they are.
+        pairs = value.items()
+        entries = {key if str(key).isidentifier() else mark(key): mark(one) for key, one in pairs}
+        return value if entries == value else entries
+    if isinstance(value, list | tuple):
+        parts = [*map(mark, value)]
+        return value if parts == [*value] else parts
+    return value
 
 
 def said_by(message: Mapping[str, object]) -> tuple[str, list[list[object]], str]:

@@ -430,12 +430,9 @@ class AnswerReader:
         self.is_over = False
         """True if the first call ended and the rest is ignored."""
         self.num_reasoning_tokens = 0
-
-    @property
-    def warned(self) -> dict[str, str]:
+        self.warned: dict[str, str] = {}
         """Field ``warning`` of an answer with a part that looks like a call and cannot be made; {}
         without one, and before the end of the answer."""
-        return {}
 
     def read(self, output: RequestOutput) -> None:
         """Read the new part of the answer in ``output``."""
@@ -444,12 +441,12 @@ class AnswerReader:
         events = self.push(output.new_text)
         if was_thinking or self.is_thinking:
             self.num_reasoning_tokens += len(output.new_token_ids)
-        if output.is_finished:
-            is_cut = output.finish_reason != "stop" or int(output.output[-1]) not in self._ends
+        if (reason := output.finish_reason) is not None:
+            is_cut = reason != "stop" or int(output.output[-1]) not in self._ends
             events = joined([*events, *self.flush(is_cut)])
         self.new = events
         self.events += events
-        self.finish = output.finish_reason
+        self.finish = reason
 
     def push(self, text: str) -> list[Event]:
         """Return the events that are certain after ``text``. O(len(text)), over an answer, and a

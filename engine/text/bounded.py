@@ -99,16 +99,17 @@ class BoundedMemory(Generic[Key, Value]):
         if num_bytes > self.limit_bytes:
             return
         with self._lock:
-            self._remove(key)
+            self.num_bytes += num_bytes - self._values.pop(key, (None, 0))[1]
             self._values[key] = value, num_bytes
-            self.num_bytes += num_bytes
             while self.num_bytes > self.limit_bytes:
-                self._remove(next(iter(self._values)))
+                self.num_bytes -= self._values.popitem(last=False)[1][1]
 
     def delete(self, key: Key) -> bool:
         """Remove the value of ``key``. Returns False if there is none. O(1)."""
         with self._lock:
-            return self._remove(key)
+            _, num_bytes = self._values.pop(key, (None, 0))
+            self.num_bytes -= num_bytes
+            return num_bytes > 0
 
     def listed(self) -> list[tuple[Key, Value]]:
         """Return all (key, value), the least recently used first. O(values)."""
@@ -118,8 +119,3 @@ class BoundedMemory(Generic[Key, Value]):
     def check(self) -> None:
         """Raise AssertionError if the recorded size is wrong. O(values)."""
         assert sum(size for _, size in self._values.values()) == self.num_bytes <= self.limit_bytes
-
-    def _remove(self, key: Key) -> bool:
-        _, num_bytes = self._values.pop(key, (None, 0))
-        self.num_bytes -= num_bytes
-        return num_bytes > 0

@@ -17,12 +17,13 @@ import os
 import pickle
 import resource
 import signal
-import struct
 import subprocess
 import sys
 import threading
 from collections.abc import Mapping
-from typing import IO, Any
+from contextlib import suppress
+from multiprocessing.connection import Connection, Pipe
+from typing import Any
 
 import jinja2
 import jinja2.ext
@@ -39,7 +40,6 @@ TOO_MUCH = (
     "short chats fail too, it does not end: use another one (--chat-template)."
 )
 TEXT, REFUSED, EXCEEDED = b"tre"
-_LENGTH = struct.Struct("<Q")
 
 
 class TemplateError(ValueError):
@@ -53,6 +53,7 @@ class Renderer:
         self._limit_s = limit_s
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
+        self._pipe: Connection
         self._owner = 0
         """Id of the process that started it: a fork needs its own."""
 
@@ -63,55 +64,40 @@ class Renderer:
         question = pickle.dumps((source, variables))
         with self._lock:
             try:
-                process = self._running()
-                assert process.stdin is not None and process.stdout is not None
-                _send(process.stdin, question)
-                answer = _receive(process.stdout)
+                pipe = self._running()
+                pipe.send_bytes(question)
+                answer = pipe.recv_bytes()
             except BaseException as error:  # An interrupt would leave its answer to the next call.
                 self._end()
-                if not isinstance(error, OSError):
+                if not isinstance(error, OSError | EOFError):
                     raise
-                answer = b""
-            if not answer:
-                self._end()
-        if not answer or answer[0] == EXCEEDED:
+                answer = bytes([EXCEEDED])
+        if answer[0] == EXCEEDED:
             raise TemplateError(TOO_MUCH)
         text = answer[1:].decode("utf-8", "surrogatepass")
         if answer[0] == REFUSED:
             raise TemplateError(text)
         return text
 
-    def _running(self) -> subprocess.Popen[bytes]:
+    def _running(self) -> Connection:
         process = self._process
         if process is None or self._owner != os.getpid() or process.poll() is not None:
             # -P: the modules of this folder must not take the place of others.
             command = [sys.executable, "-P", "-s", __file__, str(self._limit_s)]
-            pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-            process = subprocess.Popen(command, **pipes, start_new_session=True)
+            self._pipe, other = Pipe()
+            with other:
+                ends: dict[str, Any] = {"stdin": other.fileno(), "stdout": other.fileno()}
+                process = subprocess.Popen(command, **ends, start_new_session=True)
             if self._process is None:
                 atexit.register(self._end)
             self._process, self._owner = process, os.getpid()
-        return process
+        return self._pipe
 
     def _end(self) -> None:
         process, self._process = self._process, None
         if process is not None and self._owner == os.getpid():
             process.kill()
-            process.communicate()
-
-
-def _send(pipe: IO[bytes], content: bytes) -> None:
-    pipe.write(_LENGTH.pack(len(content)))
-    pipe.write(content)
-    pipe.flush()
-
-
-def _receive(pipe: IO[bytes]) -> bytes:
-    """Return the next message, or b"" at the end, also if the other process ended in the middle."""
-    head = pipe.read(_LENGTH.size)
-    size = _LENGTH.unpack(head)[0] if len(head) == _LENGTH.size else 0
-    content = pipe.read(size)
-    return content if len(content) == size else b""
+            process.wait()
 
 
 # --- The program ----------------------------------------------------------------------------------
@@ -169,22 +155,22 @@ def answer(source: str, variables: Mapping[str, object] | None) -> tuple[int, st
 
 
 def main() -> None:
-    """Answer questions from standard input until its end."""
-    limit_s = float(sys.argv[1])
-    # If the other process has ended, nobody reads the answer: end without a traceback.
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    """Answer questions, which come over the socket of the standard input, until its end."""
+    limit_s, pipe = float(sys.argv[1]), Connection(sys.stdin.fileno())
     resource.setrlimit(resource.RLIMIT_AS, (LIMIT_BYTES, LIMIT_BYTES))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    while question := _receive(sys.stdin.buffer):
-        # Without a handler, SIGPROF ends the process, also in the middle of a C function.
-        signal.setitimer(signal.ITIMER_PROF, limit_s)
-        try:
-            kind, text = answer(*pickle.loads(question))
-            reply = bytes([kind]) + text.encode("utf-8", "surrogatepass")
-        except MemoryError:
-            reply = bytes([EXCEEDED])
-        signal.setitimer(signal.ITIMER_PROF, 0)
-        _send(sys.stdout.buffer, reply)
+    with suppress(EOFError, OSError):  # The other process has ended.
+        while True:
+            question = pipe.recv_bytes()
+            # Without a handler, SIGPROF ends the process, also in the middle of a C function.
+            signal.setitimer(signal.ITIMER_PROF, limit_s)
+            try:
+                kind, text = answer(*pickle.loads(question))
+                reply = bytes([kind]) + text.encode("utf-8", "surrogatepass")
+            except MemoryError:
+                reply = bytes([EXCEEDED])
+            signal.setitimer(signal.ITIMER_PROF, 0)
+            pipe.send_bytes(reply)
 
 
 if __name__ == "__main__":

@@ -79,15 +79,10 @@ class ChatTemplate:
         """Return the chat as text. ``variables`` are switches of the template such as
         ``enable_thinking``. Raises TemplateError for any exception in the template, and if it
         exceeds a limit."""
+        given: dict[str, object] = {"messages": messages, "tools": tools}
+        given["add_generation_prompt"] = add_generation_prompt
         return self.renderer.render(
-            self.source,
-            self.special_tokens
-            | dict(variables or {})
-            | {
-                "messages": messages,
-                "tools": tools,
-                "add_generation_prompt": add_generation_prompt,
-            },
+            self.source, {**self.special_tokens, **(variables or {}), **given}
         )
 
 

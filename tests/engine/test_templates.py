@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import pickle
+import socket
 import struct
 import subprocess
 import sys
+from multiprocessing.connection import Connection
 from typing import Any
 
 import pytest
@@ -87,12 +89,12 @@ def test_chat_contents_stay_text_and_boundaries_are_exact(
 def test_roles_stay_roles() -> None:
     """Guard against templates with control tokens such as ``<|im_user|>``, which compare roles."""
     chat = [{"role": "user", "content": "user"}]
-    assert mark_control_tokens(["<|im_user|>", "<|im_end|>"], chat) == chat
+    assert mark_control_tokens(("<|im_user|>", "<|im_end|>"), chat) is chat
 
 
 @pytest.mark.parametrize(("token", "text"), [("aba", "xababax"), ("||", "a|||b"), ("aa", "aaaa")])
 def test_no_control_token_is_left_where_two_overlap(token: str, text: str) -> None:
-    marked = mark_control_tokens([token], text)
+    marked = mark_control_tokens((token,), text)
     assert token not in marked and marked.replace(MARK, "") == text
 
 
@@ -196,13 +198,13 @@ def test_a_chat_that_exceeds_the_limits_is_refused_alone(monkeypatch: pytest.Mon
 def test_an_interrupt_leaves_no_answer_for_the_next_rendering(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    template, receive = ChatTemplate("{{ n }}"), sandbox._receive
+    template, receive = ChatTemplate("{{ n }}"), Connection.recv_bytes
 
-    def interrupted(pipe: Any) -> bytes:
-        monkeypatch.setattr(sandbox, "_receive", receive)
+    def interrupted(pipe: Connection) -> bytes:
+        monkeypatch.setattr(Connection, "recv_bytes", receive)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(sandbox, "_receive", interrupted)
+    monkeypatch.setattr(Connection, "recv_bytes", interrupted)
     with pytest.raises(KeyboardInterrupt):
         template.render(CHAT, variables={"n": 1})
     assert template.render(CHAT, variables={"n": 2}) == "2"
@@ -241,11 +243,10 @@ def test_a_conversation_has_every_part_and_the_last_marked_places(
 @pytest.mark.parametrize("num_bytes", [20, None], ids=["in a question", "before the answer"])
 def test_the_process_of_templates_ends_silently_after_the_other_one(num_bytes: int | None) -> None:
     command = [sys.executable, "-P", "-s", sandbox.__file__, "2.0"]
-    pipe = subprocess.PIPE
-    with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe) as process:
-        assert process.stdin is not None and process.stdout is not None
-        process.stdout.close()
+    ours, other = socket.socketpair()
+    with other, subprocess.Popen(command, stdin=other.fileno(), stderr=subprocess.PIPE) as process:
+        other.close()
         question = pickle.dumps(("{{ 1 }}", {}))
-        process.stdin.write(struct.pack("<Q", len(question)) + question[:num_bytes])
-        process.stdin.close()
+        ours.sendall(struct.pack("!i", len(question)) + question[:num_bytes])
+        ours.close()
         assert process.stderr is not None and process.stderr.read() == b""

@@ -219,7 +219,7 @@ class Body(FixedObject, kw_only=True):
     """Parameters that are not supported -> values without effect, or None if all have none."""
     ENTRIES: ClassVar[Mapping[str, Callable[[JsonObject, str], JsonObject]]] = {}
     """Lists of ``LISTS`` -> function that returns an entry in the form that is converted to its
-    type. It gets the entry and its place in the body, and may raise APIError."""
+    type. It gets the entry and its place in the body, and may raise APIError or ValueError."""
 
     model: str | None = None
     cache_salt: str | None = None
@@ -252,8 +252,11 @@ def decode(kind: type[Kind], raw: bytes, refuses_images: bool = False) -> Kind:
             for at, entry in enumerate(map(settled, value)):
                 if name in CHATS:
                     entry = _written(entry, f"{name}.{at}", refuses_images)
-                if form is not None and isinstance(entry, dict):
-                    entry = form(entry, f"{name}.{at}")
+                try:
+                    if form is not None and isinstance(entry, dict):
+                        entry = form(entry, f"{name}.{at}")
+                except ValueError as error:
+                    raise APIError(400, str(error)) from None
                 entries.append(entry)
             given[name] = entries
         elif value is not None:

@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from functools import lru_cache, partial
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, TypedDict
 
 import msgspec
 from msgspec import Meta, structs
@@ -130,6 +130,13 @@ class OpenAIBody(Body, kw_only=True):
     stream_options: JsonObject | None = None
 
 
+class SessionMarks(TypedDict, total=False):
+    """Fields of a ``RequestSpec`` that a client sets."""
+
+    ends_session: bool
+    returns_within_s: float
+
+
 class Sampling(OpenAIBody, kw_only=True):
     """Sampling and form of the answer. None selects the engine's default."""
 
@@ -156,24 +163,19 @@ class Sampling(OpenAIBody, kw_only=True):
     metadata: JsonObject | None = None
 
     @property
-    def ends_session(self) -> bool:
-        """True if no request of this session follows. Values of OpenAI's metadata are texts."""
-        return str((self.metadata or {}).get("session_end")).lower() == "true"
-
-    @property
-    def returns_within_s(self) -> float | None:
-        """Time within which the client promises the next turn, in seconds, or None. Raises
-        ValueError unless it is a number of at least 0."""
-        given = (self.metadata or {}).get("returns_within_s")
-        if given is None:
-            return None
-        try:
-            return require_seconds(float(str(given)), "metadata.returns_within_s")
-        except ValueError:
-            raise ValueError(
-                "metadata.returns_within_s must be a finite number of seconds, at least 0 (got "
-                f"{given!r:.40})."
-            ) from None
+    def session(self) -> SessionMarks:
+        """Facts about the session in the metadata, whose values are texts in OpenAI's API. Raises
+        ValueError unless the promised time is a number of at least 0."""
+        metadata = self.metadata or {}
+        marks: SessionMarks = {"ends_session": str(metadata.get("session_end")).lower() == "true"}
+        if (given := metadata.get("returns_within_s")) is not None:
+            name = "metadata.returns_within_s"
+            try:
+                marks["returns_within_s"] = require_seconds(float(str(given)), name)
+            except ValueError:
+                said = f"{name} must be a finite number of seconds, at least 0 (got {given!r:.40})."
+                raise ValueError(said) from None
+        return marks
 
     def forms(self, format_name: str) -> dict[str, Callable[[], Grammar]]:
         """Return the requested forms: parameter -> function that makes its grammar, and may raise
@@ -220,7 +222,7 @@ Role = Literal["system", "developer", "user", "assistant", "tool"]
 
 
 class Message(msgspec.Struct, kw_only=True):
-    """One message. Unknown names such as ``reasoning_content`` are passed to the template."""
+    """One message. Unknown names are passed to the template. ``reasoning_content`` is a text."""
 
     role: Role
     content: str | Annotated[list[TextPart], Meta(max_length=MAX_MESSAGES)] | None = None
@@ -231,23 +233,10 @@ class Message(msgspec.Struct, kw_only=True):
 
     def as_template_input(self, role: Role, content: str) -> JsonObject:
         """Return the message for a chat template, with this role and content."""
-        message: JsonObject = {"role": role, **self.extra}
-        if thoughts := thoughts_of(self.extra):
-            message["reasoning_content"] = thoughts
-        message["content"] = content
+        message: JsonObject = {"role": role, **self.extra, "content": content}
         if self.tool_calls is not None:
             message["tool_calls"] = self.tool_calls
         return message
-
-    @property
-    def parts(self) -> Sequence[TextPart]:
-        """Parts of the content, of which the last one has the mark of the message."""
-        parts = self.content or ()
-        if isinstance(parts, str):
-            return (TextPart(text=parts, cache_control=self.cache_control),)
-        if self.cache_control is None or not parts:
-            return parts
-        return *parts[:-1], structs.replace(parts[-1], cache_control=self.cache_control)
 
 
 def text_of(content: str | Sequence[TextPart] | None) -> str:
@@ -289,11 +278,12 @@ def _joint(template: ChatTemplate, role: Role) -> str:
         return "\n"
 
 
-def plain_message(message: JsonObject, place: str = "") -> JsonObject:
+def plain_message(message: JsonObject, place: str) -> JsonObject:
     """Return a message of a chat in the form of ``Message``, with unknown names in ``extra``.
 
     Thoughts are no parts of its content, custom calls are calls of functions with an ``input``, and
-    a refusal is its text if it has no other.
+    a refusal is its text if it has no other. Raises ValueError if it has no content or a call has
+    no function.
     """
     extra = {name: value for name, value in message.items() if name not in KNOWN}
     found = {name: message[name] for name in KNOWN if name in message} | {"extra": extra}
@@ -305,57 +295,48 @@ def plain_message(message: JsonObject, place: str = "") -> JsonObject:
             kinds = [one.get("type") for one in parts]
             pairs = zip(content, kinds, strict=True)
             found["content"] = [one for one, kind in pairs if kind not in THOUGHT_PARTS]
+    if extra and (said := thoughts_of(extra)):
+        extra["reasoning_content"] = said
     if isinstance(refusal := message.get("refusal"), str) and not message.get("content"):
         found["content"] = refusal
+    if found.get("content") is None and found.get("role") in (*SYSTEM, "user"):
+        raise ValueError(f"'{place}' has no 'content': add its text.")
     if isinstance(calls := message.get("tool_calls"), list):
-        found["tool_calls"] = [_plain_call(one) for one in calls]
+        places = (f"{place}.tool_calls.{at}" for at in range(len(calls)))
+        found["tool_calls"] = [*map(_plain_call, calls, places)]
     return found
 
 
-def _plain_call(call: Json) -> Json:
-    custom = call.get("custom") if isinstance(call, dict) else None
-    if not isinstance(call, dict) or not isinstance(custom, dict):
+def _plain_call(call: Json, place: str) -> Json:
+    """Return a call with its arguments as an object. Raises ValueError without a function."""
+    if not isinstance(call, dict):
         return call
-    function = {"name": custom.get("name"), "arguments": {"input": custom.get("input") or ""}}
-    rest: JsonObject = {name: one for name, one in call.items() if name != "custom"}
-    return rest | {"type": "function", "function": function}
-
-
-def completed(messages: list[Message]) -> list[Message]:
-    """Return the messages of a chat with the arguments of calls as objects. Raises ValueError.
-
-    System messages lose headers that change in each request.
-    """
-    for index, one in enumerate(messages):
-        if one.content is None and one.role not in ("assistant", "tool"):
-            raise ValueError(f"'messages.{index}' has no 'content': add its text.")
-        for at, call in enumerate(one.tool_calls or ()):
-            named = call.get("function", call)
-            if not isinstance(named, dict) or not isinstance(named.get("name"), str):
-                place = f"messages.{index}.tool_calls.{at}"
-                raise ValueError(f"'{place}' has no function with a name: add 'function.name'.")
-            if isinstance(function := call.get("function"), dict):
-                arguments = function.get("arguments") or {}  # PHP writes {} as [].
-                if isinstance(arguments, str):
-                    arguments = parsed_arguments(arguments)
-                call["function"] = function | {"arguments": arguments}
-    kept = [one for one in messages if one.role not in SYSTEM or _without_billing(one)]
-    return kept or messages
+    if isinstance(custom := call.get("custom"), dict):
+        given: JsonObject = {"input": custom.get("input") or ""}
+        call = {name: one for name, one in call.items() if name != "custom"}
+        call |= {"type": "function", "function": {"name": custom.get("name"), "arguments": given}}
+    named = call.get("function", call)
+    if not isinstance(named, dict) or not isinstance(named.get("name"), str):
+        raise ValueError(f"'{place}' has no function with a name: add 'function.name'.")
+    if named is call:
+        return call
+    arguments = named.get("arguments") or {}  # PHP writes {} as [].
+    if isinstance(arguments, str):
+        arguments = parsed_arguments(arguments)
+    return call | {"function": named | {"arguments": arguments}}
 
 
 def _without_billing(message: Message) -> bool:
-    """Remove the billing header from a system message. Returns False if nothing is left of it."""
-    parts = message.content if isinstance(message.content, list) else []
-    texts = [part.text for part in parts] if parts else [text_of(message.content)]
-    cleaned = [without_billing(text) for text in texts]
-    if cleaned == texts:
-        return True
-    if parts:
-        pairs = zip(parts, cleaned, strict=True)
-        message.content = [structs.replace(part, text=text) for part, text in pairs if text.strip()]
-    else:
-        message.content = cleaned[0]
-    return any(text.strip() for text in cleaned)
+    """Remove the billing header, which changes in each request, from a system message. Returns
+    False if nothing is left of it."""
+    content = message.content or ""
+    if isinstance(content, str):
+        message.content = without_billing(content)
+        return message.content == content or bool(message.content.strip())
+    parts = [structs.replace(part, text=without_billing(part.text)) for part in content]
+    if parts != content:
+        message.content = [part for part in parts if part.text.strip()]
+    return bool(message.content)
 
 
 def parsed_arguments(text: str) -> JsonObject:
@@ -427,7 +408,8 @@ class ChatRequest(Sampling, kw_only=True):
     """False to end the answer after its first call."""
 
     def __post_init__(self) -> None:
-        self.messages = completed(self.messages)
+        kept = [one for one in self.messages if one.role not in SYSTEM or _without_billing(one)]
+        self.messages = kept or self.messages
         for tool in self.tools or ():
             function = tool.get("function")
             if isinstance(function, dict) and function.get("parameters") == []:
@@ -468,12 +450,15 @@ class ChatRequest(Sampling, kw_only=True):
             cuts.append(PromptCut(None))
         for role, group in zip(roles, groups, strict=True):
             texts, length, marks = list[str](), 0, list[tuple[int, int]]()
-            for parts in (one.parts for one in group):
+            for one in group:
+                parts = one.content or ()
+                parts = [TextPart(text=parts)] if isinstance(parts, str) else parts
                 between = _joint(template, role) if len(parts) > 1 else ""
-                for number, part in enumerate(parts):
-                    texts.append((between if number else "\n\n" if texts else "") + part.text)
+                for number, part in enumerate(parts, 1):
+                    texts.append((between if number > 1 else "\n\n" if texts else "") + part.text)
                     length += len(texts[-1])
-                    if part.cache_control is not None:
+                    owners = (part, one) if number == len(parts) else (part,)
+                    if any(owner.cache_control is not None for owner in owners):
                         marks.append((len(texts), length))
             if not texts and len(group) == 1 and group[0].cache_control is not None:
                 marks.append((0, 0))
@@ -483,7 +468,7 @@ class ChatRequest(Sampling, kw_only=True):
             chat.append(group[0].as_template_input(role, content))
         return Conversation(
             chat,
-            self.plain_tools or None,
+            self.plain_tools if self.tools else None,
             (switches | (self.chat_template_kwargs or {})) or None,
             [cut for cut in cuts if cut != PromptCut(len(chat) - 1)][-MAX_CUTS:],
             self.add_generation_prompt is not False and not self.continue_final_message,

@@ -9,7 +9,7 @@ import uuid
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache, cached_property, partial
+from functools import cache, partial
 from typing import Any
 
 import msgspec
@@ -180,6 +180,8 @@ class Writer(ABC):
         self._latest: dict[int, RequestOutput] = {}
         """Latest output of each answer, by its index."""
         self._created = int(time.time())
+        self._chunk_head: bytes
+        """Start of each event of a stream, before the comma in front of the choices."""
 
     @property
     def outputs(self) -> list[RequestOutput]:
@@ -222,11 +224,6 @@ class Writer(ABC):
         end = msgspec.json.encode({"choices": choices, **more} if more else {"choices": choices})
         return b"%b,%b\n\n" % (self._chunk_head, end[1:])
 
-    @cached_property
-    def _chunk_head(self) -> bytes:
-        """Start of each event of the stream, before the comma in front of the choices."""
-        return b"data: " + msgspec.json.encode(self._completion([])).removesuffix(b',"choices":[]}')
-
     async def submit(
         self,
         prompts: Sequence[Tokens],
@@ -259,6 +256,7 @@ class Writer(ABC):
                 is_thinking = marks.get("is_thinking", False)
                 grammar = await context.grammar_of(forms, namespace, is_thinking)
             own_id = self.answer_id
+            session = body.session
             names = [f"{own_id}-{number}" if number else own_id for number in range(len(choices))]
             for number, (tokens, at, sampling) in enumerate(choices):
                 request_id = names[number]
@@ -266,12 +264,11 @@ class Writer(ABC):
                     tokens,
                     sampling,
                     namespace,
-                    ends_session=body.ends_session,
-                    returns_within_s=body.returns_within_s,
                     request_id=request_id,
                     choice_of=names[number - at] if at else None,
                     grammar=grammar,
                     arrival_s=time.perf_counter(),
+                    **session,
                     **marks,
                 )
                 self._index_of[request_id] = number
@@ -357,6 +354,8 @@ class Writer(ABC):
         """Return the response with all answers. Long texts are written in a thread."""
         context = self._context
         if is_stream:
+            empty = msgspec.json.encode(self._completion([]))
+            self._chunk_head = b"data: " + empty.removesuffix(b',"choices":[]}')
             keep_alive_s, headers = context.config.keep_alive_s, self._cache_headers
             stream = EventStream(self._events(), headers, self.failed, keep_alive_s)
             self._stream.handle = partial(self._write_now, stream)

@@ -148,6 +148,7 @@ class ProcessChannel(EngineChannel):
     ) -> None:
         self.config, self.tokenizer, self.facts = config, tokenizer, facts
         self._spawned, self._process, self._sockets = spawned, spawned.process, sockets
+        self.send = sockets.send
         self.pid, self._was_killed = spawned.process.pid, False
         self._loop: asyncio.AbstractEventLoop | None = None
 
@@ -163,9 +164,6 @@ class ProcessChannel(EngineChannel):
         self._loop.add_reader(self._fd, self._read)
         self._read()
         threading.Thread(target=self._wait, name="engine process", daemon=True).start()
-
-    def send(self, message: ToEngine) -> None:
-        self._sockets.send(message)
 
     async def drain(self) -> None:
         if self._loop is not None:

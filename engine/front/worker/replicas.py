@@ -77,8 +77,10 @@ class EngineReplica:
         self._loop: asyncio.AbstractEventLoop | None = None
         """Event loop of the reader of events."""
         self._engine.observers.append(lambda report: self._flush())
-        channel = ThreadChannel(self._engine)
-        self._host, self._async = channel.host, AsyncEngine(channel)
+        self._async = AsyncEngine(self._engine)
+        channel = self._async.channel
+        assert isinstance(channel, ThreadChannel)
+        self._host = channel.host
         self._async.start()
 
     def _timed(self) -> MeasuredTimes:

@@ -16,7 +16,7 @@ from msgspec import Meta
 from starlette.responses import Response
 
 from engine.errors import JsonObject
-from engine.front.server.bodies import APIError, Body, FixedObject, checked_tool, json_response
+from engine.front.server.bodies import APIError, Body, FixedObject, checked_tool, json_response, run
 from engine.front.server.endpoints.chat import PartWriter, as_tool, chat_of, named_event, render
 from engine.front.server.schemas import (
     MAX_MESSAGES,
@@ -270,7 +270,8 @@ async def messages(call: Call, body: MessagesRequest) -> Response:
 
 async def count_tokens(call: Call, body: CountRequest) -> Response:
     """Return the length of the prompt of a request."""
-    prompt = await render(call, await chat_of(call, body.as_chat))
+    chat = await chat_of(call, body.as_chat)
+    prompt = await run(call.size, partial(render, call, chat))
     return json_response({"input_tokens": len(prompt.tokens)})
 
 

@@ -7,6 +7,7 @@ from abc import abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -30,20 +31,16 @@ from engine.text.answers import (
 )
 
 
-async def render(call: Call, body: ChatRequest) -> ChatPrompt:
-    """Return the prompt of a chat. Raises APIError 400 if the template rejects it."""
+def render(call: Call, body: ChatRequest) -> ChatPrompt:
+    """Return the prompt of a chat. Raises APIError 400 if the template rejects it. O(its size)."""
     context, tenant = call.context, call.tenant
     template = context.tokenizer.chat_template
     if template is None:
         raise APIError(400, NO_CHAT)
-
-    def work() -> ChatPrompt:
+    try:
         chat = body.conversation(template, context.switches)
         chat = replace(chat, messages=prepared(chat.messages, template))
         return context.history.render(chat, tenant, tenant.namespace)
-
-    try:
-        return await run(call.size, work)
     except ValueError as error:
         message = f"The chat template rejects these messages: {error}"
         raise APIError(400, message, param="messages") from error
@@ -65,7 +62,7 @@ class ChatWriter(Writer):
     async def answer(self, is_stream: bool) -> Response:
         """Submit the chat and return the response. Raises APIError if the chat is refused."""
         context, body, template = self._context, self._body, self._context.tokenizer.chat_template
-        prompt = self._prompt = await render(self._call, body)
+        prompt = self._prompt = await run(self._call.size, partial(render, self._call, body))
         assert template is not None, "render raises an error without one"
         calls = tool_calls(body, template) if body.tools else None
         forms = body.forms(self.FORMAT)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from msgspec import field
 from starlette.responses import Response
 
@@ -36,7 +38,7 @@ async def tokenize(call: Call, body: TokenizeRequest) -> Response:
     context = call.context
     answer: JsonObject = {"max_model_len": context.engine.facts.max_model_len}
     if body.messages:
-        prompt = await render(call, body)
+        prompt = await run(call.size, partial(render, call, body))
         tokens, answer["boundaries"] = prompt.tokens, list(prompt.boundaries.positions)
     else:
         [tokens] = await context.encode(

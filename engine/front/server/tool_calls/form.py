@@ -254,11 +254,6 @@ class CallReader(AnswerReader):
         self._is_broken_off = False
         """True if a limit or a stop string ended the answer inside a call."""
 
-    @property
-    def warned(self) -> dict[str, str]:
-        is_over = self.finish is not None and self.warning is not None
-        return {"warning": f"{self.warning}."} if is_over else {}
-
     def read(self, output: RequestOutput) -> None:
         reason = output.finish_reason
         if self.is_over:  # How much was generated since depends on the time of the abort.
@@ -280,6 +275,8 @@ class CallReader(AnswerReader):
             is_whole = reason == "length" and isinstance(self.events[-1], ToolCall)
             if self.is_over or has_stopped or is_whole:
                 self.finish = "tool_calls"
+        if reason is not None and self.warning is not None:
+            self.warned = {"warning": f"{self.warning}."}
 
     def _warn(self, why: str) -> None:
         self.warning = self.warning or why
