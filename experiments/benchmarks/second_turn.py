@@ -60,7 +60,7 @@ from hybridcache.geometry.units import GIB
 from hybridcache.tokens import common_prefix_len
 
 Message = dict[str, Any]
-Steps = Generator["ChatRequest", Message, None]
+Steps = Generator["ClientRequest", Message, None]
 """Requests of a client. Each receives the answer as a message."""
 LLAMA_SERVER = rival.FOLDER / "bin" / "llama-server"
 MAX_OTHERS = 0.05
@@ -77,7 +77,7 @@ WORDS = (*KEYS, *NAMES, *THINGS)
 
 
 @dataclass(frozen=True, slots=True)
-class ChatRequest:
+class ClientRequest:
     """One request of a client."""
 
     messages: Sequence[Message]
@@ -136,22 +136,22 @@ class Chat:
     messages: list[Message] = field(default_factory=list)
     num_calls: int = 0
 
-    def ask(self, row: str = "", **options: Any) -> Generator[ChatRequest, Message, Message]:
+    def ask(self, row: str = "", **options: Any) -> Generator[ClientRequest, Message, Message]:
         """Send the messages and append the answer, which is returned."""
         head = [{"role": "system", "content": self.system}] if self.system else []
         sent = [*head, *map(dict, self.messages)]
-        answer = yield ChatRequest(sent, self.tools, self.variables, row, **options)
+        answer = yield ClientRequest(sent, self.tools, self.variables, row, **options)
         self.messages.append(answer)
         return answer
 
     def turn(
         self, share: float, row: str = "", **options: Any
-    ) -> Generator[ChatRequest, Message, Message]:
+    ) -> Generator[ClientRequest, Message, Message]:
         """Send one more message of the user."""
         self.messages.append({"role": "user", "content": self.text.draw(share)})
         return (yield from self.ask(row, **options))
 
-    def step(self, share: float, row: str = "") -> Generator[ChatRequest, Message, Message]:
+    def step(self, share: float, row: str = "") -> Generator[ClientRequest, Message, Message]:
         """Let the last answer call a tool and send its result of ``share``."""
         self.num_calls += 1
         call = {"name": "read", "arguments": json.dumps({"path": f"{self.num_calls}.txt"})}
@@ -347,7 +347,7 @@ CASES: dict[str, Case] = {
 class Sent:
     """One request with its answer. Times are seconds of ``time.perf_counter``."""
 
-    ask: ChatRequest
+    ask: ClientRequest
     sent_s: float
     first_s: float = 0.0
     """Time of the first piece of the answer."""
@@ -408,7 +408,7 @@ class Client:
             raise RuntimeError(f"{method} {path}: status {answer.status}, {text[:300]!r}")
         return json.loads(text)
 
-    def chat(self, ask: ChatRequest) -> Message:
+    def chat(self, ask: ClientRequest) -> Message:
         """Send one request and return its answer as the client sends it back."""
         sent = Sent(ask, time.perf_counter())
         options = {"stream": True, "stream_options": {"include_usage": True}, "temperature": 0}

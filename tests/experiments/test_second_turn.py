@@ -20,8 +20,8 @@ from experiments.benchmarks.second_turn import (
     CASES,
     PUBLISHED,
     RIVALS,
-    ChatRequest,
     Client,
+    ClientRequest,
     Memory,
     Results,
     Sent,
@@ -120,7 +120,7 @@ def folders(text: Text, is_marked: bool) -> Steps:
         parts = [shared | mark, {"type": "text", "text": f" Directory: {folder}."}]
         asked = {"role": "user", "content": text.draw(0.2)}
         row = "second folder" if folder == "beta" else ""
-        yield ChatRequest([{"role": "system", "content": parts}, asked], tools, row=row)
+        yield ClientRequest([{"role": "system", "content": parts}, asked], tools, row=row)
 
 
 def test_rows_above_a_grid_step_are_explained_with_remedies_that_help(tmp_path: Path) -> None:
