@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from functools import cache
+from itertools import product
 from statistics import fmean
 from typing import Any
 
 from experiments import provenance
 from experiments.benchmarks.second_turn import PUBLISHED, RIVALS
-from experiments.studies import compare, tiers, vllm
+from experiments.studies import compare, promises, tiers, vllm
 from experiments.studies.common import DEFAULT, grouped
 from experiments.studies.default import COMPARED
 from tests.documents import ROOT
@@ -53,6 +54,22 @@ def vllm_time(per: str) -> str:
     found = one("bench_vllm", per=per, scheduler="hybridcache")
     limits = f"{found['lowest_ratio']:.2f} to {found['highest_ratio']:.2f}"
     return f"{found['ratio']:.2f} times that of vLLM ({limits}), {found['us'] / 1000:.1f} ms"
+
+
+def promised(client: str) -> str:
+    """Return the changes of both tenants' hits by the promises of ``client``, by namespace and
+    memory."""
+
+    def hits(client: str, namespaces: str, gib: float, tenant: str) -> float:
+        where = {"client": client, "namespaces": namespaces, "gib": gib}
+        found = [each for each in result("promises") if where.items() <= each.items()]
+        return 100 * fmean(each[f"hits_{tenant}"] for each in found)
+
+    cells = []
+    for place in product(promises.NAMESPACES, promises.MEMORIES_GIB):
+        changes = [hits(client, *place, one) - hits("silent", *place, one) for one in "AB"]
+        cells.append(", ".join("0.0" if abs(by) < 0.05 else f"{by:+.1f}" for by in changes))
+    return " | ".join(cells)
 
 
 # --- Sources --------------------------------------------------------------------------------------
@@ -268,6 +285,11 @@ def quotes() -> dict[str, list[str]]:
                 for eviction in ("lru", "survival")
             ),
             "{:.0f} to {:.0f} microseconds".format(*extent(medians)),
+        ],
+        "docs/concepts/eviction.md": [
+            f"| 20 s where it is true | {promised('truthful')} |",
+            f"| 20 s after every answer | {promised('always')} |",
+            f"| an hour after every answer | {promised('an hour')} |",
         ],
         "docs/concepts/arena.md": [
             f"loses at most {-min(slabs):.1f} points of token hit rate on a workload, and {abs(fmean(slabs)):.1f} on average",
