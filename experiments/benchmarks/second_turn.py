@@ -47,11 +47,9 @@ import numpy as np
 import numpy.typing as npt
 
 from engine.config import BUILTIN_DIR
-from engine.weights.model_files import read_config
+from engine.weights.model_config import read_config
 from experiments import provenance
-from experiments.benchmarks import gguf_files, llama
 from experiments.benchmarks import llama_cpp as rival
-from experiments.benchmarks.serving import START_S
 from experiments.studies.common import Records, grouped, positive, rounded
 from experiments.tables import Cell, Column, Table
 from experiments.texts import KEYS, NAMES, THINGS
@@ -617,6 +615,8 @@ class Side:
             self.client.exchange("POST", "/reset_prefix_cache")
 
     def _run(self) -> None:
+        from experiments.benchmarks.serving import START_S
+
         variables = {"PYTHONPATH": str(provenance.ROOT), "OMP_NUM_THREADS": str(self.threads)}
         environment = os.environ | variables
         self.process = subprocess.Popen(
@@ -685,6 +685,8 @@ class Side:
 def make_model(name: str, format: str) -> Path:
     """Return the GGUF file ``name``, or write that of the built-in model or of a larger one with
     random weights, which has the built-in model's tokenizer, unless ``MODELS`` has it."""
+    from experiments.benchmarks import gguf_files, llama  # The results page needs no torch.
+
     if name not in ("builtin", *llama.GEOMETRIES):
         return Path(name)
     path = MODELS / f"{name}-{format}.gguf"
