@@ -57,8 +57,8 @@ if TYPE_CHECKING:
 
 CACHES = ("none", "radix", "hybrid")
 IDS = "the ids of the trace"
-ENGINE, DRY = (BUILTIN, "0.01,0.03"), ("qwen3-next", "1,2,4")
-"""Default model and sizes of the engine, and of --simulate."""
+ENGINE, DRY = (BUILTIN, "0.01,0.03", 60), ("qwen3-next", "1,4,16", 500)
+"""Default model, sizes and requests of the engine, and of --simulate."""
 GENERATED = "sharegpt-like?sessions=6&sessions_per_s=0.05"
 
 
@@ -73,7 +73,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add = parser.add_argument
     add("--data", default=GENERATED, help="a trace: ShareGPT's JSON, its lengths (sharegpt-counts),"
         " sharegpt for the installed package, or a generator (default: %(default)s)")  # fmt: skip
-    add("--requests", type=positive, default=60, help="first requests only (default: %(default)s)")
+    add("--requests", type=positive, help=f"first requests only (default: {ENGINE[2]}; with "
+        f"--simulate, {DRY[2]})")  # fmt: skip
     add("--simulate", action="store_true", help="run the caches without a model")
     add("--caches", nargs="+", choices=CACHES, default=CACHES)
     add("--gib", help=f"sizes, as in simulate (default: {ENGINE[1]}; with --simulate, {DRY[1]})")
@@ -82,8 +83,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         f"(default: {DRY[0]})")  # fmt: skip
     add("--name", default="sharegpt", help="name of the result file (default: %(default)s)")
     options = parser.parse_args(arguments)
-    model, gib = DRY if options.simulate else ENGINE
+    model, gib, requests = DRY if options.simulate else ENGINE
     options.model, options.gib = options.model or model, options.gib or gib
+    options.requests = options.requests or requests
     path = provenance.WRITTEN / f"{options.name}.jsonl"
     if path.exists():
         print(f"{path} will be replaced at the end: --name writes another", file=sys.stderr)

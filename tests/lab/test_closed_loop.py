@@ -6,6 +6,7 @@ from __future__ import annotations
 import heapq
 import json
 import random
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -493,6 +494,16 @@ def test_closed_loop_runs_are_written_and_resumed(tmp_path: Path) -> None:
         f"{run.label}, sessions",
         "mine:LongestNameOfAll",
     ]
+
+
+@pytest.mark.parametrize("title", [True, False])
+def test_the_error_of_a_small_figure_names_a_size_that_fits(title: bool) -> None:
+    result = closed_loop("short?head=9", gib=1, rate=1, policy=["lru", "fifo"], seeds=2)
+    with pytest.raises(ValueError, match="has room for") as error:
+        result.figure(size=(1.0, 2.0), title=title)
+    assert ("title=False" in str(error.value)) == title
+    [(high, wide)] = re.findall(r"make it ([\d.]+) inches high and ([\d.]+) wide", str(error.value))
+    assert len(result.figure(size=(float(wide), float(high)), title=title).axes) == 4
 
 
 # --- rebuilt systems ------------------------------------------------------------------------------
