@@ -156,7 +156,7 @@ def test_named_trace_is_read_by_a_reader_or_generator(
 def test_part_declares_the_published_files_that_its_study_reads(
     part: reproduce.Part, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    read = set()
+    read: set[str] = set()
     monkeypatch.setattr(lab, "in_data", lambda spec: read.add(spec.partition("?")[0]))
     for module, name in ((lab, "measured"), (leaderboard, "board"), (peers, "measure")):
         monkeypatch.setattr(module, name, Mock(side_effect=SystemExit))  # The cells are known.
