@@ -189,6 +189,29 @@ def admission() -> str:
     return _table(ADMISSION_NAMES)
 
 
+def rules() -> str:
+    """Return the rules and constants of the default pair, from their docstrings."""
+    from hybridcache.policies import placement
+    from hybridcache.policies.eviction import survival
+
+    rows = []
+    for word, policy in (("adaptive", placement.Adaptive), ("survival", survival.Survival)):
+        module = sys.modules[policy.__module__]
+        rows += [
+            (f"*{name}*", word, text[0].upper() + text[1:])
+            for name, text in re.findall(
+                r"^- \*(.+?)\*: (.+?)(?=^\S|\Z)", _written(policy), re.MULTILINE | re.DOTALL
+            )
+        ]
+        rows += [
+            (f"`{name}` = {vars(module)[name]:g}", word, text)
+            for name, _, text in documented(ast.parse(inspect.getsource(module)).body)
+            if text and isinstance(vars(module)[name], int | float)
+        ]
+    lines = [f"| {name} | `{word}` | {_cell(_plain(text))} |" for name, word, text in rows]
+    return "\n".join(["| rule or constant | policy | meaning |", "|---|---|---|", *lines, ""])
+
+
 # --- Metrics ------------------------------------------------------------------------------------
 
 
@@ -539,6 +562,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "simulated": lab_eviction,
     "placement": placement,
     "admission": admission,
+    "rules": rules,
     "metrics": metrics,
     "measures": measures,
     "generators": generators,

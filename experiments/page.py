@@ -70,7 +70,7 @@ def pages(
         file = f"results-{name}.md"
         written[file] = f"{title}\n{NOTE}{TERMS}{body.rstrip()}\n"
         headings = "; ".join(re.findall(r"^## (.*)", body, re.MULTILINE))
-        rows.append([f"[{title.rpartition(': ')[2]}]({file})", headings or "commit of each part"])
+        rows.append([f"[{title.rpartition(': ')[2]}]({file})", headings])
     index = Table([Column("page"), Column("sections")], rows).markdown()
     title, _, body = first.replace("<!-- result: pages -->", index).partition("\n")
     return {"results.md": f"{title}\n{NOTE}{body.rstrip()}\n"} | written, figures

@@ -29,6 +29,7 @@ import argparse
 import hashlib
 import importlib.util
 import json
+import math
 import os
 import shlex
 import subprocess
@@ -40,15 +41,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from experiments import page, provenance
+from experiments import provenance
 from experiments.provenance import GENERATED, ROOT
-from experiments.studies import admission, common
+from experiments.studies import common
 from experiments.tables import Column, Table
 
 CODE = ("hybridcache", "engine", "kernels", "experiments")
 """Folders with code that determines the results of other parts than simulations."""
 ADMISSION = "/policies/admission.py"
 RECORD = "reproduce.json"
+SOURCES = "docs/results-sources.md"
+"""Page with the sources of the published files."""
 PAGES = ROOT / "docs"
 PARTS_FILE = ROOT / "experiments" / "parts.toml"
 
@@ -67,9 +70,15 @@ class Part:
     publishes: str
     """Subject of the results, for lists and tables."""
     needs: str = ""
-    """Package, or path below the root, that may be absent. The part is then skipped."""
+    """Packages, or paths below the root, that may be absent, with spaces between. The part is then
+    skipped."""
     how: str = ""
     """Command that installs ``needs``."""
+    data: tuple[str, ...] = ()
+    """Published files that it reads, as paths below a data folder. Without one its cells are left
+    out."""
+    only_data: bool = False
+    """True if it has no other traces. Without any of them the part is skipped."""
     pythonpath: str = ""
     """Folder of packages that only this part imports."""
     scope: Literal["engine", "simulation", "replay"] = "engine"
@@ -92,11 +101,18 @@ class Part:
     def missing(self) -> str:
         """Return the missing requirement and how to get it, or an empty string if the part can
         run."""
-        if not self.needs:
-            return ""
-        is_path = "/" in self.needs
-        found = (ROOT / self.needs).exists() if is_path else importlib.util.find_spec(self.needs)
-        return "" if found else f"needs {self.needs} ({self.how})"
+        for name in self.needs.split():
+            is_path = "/" in name
+            if not ((ROOT / name).exists() if is_path else importlib.util.find_spec(name)):
+                return f"needs {name} ({self.how})"
+        if self.only_data and len(self.absent_data) == len(self.data):
+            return f"needs {' or '.join(self.data)} in data/ ({SOURCES})"
+        return ""
+
+    @property
+    def absent_data(self) -> list[str]:
+        """Return the files of ``data`` that no data folder has."""
+        return [name for name in self.data if common.in_data(name) is None]
 
     def run(self, **variables: str) -> int:
         """Run the command with the root and its own packages on the import path. Returns its exit
@@ -112,7 +128,10 @@ class Part:
 def read_parts(path: Path = PARTS_FILE) -> tuple[Part, ...]:
     """Return the declared parts in their order."""
     declared = tomllib.loads(path.read_text(encoding="utf-8"))["part"]
-    return tuple(Part(**part | {"outputs": tuple(part["outputs"])}) for part in declared)
+    lists = ("outputs", "data")
+    return tuple(
+        Part(**part | {name: tuple(part.get(name, ())) for name in lists}) for part in declared
+    )
 
 
 # --- State of the tree and of finished parts ----------------------------------------------------
@@ -131,25 +150,6 @@ def dirty_files(*paths: str) -> list[str]:
     except (OSError, subprocess.CalledProcessError) as error:
         raise ValueError(f"{ROOT} is not a git clone, so results would have no commit") from error
     return [line[3:] for line in done.stdout.splitlines()]
-
-
-def named_traces() -> list[str]:
-    """Return the specifications of all traces that the splits and the studies name."""
-    text = (ROOT / "experiments" / "splits.toml").read_text(encoding="utf-8")
-    splits = tomllib.loads(text)
-    named = [file["trace"] for file in splits["stop-reasons"]["file"]]
-    for split in ("tuning", "evaluation", "outside"):
-        for kind in ("gib", "closed-loop", "files"):
-            named += splits["default-pair"][split].get(kind, ())
-    named += [workload.file for workload in admission.WORKLOADS.values() if workload.file]
-    named += [workload.spec for workload in common.WORKLOADS.values()]
-    return [*dict.fromkeys(named)]
-
-
-def missing_traces() -> list[str]:
-    """Return the published traces that the studies name and that no data folder has."""
-    files = dict.fromkeys(spec.partition("?")[0] for spec in named_traces())
-    return [name for name in files if "." in name and common.published(name) is None]
 
 
 def read_record() -> dict[str, Any]:
@@ -263,8 +263,10 @@ def compare(parts: Sequence[Part], folder: Path) -> int:
 
 
 def differences(part: Part, folder: Path, most: int = 20) -> list[str]:
-    """Return a line per figure that differs between the results and those in ``folder``."""
-    lines = []
+    """Return a line per figure that differs between the results and those in ``folder``, the
+    largest relative difference first."""
+    lines: list[str] = []
+    found: list[tuple[float, str]] = []
     for name in part.outputs:
         if not name.endswith(".jsonl"):
             continue
@@ -276,13 +278,25 @@ def differences(part: Part, folder: Path, most: int = 20) -> list[str]:
         if len(ours) != len(theirs):
             lines.append(f"{name}: {len(ours)} records, now {len(theirs)}")
         for number, (old, new) in enumerate(zip(ours, theirs, strict=False), 1):
-            lines += [
-                f"{name}, record {number}, {field}: {old.get(field)}, now {new.get(field)}"
-                for field in dict.fromkeys((*old, *new))
-                if old.get(field) != new.get(field)
-            ]
-    more = [f"and {len(lines) - most} more"] if len(lines) > most else []
-    return lines[:most] + more
+            for field in dict.fromkeys((*old, *new)):
+                pair = old.get(field), new.get(field)
+                line = f"{name}, record {number}, {field}: {pair[0]}, now {pair[1]}"
+                found += [(distance(*pair), line)] * (pair[0] != pair[1])
+    found.sort(key=lambda one: -one[0])
+    more = [f"and {len(found) - most} more that differ less"] if len(found) > most else []
+    return [*lines, *(line for _, line in found[:most]), *more]
+
+
+def distance(old: Any, new: Any) -> float:
+    """Return the largest relative difference of the numbers in two values of JSON. Other values
+    that differ have a distance of infinity."""
+    if isinstance(old, dict) and isinstance(new, dict) and old.keys() == new.keys():
+        old, new = [*old.values()], [new[key] for key in old]
+    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        return max(map(distance, old, new), default=0.0)
+    if isinstance(old, int | float) and isinstance(new, int | float) and old != new:
+        return abs(old - new) / max(abs(old), abs(new))
+    return 0.0 if old == new else math.inf
 
 
 def written_at(part: Part) -> dict[str, int]:
@@ -307,6 +321,8 @@ def listing(parts: Sequence[Part]) -> str:
     lines, record = [], read_record()
     for part in parts:
         state = "done" if is_done(part, record) else part.missing or "due"
+        if state == "due" and part.absent_data:
+            state = f"due, without {', '.join(part.absent_data)} ({SOURCES})"
         lines.append(f"{part.name:18} {part.minutes:4.0f} min  {state:10}  {part.publishes}")
     lines.append(f"{'all':18} {sum(part.minutes for part in parts):4.0f} min")
     return "\n".join(lines)
@@ -325,6 +341,8 @@ def write_pages() -> None:
 
 def whole_pages() -> tuple[dict[str, str], dict[Path, str]]:
     """Return the pages by file name and the figures by path."""
+    from experiments import page  # Its figures need matplotlib.
+
     by_name = {part.name: part for part in read_parts()}
     return page.pages(page.TEMPLATE, parts_table(), lambda name: origin_of(by_name[name]))
 
@@ -375,10 +393,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.page:
         write_pages()
         return 0
-    if not options.compare and (missing := missing_traces()):
+    if absent := dict.fromkeys(name for part in parts for name in part.absent_data):
         print(
-            "reproduce: studies leave out the published traces that data/ does not hold: "
-            f"{', '.join(missing)}",
+            f"reproduce: cells of published files that data/ does not hold are left out: "
+            f"{', '.join(absent)} ({SOURCES})",
             file=sys.stderr,
         )
     try:

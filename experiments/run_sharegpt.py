@@ -47,6 +47,7 @@ from hybridcache.lab.report import text_table
 from hybridcache.lab.scenario import Scenario
 from hybridcache.lab.simulation.sizes import sizes
 from hybridcache.lab.traces import recognise
+from hybridcache.lab.traces.frame import printed_warnings
 from hybridcache.policies.registry import DEFAULT_EVICTION, DEFAULT_PLACEMENT
 from hybridcache.radix.api import Losses
 from hybridcache.radix.protocol import PromptBoundaries
@@ -56,6 +57,8 @@ if TYPE_CHECKING:
 
 CACHES = ("none", "radix", "hybrid")
 IDS = "the ids of the trace"
+ENGINE, DRY = (BUILTIN, "0.01,0.03", 60), ("qwen3-next", "1,4,16", 500)
+"""Default model, sizes and requests of the engine, and of --simulate."""
 GENERATED = "sharegpt-like?sessions=6&sessions_per_s=0.05"
 
 
@@ -70,27 +73,36 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add = parser.add_argument
     add("--data", default=GENERATED, help="a trace: ShareGPT's JSON, its lengths (sharegpt-counts),"
         " sharegpt for the installed package, or a generator (default: %(default)s)")  # fmt: skip
-    add("--requests", type=positive, default=60, help="first requests only (default: %(default)s)")
+    add("--requests", type=positive, help=f"first requests only (default: {ENGINE[2]}; with "
+        f"--simulate, {DRY[2]})")  # fmt: skip
     add("--simulate", action="store_true", help="run the caches without a model")
     add("--caches", nargs="+", choices=CACHES, default=CACHES)
-    add("--gib", default="0.01,0.03", help="sizes, as in simulate (default: %(default)s)")
+    add("--gib", help=f"sizes, as in simulate (default: {ENGINE[1]}; with --simulate, {DRY[1]})")
     add("--policy", nargs="+", default=[DEFAULT_EVICTION], help="eviction policies of `hybrid`")
-    add("--model", default=BUILTIN, help="model directory, or with --simulate also a preset")
+    add("--model", help=f"model directory (default: {ENGINE[0]}); with --simulate, as in simulate "
+        f"(default: {DRY[0]})")  # fmt: skip
     add("--name", default="sharegpt", help="name of the result file (default: %(default)s)")
     options = parser.parse_args(arguments)
+    model, gib, requests = DRY if options.simulate else ENGINE
+    options.model, options.gib = options.model or model, options.gib or gib
+    options.requests = options.requests or requests
     path = provenance.WRITTEN / f"{options.name}.jsonl"
     if path.exists():
         print(f"{path} will be replaced at the end: --name writes another", file=sys.stderr)
     try:
-        trace = conversations(options.data, options.requests, options.model)
         records = []
-        for cache, cell in cells(trace, options):
-            found, times = simulated(cache, cell) if options.simulate else served(cache, cell)
-            records.append(found)
-            print(f"{title(found)}, {cell.gib:.3g} GiB: done", file=sys.stderr)
+        with printed_warnings("run_sharegpt"):
+            trace = conversations(options.data, options.requests, options.model)
+            for cache, cell in cells(trace, options):
+                found, times = simulated(cache, cell) if options.simulate else served(cache, cell)
+                records.append(found)
+                print(f"{title(found)}, {cell.gib:.3g} GiB: done", file=sys.stderr)
         print("\n".join([table(records), *notes(records, trace, times)]))
     except ModuleNotFoundError as error:
-        print(f"run_sharegpt: {how_to_install(error, 'lab')}", file=sys.stderr)
+        how = how_to_install(error, "lab")
+        if not options.simulate and "pip install" not in how:
+            how += ": without --simulate, the engine is needed (pip install . ./engine)"
+        print(f"run_sharegpt: {how}", file=sys.stderr)
         return 2
     except (ValueError, OSError) as error:
         print(f"run_sharegpt: {error}", file=sys.stderr)
@@ -234,6 +246,7 @@ def record(
         "counted_by": cell.opened().counted_by or IDS,
         "cache": cache,
         "gib": cell.gib,
+        "model": cell.geometry().name,
         "policy": str(cell.policy),
         "checkpoints": str(cell.checkpoints),
         **found,
@@ -244,12 +257,13 @@ def record(
 
 
 def notes(records: Sequence[dict[str, Any]], trace: Trace, times: str) -> list[str]:
-    """Return the lines under the table: requests, source of the times, tokenizer, arrivals, and the
-    reason of zeros."""
+    """Return the lines under the table: requests, source of the times, model, tokenizer, arrivals,
+    and the reason of zeros."""
     found = [
         f"the first {counted(records[0]['requests'], 'request')} of {trace.name} in order of "
         "time (--requests)",
         f"TTFT: {times}",
+        f"model: {records[0]['model']} (--model)",
     ]
     found += trace.notes or [f"tokens counted by: {IDS}"]
     if any(one["cache"] == "radix" and not one["hit_tokens"] for one in records):

@@ -47,11 +47,9 @@ import numpy as np
 import numpy.typing as npt
 
 from engine.config import BUILTIN_DIR
-from engine.weights.model_files import read_config
+from engine.weights.model_config import read_config
 from experiments import provenance
-from experiments.benchmarks import gguf_files, llama
 from experiments.benchmarks import llama_cpp as rival
-from experiments.benchmarks.serving import end_server, start_server
 from experiments.studies.common import Records, grouped, positive, rounded
 from experiments.tables import Cell, Column, Table
 from experiments.texts import KEYS, NAMES, THINGS
@@ -588,6 +586,8 @@ class Side:
             self.client.exchange("POST", "/reset_prefix_cache")
 
     def _run(self) -> None:
+        from experiments.benchmarks.serving import start_server
+
         variables = {"PYTHONPATH": str(provenance.ROOT), "OMP_NUM_THREADS": str(self.threads)}
         options = {"env": os.environ | variables, "stderr": subprocess.DEVNULL}
         self.process = start_server(
@@ -596,6 +596,8 @@ class Side:
 
     def stop(self) -> None:
         """End the server, if it runs."""
+        from experiments.benchmarks.serving import end_server
+
         if self.process is not None:
             end_server(self.process)
             self.process = None
@@ -631,6 +633,8 @@ class Side:
 def make_model(name: str, format: str) -> Path:
     """Return the GGUF file ``name``, or write that of the built-in model or of a larger one with
     random weights, which has the built-in model's tokenizer, unless ``MODELS`` has it."""
+    from experiments.benchmarks import gguf_files, llama  # The results page needs no torch.
+
     if name not in ("builtin", *llama.GEOMETRIES):
         return Path(name)
     path = MODELS / f"{name}-{format}.gguf"

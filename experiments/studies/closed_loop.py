@@ -26,15 +26,12 @@ import itertools
 import time
 from collections.abc import Callable, Sequence
 from statistics import fmean
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
-from engine import Engine, EngineConfig, SamplingParams
 from engine.config import BUILTIN_DIR
 from engine.weights.model_config import read_config
-from experiments.benchmarks.measure_prefill import measure, mixed_step_seconds
 from experiments.studies import common
 from experiments.studies.common import Records, command_line, grouped, run_study
 from experiments.tables import Column, Table
@@ -46,6 +43,9 @@ from hybridcache.lab.scenario import Scenario
 from hybridcache.lab.simulation.closed_loop import run_closed_loop
 from hybridcache.lab.simulation.step_times import MeasuredSteps
 from hybridcache.lab.trace import Trace, TraceRequest
+
+if TYPE_CHECKING:
+    from engine import Engine
 
 ADMISSIONS = ("oldest", "sessions")
 RATES = (2.0, 4.0, 6.0)
@@ -100,6 +100,8 @@ def serve(
     ``pause`` is called ``num_pauses`` times, after equal numbers of requests, and takes no time of
     the clock.
     """
+    from engine import SamplingParams  # The results page needs no torch.
+
     clock, between = engine.clock, sum(map(len, sessions)) // num_pauses
     assert isinstance(clock, CpuClock)
     start_s = clock()
@@ -161,6 +163,8 @@ def geometry_of(engine: Engine) -> ModelGeometry:
 
 def engine_of(num_bytes: float, **fields: Any) -> Engine:
     """Return an engine of the built-in model with ``fields`` of its settings."""
+    from engine import Engine, EngineConfig
+
     sizes: dict[str, Any] = {"max_model_len": MAX_LEN, "max_running": MAX_RUNNING}
     config = EngineConfig(cache_gib=num_bytes / GIB, **sizes, **fields)
     return Engine(config, clock=CpuClock())
@@ -183,6 +187,8 @@ class MixedSteps:
 
 def mixed_seconds(engine: Engine, steps: MeasuredSteps, context: int) -> float:
     """Return the mean time of steps that prefill and decode, less that of ``steps``."""
+    from experiments.benchmarks.measure_prefill import mixed_step_seconds
+
     counts = {1, engine.config.max_running - 1}
     return fmean(
         seconds - steps.step_seconds([(0, length)], count, 0)
@@ -213,6 +219,10 @@ def compare(
 ) -> list[dict[str, Any]]:
     """Serve and simulate the sessions of (admission policy, rate, seed). Returns the engine's
     record and the forecast."""
+    import torch
+
+    from experiments.benchmarks.measure_prefill import measure
+
     torch.set_num_threads(1)
     admission, rate, seed = job
     sessions = agents(num_sessions, seed)

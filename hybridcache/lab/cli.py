@@ -8,11 +8,9 @@ import os
 import shlex
 import signal
 import sys
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, replace
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO, cast
 
@@ -40,7 +38,7 @@ from hybridcache.lab.simulation.simulate import SimulationResult, optimum, simul
 from hybridcache.lab.trace import Trace
 from hybridcache.lab.trace_stats import trace_stats
 from hybridcache.lab.traces import open_trace
-from hybridcache.lab.traces.frame import make_folder
+from hybridcache.lab.traces.frame import make_folder, printed_warnings
 from hybridcache.lab.traces.own import write_own
 from hybridcache.policies.registry import make_admission, split_specs
 
@@ -63,9 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         run: Command = options.run
         if arguments is None:  # only as the main program of a process
             collect_seldom()
-        printed = cache(lambda text: print(f"hybridcache: {text}", file=sys.stderr))
-        with warnings.catch_warnings():
-            warnings.showwarning = lambda message, *_, **__: printed(str(message))
+        with printed_warnings("hybridcache"):
             code = run(options)
         sys.stdout.flush()
         return code

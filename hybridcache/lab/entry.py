@@ -20,6 +20,7 @@ from typing import Any
 from hybridcache.lab.evictions import make_eviction
 from hybridcache.lab.scenario import Scenario, is_own
 from hybridcache.lab.simulation.closed_loop import LoopRun, Turn
+from hybridcache.lab.simulation.grid import RERUN, RERUN_STATUS, leave_if_rerun
 from hybridcache.lab.simulation.serving import serve
 from hybridcache.lab.simulation.target import build_target
 from hybridcache.lab.trace import Trace, TraceRequest
@@ -55,6 +56,7 @@ class EntryProcess:
 
     def __init__(self, cell: Scenario, unit: int, num_sessions: int | None) -> None:
         """Start the child. ``num_sessions`` is that of a closed loop, or None for a replay."""
+        leave_if_rerun()
         self.label = cell.label
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload([__name__])  # A child takes milliseconds to start.
@@ -74,10 +76,14 @@ class EntryProcess:
             raise PolicyError(f"{self.label}: its process ended before the last request") from None
 
     def receive(self) -> Any:
-        """Return the next decision. Raises PolicyError if the entry has failed."""
+        """Return the next decision. Raises PolicyError if the entry has failed, and
+        ChildProcessError if the child runs the user's script."""
         try:
             message = self._pipe.recv()
         except (EOFError, OSError) as error:
+            self._process.join(WAIT_S)
+            if self._process.exitcode == RERUN_STATUS:
+                raise ChildProcessError(RERUN) from None
             raise PolicyError(f"{self.label}: its process ended ({error!r})") from None
         if isinstance(message, Failure):
             raise PolicyError(message.text)

@@ -8,7 +8,7 @@ import re
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import product
+from itertools import compress, product
 from operator import attrgetter
 from pathlib import Path
 from statistics import fmean
@@ -325,7 +325,8 @@ def save(
         for axis in axes
         for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)
     }
-    width, height = figure.get_size_inches()
+    given, height = figure.get_size_inches()
+    width = max(given, LEAST_PANEL[0])  # The error names a size that fits.
     longest = max(map(len, entries), default=0)
     columns = max(1, min(6, int(width / (0.5 + 0.06 * longest))))
     lines = textwrap.wrap(caption, int(CAPTION_CHARS * width))
@@ -335,12 +336,13 @@ def save(
     else:
         num_rows = axes[0].get_gridspec().nrows  # type: ignore[union-attr]
         least = num_rows * LEAST_PANEL[1] + below
-        if width < LEAST_PANEL[0] or height < least:
-            fit = max(0, int((height - below) / LEAST_PANEL[1])) * int(width / LEAST_PANEL[0])
+        if given < width or height < least:
+            fit = max(0, int((height - below) / LEAST_PANEL[1])) * int(given / LEAST_PANEL[0])
+            shorter = ", leave out the caption (title=False)," if caption else ""
             raise ValueError(
-                f"size=({width:g}, {height:g}) has room for {counted(fit, 'panel')} and the legend "
-                f"(got {len(axes)}): draw fewer, leave out the caption (title=False), or make it "
-                f"{math.ceil(10 * least) / 10:g} inches high and {LEAST_PANEL[0]:g} wide."
+                f"size=({given:g}, {height:g}) has room for {counted(fit, 'panel')} and the legend "
+                f"(got {len(axes)}): draw fewer{shorter} or make it "
+                f"{math.ceil(10 * least) / 10:g} inches high and {width:g} wide."
             )
     figure.set_layout_engine("constrained")
     figure.legend(
@@ -371,25 +373,31 @@ def closed_loop_figure(
     runs: Sequence[ClosedLoopRun], path: str | Path | None, size: Size = None, title: Title = True
 ) -> Figure:
     """Draw hits, times to first token and makespan over the rate of sessions: four panels per
-    trace and cache, a line per admission policy. Points are means over seeds; bars reach from the
-    smallest to the largest. ``size`` and ``title`` are those of ``save``."""
+    trace and size, a line per cache and admission policy. Points are means over seeds; bars reach
+    from the smallest to the largest. ``size`` and ``title`` are those of ``save``."""
     names = {run.config["trace"]: run.trace_name for run in runs}
     is_clear = len(set(names.values())) == len(names)
-    cells = list(dict.fromkeys((run.config["trace"], run.label, run.gib) for run in runs))
-    admissions = list(dict.fromkeys(run.admission for run in runs))
+    cells = list(dict.fromkeys((run.config["trace"], run.gib) for run in runs))
+    lines = list(dict.fromkeys((run.label, run.admission) for run in runs))
+    # The legend has the parts that differ, and the title the others.
+    differ = [len(set(part)) > 1 for part in zip(*lines, strict=True)]
+    differ[1] |= not differ[0]
     columns, usual = (2, (3.4, 2.7)) if len(cells) == 1 else (4, (2.8, 2.5))
     drawn = list(product(cells, CLOSED_LOOP_PANELS.items()))
     figure, axes = panels(len(drawn), columns, usual, size)
     titles = []
     for axis, (cell, (name, value)) in zip(axes, drawn, strict=True):
-        here = [run for run in runs if (run.config["trace"], run.label, run.gib) == cell]
-        for place, admission in enumerate(admissions):
+        here = [run for run in runs if (run.config["trace"], run.gib) == cell]
+        for place, line in enumerate(lines):
             by_rate: dict[float, list[float]] = {}
             for run in sorted(here, key=lambda run: run.rate):
-                if run.admission == admission:
+                if (run.label, run.admission) == line:
                     by_rate.setdefault(run.rate, []).append(value(run))
-            look, rates = line_look(place, len(admissions)), list(by_rate)
-            axis.plot(rates, list(map(fmean, by_rate.values())), label=admission, **look)
+            if not by_rate:
+                continue
+            look, rates = line_look(place, len(lines)), list(by_rate)
+            label = ", ".join(compress(line, differ))
+            axis.plot(rates, list(map(fmean, by_rate.values())), label=label, **look)
             lows, highs = (list(map(end, by_rate.values())) for end in (min, max))
             axis.vlines(rates, lows, highs, look["color"], linewidth=0.6)
         size_axis(axis, "sessions a second", sorted({run.rate for run in here}))
@@ -403,7 +411,8 @@ def closed_loop_figure(
             axis.set_ylim(0, 1.05 * axis.get_ylim()[1])
             axis.yaxis.set_major_formatter(lambda value, _: _number(value))
         trace = names[cell[0]] if is_clear else cell[0]
-        titles.append([trace, here[0].config["model"], f"{cell[2]:.3g} GiB", cell[1]])
+        same = [part for part, is_own in zip(lines[0], differ, strict=True) if not is_own]
+        titles.append([trace, here[0].config["model"], f"{cell[1]:.3g} GiB", *same])
     if title:
         set_titles(figure, axes, titles, title)
     has_bars = bool(title) and len({run.seed for run in runs}) > 1

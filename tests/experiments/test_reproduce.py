@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from experiments import page, provenance, reproduce
+from experiments.studies import ablation
 
 ROOT = Path(__file__).resolve().parents[2]
 OUTPUT = "results/bench_simulate_default.jsonl"
@@ -154,6 +155,56 @@ def test_failed_part_does_not_stop_the_others_and_is_not_recorded(
     assert list(reproduce.read_record()) == ["tiny"]
 
 
+def test_missing_published_files_are_named(
+    tree: Tree, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reproduce.common, "DATA", (tree.root / "data",))
+    data = "traces/one.jsonl.gz", "traces/two.jsonl.gz"
+    some, only = tree.part(data=data), tree.part(name="only", data=data[:1], only_data=True)
+    listed = reproduce.listing([some, only])
+    assert "due, without traces/one.jsonl.gz, traces/two.jsonl.gz (docs/results-so" in listed
+    assert "needs traces/one.jsonl.gz in data/ (docs/results-sources.md)" in listed
+    assert reproduce.run([only]) == 0 and tree.runs == 0
+    assert "only: skipped, needs traces/one.jsonl.gz" in capsys.readouterr().out
+    (tree.root / "data" / "traces").mkdir(parents=True)
+    (tree.root / "data" / data[0]).write_text("")
+    listed = reproduce.listing([some, only])
+    assert "due, without traces/two.jsonl.gz (" in listed and "needs" not in listed
+    page = (ROOT / "docs" / "results-sources.md").read_text()
+    parts = reproduce.read_parts()
+    assert all(f"| `{name}` |" in page for part in parts for name in part.data)
+    assert any(part.only_data for part in parts)
+
+
+def test_simulations_and_pages_need_no_engine() -> None:
+    """Parts that need it say so. A module that is None in ``sys.modules`` is not found."""
+    code = """
+import sys
+sys.modules.update(dict.fromkeys(("torch", "triton", "msgspec")))
+from experiments import reproduce
+reproduce.whole_pages()
+sys.exit(reproduce.main(["--list"]))
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    needs = {
+        line.split()[0] for line in done.stdout.splitlines() if "needs torch (pip inst" in line
+    }
+    assert {"overhead", "closed-loop", "checkpoint-dtype", "sharegpt"} <= needs
+    assert not needs & {part.name for part in reproduce.read_parts() if part.scope != "engine"}
+
+
+def test_rows_of_the_ablation_are_explained() -> None:
+    page = (ROOT / "docs" / "reference" / "policies.md").read_text()
+    _, records = provenance.read_json_lines(provenance.RESULTS / f"{ablation.NAME}.jsonl")
+    rows = {*ablation.PAIRS, *(f"`{name}`" for name in ablation.CONSTANTS)}
+    rows |= {record["variant"] for record in records if "variant" in record}
+    for row in rows - {"all", "`survival` with LRU's placement"}:
+        [(rule, constant)] = re.findall(r"\*(.+)\*|`(\w+)`", row)
+        start = f"| `{constant}` = " if constant else f"| *{rule.capitalize()}* |"
+        assert start in page, row
+
+
 NO_PART = {
     "results/reproduce.json",
     "results/kernel_code.jsonl",  # kernels/README.md
@@ -212,6 +263,23 @@ def test_finished_part_says_so_and_can_be_compared(
     reproduce.write_record(part, part.code, 1.0)
     assert reproduce.run([part]) == 0
     assert "tiny: finished, " in capsys.readouterr().out
+
+
+def test_largest_differences_come_first(tree: Tree, tmp_path: Path) -> None:
+    part, folder = tree.part(), tmp_path / "out"
+    for place, gibs, rates in (
+        (tree.results, (100, 6, 5), [[0.5, 0.5]] * 3),
+        (folder / "results", (101, 6, 5), [[0.5, 0.5], [0.5, 0.25], [0.5]]),
+    ):
+        place.mkdir(parents=True, exist_ok=True)
+        records = [{"gib": gib, "rates": rate} for gib, rate in zip(gibs, rates, strict=True)]
+        provenance.write_json_lines(place / "bench_simulate_default.jsonl", records)
+    lines = reproduce.differences(part, folder, most=2)
+    assert lines == [
+        f"{OUTPUT}, record 3, rates: [0.5, 0.5], now [0.5]",
+        f"{OUTPUT}, record 2, rates: [0.5, 0.5], now [0.5, 0.25]",
+        "and 1 more that differ less",
+    ]
 
 
 def test_each_module_can_be_imported() -> None:

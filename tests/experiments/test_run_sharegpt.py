@@ -57,7 +57,7 @@ def test_engine_and_simulation_agree_on_conversations(
         "the first 9 requests of conversations in order of time (--requests)\nTTFT: meas" in printed
     )
     assert "--seeds" not in printed
-    dry = run(data, "--simulate")
+    dry = run(data, "--simulate", "--model", "builtin")
     shown = capsys.readouterr()
     assert "TTFT: computed, not measured (" in shown.out
     assert f"{data.parent / 'sharegpt.jsonl'} will be replaced" in shown.err
@@ -70,13 +70,15 @@ def test_texts_are_counted_by_the_model_and_the_table_says_so(
     data: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(data.parent)
-    [one, _] = run(data.name, "--simulate", "--caches", "hybrid", "radix")
+    [one, _] = run(data.name, "--simulate", "--caches", "hybrid", "radix", "--model", "builtin")
     shown = capsys.readouterr()
     assert one["counted_by"] == "bytes" and "tokens counted by: bytes" in shown.out
     assert "radix: KV alone resumes no prompt of a hybrid model" in shown.out
     assert "no such file" not in shown.err
-    [other] = run(data.name, "--simulate", "--caches", "hybrid", "--model", "qwen3-next")
+    assert f"model: {one['model']} (" in shown.out and one["model"] != "Qwen3-Next-80B-A3B"
+    [other] = run(data.name, "--simulate", "--caches", "hybrid")
     shown = capsys.readouterr().out
+    assert other["model"] == "Qwen3-Next-80B-A3B" and f"model: {other['model']} (" in shown
     assert other["counted_by"] == "qwen3.5" and "tokens counted by: qwen3.5" in shown
     assert 3 * other["prompt_tokens"] < one["prompt_tokens"] and "radix:" not in shown
     [named] = run(
@@ -103,6 +105,30 @@ def test_lengths_and_generated_conversations_are_simulated(data: Path) -> None:
         cells = [(record["policy"], record["gib"]) for record in records]
         assert cells == [("lru", 0.05), ("lru", 1), ("survival", 0.05), ("survival", 1)]
         assert records[1]["hit_tokens"] > 0
+
+
+def test_default_sizes_differ_in_a_simulation(data: Path) -> None:
+    """Conversations of the default model do not fit the smaller sizes."""
+    given = ["--simulate", "--caches", "hybrid", "--requests", "200", "--data", "chat"]
+    assert run_sharegpt.main(given) == 0
+    _, records = read_json_lines(provenance.WRITTEN / "sharegpt.jsonl")
+    hits = [record["hit_tokens"] for record in records]
+    assert hits == sorted(set(hits)) and len(hits) == 3
+
+
+def test_warnings_and_a_missing_engine_are_one_line(
+    data: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = [{"timestamp": 0, "session": n, "tokens": [1, 2, 3], "more": 1} for n in range(3)]
+    path = data.with_name("own.jsonl")
+    path.write_text("\n".join(map(json.dumps, lines)))
+    run(path, "--simulate", "--caches", "hybrid")
+    warned = [line for line in capsys.readouterr().err.splitlines() if "more" in line]
+    assert len(warned) == 1 and warned[0].startswith("run_sharegpt: ")
+    monkeypatch.setitem(sys.modules, "engine", None)
+    assert run_sharegpt.main(["--data", str(data)]) == 2
+    [line] = [one for one in capsys.readouterr().err.splitlines() if "engine" in one]
+    assert line.startswith("run_sharegpt: ") and "(pip install . ./engine)" in line
 
 
 def test_the_script_runs_by_its_path_from_any_folder(tmp_path: Path) -> None:

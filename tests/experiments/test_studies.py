@@ -6,8 +6,10 @@ import importlib
 import itertools
 import json
 import sys
+import tomllib
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -22,7 +24,9 @@ from experiments.studies import (
     closed_loop,
     compare,
     default,
+    leaderboard,
     overload,
+    peers,
     promises,
     tiers,
     yardsticks,
@@ -36,7 +40,7 @@ from hybridcache.lab.board import Split
 from hybridcache.lab.intervals import Interval
 from hybridcache.lab.simulation.step_times import MeasuredSteps
 from hybridcache.lab.trace import Trace, TraceRequest
-from hybridcache.lab.traces import recognise
+from hybridcache.lab.traces import SHIPPED, recognise
 from hybridcache.policies.placement import Adaptive
 from hybridcache.radix.protocol import Prefill
 from tests.engine.server.conftest import oracle_engine
@@ -116,7 +120,19 @@ FORMATS = {
 """Format of each published trace."""
 
 
-@pytest.mark.parametrize("spec", reproduce.named_traces())
+def named_traces() -> list[str]:
+    """Return the specifications of all traces that the splits and the studies name."""
+    splits = tomllib.loads((provenance.ROOT / "experiments" / "splits.toml").read_text())
+    named = [file["trace"] for file in splits["stop-reasons"]["file"]]
+    for split in ("tuning", "evaluation", "outside"):
+        for kind in ("gib", "closed-loop", "files"):
+            named += splits["default-pair"][split].get(kind, ())
+    named += [workload.file for workload in admission.WORKLOADS.values() if workload.file]
+    named += [workload.spec for workload in lab.WORKLOADS.values()]
+    return [*dict.fromkeys(named)]
+
+
+@pytest.mark.parametrize("spec", named_traces())
 def test_named_trace_is_read_by_a_reader_or_generator(
     spec: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -130,6 +146,26 @@ def test_named_trace_is_read_by_a_reader_or_generator(
         monkeypatch.setattr(lab, "DATA", (tmp_path,))
         spec = str(lab.published(spec)).replace("tokenizer=qwen3.5", "tokenizer=bytes")
     assert len(next(iter(open_trace(spec))).tokens)
+
+
+@pytest.mark.parametrize(
+    "part",
+    [part for part in reproduce.read_parts() if part.scope != "engine"],
+    ids=lambda part: part.name,
+)
+def test_part_declares_the_published_files_that_its_study_reads(
+    part: reproduce.Part, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: set[str] = set()
+    monkeypatch.setattr(lab, "in_data", lambda spec: read.add(spec.partition("?")[0]))
+    for module, name in ((lab, "measured"), (leaderboard, "board"), (peers, "measure")):
+        monkeypatch.setattr(module, name, Mock(side_effect=SystemExit))  # The cells are known.
+    command, *flags = part.command.split()
+    monkeypatch.setattr(sys, "argv", [command, *flags])
+    with pytest.raises(SystemExit):
+        importlib.import_module(command).main()
+    shipped = {f"{name.replace('-', '_')}.jsonl.gz" for name in SHIPPED}
+    assert read - shipped == set(part.data)
 
 
 def test_code_of_a_study_is_the_package_and_its_imports() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import subprocess
 import sys
 import tomllib
 from dataclasses import replace
@@ -23,6 +24,7 @@ from hybridcache.lab.scenario import sources_of
 from hybridcache.lab.simulation.sizes import shares, working_set_bytes
 from hybridcache.lab.traces import SHIPPED
 from hybridcache.policies.eviction.lru import LRU
+from tests.documents import blocks
 
 SPLITS = Path(__file__).resolve().parents[2] / "experiments" / "splits.toml"
 FROZEN = Split.load("benchmark")
@@ -196,6 +198,7 @@ CHEATS = {
 from hybridcache.lab import board
 from hybridcache.lab.simulation.result import RunResult
 from hybridcache.policies.eviction.lru import LRU
+from tests.documents import blocks
 RunResult.token_hit_rate = property(lambda self: 0.99)
 board._replayed = lambda *_: 1 / 0
 class Policy(LRU):
@@ -206,6 +209,7 @@ class Policy(LRU):
 import gc, sys
 from hybridcache.lab.trace import Trace, TraceRequest
 from hybridcache.policies.eviction.lru import LRU
+from tests.documents import blocks
 RUNS = []
 class Policy(LRU):
     def __init__(self):
@@ -222,6 +226,7 @@ class Policy(LRU):
     # Changes its cache instead of deciding.
     "tamper": """
 from hybridcache.policies.eviction.lru import LRU
+from tests.documents import blocks
 class Policy(LRU):
     def victim(self, kind):
         item = super().victim(kind)
@@ -233,6 +238,7 @@ class Policy(LRU):
     "leave": """
 import os
 from hybridcache.policies.eviction.lru import LRU
+from tests.documents import blocks
 class Policy(LRU):
     def touch(self, item):
         os._exit(0)
@@ -408,6 +414,31 @@ def test_wrong_splits_are_refused(tmp_path: Path, text: str, message: str) -> No
 
 class Newest(LRU):
     """A policy of a user."""
+
+
+@pytest.mark.parametrize("has_guard", [True, False])
+def test_a_script_with_an_own_policy_needs_the_main_guard(has_guard: bool, tmp_path: Path) -> None:
+    """The script of the page; without its guard, one sentence says so."""
+    page = Path(__file__).parents[2] / "docs" / "how-to" / "leaderboard.md"
+    [script] = [one.text for one in blocks(page) if one.text.startswith("# compare.py")]
+    if not has_guard:
+        script = script.replace('if __name__ == "__main__":', "if True:")
+    (tmp_path / "compare.py").write_text(script)
+    (tmp_path / "mine.py").write_text(
+        "from hybridcache.policies.eviction.lru import LRU\nclass Policy(LRU): pass\n"
+    )
+    (tmp_path / "my.toml").write_text(
+        'model = "qwen3-next"\nseeds = [1]\n[cells]\n"short?head=9" = { sizes = [0.3] }\n'
+    )
+    done = subprocess.run(
+        [sys.executable, "compare.py"], cwd=tmp_path, capture_output=True, text=True
+    )
+    if has_guard:
+        assert done.returncode == 0, done.stderr
+        assert "mine:Policy" in done.stdout
+    else:
+        assert "put its calls below \"if __name__ == '__main__':\"" in done.stderr.splitlines()[-1]
+        assert done.stderr.count("Traceback") == 1, "only the script may print a traceback"
 
 
 def test_policies_may_be_classes_and_a_split_its_path(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import heapq
 import json
 import random
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -474,8 +475,9 @@ def test_closed_loop_runs_are_written_and_resumed(tmp_path: Path) -> None:
     assert path.read_text() == text, "a resumed sweep must not repeat a run"
     assert rows[0] == closed_loop("short?head=20", **grid | {"rate": 2}).to_dicts()[0]
     assert result.figure().legends[0].get_title().get_text().startswith("Bars: ")
-    titles = [axis.get_title() for axis in result.figure().axes]
-    assert all("lru" in title for title in titles[:4]) and all("fifo" in t for t in titles[4:])
+    [legend] = result.figure().legends
+    assert [line.get_text() for line in legend.get_texts()] == ["lru", "fifo"]
+    assert len(result.figure().axes) == 4 and "oldest" in result.figure().get_suptitle()
     low, high = result.figure().axes[1].get_ylim()
     assert np.log10([low, high]) == pytest.approx(np.rint(np.log10([low, high]))), "whole decades"
     seeded = [closed_loop(f"short?head=9&seed={n}", gib=1, rate=1).runs for n in (1, 2)]
@@ -483,7 +485,25 @@ def test_closed_loop_runs_are_written_and_resumed(tmp_path: Path) -> None:
     assert len(figure.axes) == 8 and "seed=2" in figure.axes[4].get_title().replace("\n", "")
     run = seeded[0][0]
     long = replace(run, config=run.config | {"label": "mine:LongestNameOfAll(weight=2,other=3)"})
-    assert "All\n(weight=2,other=3)" in closed_loop_figure([run, long], None).axes[4].get_title()
+    narrow = closed_loop_figure([long], None, size=(1.6, 9.0))
+    assert "All\n(weight=2,other=3)" in narrow.get_suptitle()
+    other = replace(run, admission="sessions")
+    both = closed_loop_figure([run, other, long], None).legends[0].get_texts()
+    assert [line.get_text().partition("(")[0] for line in both] == [
+        f"{run.label}, {run.admission}",
+        f"{run.label}, sessions",
+        "mine:LongestNameOfAll",
+    ]
+
+
+@pytest.mark.parametrize("title", [True, False])
+def test_the_error_of_a_small_figure_names_a_size_that_fits(title: bool) -> None:
+    result = closed_loop("short?head=9", gib=1, rate=1, policy=["lru", "fifo"], seeds=2)
+    with pytest.raises(ValueError, match="has room for") as error:
+        result.figure(size=(1.0, 2.0), title=title)
+    assert ("title=False" in str(error.value)) == title
+    [(high, wide)] = re.findall(r"make it ([\d.]+) inches high and ([\d.]+) wide", str(error.value))
+    assert len(result.figure(size=(float(wide), float(high)), title=title).axes) == 4
 
 
 # --- rebuilt systems ------------------------------------------------------------------------------

@@ -539,7 +539,7 @@ class ClosedLoopResult:
         size: tuple[float, float] | None = None,
         title: bool | str = True,
     ) -> Figure:
-        """Draw hits, times to first token and makespan over the rate, a row of panels per cache.
+        """Draw hits, times to first token and makespan over the rate, a line per cache.
         The figure is also written to ``path`` (PNG, SVG or PDF), if there is one. ``size``: width
         and height in inches; ``title=False`` leaves out title and notes; a text
         replaces the title."""

@@ -211,9 +211,19 @@ def _results(
         yield number, result
 
 
-def _in_processes(task: bytes, due: Sequence[tuple[int, GridJob]], processes: int) -> Iterator[Far]:
+RERUN_STATUS = 75
+"""Exit status of a process that runs the script of its parent again."""
+RERUN = """each process runs your script again: put its calls below "if __name__ == '__main__':\""""
+
+
+def leave_if_rerun() -> None:
+    """End a process that runs the script of its parent again, and is about to start others."""
     if getattr(multiprocessing.current_process(), "_inheriting", False):
-        raise SystemExit(1)  # a worker that runs the script of its parent
+        os._exit(RERUN_STATUS)  # A server of forks hides the status of SystemExit.
+
+
+def _in_processes(task: bytes, due: Sequence[tuple[int, GridJob]], processes: int) -> Iterator[Far]:
+    leave_if_rerun()
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(min(processes, len(due)), context, initializer=prepare_worker) as pool:
         others = multiprocessing.active_children()
@@ -235,8 +245,7 @@ def _in_processes(task: bytes, due: Sequence[tuple[int, GridJob]], processes: in
         except BrokenProcessPool:
             raise ChildProcessError(
                 "a process ended before its run was done: for lack of memory (use fewer "
-                'processes), or because each runs your script again (put its calls below "if '
-                "__name__ == '__main__':\", and define a trace's functions in a file)"
+                f"processes), or because {RERUN}, and define a trace's functions in a file"
             ) from None
         except BaseException:
             pool.shutdown(cancel_futures=True)

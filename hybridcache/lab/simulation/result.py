@@ -328,6 +328,7 @@ class ClosedLoopRun(_Run):
     goodput: float
     """Requests a second that were answered in time."""
     makespan_s: float
+    """Time from the start of the simulated clock to the last answer."""
     live_mean: float
     """Sessions between their first request and their last answer, over time."""
     live_most: int
