@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -116,6 +117,19 @@ def mixed_step_seconds(engine: Engine, num_decodes: int, context: int) -> dict[i
     return times
 
 
+def without_falls(table_s: np.ndarray) -> np.ndarray:
+    """Return ``table_s[start, length]`` with times that do not fall along lengths: a prefill takes
+    at most as long as a longer one, because waiting times only add. Warns of large falls."""
+    least = np.minimum.accumulate(table_s[:, ::-1], axis=1)[:, ::-1]
+    if (table_s > 1.5 * least).any():
+        print(
+            "measure_prefill: some prefills took more than 1.5 times as long as longer ones: use "
+            "an idle machine, or more --repeats.",
+            file=sys.stderr,
+        )
+    return least
+
+
 def measure(
     engine: Engine, longest: int, repeats: int, context: int | None = None
 ) -> dict[str, Any]:
@@ -138,7 +152,7 @@ def measure(
     return {
         "starts": starts,
         "lengths": lengths,
-        "table_s": prefills.mean(axis=0).tolist(),
+        "table_s": without_falls(prefills.mean(axis=0)).tolist(),
         "decodes": decodes,
         "decode_s": np.mean(seconds, axis=0).tolist(),
     }
@@ -149,8 +163,12 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--model", help="model directory (default: the built-in model)")
     parser.add_argument("--device")
-    parser.add_argument("--repeats", type=positive, default=3)
-    parser.add_argument("--longest", type=positive, default=4096, help="longest prompt, in tokens")
+    parser.add_argument(
+        "--repeats", type=positive, default=3, help="runs of each prefill (default: 3)"
+    )
+    parser.add_argument(
+        "--longest", type=positive, default=4096, help="longest prompt, in tokens (default: 4096)"
+    )
     options = parser.parse_args()
     budget = max(options.longest, 64)
     config = EngineConfig(model=options.model, device=options.device, token_budget=budget)

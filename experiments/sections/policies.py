@@ -43,8 +43,10 @@ from experiments.studies.common import (
     references,
 )
 from experiments.tables import Cell, Column, Table
+from hybridcache.lab.baselines import BASELINES
 from hybridcache.lab.board import BUILT_IN, Split
 from hybridcache.lab.intervals import Interval, interval, paired
+from hybridcache.policies.registry import DEFAULT_PLACEMENT
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -67,11 +69,12 @@ def leaderboard_table() -> Table:
     bound."""
     board = leaderboard.board_of(records_of("leaderboard"), Split.load().subset(num_seeds=SEEDS))
     rows: list[list[Cell]] = [
-        [one.name, one.served, one.served_difference, one.ttft_ratio, one.hit_rate, one.difference,
+        [one.name + " (rebuilt)" * (one.name in BASELINES), one.served, one.served_difference,
+         one.ttft_ratio, one.hit_rate, one.difference,
          None if one.worst is None else one.worst[0], None if one.lost is None else one.lost[0],
          one.of_plan]
         for one in board.rows()
-        if one.name in BUILT_IN
+        if one.name.removesuffix(f"@{DEFAULT_PLACEMENT}") in BUILT_IN
     ]  # fmt: skip
     reference = board.split.reference
     loops, replays = (yardstick_rates(board.split, is_closed) for is_closed in (True, False))

@@ -91,6 +91,12 @@ class MeasuredTimes:
         for one in (*chain(*self.table_s), *self.decode_s):
             if not 0 <= one < math.inf:
                 raise ValueError(f"table_s and decode_s must be seconds of 0 or more (got {one}).")
+        for start, row in zip(self.starts, self.table_s, strict=True):
+            if list(row) != sorted(row):
+                raise ValueError(
+                    f"table_s must not fall along lengths, as it does after {start} tokens: it was "
+                    "measured on a busy machine, or too few times."
+                )
 
     def describe(self) -> str:
         return f"measured, {self.source}, to {self.lengths[-1]:,} tokens and linear beyond"

@@ -447,7 +447,11 @@ def board(
     own = asked.policies if built_in is None else built_in
     known = {one.removesuffix(f"@{DEFAULT_PLACEMENT}"): one for one in asked.policies}
     named = (one for given in (policies, own) for one in named_policies(given, split=True))
-    names = tuple(dict.fromkeys(known.get(one, one) for one in map(written_policy, named)))
+    written = (known.get(one, one) for one in map(written_policy, named))
+    # A rebuilt system may have the name of a policy.
+    names = tuple(
+        dict.fromkeys(f"{one}@{DEFAULT_PLACEMENT}" if one in BASELINES else one for one in written)
+    )
     if not names:
         raise ValueError("nothing to compare: name a policy, or keep the built-in ones")
     reference = asked.reference if asked.reference in names else ""

@@ -192,6 +192,16 @@ def test_studies_of_admission_agree_on_small_runs(monkeypatch: pytest.MonkeyPatc
     assert row[-3:] == whole[-4:-1] and float(row[-1]) >= max(map(float, row[-3:-1]))
 
 
+def test_measured_times_that_fall_are_those_of_the_longer_prefill(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    found = measure_prefill.without_falls(np.array([[3.0, 1.0, 2.0], [1.1, 1.0, 4.0]]))
+    assert found.tolist() == [[1.0, 1.0, 2.0], [1.0, 1.0, 4.0]]
+    assert "use an idle machine" in capsys.readouterr().err
+    measure_prefill.without_falls(np.array([[1.1, 1.0, 4.0]]))
+    assert not capsys.readouterr().err
+
+
 def test_measured_steps_are_a_table_for_simulations(tmp_path: Path) -> None:
     """Each length is measured after each reuse; a decode step has exactly the given requests."""
     engine = oracle_engine(max_running=4, checkpoints=("backoff",))

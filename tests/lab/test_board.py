@@ -321,6 +321,13 @@ def test_scores_are_means_over_cells_with_intervals_over_seeds(tiny: Board) -> N
     assert "No intervals: they need at least 5 seeds (got 1)" in one
 
 
+def test_a_policy_with_the_name_of_a_rebuilt_system_is_the_policy() -> None:
+    split = replace(TINY, seeds=(1,), rebuilt=("marconi",))
+    found = board((), split, built_in=("marconi", "lru"))
+    assert {"marconi@adaptive", "marconi"} < {row.name for row in found.rows()}
+    assert "\nmarconi (rebuilt) " in found.table() and "\nmarconi@adaptive " in found.table()
+
+
 def test_closed_loops_decide_the_order(tiny: Board) -> None:
     split = replace(TINY, cells=(replace(SHORT, loops=((0.5, 4.0), (0.3, 8.0))),))
     served = board((), split, built_in=tiny.split.policies)

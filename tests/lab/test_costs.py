@@ -222,6 +222,7 @@ def test_measured_times_interpolate_and_extrapolate(tmp_path) -> None:
         ('"table_s": [[1, 2], [3, -4]]', "must be seconds of 0 or more (got -4)."),
         ('"table_s": [[1, 2], [3, NaN]]', "(got nan)"),
         ('"table_s": [[1, 2], [3, "4"]]', "not supported between"),
+        ('"table_s": [[1, 2], [4, 3]]', "must not fall along lengths, as it does after 1000"),
         ('"decodes": [4, 4], "decode_s": [1, 1]', "decodes must ascend"),
     ],
 )
