@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine import Engine, SamplingParams
-from engine.requests.logit_rules import END, FREE, ReasoningBudget
+from engine.requests.logit_rules import END, FREE, ReasoningBudget, Ruling, packed
 from engine.text.tokenizer_files import HFTokenizer
 from tests.engine.test_engine import make_engine as make_oracle_engine
 
@@ -42,6 +42,17 @@ def test_reasoning_is_ended_once_at_its_budget(
     if thinks:
         whole[first : first + len(ENDING)] = ENDING
     assert answer == whole
+
+
+def test_a_grammar_that_excludes_the_end_of_reasoning_keeps_it_excluded() -> None:
+    limit = ReasoningBudget(TOKENIZER, 320, np.array([OPEN, 10], np.int32), 2)
+    answer, none = np.array([65, 66], np.int32), np.empty(0, np.int32)
+    possible, excluding = packed([ENDING[0], 67], 320), packed([67], 320)
+    [ended] = limit.apply(answer, none, [Ruling(possible)])
+    [kept] = limit.apply(answer, none, [Ruling(excluding)])
+    assert ended.is_final and ended.mask is not None
+    assert np.flatnonzero(np.unpackbits(ended.mask, bitorder="little")).tolist() == ENDING[:1]
+    assert kept == Ruling(excluding)
 
 
 def make_engine(**settings: Any) -> Engine:

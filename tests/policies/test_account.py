@@ -13,6 +13,7 @@ from hybridcache.policies.placement import (
     EVIDENCE,
     MEMORY,
     PROMPT_END,
+    TRIAL_AFTER,
     Adaptive,
     _Account,
 )
@@ -34,6 +35,17 @@ def test_thirty_prefills_of_one_label_by_hand() -> None:
         if step == 20:
             account.earned += 200
     assert steps == "PPP" + 8 * "." + "t" + 8 * "." + "PPPPPPP" + 3 * "."
+
+
+def test_a_label_that_pays_again_is_tried_as_often_as_at_the_beginning() -> None:
+    """Each trial without a hit makes the next one later."""
+    account, bars = _Account(0.0, 0, 0.0), (20.0, float("inf"))
+    for _ in range(10 * TRIAL_AFTER):
+        account.offer(bars)
+    assert account.wait > 2 * TRIAL_AFTER
+    account.earned = 100.0 * account.placed
+    account.offer(bars)
+    assert account.wait == TRIAL_AFTER and not account.is_tried
 
 
 @pytest.mark.parametrize("earnings", ["earned", "used"])
