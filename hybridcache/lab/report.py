@@ -87,6 +87,16 @@ def ties(run: RunResult, best: RunResult) -> bool:
     return abs(best.token_hit_rate - run.token_hit_rate) < TIE or best.above(run).low <= 0
 
 
+def leading(labels: Sequence[str]) -> str:
+    """Return the sentence on the policies with the most hits, which are equal."""
+    [first, *others] = labels
+    return (
+        f"{', '.join(labels)} have the most hits (equal)"
+        if others
+        else f"{first} has the most hits"
+    )
+
+
 def most_hits(runs: Sequence[RunResult], units: str) -> tuple[RunResult, str]:
     """Return the policy of our own with the most hits among ``runs`` of one size, and a sentence:
     policies with equal hits, its paired difference to the second with a 95 % interval over
@@ -97,9 +107,7 @@ def most_hits(runs: Sequence[RunResult], units: str) -> tuple[RunResult, str]:
     if first.cached_tokens:
         same = [run.label for run in others if run.cached_tokens == first.cached_tokens]
         equal = ", ".join(r.label for r in others if ties(r, first) and r.label not in same)
-        text = f"{first.label} has the most hits"
-        if same:
-            text = f"{', '.join((first.label, *same))} have the most hits (equal)"
+        text = leading((first.label, *same))
         if others and not ties(others[0], first):
             text += f", {first.above(others[0])} points more than {others[0].label}"
         if equal:

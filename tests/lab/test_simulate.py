@@ -525,6 +525,7 @@ def test_verdict_has_a_line_per_size_and_flags_of_a_size_that_the_policy_leads()
     best_nowhere = verdict(lru=[900, 10], fifo=[10, 900], gdsf=[800, 800])
     assert best_nowhere[-1].endswith("mean of 2 sizes, gdsf has the most hits, but at none of them")
     assert "gdsf" not in verdict(lru=[300, 500], gdsf=[450])[-1], "it has no run at 2 GiB"
+    assert "2 sizes, lru, fifo have the most hits (equal)" in verdict(lru=[9, 10], fifo=[9, 10])[-1]
 
 
 def recorded(spec: str) -> Trace:

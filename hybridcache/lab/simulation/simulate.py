@@ -31,6 +31,7 @@ from hybridcache.lab.report import (
     find_metric,
     hindsight_percent,
     interval_notes,
+    leading,
     limit_percent,
     marked,
     most_hits,
@@ -146,7 +147,8 @@ class SimulationResult(SweepRuns):
         best = max(means, key=means.__getitem__, default="")
         if not means.get(best):
             return "\n".join(lines)
-        mean = f"in the mean of {len(first)} sizes, {best} has the most hits"
+        equal = [label for label, of_all in means.items() if of_all == means[best]]
+        mean = f"in the mean of {len(first)} sizes, {leading(equal)}"
         leads = [
             run
             for gib, run in ours[best].items()
