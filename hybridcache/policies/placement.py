@@ -164,7 +164,8 @@ class _Account:
         self.used = 0.0
         """Part of ``earned`` from real hits, without hope and ghost hits."""
         self.uses = 0.0
-        """Requests that resumed from such a checkpoint, or would have without its eviction."""
+        """Requests that resumed from such a checkpoint, or would have without its eviction. Those
+        for an evicted head are left out (rule *Room*)."""
         self.placed = 1.0
         self.offered = offered
         """Prefills in which the label was possible. Labels start with different counts, so that
@@ -259,6 +260,7 @@ class Adaptive(PlacementPolicy):
     - *Room*: a prompt with its answer takes at most half of the checkpoints that fit, and at least
       one. Positions with the highest expected savings go first: the uses per checkpoint of their
       label times the tokens since the resumed position. Only shared positions have assumed uses.
+      Requests for an evicted head are none, or they would rank the forks that displace it.
       Where one checkpoint fits, a hit locks it, so that nothing else is saved until the first miss:
       uses then count per request that it stays for, and an answer's end goes last.
     - *Hope*: the assumed earnings of a new label last for at most as many checkpoints as fit, so
@@ -350,7 +352,8 @@ class Adaptive(PlacementPolicy):
             self._count_end(is_used=False)
         account = self._account(rule)
         account.earned += num_tokens
-        account.uses += 1
+        is_head = item.label in SHARED - {HEAD} and item.uses + item.earlier_uses >= EVIDENCE
+        account.uses += not is_head
         self._missed_tokens += num_tokens
 
     def on_saved(self, placed: Placed) -> None:

@@ -70,6 +70,22 @@ def test_the_room_rule_leaves_a_prompt_half_of_the_checkpoints_that_fit(
     assert len(planned) + (placement.decode_interval() is not None) == room
 
 
+@pytest.mark.parametrize(("earlier", "is_head"), [(7, True), (6, False)])
+def test_requests_for_an_evicted_head_do_not_rank_the_forks_that_displace_it(
+    earlier: int, is_head: bool
+) -> None:
+    """Eight requests make a head. Those for another evicted fork rank later forks."""
+    item = FakeItem("it", label="branch", position=2496, uses=1, earlier_uses=earlier)
+    head = item if is_head else FakeItem("head", label="branch", position=2496, uses=8)
+    prefill = Prefill(4000, 0, 2560, 2560, (), 64, evicted=(head,), free_slots=2)
+    placement = parse_placement("adaptive")
+    for _ in range(4):
+        placement.on_saved(Placed(2560, "branch"))
+        placement.on_ghost_hit(item, 2496)
+    placement.on_prefill(prefill)
+    assert placement.plan(prefill) == [Placed(2496, "head") if is_head else Placed(2560, "branch")]
+
+
 @pytest.mark.parametrize(("prompt_len", "position"), [(1000, 960), (640, 576)])
 def test_a_branch_at_the_end_of_a_known_prompt_can_be_used_by_that_prompt(
     prompt_len: int, position: int
