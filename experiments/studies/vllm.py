@@ -56,6 +56,7 @@ WORKLOADS = {
     "branch": Workload("branch", (1, 2, 4), {}),
     "resend": Workload("resend", (1, 2, 4), {}),
     "short": Workload("short", (1, 2, 4), {}),
+    "phased-heads": Workload("phased-heads", (1, 2, 4), {}),
 }
 AS_IS = "as it is"
 FLAGS: dict[str, dict[str, Any]] = {
