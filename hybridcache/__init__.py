@@ -14,7 +14,6 @@ from their modules. A cache is not thread-safe: one thread calls it, or callers 
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from hybridcache.allocators.moves import StepPlan
 from hybridcache.config import CacheConfig, build_prefix_cache
 from hybridcache.fields import describe_fields
 from hybridcache.policies.eviction.scored import ScorePolicy
@@ -22,6 +21,7 @@ from hybridcache.policies.registry import parse_placement
 from hybridcache.radix.cache import HybridRadixCache
 from hybridcache.radix.lease import Lease, LeaseRequest
 from hybridcache.radix.protocol import EvictionPolicy, Item, Placed, PlacementPolicy, Prefill
+from hybridcache.radix.step_plan import StepPlan
 
 if TYPE_CHECKING:
     from hybridcache.geometry.model import ModelGeometry

@@ -47,7 +47,7 @@ CAPABILITIES = {
     "core: the cache with LRU, and scheduling": f"{CACHE}__init__.py {CACHE}config.py "
     f"{CACHE}tokens.py {CACHE}fields.py {RADIX}tree.py {RADIX}protocol.py {RADIX}api.py "
     f"{RADIX}cache.py {RADIX}lease.py {RADIX}__init__.py "
-    f"{CACHE}allocators/* {CACHE}scheduling/__init__.py "
+    f"{RADIX}allocators.py {RADIX}step_plan.py {CACHE}scheduling/__init__.py "
     f"{CACHE}scheduling/planner.py {CACHE}scheduling/cache_manager.py "
     f"{CACHE}scheduling/loading.py {CACHE}scheduling/request.py "
     f"{CACHE}policies/registry.py {CACHE}policies/eviction/lru.py "

@@ -56,7 +56,6 @@ GROUPS = {
     "cache": Group(
         (
             "hybridcache/radix/*",
-            "hybridcache/allocators/*",
             "hybridcache/radix/cache.py",
             "hybridcache/radix/offload.py",
             "hybridcache/radix/tiers.py",
@@ -86,7 +85,7 @@ GROUPS = {
     ),
     # A file's last group counts. These tests are enough: a minute instead of ten.
     "near": Group(
-        ("hybridcache/allocators/pools.py",),
+        ("hybridcache/radix/allocators.py",),
         ("tests/allocators", "tests/cache/test_arena.py"),
     ),
     "policies": Group(

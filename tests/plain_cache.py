@@ -13,8 +13,7 @@ from math import lcm
 
 import numpy as np
 
-from hybridcache.allocators.moves import Move
-from hybridcache.allocators.pools import ArenaAllocator, PageAllocator, SlotAllocator
+from hybridcache.radix.allocators import ArenaAllocator, Move, PageAllocator, SlotAllocator
 from hybridcache.radix.api import Losses
 from hybridcache.radix.protocol import Kind
 from hybridcache.radix.tree import GHOST_NODE_BYTES, TOKEN_BYTES

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from hybridcache.allocators.moves import Move
+from hybridcache.radix.allocators import Move
 from hybridcache.radix.api import InsertResult
 from hybridcache.radix.cache import HybridRadixCache, LockHandle
 from hybridcache.radix.lease import Lease, LeaseRequest
