@@ -30,7 +30,7 @@ import hybridcache.radix.allocators
 import hybridcache.radix.api
 import hybridcache.radix.tree
 import hybridcache.scheduling.request
-from hybridcache.fields import FieldTexts, class_body, documented
+from hybridcache.command.field_texts import FieldTexts, class_body, documented
 
 PAGES = Path(__file__).resolve().parent / "reference"
 LIST = re.compile(r"^<!-- list: ([\w-]+) -->\n.*?^<!-- end of list -->$", re.MULTILINE | re.DOTALL)

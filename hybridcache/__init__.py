@@ -14,8 +14,8 @@ from their modules. A cache is not thread-safe: one thread calls it, or callers 
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from hybridcache.command.field_texts import describe_fields
 from hybridcache.config import CacheConfig, build_prefix_cache
-from hybridcache.fields import describe_fields
 from hybridcache.policies.eviction.scored import ScorePolicy
 from hybridcache.policies.registry import parse_placement
 from hybridcache.radix.cache import HybridRadixCache

@@ -14,7 +14,6 @@ import io
 import json
 import math
 import re
-import sys
 import warnings
 import zipfile
 import zlib
@@ -23,7 +22,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from functools import cache
 from itertools import count
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, TypeVar
@@ -71,15 +69,6 @@ class TraceWarning(UserWarning):
 def warn(message: str) -> None:
     """Issue a warning."""
     warnings.warn(TraceWarning(message), stacklevel=2)
-
-
-@contextmanager
-def printed_warnings(program: str) -> Iterator[None]:
-    """Print each different warning as one line on standard error, after the name of a program."""
-    printed = cache(lambda text: print(f"{program}: {text}", file=sys.stderr))
-    with warnings.catch_warnings():
-        warnings.showwarning = lambda message, *_, **__: printed(str(message))
-        yield
 
 
 # --- Fields -------------------------------------------------------------------------------------
