@@ -454,8 +454,7 @@ def api_index() -> str:
 
 
 STEPS = {
-    "hybridcache.radix.allocators": ("Move",),
-    "hybridcache.radix.step_plan": ("Copy", "Drop", "RowWrite", "StepMemory"),
+    "hybridcache.radix.step_plan": ("Move", "Copy", "Drop", "RowWrite", "StepMemory"),
     "hybridcache.radix.api": ("CacheStats", "Losses", "Listener"),
     "hybridcache.radix.offload": ("path_of", "Exchange", "PrefillTimes"),
     "hybridcache.radix.protocol": ("PromptBoundaries", "LoadRule", "PolicyError"),

@@ -91,7 +91,7 @@ NO_ROOMS = {"__init__", "__main__", "setup"}
 ORDER = {
     "hybridcache": "command tokens radix scheduling policies geometry config "
     "adapters sglang lab vllm",
-    "hybridcache/radix": "allocators step_plan tree protocol api offload cache lease tiers "
+    "hybridcache/radix": "step_plan allocators tree protocol api offload cache lease tiers "
     "warm_state debug",
     "engine": "config weights layers models errors text requests schedule messages runner "
     "interrupts core plugins engine front",

@@ -30,8 +30,7 @@ from engine.weights.model_config import ModelError
 from engine.weights.model_files import config_bytes
 from hybridcache.geometry.checkpoints import CheckpointFormat
 from hybridcache.geometry.units import counted, format_bytes, format_seconds
-from hybridcache.radix.allocators import Move
-from hybridcache.radix.step_plan import Transfer
+from hybridcache.radix.step_plan import Move, Transfer
 from hybridcache.tokens import Indices
 from kernels.recording import NotRecordableError
 from kernels.recording import record as record_native

@@ -12,7 +12,7 @@ import numpy as np
 
 from hybridcache import CacheConfig, HybridRadixCache, build_prefix_cache
 from hybridcache.lab.generators import conversations
-from hybridcache.radix.allocators import Move
+from hybridcache.radix.step_plan import Move
 from hybridcache.tokens import Indices
 
 VERBS = ("match", "gather", "lock", "allocate", "touch", "insert", "gather again", "unlock")

@@ -1,1 +1,1 @@
-"""Prefix cache over a radix tree: allocators, tree, cache, leases, tiers. Independent of models."""
+"""Prefix cache over a radix tree: step plan, allocators, tree, cache, leases, tiers."""

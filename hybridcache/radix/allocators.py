@@ -27,51 +27,14 @@ follow.
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
-
 import numpy as np
 import numpy.typing as npt
 
+from hybridcache.radix.step_plan import Move, RowHolder
 from hybridcache.tokens import Indices, require_index
 
 MAX_ROWS = 1 << 31
 """Number of rows or slots that int32 can number."""
-
-
-class Move(NamedTuple):
-    """Living rows of one slab and their new places."""
-
-    slab: int
-    """Number of the emptied slab."""
-    src: Indices
-    """Rows of ``slab`` that were taken, ascending: int32[n], n <= ``slab_rows``, whole pages."""
-    dst: Indices
-    """New row of each, in other slabs: int32[n]."""
-    new_rows: Indices
-    """New row per offset in the slab, or the old row if nothing lived there. int32[``slab_rows``].
-    """
-
-    def rename(self, rows: Indices) -> npt.NDArray[np.intp]:
-        """Replace old rows by new ones in ``rows``, int32[k], in place. O(k).
-
-        Returns the positions that changed, ascending.
-        """
-        size = len(self.new_rows)
-        offsets = rows - np.int32(self.slab * size)
-        positions = (offsets.view(np.uint32) < size).nonzero()[0]
-        if len(positions):
-            rows[positions] = self.new_rows.take(offsets.take(positions))
-        return positions
-
-
-class RowHolder(Protocol):
-    """Object that keeps row numbers of an arena. Hashable by identity."""
-
-    def rows_moved(self, move: Move) -> int:
-        """Rename the kept rows of ``move.src`` and return how many of them are owned here.
-
-        Must not call the arena.
-        """
 
 
 class ByteBudget:

@@ -27,13 +27,7 @@ from typing import Any
 
 import numpy as np
 
-from hybridcache.radix.allocators import (
-    ArenaAllocator,
-    Move,
-    PageAllocator,
-    SlotAllocator,
-    are_distinct,
-)
+from hybridcache.radix.allocators import ArenaAllocator, PageAllocator, SlotAllocator, are_distinct
 from hybridcache.radix.api import (
     CacheStats,
     Eviction,
@@ -46,7 +40,7 @@ from hybridcache.radix.api import (
 )
 from hybridcache.radix.offload import OffloadTiers
 from hybridcache.radix.protocol import EvictionPolicy, Item, Kind, Placed, raise_failure
-from hybridcache.radix.step_plan import NOT_CARRIED_OUT, StepPlan, StepQueue
+from hybridcache.radix.step_plan import NOT_CARRIED_OUT, Move, StepPlan, StepQueue
 from hybridcache.radix.tree import (
     SESSION_END,
     TOKEN_BYTES,

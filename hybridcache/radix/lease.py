@@ -27,7 +27,6 @@ from typing import NamedTuple, overload
 
 import numpy as np
 
-from hybridcache.radix.allocators import Move
 from hybridcache.radix.api import Losses, PrefixMatch, losses_of
 from hybridcache.radix.cache import HybridRadixCache, LockHandle
 from hybridcache.radix.protocol import (
@@ -41,7 +40,7 @@ from hybridcache.radix.protocol import (
     require_boundaries,
     require_placement,
 )
-from hybridcache.radix.step_plan import NOT_CARRIED_OUT, Transfer
+from hybridcache.radix.step_plan import NOT_CARRIED_OUT, Move, Transfer
 from hybridcache.radix.tree import SESSION_END, NodeHandle
 from hybridcache.tokens import (
     EMPTY,

@@ -30,8 +30,46 @@ from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, Protocol
 
-from hybridcache.radix.allocators import Move
+import numpy as np
+import numpy.typing as npt
+
 from hybridcache.tokens import Indices, Tokens
+
+
+class Move(NamedTuple):
+    """Living rows of one slab and their new places."""
+
+    slab: int
+    """Number of the emptied slab."""
+    src: Indices
+    """Rows of ``slab`` that were taken, ascending: int32[n], n <= ``slab_rows``, whole pages."""
+    dst: Indices
+    """New row of each, in other slabs: int32[n]."""
+    new_rows: Indices
+    """New row per offset in the slab, or the old row if nothing lived there. int32[``slab_rows``].
+    """
+
+    def rename(self, rows: Indices) -> npt.NDArray[np.intp]:
+        """Replace old rows by new ones in ``rows``, int32[k], in place. O(k).
+
+        Returns the positions that changed, ascending.
+        """
+        size = len(self.new_rows)
+        offsets = rows - np.int32(self.slab * size)
+        positions = (offsets.view(np.uint32) < size).nonzero()[0]
+        if len(positions):
+            rows[positions] = self.new_rows.take(offsets.take(positions))
+        return positions
+
+
+class RowHolder(Protocol):
+    """Object that keeps row numbers of an arena. Hashable by identity."""
+
+    def rows_moved(self, move: Move) -> int:
+        """Rename the kept rows of ``move.src`` and return how many of them are owned here.
+
+        Must not call the arena.
+        """
 
 
 class TableOwner(Protocol):

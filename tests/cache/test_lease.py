@@ -11,11 +11,10 @@ import pytest
 from hybridcache.config import CacheConfig, build_prefix_cache
 from hybridcache.policies.placement import End
 from hybridcache.policies.registry import parse_placement
-from hybridcache.radix.allocators import Move
 from hybridcache.radix.cache import HybridRadixCache
 from hybridcache.radix.lease import Lease, LeaseRequest
 from hybridcache.radix.protocol import Item, Placed, Prefill, PromptBoundaries
-from hybridcache.radix.step_plan import Copy, Drop, RowWrite, StepMemory, StepPlan
+from hybridcache.radix.step_plan import Copy, Drop, Move, RowWrite, StepMemory, StepPlan
 from hybridcache.radix.warm_state import write_memory
 from hybridcache.tokens import Tokens
 from tests.cache.serving import carried_out, serve_lease

@@ -32,10 +32,9 @@ from hybridcache.policies.eviction.survival import Survival
 from hybridcache.policies.placement import Adaptive, Placement
 from hybridcache.policies.registry import parse_placement
 from hybridcache.radix import lease as lease_module
-from hybridcache.radix.allocators import Move
 from hybridcache.radix.lease import Lease, LeaseRequest
 from hybridcache.radix.protocol import Placed, Prefill, PromptBoundaries
-from hybridcache.radix.step_plan import DEVICE, Copy, Drop, RowWrite
+from hybridcache.radix.step_plan import DEVICE, Copy, Drop, Move, RowWrite
 from hybridcache.tokens import Tokens
 from tests.cache.serving import PerToken, Rate
 from tests.cache.test_machine import at_least

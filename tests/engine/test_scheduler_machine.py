@@ -22,8 +22,8 @@ from engine.schedule.drafting import Drafting
 from engine.schedule.scheduler import Batch
 from hybridcache.geometry.model import ModelGeometry
 from hybridcache.geometry.units import GIB
-from hybridcache.radix.allocators import Move
 from hybridcache.radix.protocol import PromptBoundaries
+from hybridcache.radix.step_plan import Move
 from tests.engine.drafted import ScriptedDrafter
 from tests.oracle import Fingerprints, OracleRunner, OracleSampler, engine_with, fingerprint
 

@@ -16,10 +16,10 @@ from hybridcache.adapters.routing.outbox import Outbox
 from hybridcache.lab import evictions
 from hybridcache.policies.eviction.survival import Survival
 from hybridcache.policies.registry import EVICTION_NAMES
-from hybridcache.radix.allocators import Move, PageAllocator, SlotAllocator
+from hybridcache.radix.allocators import PageAllocator, SlotAllocator
 from hybridcache.radix.cache import HybridRadixCache
 from hybridcache.radix.lease import Lease
-from hybridcache.radix.step_plan import StepQueue
+from hybridcache.radix.step_plan import Move, StepQueue
 from hybridcache.radix.tiers import TieredRadixCache
 from tests.allocators import test_arena
 from tests.allocators.test_allocators import AllocatorMachine
