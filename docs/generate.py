@@ -485,7 +485,7 @@ EVENTS = {
 """Names that follow the changes of a cache, and choose replicas by them."""
 
 RESTART = {
-    "hybridcache.radix.warm_state": ("write_memory", "pack", "unpack", "Memory"),
+    "hybridcache.radix.warm_state": ("write_memory", "pack", "unpack", "WarmState"),
     "hybridcache.radix.tiers": ("TieredRadixCache",),
 }
 """Names that save and restore the state of a cache."""

@@ -124,7 +124,7 @@ class Text:
 
 
 @dataclass
-class Chat:
+class ClientChat:
     """One conversation as its client keeps it."""
 
     text: Text
@@ -159,14 +159,16 @@ class Chat:
         self.messages.append(result)
         return (yield from self.ask(row))
 
-    def fork(self) -> Chat:
+    def fork(self) -> ClientChat:
         """Return a copy that goes on by itself."""
-        return Chat(self.text, self.system, self.tools, self.variables, [*map(dict, self.messages)])
+        return ClientChat(
+            self.text, self.system, self.tools, self.variables, [*map(dict, self.messages)]
+        )
 
 
-def opened(text: Text, **options: Any) -> Chat:
+def opened(text: Text, **options: Any) -> ClientChat:
     """Return a chat with a system message of half a prompt."""
-    return Chat(text, system=text.draw(0.5), **options)
+    return ClientChat(text, system=text.draw(0.5), **options)
 
 
 def next_turn(text: Text, count: int) -> Steps:
@@ -190,10 +192,10 @@ def thoughts(text: Text, count: int) -> Steps:
 def edits(text: Text, count: int) -> Steps:
     chat = opened(text)
     yield from chat.turn(0.5)
-    longer = Chat(text, chat.system, messages=[dict(chat.messages[0])])
+    longer = ClientChat(text, chat.system, messages=[dict(chat.messages[0])])
     longer.messages[0]["content"] += " please"
     yield from longer.ask("last message edited at its end")
-    yield from Chat(text, chat.system).turn(0.5, "last message rewritten")
+    yield from ClientChat(text, chat.system).turn(0.5, "last message rewritten")
     yield from chat.turn(0.1, "back to the original after an edit")
 
 
@@ -216,7 +218,7 @@ def subagent(text: Text, count: int) -> Steps:
     chat = opened(text, tools=text.tools())
     yield from chat.turn(0.2)
     yield from chat.step(0.1)
-    child = Chat(text, chat.system, chat.tools)
+    child = ClientChat(text, chat.system, chat.tools)
     yield from child.turn(0.2, "subagent with the same system prompt")
     yield from child.step(0.1)
     yield from chat.step(0.1, "back to the parent")
@@ -247,7 +249,7 @@ def restarted(text: Text, count: int) -> Steps:
 def dated_session(text: Text, count: int) -> Steps:
     rest = text.draw(0.5)
     for minute in (10, 11):
-        chat = Chat(text, system=f"{minute} o'clock, Monday. {rest}")
+        chat = ClientChat(text, system=f"{minute} o'clock, Monday. {rest}")
         yield from chat.turn(0.2, "new session, date at its start" if minute == 11 else "")
 
 
@@ -262,7 +264,7 @@ def dated_turns(text: Text, count: int) -> Steps:
 def tools_behind(text: Text, count: int) -> Steps:
     shared, tools = text.draw(0.4), text.tools()
     for folder, which in (("alpha", ""), ("beta", "second"), ("gamma", "third")):
-        chat = Chat(text, f"{shared} Directory: {folder}.", tools)
+        chat = ClientChat(text, f"{shared} Directory: {folder}.", tools)
         yield from chat.turn(0.2, which and f"{which} folder, tools behind the system text")
 
 
@@ -290,7 +292,7 @@ def long_run(text: Text, count: int) -> Steps:
 
 def one_folder(text: Text, count: int) -> Steps:
     tools = Text("tools", 0, text.size).tools()
-    chat = Chat(text, f"{text.common} Directory: alpha.", tools)
+    chat = ClientChat(text, f"{text.common} Directory: alpha.", tools)
     yield from chat.turn(0.2, "two agents in one folder, first request")
     for _ in range(2):
         yield from chat.step(0.1, "two agents in one folder, later requests")
@@ -302,7 +304,7 @@ SCARCE, TIERED = f"{NUM_MANY} conversations, memory for {NUM_FITTING}", "with a 
 ENDED = "ends reported"
 
 
-class Case(NamedTuple):
+class ClientCase(NamedTuple):
     """Clients that do the same with texts of their own."""
 
     steps: Callable[[Text, int], Steps]
@@ -316,25 +318,27 @@ class Case(NamedTuple):
     """Case with the same texts and order, or empty."""
 
 
-CASES: dict[str, Case] = {
-    "next turn": Case(next_turn),
-    "tool result": Case(tool_result),
-    "thoughts": Case(thoughts),
-    "edits": Case(edits),
-    "early edit": Case(early_edit),
-    "steer": Case(steered),
-    "subagent": Case(subagent),
-    "branches": Case(branches),
-    "twelve": Case(twelve),
-    "restart": Case(restarted, needs="state"),
-    "dated session": Case(dated_session),
-    "dated turns": Case(dated_turns),
-    "tools behind": Case(tools_behind),
-    "scarce": Case(partial(many, SCARCE), needs="scarce"),
-    "ended": Case(partial(many, f"{SCARCE}, {ENDED}", reports_ends=True), 1, "scarce", "scarce"),
-    "tiered": Case(partial(many, f"{SCARCE}, {TIERED}"), needs="tiered"),
-    "long run": Case(long_run),
-    "one folder": Case(one_folder, least=2),
+CASES: dict[str, ClientCase] = {
+    "next turn": ClientCase(next_turn),
+    "tool result": ClientCase(tool_result),
+    "thoughts": ClientCase(thoughts),
+    "edits": ClientCase(edits),
+    "early edit": ClientCase(early_edit),
+    "steer": ClientCase(steered),
+    "subagent": ClientCase(subagent),
+    "branches": ClientCase(branches),
+    "twelve": ClientCase(twelve),
+    "restart": ClientCase(restarted, needs="state"),
+    "dated session": ClientCase(dated_session),
+    "dated turns": ClientCase(dated_turns),
+    "tools behind": ClientCase(tools_behind),
+    "scarce": ClientCase(partial(many, SCARCE), needs="scarce"),
+    "ended": ClientCase(
+        partial(many, f"{SCARCE}, {ENDED}", reports_ends=True), 1, "scarce", "scarce"
+    ),
+    "tiered": ClientCase(partial(many, f"{SCARCE}, {TIERED}"), needs="tiered"),
+    "long run": ClientCase(long_run),
+    "one folder": ClientCase(one_folder, least=2),
 }
 
 
@@ -523,7 +527,7 @@ def counts(sent: Sequence[Sent], ids_of: Ids) -> Iterator[dict[str, Any]]:
 # --- Servers --------------------------------------------------------------------------------------
 
 
-class Memory(NamedTuple):
+class ServerMemory(NamedTuple):
     """Memory for ``NUM_FITTING`` conversations, and a host tier for all."""
 
     num_tokens: int
@@ -532,7 +536,7 @@ class Memory(NamedTuple):
     host_bytes: int
 
     @classmethod
-    def of(cls, model: Path, prompt_len: int) -> Memory:
+    def of(cls, model: Path, prompt_len: int) -> ServerMemory:
         """Return the memory for conversations that begin with ``prompt_len`` tokens."""
         geometry = ModelGeometry.from_config(read_config(model), kv_dtype="bfloat16")
         length = prompt_len * 11 // 10
@@ -559,7 +563,7 @@ class Side:
             self.client = Client(free.getsockname()[1])
         options = ["--port", str(self.client.port), *self.flags]
         if needs in ("scarce", "tiered"):
-            options += self._scarce(Memory.of(model, num_tokens), needs == "tiered")
+            options += self._scarce(ServerMemory.of(model, num_tokens), needs == "tiered")
         if self.is_llama:
             command = [str(LLAMA_SERVER), "-m", str(model), "-t", str(self.threads)]
         else:
@@ -569,7 +573,7 @@ class Side:
         self.command = [*command, *options]
         self._run()
 
-    def _scarce(self, memory: Memory, has_tier: bool) -> list[str]:
+    def _scarce(self, memory: ServerMemory, has_tier: bool) -> list[str]:
         """Return the options for little memory. llama-server's checkpoints are outside of it."""
         if self.is_llama:
             mib = str(memory.host_bytes // 2**20 + 1 if has_tier else 0)
@@ -664,7 +668,7 @@ def make_model(name: str, format: str) -> Path:
 # --- Results --------------------------------------------------------------------------------------
 
 
-class Plan(NamedTuple):
+class CasePlan(NamedTuple):
     """Cases of one model and size."""
 
     model: str
@@ -695,21 +699,21 @@ LONG = (
     "dated turns",
     "tools behind",
 )
-COUNTED = Plan("builtin", "Q8_0", 600, 1, LONG)
+COUNTED = CasePlan("builtin", "Q8_0", 600, 1, LONG)
 """Cases of many requests, for counts. Their times are those of a tiny model."""
 PUBLISHED = (
-    Plan("530m", "Q4_K_M", 2000, 1, SHORT),
-    Plan("1b-moe", "Q4_K_M", 2000, 1, ("subagent", "branches")),
-    Plan("530m", "Q4_K_M", 2000, 4, ("subagent",)),
+    CasePlan("530m", "Q4_K_M", 2000, 1, SHORT),
+    CasePlan("1b-moe", "Q4_K_M", 2000, 1, ("subagent", "branches")),
+    CasePlan("530m", "Q4_K_M", 2000, 4, ("subagent",)),
     COUNTED,
-    Plan("530m", "Q4_K_M", 16000, 1, ("subagent",)),
+    CasePlan("530m", "Q4_K_M", 16000, 1, ("subagent",)),
 )
 """Plans of the published table, in order."""
 RIVALS = ("engine", "llama-server")
 """Servers of the published table."""
 
 
-def measure(side: Side, name: str, plan: Plan) -> Iterator[dict[str, Any]]:
+def measure(side: Side, name: str, plan: CasePlan) -> Iterator[dict[str, Any]]:
     """Run one case on a server that was started with what it needs."""
     case = CASES[name]
     clients = max(plan.at_once, case.least)
@@ -725,7 +729,7 @@ def measure(side: Side, name: str, plan: Plan) -> Iterator[dict[str, Any]]:
         yield {**named, **found, "resident_bytes": resident}
 
 
-def compare(side: Side, model: Path, plan: Plan, names: Sequence[str]) -> list[dict[str, Any]]:
+def compare(side: Side, model: Path, plan: CasePlan, names: Sequence[str]) -> list[dict[str, Any]]:
     """Run cases with the same needs on one server, which is emptied between them.
 
     Times are None if the machine was not idle.
@@ -783,9 +787,9 @@ class Results:
 
     @staticmethod
     def _case(record: Mapping[str, Any]) -> tuple[Any, ...]:
-        return tuple(record[name] for name in ("side", "case", *Plan._fields[:2], *SIZES))
+        return tuple(record[name] for name in ("side", "case", *CasePlan._fields[:2], *SIZES))
 
-    def has(self, side: Side, plan: Plan, case: str) -> bool:
+    def has(self, side: Side, plan: CasePlan, case: str) -> bool:
         """Return True if this commit has measured a case, with times or in the plan for counts."""
         wanted = self._case({"side": side.name, "case": case, **plan.fields})
         found = [one for one in self.records if self._case(one) == wanted]
@@ -856,7 +860,7 @@ def main() -> None:
     tokens = options.tokens or ([600] if is_small else [2000, 16000])
     clients = options.at_once or ([1] if is_small else [1, 4])
     cases = options.cases or list(CASES)
-    plans = [Plan(options.model, options.format, t, n, cases) for t in tokens for n in clients]
+    plans = [CasePlan(options.model, options.format, t, n, cases) for t in tokens for n in clients]
     names = options.sides
     if options.size == "published":
         kept = [[case for case in plan.cases if case in cases] for plan in PUBLISHED]

@@ -56,7 +56,7 @@ NUM_PAUSES = 5
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Turn:
+class TurnPlan:
     """One request: its new tokens, the length of the answer, and the pause before it."""
 
     added: np.ndarray
@@ -65,14 +65,14 @@ class Turn:
     pause_s: float
 
 
-def agents(num_sessions: int, seed: int) -> list[list[Turn]]:
+def agents(num_sessions: int, seed: int) -> list[list[TurnPlan]]:
     """Return sessions of 5 to 12 turns that grow to about 1,000 to 2,500 tokens."""
     rng = np.random.default_rng(seed)
 
-    def turn(number: int) -> Turn:
+    def turn(number: int) -> TurnPlan:
         low, high = (400, 1000) if number == 0 else (40, 160)
         added = rng.integers(32, 127, rng.integers(low, high), dtype=np.int32)
-        return Turn(added, int(rng.integers(12, 32)), float(rng.lognormal(np.log(0.8), 0.8)))
+        return TurnPlan(added, int(rng.integers(12, 32)), float(rng.lognormal(np.log(0.8), 0.8)))
 
     return [[turn(number) for number in range(rng.integers(5, 13))] for _ in range(num_sessions)]
 
@@ -89,7 +89,7 @@ class CpuClock:
 
 def serve(
     engine: Engine,
-    sessions: list[list[Turn]],
+    sessions: list[list[TurnPlan]],
     rate: float,
     seed: int,
     pause: Callable[[], None],
@@ -274,7 +274,7 @@ def compare(
     ]
 
 
-def mean_prompt_len(sessions: Sequence[Sequence[Turn]]) -> int:
+def mean_prompt_len(sessions: Sequence[Sequence[TurnPlan]]) -> int:
     """Return the mean length of all prompts."""
     lengths = []
     for session in sessions:
@@ -285,7 +285,7 @@ def mean_prompt_len(sessions: Sequence[Sequence[Turn]]) -> int:
     return round(fmean(lengths))
 
 
-def memory_bytes(sessions: Sequence[Sequence[Turn]]) -> float:
+def memory_bytes(sessions: Sequence[Sequence[TurnPlan]]) -> float:
     """Return the memory for a third of ``sessions``, each with its text and one checkpoint."""
     memory = engine_of(2**27).runner.memory
     lengths = [sum(len(turn.added) + turn.answer_len for turn in session) for session in sessions]

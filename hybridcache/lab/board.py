@@ -39,7 +39,7 @@ from hybridcache.lab.progress import Progress
 from hybridcache.lab.report import text_table
 from hybridcache.lab.scenario import Scenario, named_policies, sources_of, written_policy
 from hybridcache.lab.simulation.closed_loop import figures_of, sessions_of, simulate_closed_loop
-from hybridcache.lab.simulation.grid import Plain, Stored, identity_of, run_grid
+from hybridcache.lab.simulation.grid import Plain, StoredResult, identity_of, run_grid
 from hybridcache.lab.simulation.result import ClosedLoopRun, RunResult
 from hybridcache.lab.simulation.simulate import optimum, run_cell
 from hybridcache.lab.trace import Trace, TraceRequest
@@ -255,7 +255,7 @@ def _restarted(trace: Trace, starts: str, seed: int) -> Iterator[TraceRequest]:
 
 
 @dataclass(frozen=True, slots=True)
-class Measured(Stored):
+class Measured(StoredResult):
     """Figures of one system on one cell with one seed. Lists have a number per size, or per closed
     loop; rates are from 0 to 1, times in seconds."""
 

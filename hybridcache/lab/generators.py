@@ -48,7 +48,7 @@ def _drawn(make: Any, *args: Any, **options: Any) -> Requests:
     return requests
 
 
-class Writer:
+class TextDraws:
     """Draws texts and lengths, and numbers requests, which arrive one second apart."""
 
     def __init__(self, seed: int | tuple[int, ...], boundaries: bool = True) -> None:
@@ -87,13 +87,13 @@ class Writer:
 def chat(seed: int = 0, boundaries: bool = True) -> Requests:
     """Generate 40 conversations of 8 turns over 4 system prompts of 1,500 tokens. A turn adds about
     300 tokens, its answer about 250. Each round has a new order. Ideal token hit rate .918."""
-    writer = Writer(seed, boundaries)
+    writer = TextDraws(seed, boundaries)
     systems = [writer.text(1500) for _ in range(4)] * 10
     return _rounds(writer, systems, 8, partial(writer.spread, 300), partial(writer.spread, 250))
 
 
 def _rounds(
-    writer: Writer,
+    writer: TextDraws,
     histories: list[Tokens],
     turns: int,
     added: Callable[[], int],
@@ -116,10 +116,12 @@ def _rounds(
 def few_shot(seed: int = 0, boundaries: bool = True) -> Requests:
     """Generate 320 requests: one of 8 prefixes of 1,500 tokens at random, then 700 unique tokens;
     answers of 32. Ideal token hit rate .665."""
-    return _prefixed(Writer(seed, boundaries), 320, 8, 1500, 700)
+    return _prefixed(TextDraws(seed, boundaries), 320, 8, 1500, 700)
 
 
-def _prefixed(writer: Writer, requests: int, prefixes: int, length: int, suffix: int) -> Requests:
+def _prefixed(
+    writer: TextDraws, requests: int, prefixes: int, length: int, suffix: int
+) -> Requests:
     hot = [writer.text(length) for _ in range(prefixes)]
     for number in range(requests):
         prompt = np.concatenate((hot[int(writer.rng.integers(prefixes))], writer.text(suffix)))
@@ -130,7 +132,7 @@ def _prefixed(writer: Writer, requests: int, prefixes: int, length: int, suffix:
 def agent(seed: int = 0, boundaries: bool = True) -> Requests:
     """Generate 10 agents with unique beginnings of 4,000 tokens, in round-robin order. Each of 32
     turns adds U{50..600} tokens; answers have U{40..200}. Ideal token hit rate .960."""
-    writer = Writer(seed, boundaries)
+    writer = TextDraws(seed, boundaries)
     added, answered = partial(writer.between, 50, 600), partial(writer.between, 40, 200)
     return _rounds(writer, [writer.text(4000) for _ in range(10)], 32, added, answered, False)
 
@@ -139,7 +141,7 @@ def agent(seed: int = 0, boundaries: bool = True) -> Requests:
 def branch(seed: int = 0, boundaries: bool = True) -> Requests:
     """Generate 10 documents of 6,000 tokens, 4 questions of 120 on each, and 4 samples of 40 on
     each question. Depth first, answers of 60. Ideal token hit rate .928."""
-    writer = Writer(seed, boundaries)
+    writer = TextDraws(seed, boundaries)
     for number in range(10):
         document = writer.text(6000)
         for _ in range(4):
@@ -153,7 +155,7 @@ def branch(seed: int = 0, boundaries: bool = True) -> Requests:
 def resend(seed: int = 0, boundaries: bool = True) -> Requests:
     """Generate 40 prompts of U{400..6,000} tokens, the whole list three times, answers of 16. Ideal
     token hit rate .666."""
-    writer = Writer(seed, boundaries)
+    writer = TextDraws(seed, boundaries)
     prompts = [writer.text(writer.between(400, 6000)) for _ in range(40)]
     for _ in range(3):
         for number, prompt in enumerate(prompts):
@@ -164,7 +166,7 @@ def resend(seed: int = 0, boundaries: bool = True) -> Requests:
 def short(seed: int = 0, boundaries: bool = True) -> Requests:
     """Generate 40 conversations of 3 turns over 4 system prompts of 320 tokens. Turns and answers
     have 60 tokens; each round has a new order. Ideal token hit rate .859."""
-    writer = Writer(seed, boundaries)
+    writer = TextDraws(seed, boundaries)
     systems = [writer.text(320) for _ in range(4)] * 10
     return _rounds(writer, systems, 3, lambda: 60, lambda: 60)
 
@@ -183,7 +185,7 @@ def conversations(
     ``live`` conversations are open. The next request comes from a random one, and a finished one is
     replaced.
     """
-    writer = Writer(seed, boundaries)
+    writer = TextDraws(seed, boundaries)
     systems = [writer.text(500) for _ in range(16)]
     opened = min(live, num_conversations)
 
@@ -221,7 +223,7 @@ def exact_hot_prefix(
 ) -> Requests:
     """Generate prompts of one of a few hot prefixes, whole, plus a unique suffix. There is one good
     position per prefix."""
-    return _prefixed(Writer(seed), requests, prefixes, length, suffix)
+    return _prefixed(TextDraws(seed), requests, prefixes, length, suffix)
 
 
 @generator
@@ -230,7 +232,7 @@ def append_only_chat(
 ) -> Requests:
     """Generate sessions in round-robin order. Each prompt is the last prompt, its answer and
     ``added`` new tokens, so the end of the prompt is the best position."""
-    writer = Writer(seed)
+    writer = TextDraws(seed)
     empty = [writer.text(0)] * sessions
     return _rounds(writer, empty, turns, lambda: added, lambda: _ANSWER, is_mixed=False)
 
@@ -256,7 +258,7 @@ def uniform_adversary(
 def _cut_documents(
     seed: int, requests: int, documents: int, length: int, suffix: int, uniform: bool
 ) -> Requests:
-    writer = Writer(seed, boundaries=False)
+    writer = TextDraws(seed, boundaries=False)
     rng = writer.rng
     texts = [writer.text(length) for _ in range(documents)]
     for number in range(requests):
@@ -277,7 +279,7 @@ def agent_tree(
 ) -> Requests:
     """Generate trees of agent steps, one per task, explored breadth first. Every step is continued
     ``width`` times."""
-    writer = Writer(seed)
+    writer = TextDraws(seed)
     for task in range(tasks):
         level = [writer.text(root)]
         for _ in range(depth):
@@ -307,7 +309,7 @@ def tree_of_thoughts(
     judged ``samples`` times in a prompt of its own, and ``beam`` paths are kept. The defaults are
     those of Tree of Thoughts (arXiv 2305.10601), section 4.1.
     """
-    writer = Writer(seed)
+    writer = TextDraws(seed)
     propose, judge = (writer.text(writer.between(200, 280)) for _ in range(2))
     for problem in range(problems):
         kept = [writer.text(writer.between(30, 50))]
@@ -354,12 +356,12 @@ def tree_search(
     note that later prompts do not repeat. A task ends after ``steps`` requests; ``parallel`` tasks
     take turns.
     """
-    writer = Writer(seed)
+    writer = TextDraws(seed)
     systems = [writer.text(writer.spread(root, 0.4)) for _ in range(toolsets)]
 
     def search(task: int, system: Tokens) -> Requests:
         """Yield the requests of one task."""
-        writer = Writer((seed, task), boundaries)
+        writer = TextDraws((seed, task), boundaries)
         path = [np.concatenate((system, writer.text(_QUERY)))]
         tried = [0]
         for _ in range(steps):
@@ -413,7 +415,7 @@ def retries(
     tokens. A later trial differs from the first answer on. ``parallel`` agents take turns. The end
     of the user message is declared.
     """
-    writer = Writer(seed, boundaries)
+    writer = TextDraws(seed, boundaries)
     examples = [writer.text(head) for _ in range(heads)]
     texts = [
         np.concatenate((examples[number % heads], writer.text(writer.between(150, 300))))
@@ -453,7 +455,7 @@ def live_agents(
     pace of its own, from 2 to 8 seconds between calls, so that the calls of others in between are
     few. A finished session is replaced.
     """
-    writer = Writer(seed, boundaries)
+    writer = TextDraws(seed, boundaries)
     system = writer.text(head)
     running: list[tuple[float, int, int, float, Tokens]] = []
     """Time of the next call, number, final length, pace and prompt of each session, as a heap."""
@@ -500,7 +502,7 @@ def phased_heads(
     only, and each text is used once. The chats of a phase, ``turns`` rounds of ``chats``, evict the
     head and end with it.
     """
-    writer = Writer(seed, boundaries)
+    writer = TextDraws(seed, boundaries)
     shared, session = writer.text(head), 0
     for phase in range(phases):
         if phase % 2 == 0:
@@ -537,7 +539,7 @@ def sharegpt_like(
     """Generate the first ``requests`` of ``sessions`` chats. Questions and answers have log-normal
     lengths with medians ``user`` and ``answer``; sessions start with one of ``systems`` prompts of
     2,000 tokens, if there are any."""
-    writer = Writer(seed)
+    writer = TextDraws(seed)
     shared = [writer.text(2000) for _ in range(systems)] or [writer.text(0)]
     openings = [shared[int(writer.rng.integers(len(shared)))] for _ in range(sessions)]
     drawn = (
@@ -547,7 +549,7 @@ def sharegpt_like(
 
 
 def _session(seed: int, number: int, user: int, answer: int, opening: Tokens) -> list[TraceRequest]:
-    writer = Writer((seed, number))
+    writer = TextDraws((seed, number))
     turns = 10 + int(writer.rng.geometric(1 / 6)) - 1
     requests = []
     history = opening

@@ -154,7 +154,7 @@ def test_named_trace_is_read_by_a_reader_or_generator(
     ids=lambda part: part.name,
 )
 def test_part_declares_the_published_files_that_its_study_reads(
-    part: reproduce.Part, monkeypatch: pytest.MonkeyPatch
+    part: reproduce.Rebuilt, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read: set[str] = set()
     monkeypatch.setattr(lab, "in_data", lambda spec: read.add(spec.partition("?")[0]))

@@ -218,7 +218,7 @@ def unit_of_times(times: Sequence[float], usual: str, asked: str = "") -> TimeUn
     return TimeUnit(other, f"in {usual} {' and '.join(reasons)}", True)
 
 
-class TraceClock:
+class RecordTimes:
     """Times of a file's records: all have the same kind of time, or none has one. Numbers have
     ``per_s`` parts of a second."""
 
