@@ -41,7 +41,6 @@ from hybridcache.geometry.units import GIB
 from hybridcache.lab.intervals import interval, paired
 from hybridcache.lab.scenario import Scenario
 from hybridcache.lab.simulation.closed_loop import run_closed_loop
-from hybridcache.lab.simulation.step_times import MeasuredSteps
 from hybridcache.lab.trace import Trace, TraceRequest
 
 if TYPE_CHECKING:
@@ -174,7 +173,7 @@ def engine_of(num_bytes: float, **fields: Any) -> Engine:
 class MixedSteps:
     """Measured step times, with the additional time of steps that prefill and decode."""
 
-    steps: MeasuredSteps
+    steps: MeasuredTimes
     mixed_s: float
 
     def step_seconds(
@@ -185,7 +184,7 @@ class MixedSteps:
         return seconds + (self.mixed_s if prefills and num_decodes else 0.0)
 
 
-def mixed_seconds(engine: Engine, steps: MeasuredSteps, context: int) -> float:
+def mixed_seconds(engine: Engine, steps: MeasuredTimes, context: int) -> float:
     """Return the mean time of steps that prefill and decode, less that of ``steps``."""
     from experiments.benchmarks.measure_prefill import mixed_step_seconds
 
@@ -235,7 +234,7 @@ def compare(
 
     def measure_steps() -> None:
         tables.append(measure(measured, 2048, 1, context))
-        mixed.append(mixed_seconds(measured, MeasuredSteps(step_times(tables[-1:])), context))
+        mixed.append(mixed_seconds(measured, step_times(tables[-1:]), context))
 
     found, trace = serve(engine, sessions, rate, seed, measure_steps, num_pauses)
     memory = engine.runner.memory
@@ -245,7 +244,7 @@ def compare(
         trace,
         model=geometry_of(engine),
         gib=memory.total_bytes / GIB,
-        times=MixedSteps(MeasuredSteps(times), fmean(mixed)),
+        times=MixedSteps(times, fmean(mixed)),
         rate=rate,
         seeds=(seed,),
         max_running=MAX_RUNNING,

@@ -439,6 +439,11 @@ def run_closed_loop(trace: Trace, cell: Scenario) -> ClosedLoopRun:
     return figures_of(simulate_closed_loop(trace, cell), trace, cell)
 
 
+def _describe_steps(cell: Scenario) -> str:
+    """Describe the source of the times of steps in one line."""
+    return describe_times(cell.step_times(cell.geometry())).replace("a prefill", "a step")
+
+
 def figures_of(served: LoopRun, trace: Trace, cell: Scenario) -> ClosedLoopRun:
     """Return the figures of a finished run. RunFailed if no request fitted."""
     if not (answered := served.answered):
@@ -476,7 +481,7 @@ def figures_of(served: LoopRun, trace: Trace, cell: Scenario) -> ClosedLoopRun:
         config=identify(cell, trace.full_name, served.priority_classes)
         | {
             "max_running": cell.max_running or MAX_RUNNING,
-            "times": describe_times(cell.step_times(cell.geometry())),
+            "times": _describe_steps(cell),
             "tpot_s": None,
         },
     )
@@ -569,8 +574,7 @@ def closed_loop(
     """
     asked = Scenario.of(scenario, settings)
     asked.refuse(REPLAY_ONLY, "has no meaning in closed loop: leave it out")
-    opened, geometry = asked.opened(), asked.geometry()
-    known = asked.step_times(geometry)
+    opened, times = asked.opened(), _describe_steps(asked)
     admissions = named_policies(asked.admission, split=True)
     if not admissions:
         raise ValueError("nothing to simulate: no admission policy")
@@ -594,5 +598,4 @@ def closed_loop(
         kind=ClosedLoopRun,
         progress=progress,
     )
-    times = describe_times(known)
     return ClosedLoopResult(opened.name, runs, times, failures, opened.notes)
