@@ -26,7 +26,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import hybridcache
-import hybridcache.radix.allocators
+import hybridcache.allocators.pools
 import hybridcache.radix.api
 import hybridcache.radix.tree
 import hybridcache.scheduling.request
@@ -454,7 +454,7 @@ def api_index() -> str:
 
 
 STEPS = {
-    "hybridcache.radix.step_plan": ("Move", "Copy", "Drop", "RowWrite", "StepMemory"),
+    "hybridcache.allocators.moves": ("Move", "Copy", "Drop", "RowWrite", "StepMemory"),
     "hybridcache.radix.api": ("CacheStats", "Losses", "Listener"),
     "hybridcache.radix.offload": ("path_of", "Exchange", "PrefillTimes"),
     "hybridcache.radix.protocol": ("PromptBoundaries", "LoadRule", "PolicyError"),
@@ -541,7 +541,7 @@ def _others(page: str) -> list[str]:
     texts = []
     for module in (
         hybridcache.radix.api,
-        hybridcache.radix.allocators,
+        hybridcache.allocators.pools,
         hybridcache.radix.tree,
         hybridcache.scheduling.request,
     ):

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from hybridcache import CacheConfig, Lease, LeaseRequest, build_prefix_cache, parse_placement
+from hybridcache.allocators.moves import StepMemory
 from hybridcache.radix.protocol import PromptBoundaries
-from hybridcache.radix.step_plan import StepMemory
 
 GRID = 8  # checkpoints are at multiples of it
 PIECE = 8  # tokens of one prefill step

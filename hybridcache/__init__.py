@@ -14,6 +14,7 @@ from their modules. A cache is not thread-safe: one thread calls it, or callers 
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from hybridcache.allocators.moves import StepPlan
 from hybridcache.command.field_texts import describe_fields
 from hybridcache.config import CacheConfig, build_prefix_cache
 from hybridcache.policies.eviction.scored import ScorePolicy
@@ -21,7 +22,6 @@ from hybridcache.policies.registry import parse_placement
 from hybridcache.radix.cache import HybridRadixCache
 from hybridcache.radix.lease import Lease, LeaseRequest
 from hybridcache.radix.protocol import EvictionPolicy, Item, Placed, PlacementPolicy, Prefill
-from hybridcache.radix.step_plan import StepPlan
 
 if TYPE_CHECKING:
     from hybridcache.geometry.model import ModelGeometry

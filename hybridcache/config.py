@@ -6,19 +6,19 @@ from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any
 
-from hybridcache.policies.eviction.lru import LRU
-from hybridcache.policies.eviction.priority_classes import PriorityClasses
-from hybridcache.policies.registry import DEFAULT_EVICTION, EvictionSpec, make_eviction
-from hybridcache.radix.allocators import (
+from hybridcache.allocators.moves import DISK, HOST
+from hybridcache.allocators.pools import (
     ArenaAllocator,
     ByteBudget,
     PageAllocator,
     SlotAllocator,
     slab_rows,
 )
+from hybridcache.policies.eviction.lru import LRU
+from hybridcache.policies.eviction.priority_classes import PriorityClasses
+from hybridcache.policies.registry import DEFAULT_EVICTION, EvictionSpec, make_eviction
 from hybridcache.radix.cache import HybridRadixCache
 from hybridcache.radix.protocol import EvictionPolicy
-from hybridcache.radix.step_plan import DISK, HOST
 from hybridcache.radix.tree import ItemBytes
 from hybridcache.tokens import require_bool, require_grid, require_index
 

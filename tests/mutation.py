@@ -56,6 +56,7 @@ GROUPS = {
     "cache": Group(
         (
             "hybridcache/radix/*",
+            "hybridcache/allocators/*",
             "hybridcache/radix/cache.py",
             "hybridcache/radix/offload.py",
             "hybridcache/radix/tiers.py",
@@ -85,7 +86,7 @@ GROUPS = {
     ),
     # A file's last group counts. These tests are enough: a minute instead of ten.
     "near": Group(
-        ("hybridcache/radix/allocators.py",),
+        ("hybridcache/allocators/pools.py",),
         ("tests/allocators", "tests/cache/test_arena.py"),
     ),
     "policies": Group(

@@ -31,9 +31,9 @@ from engine.requests.logit_rules import FREE
 from engine.requests.request import SamplingInput
 from engine.schedule.scheduler import Batch, Scheduler, Segment
 from engine.text.answers import SampledToken
+from hybridcache.allocators.moves import DEVICE, Copy, Drop, Move, Transfer
+from hybridcache.allocators.pools import slab_rows
 from hybridcache.geometry.model import ModelGeometry
-from hybridcache.radix.allocators import slab_rows
-from hybridcache.radix.step_plan import DEVICE, Copy, Drop, Move, Transfer
 from hybridcache.scheduling.cache_manager import CacheManager, MemorySizes
 from hybridcache.tokens import Indices, Tokens
 

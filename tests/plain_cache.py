@@ -13,10 +13,10 @@ from math import lcm
 
 import numpy as np
 
-from hybridcache.radix.allocators import ArenaAllocator, PageAllocator, SlotAllocator
+from hybridcache.allocators.moves import Move
+from hybridcache.allocators.pools import ArenaAllocator, PageAllocator, SlotAllocator
 from hybridcache.radix.api import Losses
 from hybridcache.radix.protocol import Kind
-from hybridcache.radix.step_plan import Move
 from hybridcache.radix.tree import GHOST_NODE_BYTES, TOKEN_BYTES
 from hybridcache.tokens import Indices, Tokens
 

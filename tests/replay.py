@@ -36,6 +36,7 @@ from engine.plugins.speculation.drafters import drafters_of
 from engine.runner.backends import digest_of, machine_words, override_all
 from engine.schedule.drafting import Drafting
 from engine.weights.model_config import read_config
+from hybridcache.allocators.moves import Copy
 from hybridcache.geometry.model import ModelGeometry
 from hybridcache.geometry.units import GIB
 from hybridcache.lab.scenario import Scenario
@@ -46,7 +47,6 @@ from hybridcache.lab.simulation.target import LeasedRequest, LeaseTarget, build_
 from hybridcache.lab.trace import Trace
 from hybridcache.lab.traces import open_trace
 from hybridcache.radix.api import Listener
-from hybridcache.radix.step_plan import Copy
 from tests.lab import test_closed_loop as virtual
 from tests.lab.test_simulate import SMALL
 from tests.oracle import OracleSampler, engine_with

@@ -17,10 +17,10 @@ from engine.layers.blocks import Pools
 from engine.runner.device import Device, host_free_bytes
 from engine.weights.model_config import ModelError
 from engine.weights.ranks import ALONE, Rank
+from hybridcache.allocators.pools import slab_rows
 from hybridcache.geometry.checkpoints import CheckpointFormat, aligned
 from hybridcache.geometry.sizes import ModelSizes, Spec
 from hybridcache.geometry.units import GIB, format_bytes
-from hybridcache.radix.allocators import slab_rows
 from hybridcache.scheduling.cache_manager import SLOTS_OF_ONE, MemorySizes
 from kernels.state_copy.reference import StateLayout
 from kernels.upload import upload

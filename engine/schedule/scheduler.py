@@ -19,8 +19,8 @@ from engine.requests.request import Request
 from engine.schedule.drafting import Draft, Drafting
 from engine.text.answers import NO_TOKEN, FinishReason, SampledToken
 from engine.text.grammar import GrammarError
+from hybridcache.allocators.moves import Transfer
 from hybridcache.radix.lease import Lease
-from hybridcache.radix.step_plan import Transfer
 from hybridcache.scheduling.cache_manager import CacheManager
 from hybridcache.scheduling.planner import StepPlanner
 from hybridcache.scheduling.request import AdmissionPolicy

@@ -30,6 +30,7 @@ from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, TypeVar
 
+from hybridcache.allocators.moves import DISK, HOST
 from hybridcache.command.parser import did_you_mean, or_known
 from hybridcache.config import GRID, CacheConfig
 from hybridcache.geometry.model import DTYPE_BYTES, ModelGeometry
@@ -56,7 +57,6 @@ from hybridcache.policies.registry import (
 from hybridcache.policies.user import OwnPolicy, own_policy
 from hybridcache.radix.offload import DISK_BYTES_PER_S, PCIE_BYTES_PER_S, Exchange, PrefillTimes
 from hybridcache.radix.protocol import PlacementPolicy
-from hybridcache.radix.step_plan import DISK, HOST
 
 ALL = "all"
 GIB_SPEC = "2:200:15"

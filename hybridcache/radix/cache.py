@@ -27,7 +27,8 @@ from typing import Any
 
 import numpy as np
 
-from hybridcache.radix.allocators import ArenaAllocator, PageAllocator, SlotAllocator, are_distinct
+from hybridcache.allocators.moves import NOT_CARRIED_OUT, Move, StepPlan, StepQueue
+from hybridcache.allocators.pools import ArenaAllocator, PageAllocator, SlotAllocator, are_distinct
 from hybridcache.radix.api import (
     CacheStats,
     Eviction,
@@ -40,7 +41,6 @@ from hybridcache.radix.api import (
 )
 from hybridcache.radix.offload import OffloadTiers
 from hybridcache.radix.protocol import EvictionPolicy, Item, Kind, Placed, raise_failure
-from hybridcache.radix.step_plan import NOT_CARRIED_OUT, Move, StepPlan, StepQueue
 from hybridcache.radix.tree import (
     SESSION_END,
     TOKEN_BYTES,

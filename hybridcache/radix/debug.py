@@ -20,11 +20,11 @@ from typing import Any
 
 import numpy as np
 
+from hybridcache.allocators.moves import Move
 from hybridcache.radix.api import InsertResult
 from hybridcache.radix.cache import HybridRadixCache, LockHandle
 from hybridcache.radix.lease import Lease, LeaseRequest
 from hybridcache.radix.protocol import PlacementPolicy
-from hybridcache.radix.step_plan import Move
 from hybridcache.radix.tiers import TieredRadixCache
 from hybridcache.radix.tree import NodeHandle, RadixNode
 from hybridcache.tokens import INT32, Indices, Tokens, require_int32

@@ -27,6 +27,7 @@ from typing import NamedTuple, overload
 
 import numpy as np
 
+from hybridcache.allocators.moves import NOT_CARRIED_OUT, Move, Transfer
 from hybridcache.radix.api import Losses, PrefixMatch, losses_of
 from hybridcache.radix.cache import HybridRadixCache, LockHandle
 from hybridcache.radix.protocol import (
@@ -40,7 +41,6 @@ from hybridcache.radix.protocol import (
     require_boundaries,
     require_placement,
 )
-from hybridcache.radix.step_plan import NOT_CARRIED_OUT, Move, Transfer
 from hybridcache.radix.tree import SESSION_END, NodeHandle
 from hybridcache.tokens import (
     EMPTY,
@@ -81,7 +81,7 @@ Saved = tuple[int, int]
 # a planned checkpoint is held from `take_checkpoint_slots` until the `publish` that covers its
 # position: then cached, or free if the tree would not have it.
 #
-# In an arena rows get other places when a slab is emptied (`radix.allocators`). No row changes
+# In an arena rows get other places when a slab is emptied (`allocators.pools`). No row changes
 # hands by that: the lease renames its own, and the next step plan carries the new numbers.
 
 

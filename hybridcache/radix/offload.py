@@ -25,10 +25,10 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from hybridcache.radix.allocators import PageAllocator, are_distinct
+from hybridcache.allocators.moves import DEVICE, DISK, HOST, Copy, Drop, StepQueue
+from hybridcache.allocators.pools import PageAllocator, are_distinct
 from hybridcache.radix.api import Resumable
 from hybridcache.radix.protocol import EvictionPolicy, raise_failure
-from hybridcache.radix.step_plan import DEVICE, DISK, HOST, Copy, Drop, StepQueue
 from hybridcache.radix.tree import (
     Checkpoint,
     GhostList,

@@ -12,11 +12,11 @@ from typing import Literal, Protocol
 
 import numpy as np
 
-from hybridcache.radix.allocators import slab_rows
+from hybridcache.allocators.moves import StepPlan
+from hybridcache.allocators.pools import slab_rows
 from hybridcache.radix.cache import HybridRadixCache
 from hybridcache.radix.lease import Lease, LeaseRequest
 from hybridcache.radix.protocol import LoadRule, PlacementPolicy
-from hybridcache.radix.step_plan import StepPlan
 from hybridcache.scheduling.request import ScheduledRequest
 from hybridcache.tokens import Indices, require_index
 

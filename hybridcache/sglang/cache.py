@@ -35,8 +35,8 @@ from sglang.srt.runtime_context import (
 )
 from sglang.srt.utils.rank_consensus_checker import rank_consensus
 
+from hybridcache.allocators.pools import SlotAllocator
 from hybridcache.config import CacheConfig, build_on
-from hybridcache.radix.allocators import SlotAllocator
 from hybridcache.radix.api import Listener
 from hybridcache.radix.cache import HybridRadixCache, LockHandle
 from hybridcache.radix.tree import NodeHandle, PathPart, RadixNode

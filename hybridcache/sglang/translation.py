@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 
+from hybridcache.allocators.moves import DEVICE, Copy, Transfer
+from hybridcache.allocators.pools import BaseAllocator, PageAllocator, SlotAllocator
 from hybridcache.policies.registry import DEFAULT_EVICTION, EVICTION_NAMES
-from hybridcache.radix.allocators import BaseAllocator, PageAllocator, SlotAllocator
 from hybridcache.radix.api import Losses, PrefixMatch, Resumable, losses_of
 from hybridcache.radix.cache import HybridRadixCache
-from hybridcache.radix.step_plan import DEVICE, Copy, Transfer
 from hybridcache.tokens import Indices, Tokens
 
 if TYPE_CHECKING:

@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from vllm.v1.core.block_pool import BlockPool
 
+from hybridcache.allocators.pools import PageAllocator, SlotAllocator
 from hybridcache.config import CacheConfig, build_on
-from hybridcache.radix.allocators import PageAllocator, SlotAllocator
 from hybridcache.radix.api import PrefixMatch
 from hybridcache.radix.cache import LockHandle
 from hybridcache.radix.protocol import Placed

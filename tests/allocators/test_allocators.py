@@ -7,8 +7,8 @@ import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from hybridcache.allocators.pools import MAX_ROWS, ByteBudget, PageAllocator, SlotAllocator
 from hybridcache.radix import allocators
-from hybridcache.radix.allocators import MAX_ROWS, ByteBudget, PageAllocator, SlotAllocator
 
 TOKEN_BYTES, SLOT_BYTES = 2, 37
 

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from hybridcache.radix.allocators import ArenaAllocator, slab_rows
-from hybridcache.radix.step_plan import Move, StepQueue
+from hybridcache.allocators.moves import Move, StepQueue
+from hybridcache.allocators.pools import ArenaAllocator, slab_rows
 
 ROW_BYTES = 3
 

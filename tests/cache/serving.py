@@ -7,11 +7,11 @@ from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 import numpy as np
 
 from hybridcache import CacheConfig, build_prefix_cache
+from hybridcache.allocators.moves import StepPlan
 from hybridcache.radix.api import InsertResult, PrefixMatch
 from hybridcache.radix.cache import HybridRadixCache
 from hybridcache.radix.lease import Lease, LeaseRequest
 from hybridcache.radix.protocol import PlacementPolicy
-from hybridcache.radix.step_plan import StepPlan
 from hybridcache.tokens import Tokens
 
 

@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 
+from hybridcache.allocators.moves import Copy, Drop, Move, RowWrite, StepMemory, StepPlan
 from hybridcache.config import CacheConfig, build_prefix_cache
 from hybridcache.policies.placement import End
 from hybridcache.policies.registry import parse_placement
 from hybridcache.radix.cache import HybridRadixCache
 from hybridcache.radix.lease import Lease, LeaseRequest
 from hybridcache.radix.protocol import Item, Placed, Prefill, PromptBoundaries
-from hybridcache.radix.step_plan import Copy, Drop, Move, RowWrite, StepMemory, StepPlan
 from hybridcache.radix.warm_state import write_memory
 from hybridcache.tokens import Tokens
 from tests.cache.serving import carried_out, serve_lease

@@ -27,6 +27,7 @@ from engine.plugins.disaggregation.prefix_load import ReceivedPrefix
 from hybridcache.adapters.routing.outbox import Outbox
 from hybridcache.adapters.routing.precise import CheckpointSeconds
 from hybridcache.adapters.routing.protocol import ReplicaSpec, RouteRequest
+from hybridcache.allocators.moves import DEVICE, Copy, Drop, Move, RowWrite
 from hybridcache.config import CacheConfig, build_prefix_cache
 from hybridcache.policies.eviction.survival import Survival
 from hybridcache.policies.placement import Adaptive, Placement
@@ -34,7 +35,6 @@ from hybridcache.policies.registry import parse_placement
 from hybridcache.radix import lease as lease_module
 from hybridcache.radix.lease import Lease, LeaseRequest
 from hybridcache.radix.protocol import Placed, Prefill, PromptBoundaries
-from hybridcache.radix.step_plan import DEVICE, Copy, Drop, Move, RowWrite
 from hybridcache.tokens import Tokens
 from tests.cache.serving import PerToken, Rate
 from tests.cache.test_machine import at_least

@@ -14,12 +14,12 @@ from hybridcache import CacheConfig, Lease, LeaseRequest, build_prefix_cache, pa
 from hybridcache.adapters.events import EventStream, Mirror
 from hybridcache.adapters.routing.protocol import ReplicaSpec, RouteRequest
 from hybridcache.adapters.routing.registry import ROUTERS, find_router
+from hybridcache.allocators.moves import Drop, StepMemory
+from hybridcache.allocators.pools import SlotAllocator
 from hybridcache.policies.placement import End, Placement
 from hybridcache.policies.registry import make_admission
-from hybridcache.radix.allocators import SlotAllocator
 from hybridcache.radix.api import Listener
 from hybridcache.radix.protocol import Prefill, PromptBoundaries
-from hybridcache.radix.step_plan import Drop, StepMemory
 from hybridcache.scheduling.cache_manager import CacheManager
 from hybridcache.scheduling.planner import StepPlanner
 from hybridcache.scheduling.request import ScheduledRequest

@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
+from hybridcache.allocators.moves import DEVICE, Copy, Drop, Move
 from hybridcache.config import CacheConfig, build_prefix_cache
 from hybridcache.radix.api import PrefixMatch
-from hybridcache.radix.step_plan import DEVICE, Copy, Drop, Move
 from hybridcache.radix.tiers import TieredRadixCache
 from hybridcache.radix.tree import RadixNode
 from hybridcache.tokens import Indices, Tokens

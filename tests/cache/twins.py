@@ -9,13 +9,13 @@ from typing import Any
 
 import numpy as np
 
+from hybridcache.allocators.moves import Move
+from hybridcache.allocators.pools import ArenaAllocator
 from hybridcache.config import CacheConfig, build_policy, build_prefix_cache
 from hybridcache.policies.registry import make_eviction
-from hybridcache.radix.allocators import ArenaAllocator
 from hybridcache.radix.api import PrefixMatch
 from hybridcache.radix.cache import HybridRadixCache, LockHandle
 from hybridcache.radix.protocol import EvictionPolicy, Item, Kind
-from hybridcache.radix.step_plan import Move
 from hybridcache.radix.tree import RadixNode
 from hybridcache.tokens import Tokens
 from tests.plain_cache import Piece, PlainCache, Victim

@@ -20,10 +20,10 @@ from engine.plugins.speculation.drafters import drafters_of
 from engine.runner.predictor import Newest
 from engine.schedule.drafting import Drafting
 from engine.schedule.scheduler import Batch
+from hybridcache.allocators.moves import Move
 from hybridcache.geometry.model import ModelGeometry
 from hybridcache.geometry.units import GIB
 from hybridcache.radix.protocol import PromptBoundaries
-from hybridcache.radix.step_plan import Move
 from tests.engine.drafted import ScriptedDrafter
 from tests.oracle import Fingerprints, OracleRunner, OracleSampler, engine_with, fingerprint
 

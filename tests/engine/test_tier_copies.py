@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 from engine.plugins.tiers import tier_copies
 from engine.plugins.tiers.tier_copies import BLOCK_BYTES, KEPT, MIN_RUN_BYTES, TierCopier, copy_rows
 from engine.runner.device import HostCopy
-from hybridcache.radix.step_plan import DEVICE, DISK, HOST, Copy
+from hybridcache.allocators.moves import DEVICE, DISK, HOST, Copy
 from hybridcache.tokens import EMPTY, Indices
 
 ROWS = 4000

@@ -13,13 +13,13 @@ from hypothesis import strategies as st
 
 from hybridcache.adapters.events import EventStream
 from hybridcache.adapters.routing.outbox import Outbox
+from hybridcache.allocators.moves import Move, StepQueue
+from hybridcache.allocators.pools import PageAllocator, SlotAllocator
 from hybridcache.lab import evictions
 from hybridcache.policies.eviction.survival import Survival
 from hybridcache.policies.registry import EVICTION_NAMES
-from hybridcache.radix.allocators import PageAllocator, SlotAllocator
 from hybridcache.radix.cache import HybridRadixCache
 from hybridcache.radix.lease import Lease
-from hybridcache.radix.step_plan import Move, StepQueue
 from hybridcache.radix.tiers import TieredRadixCache
 from tests.allocators import test_arena
 from tests.allocators.test_allocators import AllocatorMachine

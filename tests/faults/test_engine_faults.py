@@ -21,8 +21,8 @@ from engine.plugins.tiers.records import RecordStore
 from engine.requests.logit_rules import TokenCounts
 from engine.schedule.drafting import DraftLength
 from engine.schedule.scheduler import Batch
+from hybridcache.allocators.moves import Move, StepQueue
 from hybridcache.radix.lease import Lease
-from hybridcache.radix.step_plan import Move, StepQueue
 from tests.engine import test_drafters, test_engine
 from tests.engine.store.test_records import StoreMachine
 from tests.engine.test_scheduler_machine import SchedulerMachine

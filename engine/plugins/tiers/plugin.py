@@ -24,13 +24,13 @@ from engine.runner.backends import digest_of
 from engine.runner.model_runner import ModelRunner
 from engine.schedule.report import CacheReport, FolderReport, StepReport, TierReport
 from engine.text.tokenizer import Tokenizer
+from hybridcache.allocators.moves import DEVICE, DISK, HOST, Copy
 from hybridcache.config import CacheConfig
 from hybridcache.geometry.units import GIB, format_bytes
 from hybridcache.radix.api import Listener
 from hybridcache.radix.cache import HybridRadixCache
 from hybridcache.radix.offload import path_of
 from hybridcache.radix.protocol import PlacementPolicy
-from hybridcache.radix.step_plan import DEVICE, DISK, HOST, Copy
 from hybridcache.radix.tiers import TieredRadixCache
 from hybridcache.radix.tree import Kind, RadixNode
 from hybridcache.radix.warm_state import WarmState, pack, unpack, write_memory

@@ -13,11 +13,11 @@ from engine.plugins.tiers.disk import Disk, Read
 from engine.plugins.tiers.tier_copies import KEPT
 from engine.requests.request import Request
 from engine.schedule.report import StepReport
+from hybridcache.allocators.moves import DISK, Copy, Transfer
 from hybridcache.geometry.model import ModelGeometry
 from hybridcache.radix.api import PrefixMatch
 from hybridcache.radix.offload import OffloadTiers
 from hybridcache.radix.protocol import LoadRule
-from hybridcache.radix.step_plan import DISK, Copy, Transfer
 from hybridcache.radix.tree import RadixNode
 from hybridcache.scheduling.cache_manager import CacheManager
 from hybridcache.scheduling.loading import IDLE_S, Loader, PrefixLoad

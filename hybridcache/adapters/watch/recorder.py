@@ -25,7 +25,7 @@ from zlib import crc32
 
 import numpy as np
 
-from hybridcache.radix.allocators import ArenaAllocator
+from hybridcache.allocators.pools import ArenaAllocator
 from hybridcache.radix.api import Listener
 from hybridcache.radix.tree import NodeHandle, RadixNode
 

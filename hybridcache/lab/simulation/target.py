@@ -6,16 +6,16 @@ from itertools import count
 
 import numpy as np
 
+from hybridcache.allocators.moves import DEVICE
+from hybridcache.allocators.pools import ByteBudget, PageAllocator, SlotAllocator, slab_rows
 from hybridcache.config import CacheConfig, build_on, build_prefix_cache
 from hybridcache.lab.baselines import BASELINES
 from hybridcache.lab.baselines.protocol import BaselineConfig, PeerSession, begin
 from hybridcache.lab.scenario import Scenario
 from hybridcache.lab.trace import TraceRequest
-from hybridcache.radix.allocators import ByteBudget, PageAllocator, SlotAllocator, slab_rows
 from hybridcache.radix.cache import HybridRadixCache
 from hybridcache.radix.lease import Lease, LeaseRequest
 from hybridcache.radix.protocol import PromptBoundaries, raise_failure
-from hybridcache.radix.step_plan import DEVICE
 from hybridcache.tokens import INT32, Tokens
 
 
@@ -26,7 +26,7 @@ def build_target(scenario: Scenario, unit: int) -> Target:
 
 def build_counted(config: CacheConfig) -> HybridRadixCache:
     """Return a cache with all decisions of one in an arena, whose rows never move: a state takes
-    the bytes of whole rows (``hybridcache.radix.allocators``)."""
+    the bytes of whole rows (``hybridcache.allocators.pools``)."""
     (row_bytes, state_bytes), page_size = config.unit_bytes, config.page_size
     num_rows = (config.total_bytes or 0) // row_bytes
     num_rows -= num_rows % page_size

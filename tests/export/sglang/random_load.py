@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from sglang.srt.managers.io_struct import AbortReq
 
-from hybridcache.radix.step_plan import DEVICE, HOST
+from hybridcache.allocators.moves import DEVICE, HOST
 from hybridcache.radix.tiers import TieredRadixCache
 from tests.export.sglang.scheduler import VOCAB, CPUScheduler, hashes
 

@@ -12,8 +12,8 @@ import torch
 
 from hybridcache import CacheConfig
 from hybridcache import sglang as sglang_plugin
+from hybridcache.allocators.moves import DEVICE, HOST, Copy
 from hybridcache.config import build_on
-from hybridcache.radix.step_plan import DEVICE, HOST, Copy
 from hybridcache.sglang import translation
 from hybridcache.sglang.translation import (
     BOUNDARIES,

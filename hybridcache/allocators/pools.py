@@ -21,7 +21,7 @@ the arena accepts and refuses exactly the same requests as a byte budget in whic
 ``slab_rows`` rows. States never move.
 
 An owner of rows must be in ``ArenaAllocator.holders`` from its first row until its last row is
-freed: the cache, and each lease. ``radix.step_plan`` defines the order in which the tensors
+freed: the cache, and each lease. ``allocators.moves`` defines the order in which the tensors
 follow.
 """
 
@@ -30,7 +30,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from hybridcache.radix.step_plan import Move, RowHolder
+from hybridcache.allocators.moves import Move, RowHolder
 from hybridcache.tokens import Indices, require_index
 
 MAX_ROWS = 1 << 31

@@ -184,7 +184,7 @@ class StepPlan:
 
     >>> import numpy as np
     >>> from hybridcache import CacheConfig, build_prefix_cache
-    >>> from hybridcache.radix.step_plan import StepMemory
+    >>> from hybridcache.allocators.moves import StepMemory
     >>> class Rows(StepMemory):
     ...     def __init__(self, num_rows):
     ...         self.memory = np.zeros(num_rows)
