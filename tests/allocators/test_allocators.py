@@ -7,8 +7,8 @@ import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from hybridcache.allocators import pools as allocators_pages
 from hybridcache.allocators.pools import MAX_ROWS, ByteBudget, PageAllocator, SlotAllocator
-from hybridcache.radix import allocators
 
 TOKEN_BYTES, SLOT_BYTES = 2, 37
 
@@ -21,11 +21,11 @@ class AllocatorMachine(RuleBasedStateMachine):
         num_pages=st.integers(0, 12),
         num_slots=st.integers(0, 6),
         total_bytes=st.none() | st.integers(1, 6000),
-        block=st.sampled_from([1, 3, allocators.BLOCK]),
+        block=st.sampled_from([1, 3, allocators_pages.BLOCK]),
     )
     def make(self, page_size, num_pages, num_slots, total_bytes, block):
         self.patch = pytest.MonkeyPatch()
-        self.patch.setattr(allocators, "BLOCK", block)
+        self.patch.setattr(allocators_pages, "BLOCK", block)
         budget = None if total_bytes is None else ByteBudget(total_bytes)
         self.budget = budget
         self.page_size = page_size
@@ -109,7 +109,7 @@ def test_memory_of_the_stack_depends_on_the_allocated_pages():
     pages = PageAllocator(MAX_ROWS - MAX_ROWS % 4, page_size=4)
     rows = pages.allocate(1000)
     assert len(pages._stack) == MAX_ROWS // 4 and rows is not None
-    assert pages._num_implied == len(pages._stack) - allocators.BLOCK
+    assert pages._num_implied == len(pages._stack) - allocators_pages.BLOCK
     pages.free(rows)
     assert pages.num_free == pages.capacity
 
