@@ -1,1 +1,1 @@
-"""Prefix cache over a radix tree: step plan, allocators, tree, cache, leases, tiers."""
+"""Prefix cache over a radix tree: tree, cache, leases, tiers."""
