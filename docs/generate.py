@@ -30,7 +30,7 @@ import hybridcache.allocators.pools
 import hybridcache.radix.api
 import hybridcache.radix.tree
 import hybridcache.scheduling.request
-from hybridcache.fields import FieldTexts, class_body, documented
+from hybridcache.command.field_texts import FieldTexts, class_body, documented
 
 PAGES = Path(__file__).resolve().parent / "reference"
 LIST = re.compile(r"^<!-- list: ([\w-]+) -->\n.*?^<!-- end of list -->$", re.MULTILINE | re.DOTALL)
@@ -485,7 +485,7 @@ EVENTS = {
 """Names that follow the changes of a cache, and choose replicas by them."""
 
 RESTART = {
-    "hybridcache.radix.warm_state": ("write_memory", "pack", "unpack", "Memory"),
+    "hybridcache.radix.warm_state": ("write_memory", "pack", "unpack", "WarmState"),
     "hybridcache.radix.tiers": ("TieredRadixCache",),
 }
 """Names that save and restore the state of a cache."""

@@ -41,7 +41,7 @@ __all__ = [*_MODULES]
 def __getattr__(name: str) -> object:
     if name not in _MODULES:
         raise AttributeError(f"module 'engine' has no attribute {name!r}")
-    from hybridcache.fields import describe_fields
+    from hybridcache.command.field_texts import describe_fields
 
     value = getattr(import_module(_MODULES[name]), name)
     globals()[name] = value

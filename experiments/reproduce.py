@@ -57,7 +57,7 @@ PARTS_FILE = ROOT / "experiments" / "parts.toml"
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class Rebuilt:
     """One command and the files that it writes."""
 
     name: str
@@ -125,12 +125,12 @@ class Part:
         return subprocess.run(command, cwd=ROOT, env=environment).returncode
 
 
-def read_parts(path: Path = PARTS_FILE) -> tuple[Part, ...]:
+def read_parts(path: Path = PARTS_FILE) -> tuple[Rebuilt, ...]:
     """Return the declared parts in their order."""
     declared = tomllib.loads(path.read_text(encoding="utf-8"))["part"]
     lists = ("outputs", "data")
     return tuple(
-        Part(**part | {name: tuple(part.get(name, ())) for name in lists}) for part in declared
+        Rebuilt(**part | {name: tuple(part.get(name, ())) for name in lists}) for part in declared
     )
 
 
@@ -158,13 +158,13 @@ def read_record() -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
-def is_done(part: Part, record: dict[str, Any]) -> bool:
+def is_done(part: Rebuilt, record: dict[str, Any]) -> bool:
     """Return True if the part ran on this code and its files are unchanged since."""
     entry = record.get(part.name)
     return entry is not None and entry["code"] == part.code and entry["files"] == digests(part)
 
 
-def digests(part: Part) -> dict[str, str]:
+def digests(part: Rebuilt) -> dict[str, str]:
     """Return a hash of each output, or an empty string for an absent one."""
     return {
         name: hashlib.sha256(path.read_bytes()).hexdigest()[:16] if path.exists() else ""
@@ -181,7 +181,7 @@ def output_path(name: str) -> Path:
 # --- Running ------------------------------------------------------------------------------------
 
 
-def run(parts: Sequence[Part], again: bool = False) -> int:
+def run(parts: Sequence[Rebuilt], again: bool = False) -> int:
     """Run the parts that are not done. Returns 0 if no part failed, 1 if one failed, 2 if the tree
     is dirty."""
     dirty = dirty_files()
@@ -236,7 +236,7 @@ def run(parts: Sequence[Part], again: bool = False) -> int:
     return 1 if failed else 0
 
 
-def changed_outputs(part: Part) -> list[str]:
+def changed_outputs(part: Rebuilt) -> list[str]:
     """Return the outputs that differ from their commit and are no outputs of a finished run."""
     if read_record().get(part.name, {}).get("files") == digests(part):
         return []
@@ -244,7 +244,7 @@ def changed_outputs(part: Part) -> list[str]:
     return dirty_files(*paths) if paths else []
 
 
-def compare(parts: Sequence[Part], folder: Path) -> int:
+def compare(parts: Sequence[Rebuilt], folder: Path) -> int:
     """Run ``parts`` in ``folder`` and print the differences to the results. Returns 1 if a part
     failed or differs."""
     different = 0
@@ -262,7 +262,7 @@ def compare(parts: Sequence[Part], folder: Path) -> int:
     return 1 if different else 0
 
 
-def differences(part: Part, folder: Path, most: int = 20) -> list[str]:
+def differences(part: Rebuilt, folder: Path, most: int = 20) -> list[str]:
     """Return a line per figure that differs between the results and those in ``folder``, the
     largest relative difference first."""
     lines: list[str] = []
@@ -299,13 +299,13 @@ def distance(old: Any, new: Any) -> float:
     return 0.0 if old == new else math.inf
 
 
-def written_at(part: Part) -> dict[str, int]:
+def written_at(part: Rebuilt) -> dict[str, int]:
     """Return the modification time of each output in nanoseconds, or 0 if it does not exist."""
     paths = {name: output_path(name) for name in part.outputs}
     return {name: path.stat().st_mtime_ns if path.exists() else 0 for name, path in paths.items()}
 
 
-def write_record(part: Part, code: str, seconds: float) -> None:
+def write_record(part: Rebuilt, code: str, seconds: float) -> None:
     """Record a finished part."""
     record = read_record()
     origin = provenance.provenance()
@@ -316,7 +316,7 @@ def write_record(part: Part, code: str, seconds: float) -> None:
     path.write_text(json.dumps(record, indent=1, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def listing(parts: Sequence[Part]) -> str:
+def listing(parts: Sequence[Rebuilt]) -> str:
     """Return one line per part: name, minutes, state and subject."""
     lines, record = [], read_record()
     for part in parts:
@@ -358,7 +358,7 @@ def parts_table() -> Table:
     return Table([*map(Column, ("subject", "`python -m`", "files", "commit, date"))], rows)
 
 
-def origin_of(part: Part) -> str:
+def origin_of(part: Rebuilt) -> str:
     """Return commit and date of a part's results. A ``+`` marks a dirty tree."""
     origin = read_record().get(part.name)
     if not origin or origin["files"] != digests(part):

@@ -15,8 +15,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 from hybridcache.allocators.moves import StepPlan
+from hybridcache.command.field_texts import describe_fields
 from hybridcache.config import CacheConfig, build_prefix_cache
-from hybridcache.fields import describe_fields
 from hybridcache.policies.eviction.scored import ScorePolicy
 from hybridcache.policies.registry import parse_placement
 from hybridcache.radix.cache import HybridRadixCache

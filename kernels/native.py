@@ -60,7 +60,7 @@ def function(name: str, kinds: str) -> Callable[..., None]:
     exported.argtypes = [KINDS[kind] for kind in kinds]
 
     def call(*arguments: float | None) -> None:
-        note(Call(exported, arguments))
+        note(NativeCall(exported, arguments))
         exported(*arguments)
 
     return call
@@ -172,7 +172,7 @@ def _answers(question: str) -> bool:
 
 
 @dataclass(frozen=True, slots=True)
-class Call:
+class NativeCall:
     """Native function with its arguments."""
 
     function: Any

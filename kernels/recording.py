@@ -17,7 +17,7 @@ import torch
 from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from kernels.native import Call, function, has, note, recorded
+from kernels.native import NativeCall, function, has, note, recorded
 
 aten = torch.ops.aten
 ALLOCATIONS = {aten.empty.memory_format, aten.new_empty.default, aten.empty_like.default}
@@ -104,7 +104,7 @@ def _in_runs(steps: list[Callable[[], object]]) -> list[Callable[[], object]]:
     if not has("make_calls"):
         return steps
     made: list[Callable[[], object]] = []
-    for is_native, run in groupby(steps, key=lambda step: isinstance(step, Call)):
+    for is_native, run in groupby(steps, key=lambda step: isinstance(step, NativeCall)):
         some = list(run)
         made += [_Calls(some)] if is_native else some  # type: ignore[arg-type]
     return made
@@ -113,7 +113,7 @@ def _in_runs(steps: list[Callable[[], object]]) -> list[Callable[[], object]]:
 class _Calls:
     """Several native calls that are started by one call from Python."""
 
-    def __init__(self, calls: list[Call]) -> None:
+    def __init__(self, calls: list[NativeCall]) -> None:
         self._table = np.zeros(len(calls), dtype=CALL)
         for row, call in zip(self._table, calls, strict=True):
             kinds = [kind is ctypes.c_float for kind in call.function.argtypes]

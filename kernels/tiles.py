@@ -37,7 +37,7 @@ def add_products(out: torch.Tensor, left: torch.Tensor, right: torch.Tensor, siz
         out[group].baddbmm_(left[group], right[group])
 
 
-class Layout(NamedTuple):
+class Tiling(NamedTuple):
     """Tiles in the order of the scan: first the first tile of every sequence, then the second ones.
 
     Sequences are ordered from the longest, so the tiles of one step of the scan are adjacent.
@@ -87,7 +87,7 @@ class Layout(NamedTuple):
 
 
 @lru_cache(maxsize=8)
-def lay_out(lengths: tuple[int, ...], tile_size: int, device: torch.device) -> Layout:
+def lay_out(lengths: tuple[int, ...], tile_size: int, device: torch.device) -> Tiling:
     """Compute the layout. Cached, because every linear layer of a step uses the same one. O(T)."""
     counts = [num_tiles(length, tile_size) for length in lengths]
     order = sorted(range(len(counts)), key=lambda b: -counts[b])
@@ -108,7 +108,7 @@ def lay_out(lengths: tuple[int, ...], tile_size: int, device: torch.device) -> L
     padding = np.ones(num_places, dtype=np.bool_)
     padding[places] = False
     is_plain = len(places) == num_places and bool((places == np.arange(len(places))).all())
-    return Layout(
+    return Tiling(
         order=order,
         active=active,
         sources=None if is_plain else torch.from_numpy(sources).to(device),
@@ -130,7 +130,7 @@ class Tiles(NamedTuple):
 
 
 def scan(
-    tiles: Tiles, layout: Layout, **where: Unpack[ScanInputs]
+    tiles: Tiles, layout: Tiling, **where: Unpack[ScanInputs]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Carry every sequence's state through its tiles.
 
@@ -156,7 +156,7 @@ def scan(
 
 
 def carry(
-    layout: Layout, **where: Unpack[ScanInputs]
+    layout: Tiling, **where: Unpack[ScanInputs]
 ) -> tuple[list[int], torch.Tensor, torch.Tensor, dict[tuple[int, int], list[int]]]:
     """Return the sequences with tokens in the layout's order, their slots, their states before the
     first tile in float32, and the slots for the state after each ``(sequence, tile)``."""

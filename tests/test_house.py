@@ -89,7 +89,7 @@ def test_packages_import_only_allowed_packages(package: str) -> None:
 
 NO_ROOMS = {"__init__", "__main__", "setup"}
 ORDER = {
-    "hybridcache": "command tokens fields allocators radix scheduling policies geometry config "
+    "hybridcache": "command tokens allocators radix scheduling policies geometry config "
     "adapters sglang lab vllm",
     "hybridcache/radix": "tree protocol api offload cache lease tiers warm_state debug",
     "engine": "config weights layers models errors text requests schedule messages runner "

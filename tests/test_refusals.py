@@ -25,7 +25,7 @@ from engine.config import BUILTIN_DIR
 from engine.front.command.cli import FOREIGN
 from engine.front.command.cli import main as engine
 from engine.front.server.settings import ServerConfig
-from engine.weights.checkpoint import Checkpoint
+from engine.weights.checkpoint import RawWeights
 from experiments.benchmarks.gguf_files import vocabulary, write_gguf
 from hybridcache import CacheConfig, closed_loop, simulate
 from hybridcache.lab import scenario as lab_scenario
@@ -356,7 +356,7 @@ def test_weights_larger_than_the_memory_are_refused_before_they_are_read(
     gguf_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("engine.runner.device.host_free_bytes", lambda: 1 << 20)
-    monkeypatch.setattr(Checkpoint, "fill", lambda *_: pytest.fail("weights are read"))
+    monkeypatch.setattr(RawWeights, "fill", lambda *_: pytest.fail("weights are read"))
     assert exit_code(engine, ["generate", "--model", f"{gguf_folder}/ok.gguf", "x"]) == 2
     assert re.search(
         r"the weights need [2-9]\.\d MiB, but 1\.0 MiB of the memory of cpu are available: use",

@@ -17,7 +17,7 @@ Routed = tuple[torch.Tensor, object, torch.Tensor]
 1]``, or an empty tensor if the router has none."""
 
 
-class Router(Composite):
+class Gating(Composite):
     """Selects the most probable experts, weighted by their probabilities."""
 
     def __init__(
@@ -45,7 +45,7 @@ class Router(Composite):
         return *routed, gate
 
 
-class SigmoidRouter(Router):
+class SigmoidRouter(Gating):
     """Selects experts by their sigmoids, plus a bias for the selection only; in float32."""
 
     def __init__(
@@ -91,7 +91,7 @@ class RoutedExperts(Composite):
 
     def __init__(
         self,
-        router: Router,
+        router: Gating,
         experts: Experts,
         build: Build,
         *,

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from engine.layers.blocks import MLP, FeedForward, Mixer
-from engine.layers.experts import RoutedExperts, Router
+from engine.layers.experts import Gating, RoutedExperts
 from engine.layers.rotary import read_rope
 from engine.models.decoder import Decoder
 from engine.weights.model_config import ModelConfig, mixer_of, read_settings
@@ -52,7 +52,7 @@ class GraniteMoeHybrid(Decoder):
         if isinstance(sizes, MLPSizes):
             return self.shared(name, sizes.intermediate)
         hidden, stem = self.config.hidden_size, f"{name}.block_sparse_moe"
-        router = Router(f"{stem}.router.layer", hidden, sizes, self.build, renormalises=True)
+        router = Gating(f"{stem}.router.layer", hidden, sizes, self.build, renormalises=True)
         each = stem if self.stacked_experts else f"{stem}.experts.{{}}"
         names = expert_names(each, "input_linear", "output_linear")
         shared = self.shared(name, sizes.shared_intermediate)

@@ -17,7 +17,7 @@ from engine.layers.blocks import (
     StepPart,
     pad_rows,
 )
-from engine.layers.experts import RoutedExperts, Router
+from engine.layers.experts import Gating, RoutedExperts
 from engine.layers.recurrent import CausalConv, Recurrent
 from engine.models.decoder import Decoder
 from engine.weights.parameters import Build
@@ -141,7 +141,7 @@ class Jamba(Decoder):
         hidden, name = self.config.hidden_size, f"{name}.feed_forward"
         if isinstance(sizes, MLPSizes):
             return MLP(name, hidden, sizes.intermediate, self.build)
-        router = Router(f"{name}.router", hidden, sizes, self.build, renormalises=False)
+        router = Gating(f"{name}.router", hidden, sizes, self.build, renormalises=False)
         names = expert_names(f"{name}.experts.{{}}", "gate_proj", "up_proj", "down_proj")
         experts = Experts(f"{name}.experts", hidden, sizes, names, self.build)
         return RoutedExperts(router, experts, self.build)

@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 
 from engine.layers.blocks import MLP, FeedForward, FeedForwardStep, Mixer, MixerStep
-from engine.layers.experts import RoutedExperts, Router
+from engine.layers.experts import Gating, RoutedExperts
 from engine.layers.prediction import PredictionHead
 from engine.layers.recurrent import GatedDeltaNet
 from engine.layers.rotary import RopeDefaults
@@ -67,7 +67,7 @@ class Qwen3Next(Decoder):
             shared = MLP(shared_name, hidden, sizes.shared_intermediate, build)
         renormalises = self.config.own.get("norm_topk_prob", True)
         gate = f"{shared_name}_gate"
-        router = Router(f"{name}.gate", hidden, sizes, build, renormalises=renormalises, gate=gate)
+        router = Gating(f"{name}.gate", hidden, sizes, build, renormalises=renormalises, gate=gate)
         return RoutedExperts(router, experts, build, shared=shared)
 
     def prediction_head(self) -> PredictionHead:

@@ -21,7 +21,7 @@ from engine.runner.memory import (
     kv_row_bytes,
     state_slot_bytes,
 )
-from engine.weights.checkpoint import Checkpoint, Dummy
+from engine.weights.checkpoint import Dummy, RawWeights
 from engine.weights.model_config import ModelConfig, ModelError, read_config
 from engine.weights.model_files import open_weights
 from engine.weights.parameters import PRECISIONS, Build, WeightSpec
@@ -157,7 +157,7 @@ class LoadedModel:
 
 def _weight_spec(
     config: EngineConfig,
-    files: Checkpoint | None,
+    files: RawWeights | None,
     device: Device,
     dtype: torch.dtype,
     kernels: Kernels,
@@ -195,7 +195,7 @@ def load_model(
     family: type[Decoder],
     config: ModelConfig,
     build: Build,
-    files: Checkpoint | None,
+    files: RawWeights | None,
     device: Device | None = None,
 ) -> tuple[Decoder, str]:
     """Build the model that ``settings`` name, and its multi-token head if it is used, with their

@@ -22,7 +22,7 @@ from hybridcache.geometry.checkpoints import CheckpointFormat, aligned
 from hybridcache.geometry.sizes import ModelSizes, Spec
 from hybridcache.geometry.units import GIB, format_bytes
 from hybridcache.scheduling.cache_manager import SLOTS_OF_ONE, MemorySizes
-from kernels.state_copy.reference import Form
+from kernels.state_copy.reference import StateLayout
 from kernels.upload import upload
 
 CPU_SHARE = 0.25
@@ -143,7 +143,7 @@ class Checkpoints:
 
     slots: torch.Tensor
     """uint8 ``[S + 1, slot bytes]``, rows of any stride; the last row is for padding."""
-    forms: Sequence[tuple[torch.Tensor, Form]]
+    forms: Sequence[tuple[torch.Tensor, StateLayout]]
     """Running states ``[L, own slots, ...]``, each with its layout in a slot."""
     format: CheckpointFormat
     staging: range
@@ -170,12 +170,12 @@ class Checkpoints:
 
 def _forms(
     states: Mapping[Spec, torch.Tensor], format: CheckpointFormat
-) -> Iterator[tuple[torch.Tensor, Form]]:
+) -> Iterator[tuple[torch.Tensor, StateLayout]]:
     """Yield the running states, each with its layout in a slot of ``Checkpoints``."""
     recurrent = [pool for spec, pool in states.items() if spec.kind == "recurrent"]
     codes, first = CODES[format.dtype], 0
     for pool in (pool for spec, pool in states.items() if spec.kind == "conv"):
-        yield pool, Form(pool.dtype, None, first, 0)
+        yield pool, StateLayout(pool.dtype, None, first, 0)
         first += pool[:, 0].nbytes
     first = aligned(first)
     num_codes = sum(pool[:, 0].numel() for pool in recurrent)
@@ -184,7 +184,7 @@ def _forms(
         dims: tuple[int, ...] | None = None
         if format.per is not None:  # Dimensions along which scales differ.
             dims = (0, 1, *(2 + dim for dim in format.kept_dims(pool.dim() - 2)))
-        yield pool, Form(codes, dims, first, first_scale)
+        yield pool, StateLayout(codes, dims, first, first_scale)
         first += pool[:, 0].numel() * codes.itemsize
         if dims is not None:
             first_scale += 4 * len(pool) * math.prod(pool.shape[dim] for dim in dims[2:])

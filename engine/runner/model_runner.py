@@ -21,7 +21,7 @@ from engine.runner.steps import (
     PrefillGraphs,
     Record,
     RequestTable,
-    StepInputs,
+    StepLayout,
     decode_buckets,
 )
 from engine.runner.verification import Verification
@@ -89,7 +89,7 @@ class ModelRunner:
         self.table = RequestTable(config.max_running, max_model_len, padding, self.device)
         rotary = RotaryTable(self.config.rope, max_model_len, self.device.torch_device, self.dtype)
         multiple: int = self.kernels["linear"].ROWS
-        self.step_inputs = StepInputs(self.tensors, self.table, rotary, multiple, config.tile_size)
+        self.step_inputs = StepLayout(self.tensors, self.table, rotary, multiple, config.tile_size)
         has_drafts = config.drafts.max_len > 0
         self.drafts = Verification(loaded, self.step_inputs) if has_drafts else None
         """Part of the steps with drafts, or None if the settings have none."""

@@ -10,7 +10,7 @@ import torch
 from engine.layers.blocks import pad_rows, padded_count
 from engine.layers.prediction import PredictionHead
 from engine.models.decoder import Decoder
-from engine.runner.steps import Bucket, Record, Replay, StepInputs, bucket_for
+from engine.runner.steps import Bucket, Record, Replay, StepLayout, bucket_for
 from hybridcache.tokens import Tokens
 from kernels.attention.sequences import Sequences
 from kernels.upload import upload
@@ -35,7 +35,7 @@ ALIGNED_COLUMNS = 16
 class Predictor:
     """A multi-token head, the pools of its state, and separate rows for drafts."""
 
-    def __init__(self, head: PredictionHead, model: Decoder, inputs: StepInputs) -> None:
+    def __init__(self, head: PredictionHead, model: Decoder, inputs: StepLayout) -> None:
         """The last pools of the memory are the head's; the rows after its padding row are for
         drafts."""
         memory, self.table, self.rotary = inputs.memory, inputs.table, inputs.rotary

@@ -50,7 +50,7 @@ class RequestTable:
 
 
 @dataclass(frozen=True, slots=True)
-class StepInputs:
+class StepLayout:
     """Arranges the tokens of a batch, decodes first, padded to a multiple of ``multiple`` rows."""
 
     memory: Memory
@@ -164,7 +164,7 @@ class DecodeGraphs:
     def __init__(
         self,
         model: Decoder,
-        inputs: StepInputs,
+        inputs: StepLayout,
         record: Record,
         buckets: Sequence[Bucket],
         *tables: npt.NDArray[np.generic],

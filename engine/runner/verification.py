@@ -13,7 +13,7 @@ from engine.layers.blocks import StepPart, VerifyPart, padded_count, tokens_befo
 from engine.models.decoder import Decoder
 from engine.runner.loading import LoadedModel
 from engine.runner.predictor import Newest, Predictor
-from engine.runner.steps import KV_BOUNDS, Bucket, Copies, DecodeGraphs, Record, StepInputs, up_to
+from engine.runner.steps import KV_BOUNDS, Bucket, Copies, DecodeGraphs, Record, StepLayout, up_to
 from engine.schedule.scheduler import Batch, Segment
 from hybridcache.geometry.mixers import AttentionSizes
 from hybridcache.tokens import Tokens
@@ -106,7 +106,7 @@ NATIVE_SIZES = (2, 3, 4, 5, 6, 7, 8, 9, 12, 16, 20, 24, 28, 32, 36, 40, 48, 56, 
 class Verification:
     """Verifies drafts with the bits of single steps, and drafts with the multi-token head."""
 
-    def __init__(self, loaded: LoadedModel, inputs: StepInputs) -> None:
+    def __init__(self, loaded: LoadedModel, inputs: StepLayout) -> None:
         """Called when the runner's memory is allocated. Must not keep the runner."""
         self.running = RunningStates(inputs.memory.step_slots)
         self.state_bytes = loaded.settings.num_step_states * loaded.state_bytes
@@ -229,7 +229,7 @@ class VerifyGraphs(DecodeGraphs):
     def __init__(
         self,
         model: Decoder,
-        inputs: StepInputs,
+        inputs: StepLayout,
         record: Record,
         buckets: Sequence[Bucket],
         running: RunningStates,

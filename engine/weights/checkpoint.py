@@ -39,7 +39,7 @@ TIED_HEAD = "lm_head.weight"
 DUMMY_STD = 0.02
 
 
-class Checkpoint(ABC):
+class RawWeights(ABC):
     """Weights of one model, before they are read, by published name."""
 
     formats: FileFormats | None = None
@@ -128,7 +128,7 @@ def raise_complaints(complaints: Mapping[str, Sequence[str]]) -> None:
         )
 
 
-class WeightFiles(Checkpoint):
+class WeightFiles(RawWeights):
     """Tensors of the safetensors files of one model directory."""
 
     formats: Quantization | None

@@ -7,13 +7,13 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
-from engine.weights.checkpoint import TIED_HEAD, Checkpoint, check_whole_blocks, raise_complaints
+from engine.weights.checkpoint import TIED_HEAD, RawWeights, check_whole_blocks, raise_complaints
 from engine.weights.gguf_names import FORMATS, Model
 from engine.weights.parameters import Layer, Parameter, Source
 from kernels.linear.formats import Format, Plain
 
 
-class GgufWeights(Checkpoint):
+class GgufWeights(RawWeights):
     """Tensors of one model in a GGUF file."""
 
     def __init__(self, model: Model, *, with_head: bool = False) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from engine.weights.checkpoint import Checkpoint, WeightFiles
+from engine.weights.checkpoint import RawWeights, WeightFiles
 from engine.weights.gguf_names import Model
 from engine.weights.gguf_weights import GgufWeights
 from engine.weights.model_config import RawConfig, read_config
@@ -19,7 +19,7 @@ def weight_files(model: Path) -> list[Path]:
     return find_files(model) if file is None else file.paths
 
 
-def open_weights(model: Path, config: RawConfig, *, with_head: bool) -> Checkpoint:
+def open_weights(model: Path, config: RawConfig, *, with_head: bool) -> RawWeights:
     """Map the weights of a model with this config. Raises ModelError."""
     file = gguf_file(model)
     if file is None:

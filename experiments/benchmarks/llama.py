@@ -134,7 +134,7 @@ def against_llama(
         whole.unlink()
     else:
         write_gguf(gguf, Path(directory), path, FORMATS[dtype], vocabulary)
-    theirs = rival.Remote(path, streams=8, room=ROOM, threads=threads)
+    theirs = rival.RemoteModel(path, streams=8, room=ROOM, threads=threads)
     ours = runner_of(directory, dtype)
     tokens = prompt_tokens()
     prompt = tokens.tolist()
@@ -167,7 +167,7 @@ def prompt_tokens() -> npt.NDArray[np.int32]:
     return np.random.default_rng(0).integers(0, 256, PROMPT).astype(np.int32)
 
 
-def check(ours: ModelRunner, theirs: rival.Remote, tokens: np.ndarray) -> None:
+def check(ours: ModelRunner, theirs: rival.RemoteModel, tokens: np.ndarray) -> None:
     """Raise ValueError if the logits after the prompt differ by more than ``MAX_ERROR``."""
     prefill(ours, tokens)
     decode = Decode(ours, tokens[:CONTEXT], 1)

@@ -39,8 +39,8 @@ class CrashError(Exception):
     """Raised if the process of llama.cpp ended."""
 
 
-class Remote:
-    """`Model` in a second process, which may crash. Methods return their seconds there."""
+class RemoteModel:
+    """`LlamaModel` in a second process, which may crash. Methods return their seconds there."""
 
     def __init__(self, path: Path, **sizes: int) -> None:
         context = multiprocessing.get_context("spawn")
@@ -88,7 +88,7 @@ def _serve(line: Connection, path: Path, sizes: dict[str, int]) -> None:
     """Call methods of a model as they are received, until the line is closed."""
     modules = load()
     assert modules is not None, ABSENT
-    model = Model(modules[0], path, **sizes)
+    model = LlamaModel(modules[0], path, **sizes)
     line.send((0.0, None))
     with suppress(EOFError):
         while True:
@@ -98,7 +98,7 @@ def _serve(line: Connection, path: Path, sizes: dict[str, int]) -> None:
             line.send((time.perf_counter() - start, result))
 
 
-class Model:
+class LlamaModel:
     """GGUF file with a context for several sequences."""
 
     def __init__(

@@ -30,7 +30,7 @@ from engine.schedule.scheduler import Batch
 from engine.text.tokenizer_files import HFTokenizer
 from experiments.studies.common import keep, plain_table, positive
 from hybridcache import CacheConfig, Lease, LeaseRequest, ModelGeometry, build_prefix_cache
-from hybridcache.lab.simulation.closed_loop import SimulatedRequest, Turn
+from hybridcache.lab.simulation.closed_loop import SessionTurn, SimulatedRequest
 from hybridcache.policies.admission import SessionGate
 from hybridcache.policies.registry import DEFAULT_PLACEMENT, make_admission, parse_placement
 from hybridcache.radix.protocol import PromptBoundaries
@@ -145,7 +145,7 @@ def ordering(admission: str, num_waiting: int, repeats: int = 51) -> dict[str, A
         text = draw.integers(0, 50_000, draw.integers(8000, 12_000), dtype=np.int32)
         if number % 10 == 0:
             publish(text[:-500])
-        turn = Turn(text, len(text) - 1, 0.0, None, PromptBoundaries(), "", str(number))
+        turn = SessionTurn(text, len(text) - 1, 0.0, None, PromptBoundaries(), "", str(number))
         waiting.append(SimulatedRequest(turn, number, 0, arrival=number, arrival_s=0.0))
         planner.add(waiting[-1])
     if is_in_debt:

@@ -523,7 +523,7 @@ def counts(sent: Sequence[Sent], ids_of: Ids) -> Iterator[dict[str, Any]]:
 # --- Servers --------------------------------------------------------------------------------------
 
 
-class Memory(NamedTuple):
+class ServerMemory(NamedTuple):
     """Memory for ``NUM_FITTING`` conversations, and a host tier for all."""
 
     num_tokens: int
@@ -532,7 +532,7 @@ class Memory(NamedTuple):
     host_bytes: int
 
     @classmethod
-    def of(cls, model: Path, prompt_len: int) -> Memory:
+    def of(cls, model: Path, prompt_len: int) -> ServerMemory:
         """Return the memory for conversations that begin with ``prompt_len`` tokens."""
         geometry = ModelGeometry.from_config(read_config(model), kv_dtype="bfloat16")
         length = prompt_len * 11 // 10
@@ -559,7 +559,7 @@ class Side:
             self.client = Client(free.getsockname()[1])
         options = ["--port", str(self.client.port), *self.flags]
         if needs in ("scarce", "tiered"):
-            options += self._scarce(Memory.of(model, num_tokens), needs == "tiered")
+            options += self._scarce(ServerMemory.of(model, num_tokens), needs == "tiered")
         if self.is_llama:
             command = [str(LLAMA_SERVER), "-m", str(model), "-t", str(self.threads)]
         else:
@@ -569,7 +569,7 @@ class Side:
         self.command = [*command, *options]
         self._run()
 
-    def _scarce(self, memory: Memory, has_tier: bool) -> list[str]:
+    def _scarce(self, memory: ServerMemory, has_tier: bool) -> list[str]:
         """Return the options for little memory. llama-server's checkpoints are outside of it."""
         if self.is_llama:
             mib = str(memory.host_bytes // 2**20 + 1 if has_tier else 0)
@@ -664,7 +664,7 @@ def make_model(name: str, format: str) -> Path:
 # --- Results --------------------------------------------------------------------------------------
 
 
-class Plan(NamedTuple):
+class CasePlan(NamedTuple):
     """Cases of one model and size."""
 
     model: str
@@ -695,21 +695,21 @@ LONG = (
     "dated turns",
     "tools behind",
 )
-COUNTED = Plan("builtin", "Q8_0", 600, 1, LONG)
+COUNTED = CasePlan("builtin", "Q8_0", 600, 1, LONG)
 """Cases of many requests, for counts. Their times are those of a tiny model."""
 PUBLISHED = (
-    Plan("530m", "Q4_K_M", 2000, 1, SHORT),
-    Plan("1b-moe", "Q4_K_M", 2000, 1, ("subagent", "branches")),
-    Plan("530m", "Q4_K_M", 2000, 4, ("subagent",)),
+    CasePlan("530m", "Q4_K_M", 2000, 1, SHORT),
+    CasePlan("1b-moe", "Q4_K_M", 2000, 1, ("subagent", "branches")),
+    CasePlan("530m", "Q4_K_M", 2000, 4, ("subagent",)),
     COUNTED,
-    Plan("530m", "Q4_K_M", 16000, 1, ("subagent",)),
+    CasePlan("530m", "Q4_K_M", 16000, 1, ("subagent",)),
 )
 """Plans of the published table, in order."""
 RIVALS = ("engine", "llama-server")
 """Servers of the published table."""
 
 
-def measure(side: Side, name: str, plan: Plan) -> Iterator[dict[str, Any]]:
+def measure(side: Side, name: str, plan: CasePlan) -> Iterator[dict[str, Any]]:
     """Run one case on a server that was started with what it needs."""
     case = CASES[name]
     clients = max(plan.at_once, case.least)
@@ -725,7 +725,7 @@ def measure(side: Side, name: str, plan: Plan) -> Iterator[dict[str, Any]]:
         yield {**named, **found, "resident_bytes": resident}
 
 
-def compare(side: Side, model: Path, plan: Plan, names: Sequence[str]) -> list[dict[str, Any]]:
+def compare(side: Side, model: Path, plan: CasePlan, names: Sequence[str]) -> list[dict[str, Any]]:
     """Run cases with the same needs on one server, which is emptied between them.
 
     Times are None if the machine was not idle.
@@ -783,9 +783,9 @@ class Results:
 
     @staticmethod
     def _case(record: Mapping[str, Any]) -> tuple[Any, ...]:
-        return tuple(record[name] for name in ("side", "case", *Plan._fields[:2], *SIZES))
+        return tuple(record[name] for name in ("side", "case", *CasePlan._fields[:2], *SIZES))
 
-    def has(self, side: Side, plan: Plan, case: str) -> bool:
+    def has(self, side: Side, plan: CasePlan, case: str) -> bool:
         """Return True if this commit has measured a case, with times or in the plan for counts."""
         wanted = self._case({"side": side.name, "case": case, **plan.fields})
         found = [one for one in self.records if self._case(one) == wanted]
@@ -856,7 +856,7 @@ def main() -> None:
     tokens = options.tokens or ([600] if is_small else [2000, 16000])
     clients = options.at_once or ([1] if is_small else [1, 4])
     cases = options.cases or list(CASES)
-    plans = [Plan(options.model, options.format, t, n, cases) for t in tokens for n in clients]
+    plans = [CasePlan(options.model, options.format, t, n, cases) for t in tokens for n in clients]
     names = options.sides
     if options.size == "published":
         kept = [[case for case in plan.cases if case in cases] for plan in PUBLISHED]

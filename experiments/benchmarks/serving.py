@@ -41,35 +41,35 @@ LAST_CHUNK = b"0\r\n\r\n"
 READ_BYTES = 1 << 16
 
 
-class Prompt(NamedTuple):
+class NextTurn(NamedTuple):
     """Tokens that follow the previous answer, and the exact length of the greedy answer."""
 
     tokens: npt.NDArray[np.int32]
     num_output: int
 
 
-Job = Sequence[Prompt]
+Job = Sequence[NextTurn]
 
 
-class Choice(msgspec.Struct):
+class StreamedChoice(msgspec.Struct):
     """Tokens in one message of a streamed answer."""
 
     token_ids: list[int] = []
 
 
-class Message(msgspec.Struct):
+class StreamedMessage(msgspec.Struct):
     """Fields that a client reads in one message of a streamed answer."""
 
-    choices: list[Choice] = []
+    choices: list[StreamedChoice] = []
     usage: dict[str, Any] | None = None
     error: dict[str, Any] | None = None
 
 
-read_message = msgspec.json.Decoder(Message).decode
+read_message = msgspec.json.Decoder(StreamedMessage).decode
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class ClientAnswer:
     """One request as seen by the client. Times are seconds of ``time.monotonic``."""
 
     sent_s: float
@@ -95,7 +95,7 @@ class Answer:
         return (self.e2e_s - self.ttft_s) / (self.num_output - 1) if self.num_output > 1 else None
 
 
-class ClientConnection:
+class LoadConnection:
     """Connection that sends conversations one after another, with one prompt in progress.
 
     Arriving bytes are only collected; an answer is read once it is complete.
@@ -106,7 +106,7 @@ class ClientConnection:
         self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.num_answers = 0
         self._jobs = jobs
-        self._prompts: Iterator[Prompt] = iter(())
+        self._prompts: Iterator[NextTurn] = iter(())
         self._text: list[int] = []
         self._parts: list[bytes] = []
         self._times_s: list[float] = []
@@ -135,7 +135,7 @@ class ClientConnection:
         self.socket.sendall(HEAD % len(body) + body)
         return True
 
-    def read(self) -> Answer | None:
+    def read(self) -> ClientAnswer | None:
         """Receive bytes once. Returns the answer if it is complete. Raises RuntimeError for an
         error of the server."""
         part = self.socket.recv(READ_BYTES)
@@ -149,7 +149,7 @@ class ClientConnection:
             part = b"".join(self._parts[-len(LAST_CHUNK) :])
         return self._answer() if part.endswith(LAST_CHUNK) else None
 
-    def _answer(self) -> Answer:
+    def _answer(self) -> ClientAnswer:
         text, ends = b"".join(self._parts), [*accumulate(map(len, self._parts))]
         times: list[float] = []
         num_prompt, cached_len, end = len(self._text), 0, 0
@@ -167,7 +167,7 @@ class ClientConnection:
             raise RuntimeError("The server sent an answer without tokens.")
         self.num_answers += 1
         num_output = len(self._text) - num_prompt
-        return Answer(
+        return ClientAnswer(
             self._sent_s, tuple(times), num_prompt, num_output, cached_len, self._num_seen
         )
 
@@ -175,7 +175,7 @@ class ClientConnection:
 class Share(NamedTuple):
     """Results of one client process."""
 
-    answers: list[Answer]
+    answers: list[ClientAnswer]
     num_cut: int
     client_s: float
     """Processor time."""
@@ -195,7 +195,7 @@ def _share(pipe: Connection, port: int, jobs: Sequence[Job], count: int, ramp: i
     """Send ``jobs`` on ``count`` connections until the time that the pipe sends. It is asked for
     once each connection has ``ramp`` answers or no job."""
     began_s, used_s = time.monotonic(), time.process_time()
-    answers, waiting, until_s = list[Answer](), iter(jobs), math.inf
+    answers, waiting, until_s = list[ClientAnswer](), iter(jobs), math.inf
     with selectors.DefaultSelector() as selector, ExitStack() as sockets:
         selector.register(pipe, selectors.EVENT_READ)
         if not ramp:
@@ -203,7 +203,7 @@ def _share(pipe: Connection, port: int, jobs: Sequence[Job], count: int, ramp: i
             until_s = pipe.recv()
         num_open = 0
         for _ in range(count):
-            connection = ClientConnection(port, waiting)
+            connection = LoadConnection(port, waiting)
             sockets.enter_context(connection.socket)
             if connection.ask():
                 selector.register(connection.socket, selectors.EVENT_READ, connection)
@@ -236,10 +236,10 @@ def _share(pipe: Connection, port: int, jobs: Sequence[Job], count: int, ramp: i
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
+class LoadRun:
     """Answers in the window of one load, and the work of the clients."""
 
-    answers: Sequence[Answer]
+    answers: Sequence[ClientAnswer]
     num_cut: int
     """Requests that were not finished at the end."""
     seconds: float
@@ -258,7 +258,7 @@ def drive(
     seconds: float,
     ramp: int = 0,
     num_clients: int = NUM_CLIENTS,
-) -> Run:
+) -> LoadRun:
     """Send ``jobs`` on ``concurrency`` connections until all are answered or the window ends.
 
     The window of ``seconds`` begins at once, or when each connection has ``ramp`` answers. Only
@@ -297,7 +297,7 @@ def drive(
         seconds = max(answer.piece_times_s[-1] for answer in answers) - begin_s
     client_us = 1e6 * sum(share.client_s for share in shares) / max(num_messages, 1)
     busiest = max(share.client_s / share.seconds for share in shares)
-    return Run(answers, num_cut, seconds, client_us, busiest)
+    return LoadRun(answers, num_cut, seconds, client_us, busiest)
 
 
 def _received(pipe: Connection) -> Any:
@@ -318,7 +318,7 @@ class Targets(NamedTuple):
     tpot_s: float
 
 
-def summary(run: Run, targets: Targets) -> dict[str, Any]:
+def summary(run: LoadRun, targets: Targets) -> dict[str, Any]:
     """Return the usual figures of serving benchmarks.
 
     Mean, median and 99th percentile of each time in ms, rates per second, and the token hit rate.
@@ -462,12 +462,12 @@ def end_server(server: subprocess.Popen[bytes]) -> None:
 def conversation_jobs(count: int, *, vocab_size: int, cap: int, num_output: int) -> list[Job]:
     """Return generated conversations with ids below ``vocab_size``, each up to its first prompt
     longer than ``cap`` tokens in the trace."""
-    jobs: dict[Hashable, list[Prompt]] = {}
+    jobs: dict[Hashable, list[NextTurn]] = {}
     known: dict[Hashable, int] = {}
     for request in open_trace(f"sharegpt-like?sessions={count}&requests={100 * count}"):
         if len(request.tokens) <= cap:
             new, answer = request.tokens[known.get(request.session, 0) :], len(request.output)
-            prompt = Prompt(new % vocab_size, min(num_output, answer))
+            prompt = NextTurn(new % vocab_size, min(num_output, answer))
             jobs.setdefault(request.session, []).append(prompt)
             known[request.session] = len(request.tokens) + answer
     return list(jobs.values())

@@ -33,7 +33,7 @@ import numpy as np
 from tqdm import tqdm
 
 from experiments.benchmarks import tree_work
-from experiments.benchmarks.tree_work import Work, Workload, new_cache
+from experiments.benchmarks.tree_work import InterleavedChats, Work, new_cache
 from experiments.sglang.cpu import stand_in, version
 from experiments.studies.common import keep, plain_table, positive
 
@@ -58,7 +58,7 @@ class Keys:
         self.prompt_len = len(work.prompt)
 
 
-class Replay:
+class TimedReplay:
     """Replay of requests through one cache, with timed operations."""
 
     def __init__(self, world: World, placement: str) -> None:
@@ -155,16 +155,16 @@ def replay(
     gc.collect()
     if backend == "direct":
         cache = new_cache(NUM_KV_TOKENS, NUM_SLOTS, eviction=eviction)
-        run = tree_work.replay(Workload(live, 2000, 5), cache)
+        run = tree_work.replay(InterleavedChats(live, 2000, 5), cache)
         return run.token_hit_rate, run.verbs.sum(1)
-    done = Replay(new_world(backend, NUM_KV_TOKENS, NUM_SLOTS, eviction=eviction), placement)
+    done = TimedReplay(new_world(backend, NUM_KV_TOKENS, NUM_SLOTS, eviction=eviction), placement)
     done.run(work)
     return done.cached_tokens / done.prompt_tokens, np.array(done.times)
 
 
 def measure(live: int, placement: str, runs: int, bar: Any) -> list[dict[str, Any]]:
     """Run all caches on one workload, alternating, ``runs`` times."""
-    work = [Keys(request) for request in Workload(live, 2000, 5)]
+    work = [Keys(request) for request in InterleavedChats(live, 2000, 5)]
     caches = CACHES if placement == "end" else CACHES[:3]
     replays: dict[tuple[str, str], list[tuple[float, np.ndarray]]] = {cache: [] for cache in caches}
     for _ in range(runs):

@@ -33,7 +33,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from experiments.benchmarks.tree_work import VERBS, Work, Workload, fill, new_cache, replay
+from experiments.benchmarks.tree_work import VERBS, InterleavedChats, Work, fill, new_cache, replay
 from experiments.studies.common import keep, positive
 from hybridcache import HybridRadixCache
 
@@ -91,14 +91,14 @@ def growth(runs: int, bar: Any) -> list[dict[str, Any]]:
     records = []
     for size in (10_000, 100_000, 1_000_000):
         caches = [new_cache(size, size // 100) for _ in range(runs)]
-        work = Workload(2, 900, 5)
+        work = InterleavedChats(2, 900, 5)
         records.append(_grown(f"{size:,} cached tokens", caches, work, 1500, bar))
     for num_nodes in (1_000, 10_000, 100_000):
         caches = []
         for _ in range(runs):
             caches.append(new_cache(num_nodes * 10 + 400_000, num_nodes + 700))
             fill(caches[-1], num_nodes, 10)
-        work = Workload(2, 900, 5, limit=500)
+        work = InterleavedChats(2, 900, 5, limit=500)
         record = _grown(f"{num_nodes:,} nodes", caches, work, 400, bar)
         records.append(record | _evictions(caches))
     return records
@@ -188,7 +188,7 @@ def main() -> None:
     parser.add_argument("--runs", type=positive, default=5, help="replays per workload")
     runs = parser.parse_args().runs
     with tqdm(total=11 * runs) as bar:
-        short, long = Workload(64, 2000, 5), Workload(64, 20, 200)
+        short, long = InterleavedChats(64, 2000, 5), InterleavedChats(64, 20, 200)
         records = [measure("request", short, 400_000, 600, runs, bar)]
         records += [
             measure(f"request, {memory}", short, 400_000, 600, runs, bar, memory)

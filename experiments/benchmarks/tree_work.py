@@ -34,7 +34,7 @@ class Work(NamedTuple):
     """Prompt and answer."""
 
 
-class Run(NamedTuple):
+class TreeReplay(NamedTuple):
     """One replay."""
 
     verbs: np.ndarray
@@ -69,7 +69,7 @@ class CollectorClock:
 
 
 @dataclass(frozen=True, slots=True)
-class Workload:
+class InterleavedChats:
     """Interleaved conversations of a few turns, generated again for each replay to save memory."""
 
     live: int
@@ -110,14 +110,14 @@ class HeldRows:
         return len(move.rename(self.rows))
 
 
-def replay(work: Iterable[Work], cache: HybridRadixCache) -> Run:
+def replay(work: Iterable[Work], cache: HybridRadixCache) -> TreeReplay:
     """Serve ``work`` and time each operation. The caller's concatenation of rows is not counted."""
     with CollectorClock() as collector:
         run = _replay(work, cache)
     return run._replace(gc_ns=collector.nanoseconds)
 
 
-def _replay(work: Iterable[Work], cache: HybridRadixCache) -> Run:
+def _replay(work: Iterable[Work], cache: HybridRadixCache) -> TreeReplay:
     verbs: list[tuple[int, ...]] = []
     evicted: list[int] = []
     cpu: list[int] = []
@@ -165,7 +165,7 @@ def _replay(work: Iterable[Work], cache: HybridRadixCache) -> Run:
         cached_tokens += match.cached_len
         prompt_tokens += len(prompt)
     rate = cached_tokens / prompt_tokens
-    return Run(
+    return TreeReplay(
         np.array(verbs), cache, rate, prompt_tokens, np.array(evicted), np.array(cpu), gc_ns=0
     )
 

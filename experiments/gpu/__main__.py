@@ -72,7 +72,7 @@ SERVER = ("starlette", "uvicorn", "httpx", "prometheus_client", "zmq")
 TESTS = ("pytest", "hypothesis")
 
 
-class Part(NamedTuple):
+class GpuPart(NamedTuple):
     """Command of a part, its time limit and the packages that it needs."""
 
     command: Callable[[Path, bool], list[str]]
@@ -108,7 +108,7 @@ def kernels(mode: str, *flags: str) -> Callable[[Path, bool], list[str]]:
     return command
 
 
-def tests(selected: str, limit_s: float, records: str) -> Part:
+def tests(selected: str, limit_s: float, records: str) -> GpuPart:
     """Return the part of the kernels' tests with names that ``selected`` matches.
 
     A dry run tests only two files, because the test suite interprets the others. Each file stays in
@@ -124,21 +124,21 @@ def tests(selected: str, limit_s: float, records: str) -> Part:
         options += ["-p", "experiments.gpu.recorded_tests", "--records", str(out / records)]
         return module("pytest", *files, *options, *(processes if parallel else []))
 
-    return Part(command, limit_s, TESTS, records)
+    return GpuPart(command, limit_s, TESTS, records)
 
 
-PARTS: dict[str, Part] = {
-    "check": Part(kernels("check"), 90.0, files="check_kernels_*.jsonl"),
-    "repeat": Part(kernels("repeat"), 40.0, files="repeat_kernels_*.jsonl"),
-    "parity": Part(script("parity"), 60.0, ENGINE, "parity.jsonl"),
-    "big": Part(script("serving", "--part", "big"), 140.0, ENGINE, "big.jsonl"),
-    "tune": Part(script("kernels", "--mode", "tune"), 100.0, files="tune_kernels*.jsonl"),
-    "http": Part(script("serving", "--part", "http"), 130.0, (*ENGINE, *SERVER), "http.jsonl"),
-    "rivals": Part(kernels("bench"), 120.0, files="bench_kernels_*.jsonl"),
-    "serve": Part(script("serving", "--part", "serve"), 120.0, ENGINE, "serve.jsonl"),
-    "bench": Part(kernels("ours"), 120.0, files="ours_kernels_*.jsonl"),
+PARTS: dict[str, GpuPart] = {
+    "check": GpuPart(kernels("check"), 90.0, files="check_kernels_*.jsonl"),
+    "repeat": GpuPart(kernels("repeat"), 40.0, files="repeat_kernels_*.jsonl"),
+    "parity": GpuPart(script("parity"), 60.0, ENGINE, "parity.jsonl"),
+    "big": GpuPart(script("serving", "--part", "big"), 140.0, ENGINE, "big.jsonl"),
+    "tune": GpuPart(script("kernels", "--mode", "tune"), 100.0, files="tune_kernels*.jsonl"),
+    "http": GpuPart(script("serving", "--part", "http"), 130.0, (*ENGINE, *SERVER), "http.jsonl"),
+    "rivals": GpuPart(kernels("bench"), 120.0, files="bench_kernels_*.jsonl"),
+    "serve": GpuPart(script("serving", "--part", "serve"), 120.0, ENGINE, "serve.jsonl"),
+    "bench": GpuPart(kernels("ours"), 120.0, files="ours_kernels_*.jsonl"),
     "tests": tests("not fp32", 200.0, "tests.jsonl"),
-    "float32": Part(kernels("check", "--float32"), 400.0, files="check_float32_*.jsonl"),
+    "float32": GpuPart(kernels("check", "--float32"), 400.0, files="check_float32_*.jsonl"),
     "tests32": tests("fp32", 500.0, "tests32.jsonl"),
 }
 

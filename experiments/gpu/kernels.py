@@ -94,7 +94,7 @@ class Machine(NamedTuple):
         return max(case.num_bytes / self.copy_bytes_s, case.num_flops / self.gemm_flops_s)
 
 
-class Prepared(NamedTuple):
+class ReadyContender(NamedTuple):
     """Contender that is ready for timing."""
 
     run: Callable[[], object]
@@ -104,7 +104,7 @@ class Prepared(NamedTuple):
     """True if ``run`` replays a graph."""
 
 
-class Clock:
+class DeviceTimer:
     """Timer of calls on a device, each with a cold L2 cache."""
 
     def __init__(self, device: str, scratch_bytes: int = 2**28) -> None:
@@ -116,7 +116,7 @@ class Clock:
         """Device seconds of writing the scratch memory, which hides that much of the host's
         work."""
 
-    def prepare(self, run: Callable[[], object]) -> Prepared:
+    def prepare(self, run: Callable[[], object]) -> ReadyContender:
         """Run ``run`` until it is compiled and tuned, then capture it if the device and ``run``
         allow it."""
         for _ in range(2):
@@ -128,7 +128,7 @@ class Clock:
         host_s = (time.perf_counter() - begin) / CALLS
         self._device.synchronize()
         if self._resolved.is_cpu:
-            return Prepared(run, host_s, False)
+            return ReadyContender(run, host_s, False)
         stream = self._device.current_stream()
         try:
             replay = self._resolved.recorder()(run)
@@ -137,8 +137,8 @@ class Clock:
         except Exception:  # It reads results on the host, or allocates in a way graphs forbid.
             self._device.set_stream(stream)  # A capture that fails at its end leaves its own.
             self._device.synchronize()
-            return Prepared(run, host_s, False)
-        return Prepared(replay, host_s, True)
+            return ReadyContender(run, host_s, False)
+        return ReadyContender(replay, host_s, True)
 
     def seconds(self, run: Callable[[], object], calls: int = CALLS) -> list[float]:
         """Return the device time of each of ``calls`` calls."""
@@ -194,7 +194,7 @@ def digest(tensor: torch.Tensor) -> str:
     return hashlib.sha256(bits(tensor).cpu().numpy().tobytes()).hexdigest()[:16]
 
 
-def measure(case: Case, clock: Clock | None, machine: Machine | None) -> dict[str, Any]:
+def measure(case: Case, clock: DeviceTimer | None, machine: Machine | None) -> dict[str, Any]:
     """Return a case's record: errors, and on a device the times of all correct contenders."""
     expected = case.expected()
     contenders, errors, failures = {"ours": case.run}, {}, {}
@@ -416,7 +416,7 @@ def mark_lost(file: Path, status: int) -> str | None:
 def bench(
     names: list[str],
     setup: Setup,
-    clock: Clock | None,
+    clock: DeviceTimer | None,
     out: Path | None,
     mode: str = "bench",
 ) -> bool:
@@ -467,7 +467,7 @@ def file_prefix(mode: str, is_float32: bool) -> str:
     return f"{mode}_float32" if is_float32 else f"{mode}_kernels"
 
 
-def tune(names: list[str], setup: Setup, clock: Clock | None, out: Path | None) -> bool:
+def tune(names: list[str], setup: Setup, clock: DeviceTimer | None, out: Path | None) -> bool:
     """Tune the launch parameters of these folders' kernels. Returns False if a dry run refused a
     candidate."""
     from experiments.gpu import kernel_tuning
@@ -516,7 +516,7 @@ def main() -> None:
         processes = 1 if is_timed else max(2, (os.cpu_count() or 2) // 2)
         sys.exit(0 if run_each(names, arguments, prefix, out or WRITTEN, processes) else 1)
     setup = Setup(device, is_dry, args.float32)
-    clock = None if is_dry or args.mode in ("check", "repeat") else Clock(device)
+    clock = None if is_dry or args.mode in ("check", "repeat") else DeviceTimer(device)
     if args.mode == "tune":
         sys.exit(0 if tune(names, setup, clock, out) else 1)
     sys.exit(0 if bench(names, setup, clock, out, args.mode) else 1)

@@ -303,7 +303,7 @@ def svg(figure: Figure) -> str:
     return re.sub(r"\s*\n\s*", "\n", text)
 
 
-class Drawn(Protocol):
+class TableFigure(Protocol):
     """Figure of a table."""
 
     @property
@@ -322,7 +322,7 @@ class Section(NamedTuple):
     table: Callable[[], Table]
     finding: Callable[[Table], str]
     """Returns the sentence with the result."""
-    figure: Drawn
+    figure: TableFigure
 
 
 class Range(NamedTuple):

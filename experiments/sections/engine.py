@@ -131,7 +131,7 @@ def speculation_table() -> Table:
     ])  # fmt: skip
 
 
-def second_turn_records(plans: Sequence[second_turn.Plan]) -> Records:
+def second_turn_records(plans: Sequence[second_turn.CasePlan]) -> Records:
     """Return the records of ``plans`` in their order. Raises FileNotFoundError if there is none."""
     records = records_of("second_turn")
     wanted = [
@@ -146,7 +146,7 @@ def second_turn_records(plans: Sequence[second_turn.Plan]) -> Records:
     return found
 
 
-def not_run(plans: Sequence[second_turn.Plan]) -> str:
+def not_run(plans: Sequence[second_turn.CasePlan]) -> str:
     """Return a sentence with the cases of ``plans`` that a server has not run, or an empty text."""
     absent = []
     records = second_turn_records(plans)
@@ -161,7 +161,7 @@ def not_run(plans: Sequence[second_turn.Plan]) -> str:
 
 
 def second_turn_table(
-    plans: Sequence[second_turn.Plan] = second_turn.PUBLISHED[:1], without: str = "hits"
+    plans: Sequence[second_turn.CasePlan] = second_turn.PUBLISHED[:1], without: str = "hits"
 ) -> Table:
     """Return tokens read again and times of both servers. One plan has no columns of its size."""
     table = second_turn.table(second_turn_records(plans), without)

@@ -79,7 +79,7 @@ class Kind:
 
 
 @dataclass(frozen=True, slots=True)
-class Workload:
+class MixedLoad:
     """Sessions of one or several kinds, and the engine that serves them."""
 
     num_sessions: int
@@ -142,15 +142,15 @@ CLAUDE_CODE = "traces/weka_claude_code_train.rle.jsonl.gz?head=700"
 SHAREGPT = "traces/sharegpt_qwen35_turns.jsonl.gz?cap=8192&head=1200"
 CHANGING = (AGENT, LONG_PROMPTS, SHORT_PROMPTS)
 WORKLOADS = {
-    "agents": Workload(60, 260_000, (10, 14, 18, 24), (AGENT,)),
-    "changing agents": Workload(60, 260_000, (6, 10, 14, 20), CHANGING),
-    "coding agents": Workload(40, 300_000, (8, 12, 16, 24), (CODING,)),
-    "chats": Workload(120, 160_000, (24, 32, 48, 64), (CHAT,)),
-    "short chats": Workload(150, 160_000, (24, 32, 48, 64), (SHORT_CHAT,)),
-    "long chats": Workload(100, 200_000, (16, 24, 34, 48), (LONG_CHAT,)),
-    "airline agents (tau-bench)": Workload(78, 160_000, (8, 12, 18, 26), file=TAU_BENCH),
-    "Claude Code": Workload(34, 800_000, (6, 9, 13, 18), file=CLAUDE_CODE, token_budget=8192),
-    "ShareGPT chats": Workload(517, 160_000, (16, 24, 36, 54), file=SHAREGPT),
+    "agents": MixedLoad(60, 260_000, (10, 14, 18, 24), (AGENT,)),
+    "changing agents": MixedLoad(60, 260_000, (6, 10, 14, 20), CHANGING),
+    "coding agents": MixedLoad(40, 300_000, (8, 12, 16, 24), (CODING,)),
+    "chats": MixedLoad(120, 160_000, (24, 32, 48, 64), (CHAT,)),
+    "short chats": MixedLoad(150, 160_000, (24, 32, 48, 64), (SHORT_CHAT,)),
+    "long chats": MixedLoad(100, 200_000, (16, 24, 34, 48), (LONG_CHAT,)),
+    "airline agents (tau-bench)": MixedLoad(78, 160_000, (8, 12, 18, 26), file=TAU_BENCH),
+    "Claude Code": MixedLoad(34, 800_000, (6, 9, 13, 18), file=CLAUDE_CODE, token_budget=8192),
+    "ShareGPT chats": MixedLoad(517, 160_000, (16, 24, 36, 54), file=SHAREGPT),
 }
 
 
@@ -158,7 +158,7 @@ def admissions(name: str) -> tuple[str, ...]:
     return *UNLIMITED, *(f"live:{limit}" for limit in WORKLOADS[name].fixed)
 
 
-def scenario(workload: Workload, name: str, seed: int, rate: float, admission: str) -> Scenario:
+def scenario(workload: MixedLoad, name: str, seed: int, rate: float, admission: str) -> Scenario:
     """Return one cell. ``admission`` may be one of ``CACHES``, with its own admission. Clients
     report the end of a session only to policies with a fixed limit."""
     geometry = ModelGeometry.preset("qwen3-next")

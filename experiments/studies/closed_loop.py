@@ -41,7 +41,6 @@ from hybridcache.geometry.units import GIB
 from hybridcache.lab.intervals import interval, paired
 from hybridcache.lab.scenario import Scenario
 from hybridcache.lab.simulation.closed_loop import run_closed_loop
-from hybridcache.lab.simulation.step_times import MeasuredSteps
 from hybridcache.lab.trace import Trace, TraceRequest
 
 if TYPE_CHECKING:
@@ -56,7 +55,7 @@ NUM_PAUSES = 5
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Turn:
+class TurnPlan:
     """One request: its new tokens, the length of the answer, and the pause before it."""
 
     added: np.ndarray
@@ -65,14 +64,14 @@ class Turn:
     pause_s: float
 
 
-def agents(num_sessions: int, seed: int) -> list[list[Turn]]:
+def agents(num_sessions: int, seed: int) -> list[list[TurnPlan]]:
     """Return sessions of 5 to 12 turns that grow to about 1,000 to 2,500 tokens."""
     rng = np.random.default_rng(seed)
 
-    def turn(number: int) -> Turn:
+    def turn(number: int) -> TurnPlan:
         low, high = (400, 1000) if number == 0 else (40, 160)
         added = rng.integers(32, 127, rng.integers(low, high), dtype=np.int32)
-        return Turn(added, int(rng.integers(12, 32)), float(rng.lognormal(np.log(0.8), 0.8)))
+        return TurnPlan(added, int(rng.integers(12, 32)), float(rng.lognormal(np.log(0.8), 0.8)))
 
     return [[turn(number) for number in range(rng.integers(5, 13))] for _ in range(num_sessions)]
 
@@ -89,7 +88,7 @@ class CpuClock:
 
 def serve(
     engine: Engine,
-    sessions: list[list[Turn]],
+    sessions: list[list[TurnPlan]],
     rate: float,
     seed: int,
     pause: Callable[[], None],
@@ -174,7 +173,7 @@ def engine_of(num_bytes: float, **fields: Any) -> Engine:
 class MixedSteps:
     """Measured step times, with the additional time of steps that prefill and decode."""
 
-    steps: MeasuredSteps
+    steps: MeasuredTimes
     mixed_s: float
 
     def step_seconds(
@@ -185,7 +184,7 @@ class MixedSteps:
         return seconds + (self.mixed_s if prefills and num_decodes else 0.0)
 
 
-def mixed_seconds(engine: Engine, steps: MeasuredSteps, context: int) -> float:
+def mixed_seconds(engine: Engine, steps: MeasuredTimes, context: int) -> float:
     """Return the mean time of steps that prefill and decode, less that of ``steps``."""
     from experiments.benchmarks.measure_prefill import mixed_step_seconds
 
@@ -235,7 +234,7 @@ def compare(
 
     def measure_steps() -> None:
         tables.append(measure(measured, 2048, 1, context))
-        mixed.append(mixed_seconds(measured, MeasuredSteps(step_times(tables[-1:])), context))
+        mixed.append(mixed_seconds(measured, step_times(tables[-1:]), context))
 
     found, trace = serve(engine, sessions, rate, seed, measure_steps, num_pauses)
     memory = engine.runner.memory
@@ -245,7 +244,7 @@ def compare(
         trace,
         model=geometry_of(engine),
         gib=memory.total_bytes / GIB,
-        times=MixedSteps(MeasuredSteps(times), fmean(mixed)),
+        times=MixedSteps(times, fmean(mixed)),
         rate=rate,
         seeds=(seed,),
         max_running=MAX_RUNNING,
@@ -274,7 +273,7 @@ def compare(
     ]
 
 
-def mean_prompt_len(sessions: Sequence[Sequence[Turn]]) -> int:
+def mean_prompt_len(sessions: Sequence[Sequence[TurnPlan]]) -> int:
     """Return the mean length of all prompts."""
     lengths = []
     for session in sessions:
@@ -285,7 +284,7 @@ def mean_prompt_len(sessions: Sequence[Sequence[Turn]]) -> int:
     return round(fmean(lengths))
 
 
-def memory_bytes(sessions: Sequence[Sequence[Turn]]) -> float:
+def memory_bytes(sessions: Sequence[Sequence[TurnPlan]]) -> float:
     """Return the memory for a third of ``sessions``, each with its text and one checkpoint."""
     memory = engine_of(2**27).runner.memory
     lengths = [sum(len(turn.added) + turn.answer_len for turn in session) for session in sessions]

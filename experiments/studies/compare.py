@@ -49,7 +49,7 @@ Settings = Mapping[str, Any]
 Record = dict[str, Any]
 
 
-class Case(NamedTuple):
+class TraceCase(NamedTuple):
     """One trace with one seed: fields of its records, requests, sizes and settings."""
 
     fields: Record
@@ -78,7 +78,7 @@ LEFT_OUT: dict[str, tuple[str, Record]] = {
 """Name of an information in the records, and the fields of requests without it, by study."""
 
 
-def workload_case(study: str, name: str, seed: int) -> Case:
+def workload_case(study: str, name: str, seed: int) -> TraceCase:
     """Return the case of a workload."""
     workload = common.WORKLOADS[name]
     settings = {"model": workload.geometry}
@@ -86,10 +86,10 @@ def workload_case(study: str, name: str, seed: int) -> Case:
         settings["grid"] = workload.grid
     fields = {"trace": name, "seed": seed}
     opened = partial(workload.open, name, seed)
-    return Case(fields, opened, workload.sizes(POINTS[study]), settings)
+    return TraceCase(fields, opened, workload.sizes(POINTS[study]), settings)
 
 
-def replays(case: Case, variants: Mapping[str, Settings]) -> dict[str, tuple[RunResult, ...]]:
+def replays(case: TraceCase, variants: Mapping[str, Settings]) -> dict[str, tuple[RunResult, ...]]:
     """Return the runs of each variant, one per size."""
     trace = case.open().kept()
     return {
@@ -128,7 +128,7 @@ def measure_arena(job: tuple[str, int]) -> list[Record]:
     return records
 
 
-def measure_left_out(study: str, case: Case, pair: str = common.DEFAULT) -> list[Record]:
+def measure_left_out(study: str, case: TraceCase, pair: str = common.DEFAULT) -> list[Record]:
     """Return one record per size, with an information in the requests and without."""
     name, without = LEFT_OUT[study]
     trace = case.open().kept()
@@ -147,7 +147,7 @@ def measure_hints(job: tuple[str, int]) -> list[Record]:
     [sizes] = [cell.sizes for cell in split.cells if cell.name == name]
     assert not isinstance(sizes, str)
     opened = partial(open_trace, common.seeded(name, seed))
-    case = Case({"trace": name, "seed": seed}, opened, sizes, {"model": split.model})
+    case = TraceCase({"trace": name, "seed": seed}, opened, sizes, {"model": split.model})
     return [
         {name: one[name] for name in ("trace", "seed", "gib")} | {"pair": pair} | one
         for pair, policies in common.PAIRS.items()
@@ -167,7 +167,7 @@ def measure_stop_reasons(job: tuple[str, int | None, tuple[float, ...]]) -> list
     path = common.published(name)
     assert path is not None
     opened = partial(open_trace, path if seed is None else common.seeded(path, seed))
-    case = Case({"trace": name, "seed": seed}, opened, gib, {"model": declared()["model"]})
+    case = TraceCase({"trace": name, "seed": seed}, opened, gib, {"model": declared()["model"]})
     return measure_left_out("stop-reasons", case)
 
 
@@ -217,14 +217,14 @@ def arriving(starts: str, seed: int) -> Trace:
     return Trace(starts, 1, lambda: interleave(turns, parse_starts(starts), Pauses(), seed=seed))
 
 
-def conditions(seed: int) -> Iterator[Case]:
+def conditions(seed: int) -> Iterator[TraceCase]:
     """Yield the case of each row. Settings with a rate are those of a closed loop."""
 
     def case(
         condition: str, value: str, opened: Callable[[], Trace], gib: float, **settings: Any
-    ) -> Case:
+    ) -> TraceCase:
         fields = {"condition": condition, "value": value, "seed": seed}
-        return Case(fields, opened, (gib,), {"model": MODEL} | settings)
+        return TraceCase(fields, opened, (gib,), {"model": MODEL} | settings)
 
     for label, kinds in MIXES.items():
         yield case("tenants", label, partial(tenants, kinds, seed), 12)
@@ -243,7 +243,7 @@ def conditions(seed: int) -> Iterator[Case]:
         yield case("tokens that a state is worth", worth, chat, gib, model=model)
 
 
-def rate_of(case: Case, pair: str) -> float:
+def rate_of(case: TraceCase, pair: str) -> float:
     """Return the token hit rate of a pair, a rebuilt system or the bound. If requests overlap, only
     the bound in any order holds."""
     trace = case.open()

@@ -66,7 +66,7 @@ CHUNKS = "chunks a request"
 
 
 @dataclass(frozen=True, slots=True)
-class Cell:
+class PeerCell:
     """One measured figure: a system on a workload at a size."""
 
     peer: str
@@ -88,14 +88,14 @@ def of_drawn(
     make: Callable[[BaselineConfig], Baseline],
     state_bytes: int = FP32_STATE,
     **more: Any,
-) -> Cell:
+) -> PeerCell:
     """Return the cell of a generated workload with Qwen3-Next's KV, at ``gib`` GiB."""
     config = BaselineConfig(gib * GIB, KV_BYTES, state_bytes)
     trace = partial(drawn, workload)
-    return Cell(peer, workload, f"{gib} GiB", published, partial(make, config), trace, **more)
+    return PeerCell(peer, workload, f"{gib} GiB", published, partial(make, config), trace, **more)
 
 
-def vllm_cells() -> Iterator[Cell]:
+def vllm_cells() -> Iterator[PeerCell]:
     """Yield the cells of vLLM 0.33 at 40 and 6 GiB.
 
     Blocks have 1,056 tokens with float32 states, 544 with bfloat16 states.
@@ -140,7 +140,7 @@ def vllm_cells() -> Iterator[Cell]:
     yield of_drawn("vLLM, match unit 32, retention None", "agent", 6, 0.738, make, draws=DRAWS)
 
 
-def lightllm_cells() -> Iterator[Cell]:
+def lightllm_cells() -> Iterator[PeerCell]:
     """Yield the cells of LightLLM with pages of 512, big pages of 1,024, and pages of 64.
 
     Its states are in host memory, which the size does not count.
@@ -162,7 +162,7 @@ def lightllm_cells() -> Iterator[Cell]:
     yield of_drawn("LightLLM, page 64", "short", 40, 0.704, partial(LightllmCache, page=64))
 
 
-def sglang_cells() -> Iterator[Cell]:
+def sglang_cells() -> Iterator[PeerCell]:
     """Yield the cells of SGLang's tree on live conversations, with 1.07 M KV tokens, by number of
     state slots."""
     rates: dict[tuple[int, str], tuple[float, float, float]] = {
@@ -187,15 +187,19 @@ def sglang_cells() -> Iterator[Cell]:
             yield sglang_cell(live, placement, 320, cap, rate)
 
 
-def sglang_cell(live: int, placement: str, num_slots: int, cap: int | None, rate: float) -> Cell:
+def sglang_cell(
+    live: int, placement: str, num_slots: int, cap: int | None, rate: float
+) -> PeerCell:
     config, pools = BaselineConfig(0, KV_BYTES, FP32_STATE), {"num_kv_tokens": 1_070_000}
     make = partial(SglangCache, config, placement, cap, num_slots=num_slots, **pools)
     name = f"SGLang, {placement}" + (f", cap {cap}" if cap else "")
     size = f"{num_slots} states"
-    return Cell(name, f"conversations, live {live}", size, rate, make, partial(live_chats, live), 1)
+    return PeerCell(
+        name, f"conversations, live {live}", size, rate, make, partial(live_chats, live), 1
+    )
 
 
-def marconi_cells() -> Iterator[Cell]:
+def marconi_cells() -> Iterator[PeerCell]:
     """Yield the cells of Marconi on Mooncake's conversation trace.
 
     First its artifact on the first 1,000 requests, with 7B sizes. Then its placement (branch points
@@ -221,7 +225,7 @@ def marconi_cells() -> Iterator[Cell]:
         for gigabytes, rate in zip((20, 80, 320), rates, strict=False):
             config = BaselineConfig(gigabytes * 10**9, kv_bytes, state_bytes, unit=512)
             make, size = partial(MarconiCache, config, **settings), f"{gigabytes} GB"
-            yield Cell(name, workload, size, rate, make, partial(mooncake, head), 1)
+            yield PeerCell(name, workload, size, rate, make, partial(mooncake, head), 1)
 
 
 def artifact(alpha: float) -> dict[str, Any]:
@@ -252,7 +256,7 @@ def mooncake(num_requests: int | None, seed: int) -> Trace:
     return trace if num_requests is None else trace.head(num_requests)
 
 
-def measure(cell: Cell) -> dict[str, Any]:
+def measure(cell: PeerCell) -> dict[str, Any]:
     """Return the figure of every draw, and the comparison of their median and range with the
     measured one."""
     figures = [served(cell, seed) for seed in range(cell.draws)]
@@ -286,7 +290,7 @@ def verdict(published: float, figures: list[float], band: float) -> str:
     return "among" if unsettled and min(figures) <= published <= max(figures) else "apart"
 
 
-def served(cell: Cell, seed: int) -> float:
+def served(cell: PeerCell, seed: int) -> float:
     """Return the cell's figure on one draw: reused share of prompt tokens, or prefill chunks per
     request."""
     peer = cell.make()

@@ -1,1 +1,1 @@
-"""Parts that all commands share: version and extras, parser, signals and streams."""
+"""Parts that all commands share: version, extras, parser, signals, streams, texts of fields."""

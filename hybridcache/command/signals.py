@@ -10,7 +10,11 @@ import signal
 import sys
 import threading
 import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
+from functools import cache
 from types import FrameType
 from typing import NoReturn
 
@@ -50,6 +54,15 @@ def log_to_stderr(level: str, *names: str, is_json: bool = False) -> None:
         log.setLevel(level.upper())
         log.addHandler(handler)
         log.propagate = False
+
+
+@contextmanager
+def printed_warnings(program: str) -> Iterator[None]:
+    """Print each different warning as one line on standard error, after the name of a program."""
+    printed = cache(lambda text: print(f"{program}: {text}", file=sys.stderr))
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_, **__: printed(str(message))
+        yield
 
 
 def end_by_exception(*numbers: int) -> None:

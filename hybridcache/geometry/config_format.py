@@ -1,9 +1,9 @@
 """Reader of ``config.json`` with the names, types, defaults and aliases of transformers.
 
-A ``Format`` lists the fields of one ``model_type``. Reading returns a ``Config`` in which every
+A ``Schema`` lists the fields of one ``model_type``. Reading returns a ``Config`` in which every
 field has a value. It records the keys that are read, so that a family can refuse the others.
 
->>> format = Format(table(hidden_size=64, rms_norm_eps=1e-6), aliases={"d_model": "hidden_size"})
+>>> format = Schema(table(hidden_size=64, rms_norm_eps=1e-6), aliases={"d_model": "hidden_size"})
 >>> config = format.read({"d_model": 32, "colour": "red"})
 >>> config["hidden_size"], config["rms_norm_eps"], "colour" in config
 (32, 1e-06, False)
@@ -28,7 +28,7 @@ from typing import Any, get_args, get_origin
 from hybridcache.geometry.sizes import SizesError
 
 Values = dict[str, Any]
-"""Values of one model by key. ``Format`` has their types, and ``Format.read`` checks them."""
+"""Values of one model by key. ``Schema`` has their types, and ``Schema.read`` checks them."""
 
 ROPE_KEYS: Mapping[str, object] = {
     "rope_parameters": dict | None,
@@ -55,7 +55,7 @@ COMMON: Mapping[str, object] = {
 
 
 @dataclass(frozen=True, slots=True)
-class Field:
+class Entry:
     """Type of one value and, for a field of transformers' class, its default."""
 
     kind: object
@@ -63,20 +63,20 @@ class Field:
     default: object = None
 
 
-def table(**defaults: object) -> Mapping[str, Field]:
-    """Build a table of fields from ``name=default``, or ``name=Field(...)`` if the type of the
+def table(**defaults: object) -> Mapping[str, Entry]:
+    """Build a table of fields from ``name=default``, or ``name=Entry(...)`` if the type of the
     default is not the only valid one."""
     return {
-        name: default if isinstance(default, Field) else Field(type(default), default)
+        name: default if isinstance(default, Entry) else Entry(type(default), default)
         for name, default in defaults.items()
     }
 
 
 @dataclass(frozen=True, slots=True)
-class Format:
+class Schema:
     """Keys of one ``model_type``."""
 
-    fields: Mapping[str, Field]
+    fields: Mapping[str, Entry]
     """Fields that change logits or sizes. Present in every ``Config``."""
     aliases: Mapping[str, str] = field(default_factory=dict)
     """Other names of fields. A value under an alias takes precedence over the field's name."""
@@ -156,7 +156,7 @@ def checked(name: str, value: Any, kind: object) -> Any:
 
 
 def fits(value: object, kind: object) -> bool:
-    """Return True if a JSON value has type ``kind`` (see ``Field.kind``)."""
+    """Return True if a JSON value has type ``kind`` (see ``Entry.kind``)."""
     if isinstance(kind, UnionType):
         return any(fits(value, part) for part in get_args(kind))
     if get_origin(kind) is list:

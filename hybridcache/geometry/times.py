@@ -1,4 +1,4 @@
-"""Prefill times, computed from a roofline or interpolated in a measured table."""
+"""Times of prefills and steps, computed from a roofline or interpolated in a measured table."""
 
 from __future__ import annotations
 
@@ -9,13 +9,26 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
+from typing import Protocol
 
 from hybridcache.geometry.model import ModelGeometry
 
 
+class StepTimes(Protocol):
+    """Seconds of one step of an engine."""
+
+    def step_seconds(
+        self, prefills: Sequence[tuple[int, int]], num_decodes: int, context: int
+    ) -> float:
+        """Return the seconds of a step: ``prefills`` are token ranges [start, end), and
+        ``num_decodes`` requests of ``context`` tokens together decode one token each."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class Roofline:
-    """Prefill times as the slower of arithmetic and memory traffic, plus a constant.
+    """Times as the slower of arithmetic and memory traffic, plus a constant. All tokens of a step
+    share one read of the weights.
 
     The defaults are the data sheet of one H100 SXM (989 TFLOP/s dense bf16, 3.35 TB/s) at half its
     peak arithmetic. The work is divided evenly over ``devices``.
@@ -26,7 +39,7 @@ class Roofline:
     flops_per_s: float = 989e12 * 0.5
     bytes_per_s: float = 3.35e12
     overhead_s: float = 0.005
-    """Seconds added to each prefill: launches, sampling and scheduling."""
+    """Seconds added to each prefill or step: launches, sampling and scheduling."""
     weight_bytes_per_param: float = 2
 
     def describe(self) -> str:
@@ -56,6 +69,22 @@ class Roofline:
         moved += end * geometry.kv_bytes_per_token
         arithmetic = geometry.flops(start, end) / self.flops_per_s
         return self.overhead_s + max(arithmetic, moved / self.bytes_per_s) / self.devices
+
+    def step_seconds(
+        self, prefills: Sequence[tuple[int, int]], num_decodes: int, context: int
+    ) -> float:
+        geometry, num_tokens, num_rows = self.geometry, num_decodes, context
+        flops = num_decodes * geometry.flops_per_token
+        flops += context * geometry.attention_flops_per_pair
+        for start, end in prefills:
+            num_tokens += end - start
+            num_rows += end
+            flops += geometry.flops(start, end)
+        params = min(geometry.total_params, geometry.active_params * num_tokens)
+        moved = params * self.weight_bytes_per_param + num_rows * geometry.kv_bytes_per_token
+        moved += 2 * geometry.state_bytes * num_decodes
+        slower = max(flops / self.flops_per_s, moved / self.bytes_per_s)
+        return self.overhead_s + slower / self.devices
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,6 +155,21 @@ class MeasuredTimes:
         column = locate(self.lengths, end - start)
         by_start = [interpolated(row, column) for row in self.table_s]
         return max(interpolated(by_start, locate(self.starts, start)), 0.0)
+
+    def _decode_seconds(self, num_decodes: int) -> float:
+        return max(0.0, interpolated(self.decode_s, locate(self.decodes, num_decodes)))
+
+    def step_seconds(
+        self, prefills: Sequence[tuple[int, int]], num_decodes: int, context: int
+    ) -> float:
+        """See ``StepTimes``: the sum over prefills and decodes, with the fixed cost, that of a
+        decode step of no request, counted once. Decode steps were measured at one ``context``, so
+        it has no effect."""
+        fixed_s = self._decode_seconds(0)
+        seconds = sum(self.seconds(start, end) - fixed_s for start, end in prefills)
+        if num_decodes:
+            seconds += self._decode_seconds(num_decodes) - fixed_s
+        return fixed_s + max(0.0, seconds)
 
 
 def locate(knots: Sequence[int], value: int) -> tuple[int, float]:

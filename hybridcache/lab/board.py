@@ -39,7 +39,7 @@ from hybridcache.lab.progress import Progress
 from hybridcache.lab.report import text_table
 from hybridcache.lab.scenario import Scenario, named_policies, sources_of, written_policy
 from hybridcache.lab.simulation.closed_loop import figures_of, sessions_of, simulate_closed_loop
-from hybridcache.lab.simulation.grid import Plain, Stored, identity_of, run_grid
+from hybridcache.lab.simulation.grid import Plain, StoredResult, identity_of, run_grid
 from hybridcache.lab.simulation.result import ClosedLoopRun, RunResult
 from hybridcache.lab.simulation.simulate import optimum, run_cell
 from hybridcache.lab.trace import Trace, TraceRequest
@@ -255,7 +255,7 @@ def _restarted(trace: Trace, starts: str, seed: int) -> Iterator[TraceRequest]:
 
 
 @dataclass(frozen=True, slots=True)
-class Measured(Stored):
+class Measured(StoredResult):
     """Figures of one system on one cell with one seed. Lists have a number per size, or per closed
     loop; rates are from 0 to 1, times in seconds."""
 
@@ -273,6 +273,8 @@ class Measured(Stored):
     """Token hit rates in two pools; empty for rebuilt systems, which divide memory themselves."""
     bound: list[float] = field(default_factory=list)
     """Upper bound of the replay, of the plan alone."""
+    is_rebuilt: bool = False
+    """True for a rebuilt system of another engine, False for a policy."""
     loops: list[dict[str, float]] = field(default_factory=list)
     """Closed loops: token hit rate, times to first token, ``in_time`` (share of the requests with a
     first token within the limit), and ``goodput``: those per second."""
@@ -287,6 +289,8 @@ class Job:
     place: int
     system: str
     folder: Path | None
+    is_rebuilt: bool = False
+    """True if ``system`` names a rebuilt system, False if it names a policy."""
 
     @property
     def seed(self) -> int:
@@ -302,8 +306,8 @@ class Job:
         """Return an identity of the job, the version, the data, and the sources of own policies."""
         none = replace(self.split, cells=(self.cell,), seeds=(self.seed,), quick=(), policies=())
         geometry = ModelGeometry.load(self.split.model)
-        facts = (replace(none, rebuilt=()), self.system, version(), geometry)
-        own = "" if self.system in BASELINES else sources_of(self.system.split("@"))
+        facts = (replace(none, rebuilt=()), self.system, self.is_rebuilt, version(), geometry)
+        own = "" if self.is_rebuilt else sources_of(self.system.split("@"))
         data = b""
         if not self.cell.sha256 and not self.cell.source:
             data = identity_of(open_trace(self.cell.spec))
@@ -319,13 +323,14 @@ def run_job(_trace: Trace, job: Job) -> Measured:
 
     def measured(gib: Sequence[float], rates: Sequence[float]) -> Measured:
         states = [round(size * GIB / max(1, geometry.state_bytes), 1) for size in gib]
-        return Measured(cell.name, job.seed, job.system, [*gib], states, [*rates])
+        named = cell.name, job.seed, job.system
+        return Measured(*named, [*gib], states, [*rates], is_rebuilt=job.is_rebuilt)
 
     if job.system == PLAN:
         plans = optimum(base, progress=False)
         found = measured([plan.gib for plan in plans], [plan.reached for plan in plans])
         return replace(found, bound=[plan.bound for plan in plans])
-    if job.system in BASELINES:
+    if job.is_rebuilt:
         base = replace(base, policy=(), baseline=job.system)
     else:
         eviction, _, placement = job.system.partition("@")
@@ -333,13 +338,13 @@ def run_job(_trace: Trace, job: Job) -> Measured:
     base = replace(base, times=split.times())
     runs = _replayed(base, trace)
     pools: Sequence[RunResult] = ()
-    if job.system not in BASELINES and split.kv_share:
+    if split.kv_share and not job.is_rebuilt:
         pools = _replayed(replace(base, memory="pools", kv_share=split.kv_share), trace)
     served = replace(
         base,
         ttft_limit_s=split.ttft_limit_s,
         max_running=split.max_running,
-        admission="arrival" if job.system in BASELINES else "sessions",
+        admission="arrival" if job.is_rebuilt else "sessions",
         seeds=(job.seed,),
     )
     found = measured([run.gib for run in runs], [run.token_hit_rate for run in runs])
@@ -448,7 +453,7 @@ def board(
     known = {one.removesuffix(f"@{DEFAULT_PLACEMENT}"): one for one in asked.policies}
     named = (one for given in (policies, own) for one in named_policies(given, split=True))
     written = (known.get(one, one) for one in map(written_policy, named))
-    # A rebuilt system may have the name of a policy.
+    # A rebuilt system may have the name of a policy, and each row its own name.
     names = tuple(
         dict.fromkeys(f"{one}@{DEFAULT_PLACEMENT}" if one in BASELINES else one for one in written)
     )
@@ -457,11 +462,12 @@ def board(
     reference = asked.reference if asked.reference in names else ""
     first = DEFAULT_EVICTION if DEFAULT_EVICTION in names else names[0]
     asked = replace(asked, policies=names, reference=reference or first)
+    systems = [(name, False) for name in (PLAN, *names)] + [(name, True) for name in asked.rebuilt]
     jobs = [
-        Job(asked, cell, place, system, folder)
+        Job(asked, cell, place, system, folder, is_rebuilt)
         for place, cell in product(range(len(asked.seeds)), asked.cells)
         if cell.name not in left_out
-        for system in (PLAN, *names, *asked.rebuilt)
+        for system, is_rebuilt in systems
     ]
     drawn.cache_clear()  # Files may have changed.
     runs, failures = run_grid(
@@ -552,7 +558,7 @@ class Board:
             if run.bound
         }
         for run in self.runs:
-            if run.system in BASELINES and run.system not in COMPARABLE:
+            if run.is_rebuilt and run.system not in COMPARABLE:
                 continue  # LightLLM's host memory is not counted.
             bound = limits.get((run.cell, run.seed), {})
             for memory, rates in (("replay", run.replay), ("pools", run.pools)):
@@ -629,6 +635,11 @@ class Board:
         """Names of all systems, in the order of the runs."""
         return list(dict.fromkeys(run.system for run in self.runs))
 
+    @property
+    def rebuilt(self) -> set[str]:
+        """Names of the rebuilt systems."""
+        return {run.system for run in self.runs if run.is_rebuilt}
+
     def matrix(self, system: str, read: Read) -> np.ndarray | None:
         """Return numbers [seeds, cells], or None if a run of the system has none."""
         rows: dict[int, list[float]] = {}
@@ -653,7 +664,8 @@ class Board:
         the plan and the bound."""
         names = [name for name in self.systems if name != PLAN]
         rows = [self._row(name, self.replays(name)) for name in names]
-        if rebuilt := [self.replays(name) for name in names if name in COMPARABLE]:
+        comparable = self.rebuilt.intersection(COMPARABLE)
+        if rebuilt := [self.replays(name) for name in names if name in comparable]:
             rows.append(self._row(BEST_REBUILT, np.max(rebuilt, axis=0)))
         for name, read in ((PLAN, lambda run: run.replay), (LIMIT, lambda run: run.bound)):
             if (found := self.matrix(PLAN, read)) is not None:
@@ -750,7 +762,7 @@ class Board:
         )
         rows = [row.cells() for row in self.rows()]
         for row in rows:
-            row[0] = f"{row[0]} (rebuilt)" if row[0] in BASELINES else row[0]
+            row[0] = f"{row[0]} (rebuilt)" if row[0] in self.rebuilt else row[0]
         tables = []
         for name in sorted(SHOWN, key=lambda name: name != split.ranked_by):
             known = {

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, TextIO, cast
 
 from hybridcache.command.extras import how_to_install, version
 from hybridcache.command.parser import Parser, with_flags
-from hybridcache.command.signals import end_by_exception, open_closed_streams
+from hybridcache.command.signals import end_by_exception, open_closed_streams, printed_warnings
 from hybridcache.geometry.units import counted
 from hybridcache.lab.board import Board, Split, board
 from hybridcache.lab.figures import closed_loop_figure, figure_path, losses_figure, sweep_figure
@@ -38,7 +38,7 @@ from hybridcache.lab.simulation.simulate import SimulationResult, optimum, simul
 from hybridcache.lab.trace import Trace
 from hybridcache.lab.trace_stats import trace_stats
 from hybridcache.lab.traces import open_trace
-from hybridcache.lab.traces.frame import make_folder, printed_warnings
+from hybridcache.lab.traces.frame import make_folder
 from hybridcache.lab.traces.own import write_own
 from hybridcache.policies.registry import make_admission, split_specs
 

@@ -19,7 +19,7 @@ from typing import Any
 
 from hybridcache.lab.evictions import make_eviction
 from hybridcache.lab.scenario import Scenario, is_own
-from hybridcache.lab.simulation.closed_loop import LoopRun, Turn
+from hybridcache.lab.simulation.closed_loop import LoopRun, SessionTurn
 from hybridcache.lab.simulation.grid import RERUN, RERUN_STATUS, leave_if_rerun
 from hybridcache.lab.simulation.serving import serve
 from hybridcache.lab.simulation.target import build_target
@@ -202,7 +202,7 @@ class RelayedLoop(LoopRun):
 
     entry: EntryProcess
 
-    def turn(self, number: int, place: int) -> Turn:
+    def turn(self, number: int, place: int) -> SessionTurn:
         found = super().turn(number, place)
         self.entry.send(found)
         return found
@@ -221,8 +221,8 @@ class LedLoop(LoopRun):
 
     pipe: Connection
 
-    def turn(self, number: int, place: int) -> Turn:
-        found: Turn = self.pipe.recv()
+    def turn(self, number: int, place: int) -> SessionTurn:
+        found: SessionTurn = self.pipe.recv()
         return found
 
     def pause_s(self, number: int, place: int) -> float | None:

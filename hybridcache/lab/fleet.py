@@ -23,7 +23,7 @@ from hybridcache.adapters.routing.registry import find_router
 from hybridcache.geometry.model import ModelGeometry
 from hybridcache.geometry.times import Roofline
 from hybridcache.lab.scenario import Scenario
-from hybridcache.lab.simulation.grid import Plain, Stored
+from hybridcache.lab.simulation.grid import Plain, StoredResult
 from hybridcache.lab.simulation.serving import Asked, EventLoop, Replica, RequestLog
 from hybridcache.lab.simulation.target import LeaseTarget, build_target
 from hybridcache.lab.trace import Trace
@@ -50,7 +50,7 @@ class FleetConfig:
 
 
 @dataclass(frozen=True, slots=True)
-class FleetResult(Stored):
+class FleetResult(StoredResult):
     """One cell. Counts are in tokens, for any unit of the trace."""
 
     trace: str
@@ -70,7 +70,7 @@ class FleetResult(Stored):
         return self.cached_tokens / self.prompt_tokens if self.prompt_tokens else 0.0
 
     def as_record(self) -> Plain:
-        return Stored.as_record(self) | {"token_hit_rate": self.token_hit_rate}
+        return StoredResult.as_record(self) | {"token_hit_rate": self.token_hit_rate}
 
 
 def run_fleet(trace: Trace, scenario: Scenario, fleet: FleetConfig) -> FleetResult:

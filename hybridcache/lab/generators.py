@@ -48,7 +48,7 @@ def _drawn(make: Any, *args: Any, **options: Any) -> Requests:
     return requests
 
 
-class Writer:
+class Draw:
     """Draws texts and lengths, and numbers requests, which arrive one second apart."""
 
     def __init__(self, seed: int | tuple[int, ...], boundaries: bool = True) -> None:
@@ -87,13 +87,13 @@ class Writer:
 def chat(seed: int = 0, boundaries: bool = True) -> Requests:
     """Generate 40 conversations of 8 turns over 4 system prompts of 1,500 tokens. A turn adds about
     300 tokens, its answer about 250. Each round has a new order. Ideal token hit rate .918."""
-    writer = Writer(seed, boundaries)
-    systems = [writer.text(1500) for _ in range(4)] * 10
-    return _rounds(writer, systems, 8, partial(writer.spread, 300), partial(writer.spread, 250))
+    draw = Draw(seed, boundaries)
+    systems = [draw.text(1500) for _ in range(4)] * 10
+    return _rounds(draw, systems, 8, partial(draw.spread, 300), partial(draw.spread, 250))
 
 
 def _rounds(
-    writer: Writer,
+    draw: Draw,
     histories: list[Tokens],
     turns: int,
     added: Callable[[], int],
@@ -105,68 +105,68 @@ def _rounds(
     beginnings = [(len(history),) if len(history) else () for history in histories]
     for _ in range(turns):
         order = range(len(histories))
-        for number in writer.rng.permutation(order).tolist() if is_mixed else order:
-            prompt = np.concatenate((histories[number], writer.text(added())))
-            answer = writer.text(answered())
+        for number in draw.rng.permutation(order).tolist() if is_mixed else order:
+            prompt = np.concatenate((histories[number], draw.text(added())))
+            answer = draw.text(answered())
             histories[number] = np.concatenate((prompt, answer))
-            yield writer.request(number, prompt, answer, *beginnings[number])
+            yield draw.request(number, prompt, answer, *beginnings[number])
 
 
 @generator
 def few_shot(seed: int = 0, boundaries: bool = True) -> Requests:
     """Generate 320 requests: one of 8 prefixes of 1,500 tokens at random, then 700 unique tokens;
     answers of 32. Ideal token hit rate .665."""
-    return _prefixed(Writer(seed, boundaries), 320, 8, 1500, 700)
+    return _prefixed(Draw(seed, boundaries), 320, 8, 1500, 700)
 
 
-def _prefixed(writer: Writer, requests: int, prefixes: int, length: int, suffix: int) -> Requests:
-    hot = [writer.text(length) for _ in range(prefixes)]
+def _prefixed(draw: Draw, requests: int, prefixes: int, length: int, suffix: int) -> Requests:
+    hot = [draw.text(length) for _ in range(prefixes)]
     for number in range(requests):
-        prompt = np.concatenate((hot[int(writer.rng.integers(prefixes))], writer.text(suffix)))
-        yield writer.request(number, prompt, writer.text(_ANSWER), length)
+        prompt = np.concatenate((hot[int(draw.rng.integers(prefixes))], draw.text(suffix)))
+        yield draw.request(number, prompt, draw.text(_ANSWER), length)
 
 
 @generator
 def agent(seed: int = 0, boundaries: bool = True) -> Requests:
     """Generate 10 agents with unique beginnings of 4,000 tokens, in round-robin order. Each of 32
     turns adds U{50..600} tokens; answers have U{40..200}. Ideal token hit rate .960."""
-    writer = Writer(seed, boundaries)
-    added, answered = partial(writer.between, 50, 600), partial(writer.between, 40, 200)
-    return _rounds(writer, [writer.text(4000) for _ in range(10)], 32, added, answered, False)
+    draw = Draw(seed, boundaries)
+    added, answered = partial(draw.between, 50, 600), partial(draw.between, 40, 200)
+    return _rounds(draw, [draw.text(4000) for _ in range(10)], 32, added, answered, False)
 
 
 @generator
 def branch(seed: int = 0, boundaries: bool = True) -> Requests:
     """Generate 10 documents of 6,000 tokens, 4 questions of 120 on each, and 4 samples of 40 on
     each question. Depth first, answers of 60. Ideal token hit rate .928."""
-    writer = Writer(seed, boundaries)
+    draw = Draw(seed, boundaries)
     for number in range(10):
-        document = writer.text(6000)
+        document = draw.text(6000)
         for _ in range(4):
-            stem = np.concatenate((document, writer.text(120)))
+            stem = np.concatenate((document, draw.text(120)))
             for _ in range(4):
-                prompt = np.concatenate((stem, writer.text(40)))
-                yield writer.request(number, prompt, writer.text(60), 6000)
+                prompt = np.concatenate((stem, draw.text(40)))
+                yield draw.request(number, prompt, draw.text(60), 6000)
 
 
 @generator
 def resend(seed: int = 0, boundaries: bool = True) -> Requests:
     """Generate 40 prompts of U{400..6,000} tokens, the whole list three times, answers of 16. Ideal
     token hit rate .666."""
-    writer = Writer(seed, boundaries)
-    prompts = [writer.text(writer.between(400, 6000)) for _ in range(40)]
+    draw = Draw(seed, boundaries)
+    prompts = [draw.text(draw.between(400, 6000)) for _ in range(40)]
     for _ in range(3):
         for number, prompt in enumerate(prompts):
-            yield writer.request(number, prompt, writer.text(16))
+            yield draw.request(number, prompt, draw.text(16))
 
 
 @generator
 def short(seed: int = 0, boundaries: bool = True) -> Requests:
     """Generate 40 conversations of 3 turns over 4 system prompts of 320 tokens. Turns and answers
     have 60 tokens; each round has a new order. Ideal token hit rate .859."""
-    writer = Writer(seed, boundaries)
-    systems = [writer.text(320) for _ in range(4)] * 10
-    return _rounds(writer, systems, 3, lambda: 60, lambda: 60)
+    draw = Draw(seed, boundaries)
+    systems = [draw.text(320) for _ in range(4)] * 10
+    return _rounds(draw, systems, 3, lambda: 60, lambda: 60)
 
 
 @generator
@@ -183,22 +183,22 @@ def conversations(
     ``live`` conversations are open. The next request comes from a random one, and a finished one is
     replaced.
     """
-    writer = Writer(seed, boundaries)
-    systems = [writer.text(500) for _ in range(16)]
+    draw = Draw(seed, boundaries)
+    systems = [draw.text(500) for _ in range(16)]
     opened = min(live, num_conversations)
 
     def begin(number: int) -> tuple[int, int, Tokens]:
         """Open a conversation: (number, turns left, history)."""
-        return number, turns, systems[int(writer.rng.integers(16))]
+        return number, turns, systems[int(draw.rng.integers(16))]
 
     table = [begin(number) for number in range(opened)]
     while table:
-        place = int(writer.rng.integers(len(table)))
+        place = int(draw.rng.integers(len(table)))
         number, left, history = table[place]
-        added = writer.between(200, 1000)
-        prompt = np.concatenate((history, writer.text(added * 2 // 3)))
-        answer = writer.text(added - added * 2 // 3)
-        yield writer.request(number, prompt, answer, 500)
+        added = draw.between(200, 1000)
+        prompt = np.concatenate((history, draw.text(added * 2 // 3)))
+        answer = draw.text(added - added * 2 // 3)
+        yield draw.request(number, prompt, answer, 500)
         if left > 1:
             table[place] = (number, left - 1, np.concatenate((prompt, answer)))
         elif opened < num_conversations:
@@ -221,7 +221,7 @@ def exact_hot_prefix(
 ) -> Requests:
     """Generate prompts of one of a few hot prefixes, whole, plus a unique suffix. There is one good
     position per prefix."""
-    return _prefixed(Writer(seed), requests, prefixes, length, suffix)
+    return _prefixed(Draw(seed), requests, prefixes, length, suffix)
 
 
 @generator
@@ -230,9 +230,9 @@ def append_only_chat(
 ) -> Requests:
     """Generate sessions in round-robin order. Each prompt is the last prompt, its answer and
     ``added`` new tokens, so the end of the prompt is the best position."""
-    writer = Writer(seed)
-    empty = [writer.text(0)] * sessions
-    return _rounds(writer, empty, turns, lambda: added, lambda: _ANSWER, is_mixed=False)
+    draw = Draw(seed)
+    empty = [draw.text(0)] * sessions
+    return _rounds(draw, empty, turns, lambda: added, lambda: _ANSWER, is_mixed=False)
 
 
 @generator
@@ -256,14 +256,14 @@ def uniform_adversary(
 def _cut_documents(
     seed: int, requests: int, documents: int, length: int, suffix: int, uniform: bool
 ) -> Requests:
-    writer = Writer(seed, boundaries=False)
-    rng = writer.rng
-    texts = [writer.text(length) for _ in range(documents)]
+    draw = Draw(seed, boundaries=False)
+    rng = draw.rng
+    texts = [draw.text(length) for _ in range(documents)]
     for number in range(requests):
         drawn = rng.uniform(1, length) if uniform else rng.normal(length / 2, length / 8)
         cut = min(max(int(drawn), 1), length)
-        prompt = np.concatenate((texts[int(rng.integers(documents))][:cut], writer.text(suffix)))
-        yield writer.request(number, prompt, writer.text(_ANSWER))
+        prompt = np.concatenate((texts[int(rng.integers(documents))][:cut], draw.text(suffix)))
+        yield draw.request(number, prompt, draw.text(_ANSWER))
 
 
 @generator
@@ -277,16 +277,16 @@ def agent_tree(
 ) -> Requests:
     """Generate trees of agent steps, one per task, explored breadth first. Every step is continued
     ``width`` times."""
-    writer = Writer(seed)
+    draw = Draw(seed)
     for task in range(tasks):
-        level = [writer.text(root)]
+        level = [draw.text(root)]
         for _ in range(depth):
             following = []
             for history in level:
                 for _ in range(width):
-                    prompt = np.concatenate((history, writer.text(step)))
-                    answer = writer.text(_ANSWER)
-                    yield writer.request(task, prompt, answer, root)
+                    prompt = np.concatenate((history, draw.text(step)))
+                    answer = draw.text(_ANSWER)
+                    yield draw.request(task, prompt, answer, root)
                     following.append(np.concatenate((prompt, answer)))
             # Continue from a subset of the steps, so that the steps per level stay bounded.
             level = following[:: max(1, len(following) // 8)]
@@ -307,22 +307,22 @@ def tree_of_thoughts(
     judged ``samples`` times in a prompt of its own, and ``beam`` paths are kept. The defaults are
     those of Tree of Thoughts (arXiv 2305.10601), section 4.1.
     """
-    writer = Writer(seed)
-    propose, judge = (writer.text(writer.between(200, 280)) for _ in range(2))
+    draw = Draw(seed)
+    propose, judge = (draw.text(draw.between(200, 280)) for _ in range(2))
     for problem in range(problems):
-        kept = [writer.text(writer.between(30, 50))]
+        kept = [draw.text(draw.between(30, 50))]
         for _ in range(depth):
             found = []
             for path in kept:
-                thoughts = [writer.text(writer.between(20, 40)) for _ in range(proposals)]
+                thoughts = [draw.text(draw.between(20, 40)) for _ in range(proposals)]
                 prompt, answer = np.concatenate((propose, path)), np.concatenate(thoughts)
-                yield writer.request(problem, prompt, answer, len(propose))
+                yield draw.request(problem, prompt, answer, len(propose))
                 found += [np.concatenate((path, thought)) for thought in thoughts]
             for path in found:
                 prompt = np.concatenate((judge, path))
                 for _ in range(samples):
-                    yield writer.request(problem, prompt, writer.text(8), len(judge))
-            chosen = writer.rng.choice(len(found), min(beam, len(found)), False)
+                    yield draw.request(problem, prompt, draw.text(8), len(judge))
+            chosen = draw.rng.choice(len(found), min(beam, len(found)), False)
             kept = [found[place] for place in chosen]
 
 
@@ -354,13 +354,13 @@ def tree_search(
     note that later prompts do not repeat. A task ends after ``steps`` requests; ``parallel`` tasks
     take turns.
     """
-    writer = Writer(seed)
-    systems = [writer.text(writer.spread(root, 0.4)) for _ in range(toolsets)]
+    draw = Draw(seed)
+    systems = [draw.text(draw.spread(root, 0.4)) for _ in range(toolsets)]
 
     def search(task: int, system: Tokens) -> Requests:
         """Yield the requests of one task."""
-        writer = Writer((seed, task), boundaries)
-        path = [np.concatenate((system, writer.text(_QUERY)))]
+        draw = Draw((seed, task), boundaries)
+        path = [np.concatenate((system, draw.text(_QUERY)))]
         tried = [0]
         for _ in range(steps):
             while tried and tried[-1] == width:
@@ -368,12 +368,12 @@ def tree_search(
                 tried.pop()
             if not tried:
                 return
-            note = writer.text(_NOTE if tried[-1] else 0)
-            action = writer.text(writer.spread(step // 4, 0.4))
-            yield writer.request(task, np.concatenate((path[-1], note)), action, len(system))
+            note = draw.text(_NOTE if tried[-1] else 0)
+            action = draw.text(draw.spread(step // 4, 0.4))
+            yield draw.request(task, np.concatenate((path[-1], note)), action, len(system))
             tried[-1] += 1
-            if len(path) < depth and writer.rng.random() >= dead_end:
-                returned = writer.text(writer.spread(step - step // 4, 0.4))
+            if len(path) < depth and draw.rng.random() >= dead_end:
+                returned = draw.text(draw.spread(step - step // 4, 0.4))
                 path.append(np.concatenate((path[-1], action, returned)))
                 tried.append(0)
 
@@ -382,7 +382,7 @@ def tree_search(
     second = 0.0
     while True:
         while len(running) < parallel and (task := next(waiting, None)) is not None:
-            running.append(search(task, systems[int(writer.rng.integers(toolsets))]))
+            running.append(search(task, systems[int(draw.rng.integers(toolsets))]))
         if not running:
             return
         for one in list(running):
@@ -413,10 +413,10 @@ def retries(
     tokens. A later trial differs from the first answer on. ``parallel`` agents take turns. The end
     of the user message is declared.
     """
-    writer = Writer(seed, boundaries)
-    examples = [writer.text(head) for _ in range(heads)]
+    draw = Draw(seed, boundaries)
+    examples = [draw.text(head) for _ in range(heads)]
     texts = [
-        np.concatenate((examples[number % heads], writer.text(writer.between(150, 300))))
+        np.concatenate((examples[number % heads], draw.text(draw.between(150, 300))))
         for number in range(questions)
     ]
     waiting = iter(range(trials * questions))
@@ -424,14 +424,14 @@ def retries(
     """Each agent's trial and question as one number, requests left, and prompt."""
     while True:
         while len(running) < parallel and (number := next(waiting, None)) is not None:
-            running.append((number, writer.between(4, 12), texts[number % questions]))
+            running.append((number, draw.between(4, 12), texts[number % questions]))
         if not running:
             return
         number, left, prompt = running.pop(0)
-        answer = writer.text(writer.spread(step // 2, 0.4))
-        yield writer.request(number, prompt, answer, len(texts[number % questions]))
+        answer = draw.text(draw.spread(step // 2, 0.4))
+        yield draw.request(number, prompt, answer, len(texts[number % questions]))
         if left > 1:
-            seen = writer.text(writer.spread(step - step // 2, 0.4))
+            seen = draw.text(draw.spread(step - step // 2, 0.4))
             running.append((number, left - 1, np.concatenate((prompt, answer, seen))))
 
 
@@ -453,27 +453,27 @@ def live_agents(
     pace of its own, from 2 to 8 seconds between calls, so that the calls of others in between are
     few. A finished session is replaced.
     """
-    writer = Writer(seed, boundaries)
-    system = writer.text(head)
+    draw = Draw(seed, boundaries)
+    system = draw.text(head)
     running: list[tuple[float, int, int, float, Tokens]] = []
     """Time of the next call, number, final length, pace and prompt of each session, as a heap."""
 
     def begin(number: int, second: float) -> None:
-        prompt = np.concatenate((system, writer.text(writer.spread(1500))))
-        pace = 2.0 * 4.0 ** float(writer.rng.random())
-        heappush(running, (second, number, writer.between(shortest, longest), pace, prompt))
+        prompt = np.concatenate((system, draw.text(draw.spread(1500))))
+        pace = 2.0 * 4.0 ** float(draw.rng.random())
+        heappush(running, (second, number, draw.between(shortest, longest), pace, prompt))
 
     for number in range(min(live, sessions)):
         begin(number, float(number))
     begun = len(running)
     while running:
         second, number, final, pace, prompt = heappop(running)
-        answer = writer.text(writer.spread(step // 3, 0.4))
-        request = writer.request(number, prompt, answer, head)
+        answer = draw.text(draw.spread(step // 3, 0.4))
+        request = draw.request(number, prompt, answer, head)
         yield request._replace(timestamp_s=second)
-        seen = writer.text(writer.spread(step - step // 3, 0.4))
+        seen = draw.text(draw.spread(step - step // 3, 0.4))
         prompt = np.concatenate((prompt, answer, seen))
-        second += pace * float(writer.rng.uniform(0.8, 1.2))
+        second += pace * float(draw.rng.uniform(0.8, 1.2))
         if len(prompt) < final:
             heappush(running, (second, number, final, pace, prompt))
         elif begun < sessions:
@@ -500,18 +500,18 @@ def phased_heads(
     only, and each text is used once. The chats of a phase, ``turns`` rounds of ``chats``, evict the
     head and end with it.
     """
-    writer = Writer(seed, boundaries)
-    shared, session = writer.text(head), 0
+    draw = Draw(seed, boundaries)
+    shared, session = draw.text(head), 0
     for phase in range(phases):
         if phase % 2 == 0:
-            texts = [writer.text(writer.spread(question)) for _ in range(questions)]
-        for number in writer.rng.permutation(questions).tolist():
-            prompt = np.concatenate((shared, texts[number], writer.text(writer.spread(report))))
-            yield writer.request(session, prompt, writer.text(_ANSWER * 2))
+            texts = [draw.text(draw.spread(question)) for _ in range(questions)]
+        for number in draw.rng.permutation(questions).tolist():
+            prompt = np.concatenate((shared, texts[number], draw.text(draw.spread(report))))
+            yield draw.request(session, prompt, draw.text(_ANSWER * 2))
             session += 1
-        histories = [writer.text(0)] * chats
-        added, answered = partial(writer.spread, 400), partial(writer.spread, 200)
-        for request in _rounds(writer, histories, turns, added, answered):
+        histories = [draw.text(0)] * chats
+        added, answered = partial(draw.spread, 400), partial(draw.spread, 200)
+        for request in _rounds(draw, histories, turns, added, answered):
             yield request._replace(session=(session, request.session))
         session += 1
 
@@ -537,9 +537,9 @@ def sharegpt_like(
     """Generate the first ``requests`` of ``sessions`` chats. Questions and answers have log-normal
     lengths with medians ``user`` and ``answer``; sessions start with one of ``systems`` prompts of
     2,000 tokens, if there are any."""
-    writer = Writer(seed)
-    shared = [writer.text(2000) for _ in range(systems)] or [writer.text(0)]
-    openings = [shared[int(writer.rng.integers(len(shared)))] for _ in range(sessions)]
+    draw = Draw(seed)
+    shared = [draw.text(2000) for _ in range(systems)] or [draw.text(0)]
+    openings = [shared[int(draw.rng.integers(len(shared)))] for _ in range(sessions)]
     drawn = (
         _session(seed, number, user, answer, opening) for number, opening in enumerate(openings)
     )
@@ -547,17 +547,17 @@ def sharegpt_like(
 
 
 def _session(seed: int, number: int, user: int, answer: int, opening: Tokens) -> list[TraceRequest]:
-    writer = Writer((seed, number))
-    turns = 10 + int(writer.rng.geometric(1 / 6)) - 1
+    draw = Draw((seed, number))
+    turns = 10 + int(draw.rng.geometric(1 / 6)) - 1
     requests = []
     history = opening
     when = 0.0
     for _ in range(turns):
-        question = writer.text(_length(writer.rng, user))
+        question = draw.text(_length(draw.rng, user))
         prompt = np.concatenate((history, question))
-        reply = writer.text(_length(writer.rng, answer))
+        reply = draw.text(_length(draw.rng, answer))
         when += len(question) / _TOKENS_PER_S_TYPED
-        request = writer.request(number, prompt, reply, len(opening))
+        request = draw.request(number, prompt, reply, len(opening))
         requests.append(request._replace(timestamp_s=when))
         history = np.concatenate((prompt, reply))
     return requests

@@ -34,12 +34,11 @@ from hybridcache.allocators.moves import DISK, HOST
 from hybridcache.command.parser import did_you_mean, or_known
 from hybridcache.config import GRID, CacheConfig
 from hybridcache.geometry.model import DTYPE_BYTES, ModelGeometry
-from hybridcache.geometry.times import MeasuredTimes, Roofline
+from hybridcache.geometry.times import MeasuredTimes, Roofline, StepTimes
 from hybridcache.geometry.units import format_bytes
 from hybridcache.lab.baselines import BASELINES
 from hybridcache.lab.evictions import ALL_NAMES, LAB_NAMES, make_eviction
 from hybridcache.lab.simulation.sizes import budget_bytes, shares, sizes, working_set_bytes
-from hybridcache.lab.simulation.step_times import MeasuredSteps, RooflineSteps, StepTimes
 from hybridcache.lab.trace import Trace
 from hybridcache.lab.traces import open_trace
 from hybridcache.policies.admission import KEPT_S
@@ -385,9 +384,12 @@ class Scenario:
     def step_times(self, geometry: ModelGeometry) -> Any:
         """Return the times of whole steps. ValueError if a table has none."""
         times = self.prefill_times(geometry)
-        if isinstance(times, Roofline):
-            return RooflineSteps(times)
-        return MeasuredSteps(times) if isinstance(times, MeasuredTimes) else times
+        if isinstance(times, MeasuredTimes) and not times.decodes:
+            raise ValueError(
+                f"{times.source} has no times of decode steps: measure it again with "
+                "experiments.benchmarks.measure_prefill of a checkout, or add them"
+            )
+        return times
 
     def points(
         self, trace: Trace, page_tokens: int, usual: str | float = GIB_SPEC

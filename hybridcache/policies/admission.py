@@ -69,7 +69,7 @@ KEPT_S = 300.0
 """Seconds after which the place of an idle session is given to another."""
 
 
-class Live(AdmissionPolicy):
+class LiveSessions(AdmissionPolicy):
     """Serve at most ``limit`` (N) sessions at a time; requests of others wait until one ends.
 
     A live session that is idle keeps its place until it is known to have ended, for ``KEPT_S`` at

@@ -77,7 +77,7 @@ ADMISSION_NAMES: dict[str, NamedPolicy] = {
     "cached-first": NamedPolicy(admission.CachedFirst),
     "longest-match": NamedPolicy(admission.LongestMatch),
     "sessions": NamedPolicy(admission.SessionGate),
-    "live": NamedPolicy(admission.Live, "sessions", "16"),
+    "live": NamedPolicy(admission.LiveSessions, "sessions", "16"),
 }
 """Names of admission policies."""
 

@@ -1,1 +1,1 @@
-"""Radix tree: nodes, edges and their items. Independent of pools, policies and models."""
+"""Prefix cache over a radix tree: tree, cache, leases, tiers."""

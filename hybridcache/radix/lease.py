@@ -81,7 +81,7 @@ Saved = tuple[int, int]
 # a planned checkpoint is held from `take_checkpoint_slots` until the `publish` that covers its
 # position: then cached, or free if the tree would not have it.
 #
-# In an arena rows get other places when a slab is emptied (`allocators.moves`). No row changes
+# In an arena rows get other places when a slab is emptied (`allocators.pools`). No row changes
 # hands by that: the lease renames its own, and the next step plan carries the new numbers.
 
 

@@ -1,7 +1,7 @@
 """Warm state: tokens seen, evicted checkpoints, clock and learned policy state, saved for restart.
 
 A file is ``MAGIC``, then JSON compressed by zlib, which detects damage by its checksum. Arrays are
-``{"array": dtype, "shape": [...], "data": base64}``, little-endian. The JSON is one ``Body``.
+``{"array": dtype, "shape": [...], "data": base64}``, little-endian. It is a ``WarmStateBody``.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Learned(TypedDict):
     state: dict[str, Any]
 
 
-class Body(TypedDict):
+class WarmStateBody(TypedDict):
     """Contents of a file."""
 
     page_size: int
@@ -95,7 +95,7 @@ def write_memory(cache: HybridRadixCache, placement: Sequence[PlacementPolicy] =
         reasons.append("" if item is None else item.stop_reason)
         memos.append(None if item is None or eviction is None else policy.memo_state(item))
         tokens.append(node.tokens)
-    body: Body = {
+    body: WarmStateBody = {
         "page_size": cache.page_size,
         "grid": cache.grid,
         "now": cache.now,
@@ -140,7 +140,7 @@ def pack(body: bytes) -> bytes:
     return MAGIC + zlib.compress(body, 1)
 
 
-def unpack(data: bytes) -> Memory:
+def unpack(data: bytes) -> WarmState:
     """Read the bytes of a file. Raises ValueError if they are damaged or of another version.
 
     What passes the checksum is trusted: ``write_memory`` of this version wrote it.
@@ -151,10 +151,10 @@ def unpack(data: bytes) -> Memory:
         body = zlib.decompress(data[len(MAGIC) :])
     except zlib.error as error:
         raise ValueError("the warm state is damaged") from error
-    return Memory(json.loads(body, object_hook=_read))
+    return WarmState(json.loads(body, object_hook=_read))
 
 
-class Memory:
+class WarmState:
     """Contents of one file, to be restored into an empty cache with or without tiers.
 
     Call ``recall_tree``, then adopt the contents of lower tiers, then call ``recall_policies``.
@@ -187,7 +187,7 @@ class Memory:
     (0, 100)
     """
 
-    def __init__(self, plain: Body) -> None:
+    def __init__(self, plain: WarmStateBody) -> None:
         self._plain = plain
         self._items: list[tuple[Checkpoint, object]] = []
         """Checkpoints of the file, and the data that the policy had of each."""

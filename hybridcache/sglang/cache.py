@@ -46,7 +46,7 @@ from hybridcache.sglang.translation import (
     HostTier,
     LossMeter,
     Offer,
-    Pending,
+    PendingLoad,
     RequestStates,
     RowView,
     SlotView,
@@ -181,7 +181,7 @@ class HybridRadixBackend(base.BasePrefixCache):
         handle: Any = handle_of(found.node)
         best, num_loadable = handle, 0
         if req is not None and found.loadable:
-            best = Pending(found.loadable[-1], prompt, found.namespace)
+            best = PendingLoad(found.loadable[-1], prompt, found.namespace)
             num_loadable = best.resumable.position - found.cached_len
         return base.MatchResult(
             device_prefix_len=found.cached_len,

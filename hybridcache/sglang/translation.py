@@ -366,7 +366,7 @@ class HostReader:
 # --- Host tier ------------------------------------------------------------------------------------
 
 
-class Pending(NamedTuple):
+class PendingLoad(NamedTuple):
     """Offloaded prefix that a waiting request could resume from after a load."""
 
     resumable: Resumable
@@ -535,7 +535,7 @@ class RequestStates:
         req.kv.mamba_needs_clear = False
         return match
 
-    def load(self, cache: HybridRadixCache, req: Req, pending: Pending) -> PrefixMatch | None:
+    def load(self, cache: HybridRadixCache, req: Req, pending: PendingLoad) -> PrefixMatch | None:
         """Load an offloaded prefix and let ``req`` resume from it. Returns its match, or None if
         there is no room, and then changes nothing in ``req``. O(tokens)."""
         slot = None if req.kv.holds_mamba else self.take_slot(cache)

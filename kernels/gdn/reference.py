@@ -30,7 +30,7 @@ import torch
 import torch.nn.functional as F
 
 from kernels.packed import ScanInputs, StepInputs
-from kernels.tiles import Layout, Tiles, add_products, decays_, decode, lay_out, scan
+from kernels.tiles import Tiles, Tiling, add_products, decays_, decode, lay_out, scan
 
 L2_EPS = 1e-6
 
@@ -93,7 +93,7 @@ def _solve_tiles(
     value: torch.Tensor,
     gate: torch.Tensor,
     beta: torch.Tensor,
-    layout: Layout,
+    layout: Tiling,
     scale: float,
 ) -> Tiles:
     """Compute the factors of all tiles.

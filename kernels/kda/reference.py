@@ -40,7 +40,7 @@ import torch.nn.functional as F
 
 from kernels.gdn.reference import normalise, prepare, write_and_read
 from kernels.packed import ScanInputs, StepInputs
-from kernels.tiles import Layout, Tiles, add_products, decays_, decode, groups, lay_out, scan
+from kernels.tiles import Tiles, Tiling, add_products, decays_, decode, groups, lay_out, scan
 
 
 def gates(
@@ -94,7 +94,7 @@ def _solve_tiles(
     value: torch.Tensor,
     gate: torch.Tensor,
     beta: torch.Tensor,
-    layout: Layout,
+    layout: Tiling,
     scale: float,
 ) -> Tiles:
     """Compute the factors of all tiles.

@@ -29,7 +29,7 @@ import torch
 import torch.nn.functional as F
 
 from kernels.packed import ScanInputs, StepInputs
-from kernels.tiles import Layout, carry, decays_, decode, groups, lay_out, save
+from kernels.tiles import Tiling, carry, decays_, decode, groups, lay_out, save
 
 NO_LIMITS = (0.0, float("inf"))
 BLOCK = 2**18
@@ -122,7 +122,7 @@ def _tile(
     C: torch.Tensor,
     gate: torch.Tensor,
     step: torch.Tensor,
-    layout: Layout,
+    layout: Tiling,
 ) -> _Inputs:
     def tiled(x: torch.Tensor) -> torch.Tensor:
         shape = layout.num_tiles, x.shape[1], layout.tile_size, x.shape[2]
@@ -131,7 +131,7 @@ def _tile(
     return _Inputs(tiled(x), tiled(B), tiled(C), layout.tile_factor(gate), layout.tile_factor(step))
 
 
-def _blocks(layout: Layout, heads: int) -> Iterator[tuple[slice, list[int]]]:
+def _blocks(layout: Tiling, heads: int) -> Iterator[tuple[slice, list[int]]]:
     """Yield groups of tiles that are computed together, with the steps of the scan."""
     room = max(BLOCK // (heads * layout.tile_size**2), 1)
     steps: list[int] = []

@@ -10,7 +10,7 @@ import torch
 
 from kernels.native import DTYPES, function, has_whole_rows
 from kernels.state_copy import reference
-from kernels.state_copy.reference import Form
+from kernels.state_copy.reference import StateLayout
 
 __all__ = ["copy_states", "narrow_states", "widen_states"]
 
@@ -39,7 +39,7 @@ def narrow_states(
     sources: torch.Tensor,
     slots: torch.Tensor,
     targets: torch.Tensor,
-    form: Form,
+    form: StateLayout,
 ) -> None:
     """Compute ``reference.narrow_states``, with the same bits for finite states.
 
@@ -54,7 +54,7 @@ def widen_states(
     sources: torch.Tensor,
     pool: torch.Tensor,
     targets: torch.Tensor,
-    form: Form,
+    form: StateLayout,
 ) -> None:
     """Compute ``reference.widen_states``, if `narrow_states` is native too."""
     if not _move("unpack", "widen", pool, targets, slots, sources, form):
@@ -68,7 +68,7 @@ def _move(
     own: torch.Tensor,
     slots: torch.Tensor,
     kept: torch.Tensor,
-    form: Form,
+    form: StateLayout,
 ) -> bool:
     """Move states between a pool's slots ``own`` and checkpoints. False if not supported."""
     shape, size = pool.shape[2:], pool.element_size()

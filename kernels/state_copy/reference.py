@@ -12,7 +12,7 @@ import torch
 from kernels.state_copy.narrow import narrow, widen
 
 
-class Form(NamedTuple):
+class StateLayout(NamedTuple):
     """Layout of a pool's states in the bytes of a checkpoint, layer after layer."""
 
     dtype: torch.dtype
@@ -47,7 +47,7 @@ def narrow_states(
     sources: torch.Tensor,
     slots: torch.Tensor,
     targets: torch.Tensor,
-    form: Form,
+    form: StateLayout,
 ) -> None:
     """Write the states ``pool[:, sources[n]]`` into the checkpoints ``slots[targets[n]]``.
 
@@ -73,7 +73,7 @@ def widen_states(
     sources: torch.Tensor,
     pool: torch.Tensor,
     targets: torch.Tensor,
-    form: Form,
+    form: StateLayout,
 ) -> None:
     """Read ``pool[:, targets[n]]`` from the checkpoints ``slots[sources[n]]``.
 

@@ -7,9 +7,17 @@ import json
 import zlib
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
-from hybridcache import ModelGeometry, Placed, PlacementPolicy, ScorePolicy
+from hybridcache import (
+    CacheConfig,
+    ModelGeometry,
+    Placed,
+    PlacementPolicy,
+    ScorePolicy,
+    build_prefix_cache,
+)
 from hybridcache.lab.generators import agent, chat
 from hybridcache.lab.scenario import Scenario
 from hybridcache.lab.simulation.target import LeaseTarget, build_target
@@ -204,6 +212,49 @@ def test_a_state_that_cannot_be_saved_is_named():
     assert json.loads(write_memory(target.cache))["eviction"] is None
     with pytest.raises(PolicyError, match=r"Keeps.*state_dict.*set cannot be saved"):
         target.cache.match(next(iter(trace)).tokens)
+
+
+def tiered_cache():
+    """Return a cache with a host tier and a grid of 4 tokens."""
+    sizes = {"kv_bytes_per_token": 2, "state_bytes": 8, "host_bytes": 400}
+    return build_prefix_cache(CacheConfig(num_kv_tokens=64, num_slots=4, grid=4, **sizes))
+
+
+def superseded_after_restart(cache):
+    """Return, by position, which checkpoints a file of ``cache`` restores as superseded."""
+    fresh = tiered_cache()
+    unpack(pack(write_memory(cache))).recall_tree(fresh)
+    found = (node.lost_checkpoint for node in fresh._tree.nodes())
+    return {lost.position: lost.superseded for lost in found if lost is not None}
+
+
+def insert(cache, tokens, position):
+    """Publish ``tokens`` with one checkpoint at ``position``."""
+    rows, slot = cache.allocate_kv(len(tokens)), cache.allocate_slot()
+    result = cache.insert(tokens, rows, [(position, slot)])
+    cache.free_kv(result.duplicates)
+    cache.check(0, 0)
+
+
+def test_a_file_has_the_last_review_of_the_device():
+    """The state in the tier is superseded later, the evicted one of the device is not."""
+    cache, tokens = tiered_cache(), np.arange(16, dtype=np.int32)
+    insert(cache, tokens[:8], 8)
+    cache.evict(64, 4)
+    insert(cache, tokens, 16)
+    cache.evict(64, 4)  # The deeper state supersedes the one in the tier.
+    stored = {node.end: node for node in cache._tree.nodes() if node.offloaded.state}
+    assert [*stored] == [8, 16]
+    assert stored[8].offloaded.state.superseded and not stored[8].lost_checkpoint.superseded
+    assert superseded_after_restart(cache) == {8: False, 16: False}
+
+
+def test_a_file_has_the_review_of_a_tier_for_a_state_never_on_the_device():
+    cache, tokens = tiered_cache(), np.arange(16, dtype=np.int32)
+    for length in (16, 8):
+        assert cache.adopt(tokens[:length], tier="host") is not None
+    assert not any(node.checkpoint or node.lost_checkpoint for node in cache._tree.nodes())
+    assert superseded_after_restart(cache) == {8: True, 16: False}
 
 
 def test_a_truncated_or_corrupted_file_is_refused():

@@ -16,7 +16,7 @@ import torch
 
 from experiments.gpu import kernels as bench_kernels
 from experiments.gpu.kernel_cases import Case, Setup
-from experiments.gpu.kernels import Clock, Machine, measure, row
+from experiments.gpu.kernels import DeviceTimer, Machine, measure, row
 from experiments.provenance import known_records, read_json_lines, write_json_lines
 from kernels.tuning import using
 
@@ -52,9 +52,9 @@ class _Wall:
 
 
 @pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+def clock(monkeypatch: pytest.MonkeyPatch) -> DeviceTimer:
     monkeypatch.setattr(torch, "get_device_module", lambda device: _Wall)
-    return Clock("cpu", scratch_bytes=8)
+    return DeviceTimer("cpu", scratch_bytes=8)
 
 
 def _case(ours: float, rival: float) -> Case:
@@ -68,7 +68,7 @@ def _case(ours: float, rival: float) -> Case:
     )
 
 
-def test_only_correct_kernels_are_timed(clock: Clock) -> None:
+def test_only_correct_kernels_are_timed(clock: DeviceTimer) -> None:
     record = measure(_case(ours=1.001, rival=1.0), clock, MACHINE)
     assert record["is_right"]
     assert set(record["seconds"]) == {"ours", "rival"}

@@ -13,9 +13,9 @@ import pytest
 
 from experiments.benchmarks import overhead
 from experiments.benchmarks.serving import (
-    Answer,
-    Prompt,
-    Run,
+    ClientAnswer,
+    LoadRun,
+    NextTurn,
     Targets,
     conversation_jobs,
     drive,
@@ -38,10 +38,10 @@ def test_summary_follows_the_definitions() -> None:
     """TPOT = (E2E - TTFT) / (n - 1). Goodput counts requests within both targets. The hit rate is
     one of tokens."""
     answers = [
-        Answer(1.0, (1.5, 1.6, 1.9), num_prompt=300, num_output=3, cached_len=100),
-        Answer(2.0, (4.0,), num_prompt=100, num_output=1, cached_len=0),
+        ClientAnswer(1.0, (1.5, 1.6, 1.9), num_prompt=300, num_output=3, cached_len=100),
+        ClientAnswer(2.0, (4.0,), num_prompt=100, num_output=1, cached_len=0),
     ]
-    sums = summary(Run(answers, num_cut=1, seconds=4.0), TARGETS)
+    sums = summary(LoadRun(answers, num_cut=1, seconds=4.0), TARGETS)
     assert answers[0].tpot_s == pytest.approx(0.2)
     assert answers[1].tpot_s is None
     assert sums["ttft_ms"] == pytest.approx({"mean": 1250, "p50": 1250, "p99": 1985})
@@ -50,7 +50,7 @@ def test_summary_follows_the_definitions() -> None:
     assert sums["output_tokens_per_s"] == 1.0
     assert sums["token_hit_rate"] == 0.25
     assert sums["goodput_per_s"] == 0.0
-    lax = summary(Run(answers, 0, 4.0), Targets(2.5, 0.3))
+    lax = summary(LoadRun(answers, 0, 4.0), Targets(2.5, 0.3))
     assert lax["goodput_per_s"] == 0.5
 
 
@@ -59,7 +59,7 @@ def test_sweep_reports_hit_rates_with_and_without_cache() -> None:
     shared = draw.integers(0, 256, 140, dtype=np.int32)
     lengths = draw.integers(150, 450, 6, endpoint=True) - 140
     unique = [draw.integers(0, 256, length, dtype=np.int32) for length in lengths]
-    jobs = [[Prompt(np.concatenate((shared, tokens)), 5)] for tokens in unique]
+    jobs = [[NextTurn(np.concatenate((shared, tokens)), 5)] for tokens in unique]
     window = {"seconds": 60.0, "num_clients": 1}
     servers = {cache: oracle_server(cache) for cache in ("hybrid", "none")}
     works = dict(sweep(servers, jobs, (1, 4), TARGETS, **window))
@@ -77,13 +77,13 @@ def test_sweep_reports_hit_rates_with_and_without_cache() -> None:
 def test_prompts_contain_the_real_answers_and_the_window_begins_after_the_ramp() -> None:
     """Each prompt repeats its conversation, and the ramp of two turns is not counted."""
     draw = np.random.default_rng(1)
-    jobs = [[Prompt(draw.integers(0, 256, 100, dtype=np.int32), 8)] * 4 for _ in range(3)]
+    jobs = [[NextTurn(draw.integers(0, 256, 100, dtype=np.int32), 8)] * 4 for _ in range(3)]
     with oracle_server("hybrid") as port:
         every = drive(port, jobs, 3, seconds=60.0, num_clients=1)
         later = drive(port, jobs, 3, seconds=60.0, ramp=2, num_clients=2)
         cut = drive(port, jobs, 3, seconds=0.0, num_clients=1)
         with pytest.raises(ValueError, match=r"A request failed: .*400"):
-            drive(port, [[Prompt(np.full(8, 10**6, np.int32), 2)]], 1, seconds=60.0)
+            drive(port, [[NextTurn(np.full(8, 10**6, np.int32), 2)]], 1, seconds=60.0)
     # The grid of checkpoints is 64: 320 tokens contain 4 of the third answer.
     lengths = [(100, 0, 0), (208, 108, 64), (316, 216, 192), (424, 324, 320)]
     found = [(one.num_prompt, one.num_seen, one.cached_len) for one in every.answers]
@@ -115,7 +115,7 @@ def test_a_message_takes_at_most_20_us_of_a_client() -> None:
 
     server = threading.Thread(target=answer, daemon=True)
     server.start()
-    jobs = [[Prompt(np.zeros(4, np.int32), num_messages)]] * 256
+    jobs = [[NextTurn(np.zeros(4, np.int32), num_messages)]] * 256
     with listener:
         run = drive(listener.getsockname()[1], jobs, 256, seconds=60.0, num_clients=1)
         server.join(60)

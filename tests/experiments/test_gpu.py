@@ -34,9 +34,9 @@ def parts(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     return lines
 
 
-def part_of(line: str, limit_s: float = 60.0, files: str = "bench.jsonl", **more) -> gpu.Part:
+def part_of(line: str, limit_s: float = 60.0, files: str = "bench.jsonl", **more) -> gpu.GpuPart:
     """Return a part that runs one line of Python."""
-    return gpu.Part(lambda out, dry: [sys.executable, "-c", line], limit_s, files=files, **more)
+    return gpu.GpuPart(lambda out, dry: [sys.executable, "-c", line], limit_s, files=files, **more)
 
 
 def run(out: Path, *arguments: str) -> int:
@@ -76,7 +76,7 @@ def test_children_of_a_hanging_part_are_stopped(
 ) -> None:
     (child := tmp_path / "child").touch()
     shell = f"sleep 600 & echo $! > {child}; sleep 600"
-    monkeypatch.setitem(gpu.PARTS, "big", gpu.Part(lambda out, dry: ["sh", "-c", shell], 0.5))
+    monkeypatch.setitem(gpu.PARTS, "big", gpu.GpuPart(lambda out, dry: ["sh", "-c", shell], 0.5))
     assert gpu.run_part("big", tmp_path, dry=True) == "timed out"
     if pid := child.read_text():  # A slow shell is stopped before it has a child.
         wait_until(lambda: is_gone(int(pid)))
@@ -115,7 +115,7 @@ def test_a_signal_leaves_an_archive_of_the_finished_records(tmp_path: Path) -> N
     line = f"import pathlib, time; pathlib.Path({str(out)!r}, 'one.jsonl').touch(); time.sleep(600)"
     script = (
         "import sys\nfrom experiments.gpu import __main__ as gpu\n"
-        f"gpu.PARTS = {{'check': gpu.Part(lambda out, dry: [sys.executable, '-c', {line!r}], 600)}}\n"
+        f"gpu.PARTS = {{'check': gpu.GpuPart(lambda out, dry: [sys.executable, '-c', {line!r}], 600)}}\n"
         f"gpu.main(['--dry', '--part', 'check', '--out', {str(out)!r}])"
     )
     with subprocess.Popen([sys.executable, "-c", script], cwd=gpu.ROOT) as process:

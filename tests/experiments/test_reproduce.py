@@ -59,8 +59,8 @@ class Tree:
         file = Path(f"{self.root / 'experiments' / OUTPUT}.runs")
         return len(file.read_text().splitlines()) if file.exists() else 0
 
-    def part(self, **more: object) -> reproduce.Part:
-        tiny = reproduce.Part("tiny", "experiments.tiny_part", (OUTPUT,), 1, "a figure")
+    def part(self, **more: object) -> reproduce.Rebuilt:
+        tiny = reproduce.Rebuilt("tiny", "experiments.tiny_part", (OUTPUT,), 1, "a figure")
         return replace(tiny, **more)  # type: ignore[arg-type]
 
 

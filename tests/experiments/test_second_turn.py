@@ -22,9 +22,9 @@ from experiments.benchmarks.second_turn import (
     RIVALS,
     Client,
     ClientRequest,
-    Memory,
     Results,
     Sent,
+    ServerMemory,
     Side,
     Steps,
     Text,
@@ -59,7 +59,7 @@ READ_AGAIN: dict[str, list[int]] = {
 
 @contextlib.contextmanager
 def served(needs: str, folder: Path, **options: object) -> Iterator[Client]:
-    memory = Memory.of(BUILTIN_DIR, SIZE)
+    memory = ServerMemory.of(BUILTIN_DIR, SIZE)
     settings: dict[str, object] = {"cache_gib": 0.05, **options}
     if needs in ("scarce", "tiered"):
         settings["cache_gib"] = memory.num_bytes / GIB

@@ -38,7 +38,6 @@ from hybridcache.geometry.times import MeasuredTimes
 from hybridcache.lab.board import Cell as BoardCell
 from hybridcache.lab.board import Split
 from hybridcache.lab.intervals import Interval
-from hybridcache.lab.simulation.step_times import MeasuredSteps
 from hybridcache.lab.trace import Trace, TraceRequest
 from hybridcache.lab.traces import SHIPPED, recognise
 from hybridcache.policies.placement import Adaptive
@@ -154,7 +153,7 @@ def test_named_trace_is_read_by_a_reader_or_generator(
     ids=lambda part: part.name,
 )
 def test_part_declares_the_published_files_that_its_study_reads(
-    part: reproduce.Part, monkeypatch: pytest.MonkeyPatch
+    part: reproduce.Rebuilt, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read: set[str] = set()
     monkeypatch.setattr(lab, "in_data", lambda spec: read.add(spec.partition("?")[0]))
@@ -212,7 +211,7 @@ def test_measured_steps_are_a_table_for_simulations(tmp_path: Path) -> None:
     assert record["decodes"] == [1, 4] and all(seconds > 0 for seconds in record["decode_s"])
     path = tmp_path / "times.json"
     path.write_text(json.dumps(record))
-    steps = MeasuredSteps(MeasuredTimes.load(path))
+    steps = MeasuredTimes.load(path)
     seconds = max(record["table_s"][1][1], record["decode_s"][0])  # the clock counts its calls
     assert steps.step_seconds([(512, 640)], 0, 0) == seconds > 0
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kernels.state_copy import reference
-from kernels.state_copy.reference import Form
+from kernels.state_copy.reference import StateLayout
 from tests.kernels.compiled import by_backend, int32, native
 
 fused = pytest.importorskip("kernels.state_copy.fused")
@@ -67,7 +67,7 @@ def test_native_checkpoints_equal_the_reference(
     shape = (3, 5, 2, 17, width)
     pool = (torch.randn(shape) * torch.logspace(-3, 3, width)).to(dtype)
     pool[1, 2, 1] = 0
-    form = Form(codes, dims if codes in CODES else None, 16, 32 + pool[:, 0].numel() * 4)
+    form = StateLayout(codes, dims if codes in CODES else None, 16, 32 + pool[:, 0].numel() * 4)
     sources, stored, targets = (
         torch.tensor(order[:3]),
         torch.tensor(order[1:4]),
@@ -97,7 +97,7 @@ def test_codes_and_ties_between_them_are_rounded(kernel, codes) -> None:
     results = []
     for backend in (kernel, reference):
         slots, restored = torch.zeros(1, 2048, dtype=torch.uint8), torch.zeros_like(pool)
-        first, form = torch.tensor([0]), Form(codes, (0, 1, 2), 0, 2000)
+        first, form = torch.tensor([0]), StateLayout(codes, (0, 1, 2), 0, 2000)
         backend.narrow_states(pool, first, slots, first, form)
         backend.widen_states(slots, first, restored, first, form)
         assert slots[0, 2000:2004].view(torch.float32) == 1

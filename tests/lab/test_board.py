@@ -18,10 +18,22 @@ from hybridcache import closed_loop
 from hybridcache.geometry.model import ModelGeometry
 from hybridcache.geometry.units import GIB
 from hybridcache.lab import board as module
-from hybridcache.lab.board import BUILT_IN, PLAN, Board, Cell, Measured, Split, board, drawn
+from hybridcache.lab.board import (
+    BUILT_IN,
+    PLAN,
+    Board,
+    Cell,
+    Job,
+    Measured,
+    Split,
+    board,
+    drawn,
+    run_job,
+)
 from hybridcache.lab.cli import main
 from hybridcache.lab.scenario import sources_of
 from hybridcache.lab.simulation.sizes import shares, working_set_bytes
+from hybridcache.lab.trace import Trace
 from hybridcache.lab.traces import SHIPPED
 from hybridcache.policies.eviction.lru import LRU
 from tests.documents import blocks
@@ -147,7 +159,11 @@ def test_rows_are_means_over_cells_with_the_worst_and_the_best_rebuilt_system_of
         PLAN: (0.7, 0.7),
     }
     runs = [
-        Measured(cell, seed, name, [1.0], [9.0], [rate + seed / 100], bound=[0.9] * (name == PLAN))
+        Measured(
+            *(cell, seed, name, [1.0], [9.0], [rate + seed / 100]),
+            bound=[0.9] * (name == PLAN),
+            is_rebuilt=name in ("vllm", "sglang"),
+        )
         for name, both in rates.items()
         for seed in split.seeds
         for cell, rate in zip("ab", both, strict=True)
@@ -326,6 +342,11 @@ def test_a_policy_with_the_name_of_a_rebuilt_system_is_the_policy() -> None:
     found = board((), split, built_in=("marconi", "lru"))
     assert {"marconi@adaptive", "marconi"} < {row.name for row in found.rows()}
     assert "\nmarconi (rebuilt) " in found.table() and "\nmarconi@adaptive " in found.table()
+    assert found.rebuilt == {"marconi"}
+    of_policy = run_job(Trace("", 1, tuple), Job(split, SHORT, 0, "marconi", None))
+    by_name = {run.system: run for run in found.runs}
+    assert of_policy.replay == by_name["marconi@adaptive"].replay != by_name["marconi"].replay
+    assert not of_policy.is_rebuilt
 
 
 def test_closed_loops_decide_the_order(tiny: Board) -> None:

@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from experiments.studies.admission import Kind, LinearSteps, Workload, scenario
-from hybridcache.lab.simulation.closed_loop import LoopRun, Turn, simulate_closed_loop
+from experiments.studies.admission import Kind, LinearSteps, MixedLoad, scenario
+from hybridcache.lab.simulation.closed_loop import LoopRun, SessionTurn, simulate_closed_loop
 from hybridcache.policies.admission import (
     DUE_FACTOR,
     DUE_S,
@@ -271,7 +271,7 @@ class Crowd:
     start_s: float = 60.0
     """Arrival of the first of ``NUM_NEW`` new conversations."""
 
-    def turns(self, number: int) -> Sequence[Turn]:
+    def turns(self, number: int) -> Sequence[SessionTurn]:
         """Return the turns of a conversation, of up to 1,500 tokens."""
         tenant = number % self.num_tenants
         pause_s = self.pauses_s[tenant % len(self.pauses_s)]
@@ -280,7 +280,7 @@ class Crowd:
 
 
 @dataclass(frozen=True)
-class Turns(Sequence[Turn]):
+class Turns(Sequence[SessionTurn]):
     text: np.ndarray
     pause_s: float
     tenant: str
@@ -289,12 +289,14 @@ class Turns(Sequence[Turn]):
     def __len__(self) -> int:
         return 10**6
 
-    def __getitem__(self, turn: Any) -> Turn:
+    def __getitem__(self, turn: Any) -> SessionTurn:
         prompt_len = 600 + 10 * (turn % 90)
         text = self.text[: prompt_len + 2]
         if self.is_new:
             text = text + np.int32(turn)
-        return Turn(text, prompt_len, self.pause_s, self.tenant, PromptBoundaries(), "", "request")
+        return SessionTurn(
+            text, prompt_len, self.pause_s, self.tenant, PromptBoundaries(), "", "request"
+        )
 
 
 NUM_NEW = 3
@@ -325,7 +327,7 @@ def serve_crowd(crowd: Crowd, admission: str) -> list[float]:
         [Turns(np.full(2000, 50_000 + n, np.int32), 0.0, tenant, False)[0]] for n in range(NUM_NEW)
     ]
     cell = replace(
-        scenario(Workload(0, 30_000, ()), "crowd", 1, 1.0, admission),
+        scenario(MixedLoad(0, 30_000, ()), "crowd", 1, 1.0, admission),
         times=LinearSteps(step_s=0.01, prefill_token_s=0.001, decode_token_s=0.0),
         max_running=4,
         token_budget=256,
@@ -353,7 +355,7 @@ def test_a_new_conversation_waits_at_most_4_times_as_long_as_oldest_first(crowd:
 
 
 LONG_HEADS = Kind((1000, 12_000), (6, 16), (100, 4000), (30, 250), (3.0, 1.2), 8000)
-CLAUDE_CODE_LIKE = Workload(16, 120_000, (), (LONG_HEADS,), token_budget=8192)
+CLAUDE_CODE_LIKE = MixedLoad(16, 120_000, (), (LONG_HEADS,), token_budget=8192)
 
 
 @pytest.mark.parametrize("seed", [1, 2])

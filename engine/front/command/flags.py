@@ -12,8 +12,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
 from engine.config import ConfigError
+from hybridcache.command.field_texts import class_body, documented
 from hybridcache.command.parser import HelpFormatter, Parser
-from hybridcache.fields import class_body, documented
 
 Config = TypeVar("Config")
 METAVARS: dict[type, str] = {int: "N", float: "X", str: "TEXT"}

@@ -45,7 +45,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(eq=False, slots=True)
-class Exchange:
+class Recording:
     """A request that is recorded, and its answer so far."""
 
     seconds: float
@@ -77,7 +77,7 @@ class TraceWriter:
         self._file, self._keeps_text, self._tokenizer = file, keeps_text, tokenizer
         self._key = secrets.token_bytes(32)
         self._began_s = time.monotonic()
-        self._pending: deque[Exchange] = deque()
+        self._pending: deque[Recording] = deque()
         """Exchanges from the oldest that is running on, in order of arrival."""
         self.num_requests = 0
         self.skipped: Counter[str] = Counter()
@@ -85,13 +85,13 @@ class TraceWriter:
         header = {"format": "hybridcache", "version": 1, "unit": 1, "counted_by": counted_by}
         self._file.write(_line(header))
 
-    def begin(self, body: bytes) -> Exchange:
+    def begin(self, body: bytes) -> Recording:
         """Start to record a request with this complete ``body``. O(1)."""
-        exchange = Exchange(time.monotonic() - self._began_s, body)
+        exchange = Recording(time.monotonic() - self._began_s, body)
         self._pending.append(exchange)
         return exchange
 
-    def end(self, exchange: Exchange) -> None:
+    def end(self, exchange: Recording) -> None:
         """Write ``exchange`` after all earlier ones. Does nothing if it has already ended.
 
         An incomplete answer is written too, because its request was computed.
@@ -124,7 +124,7 @@ class TraceWriter:
                         self._file.truncate(self._file.seek(end))  # No half of a line.
                     self.skip(f"the file cannot be written ({error.strerror})")
 
-    def _line_of(self, exchange: Exchange) -> bytes:
+    def _line_of(self, exchange: Recording) -> bytes:
         if exchange.answer is None:
             self.skip("requests without an answer are not written")
             return b""
@@ -346,7 +346,7 @@ class Proxy:
         )
 
 
-async def _answer(answer: httpx.Response, exchange: Exchange | None, send: Send) -> None:
+async def _answer(answer: httpx.Response, exchange: Recording | None, send: Send) -> None:
     """Send ``answer`` as it arrives. An answer that is aborted upstream gets no end, so that
     clients see that it is incomplete."""
     headers = [(name.lower(), value) for name, value in answer.headers.raw]

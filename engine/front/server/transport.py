@@ -121,7 +121,7 @@ async def _hang_up(receive: Receive) -> None:
         pass
 
 
-class EventStream(Response):
+class SentEvents(Response):
     """Server-sent events that close their iterator when the client disconnects, even between
     events. Silence is filled, so that proxies do not close the stream."""
 

@@ -34,7 +34,7 @@ from engine.front.server.bodies import (
 from engine.front.server.metrics import Metrics
 from engine.front.server.schemas import ChatRequest, Sampling
 from engine.front.server.settings import ServerConfig
-from engine.front.server.transport import DONE, EventStream, event, unless_gone
+from engine.front.server.transport import DONE, SentEvents, event, unless_gone
 from engine.messages import Compile
 from engine.requests.request import Marks, RequestSpec
 from engine.text.answers import RequestOutput, Transferred
@@ -357,7 +357,7 @@ class Writer(ABC):
             empty = msgspec.json.encode(self._completion([]))
             self._chunk_head = b"data: " + empty.removesuffix(b',"choices":[]}')
             keep_alive_s, headers = context.config.keep_alive_s, self._cache_headers
-            stream = EventStream(self._events(), headers, self.failed, keep_alive_s)
+            stream = SentEvents(self._events(), headers, self.failed, keep_alive_s)
             self._stream.handle = partial(self._write_now, stream)
             return stream
         reading = anext(self._events(is_stream=False), None)
@@ -367,7 +367,7 @@ class Writer(ABC):
         response.headers.update(self._cache_headers())
         return response
 
-    def _write_now(self, stream: EventStream, output: RequestOutput) -> bool:
+    def _write_now(self, stream: SentEvents, output: RequestOutput) -> bool:
         """Write an output to the connection without waking the task of the stream, and return True.
         Returns False for the first output of an answer, and while the client reads too slowly."""
         index = self._index_of[output.request_id]

@@ -28,7 +28,7 @@ from weakref import WeakValueDictionary
 import numpy as np
 import numpy.typing as npt
 
-from engine.plugins.tiers.prefixes import Item, Prefixes, RecordPart, covering
+from engine.plugins.tiers.prefixes import Prefixes, PrefixPart, RecordPart, covering
 from engine.plugins.tiers.records import RecordStore, record_bytes, record_name
 from hybridcache.radix.tree import Kind
 from hybridcache.tokens import Indices, Tokens
@@ -106,7 +106,7 @@ class Disk:
         # A job that hangs in the system cannot be interrupted: it must not keep the process alive.
         threading.Thread(target=self._run, name="disk", daemon=True).start()
         for record in store.scan():
-            item = Item.decode(record.meta)
+            item = PrefixPart.decode(record.meta)
             if self.prefixes.add(record.id, item):
                 self.num_bytes += self._size(item)
             else:
@@ -164,7 +164,7 @@ class Disk:
         if kind == "checkpoint":
             if known < len(tokens):
                 return []
-            state = Item(parent, len(tokens), tokens[:0], namespace)
+            state = PrefixPart(parent, len(tokens), tokens[:0], namespace)
             found = self.prefixes.ids.get(state.key)
             if found is None:
                 found = self._write(state, partial(read, 0, self.state_rows))
@@ -174,7 +174,7 @@ class Disk:
             start = known
             while start < len(tokens):  # In records of a bounded size.
                 end = min(start + self._run_tokens, len(tokens))
-                run = Item(parent, start, tokens[start:end].copy(), namespace)
+                run = PrefixPart(parent, start, tokens[start:end].copy(), namespace)
                 number = self._write(run, partial(read, start - first, end - first))
                 if number is None:
                     break
@@ -308,7 +308,7 @@ class Disk:
             self._started_s = None
             del work, done  # Contents of a record are released when nothing else has them.
 
-    def _write(self, item: Item, read: Callable[[], FutureRows]) -> int | None:
+    def _write(self, item: PrefixPart, read: Callable[[], FutureRows]) -> int | None:
         """Queue a record. Returns its id, or None if there is no room or time."""
         number, num_bytes = self._next_id, self._num_rows(item) * self.row_bytes
         waiting_bytes = self._queued_bytes - self._done_bytes
@@ -374,9 +374,9 @@ class Disk:
         self._read_bytes = FADING * self._read_bytes + out.nbytes
         return out
 
-    def _num_rows(self, item: Item) -> int:
+    def _num_rows(self, item: PrefixPart) -> int:
         return self.state_rows if item.is_state else len(item.tokens)
 
-    def _size(self, item: Item) -> int:
+    def _size(self, item: PrefixPart) -> int:
         """Return the disk space of a record."""
         return record_bytes(len(item.encode()), self._num_rows(item) * self.row_bytes)

@@ -33,7 +33,7 @@ from hybridcache.radix.offload import path_of
 from hybridcache.radix.protocol import PlacementPolicy
 from hybridcache.radix.tiers import TieredRadixCache
 from hybridcache.radix.tree import Kind, RadixNode
-from hybridcache.radix.warm_state import Memory, pack, unpack, write_memory
+from hybridcache.radix.warm_state import WarmState, pack, unpack, write_memory
 from hybridcache.scheduling.cache_manager import CacheManager
 from hybridcache.tokens import EMPTY, Indices, Tokens
 
@@ -99,7 +99,7 @@ class TierPlugin(Plugin):
         weights_dir = None if config.load_format == "dummy" else config.model_dir
         self._store = None if state_dir is None else RecordStore(Path(state_dir), weights_dir)
         self.disk: Disk | None = None
-        self._saved_state: Memory | None = None
+        self._saved_state: WarmState | None = None
         """Policy state in the folder, until all of it is restored."""
         self._placement: Sequence[PlacementPolicy] = ()
         self._has_changes = False

@@ -30,7 +30,7 @@ class RecordPart(NamedTuple):
     num_rows: int
 
 
-class Item(NamedTuple):
+class PrefixPart(NamedTuple):
     """One record: a run of tokens with their KV, or the state at the end of a prefix."""
 
     parent: int
@@ -62,7 +62,7 @@ class Item(NamedTuple):
         return msgspec.msgpack.encode((self.parent, self.start, tokens, space))
 
     @classmethod
-    def decode(cls, meta: bytes) -> Item:
+    def decode(cls, meta: bytes) -> PrefixPart:
         """Return the item of a record. Its checksum was compared, so the meta is trusted."""
         parent, start, tokens, space = msgspec.msgpack.decode(meta)
         found = np.frombuffer(tokens, "<i4").astype(np.int32)
@@ -74,7 +74,7 @@ class Prefixes:
     it."""
 
     def __init__(self, num_rows: int) -> None:
-        self.items: dict[int, Item] = {}
+        self.items: dict[int, PrefixPart] = {}
         self.ids: dict[Hashable, int] = {}
         """Ids of all items by ``key``."""
         self._num_uses: dict[int, int] = {}
@@ -88,7 +88,7 @@ class Prefixes:
         """Record id of each row, or 0 if it points nowhere."""
         self._offsets = np.zeros(num_rows, np.int32)
 
-    def add(self, number: int, item: Item) -> bool:
+    def add(self, number: int, item: PrefixPart) -> bool:
         """Add an item as the last used. Returns False without a parent, or if it exists."""
         if item.key in self.ids or (item.parent and item.parent not in self.items):
             return False
@@ -98,7 +98,7 @@ class Prefixes:
         self._use(item.parent, 1)
         return True
 
-    def remove(self, number: int) -> Item:
+    def remove(self, number: int) -> PrefixPart:
         """Remove an item that is not in use, and return it."""
         item = self.items.pop(number)
         del self.ids[item.key], self._num_uses[number], self.unused[number]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hybridcache.geometry.config_format import ROPE_KEYS, Config, Field, Format, Values
+from hybridcache.geometry.config_format import ROPE_KEYS, Config, Entry, Schema, Values
 from hybridcache.geometry.families import fields
 from hybridcache.geometry.sizes import LayerSizes, ModelSizes
 
@@ -16,25 +16,25 @@ def complete(values: Values) -> None:
 
 
 FORMATS = {
-    "falcon_h1": Format(
+    "falcon_h1": Schema(
         fields.decoder(
             vocab_size=128000,
             intermediate_size=14336,
-            num_key_value_heads=Field(int | None, 8),
+            num_key_value_heads=Entry(int | None, 8),
             rms_norm_eps=1e-5,
             max_position_embeddings=8192,
             **fields.MAMBA2,
-            mamba_d_ssm=Field(int | None, 1024),
+            mamba_d_ssm=Entry(int | None, 1024),
             mamba_norm_before_gate=True,
             mamba_rms_norm=False,
             projectors_bias=False,
             lm_head_multiplier=1.0,
             embedding_multiplier=1.0,
-            mlp_multipliers=Field(list[float] | None),
+            mlp_multipliers=Entry(list[float] | None),
             key_multiplier=1.0,
             attention_out_multiplier=1.0,
             attention_in_multiplier=1.0,
-            ssm_multipliers=Field(list[float] | None),
+            ssm_multipliers=Entry(list[float] | None),
             ssm_in_multiplier=1.0,
             ssm_out_multiplier=1.0,
             attention_bias=False,

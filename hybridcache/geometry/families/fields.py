@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from math import inf
 from typing import Any
 
-from hybridcache.geometry.config_format import Config, Field, Values, table
+from hybridcache.geometry.config_format import Config, Entry, Values, table
 from hybridcache.geometry.mixers import AttentionSizes, DeltaSizes, LatentAttentionSizes, MambaSizes
 from hybridcache.geometry.sizes import (
     MOST_LAYERS,
@@ -33,14 +33,14 @@ DECODER: Mapping[str, object] = {
 
 MAMBA2: Mapping[str, object] = {
     "mamba_n_heads": 128,
-    "mamba_d_head": Field(int | str, "auto"),
+    "mamba_d_head": Entry(int | str, "auto"),
     "mamba_n_groups": 1,
     "mamba_d_state": 256,
     "mamba_d_conv": 4,
     "mamba_expand": 2,
     "mamba_conv_bias": True,
     "mamba_proj_bias": False,
-    "time_step_limit": Field(list[float], [0.0, inf]),
+    "time_step_limit": Entry(list[float], [0.0, inf]),
 }
 """Fields of Bamba's Mamba-2, which Granite and Falcon share (``mamba2``)."""
 
@@ -67,7 +67,7 @@ def model(text: Fields, layers: tuple[LayerSizes, ...]) -> ModelSizes:
     return ModelSizes(size_of(text, "hidden_size"), int(text.get("vocab_size", 0)), layers)
 
 
-def decoder(**own: object) -> Mapping[str, Field]:
+def decoder(**own: object) -> Mapping[str, Entry]:
     """Build a table of ``DECODER`` and a family's own fields, or other defaults."""
     return table(**{**DECODER, **own})
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from hybridcache.geometry.config_format import ROPE_KEYS, Config, Field, Format, Values
+from hybridcache.geometry.config_format import ROPE_KEYS, Config, Entry, Schema, Values
 from hybridcache.geometry.families import fields
 from hybridcache.geometry.sizes import MLPSizes, ModelSizes
 
@@ -17,11 +17,11 @@ def complete(values: Values) -> None:
 
 
 FORMATS = {
-    "granitemoehybrid": Format(
+    "granitemoehybrid": Schema(
         fields.decoder(
             vocab_size=32000,
             intermediate_size=11008,
-            num_key_value_heads=Field(int | None),
+            num_key_value_heads=Entry(int | None),
             max_position_embeddings=2048,
             attention_bias=False,
             embedding_multiplier=1.0,
@@ -31,8 +31,8 @@ FORMATS = {
             num_local_experts=8,
             num_experts_per_tok=2,
             shared_intermediate_size=1024,
-            position_embedding_type=Field(str | None),
-            layer_types=Field(list[str] | None),
+            position_embedding_type=Entry(str | None),
+            layer_types=Entry(list[str] | None),
             **fields.MAMBA2,
         ),
         aliases={"layers_block_type": "layer_types"},

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from hybridcache.geometry.config_format import Config, Field, Format, Values
+from hybridcache.geometry.config_format import Config, Entry, Schema, Values
 from hybridcache.geometry.families import fields
 from hybridcache.geometry.mixers import MambaSizes
 from hybridcache.geometry.sizes import LayerSizes, ModelSizes, SizesError
@@ -23,7 +23,7 @@ def complete(values: Values) -> None:
 
 
 FORMATS = {
-    "jamba": Format(
+    "jamba": Schema(
         fields.decoder(
             vocab_size=65536,
             intermediate_size=14336,
@@ -38,7 +38,7 @@ FORMATS = {
             mamba_d_state=16,
             mamba_d_conv=4,
             mamba_expand=2,
-            mamba_dt_rank=Field(int | str, "auto"),
+            mamba_dt_rank=Entry(int | str, "auto"),
             mamba_conv_bias=True,
             mamba_proj_bias=False,
         ),

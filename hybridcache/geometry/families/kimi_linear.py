@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hybridcache.geometry.config_format import Config, Field, Format, Values, checked, table
+from hybridcache.geometry.config_format import Config, Entry, Schema, Values, checked, table
 from hybridcache.geometry.families import fields
 from hybridcache.geometry.mixers import DeltaSizes
 from hybridcache.geometry.sizes import ModelSizes, SizesError
@@ -54,7 +54,7 @@ def _named(count: int, full: object, kda: object) -> list[str]:
 
 
 FORMATS = {
-    "kimi_linear": Format(
+    "kimi_linear": Schema(
         table(
             vocab_size=163840,
             hidden_size=2304,
@@ -62,11 +62,11 @@ FORMATS = {
             moe_intermediate_size=1024,
             num_hidden_layers=27,
             num_attention_heads=32,
-            num_key_value_heads=Field(int | None, 32),
+            num_key_value_heads=Entry(int | None, 32),
             n_shared_experts=1,
             routed_scaling_factor=2.446,
             kv_lora_rank=512,
-            q_lora_rank=Field(int | None),
+            q_lora_rank=Entry(int | None),
             qk_rope_head_dim=64,
             v_head_dim=128,
             qk_nope_head_dim=128,
@@ -79,8 +79,8 @@ FORMATS = {
             rms_norm_eps=1e-5,
             attention_bias=False,
             num_local_experts=256,
-            mlp_layer_types=Field(list[str] | None),
-            layer_types=Field(list[str] | None),
+            mlp_layer_types=Entry(list[str] | None),
+            layer_types=Entry(list[str] | None),
             linear_head_dim=128,
             linear_num_heads=32,
             linear_conv_kernel_dim=4,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hybridcache.geometry.config_format import ROPE_KEYS, Config, Field, Format, Values, table
+from hybridcache.geometry.config_format import ROPE_KEYS, Config, Entry, Schema, Values, table
 from hybridcache.geometry.families import fields
 from hybridcache.geometry.mixers import ShortConvSizes
 from hybridcache.geometry.sizes import ModelSizes, SizesError
@@ -18,7 +18,7 @@ SHARED: dict[str, object] = {
     "tie_word_embeddings": True,
     "conv_bias": False,
     "conv_L_cache": 3,
-    "layer_types": Field(list[str] | None),
+    "layer_types": Entry(list[str] | None),
 }
 EXTRAS = {**ROPE_KEYS, "head_dim": int, "hidden_act": str}
 
@@ -49,7 +49,7 @@ def _intermediate(values: Values) -> int:
 
 
 FORMATS = {
-    "lfm2": Format(
+    "lfm2": Schema(
         table(
             **SHARED,
             hidden_size=2560,
@@ -57,13 +57,13 @@ FORMATS = {
             block_multiple_of=256,
             block_ffn_dim_multiplier=1.0,
             block_auto_adjust_ff_dim=True,
-            full_attn_idxs=Field(list[int] | None),
+            full_attn_idxs=Entry(list[int] | None),
         ),
         aliases={"tie_embedding": "tie_word_embeddings", "block_ff_dim": "intermediate_size"},
         extras=EXTRAS,
         complete=complete,
     ),
-    "lfm2_moe": Format(
+    "lfm2_moe": Schema(
         table(
             **SHARED,
             hidden_size=2048,

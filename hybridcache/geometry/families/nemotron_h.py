@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from hybridcache.geometry.config_format import Config, Field, Format, Values, table
+from hybridcache.geometry.config_format import Config, Entry, Schema, Values, table
 from hybridcache.geometry.families import fields
 from hybridcache.geometry.mixers import MambaSizes
 from hybridcache.geometry.sizes import LayerSizes, ModelSizes, SizesError
@@ -27,16 +27,16 @@ def complete(values: Values) -> None:
 
 
 FORMATS = {
-    "nemotron_h": Format(
+    "nemotron_h": Schema(
         table(
             vocab_size=131072,
             hidden_size=4096,
-            layers_block_type=Field(list[str] | None),
+            layers_block_type=Entry(list[str] | None),
             num_attention_heads=32,
             num_key_value_heads=8,
             head_dim=128,
             max_position_embeddings=4096,
-            sliding_window=Field(int | None),
+            sliding_window=Entry(int | None),
             intermediate_size=21504,
             mlp_hidden_act="relu2",
             mlp_bias=False,
@@ -46,12 +46,12 @@ FORMATS = {
             mamba_hidden_act="silu",
             n_groups=8,
             conv_kernel=4,
-            time_step_limit=Field(list[float], [0.0, math.inf]),
+            time_step_limit=Entry(list[float], [0.0, math.inf]),
             use_conv_bias=True,
             n_routed_experts=8,
             moe_intermediate_size=7688,
             moe_shared_expert_intermediate_size=7688,
-            moe_latent_size=Field(int | None),
+            moe_latent_size=Entry(int | None),
             num_experts_per_tok=2,
             routed_scaling_factor=1.0,
             n_group=1,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hybridcache.geometry.config_format import ROPE_KEYS, Config, Field, Format, Values
+from hybridcache.geometry.config_format import ROPE_KEYS, Config, Entry, Schema, Values
 from hybridcache.geometry.families import fields
 from hybridcache.geometry.sizes import ModelSizes
 
@@ -27,20 +27,20 @@ def complete(values: Values) -> None:
 
 
 FORMATS = {
-    "olmo_hybrid": Format(
+    "olmo_hybrid": Schema(
         fields.decoder(
             vocab_size=100352,
             hidden_size=3840,
             intermediate_size=11008,
             num_attention_heads=30,
-            num_key_value_heads=Field(int | None),
+            num_key_value_heads=Entry(int | None),
             max_position_embeddings=65536,
             attention_bias=False,
-            layer_types=Field(list[str] | None),
-            linear_num_key_heads=Field(int | None),
-            linear_num_value_heads=Field(int | None),
-            linear_key_head_dim=Field(int | None),
-            linear_value_head_dim=Field(int | None),
+            layer_types=Entry(list[str] | None),
+            linear_num_key_heads=Entry(int | None),
+            linear_num_value_heads=Entry(int | None),
+            linear_key_head_dim=Entry(int | None),
+            linear_value_head_dim=Entry(int | None),
             linear_conv_kernel_dim=4,
             linear_allow_neg_eigval=True,
         ),

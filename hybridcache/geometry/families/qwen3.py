@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hybridcache.geometry.config_format import ROPE_KEYS, Config, Field, Format, Values
+from hybridcache.geometry.config_format import ROPE_KEYS, Config, Entry, Schema, Values
 from hybridcache.geometry.families import fields
 from hybridcache.geometry.sizes import ModelSizes
 
@@ -19,18 +19,18 @@ def complete(values: Values) -> None:
 
 
 FORMATS = {
-    "qwen3": Format(
+    "qwen3": Schema(
         fields.decoder(
             vocab_size=151936,
             intermediate_size=22016,
-            num_key_value_heads=Field(int | None, 32),
+            num_key_value_heads=Entry(int | None, 32),
             head_dim=128,
             max_position_embeddings=32768,
             attention_bias=False,
             use_sliding_window=False,
-            sliding_window=Field(int | None, 4096),
+            sliding_window=Entry(int | None, 4096),
             max_window_layers=28,
-            layer_types=Field(list[str] | None),
+            layer_types=Entry(list[str] | None),
         ),
         extras=ROPE_KEYS,
         complete=complete,

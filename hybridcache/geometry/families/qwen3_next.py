@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hybridcache.geometry.config_format import ROPE_KEYS, Config, Field, Format, Values
+from hybridcache.geometry.config_format import ROPE_KEYS, Config, Entry, Schema, Values
 from hybridcache.geometry.families import fields
 from hybridcache.geometry.sizes import ModelSizes
 
@@ -16,7 +16,7 @@ SHARED: dict[str, object] = {
     "linear_value_head_dim": 128,
     "linear_num_key_heads": 16,
     "linear_num_value_heads": 32,
-    "layer_types": Field(list[str] | None),
+    "layer_types": Entry(list[str] | None),
 }
 EXPERTS: dict[str, object] = {
     "hidden_size": 2048,
@@ -41,8 +41,8 @@ def complete(values: Values) -> None:
         values["mlp_only_layers"] = []
 
 
-def _format(**own: object) -> Format:
-    return Format(fields.decoder(**SHARED, **own), extras=EXTRAS, complete=complete)
+def _format(**own: object) -> Schema:
+    return Schema(fields.decoder(**SHARED, **own), extras=EXTRAS, complete=complete)
 
 
 NEXT = _format(
@@ -54,7 +54,7 @@ NEXT = _format(
     num_experts_per_tok=10,
     num_experts=512,
     norm_topk_prob=True,
-    mlp_only_layers=Field(list[int] | None),
+    mlp_only_layers=Entry(list[int] | None),
 )
 DENSE = _format(
     vocab_size=248320,

@@ -54,7 +54,7 @@ MAX_RUNNING = 16
 
 
 @dataclass(frozen=True, slots=True)
-class Turn:
+class SessionTurn:
     """One request of a session."""
 
     text: Tokens
@@ -76,7 +76,7 @@ class SimulatedRequest(ScheduledRequest):
 
     def __init__(
         self,
-        spec: Turn,
+        spec: SessionTurn,
         place: int,
         turn: int,
         *,
@@ -110,7 +110,7 @@ def simulate_closed_loop(trace: Trace, cell: Scenario) -> LoopRun:
     return (PeerLoop if cell.baseline else LoopRun)(cell, sessions_of(trace)).run()
 
 
-def sessions_of(trace: Trace) -> list[list[Turn]]:
+def sessions_of(trace: Trace) -> list[list[SessionTurn]]:
     """Return the turns of each session of ``trace``, in the order of the first requests."""
     found: dict[Hashable, list[TraceRequest]] = {}
     for request in trace:
@@ -118,7 +118,7 @@ def sessions_of(trace: Trace) -> list[list[Turn]]:
     return [[*_turns(n, requests, trace.unit)] for n, requests in enumerate(found.values())]
 
 
-def _turns(session: int, requests: Sequence[TraceRequest], unit: int) -> Iterator[Turn]:
+def _turns(session: int, requests: Sequence[TraceRequest], unit: int) -> Iterator[SessionTurn]:
     free_s = requests[0].timestamp_s
     for request in requests:
         prompt_len, answer_len = request.num_tokens(unit), request.num_answer_tokens(unit)
@@ -130,7 +130,7 @@ def _turns(session: int, requests: Sequence[TraceRequest], unit: int) -> Iterato
         total = prompt_len + max(1, answer_len)
         if len(text) < total:
             text = np.concatenate((text, np.zeros(total - len(text), np.int32)))
-        yield Turn(
+        yield SessionTurn(
             text[:total],
             prompt_len,
             max(0.0, request.timestamp_s - free_s),
@@ -148,7 +148,7 @@ def _turns(session: int, requests: Sequence[TraceRequest], unit: int) -> Iterato
 class LoopRun:
     """One run: an event loop around a planner. Times are in seconds."""
 
-    def __init__(self, cell: Scenario, sessions: Sequence[Sequence[Turn]]) -> None:
+    def __init__(self, cell: Scenario, sessions: Sequence[Sequence[SessionTurn]]) -> None:
         self.answered: list[SimulatedRequest | PeerRequest] = []
         """Requests in the order of their last tokens."""
         self.num_refused = 0
@@ -194,7 +194,7 @@ class LoopRun:
         )
         self.priority_classes = cache.policy.has_priority_classes
 
-    def turn(self, number: int, place: int) -> Turn:
+    def turn(self, number: int, place: int) -> SessionTurn:
         """Return a request of session ``number``, which is due."""
         return self.sessions[number][place]
 
@@ -234,7 +234,7 @@ class LoopRun:
         self.max_live = max(self.max_live, self.num_live)
         self._submit(turn, number, place, when_s)
 
-    def _submit(self, turn: Turn, number: int, place: int, when_s: float) -> None:
+    def _submit(self, turn: SessionTurn, number: int, place: int, when_s: float) -> None:
         """Queue a request, or refuse it if it is longer than the memory."""
         if len(turn.text) > self.manager.memory.max_request_len:
             self._refuse(number)
@@ -338,7 +338,7 @@ class LoopRun:
 class PeerRequest:
     """One request of a rebuilt system, and its times."""
 
-    turn: Turn
+    turn: SessionTurn
     place: int
     arrival_s: float
     served: PeerSession | None = None
@@ -377,7 +377,7 @@ class PeerLoop(LoopRun):
     def has_work(self) -> bool:
         return bool(self.waiting or self.running)
 
-    def _submit(self, turn: Turn, number: int, place: int, when_s: float) -> None:
+    def _submit(self, turn: SessionTurn, number: int, place: int, when_s: float) -> None:
         self.waiting.append(PeerRequest(turn, number, when_s))
 
     def _admit(self) -> None:
@@ -439,6 +439,11 @@ def run_closed_loop(trace: Trace, cell: Scenario) -> ClosedLoopRun:
     return figures_of(simulate_closed_loop(trace, cell), trace, cell)
 
 
+def _describe_steps(cell: Scenario) -> str:
+    """Describe the source of the times of steps in one line."""
+    return describe_times(cell.step_times(cell.geometry())).replace("a prefill", "a step")
+
+
 def figures_of(served: LoopRun, trace: Trace, cell: Scenario) -> ClosedLoopRun:
     """Return the figures of a finished run. RunFailed if no request fitted."""
     if not (answered := served.answered):
@@ -476,7 +481,7 @@ def figures_of(served: LoopRun, trace: Trace, cell: Scenario) -> ClosedLoopRun:
         config=identify(cell, trace.full_name, served.priority_classes)
         | {
             "max_running": cell.max_running or MAX_RUNNING,
-            "times": describe_times(cell.step_times(cell.geometry())),
+            "times": _describe_steps(cell),
             "tpot_s": None,
         },
     )
@@ -569,8 +574,7 @@ def closed_loop(
     """
     asked = Scenario.of(scenario, settings)
     asked.refuse(REPLAY_ONLY, "has no meaning in closed loop: leave it out")
-    opened, geometry = asked.opened(), asked.geometry()
-    known = asked.step_times(geometry)
+    opened, times = asked.opened(), _describe_steps(asked)
     admissions = named_policies(asked.admission, split=True)
     if not admissions:
         raise ValueError("nothing to simulate: no admission policy")
@@ -594,5 +598,4 @@ def closed_loop(
         kind=ClosedLoopRun,
         progress=progress,
     )
-    times = describe_times(known)
     return ClosedLoopResult(opened.name, runs, times, failures, opened.notes)

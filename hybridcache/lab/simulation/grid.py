@@ -38,7 +38,7 @@ Plain = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
-class Stored:
+class StoredResult:
     """Result that ``run_grid`` can keep in a file. Its fields are values of JSON."""
 
     def as_record(self) -> Plain:
@@ -59,7 +59,7 @@ class GridJob(Protocol):
 
 
 Job = TypeVar("Job", bound=GridJob)
-Result = TypeVar("Result", bound=Stored)
+Result = TypeVar("Result", bound=StoredResult)
 Run = Callable[[Trace, Job], Result]
 
 
@@ -155,7 +155,7 @@ _RESULT = re.compile(rb'\{"key": "[0-9a-f]{16}", "kind": "(\w+)"')
 """Start of a line that ``run_grid`` writes. It may have been cut later on."""
 
 
-def _check_results_file(path: Path, kind: type[Stored]) -> None:
+def _check_results_file(path: Path, kind: type[StoredResult]) -> None:
     """Make the folder of the file. Raises ValueError if its first line is not a result of this
     kind: results are appended, and would damage others."""
     if not make_folder(path).exists() or not path.stat().st_size:
@@ -280,7 +280,7 @@ Far = tuple[int, Any, list[Warning | str]]
 
 
 @lru_cache(1)
-def _task(pickled_task: bytes) -> tuple[Trace, Run[GridJob, Stored]]:
+def _task(pickled_task: bytes) -> tuple[Trace, Run[GridJob, StoredResult]]:
     """Return the trace and the function of this process. The first job reads the trace."""
     trace, run = pickle.loads(pickled_task)
     return trace.kept(KEEP_BYTES), run

@@ -13,7 +13,7 @@ import numpy as np
 from hybridcache.geometry.model import ModelGeometry
 from hybridcache.lab.intervals import Interval, RateInterval, linear_ratio, percentiles
 from hybridcache.lab.scenario import Scenario
-from hybridcache.lab.simulation.grid import Plain, Stored
+from hybridcache.lab.simulation.grid import Plain, StoredResult
 from hybridcache.lab.simulation.serving import RequestLog
 from hybridcache.lab.simulation.target import Target
 from hybridcache.lab.trace import Trace, has_sessions
@@ -64,7 +64,7 @@ class SessionResult(NamedTuple):
     """Tokens not reused, by cause; None where the target does not say."""
 
 
-class _Run(Stored):
+class _Run(StoredResult):
     """Figures of every run, from its identity and its counts."""
 
     __slots__ = ()
@@ -177,7 +177,7 @@ class RunResult(_Run):
 
     def as_record(self) -> Plain:
         """Return a record for JSON, with the rates next to the counts that they are made of."""
-        return Stored.as_record(self) | {
+        return StoredResult.as_record(self) | {
             "losses": None if self.losses is None else self.losses._asdict(),
             "token_hit_rate": self.token_hit_rate,
             "request_hit_rate": self.request_hit_rate,
@@ -340,7 +340,7 @@ class ClosedLoopRun(_Run):
 
     def as_record(self) -> Plain:
         derived = {"trace": self.config["trace"], "token_hit_rate": self.token_hit_rate}
-        return Stored.as_record(self) | derived
+        return StoredResult.as_record(self) | derived
 
     def as_row(self) -> Plain:
         """Return settings and figures as one flat dictionary."""

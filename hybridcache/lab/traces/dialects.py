@@ -48,7 +48,7 @@ OUTPUT_ITEMS = {"message", "function_call", "reasoning"}
 BILLING = "without the billing header that Claude Code changes in each request"
 
 
-class Answer(NamedTuple):
+class RecordedAnswer(NamedTuple):
     """The answer of a record."""
 
     text: str | None
@@ -116,16 +116,16 @@ def is_response(value: object) -> bool:
     return has_field or is_message or isinstance(value.get("output"), list)
 
 
-def answer_of(response: object) -> Answer:
+def answer_of(response: object) -> RecordedAnswer:
     """Return the answer of a record: a text, a message, or a whole response of the APIs of OpenAI,
     Anthropic or Ollama. ValueError for another value.
     """
     if isinstance(response, str):
         if response.startswith(("data:", "event:")):
             raise ValueError("an answer is a stream of events: log its text instead")
-        return Answer(response)
+        return RecordedAnswer(response)
     if response is None:
-        return Answer(None)
+        return RecordedAnswer(None)
     refusal = ValueError(
         f"its answer is {shown(response)}, not a text, a message, or a response with a message, a "
         "text or its usage"
@@ -145,7 +145,7 @@ def answer_of(response: object) -> Answer:
         if not items or not kinds <= OUTPUT_ITEMS:
             raise refusal
         text = _begun("".join(map(_output_item, items)))
-        return Answer(text, length, "", bool(num_thoughts) or "reasoning" in kinds)
+        return RecordedAnswer(text, length, "", bool(num_thoughts) or "reasoning" in kinds)
     if not isinstance(response, dict):
         raise refusal
     choice = whole.objects("choices")[0] if choices else Record()
@@ -153,11 +153,11 @@ def answer_of(response: object) -> Answer:
     message = response if "content" in response else choice.get("message", response.get("message"))
     if isinstance(message, dict):
         thinks = bool(num_thoughts) or has_thoughts(message)
-        return Answer(message_text(Record(message)), length, reason, thinks)
+        return RecordedAnswer(message_text(Record(message)), length, reason, thinks)
     if "text" in choice:
-        return Answer(choice.text("text"), length, reason, bool(num_thoughts))
+        return RecordedAnswer(choice.text("text"), length, reason, bool(num_thoughts))
     if isinstance(usage, dict) and usage.keys() & {*LENGTHS}:
-        return Answer(None, length, reason, bool(num_thoughts))
+        return RecordedAnswer(None, length, reason, bool(num_thoughts))
     raise refusal
 
 

@@ -14,7 +14,6 @@ import io
 import json
 import math
 import re
-import sys
 import warnings
 import zipfile
 import zlib
@@ -23,7 +22,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from functools import cache
 from itertools import count
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, TypeVar
@@ -71,15 +69,6 @@ class TraceWarning(UserWarning):
 def warn(message: str) -> None:
     """Issue a warning."""
     warnings.warn(TraceWarning(message), stacklevel=2)
-
-
-@contextmanager
-def printed_warnings(program: str) -> Iterator[None]:
-    """Print each different warning as one line on standard error, after the name of a program."""
-    printed = cache(lambda text: print(f"{program}: {text}", file=sys.stderr))
-    with warnings.catch_warnings():
-        warnings.showwarning = lambda message, *_, **__: printed(str(message))
-        yield
 
 
 # --- Fields -------------------------------------------------------------------------------------
@@ -229,7 +218,7 @@ def unit_of_times(times: Sequence[float], usual: str, asked: str = "") -> TimeUn
     return TimeUnit(other, f"in {usual} {' and '.join(reasons)}", True)
 
 
-class TraceClock:
+class RecordTimes:
     """Times of a file's records: all have the same kind of time, or none has one. Numbers have
     ``per_s`` parts of a second."""
 

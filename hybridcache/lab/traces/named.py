@@ -30,7 +30,7 @@ from hybridcache.lab.traces.frame import (
     Notes,
     Record,
     Records,
-    TraceClock,
+    RecordTimes,
 )
 from hybridcache.lab.traces.text import ChatText
 
@@ -208,7 +208,7 @@ class Named(Record):
         """True if it has a prompt or messages, which may be null."""
         self.is_message = "role" in record and not self.has_prompt
 
-    def time_s(self, clock: TraceClock) -> float:
+    def time_s(self, clock: RecordTimes) -> float:
         """Return the time in seconds, of the next record of ``clock``."""
         return clock.at(self.record, self.used.get("time", ""))
 
@@ -430,7 +430,7 @@ class Prompts:
             )
 
 
-class Conversation:
+class SessionMessages:
     """Single messages of a session so far. The prompt of each answer is all of them."""
 
     def __init__(self) -> None:
@@ -439,7 +439,7 @@ class Conversation:
         self._before_s = self._asked_s = -math.inf
 
     def add(
-        self, record: Named, chat: ChatText, clock: TraceClock, notes: Notes
+        self, record: Named, chat: ChatText, clock: RecordTimes, notes: Notes
     ) -> TraceRequest | None:
         """Add a message. Return its request, without session, if it is an answer: at its time, or
         if times are known at that of the message before. ValueError if that is out of order."""

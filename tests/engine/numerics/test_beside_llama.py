@@ -43,7 +43,7 @@ pytestmark = [
 
 def divergence(model: Path, tokens: np.ndarray) -> float:
     """Return the mean divergence of our distribution from llama.cpp's."""
-    theirs = rival.Remote(model, streams=1, room=POSITIONS + 16, threads=1)
+    theirs = rival.RemoteModel(model, streams=1, room=POSITIONS + 16, threads=1)
     theirs.forward([(0, 0, tokens.tolist())], True)
     expected = torch.from_numpy(theirs.logits(len(tokens))).double().log_softmax(-1)
     theirs.close()

@@ -76,9 +76,9 @@ def test_events_written_at_once_are_those_of_the_slow_way(
 ) -> None:
     """HTTP/1.0 has no chunks, so its events take the slow way. Ids add events without text."""
     live, num_direct, bodies_read = serve_oracle(step_s=0.002), list[int](), list[str]()
-    write = transport.EventStream.write
+    write = transport.SentEvents.write
     monkeypatch.setattr(
-        transport.EventStream, "write", lambda *a: (num_direct.append(1), write(*a))[1]
+        transport.SentEvents, "write", lambda *a: (num_direct.append(1), write(*a))[1]
     )
     for version, more in (("1.1", {}), ("1.0", {}), ("1.1", {"return_token_ids": True})):
         body = bodies("x", 40)[path] | {"stream": True, "temperature": 0} | more

@@ -17,7 +17,7 @@ from starlette.routing import Route
 
 from engine.errors import EngineStopped
 from engine.front.server.bodies import APIError, json_response, run
-from engine.front.server.transport import EventStream, event
+from engine.front.server.transport import SentEvents, event
 from engine.front.server.writers import ServingContext
 from engine.messages import AskView, OpenView
 from hybridcache.adapters.watch.page import POLICY, live_page
@@ -73,7 +73,7 @@ class Page:
         replica = self._replica(request)
         if len(self._views) >= MAX_READERS:
             raise APIError(429, f"{MAX_READERS} pages are connected already: close one.")
-        return EventStream(self._follow(replica))
+        return SentEvents(self._follow(replica))
 
     async def _follow(self, replica: int) -> AsyncGenerator[bytes, None]:
         """Yield the complete state, and then every change."""

@@ -12,7 +12,7 @@ import numpy as np
 
 from hybridcache.lab.trace import BadRecords, FreshIds, KnownIds, TraceRequest
 from hybridcache.lab.traces.formats.messages import FAILED
-from hybridcache.lab.traces.frame import Notes, Record, Records, TraceClock, table_records
+from hybridcache.lab.traces.frame import Notes, Record, Records, RecordTimes, table_records
 from hybridcache.lab.traces.named import Named, NamedTimes
 from hybridcache.tokens import Tokens
 
@@ -46,7 +46,7 @@ class CountsReader(NamedTimes):
         return table_records(self.path, bad)
 
     def parser(self, notes: Notes) -> Callable[[Record], Iterator[TraceRequest]]:
-        clock, known, fresh = TraceClock(self.time_unit().per_s), KnownIds(), FreshIds()
+        clock, known, fresh = RecordTimes(self.time_unit().per_s), KnownIds(), FreshIds()
         head = np.arange(known.reserve(self.system), self.system, dtype=np.int32)
         last = dict[object, Tokens]()
         wanted = dict(one.split(":", 1) for one in self.where.split(",") if ":" in one)

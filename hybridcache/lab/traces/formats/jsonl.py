@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from hybridcache.lab.trace import UNNAMED, FreshIds, TraceRequest, checked, units
-from hybridcache.lab.traces.frame import FileReader, Notes, Record, TimeUnit, TraceClock
+from hybridcache.lab.traces.frame import FileReader, Notes, Record, RecordTimes, TimeUnit
 from hybridcache.lab.traces.own import FIELDS, READ, has_header, header_of
 from hybridcache.tokens import Tokens
 
@@ -48,7 +48,7 @@ class OwnReader(FileReader):
 
     def parser(self, notes: Notes) -> Callable[[Record], Iterator[TraceRequest]]:
         unit, fresh, numbers = self.unit, FreshIds(), count()
-        clock = TraceClock(self.time_unit().per_s)
+        clock = RecordTimes(self.time_unit().per_s)
         last = dict[Hashable, Tokens]()
         """Last prompt and answer of each session, for ``prefix``."""
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from hybridcache.lab.trace import BadRecords, FreshIds, TraceRequest
-from hybridcache.lab.traces.frame import FileReader, Notes, Record, Records, TraceClock
-from hybridcache.lab.traces.named import Conversation, Named, NamedReader, Prompts, joined
+from hybridcache.lab.traces.frame import FileReader, Notes, Record, Records, RecordTimes
+from hybridcache.lab.traces.named import Named, NamedReader, Prompts, SessionMessages, joined
 from hybridcache.lab.traces.text import load_chat_text
 
 FAILED = "of failed requests left out (status 400 or more, error or failed)"
@@ -45,8 +45,8 @@ class MessagesReader(NamedReader):
 
     def parser(self, notes: Notes) -> Callable[[Record], Iterator[TraceRequest]]:
         chat, names = load_chat_text(self.tokenizer, self.template), self.names
-        clock, fresh, prompts = TraceClock(self.time_unit().per_s), FreshIds(), Prompts(notes)
-        conversations = defaultdict[str | int, Conversation](Conversation)
+        clock, fresh, prompts = RecordTimes(self.time_unit().per_s), FreshIds(), Prompts(notes)
+        conversations = defaultdict[str | int, SessionMessages](SessionMessages)
 
         def parse(raw: Record) -> Iterator[TraceRequest]:
             record = Named(raw, names)
