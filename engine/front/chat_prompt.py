@@ -216,7 +216,7 @@ class Rendering:
             raise TemplateError(NO_CHAT)
         self._tokenizer, self._chat, self._keeps_thinking = tokenizer, chat, keeps_thinking
         given = chat.messages, chat.tools, chat.variables, chat.cuts
-        marked = mark_control_tokens(tokenizer.control_tokens, given)
+        marked = mark_control_tokens(controls_of(tokenizer.control_tokens), given)
         self._messages, self._tools, variables, self._cuts = marked
         self._render = partial(
             template.render,
@@ -375,37 +375,70 @@ def _future_behind(
     return chat if any(message["role"] == "user" for message in chat) else [*chat, ask]
 
 
+class ControlTokens(NamedTuple):
+    """Texts of control tokens, and their parts by the character at which a text would be cut."""
+
+    tokens: tuple[str, ...]
+    pattern: re.Pattern[str]
+    """Pattern of a whole one."""
+    heads: Mapping[str, tuple[str, ...]]
+    """Beginnings by their last character."""
+    tails: Mapping[str, tuple[str, ...]]
+    """Ends by their first character."""
+
+
 @lru_cache(maxsize=64)
-def _ends_of(tokens: tuple[str, ...]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Return (beginnings, ends) of ``tokens``, without the whole tokens."""
+def controls_of(tokens: tuple[str, ...]) -> ControlTokens:
+    """Return ``tokens`` with their beginnings and ends, without the whole tokens."""
     cuts = [(one[:at], one[at:]) for one in tokens for at in range(1, len(one))]
-    return tuple({head for head, _ in cuts}), tuple({tail for _, tail in cuts})
+    heads, tails, letters = (
+        {head for head, _ in cuts},
+        {tail for _, tail in cuts},
+        {*"".join(tokens)},
+    )
+    return ControlTokens(
+        tokens,
+        any_of(tokens),
+        {letter: tuple(head for head in heads if head[-1] == letter) for letter in letters},
+        {letter: tuple(tail for tail in tails if tail[0] == letter) for letter in letters},
+    )
 
 
-def mark_control_tokens(control_tokens: tuple[str, ...], value: object) -> Any:
+def mark_control_tokens(controls: ControlTokens, value: Any) -> Any:
     """Return ``value`` with ``MARK`` in its texts, so that none can become a control token, alone
-    or with adjacent text. Parts without such a text are no copies. O(size of ``value``).
+    or with adjacent text. Only a container of such a text is copied. O(size of ``value``).
 
     A control token is inside a text, or the text ends with a beginning of the token, or it starts
     with an end of it.
     """
+    marked = value
     if isinstance(value, str):
-        heads, tails = _ends_of(control_tokens)
-        before, after = MARK * value.startswith(tails), MARK * value.endswith(heads)
-        for token in control_tokens:
-            while token in value:  # Again for tokens that overlapped.
-                value = value.replace(token, token[0] + MARK + token[1:])
-        return before + value + after
-    mark = partial(mark_control_tokens, control_tokens)
-    if isinstance(value, Mapping):
-        # Names that templates may use, such as ``text``, stay as they are.
-        pairs = value.items()
-        entries = {key if str(key).isidentifier() else mark(key): mark(one) for key, one in pairs}
-        return value if entries == value else entries
+        before = MARK * value.startswith(controls.tails.get(value[:1], ()))
+        after = MARK * value.endswith(controls.heads.get(value[-1:], ()))
+        for token in controls.tokens if controls.pattern.search(value) else ():
+            while token in marked:  # Again for tokens that overlapped.
+                marked = marked.replace(token, token[0] + MARK + token[1:])
+        return before + marked + after
     if isinstance(value, list | tuple):
-        parts = [*map(mark, value)]
-        return value if parts == [*value] else parts
-    return value
+        for at, entry in enumerate(value):
+            if (new := mark_control_tokens(controls, entry)) is not entry:
+                marked = [*value] if marked is value else marked
+                marked[at] = new
+    elif isinstance(value, Mapping):
+        names: dict[str, str] = {}
+        for name, entry in value.items():
+            if (new := mark_control_tokens(controls, entry)) is not entry:
+                marked = {**value} if marked is value else marked
+                marked[name] = new
+            # Names that templates may use, such as ``text``, stay as they are.
+            if (
+                not str(name).isidentifier()
+                and (new := mark_control_tokens(controls, name)) != name
+            ):
+                names[name] = new
+        if names:
+            marked = {names.get(name, name): entry for name, entry in marked.items()}
+    return marked
 
 
 def said_by(message: Mapping[str, object]) -> tuple[str, list[list[object]], str]:

@@ -15,7 +15,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.front.chat_prompt import MARK, Conversation, Rendering, mark_control_tokens
+from engine.front.chat_prompt import (
+    MARK,
+    Conversation,
+    Rendering,
+    controls_of,
+    mark_control_tokens,
+)
 from engine.front.server.bodies import decode
 from engine.front.server.schemas import ChatRequest
 from engine.text import sandbox
@@ -89,12 +95,25 @@ def test_chat_contents_stay_text_and_boundaries_are_exact(
 def test_roles_stay_roles() -> None:
     """Guard against templates with control tokens such as ``<|im_user|>``, which compare roles."""
     chat = [{"role": "user", "content": "user"}]
-    assert mark_control_tokens(("<|im_user|>", "<|im_end|>"), chat) is chat
+    assert mark_control_tokens(controls_of(("<|im_user|>", "<|im_end|>")), chat) is chat
+
+
+def test_only_what_contains_a_control_token_is_copied() -> None:
+    plain = {"role": "user", "content": ["a", {"b": 1}]}
+    other = {"role": "tool", "content": "c", "more": {"a<|x|>b": ["d"], "e": plain}}
+    given = [plain, other]
+    marked = mark_control_tokens(controls_of(("<|x|>",)), given)
+    name = f"a<{MARK}|x|>b"
+    assert marked == [plain, {**other, "more": {name: ["d"], "e": plain}}]
+    assert list(marked[1]["more"]) == [name, "e"]
+    assert marked[0] is plain and marked[1]["more"]["e"] is plain
+    assert marked[1]["more"][name] is other["more"]["a<|x|>b"]  # type: ignore[index]
+    assert given == [plain, other] and MARK not in str(given)
 
 
 @pytest.mark.parametrize(("token", "text"), [("aba", "xababax"), ("||", "a|||b"), ("aa", "aaaa")])
 def test_no_control_token_is_left_where_two_overlap(token: str, text: str) -> None:
-    marked = mark_control_tokens((token,), text)
+    marked = mark_control_tokens(controls_of((token,)), text)
     assert token not in marked and marked.replace(MARK, "") == text
 
 
