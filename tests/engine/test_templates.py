@@ -15,13 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.front.chat_prompt import (
-    MARK,
-    Conversation,
-    Rendering,
-    controls_of,
-    mark_control_tokens,
-)
+from engine.front.chat_prompt import MARK, Conversation, Rendering, controls_of, mark_control_tokens
 from engine.front.server.bodies import decode
 from engine.front.server.schemas import ChatRequest
 from engine.text import sandbox
