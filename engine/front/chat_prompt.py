@@ -39,7 +39,7 @@ from engine.text.answers import RequestOutput
 from engine.text.bounded import BoundedMemory, read_json
 from engine.text.sandbox import TemplateError
 from engine.text.tokenizer import CLOSE, OPEN, PROBE, Message, Tokenizer, any_of, as_tokens
-from hybridcache.radix.protocol import PromptBoundaries, chat_boundaries
+from hybridcache.radix.protocol import chat_boundaries
 from hybridcache.tokens import Tokens, common_prefix_len
 
 MARK = "\ufdd0"
@@ -155,28 +155,17 @@ class ChatPrompt:
 
     tokens: Tokens
     """int32[n]."""
-    boundaries: PromptBoundaries
-    """End of the system segment, and the positions where the next turn, and in a tool loop the
-    prompt with the tool's result, differ."""
-    is_thinking: bool = False
-    """True if the prompt ends inside reasoning."""
-    starts_text: bool = True
-    """False if the answer continues the last message."""
+    marks: Marks
+    """Other fields of the ``RequestSpec`` of its answer: as boundaries the end of the system
+    segment, and the positions where the next turn, and in a tool loop the prompt with the tool's
+    result, differ; whether the prompt ends inside reasoning; and whether the answer is a separate
+    text, so that it does not continue the last message."""
     cuts: tuple[int, ...] = ()
     """Positions of the requested cuts, without those at which the template rejects the chat."""
     header: str = ""
     """End of the prompt from its last control token on, with which the answer's turn begins."""
     place: Place | None = None
     """Place of the chat's end, if its answer is to be replayed."""
-
-    @property
-    def marks(self) -> Marks:
-        """Other fields of the ``RequestSpec`` of its answer."""
-        return {
-            "boundaries": self.boundaries,
-            "answer_starts_text": self.starts_text,
-            "is_thinking": self.is_thinking,
-        }
 
 
 NO_CHAT = "This model has no chat template, so it cannot chat: use /v1/completions."
@@ -263,14 +252,12 @@ class Rendering:
         if chat.add_generation_prompt:
             kept |= {length} if self._keeps_thinking else set()
             header = self.text[self._controls[-1].start() :] if self._controls else ""
-        return ChatPrompt(
-            self.tokens,
-            chat_boundaries(length, {*self.shared(other), *cuts}, kept),
-            thinks,
-            starts_text=not chat.continues_last,
-            cuts=tuple(cuts),
-            header=header,
-        )
+        marks: Marks = {
+            "boundaries": chat_boundaries(length, {*self.shared(other), *cuts}, kept),
+            "is_thinking": thinks,
+            "answer_starts_text": not chat.continues_last,
+        }
+        return ChatPrompt(self.tokens, marks, tuple(cuts), header)
 
     def encode(self, text: str, start: int = 0, known_len: int | None = None) -> Tokens:
         """Return the tokens of ``text[start:]``, with sampled tokens in place of the turns that end

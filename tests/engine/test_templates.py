@@ -83,7 +83,7 @@ def test_chat_contents_stay_text_and_boundaries_are_exact(
     turn = [{"role": "assistant", "content": "\ue000"}, {"role": "user", "content": "\ue000"}]
     later = Rendering(tokenizer, Conversation([*chat, *turn], tools, variables)).prompt()
     ids = (one.tokens for one in (prompt, later))
-    assert common_prefix_len(*ids) in prompt.boundaries.positions
+    assert common_prefix_len(*ids) in prompt.marks["boundaries"].positions
 
 
 def test_roles_stay_roles() -> None:
@@ -120,7 +120,8 @@ def test_a_continued_answer_thinks_only_behind_an_open_mark(
 ) -> None:
     chat = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": content}]
     conversation = Conversation(chat, add_generation_prompt=False, continues_last=True)
-    assert Rendering(_tokenizer(TEMPLATE), conversation).prompt().is_thinking == is_thinking
+    prompt = Rendering(_tokenizer(TEMPLATE), conversation).prompt()
+    assert prompt.marks["is_thinking"] == is_thinking
 
 
 def test_a_long_chat_is_encoded_once(monkeypatch: pytest.MonkeyPatch) -> None:
