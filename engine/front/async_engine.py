@@ -343,8 +343,10 @@ class EngineChannel(ABC):
     """Id of the process that computes, or None if there are several."""
     front: AsyncEngine
     """Receives messages of the engine (``receive``) and its end (``closed``)."""
-    send: Callable[[ToEngine], None]
-    """Sends a message, which is valid, without waiting."""
+
+    @abstractmethod
+    def send(self, message: ToEngine) -> None:
+        """Send a message, which is valid, without waiting."""
 
     @property
     @abstractmethod
@@ -370,13 +372,15 @@ class ThreadChannel(EngineChannel):
     def __init__(self, engine: Engine, front: AsyncEngine) -> None:
         self.config, self.tokenizer = engine.config, engine.tokenizer
         self.front, self.host = front, EngineHost(engine, front.receive)
-        self.send = self.host.receive
         self.facts, self.pid = self.host.facts, os.getpid()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     @property
     def is_alive(self) -> bool:
         return self._thread.is_alive()
+
+    def send(self, message: ToEngine) -> None:
+        self.host.receive(message)
 
     def start(self) -> None:
         self._thread.start()

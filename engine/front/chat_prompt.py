@@ -378,17 +378,10 @@ class ControlTokens(NamedTuple):
 def controls_of(tokens: tuple[str, ...]) -> ControlTokens:
     """Return ``tokens`` with their beginnings and ends, without the whole tokens."""
     cuts = [(one[:at], one[at:]) for one in tokens for at in range(1, len(one))]
-    heads, tails, letters = (
-        {head for head, _ in cuts},
-        {tail for _, tail in cuts},
-        {*"".join(tokens)},
-    )
-    return ControlTokens(
-        tokens,
-        any_of(tokens),
-        {letter: tuple(head for head in heads if head[-1] == letter) for letter in letters},
-        {letter: tuple(tail for tail in tails if tail[0] == letter) for letter in letters},
-    )
+    letters = {*"".join(tokens)}
+    heads = {last: tuple({head for head, _ in cuts if head[-1] == last}) for last in letters}
+    tails = {first: tuple({tail for _, tail in cuts if tail[0] == first}) for first in letters}
+    return ControlTokens(tokens, any_of(tokens), heads, tails)
 
 
 def mark_control_tokens(controls: ControlTokens, value: Any) -> Any:
@@ -418,10 +411,8 @@ def mark_control_tokens(controls: ControlTokens, value: Any) -> Any:
                 marked = {**value} if marked is value else marked
                 marked[name] = new
             # Names that templates may use, such as ``text``, stay as they are.
-            if (
-                not str(name).isidentifier()
-                and (new := mark_control_tokens(controls, name)) != name
-            ):
+            is_free = not str(name).isidentifier()
+            if is_free and (new := mark_control_tokens(controls, name)) is not name:
                 names[name] = new
         if names:
             marked = {names.get(name, name): entry for name, entry in marked.items()}

@@ -10,7 +10,7 @@ from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypedDict
+from typing import TYPE_CHECKING, Annotated, Any, NewType, TypedDict
 
 import numpy as np
 import numpy.typing as npt
@@ -195,7 +195,8 @@ if TYPE_CHECKING:
     WirePrompt = Prompt
     Namespace = Hashable
 else:
-    WirePrompt, Namespace = np.ndarray, Any  # For msgspec: only valid requests are sent.
+    # For msgspec: a request is sent with token ids.
+    WirePrompt, Namespace = NewType("WirePrompt", np.ndarray), Any
 
 
 class RequestSpec(Struct, frozen=True, array_like=True, tag=True, eq=False):

@@ -281,7 +281,8 @@ class BackendTokenizer(Tokenizer):
         self._walls = re.compile(walls) if self._is_byte_level and not has_ends else None
         self._pieces = BoundedMemory[tuple[Hashable, str], "array[int]"](REMEMBERED_BYTES)
         """Token ids of text pieces, by namespace."""
-        self._bytes_of = lru_cache(maxsize=1 << 16)(self._decoded)
+        remember = lru_cache(maxsize=1 << 16)
+        self.token_bytes = remember(self.token_bytes)  # type: ignore[method-assign]
 
     def encode(
         self,
@@ -319,9 +320,6 @@ class BackendTokenizer(Tokenizer):
         return encoding.ids
 
     def token_bytes(self, token_id: int, starts_text: bool = False) -> bytes:
-        return self._bytes_of(token_id, starts_text)
-
-    def _decoded(self, token_id: int, starts_text: bool) -> bytes:
         token = self._backend.id_to_token(token_id)
         if token is None:
             return b""

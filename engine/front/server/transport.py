@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import re
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from asyncio import FIRST_COMPLETED
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import suppress
 
 import h11
@@ -103,7 +104,7 @@ async def unless_gone(receive: Receive, work: Awaitable[Result]) -> Result:
     working = asyncio.ensure_future(work)
     leaving = asyncio.ensure_future(_hang_up(receive))
     try:
-        await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait((working, leaving), return_when=FIRST_COMPLETED)
         if working.done():
             return working.result()
         raise ClientGone
@@ -130,17 +131,16 @@ class EventStream(Response):
     def __init__(
         self,
         events: AsyncGenerator[bytes, None],
-        late_headers: Callable[[], Mapping[str, str]] = dict,
         on_error: Callable[[APIError], bytes] = lambda failure: event(failure.body()),
         keep_alive_s: float | None = None,
     ) -> None:
         """Prepare a response. It starts with the first event, or after ``keep_alive_s`` with a
         comment. Another one follows each silence of ``QUIET_S``, or ``keep_alive_s``. An earlier
-        error is raised; a later one is written by ``on_error`` as the last event. ``late_headers``
-        is called when the first event is available."""
+        error is raised; a later one is written by ``on_error`` as the last event. ``events`` may
+        set headers before the first one."""
         super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
-        self._events, self._late_headers, self._on_error = events, late_headers, on_error
+        self._events, self._on_error = events, on_error
         self._keep_alive_s = keep_alive_s
         self._has_begun = False
         self._sent_s = time.monotonic()
@@ -168,8 +168,6 @@ class EventStream(Response):
             with suppress(OSError, ClientGone):  # OSError: the client left during a send.
                 try:
                     while (piece := await self._next(send, leaving)) is not None:
-                        if not self._has_begun:
-                            self.headers.update(self._late_headers())
                         await self._send(send, piece)
                 except Exception as error:
                     if not self._has_begun or isinstance(error, OSError | ClientGone):
@@ -190,8 +188,7 @@ class EventStream(Response):
         try:
             while True:
                 left_s = max(self._sent_s + pause_s - time.monotonic(), 0)
-                tasks, first = (coming, leaving), asyncio.FIRST_COMPLETED
-                await asyncio.wait(tasks, timeout=left_s, return_when=first)
+                await asyncio.wait((coming, leaving), timeout=left_s, return_when=FIRST_COMPLETED)
                 if leaving.done():
                     raise ClientGone
                 if coming.done():
@@ -201,10 +198,9 @@ class EventStream(Response):
                     if self._has_begun or self._keep_alive_s is not None:
                         await self._send(send, PAUSE)
         finally:
-            if not coming.done():
-                coming.cancel()
-                with suppress(asyncio.CancelledError, Exception):
-                    await coming
+            coming.cancel()
+            with suppress(asyncio.CancelledError, Exception):
+                await coming
 
     async def _send(self, send: Send, piece: bytes) -> None:
         """Send a piece, after the headers."""

@@ -347,10 +347,9 @@ class Writer(ABC):
 
     async def respond(self, is_stream: bool) -> Response:
         """Return the response with all answers. Long texts are written in a thread."""
-        context = self._context
         if is_stream:
-            keep_alive_s, headers = context.config.keep_alive_s, self._cache_headers
-            self._event_stream = EventStream(self._events(), headers, self.failed, keep_alive_s)
+            wait_s = self._context.config.keep_alive_s
+            self._event_stream = EventStream(self._events(), self.failed, wait_s)
             return self._event_stream
         reading = anext(self._events(is_stream=False), None)
         await unless_gone(self._call.request.receive, reading)
@@ -379,7 +378,9 @@ class Writer(ABC):
                 is_first = index not in self._latest
                 self._latest[index] = self.read(index, output)
                 if is_stream:
-                    self._stream.handle = self._write_now
+                    if is_first:
+                        self._event_stream.headers.update(self._cache_headers())
+                        self._stream.handle = self._write_now
                     # A prompt can be echoed.
                     size = len(output.prompt_token_ids) if is_first else 0
                     if written := await run(size, partial(b"".join, self.write(index, is_first))):

@@ -149,13 +149,15 @@ class ProcessChannel(EngineChannel):
     ) -> None:
         self.config, self.tokenizer, self.facts = config, tokenizer, facts
         self._spawned, self._process, self._sockets = spawned, spawned.process, sockets
-        self.send = sockets.send
         self.pid, self._was_killed = spawned.process.pid, False
         self._loop: asyncio.AbstractEventLoop | None = None
 
     @property
     def is_alive(self) -> bool:
         return self._process.poll() is None
+
+    def send(self, message: ToEngine) -> None:
+        self._sockets.send(message)
 
     def start(self) -> None:
         """Follow the process in the running event loop."""
