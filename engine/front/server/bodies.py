@@ -440,8 +440,7 @@ async def read_body(request: Request, kind: type[Kind], config: ServerConfig) ->
             "The body needs the header Content-Type: application/json. "
             "With curl, add -H 'Content-Type: application/json'.",
         )
-    work = partial(decode, kind, bytes(raw), config.images == "refuse")
-    return await run(len(raw), work), len(raw)
+    return await run(size, partial(decode, kind, bytes(raw), config.images == "refuse")), size
 
 
 def json_response(value: object) -> Response:

@@ -250,8 +250,7 @@ class Writer(ABC):
             if forms:
                 is_thinking = marks.get("is_thinking", False)
                 grammar = await context.grammar_of(forms, namespace, is_thinking)
-            own_id = self.answer_id
-            session = body.session
+            own_id, session = self.answer_id, body.session
             names = [f"{own_id}-{number}" if number else own_id for number in range(len(choices))]
             for number, (tokens, at, sampling) in enumerate(choices):
                 request_id = names[number]
@@ -351,8 +350,7 @@ class Writer(ABC):
             wait_s = self._context.config.keep_alive_s
             self._event_stream = EventStream(self._events(), self.failed, wait_s)
             return self._event_stream
-        reading = anext(self._events(is_stream=False), None)
-        await unless_gone(self._call.request.receive, reading)
+        await unless_gone(self._call.request.receive, anext(self._events(is_stream=False), None))
         size = sum(len(one.output) + len(one.prompt_token_ids) for one in self.outputs)
         response = await run(size, lambda: json_response(self.whole()))
         response.headers.update(self._cache_headers())

@@ -86,8 +86,7 @@ class ChatWriter(Writer):
             marks = {**marks, "call_marks": calls.marks}
             calls.restrict(forms, self.FORMAT, template.thinks and not is_thinking)
         num_scores = (body.top_logprobs or 0) if body.logprobs else None
-        limits = body.max_completion_tokens, body.max_tokens
-        limit = next((one for one in limits if one is not None), None)
+        limit = body.max_completion_tokens or body.max_tokens
         await self.submit([prompt.tokens], marks, limit, num_scores, forms)
         return await self.respond(is_stream)
 
