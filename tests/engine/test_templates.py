@@ -8,8 +8,10 @@ import socket
 import struct
 import subprocess
 import sys
+from collections.abc import Mapping
 from multiprocessing.connection import Connection
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from hypothesis import given
@@ -90,6 +92,14 @@ def test_roles_stay_roles() -> None:
     """Guard against templates with control tokens such as ``<|im_user|>``, which compare roles."""
     chat = [{"role": "user", "content": "user"}]
     assert mark_control_tokens(controls_of(("<|im_user|>", "<|im_end|>")), chat) is chat
+
+
+def test_a_chat_without_control_tokens_is_not_compared_with_a_copy() -> None:
+    message = Mock(wraps={"role": "user"}, spec=Mapping)
+    message.items.return_value = [("role", "user"), ("content", ["a", {"b-c": 1}])]
+    chat = [message]
+    assert mark_control_tokens(controls_of(("<|im_end|>",)), chat) is chat
+    assert [name for name, *_ in message.mock_calls] == ["items"]
 
 
 def test_only_what_contains_a_control_token_is_copied() -> None:
