@@ -419,7 +419,7 @@ class EngineCore:
         box = self._mailboxes.get(output.request_id) if self._mailboxes else None
         if box is not None and not (box and box[-1] is output):
             box.append(output)
-        if output.is_finished and output.request_id in self._requests:
+        if output.finish_reason is not None and output.request_id in self._requests:
             num_bytes = max(request.tokens.nbytes, RECENT_BYTES // MAX_RECENT)
             self.recent.put(request.request_id, request, num_bytes)
             for listener in self.on_end:
@@ -467,7 +467,7 @@ class EngineCore:
                         place, (prompt, params) = queue.popleft()
                         places[self.submit(prompt, params, **options)] = place
                     for output in self.step():
-                        if output.is_finished and output.request_id in places:
+                        if output.finish_reason is not None and output.request_id in places:
                             last[places.pop(output.request_id)] = output
         finally:
             with DelayedSignals():
@@ -489,7 +489,7 @@ class EngineCore:
                     with DelayedSignals():
                         self.step()
                 output = mailbox.popleft()
-                is_finished = output.is_finished
+                is_finished = output.finish_reason is not None
                 yield output
         finally:
             with DelayedSignals():

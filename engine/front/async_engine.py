@@ -257,7 +257,7 @@ class EngineHost:
             self._send(Outputs(tuple(outputs)))
 
 
-class RequestStream:
+class RequestStream(AsyncIterator[RequestOutput]):
     """Outputs of the requests of one reader: ``async for output in stream``."""
 
     def __init__(
@@ -280,12 +280,9 @@ class RequestStream:
         self._unread: deque[RequestOutput] = deque()
         self._arrival: asyncio.Future[None] | None = None
         """Wait of the reader for an output, or None. An ``asyncio.Queue`` takes twice the time."""
-        self.handle: Callable[[RequestOutput], bool] = lambda output: False
+        self.handle: Callable[[RequestOutput], bool] | None = None
         """Called with an output, not the last one, while the reader waits. True if it was handled,
         so that the reader is not woken. An exception is raised in the reader."""
-
-    def __aiter__(self) -> AsyncIterator[RequestOutput]:
-        return self
 
     async def __anext__(self) -> RequestOutput:
         """Return the next output of any request; the last one of each has a ``finish_reason``.
@@ -323,7 +320,7 @@ class RequestStream:
         if output.finish_reason is not None:
             self._open.discard(output.request_id)
             self._on_end(output)
-        elif arrival is not None:
+        elif arrival is not None and self.handle is not None:
             try:
                 if self.handle(output):
                     return
@@ -346,8 +343,10 @@ class EngineChannel(ABC):
     """Id of the process that computes, or None if there are several."""
     front: AsyncEngine
     """Receives messages of the engine (``receive``) and its end (``closed``)."""
-    send: Callable[[ToEngine], None]
-    """Sends a message, which is valid, without waiting."""
+
+    @abstractmethod
+    def send(self, message: ToEngine) -> None:
+        """Send a message, which is valid, without waiting."""
 
     @property
     @abstractmethod
@@ -373,13 +372,15 @@ class ThreadChannel(EngineChannel):
     def __init__(self, engine: Engine, front: AsyncEngine) -> None:
         self.config, self.tokenizer = engine.config, engine.tokenizer
         self.front, self.host = front, EngineHost(engine, front.receive)
-        self.send = self.host.receive
         self.facts, self.pid = self.host.facts, os.getpid()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     @property
     def is_alive(self) -> bool:
         return self._thread.is_alive()
+
+    def send(self, message: ToEngine) -> None:
+        self.host.receive(message)
 
     def start(self) -> None:
         self._thread.start()
@@ -474,13 +475,11 @@ class AsyncEngine:
 
     def receive(self, message: FromEngine) -> None:
         """Process a message in the event loop. Called by the channel, in one thread at a time."""
-        if asyncio._get_running_loop() is self._loop:
-            self._receive(message)
-        elif self._loop is not None:
-            with suppress(RuntimeError):  # The loop is closed.
-                self._loop.call_soon_threadsafe(self._receive, message)
-
-    def _receive(self, message: FromEngine) -> None:
+        if asyncio._get_running_loop() is not self._loop:
+            if self._loop is not None:
+                with suppress(RuntimeError):  # The loop is closed.
+                    self._loop.call_soon_threadsafe(self.receive, message)
+            return
         match message:
             case Reply(number, value, error):
                 reply = self._replies.pop(number, None)

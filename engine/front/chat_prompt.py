@@ -39,7 +39,7 @@ from engine.text.answers import RequestOutput
 from engine.text.bounded import BoundedMemory, read_json
 from engine.text.sandbox import TemplateError
 from engine.text.tokenizer import CLOSE, OPEN, PROBE, Message, Tokenizer, any_of, as_tokens
-from hybridcache.radix.protocol import PromptBoundaries, chat_boundaries
+from hybridcache.radix.protocol import chat_boundaries
 from hybridcache.tokens import Tokens, common_prefix_len
 
 MARK = "\ufdd0"
@@ -155,28 +155,17 @@ class ChatPrompt:
 
     tokens: Tokens
     """int32[n]."""
-    boundaries: PromptBoundaries
-    """End of the system segment, and the positions where the next turn, and in a tool loop the
-    prompt with the tool's result, differ."""
-    is_thinking: bool = False
-    """True if the prompt ends inside reasoning."""
-    starts_text: bool = True
-    """False if the answer continues the last message."""
+    marks: Marks
+    """Other fields of the ``RequestSpec`` of its answer: as boundaries the end of the system
+    segment, and the positions where the next turn, and in a tool loop the prompt with the tool's
+    result, differ; whether the prompt ends inside reasoning; and whether the answer is a separate
+    text, so that it does not continue the last message."""
     cuts: tuple[int, ...] = ()
     """Positions of the requested cuts, without those at which the template rejects the chat."""
     header: str = ""
     """End of the prompt from its last control token on, with which the answer's turn begins."""
     place: Place | None = None
     """Place of the chat's end, if its answer is to be replayed."""
-
-    @property
-    def marks(self) -> Marks:
-        """Other fields of the ``RequestSpec`` of its answer."""
-        return {
-            "boundaries": self.boundaries,
-            "answer_starts_text": self.starts_text,
-            "is_thinking": self.is_thinking,
-        }
 
 
 NO_CHAT = "This model has no chat template, so it cannot chat: use /v1/completions."
@@ -216,7 +205,7 @@ class Rendering:
             raise TemplateError(NO_CHAT)
         self._tokenizer, self._chat, self._keeps_thinking = tokenizer, chat, keeps_thinking
         given = chat.messages, chat.tools, chat.variables, chat.cuts
-        marked = mark_control_tokens(tokenizer.control_tokens, given)
+        marked = mark_control_tokens(controls_of(tokenizer.control_tokens), given)
         self._messages, self._tools, variables, self._cuts = marked
         self._render = partial(
             template.render,
@@ -263,14 +252,12 @@ class Rendering:
         if chat.add_generation_prompt:
             kept |= {length} if self._keeps_thinking else set()
             header = self.text[self._controls[-1].start() :] if self._controls else ""
-        return ChatPrompt(
-            self.tokens,
-            chat_boundaries(length, {*self.shared(other), *cuts}, kept),
-            thinks,
-            starts_text=not chat.continues_last,
-            cuts=tuple(cuts),
-            header=header,
-        )
+        marks: Marks = {
+            "boundaries": chat_boundaries(length, {*self.shared(other), *cuts}, kept),
+            "is_thinking": thinks,
+            "answer_starts_text": not chat.continues_last,
+        }
+        return ChatPrompt(self.tokens, marks, tuple(cuts), header)
 
     def encode(self, text: str, start: int = 0, known_len: int | None = None) -> Tokens:
         """Return the tokens of ``text[start:]``, with sampled tokens in place of the turns that end
@@ -375,37 +362,61 @@ def _future_behind(
     return chat if any(message["role"] == "user" for message in chat) else [*chat, ask]
 
 
+class ControlTokens(NamedTuple):
+    """Texts of control tokens, and their parts by the character at which a text would be cut."""
+
+    tokens: tuple[str, ...]
+    pattern: re.Pattern[str]
+    """Pattern of a whole one."""
+    heads: Mapping[str, tuple[str, ...]]
+    """Beginnings by their last character."""
+    tails: Mapping[str, tuple[str, ...]]
+    """Ends by their first character."""
+
+
 @lru_cache(maxsize=64)
-def _ends_of(tokens: tuple[str, ...]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Return (beginnings, ends) of ``tokens``, without the whole tokens."""
+def controls_of(tokens: tuple[str, ...]) -> ControlTokens:
+    """Return ``tokens`` with their beginnings and ends, without the whole tokens."""
     cuts = [(one[:at], one[at:]) for one in tokens for at in range(1, len(one))]
-    return tuple({head for head, _ in cuts}), tuple({tail for _, tail in cuts})
+    letters = {*"".join(tokens)}
+    heads = {last: tuple({head for head, _ in cuts if head[-1] == last}) for last in letters}
+    tails = {first: tuple({tail for _, tail in cuts if tail[0] == first}) for first in letters}
+    return ControlTokens(tokens, any_of(tokens), heads, tails)
 
 
-def mark_control_tokens(control_tokens: tuple[str, ...], value: object) -> Any:
+def mark_control_tokens(controls: ControlTokens, value: Any) -> Any:
     """Return ``value`` with ``MARK`` in its texts, so that none can become a control token, alone
-    or with adjacent text. Parts without such a text are no copies. O(size of ``value``).
+    or with adjacent text. Only a container of such a text is copied. O(size of ``value``).
 
     A control token is inside a text, or the text ends with a beginning of the token, or it starts
     with an end of it.
     """
+    marked = value
     if isinstance(value, str):
-        heads, tails = _ends_of(control_tokens)
-        before, after = MARK * value.startswith(tails), MARK * value.endswith(heads)
-        for token in control_tokens:
-            while token in value:  # Again for tokens that overlapped.
-                value = value.replace(token, token[0] + MARK + token[1:])
-        return before + value + after
-    mark = partial(mark_control_tokens, control_tokens)
-    if isinstance(value, Mapping):
-        # Names that templates may use, such as ``text``, stay as they are.
-        pairs = value.items()
-        entries = {key if str(key).isidentifier() else mark(key): mark(one) for key, one in pairs}
-        return value if entries == value else entries
+        before = MARK * value.startswith(controls.tails.get(value[:1], ()))
+        after = MARK * value.endswith(controls.heads.get(value[-1:], ()))
+        for token in controls.tokens if controls.pattern.search(value) else ():
+            while token in marked:  # Again for tokens that overlapped.
+                marked = marked.replace(token, token[0] + MARK + token[1:])
+        return before + marked + after
     if isinstance(value, list | tuple):
-        parts = [*map(mark, value)]
-        return value if parts == [*value] else parts
-    return value
+        for at, entry in enumerate(value):
+            if (new := mark_control_tokens(controls, entry)) is not entry:
+                marked = [*value] if marked is value else marked
+                marked[at] = new
+    elif isinstance(value, Mapping):
+        names: dict[str, str] = {}
+        for name, entry in value.items():
+            if (new := mark_control_tokens(controls, entry)) is not entry:
+                marked = {**value} if marked is value else marked
+                marked[name] = new
+            # Names that templates may use, such as ``text``, stay as they are.
+            is_free = not str(name).isidentifier()
+            if is_free and (new := mark_control_tokens(controls, name)) is not name:
+                names[name] = new
+        if names:
+            marked = {names.get(name, name): entry for name, entry in marked.items()}
+    return marked
 
 
 def said_by(message: Mapping[str, object]) -> tuple[str, list[list[object]], str]:

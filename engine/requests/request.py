@@ -10,7 +10,7 @@ from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypedDict
+from typing import TYPE_CHECKING, Annotated, Any, NewType, TypedDict
 
 import numpy as np
 import numpy.typing as npt
@@ -41,7 +41,7 @@ from engine.text.answers import (
     Transferred,
 )
 from engine.text.grammar import Grammar, GrammarError
-from engine.text.tokenizer import CLOSE, IdTokenizer, Tokenizer
+from engine.text.tokenizer import CLOSE, IdTokenizer, StreamDecoder, Tokenizer
 from engine.text.tokenizer_files import read_json
 from hybridcache.geometry.gguf import gguf_file
 from hybridcache.radix.protocol import NO_BOUNDARIES, PromptBoundaries, require_boundaries
@@ -195,14 +195,15 @@ if TYPE_CHECKING:
     WirePrompt = Prompt
     Namespace = Hashable
 else:
-    WirePrompt = Namespace = Any  # For msgspec: an array arrives as bytes.
+    # For msgspec: a request is sent with token ids.
+    WirePrompt, Namespace = NewType("WirePrompt", np.ndarray), Any
 
 
 class RequestSpec(Struct, frozen=True, array_like=True, tag=True, eq=False):
     """One prompt and the parameters of its answer. It is also the message to another process."""
 
     prompt: WirePrompt
-    """A text, or token ids: a list or int[n]. Bytes are int32[n] in the machine's byte order."""
+    """A text, or token ids: a list or int[n]."""
     sampling: SamplingParams | None = None
     """Sampling parameters, or None for the model's recommendation."""
     namespace: Namespace = None
@@ -236,10 +237,6 @@ class RequestSpec(Struct, frozen=True, array_like=True, tag=True, eq=False):
     arrival_s: float | None = None
     """Time of submission by ``time.perf_counter``, which is the same clock in all processes of a
     machine; None for the time at which the engine gets it."""
-
-    def __post_init__(self) -> None:
-        if isinstance(self.prompt, bytes):
-            structs.force_setattr(self, "prompt", np.frombuffer(self.prompt, np.int32))
 
     @classmethod
     def of(
@@ -292,9 +289,8 @@ class Request(ScheduledRequest):
         if (tokenizer := intake.tokenizer) is not None:
             if not sampling.ignore_eos:
                 ends = tokenizer.eos_token_ids
-            decoder = tokenizer.stream_decoder(
-                sampling.skip_special_tokens, spec.answer_starts_text
-            )
+            skips, starts_text = sampling.skip_special_tokens, spec.answer_starts_text
+            decoder = StreamDecoder(tokenizer, skips, starts_text)
             phase: Phase = "text"
             template, stops = tokenizer.chat_template, sampling.stop or sampling.stop_token_ids
             if stops and template is not None and template.thinks:

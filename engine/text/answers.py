@@ -250,11 +250,10 @@ class TextStream:
 
     Text that may be the beginning of a stop string is held back, so that no text is ever retracted.
 
-    >>> from engine.text.tokenizer import StreamDecoder
-    >>> pieces = [b"so ", b"</e", b"n ", b"</end> x"]
-    >>> stream = TextStream(StreamDecoder(lambda token, _: pieces[token]), ["</end>"])
-    >>> [stream.push(token) for token in range(4)]
-    [('so ', False), ('', False), ('</en ', False), ('', True)]
+    >>> from engine.text.tokenizer import IdTokenizer, StreamDecoder
+    >>> stream = TextStream(StreamDecoder(IdTokenizer(10, frozenset())), [" 7 8"])
+    >>> [stream.push(token) for token in (1, 7, 7, 8)]
+    [(' 1', False), ('', False), (' 7', False), ('', True)]
     """
 
     __slots__ = ("_decoder", "_held", "_keeps_stop", "_stop", "phase")

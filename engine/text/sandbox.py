@@ -64,9 +64,11 @@ class Renderer:
         question = pickle.dumps((source, variables))
         with self._lock:
             try:
-                pipe = self._running()
-                pipe.send_bytes(question)
-                answer = pipe.recv_bytes()
+                known = self._process
+                if known is None or self._owner != os.getpid() or known.poll() is not None:
+                    self._start()
+                self._pipe.send_bytes(question)
+                answer = self._pipe.recv_bytes()
             except BaseException as error:  # An interrupt would leave its answer to the next call.
                 self._end()
                 if not isinstance(error, OSError | EOFError):
@@ -79,19 +81,16 @@ class Renderer:
             raise TemplateError(text)
         return text
 
-    def _running(self) -> Connection:
-        process = self._process
-        if process is None or self._owner != os.getpid() or process.poll() is not None:
-            # -P: the modules of this folder must not take the place of others.
-            command = [sys.executable, "-P", "-s", __file__, str(self._limit_s)]
-            self._pipe, other = Pipe()
-            with other:
-                ends: dict[str, Any] = {"stdin": other.fileno(), "stdout": other.fileno()}
-                process = subprocess.Popen(command, **ends, start_new_session=True)
-            if self._process is None:
-                atexit.register(self._end)
-            self._process, self._owner = process, os.getpid()
-        return self._pipe
+    def _start(self) -> None:
+        # -P: the modules of this folder must not take the place of others.
+        command = [sys.executable, "-P", "-s", __file__, str(self._limit_s)]
+        self._pipe, other = Pipe()
+        with other:
+            ends: dict[str, Any] = {"stdin": other.fileno(), "stdout": other.fileno()}
+            process = subprocess.Popen(command, **ends, start_new_session=True)
+        if self._process is None:
+            atexit.register(self._end)
+        self._process, self._owner = process, os.getpid()
 
     def _end(self) -> None:
         process, self._process = self._process, None

@@ -10,7 +10,7 @@ import re
 import sys
 from abc import ABC, abstractmethod
 from array import array
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -110,13 +110,11 @@ class StreamDecoder:
     change it: the bytes of an unfinished character wait. O(1) per token."""
 
     def __init__(
-        self,
-        token_bytes: Callable[[int, bool], bytes],
-        hidden: frozenset[int] = frozenset(),
-        starts_text: bool = True,
+        self, tokenizer: Tokenizer, skip_special_tokens: bool = True, starts_text: bool = True
     ) -> None:
-        """See ``Tokenizer.token_bytes``. Tokens in ``hidden`` have no text."""
-        self._token_bytes, self._hidden, self._starts_text = token_bytes, hidden, starts_text
+        """``starts_text``: see ``Tokenizer.token_bytes``."""
+        self._token_bytes, self._starts_text = tokenizer.token_bytes, starts_text
+        self._hidden = tokenizer.hidden_ids if skip_special_tokens else frozenset[int]()
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
 
     def push(self, token_id: int) -> str:
@@ -171,16 +169,9 @@ class Tokenizer(ABC):
         """Return the bytes of one token, special tokens included; b"" for an id without text. Some
         vocabularies have tokens that lose a space if a text starts with them."""
 
-    def stream_decoder(
-        self, skip_special_tokens: bool = True, starts_text: bool = True
-    ) -> StreamDecoder:
-        """Return a decoder of the next tokens of a text."""
-        hidden = self.hidden_ids if skip_special_tokens else frozenset()
-        return StreamDecoder(self.token_bytes, hidden, starts_text)
-
     def decode(self, token_ids: Iterable[int], skip_special_tokens: bool = True) -> str:
         """Return the text of ``token_ids``, with U+FFFD for invalid bytes."""
-        decoder = self.stream_decoder(skip_special_tokens)
+        decoder = StreamDecoder(self, skip_special_tokens)
         return "".join([*map(decoder.push, token_ids), decoder.flush()])
 
     def as_json(self) -> str | None:
@@ -290,7 +281,8 @@ class BackendTokenizer(Tokenizer):
         self._walls = re.compile(walls) if self._is_byte_level and not has_ends else None
         self._pieces = BoundedMemory[tuple[Hashable, str], "array[int]"](REMEMBERED_BYTES)
         """Token ids of text pieces, by namespace."""
-        self._bytes_of = lru_cache(maxsize=1 << 16)(self._decoded)
+        remember = lru_cache(maxsize=1 << 16)
+        self.token_bytes = remember(self.token_bytes)  # type: ignore[method-assign]
 
     def encode(
         self,
@@ -328,9 +320,6 @@ class BackendTokenizer(Tokenizer):
         return encoding.ids
 
     def token_bytes(self, token_id: int, starts_text: bool = False) -> bytes:
-        return self._bytes_of(token_id, starts_text)
-
-    def _decoded(self, token_id: int, starts_text: bool) -> bytes:
         token = self._backend.id_to_token(token_id)
         if token is None:
             return b""

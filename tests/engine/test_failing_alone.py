@@ -11,9 +11,11 @@ import pytest
 import torch
 
 from engine import Engine, EngineConfig, RequestOutput, SamplingParams
+from engine.requests import request as requests
 from engine.requests.request import Request, RequestSpec
 from engine.schedule.scheduler import Batch
 from engine.text.grammar import Grammar
+from engine.text.tokenizer import StreamDecoder
 from engine.text.tokenizer_files import HFTokenizer
 from hybridcache import Lease
 from hybridcache.tokens import Tokens
@@ -32,9 +34,9 @@ def test_a_detokenizer_error_fails_only_its_request(
     prompts = [ids(70 + i, 40 * i) for i in range(4)]
     expected = make_engine(tokenizer=HFTokenizer()).generate(prompts, ANSWER)
     engine = make_engine(tokenizer=HFTokenizer(), overlap=overlap)
-    decoders = [engine.tokenizer.stream_decoder() for _ in prompts]
+    decoders = [StreamDecoder(engine.tokenizer) for _ in prompts]
     setattr(decoders[2], fails_on, Mock(side_effect=KeyError("Ā")))
-    monkeypatch.setattr(engine.tokenizer, "stream_decoder", Mock(side_effect=decoders))
+    monkeypatch.setattr(requests, "StreamDecoder", Mock(side_effect=decoders))
     outputs = engine.generate(prompts, ANSWER)
     for i, (output, alone) in enumerate(zip(outputs, expected, strict=True)):
         if i == 2:
@@ -48,9 +50,9 @@ def test_a_detokenizer_error_fails_only_its_request(
 
 def test_a_detokenizer_error_at_an_abort_ends_the_request(monkeypatch: pytest.MonkeyPatch) -> None:
     engine = make_engine(tokenizer=HFTokenizer())
-    decoder = Mock(wraps=engine.tokenizer.stream_decoder())
+    decoder = Mock(wraps=StreamDecoder(engine.tokenizer))
     decoder.flush.side_effect = KeyError("boom")
-    monkeypatch.setattr(engine.tokenizer, "stream_decoder", Mock(return_value=decoder))
+    monkeypatch.setattr(requests, "StreamDecoder", Mock(return_value=decoder))
     name = engine.submit(ids(70), ANSWER)
     while not engine.step():
         pass

@@ -19,7 +19,7 @@ from engine.text.answers import (
     TextStream,
     Timings,
 )
-from engine.text.tokenizer import StreamDecoder
+from engine.text.tokenizer import IdTokenizer, StreamDecoder
 from engine.text.tokenizer_files import HFTokenizer
 
 letters = st.text("abé", max_size=40)
@@ -30,7 +30,7 @@ def feed(
 ) -> tuple[list[str], bool]:
     """Return (pieces in order, whether a stop string ended them)."""
     tokenizer = HFTokenizer()
-    stream = TextStream(tokenizer.stream_decoder(), stop, keeps_stop, phase)
+    stream = TextStream(StreamDecoder(tokenizer), stop, keeps_stop, phase)
     pieces = []
     for token in tokenizer.encode(text):
         piece, stopped = stream.push(token)
@@ -81,7 +81,9 @@ def test_stop_strings_count_behind_the_reasoning_and_its_white_space(
 
 def stream_of(*stop: str, piece: str = "-") -> TextStream:
     """Return a stream of tokens with the text ``piece``."""
-    return TextStream(StreamDecoder(lambda *_: piece.encode()), stop)
+    tokenizer = IdTokenizer(1, frozenset())
+    tokenizer.token_bytes = lambda *_: piece.encode()  # type: ignore[method-assign]
+    return TextStream(StreamDecoder(tokenizer), stop)
 
 
 @given(letters, st.lists(st.text("abé", min_size=1, max_size=4), min_size=1), st.data())

@@ -8,14 +8,16 @@ import socket
 import struct
 import subprocess
 import sys
+from collections.abc import Mapping
 from multiprocessing.connection import Connection
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.front.chat_prompt import MARK, Conversation, Rendering, mark_control_tokens
+from engine.front.chat_prompt import MARK, Conversation, Rendering, controls_of, mark_control_tokens
 from engine.front.server.bodies import decode
 from engine.front.server.schemas import ChatRequest
 from engine.text import sandbox
@@ -83,18 +85,39 @@ def test_chat_contents_stay_text_and_boundaries_are_exact(
     turn = [{"role": "assistant", "content": "\ue000"}, {"role": "user", "content": "\ue000"}]
     later = Rendering(tokenizer, Conversation([*chat, *turn], tools, variables)).prompt()
     ids = (one.tokens for one in (prompt, later))
-    assert common_prefix_len(*ids) in prompt.boundaries.positions
+    assert common_prefix_len(*ids) in prompt.marks["boundaries"].positions
 
 
 def test_roles_stay_roles() -> None:
     """Guard against templates with control tokens such as ``<|im_user|>``, which compare roles."""
     chat = [{"role": "user", "content": "user"}]
-    assert mark_control_tokens(("<|im_user|>", "<|im_end|>"), chat) is chat
+    assert mark_control_tokens(controls_of(("<|im_user|>", "<|im_end|>")), chat) is chat
+
+
+def test_a_chat_without_control_tokens_is_not_compared_with_a_copy() -> None:
+    message = Mock(wraps={"role": "user"}, spec=Mapping)
+    message.items.return_value = [("role", "user"), ("content", ["a", {"b-c": 1}])]
+    chat = [message]
+    assert mark_control_tokens(controls_of(("<|im_end|>",)), chat) is chat
+    assert [name for name, *_ in message.mock_calls] == ["items"]
+
+
+def test_only_what_contains_a_control_token_is_copied() -> None:
+    plain = {"role": "user", "content": ["a", {"b": 1}]}
+    other = {"role": "tool", "content": "c", "more": {"a<|x|>b": ["d"], "e": plain}}
+    given = [plain, other]
+    marked = mark_control_tokens(controls_of(("<|x|>",)), given)
+    name = f"a<{MARK}|x|>b"
+    assert marked == [plain, {**other, "more": {name: ["d"], "e": plain}}]
+    assert list(marked[1]["more"]) == [name, "e"]
+    assert marked[0] is plain and marked[1]["more"]["e"] is plain
+    assert marked[1]["more"][name] is other["more"]["a<|x|>b"]  # type: ignore[index]
+    assert given == [plain, other] and MARK not in str(given)
 
 
 @pytest.mark.parametrize(("token", "text"), [("aba", "xababax"), ("||", "a|||b"), ("aa", "aaaa")])
 def test_no_control_token_is_left_where_two_overlap(token: str, text: str) -> None:
-    marked = mark_control_tokens((token,), text)
+    marked = mark_control_tokens(controls_of((token,)), text)
     assert token not in marked and marked.replace(MARK, "") == text
 
 
@@ -107,7 +130,8 @@ def test_a_continued_answer_thinks_only_behind_an_open_mark(
 ) -> None:
     chat = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": content}]
     conversation = Conversation(chat, add_generation_prompt=False, continues_last=True)
-    assert Rendering(_tokenizer(TEMPLATE), conversation).prompt().is_thinking == is_thinking
+    prompt = Rendering(_tokenizer(TEMPLATE), conversation).prompt()
+    assert prompt.marks["is_thinking"] == is_thinking
 
 
 def test_a_long_chat_is_encoded_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerFast as TokenizersBackend
 
 from engine import EngineConfig
 from engine.engine import load_tokenizer_of
-from engine.text.tokenizer import BackendTokenizer, ChatTemplate, Tokenizer
+from engine.text.tokenizer import BackendTokenizer, ChatTemplate, StreamDecoder, Tokenizer
 from engine.text.tokenizer_files import KIMI_WORDS, HFTokenizer, has_tokenizer
 from engine.weights.hub import SMALL_FILES
 
@@ -81,7 +81,7 @@ def model_dir(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
 
 
 def _pieces(tokenizer: Tokenizer, token_ids: list[int]) -> list[str]:
-    decoder = tokenizer.stream_decoder()
+    decoder = StreamDecoder(tokenizer)
     return [*(decoder.push(token_id) for token_id in token_ids), decoder.flush()]
 
 

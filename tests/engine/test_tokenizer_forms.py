@@ -28,7 +28,7 @@ from tokenizers import (
 )
 from transformers import PreTrainedTokenizerFast
 
-from engine.text.tokenizer import BackendTokenizer
+from engine.text.tokenizer import BackendTokenizer, StreamDecoder
 from tests.selection import num_examples
 
 BOS, EOS, USER = "<s>", "<|im_end|>", "<|im_start|>"
@@ -80,7 +80,7 @@ def compare(
             assert ours.encode(text, add_special_tokens=with_special) == ids, text
         for skips in (False, True):
             whole = theirs.decode(ids, skip_special_tokens=skips)
-            stream = ours.stream_decoder(skips)
+            stream = StreamDecoder(ours, skips)
             pieces = [*map(stream.push, ids), stream.flush()]
             assert "".join(pieces) == ours.decode(ids, skips) == whole, text
 

@@ -182,7 +182,7 @@ class TraceWriter:
             return ids, [], _piece_ids([said]) + _piece_ids([END])[:has_end]
         before = Conversation(chat[:-1], tools, body.get("chat_template_kwargs"))
         prompt = Rendering(tokenizer, before).prompt()
-        ids, boundaries = prompt.tokens.tolist(), list(prompt.boundaries.positions)
+        ids, boundaries = prompt.tokens.tolist(), list(prompt.marks["boundaries"].positions)
         later = replace(before, messages=chat, add_generation_prompt=False)
         whole = Rendering(tokenizer, later).tokens.tolist()
         ends = tokenizer.eos_token_ids

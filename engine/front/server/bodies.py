@@ -415,13 +415,22 @@ async def read_body(request: Request, kind: type[Kind], config: ServerConfig) ->
     if encoding not in ("", "identity"):
         message = f"Content-Encoding {quoted(encoding)} is not supported: send the body unpacked."
         raise APIError(415, message)
+    raw, most = bytearray(), int(config.max_body_mib * 2**20)
+    size = int(request.headers.get("content-length", 0))
     try:
         async with asyncio.timeout(config.body_timeout_s):
-            raw = await _receive(request, config.max_body_mib)
+            pieces = request.stream()
+            while size <= most and (piece := await anext(pieces, b"")):
+                raw += piece
+                size = max(size, len(raw))
     except TimeoutError:
         raise APIError(408, "The body did not arrive in time: send it again.") from None
     except ClientDisconnect:
         raise ClientGone from None
+    if size > most:
+        message = f"The body is larger than {config.max_body_mib:g} MiB: send less, or serve with "
+        message += "ServerConfig(max_body_mib=N) of engine.serve_engine in Python."
+        raise APIError(413, message)
     content_type = request.headers.get("content-type", "").split(";")[0].strip().lower()
     if not re.fullmatch(r"application/(.*\+)?json", content_type):
         # Foreign web pages cannot set this header without permission, so they cannot post to a
@@ -431,21 +440,7 @@ async def read_body(request: Request, kind: type[Kind], config: ServerConfig) ->
             "The body needs the header Content-Type: application/json. "
             "With curl, add -H 'Content-Type: application/json'.",
         )
-    return await run(len(raw), partial(decode, kind, raw, config.images == "refuse")), len(raw)
-
-
-async def _receive(request: Request, max_mib: float) -> bytes:
-    body, most = bytearray(), int(max_mib * 2**20)
-    if int(request.headers.get("content-length", 0)) <= most:
-        async for piece in request.stream():
-            body += piece
-            if len(body) > most:
-                break
-        else:
-            return bytes(body)
-    more = "send less, or serve with ServerConfig(max_body_mib=N) of engine.serve_engine in Python"
-    message = f"The body is larger than {max_mib:g} MiB: {more}."
-    raise APIError(413, message)
+    return await run(size, partial(decode, kind, bytes(raw), config.images == "refuse")), size
 
 
 def json_response(value: object) -> Response:

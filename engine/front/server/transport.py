@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import re
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from asyncio import FIRST_COMPLETED
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import suppress
 
 import h11
@@ -103,7 +104,7 @@ async def unless_gone(receive: Receive, work: Awaitable[Result]) -> Result:
     working = asyncio.ensure_future(work)
     leaving = asyncio.ensure_future(_hang_up(receive))
     try:
-        await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait((working, leaving), return_when=FIRST_COMPLETED)
         if working.done():
             return working.result()
         raise ClientGone
@@ -130,19 +131,18 @@ class SentEvents(Response):
     def __init__(
         self,
         events: AsyncGenerator[bytes, None],
-        late_headers: Callable[[], Mapping[str, str]] = dict,
         on_error: Callable[[APIError], bytes] = lambda failure: event(failure.body()),
         keep_alive_s: float | None = None,
     ) -> None:
         """Prepare a response. It starts with the first event, or after ``keep_alive_s`` with a
         comment. Another one follows each silence of ``QUIET_S``, or ``keep_alive_s``. An earlier
-        error is raised; a later one is written by ``on_error`` as the last event. ``late_headers``
-        is called when the first event is available."""
+        error is raised; a later one is written by ``on_error`` as the last event. ``events`` may
+        set headers before the first one."""
         super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
-        self._events, self._late_headers, self._on_error = events, late_headers, on_error
+        self._events, self._on_error = events, on_error
         self._keep_alive_s = keep_alive_s
-        self._has_begun = self._is_sending = False
+        self._has_begun = False
         self._sent_s = time.monotonic()
         self._connection: ClientConnection | None = None
 
@@ -153,7 +153,7 @@ class SentEvents(Response):
         if (own := self._connection) is None or own.cycle.scope["http_version"] != "1.1":
             return False
         is_lost = own.cycle.disconnected or own.transport.is_closing()
-        return not (is_lost or own.flow.write_paused or self._is_sending)
+        return not (is_lost or own.flow.write_paused)
 
     def write(self, piece: bytes) -> None:
         """Write an event at once, in place of one of the iterator, in a tenth of its time."""
@@ -163,46 +163,50 @@ class SentEvents(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self._connection = scope.get("state", {}).get("connection")
-        filler = asyncio.create_task(self._fill_pauses(send))
+        leaving = asyncio.ensure_future(_hang_up(receive))
         try:
             with suppress(OSError, ClientGone):  # OSError: the client left during a send.
-                await unless_gone(receive, self._send_all(scope, send))
+                try:
+                    while (piece := await self._next(send, leaving)) is not None:
+                        await self._send(send, piece)
+                except Exception as error:
+                    if not self._has_begun or isinstance(error, OSError | ClientGone):
+                        raise
+                    failure = of_failure(error)
+                    scope.setdefault("state", {})["error"] = str(failure)
+                    await self._send(send, self._on_error(failure))
+                await send({"type": "http.response.body", "body": b"", "more_body": False})
         finally:
-            filler.cancel()
+            leaving.cancel()
             await self._events.aclose()
 
-    async def _send_all(self, scope: Scope, send: Send) -> None:
-        try:
-            async for event in self._events:
-                if not self._has_begun:
-                    self.headers.update(self._late_headers())
-                await self._send(send, event)
-        except Exception as error:
-            if not self._has_begun or isinstance(error, OSError):
-                raise
-            failure = of_failure(error)
-            scope.setdefault("state", {})["error"] = str(failure)
-            await self._send(send, self._on_error(failure))
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
-
-    async def _fill_pauses(self, send: Send) -> None:
+    async def _next(self, send: Send, leaving: asyncio.Future[None]) -> bytes | None:
+        """Return the next event, or None after the last one, and fill the silence before it. Raises
+        ClientGone when ``leaving`` is done."""
+        coming = asyncio.ensure_future(anext(self._events, None))
         pause_s = self._keep_alive_s or QUIET_S
-        while True:
-            await asyncio.sleep(max(self._sent_s + pause_s - time.monotonic(), 0.01))
-            if self._is_sending or time.monotonic() < self._sent_s + pause_s:
-                continue
-            self._sent_s = time.monotonic()
-            if self._has_begun or self._keep_alive_s is not None:
-                with suppress(OSError):  # Also of a timeout. The sender of events finds out.
-                    await self._send(send, PAUSE)
+        try:
+            while True:
+                left_s = max(self._sent_s + pause_s - time.monotonic(), 0)
+                await asyncio.wait((coming, leaving), timeout=left_s, return_when=FIRST_COMPLETED)
+                if leaving.done():
+                    raise ClientGone
+                if coming.done():
+                    return coming.result()
+                if time.monotonic() >= self._sent_s + pause_s:
+                    self._sent_s = time.monotonic()
+                    if self._has_begun or self._keep_alive_s is not None:
+                        await self._send(send, PAUSE)
+        finally:
+            coming.cancel()
+            with suppress(asyncio.CancelledError, Exception):
+                await coming
 
     async def _send(self, send: Send, piece: bytes) -> None:
-        """Send a piece, after the headers, and give the event loop a turn, in case it is closed."""
-        self._is_sending = True
+        """Send a piece, after the headers."""
         if not self._has_begun:
             self._has_begun = True
             headers = self.raw_headers
             await send({"type": "http.response.start", "status": 200, "headers": headers})
         await send({"type": "http.response.body", "body": piece, "more_body": True})
-        await asyncio.sleep(0)
-        self._is_sending, self._sent_s = False, time.monotonic()
+        self._sent_s = time.monotonic()

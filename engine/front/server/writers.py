@@ -163,8 +163,8 @@ class Writer(ABC):
     """Generates the answers to one request, and writes them in the form of an endpoint. By default
     a stream has the form of OpenAI's completions."""
 
-    KIND: str
-    """Kind of the answers of OpenAI's completions."""
+    KIND = CHUNK_KIND = "text_completion"
+    """Kinds of the answers of OpenAI's completions, and of the parts of their streams."""
 
     def __init__(self, call: Call, body: Sampling, answer_id: str, num_prompts: int = 1) -> None:
         """Raises APIError 400 if there are more answers than the queue can ever hold."""
@@ -180,8 +180,15 @@ class Writer(ABC):
         self._latest: dict[int, RequestOutput] = {}
         """Latest output of each answer, by its index."""
         self._created = int(time.time())
-        self._chunk_head: bytes
-        """Start of each event of a stream, before the comma in front of the choices."""
+        self._fields: JsonObject = {
+            "id": answer_id,
+            "object": self.CHUNK_KIND if body.stream else self.KIND,
+            "created": self._created,
+            "model": call.context.model_name,
+            "system_fingerprint": call.context.fingerprint,
+        }
+        """First fields of OpenAI's completions, and of each event of their streams."""
+        self._event_head = b"data: " + msgspec.json.encode(self._fields).removesuffix(b"}")
 
     @property
     def outputs(self) -> list[RequestOutput]:
@@ -207,22 +214,10 @@ class Writer(ABC):
         """Return the event of a failure in the middle of a stream."""
         return event(failure.body())
 
-    def _completion(self, choices: Sequence[Mapping[str, Json]], **more: Json) -> JsonObject:
-        """Return an answer of OpenAI's completions, or a part of its stream."""
-        return {
-            "id": self.answer_id,
-            "object": self.KIND,
-            "created": self._created,
-            "model": self._context.model_name,
-            "system_fingerprint": self._context.fingerprint,
-            "choices": choices,
-            **more,
-        }
-
     def _chunk(self, choices: list[JsonObject], **more: Json) -> bytes:
         """Return the event of a part of a stream. Only its end, from the choices on, is encoded."""
         end = msgspec.json.encode({"choices": choices, **more} if more else {"choices": choices})
-        return b"%b,%b\n\n" % (self._chunk_head, end[1:])
+        return b"%b,%b\n\n" % (self._event_head, end[1:])
 
     async def submit(
         self,
@@ -255,8 +250,7 @@ class Writer(ABC):
             if forms:
                 is_thinking = marks.get("is_thinking", False)
                 grammar = await context.grammar_of(forms, namespace, is_thinking)
-            own_id = self.answer_id
-            session = body.session
+            own_id, session = self.answer_id, body.session
             names = [f"{own_id}-{number}" if number else own_id for number in range(len(choices))]
             for number, (tokens, at, sampling) in enumerate(choices):
                 request_id = names[number]
@@ -352,30 +346,25 @@ class Writer(ABC):
 
     async def respond(self, is_stream: bool) -> Response:
         """Return the response with all answers. Long texts are written in a thread."""
-        context = self._context
         if is_stream:
-            empty = msgspec.json.encode(self._completion([]))
-            self._chunk_head = b"data: " + empty.removesuffix(b',"choices":[]}')
-            keep_alive_s, headers = context.config.keep_alive_s, self._cache_headers
-            stream = SentEvents(self._events(), headers, self.failed, keep_alive_s)
-            self._stream.handle = partial(self._write_now, stream)
-            return stream
-        reading = anext(self._events(is_stream=False), None)
-        await unless_gone(self._call.request.receive, reading)
+            wait_s = self._context.config.keep_alive_s
+            self._event_stream = SentEvents(self._events(), self.failed, wait_s)
+            return self._event_stream
+        await unless_gone(self._call.request.receive, anext(self._events(is_stream=False), None))
         size = sum(len(one.output) + len(one.prompt_token_ids) for one in self.outputs)
         response = await run(size, lambda: json_response(self.whole()))
         response.headers.update(self._cache_headers())
         return response
 
-    def _write_now(self, stream: SentEvents, output: RequestOutput) -> bool:
+    def _write_now(self, output: RequestOutput) -> bool:
         """Write an output to the connection without waking the task of the stream, and return True.
         Returns False for the first output of an answer, and while the client reads too slowly."""
         index = self._index_of[output.request_id]
-        if index not in self._latest or not stream.is_ready:
+        if index not in self._latest or not self._event_stream.is_ready:
             return False
         self._latest[index] = self.read(index, output)
         if written := b"".join(self.write(index, False)):
-            stream.write(written)
+            self._event_stream.write(written)
         return True
 
     async def _events(self, is_stream: bool = True) -> AsyncGenerator[bytes, None]:
@@ -387,6 +376,9 @@ class Writer(ABC):
                 is_first = index not in self._latest
                 self._latest[index] = self.read(index, output)
                 if is_stream:
+                    if is_first:
+                        self._event_stream.headers.update(self._cache_headers())
+                        self._stream.handle = self._write_now
                     # A prompt can be echoed.
                     size = len(output.prompt_token_ids) if is_first else 0
                     if written := await run(size, partial(b"".join, self.write(index, is_first))):

@@ -34,7 +34,7 @@ from engine.front.async_engine import AsyncEngine, EngineChannel, EngineHost
 from engine.front.server.settings import SWITCH_S
 from engine.front.worker.screen import screen_rows, screen_text
 from engine.front.worker.spawn import Spawned
-from engine.messages import EndEngine, EngineFacts, FromEngine, Refused, ToEngine, plain
+from engine.messages import EndEngine, EngineFacts, FromEngine, Refused, ToEngine, plain, prompt_of
 from engine.text.tokenizer import Tokenizer
 from hybridcache.command.extras import how_to_install
 from hybridcache.command.signals import log_to_stderr
@@ -56,7 +56,8 @@ class Sockets:
         self._in: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.PULL)
         self._lock = threading.Lock()
         self._encoder = msgspec.msgpack.Encoder(enc_hook=plain)
-        self._decoder: Any = msgspec.msgpack.Decoder(FromEngine if is_server else ToEngine)
+        kind: Any = FromEngine if is_server else ToEngine
+        self._decoder: Any = msgspec.msgpack.Decoder(kind, dec_hook=prompt_of)
         for socket, is_to_engine in ((self._out, is_server), (self._in, not is_server)):
             socket.set_hwm(0)
             socket.linger = 1000
@@ -148,13 +149,15 @@ class ProcessChannel(EngineChannel):
     ) -> None:
         self.config, self.tokenizer, self.facts = config, tokenizer, facts
         self._spawned, self._process, self._sockets = spawned, spawned.process, sockets
-        self.send = sockets.send
         self.pid, self._was_killed = spawned.process.pid, False
         self._loop: asyncio.AbstractEventLoop | None = None
 
     @property
     def is_alive(self) -> bool:
         return self._process.poll() is None
+
+    def send(self, message: ToEngine) -> None:
+        self._sockets.send(message)
 
     def start(self) -> None:
         """Follow the process in the running event loop."""

@@ -266,7 +266,7 @@ def run(pair: Pair, namespace: str | None = None) -> tuple[dict[str, Any], Expla
         prompt = Rendering(tokenizer, Conversation(body["messages"], **parts)).prompt()
         spec = RequestSpec(prompt.tokens, namespace=namespace, **prompt.marks)
         output = engine.answer(spec, tokenizer.encode(pair.answer))
-        reader = AnswerReader(True, is_thinking=prompt.is_thinking)
+        reader = AnswerReader(True, is_thinking=prompt.marks["is_thinking"])
         answer = as_message([*reader.push(output.text), *reader.flush()])
         store(explanations, name, output, body, answer, namespace)
     first, second = (explanations.memory.get(name) for name in ("first", "second"))

@@ -64,7 +64,9 @@ def test_sampled_tokens_replace_the_text_of_an_answer(tokenizer: HFTokenizer) ->
     )
     assert contains(prompt.tokens.tolist(), ids) and not contains(plain.tokens.tolist(), ids)
     assert text_of(tokenizer, prompt) == text_of(tokenizer, plain).replace("[1, 2]", "[1,2]")
-    ends = [len(one.tokens.tolist()) - one.boundaries.positions[-1] for one in (prompt, plain)]
+    ends = [
+        len(one.tokens.tolist()) - one.marks["boundaries"].positions[-1] for one in (prompt, plain)
+    ]
     assert ends[0] == ends[1], "the next turn forks at the same place"
 
 

@@ -354,7 +354,7 @@ class _MessagesWriter(PartWriter):
         """
         prompt, output = self._prompt, self._answer.output
         num_cached = output.cached_len
-        known = prompt.boundaries.positions
+        known = prompt.marks["boundaries"].positions
         marked = [*prompt.cuts, *(known[-1:] if self._given.marks_end else ())]
         num_created = max(0, max(marked, default=0) - num_cached)
         return {

@@ -55,6 +55,7 @@ class ChatWriter(Writer):
     """Generates the answers to one chat, reads them as events, and writes OpenAI's chat
     completions. Subclasses write other dialects."""
 
+    KIND, CHUNK_KIND = "chat.completion", "chat.completion.chunk"
     FORMAT = "response_format"
     """The dialect's name of the answer's format."""
     _body: ChatRequest
@@ -67,33 +68,32 @@ class ChatWriter(Writer):
         calls = tool_calls(body, template) if body.tools else None
         forms = body.forms(self.FORMAT)
         read = AnswerReader if calls is None else calls.reader
+        is_thinking = prompt.marks["is_thinking"]
         self.readers = [
             read(
                 thinks=template.thinks,
-                is_thinking=prompt.is_thinking,
-                starts_text=prompt.starts_text,
+                is_thinking=is_thinking,
+                starts_text=prompt.marks["answer_starts_text"],
                 end_token_ids=context.tokenizer.eos_token_ids,
             )
             for _ in range(body.n)
         ]
-        self.KIND = "chat.completion.chunk" if is_stream else "chat.completion"
         self._has_only_text = not (body.logprobs or body.return_token_ids)
         self._num_calls = Counter[int]()
         """Number of calls of each answer that were written."""
         marks = prompt.marks
         if calls is not None:
-            marks["call_marks"] = calls.marks
-            calls.restrict(forms, self.FORMAT, template.thinks and not prompt.is_thinking)
+            marks = {**marks, "call_marks": calls.marks}
+            calls.restrict(forms, self.FORMAT, template.thinks and not is_thinking)
         num_scores = (body.top_logprobs or 0) if body.logprobs else None
-        limits = body.max_completion_tokens, body.max_tokens
-        limit = next((one for one in limits if one is not None), None)
+        limit = body.max_completion_tokens or body.max_tokens
         await self.submit([prompt.tokens], marks, limit, num_scores, forms)
         return await self.respond(is_stream)
 
     def written(self) -> dict[str, int]:
         """Return the tokens computed up to the last position that later prompts may share."""
         is_off = self._context.engine.config.prefix_cache == "none"
-        shared = 0 if is_off else max(self._prompt.boundaries.positions, default=0)
+        shared = 0 if is_off else max(self._prompt.marks["boundaries"].positions, default=0)
         return {"cache_write_tokens": max(0, shared - self.outputs[0].cached_len)}
 
     def thought(self) -> dict[str, int]:
@@ -129,7 +129,7 @@ class ChatWriter(Writer):
             for index, output in enumerate(self.outputs)
         ]
         ids = self._ids("prompt_token_ids", self.outputs[0].prompt_token_ids)
-        return self._completion(choices, usage=self._usage(), **ids)
+        return {**self._fields, "choices": choices, "usage": self._usage(), **ids}
 
     def write(self, index: int, is_first: bool) -> Iterator[bytes]:
         """Yield one event, after the role of the choice if it is its first."""
@@ -137,7 +137,7 @@ class ChatWriter(Writer):
         if not is_first and self._has_only_text and news.finish is None:
             match news.new:  # The usual piece, in a third of the time.
                 case [TextDelta(text)] if text:
-                    yield TEXT_EVENT % (self._chunk_head, index, msgspec.json.encode(text))
+                    yield TEXT_EVENT % (self._event_head, index, msgspec.json.encode(text))
                     return
         empty: JsonObject = {"index": index, "delta": {}, "logprobs": None, "finish_reason": None}
         if is_first:

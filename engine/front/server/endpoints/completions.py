@@ -30,7 +30,6 @@ async def complete(call: Call, body: CompletionRequest) -> Response:
 class _CompletionWriter(Writer):
     """Writes completions. The first part of each choice has the echoed prompt."""
 
-    KIND = "text_completion"
     _body: CompletionRequest
 
     def __init__(self, call: Call, body: CompletionRequest) -> None:
@@ -46,7 +45,7 @@ class _CompletionWriter(Writer):
             self._choice(index, True, output.text, output.token_ids, output.logprobs or ())
             for index, output in enumerate(self.outputs)
         ]
-        return self._completion(choices, usage=self._usage())
+        return {**self._fields, "choices": choices, "usage": self._usage()}
 
     def write(self, index: int, is_first: bool) -> Iterator[bytes]:
         output = self._latest[index]
@@ -67,7 +66,7 @@ class _CompletionWriter(Writer):
         if is_first:
             told |= self._ids("prompt_token_ids", output.prompt_token_ids)
             if body.logprobs is not None:
-                self._decoders[index] = tokenizer.stream_decoder(self._skips_special, body.echo)
+                self._decoders[index] = StreamDecoder(tokenizer, self._skips_special, body.echo)
             if body.echo:
                 prompt = output.prompt_token_ids.tolist()
                 text = tokenizer.decode(prompt, self._skips_special) + text

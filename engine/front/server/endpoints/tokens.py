@@ -39,7 +39,7 @@ async def tokenize(call: Call, body: TokenizeRequest) -> Response:
     answer: JsonObject = {"max_model_len": context.engine.facts.max_model_len}
     if body.messages:
         prompt = await run(call.size, partial(render, call, body))
-        tokens, answer["boundaries"] = prompt.tokens, list(prompt.boundaries.positions)
+        tokens, answer["boundaries"] = prompt.tokens, list(prompt.marks["boundaries"].positions)
     else:
         [tokens] = await context.encode(
             [body.prompt or ""], body.add_special_tokens, call.tenant.namespace
