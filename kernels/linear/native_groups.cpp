@@ -19,9 +19,11 @@
 #ifdef __AVX2__
 
 constexpr int64_t PANEL = 16;        // outputs
+constexpr int64_t WORD_BYTES = 64;   // of a word of each output
 constexpr int64_t UNIT = 32;         // columns
 constexpr int64_t BLOCK_ROWS = 24;   // rows that are kept in the cache, with their sums
 constexpr int64_t MOST_ROWS = 32;    // the same with tiles
+constexpr int64_t MANY_ROWS = 16;    // rows for which codes are unpacked once, without AVX-512
 constexpr int64_t CHUNK = 32;        // units of a panel that are used for all of these rows
 constexpr int64_t MANY_PANELS = 8;   // panels for which these rows are used, if there are many rows
 constexpr int64_t AHEAD = 4096;      // bytes of codes between a load and its prefetch
@@ -33,6 +35,7 @@ struct alignas(64) Unit {
     int32_t starts[2];  // of the sums of each half of the columns, or sums of x if outputs have zeros
     float sums[2], sum;  // step times sum of x of each half, and of both
     int32_t start;       // both starts
+    int32_t halves;      // sums of the integers of each half, in 16 bits each
 };
 static_assert(sizeof(Unit) == 64, "a line of the cache");
 
@@ -65,9 +68,10 @@ enum ScaleKind { HALF, BFLOAT16, FLOAT32, EXPONENT };
     static Floats all(float x) { return x - Floats{}; }                                            \
     static Floats floats(Ints x) { return __builtin_convertvector(x, Floats); }
 
-// 256 bits. Products of bytes are added in 16 bits, where they do not reach the limits.
+// 256 bits.
 struct HalfLanes {
     REGISTER(8)
+    typedef struct ByHalves Few;  // the way to multiply few rows
 
     // Codes of 8 bits and values of tables are used as numbers with signs.
     static constexpr int BIAS = 128;
@@ -80,28 +84,24 @@ struct HalfLanes {
     }
     static Ints numbers(Ints codes) { return codes ^ all(int32_t(0x80808080)); }
 
-    // Sum of products of COUNT words. MOST: the largest code, or 128 for numbers with signs.
-    template <int MOST, int COUNT>
-    static Ints add(Ints sum, const Ints* w, const int32_t* x) {
-        constexpr int SAFE = MOST == 128 ? 1 : 32767 / (2 * 127 * MOST);
-        constexpr int STEPS = SAFE >= COUNT ? COUNT : SAFE >= 4 ? 4 : SAFE >= 2 ? 2 : 1;
-        __m256i ones = _mm256_set1_epi16(1);
-#pragma GCC unroll 8
-        for (int s = 0; s < COUNT; s += STEPS) {
-            __m256i pairs = product<MOST>(w[s], x[s]);
-#pragma GCC unroll 8
-            for (int t = s + 1; t < s + STEPS; t++)
-                pairs = _mm256_add_epi16(pairs, product<MOST>(w[t], x[t]));
-            sum += (Ints)_mm256_madd_epi16(pairs, ones);
-        }
-        return sum;
-    }
+    // Pairs of numbers of 16 bits: sums of two products each. MOST: the largest code, or 128 for numbers
+    // with signs.
     template <int MOST>
-    static __m256i product(Ints w, int32_t word) {
+    static Ints product(Ints w, int32_t word) {
         __m256i x = _mm256_set1_epi32(word), own = (__m256i)w;
-        if (MOST < 128) return _mm256_maddubs_epi16(own, x);
-        return _mm256_maddubs_epi16(_mm256_abs_epi8(own), _mm256_sign_epi8(x, own));
+        if (MOST < 128) return (Ints)_mm256_maddubs_epi16(own, x);
+        return (Ints)_mm256_maddubs_epi16(_mm256_abs_epi8(own), _mm256_sign_epi8(x, own));
     }
+    static Ints add_shorts(Ints a, Ints b) { return (Ints)((Shorts)a + (Shorts)b); }
+    static Ints pairs(Ints low, Ints high) { return (low & all(0xffff)) | high << 16; }
+    static Ints times(Ints pairs, int16_t x) {
+        return (Ints)_mm256_mullo_epi16((__m256i)pairs, _mm256_set1_epi16(x));
+    }
+    // Sum of both products of each pair.
+    static Ints multiply_pairs(Ints a, Ints b) {
+        return (Ints)_mm256_madd_epi16((__m256i)a, (__m256i)b);
+    }
+
     // Numbers of 8 and 16 bits, one per word.
     static Ints widened(const int8_t* from) {
         return (Ints)_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)from));
@@ -124,6 +124,7 @@ struct HalfLanes {
 // 512 bits. Codes are used without signs, and tables have 128 added.
 struct FullLanes {
     REGISTER(16)
+    typedef struct ByLanes Few;
 
     static constexpr int BIAS = 0;
 
@@ -136,7 +137,7 @@ struct FullLanes {
     }
     static Ints numbers(Ints codes) { return codes; }
 
-    template <int MOST, int COUNT>
+    template <int COUNT>
     static Ints add(Ints sum, const Ints* w, const int32_t* x) {
         for (int s = 0; s < COUNT; s++)  // GCC 12 spills the sums of its intrinsic to memory.
             asm("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(w[s]), "m"(x[s]));
@@ -182,43 +183,54 @@ struct Codes {
     static constexpr int WORDS = BITS;
     static constexpr bool IS_SIGNED = BITS == 8 || TABLE;  // with HalfLanes
     static constexpr int MOST = IS_SIGNED ? 128 : (1 << BITS) - 1;
+    static constexpr bool IN_TWO_PARTS = BITS == 3 || BITS == 5 || BITS == 6;
 
     template <class R>
-    static void unpack(
-        const uint8_t* from, typename R::Ints table, typename R::Ints* codes) {
-        typedef typename R::Ints Ints;
-        typedef typename R::Shorts Shorts;
-        for (int64_t i = 0; i < WORDS; i++) _mm_prefetch((const char*)from + AHEAD + 64 * i, _MM_HINT_T0);
-        if constexpr (BITS == 8) {
-            for (int s = 0; s < 8; s++) codes[s] = R::numbers(R::load(from + 64 * s));
-        } else if constexpr (BITS < 4) {
-            for (int s = 0; s < 8; s++)
-                codes[s] = (Ints)((Shorts)R::load(from + s / 4 * 64) >> s % 4 * 2) & R::all(0x03030303);
-            if constexpr (BITS == 3) add_bits<R, 1, 2>(from + 128, codes);
-        } else {
-            Ints lower = R::all(0x0f0f0f0f);
-            for (int s = 0; s < 4; s++) {
-                Ints word = R::load(from + 64 * s);
-                codes[s] = word & lower;
-                codes[4 + s] = (Ints)((Shorts)word >> 4) & lower;
-            }
-            if constexpr (TABLE)
-                for (int s = 0; s < 8; s++) codes[s] = R::look_up(table, codes[s]);
-            if constexpr (BITS > 4) add_bits<R, BITS - 4, 4>(from + 256, codes);
-        }
+    static void unpack(const uint8_t* from, typename R::Ints table, typename R::Ints* codes) {
+        prefetch(from);
+        for (int s = 0; s < 8; s++) codes[s] = word<R>(from, table, s);
     }
 
-    // Adds COUNT bits of each code, from PLACE on. Byte b has those of the codes 4 s + b.
-    template <class R, int COUNT, int PLACE>
-    static void add_bits(const uint8_t* from, typename R::Ints* codes) {
+    static void prefetch(const uint8_t* from) {
+        for (int64_t i = 0; i < WORDS; i++) _mm_prefetch((const char*)from + AHEAD + 64 * i, _MM_HINT_T0);
+    }
+
+    template <class R>
+    static typename R::Ints word(const uint8_t* from, typename R::Ints table, int s) {
         typedef typename R::Ints Ints;
-        constexpr int PER_BYTE = 8 / COUNT;
-        Ints mask = R::all(((1 << COUNT) - 1) * 0x01010101 << PLACE);
-        for (int s = 0; s < 8; s++) {
-            auto more = (typename R::Shorts)R::load(from + s / PER_BYTE * 64);
-            int shift = s % PER_BYTE * COUNT - PLACE;
-            codes[s] |= (Ints)(shift < 0 ? more << -shift : more >> shift) & mask;
+        if constexpr (BITS == 8) return R::numbers(R::load(from + 64 * s));
+        if constexpr (BITS < 4) {
+            Ints code = bits<R, 2, 0>(from, s);
+            return BITS == 3 ? code | bits<R, 1, 2>(from + 128, s) : code;
         }
+        Ints both = R::load(from + s % 4 * 64);
+        Ints code = (s < 4 ? both : (Ints)((typename R::Shorts)both >> 4)) & R::all(0x0f0f0f0f);
+        if constexpr (TABLE) return R::look_up(table, code);
+        if constexpr (BITS > 4) return code | bits<R, BITS - 4, 4>(from + 256, s);
+        return code;
+    }
+
+    // COUNT bits of each code of a word, moved to PLACE. Byte b has those of the codes 4 s + b.
+    template <class R, int COUNT, int PLACE>
+    static typename R::Ints bits(const uint8_t* from, int s) {
+        constexpr int PER_BYTE = 8 / COUNT;
+        auto packed = (typename R::Shorts)R::load(from + s / PER_BYTE * 64);
+        int shift = s % PER_BYTE * COUNT - PLACE;
+        auto moved = (typename R::Ints)(shift < 0 ? packed << -shift : packed >> shift);
+        return moved & R::all(((1 << COUNT) - 1) * 0x01010101 << PLACE);
+    }
+};
+
+// The same codes, each of which has a byte already.
+template <class Packed>
+struct Unpacked : Packed {
+    static constexpr int WORDS = 8;
+
+    static void prefetch(const uint8_t*) {}
+
+    template <class R>
+    static typename R::Ints word(const uint8_t* from, typename R::Ints, int s) {
+        return R::load(from + 64 * s);
     }
 };
 
@@ -587,101 +599,205 @@ struct Place {
     }
 };
 
-// Adds blocks to the sums of ROWS rows and the outputs of COUNT registers.
-template <class R, class C, int FACTORS, bool MINIMA, bool ZEROS, int ROWS, int COUNT>
-static void multiply_rows(
-    const PackedGroups& w, int64_t panel, int64_t lane, const Unit* x, int64_t stride, int64_t begin,
-    int64_t end, float* sums, bool first) {
-    typedef typename R::Ints Ints;
-    typedef typename R::Floats Floats;
-    typedef typename R::UnalignedFloats Unaligned;
-    typedef Place<R, C, FACTORS, MINIMA> Own;
-    constexpr int64_t WIDTH = sizeof(Ints) / 4;
-    constexpr int HALVES = Own::HALVES;
-    Own places[2] = {Own(w, panel, lane), Own(w, panel, lane + (COUNT - 1) * WIDTH)};
-    Floats total[COUNT][ROWS];
+// Ways to multiply all rows with a panel, for some blocks. Sums are [rows, 16].
+//
+// Both halves of a panel and at most four rows, for 16 registers of 256 bits.
+struct ByHalves {
+    typedef HalfLanes R;
+    typedef R::Ints Ints;
+    typedef R::Floats Floats;
+    static constexpr int64_t WIDTH = PANEL / 2;
+
+    template <class C, int FACTORS, bool MINIMA, bool ZEROS = false>
+    static void multiply(
+        const PackedGroups& w, int64_t panel, const Unit* x, int64_t rows, int64_t, int64_t begin,
+        int64_t end, float* sums) {
+        const uint8_t* codes = w.codes + panel * w.units * C::WORDS * WORD_BYTES;
+        int64_t r = 0, first = begin * w.block, units = (end - begin) * w.block;
+        if constexpr (C::IN_TWO_PARTS)
+            if (rows >= MANY_ROWS && units <= CHUNK) {
+                Ints unpacked[CHUNK][8][2];
+                for (int64_t u = 0; u < units; u++) {
+                    const uint8_t* from = codes + (first + u) * C::WORDS * WORD_BYTES;
+                    C::prefetch(from);
+                    for (int s = 0; s < 8; s++)
+                        for (int i = 0; i < 2; i++)
+                            unpacked[u][s][i] = C::template word<R>(from + i * sizeof(Ints), Ints{}, s);
+                }
+                for (; rows - r > 3; r += 4)
+                    multiply_rows<Unpacked<C>, FACTORS, MINIMA, ZEROS, 4>(
+                        w, (const uint8_t*)(unpacked - first), panel, x + r * w.stride(), begin, end,
+                        sums + r * PANEL);
+            }
+        for (int64_t count; r < rows; r += count) {
+            count = rows - r > 3 ? 4 : rows - r > 1 ? 2 : 1;
+            auto function = count == 4 ? multiply_rows<C, FACTORS, MINIMA, ZEROS, 4>
+                : count == 2           ? multiply_rows<C, FACTORS, MINIMA, ZEROS, 2>
+                                       : multiply_rows<C, FACTORS, MINIMA, ZEROS, 1>;
+            function(w, codes, panel, x + r * w.stride(), begin, end, sums + r * PANEL);
+        }
+    }
+
+  private:
+    // codes: of the units of the panel.
+    template <class C, int FACTORS, bool MINIMA, bool ZEROS, int ROWS>
+    static void multiply_rows(
+        const PackedGroups& w, const uint8_t* codes, int64_t panel, const Unit* x, int64_t begin,
+        int64_t end, float* sums) {
+        typedef Place<R, C, FACTORS, MINIMA> Own;
+        constexpr int HALVES = Own::HALVES;
+        // Sums of two products reach 2 * 127 * MOST. 16 bits have room for those of all words, two or one.
+        constexpr int ROOM = C::MOST == 128 ? 1 : 32767 / (2 * 127 * C::MOST);
+        constexpr bool ALL_FIT = HALVES == 1 && ROOM >= 8;
+        constexpr int STEPS = ALL_FIT || ROOM == 1 ? 1 : 2;
+        // Other formats have no codes that stand for negative numbers.
+        constexpr bool HAS_START = !MINIMA && FACTORS != 1;
+        int64_t stride = w.stride();
+        Own places[2] = {Own(w, panel, 0), Own(w, panel, WIDTH)};
+        for (int64_t b = begin; b < end; b++) {
+            Floats part[2][ROWS] = {}, low[2][ROWS] = {};
+            for (int64_t u = b * w.block; u < (b + 1) * w.block; u++) {
+                const uint8_t* from = codes + u * C::WORDS * WORD_BYTES;
+                Ints sum[2][ROWS] = {}, factors[2][2], starts[2];
+                C::prefetch(from);
 #pragma GCC unroll 2
-    for (int i = 0; i < COUNT; i++)
+                for (int i = 0; i < 2; i++) {
+                    const Ints* own = places[i].factors;
+                    places[i].load_factors(u);
+#pragma GCC unroll 2
+                    for (int h = 0; h < HALVES; h++)
+                        factors[i][h] = FACTORS ? R::pairs(own[h], own[h]) : R::all(0x10001);
+                    if (FACTORS == 2) starts[i] = R::times(R::pairs(own[0], own[1]), int16_t(-w.zero));
+                }
+#pragma GCC unroll 8
+                for (int s = 0; s < 8; s += STEPS) {
+                    Ints own[2][STEPS];
+#pragma GCC unroll 2
+                    for (int t = 0; t < STEPS; t++)
+#pragma GCC unroll 2
+                        for (int i = 0; i < 2; i++)
+                            own[i][t] = C::template word<R>(
+                                from + i * sizeof(Ints), places[i].table, s + t);
+#pragma GCC unroll 4
+                    for (int r = 0; r < ROWS; r++)
+#pragma GCC unroll 2
+                        for (int i = 0; i < 2; i++) {
+                            const int32_t* words = x[r * stride + u].words + s;
+                            Ints found = R::product<C::MOST>(own[i][0], words[0]);
+                            if (STEPS == 2)
+                                found = R::add_shorts(
+                                    found, R::product<C::MOST>(own[i][STEPS - 1], words[STEPS - 1]));
+                            if (ALL_FIT)
+                                sum[i][r] = R::add_shorts(sum[i][r], found);
+                            else
+                                sum[i][r] += R::multiply_pairs(found, factors[i][s * HALVES / 8]);
+                            // GCC would add later, and has no registers for that many products.
+                            asm("" : "+x"(sum[i][r]));
+                        }
+                }
+#pragma GCC unroll 4
+                for (int r = 0; r < ROWS; r++)
+#pragma GCC unroll 2
+                    for (int i = 0; i < 2; i++) {
+                        const Unit& row = x[r * stride + u];
+                        Ints whole = ALL_FIT ? R::multiply_pairs(sum[i][r], factors[i][0]) : sum[i][r];
+                        if (HAS_START && FACTORS == 2)
+                            whole += R::multiply_pairs(R::all(row.halves), starts[i]);
+                        else if (HAS_START)
+                            whole += ZEROS ? R::all(row.start) * places[i].zeros(b) : R::all(row.start);
+                        part[i][r] = R::multiply_add(R::floats(whole), R::all(row.step), part[i][r]);
+                    }
+            }
+            // In a loop of their own, because both sums and the codes do not fit the registers.
+            for (int64_t u = b * w.block; MINIMA && u < (b + 1) * w.block; u++)
+#pragma GCC unroll 2
+                for (int i = 0; i < 2; i++) {
+                    places[i].load_minima(u);
+#pragma GCC unroll 4
+                    for (int r = 0; r < ROWS; r++) places[i].add_minima(x[r * stride + u], low[i][r]);
+                }
+#pragma GCC unroll 2
+            for (int i = 0; i < 2; i++) {
+                places[i].load_scales(b);
+#pragma GCC unroll 4
+                for (int r = 0; r < ROWS; r++) {
+                    auto& total = *(R::UnalignedFloats*)(sums + r * PANEL + i * WIDTH);
+                    total = places[i].with_block(b ? (Floats)total : Floats{}, part[i][r], low[i][r]);
+                }
+            }
+        }
+    }
+};
+
+#ifdef __AVX512VNNI__
+// Few rows at a time, whose sums stay in registers.
+struct ByLanes {
+    typedef FullLanes R;
+    typedef R::Ints Ints;
+    typedef R::Floats Floats;
+
+    template <class C, int FACTORS, bool MINIMA, bool ZEROS = false>
+    static void multiply(
+        const PackedGroups& w, int64_t panel, const Unit* x, int64_t rows, int64_t, int64_t begin,
+        int64_t end, float* sums) {
+        for (int64_t r = 0, count; r < rows; r += count) {
+            int64_t left = rows - r;
+            count = left == 6 || left > 9 ? 6 : left > 3 ? 4 : left > 1 ? 2 : 1;
+            auto function = count == 6 ? multiply_rows<C, FACTORS, MINIMA, ZEROS, 6>
+                : count == 4           ? multiply_rows<C, FACTORS, MINIMA, ZEROS, 4>
+                : count == 2           ? multiply_rows<C, FACTORS, MINIMA, ZEROS, 2>
+                                       : multiply_rows<C, FACTORS, MINIMA, ZEROS, 1>;
+            function(w, panel, x + r * w.stride(), begin, end, sums + r * PANEL);
+        }
+    }
+
+  private:
+    template <class C, int FACTORS, bool MINIMA, bool ZEROS, int ROWS>
+    static void multiply_rows(
+        const PackedGroups& w, int64_t panel, const Unit* x, int64_t begin, int64_t end, float* sums) {
+        typedef Place<R, C, FACTORS, MINIMA> Own;
+        constexpr int HALVES = Own::HALVES, WORDS = 8 / HALVES;
+        int64_t stride = w.stride();
+        Own place(w, panel, 0);
+        Floats total[ROWS];
 #pragma GCC unroll 8
         for (int r = 0; r < ROWS; r++)
-            total[i][r] = first ? Floats{}
-                                : (Floats)*(const Unaligned*)(sums + r * PANEL + lane + i * WIDTH);
-    for (int64_t b = begin; b < end; b++) {
-        Floats part[COUNT][ROWS] = {}, low[COUNT][ROWS] = {};
-        Ints zeros[COUNT];
-        for (int i = 0; i < COUNT; i++) zeros[i] = ZEROS ? places[i].zeros(b) : Ints{};
-        for (int64_t u = b * w.block; u < (b + 1) * w.block; u++) {
-#pragma GCC unroll 2
-            for (int i = 0; i < COUNT; i++) {
+            total[r] = begin ? (Floats)*(const R::UnalignedFloats*)(sums + r * PANEL) : Floats{};
+        for (int64_t b = begin; b < end; b++) {
+            Floats part[ROWS] = {}, low[ROWS] = {};
+            Ints zeros = ZEROS ? place.zeros(b) : Ints{};
+            for (int64_t u = b * w.block; u < (b + 1) * w.block; u++) {
                 Ints own[8];
-                places[i].unpack(u, own);
-                places[i].load_factors(u);
+                place.unpack(u, own);
+                place.load_factors(u);
 #pragma GCC unroll 8
                 for (int r = 0; r < ROWS; r++) {
                     const Unit& row = x[r * stride + u];
                     Ints found[2];
 #pragma GCC unroll 2
                     for (int h = 0; h < HALVES; h++) {
-                        constexpr int WORDS = 8 / HALVES;
                         Ints start = R::all(HALVES == 2 ? row.starts[h] : row.start);
-                        if (ZEROS) start *= zeros[i];
-                        found[h] = R::template add<C::MOST, WORDS>(
-                            start, own + WORDS * h, row.words + WORDS * h);
+                        if (ZEROS) start *= zeros;
+                        found[h] = R::add<WORDS>(start, own + WORDS * h, row.words + WORDS * h);
                     }
-                    places[i].add(found, row, part[i][r]);
+                    place.add(found, row, part[r]);
                 }
             }
-        }
-        // In a loop of their own, because both sums and the codes do not fit the registers.
-        for (int64_t u = b * w.block; MINIMA && u < (b + 1) * w.block; u++)
-#pragma GCC unroll 2
-            for (int i = 0; i < COUNT; i++) {
-                places[i].load_minima(u);
+            // In a loop of their own, because both sums and the codes do not fit the registers.
+            for (int64_t u = b * w.block; MINIMA && u < (b + 1) * w.block; u++) {
+                place.load_minima(u);
 #pragma GCC unroll 8
-                for (int r = 0; r < ROWS; r++) places[i].add_minima(x[r * stride + u], low[i][r]);
+                for (int r = 0; r < ROWS; r++) place.add_minima(x[r * stride + u], low[r]);
             }
-#pragma GCC unroll 2
-        for (int i = 0; i < COUNT; i++) {
-            places[i].load_scales(b);
+            place.load_scales(b);
 #pragma GCC unroll 8
-            for (int r = 0; r < ROWS; r++)
-                total[i][r] = places[i].with_block(total[i][r], part[i][r], low[i][r]);
+            for (int r = 0; r < ROWS; r++) total[r] = place.with_block(total[r], part[r], low[r]);
         }
-    }
-#pragma GCC unroll 2
-    for (int i = 0; i < COUNT; i++)
 #pragma GCC unroll 8
-        for (int r = 0; r < ROWS; r++)
-            *(Unaligned*)(sums + r * PANEL + lane + i * WIDTH) = total[i][r];
-}
-
-// Ways to multiply all rows with a panel, for some blocks. Sums are [rows, 16].
-template <class R>
-struct ByLanes {
-    template <class C, int FACTORS, bool MINIMA, bool ZEROS = false>
-    static void multiply(
-        const PackedGroups& w, int64_t panel, const Unit* x, int64_t rows, int64_t, int64_t begin,
-        int64_t end, float* sums) {
-        constexpr int64_t WIDTH = sizeof(typename R::Ints) / 4;
-        for (int64_t r = 0, count; r < rows; r += count) {
-            int64_t left = rows - r;
-            count = left == 6 || left > 9 ? 6 : left > 3 ? 4 : left > 1 ? 2 : 1;
-            // Sums of few rows leave registers for both halves of a panel.
-            constexpr int BOTH = WIDTH < PANEL ? 2 : 1, OF_TWO = C::MOST == 128 ? BOTH : 1;
-            auto function = count == 6 ? multiply_rows<R, C, FACTORS, MINIMA, ZEROS, 6, 1>
-                : count == 4           ? multiply_rows<R, C, FACTORS, MINIMA, ZEROS, 4, 1>
-                : count == 2           ? multiply_rows<R, C, FACTORS, MINIMA, ZEROS, 2, OF_TWO>
-                                       : multiply_rows<R, C, FACTORS, MINIMA, ZEROS, 1, BOTH>;
-            int64_t step = WIDTH * (count == 1 ? BOTH : count == 2 ? OF_TWO : 1);
-            for (int64_t lane = 0; lane < PANEL; lane += step)
-                function(
-                    w, panel, lane, x + r * w.stride(), w.stride(), begin, end, sums + r * PANEL,
-                    begin == 0);
-        }
+        for (int r = 0; r < ROWS; r++) *(R::UnalignedFloats*)(sums + r * PANEL) = total[r];
     }
 };
 
-#ifdef __AVX512VNNI__
 // Codes are unpacked once for all rows. Tiles sum a unit or half of one, and lanes do the rest.
 template <class Tiles>
 struct ByTiles {
@@ -812,19 +928,22 @@ static void quantize_unit(const T* x, int64_t count, int32_t factor, Unit* to) {
     sums = _mm256_hadd_epi32(sums, sums);
     sums = _mm256_hadd_epi32(sums, sums);
     to->step = largest / 127.0f;
+    uint16_t halves[2];
     for (int h = 0; h < 2; h++) {
         int32_t sum = h ? _mm256_extract_epi32(sums, 4) : _mm256_extract_epi32(sums, 0);
         to->starts[h] = factor * sum;
+        halves[h] = uint16_t(sum);
         to->sums[h] = to->step * float(sum);
     }
     to->sum = to->sums[0] + to->sums[1];
     to->start = to->starts[0] + to->starts[1];
+    to->halves = halves[0] | halves[1] << 16;
 }
 
 // Rows in int8 times a weight. Its items, some panels each, are independent of each other.
 template <class R, class Way, class T>
 struct Product {
-    static constexpr bool IS_TILED = !std::is_same_v<Way, ByLanes<R>>;
+    static constexpr bool IS_TILED = !std::is_same_v<Way, typename R::Few>;
     const PackedGroups& w;
     const T* bias;
     const Unit* units;
@@ -849,7 +968,7 @@ struct Product {
     Product(
         const PackedGroups& w, const T* bias, const Unit* units, int64_t rows, T* y, int64_t y_stride)
         : w(w), bias(bias), units(units), rows(rows), tile_rows(rows_of_tile(rows)), y(y),
-          y_stride(y_stride), chunk(has_tiles(rows) ? chunk_of<Way>(w) : chunk_of<ByLanes<R>>(w)),
+          y_stride(y_stride), chunk(has_tiles(rows) ? chunk_of<Way>(w) : chunk_of<typename R::Few>(w)),
           panels((w.outputs + PANEL - 1) / PANEL), blocks(w.units / w.block) {
         bool are_many = rows >= BLOCK_ROWS || has_tiles(rows);
         step = are_many ? CHUNK / w.block : blocks, together = are_many ? MANY_PANELS : 1;
@@ -957,11 +1076,11 @@ struct GroupExperts {
     }                                                                                              \
     EXPERTS(groups_##NAME, T, GroupExperts<__VA_ARGS__, T>)
 
-PRODUCTS(half_lanes_float32, float, HalfLanes, ByLanes<HalfLanes>)
-PRODUCTS(half_lanes_bfloat16, BFloat16, HalfLanes, ByLanes<HalfLanes>)
+PRODUCTS(half_lanes_float32, float, HalfLanes, ByHalves)
+PRODUCTS(half_lanes_bfloat16, BFloat16, HalfLanes, ByHalves)
 #ifdef __AVX512VNNI__
-PRODUCTS(lanes_float32, float, FullLanes, ByLanes<FullLanes>)
-PRODUCTS(lanes_bfloat16, BFloat16, FullLanes, ByLanes<FullLanes>)
+PRODUCTS(lanes_float32, float, FullLanes, ByLanes)
+PRODUCTS(lanes_bfloat16, BFloat16, FullLanes, ByLanes)
 PRODUCTS(plain_tiles_float32, float, FullLanes, ByTiles<PlainTiles>)
 #ifdef HAS_AMX
 PRODUCTS(amx_float32, float, FullLanes, ByTiles<AmxTiles>)
