@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.request import Request
 
+    from hybridcache.vllm.pool import States
+
 
 def shared_units(one: Request, other: Request) -> int:
     """Return the number of units that two prompts share. O(log prompt): hashes are chained."""
@@ -65,11 +67,11 @@ class HybridManager(KVCacheManager):
             manager.__class__ = StateManager if number in layout.states else RowManager
         self.block_pool.__class__ = HybridPool
         # Time is counted in steps: no decision depends on a clock or a rank.
-        self.tree = BlockTree(
-            self.block_pool, layout, settings.eviction, lambda: self.num_steps * 0.05
+        clock = lambda: self.num_steps * 0.05  # noqa: E731
+        self.tree = self.block_pool.tree = BlockTree(
+            self.block_pool, layout, settings.eviction, clock
         )
-        self.block_pool.tree = self.tree
-        self.places = Places(parse_placement(settings.placement), layout, drop)
+        self.places = Places(parse_placement(settings.placement), self.tree, drop)
         self.tracks: defaultdict[str, Track] = defaultdict(Track)
         self._prefilling: dict[str, Track] = {}
         """Running requests whose prompts are not published yet."""
@@ -92,33 +94,28 @@ class HybridManager(KVCacheManager):
         track.match, track.cached_len, track.is_waiting = None, 0, False
         if track.is_cold or not self.prefix_cache_lookup_enabled(request):
             return self.empty_kv_cache_blocks, 0, 0
-        layout, tree, num_tokens = self.layout, self.tree, request.num_tokens
+        tree, num_tokens = self.tree, request.num_tokens
         if max_cache_hit_length is not None:
             num_tokens = min(num_tokens, max_cache_hit_length + 1)
-        ids = track.ids(request, num_tokens, layout.unit)
-        found, match = tree.find(ids, num_tokens, self.drop)
-        track.match, track.cached_len = match, layout.tokens(match.cached_len)
-        is_fresh = match.resumed is not None and match.resumed.slot in tree.fresh
+        found, match = tree.find(request, num_tokens, self.drop)
+        track.found(found, match, request.num_tokens, self.layout)
+        blocks = tree.blocks_of(match)
+        # A state that a copy of this step writes cannot be copied in the same step.
+        is_fresh = any(
+            block.block_hash in self.states[0].cached_blocks_this_step
+            for block in blocks[self.layout.states[0]][-1:]
+        )
         track.is_waiting = is_fresh or self._is_coming(request, track.cached_len)
         saves_answer = self.saves_answers and not request.resumable
         if request.num_preemptions and not track.is_planned:
             self.places.resume(track, saves_answer)
         if not track.is_planned and not track.is_waiting:
-            lost = tree.cache.evicted(found)
-            evicted = tuple(one for one in lost if one.position > match.cached_len)
-            limit = 64 * len(layout.states)
-            free_slots = self.block_pool.num_unowned(limit) // len(layout.states)
             shared = max((shared_units(request, one) for one in self._admitted), default=0)
             if shared * WORDS > found.seen_len:
                 found = found._replace(seen_len=shared * WORDS, forks=True)
-            # Free blocks that running requests will take for states are theirs.
-            taken = min(sum(one.num_pending for one in self.tracks.values()), free_slots)
-            num_checkpoints = tree.cache.num_checkpoints + taken
-            self.places.plan(
-                request, track, found, evicted, free_slots - taken, num_checkpoints, saves_answer
-            )
-        blocks = self.create_kv_cache_blocks(tuple(tree.blocks_of(match)))
-        return blocks, track.cached_len, 0
+            num_pending = sum(one.num_pending for one in self.tracks.values())
+            self.places.plan(request, track, found, num_pending, saves_answer)
+        return self.create_kv_cache_blocks(tuple(blocks)), track.cached_len, 0
 
     def _is_coming(self, request: Request, cached_len: int) -> bool:
         """Return whether this step computes a deeper state for the prompt of ``request``."""
@@ -136,7 +133,6 @@ class HybridManager(KVCacheManager):
     def new_step_starts(self) -> None:
         super().new_step_starts()
         self.num_steps += 1
-        self.tree.fresh.clear()
         self._coming.clear()
         self._admitted.clear()
         if self.debug:
@@ -179,6 +175,8 @@ class HybridManager(KVCacheManager):
             # A hit holds blocks beside their copies: it may need more than the prompt alone.
             pool = self.block_pool
             track.is_cold = pool.get_num_free_blocks() == pool.num_gpu_blocks - 1
+            if track.is_cold and track.cached_len:
+                track.causes |= {"cached": 0, "refused": track.cached_len}
             return None
         track.is_running = True
         self._admitted.append(request)
@@ -187,7 +185,7 @@ class HybridManager(KVCacheManager):
         # Without its lock, the match may have been evicted for the blocks of this request.
         if match is not None and request_id in tree.locks:
             tree.cache.touch(match, resumes=request.num_preemptions > 0)
-        for cause, num_tokens in track.causes().items() if track.losses else ():
+        for cause, num_tokens in track.causes.items() if not request.num_preemptions else ():
             counters()[0].labels(cause).inc(num_tokens)
         return new
 
@@ -199,18 +197,17 @@ class HybridManager(KVCacheManager):
             if end >= max(request.num_prompt_tokens, request.num_tokens - 1):
                 del self._prefilling[request_id]
             tables = self.tables(request)
-            states: dict[int, tuple[Placed, list[KVCacheBlock]]] = {}
+            states: States = {}
             if end in track.stops:
                 states[end] = track.stops.pop(end), self._running_state(tables, end)
-            self._publish(request, track, tables, end, states)
+            stored = self._publish(request, tables, end, states)
             if request in self._admitted and track.cached_len % self.layout.block_size:
                 self.tree.block_copied(request, tables, track.cached_len)
-            if end not in states or end % self.layout.block_size == 0:
+            if end not in stored or end % self.layout.block_size == 0:
                 continue
             # The next step overwrites this state: vLLM copies it first, and reserves the blocks.
             for manager, block in zip(self.states, states[end][1], strict=True):
-                if block.block_id in self.tree.slots.slot_of:
-                    manager._partial_hit_reqs[request_id] = end // self.layout.block_size, block
+                manager._partial_hit_reqs[request_id] = end // self.layout.block_size, block
 
     def _running_state(
         self, tables: list[list[KVCacheBlock]], computed_len: int
@@ -220,17 +217,11 @@ class HybridManager(KVCacheManager):
         return [tables[group][at] for group in self.layout.states]
 
     def _publish(
-        self,
-        request: Request,
-        track: Track,
-        tables: list[list[KVCacheBlock]],
-        end: int,
-        states: dict[int, tuple[Placed, list[KVCacheBlock]]],
-    ) -> None:
-        end = min(end, len(request.block_hashes) * self.layout.unit)
-        ids = track.ids(request, end, self.layout.unit)
-        stored = self.tree.publish(request, ids, tables, states) if ids else set()
+        self, request: Request, tables: list[list[KVCacheBlock]], end: int, states: States
+    ) -> set[int]:
+        stored = self.tree.publish(request, end, tables, states)
         self.places.saved({at: placed for at, (placed, _) in states.items()}, stored)
+        return stored
 
     # --- Answers ----------------------------------------------------------------------------------
 
@@ -282,7 +273,7 @@ class HybridManager(KVCacheManager):
         if not self.saves_answers:  # Drafts in flight may be rejected.
             end = min(end - request.num_in_flight_tokens, request.num_tokens - 1)
         end = min(end, request.num_tokens, len(request.block_hashes) * layout.unit)
-        states: dict[int, tuple[Placed, list[KVCacheBlock]]] = {}
+        states: States = {}
         if track.answer is not None and track.answer[0] <= end:
             states[track.answer[0]] = Placed(layout.rows(track.answer[0]), DECODE), track.answer[1]
         if self.saves_answers and computed == end and end % layout.unit == 0 < end:
@@ -292,7 +283,7 @@ class HybridManager(KVCacheManager):
             ):
                 label = PREEMPT if end <= request.num_prompt_tokens else DECODE
                 states[end] = track.stops.pop(end, Placed(layout.rows(end), label)), blocks
-        self._publish(request, track, tables, end, states)
+        self._publish(request, tables, end, states)
         self.places.saved(track.stops, set())
         self.tree.unlock(request_id)
         if track.answer is not None:
@@ -350,9 +341,8 @@ class HybridScheduler(AsyncScheduler):
                 raise ValueError(
                     f"hybridcache does not support {what}: drop it, or --scheduler-cls."
                 )
-        unit = self.block_size
-        if manager.coordinator.enable_partial_hash_hits:
-            unit = self.hash_block_size
+        has_parts = manager.coordinator.enable_partial_hash_hits
+        unit = self.hash_block_size if has_parts else self.block_size
         size = len(groups[0].layer_names) * groups[0].kv_cache_spec.page_size_bytes
         states = [i for i, one in enumerate(managers) if isinstance(one, MambaManager)]
         attention = [i for i in range(len(managers)) if i not in states]
@@ -374,10 +364,8 @@ class HybridScheduler(AsyncScheduler):
         end = start + num_new_tokens
         if end < prefill_end:
             # As in vLLM: a chunk before the last ends at a block, unless a block is wider.
-            limit = self.max_num_scheduled_tokens
             threshold = self.scheduler_config.long_prefill_token_threshold
-            if threshold > 0:
-                limit = min(limit, threshold)
+            limit = min(self.max_num_scheduled_tokens, threshold or self.max_num_scheduled_tokens)
             aligned = end // block_size * block_size
             if aligned > start or block_size <= limit:
                 end = aligned
@@ -385,17 +373,12 @@ class HybridScheduler(AsyncScheduler):
         stops = () if track is None else track.stops
         return max(min((stop for stop in stops if start < stop < end), default=end) - start, 0)
 
-    def _free_request(
-        self, request: Request, *args: Any, **kwargs: Any
-    ) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
-        hybrid, lost = self.hybrid, None
-        if hybrid is not None and hint(request, "explain"):
-            track = hybrid.tracks.get(request.request_id)
-            lost = None if track is None else track.causes()
-        params, encoder_params = super()._free_request(request, *args, **kwargs)
-        if lost is not None:
-            params = {**(params or {}), NAME: lost}
-        return params, encoder_params
+    def _connector_finished(self, request: Request) -> tuple[bool, dict[str, Any] | None]:
+        track = None if self.hybrid is None else self.hybrid.tracks.get(request.request_id)
+        if track is None or not hint(request, "explain"):
+            finished: tuple[bool, dict[str, Any] | None] = super()._connector_finished(request)
+            return finished
+        return False, {NAME: track.causes}
 
     def _update_after_schedule(self, scheduler_output: SchedulerOutput) -> None:
         super()._update_after_schedule(scheduler_output)

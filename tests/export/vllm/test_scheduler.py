@@ -21,7 +21,9 @@ from vllm.v1.request import Request, RequestStatus
 from hybridcache import open_trace
 from hybridcache.vllm import Settings
 from hybridcache.vllm.check import Contents, Engine, Model, Options, run
-from hybridcache.vllm.places import Track, boundaries_of
+from hybridcache.vllm.places import boundaries_of
+from hybridcache.vllm.pool import ids_of
+from hybridcache.vllm.scheduler import HybridManager
 
 SMALL = Model(num_layers=1, num_state_groups=2, row_bytes=256, state_bytes=128 * 256)
 """Blocks of 128 tokens."""
@@ -265,7 +267,7 @@ def test_images_separate_prompts_from_their_position_on():
             mm_features=[feature],
             block_hasher=steps.engine._hasher,
         )
-        ids.append(np.frombuffer(Track().ids(request, 300, 32), np.int32))
+        ids.append(np.frombuffer(ids_of(request, 300, 32), np.int32))
     equal = ids[0] == ids[1]
     assert equal[: 3 * 4].all() and not equal[3 * 4 :].any()
 
@@ -333,6 +335,22 @@ def test_causes_of_loss_are_in_the_response_and_in_counters():
     lost = found["hybridcache"]
     assert sum(lost.values()) == 364 and lost["cached"] == 288
     assert count("cached") - before[0] == 288 and count("never_seen") - before[1] == 64
+
+
+def test_the_causes_of_each_prompt_sum_to_its_length_at_its_admission(monkeypatch):
+    """A prompt may wait for memory, and what it would have resumed from may be evicted meanwhile."""
+    plain, found = HybridManager._admit, []
+
+    def admit(self: Any, request: Request, track: Any, *args: Any, **kwargs: Any) -> Any:
+        new = plain(self, request, track, *args, **kwargs)
+        if new is not None:
+            found.append((sum(track.causes.values()), request.num_tokens))
+        return new
+
+    monkeypatch.setattr(HybridManager, "_admit", admit)
+    report = serve(chats(8, 4), 30, overlap=True)
+    assert len(found) == report.requests + report.preemptions > report.requests
+    assert all(known == num_tokens for known, num_tokens in found)
 
 
 def test_hints_that_are_wrong_are_ignored():
