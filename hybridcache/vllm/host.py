@@ -69,12 +69,10 @@ class SurvivalCachePolicy(CachePolicy, Listener):
         self.followed = None  # The former cache is forgotten.
         self.cache.subscribe(self)
         self.cache.policy.set_clock(lambda: float(self.cache.now))
-        self._homes: dict[bytes, tuple[int, bytes | None, int]] = {}
-        """Row, hash before it, and length of the path, of each hash in the tree."""
+        self._homes: dict[bytes, tuple[bytes | None, int]] = {}
+        """Hash before it, and length of the path, of each hash in the tree."""
         self._hash_of: dict[int, bytes] = {}
-        self._state_of: dict[int, bytes] = {}
-        self._saved: set[bytes] = set()
-        """Hashes with a state in the tree: the values of ``_state_of``."""
+        """Hash of each row."""
         self._first: dict[OffloadKey, None] = dict.fromkeys(self.chunks)
         """Chunks that the tree has given up, the next victims first."""
 
@@ -179,13 +177,13 @@ class SurvivalCachePolicy(CachePolicy, Listener):
         names = []
         while end is not None:
             names.append(end[:4])
-            end = self._homes[end][1]
+            end = self._homes[end][0]
         return np.frombuffer(b"".join(names[::-1]), INT32)
 
     def _deepest(self, keys: Iterable[OffloadKey]) -> Indices | None:
         """Return the longest path in the tree that ends in one of ``keys``, or None."""
         names = [name for name in map(get_offload_block_hash, keys) if name in self._homes]
-        return self._path(max(names, key=lambda name: self._homes[name][2])) if names else None
+        return self._path(max(names, key=lambda name: self._homes[name][1])) if names else None
 
     def _publish(self, chain: Sequence[bytes]) -> None:
         """Store a path whose attention chunks are all there, and its states."""
@@ -203,40 +201,34 @@ class SurvivalCachePolicy(CachePolicy, Listener):
         with cache.lock_kv(path) as lock:
             rows = cache.allocate_kv(len(new))
             assert rows is not None, "there is a row for each chunk"
-            for row, name in zip(rows.tolist(), new, strict=True):
-                homes[name] = row, before, (homes[before][2] if before is not None else 0) + 1
-                self._hash_of[row], before = name, name
-            all_rows = rows if lock.node is None else np.append(cache.gather(lock.node), rows)
+            self._hash_of |= zip(rows.tolist(), new, strict=True)
+            for length, name in enumerate(new, first + 1):
+                homes[name], before = (before, length), name
             saves = []
             for name in chain if self._states else ():
                 keys = [make_offload_key(name, group) for group in self._states]
-                if name in self._saved or name not in homes:
-                    continue
-                if all(key in self.chunks for key in keys):
+                if name in homes and all(key in self.chunks for key in keys):
                     slot = cache.allocate_slot()
-                    assert slot is not None, "there is a slot for each state"
-                    self._state_of[slot] = name
-                    self._saved.add(name)
-                    saves.append((homes[name][2], slot))
-            result = cache.insert(tokens, all_rows.astype(INT32), saves, None, first)
-        for slot in result.rejected_slots:
-            self._saved.discard(self._state_of.pop(slot))
+                    assert slot is not None, "there are two slots for each state"
+                    saves.append((homes[name][1], slot))
+            rows = np.append(cache.gather(lock.node), rows)
+            result = cache.insert(tokens, rows, saves, None, first)
+        for slot in result.rejected_slots:  # The tree had these states.
             cache.free_slot(slot)
         for name in chain:
             for group in self._groups:
                 self._first.pop(make_offload_key(name, group), None)
 
     def kv_removed(self, node: RadixNode) -> None:
-        for row in self.cache.gather(node)[node.start :].tolist():
+        assert node.kv is not None
+        for row in node.kv.indices.tolist():
             name = self._hash_of.pop(row)
             del self._homes[name]
             self._give_up(name, self._groups - self._states)
 
     def checkpoint_removed(self, node: RadixNode) -> None:
-        assert node.checkpoint is not None
-        name = self._state_of.pop(node.checkpoint.slot)
-        self._saved.discard(name)
-        self._give_up(name, self._states)
+        assert node.kv is not None
+        self._give_up(self._hash_of[int(node.kv.indices[-1])], self._states)
 
     def _give_up(self, name: bytes, groups: Iterable[int]) -> None:
         for group in groups:
@@ -249,6 +241,6 @@ class SurvivalCachePolicy(CachePolicy, Listener):
         self.cache.check(held_tokens=0, held_slots=0)
         assert self._evictable <= self.chunks.keys() and self._first.keys() <= self.chunks.keys()
         assert len(self.chunks) <= self.cache_capacity
-        assert {row for row, _, _ in self._homes.values()} == self._hash_of.keys()
-        for _, before, length in self._homes.values():
-            assert length == (self._homes[before][2] if before is not None else 0) + 1
+        assert self._homes.keys() == {*self._hash_of.values()}
+        for before, length in self._homes.values():
+            assert length == (self._homes[before][1] if before is not None else 0) + 1

@@ -21,7 +21,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from vllm.v1.core.block_pool import BlockPool
 
-from hybridcache.allocators.pools import are_distinct
 from hybridcache.config import CacheConfig, build_prefix_cache
 from hybridcache.radix.api import Listener, PrefixMatch
 from hybridcache.radix.cache import LockHandle
@@ -308,15 +307,14 @@ class BlockTree(Listener):
     def check(self) -> None:
         """Check all invariants. O(blocks + tree)."""
         self.cache.check(held_tokens=0, held_slots=0)
-        places = [np.empty(0, np.int32)]
+        size, places = self.layout.block_units, list[int]()
         for node in self.cache.iter_nodes():
             if node.kv is not None:
-                offsets = np.arange(node.start, node.end, WORDS, np.int32) // WORDS
+                units = np.arange(node.start, node.end, WORDS) // WORDS
                 blocks = self.block_of[node.kv.indices[::WORDS] // WORDS]
-                places.append(blocks * self.layout.block_units + offsets % self.layout.block_units)
-        units = np.concatenate(places)
-        assert are_distinct(units), "two units are at one place"
-        counts = np.bincount(units // self.layout.block_units, minlength=len(self.num_units))
+                places += (blocks * size + units % size).tolist()
+        assert len(set(places)) == len(places), "two units are at one place"
+        counts = np.bincount([place // size for place in places], minlength=len(self.num_units))
         assert (counts == self.num_units).all(), "the units of the tree are miscounted"
         peers = {block.block_id for blocks in self.peers.values() for block in blocks}
         assert all(self.num_units[block] for block in self.peers), "stale peers"

@@ -82,20 +82,21 @@ class StuckError(Exception):
 
 
 @pytest.mark.parametrize("num_blocks", [14, 15])
-def test_a_hit_that_does_not_fit_beside_its_copies_is_given_up(num_blocks):
+def test_a_hit_that_does_not_fit_beside_its_copies_is_given_up(num_blocks, monkeypatch):
     """A prompt of 900 tokens fits into 12 blocks, and its hit inside a block needs 15."""
+    plain = Engine.step
 
-    def limit(engine: Engine) -> None:
+    def step(engine: Engine) -> None:
+        plain(engine)
         if engine.report.steps > 900:
             raise StuckError(engine.report)
 
+    monkeypatch.setattr(Engine, "step", step)
     first = turn(prompt_of((1, 700)), 100, "a")
     text = [*first.tokens, *first.output]
     again = turn(text + prompt_of((2, 100)), 20, "a")
     for overlap in (False, True):
-        options = Options(sessions=6, chunk=512, settings=DEBUG, overlap=overlap)
-        gib = (num_blocks + 0.5) * GIB_PER_BLOCK
-        report = run([first, again], gib, options, SMALL, limit)
+        report = serve([first, again], num_blocks, overlap=overlap)
         assert report.num_wrong == 0 == report.hit_tokens and report.requests == 2
 
 
@@ -180,17 +181,14 @@ class Steps:
             record(request, hits),
             self.hits.append(hits),
         )
-        self.number = 0
 
     def serve(self, *turns: Any) -> list[int]:
         """Serve ``turns`` at once, and return their hits in tokens."""
         first = len(self.hits)
         for one in turns:
-            self.number += 1
-            self.engine.submit(self.number, deque([one]))
+            self.engine.submit(deque([one]))
         while self.engine.live:
             self.engine.step()
-            self.engine.collect()
         assert self.engine.report.num_wrong == 0
         return self.hits[first:]
 
@@ -277,8 +275,7 @@ def test_a_reset_forgets_everything_also_while_requests_run():
     steps.serve(turn(prompt, 4))
     assert steps.scheduler.reset_prefix_cache()
     assert steps.serve(turn(prompt, 4)) == [0]
-    steps.number += 1
-    steps.engine.submit(steps.number, deque([turn(prompt, 40)]))
+    steps.engine.submit(deque([turn(prompt, 40)]))
     for _ in range(5):
         steps.engine.step()
     assert not steps.scheduler.reset_prefix_cache()
@@ -338,7 +335,7 @@ def test_causes_of_loss_are_in_the_response_and_in_counters():
 
 
 def test_the_causes_of_each_prompt_sum_to_its_length_at_its_admission(monkeypatch):
-    """A prompt may wait for memory, and what it would have resumed from may be evicted meanwhile."""
+    """While a prompt waits for memory, its hit may be evicted."""
     plain, found = HybridManager._admit, []
 
     def admit(self: Any, request: Request, track: Any, *args: Any, **kwargs: Any) -> Any:
