@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from vllm.config import CacheConfig, ObservabilityConfig, ParallelConfig, SchedulerConfig
 from vllm.sampling_params import SamplingParams
-from vllm.utils.hashing import get_hash_fn_by_name
+from vllm.utils.hashing import sha256
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
@@ -129,8 +129,6 @@ class _Any(SimpleNamespace):
     """Configuration in which every field that was not given is None."""
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
         return None
 
 
@@ -274,13 +272,11 @@ class Engine:
         self.contents = Contents(model, num_blocks, self.report)
         self.live: dict[str, _Live] = {}
         self._chance = random.Random(options.seed)
-        hash_fn = get_hash_fn_by_name("sha256")
-        init_none_hash(hash_fn)
-        self._hasher = get_request_block_hasher(options.unit or model.block_size, hash_fn)
+        init_none_hash(sha256)
+        self._hasher = get_request_block_hasher(options.unit or model.block_size, sha256)
         self._pending: deque[tuple[Any, ModelRunnerOutput]] = deque()
         self._numbers = count(1)
-        manager = self.scheduler.kv_cache_manager
-        manager.record_prefix_cache_stats = self._record
+        self.scheduler.kv_cache_manager.record_prefix_cache_stats = self._record
 
     def _record(self, request: Request, num_hits: int) -> None:
         report = self.report

@@ -13,7 +13,7 @@ The scheduler class is not needed: any vLLM with ``OffloadingConnector`` can use
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import nullcontext
+from itertools import takewhile
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -95,7 +95,7 @@ class SurvivalCachePolicy(CachePolicy, Listener):
 
     def touch(self, keys: Iterable[OffloadKey], req_context: ReqContext) -> None:
         path = self._deepest(keys)
-        if path is not None:
+        if len(path):
             self.cache.touch(self.cache.match(np.append(path, np.int32(0))))
 
     def on_store_miss(self, keys: Iterable[OffloadKey], req_context: ReqContext) -> None:
@@ -117,17 +117,11 @@ class SurvivalCachePolicy(CachePolicy, Listener):
                 if at is None:
                     return  # Not of a version that is supported: they remain without a place.
                 found.setdefault(name, (at, []))[1].append(get_offload_group_idx(key))
-        if not found:
-            return
         chain = sorted(found, key=lambda name: found[name][0])
         self._learn(groups for _, groups in found.values())
         attention = self._groups - self._states
         chain = [name for name in chain if attention <= {*found[name][1]} or name in self._homes]
-        whole: list[bytes] = []
-        for name in chain:
-            if any(make_offload_key(name, group) not in self.chunks for group in attention):
-                break
-            whole.append(name)
+        whole = [*takewhile(lambda name: self._has(name, attention), chain)]
         if whole:
             self._publish(whole)
 
@@ -137,8 +131,8 @@ class SurvivalCachePolicy(CachePolicy, Listener):
         if n > len(self._evictable) - sum(key in self._evictable for key in protected):
             return None
         victims: list[tuple[OffloadKey, ChunkStatus]] = []
-        path, candidates = self._deepest(protected), self._candidates()
-        with nullcontext() if path is None else self.cache.lock_kv(path):
+        candidates = self._candidates()
+        with self.cache.lock_kv(self._deepest(protected)):
             while len(victims) < n:
                 key = next(candidates)
                 if key in self._evictable and key not in protected:
@@ -180,17 +174,21 @@ class SurvivalCachePolicy(CachePolicy, Listener):
             end = self._homes[end][0]
         return np.frombuffer(b"".join(names[::-1]), INT32)
 
-    def _deepest(self, keys: Iterable[OffloadKey]) -> Indices | None:
-        """Return the longest path in the tree that ends in one of ``keys``, or None."""
+    def _deepest(self, keys: Iterable[OffloadKey]) -> Indices:
+        """Return the longest path in the tree that ends in one of ``keys``, or an empty one."""
         names = [name for name in map(get_offload_block_hash, keys) if name in self._homes]
-        return self._path(max(names, key=lambda name: self._homes[name][1])) if names else None
+        return self._path(max(names, key=lambda name: self._homes[name][1], default=None))
+
+    def _has(self, name: bytes, groups: Iterable[int]) -> bool:
+        """Return whether the chunks of ``groups`` with the hash ``name`` are there."""
+        return all(make_offload_key(name, group) in self.chunks for group in groups)
 
     def _publish(self, chain: Sequence[bytes]) -> None:
         """Store a path whose attention chunks are all there, and its states."""
         cache, homes = self.cache, self._homes
         known = max((i for i, name in enumerate(chain) if name in homes), default=-1)
         before = chain[known] if known >= 0 else None
-        new = [name for name in chain[known + 1 :] if name not in homes]
+        new = chain[known + 1 :]
         path = self._path(before)
         tokens = np.concatenate([path, np.frombuffer(b"".join(n[:4] for n in new), INT32)])
         match = cache.match(np.append(tokens, np.int32(0)))
@@ -206,8 +204,7 @@ class SurvivalCachePolicy(CachePolicy, Listener):
                 homes[name], before = (before, length), name
             saves = []
             for name in chain if self._states else ():
-                keys = [make_offload_key(name, group) for group in self._states]
-                if name in homes and all(key in self.chunks for key in keys):
+                if self._has(name, self._states):
                     slot = cache.allocate_slot()
                     assert slot is not None, "there are two slots for each state"
                     saves.append((homes[name][1], slot))

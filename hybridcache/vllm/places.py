@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cache
 from typing import TYPE_CHECKING, Any
+
+from prometheus_client import Counter
 
 from hybridcache.policies.placement import HEADER
 from hybridcache.radix.api import PrefixMatch
@@ -14,7 +14,6 @@ from hybridcache.vllm import NAME
 from hybridcache.vllm.pool import WORDS, BlockTree, Layout
 
 if TYPE_CHECKING:
-    from prometheus_client import Counter
     from vllm.v1.core.kv_cache_utils import KVCacheBlock
     from vllm.v1.request import Request
 
@@ -64,17 +63,12 @@ class Track:
 
 
 def hint(request: Request, name: str) -> Any:
-    """Return a hint in ``extra_args`` of a request, or None.
+    """Return the hint ``hybridcache_NAME`` in ``extra_args`` of a request, or None.
 
-    It is in ``{"hybridcache": {"boundaries": [...]}}``, or ``hybridcache_boundaries`` from clients
-    of the HTTP API, whose ``vllm_xargs`` are flat. Others are ignored: a client's mistake must not
-    stop the engine.
+    Wrong hints are ignored: a client's mistake must not stop the engine.
     """
     params = request.sampling_params
-    given = (params.extra_args or {}) if params is not None else {}
-    own = given.get(NAME)
-    found = own.get(name) if isinstance(own, Mapping) else None
-    return given.get(f"{NAME}_{name}") if found is None else found
+    return None if params is None else (params.extra_args or {}).get(f"{NAME}_{name}")
 
 
 def boundaries_of(request: Request) -> tuple[int, ...]:
@@ -86,19 +80,12 @@ def boundaries_of(request: Request) -> tuple[int, ...]:
         return ()
 
 
-@cache
-def counters() -> tuple[Counter, Counter]:
-    """Return the Prometheus counters of this process: prompt tokens by cause, and copied bytes.
-
-    They are next to those of vLLM in its ``/metrics``. The scheduler runs in a process of its own.
-    So they are shown if ``PROMETHEUS_MULTIPROC_DIR`` is set, as vLLM does with several API servers.
-    """
-    from prometheus_client import Counter
-
-    text = "Prompt tokens, cached or computed, by cause."
-    tokens = Counter("hybridcache_prompt_tokens", text, ["cause"])
-    text = "Bytes of block copies for states of answers."
-    return tokens, Counter("hybridcache_copied_bytes", text)
+# These counters are next to those of vLLM in its ``/metrics``. The scheduler runs in a process of
+# its own: they are shown if ``PROMETHEUS_MULTIPROC_DIR`` is set, as vLLM does with several servers.
+PROMPT_TOKENS = Counter(
+    "hybridcache_prompt_tokens", "Prompt tokens, cached or computed, by cause.", ["cause"]
+)
+COPIED_BYTES = Counter("hybridcache_copied_bytes", "Bytes of block copies for states of answers.")
 
 
 class Places:
@@ -162,8 +149,3 @@ class Places:
         if interval is not None:
             track.interval = -(-interval // WORDS) * self.tree.layout.unit
         track.is_planned = True
-
-    def saved(self, wanted: Mapping[int, Placed], stored: set[int]) -> None:
-        """Notify the policy of the fate of checkpoints."""
-        for position, placed in wanted.items():
-            (self.policy.on_saved if position in stored else self.policy.on_dropped)(placed)

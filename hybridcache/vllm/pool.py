@@ -15,7 +15,7 @@ Invariants, checked by ``BlockTree.check``:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 
     States = dict[int, tuple[Placed, list[KVCacheBlock]]]
     """States to publish, by position in tokens: labels and blocks, one per state group."""
+    Tables = Sequence[Sequence[KVCacheBlock]]
+    """Blocks of a request by group."""
 
 WORDS = 4
 """Tokens of the tree per unit: int32 words of its hash."""
@@ -91,12 +93,11 @@ class HybridPool(BlockPool):
             block, count = block.next_free_block, count + 1
         return count
 
-    def get_new_blocks(self, num_blocks: int) -> list[KVCacheBlock]:
+    def get_new_blocks(self, num_blocks: int) -> Any:
         if num_blocks <= self.get_num_free_blocks():
             while self.num_unowned(num_blocks) < num_blocks:
                 self.tree.evict()
-        new: list[KVCacheBlock] = super().get_new_blocks(num_blocks)
-        return new
+        return super().get_new_blocks(num_blocks)
 
     def move_block_hashes(self, src_block: KVCacheBlock, dst_block: KVCacheBlock) -> None:
         super().move_block_hashes(src_block, dst_block)
@@ -113,9 +114,7 @@ class HybridPool(BlockPool):
 class BlockTree(Listener):
     """HybridRadixCache over the blocks of a pool."""
 
-    def __init__(
-        self, pool: HybridPool, layout: Layout, eviction: str, clock: Callable[[], float]
-    ) -> None:
+    def __init__(self, pool: HybridPool, layout: Layout, eviction: str) -> None:
         self.pool, self.layout = pool, layout
         num_blocks, num_states = pool.num_gpu_blocks, len(layout.states)
         row_bytes = layout.block_bytes * len(layout.attention) // layout.rows(layout.block_size)
@@ -129,7 +128,6 @@ class BlockTree(Listener):
             eviction=eviction,
         )
         self.cache = build_prefix_cache(config)
-        self.cache.policy.set_clock(clock)
         self.cache.subscribe(self)
         self.block_of = np.zeros(num_blocks * layout.block_units, np.int32)
         """Block of the first attention group, by page of the tree."""
@@ -208,9 +206,8 @@ class BlockTree(Listener):
         """Return the blocks to resume from, one list per group. States are preceded by null
         blocks."""
         layout, pool, size = self.layout, self.pool, self.layout.block_units
-        groups: list[list[KVCacheBlock]] = [
-            [] for _ in range(len(layout.attention + layout.states))
-        ]
+        num_groups = len(layout.attention + layout.states)
+        groups: list[list[KVCacheBlock]] = [[] for _ in range(num_groups)]
         if match.resumed is None:
             return groups
         pages = self.cache.gather(match.node)[::WORDS] // WORDS
@@ -223,9 +220,7 @@ class BlockTree(Listener):
             groups[group] = [pool.null_block] * (len(first) - 1) + [block]
         return groups
 
-    def publish(
-        self, request: Any, end: int, tables: Sequence[Sequence[KVCacheBlock]], states: States
-    ) -> set[int]:
+    def publish(self, request: Any, end: int, tables: Tables, states: States) -> set[int]:
         """Store the first ``end`` tokens of ``request``, and ``states``. Returns the positions of
         the stored ones.
 
@@ -265,9 +260,7 @@ class BlockTree(Listener):
             self._drop_state(slot)
         return {layout.tokens(row) for (row, slot), _ in saves if slot in self.states}
 
-    def _own_span(
-        self, request: Any, tables: Sequence[Sequence[KVCacheBlock]], span: int, end: int
-    ) -> None:
+    def _own_span(self, request: Any, tables: Tables, span: int, end: int) -> None:
         """Note the attention blocks of a span that the tree has up to ``end``, and add keys."""
         blocks = [tables[group][span] for group in self.layout.attention]
         if len(blocks) > 1:
@@ -279,7 +272,7 @@ class BlockTree(Listener):
     def _add_key(self, request: Any, block: KVCacheBlock, end: int, group: int) -> None:
         self.pool.cache_partial_block(request, block, end, group, self.layout.block_size)
 
-    def block_copied(self, request: Any, tables: Sequence[Sequence[KVCacheBlock]], at: int) -> None:
+    def block_copied(self, request: Any, tables: Tables, at: int) -> None:
         """Point the tree to the request's copy of the attention block that its hit at ``at`` ended
         in, so that the original becomes free unless another path uses it."""
         layout, lock = self.layout, self.locks.get(request.request_id)

@@ -322,7 +322,7 @@ def test_causes_of_loss_are_in_the_response_and_in_counters():
     steps, prompt = Steps(), prompt_of((1, 300))
     steps.serve(turn(prompt, 4))
     before = count("cached"), count("never_seen")
-    params = SamplingParams(max_tokens=1, extra_args={"hybridcache": {"explain": True}})
+    params = SamplingParams(max_tokens=1, extra_args={"hybridcache_explain": 1})
     again = prompt + prompt_of((2, 64))
     request = Request("x", again, params, None, block_hasher=steps.engine._hasher)
     steps.scheduler.add_request(request)
@@ -355,12 +355,12 @@ def test_hints_that_are_wrong_are_ignored():
         params = SamplingParams(max_tokens=1, extra_args=hints)
         return boundaries_of(Request("x", [1] * 100, params, None))
 
-    assert found({"hybridcache": {"boundaries": [70, 20]}}) == (20, 70)
+    assert found({"hybridcache_boundaries": [70, 20]}) == (20, 70)
     assert found({"hybridcache_boundaries": [20, 20, 101, -3, 0]}) == (20,)
     for hints in (
         None,
-        {"hybridcache": {"boundary": [3]}},
-        {"hybridcache": "x"},
+        {"hybridcache_boundary": [3]},
+        {"hybridcache_boundaries": 3},
         {"hybridcache_boundaries": ["x"]},
     ):
         assert found(hints) == ()
