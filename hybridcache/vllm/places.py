@@ -145,7 +145,6 @@ class Places:
 
     def resume(self, track: Track, saves_answer: bool) -> None:
         """Plan the answer of a request, also of a preempted one, which the policy knows."""
-        interval = self.policy.decode_interval() if saves_answer else None
-        if interval is not None:
-            track.interval = -(-interval // WORDS) * self.tree.layout.unit
+        interval = (self.policy.decode_interval() or 0) if saves_answer else 0
+        track.interval = -(-interval // WORDS) * self.tree.layout.unit
         track.is_planned = True

@@ -25,7 +25,7 @@ from hybridcache.config import CacheConfig, build_prefix_cache
 from hybridcache.radix.api import Listener, PrefixMatch
 from hybridcache.radix.cache import LockHandle
 from hybridcache.radix.protocol import Placed
-from hybridcache.tokens import INT32, Indices
+from hybridcache.tokens import INT32, Indices, Tokens
 
 if TYPE_CHECKING:
     from vllm.v1.core.kv_cache_utils import KVCacheBlock
@@ -39,12 +39,13 @@ if TYPE_CHECKING:
 
 WORDS = 4
 """Tokens of the tree per unit: int32 words of its hash."""
-HASH_BYTES = WORDS * 4
 
 
-def ids_of(request: Any, num_tokens: int, unit: int) -> bytes:
+def ids_of(request: Any, num_tokens: int, unit: int) -> Tokens:
     """Return the tree's tokens of the whole units of the first ``num_tokens`` of ``request``."""
-    return b"".join([one[:HASH_BYTES] for one in request.block_hashes[: num_tokens // unit]])
+    # Each hash is cut to its first words.
+    hashes = np.array(request.block_hashes[: num_tokens // unit], f"S{4 * WORDS}")
+    return hashes.view(INT32)
 
 
 class Layout(NamedTuple):
@@ -105,10 +106,8 @@ class HybridPool(BlockPool):
 
     def _emit_block_removed_events(self, block_hashes: list[Any]) -> None:
         # Another block may still have the key: for listeners nothing is removed then.
-        gone = [
-            one for one in block_hashes if not self.cached_block_hash_to_block.get_one_block(one)
-        ]
-        super()._emit_block_removed_events(gone)
+        keys = self.cached_block_hash_to_block
+        super()._emit_block_removed_events([k for k in block_hashes if not keys.get_one_block(k)])
 
 
 class BlockTree(Listener):
@@ -192,14 +191,13 @@ class BlockTree(Listener):
         """
         ids = ids_of(request, num_tokens, self.layout.unit)
         # The tree never returns the last token of a prompt, which is computed for its logits.
-        if len(ids) < -(-num_tokens // self.layout.unit) * HASH_BYTES:
-            ids += bytes(4)
-        tokens = np.frombuffer(ids, INT32)
-        match = found = self.cache.match(tokens)
+        if len(ids) < -(-num_tokens // self.layout.unit) * WORDS:
+            ids = np.append(ids, np.int32(0))
+        match = found = self.cache.match(ids)
         if drop:
             limit = max(match.kv_match_len // WORDS - drop, 0) * WORDS
             if match.cached_len > limit:
-                match = self.cache.match(tokens[: limit + 1])
+                match = self.cache.match(ids[: limit + 1])
         return found, match
 
     def blocks_of(self, match: PrefixMatch) -> list[list[KVCacheBlock]]:
@@ -229,8 +227,8 @@ class BlockTree(Listener):
         """
         layout, cache = self.layout, self.cache
         ids = ids_of(request, end, layout.unit)
-        end = layout.tokens(len(ids) // 4)
-        before = cache.lock_kv(np.frombuffer(ids, INT32))
+        end = layout.tokens(len(ids))
+        before = cache.lock_kv(ids)
         known = 0 if before.node is None else before.node.end
         saves = []
         for position, (placed, blocks) in states.items():
@@ -242,7 +240,7 @@ class BlockTree(Listener):
                 self._add_key(request, block, position, group)
             row = layout.rows(position)
             saves.append(((row, slot), placed._replace(position=row)))
-        units = np.arange(known // WORDS, len(ids) // HASH_BYTES)
+        units = np.arange(known // WORDS, len(ids) // WORDS)
         rows = cache.allocate_kv(len(units) * WORDS)
         assert rows is not None, "there is a row for each word of each block"
         table = np.array([one.block_id for one in tables[layout.attention[0]]], np.int32)
@@ -251,7 +249,7 @@ class BlockTree(Listener):
         for span in np.unique(units // layout.block_units).tolist():
             self._own_span(request, tables, span, min((span + 1) * layout.block_size, end))
         rows = np.append(cache.gather(before.node), rows)
-        result = cache.publish(ids[known * 4 :], rows, saves, None, known, before.node)
+        result = cache.publish(ids[known:].tobytes(), rows, saves, None, known, before.node)
         self.unlock(request.request_id)
         self.locks[request.request_id] = cache.lock(result.node)
         cache.unlock(before)

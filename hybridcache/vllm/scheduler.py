@@ -325,11 +325,8 @@ class HybridScheduler(AsyncScheduler):
             ),
             "groups with blocks of different sizes": len({one.block_size for one in managers}) > 1,
         }
-        for what, is_set in refused.items():
-            if is_set:
-                raise ValueError(
-                    f"hybridcache does not support {what}: drop it, or --scheduler-cls."
-                )
+        for what in [one for one, is_set in refused.items() if is_set]:
+            raise ValueError(f"hybridcache does not support {what}: drop it, or --scheduler-cls.")
         has_parts = manager.coordinator.enable_partial_hash_hits
         unit = self.hash_block_size if has_parts else self.block_size
         size = len(groups[0].layer_names) * groups[0].kv_cache_spec.page_size_bytes
