@@ -240,13 +240,13 @@ class BlockTree(Listener):
                 self._add_key(request, block, position, group)
             row = layout.rows(position)
             saves.append(((row, slot), placed._replace(position=row)))
-        units = np.arange(known // WORDS, len(ids) // WORDS)
-        rows = cache.allocate_kv(len(units) * WORDS)
+        spans = np.arange(known // WORDS, len(ids) // WORDS) // layout.block_units
+        rows = cache.allocate_kv(len(spans) * WORDS)
         assert rows is not None, "there is a row for each word of each block"
         table = np.array([one.block_id for one in tables[layout.attention[0]]], np.int32)
-        new = self.block_of[rows[::WORDS] // WORDS] = table[units // layout.block_units]
+        new = self.block_of[rows[::WORDS] // WORDS] = table[spans]
         np.add.at(self.num_units, new, 1)
-        for span in np.unique(units // layout.block_units).tolist():
+        for span in dict.fromkeys(spans.tolist()):
             self._own_span(request, tables, span, min((span + 1) * layout.block_size, end))
         rows = np.append(cache.gather(before.node), rows)
         result = cache.publish(ids[known:].tobytes(), rows, saves, None, known, before.node)
