@@ -60,13 +60,12 @@ def run_out(engine: Any) -> None:
     """Serve all requests of ``engine``."""
     while engine.live:
         engine.step()
-        engine.collect()
 
 
 def decode(engine: Any) -> Callable[[int], float]:
     """Begin a steady decode, and return a function that measures the seconds of a step."""
     for seed in range(NUM_DECODING):
-        engine.submit(seed, deque([request(seed + 1, 1000, 100_000)]))
+        engine.submit(deque([request(seed + 1, 1000, 100_000)]))
     while any(live.num_answered < 2 for live in engine.live.values()):
         engine.step()
     scheduler = engine.scheduler
@@ -88,14 +87,13 @@ def decode(engine: Any) -> Callable[[int], float]:
 
 def admit(engine: Any) -> Callable[[int], float]:
     """Return a function that measures the seconds of a request of one answer token."""
-    engine.submit(0, deque([request(10**6, PROMPT, 1, PROMPT // 2)]))
+    engine.submit(deque([request(10**6, PROMPT, 1, PROMPT // 2)]))
     run_out(engine)
     seeds = iter(range(10**6 + 1, 10**7))
 
     def measure(num_requests: int) -> float:
         for _ in range(num_requests):
-            seed = next(seeds)
-            engine.submit(seed, deque([request(seed, PROMPT, 1, PROMPT // 2)]))
+            engine.submit(deque([request(next(seeds), PROMPT, 1, PROMPT // 2)]))
         begun = time.process_time()
         run_out(engine)
         return (time.process_time() - begun) / num_requests

@@ -25,6 +25,7 @@ import random
 import subprocess
 import sys
 import tempfile
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -151,6 +152,8 @@ def main() -> int:
     if options.run:
         compute(options.run, options, options.folder)
         return 0
+    if find_spec("vllm") is None:
+        parser.error("vLLM is not installed in this environment.")
     found: dict[str, Any] = {"check": "hits in vLLM", "model": options.model, "unit": options.unit}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

@@ -57,9 +57,8 @@ class Settings:
         if not isinstance(given, Mapping):
             raise ValueError(f"the value of {NAME} must be a JSON object (got {given!r}).")
         known = [one.name for one in fields(cls)]
-        for name in given:
-            if name not in known:
-                raise ValueError(f"{NAME} has no setting {name!r}; known: {', '.join(known)}.")
+        for name in given.keys() - known:
+            raise ValueError(f"{NAME} has no setting {name!r}; known: {', '.join(known)}.")
         return cls(**given)
 
 

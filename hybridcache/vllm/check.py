@@ -12,16 +12,17 @@ import json
 import random
 import sys
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import count
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
+from vllm.config import CacheConfig, ObservabilityConfig, ParallelConfig, SchedulerConfig
 from vllm.sampling_params import SamplingParams
-from vllm.utils.hashing import get_hash_fn_by_name
-from vllm.v1.core.encoder_cache_manager import EncoderCacheManager
+from vllm.utils.hashing import sha256
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
@@ -29,6 +30,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCache
 from vllm.v1.outputs import DraftTokenIds, ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 
+from hybridcache.fields import class_body, documented
 from hybridcache.lab.traces import open_trace
 from hybridcache.vllm import NAME
 from hybridcache.vllm.scheduler import HybridScheduler
@@ -89,6 +91,7 @@ class Options:
     chaos: float = 0.0
     """Share of requests that are aborted in the middle. Priorities are random then."""
     seed: int = 0
+    """Seed of acceptances, aborts and priorities."""
     settings: Mapping[str, Any] | None = None
     """Value of ``additional_config["hybridcache"]``."""
 
@@ -126,65 +129,41 @@ class _Any(SimpleNamespace):
     """Configuration in which every field that was not given is None."""
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
         return None
-
-
-def _encoder(**_: Any) -> EncoderCacheManager:
-    """Return a cache of images that stays empty."""
-    return EncoderCacheManager(1)
 
 
 def make_config(model: Model, options: Options, num_blocks: int) -> Any:
     """Return the fields of a ``VllmConfig`` that a scheduler reads."""
-    drafts, eagle, chunk = options.drafts, options.eagle, options.chunk
-    return _Any(
-        scheduler_config=_Any(
+    drafts, eagle = options.drafts, options.eagle
+    config = _Any(
+        scheduler_config=SchedulerConfig(
+            max_model_len=MAX_LEN,
+            is_encoder_decoder=False,
             max_num_seqs=256,
-            max_num_batched_tokens=chunk,
+            max_num_batched_tokens=options.chunk,
             policy="priority" if options.chaos else "fcfs",
-            long_prefill_token_threshold=0,
             async_scheduling=options.overlap,
-            enable_chunked_prefill=True,
-            prefill_schedule_interval=1,
-            scheduler_reserve_full_isl=True,
-            watermark=0.0,
         ),
-        cache_config=_Any(
-            block_size=model.block_size,
-            enable_prefix_caching=True,
-            mamba_cache_mode="align",
-            num_gpu_blocks=num_blocks,
-        ),
-        parallel_config=_Any(
-            data_parallel_index=0,
-            data_parallel_size=1,
-            pipeline_parallel_size=1,
-            decode_context_parallel_size=1,
-            prefill_context_parallel_size=1,
-        ),
-        observability_config=_Any(),
+        cache_config=CacheConfig(block_size=model.block_size, mamba_cache_mode="align"),
+        parallel_config=ParallelConfig(),
+        observability_config=ObservabilityConfig(),
         model_config=_Any(max_model_len=MAX_LEN, runner_type="generate"),
-        ec_manager_config=_Any(get_encoder_cache_manager_obj=lambda: _Any(create_manager=_encoder)),
+        ec_manager_config=_Any(get_encoder_cache_manager_obj=lambda: None),
         aux_output_config=_Any(),
-        speculative_config=_Any(
-            use_eagle=lambda: eagle,
-            use_eagle_block_drop=lambda: eagle,
-            needs_eagle_block_drop=lambda: eagle,
-            num_speculative_tokens=drafts,
-            max_num_new_slots_for_drafting=0,
-        )
-        if drafts
-        else None,
         num_speculative_tokens=drafts,
         num_lookahead_tokens=drafts if eagle else 0,
         num_prefill_lookahead_tokens=int(eagle),
         num_hash_lookahead_tokens=0,
-        max_in_flight_tokens=chunk,
+        max_in_flight_tokens=options.chunk,
         max_concurrent_batches=1 + options.overlap,
         additional_config={NAME: dict(options.settings or {})},
     )
+    config.cache_config.num_gpu_blocks = num_blocks
+    if drafts:
+        names = ("use_eagle", "use_eagle_block_drop", "needs_eagle_block_drop")
+        answers = dict.fromkeys(names, lambda: eagle)
+        config.speculative_config = _Any(max_num_new_slots_for_drafting=0, **answers)
+    return config
 
 
 def make_scheduler(model: Model, options: Options, num_blocks: int) -> Any:
@@ -234,10 +213,7 @@ class Contents:
 
     def copy(self, copies: Sequence[Any]) -> None:
         """Copy blocks before a step, all at once."""
-        if not copies:
-            return
-        pairs = np.array([(one[0], one[1]) for one in copies])
-        src, dst = pairs[:, 0], pairs[:, 1]
+        src, dst = np.array(copies, np.intp).reshape(-1, 2).T
         self.report.chained_copies += int(np.isin(src, dst).sum())
         self.report.copied_blocks += len(src)
         self.rows[dst], self.state[dst] = self.rows[src], self.state[src]
@@ -296,57 +272,60 @@ class Engine:
         self.contents = Contents(model, num_blocks, self.report)
         self.live: dict[str, _Live] = {}
         self._chance = random.Random(options.seed)
-        hash_fn = get_hash_fn_by_name("sha256")
-        init_none_hash(hash_fn)
-        self._hasher = get_request_block_hasher(options.unit or model.block_size, hash_fn)
+        init_none_hash(sha256)
+        self._hasher = get_request_block_hasher(options.unit or model.block_size, sha256)
         self._pending: deque[tuple[Any, ModelRunnerOutput]] = deque()
-        manager = self.scheduler.kv_cache_manager
-        manager.record_prefix_cache_stats = self._record
+        self._numbers = count(1)
+        self.scheduler.kv_cache_manager.record_prefix_cache_stats = self._record
 
     def _record(self, request: Request, num_hits: int) -> None:
-        self.report.resumed_tokens += num_hits
-        if request.num_preemptions:
-            return
-        self.report.requests += 1
-        self.report.prompt_tokens += request.num_tokens
-        self.report.hit_tokens += num_hits
+        report = self.report
+        report.resumed_tokens += num_hits
+        if not request.num_preemptions:
+            report.requests += 1
+            report.prompt_tokens += request.num_tokens
+            report.hit_tokens += num_hits
 
-    def submit(self, number: int, session: deque[Any]) -> None:
+    def submit(self, session: deque[Any]) -> None:
         """Add the next request of a session."""
         one, chance, options = session.popleft(), self._chance, self.options
         prompt, answer = one.tokens.tolist(), one.output.tolist() or [1]
-        namespace = None if one.namespace is None else str(one.namespace)
-        hints = {f"{NAME}_boundaries": list(one.boundaries)} if one.boundaries else None
-        params = SamplingParams(max_tokens=len(answer), ignore_eos=True, extra_args=hints)
+        salt = None if one.namespace is None else str(one.namespace)
+        hints = {f"{NAME}_boundaries": list(one.boundaries)}
         request = Request(
-            f"r{number}-{self.report.steps}",
+            f"r{next(self._numbers)}",
             prompt,
-            params,
+            SamplingParams(max_tokens=len(answer), ignore_eos=True, extra_args=hints),
             None,
             block_hasher=self._hasher,
-            cache_salt=namespace,
+            cache_salt=salt,
             priority=chance.randrange(3) if options.chaos else 0,
         )
         tokens = np.array(prompt + answer, np.int64) + 1
-        salt = 0 if namespace is None else hash(namespace)
-        prefix = np.concatenate([[salt], salt + np.cumsum(tokens * POWERS[: len(tokens)])])
-        live = _Live(request, answer, prefix, session)
+        prefix = hash(salt) + np.append(0, np.cumsum(tokens * POWERS[: len(tokens)]))
+        live = self.live[request.request_id] = _Live(request, answer, prefix, session)
         if options.chaos and chance.random() < options.chaos:
             live.abort_at = chance.randrange(1, len(tokens))
-        self.live[request.request_id] = live
         self.scheduler.add_request(request)
 
     def step(self) -> None:
-        """Schedule and compute one step, and deliver the tokens of it or of the last one."""
+        """Schedule and compute one step, deliver the tokens of it or of the last one, and continue
+        the sessions of the requests that have ended."""
         self.report.steps += 1
         output = self.scheduler.schedule()
         self._pending.append((output, self._execute(output)))
         if len(self._pending) > self.options.overlap or not output.num_scheduled_tokens:
             self._deliver()
+        for request_id, live in list(self.live.items()):
+            if 0 < live.abort_at <= live.request.num_computed_tokens:
+                self.scheduler.finish_requests(request_id, RequestStatus.FINISHED_ABORTED)
+                self.report.aborts += 1
+            if request_id not in self.scheduler.requests:
+                del self.live[request_id]
+                if live.rest:
+                    self.submit(live.rest)
 
     def _deliver(self) -> None:
-        if not self._pending:
-            return
         output, result = self._pending.popleft()
         self.scheduler.update_from_output(output, result)
         if self.options.drafts and not self.options.overlap:
@@ -356,10 +335,9 @@ class Engine:
 
     def _execute(self, output: Any) -> ModelRunnerOutput:
         contents, manager = self.contents, self.scheduler.kv_cache_manager
-        for request_id in output.preempted_req_ids or ():
-            if request_id in self.live:
-                self.live[request_id].is_installed = False
-                self.report.preemptions += 1
+        for request_id in self.live.keys() & (output.preempted_req_ids or ()):
+            self.live[request_id].is_installed = False
+            self.report.preemptions += 1
         contents.copy(output.kv_cache_block_copies or ())
         sampled: list[list[int]] = []
         for request_id, num_tokens in output.num_scheduled_tokens.items():
@@ -380,10 +358,8 @@ class Engine:
             kept = max(min(start + num_tokens - num_drafts + accepted, end), start + 1)
             contents.compute(tables, live.prefix, start, end, min(kept, end))
             live.done = kept
-            tokens: list[int] = []
-            if samples:
-                tokens = live.answer[live.num_answered :][: 1 + accepted]
-                live.num_answered += len(tokens)
+            tokens = live.answer[live.num_answered :][: (1 + accepted) * samples]
+            live.num_answered += len(tokens)
             sampled.append(tokens or [1] * samples)
         ids = list(output.num_scheduled_tokens)
         return ModelRunnerOutput(
@@ -392,25 +368,8 @@ class Engine:
             sampled_token_ids=sampled,
         )
 
-    def collect(self) -> list[_Live]:
-        """Abort requests whose time has come, and return those that have ended."""
-        scheduler, ended = self.scheduler, []
-        for request_id, live in list(self.live.items()):
-            if live.abort_at and 0 < live.abort_at <= live.request.num_computed_tokens:
-                scheduler.finish_requests(request_id, RequestStatus.FINISHED_ABORTED)
-                self.report.aborts += 1
-            if request_id not in scheduler.requests:
-                ended.append(self.live.pop(request_id))
-        return ended
 
-
-def run(
-    requests: Iterable[Any],
-    gib: float,
-    options: Options,
-    model: Model = QWEN3_NEXT,
-    each_step: Callable[[Engine], None] | None = None,
-) -> Report:
+def run(requests: Iterable[Any], gib: float, options: Options, model: Model = QWEN3_NEXT) -> Report:
     """Serve ``requests``, ``options.sessions`` at once: each session one request after the other,
     or, one at a time, all requests in the order of the trace."""
     engine = Engine(model, options, gib)
@@ -418,20 +377,11 @@ def run(
     for number, one in enumerate(requests):
         key = number if one.session is None or options.sessions == 1 else one.session
         sessions.setdefault(key, deque()).append(one)
-    waiting, number = deque(sessions.values()), 0
+    waiting = deque(sessions.values())
     while waiting or engine.live:
         while waiting and len(engine.live) < options.sessions:
-            engine.submit(number, waiting.popleft())
-            number += 1
+            engine.submit(waiting.popleft())
         engine.step()
-        if each_step is not None:
-            each_step(engine)
-        for live in engine.collect():
-            if live.rest:
-                engine.submit(number, live.rest)
-                number += 1
-    while engine._pending:
-        engine._deliver()
     return engine.report
 
 
@@ -440,13 +390,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m hybridcache.vllm.check", description=__doc__)
     parser.add_argument("--trace", default="chat?head=400", help="workload of the laboratory")
     parser.add_argument("--gib", type=float, default=4.0, help="memory of the cache, GiB")
-    for name in ("scheduler", "unit", "sessions", "chunk", "drafts", "seed", "chaos"):
-        default = getattr(Options, name)
-        parser.add_argument(f"--{name}", type=type(default), default=default)
-    parser.add_argument("--retention", type=int, help="tokens; none given: 0", default=0)
-    parser.add_argument("--overlap", action="store_true", help="asynchronous scheduling")
-    parser.add_argument("--eagle", action="store_true", help="drafts of an EAGLE or MTP head")
-    parser.add_argument("--settings", type=json.loads, help="JSON object of hybridcache")
+    for name, kind, text in documented(class_body(Options)):
+        reads = {"str": str, "int": int, "float": float}.get(kind, json.loads)
+        reader = {"type": reads, "default": getattr(Options, name)}
+        flag: dict[str, Any] = {"action": "store_true"} if kind == "bool" else reader
+        parser.add_argument(f"--{name}", help=text, **flag)
     given = vars(parser.parse_args(argv))
     trace, gib = given.pop("trace"), given.pop("gib")
     report = run(open_trace(trace), gib, Options(**given))

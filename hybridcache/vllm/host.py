@@ -13,7 +13,7 @@ The scheduler class is not needed: any vLLM with ``OffloadingConnector`` can use
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import nullcontext
+from itertools import takewhile
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -69,12 +69,10 @@ class SurvivalCachePolicy(CachePolicy, Listener):
         self.followed = None  # The former cache is forgotten.
         self.cache.subscribe(self)
         self.cache.policy.set_clock(lambda: float(self.cache.now))
-        self._homes: dict[bytes, tuple[int, bytes | None, int]] = {}
-        """Row, hash before it, and length of the path, of each hash in the tree."""
+        self._homes: dict[bytes, tuple[bytes | None, int]] = {}
+        """Hash before it, and length of the path, of each hash in the tree."""
         self._hash_of: dict[int, bytes] = {}
-        self._state_of: dict[int, bytes] = {}
-        self._saved: set[bytes] = set()
-        """Hashes with a state in the tree: the values of ``_state_of``."""
+        """Hash of each row."""
         self._first: dict[OffloadKey, None] = dict.fromkeys(self.chunks)
         """Chunks that the tree has given up, the next victims first."""
 
@@ -97,7 +95,7 @@ class SurvivalCachePolicy(CachePolicy, Listener):
 
     def touch(self, keys: Iterable[OffloadKey], req_context: ReqContext) -> None:
         path = self._deepest(keys)
-        if path is not None:
+        if len(path):
             self.cache.touch(self.cache.match(np.append(path, np.int32(0))))
 
     def on_store_miss(self, keys: Iterable[OffloadKey], req_context: ReqContext) -> None:
@@ -119,17 +117,11 @@ class SurvivalCachePolicy(CachePolicy, Listener):
                 if at is None:
                     return  # Not of a version that is supported: they remain without a place.
                 found.setdefault(name, (at, []))[1].append(get_offload_group_idx(key))
-        if not found:
-            return
         chain = sorted(found, key=lambda name: found[name][0])
         self._learn(groups for _, groups in found.values())
         attention = self._groups - self._states
         chain = [name for name in chain if attention <= {*found[name][1]} or name in self._homes]
-        whole: list[bytes] = []
-        for name in chain:
-            if any(make_offload_key(name, group) not in self.chunks for group in attention):
-                break
-            whole.append(name)
+        whole = [*takewhile(lambda name: self._has(name, attention), chain)]
         if whole:
             self._publish(whole)
 
@@ -139,8 +131,8 @@ class SurvivalCachePolicy(CachePolicy, Listener):
         if n > len(self._evictable) - sum(key in self._evictable for key in protected):
             return None
         victims: list[tuple[OffloadKey, ChunkStatus]] = []
-        path, candidates = self._deepest(protected), self._candidates()
-        with nullcontext() if path is None else self.cache.lock_kv(path):
+        candidates = self._candidates()
+        with self.cache.lock_kv(self._deepest(protected)):
             while len(victims) < n:
                 key = next(candidates)
                 if key in self._evictable and key not in protected:
@@ -179,20 +171,24 @@ class SurvivalCachePolicy(CachePolicy, Listener):
         names = []
         while end is not None:
             names.append(end[:4])
-            end = self._homes[end][1]
+            end = self._homes[end][0]
         return np.frombuffer(b"".join(names[::-1]), INT32)
 
-    def _deepest(self, keys: Iterable[OffloadKey]) -> Indices | None:
-        """Return the longest path in the tree that ends in one of ``keys``, or None."""
+    def _deepest(self, keys: Iterable[OffloadKey]) -> Indices:
+        """Return the longest path in the tree that ends in one of ``keys``, or an empty one."""
         names = [name for name in map(get_offload_block_hash, keys) if name in self._homes]
-        return self._path(max(names, key=lambda name: self._homes[name][2])) if names else None
+        return self._path(max(names, key=lambda name: self._homes[name][1], default=None))
+
+    def _has(self, name: bytes, groups: Iterable[int]) -> bool:
+        """Return whether the chunks of ``groups`` with the hash ``name`` are there."""
+        return all(make_offload_key(name, group) in self.chunks for group in groups)
 
     def _publish(self, chain: Sequence[bytes]) -> None:
         """Store a path whose attention chunks are all there, and its states."""
         cache, homes = self.cache, self._homes
         known = max((i for i, name in enumerate(chain) if name in homes), default=-1)
         before = chain[known] if known >= 0 else None
-        new = [name for name in chain[known + 1 :] if name not in homes]
+        new = chain[known + 1 :]
         path = self._path(before)
         tokens = np.concatenate([path, np.frombuffer(b"".join(n[:4] for n in new), INT32)])
         match = cache.match(np.append(tokens, np.int32(0)))
@@ -203,40 +199,33 @@ class SurvivalCachePolicy(CachePolicy, Listener):
         with cache.lock_kv(path) as lock:
             rows = cache.allocate_kv(len(new))
             assert rows is not None, "there is a row for each chunk"
-            for row, name in zip(rows.tolist(), new, strict=True):
-                homes[name] = row, before, (homes[before][2] if before is not None else 0) + 1
-                self._hash_of[row], before = name, name
-            all_rows = rows if lock.node is None else np.append(cache.gather(lock.node), rows)
+            self._hash_of |= zip(rows.tolist(), new, strict=True)
+            for length, name in enumerate(new, first + 1):
+                homes[name], before = (before, length), name
             saves = []
             for name in chain if self._states else ():
-                keys = [make_offload_key(name, group) for group in self._states]
-                if name in self._saved or name not in homes:
-                    continue
-                if all(key in self.chunks for key in keys):
+                if self._has(name, self._states):
                     slot = cache.allocate_slot()
-                    assert slot is not None, "there is a slot for each state"
-                    self._state_of[slot] = name
-                    self._saved.add(name)
-                    saves.append((homes[name][2], slot))
-            result = cache.insert(tokens, all_rows.astype(INT32), saves, None, first)
-        for slot in result.rejected_slots:
-            self._saved.discard(self._state_of.pop(slot))
+                    assert slot is not None, "there are two slots for each state"
+                    saves.append((homes[name][1], slot))
+            rows = np.append(cache.gather(lock.node), rows)
+            result = cache.insert(tokens, rows, saves, None, first)
+        for slot in result.rejected_slots:  # The tree had these states.
             cache.free_slot(slot)
         for name in chain:
             for group in self._groups:
                 self._first.pop(make_offload_key(name, group), None)
 
     def kv_removed(self, node: RadixNode) -> None:
-        for row in self.cache.gather(node)[node.start :].tolist():
+        assert node.kv is not None
+        for row in node.kv.indices.tolist():
             name = self._hash_of.pop(row)
             del self._homes[name]
             self._give_up(name, self._groups - self._states)
 
     def checkpoint_removed(self, node: RadixNode) -> None:
-        assert node.checkpoint is not None
-        name = self._state_of.pop(node.checkpoint.slot)
-        self._saved.discard(name)
-        self._give_up(name, self._states)
+        assert node.kv is not None
+        self._give_up(self._hash_of[int(node.kv.indices[-1])], self._states)
 
     def _give_up(self, name: bytes, groups: Iterable[int]) -> None:
         for group in groups:
@@ -249,6 +238,6 @@ class SurvivalCachePolicy(CachePolicy, Listener):
         self.cache.check(held_tokens=0, held_slots=0)
         assert self._evictable <= self.chunks.keys() and self._first.keys() <= self.chunks.keys()
         assert len(self.chunks) <= self.cache_capacity
-        assert {row for row, _, _ in self._homes.values()} == self._hash_of.keys()
-        for _, before, length in self._homes.values():
-            assert length == (self._homes[before][2] if before is not None else 0) + 1
+        assert self._homes.keys() == {*self._hash_of.values()}
+        for before, length in self._homes.values():
+            assert length == (self._homes[before][1] if before is not None else 0) + 1

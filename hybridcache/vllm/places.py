@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cache
 from typing import TYPE_CHECKING, Any
+
+from prometheus_client import Counter
 
 from hybridcache.policies.placement import HEADER
 from hybridcache.radix.api import PrefixMatch
-from hybridcache.radix.protocol import Item, Placed, PlacementPolicy, Prefill, end_of_prompt
+from hybridcache.radix.protocol import Placed, PlacementPolicy, Prefill, end_of_prompt
 from hybridcache.vllm import NAME
-from hybridcache.vllm.pool import HASH_BYTES, WORDS, Layout
+from hybridcache.vllm.pool import WORDS, BlockTree, Layout
 
 if TYPE_CHECKING:
-    from prometheus_client import Counter
     from vllm.v1.core.kv_cache_utils import KVCacheBlock
     from vllm.v1.request import Request
 
@@ -42,43 +41,34 @@ class Track:
     """Distance of the states of the answer, tokens. 0 saves none."""
     answer: tuple[int, list[KVCacheBlock]] | None = None
     """Position and blocks of the rolling copy of the answer's last state."""
-    losses: dict[str, int] = field(default_factory=dict)
-    """Prompt tokens that are computed, by cause."""
-    _ids: bytes = b""
+    causes: dict[str, int] = field(default_factory=dict)
+    """Prompt tokens that are computed, by cause, and those that are cached. Empty if the request
+    may not read the cache."""
 
     @property
     def num_pending(self) -> int:
         """Number of states that a running request will still take blocks for."""
         return (len(self.stops) + (self.interval > 0 and self.answer is None)) * self.is_running
 
-    def causes(self) -> dict[str, int]:
-        """Return the tokens of the prompt by cause, with those that are cached."""
-        return {"cached": self.cached_len, **self.losses}
-
-    def ids(self, request: Request, num_tokens: int, unit: int) -> bytes:
-        """Return the tree's tokens of the whole units of the first ``num_tokens``."""
-        count = num_tokens // unit
-        if request.resumable:
-            self._ids = b""  # A session may have lost its last tokens.
-        known = len(self._ids) // HASH_BYTES
-        if count > known:
-            added = [one[:HASH_BYTES] for one in request.block_hashes[known:count]]
-            self._ids += b"".join(added)
-        return self._ids[: count * HASH_BYTES]
+    def found(
+        self, found: PrefixMatch, match: PrefixMatch, num_tokens: int, layout: Layout
+    ) -> None:
+        """Note the match of a prompt of ``num_tokens``, and the one to resume from."""
+        self.match, self.cached_len = match, layout.tokens(match.cached_len)
+        lost = {name: layout.tokens(num) for name, num in found.losses._asdict().items() if num}
+        # The last part of the prompt, less than a unit, is in no unit of the tree.
+        num_rest = num_tokens - self.cached_len - sum(lost.values())
+        lost["below_grid"] = lost.get("below_grid", 0) + num_rest
+        self.causes = {"cached": self.cached_len, **lost}
 
 
 def hint(request: Request, name: str) -> Any:
-    """Return a hint in ``extra_args`` of a request, or None.
+    """Return the hint ``hybridcache_NAME`` in ``extra_args`` of a request, or None.
 
-    It is in ``{"hybridcache": {"boundaries": [...]}}``, or ``hybridcache_boundaries`` from clients
-    of the HTTP API, whose ``vllm_xargs`` are flat. Others are ignored: a client's mistake must not
-    stop the engine.
+    Wrong hints are ignored: a client's mistake must not stop the engine.
     """
     params = request.sampling_params
-    given = (params.extra_args or {}) if params is not None else {}
-    own = given.get(NAME)
-    found = own.get(name) if isinstance(own, Mapping) else None
-    return given.get(f"{NAME}_{name}") if found is None else found
+    return None if params is None else (params.extra_args or {}).get(f"{NAME}_{name}")
 
 
 def boundaries_of(request: Request) -> tuple[int, ...]:
@@ -90,19 +80,12 @@ def boundaries_of(request: Request) -> tuple[int, ...]:
         return ()
 
 
-@cache
-def counters() -> tuple[Counter, Counter]:
-    """Return the Prometheus counters of this process: prompt tokens by cause, and copied bytes.
-
-    They are next to those of vLLM in its ``/metrics``. The scheduler runs in a process of its own.
-    So they are shown if ``PROMETHEUS_MULTIPROC_DIR`` is set, as vLLM does with several API servers.
-    """
-    from prometheus_client import Counter
-
-    text = "Prompt tokens, cached or computed, by cause."
-    tokens = Counter("hybridcache_prompt_tokens", text, ["cause"])
-    text = "Bytes of block copies for states of answers."
-    return tokens, Counter("hybridcache_copied_bytes", text)
+# These counters are next to those of vLLM in its ``/metrics``. The scheduler runs in a process of
+# its own: they are shown if ``PROMETHEUS_MULTIPROC_DIR`` is set, as vLLM does with several servers.
+PROMPT_TOKENS = Counter(
+    "hybridcache_prompt_tokens", "Prompt tokens, cached or computed, by cause.", ["cause"]
+)
+COPIED_BYTES = Counter("hybridcache_copied_bytes", "Bytes of block copies for states of answers.")
 
 
 class Places:
@@ -111,8 +94,8 @@ class Places:
     Policies count in rows of the tree, as its items do: a unit is ``WORDS`` long for them.
     """
 
-    def __init__(self, policy: PlacementPolicy, layout: Layout, drop: int) -> None:
-        self.policy, self.layout = policy, layout
+    def __init__(self, policy: PlacementPolicy, tree: BlockTree, drop: int) -> None:
+        self.policy, self.tree = policy, tree
         self._drop = drop * WORDS
         """Rows before the end of matching KV that cannot be resumed from (EAGLE)."""
 
@@ -121,57 +104,47 @@ class Places:
         request: Request,
         track: Track,
         found: PrefixMatch,
-        evicted: tuple[Item, ...],
-        free_slots: int,
-        num_checkpoints: int,
+        num_pending: int,
         saves_answer: bool,
     ) -> None:
-        """Plan the checkpoints of a new request, and notify the policy of it."""
-        unit, policy, layout, match = self.layout.unit, self.policy, self.layout, track.match
+        """Plan the checkpoints of a new request, and notify the policy of it. Running requests will
+        take blocks for ``num_pending`` states."""
+        policy, layout, match, cache = self.policy, self.tree.layout, track.match, self.tree.cache
         assert match is not None
+        unit, num_groups, drop = layout.unit, len(layout.states), self._drop
         if match.resumed is not None:
             policy.on_hit(match.resumed)
         if found.missed is not None:
             policy.on_ghost_hit(found.missed, found.missed_tokens)
-        drop, cached_len = self._drop, match.cached_len
         # The part of a unit at the end is at least one row, and less than a unit.
         rest = min(-(-(request.num_tokens % unit) * WORDS // unit), WORDS - 1)
         # The policy takes a boundary in the last unit, however long, for the end of the prompt.
         ends = boundaries_of(request)
         if end_of_prompt(request.num_tokens, ends, HEADER) is None:
             ends = (*ends, request.num_tokens)
+        free_slots = self.tree.pool.num_unowned(64 * num_groups) // num_groups
+        num_pending = min(num_pending, free_slots)
         prefill = Prefill(
             prompt_len=max(layout.rows(request.num_tokens) + rest - drop, 1),
-            cached_len=cached_len,
-            kv_match_len=max(found.kv_match_len - drop, cached_len),
-            seen_len=max(found.seen_len - drop, cached_len),
+            cached_len=match.cached_len,
+            kv_match_len=max(found.kv_match_len - drop, match.cached_len),
+            seen_len=max(found.seen_len - drop, match.cached_len),
             boundaries=tuple(max(one * WORDS // unit - drop, 0) for one in ends),
             grid=WORDS,
             resumed=match.resumed,
-            evicted=evicted,
+            evicted=tuple(one for one in cache.evicted(found) if one.position > match.cached_len),
             forks=found.forks,
             answer_survives=saves_answer,
-            free_slots=free_slots,
-            num_checkpoints=num_checkpoints,
+            free_slots=free_slots - num_pending,
+            num_checkpoints=cache.num_checkpoints + num_pending,
         )
         policy.on_prefill(prefill)
         planned = prefill.on_grid(policy.plan(prefill))
         track.stops = {layout.tokens(one.position): one for one in planned}
         self.resume(track, saves_answer)
-        lost = {name: layout.tokens(num) for name, num in found.losses._asdict().items() if num}
-        # The last part of the prompt, less than a unit, is in no unit of the tree.
-        num_rest = request.num_tokens - track.cached_len - sum(lost.values())
-        lost["below_grid"] = lost.get("below_grid", 0) + num_rest
-        track.losses = lost
 
     def resume(self, track: Track, saves_answer: bool) -> None:
         """Plan the answer of a request, also of a preempted one, which the policy knows."""
-        interval = self.policy.decode_interval() if saves_answer else None
-        if interval is not None:
-            track.interval = -(-interval // WORDS) * self.layout.unit
+        interval = (self.policy.decode_interval() or 0) if saves_answer else 0
+        track.interval = -(-interval // WORDS) * self.tree.layout.unit
         track.is_planned = True
-
-    def saved(self, wanted: Mapping[int, Placed], stored: set[int]) -> None:
-        """Notify the policy of the fate of checkpoints."""
-        for position, placed in wanted.items():
-            (self.policy.on_saved if position in stored else self.policy.on_dropped)(placed)

@@ -20,13 +20,23 @@ from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager, Mamb
 from hybridcache.policies.registry import parse_placement
 from hybridcache.radix.protocol import Placed
 from hybridcache.vllm import NAME, Settings, require_version
-from hybridcache.vllm.places import DECODE, PREEMPT, Places, Track, counters, hint
+from hybridcache.vllm.places import (
+    COPIED_BYTES,
+    DECODE,
+    PREEMPT,
+    PROMPT_TOKENS,
+    Places,
+    Track,
+    hint,
+)
 from hybridcache.vllm.pool import WORDS, BlockTree, HybridPool, Layout
 
 if TYPE_CHECKING:
     from vllm.v1.core.kv_cache_utils import KVCacheBlock
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.request import Request
+
+    from hybridcache.vllm.pool import States, Tables
 
 
 def shared_units(one: Request, other: Request) -> int:
@@ -64,24 +74,17 @@ class HybridManager(KVCacheManager):
         for number, manager in enumerate(managers):
             manager.__class__ = StateManager if number in layout.states else RowManager
         self.block_pool.__class__ = HybridPool
+        self.tree = self.block_pool.tree = BlockTree(self.block_pool, layout, settings.eviction)
         # Time is counted in steps: no decision depends on a clock or a rank.
-        self.tree = BlockTree(
-            self.block_pool, layout, settings.eviction, lambda: self.num_steps * 0.05
-        )
-        self.block_pool.tree = self.tree
-        self.places = Places(parse_placement(settings.placement), layout, drop)
+        self.tree.cache.policy.set_clock(lambda: self.num_steps * 0.05)
+        self.places = Places(parse_placement(settings.placement), self.tree, drop)
         self.tracks: defaultdict[str, Track] = defaultdict(Track)
         self._prefilling: dict[str, Track] = {}
         """Running requests whose prompts are not published yet."""
-        self._coming: list[tuple[int, bytes]] = []
-        """Positions and hashes of the states that this step computes."""
+        self._coming: set[bytes] = set()
+        """Hashes of the states that this step computes."""
         self._admitted: list[Request] = []
         """Requests that this step admitted: their prompts are not in the tree yet."""
-
-    def tables(self, request: Request) -> list[list[KVCacheBlock]]:
-        """Return the block table of a running request in each group."""
-        managers = self.coordinator.single_type_managers
-        return [manager.req_to_blocks[request.request_id] for manager in managers]
 
     # --- Lookup -----------------------------------------------------------------------------------
 
@@ -92,51 +95,33 @@ class HybridManager(KVCacheManager):
         track.match, track.cached_len, track.is_waiting = None, 0, False
         if track.is_cold or not self.prefix_cache_lookup_enabled(request):
             return self.empty_kv_cache_blocks, 0, 0
-        layout, tree, num_tokens = self.layout, self.tree, request.num_tokens
+        tree, unit, num_tokens = self.tree, self.layout.unit, request.num_tokens
         if max_cache_hit_length is not None:
             num_tokens = min(num_tokens, max_cache_hit_length + 1)
-        ids = track.ids(request, num_tokens, layout.unit)
-        found, match = tree.find(ids, num_tokens, self.drop)
-        track.match, track.cached_len = match, layout.tokens(match.cached_len)
-        is_fresh = match.resumed is not None and match.resumed.slot in tree.fresh
-        track.is_waiting = is_fresh or self._is_coming(request, track.cached_len)
+        found, match = tree.find(request, num_tokens, self.drop)
+        track.found(found, match, request.num_tokens, self.layout)
+        last = max((request.num_tokens - 1) // unit - self.drop, 0)
+        deeper = request.block_hashes[track.cached_len // unit : last]
+        blocks, copied = tree.blocks_of(match), self.states[0].cached_blocks_this_step
+        # A state that a copy of this step writes cannot be copied in the same step.
+        is_copied = any(one.block_hash in copied for one in blocks[self.layout.states[0]][-1:])
+        track.is_waiting = is_copied or not self._coming.isdisjoint(deeper)
         saves_answer = self.saves_answers and not request.resumable
         if request.num_preemptions and not track.is_planned:
             self.places.resume(track, saves_answer)
         if not track.is_planned and not track.is_waiting:
-            lost = tree.cache.evicted(found)
-            evicted = tuple(one for one in lost if one.position > match.cached_len)
-            limit = 64 * len(layout.states)
-            free_slots = self.block_pool.num_unowned(limit) // len(layout.states)
             shared = max((shared_units(request, one) for one in self._admitted), default=0)
             if shared * WORDS > found.seen_len:
                 found = found._replace(seen_len=shared * WORDS, forks=True)
-            # Free blocks that running requests will take for states are theirs.
-            taken = min(sum(one.num_pending for one in self.tracks.values()), free_slots)
-            num_checkpoints = tree.cache.num_checkpoints + taken
-            self.places.plan(
-                request, track, found, evicted, free_slots - taken, num_checkpoints, saves_answer
-            )
-        blocks = self.create_kv_cache_blocks(tuple(tree.blocks_of(match)))
-        return blocks, track.cached_len, 0
-
-    def _is_coming(self, request: Request, cached_len: int) -> bool:
-        """Return whether this step computes a deeper state for the prompt of ``request``."""
-        hashes, unit = request.block_hashes, self.layout.unit
-        last = (request.num_tokens - 1) // unit - self.drop
-        return any(
-            cached_len < position
-            and position <= last * unit
-            and hashes[position // unit - 1] == key
-            for position, key in self._coming
-        )
+            num_pending = sum(one.num_pending for one in self.tracks.values())
+            self.places.plan(request, track, found, num_pending, saves_answer)
+        return self.create_kv_cache_blocks(tuple(blocks)), track.cached_len, 0
 
     # --- Steps ------------------------------------------------------------------------------------
 
     def new_step_starts(self) -> None:
         super().new_step_starts()
         self.num_steps += 1
-        self.tree.fresh.clear()
         self._coming.clear()
         self._admitted.clear()
         if self.debug:
@@ -158,7 +143,7 @@ class HybridManager(KVCacheManager):
             start = track.cached_len
         end = start + num_new_tokens
         if new is not None and end in track.stops:
-            self._coming.append((end, request.block_hashes[end // self.layout.unit - 1]))
+            self._coming.add(request.block_hashes[end // self.layout.unit - 1])
         return new
 
     def _admit(
@@ -179,6 +164,8 @@ class HybridManager(KVCacheManager):
             # A hit holds blocks beside their copies: it may need more than the prompt alone.
             pool = self.block_pool
             track.is_cold = pool.get_num_free_blocks() == pool.num_gpu_blocks - 1
+            if track.is_cold and track.cached_len:
+                track.causes |= {"cached": 0, "refused": track.cached_len}
             return None
         track.is_running = True
         self._admitted.append(request)
@@ -187,8 +174,8 @@ class HybridManager(KVCacheManager):
         # Without its lock, the match may have been evicted for the blocks of this request.
         if match is not None and request_id in tree.locks:
             tree.cache.touch(match, resumes=request.num_preemptions > 0)
-        for cause, num_tokens in track.causes().items() if track.losses else ():
-            counters()[0].labels(cause).inc(num_tokens)
+        for cause, num_tokens in track.causes.items() if not request.num_preemptions else ():
+            PROMPT_TOKENS.labels(cause).inc(num_tokens)
         return new
 
     def step_scheduled(self, num_scheduled_tokens: dict[str, int], requests: Any) -> None:
@@ -198,39 +185,29 @@ class HybridManager(KVCacheManager):
             end = min(request.num_computed_tokens, request.num_tokens)
             if end >= max(request.num_prompt_tokens, request.num_tokens - 1):
                 del self._prefilling[request_id]
-            tables = self.tables(request)
-            states: dict[int, tuple[Placed, list[KVCacheBlock]]] = {}
+            tables = self.coordinator.get_blocks(request_id)
+            states: States = {}
             if end in track.stops:
                 states[end] = track.stops.pop(end), self._running_state(tables, end)
-            self._publish(request, track, tables, end, states)
+            stored = self._publish(request, tables, end, states)
             if request in self._admitted and track.cached_len % self.layout.block_size:
                 self.tree.block_copied(request, tables, track.cached_len)
-            if end not in states or end % self.layout.block_size == 0:
+            if end not in stored or end % self.layout.block_size == 0:
                 continue
             # The next step overwrites this state: vLLM copies it first, and reserves the blocks.
             for manager, block in zip(self.states, states[end][1], strict=True):
-                if block.block_id in self.tree.slots.slot_of:
-                    manager._partial_hit_reqs[request_id] = end // self.layout.block_size, block
+                manager._partial_hit_reqs[request_id] = end // self.layout.block_size, block
 
-    def _running_state(
-        self, tables: list[list[KVCacheBlock]], computed_len: int
-    ) -> list[KVCacheBlock]:
+    def _running_state(self, tables: Tables, computed_len: int) -> list[KVCacheBlock]:
         """Return the blocks that hold the state after the last computed token."""
         at = (computed_len - 1) // self.layout.block_size
         return [tables[group][at] for group in self.layout.states]
 
-    def _publish(
-        self,
-        request: Request,
-        track: Track,
-        tables: list[list[KVCacheBlock]],
-        end: int,
-        states: dict[int, tuple[Placed, list[KVCacheBlock]]],
-    ) -> None:
-        end = min(end, len(request.block_hashes) * self.layout.unit)
-        ids = track.ids(request, end, self.layout.unit)
-        stored = self.tree.publish(request, ids, tables, states) if ids else set()
-        self.places.saved({at: placed for at, (placed, _) in states.items()}, stored)
+    def _publish(self, request: Request, tables: Tables, end: int, states: States) -> set[int]:
+        stored = self.tree.publish(request, end, tables, states)
+        for at, (placed, _) in states.items():
+            (self.places.policy.on_saved if at in stored else self.places.policy.on_dropped)(placed)
+        return stored
 
     # --- Answers ----------------------------------------------------------------------------------
 
@@ -240,7 +217,8 @@ class HybridManager(KVCacheManager):
         Only the last copy is kept, in blocks of the request's own, which are published when the
         answer ends. So a stop token needs no notice, and asynchronous steps may run ahead.
         """
-        pool, sources = self.block_pool, self._running_state(self.tables(request), start)
+        pool, tables = self.block_pool, self.coordinator.get_blocks(request.request_id)
+        sources = self._running_state(tables, start)
         if any(block.is_null for block in sources):
             return
         if track.answer is None:
@@ -254,7 +232,7 @@ class HybridManager(KVCacheManager):
             manager._pending_cow_copies.append((source, block))
             source.ref_cnt += 1
             block.ref_cnt += 1
-        counters()[1].inc(self.layout.block_bytes * len(blocks))
+        COPIED_BYTES.inc(self.layout.block_bytes * len(blocks))
 
     def _give_back_copy(self) -> bool:
         """Free the copy of the newest answer. Returns False if there is none."""
@@ -276,13 +254,14 @@ class HybridManager(KVCacheManager):
         super().free(request)
 
     def _end(self, request: Request, track: Track) -> None:
-        request_id, tables, layout = request.request_id, self.tables(request), self.layout
+        request_id, layout = request.request_id, self.layout
+        tables = self.coordinator.get_blocks(request_id)
         self._prefilling.pop(request_id, None)
         end = computed = request.num_computed_tokens
         if not self.saves_answers:  # Drafts in flight may be rejected.
             end = min(end - request.num_in_flight_tokens, request.num_tokens - 1)
         end = min(end, request.num_tokens, len(request.block_hashes) * layout.unit)
-        states: dict[int, tuple[Placed, list[KVCacheBlock]]] = {}
+        states: States = {}
         if track.answer is not None and track.answer[0] <= end:
             states[track.answer[0]] = Placed(layout.rows(track.answer[0]), DECODE), track.answer[1]
         if self.saves_answers and computed == end and end % layout.unit == 0 < end:
@@ -292,8 +271,9 @@ class HybridManager(KVCacheManager):
             ):
                 label = PREEMPT if end <= request.num_prompt_tokens else DECODE
                 states[end] = track.stops.pop(end, Placed(layout.rows(end), label)), blocks
-        self._publish(request, track, tables, end, states)
-        self.places.saved(track.stops, set())
+        self._publish(request, tables, end, states)
+        for placed in track.stops.values():
+            self.places.policy.on_dropped(placed)
         self.tree.unlock(request_id)
         if track.answer is not None:
             self.block_pool.free_blocks(track.answer[1])
@@ -321,13 +301,13 @@ class HybridScheduler(AsyncScheduler):
         if not self.has_mamba_layers:
             return
         layout = self._layout()
-        drop = int(self.use_eagle_block_drop)
         # Planned stops replace the one at the end of the prompt.
         self.mamba_partial_cache_hit = False
-        manager = self.kv_cache_manager
-        manager.__class__ = HybridManager
-        manager.start(settings, layout, drop, self.num_spec_tokens > 0)
-        self.hybrid = manager
+        self.hybrid = self.kv_cache_manager
+        self.hybrid.__class__ = HybridManager
+        self.hybrid.start(
+            settings, layout, int(self.use_eagle_block_drop), self.num_spec_tokens > 0
+        )
 
     def _layout(self) -> Layout:
         """Return the layout of the model's blocks. Raises ValueError for what is not supported."""
@@ -345,39 +325,28 @@ class HybridScheduler(AsyncScheduler):
             ),
             "groups with blocks of different sizes": len({one.block_size for one in managers}) > 1,
         }
-        for what, is_set in refused.items():
-            if is_set:
-                raise ValueError(
-                    f"hybridcache does not support {what}: drop it, or --scheduler-cls."
-                )
-        unit = self.block_size
-        if manager.coordinator.enable_partial_hash_hits:
-            unit = self.hash_block_size
+        for what in [one for one, is_set in refused.items() if is_set]:
+            raise ValueError(f"hybridcache does not support {what}: drop it, or --scheduler-cls.")
+        has_parts = manager.coordinator.enable_partial_hash_hits
+        unit = self.hash_block_size if has_parts else self.block_size
         size = len(groups[0].layer_names) * groups[0].kv_cache_spec.page_size_bytes
         states = [i for i, one in enumerate(managers) if isinstance(one, MambaManager)]
         attention = [i for i in range(len(managers)) if i not in states]
         return Layout(unit, self.block_size, size, tuple(attention), tuple(states))
 
     def _mamba_block_aligned_split(
-        self,
-        request: Request,
-        num_new_tokens: int,
-        num_new_local_computed_tokens: int = 0,
-        num_external_computed_tokens: int = 0,
+        self, request: Request, num_new_tokens: int, *num_new_computed_tokens: int
     ) -> int:
         hybrid, block_size = self.hybrid, self.block_size
-        start = request.num_computed_tokens + num_new_local_computed_tokens
-        start += num_external_computed_tokens
+        start = request.num_computed_tokens + sum(num_new_computed_tokens)
         prefill_end = max(request.num_prompt_tokens, request.num_tokens - 1)
         if hybrid is None or start >= prefill_end:
             return num_new_tokens
         end = start + num_new_tokens
         if end < prefill_end:
             # As in vLLM: a chunk before the last ends at a block, unless a block is wider.
-            limit = self.max_num_scheduled_tokens
             threshold = self.scheduler_config.long_prefill_token_threshold
-            if threshold > 0:
-                limit = min(limit, threshold)
+            limit = min(self.max_num_scheduled_tokens, threshold or self.max_num_scheduled_tokens)
             aligned = end // block_size * block_size
             if aligned > start or block_size <= limit:
                 end = aligned
@@ -385,17 +354,11 @@ class HybridScheduler(AsyncScheduler):
         stops = () if track is None else track.stops
         return max(min((stop for stop in stops if start < stop < end), default=end) - start, 0)
 
-    def _free_request(
-        self, request: Request, *args: Any, **kwargs: Any
-    ) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
-        hybrid, lost = self.hybrid, None
-        if hybrid is not None and hint(request, "explain"):
-            track = hybrid.tracks.get(request.request_id)
-            lost = None if track is None else track.causes()
-        params, encoder_params = super()._free_request(request, *args, **kwargs)
-        if lost is not None:
-            params = {**(params or {}), NAME: lost}
-        return params, encoder_params
+    def _connector_finished(self, request: Request) -> Any:
+        track = None if self.hybrid is None else self.hybrid.tracks.get(request.request_id)
+        if track is None or not hint(request, "explain"):
+            return super()._connector_finished(request)
+        return False, {NAME: track.causes}
 
     def _update_after_schedule(self, scheduler_output: SchedulerOutput) -> None:
         super()._update_after_schedule(scheduler_output)

@@ -19,7 +19,7 @@ SEAMS = (
     "core.sched.async_scheduler:AsyncScheduler._mamba_block_aligned_split(request, num_new_tokens, "
     "num_new_local_computed_tokens, num_external_computed_tokens)",
     "core.sched.async_scheduler:AsyncScheduler._update_after_schedule(scheduler_output)",
-    "core.sched.async_scheduler:AsyncScheduler._free_request(request, delay_free_blocks)",
+    "core.sched.async_scheduler:AsyncScheduler._connector_finished(request)",
     "core.kv_cache_manager:KVCacheManager.get_computed_blocks(request)",
     "core.kv_cache_manager:KVCacheManager.allocate_slots(request, num_new_tokens, "
     "num_new_computed_tokens, new_computed_blocks)",
