@@ -73,11 +73,18 @@ def _install(site: Path, *built: Path) -> None:
     _run_in(site, *command, str(site), *map(str, built))
 
 
-def test_wheels_contain_exactly_their_packages_and_data(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Wheel of each distribution."""
+    folder = tmp_path_factory.mktemp("wheels")
+    return {name: wheels.build(name, folder) for name in wheels.FOLDERS}
+
+
+def test_wheels_contain_exactly_their_packages_and_data(built: dict[str, Path]) -> None:
     packages = {CACHE_DISTRIBUTION: ["hybridcache"], ENGINE_DISTRIBUTION: ["engine", "kernels"]}
     left_out = {"setup.py", "pyproject.toml", "LICENSE"}
     for name, folders in packages.items():
-        names = zipfile.ZipFile(wheels.build(name, tmp_path)).namelist()
+        names = zipfile.ZipFile(built[name]).namelist()
         wanted = {
             path.relative_to(ROOT).as_posix()
             for folder in folders
@@ -93,9 +100,9 @@ def test_wheels_contain_exactly_their_packages_and_data(tmp_path: Path) -> None:
 
 
 def test_pip_install_installs_the_cache_beside_another_package_kernels(
-    tmp_path: Path, site: Path
+    built: dict[str, Path], site: Path
 ) -> None:
-    _install(site, wheels.build(CACHE_DISTRIBUTION, tmp_path))
+    _install(site, built[CACHE_DISTRIBUTION])
     code = "import hybridcache; from kernels import get_kernel; print(hybridcache.__file__)"
     assert _run_in(site, "-c", code).startswith(str(site))
     assert sorted(path.name for path in site.iterdir() if "." not in path.name) == [
@@ -117,9 +124,9 @@ def test_engine_is_not_built_for_an_environment_with_another_package_kernels(sit
 
 @pytest.mark.full
 def test_installed_engine_refuses_to_run_beside_another_package_kernels(
-    tmp_path: Path, site: Path
+    built: dict[str, Path], site: Path
 ) -> None:
-    _install(site, *(wheels.build(name, tmp_path) for name in wheels.FOLDERS))
+    _install(site, *built.values())
     printed = _run_in(site, "-m", "engine", "generate", "x", works=False)
     assert "The distribution 'kernels' 0.13.0 is installed in the same environment" in printed
 

@@ -1,4 +1,4 @@
-"""Triton's interpreter, which runs kernels on the CPU, with repairs of seven of its faults."""
+"""Triton's interpreter, which runs kernels on the CPU, with repairs of eight of its faults."""
 
 from __future__ import annotations
 
@@ -25,6 +25,8 @@ def repair() -> None:
     - Each launch, and each call of a function in it, replaces the functions of the language again,
       which takes longer than a small kernel. They stay replaced from the first launch on. Each
       operation also makes the table of dtypes again.
+    - Each operation on integers is also computed in 64 bits and compared with the limits of its
+      type, but without ``debug`` the result is not asserted.
     """
     try:
         from triton.runtime import autotuner, interpreter
@@ -102,3 +104,6 @@ def repair() -> None:
     interpreter._patch_lang_tensor = patch_tensor_index
     interpreter._patch_lang = lambda function: patch_all()
     interpreter._get_np_dtype = numpy_dtype
+    interpreter.interpreter_builder.options = interpreter.InterpreterOptions(
+        sanitize_overflow=False
+    )
