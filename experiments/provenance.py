@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import datetime
+import functools
 import hashlib
 import json
 import os
@@ -89,10 +90,19 @@ def simulation_code(module: str) -> tuple[str, ...]:
         text = (ROOT / name).read_text(encoding="utf-8")
         if "splits.toml" in text and ROOT / name != Path(__file__):
             found.add("experiments/splits.toml")
-        for node in ast.walk(ast.parse(text)):
-            if isinstance(node, ast.ImportFrom) and node.module is not None:
-                waiting += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+        waiting += imported_names(text)
     return "hybridcache", *sorted(name for name in found if name.startswith("experiments/"))
+
+
+@functools.cache
+def imported_names(text: str) -> list[str]:
+    """Return the names of modules that a source text may import by ``from``. Studies share most of
+    their modules, so each text is parsed once."""
+    found = []
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.ImportFrom) and node.module is not None:
+            found += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+    return found
 
 
 def read_json_lines(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:

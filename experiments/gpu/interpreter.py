@@ -1,4 +1,4 @@
-"""Triton's interpreter, which runs kernels on the CPU, with repairs of seven of its faults."""
+"""Triton's interpreter, which runs kernels on the CPU, with repairs of eight of its faults."""
 
 from __future__ import annotations
 
@@ -24,7 +24,9 @@ def repair() -> None:
     - An autotuner needs a device's clock, so it uses its first candidate.
     - Each launch, and each call of a function in it, replaces the functions of the language again,
       which takes longer than a small kernel. They stay replaced from the first launch on. Each
-      operation also makes the table of dtypes again.
+      operation also makes the table of dtypes again, and the types of its blocks.
+    - Each operation on integers is also computed in 64 bits and compared with the limits of its
+      type, but without ``debug`` the result is not asserted.
     """
     try:
         from triton.runtime import autotuner, interpreter
@@ -34,6 +36,7 @@ def repair() -> None:
     operate = interpreter.InterpreterBuilder.binary_op
     patch, patch_tensor = interpreter._patch_lang, interpreter._patch_lang_tensor
     numpy_dtype_of, dtypes = interpreter._get_np_dtype, dict[str, Any]()
+    block_types = dict[tuple[str, Any], Any]()
 
     tl, convert = interpreter.tl, interpreter._convert_float
 
@@ -94,6 +97,12 @@ def repair() -> None:
             dtypes[dtype.name] = numpy_dtype_of(dtype)
         return dtypes[dtype.name]
 
+    def block_type(element: Any, shape: Any) -> Any:
+        key = element.name, tuple(shape)
+        if key not in block_types:
+            block_types[key] = tl.block_type(element, shape)
+        return block_types[key]
+
     autotuner.Autotuner._bench = time_nothing
     interpreter.InterpreterBuilder.create_dot = create_dot
     interpreter.InterpreterBuilder.binary_op = binary_op
@@ -102,3 +111,8 @@ def repair() -> None:
     interpreter._patch_lang_tensor = patch_tensor_index
     interpreter._patch_lang = lambda function: patch_all()
     interpreter._get_np_dtype = numpy_dtype
+    interpreter.InterpreterBuilder.get_block_ty = lambda builder, *given: block_type(*given)
+    tl.block_type.with_element_ty = lambda block, element: block_type(element, block.shape)
+    interpreter.interpreter_builder.options = interpreter.InterpreterOptions(
+        sanitize_overflow=False
+    )

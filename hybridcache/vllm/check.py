@@ -30,7 +30,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCache
 from vllm.v1.outputs import DraftTokenIds, ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 
-from hybridcache.fields import class_body, documented
+from hybridcache.command.field_texts import class_body, documented
 from hybridcache.lab.traces import open_trace
 from hybridcache.vllm import NAME
 from hybridcache.vllm.scheduler import HybridScheduler

@@ -9,20 +9,21 @@ and no record that the child had reported as written may be missing.
 from __future__ import annotations
 
 import itertools
-import os
+import multiprocessing
 import random
-import signal
-import subprocess
-import sys
 import tempfile
 import time
+from contextlib import suppress
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import numpy as np
 
 from engine.plugins.tiers.records import RecordStore, record_bytes, record_name
-from tests.selection import ROOT
 
+FORKSERVER = multiprocessing.get_context("forkserver")
+FORKSERVER.set_forkserver_preload([__name__])
+"""Children are forked from a process that has imported this module once."""
 FIELDS = {"writer": "tests.endurance.stores"}
 MAX_BYTES, MAX_PAYLOAD_BYTES = 1 << 24, 1 << 18
 
@@ -33,46 +34,44 @@ def payload_of(number: int) -> bytes:
     return random_bytes.bytes(int(random_bytes.integers(0, MAX_PAYLOAD_BYTES)))
 
 
-def write_until_killed(folder: Path, seed: int) -> None:
-    """Write and drop records, and print a line for each record written (``+``) or dropped
-    (``-``)."""
+def write_until_killed(folder: Path, seed: int, reports: Connection) -> None:
+    """Write and drop records, and report each record written (positive) or dropped (negative)."""
     store = RecordStore(folder).open(FIELDS)
     choose = random.Random(seed)
     sizes = {
         record.id: record_bytes(len(record.meta), record.payload_bytes) for record in store.scan()
     }
-    print("open", flush=True)
+    reports.send(0)
     room = record_bytes(20, MAX_PAYLOAD_BYTES)
     for number in itertools.count(store.next_id):
         while sum(sizes.values()) + room > MAX_BYTES or (sizes and choose.random() < 0.3):
             gone = choose.choice(list(sizes))
-            print("-", gone, flush=True)
+            reports.send(-gone)
             store.remove_file(record_name(gone))
             del sizes[gone]
         meta, payload = str(number).encode(), payload_of(number)
         store.write(number, meta, payload)
         sizes[number] = record_bytes(len(meta), len(payload))
-        print("+", number, flush=True)
+        reports.send(number)
 
 
 def kill_once(folder: Path, seed: int, delay_s: float) -> tuple[set[int], set[int]]:
     """Start a child and kill it. Returns (records reported as written and not dropped, records
     reported as dropped)."""
-    command = [sys.executable, "-m", "tests.endurance.stores", str(folder), str(seed)]
-    child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT)
-    assert child.stdout is not None
-    assert child.stdout.readline() == "open\n", "the store refused to open in the child"
+    reports, theirs = FORKSERVER.Pipe(duplex=False)
+    child = FORKSERVER.Process(target=write_until_killed, args=(folder, seed, theirs))
+    child.start()
+    theirs.close()
+    assert reports.recv() == 0, "the store refused to open in the child"
     time.sleep(delay_s)
-    os.kill(child.pid, signal.SIGKILL)
-    written: set[int] = set()
-    dropped: set[int] = set()
-    for line in child.stdout:
-        if line.endswith("\n"):
-            sign, number = line.split()
-            (written if sign == "+" else dropped).add(int(number))
-    child.stdout.close()
-    child.wait()
-    return written - dropped, dropped
+    child.kill()
+    found: set[int] = set()
+    with suppress(EOFError, OSError):  # OSError: the last report was not written whole.
+        while True:
+            found.add(reports.recv())
+    child.join()
+    dropped = {-number for number in found if number < 0}
+    return {number for number in found if number > 0} - dropped, dropped
 
 
 def count_wrong(folder: Path, expected: set[int]) -> tuple[int, int, set[int]]:
@@ -103,7 +102,3 @@ def run(seed: int, num_kills: int) -> dict[str, int]:
             assert (num_wrong, num_lost) == (0, 0), f"kill {number}: {num_wrong=} {num_lost=}"
             num_records += len(expected)
     return {"kills": num_kills, "records": num_records}
-
-
-if __name__ == "__main__":
-    write_until_killed(Path(sys.argv[1]), int(sys.argv[2]))

@@ -10,6 +10,7 @@ import sys
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
@@ -176,20 +177,35 @@ def test_missing_published_files_are_named(
     assert any(part.only_data for part in parts)
 
 
-def test_simulations_and_pages_need_no_engine() -> None:
-    """Parts that need it say so. A module that is None in ``sys.modules`` is not found."""
+class Listed(NamedTuple):
+    """Results pages, their figures, and the list of parts."""
+
+    texts: dict[str, str]
+    figures: dict[str, str]
+    parts: str
+
+
+@pytest.fixture(scope="module")
+def without_engine() -> Listed:
+    """The output of a process without the engine's packages. A module that is None in
+    ``sys.modules`` is not found."""
     code = """
-import sys
+import json, sys
 sys.modules.update(dict.fromkeys(("torch", "triton", "msgspec")))
 from experiments import reproduce
-reproduce.whole_pages()
-sys.exit(reproduce.main(["--list"]))
+texts, figures = reproduce.whole_pages()
+parts = reproduce.listing(reproduce.read_parts())
+print(json.dumps([texts, {str(path): figure for path, figure in figures.items()}, parts]))
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    needs = {
-        line.split()[0] for line in done.stdout.splitlines() if "needs torch (pip inst" in line
-    }
+    return Listed(*json.loads(done.stdout))
+
+
+def test_simulations_and_pages_need_no_engine(without_engine: Listed) -> None:
+    """Parts that need it say so."""
+    lines = without_engine.parts.splitlines()
+    needs = {line.split()[0] for line in lines if "needs torch (pip inst" in line}
     assert {"overhead", "closed-loop", "checkpoint-dtype", "sharegpt"} <= needs
     assert not needs & {part.name for part in reproduce.read_parts() if part.scope != "engine"}
 
@@ -231,16 +247,17 @@ def test_each_committed_or_published_result_is_the_output_of_one_part() -> None:
     assert len(named) > 10 and (named | stored) - set(made) <= NO_PART
 
 
-def test_results_pages_and_figures_are_up_to_date() -> None:
+def test_results_pages_and_figures_are_up_to_date(without_engine: Listed) -> None:
     """Update them by ``python -m experiments.reproduce --page``. Another release of matplotlib
     writes the same figure in other words."""
-    texts, figures = reproduce.whole_pages()
+    texts = without_engine.texts
     written = {path.name: path.read_text() for path in (ROOT / "docs").glob("results*.md")}
     assert written == texts
     assert max(len(text.split()) for text in texts.values()) <= 3_000
     is_pinned = f"matplotlib=={version('matplotlib')}" in (ROOT / "constraints.txt").read_text()
-    for path, drawing in figures.items():
-        assert path.read_text() == drawing if is_pinned else path.is_file(), path.name
+    assert without_engine.figures
+    for name, drawing in without_engine.figures.items():
+        assert Path(name).read_text() == drawing if is_pinned else Path(name).is_file(), name
 
 
 def test_finished_part_says_so_and_can_be_compared(

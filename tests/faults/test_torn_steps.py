@@ -239,6 +239,7 @@ def reference() -> dict[str, tuple[list[int], str]]:
     return found
 
 
+@cache
 def lines_of(name: str, count: int) -> list[tuple[int, int]]:
     """Return ``count`` different source lines that steps execute, each as (step, number of the line
     in it): at any time that it is executed, and spread over all files."""

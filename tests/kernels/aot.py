@@ -68,6 +68,13 @@ class _AbsentDevice:
         return 0
 
 
+def keep(path: Path, text: str) -> None:
+    """Write a file at once: other processes may read it."""
+    new = path.with_suffix(f".{os.getpid()}")
+    new.write_text(text)
+    new.replace(path)
+
+
 class Compiled(NamedTuple):
     """Compiled kernel and the log of NVIDIA's assembler."""
 
@@ -92,9 +99,7 @@ def recording(target: str) -> Iterator[list[Compiled]]:
         # A cached kernel has no log, so the first one is kept.
         kept = Path(os.environ["TRITON_CACHE_DIR"]) / f"{result.hash}.log"
         if log.getvalue():
-            new = kept.with_suffix(f".{os.getpid()}")
-            new.write_text(log.getvalue())
-            new.replace(kept)
+            keep(kept, log.getvalue())
         compiled.append(Compiled(result, kept.read_text() if kept.exists() else ""))
         return result
 
@@ -170,7 +175,10 @@ def _products(kernel: Any) -> dict[str, Any]:
     disassembler = machine_code.find_disassembler()
     if disassembler is None:
         return {"products_in_danger": None, "loops": [], "arithmetic": None}
-    code = machine_code.disassemble(kernel.asm["cubin"], disassembler)
+    kept = Path(os.environ["TRITON_CACHE_DIR"]) / f"{kernel.hash}.sass"
+    if not kept.exists():
+        keep(kept, machine_code.disassemble(kernel.asm["cubin"], disassembler))
+    code = kept.read_text()
     loops = [
         [loop.num_instructions, loop.num_products, loop.counts["F2F"], loop.counts["MUFU"]]
         for loop in machine_code.product_loops(code)

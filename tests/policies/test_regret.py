@@ -21,6 +21,7 @@ from hybridcache.radix.protocol import Placed, PlacementPolicy, Prefill, PromptB
 from hybridcache.radix.warm_state import pack, unpack, write_memory
 from tests.cache.serving import serve_lease
 from tests.policies.items import FakeItem, offer
+from tests.selection import is_quick
 
 KV_BYTES, STATE_BYTES = 24_576, 77_266_944
 
@@ -172,14 +173,16 @@ the arena and in pools. The aim is 0.5 for all. Without the rule *Head* the thir
 @pytest.mark.parametrize("memory", MEMORIES)
 @pytest.mark.parametrize("trace", list(LARGEST_FALLS))
 def test_hits_do_not_fall_when_memory_grows(trace: str, memory: str) -> None:
-    """Thirty sizes from a few checkpoints up."""
+    """Thirty sizes from a few checkpoints up. `make test` runs one seed, whose hit rate is as even
+    as the mean: it has shown each seeded fault that the mean has."""
     sizes = [0.4 * 10 ** (step / 29) for step in range(30)]
     settings: dict[str, Any] = {"kv_share": 0.3} if memory == "pools" else {}
     rates = np.zeros(len(sizes))
-    for seed in range(4):
+    seeds = (2,) if is_quick() else range(4)
+    for seed in seeds:
         opened = open_trace(f"{trace}seed={seed}").kept()
         result = simulate(opened, gib=sizes, memory=memory, bound=False, progress=False, **settings)
-        rates += [25 * run.token_hit_rate for run in result.runs]
+        rates += [100 / len(seeds) * run.token_hit_rate for run in result.runs]
     falls = np.maximum.accumulate(rates) - rates
     limit = LARGEST_FALLS[trace][MEMORIES.index(memory)]
     worst = int(falls.argmax())

@@ -224,8 +224,8 @@ ONCE = "<function=f>\n<parameter=a>\n"
     ("form", "mark"), [(HERMES, '<tool_call>{\\"'), (XML, "<function=f>x"), (XML, ONCE)]
 )
 def test_broken_calls_are_read_in_linear_time(form: CallForm, mark: str, opening: str) -> None:
-    """In quadratic time it would take more than an hour."""
-    text = (mark * 20_000).strip()
+    """In quadratic time it would take ten minutes."""
+    text = (mark * 8_000).strip()
     expected = (text, "", []) if opening else ("", text, [])
     assert read(form, opening + text, is_cut=True) == expected
 
