@@ -14,6 +14,7 @@ import sys
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from itertools import count
 from types import SimpleNamespace
 from typing import Any
@@ -21,25 +22,18 @@ from typing import Any
 import numpy as np
 import torch
 
-try:
-    from vllm.config import CacheConfig, ObservabilityConfig, ParallelConfig, SchedulerConfig
-    from vllm.sampling_params import SamplingParams
-    from vllm.utils.hashing import sha256
-    from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
-    from vllm.v1.core.sched.async_scheduler import AsyncScheduler
-    from vllm.v1.core.sched.scheduler import Scheduler
-    from vllm.v1.kv_cache_interface import (
-        FullAttentionSpec,
-        KVCacheConfig,
-        KVCacheGroupSpec,
-        MambaSpec,
-    )
-    from vllm.v1.outputs import DraftTokenIds, ModelRunnerOutput
-    from vllm.v1.request import Request, RequestStatus
-except ModuleNotFoundError as error:
-    if __name__ != "__main__" or error.name != "vllm":
-        raise
+if __name__ == "__main__" and find_spec("vllm") is None:
     sys.exit("hybridcache.vllm.check needs vLLM in this environment (docs/how-to/vllm.md).")
+
+from vllm.config import CacheConfig, ObservabilityConfig, ParallelConfig, SchedulerConfig
+from vllm.sampling_params import SamplingParams
+from vllm.utils.hashing import sha256
+from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec, MambaSpec
+from vllm.v1.outputs import DraftTokenIds, ModelRunnerOutput
+from vllm.v1.request import Request, RequestStatus
 
 from hybridcache.command.field_texts import class_body, documented
 from hybridcache.lab.traces import open_trace

@@ -20,7 +20,7 @@ import torch
 import zmq
 
 from engine.errors import WireError
-from engine.messages import plain
+from engine.messages import plain, prompt_of
 from engine.requests.request import RequestSpec
 from engine.runner.device import HostCopy
 from engine.runner.model_runner import ModelRunner
@@ -88,7 +88,7 @@ class Failed(TransferMessage, frozen=True):
 ToPrefill = PrefixRequest | Taken
 ToDecode = Data | Alive | Failed
 ENCODER = msgspec.msgpack.Encoder(enc_hook=plain)
-FOR_PREFILL: msgspec.msgpack.Decoder[ToPrefill] = msgspec.msgpack.Decoder(ToPrefill)
+FOR_PREFILL = msgspec.msgpack.Decoder(ToPrefill, dec_hook=prompt_of)
 FOR_DECODE: msgspec.msgpack.Decoder[ToDecode] = msgspec.msgpack.Decoder(ToDecode)
 
 
