@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import gc
 import random
-import time
 import weakref
 from collections import Counter
 from collections.abc import Callable, Hashable
@@ -345,9 +344,7 @@ def busy_pair(name: str) -> Pair:
     pair = Pair(name)
     pair.submit_some()
     [loader] = pair.engine.transfers
-    deadline = time.monotonic() + 120
     while not any(0 < load._num_bytes < load.needed_bytes for load in loader._active):
-        assert time.monotonic() < deadline, "no prefix arrives in parts"
         for side in reversed(SIDES):
             pair.turn(side)
     return pair

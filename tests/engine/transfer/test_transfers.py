@@ -263,6 +263,7 @@ def test_garbage_on_the_port_closes_only_its_own_connection(prefill: Engine, pla
         ask(prompt=b"abc"),
         ask(prompt=b""),
         ask(prompt=[1, 2]),
+        ask(prompt="text"),
         *(ask(start=start) for start in (-1, 100, 1 << 40)),
         ask(namespace=[3]),
         ask(boundaries=["x"]),
