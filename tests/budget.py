@@ -44,7 +44,7 @@ RADIX = f"{CACHE}radix/"
 FRONT = "engine/front/"
 CAPABILITIES = {
     "core: the cache with LRU, and scheduling": f"{CACHE}__init__.py {CACHE}config.py "
-    f"{CACHE}tokens.py {CACHE}command/field_texts.py {RADIX}tree.py {RADIX}protocol.py "
+    f"{CACHE}command/field_texts.py {RADIX}tokens.py {RADIX}tree.py {RADIX}protocol.py "
     f"{RADIX}api.py {RADIX}cache.py {RADIX}lease.py {RADIX}__init__.py "
     f"{CACHE}allocators/* {CACHE}scheduling/__init__.py "
     f"{CACHE}scheduling/planner.py {CACHE}scheduling/cache_manager.py "

@@ -18,7 +18,7 @@ import numpy as np
 
 from engine.text.bounded import BoundedMemory
 from engine.text.sandbox import TOO_MUCH, Renderer, TemplateError
-from hybridcache.tokens import Tokens
+from hybridcache.radix.tokens import Tokens
 
 if TYPE_CHECKING:
     import tokenizers

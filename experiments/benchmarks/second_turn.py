@@ -55,7 +55,7 @@ from experiments.tables import Cell, Column, Table
 from experiments.texts import KEYS, NAMES, THINGS
 from hybridcache import ModelGeometry
 from hybridcache.geometry.units import GIB
-from hybridcache.tokens import common_prefix_len
+from hybridcache.radix.tokens import common_prefix_len
 
 Message = dict[str, Any]
 Steps = Generator["ClientRequest", Message, None]

@@ -41,10 +41,10 @@ from hybridcache.lab.simulation.target import BaselineTarget
 from hybridcache.lab.trace import Trace, TraceRequest
 from hybridcache.policies.registry import make_admission
 from hybridcache.radix.protocol import PromptBoundaries
+from hybridcache.radix.tokens import Tokens
 from hybridcache.scheduling.cache_manager import CacheManager
 from hybridcache.scheduling.planner import StepPlanner
 from hybridcache.scheduling.request import ScheduledRequest
-from hybridcache.tokens import Tokens
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

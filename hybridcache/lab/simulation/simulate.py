@@ -54,7 +54,7 @@ from hybridcache.lab.simulation.serving import serve
 from hybridcache.lab.simulation.target import build_target
 from hybridcache.lab.trace import Trace
 from hybridcache.lab.traces import open_trace, seeded
-from hybridcache.tokens import require_bool
+from hybridcache.radix.tokens import require_bool
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

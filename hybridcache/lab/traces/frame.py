@@ -31,7 +31,7 @@ import numpy as np
 from hybridcache.geometry.units import counted
 from hybridcache.lab.arrivals import Pauses, Starts, interleave
 from hybridcache.lab.trace import BadRecords, FreshIds, TraceRequest, as_ids, units
-from hybridcache.tokens import Tokens
+from hybridcache.radix.tokens import Tokens
 
 LONGEST = 1 << 24
 """Longest plausible prompt or answer in a trace, in tokens."""
