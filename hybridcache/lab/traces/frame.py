@@ -339,7 +339,7 @@ def _open_zstd(path: str | Path, _: str) -> Any:
             "with `zstd -d`"
         ) from None
 
-    class Source(io.RawIOBase):
+    class ZstdFrames(io.RawIOBase):
         """Decompressed bytes of all frames; a truncated or damaged file is ``DAMAGED``."""
 
         def __init__(self) -> None:
@@ -373,7 +373,7 @@ def _open_zstd(path: str | Path, _: str) -> Any:
             self._file.close()
             super().close()
 
-    return io.BufferedReader(Source(), 1 << 16)
+    return io.BufferedReader(ZstdFrames(), 1 << 16)
 
 
 def _open_zip(path: str | Path, _: str) -> Any:
