@@ -252,8 +252,6 @@ def simulate(
         settings_of(LOAD),
         "is about sessions that wait for answers: add --closed-loop, or call closed_loop(...)",
     )
-    if asked.max_running is None:
-        asked.refuse(["tpot_s"], "has an effect with max_running alone: give both, or neither")
     if asked.seeds != 1:
         place = {"processes": processes, "ray": ray, "resume_from": resume_from}
         own = {"bound": bound, "optimum": optimum, "progress": progress}
