@@ -35,9 +35,9 @@ from engine.weights.hub import display_name
 from hybridcache.policies.registry import make_admission
 from hybridcache.radix.cache import HybridRadixCache
 from hybridcache.radix.protocol import PolicyError
+from hybridcache.radix.tokens import EMPTY
 from hybridcache.scheduling.cache_manager import CacheManager
 from hybridcache.scheduling.loading import Loader
-from hybridcache.tokens import EMPTY
 
 if TYPE_CHECKING:
     import torch

@@ -19,8 +19,8 @@ from hybridcache.policies.eviction.priority_classes import PriorityClasses
 from hybridcache.policies.registry import DEFAULT_EVICTION, EvictionSpec, make_eviction
 from hybridcache.radix.cache import HybridRadixCache
 from hybridcache.radix.protocol import EvictionPolicy
+from hybridcache.radix.tokens import require_bool, require_grid, require_index
 from hybridcache.radix.tree import ItemBytes
-from hybridcache.tokens import require_bool, require_grid, require_index
 
 GRID = 64
 """Default checkpoint grid, tokens: the chunk length of the kernels."""

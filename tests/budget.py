@@ -44,7 +44,7 @@ RADIX = f"{CACHE}radix/"
 FRONT = "engine/front/"
 CAPABILITIES = {
     "core: the cache with LRU, and scheduling": f"{CACHE}__init__.py {CACHE}config.py "
-    f"{CACHE}tokens.py {CACHE}command/field_texts.py {RADIX}tree.py {RADIX}protocol.py "
+    f"{CACHE}command/field_texts.py {RADIX}tokens.py {RADIX}tree.py {RADIX}protocol.py "
     f"{RADIX}api.py {RADIX}cache.py {RADIX}lease.py {RADIX}__init__.py "
     f"{CACHE}allocators/* {CACHE}scheduling/__init__.py "
     f"{CACHE}scheduling/planner.py {CACHE}scheduling/cache_manager.py "
@@ -193,6 +193,17 @@ def num_settings() -> int:
     return len(flags - {"--help"}) + (len(names[1].split(",")) if names else 0)
 
 
+def num_arrows() -> int:
+    """Return the pairs of folders or files at the top of ``hybridcache`` of which one imports the
+    other."""
+    root, pairs = ROOT / "hybridcache", set[tuple[str, str]]()
+    for file in root.rglob("*.py"):
+        own = file.relative_to(root).parts[0].removesuffix(".py")
+        found = re.findall(r"^ *from hybridcache\.(\w+)", file.read_text(), re.M)
+        pairs |= {(own, other) for other in found if other != own}
+    return len(pairs)
+
+
 class Walk:
     """Functions that are called from ``start`` to ``stop``, in this thread and in threads that
     began after the object was made."""
@@ -321,6 +332,7 @@ def chat_walk(walk: Walk) -> int:
 def measure(walks: dict[str, dict[tuple[str, int], str]] | None = None) -> dict[str, int]:
     """Return today's numbers. ``walks`` gets the functions of each walk."""
     found, walk = num_lines() | {"settings of engine serve": num_settings()}, Walk()
+    found["imports between parts of hybridcache"] = num_arrows()
     try:
         for count in (cache_walk, generate_walk, chat_walk):
             found[f"functions of {count.__name__}"] = count(walk)

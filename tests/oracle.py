@@ -31,11 +31,11 @@ from engine.requests.logit_rules import FREE
 from engine.requests.request import SamplingInput
 from engine.schedule.scheduler import Batch, Scheduler, Segment
 from engine.text.answers import SampledToken
-from hybridcache.allocators.moves import DEVICE, Copy, Drop, Move, Transfer
+from hybridcache.allocators.moves import DEVICE, Copy, Drop, Indices, Move, Transfer
 from hybridcache.allocators.pools import slab_rows
 from hybridcache.geometry.model import ModelGeometry
+from hybridcache.radix.tokens import Tokens
 from hybridcache.scheduling.cache_manager import CacheManager, MemorySizes
-from hybridcache.tokens import Indices, Tokens
 
 if TYPE_CHECKING:
     from engine.runner.predictor import Newest

@@ -13,12 +13,12 @@ from math import lcm
 
 import numpy as np
 
-from hybridcache.allocators.moves import Move
+from hybridcache.allocators.moves import Indices, Move
 from hybridcache.allocators.pools import ArenaAllocator, PageAllocator, SlotAllocator
 from hybridcache.radix.api import Losses
 from hybridcache.radix.protocol import Kind
+from hybridcache.radix.tokens import Tokens
 from hybridcache.radix.tree import GHOST_NODE_BYTES, TOKEN_BYTES
-from hybridcache.tokens import Indices, Tokens
 
 Ids = tuple[int, ...]
 Victim = tuple[Kind, Hashable, Ids]

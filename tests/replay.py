@@ -39,11 +39,11 @@ from engine.weights.model_config import read_config
 from hybridcache.allocators.moves import Copy
 from hybridcache.geometry.model import ModelGeometry
 from hybridcache.geometry.units import GIB
+from hybridcache.lab.fleet import Fleet, FleetConfig, Replica
 from hybridcache.lab.scenario import Scenario
 from hybridcache.lab.simulation.closed_loop import LoopRun, sessions_of
-from hybridcache.lab.simulation.serving import serve
 from hybridcache.lab.simulation.sizes import working_set_bytes
-from hybridcache.lab.simulation.target import LeasedRequest, LeaseTarget, build_target
+from hybridcache.lab.simulation.target import LeasedRequest, LeaseTarget
 from hybridcache.lab.trace import Trace
 from hybridcache.lab.traces import open_trace
 from hybridcache.radix.api import Listener
@@ -158,12 +158,22 @@ def closed_loop(trace: Trace, cell: Scenario) -> Log:
     return recorder.log
 
 
+class FewAtOnce(Fleet):
+    """Fleet whose replicas serve at most four requests at a time."""
+
+    def _start(self, replica: Replica, now: float) -> None:
+        if (replica.prefilling is not None) + len(replica.decoding) < 4:
+            super()._start(replica, now)
+
+
 def tiered(trace: Trace, cell: Scenario) -> Log:
     """Serve the requests of ``trace`` through host and disk tiers, at most four at a time."""
     recorder, size = Recorder(), cell.size_gib / 2
-    cell = replace(cell, gib=size, host_gib=size, disk_gib=2 * size, max_running=4)
-    target = build_target(cell, trace.unit)
-    assert isinstance(target, LeaseTarget) and target.cache.offload is not None
+    cell = replace(cell, gib=size, host_gib=size, disk_gib=2 * size)
+    config, geometry = FleetConfig(replicas=1, router="least_loaded"), cell.geometry()
+    loop = FewAtOnce(cell, geometry, trace.unit, config, cell.prefill_times(geometry))
+    [target] = (replica.target for replica in loop.replicas.values())
+    assert target.cache.offload is not None
     target.cache.subscribe(recorder)
     copied = target.cache.offload.copied_rows
 
@@ -175,7 +185,7 @@ def tiered(trace: Trace, cell: Scenario) -> Log:
         return begun
 
     target.request_type = begin  # type: ignore[assignment]
-    serve(target, trace.in_order(), trace.unit, cell)
+    loop.run(trace.in_order())
     return recorder.log
 
 

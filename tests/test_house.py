@@ -91,9 +91,9 @@ def test_packages_import_only_allowed_packages(package: str) -> None:
 
 NO_ROOMS = {"__init__", "__main__", "setup"}
 ORDER = {
-    "hybridcache": "command tokens allocators radix scheduling policies geometry config "
+    "hybridcache": "command allocators radix scheduling policies geometry config "
     "adapters sglang lab vllm",
-    "hybridcache/radix": "tree protocol api offload cache lease tiers warm_state debug",
+    "hybridcache/radix": "tokens tree protocol api offload cache lease tiers warm_state debug",
     "engine": "config weights layers models errors text requests schedule messages runner "
     "interrupts core plugins engine front",
     "engine/front": "chat_prompt cache_watch async_engine server worker command",

@@ -54,7 +54,7 @@ from engine.schedule.report import CacheReport
 from engine.text.answers import Answer, FinishReason, RequestOutput
 from engine.text.tokenizer import Tokenizer
 from hybridcache.radix.protocol import PolicyError
-from hybridcache.tokens import Tokens
+from hybridcache.radix.tokens import Tokens
 
 Result = TypeVar("Result")
 logger = logging.getLogger(__name__)

@@ -40,7 +40,7 @@ from engine.text.bounded import BoundedMemory, read_json
 from engine.text.sandbox import TemplateError
 from engine.text.tokenizer import CLOSE, OPEN, PROBE, Message, Tokenizer, any_of, as_tokens
 from hybridcache.radix.protocol import chat_boundaries
-from hybridcache.tokens import Tokens, common_prefix_len
+from hybridcache.radix.tokens import Tokens, common_prefix_len
 
 MARK = "\ufdd0"
 """Character inside a control token that is text. No character has this code, so no text has it."""

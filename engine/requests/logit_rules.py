@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from engine.text.grammar import GrammarError
 from engine.text.tokenizer import CLOSE, OPEN, Tokenizer
-from hybridcache.tokens import Tokens
+from hybridcache.radix.tokens import Tokens
 
 Mask = npt.NDArray[np.uint8]
 """Bit ``i % 8`` of byte ``i // 8`` is set if token i is allowed."""

@@ -45,8 +45,8 @@ from engine.text.tokenizer import CLOSE, IdTokenizer, StreamDecoder, Tokenizer
 from engine.text.tokenizer_files import read_json
 from hybridcache.geometry.gguf import gguf_file
 from hybridcache.radix.protocol import NO_BOUNDARIES, PromptBoundaries, require_boundaries
+from hybridcache.radix.tokens import PLAIN, Tokens, require_namespace
 from hybridcache.scheduling.request import ScheduledRequest
-from hybridcache.tokens import PLAIN, Tokens, require_namespace
 
 RECOMMENDED = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 """Settings of ``generation_config.json`` that become defaults of requests."""

@@ -28,10 +28,9 @@ from engine.runner.verification import Verification
 from engine.schedule.scheduler import Batch, logit_rows, pieces
 from engine.weights.model_config import ModelError
 from engine.weights.model_files import config_bytes
-from hybridcache.allocators.moves import Move, Transfer
+from hybridcache.allocators.moves import Indices, Move, Transfer
 from hybridcache.geometry.checkpoints import CheckpointFormat
 from hybridcache.geometry.units import counted, format_bytes, format_seconds
-from hybridcache.tokens import Indices
 from kernels.recording import NotRecordableError
 from kernels.recording import record as record_native
 from kernels.upload import upload

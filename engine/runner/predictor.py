@@ -11,7 +11,7 @@ from engine.layers.blocks import pad_rows, padded_count
 from engine.layers.prediction import PredictionHead
 from engine.models.decoder import Decoder
 from engine.runner.steps import Bucket, Record, Replay, StepLayout, bucket_for
-from hybridcache.tokens import Tokens
+from hybridcache.radix.tokens import Tokens
 from kernels.attention.sequences import Sequences
 from kernels.upload import upload
 

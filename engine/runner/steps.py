@@ -24,7 +24,8 @@ from engine.models.decoder import Decoder
 from engine.runner.device import Device
 from engine.runner.memory import Memory, allocate
 from engine.schedule.scheduler import Batch, Segment
-from hybridcache.tokens import Indices, Tokens
+from hybridcache.allocators.moves import Indices
+from hybridcache.radix.tokens import Tokens
 from kernels.attention.sequences import Sequences
 from kernels.packed import Exports, Packed
 from kernels.upload import upload

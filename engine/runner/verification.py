@@ -16,7 +16,7 @@ from engine.runner.predictor import Newest, Predictor
 from engine.runner.steps import KV_BOUNDS, Bucket, Copies, DecodeGraphs, Record, StepLayout, up_to
 from engine.schedule.scheduler import Batch, Segment
 from hybridcache.geometry.mixers import AttentionSizes
-from hybridcache.tokens import Tokens
+from hybridcache.radix.tokens import Tokens
 from kernels.attention.sequences import Sequences
 from kernels.packed import Packed, running_sum
 from kernels.upload import upload

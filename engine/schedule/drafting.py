@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from engine.requests.request import Request
 from engine.text.answers import DraftCounts
-from hybridcache.tokens import EMPTY, Tokens
+from hybridcache.radix.tokens import EMPTY, Tokens
 
 
 @dataclass(frozen=True, slots=True)

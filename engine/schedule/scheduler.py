@@ -21,10 +21,10 @@ from engine.text.answers import NO_TOKEN, FinishReason, SampledToken
 from engine.text.grammar import GrammarError
 from hybridcache.allocators.moves import Transfer
 from hybridcache.radix.lease import Lease
+from hybridcache.radix.tokens import Tokens
 from hybridcache.scheduling.cache_manager import CacheManager
 from hybridcache.scheduling.planner import StepPlanner
 from hybridcache.scheduling.request import AdmissionPolicy
-from hybridcache.tokens import Tokens
 
 if TYPE_CHECKING:
     import torch

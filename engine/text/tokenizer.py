@@ -10,7 +10,7 @@ import re
 import sys
 from abc import ABC, abstractmethod
 from array import array
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,7 @@ import numpy as np
 
 from engine.text.bounded import BoundedMemory
 from engine.text.sandbox import TOO_MUCH, Renderer, TemplateError
-from hybridcache.tokens import Tokens
+from hybridcache.radix.tokens import Tokens
 
 if TYPE_CHECKING:
     import tokenizers
@@ -147,6 +147,10 @@ class Tokenizer(ABC):
     vocab_size: int
     """Highest id plus one. The model's own table may be longer."""
     chat_template: ChatTemplate | None = None
+    token_bytes: Callable[..., bytes]
+    """Function of ``token_id`` and ``starts_text`` (default False) that returns the bytes of one
+    token, special tokens included; b"" for an id without text. Some vocabularies have tokens that
+    lose a space if a text starts with them."""
 
     @abstractmethod
     def encode(
@@ -163,11 +167,6 @@ class Tokenizer(ABC):
         ``mark``: a character that is not part of the text, and separates the text on either side.
         ``namespace``: the time of encoding does not reveal texts of other namespaces.
         """
-
-    @abstractmethod
-    def token_bytes(self, token_id: int, starts_text: bool = False) -> bytes:
-        """Return the bytes of one token, special tokens included; b"" for an id without text. Some
-        vocabularies have tokens that lose a space if a text starts with them."""
 
     def decode(self, token_ids: Iterable[int], skip_special_tokens: bool = True) -> str:
         """Return the text of ``token_ids``, with U+FFFD for invalid bytes."""
@@ -281,8 +280,7 @@ class BackendTokenizer(Tokenizer):
         self._walls = re.compile(walls) if self._is_byte_level and not has_ends else None
         self._pieces = BoundedMemory[tuple[Hashable, str], "array[int]"](REMEMBERED_BYTES)
         """Token ids of text pieces, by namespace."""
-        remember = lru_cache(maxsize=1 << 16)
-        self.token_bytes = remember(self.token_bytes)  # type: ignore[method-assign]
+        self.token_bytes = lru_cache(maxsize=1 << 16)(self._bytes_of)
 
     def encode(
         self,
@@ -319,7 +317,8 @@ class BackendTokenizer(Tokenizer):
         [encoding] = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
         return encoding.ids
 
-    def token_bytes(self, token_id: int, starts_text: bool = False) -> bytes:
+    def _bytes_of(self, token_id: int, starts_text: bool = False) -> bytes:
+        """Compute ``token_bytes``."""
         token = self._backend.id_to_token(token_id)
         if token is None:
             return b""

@@ -55,7 +55,7 @@ from experiments.tables import Cell, Column, Table
 from experiments.texts import KEYS, NAMES, THINGS
 from hybridcache import ModelGeometry
 from hybridcache.geometry.units import GIB
-from hybridcache.tokens import common_prefix_len
+from hybridcache.radix.tokens import common_prefix_len
 
 Message = dict[str, Any]
 Steps = Generator["ClientRequest", Message, None]
@@ -124,7 +124,7 @@ class Text:
 
 
 @dataclass
-class Chat:
+class ClientChat:
     """One conversation as its client keeps it."""
 
     text: Text
@@ -159,14 +159,16 @@ class Chat:
         self.messages.append(result)
         return (yield from self.ask(row))
 
-    def fork(self) -> Chat:
+    def fork(self) -> ClientChat:
         """Return a copy that goes on by itself."""
-        return Chat(self.text, self.system, self.tools, self.variables, [*map(dict, self.messages)])
+        return ClientChat(
+            self.text, self.system, self.tools, self.variables, [*map(dict, self.messages)]
+        )
 
 
-def opened(text: Text, **options: Any) -> Chat:
+def opened(text: Text, **options: Any) -> ClientChat:
     """Return a chat with a system message of half a prompt."""
-    return Chat(text, system=text.draw(0.5), **options)
+    return ClientChat(text, system=text.draw(0.5), **options)
 
 
 def next_turn(text: Text, count: int) -> Steps:
@@ -190,10 +192,10 @@ def thoughts(text: Text, count: int) -> Steps:
 def edits(text: Text, count: int) -> Steps:
     chat = opened(text)
     yield from chat.turn(0.5)
-    longer = Chat(text, chat.system, messages=[dict(chat.messages[0])])
+    longer = ClientChat(text, chat.system, messages=[dict(chat.messages[0])])
     longer.messages[0]["content"] += " please"
     yield from longer.ask("last message edited at its end")
-    yield from Chat(text, chat.system).turn(0.5, "last message rewritten")
+    yield from ClientChat(text, chat.system).turn(0.5, "last message rewritten")
     yield from chat.turn(0.1, "back to the original after an edit")
 
 
@@ -216,7 +218,7 @@ def subagent(text: Text, count: int) -> Steps:
     chat = opened(text, tools=text.tools())
     yield from chat.turn(0.2)
     yield from chat.step(0.1)
-    child = Chat(text, chat.system, chat.tools)
+    child = ClientChat(text, chat.system, chat.tools)
     yield from child.turn(0.2, "subagent with the same system prompt")
     yield from child.step(0.1)
     yield from chat.step(0.1, "back to the parent")
@@ -247,7 +249,7 @@ def restarted(text: Text, count: int) -> Steps:
 def dated_session(text: Text, count: int) -> Steps:
     rest = text.draw(0.5)
     for minute in (10, 11):
-        chat = Chat(text, system=f"{minute} o'clock, Monday. {rest}")
+        chat = ClientChat(text, system=f"{minute} o'clock, Monday. {rest}")
         yield from chat.turn(0.2, "new session, date at its start" if minute == 11 else "")
 
 
@@ -262,7 +264,7 @@ def dated_turns(text: Text, count: int) -> Steps:
 def tools_behind(text: Text, count: int) -> Steps:
     shared, tools = text.draw(0.4), text.tools()
     for folder, which in (("alpha", ""), ("beta", "second"), ("gamma", "third")):
-        chat = Chat(text, f"{shared} Directory: {folder}.", tools)
+        chat = ClientChat(text, f"{shared} Directory: {folder}.", tools)
         yield from chat.turn(0.2, which and f"{which} folder, tools behind the system text")
 
 
@@ -290,7 +292,7 @@ def long_run(text: Text, count: int) -> Steps:
 
 def one_folder(text: Text, count: int) -> Steps:
     tools = Text("tools", 0, text.size).tools()
-    chat = Chat(text, f"{text.common} Directory: alpha.", tools)
+    chat = ClientChat(text, f"{text.common} Directory: alpha.", tools)
     yield from chat.turn(0.2, "two agents in one folder, first request")
     for _ in range(2):
         yield from chat.step(0.1, "two agents in one folder, later requests")
@@ -302,7 +304,7 @@ SCARCE, TIERED = f"{NUM_MANY} conversations, memory for {NUM_FITTING}", "with a 
 ENDED = "ends reported"
 
 
-class Case(NamedTuple):
+class ClientCase(NamedTuple):
     """Clients that do the same with texts of their own."""
 
     steps: Callable[[Text, int], Steps]
@@ -316,25 +318,27 @@ class Case(NamedTuple):
     """Case with the same texts and order, or empty."""
 
 
-CASES: dict[str, Case] = {
-    "next turn": Case(next_turn),
-    "tool result": Case(tool_result),
-    "thoughts": Case(thoughts),
-    "edits": Case(edits),
-    "early edit": Case(early_edit),
-    "steer": Case(steered),
-    "subagent": Case(subagent),
-    "branches": Case(branches),
-    "twelve": Case(twelve),
-    "restart": Case(restarted, needs="state"),
-    "dated session": Case(dated_session),
-    "dated turns": Case(dated_turns),
-    "tools behind": Case(tools_behind),
-    "scarce": Case(partial(many, SCARCE), needs="scarce"),
-    "ended": Case(partial(many, f"{SCARCE}, {ENDED}", reports_ends=True), 1, "scarce", "scarce"),
-    "tiered": Case(partial(many, f"{SCARCE}, {TIERED}"), needs="tiered"),
-    "long run": Case(long_run),
-    "one folder": Case(one_folder, least=2),
+CASES: dict[str, ClientCase] = {
+    "next turn": ClientCase(next_turn),
+    "tool result": ClientCase(tool_result),
+    "thoughts": ClientCase(thoughts),
+    "edits": ClientCase(edits),
+    "early edit": ClientCase(early_edit),
+    "steer": ClientCase(steered),
+    "subagent": ClientCase(subagent),
+    "branches": ClientCase(branches),
+    "twelve": ClientCase(twelve),
+    "restart": ClientCase(restarted, needs="state"),
+    "dated session": ClientCase(dated_session),
+    "dated turns": ClientCase(dated_turns),
+    "tools behind": ClientCase(tools_behind),
+    "scarce": ClientCase(partial(many, SCARCE), needs="scarce"),
+    "ended": ClientCase(
+        partial(many, f"{SCARCE}, {ENDED}", reports_ends=True), 1, "scarce", "scarce"
+    ),
+    "tiered": ClientCase(partial(many, f"{SCARCE}, {TIERED}"), needs="tiered"),
+    "long run": ClientCase(long_run),
+    "one folder": ClientCase(one_folder, least=2),
 }
 
 

@@ -11,9 +11,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from hybridcache import CacheConfig, HybridRadixCache, build_prefix_cache
-from hybridcache.allocators.moves import Move
+from hybridcache.allocators.moves import Indices, Move
 from hybridcache.lab.generators import conversations
-from hybridcache.tokens import Indices
 
 VERBS = ("match", "gather", "lock", "allocate", "touch", "insert", "gather again", "unlock")
 """Operations that are timed separately.

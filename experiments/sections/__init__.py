@@ -54,7 +54,7 @@ def yardstick_rates(split: Split, is_closed: bool = False) -> dict[str, list[flo
     wanted = [(cell.spec, gib) for cell in split.cells for gib in cell.sizes]
     if is_closed:
         wanted = [
-            (default.Job("", cell.spec, None, (gib,), rate=rate).label, gib)
+            (default.TraceJob("", cell.spec, None, (gib,), rate=rate).label, gib)
             for cell in split.cells
             for gib, rate in cell.loops
         ]

@@ -95,7 +95,7 @@ PAIRS = {
 }
 
 
-def measure(work: tuple[default.Job, default.Job]) -> list[dict[str, Any]]:
+def measure(work: tuple[default.TraceJob, default.TraceJob]) -> list[dict[str, Any]]:
     """Return the records of one trace and seed; the second job has the workload of the change."""
     job, after = work
     trace = open_trace(job.spec).kept()

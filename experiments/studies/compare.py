@@ -38,7 +38,6 @@ from experiments.studies import common
 from experiments.studies.common import grouped, rounded
 from experiments.tables import Column, Table
 from hybridcache import ModelGeometry, Trace, TraceRequest, open_trace
-from hybridcache.lab.arrivals import Pauses, interleave, parse_starts
 from hybridcache.lab.board import Split
 from hybridcache.lab.intervals import interval, paired
 from hybridcache.lab.simulation.closed_loop import closed_loop
@@ -183,7 +182,7 @@ MIXES = {
     "4 tenants, all chats": ("chat",) * 4,
 }
 RUNNING = (1, 16, 64)
-ARRIVALS = ("fixed:0.5", "poisson:0.5", "bursts:0.5:16")
+ARRIVALS = ("fixed", "poisson", "bursts:16")
 COLUMNS = common.PAIRS | {name: name for name in (common.BEST_REBUILT, common.BOUND)}
 MEASURED = common.PAIRS | {name: name for name in (*common.REBUILT, common.BOUND)}
 """Pairs, rebuilt systems and the bound by their name in the records."""
@@ -208,15 +207,6 @@ def tenants(kinds: tuple[str, ...], seed: int) -> Trace:
     return Trace("tenants", 1, lambda: heapq.merge(*parts, key=lambda request: request.timestamp_s))
 
 
-def arriving(starts: str, seed: int) -> Trace:
-    """Return 120 chats with the arrival process ``starts``. The mean rate is always the same."""
-    sessions: dict[Any, list[TraceRequest]] = {}
-    for request in open_trace(CHATS.format(seed)):
-        sessions.setdefault(request.session, []).append(request)
-    turns = list(sessions.values())
-    return Trace(starts, 1, lambda: interleave(turns, parse_starts(starts), Pauses(), seed=seed))
-
-
 def conditions(seed: int) -> Iterator[TraceCase]:
     """Yield the case of each row. Settings with a rate are those of a closed loop."""
 
@@ -228,12 +218,14 @@ def conditions(seed: int) -> Iterator[TraceCase]:
 
     for label, kinds in MIXES.items():
         yield case("tenants", label, partial(tenants, kinds, seed), 12)
+    chats, served = (
+        partial(open_trace, CHATS.format(seed)),
+        {"admission": "sessions", "seeds": [seed]},
+    )
     for starts in ARRIVALS:
-        yield case("arrivals", starts, partial(arriving, starts, seed), 4, max_running=16)
-    served = {"rate": 4, "admission": "sessions", "seeds": [seed]}
+        yield case("arrivals", starts, chats, 4, rate=0.5, starts=starts, **served)
     for count in RUNNING:
-        chats = partial(open_trace, CHATS.format(seed))
-        yield case("running at once", str(count), chats, 8, max_running=count, **served)
+        yield case("running at once", str(count), chats, 8, rate=4, max_running=count, **served)
     first = ModelGeometry.preset(MODEL).kv_bytes_per_token
     for model in MODELS:
         geometry = ModelGeometry.preset(model)
@@ -247,7 +239,7 @@ def rate_of(case: TraceCase, pair: str) -> float:
     """Return the token hit rate of a pair, a rebuilt system or the bound. If requests overlap, only
     the bound in any order holds."""
     trace = case.open()
-    if pair == common.BOUND and "max_running" in case.settings:
+    if pair == common.BOUND and "rate" in case.settings:
         return common.bound_in_any_order(trace)
     if pair == common.BOUND:
         return common.bounds(trace, ModelGeometry.preset(case.settings["model"]), case.gib)[0]

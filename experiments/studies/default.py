@@ -74,7 +74,7 @@ COMPARED = (common.DEFAULT, common.LRU)
 """Pairs that are compared on published traces, with intervals over sessions."""
 
 
-class Job(NamedTuple):
+class TraceJob(NamedTuple):
     """All pairs and sizes on one trace."""
 
     split: str
@@ -119,13 +119,13 @@ def splits_file() -> dict[str, Any]:
     return tomllib.loads((ROOT / "experiments" / "splits.toml").read_text())["default-pair"]
 
 
-def jobs_of(split: str, splits: dict[str, Any], seeds: int) -> Iterator[Job]:
+def jobs_of(split: str, splits: dict[str, Any], seeds: int) -> Iterator[TraceJob]:
     """Yield the jobs of ``split``, without missing files."""
     if split == "closed loop":
         config = splits["evaluation"]
         for spec, cells in config["closed-loop"].items():
             for seed in config["seeds"][:seeds]:
-                yield from (Job(split, spec, seed, (gib,), rate=rate) for gib, rate in cells)
+                yield from (TraceJob(split, spec, seed, (gib,), rate=rate) for gib, rate in cells)
         return
     config = splits[split.removesuffix(POOLS)]
     state_bytes = ModelGeometry.load(splits["model"]).state_bytes
@@ -135,17 +135,17 @@ def jobs_of(split: str, splits: dict[str, Any], seeds: int) -> Iterator[Job]:
         for spec, gib in config.get("gib", {}).items():
             fitting = tuple(size for size in gib if budget_bytes(size) >= least)
             for seed in config["seeds"][:seeds] if fitting else ():
-                yield Job(split, spec, seed, fitting, kv_share=kv_share)
+                yield TraceJob(split, spec, seed, fitting, kv_share=kv_share)
         for spec, gib in config.get("files", {}).items():
             path, fitting = (
                 common.published(spec),
                 tuple(s for s in gib if budget_bytes(s) >= least),
             )
             if path is not None and fitting:
-                yield Job(split, spec, None, fitting, path, kv_share=kv_share)
+                yield TraceJob(split, spec, None, fitting, path, kv_share=kv_share)
 
 
-def run(model: str, job: Job) -> list[dict[str, Any]]:
+def run(model: str, job: TraceJob) -> list[dict[str, Any]]:
     """Return one record per pair and size."""
     trace = open_trace(job.spec).kept()
     if job.rate is not None:
@@ -168,7 +168,9 @@ def run(model: str, job: Job) -> list[dict[str, Any]]:
     return records
 
 
-def serve_sessions(trace: Trace, model: str, pair: str, job: Job, rate: float) -> dict[str, Any]:
+def serve_sessions(
+    trace: Trace, model: str, pair: str, job: TraceJob, rate: float
+) -> dict[str, Any]:
     """Return the record of a closed loop of ``rate`` sessions per second."""
     [found] = closed_loop(
         trace,

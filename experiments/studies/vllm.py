@@ -30,7 +30,7 @@ TOGETHER, ALONE = 16, 1
 """Sessions at once."""
 
 
-class Workload(NamedTuple):
+class SizedTrace(NamedTuple):
     """One trace and three sizes in GiB."""
 
     spec: str
@@ -41,22 +41,22 @@ class Workload(NamedTuple):
 
 
 WORKLOADS = {
-    "chat": Workload("chat", (4, 6, 8), {TOGETHER: (4, 8), ALONE: (4, 8)}),
-    "agent": Workload("agent", (3, 4.5, 6), {TOGETHER: (3, 6), ALONE: (3, 6)}),
-    "conversations": Workload(CONVERSATIONS, (4, 6, 10), {TOGETHER: (4, 10), ALONE: (4, 10)}),
-    "toolbench-dfs": Workload(
+    "chat": SizedTrace("chat", (4, 6, 8), {TOGETHER: (4, 8), ALONE: (4, 8)}),
+    "agent": SizedTrace("agent", (3, 4.5, 6), {TOGETHER: (3, 6), ALONE: (3, 6)}),
+    "conversations": SizedTrace(CONVERSATIONS, (4, 6, 10), {TOGETHER: (4, 10), ALONE: (4, 10)}),
+    "toolbench-dfs": SizedTrace(
         "toolbench-dfs", (1, 2, 4), {TOGETHER: (4,), ALONE: (1, 4)}, has_seeds=False
     ),
-    "sharegpt-like": Workload(SHAREGPT, (4, 8, 16), {TOGETHER: (16,), ALONE: (4, 16)}),
-    "oasst-trees": Workload(
+    "sharegpt-like": SizedTrace(SHAREGPT, (4, 8, 16), {TOGETHER: (16,), ALONE: (4, 16)}),
+    "oasst-trees": SizedTrace(
         "oasst-trees", (2, 4, 8), {TOGETHER: (8,), ALONE: (2, 8)}, has_seeds=False
     ),
-    "tree-search": Workload("tree-search", (1, 2, 4), {ALONE: (1, 4)}),
-    "few-shot": Workload("few-shot", (1, 2, 4), {}),
-    "branch": Workload("branch", (1, 2, 4), {}),
-    "resend": Workload("resend", (1, 2, 4), {}),
-    "short": Workload("short", (1, 2, 4), {}),
-    "phased-heads": Workload("phased-heads", (1, 2, 4), {}),
+    "tree-search": SizedTrace("tree-search", (1, 2, 4), {ALONE: (1, 4)}),
+    "few-shot": SizedTrace("few-shot", (1, 2, 4), {}),
+    "branch": SizedTrace("branch", (1, 2, 4), {}),
+    "resend": SizedTrace("resend", (1, 2, 4), {}),
+    "short": SizedTrace("short", (1, 2, 4), {}),
+    "phased-heads": SizedTrace("phased-heads", (1, 2, 4), {}),
 }
 AS_IS = "as it is"
 FLAGS: dict[str, dict[str, Any]] = {
@@ -82,7 +82,7 @@ SERIES = (AS_IS, "best of two flags", OURS)
 HITS = f"{', '.join(SERIES)}: %"
 
 
-class Job(NamedTuple):
+class VllmRun(NamedTuple):
     """One run."""
 
     trace: str
@@ -92,7 +92,7 @@ class Job(NamedTuple):
     variant: str
 
 
-def jobs_of(seeds: int, review: bool) -> Iterator[Job]:
+def jobs_of(seeds: int, review: bool) -> Iterator[VllmRun]:
     """Yield all runs. Those of the first seed come first, and of these the published ones."""
     published = [
         (trace, gib, sessions, 0)
@@ -111,10 +111,10 @@ def jobs_of(seeds: int, review: bool) -> Iterator[Job]:
         is_first = cell in published and cell[2] == TOGETHER
         for variant in VARIANTS:
             if is_first or variant not in IN_BLOCKS:
-                yield Job(*cell, variant)
+                yield VllmRun(*cell, variant)
 
 
-def measure(job: Job) -> dict[str, Any]:
+def measure(job: VllmRun) -> dict[str, Any]:
     """Run one variant of one cell."""
     from hybridcache.vllm.check import Options, run  # Imported here: it imports vLLM.
 

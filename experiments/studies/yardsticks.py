@@ -12,10 +12,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from statistics import fmean
-from typing import Any, NamedTuple
+from typing import Any
 
 from experiments.studies import common, default
 from experiments.studies.common import BOUND, LRU_ADAPTIVE, REBUILT, YARDSTICKS
+from experiments.studies.default import TraceJob
 from experiments.tables import Column, Table
 from hybridcache import ModelGeometry, closed_loop, open_trace
 
@@ -27,31 +28,18 @@ Cells = dict[tuple[str, Any, float], dict[str, float]]
 """Rates of ``YARDSTICKS`` in percent by (trace, seed, GiB)."""
 
 
-class Job(NamedTuple):
-    """All sizes of one trace with one seed."""
-
-    split: str
-    trace: str
-    seed: int | None
-    gib: tuple[float, ...]
-    spec: str
-    """Trace as ``open_trace`` takes it; the name of a workload of ``capacity``."""
-    rate: float | None = None
-    """Sessions per second in closed loop, or None for a replay."""
-
-
-def jobs_of(seeds: int) -> Iterator[Job]:
-    """Yield the jobs of all splits, without missing files."""
+def jobs_of(seeds: int) -> Iterator[TraceJob]:
+    """Yield the jobs of all splits, without missing files. The path of one of ``capacity`` is the
+    name of its workload."""
     for split in SPLITS:
         count = 1 if split == "tuning" else seeds
-        for one in default.jobs_of(split, default.splits_file(), count):
-            yield Job(split, one.label, one.seed, one.gib, one.spec, one.rate)
+        yield from default.jobs_of(split, default.splits_file(), count)
     for name, workload in common.WORKLOADS.items():
         if workload.is_available:
-            yield Job(CAPACITY, name, 0, workload.sizes(), name)
+            yield TraceJob(CAPACITY, name, 0, workload.sizes(), path=name)
 
 
-def measure(job: Job) -> list[dict[str, Any]]:
+def measure(job: TraceJob) -> list[dict[str, Any]]:
     """Return the record of one job."""
     if job.split == CAPACITY:
         workload = common.WORKLOADS[job.spec]
@@ -74,7 +62,7 @@ def measure(job: Job) -> list[dict[str, Any]]:
     rates[BOUND] = (
         common.bounds(trace, geometry, job.gib) if in_turn else [common.bound_in_any_order(trace)]
     )
-    fields = {"split": job.split, "trace": job.trace, "seed": job.seed, "gib": list(job.gib)}
+    fields = {"split": job.split, "trace": job.label, "seed": job.seed, "gib": list(job.gib)}
     return [fields | {"token_hit_rates": common.rounded(rates)}]
 
 

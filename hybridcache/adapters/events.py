@@ -25,8 +25,8 @@ from typing import NamedTuple
 import numpy as np
 
 from hybridcache.radix.api import Listener
+from hybridcache.radix.tokens import EMPTY, Tokens, require_int32
 from hybridcache.radix.tree import Checkpoint, Edge, ItemBytes, RadixNode, RadixTree
-from hybridcache.tokens import EMPTY, Tokens, require_int32
 
 
 class KVStored(NamedTuple):

@@ -33,7 +33,8 @@ from typing import Literal, NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from hybridcache.tokens import Indices, Tokens
+Indices = npt.NDArray[np.int32]
+"""KV indices: contiguous int32, one per token."""
 
 
 class Move(NamedTuple):
@@ -100,7 +101,7 @@ class Copy(NamedTuple):
     position: int
     """Number of tokens from the root to the end of the copied part. KV is that of the ``len(src)``
     tokens before it."""
-    path: tuple[Hashable, Tokens] | None = None
+    path: tuple[Hashable, npt.NDArray[np.int32]] | None = None
     """(namespace, tokens[:position]) for copies to disk, else None."""
 
 

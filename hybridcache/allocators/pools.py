@@ -30,8 +30,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from hybridcache.allocators.moves import Move, RowHolder
-from hybridcache.tokens import Indices, require_index
+from hybridcache.allocators.moves import Indices, Move, RowHolder
 
 MAX_ROWS = 1 << 31
 """Number of rows or slots that int32 can number."""
@@ -42,7 +41,9 @@ class ByteBudget:
 
     def __init__(self, total_bytes: int) -> None:
         """Raise ValueError if ``total_bytes`` is not positive."""
-        self.total_bytes = self.free_bytes = require_index(total_bytes, "total_bytes", 1)
+        if total_bytes < 1:
+            raise ValueError(f"total_bytes must be at least 1 (got {total_bytes}).")
+        self.total_bytes = self.free_bytes = total_bytes
 
 
 class BaseAllocator:

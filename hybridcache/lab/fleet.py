@@ -10,8 +10,11 @@ later.
 
 from __future__ import annotations
 
+import heapq
 import math
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Callable, Hashable, Iterable
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import count
 
@@ -24,10 +27,13 @@ from hybridcache.geometry.model import ModelGeometry
 from hybridcache.geometry.times import Roofline
 from hybridcache.lab.scenario import Scenario
 from hybridcache.lab.simulation.grid import Plain, StoredResult
-from hybridcache.lab.simulation.serving import Asked, EventLoop, Replica, RequestLog
-from hybridcache.lab.simulation.target import LeaseTarget, build_target
-from hybridcache.lab.trace import Trace
+from hybridcache.lab.simulation.serving import RequestLog
+from hybridcache.lab.simulation.target import LeasedRequest, LeaseTarget, build_target
+from hybridcache.lab.trace import Trace, TraceRequest
 from hybridcache.radix.offload import PrefillTimes
+
+TPOT_S = 0.02
+"""Seconds of a token of an answer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +93,7 @@ def run_fleet(trace: Trace, scenario: Scenario, fleet: FleetConfig) -> FleetResu
         cold_flops = sum(flops for _, flops in work)
         flops_per_s = cold_flops / (fleet.load * fleet.replicas * seconds)
         times = Roofline(geometry, flops_per_s=flops_per_s, bytes_per_s=math.inf, overhead_s=0.0)
-    loop = _Fleet(cell, geometry, trace.unit, fleet, times)
+    loop = Fleet(cell, geometry, trace.unit, fleet, times)
     # Failures are even over the trace, one place after the other, from the seed's on.
     for number in range(fleet.failures):
         when = first_s + seconds * (number + 1) / (fleet.failures + 1)
@@ -108,8 +114,35 @@ def run_fleet(trace: Trace, scenario: Scenario, fleet: FleetConfig) -> FleetResu
     )
 
 
-class _Fleet(EventLoop):
-    """The event loop of several replicas behind a router."""
+@dataclass(slots=True)
+class Asked:
+    """One request on its way."""
+
+    number: int
+    request: TraceRequest
+    asked_s: float
+    """Time from which it waits: its timestamp, or the end of the session's last answer."""
+    served: LeasedRequest | None = None
+
+
+@dataclass(slots=True, eq=False)
+class Replica:
+    """One cache with its queue. It prefills one prompt at a time."""
+
+    target: LeaseTarget
+    id: int
+    place: int
+    """Place in the fleet, which another replica has after this one has failed."""
+    outbox: Outbox | None
+    """Sender of its events, if the router follows them."""
+    queue: deque[Asked] = field(default_factory=deque)
+    prefilling: Asked | None = None
+    decoding: dict[int, Asked] = field(default_factory=dict)
+    is_up: bool = True
+
+
+class Fleet:
+    """Event loop of several replicas behind a router."""
 
     def __init__(
         self,
@@ -119,10 +152,14 @@ class _Fleet(EventLoop):
         config: FleetConfig,
         times: PrefillTimes,
     ) -> None:
-        super().__init__(RequestLog(unit), times, cell.tpot_s)
+        self.log, self._times = RequestLog(unit), times
         self._cell, self._config = cell, config
+        self._events: list[tuple[float, int, Callable[[float], None]]] = []
+        self._num_events = self._num_requests = 0
+        self._later: dict[Hashable, deque[TraceRequest]] = {}
+        """Sessions with a waiting or running request, and the requests that arrived meanwhile."""
         self._ids = count()
-        self._replicas: dict[ReplicaId, Replica] = {}
+        self.replicas: dict[ReplicaId, Replica] = {}
         self._homeless: list[Asked] = []
         self.rerouted = 0
         cache, stateful = cell.cache_config(geometry, unit), bool(geometry.num_linear_layers)
@@ -141,40 +178,105 @@ class _Fleet(EventLoop):
         for place in range(config.replicas):
             self._join(place, 0.0)
 
+    def run(self, requests: Iterable[TraceRequest]) -> None:
+        """Serve all of ``requests``."""
+        for request in requests:
+            self._until(request.timestamp_s)
+            if request.session in self._later:
+                self._later[request.session].append(request)
+                continue
+            self._later[request.session] = deque()
+            self._ask(request, request.timestamp_s)
+        self._until(math.inf)
+
+    def _until(self, time_s: float) -> None:
+        while self._events and self._events[0][0] <= time_s:
+            now, _, change = heapq.heappop(self._events)
+            change(now)
+
+    def push(self, when: float, change: Callable[[float], None]) -> None:
+        """Call ``change`` at that time."""
+        self._num_events += 1
+        heapq.heappush(self._events, (when, self._num_events, change))
+
     def _join(self, place: int, now: float) -> None:
         target = build_target(self._cell, self.log.unit)
         assert isinstance(target, LeaseTarget)
         outbox = Outbox(target.cache) if self.router.follows_events else None
-        replica = Replica(target, id=next(self._ids), place=place, outbox=outbox)
-        self._replicas[replica.id] = replica
+        replica = Replica(target, next(self._ids), place, outbox)
+        self.replicas[replica.id] = replica
         self.router.joined(replica.id, now)
         homeless, self._homeless = self._homeless, []
         for asked in homeless:
-            self.route(asked, now)
+            self._route(asked, now)
 
-    def route(self, asked: Asked, now: float) -> None:
+    def _ask(self, request: TraceRequest, now: float) -> None:
+        self._num_requests += 1
+        self._route(Asked(self._num_requests, request, now), now)
+
+    def _route(self, asked: Asked, now: float) -> None:
         if not self.router.loads:
             self._homeless.append(asked)
             return
         request = asked.request
         known = RouteRequest(asked.number, request.tokens, request.namespace, request.boundaries)
         choice = self.router.route(known, now)
-        replica = self._replicas[choice.replica]
+        replica = self.replicas[choice.replica]
         replica.queue.append(asked)
-        self.start(replica, now)
+        self._start(replica, now)
 
-    def on_begun(self, replica: Replica, now: float) -> None:
+    def _start(self, replica: Replica, now: float) -> None:
+        """Begin the next prefill of a replica if it is idle and has the memory."""
+        if not replica.queue or replica.prefilling is not None:
+            return
+        asked = replica.queue[0]
+        served = replica.target.begin(asked.request)
+        if served is None and replica.decoding:
+            return  # memory comes back when one of these finishes
+        replica.queue.popleft()
+        asked.served, replica.prefilling = served, asked
+        cached = 0 if served is None else served.cached_len * self.log.unit
+        seconds = self._times.seconds(cached, asked.request.num_tokens(self.log.unit))
+        seconds += 0.0 if served is None else served.copy_s
         self._publish(replica, now)
+        self.push(now + seconds, partial(self._prefilled, asked, replica))
 
-    def on_prefilled(self, asked: Asked, replica: Replica, now: float) -> None:
+    def _prefilled(self, asked: Asked, replica: Replica, now: float) -> None:
+        if not replica.is_up:
+            return
+        if asked.served is not None:
+            asked.served.prefilled()
+        self.log.add(asked.request, asked.served, 0.0)
+        self.log.ttft_s.append(now - asked.asked_s)
+        replica.prefilling = None
+        replica.decoding[asked.number] = asked
         self.router.prefilled(asked.number, now)
         if replica.outbox is not None:
             replica.outbox.cover(asked.number)
         self._publish(replica, now)
+        decode_s = len(asked.request.output) * self.log.unit * TPOT_S
+        self.push(now + decode_s, partial(self._finished, asked, replica))
+        self._start(replica, now)
 
-    def on_finished(self, asked: Asked, replica: Replica, now: float) -> None:
+    def _finished(self, asked: Asked, replica: Replica, now: float) -> None:
+        if not replica.is_up:
+            return
+        if asked.served is not None:
+            asked.served.finish(asked.request.output)
+        del replica.decoding[asked.number]
         self.router.ended(asked.number, now)
         self._publish(replica, now)
+        self._next_turn(asked.request.session, now)
+        self._start(replica, now)
+
+    def _next_turn(self, session: Hashable, now: float) -> None:
+        """Ask the next request of a session whose answer is complete, if it has one."""
+        later = self._later[session]
+        if later:
+            request = later.popleft()
+            self._ask(request, max(request.timestamp_s, now))
+        else:
+            del self._later[session]
 
     def _publish(self, replica: Replica, now: float) -> None:
         batch = None if replica.outbox is None else replica.outbox.flush()
@@ -192,17 +294,17 @@ class _Fleet(EventLoop):
 
     def fail(self, place: int, now: float) -> None:
         """End the replica at ``place``, if there is one."""
-        replica = next((one for one in self._replicas.values() if one.place == place), None)
+        replica = next((one for one in self.replicas.values() if one.place == place), None)
         if replica is None:
             return
         replica.is_up = False
-        del self._replicas[replica.id]
+        del self.replicas[replica.id]
         self.router.left(replica.id, now)
-        waiting = [*replica.prefilling.values(), *replica.queue]
+        waiting = [one for one in (replica.prefilling, *replica.queue) if one is not None]
         self.rerouted += len(waiting)
         self.push(now + self._config.replaced_s, partial(self._join, place))
         for asked in waiting:
             asked.served = None
-            self.route(asked, now)
+            self._route(asked, now)
         for asked in replica.decoding.values():
-            self.next_turn(asked.request.session, now)
+            self._next_turn(asked.request.session, now)

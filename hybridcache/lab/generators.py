@@ -15,7 +15,7 @@ import numpy as np
 from hybridcache.lab.arrivals import Starts, interleave
 from hybridcache.lab.trace import Trace, TraceRequest
 from hybridcache.radix.protocol import chat_boundaries
-from hybridcache.tokens import Tokens
+from hybridcache.radix.tokens import Tokens
 
 _VOCAB = 150_000
 _ANSWER = 32

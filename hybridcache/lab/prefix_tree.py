@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from hybridcache.lab.trace import TraceRequest
-from hybridcache.tokens import Tokens, common_prefix_len
+from hybridcache.radix.tokens import Tokens, common_prefix_len
 
 
 @dataclass(slots=True, eq=False)

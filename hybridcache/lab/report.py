@@ -124,7 +124,6 @@ SERVE = {
     "policy": ("--eviction ", None),
     "checkpoints": ("--checkpoints ", None),
     "grid": ("--grid ", GRID),
-    "max_running": ("--max-running ", None),
     "checkpoint_dtype": ("--checkpoint-dtype ", "auto"),
     "host_gib": ("--host-gib ", 0.0),
     "disk_gib": ("--state-dir DIR --disk-gib ", 0.0),

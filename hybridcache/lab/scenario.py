@@ -36,6 +36,7 @@ from hybridcache.config import GRID, CacheConfig
 from hybridcache.geometry.model import DTYPE_BYTES, ModelGeometry
 from hybridcache.geometry.times import MeasuredTimes, Roofline, StepTimes
 from hybridcache.geometry.units import format_bytes
+from hybridcache.lab.arrivals import Starts, parse_starts
 from hybridcache.lab.baselines import BASELINES
 from hybridcache.lab.evictions import ALL_NAMES, LAB_NAMES, make_eviction
 from hybridcache.lab.simulation.sizes import budget_bytes, shares, sizes, working_set_bytes
@@ -115,11 +116,12 @@ MOST_USED, MEMORY, TIERS, LOAD = (
 """Groups of settings. Those of ``TIERS`` and some of ``MEMORY`` concern replays alone, those of
 ``LOAD`` closed loops alone."""
 REPLAY_ONLY = (
-    *("priority_classes", "checkpoint_dtype", "servers", "tpot_s"),
+    *("priority_classes", "checkpoint_dtype", "servers"),
     *("host_gib", "disk_gib", "host_gb_s", "disk_gb_s"),
 )
 
 
+STARTS = "poisson, fixed (equal distances) or bursts:N (N at once)"
 KINDS: dict[str, tuple[str, tuple[type, ...]]] = {
     "str | Trace": ("one specification or one Trace", (str, Trace)),
     "str | ModelGeometry": ("a name, a path or a ModelGeometry", (str, ModelGeometry)),
@@ -209,16 +211,9 @@ class Scenario:
         GRID, "checkpoint positions are multiples of this number of tokens", MEMORY, least=1
     )
     servers: int = _setting(1, "concurrent prefills, for the TTFT", MEMORY, least=1)
-    max_running: int | None = _setting(
-        None,
-        "requests served at the same time (default: one by one; 16 in closed loop)",
-        MEMORY,
-        least=1,
-    )
     times: str | PrefillTimes | StepTimes | None = _setting(
         None, "measured prefill times; default: a roofline of H100s", MEMORY, metavar="FILE"
     )
-    tpot_s: float = _setting(0.02, "seconds of an answer token, with max_running", MEMORY, least=0)
     host_gib: float = _setting(
         0.0, "host memory for entries evicted from the device, GiB; 0: none", TIERS, least=0
     )
@@ -240,6 +235,8 @@ class Scenario:
     rate: Sizes = _setting(
         "0.5:4:5", "sessions a second, low:high:points (log-spaced) or a,b,c", LOAD
     )
+    starts: str = _setting("poisson", f"arrivals of sessions: {STARTS}", LOAD)
+    max_running: int = _setting(16, "requests served at the same time", LOAD, least=1)
     admission: Admissions = _setting(
         ("oldest", "sessions"),
         "policies that admit waiting requests, joined by commas",
@@ -284,6 +281,10 @@ class Scenario:
         for name in ("gib", "rate"):
             if (given := getattr(self, name)) is not _defaults()[name]:
                 sizes(given, name)
+        try:
+            self.starts_at(1.0)
+        except ValueError:
+            raise ValueError(f"starts must be {STARTS} (got {self.starts!r}).") from None
         if not all(type(one) is int and one >= 0 for one in _each(self.seeds)):
             raise ValueError(f"seeds must be whole numbers of at least 0 (got {self.seeds!r}).")
         if self.memory not in MEMORIES:
@@ -482,6 +483,11 @@ class Scenario:
         """GiB for KV and states together."""
         assert isinstance(self.gib, int | float), "a cell has one size"
         return float(self.gib)
+
+    def starts_at(self, rate: float) -> Starts:
+        """Return the arrivals of ``rate`` sessions a second. ValueError for an unknown kind."""
+        kind, colon, size = self.starts.partition(":")
+        return parse_starts(f"{kind}:{rate}{colon}{size}")
 
     @property
     def budget_bytes(self) -> int:

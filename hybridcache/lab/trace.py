@@ -22,7 +22,7 @@ import numpy as np
 
 from hybridcache.geometry.units import counted
 from hybridcache.radix.lease import STOP_REASONS
-from hybridcache.tokens import Tokens, immutable, require_index
+from hybridcache.radix.tokens import Tokens, immutable, require_index
 
 
 class TraceRequest(NamedTuple):

@@ -10,7 +10,7 @@ import numpy as np
 from hybridcache.lab.intervals import percentiles
 from hybridcache.lab.prefix_tree import InfiniteCache
 from hybridcache.lab.trace import FreshIds, Trace, TraceRequest, has_sessions
-from hybridcache.tokens import common_prefix_len
+from hybridcache.radix.tokens import common_prefix_len
 
 _PAGES = (16, 64, 512)
 

@@ -31,9 +31,9 @@ from hybridcache.radix.protocol import (
     is_built_in,
     raise_failure,
 )
+from hybridcache.radix.tokens import require_index
 from hybridcache.radix.warm_state import array_as_json
 from hybridcache.scheduling.request import AdmissionPolicy, ServerLoad, WaitingRequest
-from hybridcache.tokens import require_index
 
 PACKAGE = f"{Path(__file__).parents[1]}/"
 """Folder of the code that is not a user's."""

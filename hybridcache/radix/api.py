@@ -23,9 +23,9 @@ from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from hybridcache.allocators.moves import Indices
 from hybridcache.radix.protocol import LoadRule
 from hybridcache.radix.tree import Checkpoint, NodeHandle, RadixNode
-from hybridcache.tokens import Indices
 
 
 class Losses(NamedTuple):

@@ -27,7 +27,7 @@ from typing import Any
 
 import numpy as np
 
-from hybridcache.allocators.moves import NOT_CARRIED_OUT, Move, StepPlan, StepQueue
+from hybridcache.allocators.moves import NOT_CARRIED_OUT, Indices, Move, StepPlan, StepQueue
 from hybridcache.allocators.pools import ArenaAllocator, PageAllocator, SlotAllocator, are_distinct
 from hybridcache.radix.api import (
     CacheStats,
@@ -41,6 +41,7 @@ from hybridcache.radix.api import (
 )
 from hybridcache.radix.offload import OffloadTiers
 from hybridcache.radix.protocol import EvictionPolicy, Item, Kind, Placed, raise_failure
+from hybridcache.radix.tokens import EMPTY, INT32, Tokens, require_index, require_int32, whole_bytes
 from hybridcache.radix.tree import (
     SESSION_END,
     TOKEN_BYTES,
@@ -58,15 +59,6 @@ from hybridcache.radix.tree import (
     members,
     read_ghosts,
     render_text,
-)
-from hybridcache.tokens import (
-    EMPTY,
-    INT32,
-    Indices,
-    Tokens,
-    require_index,
-    require_int32,
-    whole_bytes,
 )
 
 EVICTED = (

@@ -20,14 +20,14 @@ from typing import Any
 
 import numpy as np
 
-from hybridcache.allocators.moves import Move
+from hybridcache.allocators.moves import Indices, Move
 from hybridcache.radix.api import InsertResult
 from hybridcache.radix.cache import HybridRadixCache, LockHandle
 from hybridcache.radix.lease import Lease, LeaseRequest
 from hybridcache.radix.protocol import PlacementPolicy
 from hybridcache.radix.tiers import TieredRadixCache
+from hybridcache.radix.tokens import INT32, Tokens, require_int32
 from hybridcache.radix.tree import NodeHandle, RadixNode
-from hybridcache.tokens import INT32, Indices, Tokens, require_int32
 
 FREE, HELD, LEASED, CACHED = 0, 1, 2, 3
 """Owners of a row: none, a caller of ``allocate_kv``, a lease, the tree."""

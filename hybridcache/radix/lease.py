@@ -27,7 +27,7 @@ from typing import NamedTuple, overload
 
 import numpy as np
 
-from hybridcache.allocators.moves import NOT_CARRIED_OUT, Move, Transfer
+from hybridcache.allocators.moves import NOT_CARRIED_OUT, Indices, Move, Transfer
 from hybridcache.radix.api import Losses, PrefixMatch, losses_of
 from hybridcache.radix.cache import HybridRadixCache, LockHandle
 from hybridcache.radix.protocol import (
@@ -41,17 +41,16 @@ from hybridcache.radix.protocol import (
     require_boundaries,
     require_placement,
 )
-from hybridcache.radix.tree import SESSION_END, NodeHandle
-from hybridcache.tokens import (
+from hybridcache.radix.tokens import (
     EMPTY,
     INT32,
-    Indices,
     Tokens,
     immutable,
     require_index,
     require_int32,
     require_seconds,
 )
+from hybridcache.radix.tree import SESSION_END, NodeHandle
 
 SPARE_ROWS = 512
 """Spare capacity for the rows of a short answer, so that they need no second array."""

@@ -25,10 +25,11 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from hybridcache.allocators.moves import DEVICE, DISK, HOST, Copy, Drop, StepQueue
+from hybridcache.allocators.moves import DEVICE, DISK, HOST, Copy, Drop, Indices, StepQueue
 from hybridcache.allocators.pools import PageAllocator, are_distinct
 from hybridcache.radix.api import Resumable
 from hybridcache.radix.protocol import EvictionPolicy, raise_failure
+from hybridcache.radix.tokens import EMPTY, Tokens
 from hybridcache.radix.tree import (
     Checkpoint,
     GhostList,
@@ -41,7 +42,6 @@ from hybridcache.radix.tree import (
     next_state,
     tier_of,
 )
-from hybridcache.tokens import EMPTY, Indices, Tokens
 
 
 class Tier(NamedTuple):

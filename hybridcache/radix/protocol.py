@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterable, Mapping
 from itertools import islice
 from typing import Any, NamedTuple, Protocol
 
+from hybridcache.radix.tokens import require_bool, require_index
 from hybridcache.radix.tree import Item as Item
 from hybridcache.radix.tree import Kind as Kind
-from hybridcache.tokens import require_bool, require_index
 
 
 class PolicyError(ValueError):

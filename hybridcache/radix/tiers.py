@@ -6,13 +6,13 @@ from collections.abc import Hashable
 
 import numpy as np
 
-from hybridcache.allocators.moves import DEVICE
+from hybridcache.allocators.moves import DEVICE, Indices
 from hybridcache.radix.api import PrefixMatch, Resumable
 from hybridcache.radix.cache import HybridRadixCache
 from hybridcache.radix.offload import OffloadTiers, Tier
 from hybridcache.radix.protocol import Placed
+from hybridcache.radix.tokens import Tokens, require_int32
 from hybridcache.radix.tree import Checkpoint, OffloadedCheckpoint, RadixNode, tier_of
-from hybridcache.tokens import Indices, Tokens, require_int32
 
 
 class TieredRadixCache(HybridRadixCache):

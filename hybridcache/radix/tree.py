@@ -23,7 +23,8 @@ from typing import Any, Literal, NamedTuple, TypeAlias, final
 
 import numpy as np
 
-from hybridcache.tokens import EMPTY, PLAIN, Indices, Tokens, common_prefix_len, require_namespace
+from hybridcache.allocators.moves import Indices
+from hybridcache.radix.tokens import EMPTY, PLAIN, Tokens, common_prefix_len, require_namespace
 
 TOKEN_BYTES = 4
 """Bytes of one int32 token id."""
@@ -637,7 +638,7 @@ class RadixTree:
         """Return the root of ``namespace``, or a new one that the tree has not yet. O(1).
 
         The tree has a new root from the first ``grow`` below it. Raises ValueError if the namespace
-        is invalid (``hybridcache.tokens``).
+        is invalid (``hybridcache.radix.tokens``).
         """
         if type(namespace) not in PLAIN:
             require_namespace(namespace)

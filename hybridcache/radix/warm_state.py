@@ -17,8 +17,8 @@ import numpy.typing as npt
 
 from hybridcache.radix.cache import HybridRadixCache
 from hybridcache.radix.protocol import EvictionPolicy, PlacementPolicy
+from hybridcache.radix.tokens import Tokens, read_namespace
 from hybridcache.radix.tree import GHOST_NODE_BYTES, Checkpoint, RadixNode, is_superseded_in_tiers
-from hybridcache.tokens import Tokens, read_namespace
 
 MAGIC = b"HCMEMRY8"
 NOTHING = (-1, 0, 0, 0, 0, 0, 0)

@@ -12,13 +12,13 @@ from typing import Literal, Protocol
 
 import numpy as np
 
-from hybridcache.allocators.moves import StepPlan
+from hybridcache.allocators.moves import Indices, StepPlan
 from hybridcache.allocators.pools import slab_rows
 from hybridcache.radix.cache import HybridRadixCache
 from hybridcache.radix.lease import Lease, LeaseRequest
 from hybridcache.radix.protocol import LoadRule, PlacementPolicy
+from hybridcache.radix.tokens import require_index
 from hybridcache.scheduling.request import ScheduledRequest
-from hybridcache.tokens import Indices, require_index
 
 SLOTS_OF_ONE = 3
 """States of one request that cannot be evicted: its own, the checkpoint that it resumed from, and

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from hybridcache.radix.api import PrefixMatch
+from hybridcache.radix.tokens import common_prefix_len
 from hybridcache.scheduling.cache_manager import CacheManager
 from hybridcache.scheduling.request import ScheduledRequest
-from hybridcache.tokens import common_prefix_len
 
 logger = logging.getLogger(__name__)
 

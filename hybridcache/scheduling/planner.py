@@ -30,6 +30,7 @@ from typing import Generic, TypeVar, cast
 from hybridcache.radix.api import PrefixMatch
 from hybridcache.radix.lease import Lease
 from hybridcache.radix.protocol import Prefill
+from hybridcache.radix.tokens import common_prefix_len, require_index
 from hybridcache.scheduling.cache_manager import CacheManager
 from hybridcache.scheduling.loading import Loader
 from hybridcache.scheduling.request import (
@@ -39,7 +40,6 @@ from hybridcache.scheduling.request import (
     WaitingRequest,
 )
 from hybridcache.scheduling.sessions import Sessions
-from hybridcache.tokens import common_prefix_len, require_index
 
 TILE = 64
 """Tokens per tile of every kernel, unless the grid is finer. Prefill chunks end at absolute

@@ -11,9 +11,9 @@ import numpy as np
 from hybridcache.radix.api import Losses
 from hybridcache.radix.lease import Lease
 from hybridcache.radix.protocol import PromptBoundaries
+from hybridcache.radix.tokens import INT32, Tokens, require_index, require_int32
 from hybridcache.radix.tree import SESSION_END
 from hybridcache.scheduling.sessions import Session
-from hybridcache.tokens import INT32, Tokens, require_index, require_int32
 
 
 class RequestFields(Protocol):

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hybridcache.radix.protocol import end_of_prompt
-from hybridcache.tokens import Tokens
+from hybridcache.radix.tokens import Tokens
 
 MAX_KNOWN = 4096
 """Number of idle sessions that are remembered: the most recently active ones."""

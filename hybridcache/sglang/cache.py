@@ -39,6 +39,7 @@ from hybridcache.allocators.pools import SlotAllocator
 from hybridcache.config import CacheConfig, build_on
 from hybridcache.radix.api import Listener
 from hybridcache.radix.cache import HybridRadixCache, LockHandle
+from hybridcache.radix.tokens import Tokens
 from hybridcache.radix.tree import NodeHandle, PathPart, RadixNode
 from hybridcache.sglang.translation import (
     EVERY_VARIABLE,
@@ -60,7 +61,6 @@ from hybridcache.sglang.translation import (
     tokens_of,
     why_not,
 )
-from hybridcache.tokens import Indices, Tokens
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req
@@ -385,7 +385,7 @@ class HybridRadixBackend(base.BasePrefixCache):
 
     def all_values_flatten(self) -> torch.Tensor:
         nodes = self._cache.iter_nodes()
-        parts: list[Indices] = [node.kv.indices for node in nodes if node.kv is not None]
+        parts = [node.kv.indices for node in nodes if node.kv is not None]
         return self._rows.to_device(np.concatenate([np.empty(0, np.int32), *parts]))
 
     def all_mamba_values_flatten(self) -> torch.Tensor:

@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 
-from hybridcache.allocators.moves import DEVICE, Copy, Transfer
+from hybridcache.allocators.moves import DEVICE, Copy, Indices, Transfer
 from hybridcache.allocators.pools import BaseAllocator, PageAllocator, SlotAllocator
 from hybridcache.policies.registry import DEFAULT_EVICTION, EVICTION_NAMES
 from hybridcache.radix.api import Losses, PrefixMatch, Resumable, losses_of
 from hybridcache.radix.cache import HybridRadixCache
-from hybridcache.tokens import Indices, Tokens
+from hybridcache.radix.tokens import Tokens
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req

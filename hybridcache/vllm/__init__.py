@@ -16,7 +16,7 @@ from hybridcache.policies.registry import (
     make_eviction,
     parse_placement,
 )
-from hybridcache.tokens import require_bool
+from hybridcache.radix.tokens import require_bool
 
 if TYPE_CHECKING:
     from hybridcache.vllm.scheduler import HybridScheduler as HybridScheduler

@@ -22,7 +22,7 @@ from vllm.v1.kv_offload.cpu.policies.base import CachePolicy
 
 from hybridcache.config import CacheConfig, build_prefix_cache
 from hybridcache.radix.api import Listener
-from hybridcache.tokens import INT32, Indices
+from hybridcache.radix.tokens import INT32, Tokens
 
 if TYPE_CHECKING:
     from vllm.v1.kv_offload.base import OffloadKey, ReqContext
@@ -166,7 +166,7 @@ class SurvivalCachePolicy(CachePolicy, Listener):
             self._groups, self._states = groups, self._states | states
             self._plant()
 
-    def _path(self, end: bytes | None) -> Indices:
+    def _path(self, end: bytes | None) -> Tokens:
         """Return the tokens from the root to the hash ``end``."""
         names = []
         while end is not None:
@@ -174,7 +174,7 @@ class SurvivalCachePolicy(CachePolicy, Listener):
             end = self._homes[end][0]
         return np.frombuffer(b"".join(names[::-1]), INT32)
 
-    def _deepest(self, keys: Iterable[OffloadKey]) -> Indices:
+    def _deepest(self, keys: Iterable[OffloadKey]) -> Tokens:
         """Return the longest path in the tree that ends in one of ``keys``, or an empty one."""
         names = [name for name in map(get_offload_block_hash, keys) if name in self._homes]
         return self._path(max(names, key=lambda name: self._homes[name][1], default=None))

@@ -25,7 +25,7 @@ from hybridcache.config import CacheConfig, build_prefix_cache
 from hybridcache.radix.api import Listener, PrefixMatch
 from hybridcache.radix.cache import LockHandle
 from hybridcache.radix.protocol import Placed
-from hybridcache.tokens import INT32, Indices, Tokens
+from hybridcache.radix.tokens import INT32, Tokens
 
 if TYPE_CHECKING:
     from vllm.v1.core.kv_cache_utils import KVCacheBlock
@@ -154,7 +154,7 @@ class BlockTree(Listener):
         assert node.checkpoint is not None
         self._drop_state(node.checkpoint.slot)
 
-    def _release(self, blocks: Indices) -> None:
+    def _release(self, blocks: np.ndarray) -> None:
         """Note that the tree has lost one unit in each of ``blocks``, and drop those that have
         none."""
         found, counts = np.unique(blocks, return_counts=True)

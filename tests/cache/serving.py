@@ -12,7 +12,7 @@ from hybridcache.radix.api import InsertResult, PrefixMatch
 from hybridcache.radix.cache import HybridRadixCache
 from hybridcache.radix.lease import Lease, LeaseRequest
 from hybridcache.radix.protocol import PlacementPolicy
-from hybridcache.tokens import Tokens
+from hybridcache.radix.tokens import Tokens
 
 
 def carried_out(cache: HybridRadixCache) -> StepPlan:

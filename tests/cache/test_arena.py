@@ -11,7 +11,7 @@ import pytest
 from hybridcache.config import CacheConfig, build_prefix_cache
 from hybridcache.policies.registry import EVICTION_NAMES, parse_placement
 from hybridcache.radix.lease import Lease, LeaseRequest
-from hybridcache.tokens import Tokens
+from hybridcache.radix.tokens import Tokens
 from tests.cache.serving import carried_out, serve_lease
 from tests.cache.twins import Twins
 

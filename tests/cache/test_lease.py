@@ -15,8 +15,8 @@ from hybridcache.policies.registry import parse_placement
 from hybridcache.radix.cache import HybridRadixCache
 from hybridcache.radix.lease import Lease, LeaseRequest
 from hybridcache.radix.protocol import Item, Placed, Prefill, PromptBoundaries
+from hybridcache.radix.tokens import Tokens
 from hybridcache.radix.warm_state import write_memory
-from hybridcache.tokens import Tokens
 from tests.cache.serving import carried_out, serve_lease
 
 

@@ -35,7 +35,7 @@ from hybridcache.policies.registry import parse_placement
 from hybridcache.radix import lease as lease_module
 from hybridcache.radix.lease import Lease, LeaseRequest
 from hybridcache.radix.protocol import Placed, Prefill, PromptBoundaries
-from hybridcache.tokens import Tokens
+from hybridcache.radix.tokens import Tokens
 from tests.cache.serving import PerToken, Rate
 from tests.cache.test_machine import at_least
 

@@ -15,8 +15,8 @@ from hybridcache.radix.lease import Lease, LeaseRequest
 from hybridcache.radix.offload import LATENCY_S, Exchange
 from hybridcache.radix.protocol import Item, PolicyError
 from hybridcache.radix.tiers import TieredRadixCache
+from hybridcache.radix.tokens import Tokens
 from hybridcache.radix.tree import OffloadedCheckpoint, RadixNode
-from hybridcache.tokens import Tokens
 from tests.cache.serving import PerToken, Rate, carried_out, ids, serve
 from tests.cache.tiers import TieredMemory
 

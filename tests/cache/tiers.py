@@ -12,12 +12,12 @@ from typing import Any
 
 import numpy as np
 
-from hybridcache.allocators.moves import DEVICE, Copy, Drop, Move
+from hybridcache.allocators.moves import DEVICE, Copy, Drop, Indices, Move
 from hybridcache.config import CacheConfig, build_prefix_cache
 from hybridcache.radix.api import PrefixMatch
 from hybridcache.radix.tiers import TieredRadixCache
+from hybridcache.radix.tokens import Tokens
 from hybridcache.radix.tree import RadixNode
-from hybridcache.tokens import Indices, Tokens
 from tests.cache.twins import prefix_of
 
 Content = tuple[Hashable, tuple[int, ...]]

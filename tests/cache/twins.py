@@ -16,8 +16,8 @@ from hybridcache.policies.registry import make_eviction
 from hybridcache.radix.api import PrefixMatch
 from hybridcache.radix.cache import HybridRadixCache, LockHandle
 from hybridcache.radix.protocol import EvictionPolicy, Item, Kind
+from hybridcache.radix.tokens import Tokens
 from hybridcache.radix.tree import RadixNode
-from hybridcache.tokens import Tokens
 from tests.plain_cache import Piece, PlainCache, Victim
 
 

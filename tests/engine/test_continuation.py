@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from engine.plugins.speculation.drafters import MAX_BRANCHES, following
 from hybridcache.radix.cache import HybridRadixCache
-from hybridcache.tokens import Tokens
+from hybridcache.radix.tokens import Tokens
 from tests.cache.serving import hybrid, ids, publish
 
 texts = st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=14), min_size=1, max_size=6)

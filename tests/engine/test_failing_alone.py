@@ -18,7 +18,7 @@ from engine.text.grammar import Grammar
 from engine.text.tokenizer import StreamDecoder
 from engine.text.tokenizer_files import HFTokenizer
 from hybridcache import Lease
-from hybridcache.tokens import Tokens
+from hybridcache.radix.tokens import Tokens
 from tests.engine.drafted import ScriptedDrafter, assert_same, drafting_engine, prompts
 from tests.engine.test_engine import ids, make_engine
 from tests.oracle import OracleRunner, OracleSampler

@@ -12,9 +12,9 @@ from engine import Engine, EngineConfig, RequestOutput, SamplingParams
 from engine.plugins.disaggregation.prefix_load import ReceivedPrefix
 from engine.requests.request import Request
 from hybridcache.radix.api import PrefixMatch
+from hybridcache.radix.tokens import common_prefix_len
 from hybridcache.scheduling.cache_manager import CacheManager
 from hybridcache.scheduling.loading import Loader, PrefixLoad
-from hybridcache.tokens import common_prefix_len
 from tests.engine.test_scheduler_machine import answer, pattern
 from tests.oracle import OracleRunner, OracleSampler, OracleState, engine_with, fingerprint
 

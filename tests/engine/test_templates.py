@@ -24,7 +24,7 @@ from engine.text import sandbox
 from engine.text.sandbox import TOO_MUCH, Renderer, TemplateError
 from engine.text.tokenizer import ChatTemplate
 from engine.text.tokenizer_files import HFTokenizer
-from hybridcache.tokens import common_prefix_len
+from hybridcache.radix.tokens import common_prefix_len
 from tests.engine.history.agent import TEMPLATE
 
 CHAT = [

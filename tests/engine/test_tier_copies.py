@@ -20,8 +20,8 @@ from torch.utils._pytree import tree_leaves
 from engine.plugins.tiers import tier_copies
 from engine.plugins.tiers.tier_copies import BLOCK_BYTES, KEPT, MIN_RUN_BYTES, TierCopier, copy_rows
 from engine.runner.device import HostCopy
-from hybridcache.allocators.moves import DEVICE, DISK, HOST, Copy
-from hybridcache.tokens import EMPTY, Indices
+from hybridcache.allocators.moves import DEVICE, DISK, HOST, Copy, Indices
+from hybridcache.radix.tokens import EMPTY
 
 ROWS = 4000
 Order = Callable[[np.random.Generator, int], Indices]

@@ -238,10 +238,10 @@ def test_yardsticks_are_in_tables_and_figures_of_policies(
 ) -> None:
     monkeypatch.setitem(lab.WORKLOADS, "short", lab.Workload("short?head=24", "0.2:4:2"))
     jobs = [
-        yardsticks.Job("evaluation", "short?head=24", seed, (0.2, 4.0), "short?head=24")
+        default.TraceJob("evaluation", "short?head=24", seed, (0.2, 4.0), "short?head=24")
         for seed in (1, 2)
     ]
-    jobs.append(yardsticks.Job("capacity", "short", 0, (0.2, 4.0), "short"))
+    jobs.append(default.TraceJob("capacity", "short", 0, (0.2, 4.0), "short"))
     records = [record for job in jobs for record in yardsticks.measure(job)]
     cells = yardsticks.by_cell(records)
     for (_, seed, gib), rates in cells.items():
@@ -253,7 +253,7 @@ def test_yardsticks_are_in_tables_and_figures_of_policies(
     fields = {"split": "tuning", "trace": "a", "seed": 0, "gib": [1, 2], "token_hit_rates": rates}
     best = [of[lab.BEST_REBUILT] for of in yardsticks.by_cell([fields]).values()]
     assert best == [20, 40] and not yardsticks.by_cell([fields], "capacity")
-    loop = yardsticks.Job("closed loop", "short", 1, (1.0,), "short?head=24", 4)
+    loop = default.TraceJob("closed loop", "short", 1, (1.0,), "short?head=24", 4)
     [rates] = yardsticks.by_cell(yardsticks.measure(loop)).values()
     assert max(rates.values()) == rates[lab.BOUND] < 100
     monkeypatch.setattr(provenance, "RESULTS", tmp_path)
@@ -315,7 +315,7 @@ def test_the_ablation_measures_rules_constants_and_windows(monkeypatch: pytest.M
     assert {"MARGIN", "EVIDENCE", "UNUSED"} <= {*ablation.CONSTANTS}
     monkeypatch.setattr(ablation, "CONSTANTS", ("SAMPLE", "EVIDENCE"))
     monkeypatch.setattr(ablation, "WINDOWS", (0, 20, 40))
-    job = default.Job("tuning", "chat?head=60", 0, (0.5, 1.0), "chat?head=60")
+    job = default.TraceJob("tuning", "chat?head=60", 0, (0.5, 1.0), "chat?head=60")
     records = ablation.measure((job, job))
     changes = {row[0]: row[1:] for row in ablation.table(records).texts()}
     assert changes["`SAMPLE` times 0.5"] == ["+0.00", "+0.0"], "fewer items than a sample"

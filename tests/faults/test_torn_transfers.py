@@ -27,7 +27,7 @@ from engine.plugins.disaggregation.prefill_server import Outgoing, PrefillServer
 from engine.plugins.disaggregation.prefix_load import ReceivedPrefix
 from engine.plugins.disaggregation.wire import Connection, Data, Taken, ToDecode
 from engine.runner.device import HostCopy
-from hybridcache.tokens import Indices
+from hybridcache.allocators.moves import Indices
 from tests.engine.test_scheduler_machine import make_engine
 from tests.faults.test_torn_steps import (
     SETTINGS,

@@ -23,7 +23,7 @@ from hybridcache.lab import traces
 from hybridcache.lab.trace import BadRecordError
 from hybridcache.lab.traces import frame, open_trace
 from hybridcache.lab.traces.frame import TraceWarning
-from hybridcache.tokens import common_prefix_len
+from hybridcache.radix.tokens import common_prefix_len
 from tests.lab.records import SEGMENTS, agent_request, agent_session, lines
 
 GOOD: dict[str, dict[str, Any]] = {

@@ -455,6 +455,13 @@ def test_sessions_count_as_live_while_the_machine_is_idle() -> None:
     assert run.live_mean == pytest.approx(2, abs=0.01)
 
 
+def test_sessions_arrive_as_the_setting_says() -> None:
+    cells = (small_cell(9.0, 2.0, starts=starts) for starts in ("fixed", "bursts:12"))
+    runs = (simulate_closed_loop(random_load(0), cell).answered for cell in cells)
+    fixed, burst = (sorted(one.arrival_s for one in run if not one.turn) for run in runs)
+    assert fixed == [number / 2 for number in range(12)] and len({*burst}) == 1
+
+
 # --- many runs ------------------------------------------------------------------------------------
 
 
@@ -467,7 +474,7 @@ def test_closed_loop_runs_are_written_and_resumed(tmp_path: Path) -> None:
         (label, rate, seed) for label in ("lru", "fifo") for rate in (2, 4) for seed in (0, 1)
     ]
     assert all(0 < row["token_hit_rate"] < 1 and row["max_running"] == 16 for row in rows)
-    assert all(row["times"].endswith(" ms a step") and row["tpot_s"] is None for row in rows)
+    assert all(row["times"].endswith(" ms a step") for row in rows)
     text = path.read_text()
     written = [json.loads(line) for line in text.splitlines()]
     assert [{name: (line["config"] | line)[name] for name in rows[0]} for line in written] == rows

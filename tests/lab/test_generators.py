@@ -16,7 +16,7 @@ from hybridcache.lab.generators import GENERATORS, conversations
 from hybridcache.lab.simulation.grid import identity_of
 from hybridcache.lab.trace import Trace, TraceRequest
 from hybridcache.lab.trace_stats import trace_stats
-from hybridcache.tokens import common_prefix_len
+from hybridcache.radix.tokens import common_prefix_len
 
 # (requests, ideal token hit rate) as published, with another random stream.
 PUBLISHED = {

@@ -10,7 +10,6 @@ import re
 import subprocess
 import sys
 import warnings
-from collections.abc import Iterable
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise
@@ -37,7 +36,7 @@ from hybridcache.lab.scenario import MEMORIES, Scenario
 from hybridcache.lab.simulation.closed_loop import closed_loop
 from hybridcache.lab.simulation.grid import run_grid
 from hybridcache.lab.simulation.result import RunResult, SessionResult, summarise
-from hybridcache.lab.simulation.serving import RequestLog, serve
+from hybridcache.lab.simulation.serving import serve
 from hybridcache.lab.simulation.simulate import SimulationResult, optimum, run_cell, simulate
 from hybridcache.lab.simulation.sizes import working_set_bytes
 from hybridcache.lab.simulation.target import LeaseTarget, build_target
@@ -57,11 +56,6 @@ def one_cell(num_bytes: int, model: ModelGeometry = SMALL, **settings: Any) -> S
     """Return a cell with a memory of ``num_bytes``."""
     settings = {"times": Roofline(model)} | settings
     return Scenario("own", model=model, gib=num_bytes / GIB, **settings)
-
-
-def served(cell: Scenario, requests: Iterable[TraceRequest], **how: Any) -> RequestLog:
-    """Return the log of ``requests``, served by the cache of ``cell``."""
-    return serve(build_target(cell, 1), requests, 1, replace(cell, **how))
 
 
 def random_requests(seed: int, count: int) -> list[TraceRequest]:
@@ -85,26 +79,23 @@ def random_requests(seed: int, count: int) -> list[TraceRequest]:
 @pytest.mark.full("arc", "gdsf", "lru", "marconi", "survival", "w-tinylfu")
 @pytest.mark.parametrize("policy", sorted(ALL_NAMES))
 @settings(max_examples=6)
-@given(st.integers(0, 10**6), st.integers(1_000, 30_000), st.sampled_from([None, 3]))
-def test_policy_conserves_tokens_and_stays_below_the_bound(
-    policy: str, seed: int, budget: int, max_running: int | None
-) -> None:
+@given(st.integers(0, 10**6), st.integers(1_000, 30_000))
+def test_policy_conserves_tokens_below_the_bound(policy: str, seed: int, budget: int) -> None:
     requests = random_requests(seed, 40)
     cell = one_cell(budget, policy=policy, checkpoints="branch,backoff,every:128,end")
     runs = []
     for _ in range(2):
         target = build_target(cell, unit=1)
         assert isinstance(target, LeaseTarget)
-        log = serve(target, requests, 1, replace(cell, max_running=max_running))
+        log = serve(target, requests, 1, cell)
         target.cache.check(held_tokens=0, held_slots=0)
         runs.append((list(log.cached_tokens), list(log.ttft_s), log.losses))
         assert sum(log.losses) + sum(log.cached_tokens) == sum(log.prompt_tokens)
         assert min(log.losses) >= 0
     assert runs[0] == runs[1], "not deterministic"
-    if max_running is None:
-        bound = InfiniteCache()
-        ideal = [bound.ideal_tokens(request, 1) for request in requests]
-        assert all(cached <= best for cached, best in zip(runs[0][0], ideal, strict=True))
+    bound = InfiniteCache()
+    ideal = [bound.ideal_tokens(request, 1) for request in requests]
+    assert all(cached <= best for cached, best in zip(runs[0][0], ideal, strict=True))
 
 
 @pytest.mark.parametrize("baseline", sorted(BASELINES))
@@ -139,14 +130,8 @@ def test_requests_that_do_not_fit_are_bypassed() -> None:
 def test_running_requests_have_states_of_their_own(memory: str, checkpoint_dtype: str) -> None:
     """Checkpoints in their own precision leave running states outside of the cache's memory."""
     share = 0.5 if memory == "pools" else None
-    result = simulate(
-        "short?head=60",
-        gib=1,
-        memory=memory,
-        kv_share=share,
-        checkpoint_dtype=checkpoint_dtype,
-        max_running=4,
-    )
+    settings = {"memory": memory, "kv_share": share, "checkpoint_dtype": checkpoint_dtype}
+    result = simulate("short?head=60", gib=1, **settings)
     assert not result.failures and result.runs[0].bypassed == 0
 
 
@@ -245,7 +230,7 @@ def test_result_contains_the_memory_layout() -> None:
     for spec, options in (
         ("chat?head=60", {"gib": "0.3,1,2", "host_gib": 1.0, "disk_gib": 4.0}),
         ("agent?head=40", {"gib": "0.2,2", "page_size": 16, "checkpoint_dtype": "int8"}),
-        (f"{SAMPLES / 'mooncake.jsonl.gz'}?head=60", {"gib": "0.2,2,8", "max_running": 4}),
+        (f"{SAMPLES / 'mooncake.jsonl.gz'}?head=60", {"gib": "0.2,2,8"}),
     ):
         counted, moved = (
             simulate(spec, bound=False, policy="lru,survival", memory=memory, **options).runs
@@ -574,7 +559,7 @@ def test_intervals_without_sessions_are_over_groups_that_share_prompts(tmp_path:
     ("settings", "flags"),
     [
         ({"grid": 32, "host_gib": 2.0}, " --grid 32 --host-gib 2.0"),
-        ({"max_running": 4, "disk_gib": 2.0}, " --max-running 4 --state-dir DIR --disk-gib 2.0"),
+        ({"grid": 16, "disk_gib": 2.0}, " --grid 16 --state-dir DIR --disk-gib 2.0"),
         ({"checkpoint_dtype": "int8:head"}, " --checkpoint-dtype int8:head"),
         ({"policy": ["survival", "marconi"], "priority_classes": False}, ""),
         ({"priority_classes": False}, " not support --no-priority-classes"),
@@ -789,20 +774,6 @@ class Seconds:
         return 10.0
 
 
-def test_next_turn_starts_after_the_answer_of_the_previous_one() -> None:
-    tokens = np.arange(70, dtype=np.int32)
-    answer = tokens[:50]
-    requests = [
-        TraceRequest(when, session, None, tokens, answer)
-        for when, session in ((0.0, "a"), (1.0, "a"), (2.0, "b"), (100.0, "a"))
-    ]
-    cell = one_cell(1 << 30, GEOMETRY, times=Seconds())
-    log = served(cell, requests, max_running=3, tpot_s=0.5)
-    # Starts: first of a at 0, b at 10, second of a at 35 (the first is answered), last at 100.
-    assert list(log.arrival_s) == [0.0, 2.0, 1.0, 100.0]
-    assert list(log.ttft_s) == [10.0, 18.0, 10.0, 10.0]
-
-
 def test_queueing_times_match_hand_computed_ones() -> None:
     tokens = np.arange(5, dtype=np.int32)
     requests = [
@@ -810,8 +781,8 @@ def test_queueing_times_match_hand_computed_ones() -> None:
     ]
 
     def ttft(servers: int) -> list[float]:
-        cell = one_cell(1 << 30, GEOMETRY, times=Seconds())
-        return list(served(cell, requests, servers=servers).ttft_s)
+        cell = one_cell(1 << 30, GEOMETRY, times=Seconds(), servers=servers)
+        return list(serve(build_target(cell, 1), requests, 1, cell).ttft_s)
 
     assert ttft(1) == [10.0, 19.0, 28.0]
     assert ttft(2) == [10.0, 10.0, 18.0]

@@ -30,7 +30,7 @@ from hybridcache.lab.traces.frame import UNANSWERED, TraceWarning
 from hybridcache.lab.traces.named import Continued
 from hybridcache.lab.traces.own import write_own
 from hybridcache.lab.traces.text import load_chat_text
-from hybridcache.tokens import common_prefix_len
+from hybridcache.radix.tokens import common_prefix_len
 from tests.lab.records import lines
 
 

@@ -25,7 +25,7 @@ from hybridcache.lab.traces.frame import TraceWarning
 from hybridcache.lab.traces.own import write_own
 from hybridcache.lab.traces.text import load_chat_text
 from hybridcache.radix.protocol import chat_boundaries
-from hybridcache.tokens import common_prefix_len
+from hybridcache.radix.tokens import common_prefix_len
 from tests.lab.records import agent_request, agent_session, lines
 from tests.lab.samples import make
 

@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hybridcache.tokens import common_prefix_len
+from hybridcache.radix.tokens import common_prefix_len
 
 IDS = st.lists(st.sampled_from([0, 1, 255, 256, 2**31 - 1]), max_size=40)
 

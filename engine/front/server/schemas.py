@@ -30,7 +30,7 @@ from engine.text.grammar import Grammar, GrammarError
 from engine.text.sandbox import TemplateError
 from engine.text.tokenizer import PROBE, ChatTemplate
 from hybridcache.adapters.client_habits import THOUGHT_PARTS, thoughts_of, without_billing
-from hybridcache.tokens import require_seconds
+from hybridcache.radix.tokens import require_seconds
 
 MAX_MESSAGES = 4096
 """Maximum number of messages of a chat, or of parts of a message."""

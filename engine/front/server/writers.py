@@ -41,7 +41,7 @@ from engine.text.answers import RequestOutput, Transferred
 from engine.text.grammar import MAX_CHARS, Grammar
 from engine.text.tokenizer import CLOSE, Tokenizer, as_tokens
 from hybridcache.radix.api import Losses
-from hybridcache.tokens import Tokens
+from hybridcache.radix.tokens import Tokens
 
 
 class ServingContext:

@@ -30,9 +30,10 @@ from engine.plugins.disaggregation.wire import PIECE_BYTES, PrefixBuffer, identi
 from engine.requests.request import Request
 from engine.runner.device import HostCopy
 from engine.schedule.report import CacheReport
+from hybridcache.allocators.moves import Indices
 from hybridcache.radix.cache import LockHandle
+from hybridcache.radix.tokens import Tokens
 from hybridcache.scheduling.cache_manager import CacheManager
-from hybridcache.tokens import Indices, Tokens
 
 logger = logging.getLogger(__name__)
 ALIVE_S = 1.0

@@ -26,13 +26,13 @@ from engine.requests.request import Request, RequestSpec, SamplingParams
 from engine.runner.model_runner import ModelRunner
 from engine.schedule.report import CacheReport
 from engine.text.answers import Transferred
-from hybridcache.allocators.moves import Move
+from hybridcache.allocators.moves import Indices, Move
 from hybridcache.geometry.units import counted
 from hybridcache.radix.api import PrefixMatch
 from hybridcache.radix.cache import HybridRadixCache, LockHandle
+from hybridcache.radix.tokens import EMPTY, Tokens
 from hybridcache.scheduling.cache_manager import CacheManager
 from hybridcache.scheduling.loading import IDLE_S, Loader, PrefixLoad
-from hybridcache.tokens import EMPTY, Indices, Tokens
 
 logger = logging.getLogger(__name__)
 MAX_COPIED_BYTES = 32 << 20

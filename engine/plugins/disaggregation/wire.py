@@ -24,7 +24,7 @@ from engine.messages import plain, prompt_of
 from engine.requests.request import RequestSpec
 from engine.runner.device import HostCopy
 from engine.runner.model_runner import ModelRunner
-from hybridcache.tokens import Indices
+from hybridcache.allocators.moves import Indices
 from kernels.upload import upload
 
 IO_THREADS = 2

@@ -25,7 +25,7 @@ import numpy as np
 from engine.requests.logit_rules import LogitRule, Mask, Ruling, before_draws
 from engine.text.grammar import Grammar, GrammarError
 from hybridcache.command.extras import how_to_install
-from hybridcache.tokens import Tokens
+from hybridcache.radix.tokens import Tokens
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer

@@ -15,8 +15,8 @@ from engine.runner.predictor import Newest
 from engine.schedule.drafting import Drafter, Drafting, GlobalAcceptance
 from engine.text.bounded import BoundedMemory
 from hybridcache.geometry.units import counted, format_bytes
+from hybridcache.radix.tokens import EMPTY, Tokens
 from hybridcache.radix.tree import TOKEN_BYTES, NodeHandle, RadixNode, edge_tokens, members
-from hybridcache.tokens import EMPTY, Tokens
 
 MAX_TEXTS, MAX_KEPT = 16, 1 << 16
 """Maximum number of finished texts that are kept, and of their tokens in total. A short text counts

@@ -30,8 +30,9 @@ import numpy.typing as npt
 
 from engine.plugins.tiers.prefixes import Prefixes, PrefixPart, RecordPart, covering
 from engine.plugins.tiers.records import RecordStore, record_bytes, record_name
+from hybridcache.allocators.moves import Indices
+from hybridcache.radix.tokens import Tokens
 from hybridcache.radix.tree import Kind
-from hybridcache.tokens import Indices, Tokens
 
 Rows = npt.NDArray[np.uint8]
 """``[n, row_bytes]``."""

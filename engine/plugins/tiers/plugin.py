@@ -24,7 +24,7 @@ from engine.runner.backends import digest_of
 from engine.runner.model_runner import ModelRunner
 from engine.schedule.report import CacheReport, FolderReport, StepReport, TierReport
 from engine.text.tokenizer import Tokenizer
-from hybridcache.allocators.moves import DEVICE, DISK, HOST, Copy
+from hybridcache.allocators.moves import DEVICE, DISK, HOST, Copy, Indices
 from hybridcache.config import CacheConfig
 from hybridcache.geometry.units import GIB, format_bytes
 from hybridcache.radix.api import Listener
@@ -32,10 +32,10 @@ from hybridcache.radix.cache import HybridRadixCache
 from hybridcache.radix.offload import path_of
 from hybridcache.radix.protocol import PlacementPolicy
 from hybridcache.radix.tiers import TieredRadixCache
+from hybridcache.radix.tokens import EMPTY, Tokens
 from hybridcache.radix.tree import Kind, RadixNode
 from hybridcache.radix.warm_state import WarmState, pack, unpack, write_memory
 from hybridcache.scheduling.cache_manager import CacheManager
-from hybridcache.tokens import EMPTY, Indices, Tokens
 
 
 class WriteThrough(Listener):

@@ -15,7 +15,8 @@ from typing import NamedTuple
 import msgspec
 import numpy as np
 
-from hybridcache.tokens import EMPTY, Indices, Tokens, common_prefix_len, read_namespace
+from hybridcache.allocators.moves import Indices
+from hybridcache.radix.tokens import EMPTY, Tokens, common_prefix_len, read_namespace
 
 STATE = -1
 """Stands for the first token of a state in its key."""

@@ -13,7 +13,7 @@ from engine.plugins.tiers.disk import Disk, Read
 from engine.plugins.tiers.tier_copies import KEPT
 from engine.requests.request import Request
 from engine.schedule.report import StepReport
-from hybridcache.allocators.moves import DISK, Copy, Transfer
+from hybridcache.allocators.moves import DISK, Copy, Indices, Transfer
 from hybridcache.geometry.model import ModelGeometry
 from hybridcache.radix.api import PrefixMatch
 from hybridcache.radix.offload import OffloadTiers
@@ -21,7 +21,6 @@ from hybridcache.radix.protocol import LoadRule
 from hybridcache.radix.tree import RadixNode
 from hybridcache.scheduling.cache_manager import CacheManager
 from hybridcache.scheduling.loading import IDLE_S, Loader, PrefixLoad
-from hybridcache.tokens import Indices
 
 FADING = 0.95
 """Weight of each measurement relative to the following one."""

@@ -24,9 +24,8 @@ from engine.plugins.tiers.disk import Disk, FutureRows, Rows
 from engine.runner.device import Device, HostCopy
 from engine.runner.memory import allocate
 from engine.schedule.scheduler import BytesLost
-from hybridcache.allocators.moves import DEVICE, DISK, HOST, Copy, Drop
+from hybridcache.allocators.moves import DEVICE, DISK, HOST, Copy, Drop, Indices
 from hybridcache.scheduling.cache_manager import MemorySizes
-from hybridcache.tokens import Indices
 from kernels.upload import upload
 
 KEPT = "kept"

@@ -25,7 +25,7 @@ from kernels.packed import TILE, num_tiles
 from kernels.recurrence import BLOCK_V
 
 
-class Sizes(NamedTuple):
+class GDNSizes(NamedTuple):
     """Sizes of the heads."""
 
     heads: int
@@ -36,7 +36,7 @@ class Sizes(NamedTuple):
 
 def cases(setup: Setup) -> Iterator[Case]:
     """Yield prompts with and without exports, gates, decoding and verification."""
-    sizes = Sizes(1, 2, 16, 16) if setup.is_dry else Sizes(16, 32, 128, 128)
+    sizes = GDNSizes(1, 2, 16, 16) if setup.is_dry else GDNSizes(16, 32, 128, 128)
     for lengths in [(70,), (1, 64, 130)] if setup.is_dry else [*LENGTHS, (1024,)]:
         yield _chunk(setup, sizes, lengths)
     yield _gates(setup, sizes.value_heads, 70 if setup.is_dry else 8192)
@@ -46,7 +46,7 @@ def cases(setup: Setup) -> Iterator[Case]:
         yield _verify(setup, sizes, num_sequences, num_steps=4)
 
 
-def _chunk(setup: Setup, sizes: Sizes, lengths: tuple[int, ...]) -> Case:
+def _chunk(setup: Setup, sizes: GDNSizes, lengths: tuple[int, ...]) -> Case:
     tokens = _tokens(setup, sizes, sum(lengths))
     gate, beta = torch.rand(2, sum(lengths), sizes.value_heads, device=setup.device)
     inputs = *tokens, -gate, beta
@@ -75,7 +75,7 @@ def _gates(setup: Setup, value_heads: int, num_tokens: int) -> Case:
     return gates_case(f"gdn gates {num_tokens}", (fused, reference), inputs, rivals)
 
 
-def _decode(setup: Setup, sizes: Sizes, num_sequences: int) -> Case:
+def _decode(setup: Setup, sizes: GDNSizes, num_sequences: int) -> Case:
     tokens = _tokens(setup, sizes, num_sequences)
     gates = _gate_inputs(setup, sizes.value_heads, num_sequences)
     inputs, states = (*tokens, *gates), torch.randn(num_sequences, *sizes[1:], device=setup.device)
@@ -107,7 +107,7 @@ def _loaded_bytes(
     return slices * (keys + per_token) + 2 * value.nbytes + 4 * programs
 
 
-def _verify(setup: Setup, sizes: Sizes, num_sequences: int, num_steps: int) -> Case:
+def _verify(setup: Setup, sizes: GDNSizes, num_sequences: int, num_steps: int) -> Case:
     num_tokens = num_sequences * num_steps
     tokens = _tokens(setup, sizes, num_tokens)
     inputs = *tokens, *_gate_inputs(setup, sizes.value_heads, num_tokens)
@@ -116,7 +116,7 @@ def _verify(setup: Setup, sizes: Sizes, num_sequences: int, num_steps: int) -> C
     return verify_case(setup, "gdn verify", kernels, inputs, tokens[2], states, num_steps)
 
 
-def _tokens(setup: Setup, sizes: Sizes, count: int) -> tuple[torch.Tensor, ...]:
+def _tokens(setup: Setup, sizes: GDNSizes, count: int) -> tuple[torch.Tensor, ...]:
     key = (sizes.heads, sizes.key_dim)
     value = (sizes.value_heads, sizes.value_dim)
     return setup.randn(count, *key), setup.randn(count, *key), setup.randn(count, *value)

@@ -20,7 +20,7 @@ from kernels.packed import TILE, num_tiles
 from kernels.tuning import Config, Table, using
 
 
-class Sizes(NamedTuple):
+class Mamba2Sizes(NamedTuple):
     """Sizes of the heads."""
 
     groups: int
@@ -29,15 +29,15 @@ class Sizes(NamedTuple):
     head_dim: int
 
 
-NEMOTRON_H = Sizes(8, 128, 128, 64)
-FALCON_H1 = Sizes(1, 24, 256, 64)
-SQUARE = Sizes(2, 4, 64, 64)
+NEMOTRON_H = Mamba2Sizes(8, 128, 128, 64)
+FALCON_H1 = Mamba2Sizes(1, 24, 256, 64)
+SQUARE = Mamba2Sizes(2, 4, 64, 64)
 
 
 def cases(setup: Setup) -> Iterator[Case]:
     """Yield prompts with and without exports, gates and decoding."""
     yield from _square(setup)
-    for sizes in [Sizes(1, 2, 16, 16)] if setup.is_dry else [NEMOTRON_H, FALCON_H1]:
+    for sizes in [Mamba2Sizes(1, 2, 16, 16)] if setup.is_dry else [NEMOTRON_H, FALCON_H1]:
         for lengths in [(1, 64, 130)] if setup.is_dry else LENGTHS:
             yield _chunk(setup, sizes, lengths)
         yield _gates(setup, sizes.heads, 70 if setup.is_dry else 8192)
@@ -62,7 +62,7 @@ def _square(setup: Setup) -> Iterator[Case]:
 
 def _chunk(
     setup: Setup,
-    sizes: Sizes,
+    sizes: Mamba2Sizes,
     lengths: tuple[int, ...],
     state_dtype: torch.dtype = torch.float32,
 ) -> Case:
@@ -90,7 +90,7 @@ def _gates(setup: Setup, heads: int, num_tokens: int) -> Case:
     return gates_case(f"mamba2 gates {num_tokens} x {heads}", (fused, reference), inputs)
 
 
-def _decode(setup: Setup, sizes: Sizes, num_sequences: int) -> Case:
+def _decode(setup: Setup, sizes: Mamba2Sizes, num_sequences: int) -> Case:
     _, heads, state_size, head_dim = sizes
     tokens = _tokens(setup, sizes, num_sequences)
     gates = _gate_inputs(setup, heads, num_sequences)
@@ -100,7 +100,7 @@ def _decode(setup: Setup, sizes: Sizes, num_sequences: int) -> Case:
     return decode_case(setup, f"mamba2 decode, K {state_size},", kernels, inputs, tokens[0], states)
 
 
-def _tokens(setup: Setup, sizes: Sizes, count: int) -> tuple[torch.Tensor, ...]:
+def _tokens(setup: Setup, sizes: Mamba2Sizes, count: int) -> tuple[torch.Tensor, ...]:
     """Return x, B and C, scaled so that outputs do not depend on the state size."""
     groups, heads, state_size, head_dim = sizes
     B, C = (setup.randn(count, groups, state_size) for _ in range(2))

@@ -19,7 +19,7 @@ from hybridcache.adapters.routing.protocol import (
 )
 from hybridcache.policies.placement import Rule
 from hybridcache.radix.protocol import Placed, Prefill
-from hybridcache.tokens import common_prefix_len
+from hybridcache.radix.tokens import common_prefix_len
 
 MOST_BUSY = 0.95
 """Upper bound of the estimated utilisation. Above it queues grow without limit."""

@@ -11,7 +11,7 @@ from typing import ClassVar, NamedTuple
 from hybridcache.adapters.events import Event
 from hybridcache.radix.offload import PrefillTimes
 from hybridcache.radix.protocol import PlacementPolicy
-from hybridcache.tokens import Tokens
+from hybridcache.radix.tokens import Tokens
 
 ReplicaId = int | str
 """Identifier of a replica. Never reused: a replica that returns gets a new id and is empty."""

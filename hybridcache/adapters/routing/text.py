@@ -18,7 +18,7 @@ from hybridcache.config import CacheConfig, build_prefix_cache
 from hybridcache.policies.registry import parse_placement
 from hybridcache.radix.cache import HybridRadixCache
 from hybridcache.radix.lease import Lease, LeaseRequest
-from hybridcache.tokens import Tokens
+from hybridcache.radix.tokens import Tokens
 
 MAX_SENT_TOKENS = 1 << 24
 """Limit of the gateway, 2**26 characters, at four characters per token."""

@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from sortedcontainers import SortedDict
 
 from hybridcache.lab.baselines.protocol import BaselineConfig, PeerSession
-from hybridcache.tokens import Tokens
+from hybridcache.radix.tokens import Tokens
 
 HOST_STATES = 512
 

@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from hybridcache.lab.baselines.protocol import BaselineConfig, PeerSession
-from hybridcache.tokens import Tokens, common_prefix_len
+from hybridcache.radix.tokens import Tokens, common_prefix_len
 
 SLOTS = 4
 CHECKPOINTS = 32

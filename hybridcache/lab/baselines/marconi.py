@@ -64,7 +64,7 @@ from hybridcache.lab.prefix_tree import (
     remove_leaf,
     walk,
 )
-from hybridcache.tokens import Tokens
+from hybridcache.radix.tokens import Tokens
 
 Reading = Literal["paper", "artifact"]
 ALPHAS = tuple(round(0.1 * step, 1) for step in range(21))

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from hybridcache.config import GRID
-from hybridcache.tokens import Tokens
+from hybridcache.radix.tokens import Tokens
 
 
 @dataclass(frozen=True, slots=True)

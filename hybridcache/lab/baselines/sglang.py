@@ -35,7 +35,7 @@ from sortedcontainers import SortedDict
 
 from hybridcache.lab.baselines.protocol import BaselineConfig, PeerSession
 from hybridcache.lab.prefix_tree import PrefixNode, grow, new_root, nodes, remove_leaf, split, walk
-from hybridcache.tokens import Tokens
+from hybridcache.radix.tokens import Tokens
 
 STATE_TO_KV_RATIO = 0.9
 DECODE_INTERVAL = 256

@@ -19,7 +19,7 @@ from __future__ import annotations
 from hybridcache.lab.baselines.protocol import BaselineConfig
 from hybridcache.lab.baselines.sglang import SglangCache
 from hybridcache.lab.prefix_tree import PrefixNode
-from hybridcache.tokens import Tokens
+from hybridcache.radix.tokens import Tokens
 
 BLOCK = 32
 STEP = 8192

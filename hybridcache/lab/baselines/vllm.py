@@ -40,7 +40,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from hybridcache.lab.baselines.protocol import BaselineConfig, PeerSession
-from hybridcache.tokens import Tokens
+from hybridcache.radix.tokens import Tokens
 
 KERNEL_BLOCK = 16
 """Page of the attention kernel, in tokens: inflated block sizes are multiples of it."""

@@ -1,6 +1,6 @@
 """Closed-loop simulation: sessions arrive by themselves, then each waits for its answers.
 
-A session's first request comes at a Poisson time, each further one when the previous answer is
+A session's first request comes at a drawn time, each further one when the previous answer is
 complete and the trace's own pause is over. Requests are scheduled by ``StepPlanner``, as in the
 engine, on the same leases and cache. The clock moves by ``StepTimes`` from step to step; runs of
 steps in which requests only decode are taken at once, with the same result. A trace in blocks is
@@ -41,16 +41,13 @@ from hybridcache.lab.simulation.target import BaselineTarget
 from hybridcache.lab.trace import Trace, TraceRequest
 from hybridcache.policies.registry import make_admission
 from hybridcache.radix.protocol import PromptBoundaries
+from hybridcache.radix.tokens import Tokens
 from hybridcache.scheduling.cache_manager import CacheManager
 from hybridcache.scheduling.planner import StepPlanner
 from hybridcache.scheduling.request import ScheduledRequest
-from hybridcache.tokens import Tokens
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-
-MAX_RUNNING = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,7 +154,7 @@ class LoopRun:
         self.live_s = 0.0
         """Integral of the live sessions over time."""
         self.num_live = self.max_live = 0
-        self.max_running = cell.max_running or MAX_RUNNING
+        self.max_running = cell.max_running
         self.token_budget = cell.token_budget
         self.priority_classes: bool | None = None
         """True if the cache evicts unreachable KV and superseded checkpoints first."""
@@ -169,9 +166,9 @@ class LoopRun:
         self.num_events = self.num_asked = 0
         self.sessions, self.next_turns = sessions, [0] * len(sessions)
         rng = np.random.default_rng(seed)
-        starts = np.cumsum(rng.exponential(1 / rate, len(sessions)))
-        for number, start_s in enumerate(starts.tolist()):
-            self._push(start_s, number)
+        times = cell.starts_at(rate).times(rng)
+        for number in range(len(sessions)):
+            self._push(next(times), number)
 
     def _build(self, cell: Scenario) -> None:
         """Build the cache and the planner of ``cell``."""
@@ -480,9 +477,9 @@ def figures_of(served: LoopRun, trace: Trace, cell: Scenario) -> ClosedLoopRun:
         tells_ends=cell.tells_ends,
         config=identify(cell, trace.full_name, served.priority_classes)
         | {
-            "max_running": cell.max_running or MAX_RUNNING,
+            "starts": cell.starts,
+            "max_running": cell.max_running,
             "times": _describe_steps(cell),
-            "tpot_s": None,
         },
     )
 

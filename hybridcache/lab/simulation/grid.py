@@ -28,7 +28,7 @@ from hybridcache.lab.progress import Progress, shown_progress
 from hybridcache.lab.trace import Trace
 from hybridcache.lab.traces.frame import make_folder, warn
 from hybridcache.radix.protocol import PolicyError
-from hybridcache.tokens import require_index
+from hybridcache.radix.tokens import require_index
 
 KEEP_BYTES = 256 << 20
 """Bytes of ids up to which a trace is kept in memory between runs."""

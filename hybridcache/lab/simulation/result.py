@@ -26,7 +26,7 @@ SAME_SIZE = 1e-3
 RECORDED = (
     *("trace", "label", "model", "state_dtype", "gib", "memory", "kv_share", "policy"),
     *("checkpoints", "priority_classes", "baseline", "page_size", "grid", "servers"),
-    *("max_running", "tpot_s", "times", "checkpoint_dtype", "host_gib", "disk_gib"),
+    *("times", "checkpoint_dtype", "host_gib", "disk_gib"),
 )
 
 

@@ -54,7 +54,7 @@ from hybridcache.lab.simulation.serving import serve
 from hybridcache.lab.simulation.target import build_target
 from hybridcache.lab.trace import Trace
 from hybridcache.lab.traces import open_trace, seeded
-from hybridcache.tokens import require_bool
+from hybridcache.radix.tokens import require_bool
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -252,8 +252,6 @@ def simulate(
         settings_of(LOAD),
         "is about sessions that wait for answers: add --closed-loop, or call closed_loop(...)",
     )
-    if asked.max_running is None:
-        asked.refuse(["tpot_s"], "has an effect with max_running alone: give both, or neither")
     if asked.seeds != 1:
         place = {"processes": processes, "ray": ray, "resume_from": resume_from}
         own = {"bound": bound, "optimum": optimum, "progress": progress}

@@ -16,7 +16,7 @@ from hybridcache.lab.trace import TraceRequest
 from hybridcache.radix.cache import HybridRadixCache
 from hybridcache.radix.lease import Lease, LeaseRequest
 from hybridcache.radix.protocol import PromptBoundaries, raise_failure
-from hybridcache.tokens import INT32, Tokens
+from hybridcache.radix.tokens import INT32, Tokens
 
 
 def build_target(scenario: Scenario, unit: int) -> Target:

@@ -31,7 +31,7 @@ import numpy as np
 from hybridcache.geometry.units import counted
 from hybridcache.lab.arrivals import Pauses, Starts, interleave
 from hybridcache.lab.trace import BadRecords, FreshIds, TraceRequest, as_ids, units
-from hybridcache.tokens import Tokens
+from hybridcache.radix.tokens import Tokens
 
 LONGEST = 1 << 24
 """Longest plausible prompt or answer in a trace, in tokens."""
@@ -339,7 +339,7 @@ def _open_zstd(path: str | Path, _: str) -> Any:
             "with `zstd -d`"
         ) from None
 
-    class Source(io.RawIOBase):
+    class ZstdFrames(io.RawIOBase):
         """Decompressed bytes of all frames; a truncated or damaged file is ``DAMAGED``."""
 
         def __init__(self) -> None:
@@ -373,7 +373,7 @@ def _open_zstd(path: str | Path, _: str) -> Any:
             self._file.close()
             super().close()
 
-    return io.BufferedReader(Source(), 1 << 16)
+    return io.BufferedReader(ZstdFrames(), 1 << 16)
 
 
 def _open_zip(path: str | Path, _: str) -> Any:

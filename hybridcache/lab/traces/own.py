@@ -11,7 +11,7 @@ import numpy as np
 
 from hybridcache.lab.trace import BadRecordError, BadRecords, Trace, TraceRequest, plain_name
 from hybridcache.lab.traces.frame import Record, json_records
-from hybridcache.tokens import Tokens, common_prefix_len
+from hybridcache.radix.tokens import Tokens, common_prefix_len
 
 FIELDS: dict[str, tuple[str, Callable[[Record, str], object]]] = {
     "session": ("session", Record.key),

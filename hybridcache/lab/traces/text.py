@@ -21,7 +21,7 @@ import numpy as np
 from hybridcache.lab.trace import TraceRequest
 from hybridcache.lab.traces.frame import open_bytes
 from hybridcache.radix.protocol import chat_boundaries
-from hybridcache.tokens import Tokens, common_prefix_len
+from hybridcache.radix.tokens import Tokens, common_prefix_len
 
 if TYPE_CHECKING:
     from jinja2 import Template

@@ -20,7 +20,7 @@ from hybridcache.lab.simulation.serving import serve
 from hybridcache.lab.simulation.target import LeasedRequest, LeaseTarget, build_target
 from hybridcache.radix.lease import Lease, LeaseRequest
 from hybridcache.radix.protocol import Placed, PromptBoundaries
-from hybridcache.tokens import Tokens
+from hybridcache.radix.tokens import Tokens
 from tests.engine.server.conftest import ScriptedSampler, serving
 from tests.oracle import OracleRunner
 

@@ -17,7 +17,8 @@ from engine.plugins.tiers import disk as disk_module
 from engine.plugins.tiers.disk import Disk, FutureRows, Rows
 from engine.plugins.tiers.prefixes import covering
 from engine.plugins.tiers.records import HEAD_BYTES, RecordStore, record_bytes
-from hybridcache.tokens import Indices, Tokens, common_prefix_len
+from hybridcache.allocators.moves import Indices
+from hybridcache.radix.tokens import Tokens, common_prefix_len
 
 ROW_BYTES, STATE_ROWS, NUM_ROWS = 16, 5, 400
 FIELDS = {"weights": "ours"}

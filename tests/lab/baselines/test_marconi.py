@@ -11,7 +11,7 @@ from hybridcache.lab.baselines.marconi import PAPER_7B, LayerFlops, MarconiCache
 from hybridcache.lab.baselines.protocol import BaselineConfig, replay
 from hybridcache.lab.generators import short
 from hybridcache.lab.prefix_tree import nodes
-from hybridcache.tokens import Tokens
+from hybridcache.radix.tokens import Tokens
 
 MODEL_7B = BaselineConfig(10**9, kv_bytes_per_token=65_536, state_bytes=24 * 1_116_160)
 SMALL = BaselineConfig(budget_bytes=10**6, kv_bytes_per_token=1, state_bytes=10)

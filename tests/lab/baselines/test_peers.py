@@ -23,7 +23,7 @@ from hybridcache.lab.baselines.sglang import SglangCache
 from hybridcache.lab.baselines.snapshots import OllamaCache, TensorRtCache
 from hybridcache.lab.baselines.vllm import VllmCache
 from hybridcache.lab.generators import GENERATORS
-from hybridcache.tokens import Tokens
+from hybridcache.radix.tokens import Tokens
 
 GIB = 1 << 30
 QWEN3_NEXT = BaselineConfig(

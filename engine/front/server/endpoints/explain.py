@@ -31,7 +31,7 @@ from engine.text.sandbox import TemplateError
 from engine.text.tokenizer import ChatTemplate, Tokenizer
 from hybridcache.geometry.units import counted
 from hybridcache.radix.api import Losses
-from hybridcache.tokens import common_prefix_len
+from hybridcache.radix.tokens import common_prefix_len
 
 Entries = Sequence[Mapping[str, Json]]
 ENTRY_BYTES = 512

@@ -19,7 +19,7 @@ from hybridcache.lab.trace import FreshIds, KnownIds, TraceRequest, distinct
 from hybridcache.lab.traces.dialects import STOP_REASONS
 from hybridcache.lab.traces.frame import Notes, Record, SessionReader, request_of_blocks
 from hybridcache.radix.protocol import chat_boundaries
-from hybridcache.tokens import Tokens, common_prefix_len
+from hybridcache.radix.tokens import Tokens, common_prefix_len
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ from hybridcache.lab.trace import BadRecords, FreshIds, KnownIds, TraceRequest
 from hybridcache.lab.traces.formats.messages import FAILED
 from hybridcache.lab.traces.frame import Notes, Record, Records, RecordTimes, table_records
 from hybridcache.lab.traces.named import Named, NamedTimes
-from hybridcache.tokens import Tokens
+from hybridcache.radix.tokens import Tokens
 
 COUNTS = ("prompt_tokens", "input_tokens", "num_prompt_tokens", "input_length")
 EMPTY, OTHER = "of no prompt tokens left out", "of other values than those of ?where= left out"

@@ -13,7 +13,7 @@ import numpy as np
 from hybridcache.lab.trace import UNNAMED, FreshIds, TraceRequest, checked, units
 from hybridcache.lab.traces.frame import FileReader, Notes, Record, RecordTimes, TimeUnit
 from hybridcache.lab.traces.own import FIELDS, READ, has_header, header_of
-from hybridcache.tokens import Tokens
+from hybridcache.radix.tokens import Tokens
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,7 @@ from hybridcache.lab.arrivals import Pauses
 from hybridcache.lab.trace import FreshIds, TraceRequest
 from hybridcache.lab.traces.frame import Notes, Record, SessionReader
 from hybridcache.radix.protocol import chat_boundaries
-from hybridcache.tokens import Tokens
+from hybridcache.radix.tokens import Tokens
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""Token ids, row indices and namespaces: the types used by all other modules.
+"""Token ids and namespaces, which are the keys of the tree, and checks of arguments.
 
 A namespace is None, a str, bytes, an int, or a tuple of these. Other values, those of subclasses
 included, are refused, because Python compares some of them as equal (``1 == True == 1.0``), and
@@ -19,11 +19,8 @@ import numpy.typing as npt
 Tokens = npt.NDArray[np.int32]
 """Token ids of a prompt: contiguous int32, ids in [0, 2**31)."""
 
-Indices = npt.NDArray[np.int32]
-"""KV indices: contiguous int32, one per token."""
-
 INT32 = np.dtype(np.int32)
-EMPTY: Indices = np.empty(0, np.int32)
+EMPTY: Tokens = np.empty(0, np.int32)
 """No tokens, or no rows: int32[0], read-only."""
 EMPTY.setflags(write=False)
 _BLOCK = 4096
