@@ -35,8 +35,7 @@ class CachedFirst(AdmissionPolicy):
         self, waiting: Sequence[WaitingRequest], load: ServerLoad
     ) -> Iterable[WaitingRequest]:
         is_late = bool(waiting) and load.now_s - waiting[0].arrival_s >= RANKED_WAIT_S
-        late = waiting[:1] if is_late else ()
-        near, far = waiting[is_late:LOOK_AHEAD], waiting[LOOK_AHEAD:]
+        late, near, far = waiting[:is_late], waiting[is_late:LOOK_AHEAD], waiting[LOOK_AHEAD:]
         return *late, *sorted(near, key=lambda request: self._rank(request, load)), *far
 
     def _rank(self, request: WaitingRequest, load: ServerLoad) -> float:
@@ -137,12 +136,14 @@ ACTIVE_PAUSES = 1.5
 PAUSE_WEIGHT, MAX_PAUSE_S = 0.05, 60.0
 """Weight of the newest pause in the average, and the upper limit of a pause in that average."""
 DECREASE, INCREASE, LEAST_LIMIT = 0.9, 0.03, 0.1
-"""Changes of the share of the memory that live sessions may fill, and its least value."""
+"""Changes of the share of the memory that live sessions, or running requests, may fill, and its
+least value."""
 FORGETTING = 0.999
 """Weight of a step, relative to the next one, in the average time of one token."""
 
 
 OPEN = "nothing is gained by withholding: oldest first"
+CROWDED = "running requests displace text that sessions share"
 ENTERING = "one session enters at a time"
 LOST = "lost text is being repaid"
 DUE = "the oldest request has waited long enough"
@@ -174,7 +175,10 @@ class SessionGate(AdmissionPolicy):
     by a step if not.
 
     Pauses can be so long, or prompts so short, that repeating whole prompts answers more requests
-    than keeping sessions in memory. Requests are then admitted oldest first, without a debt.
+    than keeping sessions in memory. Requests are then admitted oldest first, without a debt, and
+    the limit applies to the running ones, which displace text that sessions share. It falls with
+    each admission that finds most of this text evicted while running requests take most of the
+    memory, and while the load leaves no time to compute whole prompts. So they keep half of it.
 
     Source: CONCUR's congestion control on live agents (arXiv 2601.22705). The signal is the time
     lost to eviction, which is the cost of congestion, in place of hit rate and memory use.
@@ -245,6 +249,9 @@ class SessionGate(AdmissionPolicy):
         debt_s = self._debt(load.now_s)
         self.wakes_at_s, self._num_withheld = None, 0
         if debt_s <= -CREDIT_S or self._worth < LEAST_WORTH:
+            if self._worth < LEAST_WORTH and _running_share(load) > self._limit:
+                self._reason, self._num_withheld = CROWDED, len(waiting)
+                return ()
             self._reason = OPEN
             return waiting
         due: list[WaitingRequest] = []
@@ -326,12 +333,11 @@ class SessionGate(AdmissionPolicy):
         session = request.session
         if request.num_preemptions or session.num_admitted:
             return False
-        if session.num_requests == 1 or request in self._lost:
-            return True
-        if _is_most(_lost_len(session, load.cached_len(request)), session):
+        if session.num_requests > 1 and request not in self._lost:
+            if not _is_most(_lost_len(session, load.cached_len(request)), session):
+                return False
             self._lost[request] = None
-            return True
-        return False
+        return True
 
     def admitted(self, request: WaitingRequest, load: ServerLoad) -> None:
         self._lost.pop(request, None)
@@ -362,7 +368,15 @@ class SessionGate(AdmissionPolicy):
         self._pace = max(FLOOR, 1 - demand)
         if is_new or _is_most(lost_len, session):
             self._entered[request] = None
-        if _is_most(lost_len, session) and lost_len:
+        if self._worth < LEAST_WORTH:
+            missed = min(session.shared_len - request.cached_len, request.lost_len)
+            is_crowded = self._pace <= FLOOR and 2 * _running_share(load) > 1
+            if is_crowded and 2 * missed > session.shared_len:
+                self._moves_at_s = 0.0  # Each loss counts.
+                self._move_limit(now_s, DECREASE, 0.0)
+            else:
+                self._move_limit(now_s, 1.0, INCREASE)
+        elif _is_most(lost_len, session) and lost_len:
             self._move_limit(now_s, DECREASE, 0.0)
         elif not is_new:
             self._move_limit(now_s, 1.0, INCREASE)
@@ -376,9 +390,8 @@ class SessionGate(AdmissionPolicy):
             quiet_s = max(0.0, answer_s - (self._prompts_s - prompts_s))
             held_s = load.footprint(request.session) * (quiet_s + self._pause_s)
             self._held_s = _averaged(self._held_s, held_s)
-        self._queued.pop(request, None)
-        self._lost.pop(request, None)
-        self._entered.pop(request, None)
+        for requests in (self._queued, self._lost, self._entered):
+            requests.pop(request, None)
 
     def report(self) -> Mapping[str, float | str]:
         return {
@@ -404,3 +417,8 @@ def _lost_len(session: Session, cached_len: int) -> int:
 
 def _is_most(lost_len: int, session: Session) -> bool:
     return 2 * lost_len > session.known_len - session.shared_len
+
+
+def _running_share(load: ServerLoad) -> float:
+    """Return the share of the memory that running requests take, without shared text."""
+    return sum(load.footprint(request.session) for request in load.running)

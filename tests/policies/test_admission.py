@@ -177,7 +177,8 @@ def test_nothing_is_withheld_if_repeating_prompts_answers_more_requests(
     pause_s: float, withholds: bool
 ) -> None:
     """A session fills 0.4 of the memory for a cycle of a pause. Its prompt takes one second."""
-    policy, load = make_admission("sessions"), FakeLoad(running=[None], session_share=0.4)
+    running = [FakeRequest(-2, session(-2))]
+    policy, load = make_admission("sessions"), FakeLoad(running=running, session_share=0.4)
     for number in range(200):
         load.now_s += pause_s
         request = FakeRequest(number, session(number, num_requests=3), 8000)
@@ -191,6 +192,43 @@ def test_nothing_is_withheld_if_repeating_prompts_answers_more_requests(
     cold = FakeRequest(999, session(999, num_requests=1), 8000)
     assert arrivals(policy.order([cold], load)) == ([] if withholds else [999])
     assert (float(policy.report()["worth"]) > 1) == withholds
+
+
+@pytest.mark.parametrize(
+    ("share", "every_s", "cached_len", "withholds"),
+    [(0.2, 0.5, 0, True), (0.1, 0.5, 0, False), (0.2, 4.0, 0, False), (0.2, 0.5, 6000, False)],
+    ids=["crowded", "memory for others", "time for whole prompts", "heads are cached"],
+)
+def test_running_requests_that_displace_shared_text_are_fewer_until_it_stays(
+    share: float, every_s: float, cached_len: int, withholds: bool
+) -> None:
+    """Four requests run. Each prompt has 8,000 tokens, one second, of which 6,000 are shared."""
+    policy, numbers = make_admission("sessions"), iter(range(1000))
+    running = [FakeRequest(-2, session(-2)) for _ in range(4)]
+    load = FakeLoad(running=running, session_share=share)
+
+    def serve(cached_len: int) -> None:
+        load.now_s += every_s
+        one = session(next(numbers), num_requests=1 + (load.now_s < 10), known_len=0)
+        one.shared_len, one.idle_since_s = 6000, load.now_s - 10.0
+        request = FakeRequest(one.number, one, 8000, cached_len=cached_len, arrival_s=load.now_s)
+        policy.arrived(request, load)
+        policy.computed(8000, 1.0, load)
+        policy.admitted(request, load)
+        policy.left(request, load)
+
+    cold = FakeRequest(-1, session(-1, num_requests=1), 8000)
+    num_served = 0
+    while num_served < 40 and policy.order([cold], load):
+        serve(cached_len)
+        num_served += 1
+    assert (num_served < 40) == withholds
+    assert float(policy.report()["memory_limit"]) >= 0.72, "lowered while nothing was admitted"
+    assert arrivals(policy.order([cold], replace(load, running=()))) == [-1]
+    for _ in range(400):
+        serve(6000)
+    assert policy.report()["memory_limit"] == 1.0
+    assert arrivals(policy.order([cold], load)) == [-1]
 
 
 def test_a_due_request_precedes_all_that_arrived_after_it() -> None:
