@@ -249,7 +249,8 @@ class SessionGate(AdmissionPolicy):
         debt_s = self._debt(load.now_s)
         self.wakes_at_s, self._num_withheld = None, 0
         if debt_s <= -CREDIT_S or self._worth < LEAST_WORTH:
-            if self._worth < LEAST_WORTH and _running_share(load) > self._limit:
+            is_limited = self._limit < 1 and self._worth < LEAST_WORTH
+            if is_limited and _running_share(load) > self._limit:
                 self._reason, self._num_withheld = CROWDED, len(waiting)
                 return ()
             self._reason = OPEN
@@ -368,18 +369,20 @@ class SessionGate(AdmissionPolicy):
         self._pace = max(FLOOR, 1 - demand)
         if is_new or _is_most(lost_len, session):
             self._entered[request] = None
-        if self._worth < LEAST_WORTH:
-            missed = min(session.shared_len - request.cached_len, request.lost_len)
-            is_crowded = self._pace <= FLOOR and 2 * _running_share(load) > 1
-            if is_crowded and 2 * missed > session.shared_len:
-                self._moves_at_s = 0.0  # Each loss counts.
-                self._move_limit(now_s, DECREASE, 0.0)
-            else:
-                self._move_limit(now_s, 1.0, INCREASE)
-        elif _is_most(lost_len, session) and lost_len:
+        missed = min(session.shared_len - request.cached_len, request.lost_len)
+        if 2 * missed > session.shared_len and self._is_crowded(load):
+            self._moves_at_s = 0.0  # Each loss counts.
             self._move_limit(now_s, DECREASE, 0.0)
-        elif not is_new:
+        elif lost_len and _is_most(lost_len, session) and self._worth >= LEAST_WORTH:
+            self._move_limit(now_s, DECREASE, 0.0)
+        elif not is_new or (self._limit < 1 and self._worth < LEAST_WORTH):
             self._move_limit(now_s, 1.0, INCREASE)
+
+    def _is_crowded(self, load: ServerLoad) -> bool:
+        """Return whether running requests take most of the memory, keeping sessions does not pay,
+        and there is no time to compute whole prompts."""
+        no_time = self._pace <= FLOOR and self._worth < LEAST_WORTH
+        return no_time and 2 * _running_share(load) > 1
 
     def left(self, request: WaitingRequest, load: ServerLoad) -> None:
         self._left_s = load.now_s
