@@ -7,8 +7,8 @@ block in each state group.
 
 Invariants, checked by ``BlockTree.check``:
 
-- A block that nobody uses has a key in vLLM's hash map if and only if the tree owns it: rows or a
-  state. Blocks without a key are at the front of vLLM's free queue.
+- A block has a key in vLLM's hash map if and only if the tree owns it: rows or a state. Unused
+  blocks without a key are at the front of vLLM's free queue.
 - On each path, the block of the last unit of a span of ``block_size`` tokens holds all units of the
   span. Hence a hit needs one block per span.
 """
@@ -56,8 +56,8 @@ class Layout(NamedTuple):
     block_size: int
     """Tokens per block, in all groups."""
     block_bytes: int
-    attention: tuple[int, ...]
-    """Numbers of the attention groups."""
+    attention: int
+    """Number of the attention group."""
     states: tuple[int, ...]
     """Numbers of the state groups."""
 
@@ -116,11 +116,10 @@ class BlockTree(Listener):
     def __init__(self, pool: HybridPool, layout: Layout, eviction: str) -> None:
         self.pool, self.layout = pool, layout
         num_blocks, num_states = pool.num_gpu_blocks, len(layout.states)
-        row_bytes = layout.block_bytes * len(layout.attention) // layout.rows(layout.block_size)
         config = CacheConfig(
             num_kv_tokens=num_blocks * layout.rows(layout.block_size),
             num_slots=num_blocks // num_states + 1,
-            kv_bytes_per_token=max(row_bytes, 1),
+            kv_bytes_per_token=max(layout.block_bytes // layout.rows(layout.block_size), 1),
             state_bytes=layout.block_bytes * num_states,
             page_size=WORDS,
             grid=WORDS,
@@ -129,11 +128,9 @@ class BlockTree(Listener):
         self.cache = build_prefix_cache(config)
         self.cache.subscribe(self)
         self.block_of = np.zeros(num_blocks * layout.block_units, np.int32)
-        """Block of the first attention group, by page of the tree."""
+        """Attention block of each page of the tree."""
         self.num_units = np.zeros(num_blocks, np.int32)
-        """Number of the tree's units, by block of the first attention group."""
-        self.peers: dict[int, list[KVCacheBlock]] = {}
-        """Blocks of the other attention groups, by the block of the first one."""
+        """Number of the tree's units in each attention block."""
         self.states: dict[int, list[KVCacheBlock]] = {}
         """Blocks of each slot, one per state group."""
         self.slot_of: dict[int, int] = {}
@@ -142,8 +139,7 @@ class BlockTree(Listener):
         """Lock on the published prompt of each running request."""
 
     def owns(self, block: KVCacheBlock) -> bool:
-        """Return whether the tree has units or a state in a block of the first attention group or
-        of a state group."""
+        """Return whether the tree has units or a state in ``block``."""
         return block.block_id in self.slot_of or bool(self.num_units[block.block_id])
 
     def kv_removed(self, node: RadixNode) -> None:
@@ -160,8 +156,7 @@ class BlockTree(Listener):
         found, counts = np.unique(blocks, return_counts=True)
         self.num_units[found] -= counts
         for block in found[self.num_units[found] == 0].tolist():
-            for one in (self.pool.blocks[block], *self.peers.pop(block, ())):
-                self.pool.drop(one)
+            self.pool.drop(self.pool.blocks[block])
 
     def _drop_state(self, slot: int) -> None:
         for block in self.states.pop(slot):
@@ -204,18 +199,15 @@ class BlockTree(Listener):
         """Return the blocks to resume from, one list per group. States are preceded by null
         blocks."""
         layout, pool, size = self.layout, self.pool, self.layout.block_units
-        num_groups = len(layout.attention + layout.states)
-        groups: list[list[KVCacheBlock]] = [[] for _ in range(num_groups)]
+        groups: list[list[KVCacheBlock]] = [[] for _ in range(1 + len(layout.states))]
         if match.resumed is None:
             return groups
         pages = self.cache.gather(match.node)[::WORDS] // WORDS
         ends = np.minimum(np.arange(size, len(pages) + size, size), len(pages)) - 1
-        first = self.block_of[pages[ends]].tolist()
-        groups[layout.attention[0]] = [pool.blocks[one] for one in first]
-        for number, group in enumerate(layout.attention[1:]):
-            groups[group] = [self.peers[one][number] for one in first]
+        rows = [pool.blocks[one] for one in self.block_of[pages[ends]].tolist()]
+        groups[layout.attention] = rows
         for group, block in zip(layout.states, self.states[match.resumed.slot], strict=True):
-            groups[group] = [pool.null_block] * (len(first) - 1) + [block]
+            groups[group] = [pool.null_block] * (len(rows) - 1) + [block]
         return groups
 
     def publish(self, request: Any, end: int, tables: Tables, states: States) -> set[int]:
@@ -223,13 +215,16 @@ class BlockTree(Listener):
         the stored ones.
 
         The caller returned or keeps its own references: the tree holds none. Blocks get keys in
-        vLLM's map here, if vLLM has given them none. The request's lock moves to the new end.
+        vLLM's map here, and only here. The request's lock moves to the new end.
         """
         layout, cache = self.layout, self.cache
+        former = self.locks.pop(request.request_id, None) or cache.lock(None)
         ids = ids_of(request, end, layout.unit)
         end = layout.tokens(len(ids))
-        before = cache.lock_kv(ids)
-        known = 0 if before.node is None else before.node.end
+        base = former.node
+        while base is not None and base.end > len(ids):
+            base = base.parent
+        first = 0 if base is None else base.end
         saves = []
         for position, (placed, blocks) in states.items():
             slot = cache.allocate_slot()
@@ -240,32 +235,31 @@ class BlockTree(Listener):
                 self._add_key(request, block, position, group)
             row = layout.rows(position)
             saves.append(((row, slot), placed._replace(position=row)))
-        spans = np.arange(known // WORDS, len(ids) // WORDS) // layout.block_units
-        rows = cache.allocate_kv(len(spans) * WORDS)
-        assert rows is not None, "there is a row for each word of each block"
-        table = np.array([one.block_id for one in tables[layout.attention[0]]], np.int32)
-        new = self.block_of[rows[::WORDS] // WORDS] = table[spans]
-        np.add.at(self.num_units, new, 1)
-        for span in dict.fromkeys(spans.tolist()):
-            self._own_span(request, tables, span, min((span + 1) * layout.block_size, end))
-        rows = np.append(cache.gather(before.node), rows)
-        result = cache.publish(ids[known:].tobytes(), rows, saves, None, known, before.node)
-        self.unlock(request.request_id)
+        new = cache.allocate_kv(len(ids) - first)
+        assert new is not None, "there is a row for each word of each block"
+        rows = np.append(np.zeros(first, INT32), new)  # The first ones are not read.
+        result = cache.publish(ids[first:].tobytes(), rows, saves, None, first, base)
         self.locks[request.request_id] = cache.lock(result.node)
-        cache.unlock(before)
+        cache.unlock(former)
+        cache.free_kv(result.duplicates)
+        known = first + len(result.duplicates)
+        spans = np.arange(known // WORDS, len(ids) // WORDS) // layout.block_units
+        table = tables[layout.attention]
+        for span in dict.fromkeys(spans.tolist()):
+            self._add_span(request, table[span], span, end)
+        blocks = np.array([one.block_id for one in table], np.int32)[spans]
+        self.block_of[rows[known::WORDS] // WORDS] = blocks
+        np.add.at(self.num_units, blocks, 1)
         for slot in result.rejected_slots:
             cache.free_slot(slot)
             self._drop_state(slot)
         return {layout.tokens(row) for (row, slot), _ in saves if slot in self.states}
 
-    def _own_span(self, request: Any, tables: Tables, span: int, end: int) -> None:
-        """Note the attention blocks of a span that the tree has up to ``end``, and add keys."""
-        blocks = [tables[group][span] for group in self.layout.attention]
-        if len(blocks) > 1:
-            self.peers[blocks[0].block_id] = blocks[1:]
-        for group, block in zip(self.layout.attention, blocks, strict=True):
-            if block.block_hash is None:
-                self._add_key(request, block, end, group)
+    def _add_span(self, request: Any, block: KVCacheBlock, span: int, end: int) -> None:
+        """Add the key of the attention block of a span, of which the tree has the tokens to
+        ``end``."""
+        end = min((span + 1) * self.layout.block_size, end)
+        self._add_key(request, block, end, self.layout.attention)
 
     def _add_key(self, request: Any, block: KVCacheBlock, end: int, group: int) -> None:
         self.pool.cache_partial_block(request, block, end, group, self.layout.block_size)
@@ -279,12 +273,12 @@ class BlockTree(Listener):
             return
         start = span * layout.rows(layout.block_size)
         pages = self.cache.gather(lock.node)[start:end:WORDS] // WORDS
-        former, copy = self.block_of[pages], tables[layout.attention[0]][span].block_id
-        former = former[former != copy]
+        former, copy = self.block_of[pages], tables[layout.attention][span]
+        former = former[former != copy.block_id]
         if len(former):
-            self.block_of[pages] = copy
-            self.num_units[copy] += len(former)
-            self._own_span(request, tables, span, at)
+            self.block_of[pages] = copy.block_id
+            self.num_units[copy.block_id] += len(former)
+            self._add_key(request, copy, at, layout.attention)
             self._release(former)
 
     def state_moved(self, src: KVCacheBlock, dst: KVCacheBlock) -> None:
@@ -307,11 +301,7 @@ class BlockTree(Listener):
         assert len(set(places)) == len(places), "two units are at one place"
         counts = np.bincount([place // size for place in places], minlength=len(self.num_units))
         assert (counts == self.num_units).all(), "the units of the tree are miscounted"
-        peers = {block.block_id for blocks in self.peers.values() for block in blocks}
-        assert all(self.num_units[block] for block in self.peers), "stale peers"
-        is_front = True
-        for block in self.pool.free_block_queue.get_all_free_blocks():
-            is_owned = self.owns(block) or block.block_id in peers
-            assert (block.block_hash is not None) == is_owned, f"{block} has a key: {not is_owned}"
-            assert is_front or is_owned, f"{block} is not at the front of the queue"
-            is_front = is_front and not is_owned
+        for block in self.pool.blocks:
+            assert (block.block_hash is not None) == self.owns(block), f"{block}: key without owner"
+        keyed = [self.owns(one) for one in self.pool.free_block_queue.get_all_free_blocks()]
+        assert keyed == sorted(keyed), "blocks without a key are not at the front of the queue"

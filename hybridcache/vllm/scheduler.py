@@ -46,20 +46,6 @@ def shared_units(one: Request, other: Request) -> int:
     return bisect_left(numbers, True, key=lambda number: ours[number] != theirs[number])
 
 
-class StateManager(MambaManager):
-    """Manager of one state group. It registers no states itself: ``HybridManager`` does."""
-
-    def cache_blocks(self, request: Request, num_tokens: int, *args: Any, **kwargs: Any) -> None:
-        return None
-
-
-class RowManager(FullAttentionManager):
-    """Manager of one attention group. Keys of parts of a block are left to ``HybridManager``."""
-
-    def _cache_partial_tail_block(self, request: Request, num_tokens: int) -> None:
-        return None
-
-
 class HybridManager(KVCacheManager):
     """vLLM's cache manager with hits and states of the tree."""
 
@@ -69,10 +55,9 @@ class HybridManager(KVCacheManager):
         self.layout, self.drop, self.debug = layout, drop, settings.debug
         self.saves_answers = not drafts
         """False with drafts: a state of the last accepted token is in an unknown block."""
-        managers = self.coordinator.single_type_managers
-        self.states = [managers[group] for group in layout.states]
-        for number, manager in enumerate(managers):
-            manager.__class__ = StateManager if number in layout.states else RowManager
+        self.states = [self.coordinator.single_type_managers[group] for group in layout.states]
+        # The tree gives a block its keys, when hits can end in it.
+        self.coordinator.cache_blocks = lambda *_: None
         self.block_pool.__class__ = HybridPool
         self.tree = self.block_pool.tree = BlockTree(self.block_pool, layout, settings.eviction)
         # Time is counted in steps: no decision depends on a clock or a rank.
@@ -277,10 +262,6 @@ class HybridManager(KVCacheManager):
         self.tree.unlock(request_id)
         if track.answer is not None:
             self.block_pool.free_blocks(track.answer[1])
-        for group in layout.attention:
-            for block, first in zip(tables[group], tables[layout.attention[0]], strict=True):
-                if block.block_hash is not None and not self.tree.owns(first):
-                    self.block_pool.drop(block)
 
     def reset_prefix_cache(self) -> bool:
         if not super().reset_prefix_cache():
@@ -313,16 +294,18 @@ class HybridScheduler(AsyncScheduler):
         """Return the layout of the model's blocks. Raises ValueError for what is not supported."""
         manager, groups = self.kv_cache_manager, self.kv_cache_config.kv_cache_groups
         managers = manager.coordinator.single_type_managers
-        kinds = {type(one).__name__ for one in managers}
+        kinds = [type(one) for one in managers]
+        states = [i for i, kind in enumerate(kinds) if kind is MambaManager]
+        attention = [i for i, kind in enumerate(kinds) if kind is FullAttentionManager]
+        names = ", ".join(kind.__name__ for kind in kinds)
         refused = {
             "--no-enable-prefix-caching": not manager.enable_caching,
             "KV connectors (--kv-transfer-config)": self.connector is not None,
             "decode context parallelism": self.dcp_world_size > 1,
             "prefill context parallelism": self.pcp_world_size > 1,
             "drafts of several MTP modules": self.num_prefill_lookahead > 1,
-            f"the cache groups of this model ({', '.join(sorted(kinds))})": not all(
-                type(one) in (FullAttentionManager, MambaManager) for one in managers
-            ),
+            f"the cache groups of this model ({names})": len(attention) != 1
+            or len(states) != len(managers) - 1,
             "groups with blocks of different sizes": len({one.block_size for one in managers}) > 1,
         }
         for what in [one for one, is_set in refused.items() if is_set]:
@@ -330,9 +313,7 @@ class HybridScheduler(AsyncScheduler):
         has_parts = manager.coordinator.enable_partial_hash_hits
         unit = self.hash_block_size if has_parts else self.block_size
         size = len(groups[0].layer_names) * groups[0].kv_cache_spec.page_size_bytes
-        states = [i for i, one in enumerate(managers) if isinstance(one, MambaManager)]
-        attention = [i for i in range(len(managers)) if i not in states]
-        return Layout(unit, self.block_size, size, tuple(attention), tuple(states))
+        return Layout(unit, self.block_size, size, attention[0], tuple(states))
 
     def _mamba_block_aligned_split(
         self, request: Request, num_new_tokens: int, *num_new_computed_tokens: int

@@ -139,13 +139,6 @@ def test_hashes_that_cover_the_next_token_are_matched(monkeypatch):
     assert report.num_wrong == 0 < report.hit_tokens
 
 
-def test_two_attention_groups_share_one_tree():
-    model = Model(1, 2, 2, SMALL.row_bytes, SMALL.state_bytes)
-    report = serve(chats(8, 4), 60, model, overlap=True)
-    assert report.num_wrong == 0
-    assert report.checked_rows == 2 * report.resumed_tokens > 0
-
-
 def test_a_copy_that_is_not_carried_out_is_found(monkeypatch):
     monkeypatch.setattr(Contents, "copy", lambda *_: None)
     report = serve(chats(8, 4), 120)
@@ -415,6 +408,13 @@ REFUSED = {
     ),
     "several MTP modules": lambda config: vars(config).update(num_prefill_lookahead_tokens=2),
 }
+
+
+@pytest.mark.parametrize("num_attention_groups", [0, 2])
+def test_models_without_exactly_one_attention_group_are_refused(num_attention_groups):
+    model = Model(1, 2, num_attention_groups, SMALL.row_bytes, SMALL.state_bytes)
+    with pytest.raises(ValueError, match="cache groups of this model"):
+        Engine(model, Options(), 0.01)
 
 
 @pytest.mark.parametrize(("named", "change"), REFUSED.items(), ids=REFUSED)

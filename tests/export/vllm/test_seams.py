@@ -26,10 +26,7 @@ SEAMS = (
     "core.kv_cache_manager:KVCacheManager.free(request)",
     "core.kv_cache_manager:KVCacheManager.new_step_starts()",
     "core.kv_cache_manager:KVCacheManager.reset_prefix_cache()",
-    "core.single_type_kv_cache_manager:MambaManager.cache_blocks(request, num_tokens, "
-    "retention_interval)",
-    "core.single_type_kv_cache_manager:FullAttentionManager._cache_partial_tail_block(request, "
-    "num_tokens)",
+    "core.kv_cache_coordinator:KVCacheCoordinator.cache_blocks(request, num_computed_tokens)",
     # pool.py
     "core.block_pool:BlockPool.get_new_blocks(num_blocks)",
     "core.block_pool:BlockPool.move_block_hashes(src_block, dst_block)",
