@@ -66,7 +66,7 @@ def decode(engine: Any) -> Callable[[int], float]:
     """Begin a steady decode, and return a function that measures the seconds of a step."""
     for seed in range(NUM_DECODING):
         engine.submit(deque([request(seed + 1, 1000, 100_000)]))
-    while any(live.num_answered < 2 for live in engine.live.values()):
+    while any(live.request.num_output_tokens < 2 for live in engine.live.values()):
         engine.step()
     scheduler = engine.scheduler
     engine._deliver()

@@ -54,7 +54,6 @@ class Model:
     num_layers: int = 12
     """Layers per cache group."""
     num_state_groups: int = 3
-    num_attention_groups: int = 1
     row_bytes: int = 2048
     """Bytes of one token's KV in one layer."""
     state_bytes: int = 8192 * 3 * 2 + 32 * 128 * 128 * 4
@@ -109,8 +108,7 @@ class Report:
     prompt_tokens: int = 0
     hit_tokens: int = 0
     resumed_tokens: int = 0
-    """Hits of preempted requests included."""
-    checked_rows: int = 0
+    """Hits of preempted requests included. The rows and states of all are compared."""
     wrong_rows: int = 0
     wrong_states: int = 0
     """Wrong rows and states. ``chained_copies`` are copies from a block that is written by another
@@ -144,7 +142,6 @@ def make_config(model: Model, options: Options, num_blocks: int) -> Any:
         scheduler_config=SchedulerConfig(
             max_model_len=MAX_LEN,
             is_encoder_decoder=False,
-            max_num_seqs=256,
             max_num_batched_tokens=options.chunk,
             policy="priority" if options.chaos else "fcfs",
             async_scheduling=options.overlap,
@@ -185,7 +182,7 @@ def make_scheduler(model: Model, options: Options, num_blocks: int) -> Any:
         mamba_cache_mode="align",
         num_speculative_blocks=options.drafts,
     )
-    kinds = [attention] * model.num_attention_groups + [state] * num_states
+    kinds = [attention] + [state] * num_states
     names = [f"layer{layer}" for layer in range(model.num_layers)]
     config = KVCacheConfig(
         num_blocks=num_blocks,
@@ -206,15 +203,15 @@ def make_scheduler(model: Model, options: Options, num_blocks: int) -> Any:
 
 
 class Contents:
-    """Worker that stores the identity of a prefix in place of each row and state."""
+    """Worker that stores the identity of a prefix in place of each row and state.
+
+    The first group of a request's ``tables`` is that of attention, the others hold states.
+    """
 
     def __init__(self, model: Model, num_blocks: int, report: Report) -> None:
-        self.size = model.block_size
-        self.attention = range(model.num_attention_groups)
-        self.states = range(len(self.attention), len(self.attention) + model.num_state_groups)
+        self.size, self.report = model.block_size, report
         self.rows = np.full((num_blocks, self.size), GARBAGE, np.int64)
         self.state = np.full(num_blocks, GARBAGE, np.int64)
-        self.report = report
 
     def copy(self, copies: Sequence[Any]) -> None:
         """Copy blocks before a step, all at once."""
@@ -230,23 +227,20 @@ class Contents:
 
     def compare(self, tables: Sequence[Sequence[int]], prefix: np.ndarray, end: int) -> None:
         """Compare the rows [0, end) of a request with its prefixes."""
-        for group in self.attention:
-            found = self.rows[self._rows_of(tables[group], 0, end)]
-            self.report.checked_rows += end
-            self.report.wrong_rows += int((found != prefix[1 : end + 1]).sum())
+        found = self.rows[self._rows_of(tables[0], 0, end)]
+        self.report.wrong_rows += int((found != prefix[1 : end + 1]).sum())
 
     def compute(
         self, tables: Sequence[Sequence[int]], prefix: np.ndarray, start: int, end: int, kept: int
     ) -> None:
         """Compute the tokens [start, end), of which those from ``kept`` on are rejected drafts."""
-        for group in self.states if start else ():
-            found = self.state[tables[group][(start - 1) // self.size]]
+        for table in tables[1:] if start else ():
+            found = self.state[table[(start - 1) // self.size]]
             self.report.wrong_states += int(found != prefix[start])
         rows = np.where(np.arange(start, end) < kept, prefix[start + 1 : end + 1], GARBAGE)
-        for group in self.attention:
-            self.rows[self._rows_of(tables[group], start, end)] = rows
-        for group in self.states:
-            self.state[tables[group][(kept - 1) // self.size]] = prefix[kept]
+        self.rows[self._rows_of(tables[0], start, end)] = rows
+        for table in tables[1:]:
+            self.state[table[(kept - 1) // self.size]] = prefix[kept]
 
 
 @dataclass(eq=False)
@@ -254,15 +248,13 @@ class _Live:
     """Request of the workload in the engine."""
 
     request: Request
-    answer: list[int]
+    text: list[int]
+    """Prompt and answer."""
     prefix: np.ndarray
     rest: deque[Any]
     """Later requests of the session."""
     done: int = 0
     """Tokens that the worker has computed and accepted."""
-    num_answered: int = 0
-    """Tokens of the answer that the worker has sampled."""
-    is_installed: bool = False
     abort_at: int = 0
     """Length at which the client aborts. 0 is never."""
 
@@ -281,15 +273,6 @@ class Engine:
         self._hasher = get_request_block_hasher(options.unit or model.block_size, sha256)
         self._pending: deque[tuple[Any, ModelRunnerOutput]] = deque()
         self._numbers = count(1)
-        self.scheduler.kv_cache_manager.record_prefix_cache_stats = self._record
-
-    def _record(self, request: Request, num_hits: int) -> None:
-        report = self.report
-        report.resumed_tokens += num_hits
-        if not request.num_preemptions:
-            report.requests += 1
-            report.prompt_tokens += request.num_tokens
-            report.hit_tokens += num_hits
 
     def submit(self, session: deque[Any]) -> None:
         """Add the next request of a session."""
@@ -308,7 +291,7 @@ class Engine:
         )
         tokens = np.array(prompt + answer, np.int64) + 1
         prefix = hash(salt) + np.append(0, np.cumsum(tokens * POWERS[: len(tokens)]))
-        live = self.live[request.request_id] = _Live(request, answer, prefix, session)
+        live = self.live[request.request_id] = _Live(request, prompt + answer, prefix, session)
         if options.chaos and chance.random() < options.chaos:
             live.abort_at = chance.randrange(1, len(tokens))
         self.scheduler.add_request(request)
@@ -339,33 +322,33 @@ class Engine:
             self.scheduler.update_draft_token_ids(drafts)
 
     def _execute(self, output: Any) -> ModelRunnerOutput:
-        contents, manager = self.contents, self.scheduler.kv_cache_manager
-        for request_id in self.live.keys() & (output.preempted_req_ids or ()):
-            self.live[request_id].is_installed = False
-            self.report.preemptions += 1
+        contents, report, manager = self.contents, self.report, self.scheduler.kv_cache_manager
+        report.preemptions += len(output.preempted_req_ids or ())
+        begun = {one.req_id for one in output.scheduled_new_reqs}
+        begun |= output.scheduled_cached_reqs.resumed_req_ids
         contents.copy(output.kv_cache_block_copies or ())
         sampled: list[list[int]] = []
         for request_id, num_tokens in output.num_scheduled_tokens.items():
             live = self.live[request_id]
             request, tables = live.request, manager.get_block_ids(request_id)
             num_drafts = len(output.scheduled_spec_decode_tokens.get(request_id, ()))
-            if not live.is_installed:
-                live.is_installed = True
+            if request_id in begun:
                 live.done = request.num_computed_tokens - num_tokens
-                live.num_answered = request.num_output_tokens
                 contents.compare(tables, live.prefix, live.done)
+                report.resumed_tokens += live.done
+                if not request.num_preemptions:
+                    report.requests += 1
+                    report.prompt_tokens += request.num_tokens
+                    report.hit_tokens += live.done
             start, end = live.done, min(live.done + num_tokens, len(live.prefix) - 1)
-            samples = not request.is_prefill_chunk
-            accepted = 0
-            if samples and num_drafts:
+            first, accepted = start + num_tokens - num_drafts, 0
+            if num_drafts and not request.is_prefill_chunk:
                 accepted = self._chance.randint(0, num_drafts)
-                accepted = min(accepted, len(live.answer) - live.num_answered - 1)
-            kept = max(min(start + num_tokens - num_drafts + accepted, end), start + 1)
-            contents.compute(tables, live.prefix, start, end, min(kept, end))
-            live.done = kept
-            tokens = live.answer[live.num_answered :][: (1 + accepted) * samples]
-            live.num_answered += len(tokens)
-            sampled.append(tokens or [1] * samples)
+                accepted = min(accepted, len(live.text) - first - 1)
+            live.done = max(min(first + accepted, end), start + 1)
+            contents.compute(tables, live.prefix, start, end, min(live.done, end))
+            tokens = live.text[first : first + accepted + 1] or [1]
+            sampled.append([] if request.is_prefill_chunk else tokens)
         ids = list(output.num_scheduled_tokens)
         return ModelRunnerOutput(
             req_ids=ids,

@@ -17,9 +17,6 @@ if TYPE_CHECKING:
     from vllm.v1.core.kv_cache_utils import KVCacheBlock
     from vllm.v1.request import Request
 
-DECODE, PREEMPT = "decode", "preempt"
-"""Labels of the state at the end of an answer, and of one at the end of an interrupted prompt."""
-
 
 @dataclass(slots=True, eq=False)
 class Track:
@@ -94,24 +91,15 @@ class Places:
     Policies count in rows of the tree, as its items do: a unit is ``WORDS`` long for them.
     """
 
-    def __init__(self, policy: PlacementPolicy, tree: BlockTree, drop: int) -> None:
-        self.policy, self.tree = policy, tree
-        self._drop = drop * WORDS
-        """Rows before the end of matching KV that cannot be resumed from (EAGLE)."""
+    def __init__(self, policy: PlacementPolicy, tree: BlockTree, saves_answers: bool) -> None:
+        self.policy, self.tree, self.saves_answers = policy, tree, saves_answers
 
-    def plan(
-        self,
-        request: Request,
-        track: Track,
-        found: PrefixMatch,
-        num_pending: int,
-        saves_answer: bool,
-    ) -> None:
+    def plan(self, request: Request, track: Track, found: PrefixMatch, num_pending: int) -> None:
         """Plan the checkpoints of a new request, and notify the policy of it. Running requests will
         take blocks for ``num_pending`` states."""
         policy, layout, match, cache = self.policy, self.tree.layout, track.match, self.tree.cache
         assert match is not None
-        unit, num_groups, drop = layout.unit, len(layout.states), self._drop
+        unit, num_groups, drop = layout.unit, len(layout.states), layout.drop * WORDS
         if match.resumed is not None:
             policy.on_hit(match.resumed)
         if found.missed is not None:
@@ -134,17 +122,18 @@ class Places:
             resumed=match.resumed,
             evicted=tuple(one for one in cache.evicted(found) if one.position > match.cached_len),
             forks=found.forks,
-            answer_survives=saves_answer,
+            answer_survives=self.saves_answers and not request.resumable,
             free_slots=free_slots - num_pending,
             num_checkpoints=cache.num_checkpoints + num_pending,
         )
         policy.on_prefill(prefill)
         planned = prefill.on_grid(policy.plan(prefill))
         track.stops = {layout.tokens(one.position): one for one in planned}
-        self.resume(track, saves_answer)
+        self.plan_answer(request, track)
 
-    def resume(self, track: Track, saves_answer: bool) -> None:
+    def plan_answer(self, request: Request, track: Track) -> None:
         """Plan the answer of a request, also of a preempted one, which the policy knows."""
-        interval = (self.policy.decode_interval() or 0) if saves_answer else 0
-        track.interval = -(-interval // WORDS) * self.tree.layout.unit
+        if self.saves_answers and not request.resumable:
+            interval = self.policy.decode_interval() or 0
+            track.interval = -(-interval // WORDS) * self.tree.layout.unit
         track.is_planned = True

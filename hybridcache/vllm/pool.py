@@ -56,6 +56,8 @@ class Layout(NamedTuple):
     block_size: int
     """Tokens per block, in all groups."""
     block_bytes: int
+    drop: int
+    """Number of units that are dropped from the end of each hit (EAGLE)."""
     attention: int
     """Number of the attention group."""
     states: tuple[int, ...]
@@ -178,19 +180,19 @@ class BlockTree(Listener):
         if lock is not None:
             self.cache.unlock(lock)
 
-    def find(self, request: Any, num_tokens: int, drop: int) -> tuple[PrefixMatch, PrefixMatch]:
+    def find(self, request: Any, num_tokens: int) -> tuple[PrefixMatch, PrefixMatch]:
         """Match the first ``num_tokens`` of a request.
 
-        Returns the match, and the match of the longest prefix that may be resumed: with ``drop``
-        units less than the matching KV, as EAGLE needs.
+        Returns the match, and the match of the longest prefix that may be resumed: with EAGLE, some
+        units less than the matching KV.
         """
         ids = ids_of(request, num_tokens, self.layout.unit)
         # The tree never returns the last token of a prompt, which is computed for its logits.
         if len(ids) < -(-num_tokens // self.layout.unit) * WORDS:
             ids = np.append(ids, np.int32(0))
         match = found = self.cache.match(ids)
-        if drop:
-            limit = max(match.kv_match_len // WORDS - drop, 0) * WORDS
+        if self.layout.drop:
+            limit = max(match.kv_match_len // WORDS - self.layout.drop, 0) * WORDS
             if match.cached_len > limit:
                 match = self.cache.match(ids[: limit + 1])
         return found, match
@@ -246,20 +248,15 @@ class BlockTree(Listener):
         spans = np.arange(known // WORDS, len(ids) // WORDS) // layout.block_units
         table = tables[layout.attention]
         for span in dict.fromkeys(spans.tolist()):
-            self._add_span(request, table[span], span, end)
-        blocks = np.array([one.block_id for one in table], np.int32)[spans]
-        self.block_of[rows[known::WORDS] // WORDS] = blocks
-        np.add.at(self.num_units, blocks, 1)
+            at = min((span + 1) * layout.block_size, end)
+            self._add_key(request, table[span], at, layout.attention)
+        numbers = np.array([one.block_id for one in table], np.int32)[spans]
+        self.block_of[rows[known::WORDS] // WORDS] = numbers
+        np.add.at(self.num_units, numbers, 1)
         for slot in result.rejected_slots:
             cache.free_slot(slot)
             self._drop_state(slot)
         return {layout.tokens(row) for (row, slot), _ in saves if slot in self.states}
-
-    def _add_span(self, request: Any, block: KVCacheBlock, span: int, end: int) -> None:
-        """Add the key of the attention block of a span, of which the tree has the tokens to
-        ``end``."""
-        end = min((span + 1) * self.layout.block_size, end)
-        self._add_key(request, block, end, self.layout.attention)
 
     def _add_key(self, request: Any, block: KVCacheBlock, end: int, group: int) -> None:
         self.pool.cache_partial_block(request, block, end, group, self.layout.block_size)

@@ -17,6 +17,7 @@ from vllm.distributed.kv_events import AllBlocksCleared, BlockStored
 from vllm.sampling_params import SamplingParams
 from vllm.v1.core.kv_cache_manager import KVCacheManager
 from vllm.v1.core.kv_cache_utils import get_block_hash, get_group_id, maybe_convert_block_hash
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.request import Request, RequestStatus
 
 from hybridcache import open_trace
@@ -28,8 +29,19 @@ from hybridcache.vllm.scheduler import HybridManager
 
 SMALL = Model(num_layers=1, num_state_groups=2, row_bytes=256, state_bytes=128 * 256)
 """Blocks of 128 tokens."""
-DEBUG = {"debug": True}
 GIB_PER_BLOCK = SMALL.block_size * SMALL.row_bytes / 2**30
+
+
+@pytest.fixture(autouse=True)
+def check_each_step(monkeypatch):
+    """Check all invariants of the tree at the start of each step."""
+    plain = HybridManager.new_step_starts
+
+    def new_step_starts(self: HybridManager) -> None:
+        plain(self)
+        self.tree.check()
+
+    monkeypatch.setattr(HybridManager, "new_step_starts", new_step_starts)
 
 
 def prompt_of(*parts: tuple[int, int]) -> list[int]:
@@ -59,13 +71,13 @@ def chats(num_sessions: int, num_turns: int, seed: int = 0) -> list[Any]:
 
 
 def serve(requests: list[Any], num_blocks: int, model: Model = SMALL, **options: Any) -> Any:
-    defaults = {"sessions": 6, "chunk": 512, "settings": DEBUG}
+    defaults = {"sessions": 6, "chunk": 512}
     gib = (num_blocks + 0.5) * GIB_PER_BLOCK
     return run(requests, gib, Options(**(defaults | options)), model)
 
 
 def test_preempted_requests_resume_from_what_they_computed():
-    report = serve(chats(8, 4), 30, overlap=True, settings={"debug": True, "placement": "end"})
+    report = serve(chats(8, 4), 30, overlap=True, settings={"placement": "end"})
     assert report.num_wrong == 0 and report.preemptions > 0
     assert report.resumed_tokens > report.hit_tokens
 
@@ -107,9 +119,9 @@ MODES = {
     "drafts": {"drafts": 2},
     "EAGLE": {"drafts": 3, "eagle": True, "overlap": True},
     "aborts and priorities": {"chaos": 0.3, "overlap": True, "seed": 3},
-    "another eviction": {"settings": {"debug": True, "eviction": "lru"}},
+    "another eviction": {"settings": {"eviction": "lru"}},
     "whole blocks": {"unit": 0},
-    "a stop at each unit": {"overlap": True, "settings": {"debug": True, "placement": "every:32"}},
+    "a stop at each unit": {"overlap": True, "settings": {"placement": "every:32"}},
 }
 
 
@@ -118,7 +130,7 @@ MODES = {
 def test_every_request_resumes_from_its_own_prompt(options, num_blocks):
     report = serve(chats(8, 4), num_blocks, **options)
     assert report.num_wrong == 0
-    assert report.checked_rows == report.resumed_tokens > 0
+    assert report.resumed_tokens > 0
     assert bool(report.aborts) == bool(options.get("chaos"))
 
 
@@ -172,7 +184,7 @@ def test_a_model_without_states_is_served_by_vllm_as_it_is():
     ]
     assert reports[0] == reports[1] and reports[0].hit_tokens > 0
     engine = Engine(model, Options(unit=0), 0.01)
-    assert engine.scheduler.hybrid is None
+    assert type(engine.scheduler) is AsyncScheduler
 
 
 # --- One engine ---------------------------------------------------------------------------------
@@ -182,7 +194,7 @@ class Steps:
     """Engine whose requests are added one by one. ``hits`` are those of each request."""
 
     def __init__(self, num_blocks: int = 200, **options: Any) -> None:
-        defaults = {"chunk": 4096, "settings": DEBUG}
+        defaults = {"chunk": 4096}
         gib = (num_blocks + 0.5) * GIB_PER_BLOCK
         self.engine = Engine(SMALL, Options(**(defaults | options)), gib)
         self.scheduler = self.engine.scheduler
@@ -292,9 +304,9 @@ def test_a_reset_forgets_everything_also_while_requests_run():
     assert not steps.scheduler.reset_prefix_cache()
     assert steps.scheduler.reset_prefix_cache(reset_running_requests=True)
     assert steps.serve() == [0]  # The preempted request begins again.
-    tree = steps.scheduler.hybrid.tree
+    tree = steps.scheduler.kv_cache_manager.tree
     tree.check()
-    assert not steps.scheduler.hybrid.tracks and not tree.locks
+    assert not steps.scheduler.kv_cache_manager.tracks and not tree.locks
 
 
 def test_events_name_what_the_cache_holds():
@@ -392,7 +404,6 @@ def test_hints_that_are_wrong_are_ignored():
         ({"eviction": "x"}, "eviction"),
         ({"placement": "x"}, "placement"),
         ({"grid": 64}, "no setting 'grid'"),
-        ({"debug": 1}, "debug"),
         ("lru", "must be a JSON object"),
     ],
 )
@@ -411,10 +422,16 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("num_attention_groups", [0, 2])
-def test_models_without_exactly_one_attention_group_are_refused(num_attention_groups):
-    model = Model(1, 2, num_attention_groups, SMALL.row_bytes, SMALL.state_bytes)
+def test_models_without_exactly_one_attention_group_are_refused(num_attention_groups, monkeypatch):
+    plain = check.KVCacheConfig
+
+    def changed(kv_cache_groups: Any, **fields: Any) -> Any:
+        groups = kv_cache_groups[:1] * num_attention_groups + kv_cache_groups[1:]
+        return plain(kv_cache_groups=groups, **fields)
+
+    monkeypatch.setattr(check, "KVCacheConfig", changed)
     with pytest.raises(ValueError, match="cache groups of this model"):
-        Engine(model, Options(), 0.01)
+        Engine(SMALL, Options(), 0.01)
 
 
 @pytest.mark.parametrize(("named", "change"), REFUSED.items(), ids=REFUSED)
