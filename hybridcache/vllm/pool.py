@@ -41,11 +41,10 @@ WORDS = 4
 """Tokens of the tree per unit: int32 words of its hash."""
 
 
-def ids_of(request: Any, num_tokens: int, unit: int) -> Tokens:
-    """Return the tree's tokens of the whole units of the first ``num_tokens`` of ``request``."""
+def ids_of(request: Any, first: int, end: int) -> Tokens:
+    """Return the tree's tokens of the units [``first``, ``end``) of ``request``."""
     # Each hash is cut to its first words.
-    hashes = np.array(request.block_hashes[: num_tokens // unit], f"S{4 * WORDS}")
-    return hashes.view(INT32)
+    return np.array(request.block_hashes[first:end], f"S{4 * WORDS}").view(INT32)
 
 
 class Layout(NamedTuple):
@@ -90,9 +89,9 @@ class HybridPool(BlockPool):
 
     def num_unowned(self, limit: int) -> int:
         """Count the free blocks that the tree does not own, up to ``limit``. O(limit)."""
-        queue, count = self.free_block_queue, 0
-        block = queue.fake_free_list_head.next_free_block
-        while count < limit and block is not queue.fake_free_list_tail and block.block_hash is None:
+        count, limit = 0, min(limit, self.get_num_free_blocks())
+        block = self.free_block_queue.fake_free_list_head.next_free_block
+        while count < limit and block.block_hash is None:
             block, count = block.next_free_block, count + 1
         return count
 
@@ -186,7 +185,7 @@ class BlockTree(Listener):
         Returns the match, and the match of the longest prefix that may be resumed: with EAGLE, some
         units less than the matching KV.
         """
-        ids = ids_of(request, num_tokens, self.layout.unit)
+        ids = ids_of(request, 0, num_tokens // self.layout.unit)
         # The tree never returns the last token of a prompt, which is computed for its logits.
         if len(ids) < -(-num_tokens // self.layout.unit) * WORDS:
             ids = np.append(ids, np.int32(0))
@@ -220,13 +219,13 @@ class BlockTree(Listener):
         vLLM's map here, and only here. The request's lock moves to the new end.
         """
         layout, cache = self.layout, self.cache
+        num_units = min(end // layout.unit, len(request.block_hashes))
         former = self.locks.pop(request.request_id, None) or cache.lock(None)
-        ids = ids_of(request, end, layout.unit)
-        end = layout.tokens(len(ids))
         base = former.node
-        while base is not None and base.end > len(ids):
+        while base is not None and base.end > num_units * WORDS:
             base = base.parent
         first = 0 if base is None else base.end
+        ids = ids_of(request, first // WORDS, num_units)
         saves = []
         for position, (placed, blocks) in states.items():
             slot = cache.allocate_slot()
@@ -237,22 +236,22 @@ class BlockTree(Listener):
                 self._add_key(request, block, position, group)
             row = layout.rows(position)
             saves.append(((row, slot), placed._replace(position=row)))
-        new = cache.allocate_kv(len(ids) - first)
+        new = cache.allocate_kv(len(ids))
         assert new is not None, "there is a row for each word of each block"
         rows = np.append(np.zeros(first, INT32), new)  # The first ones are not read.
-        result = cache.publish(ids[first:].tobytes(), rows, saves, None, first, base)
+        result = cache.publish(ids.tobytes(), rows, saves, None, first, base)
         self.locks[request.request_id] = cache.lock(result.node)
         cache.unlock(former)
         cache.free_kv(result.duplicates)
         known = first + len(result.duplicates)
-        spans = np.arange(known // WORDS, len(ids) // WORDS) // layout.block_units
+        spans = np.arange(known // WORDS, num_units) // layout.block_units
         table = tables[layout.attention]
-        for span in dict.fromkeys(spans.tolist()):
-            at = min((span + 1) * layout.block_size, end)
-            self._add_key(request, table[span], at, layout.attention)
         numbers = np.array([one.block_id for one in table], np.int32)[spans]
         self.block_of[rows[known::WORDS] // WORDS] = numbers
         np.add.at(self.num_units, numbers, 1)
+        for span in range(spans[0], spans[-1] + 1) if len(spans) else ():
+            at = min((span + 1) * layout.block_units, num_units) * layout.unit
+            self._add_key(request, table[span], at, layout.attention)
         for slot in result.rejected_slots:
             cache.free_slot(slot)
             self._drop_state(slot)
