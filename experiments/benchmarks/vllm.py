@@ -49,9 +49,9 @@ class Idle:
 
 def engine_of(options: dict[str, Any]) -> Any:
     """Return an engine with ample memory."""
-    from hybridcache.vllm.check import QWEN3_NEXT, Engine, Options  # Imports vLLM.
+    from hybridcache.vllm.check import Engine, Options  # Imports vLLM.
 
-    engine = Engine(QWEN3_NEXT, Options(overlap=True, **options), 200.0)
+    engine = Engine(Options(gib=200.0, overlap=True, **options))
     engine.contents = Idle()
     return engine
 

@@ -7,12 +7,9 @@ Importing this module imports neither vLLM nor torch. Settings are given to vLLM
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from hybridcache.policies.registry import DEFAULT_EVICTION, DEFAULT_PLACEMENT
-
-if TYPE_CHECKING:
-    from hybridcache.vllm.scheduler import HybridScheduler as HybridScheduler
 
 NAME = "hybridcache"
 """Key of the settings in ``--additional-config``, and of the hints in ``extra_args``."""

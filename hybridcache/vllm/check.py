@@ -14,17 +14,12 @@ import sys
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from importlib.util import find_spec
 from itertools import count
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
-
-if __name__ == "__main__" and find_spec("vllm") is None:
-    sys.exit("hybridcache.vllm.check needs vLLM in this environment (docs/how-to/vllm.md).")
-
 from vllm.config import CacheConfig, ObservabilityConfig, ParallelConfig, SchedulerConfig
 from vllm.sampling_params import SamplingParams
 from vllm.utils.hashing import sha256
@@ -48,34 +43,12 @@ GARBAGE = -1
 
 
 @dataclass(frozen=True)
-class Model:
-    """Cache of a hybrid model in vLLM: blocks of equal bytes, for attention and states."""
-
-    num_layers: int = 12
-    """Layers per cache group."""
-    num_state_groups: int = 3
-    row_bytes: int = 2048
-    """Bytes of one token's KV in one layer."""
-    state_bytes: int = 8192 * 3 * 2 + 32 * 128 * 128 * 4
-    """Bytes of one layer's state."""
-
-    @property
-    def block_size(self) -> int:
-        """Tokens of a block whose page has room for a state, as vLLM chooses it."""
-        return 16 * -(-self.state_bytes // (16 * self.row_bytes)) if self.num_state_groups else 16
-
-    def num_blocks(self, gib: float) -> int:
-        return int(gib * 2**30 // (self.block_size * self.row_bytes * self.num_layers))
-
-
-QWEN3_NEXT = Model()
-"""Qwen3-Next-80B-A3B in bfloat16 with states in float32: blocks of 1,056 tokens."""
-
-
-@dataclass(frozen=True)
 class Options:
-    """Flags of one run."""
+    """Flags of one run. Those of the model are of Qwen3-Next-80B-A3B in bfloat16, with states in
+    float32: blocks of 1,056 tokens."""
 
+    gib: float = 4.0
+    """Memory of the cache, GiB."""
     scheduler: str = "hybridcache"
     """hybridcache or vllm."""
     unit: int = 32
@@ -98,6 +71,23 @@ class Options:
     """Seed of acceptances, aborts and priorities."""
     settings: Mapping[str, Any] | None = None
     """Value of ``additional_config["hybridcache"]``."""
+    layers: int = 12
+    """Layers of the model in each cache group."""
+    state_groups: int = 3
+    """Cache groups of the layers with states, beside one of attention."""
+    row_bytes: int = 2048
+    """Bytes of one token's KV in one layer."""
+    state_bytes: int = 8192 * 3 * 2 + 32 * 128 * 128 * 4
+    """Bytes of one layer's state."""
+
+    @property
+    def block_size(self) -> int:
+        """Tokens of a block whose page has room for a state, as vLLM chooses it."""
+        return 16 * -(-self.state_bytes // (16 * self.row_bytes)) if self.state_groups else 16
+
+    @property
+    def num_blocks(self) -> int:
+        return int(self.gib * 2**30 // (self.block_size * self.row_bytes * self.layers))
 
 
 @dataclass
@@ -135,7 +125,7 @@ class _Any(SimpleNamespace):
         return None
 
 
-def make_config(model: Model, options: Options, num_blocks: int) -> Any:
+def make_config(options: Options) -> Any:
     """Return the fields of a ``VllmConfig`` that a scheduler reads."""
     drafts, eagle = options.drafts, options.eagle
     config = _Any(
@@ -146,7 +136,7 @@ def make_config(model: Model, options: Options, num_blocks: int) -> Any:
             policy="priority" if options.chaos else "fcfs",
             async_scheduling=options.overlap,
         ),
-        cache_config=CacheConfig(block_size=model.block_size, mamba_cache_mode="align"),
+        cache_config=CacheConfig(block_size=options.block_size, mamba_cache_mode="align"),
         parallel_config=ParallelConfig(),
         observability_config=ObservabilityConfig(),
         model_config=_Any(max_model_len=MAX_LEN, runner_type="generate"),
@@ -160,7 +150,7 @@ def make_config(model: Model, options: Options, num_blocks: int) -> Any:
         max_concurrent_batches=1 + options.overlap,
         additional_config={NAME: dict(options.settings or {})},
     )
-    config.cache_config.num_gpu_blocks = num_blocks
+    config.cache_config.num_gpu_blocks = options.num_blocks
     if drafts:
         names = ("use_eagle", "use_eagle_block_drop", "needs_eagle_block_drop")
         answers = dict.fromkeys(names, lambda: eagle)
@@ -168,24 +158,24 @@ def make_config(model: Model, options: Options, num_blocks: int) -> Any:
     return config
 
 
-def make_scheduler(model: Model, options: Options, num_blocks: int) -> Any:
+def make_scheduler(options: Options) -> Any:
     """Build vLLM's scheduler, or this project's, for a model without tensors."""
-    size, num_states = model.block_size, model.num_state_groups
+    size = options.block_size
     attention = FullAttentionSpec(
-        block_size=size, num_kv_heads=1, head_size=model.row_bytes // 4, dtype=torch.bfloat16
+        block_size=size, num_kv_heads=1, head_size=options.row_bytes // 4, dtype=torch.bfloat16
     )
     state = MambaSpec(
         block_size=size,
-        shapes=((model.state_bytes // 4,),),
+        shapes=((options.state_bytes // 4,),),
         dtypes=(torch.float32,),
-        page_size_padded=size * model.row_bytes,
+        page_size_padded=size * options.row_bytes,
         mamba_cache_mode="align",
         num_speculative_blocks=options.drafts,
     )
-    kinds = [attention] + [state] * num_states
-    names = [f"layer{layer}" for layer in range(model.num_layers)]
+    kinds = [attention] + [state] * options.state_groups
+    names = [f"layer{layer}" for layer in range(options.layers)]
     config = KVCacheConfig(
-        num_blocks=num_blocks,
+        num_blocks=options.num_blocks,
         kv_cache_tensors=[],
         kv_cache_groups=[KVCacheGroupSpec(names, kind) for kind in kinds],
         prefix_cache_retention_interval=options.retention,
@@ -193,7 +183,7 @@ def make_scheduler(model: Model, options: Options, num_blocks: int) -> Any:
     grammar = _Any(accept_tokens=lambda *_: True, validate_tokens=lambda _, tokens: tokens)
     plain = AsyncScheduler if options.overlap else Scheduler
     return (HybridScheduler if options.scheduler == NAME else plain)(
-        vllm_config=make_config(model, options, num_blocks),
+        vllm_config=make_config(options),
         kv_cache_config=config,
         structured_output_manager=grammar,
         block_size=size,
@@ -208,10 +198,10 @@ class Contents:
     The first group of a request's ``tables`` is that of attention, the others hold states.
     """
 
-    def __init__(self, model: Model, num_blocks: int, report: Report) -> None:
-        self.size, self.report = model.block_size, report
-        self.rows = np.full((num_blocks, self.size), GARBAGE, np.int64)
-        self.state = np.full(num_blocks, GARBAGE, np.int64)
+    def __init__(self, options: Options, report: Report) -> None:
+        self.size, self.report = options.block_size, report
+        self.rows = np.full((options.num_blocks, self.size), GARBAGE, np.int64)
+        self.state = np.full(options.num_blocks, GARBAGE, np.int64)
 
     def copy(self, copies: Sequence[Any]) -> None:
         """Copy blocks before a step, all at once."""
@@ -262,15 +252,14 @@ class _Live:
 class Engine:
     """Engine with vLLM's scheduler and a worker without tensors."""
 
-    def __init__(self, model: Model, options: Options, gib: float) -> None:
+    def __init__(self, options: Options) -> None:
         self.options, self.report = options, Report()
-        num_blocks = model.num_blocks(gib)
-        self.scheduler = make_scheduler(model, options, num_blocks)
-        self.contents = Contents(model, num_blocks, self.report)
+        self.scheduler = make_scheduler(options)
+        self.contents = Contents(options, self.report)
         self.live: dict[str, _Live] = {}
         self._chance = random.Random(options.seed)
         init_none_hash(sha256)
-        self._hasher = get_request_block_hasher(options.unit or model.block_size, sha256)
+        self._hasher = get_request_block_hasher(options.unit or options.block_size, sha256)
         self._pending: deque[tuple[Any, ModelRunnerOutput]] = deque()
         self._numbers = count(1)
 
@@ -357,10 +346,10 @@ class Engine:
         )
 
 
-def run(requests: Iterable[Any], gib: float, options: Options, model: Model = QWEN3_NEXT) -> Report:
+def run(requests: Iterable[Any], options: Options) -> Report:
     """Serve ``requests``, ``options.sessions`` at once: each session one request after the other,
     or, one at a time, all requests in the order of the trace."""
-    engine = Engine(model, options, gib)
+    engine = Engine(options)
     sessions: dict[Any, deque[Any]] = {}
     for number, one in enumerate(requests):
         key = number if one.session is None or options.sessions == 1 else one.session
@@ -377,15 +366,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the check. Returns 1 if a row or state was wrong."""
     parser = argparse.ArgumentParser(prog="python -m hybridcache.vllm.check", description=__doc__)
     parser.add_argument("--trace", default="chat?head=400", help="workload of the laboratory")
-    parser.add_argument("--gib", type=float, default=4.0, help="memory of the cache, GiB")
     for name, kind, text in documented(class_body(Options)):
         reads = {"str": str, "int": int, "float": float}.get(kind, json.loads)
         reader = {"type": reads, "default": getattr(Options, name)}
         flag: dict[str, Any] = {"action": "store_true"} if kind == "bool" else reader
         parser.add_argument(f"--{name}", help=text, **flag)
     given = vars(parser.parse_args(argv))
-    trace, gib = given.pop("trace"), given.pop("gib")
-    report = run(open_trace(trace), gib, Options(**given))
+    report = run(open_trace(given.pop("trace")), Options(**given))
     print(json.dumps(asdict(report) | {"hit_rate": round(report.hit_rate, 4)}))
     return int(report.num_wrong > 0)
 

@@ -215,8 +215,7 @@ class HybridManager(KVCacheManager):
 
     def free(self, request: Request) -> None:
         """Publish the computed tokens of a request that ended or is preempted, and free it."""
-        request_id = request.request_id
-        track = self.tracks.pop(request_id, None)
+        track = self.tracks.pop(request.request_id, None)
         if track is not None and track.is_running:
             self._end(request, track)
         super().free(request)
@@ -284,8 +283,7 @@ class HybridScheduler(AsyncScheduler):
         refused = {
             "--no-enable-prefix-caching": not manager.enable_caching,
             "KV connectors (--kv-transfer-config)": self.connector is not None,
-            "decode context parallelism": self.dcp_world_size > 1,
-            "prefill context parallelism": self.pcp_world_size > 1,
+            "context parallelism": self.dcp_world_size * self.pcp_world_size > 1,
             "drafts of several MTP modules": self.num_prefill_lookahead > 1,
             f"the cache groups of this model ({names})": len(attention) != 1
             or len(states) != len(managers) - 1,

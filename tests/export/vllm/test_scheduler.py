@@ -22,14 +22,14 @@ from vllm.v1.request import Request, RequestStatus
 
 from hybridcache import open_trace
 from hybridcache.vllm import Settings, check
-from hybridcache.vllm.check import Contents, Engine, Model, Options, run
+from hybridcache.vllm.check import Contents, Engine, Options, run
 from hybridcache.vllm.places import boundaries_of
 from hybridcache.vllm.pool import ids_of
 from hybridcache.vllm.scheduler import HybridManager
 
-SMALL = Model(num_layers=1, num_state_groups=2, row_bytes=256, state_bytes=128 * 256)
-"""Blocks of 128 tokens."""
-GIB_PER_BLOCK = SMALL.block_size * SMALL.row_bytes / 2**30
+SMALL = {"layers": 1, "state_groups": 2, "row_bytes": 256, "state_bytes": 128 * 256}
+"""Model with blocks of 128 tokens."""
+GIB_PER_BLOCK = 128 * 256 / 2**30
 
 
 @pytest.fixture(autouse=True)
@@ -70,10 +70,10 @@ def chats(num_sessions: int, num_turns: int, seed: int = 0) -> list[Any]:
     return found
 
 
-def serve(requests: list[Any], num_blocks: int, model: Model = SMALL, **options: Any) -> Any:
-    defaults = {"sessions": 6, "chunk": 512}
+def serve(requests: list[Any], num_blocks: int, **options: Any) -> Any:
+    defaults = SMALL | {"sessions": 6, "chunk": 512}
     gib = (num_blocks + 0.5) * GIB_PER_BLOCK
-    return run(requests, gib, Options(**(defaults | options)), model)
+    return run(requests, Options(gib, **(defaults | options)))
 
 
 def test_preempted_requests_resume_from_what_they_computed():
@@ -169,7 +169,7 @@ def test_hits_exceed_those_of_vllm_with_each_of_its_flags():
 def test_prompts_at_once_do_not_plan_into_the_same_free_memory(trace, gib):
     # Each of the first prompts sees the free blocks that the others have planned states for.
     ours, as_it_is = (
-        run(open_trace(trace), gib, Options(**options))
+        run(open_trace(trace), Options(gib, **options))
         for options in ({}, {"scheduler": "vllm", "unit": 0})
     )
     assert ours.num_wrong == 0
@@ -177,13 +177,11 @@ def test_prompts_at_once_do_not_plan_into_the_same_free_memory(trace, gib):
 
 
 def test_a_model_without_states_is_served_by_vllm_as_it_is():
-    model = Model(num_layers=1, num_state_groups=0, row_bytes=256)
-    reports = [
-        run(chats(6, 3), 200 * 16 * 256 / 2**30, Options(name, unit=0, sessions=4), model)
-        for name in ("hybridcache", "vllm")
-    ]
+    model = {"unit": 0, "sessions": 4, "layers": 1, "state_groups": 0, "row_bytes": 256}
+    gib = 200 * 16 * 256 / 2**30
+    reports = [run(chats(6, 3), Options(gib, name, **model)) for name in ("hybridcache", "vllm")]
     assert reports[0] == reports[1] and reports[0].hit_tokens > 0
-    engine = Engine(model, Options(unit=0), 0.01)
+    engine = Engine(Options(0.01, **model))
     assert type(engine.scheduler) is AsyncScheduler
 
 
@@ -194,9 +192,8 @@ class Steps:
     """Engine whose requests are added one by one. ``hits`` are those of each request."""
 
     def __init__(self, num_blocks: int = 200, **options: Any) -> None:
-        defaults = {"chunk": 4096}
         gib = (num_blocks + 0.5) * GIB_PER_BLOCK
-        self.engine = Engine(SMALL, Options(**(defaults | options)), gib)
+        self.engine = Engine(Options(gib, **(SMALL | {"chunk": 4096} | options)))
         self.scheduler = self.engine.scheduler
         self.hits: list[int] = []
         record = self.scheduler.kv_cache_manager.record_prefix_cache_stats
@@ -410,7 +407,7 @@ def test_hints_that_are_wrong_are_ignored():
 def test_a_wrong_setting_is_named_at_the_start(given, named):
     with pytest.raises((ValueError, TypeError), match=named):
         Settings.read({"hybridcache": given})
-        Engine(SMALL, Options(settings=given), 1.0)
+        Engine(Options(settings=given))
 
 
 REFUSED = {
@@ -431,7 +428,7 @@ def test_models_without_exactly_one_attention_group_are_refused(num_attention_gr
 
     monkeypatch.setattr(check, "KVCacheConfig", changed)
     with pytest.raises(ValueError, match="cache groups of this model"):
-        Engine(SMALL, Options(), 0.01)
+        Engine(Options())
 
 
 @pytest.mark.parametrize(("named", "change"), REFUSED.items(), ids=REFUSED)
@@ -445,4 +442,4 @@ def test_what_is_not_supported_is_named_at_the_start(named, change, monkeypatch)
 
     monkeypatch.setattr(check, "make_config", changed)
     with pytest.raises(ValueError, match=named):
-        Engine(SMALL, Options(), 0.01)
+        Engine(Options())
