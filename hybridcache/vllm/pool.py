@@ -179,6 +179,13 @@ class BlockTree(Listener):
         if lock is not None:
             self.cache.unlock(lock)
 
+    def supersede(self, request_id: str) -> None:
+        """Let the last state of a running request be evicted before others: the copy of its answer
+        replaces it."""
+        slot = self.cache.allocate_slot(replaces=self.locks.get(request_id))
+        assert slot is not None, "there are as many slots as states fit"
+        self.cache.free_slot(slot)  # It is taken again when the answer ends.
+
     def find(self, request: Any, num_tokens: int) -> tuple[PrefixMatch, PrefixMatch]:
         """Match the first ``num_tokens`` of a request.
 

@@ -193,6 +193,7 @@ class HybridManager(KVCacheManager):
             # Keep a block for each running request, so that no copy preempts one.
             if pool.get_num_free_blocks() < len(sources) + len(self.tracks):
                 return
+            self.tree.supersede(request.request_id)
             track.answer = start, pool.get_new_blocks(len(sources))
         blocks = track.answer[1]
         track.answer = start, blocks
