@@ -231,7 +231,9 @@ def test_the_copy_of_an_answer_supersedes_the_last_state_of_its_prompt():
     while steps.engine.live:
         steps.engine.step()
         found.append([one.checkpoint.superseded for one in nodes() if one.checkpoint is not None])
-    assert [one for one, _ in groupby(found)] == [[False], [True], [True, False]]
+    prompt = [[False], [True, False]]
+    answer = [[True, True], [True, True, False]]
+    assert [one for one, _ in groupby(found)] == prompt + answer
 
 
 def test_the_lock_of_an_admission_gives_way_to_its_own_blocks(monkeypatch):
