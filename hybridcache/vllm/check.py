@@ -101,9 +101,7 @@ class Report:
     """Hits of preempted requests included. The rows and states of all are compared."""
     wrong_rows: int = 0
     wrong_states: int = 0
-    """Wrong rows and states. ``chained_copies`` are copies from a block that is written by another
-    copy of the same step."""
-    chained_copies: int = 0
+    """Copies from a block that another copy of the same step writes are wrong states too."""
     steps: int = 0
     preemptions: int = 0
     aborts: int = 0
@@ -111,7 +109,7 @@ class Report:
 
     @property
     def num_wrong(self) -> int:
-        return self.wrong_rows + self.wrong_states + self.chained_copies
+        return self.wrong_rows + self.wrong_states
 
     @property
     def hit_rate(self) -> float:
@@ -172,7 +170,7 @@ def make_scheduler(options: Options) -> Any:
         mamba_cache_mode="align",
         num_speculative_blocks=options.drafts,
     )
-    kinds = [attention] + [state] * options.state_groups
+    kinds = [attention, *[state] * options.state_groups]
     names = [f"layer{layer}" for layer in range(options.layers)]
     config = KVCacheConfig(
         num_blocks=options.num_blocks,
@@ -206,7 +204,7 @@ class Contents:
     def copy(self, copies: Sequence[Any]) -> None:
         """Copy blocks before a step, all at once."""
         src, dst = np.array(copies, np.intp).reshape(-1, 2).T
-        self.report.chained_copies += int(np.isin(src, dst).sum())
+        self.report.wrong_states += int(np.isin(src, dst).sum())
         self.report.copied_blocks += len(src)
         self.rows[dst], self.state[dst] = self.rows[src], self.state[src]
 

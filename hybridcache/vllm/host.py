@@ -56,14 +56,12 @@ class SurvivalCachePolicy(CachePolicy, Listener):
 
     def _plant(self) -> None:
         """Begin with an empty tree. All chunks have no place in it, and go first."""
-        num_states = len(self._states)
-        num_attention = len(self._groups) - num_states
         config = CacheConfig(
-            prefix_cache="hybrid" if num_states else "radix",
+            prefix_cache="hybrid" if self._states else "radix",
             num_kv_tokens=self.cache_capacity + 1,
             num_slots=self.cache_capacity + 1,
-            kv_bytes_per_token=max(num_attention, 1),
-            state_bytes=max(num_states, 1),
+            kv_bytes_per_token=max(len(self._groups - self._states), 1),
+            state_bytes=max(len(self._states), 1),
             grid=1,
         )
         self.cache = build_prefix_cache(config)
@@ -95,7 +93,7 @@ class SurvivalCachePolicy(CachePolicy, Listener):
         self._first.pop(key, None)
 
     def touch(self, keys: Iterable[OffloadKey], req_context: ReqContext) -> None:
-        path = self._deepest(keys)
+        path = self._path(map(get_offload_block_hash, keys))
         if len(path):
             self.cache.touch(self.cache.match(np.append(path, np.int32(0))))
 
@@ -131,7 +129,7 @@ class SurvivalCachePolicy(CachePolicy, Listener):
             return None
         victims: list[tuple[OffloadKey, ChunkStatus]] = []
         candidates = self._candidates()
-        with self.cache.lock_kv(self._deepest(protected)):
+        with self.cache.lock_kv(self._path(map(get_offload_block_hash, protected))):
             while len(victims) < n:
                 key = next(candidates)
                 if key in self._evictable and key not in protected:
@@ -164,18 +162,16 @@ class SurvivalCachePolicy(CachePolicy, Listener):
             self._groups, self._states = groups, self._states | states
             self._plant()
 
-    def _path(self, end: bytes | None) -> Indices:
-        """Return the tokens from the root to the hash ``end``."""
-        names = []
+    def _path(self, names: Iterable[bytes]) -> Indices:
+        """Return the tokens of the longest path in the tree that ends in one of the hashes, or
+        none."""
+        known = [name for name in names if name in self._homes]
+        end = max(known, key=lambda name: self._homes[name][1], default=None)
+        path = list[bytes]()
         while end is not None:
-            names.append(end[:4])
+            path.append(end[:4])
             end = self._homes[end][0]
-        return np.frombuffer(b"".join(names[::-1]), INT32)
-
-    def _deepest(self, keys: Iterable[OffloadKey]) -> Indices:
-        """Return the longest path in the tree that ends in one of ``keys``, or an empty one."""
-        names = [name for name in map(get_offload_block_hash, keys) if name in self._homes]
-        return self._path(max(names, key=lambda name: self._homes[name][1], default=None))
+        return np.frombuffer(b"".join(path[::-1]), INT32)
 
     def _has(self, name: bytes, groups: Iterable[int]) -> bool:
         """Return whether the chunks of ``groups`` with the hash ``name`` are there."""
@@ -186,7 +182,7 @@ class SurvivalCachePolicy(CachePolicy, Listener):
         cache, homes = self.cache, self._homes
         known = max((i for i, name in enumerate(names, 1) if name in homes), default=0)
         before = names[known - 1] if known else None
-        tokens = self._path(before)
+        tokens = self._path(names)
         first, new = len(tokens), names[known:]
         tokens = np.append(tokens, np.array(new, "S4").view(INT32))
         match = cache.match(np.append(tokens, np.int32(0)))

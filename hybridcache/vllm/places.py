@@ -36,8 +36,10 @@ class Track:
     """Planned checkpoints that are not saved yet, by position in tokens."""
     interval: int = 0
     """Distance of the states of the answer, tokens. 0 saves none."""
-    answer: tuple[int, list[KVCacheBlock]] | None = None
-    """Position and blocks of the rolling copy of the answer's last state."""
+    copy: list[KVCacheBlock] = field(default_factory=list)
+    """Blocks of the rolling copy of the answer's last state. Empty if there is none."""
+    copied_len: int = 0
+    """Position of that state, tokens."""
     causes: dict[str, int] = field(default_factory=dict)
     """Prompt tokens that are computed, by cause, and those that are cached. Empty if the request
     may not read the cache."""
@@ -45,11 +47,9 @@ class Track:
     @property
     def num_pending(self) -> int:
         """Number of states that a running request will still take blocks for."""
-        return (len(self.stops) + (self.interval > 0 and self.answer is None)) * self.is_running
+        return (len(self.stops) + (self.interval > 0 and not self.copy)) * self.is_running
 
-    def found(
-        self, found: PrefixMatch, match: PrefixMatch, num_tokens: int, layout: Layout
-    ) -> None:
+    def note(self, found: PrefixMatch, match: PrefixMatch, num_tokens: int, layout: Layout) -> None:
         """Note the match of a prompt of ``num_tokens``, and the one to resume from."""
         self.match, self.cached_len = match, layout.tokens(match.cached_len)
         lost = {name: layout.tokens(num) for name, num in found.losses._asdict().items() if num}
@@ -79,9 +79,7 @@ def boundaries_of(request: Request) -> tuple[int, ...]:
 
 # These counters are next to those of vLLM in its ``/metrics``. The scheduler runs in a process of
 # its own: they are shown if ``PROMETHEUS_MULTIPROC_DIR`` is set, as vLLM does with several servers.
-PROMPT_TOKENS = Counter(
-    "hybridcache_prompt_tokens", "Prompt tokens, cached or computed, by cause.", ["cause"]
-)
+PROMPT_TOKENS = Counter("hybridcache_prompt_tokens", "Prompt tokens by cause of loss.", ["cause"])
 COPIED_BYTES = Counter("hybridcache_copied_bytes", "Bytes of block copies for states of answers.")
 
 

@@ -96,9 +96,8 @@ class HybridPool(BlockPool):
         return count
 
     def get_new_blocks(self, num_blocks: int) -> Any:
-        if num_blocks <= self.get_num_free_blocks():
-            while self.num_unowned(num_blocks) < num_blocks:
-                self.tree.evict()
+        while self.num_unowned(num_blocks) < min(num_blocks, self.get_num_free_blocks()):
+            self.tree.evict()
         return super().get_new_blocks(num_blocks)
 
     def move_block_hashes(self, src_block: KVCacheBlock, dst_block: KVCacheBlock) -> None:
@@ -139,10 +138,6 @@ class BlockTree(Listener):
         self.locks: dict[str, LockHandle] = {}
         """Lock on the published prompt of each running request."""
 
-    def owns(self, block: KVCacheBlock) -> bool:
-        """Return whether the tree has units or a state in ``block``."""
-        return block.block_id in self.slot_of or bool(self.num_units[block.block_id])
-
     def kv_removed(self, node: RadixNode) -> None:
         assert node.kv is not None
         self._release(self.block_of[node.kv.indices[::WORDS] // WORDS])
@@ -178,13 +173,6 @@ class BlockTree(Listener):
         lock = self.locks.pop(request_id, None)
         if lock is not None:
             self.cache.unlock(lock)
-
-    def supersede(self, request_id: str) -> None:
-        """Let the last state of a running request be evicted before others: the copy of its answer
-        replaces it."""
-        slot = self.cache.allocate_slot(replaces=self.locks.get(request_id))
-        assert slot is not None, "there are as many slots as states fit"
-        self.cache.free_slot(slot)  # It is taken again when the answer ends.
 
     def find(self, request: Any, num_tokens: int) -> tuple[PrefixMatch, PrefixMatch]:
         """Match the first ``num_tokens`` of a request.
@@ -270,10 +258,8 @@ class BlockTree(Listener):
     def block_copied(self, request: Any, tables: Tables, at: int) -> None:
         """Point the tree to the request's copy of the attention block that its hit at ``at`` ended
         in, so that the original becomes free unless another path uses it."""
-        layout, lock = self.layout, self.locks.get(request.request_id)
+        layout, lock = self.layout, self.locks[request.request_id]
         span, end = at // layout.block_size, layout.rows(at)
-        if lock is None or lock.node is None or lock.node.end < end:
-            return
         start = span * layout.rows(layout.block_size)
         pages = self.cache.gather(lock.node)[start:end:WORDS] // WORDS
         former, copy = self.block_of[pages], tables[layout.attention][span]
@@ -304,7 +290,8 @@ class BlockTree(Listener):
         assert len(set(places)) == len(places), "two units are at one place"
         counts = np.bincount([place // size for place in places], minlength=len(self.num_units))
         assert (counts == self.num_units).all(), "the units of the tree are miscounted"
-        for block in self.pool.blocks:
-            assert (block.block_hash is not None) == self.owns(block), f"{block}: key without owner"
-        keyed = [self.owns(one) for one in self.pool.free_block_queue.get_all_free_blocks()]
-        assert keyed == sorted(keyed), "blocks without a key are not at the front of the queue"
+        owned = {*self.slot_of, *np.flatnonzero(self.num_units).tolist()}
+        keyed = {one.block_id for one in self.pool.blocks if one.block_hash is not None}
+        assert keyed == owned, "the blocks with a key are not those of the tree"
+        free = [one.block_id in owned for one in self.pool.free_block_queue.get_all_free_blocks()]
+        assert free == sorted(free), "blocks without a key are not at the front of the queue"

@@ -71,7 +71,7 @@ class HybridManager(KVCacheManager):
         if max_cache_hit_length is not None:
             num_tokens = min(num_tokens, max_cache_hit_length + 1)
         found, match = tree.find(request, num_tokens)
-        track.found(found, match, request.num_tokens, self.layout)
+        track.note(found, match, request.num_tokens, self.layout)
         last = max((request.num_tokens - 1) // unit - self.layout.drop, 0)
         deeper = request.block_hashes[track.cached_len // unit : last]
         blocks, copied = tree.blocks_of(match), self.states[0].cached_blocks_this_step
@@ -160,11 +160,10 @@ class HybridManager(KVCacheManager):
             stored = self._publish(request, tables, end, states)
             if request in self._admitted and track.cached_len % self.layout.block_size:
                 self.tree.block_copied(request, tables, track.cached_len)
-            if end not in stored or end % self.layout.block_size == 0:
-                continue
-            # The next step overwrites this state: vLLM copies it first, and reserves the blocks.
-            for manager, block in zip(self.states, states[end][1], strict=True):
-                manager._partial_hit_reqs[request_id] = end // self.layout.block_size, block
+            if end in stored and end % self.layout.block_size:
+                # The next step overwrites this state: vLLM copies it first, and reserves blocks.
+                for manager, block in zip(self.states, states[end][1], strict=True):
+                    manager._partial_hit_reqs[request_id] = end // self.layout.block_size, block
 
     def _running_state(self, tables: Tables, computed_len: int) -> list[KVCacheBlock]:
         """Return the blocks that hold the state after the last computed token."""
@@ -189,26 +188,24 @@ class HybridManager(KVCacheManager):
         sources = self._running_state(tables, start)
         if any(block.is_null for block in sources):
             return
-        if track.answer is None:
+        if not track.copy:
             # Keep a block for each running request, so that no copy preempts one.
             if pool.get_num_free_blocks() < len(sources) + len(self.tracks):
                 return
-            self.tree.supersede(request.request_id)
-            track.answer = start, pool.get_new_blocks(len(sources))
-        blocks = track.answer[1]
-        track.answer = start, blocks
-        for manager, source, block in zip(self.states, sources, blocks, strict=True):
+            track.copy = pool.get_new_blocks(len(sources))
+        track.copied_len = start
+        for manager, source, block in zip(self.states, sources, track.copy, strict=True):
             manager._pending_cow_copies.append((source, block))
             source.ref_cnt += 1
             block.ref_cnt += 1
-        COPIED_BYTES.inc(self.layout.block_bytes * len(blocks))
+        COPIED_BYTES.inc(self.layout.block_bytes * len(sources))
 
     def _give_back_copy(self) -> bool:
         """Free the copy of the newest answer. Returns False if there is none."""
         for track in reversed(self.tracks.values()):
-            if track.answer is not None:
-                self.block_pool.free_blocks(track.answer[1])
-                track.answer, track.interval = None, 0
+            if track.copy:
+                self.block_pool.free_blocks(track.copy)
+                track.copy, track.interval = [], 0
                 return True
         return False
 
@@ -230,22 +227,18 @@ class HybridManager(KVCacheManager):
             end = min(end - request.num_in_flight_tokens, request.num_tokens - 1)
         end = min(end, request.num_tokens, len(request.block_hashes) * layout.unit)
         states: States = {}
-        if track.answer is not None and track.answer[0] <= end:
-            at, blocks = track.answer
-            states[at] = Placed(layout.rows(at), "decode"), blocks
+        if track.copy and track.copied_len <= end:
+            states[track.copied_len] = Placed(layout.rows(track.copied_len), "decode"), track.copy
         if self.places.saves_answers and computed == end and end % layout.unit == 0 < end:
             blocks = self._running_state(tables, end)
-            if end > track.cached_len and not any(
-                block.is_null or self.tree.owns(block) for block in blocks
-            ):
+            if end > track.cached_len and not any(one.is_null or one.block_hash for one in blocks):
                 label = "preempt" if end <= request.num_prompt_tokens else "decode"
                 states[end] = track.stops.pop(end, Placed(layout.rows(end), label)), blocks
         self._publish(request, tables, end, states)
         for placed in track.stops.values():
             self.places.policy.on_dropped(placed)
         self.tree.unlock(request_id)
-        if track.answer is not None:
-            self.block_pool.free_blocks(track.answer[1])
+        self.block_pool.free_blocks(track.copy)
 
     def reset_prefix_cache(self) -> bool:
         if not super().reset_prefix_cache():
@@ -277,10 +270,9 @@ class HybridScheduler(AsyncScheduler):
         """Return the layout of the model's blocks. Raises ValueError for what is not supported."""
         manager, groups = self.kv_cache_manager, self.kv_cache_config.kv_cache_groups
         managers = manager.coordinator.single_type_managers
-        kinds = [type(one) for one in managers]
-        states = [i for i, kind in enumerate(kinds) if kind is MambaManager]
-        attention = [i for i, kind in enumerate(kinds) if kind is FullAttentionManager]
-        names = ", ".join(kind.__name__ for kind in kinds)
+        states = [i for i, one in enumerate(managers) if type(one) is MambaManager]
+        attention = [i for i, one in enumerate(managers) if type(one) is FullAttentionManager]
+        names = ", ".join(type(one).__name__ for one in managers)
         refused = {
             "--no-enable-prefix-caching": not manager.enable_caching,
             "KV connectors (--kv-transfer-config)": self.connector is not None,
@@ -314,8 +306,7 @@ class HybridScheduler(AsyncScheduler):
             aligned = end // block_size * block_size
             if aligned > start or block_size <= limit:
                 end = aligned
-        track = self.kv_cache_manager.tracks.get(request.request_id)
-        stops = () if track is None else track.stops
+        stops = self.kv_cache_manager.tracks[request.request_id].stops
         return max(min((stop for stop in stops if start < stop < end), default=end) - start, 0)
 
     def _connector_finished(self, request: Request) -> Any:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 from collections import deque
 from collections.abc import Sequence
-from itertools import groupby
 from types import SimpleNamespace
 from typing import Any
 
@@ -221,19 +220,6 @@ def test_the_next_turn_resumes_at_the_end_of_the_answer():
     # The last token of an answer is never computed: 399 tokens are 12 units of 32.
     assert steps.serve(turn([*text, *prompt_of((2, 50))], 5)) == [384]
     assert steps.engine.report.copied_blocks > 0
-
-
-def test_the_copy_of_an_answer_supersedes_the_last_state_of_its_prompt():
-    steps = Steps()
-    steps.engine.submit(deque([turn(prompt_of((1, 300)), 100)]))
-    nodes = steps.scheduler.kv_cache_manager.tree.cache.iter_nodes
-    found = []
-    while steps.engine.live:
-        steps.engine.step()
-        found.append([one.checkpoint.superseded for one in nodes() if one.checkpoint is not None])
-    prompt = [[False], [True, False]]
-    answer = [[True, True], [True, True, False]]
-    assert [one for one, _ in groupby(found)] == prompt + answer
 
 
 def test_the_lock_of_an_admission_gives_way_to_its_own_blocks(monkeypatch):
