@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from prometheus_client import Counter
+from vllm.v1.core.kv_cache_utils import KVCacheBlock
+from vllm.v1.request import Request
 
 from hybridcache.policies.placement import HEADER
 from hybridcache.radix.api import PrefixMatch
 from hybridcache.radix.protocol import Placed, PlacementPolicy, Prefill, end_of_prompt
 from hybridcache.vllm import NAME
 from hybridcache.vllm.pool import WORDS, BlockTree, Layout
-
-if TYPE_CHECKING:
-    from vllm.v1.core.kv_cache_utils import KVCacheBlock
-    from vllm.v1.request import Request
 
 
 @dataclass(slots=True, eq=False)

@@ -16,27 +16,23 @@ Invariants, checked by ``BlockTree.check``:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from vllm.v1.core.block_pool import BlockPool
+from vllm.v1.core.kv_cache_utils import KVCacheBlock
 
 from hybridcache.config import CacheConfig, build_prefix_cache
 from hybridcache.radix.api import Listener, PrefixMatch
 from hybridcache.radix.cache import LockHandle
 from hybridcache.radix.protocol import Placed
+from hybridcache.radix.tree import RadixNode
 from hybridcache.tokens import INT32, Indices, Tokens
 
-if TYPE_CHECKING:
-    from vllm.v1.core.kv_cache_utils import KVCacheBlock
-
-    from hybridcache.radix.tree import RadixNode
-
-    States = dict[int, tuple[Placed, list[KVCacheBlock]]]
-    """States to publish, by position in tokens: labels and blocks, one per state group."""
-    Tables = Sequence[Sequence[KVCacheBlock]]
-    """Blocks of a request by group."""
-
+States = dict[int, tuple[Placed, list[KVCacheBlock]]]
+"""States to publish, by position in tokens: labels and blocks, one per state group."""
+Tables = Sequence[Sequence[KVCacheBlock]]
+"""Blocks of a request by group."""
 WORDS = 4
 """Tokens of the tree per unit: int32 words of its hash."""
 
