@@ -171,11 +171,10 @@ def make_scheduler(options: Options) -> Any:
         num_speculative_blocks=options.drafts,
     )
     kinds = [attention, *[state] * options.state_groups]
-    names = [f"layer{layer}" for layer in range(options.layers)]
     config = KVCacheConfig(
         num_blocks=options.num_blocks,
         kv_cache_tensors=[],
-        kv_cache_groups=[KVCacheGroupSpec(names, kind) for kind in kinds],
+        kv_cache_groups=[KVCacheGroupSpec(["layer"] * options.layers, kind) for kind in kinds],
         prefix_cache_retention_interval=options.retention,
     )
     grammar = _Any(accept_tokens=lambda *_: True, validate_tokens=lambda _, tokens: tokens)

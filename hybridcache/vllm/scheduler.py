@@ -264,16 +264,13 @@ class HybridScheduler(AsyncScheduler):
 
     def _layout(self) -> Layout:
         """Return the layout of the model's blocks. Raises ValueError for what is not supported."""
-        coordinator, groups = (
-            self.kv_cache_manager.coordinator,
-            self.kv_cache_config.kv_cache_groups,
-        )
-        managers = coordinator.single_type_managers
+        manager, groups = self.kv_cache_manager, self.kv_cache_config.kv_cache_groups
+        managers = manager.coordinator.single_type_managers
         states = [i for i, one in enumerate(managers) if type(one) is MambaManager]
         attention = [i for i, one in enumerate(managers) if type(one) is FullAttentionManager]
         names = ", ".join(type(one).__name__ for one in managers)
         refused = {
-            "--no-enable-prefix-caching": not self.kv_cache_manager.enable_caching,
+            "--no-enable-prefix-caching": not manager.enable_caching,
             "KV connectors (--kv-transfer-config)": self.connector is not None,
             "context parallelism": self.dcp_world_size * self.pcp_world_size > 1,
             "drafts of several MTP modules": self.num_prefill_lookahead > 1,
@@ -283,7 +280,8 @@ class HybridScheduler(AsyncScheduler):
         }
         for what in [one for one, is_set in refused.items() if is_set]:
             raise ValueError(f"hybridcache does not support {what}: drop it, or --scheduler-cls.")
-        unit = self.hash_block_size if coordinator.enable_partial_hash_hits else self.block_size
+        has_parts = manager.coordinator.enable_partial_hash_hits
+        unit = self.hash_block_size if has_parts else self.block_size
         size = len(groups[0].layer_names) * groups[0].kv_cache_spec.page_size_bytes
         drop = int(self.use_eagle_block_drop)
         return Layout(unit, self.block_size, size, drop, attention[0], tuple(states))
