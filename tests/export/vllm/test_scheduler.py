@@ -181,8 +181,7 @@ def test_a_model_without_states_is_served_by_vllm_as_it_is():
     gib = 200 * 16 * 256 / 2**30
     reports = [run(chats(6, 3), Options(gib, name, **model)) for name in ("hybridcache", "vllm")]
     assert reports[0] == reports[1] and reports[0].hit_tokens > 0
-    engine = Engine(Options(0.01, **model))
-    assert type(engine.scheduler) is AsyncScheduler
+    assert type(Engine(Options(0.01, **model)).scheduler) is AsyncScheduler
 
 
 # --- One engine ---------------------------------------------------------------------------------
@@ -196,11 +195,8 @@ class Steps:
         self.engine = Engine(Options(gib, **(SMALL | {"chunk": 4096} | options)))
         self.scheduler = self.engine.scheduler
         self.hits: list[int] = []
-        record = self.scheduler.kv_cache_manager.record_prefix_cache_stats
-        self.scheduler.kv_cache_manager.record_prefix_cache_stats = lambda request, hits: (
-            record(request, hits),
-            self.hits.append(hits),
-        )
+        manager = self.scheduler.kv_cache_manager
+        manager.record_prefix_cache_stats = lambda _, hits: self.hits.append(hits)
 
     def serve(self, *turns: Any) -> list[int]:
         """Serve ``turns`` at once, and return their hits in tokens."""

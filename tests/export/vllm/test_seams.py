@@ -53,8 +53,9 @@ SEAMS = (
     "kv_offload.base:ReqContext.get_offload_key_position(key)",
 )
 """Code below ``vllm.v1`` that is overridden or called, with the first parameters after ``self``.
-Most of it is private. The rest of the contract: ``MambaManager._partial_hit_reqs``,
-``_pending_cow_copies`` and ``req_to_blocks``, and the fields of ``Request``."""
+Most of it is private. The rest of the contract: ``Scheduler.current_step``,
+``MambaManager._partial_hit_reqs``, ``_pending_cow_copies`` and ``cached_blocks_this_step``, the
+links of the free queue, and the fields of ``Request``."""
 
 
 def installed(seam: str) -> Any:
