@@ -49,9 +49,9 @@ class Idle:
 
 def engine_of(options: dict[str, Any]) -> Any:
     """Return an engine with ample memory."""
-    from hybridcache.vllm.check import QWEN3_NEXT, Engine, Options  # Imports vLLM.
+    from hybridcache.vllm.check import Engine, Options  # Imports vLLM.
 
-    engine = Engine(QWEN3_NEXT, Options(overlap=True, **options), 200.0)
+    engine = Engine(Options(gib=200.0, overlap=True, **options))
     engine.contents = Idle()
     return engine
 
@@ -66,7 +66,7 @@ def decode(engine: Any) -> Callable[[int], float]:
     """Begin a steady decode, and return a function that measures the seconds of a step."""
     for seed in range(NUM_DECODING):
         engine.submit(deque([request(seed + 1, 1000, 100_000)]))
-    while any(live.num_answered < 2 for live in engine.live.values()):
+    while any(live.request.num_output_tokens < 2 for live in engine.live.values()):
         engine.step()
     scheduler = engine.scheduler
     engine._deliver()

@@ -120,7 +120,7 @@ def measure(job: VllmRun) -> dict[str, Any]:
 
     spec = WORKLOADS[job.trace].spec
     trace = open_trace(common.seeded(spec, job.seed) if job.seed else spec)
-    report = run(trace, job.gib, Options(sessions=job.sessions, **VARIANTS[job.variant]))
+    report = run(trace, Options(job.gib, sessions=job.sessions, **VARIANTS[job.variant]))
     record = asdict(report) | {"hit_rate": report.hit_rate, "num_wrong": report.num_wrong}
     return job._asdict() | record
 

@@ -7,19 +7,9 @@ Importing this module imports neither vLLM nor torch. Settings are given to vLLM
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
-from hybridcache.policies.registry import (
-    DEFAULT_EVICTION,
-    DEFAULT_PLACEMENT,
-    make_eviction,
-    parse_placement,
-)
-from hybridcache.radix.tokens import require_bool
-
-if TYPE_CHECKING:
-    from hybridcache.vllm.scheduler import HybridScheduler as HybridScheduler
+from hybridcache.policies.registry import DEFAULT_EVICTION, DEFAULT_PLACEMENT
 
 NAME = "hybridcache"
 """Key of the settings in ``--additional-config``, and of the hints in ``extra_args``."""
@@ -27,28 +17,20 @@ TESTED = ("0.32", "0.33")
 """Minor versions of vLLM that the tests run with."""
 
 
-@dataclass(frozen=True, slots=True)
-class Settings:
+class Settings(NamedTuple):
     """Value of ``additional_config["hybridcache"]``.
 
     >>> Settings.read({"hybridcache": {"eviction": "lru"}}).eviction
     'lru'
     >>> Settings.read({"hybridcache": {"evict": "lru"}})
     Traceback (most recent call last):
-    ValueError: hybridcache has no setting 'evict'; known: eviction, placement, debug.
+    ValueError: hybridcache has no setting 'evict'; known: eviction, placement.
     """
 
     eviction: str = DEFAULT_EVICTION
     """Name of the eviction policy."""
     placement: str = DEFAULT_PLACEMENT
     """Name of the placement of checkpoints."""
-    debug: bool = False
-    """Check all invariants at each step, for tests. O(blocks)."""
-
-    def __post_init__(self) -> None:
-        make_eviction(self.eviction)
-        parse_placement(self.placement)
-        require_bool(self.debug, "debug")
 
     @classmethod
     def read(cls, additional_config: Any) -> Settings:
@@ -56,9 +38,8 @@ class Settings:
         given = additional_config.get(NAME, {}) if isinstance(additional_config, Mapping) else {}
         if not isinstance(given, Mapping):
             raise ValueError(f"the value of {NAME} must be a JSON object (got {given!r}).")
-        known = [one.name for one in fields(cls)]
-        for name in given.keys() - known:
-            raise ValueError(f"{NAME} has no setting {name!r}; known: {', '.join(known)}.")
+        for name in given.keys() - set(cls._fields):
+            raise ValueError(f"{NAME} has no setting {name!r}; known: {', '.join(cls._fields)}.")
         return cls(**given)
 
 

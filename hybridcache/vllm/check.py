@@ -14,17 +14,12 @@ import sys
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from importlib.util import find_spec
 from itertools import count
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
-
-if __name__ == "__main__" and find_spec("vllm") is None:
-    sys.exit("hybridcache.vllm.check needs vLLM in this environment (docs/how-to/vllm.md).")
-
 from vllm.config import CacheConfig, ObservabilityConfig, ParallelConfig, SchedulerConfig
 from vllm.sampling_params import SamplingParams
 from vllm.utils.hashing import sha256
@@ -48,35 +43,12 @@ GARBAGE = -1
 
 
 @dataclass(frozen=True)
-class Model:
-    """Cache of a hybrid model in vLLM: blocks of equal bytes, for attention and states."""
-
-    num_layers: int = 12
-    """Layers per cache group."""
-    num_state_groups: int = 3
-    num_attention_groups: int = 1
-    row_bytes: int = 2048
-    """Bytes of one token's KV in one layer."""
-    state_bytes: int = 8192 * 3 * 2 + 32 * 128 * 128 * 4
-    """Bytes of one layer's state."""
-
-    @property
-    def block_size(self) -> int:
-        """Tokens of a block whose page has room for a state, as vLLM chooses it."""
-        return 16 * -(-self.state_bytes // (16 * self.row_bytes)) if self.num_state_groups else 16
-
-    def num_blocks(self, gib: float) -> int:
-        return int(gib * 2**30 // (self.block_size * self.row_bytes * self.num_layers))
-
-
-QWEN3_NEXT = Model()
-"""Qwen3-Next-80B-A3B in bfloat16 with states in float32: blocks of 1,056 tokens."""
-
-
-@dataclass(frozen=True)
 class Options:
-    """Flags of one run."""
+    """Flags of one run. Those of the model are of Qwen3-Next-80B-A3B in bfloat16, with states in
+    float32: blocks of 1,056 tokens."""
 
+    gib: float = 4.0
+    """Memory of the cache, GiB."""
     scheduler: str = "hybridcache"
     """hybridcache or vllm."""
     unit: int = 32
@@ -99,6 +71,23 @@ class Options:
     """Seed of acceptances, aborts and priorities."""
     settings: Mapping[str, Any] | None = None
     """Value of ``additional_config["hybridcache"]``."""
+    layers: int = 12
+    """Layers of the model in each cache group."""
+    state_groups: int = 3
+    """Cache groups of the layers with states, beside one of attention."""
+    row_bytes: int = 2048
+    """Bytes of one token's KV in one layer."""
+    state_bytes: int = 8192 * 3 * 2 + 32 * 128 * 128 * 4
+    """Bytes of one layer's state."""
+
+    @property
+    def block_size(self) -> int:
+        """Tokens of a block whose page has room for a state, as vLLM chooses it."""
+        return 16 * -(-self.state_bytes // (16 * self.row_bytes)) if self.state_groups else 16
+
+    @property
+    def num_blocks(self) -> int:
+        return int(self.gib * 2**30 // (self.block_size * self.row_bytes * self.layers))
 
 
 @dataclass
@@ -109,13 +98,10 @@ class Report:
     prompt_tokens: int = 0
     hit_tokens: int = 0
     resumed_tokens: int = 0
-    """Hits of preempted requests included."""
-    checked_rows: int = 0
+    """Hits of preempted requests included. The rows and states of all are compared."""
     wrong_rows: int = 0
     wrong_states: int = 0
-    """Wrong rows and states. ``chained_copies`` are copies from a block that is written by another
-    copy of the same step."""
-    chained_copies: int = 0
+    """Copies from a block that another copy of the same step writes are wrong states too."""
     steps: int = 0
     preemptions: int = 0
     aborts: int = 0
@@ -123,7 +109,7 @@ class Report:
 
     @property
     def num_wrong(self) -> int:
-        return self.wrong_rows + self.wrong_states + self.chained_copies
+        return self.wrong_rows + self.wrong_states
 
     @property
     def hit_rate(self) -> float:
@@ -137,19 +123,18 @@ class _Any(SimpleNamespace):
         return None
 
 
-def make_config(model: Model, options: Options, num_blocks: int) -> Any:
+def make_config(options: Options) -> Any:
     """Return the fields of a ``VllmConfig`` that a scheduler reads."""
     drafts, eagle = options.drafts, options.eagle
     config = _Any(
         scheduler_config=SchedulerConfig(
             max_model_len=MAX_LEN,
             is_encoder_decoder=False,
-            max_num_seqs=256,
             max_num_batched_tokens=options.chunk,
             policy="priority" if options.chaos else "fcfs",
             async_scheduling=options.overlap,
         ),
-        cache_config=CacheConfig(block_size=model.block_size, mamba_cache_mode="align"),
+        cache_config=CacheConfig(block_size=options.block_size, mamba_cache_mode="align"),
         parallel_config=ParallelConfig(),
         observability_config=ObservabilityConfig(),
         model_config=_Any(max_model_len=MAX_LEN, runner_type="generate"),
@@ -163,7 +148,7 @@ def make_config(model: Model, options: Options, num_blocks: int) -> Any:
         max_concurrent_batches=1 + options.overlap,
         additional_config={NAME: dict(options.settings or {})},
     )
-    config.cache_config.num_gpu_blocks = num_blocks
+    config.cache_config.num_gpu_blocks = options.num_blocks
     if drafts:
         names = ("use_eagle", "use_eagle_block_drop", "needs_eagle_block_drop")
         answers = dict.fromkeys(names, lambda: eagle)
@@ -171,32 +156,31 @@ def make_config(model: Model, options: Options, num_blocks: int) -> Any:
     return config
 
 
-def make_scheduler(model: Model, options: Options, num_blocks: int) -> Any:
+def make_scheduler(options: Options) -> Any:
     """Build vLLM's scheduler, or this project's, for a model without tensors."""
-    size, num_states = model.block_size, model.num_state_groups
+    size = options.block_size
     attention = FullAttentionSpec(
-        block_size=size, num_kv_heads=1, head_size=model.row_bytes // 4, dtype=torch.bfloat16
+        block_size=size, num_kv_heads=1, head_size=options.row_bytes // 4, dtype=torch.bfloat16
     )
     state = MambaSpec(
         block_size=size,
-        shapes=((model.state_bytes // 4,),),
+        shapes=((options.state_bytes // 4,),),
         dtypes=(torch.float32,),
-        page_size_padded=size * model.row_bytes,
+        page_size_padded=size * options.row_bytes,
         mamba_cache_mode="align",
         num_speculative_blocks=options.drafts,
     )
-    kinds = [attention] * model.num_attention_groups + [state] * num_states
-    names = [f"layer{layer}" for layer in range(model.num_layers)]
+    kinds = [attention, *[state] * options.state_groups]
     config = KVCacheConfig(
-        num_blocks=num_blocks,
+        num_blocks=options.num_blocks,
         kv_cache_tensors=[],
-        kv_cache_groups=[KVCacheGroupSpec(names, kind) for kind in kinds],
+        kv_cache_groups=[KVCacheGroupSpec(["layer"] * options.layers, kind) for kind in kinds],
         prefix_cache_retention_interval=options.retention,
     )
     grammar = _Any(accept_tokens=lambda *_: True, validate_tokens=lambda _, tokens: tokens)
     plain = AsyncScheduler if options.overlap else Scheduler
     return (HybridScheduler if options.scheduler == NAME else plain)(
-        vllm_config=make_config(model, options, num_blocks),
+        vllm_config=make_config(options),
         kv_cache_config=config,
         structured_output_manager=grammar,
         block_size=size,
@@ -206,20 +190,20 @@ def make_scheduler(model: Model, options: Options, num_blocks: int) -> Any:
 
 
 class Contents:
-    """Worker that stores the identity of a prefix in place of each row and state."""
+    """Worker that stores the identity of a prefix in place of each row and state.
 
-    def __init__(self, model: Model, num_blocks: int, report: Report) -> None:
-        self.size = model.block_size
-        self.attention = range(model.num_attention_groups)
-        self.states = range(len(self.attention), len(self.attention) + model.num_state_groups)
-        self.rows = np.full((num_blocks, self.size), GARBAGE, np.int64)
-        self.state = np.full(num_blocks, GARBAGE, np.int64)
-        self.report = report
+    The first group of a request's ``tables`` is that of attention, the others hold states.
+    """
+
+    def __init__(self, options: Options, report: Report) -> None:
+        self.size, self.report = options.block_size, report
+        self.rows = np.full((options.num_blocks, self.size), GARBAGE, np.int64)
+        self.state = np.full(options.num_blocks, GARBAGE, np.int64)
 
     def copy(self, copies: Sequence[Any]) -> None:
         """Copy blocks before a step, all at once."""
         src, dst = np.array(copies, np.intp).reshape(-1, 2).T
-        self.report.chained_copies += int(np.isin(src, dst).sum())
+        self.report.wrong_states += int(np.isin(src, dst).sum())
         self.report.copied_blocks += len(src)
         self.rows[dst], self.state[dst] = self.rows[src], self.state[src]
 
@@ -230,23 +214,20 @@ class Contents:
 
     def compare(self, tables: Sequence[Sequence[int]], prefix: np.ndarray, end: int) -> None:
         """Compare the rows [0, end) of a request with its prefixes."""
-        for group in self.attention:
-            found = self.rows[self._rows_of(tables[group], 0, end)]
-            self.report.checked_rows += end
-            self.report.wrong_rows += int((found != prefix[1 : end + 1]).sum())
+        found = self.rows[self._rows_of(tables[0], 0, end)]
+        self.report.wrong_rows += int((found != prefix[1 : end + 1]).sum())
 
     def compute(
         self, tables: Sequence[Sequence[int]], prefix: np.ndarray, start: int, end: int, kept: int
     ) -> None:
         """Compute the tokens [start, end), of which those from ``kept`` on are rejected drafts."""
-        for group in self.states if start else ():
-            found = self.state[tables[group][(start - 1) // self.size]]
+        for table in tables[1:] if start else ():
+            found = self.state[table[(start - 1) // self.size]]
             self.report.wrong_states += int(found != prefix[start])
         rows = np.where(np.arange(start, end) < kept, prefix[start + 1 : end + 1], GARBAGE)
-        for group in self.attention:
-            self.rows[self._rows_of(tables[group], start, end)] = rows
-        for group in self.states:
-            self.state[tables[group][(kept - 1) // self.size]] = prefix[kept]
+        self.rows[self._rows_of(tables[0], start, end)] = rows
+        for table in tables[1:]:
+            self.state[table[(kept - 1) // self.size]] = prefix[kept]
 
 
 @dataclass(eq=False)
@@ -254,15 +235,13 @@ class _Live:
     """Request of the workload in the engine."""
 
     request: Request
-    answer: list[int]
+    text: list[int]
+    """Prompt and answer."""
     prefix: np.ndarray
     rest: deque[Any]
     """Later requests of the session."""
     done: int = 0
     """Tokens that the worker has computed and accepted."""
-    num_answered: int = 0
-    """Tokens of the answer that the worker has sampled."""
-    is_installed: bool = False
     abort_at: int = 0
     """Length at which the client aborts. 0 is never."""
 
@@ -270,26 +249,16 @@ class _Live:
 class Engine:
     """Engine with vLLM's scheduler and a worker without tensors."""
 
-    def __init__(self, model: Model, options: Options, gib: float) -> None:
+    def __init__(self, options: Options) -> None:
         self.options, self.report = options, Report()
-        num_blocks = model.num_blocks(gib)
-        self.scheduler = make_scheduler(model, options, num_blocks)
-        self.contents = Contents(model, num_blocks, self.report)
+        self.scheduler = make_scheduler(options)
+        self.contents = Contents(options, self.report)
         self.live: dict[str, _Live] = {}
         self._chance = random.Random(options.seed)
         init_none_hash(sha256)
-        self._hasher = get_request_block_hasher(options.unit or model.block_size, sha256)
+        self._hasher = get_request_block_hasher(options.unit or options.block_size, sha256)
         self._pending: deque[tuple[Any, ModelRunnerOutput]] = deque()
         self._numbers = count(1)
-        self.scheduler.kv_cache_manager.record_prefix_cache_stats = self._record
-
-    def _record(self, request: Request, num_hits: int) -> None:
-        report = self.report
-        report.resumed_tokens += num_hits
-        if not request.num_preemptions:
-            report.requests += 1
-            report.prompt_tokens += request.num_tokens
-            report.hit_tokens += num_hits
 
     def submit(self, session: deque[Any]) -> None:
         """Add the next request of a session."""
@@ -308,7 +277,7 @@ class Engine:
         )
         tokens = np.array(prompt + answer, np.int64) + 1
         prefix = hash(salt) + np.append(0, np.cumsum(tokens * POWERS[: len(tokens)]))
-        live = self.live[request.request_id] = _Live(request, answer, prefix, session)
+        live = self.live[request.request_id] = _Live(request, prompt + answer, prefix, session)
         if options.chaos and chance.random() < options.chaos:
             live.abort_at = chance.randrange(1, len(tokens))
         self.scheduler.add_request(request)
@@ -339,33 +308,33 @@ class Engine:
             self.scheduler.update_draft_token_ids(drafts)
 
     def _execute(self, output: Any) -> ModelRunnerOutput:
-        contents, manager = self.contents, self.scheduler.kv_cache_manager
-        for request_id in self.live.keys() & (output.preempted_req_ids or ()):
-            self.live[request_id].is_installed = False
-            self.report.preemptions += 1
+        contents, report, manager = self.contents, self.report, self.scheduler.kv_cache_manager
+        report.preemptions += len(output.preempted_req_ids or ())
+        begun = {one.req_id for one in output.scheduled_new_reqs}
+        begun |= output.scheduled_cached_reqs.resumed_req_ids
         contents.copy(output.kv_cache_block_copies or ())
         sampled: list[list[int]] = []
         for request_id, num_tokens in output.num_scheduled_tokens.items():
             live = self.live[request_id]
             request, tables = live.request, manager.get_block_ids(request_id)
             num_drafts = len(output.scheduled_spec_decode_tokens.get(request_id, ()))
-            if not live.is_installed:
-                live.is_installed = True
+            if request_id in begun:
                 live.done = request.num_computed_tokens - num_tokens
-                live.num_answered = request.num_output_tokens
                 contents.compare(tables, live.prefix, live.done)
+                report.resumed_tokens += live.done
+                if not request.num_preemptions:
+                    report.requests += 1
+                    report.prompt_tokens += request.num_tokens
+                    report.hit_tokens += live.done
             start, end = live.done, min(live.done + num_tokens, len(live.prefix) - 1)
-            samples = not request.is_prefill_chunk
-            accepted = 0
-            if samples and num_drafts:
+            first, accepted = start + num_tokens - num_drafts, 0
+            if num_drafts and not request.is_prefill_chunk:
                 accepted = self._chance.randint(0, num_drafts)
-                accepted = min(accepted, len(live.answer) - live.num_answered - 1)
-            kept = max(min(start + num_tokens - num_drafts + accepted, end), start + 1)
-            contents.compute(tables, live.prefix, start, end, min(kept, end))
-            live.done = kept
-            tokens = live.answer[live.num_answered :][: (1 + accepted) * samples]
-            live.num_answered += len(tokens)
-            sampled.append(tokens or [1] * samples)
+                accepted = min(accepted, len(live.text) - first - 1)
+            live.done = max(min(first + accepted, end), start + 1)
+            contents.compute(tables, live.prefix, start, end, min(live.done, end))
+            tokens = live.text[first : first + accepted + 1] or [1]
+            sampled.append([] if request.is_prefill_chunk else tokens)
         ids = list(output.num_scheduled_tokens)
         return ModelRunnerOutput(
             req_ids=ids,
@@ -374,10 +343,10 @@ class Engine:
         )
 
 
-def run(requests: Iterable[Any], gib: float, options: Options, model: Model = QWEN3_NEXT) -> Report:
+def run(requests: Iterable[Any], options: Options) -> Report:
     """Serve ``requests``, ``options.sessions`` at once: each session one request after the other,
     or, one at a time, all requests in the order of the trace."""
-    engine = Engine(model, options, gib)
+    engine = Engine(options)
     sessions: dict[Any, deque[Any]] = {}
     for number, one in enumerate(requests):
         key = number if one.session is None or options.sessions == 1 else one.session
@@ -394,15 +363,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the check. Returns 1 if a row or state was wrong."""
     parser = argparse.ArgumentParser(prog="python -m hybridcache.vllm.check", description=__doc__)
     parser.add_argument("--trace", default="chat?head=400", help="workload of the laboratory")
-    parser.add_argument("--gib", type=float, default=4.0, help="memory of the cache, GiB")
     for name, kind, text in documented(class_body(Options)):
         reads = {"str": str, "int": int, "float": float}.get(kind, json.loads)
         reader = {"type": reads, "default": getattr(Options, name)}
         flag: dict[str, Any] = {"action": "store_true"} if kind == "bool" else reader
         parser.add_argument(f"--{name}", help=text, **flag)
     given = vars(parser.parse_args(argv))
-    trace, gib = given.pop("trace"), given.pop("gib")
-    report = run(open_trace(trace), gib, Options(**given))
+    report = run(open_trace(given.pop("trace")), Options(**given))
     print(json.dumps(asdict(report) | {"hit_rate": round(report.hit_rate, 4)}))
     return int(report.num_wrong > 0)
 

@@ -12,8 +12,9 @@ The scheduler class is not needed: any vLLM with ``OffloadingConnector`` can use
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from itertools import takewhile
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from itertools import chain, takewhile
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -55,14 +56,12 @@ class SurvivalCachePolicy(CachePolicy, Listener):
 
     def _plant(self) -> None:
         """Begin with an empty tree. All chunks have no place in it, and go first."""
-        num_states = len(self._states)
-        num_attention = len(self._groups) - num_states
         config = CacheConfig(
-            prefix_cache="hybrid" if num_states else "radix",
+            prefix_cache="hybrid" if self._states else "radix",
             num_kv_tokens=self.cache_capacity + 1,
             num_slots=self.cache_capacity + 1,
-            kv_bytes_per_token=max(num_attention, 1),
-            state_bytes=max(num_states, 1),
+            kv_bytes_per_token=max(len(self._groups - self._states), 1),
+            state_bytes=max(len(self._states), 1),
             grid=1,
         )
         self.cache = build_prefix_cache(config)
@@ -94,7 +93,7 @@ class SurvivalCachePolicy(CachePolicy, Listener):
         self._first.pop(key, None)
 
     def touch(self, keys: Iterable[OffloadKey], req_context: ReqContext) -> None:
-        path = self._deepest(keys)
+        path = self._path(map(get_offload_block_hash, keys))
         if len(path):
             self.cache.touch(self.cache.match(np.append(path, np.int32(0))))
 
@@ -110,18 +109,16 @@ class SurvivalCachePolicy(CachePolicy, Listener):
     ) -> None:
         """Give the chunks of a request their places in the tree, and count its use."""
         position = req_context.get_offload_key_position
-        found: dict[bytes, tuple[int, list[int]]] = {}
-        for keys in key_groups:
-            for key in keys:
-                at, name = position(key), get_offload_block_hash(key)
-                if at is None:
-                    return  # Not of a version that is supported: they remain without a place.
-                found.setdefault(name, (at, []))[1].append(get_offload_group_idx(key))
-        chain = sorted(found, key=lambda name: found[name][0])
-        self._learn(groups for _, groups in found.values())
+        keys = [*chain.from_iterable(key_groups)]
+        if None in map(position, keys):
+            return  # Not of a version that is supported: they remain without a place.
+        found: defaultdict[bytes, set[int]] = defaultdict(set)
+        for key in sorted(keys, key=position):
+            found[get_offload_block_hash(key)].add(get_offload_group_idx(key))
+        self._learn(found.values())
         attention = self._groups - self._states
-        chain = [name for name in chain if attention <= {*found[name][1]} or name in self._homes]
-        whole = [*takewhile(lambda name: self._has(name, attention), chain)]
+        path = [name for name, of in found.items() if attention <= of or name in self._homes]
+        whole = [*takewhile(lambda name: self._has(name, attention), path)]
         if whole:
             self._publish(whole)
 
@@ -132,7 +129,7 @@ class SurvivalCachePolicy(CachePolicy, Listener):
             return None
         victims: list[tuple[OffloadKey, ChunkStatus]] = []
         candidates = self._candidates()
-        with self.cache.lock_kv(self._deepest(protected)):
+        with self.cache.lock_kv(self._path(map(get_offload_block_hash, protected))):
             while len(victims) < n:
                 key = next(candidates)
                 if key in self._evictable and key not in protected:
@@ -155,10 +152,9 @@ class SurvivalCachePolicy(CachePolicy, Listener):
 
     # --- Tree -------------------------------------------------------------------------------------
 
-    def _learn(self, positions: Iterable[Sequence[int]]) -> None:
+    def _learn(self, sets: Collection[set[int]]) -> None:
         """Learn the kinds of the groups from those that have a chunk at each position."""
-        sets = [set(groups) for groups in positions]
-        groups = self._groups | set().union(*sets)
+        groups = self._groups.union(*sets)
         states = {group for group in groups if any(group not in one for one in sets)}
         if states == groups:  # Parts of a request, which tell nothing.
             states = set()
@@ -166,53 +162,49 @@ class SurvivalCachePolicy(CachePolicy, Listener):
             self._groups, self._states = groups, self._states | states
             self._plant()
 
-    def _path(self, end: bytes | None) -> Tokens:
-        """Return the tokens from the root to the hash ``end``."""
-        names = []
+    def _path(self, names: Iterable[bytes]) -> Tokens:
+        """Return the tokens of the longest path in the tree that ends in one of the hashes, or
+        none."""
+        known = [name for name in names if name in self._homes]
+        end = max(known, key=lambda name: self._homes[name][1], default=None)
+        path = list[bytes]()
         while end is not None:
-            names.append(end[:4])
+            path.append(end[:4])
             end = self._homes[end][0]
-        return np.frombuffer(b"".join(names[::-1]), INT32)
-
-    def _deepest(self, keys: Iterable[OffloadKey]) -> Tokens:
-        """Return the longest path in the tree that ends in one of ``keys``, or an empty one."""
-        names = [name for name in map(get_offload_block_hash, keys) if name in self._homes]
-        return self._path(max(names, key=lambda name: self._homes[name][1], default=None))
+        return np.frombuffer(b"".join(path[::-1]), INT32)
 
     def _has(self, name: bytes, groups: Iterable[int]) -> bool:
         """Return whether the chunks of ``groups`` with the hash ``name`` are there."""
         return all(make_offload_key(name, group) in self.chunks for group in groups)
 
-    def _publish(self, chain: Sequence[bytes]) -> None:
+    def _publish(self, names: Sequence[bytes]) -> None:
         """Store a path whose attention chunks are all there, and its states."""
         cache, homes = self.cache, self._homes
-        known = max((i for i, name in enumerate(chain) if name in homes), default=-1)
-        before = chain[known] if known >= 0 else None
-        new = chain[known + 1 :]
-        path = self._path(before)
-        tokens = np.concatenate([path, np.frombuffer(b"".join(n[:4] for n in new), INT32)])
+        known = max((i for i, name in enumerate(names, 1) if name in homes), default=0)
+        before = names[known - 1] if known else None
+        tokens = self._path(names)
+        first, new = len(tokens), names[known:]
+        tokens = np.append(tokens, np.array(new, "S4").view(INT32))
         match = cache.match(np.append(tokens, np.int32(0)))
-        first = len(path)
         if match.kv_match_len != first:
             return  # Another path has the same tokens: these chunks remain without a place.
         cache.touch(match)
-        with cache.lock_kv(path) as lock:
-            rows = cache.allocate_kv(len(new))
-            assert rows is not None, "there is a row for each chunk"
-            self._hash_of |= zip(rows.tolist(), new, strict=True)
-            for length, name in enumerate(new, first + 1):
-                homes[name], before = (before, length), name
-            saves = []
-            for name in chain if self._states else ():
-                if self._has(name, self._states):
-                    slot = cache.allocate_slot()
-                    assert slot is not None, "there are two slots for each state"
-                    saves.append((homes[name][1], slot))
-            rows = np.append(cache.gather(lock.node), rows)
-            result = cache.insert(tokens, rows, saves, None, first)
+        rows = cache.allocate_kv(len(new))
+        assert rows is not None, "there is a row for each chunk"
+        self._hash_of |= zip(rows.tolist(), new, strict=True)
+        for length, name in enumerate(new, first + 1):
+            homes[name], before = (before, length), name
+        saves = []
+        for name in names if self._states else ():
+            if self._has(name, self._states):
+                slot = cache.allocate_slot()
+                assert slot is not None, "there are two slots for each state"
+                saves.append((homes[name][1], slot))
+        rows = np.append(np.zeros(first, INT32), rows)  # The first ones are not read.
+        result = cache.insert(tokens, rows, saves, None, first)
         for slot in result.rejected_slots:  # The tree had these states.
             cache.free_slot(slot)
-        for name in chain:
+        for name in names:
             for group in self._groups:
                 self._first.pop(make_offload_key(name, group), None)
 

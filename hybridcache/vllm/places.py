@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from prometheus_client import Counter
+from vllm.v1.core.kv_cache_utils import KVCacheBlock
+from vllm.v1.request import Request
 
 from hybridcache.policies.placement import HEADER
 from hybridcache.radix.api import PrefixMatch
 from hybridcache.radix.protocol import Placed, PlacementPolicy, Prefill, end_of_prompt
 from hybridcache.vllm import NAME
 from hybridcache.vllm.pool import WORDS, BlockTree, Layout
-
-if TYPE_CHECKING:
-    from vllm.v1.core.kv_cache_utils import KVCacheBlock
-    from vllm.v1.request import Request
-
-DECODE, PREEMPT = "decode", "preempt"
-"""Labels of the state at the end of an answer, and of one at the end of an interrupted prompt."""
 
 
 @dataclass(slots=True, eq=False)
@@ -39,8 +34,10 @@ class Track:
     """Planned checkpoints that are not saved yet, by position in tokens."""
     interval: int = 0
     """Distance of the states of the answer, tokens. 0 saves none."""
-    answer: tuple[int, list[KVCacheBlock]] | None = None
-    """Position and blocks of the rolling copy of the answer's last state."""
+    copy: list[KVCacheBlock] = field(default_factory=list)
+    """Blocks of the rolling copy of the answer's last state. Empty if there is none."""
+    copied_len: int = 0
+    """Position of that state, tokens."""
     causes: dict[str, int] = field(default_factory=dict)
     """Prompt tokens that are computed, by cause, and those that are cached. Empty if the request
     may not read the cache."""
@@ -48,11 +45,9 @@ class Track:
     @property
     def num_pending(self) -> int:
         """Number of states that a running request will still take blocks for."""
-        return (len(self.stops) + (self.interval > 0 and self.answer is None)) * self.is_running
+        return (len(self.stops) + (self.interval > 0 and not self.copy)) * self.is_running
 
-    def found(
-        self, found: PrefixMatch, match: PrefixMatch, num_tokens: int, layout: Layout
-    ) -> None:
+    def note(self, found: PrefixMatch, match: PrefixMatch, num_tokens: int, layout: Layout) -> None:
         """Note the match of a prompt of ``num_tokens``, and the one to resume from."""
         self.match, self.cached_len = match, layout.tokens(match.cached_len)
         lost = {name: layout.tokens(num) for name, num in found.losses._asdict().items() if num}
@@ -82,9 +77,7 @@ def boundaries_of(request: Request) -> tuple[int, ...]:
 
 # These counters are next to those of vLLM in its ``/metrics``. The scheduler runs in a process of
 # its own: they are shown if ``PROMETHEUS_MULTIPROC_DIR`` is set, as vLLM does with several servers.
-PROMPT_TOKENS = Counter(
-    "hybridcache_prompt_tokens", "Prompt tokens, cached or computed, by cause.", ["cause"]
-)
+PROMPT_TOKENS = Counter("hybridcache_prompt_tokens", "Prompt tokens by cause of loss.", ["cause"])
 COPIED_BYTES = Counter("hybridcache_copied_bytes", "Bytes of block copies for states of answers.")
 
 
@@ -94,24 +87,15 @@ class Places:
     Policies count in rows of the tree, as its items do: a unit is ``WORDS`` long for them.
     """
 
-    def __init__(self, policy: PlacementPolicy, tree: BlockTree, drop: int) -> None:
-        self.policy, self.tree = policy, tree
-        self._drop = drop * WORDS
-        """Rows before the end of matching KV that cannot be resumed from (EAGLE)."""
+    def __init__(self, policy: PlacementPolicy, tree: BlockTree, saves_answers: bool) -> None:
+        self.policy, self.tree, self.saves_answers = policy, tree, saves_answers
 
-    def plan(
-        self,
-        request: Request,
-        track: Track,
-        found: PrefixMatch,
-        num_pending: int,
-        saves_answer: bool,
-    ) -> None:
+    def plan(self, request: Request, track: Track, found: PrefixMatch, num_pending: int) -> None:
         """Plan the checkpoints of a new request, and notify the policy of it. Running requests will
         take blocks for ``num_pending`` states."""
         policy, layout, match, cache = self.policy, self.tree.layout, track.match, self.tree.cache
         assert match is not None
-        unit, num_groups, drop = layout.unit, len(layout.states), self._drop
+        unit, num_groups, drop = layout.unit, len(layout.states), layout.drop * WORDS
         if match.resumed is not None:
             policy.on_hit(match.resumed)
         if found.missed is not None:
@@ -134,17 +118,18 @@ class Places:
             resumed=match.resumed,
             evicted=tuple(one for one in cache.evicted(found) if one.position > match.cached_len),
             forks=found.forks,
-            answer_survives=saves_answer,
+            answer_survives=self.saves_answers and not request.resumable,
             free_slots=free_slots - num_pending,
             num_checkpoints=cache.num_checkpoints + num_pending,
         )
         policy.on_prefill(prefill)
         planned = prefill.on_grid(policy.plan(prefill))
         track.stops = {layout.tokens(one.position): one for one in planned}
-        self.resume(track, saves_answer)
+        self.plan_answer(request, track)
 
-    def resume(self, track: Track, saves_answer: bool) -> None:
+    def plan_answer(self, request: Request, track: Track) -> None:
         """Plan the answer of a request, also of a preempted one, which the policy knows."""
-        interval = (self.policy.decode_interval() or 0) if saves_answer else 0
-        track.interval = -(-interval // WORDS) * self.tree.layout.unit
+        if self.saves_answers and not request.resumable:
+            interval = self.policy.decode_interval() or 0
+            track.interval = -(-interval // WORDS) * self.tree.layout.unit
         track.is_planned = True

@@ -7,8 +7,8 @@ block in each state group.
 
 Invariants, checked by ``BlockTree.check``:
 
-- A block that nobody uses has a key in vLLM's hash map if and only if the tree owns it: rows or a
-  state. Blocks without a key are at the front of vLLM's free queue.
+- A block has a key in vLLM's hash map if and only if the tree owns it: rows or a state. Unused
+  blocks without a key are at the front of vLLM's free queue.
 - On each path, the block of the last unit of a span of ``block_size`` tokens holds all units of the
   span. Hence a hit needs one block per span.
 """
@@ -16,36 +16,31 @@ Invariants, checked by ``BlockTree.check``:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from vllm.v1.core.block_pool import BlockPool
+from vllm.v1.core.kv_cache_utils import KVCacheBlock
 
 from hybridcache.config import CacheConfig, build_prefix_cache
 from hybridcache.radix.api import Listener, PrefixMatch
 from hybridcache.radix.cache import LockHandle
 from hybridcache.radix.protocol import Placed
 from hybridcache.radix.tokens import INT32, Tokens
+from hybridcache.radix.tree import RadixNode
 
-if TYPE_CHECKING:
-    from vllm.v1.core.kv_cache_utils import KVCacheBlock
-
-    from hybridcache.radix.tree import RadixNode
-
-    States = dict[int, tuple[Placed, list[KVCacheBlock]]]
-    """States to publish, by position in tokens: labels and blocks, one per state group."""
-    Tables = Sequence[Sequence[KVCacheBlock]]
-    """Blocks of a request by group."""
-
+States = dict[int, tuple[Placed, list[KVCacheBlock]]]
+"""States to publish, by position in tokens: labels and blocks, one per state group."""
+Tables = Sequence[Sequence[KVCacheBlock]]
+"""Blocks of a request by group."""
 WORDS = 4
 """Tokens of the tree per unit: int32 words of its hash."""
 
 
-def ids_of(request: Any, num_tokens: int, unit: int) -> Tokens:
-    """Return the tree's tokens of the whole units of the first ``num_tokens`` of ``request``."""
+def ids_of(request: Any, first: int, end: int) -> Tokens:
+    """Return the tree's tokens of the units [``first``, ``end``) of ``request``."""
     # Each hash is cut to its first words.
-    hashes = np.array(request.block_hashes[: num_tokens // unit], f"S{4 * WORDS}")
-    return hashes.view(INT32)
+    return np.array(request.block_hashes[first:end], f"S{4 * WORDS}").view(INT32)
 
 
 class Layout(NamedTuple):
@@ -56,8 +51,10 @@ class Layout(NamedTuple):
     block_size: int
     """Tokens per block, in all groups."""
     block_bytes: int
-    attention: tuple[int, ...]
-    """Numbers of the attention groups."""
+    drop: int
+    """Number of units that are dropped from the end of each hit (EAGLE)."""
+    attention: int
+    """Number of the attention group."""
     states: tuple[int, ...]
     """Numbers of the state groups."""
 
@@ -88,16 +85,15 @@ class HybridPool(BlockPool):
 
     def num_unowned(self, limit: int) -> int:
         """Count the free blocks that the tree does not own, up to ``limit``. O(limit)."""
-        queue, count = self.free_block_queue, 0
-        block = queue.fake_free_list_head.next_free_block
-        while count < limit and block is not queue.fake_free_list_tail and block.block_hash is None:
+        count, limit = 0, min(limit, self.get_num_free_blocks())
+        block = self.free_block_queue.fake_free_list_head.next_free_block
+        while count < limit and block.block_hash is None:
             block, count = block.next_free_block, count + 1
         return count
 
     def get_new_blocks(self, num_blocks: int) -> Any:
-        if num_blocks <= self.get_num_free_blocks():
-            while self.num_unowned(num_blocks) < num_blocks:
-                self.tree.evict()
+        while self.num_unowned(num_blocks) < min(num_blocks, self.get_num_free_blocks()):
+            self.tree.evict()
         return super().get_new_blocks(num_blocks)
 
     def move_block_hashes(self, src_block: KVCacheBlock, dst_block: KVCacheBlock) -> None:
@@ -116,11 +112,10 @@ class BlockTree(Listener):
     def __init__(self, pool: HybridPool, layout: Layout, eviction: str) -> None:
         self.pool, self.layout = pool, layout
         num_blocks, num_states = pool.num_gpu_blocks, len(layout.states)
-        row_bytes = layout.block_bytes * len(layout.attention) // layout.rows(layout.block_size)
         config = CacheConfig(
             num_kv_tokens=num_blocks * layout.rows(layout.block_size),
             num_slots=num_blocks // num_states + 1,
-            kv_bytes_per_token=max(row_bytes, 1),
+            kv_bytes_per_token=max(layout.block_bytes // layout.rows(layout.block_size), 1),
             state_bytes=layout.block_bytes * num_states,
             page_size=WORDS,
             grid=WORDS,
@@ -129,22 +124,15 @@ class BlockTree(Listener):
         self.cache = build_prefix_cache(config)
         self.cache.subscribe(self)
         self.block_of = np.zeros(num_blocks * layout.block_units, np.int32)
-        """Block of the first attention group, by page of the tree."""
+        """Attention block of each page of the tree."""
         self.num_units = np.zeros(num_blocks, np.int32)
-        """Number of the tree's units, by block of the first attention group."""
-        self.peers: dict[int, list[KVCacheBlock]] = {}
-        """Blocks of the other attention groups, by the block of the first one."""
+        """Number of the tree's units in each attention block."""
         self.states: dict[int, list[KVCacheBlock]] = {}
         """Blocks of each slot, one per state group."""
         self.slot_of: dict[int, int] = {}
         """Slot of each block of a state."""
         self.locks: dict[str, LockHandle] = {}
         """Lock on the published prompt of each running request."""
-
-    def owns(self, block: KVCacheBlock) -> bool:
-        """Return whether the tree has units or a state in a block of the first attention group or
-        of a state group."""
-        return block.block_id in self.slot_of or bool(self.num_units[block.block_id])
 
     def kv_removed(self, node: RadixNode) -> None:
         assert node.kv is not None
@@ -160,8 +148,7 @@ class BlockTree(Listener):
         found, counts = np.unique(blocks, return_counts=True)
         self.num_units[found] -= counts
         for block in found[self.num_units[found] == 0].tolist():
-            for one in (self.pool.blocks[block], *self.peers.pop(block, ())):
-                self.pool.drop(one)
+            self.pool.drop(self.pool.blocks[block])
 
     def _drop_state(self, slot: int) -> None:
         for block in self.states.pop(slot):
@@ -183,19 +170,19 @@ class BlockTree(Listener):
         if lock is not None:
             self.cache.unlock(lock)
 
-    def find(self, request: Any, num_tokens: int, drop: int) -> tuple[PrefixMatch, PrefixMatch]:
+    def find(self, request: Any, num_tokens: int) -> tuple[PrefixMatch, PrefixMatch]:
         """Match the first ``num_tokens`` of a request.
 
-        Returns the match, and the match of the longest prefix that may be resumed: with ``drop``
-        units less than the matching KV, as EAGLE needs.
+        Returns the match, and the match of the longest prefix that may be resumed: with EAGLE, some
+        units less than the matching KV.
         """
-        ids = ids_of(request, num_tokens, self.layout.unit)
+        ids = ids_of(request, 0, num_tokens // self.layout.unit)
         # The tree never returns the last token of a prompt, which is computed for its logits.
         if len(ids) < -(-num_tokens // self.layout.unit) * WORDS:
             ids = np.append(ids, np.int32(0))
         match = found = self.cache.match(ids)
-        if drop:
-            limit = max(match.kv_match_len // WORDS - drop, 0) * WORDS
+        if self.layout.drop:
+            limit = max(match.kv_match_len // WORDS - self.layout.drop, 0) * WORDS
             if match.cached_len > limit:
                 match = self.cache.match(ids[: limit + 1])
         return found, match
@@ -204,18 +191,15 @@ class BlockTree(Listener):
         """Return the blocks to resume from, one list per group. States are preceded by null
         blocks."""
         layout, pool, size = self.layout, self.pool, self.layout.block_units
-        num_groups = len(layout.attention + layout.states)
-        groups: list[list[KVCacheBlock]] = [[] for _ in range(num_groups)]
+        groups: list[list[KVCacheBlock]] = [[] for _ in range(1 + len(layout.states))]
         if match.resumed is None:
             return groups
         pages = self.cache.gather(match.node)[::WORDS] // WORDS
         ends = np.minimum(np.arange(size, len(pages) + size, size), len(pages)) - 1
-        first = self.block_of[pages[ends]].tolist()
-        groups[layout.attention[0]] = [pool.blocks[one] for one in first]
-        for number, group in enumerate(layout.attention[1:]):
-            groups[group] = [self.peers[one][number] for one in first]
+        rows = [pool.blocks[one] for one in self.block_of[pages[ends]].tolist()]
+        groups[layout.attention] = rows
         for group, block in zip(layout.states, self.states[match.resumed.slot], strict=True):
-            groups[group] = [pool.null_block] * (len(first) - 1) + [block]
+            groups[group] = [pool.null_block] * (len(rows) - 1) + [block]
         return groups
 
     def publish(self, request: Any, end: int, tables: Tables, states: States) -> set[int]:
@@ -223,13 +207,16 @@ class BlockTree(Listener):
         the stored ones.
 
         The caller returned or keeps its own references: the tree holds none. Blocks get keys in
-        vLLM's map here, if vLLM has given them none. The request's lock moves to the new end.
+        vLLM's map here, and only here. The request's lock moves to the new end.
         """
         layout, cache = self.layout, self.cache
-        ids = ids_of(request, end, layout.unit)
-        end = layout.tokens(len(ids))
-        before = cache.lock_kv(ids)
-        known = 0 if before.node is None else before.node.end
+        num_units = min(end // layout.unit, len(request.block_hashes))
+        former = self.locks.pop(request.request_id, None) or cache.lock(None)
+        base = former.node
+        while base is not None and base.end > num_units * WORDS:
+            base = base.parent
+        first = 0 if base is None else base.end
+        ids = ids_of(request, first // WORDS, num_units)
         saves = []
         for position, (placed, blocks) in states.items():
             slot = cache.allocate_slot()
@@ -240,32 +227,26 @@ class BlockTree(Listener):
                 self._add_key(request, block, position, group)
             row = layout.rows(position)
             saves.append(((row, slot), placed._replace(position=row)))
-        spans = np.arange(known // WORDS, len(ids) // WORDS) // layout.block_units
-        rows = cache.allocate_kv(len(spans) * WORDS)
-        assert rows is not None, "there is a row for each word of each block"
-        table = np.array([one.block_id for one in tables[layout.attention[0]]], np.int32)
-        new = self.block_of[rows[::WORDS] // WORDS] = table[spans]
-        np.add.at(self.num_units, new, 1)
-        for span in dict.fromkeys(spans.tolist()):
-            self._own_span(request, tables, span, min((span + 1) * layout.block_size, end))
-        rows = np.append(cache.gather(before.node), rows)
-        result = cache.publish(ids[known:].tobytes(), rows, saves, None, known, before.node)
-        self.unlock(request.request_id)
+        new = cache.allocate_kv(len(ids))
+        assert new is not None, "there is a row for each word of each block"
+        rows = np.append(np.zeros(first, INT32), new)  # The first ones are not read.
+        result = cache.publish(ids.tobytes(), rows, saves, None, first, base)
         self.locks[request.request_id] = cache.lock(result.node)
-        cache.unlock(before)
+        cache.unlock(former)
+        cache.free_kv(result.duplicates)
+        known = first + len(result.duplicates)
+        spans = np.arange(known // WORDS, num_units) // layout.block_units
+        table = tables[layout.attention]
+        numbers = np.array([one.block_id for one in table], np.int32)[spans]
+        self.block_of[rows[known::WORDS] // WORDS] = numbers
+        np.add.at(self.num_units, numbers, 1)
+        for span in range(spans[0], spans[-1] + 1) if len(spans) else ():
+            at = min((span + 1) * layout.block_units, num_units) * layout.unit
+            self._add_key(request, table[span], at, layout.attention)
         for slot in result.rejected_slots:
             cache.free_slot(slot)
             self._drop_state(slot)
         return {layout.tokens(row) for (row, slot), _ in saves if slot in self.states}
-
-    def _own_span(self, request: Any, tables: Tables, span: int, end: int) -> None:
-        """Note the attention blocks of a span that the tree has up to ``end``, and add keys."""
-        blocks = [tables[group][span] for group in self.layout.attention]
-        if len(blocks) > 1:
-            self.peers[blocks[0].block_id] = blocks[1:]
-        for group, block in zip(self.layout.attention, blocks, strict=True):
-            if block.block_hash is None:
-                self._add_key(request, block, end, group)
 
     def _add_key(self, request: Any, block: KVCacheBlock, end: int, group: int) -> None:
         self.pool.cache_partial_block(request, block, end, group, self.layout.block_size)
@@ -273,18 +254,16 @@ class BlockTree(Listener):
     def block_copied(self, request: Any, tables: Tables, at: int) -> None:
         """Point the tree to the request's copy of the attention block that its hit at ``at`` ended
         in, so that the original becomes free unless another path uses it."""
-        layout, lock = self.layout, self.locks.get(request.request_id)
+        layout, lock = self.layout, self.locks[request.request_id]
         span, end = at // layout.block_size, layout.rows(at)
-        if lock is None or lock.node is None or lock.node.end < end:
-            return
         start = span * layout.rows(layout.block_size)
         pages = self.cache.gather(lock.node)[start:end:WORDS] // WORDS
-        former, copy = self.block_of[pages], tables[layout.attention[0]][span].block_id
-        former = former[former != copy]
+        former, copy = self.block_of[pages], tables[layout.attention][span]
+        former = former[former != copy.block_id]
         if len(former):
-            self.block_of[pages] = copy
-            self.num_units[copy] += len(former)
-            self._own_span(request, tables, span, at)
+            self.block_of[pages] = copy.block_id
+            self.num_units[copy.block_id] += len(former)
+            self._add_key(request, copy, at, layout.attention)
             self._release(former)
 
     def state_moved(self, src: KVCacheBlock, dst: KVCacheBlock) -> None:
@@ -307,11 +286,8 @@ class BlockTree(Listener):
         assert len(set(places)) == len(places), "two units are at one place"
         counts = np.bincount([place // size for place in places], minlength=len(self.num_units))
         assert (counts == self.num_units).all(), "the units of the tree are miscounted"
-        peers = {block.block_id for blocks in self.peers.values() for block in blocks}
-        assert all(self.num_units[block] for block in self.peers), "stale peers"
-        is_front = True
-        for block in self.pool.free_block_queue.get_all_free_blocks():
-            is_owned = self.owns(block) or block.block_id in peers
-            assert (block.block_hash is not None) == is_owned, f"{block} has a key: {not is_owned}"
-            assert is_front or is_owned, f"{block} is not at the front of the queue"
-            is_front = is_front and not is_owned
+        owned = {*self.slot_of, *np.flatnonzero(self.num_units).tolist()}
+        keyed = {one.block_id for one in self.pool.blocks if one.block_hash is not None}
+        assert keyed == owned, "the blocks with a key are not those of the tree"
+        free = [one.block_id in owned for one in self.pool.free_block_queue.get_all_free_blocks()]
+        assert free == sorted(free), "blocks without a key are not at the front of the queue"

@@ -10,33 +10,21 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import defaultdict
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import vllm
 from vllm.v1.core.kv_cache_manager import KVCacheBlocks, KVCacheManager
+from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager, MambaManager
+from vllm.v1.request import Request
 
 from hybridcache.policies.registry import parse_placement
 from hybridcache.radix.protocol import Placed
 from hybridcache.vllm import NAME, Settings, require_version
-from hybridcache.vllm.places import (
-    COPIED_BYTES,
-    DECODE,
-    PREEMPT,
-    PROMPT_TOKENS,
-    Places,
-    Track,
-    hint,
-)
-from hybridcache.vllm.pool import WORDS, BlockTree, HybridPool, Layout
-
-if TYPE_CHECKING:
-    from vllm.v1.core.kv_cache_utils import KVCacheBlock
-    from vllm.v1.core.sched.output import SchedulerOutput
-    from vllm.v1.request import Request
-
-    from hybridcache.vllm.pool import States, Tables
+from hybridcache.vllm.places import COPIED_BYTES, PROMPT_TOKENS, Places, Track, hint
+from hybridcache.vllm.pool import WORDS, BlockTree, HybridPool, Layout, States, Tables
 
 
 def shared_units(one: Request, other: Request) -> int:
@@ -46,38 +34,18 @@ def shared_units(one: Request, other: Request) -> int:
     return bisect_left(numbers, True, key=lambda number: ours[number] != theirs[number])
 
 
-class StateManager(MambaManager):
-    """Manager of one state group. It registers no states itself: ``HybridManager`` does."""
-
-    def cache_blocks(self, request: Request, num_tokens: int, *args: Any, **kwargs: Any) -> None:
-        return None
-
-
-class RowManager(FullAttentionManager):
-    """Manager of one attention group. Keys of parts of a block are left to ``HybridManager``."""
-
-    def _cache_partial_tail_block(self, request: Request, num_tokens: int) -> None:
-        return None
-
-
 class HybridManager(KVCacheManager):
     """vLLM's cache manager with hits and states of the tree."""
 
-    def start(self, settings: Settings, layout: Layout, drop: int, drafts: bool) -> None:
-        """Set up the fields of this class. ``drop`` units of each hit are dropped (EAGLE)."""
-        self.num_steps = 0
-        self.layout, self.drop, self.debug = layout, drop, settings.debug
-        self.saves_answers = not drafts
-        """False with drafts: a state of the last accepted token is in an unknown block."""
-        managers = self.coordinator.single_type_managers
-        self.states = [managers[group] for group in layout.states]
-        for number, manager in enumerate(managers):
-            manager.__class__ = StateManager if number in layout.states else RowManager
+    def start(self, settings: Settings, layout: Layout, saves_answers: bool) -> None:
+        """Set up the fields of this class."""
+        self.layout = layout
+        self.states = [self.coordinator.single_type_managers[group] for group in layout.states]
+        # The tree gives a block its keys, when hits can end in it.
+        self.coordinator.cache_blocks = lambda *_: None
         self.block_pool.__class__ = HybridPool
         self.tree = self.block_pool.tree = BlockTree(self.block_pool, layout, settings.eviction)
-        # Time is counted in steps: no decision depends on a clock or a rank.
-        self.tree.cache.policy.set_clock(lambda: self.num_steps * 0.05)
-        self.places = Places(parse_placement(settings.placement), self.tree, drop)
+        self.places = Places(parse_placement(settings.placement), self.tree, saves_answers)
         self.tracks: defaultdict[str, Track] = defaultdict(Track)
         self._prefilling: dict[str, Track] = {}
         """Running requests whose prompts are not published yet."""
@@ -98,34 +66,30 @@ class HybridManager(KVCacheManager):
         tree, unit, num_tokens = self.tree, self.layout.unit, request.num_tokens
         if max_cache_hit_length is not None:
             num_tokens = min(num_tokens, max_cache_hit_length + 1)
-        found, match = tree.find(request, num_tokens, self.drop)
-        track.found(found, match, request.num_tokens, self.layout)
-        last = max((request.num_tokens - 1) // unit - self.drop, 0)
+        found, match = tree.find(request, num_tokens)
+        track.note(found, match, request.num_tokens, self.layout)
+        last = max((request.num_tokens - 1) // unit - self.layout.drop, 0)
         deeper = request.block_hashes[track.cached_len // unit : last]
         blocks, copied = tree.blocks_of(match), self.states[0].cached_blocks_this_step
         # A state that a copy of this step writes cannot be copied in the same step.
         is_copied = any(one.block_hash in copied for one in blocks[self.layout.states[0]][-1:])
         track.is_waiting = is_copied or not self._coming.isdisjoint(deeper)
-        saves_answer = self.saves_answers and not request.resumable
         if request.num_preemptions and not track.is_planned:
-            self.places.resume(track, saves_answer)
+            self.places.plan_answer(request, track)
         if not track.is_planned and not track.is_waiting:
             shared = max((shared_units(request, one) for one in self._admitted), default=0)
             if shared * WORDS > found.seen_len:
                 found = found._replace(seen_len=shared * WORDS, forks=True)
             num_pending = sum(one.num_pending for one in self.tracks.values())
-            self.places.plan(request, track, found, num_pending, saves_answer)
+            self.places.plan(request, track, found, num_pending)
         return self.create_kv_cache_blocks(tuple(blocks)), track.cached_len, 0
 
     # --- Steps ------------------------------------------------------------------------------------
 
     def new_step_starts(self) -> None:
         super().new_step_starts()
-        self.num_steps += 1
         self._coming.clear()
         self._admitted.clear()
-        if self.debug:
-            self.tree.check()
 
     def allocate_slots(
         self, request: Request, num_new_tokens: int, *args: Any, **kwargs: Any
@@ -192,11 +156,10 @@ class HybridManager(KVCacheManager):
             stored = self._publish(request, tables, end, states)
             if request in self._admitted and track.cached_len % self.layout.block_size:
                 self.tree.block_copied(request, tables, track.cached_len)
-            if end not in stored or end % self.layout.block_size == 0:
-                continue
-            # The next step overwrites this state: vLLM copies it first, and reserves the blocks.
-            for manager, block in zip(self.states, states[end][1], strict=True):
-                manager._partial_hit_reqs[request_id] = end // self.layout.block_size, block
+            if end in stored and end % self.layout.block_size:
+                # The next step overwrites this state: vLLM copies it first, and reserves blocks.
+                for manager, block in zip(self.states, states[end][1], strict=True):
+                    manager._partial_hit_reqs[request_id] = end // self.layout.block_size, block
 
     def _running_state(self, tables: Tables, computed_len: int) -> list[KVCacheBlock]:
         """Return the blocks that hold the state after the last computed token."""
@@ -221,25 +184,24 @@ class HybridManager(KVCacheManager):
         sources = self._running_state(tables, start)
         if any(block.is_null for block in sources):
             return
-        if track.answer is None:
+        if not track.copy:
             # Keep a block for each running request, so that no copy preempts one.
             if pool.get_num_free_blocks() < len(sources) + len(self.tracks):
                 return
-            track.answer = start, pool.get_new_blocks(len(sources))
-        blocks = track.answer[1]
-        track.answer = start, blocks
-        for manager, source, block in zip(self.states, sources, blocks, strict=True):
+            track.copy = pool.get_new_blocks(len(sources))
+        track.copied_len = start
+        for manager, source, block in zip(self.states, sources, track.copy, strict=True):
             manager._pending_cow_copies.append((source, block))
             source.ref_cnt += 1
             block.ref_cnt += 1
-        COPIED_BYTES.inc(self.layout.block_bytes * len(blocks))
+        COPIED_BYTES.inc(self.layout.block_bytes * len(sources))
 
     def _give_back_copy(self) -> bool:
         """Free the copy of the newest answer. Returns False if there is none."""
         for track in reversed(self.tracks.values()):
-            if track.answer is not None:
-                self.block_pool.free_blocks(track.answer[1])
-                track.answer, track.interval = None, 0
+            if track.copy:
+                self.block_pool.free_blocks(track.copy)
+                track.copy, track.interval = [], 0
                 return True
         return False
 
@@ -247,8 +209,7 @@ class HybridManager(KVCacheManager):
 
     def free(self, request: Request) -> None:
         """Publish the computed tokens of a request that ended or is preempted, and free it."""
-        request_id = request.request_id
-        track = self.tracks.pop(request_id, None)
+        track = self.tracks.pop(request.request_id, None)
         if track is not None and track.is_running:
             self._end(request, track)
         super().free(request)
@@ -258,29 +219,22 @@ class HybridManager(KVCacheManager):
         tables = self.coordinator.get_blocks(request_id)
         self._prefilling.pop(request_id, None)
         end = computed = request.num_computed_tokens
-        if not self.saves_answers:  # Drafts in flight may be rejected.
+        if not self.places.saves_answers:  # Drafts in flight may be rejected.
             end = min(end - request.num_in_flight_tokens, request.num_tokens - 1)
         end = min(end, request.num_tokens, len(request.block_hashes) * layout.unit)
         states: States = {}
-        if track.answer is not None and track.answer[0] <= end:
-            states[track.answer[0]] = Placed(layout.rows(track.answer[0]), DECODE), track.answer[1]
-        if self.saves_answers and computed == end and end % layout.unit == 0 < end:
+        if track.copy and track.copied_len <= end:
+            states[track.copied_len] = Placed(layout.rows(track.copied_len), "decode"), track.copy
+        if self.places.saves_answers and computed == end and end % layout.unit == 0 < end:
             blocks = self._running_state(tables, end)
-            if end > track.cached_len and not any(
-                block.is_null or self.tree.owns(block) for block in blocks
-            ):
-                label = PREEMPT if end <= request.num_prompt_tokens else DECODE
+            if end > track.cached_len and not any(one.is_null or one.block_hash for one in blocks):
+                label = "preempt" if end <= request.num_prompt_tokens else "decode"
                 states[end] = track.stops.pop(end, Placed(layout.rows(end), label)), blocks
         self._publish(request, tables, end, states)
         for placed in track.stops.values():
             self.places.policy.on_dropped(placed)
         self.tree.unlock(request_id)
-        if track.answer is not None:
-            self.block_pool.free_blocks(track.answer[1])
-        for group in layout.attention:
-            for block, first in zip(tables[group], tables[layout.attention[0]], strict=True):
-                if block.block_hash is not None and not self.tree.owns(first):
-                    self.block_pool.drop(block)
+        self.block_pool.free_blocks(track.copy)
 
     def reset_prefix_cache(self) -> bool:
         if not super().reset_prefix_cache():
@@ -296,33 +250,32 @@ class HybridScheduler(AsyncScheduler):
         require_version(vllm.__version__)
         super().__init__(*args, **kwargs)
         settings = Settings.read(self.vllm_config.additional_config)
-        self.hybrid: HybridManager | None = None
-        """Cache manager, or None for a model without linear layers, which is served as by vLLM."""
-        if not self.has_mamba_layers:
+        if not self.has_mamba_layers:  # Then this is vLLM's scheduler.
+            self.__class__ = AsyncScheduler
             return
-        layout = self._layout()
         # Planned stops replace the one at the end of the prompt.
         self.mamba_partial_cache_hit = False
-        self.hybrid = self.kv_cache_manager
-        self.hybrid.__class__ = HybridManager
-        self.hybrid.start(
-            settings, layout, int(self.use_eagle_block_drop), self.num_spec_tokens > 0
-        )
+        layout, manager = self._layout(), self.kv_cache_manager
+        manager.__class__ = HybridManager
+        # With drafts, the block with the state of the last accepted token is not known.
+        manager.start(settings, layout, saves_answers=not self.num_spec_tokens)
+        # Time is counted in steps: no decision depends on a clock or a rank.
+        manager.tree.cache.policy.set_clock(lambda: self.current_step * 0.05)
 
     def _layout(self) -> Layout:
         """Return the layout of the model's blocks. Raises ValueError for what is not supported."""
         manager, groups = self.kv_cache_manager, self.kv_cache_config.kv_cache_groups
         managers = manager.coordinator.single_type_managers
-        kinds = {type(one).__name__ for one in managers}
+        states = [i for i, one in enumerate(managers) if type(one) is MambaManager]
+        attention = [i for i, one in enumerate(managers) if type(one) is FullAttentionManager]
+        names = ", ".join(type(one).__name__ for one in managers)
         refused = {
             "--no-enable-prefix-caching": not manager.enable_caching,
             "KV connectors (--kv-transfer-config)": self.connector is not None,
-            "decode context parallelism": self.dcp_world_size > 1,
-            "prefill context parallelism": self.pcp_world_size > 1,
+            "context parallelism": self.dcp_world_size * self.pcp_world_size > 1,
             "drafts of several MTP modules": self.num_prefill_lookahead > 1,
-            f"the cache groups of this model ({', '.join(sorted(kinds))})": not all(
-                type(one) in (FullAttentionManager, MambaManager) for one in managers
-            ),
+            f"the cache groups of this model ({names})": len(attention) != 1
+            or len(states) != len(managers) - 1,
             "groups with blocks of different sizes": len({one.block_size for one in managers}) > 1,
         }
         for what in [one for one, is_set in refused.items() if is_set]:
@@ -330,17 +283,16 @@ class HybridScheduler(AsyncScheduler):
         has_parts = manager.coordinator.enable_partial_hash_hits
         unit = self.hash_block_size if has_parts else self.block_size
         size = len(groups[0].layer_names) * groups[0].kv_cache_spec.page_size_bytes
-        states = [i for i, one in enumerate(managers) if isinstance(one, MambaManager)]
-        attention = [i for i in range(len(managers)) if i not in states]
-        return Layout(unit, self.block_size, size, tuple(attention), tuple(states))
+        drop = int(self.use_eagle_block_drop)
+        return Layout(unit, self.block_size, size, drop, attention[0], tuple(states))
 
     def _mamba_block_aligned_split(
         self, request: Request, num_new_tokens: int, *num_new_computed_tokens: int
     ) -> int:
-        hybrid, block_size = self.hybrid, self.block_size
+        block_size = self.block_size
         start = request.num_computed_tokens + sum(num_new_computed_tokens)
         prefill_end = max(request.num_prompt_tokens, request.num_tokens - 1)
-        if hybrid is None or start >= prefill_end:
+        if start >= prefill_end:
             return num_new_tokens
         end = start + num_new_tokens
         if end < prefill_end:
@@ -350,17 +302,15 @@ class HybridScheduler(AsyncScheduler):
             aligned = end // block_size * block_size
             if aligned > start or block_size <= limit:
                 end = aligned
-        track = hybrid.tracks.get(request.request_id)
-        stops = () if track is None else track.stops
+        stops = self.kv_cache_manager.tracks[request.request_id].stops
         return max(min((stop for stop in stops if start < stop < end), default=end) - start, 0)
 
     def _connector_finished(self, request: Request) -> Any:
-        track = None if self.hybrid is None else self.hybrid.tracks.get(request.request_id)
+        track = self.kv_cache_manager.tracks.get(request.request_id)
         if track is None or not hint(request, "explain"):
             return super()._connector_finished(request)
         return False, {NAME: track.causes}
 
     def _update_after_schedule(self, scheduler_output: SchedulerOutput) -> None:
         super()._update_after_schedule(scheduler_output)
-        if self.hybrid is not None and self.hybrid._prefilling:
-            self.hybrid.step_scheduled(scheduler_output.num_scheduled_tokens, self.requests)
+        self.kv_cache_manager.step_scheduled(scheduler_output.num_scheduled_tokens, self.requests)

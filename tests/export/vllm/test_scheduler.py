@@ -17,19 +17,31 @@ from vllm.distributed.kv_events import AllBlocksCleared, BlockStored
 from vllm.sampling_params import SamplingParams
 from vllm.v1.core.kv_cache_manager import KVCacheManager
 from vllm.v1.core.kv_cache_utils import get_block_hash, get_group_id, maybe_convert_block_hash
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.request import Request, RequestStatus
 
 from hybridcache import open_trace
 from hybridcache.vllm import Settings, check
-from hybridcache.vllm.check import Contents, Engine, Model, Options, run
+from hybridcache.vllm.check import Contents, Engine, Options, run
 from hybridcache.vllm.places import boundaries_of
 from hybridcache.vllm.pool import ids_of
 from hybridcache.vllm.scheduler import HybridManager
 
-SMALL = Model(num_layers=1, num_state_groups=2, row_bytes=256, state_bytes=128 * 256)
-"""Blocks of 128 tokens."""
-DEBUG = {"debug": True}
-GIB_PER_BLOCK = SMALL.block_size * SMALL.row_bytes / 2**30
+SMALL = {"layers": 1, "state_groups": 2, "row_bytes": 256, "state_bytes": 128 * 256}
+"""Model with blocks of 128 tokens."""
+GIB_PER_BLOCK = 128 * 256 / 2**30
+
+
+@pytest.fixture(autouse=True)
+def check_each_step(monkeypatch):
+    """Check all invariants of the tree at the start of each step."""
+    plain = HybridManager.new_step_starts
+
+    def new_step_starts(self: HybridManager) -> None:
+        plain(self)
+        self.tree.check()
+
+    monkeypatch.setattr(HybridManager, "new_step_starts", new_step_starts)
 
 
 def prompt_of(*parts: tuple[int, int]) -> list[int]:
@@ -58,14 +70,14 @@ def chats(num_sessions: int, num_turns: int, seed: int = 0) -> list[Any]:
     return found
 
 
-def serve(requests: list[Any], num_blocks: int, model: Model = SMALL, **options: Any) -> Any:
-    defaults = {"sessions": 6, "chunk": 512, "settings": DEBUG}
+def serve(requests: list[Any], num_blocks: int, **options: Any) -> Any:
+    defaults = SMALL | {"sessions": 6, "chunk": 512}
     gib = (num_blocks + 0.5) * GIB_PER_BLOCK
-    return run(requests, gib, Options(**(defaults | options)), model)
+    return run(requests, Options(gib, **(defaults | options)))
 
 
 def test_preempted_requests_resume_from_what_they_computed():
-    report = serve(chats(8, 4), 30, overlap=True, settings={"debug": True, "placement": "end"})
+    report = serve(chats(8, 4), 30, overlap=True, settings={"placement": "end"})
     assert report.num_wrong == 0 and report.preemptions > 0
     assert report.resumed_tokens > report.hit_tokens
 
@@ -107,9 +119,9 @@ MODES = {
     "drafts": {"drafts": 2},
     "EAGLE": {"drafts": 3, "eagle": True, "overlap": True},
     "aborts and priorities": {"chaos": 0.3, "overlap": True, "seed": 3},
-    "another eviction": {"settings": {"debug": True, "eviction": "lru"}},
+    "another eviction": {"settings": {"eviction": "lru"}},
     "whole blocks": {"unit": 0},
-    "a stop at each unit": {"overlap": True, "settings": {"debug": True, "placement": "every:32"}},
+    "a stop at each unit": {"overlap": True, "settings": {"placement": "every:32"}},
 }
 
 
@@ -118,7 +130,7 @@ MODES = {
 def test_every_request_resumes_from_its_own_prompt(options, num_blocks):
     report = serve(chats(8, 4), num_blocks, **options)
     assert report.num_wrong == 0
-    assert report.checked_rows == report.resumed_tokens > 0
+    assert report.resumed_tokens > 0
     assert bool(report.aborts) == bool(options.get("chaos"))
 
 
@@ -139,13 +151,6 @@ def test_hashes_that_cover_the_next_token_are_matched(monkeypatch):
     assert report.num_wrong == 0 < report.hit_tokens
 
 
-def test_two_attention_groups_share_one_tree():
-    model = Model(1, 2, 2, SMALL.row_bytes, SMALL.state_bytes)
-    report = serve(chats(8, 4), 60, model, overlap=True)
-    assert report.num_wrong == 0
-    assert report.checked_rows == 2 * report.resumed_tokens > 0
-
-
 def test_a_copy_that_is_not_carried_out_is_found(monkeypatch):
     monkeypatch.setattr(Contents, "copy", lambda *_: None)
     report = serve(chats(8, 4), 120)
@@ -164,7 +169,7 @@ def test_hits_exceed_those_of_vllm_with_each_of_its_flags():
 def test_prompts_at_once_do_not_plan_into_the_same_free_memory(trace, gib):
     # Each of the first prompts sees the free blocks that the others have planned states for.
     ours, as_it_is = (
-        run(open_trace(trace), gib, Options(**options))
+        run(open_trace(trace), Options(gib, **options))
         for options in ({}, {"scheduler": "vllm", "unit": 0})
     )
     assert ours.num_wrong == 0
@@ -172,14 +177,11 @@ def test_prompts_at_once_do_not_plan_into_the_same_free_memory(trace, gib):
 
 
 def test_a_model_without_states_is_served_by_vllm_as_it_is():
-    model = Model(num_layers=1, num_state_groups=0, row_bytes=256)
-    reports = [
-        run(chats(6, 3), 200 * 16 * 256 / 2**30, Options(name, unit=0, sessions=4), model)
-        for name in ("hybridcache", "vllm")
-    ]
+    model = {"unit": 0, "sessions": 4, "layers": 1, "state_groups": 0, "row_bytes": 256}
+    gib = 200 * 16 * 256 / 2**30
+    reports = [run(chats(6, 3), Options(gib, name, **model)) for name in ("hybridcache", "vllm")]
     assert reports[0] == reports[1] and reports[0].hit_tokens > 0
-    engine = Engine(model, Options(unit=0), 0.01)
-    assert engine.scheduler.hybrid is None
+    assert type(Engine(Options(0.01, **model)).scheduler) is AsyncScheduler
 
 
 # --- One engine ---------------------------------------------------------------------------------
@@ -189,16 +191,12 @@ class Steps:
     """Engine whose requests are added one by one. ``hits`` are those of each request."""
 
     def __init__(self, num_blocks: int = 200, **options: Any) -> None:
-        defaults = {"chunk": 4096, "settings": DEBUG}
         gib = (num_blocks + 0.5) * GIB_PER_BLOCK
-        self.engine = Engine(SMALL, Options(**(defaults | options)), gib)
+        self.engine = Engine(Options(gib, **(SMALL | {"chunk": 4096} | options)))
         self.scheduler = self.engine.scheduler
         self.hits: list[int] = []
-        record = self.scheduler.kv_cache_manager.record_prefix_cache_stats
-        self.scheduler.kv_cache_manager.record_prefix_cache_stats = lambda request, hits: (
-            record(request, hits),
-            self.hits.append(hits),
-        )
+        manager = self.scheduler.kv_cache_manager
+        manager.record_prefix_cache_stats = lambda _, hits: self.hits.append(hits)
 
     def serve(self, *turns: Any) -> list[int]:
         """Serve ``turns`` at once, and return their hits in tokens."""
@@ -283,7 +281,7 @@ def test_images_separate_prompts_from_their_position_on():
             mm_features=[feature],
             block_hasher=steps.engine._hasher,
         )
-        ids.append(ids_of(request, 300, 32))
+        ids.append(ids_of(request, 0, 9))
     equal = ids[0] == ids[1]
     assert equal[: 3 * 4].all() and not equal[3 * 4 :].any()
 
@@ -299,9 +297,9 @@ def test_a_reset_forgets_everything_also_while_requests_run():
     assert not steps.scheduler.reset_prefix_cache()
     assert steps.scheduler.reset_prefix_cache(reset_running_requests=True)
     assert steps.serve() == [0]  # The preempted request begins again.
-    tree = steps.scheduler.hybrid.tree
+    tree = steps.scheduler.kv_cache_manager.tree
     tree.check()
-    assert not steps.scheduler.hybrid.tracks and not tree.locks
+    assert not steps.scheduler.kv_cache_manager.tracks and not tree.locks
 
 
 def test_events_name_what_the_cache_holds():
@@ -399,14 +397,13 @@ def test_hints_that_are_wrong_are_ignored():
         ({"eviction": "x"}, "eviction"),
         ({"placement": "x"}, "placement"),
         ({"grid": 64}, "no setting 'grid'"),
-        ({"debug": 1}, "debug"),
         ("lru", "must be a JSON object"),
     ],
 )
 def test_a_wrong_setting_is_named_at_the_start(given, named):
     with pytest.raises((ValueError, TypeError), match=named):
         Settings.read({"hybridcache": given})
-        Engine(SMALL, Options(settings=given), 1.0)
+        Engine(Options(settings=given))
 
 
 REFUSED = {
@@ -415,6 +412,19 @@ REFUSED = {
     ),
     "several MTP modules": lambda config: vars(config).update(num_prefill_lookahead_tokens=2),
 }
+
+
+@pytest.mark.parametrize("num_attention_groups", [0, 2])
+def test_models_without_exactly_one_attention_group_are_refused(num_attention_groups, monkeypatch):
+    plain = check.KVCacheConfig
+
+    def changed(kv_cache_groups: Any, **fields: Any) -> Any:
+        groups = kv_cache_groups[:1] * num_attention_groups + kv_cache_groups[1:]
+        return plain(kv_cache_groups=groups, **fields)
+
+    monkeypatch.setattr(check, "KVCacheConfig", changed)
+    with pytest.raises(ValueError, match="cache groups of this model"):
+        Engine(Options())
 
 
 @pytest.mark.parametrize(("named", "change"), REFUSED.items(), ids=REFUSED)
@@ -428,4 +438,4 @@ def test_what_is_not_supported_is_named_at_the_start(named, change, monkeypatch)
 
     monkeypatch.setattr(check, "make_config", changed)
     with pytest.raises(ValueError, match=named):
-        Engine(SMALL, Options(), 0.01)
+        Engine(Options())

@@ -26,10 +26,7 @@ SEAMS = (
     "core.kv_cache_manager:KVCacheManager.free(request)",
     "core.kv_cache_manager:KVCacheManager.new_step_starts()",
     "core.kv_cache_manager:KVCacheManager.reset_prefix_cache()",
-    "core.single_type_kv_cache_manager:MambaManager.cache_blocks(request, num_tokens, "
-    "retention_interval)",
-    "core.single_type_kv_cache_manager:FullAttentionManager._cache_partial_tail_block(request, "
-    "num_tokens)",
+    "core.kv_cache_coordinator:KVCacheCoordinator.cache_blocks(request, num_computed_tokens)",
     # pool.py
     "core.block_pool:BlockPool.get_new_blocks(num_blocks)",
     "core.block_pool:BlockPool.move_block_hashes(src_block, dst_block)",
@@ -56,8 +53,9 @@ SEAMS = (
     "kv_offload.base:ReqContext.get_offload_key_position(key)",
 )
 """Code below ``vllm.v1`` that is overridden or called, with the first parameters after ``self``.
-Most of it is private. The rest of the contract: ``MambaManager._partial_hit_reqs``,
-``_pending_cow_copies`` and ``req_to_blocks``, and the fields of ``Request``."""
+Most of it is private. The rest of the contract: ``Scheduler.current_step``,
+``MambaManager._partial_hit_reqs``, ``_pending_cow_copies`` and ``cached_blocks_this_step``, the
+links of the free queue, and the fields of ``Request``."""
 
 
 def installed(seam: str) -> Any:

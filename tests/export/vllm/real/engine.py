@@ -159,9 +159,12 @@ class Engine:
             self._core.add_request(name, {"prompt_token_ids": list(ask.prompt)}, sampling)
         leaves = {n: a.abort_after for n, a in zip(names, asks, strict=True) if a.abort_after}
         latest: dict[str, Any] = {}
+        tree = getattr(self.scheduler.kv_cache_manager, "tree", None)  # vLLM's own has none.
         while self._core.has_unfinished_requests():
             for output in self._core.step():
                 latest[output.request_id] = output
+            if tree is not None:
+                tree.check()
             for name in [*leaves]:
                 leaves[name] -= 1
                 if not leaves[name]:

@@ -31,7 +31,6 @@ def load(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
         scheduler_cls="hybridcache.vllm.HybridScheduler",
         prefix_match_unit=request.param,
         num_gpu_blocks_override=600,
-        additional_config={"hybridcache": {"debug": True}},
     )
     load = Load(engine)
     histories = load.chats(1)

@@ -35,7 +35,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     command += ["--max-model-len", "2048", "--max-num-batched-tokens", "512", "--max-num-seqs", "8"]
     command += ["--num-gpu-blocks-override", "60", "--prefix-match-unit", "64"]
     command += ["--scheduler-cls", "hybridcache.vllm.HybridScheduler"]
-    command += ["--additional-config", '{"hybridcache": {"debug": true}}']
+    command += ["--additional-config", '{"hybridcache": {"placement": "adaptive"}}']
     command += ["--enable-prompt-tokens-details"]
     environment = os.environ | {
         "VLLM_CPU_KVCACHE_SPACE": "1",

@@ -35,7 +35,6 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
         scheduler_cls="hybridcache.vllm.HybridScheduler",
         prefix_match_unit=GRID,
         num_gpu_blocks_override=NUM_BLOCKS,
-        additional_config={"hybridcache": {"debug": True}},
     )
 
 
