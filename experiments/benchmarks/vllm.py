@@ -49,9 +49,9 @@ class Idle:
 
 def engine_of(options: dict[str, Any]) -> Any:
     """Return an engine with ample memory."""
-    from hybridcache.vllm.check import Engine, Options  # Imports vLLM.
+    from hybridcache.vllm.check import Options, StubEngine  # Imports vLLM.
 
-    engine = Engine(Options(gib=200.0, overlap=True, **options))
+    engine = StubEngine(Options(gib=200.0, overlap=True, **options))
     engine.contents = Idle()
     return engine
 

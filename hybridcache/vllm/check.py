@@ -246,7 +246,7 @@ class _Live:
     """Length at which the client aborts. 0 is never."""
 
 
-class Engine:
+class StubEngine:
     """Engine with vLLM's scheduler and a worker without tensors."""
 
     def __init__(self, options: Options) -> None:
@@ -346,7 +346,7 @@ class Engine:
 def run(requests: Iterable[Any], options: Options) -> Report:
     """Serve ``requests``, ``options.sessions`` at once: each session one request after the other,
     or, one at a time, all requests in the order of the trace."""
-    engine = Engine(options)
+    engine = StubEngine(options)
     sessions: dict[Any, deque[Any]] = {}
     for number, one in enumerate(requests):
         key = number if one.session is None or options.sessions == 1 else one.session

@@ -22,7 +22,7 @@ from vllm.v1.request import Request, RequestStatus
 
 from hybridcache import open_trace
 from hybridcache.vllm import Settings, check
-from hybridcache.vllm.check import Contents, Engine, Options, run
+from hybridcache.vllm.check import Contents, Options, StubEngine, run
 from hybridcache.vllm.places import boundaries_of
 from hybridcache.vllm.pool import ids_of
 from hybridcache.vllm.scheduler import HybridManager
@@ -97,14 +97,14 @@ class StuckError(Exception):
 @pytest.mark.parametrize("num_blocks", [14, 15])
 def test_a_hit_that_does_not_fit_beside_its_copies_is_given_up(num_blocks, monkeypatch):
     """A prompt of 900 tokens fits into 12 blocks, and its hit inside a block needs 15."""
-    plain = Engine.step
+    plain = StubEngine.step
 
-    def step(engine: Engine) -> None:
+    def step(engine: StubEngine) -> None:
         plain(engine)
         if engine.report.steps > 900:
             raise StuckError(engine.report)
 
-    monkeypatch.setattr(Engine, "step", step)
+    monkeypatch.setattr(StubEngine, "step", step)
     first = turn(prompt_of((1, 700)), 100, "a")
     text = [*first.tokens, *first.output]
     again = turn(text + prompt_of((2, 100)), 20, "a")
@@ -181,18 +181,18 @@ def test_a_model_without_states_is_served_by_vllm_as_it_is():
     gib = 200 * 16 * 256 / 2**30
     reports = [run(chats(6, 3), Options(gib, name, **model)) for name in ("hybridcache", "vllm")]
     assert reports[0] == reports[1] and reports[0].hit_tokens > 0
-    assert type(Engine(Options(0.01, **model)).scheduler) is AsyncScheduler
+    assert type(StubEngine(Options(0.01, **model)).scheduler) is AsyncScheduler
 
 
 # --- One engine ---------------------------------------------------------------------------------
 
 
 class Steps:
-    """Engine whose requests are added one by one. ``hits`` are those of each request."""
+    """StubEngine whose requests are added one by one. ``hits`` are those of each request."""
 
     def __init__(self, num_blocks: int = 200, **options: Any) -> None:
         gib = (num_blocks + 0.5) * GIB_PER_BLOCK
-        self.engine = Engine(Options(gib, **(SMALL | {"chunk": 4096} | options)))
+        self.engine = StubEngine(Options(gib, **(SMALL | {"chunk": 4096} | options)))
         self.scheduler = self.engine.scheduler
         self.hits: list[int] = []
         manager = self.scheduler.kv_cache_manager
@@ -403,7 +403,7 @@ def test_hints_that_are_wrong_are_ignored():
 def test_a_wrong_setting_is_named_at_the_start(given, named):
     with pytest.raises((ValueError, TypeError), match=named):
         Settings.read({"hybridcache": given})
-        Engine(Options(settings=given))
+        StubEngine(Options(settings=given))
 
 
 REFUSED = {
@@ -424,7 +424,7 @@ def test_models_without_exactly_one_attention_group_are_refused(num_attention_gr
 
     monkeypatch.setattr(check, "KVCacheConfig", changed)
     with pytest.raises(ValueError, match="cache groups of this model"):
-        Engine(Options())
+        StubEngine(Options())
 
 
 @pytest.mark.parametrize(("named", "change"), REFUSED.items(), ids=REFUSED)
@@ -438,4 +438,4 @@ def test_what_is_not_supported_is_named_at_the_start(named, change, monkeypatch)
 
     monkeypatch.setattr(check, "make_config", changed)
     with pytest.raises(ValueError, match=named):
-        Engine(Options())
+        StubEngine(Options())
