@@ -30,7 +30,7 @@ NAME = "study_ablation"
 LEARNERS = (common.DEFAULT, "lru@adaptive", "gdsf@adaptive", "lhd@adaptive", "lru@backoff")
 WINDOWS = (0, 50, 100, 200, 400)
 """First requests of the windows of the learning curve, and the end of the last."""
-BOUNDS = {"NUM_BINS", "BINS_AT_ONCE", "GENERAL_FROM", "SAMPLE"}
+BOUNDS = {"NUM_BINS", "GENERAL_FROM", "SAMPLE"}
 """Numbers that are no choices: sizes of arrays, a place in a key, a bound of an eviction's cost."""
 CONSTANTS = tuple(
     name

@@ -225,8 +225,8 @@ class Columns:
             end = len(self.items)
             self.items[place] = last
             self.places[last] = place
-            for view in self._views:
-                view[place] = view[end]
+            cells, times, worths = self._views
+            cells[place], times[place], worths[place] = cells[end], times[end], worths[end]
 
 
 def doubled(table: npt.NDArray[Any]) -> npt.NDArray[Any]:

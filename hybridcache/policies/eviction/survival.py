@@ -52,15 +52,13 @@ WEIGHT = 4.0
 """Uses that weigh as much as a prediction: in an age bin, and in the effect of a fact."""
 _LATER: Floats = np.tri(NUM_BINS, k=-1)
 """Is 1 where the row's bin comes after the column's."""
-BINS_AT_ONCE = 4
-"""First bins of which the indices are computed together."""
 _ROW_BITS = 24
 _ROW_MASK = (1 << _ROW_BITS) - 1
 """Stages are coded as one number: time of entry or age, shifted by this number of bits, and row."""
 
 SAVED = (
     *("now", "_parents", "_priors", "_events", "_reached", "_partial", "index"),
-    *("num_uses", "_num_opened", "_changes", "_refreshed_at", "_ended", "_used"),
+    *("num_uses", "_num_opened", "_refreshed_at", "_ended", "_used"),
 )
 """Attributes of ``Hazards`` that are saved as they are."""
 
@@ -145,7 +143,7 @@ class Hazards:
         """Code of each open stage, oldest stage first."""
         self._oldest = 0
         """Number of a stage; all before it have ended."""
-        self._num_opened = self._changes = self._refreshed_at = 0
+        self._num_opened = self._refreshed_at = 0
         self._ended: list[int] = []
         """Codes of the stages that ended since the last count, with their ages; ``_used``: of those
         that ended in a use."""
@@ -225,7 +223,6 @@ class Hazards:
         if used:
             self._used.append(ended)
             self.num_uses += 1
-            self._changes += 1
 
     def index_at(self, row: int, age: int) -> float:
         return float(self.index[row, max(bisect_right(_EDGE_LIST, age) - 1, 0)])
@@ -233,13 +230,13 @@ class Hazards:
     def refresh(self, now: int) -> bool:
         """Recompute the indices if enough has changed. Return whether it did."""
         waited = now - self._refreshed_at
-        if waited < max(8 if self._changes else 64, min(now // 6, 128), len(self._open) // 32):
+        if waited < max(8 if self._used else 64, min(now // 6, 128), len(self._open) // 32):
             return False
-        self._refreshed_at, self._changes = now, 0
+        self._refreshed_at = now
         latest = now + max(128, self._max_open // 32)
         num_bins = bisect_right(_EDGE_LIST, latest)
         hazard = self._hazards(now, num_bins)
-        self.index[: len(hazard), :num_bins] = index_of(hazard, num_bins)
+        self.index[: len(hazard), :num_bins] = index_of(hazard)
         heavy = (self._events[: len(hazard)].sum(axis=1) > MEMORY).nonzero()[0]
         if len(heavy):
             for counts in (self._events, self._reached, self._partial):
@@ -356,31 +353,28 @@ def _level(
     return np.asarray(np.maximum((foretold + difference + added) / (foretold + added), 1e-3))
 
 
-def index_of(hazard: Floats, num_bins: int = NUM_BINS) -> Floats:
-    """Return ``max over T of P(use within T) / E[time until then]`` by row and first bin, for the
-    first ``num_bins``. T is the end of one of the bins of ``hazard``."""
-    num_ends = hazard.shape[1]
-    num_bins = min(num_bins, num_ends)
-    widths = WIDTHS[:num_ends, None]
+def index_of(hazard: Floats) -> Floats:
+    """Return ``max over T of P(use within T) / E[time until then]`` by row and first bin. T is the
+    end of one of the bins of ``hazard``."""
+    num_rows, num_bins = hazard.shape
+    widths = WIDTHS[:num_bins, None]
     steps = np.minimum(hazard.T.copy() * widths, 8.0)
     # Part that is unused at the end of each bin, and the expected time until then, negated.
-    ends = np.zeros((2, num_ends + 1, len(hazard)))
+    ends = np.zeros((2, num_bins + 1, num_rows))
     survive, spent = ends
     np.cumsum(steps, axis=0, out=survive[1:])
     np.exp(-survive, out=survive)
     np.cumsum(survive[:-1] * np.expm1(-steps) * widths / steps, axis=0, out=spent[1:])
-    best = np.empty((num_bins, len(hazard)))
+    best = np.zeros((num_bins, num_rows))
     # With very few survivors, rounding can keep the expected time from growing.
     is_stuck = (spent[1:] >= spent[:-1]).any()
-    for start in range(0, num_bins, BINS_AT_ONCE):
-        firsts = slice(start, min(start + BINS_AT_ONCE, num_bins))
-        used, time = ends[:, firsts, None] - ends[:, None, start + 1 :]
-        for late in range(1, len(time)):
-            time[late, :late] = np.inf  # these bins end before it
+    for length in range(1, num_bins + 1):
+        used, time = ends[:, :-length] - ends[:, length:]
         if is_stuck:
             time[time <= 0.0] = np.inf
-        np.maximum.reduce(np.divide(used, time, out=used), axis=1, out=best[firsts])
-    return np.where(survive[:num_bins] < 1e-280, hazard.T[:num_bins], best).T
+        first = best[: len(used)]
+        np.maximum(first, np.divide(used, time, out=used), out=first)
+    return np.where(survive[:-1] < 1e-280, hazard.T, best).T
 
 
 # --- The policy -----------------------------------------------------------------------------------
@@ -623,29 +617,27 @@ class Survival(EvictionPolicy):
         # A random one too, which bounds the age of changes that were not noticed.
         if columns.items:
             stale[self._random.choice(columns.items)] = None
-        self._stale = {}
-        for item in stale:
+        self._stale, waiting = {}, {}
+        ranks_kv = kind == "kv" or (kind is None and not columns.items)
+        if ranks_kv and self._idle_kv is not None:  # The first time.
+            waiting, self._idle_kv = self._idle_kv, None
+            for item in waiting:
+                self.add(item)
+        for item in chain(stale, waiting):
             its, place = columns, columns.places.get(item)
             if place is None:
                 its, place = self._kv, self._kv.places.get(item)
             if place is not None and item not in self._lent:
                 span, size_bytes = item.span_and_size()
                 its.worths[place] = span / size_bytes
-        chosen = None if kind == "kv" else self._least(columns, stale)
-        if chosen is None and kind != "checkpoint":
-            if self._idle_kv is not None:  # It has a separate pool, or no checkpoint is left.
-                waiting, self._idle_kv = self._idle_kv, None
-                for item in waiting:
-                    self.add(item)
-            chosen = self._least(self._kv, stale)
-        return chosen
+        return self._least(self._kv if ranks_kv else columns, stale)
 
     def _put(self, item: Item, memo: _Memo, columns: Columns) -> None:
         """Enter the numbers of ``item`` in ``columns``."""
         if self._lent:
             self._lent.pop(item, None)
         worth = 0.0
-        if columns is self._kv or item not in self._stale:  # else ``victim`` computes it
+        if item not in self._stale:  # else ``victim`` computes it
             span, size_bytes = item.span_and_size()
             worth = span / size_bytes
         columns.put(item, memo.row * NUM_BINS, memo.entered, worth)
@@ -715,7 +707,7 @@ class Survival(EvictionPolicy):
                 else:
                     bins = age_bins(now - times, now)
                 bins += columns.cells[first:last]
-                rates = self.hazards.index.ravel()[bins]
+                rates = self.hazards.index.take(bins)
                 worths = columns.worths[first:last]
                 values = rates * (worths if trust == 1.0 else worths**trust)
             place = int(values.argmin())
