@@ -54,7 +54,7 @@ class Group(NamedTuple):
 
 
 NUMERICS = "tests/engine/numerics"
-CALLS = "tests/engine/server/test_tools.py::test_parallel_calls_can_be_disabled"
+CALLS = "tests/engine/server/test_tools.py"
 GROUPS = {
     "cache": Group(
         (
@@ -124,7 +124,7 @@ GROUPS = {
         ("hybridcache/geometry/gguf*", "engine/weights/gguf*"),
         (
             *(f"{NUMERICS}/test_gguf.py", f"{NUMERICS}/test_gguf_files.py"),
-            f"{NUMERICS}/test_weights.py::test_files_of_other_users_are_refused_with_their_rights",
+            f"{NUMERICS}/test_weights.py",
         ),
     ),
     "simulator": Group(
@@ -155,7 +155,7 @@ GROUPS = {
         ("engine/front/chat_prompt.py", "engine/text/sandbox.py"),
         (
             *("tests/engine/test_templates.py", "tests/engine/history/test_labelled.py"),
-            "tests/engine/server/test_tenants.py::test_reasoning_is_restored_only_in_the_same_chat",
+            "tests/engine/server/test_tenants.py",
         ),
     ),
     "tool calls": Group(("engine/front/server/tool_calls/*",), ("tests/engine/answers", CALLS)),
@@ -172,10 +172,7 @@ GROUPS = {
         (
             *(f"{NUMERICS}/test_weights.py", f"{NUMERICS}/test_ranks.py"),
             *("tests/engine/test_head_loading.py", "tests/engine/test_hub.py"),
-            f"{NUMERICS}/test_fused.py::test_rows_quantised_by_norms_and_experts_change_no_bit",
-            f"{NUMERICS}/test_quantized_files.py::test_fp8_blocks_equal_their_dequantised_weights",
-            f"{NUMERICS}/test_four_bits.py::"
-            "test_weights_in_full_precision_are_brought_into_four_bits",
+            *(f"{NUMERICS}/test_{name}.py" for name in ("fused", "quantized_files", "four_bits")),
         ),
     ),
     "weight forms": Group(
@@ -225,10 +222,7 @@ GROUPS = {
     ),
     "layers": Group(
         ("engine/layers/*", "engine/models/*"),
-        (
-            f"{NUMERICS}/test_parity.py",
-            "tests/engine/test_head_drafts.py::test_drafts_of_a_head_do_not_change_answers",
-        ),
+        (f"{NUMERICS}/test_parity.py", "tests/engine/test_head_drafts.py"),
         level="all",
     ),
     "engine": Group(
