@@ -529,7 +529,7 @@ CPU_SECONDS = 5.0
 """Lower bound of the CPU time limit of a test with a mutant."""
 CPU_FACTOR = 5.0
 """CPU time limit of a test with a mutant, as a multiple of its usual duration."""
-WALL_SECONDS, WALL_FACTOR = 60.0, 15.0
+WALL_SECONDS, WALL_FACTOR = 20.0, 15.0
 """The same of the time on the clock, for a test that waits for ever."""
 USUAL_SECONDS = 24.0
 """Duration of a test that mutmut has not measured."""
