@@ -239,7 +239,7 @@ GROUPS = {
             *("engine/front/async_engine.py", "engine/front/cache_watch.py"),
             *("engine/front/server/*", "engine/front/server/endpoints/*"),
         ),
-        ("tests/engine/server", "tests/engine/test_async_engine.py"),
+        ("tests/engine/server", "tests/engine/test_async_engine.py", "tests/watch/test_page.py"),
     ),
 }
 EXCLUDED = (
