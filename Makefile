@@ -125,7 +125,7 @@ out/mutation/.installed: Makefile
 	@touch $@
 
 mutate: install out/mutation/.installed  ## mutate half of the product (days; continues where it stopped); fails if an unlisted mutant survives; MUTANTS='--sample 200' takes ten minutes
-	PYTHONPATH=out/mutation/site $(BIN)/python -m tests.mutation $(MUTANTS)
+	PYTHONPATH=out/mutation/site:out/sglang $(BIN)/python -m tests.mutation $(MUTANTS)
 
 rivals:  ## install flash-linear-attention's kernels for the kernel benchmark
 	$(PYTHON) -m pip install $(PIP_FLAGS) --no-deps --upgrade --target out/rivals 'fla-core>=0.6,<0.7' einops

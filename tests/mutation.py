@@ -7,7 +7,8 @@ python -m tests.mutation --list             lines, files and tests of each group
 mutmut changes one expression at a time, in a copy of the repository, and runs the tests that
 execute it. Each file has a separate copy in ``out/mutation``, so that mutmut slows down only the
 functions of that file. A run continues where the last one stopped. Survivors are tried again after
-a change of the repository. Delete the copy to start again.
+a change of the repository, with the tests that executed them when they were measured: if an old
+test executes more functions now, delete the copy to start again.
 
 A sample has one copy per group. Its mutants depend on the sources only, so it also continues.
 
@@ -49,9 +50,12 @@ class Group(NamedTuple):
 
     mutated: tuple[str, ...]
     tests: tuple[str, ...]
+    level: str = "quick"
+    """Level of the tests (``selection.level``). At "quick" most model families have none."""
 
 
 NUMERICS = "tests/engine/numerics"
+CALLS = "tests/engine/server/test_tools.py"
 GROUPS = {
     "cache": Group(
         (
@@ -115,10 +119,14 @@ GROUPS = {
             *("tests/lab/test_costs.py", "tests/engine/test_checkpoint_dtype.py"),
             f"{NUMERICS}/test_published_configs.py",
         ),
+        level="all",
     ),
     "GGUF": Group(
         ("hybridcache/geometry/gguf*", "engine/weights/gguf*"),
-        (f"{NUMERICS}/test_gguf.py", f"{NUMERICS}/test_gguf_files.py"),
+        (
+            *(f"{NUMERICS}/test_gguf.py", f"{NUMERICS}/test_gguf_files.py"),
+            f"{NUMERICS}/test_weights.py",
+        ),
     ),
     "simulator": Group(
         ("hybridcache/lab/*", "hybridcache/lab/simulation/*"),
@@ -141,19 +149,23 @@ GROUPS = {
         ("engine/text/answers.py", "engine/text/bounded.py"),
         (
             *("tests/engine/answers", "tests/engine/test_outputs.py"),
-            "tests/engine/test_thoughts.py",
+            *("tests/engine/test_thoughts.py", CALLS),
         ),
     ),
     "chat prompt": Group(
         ("engine/front/chat_prompt.py", "engine/text/sandbox.py"),
-        ("tests/engine/test_templates.py", "tests/engine/history/test_labelled.py"),
+        (
+            *("tests/engine/test_templates.py", "tests/engine/history/test_labelled.py"),
+            "tests/engine/server/test_tenants.py",
+        ),
     ),
-    "tool calls": Group(("engine/front/server/tool_calls/*",), ("tests/engine/answers",)),
+    "tool calls": Group(("engine/front/server/tool_calls/*",), ("tests/engine/answers", CALLS)),
     "texts": Group(
         ("engine/text/tokenizer.py", "engine/text/gguf_tokenizer.py", "engine/text/grammar.py"),
         (
             *("tests/engine/test_tokenizer.py", "tests/engine/test_tokenizer_forms.py"),
             *("tests/engine/test_gguf_tokenizer.py", "tests/engine/test_guided.py"),
+            "tests/engine/answers/test_strict_tools.py",
         ),
     ),
     "weights": Group(
@@ -161,6 +173,7 @@ GROUPS = {
         (
             *(f"{NUMERICS}/test_weights.py", f"{NUMERICS}/test_ranks.py"),
             *("tests/engine/test_head_loading.py", "tests/engine/test_hub.py"),
+            *(f"{NUMERICS}/test_{name}.py" for name in ("fused", "quantized_files", "four_bits")),
         ),
     ),
     "weight forms": Group(
@@ -194,6 +207,7 @@ GROUPS = {
             *("tests/engine/test_sampler.py", "tests/engine/test_token_counts.py"),
             *("tests/engine/test_outputs.py", "tests/engine/test_drafts.py"),
             *("tests/engine/test_thoughts.py", "tests/engine/test_batch.py"),
+            "tests/engine/test_scheduler_machine.py",
         ),
     ),
     "drafts": Group(
@@ -209,7 +223,8 @@ GROUPS = {
     ),
     "layers": Group(
         ("engine/layers/*", "engine/models/*"),
-        (f"{NUMERICS}/test_parity.py", f"{NUMERICS}/test_fused.py"),
+        (f"{NUMERICS}/test_parity.py", "tests/engine/test_head_drafts.py"),
+        level="all",
     ),
     "engine": Group(
         ("engine/config.py", "engine/core.py", "engine/engine.py", "engine/messages.py"),
@@ -217,6 +232,7 @@ GROUPS = {
             *("tests/engine/test_engine.py", "tests/engine/test_schedule.py"),
             *("tests/engine/test_failing_alone.py", "tests/engine/test_loading.py"),
             *("tests/engine/test_plugins.py", "tests/engine/test_async_engine.py"),
+            "tests/engine/transfer/test_transfers.py",
         ),
     ),
     "server": Group(
@@ -224,13 +240,14 @@ GROUPS = {
             *("engine/front/async_engine.py", "engine/front/cache_watch.py"),
             *("engine/front/server/*", "engine/front/server/endpoints/*"),
         ),
-        ("tests/engine/server", "tests/engine/test_async_engine.py"),
+        ("tests/engine/server", "tests/engine/test_async_engine.py", "tests/watch/test_page.py"),
     ),
 }
 EXCLUDED = (
     "test_remembered",
     "test_every_format_is_a_small_file",
     "test_an_error_in_a_custom_policy_is_one_line",
+    "test_a_dropped_lock_warns_and_fails_the_check",
 )
 """Slow tests that detect no mutant that other tests do not detect, and tests of sources or of lines
 in tracebacks, which differ in mutmut's copy."""
@@ -246,6 +263,17 @@ pytest_add_cli_args = ["-p", "no:xdist", "-p", "no:cacheprovider", "-p", "tests.
 """
 SEED = 99
 """Seed of a sample."""
+MAKE = """
+from mutmut import __main__ as mutmut
+mutmut.set_mutant_under_test("mutant_generation")
+mutmut.makedirs("mutants", exist_ok=True)
+mutmut.copy_src_dir()
+mutmut.copy_also_copy_files()
+mutmut.setup_source_paths()
+mutmut.store_lines_covered_by_tests()
+mutmut.create_mutants(1)
+"""
+"""The beginning of ``mutmut run``: the mutants and their names, before the tests are measured."""
 END_S = 10
 """Seconds in which mutmut must end after an interrupt."""
 KILLED = ("killed", "timeout", "caught by type check", "segfault")
@@ -304,16 +332,24 @@ def prepare(files: Sequence[str], tests: Sequence[str], work: Path) -> bool:
     return is_changed
 
 
-def mutmut(work: Path, *arguments: str, limit_s: float | None = None, quiet: bool = True) -> str:
+def mutmut(
+    work: Path,
+    *arguments: str,
+    level: str = "quick",
+    limit_s: float | None = None,
+    quiet: bool = True,
+    options: Sequence[str] = ("-m", "mutmut"),
+) -> str:
     """Run mutmut in the copy, for at most ``limit_s`` seconds, and return its output.
 
     Results of mutants are kept when the time ends.
     """
     environment = {"HYPOTHESIS_PROFILE": "mutate", "OMP_NUM_THREADS": "1"}
+    environment["HYBRIDCACHE_TESTS"] = level
     paths = [Path(path) for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
     kept = os.pathsep.join(str(path.resolve()) for path in paths if path.resolve() != ROOT)
     running = subprocess.Popen(
-        [sys.executable, "-m", "mutmut", *arguments],
+        [sys.executable, *options, *arguments],
         cwd=work,
         env=os.environ | environment | {"PYTHONPATH": kept},
         text=True,
@@ -376,17 +412,17 @@ def again(found: dict[str, str], is_changed: bool) -> list[str]:
     return [name for name, status in found.items() if wanted(status)]
 
 
-def try_file(file: str, tests: Sequence[str], processes: int) -> int:
+def try_file(file: str, group: Group, processes: int) -> int:
     """Mutate one file. Return the number of survivors that are not listed."""
     work = ROOT / "out" / "mutation" / file.removesuffix(".py").replace("/", ".")
-    is_changed = prepare([file], tests, work)
+    is_changed = prepare([file], group.tests, work)
     before = outcomes(work)
     children = "--max-children", str(processes)
     if is_changed or not before or NOT_TRIED in before.values():
-        mutmut(work, "run", *children, quiet=False)
+        mutmut(work, "run", *children, level=group.level, quiet=False)
     survived = [name for name, status in before.items() if status not in (*KILLED, NOT_TRIED)]
     if is_changed and survived:
-        mutmut(work, "run", *children, *survived, quiet=False)
+        mutmut(work, "run", *children, *survived, level=group.level, quiet=False)
     found = outcomes(work)
     if not found:
         print(f"{file}: no mutant was tried; see the output of mutmut above.")
@@ -406,28 +442,28 @@ def draw(files: Sequence[str], count: int) -> dict[str, list[float]]:
 
 def try_sample(name: str, drawn: dict[str, list[float]], end_s: float) -> int:
     """Try drawn mutants of one group until a time. Return the number of unlisted survivors."""
-    work = ROOT / "out" / "mutation" / "sample" / re.sub(r"\W", "_", name)
-    is_changed = prepare(list(drawn), GROUPS[name].tests, work)
-    output = ""
+    work, group = ROOT / "out" / "mutation" / "sample" / re.sub(r"\W", "_", name), GROUPS[name]
+    is_changed, output = prepare(list(drawn), group.tests, work), ""
     if is_changed or not outcomes(work):
-        # No mutant has this name: mutmut makes the mutants, measures the tests and stops.
-        output = mutmut(work, "run", "none", limit_s=max(1.0, end_s - time.monotonic()))
+        output = mutmut(work, options=("-c", MAKE))
     known, chosen = outcomes(work), list[str]()
     for file, places in drawn.items():
         start = file.removesuffix(".py").replace("/", ".") + "."
         names = [one for one in known if one.startswith(start) and "." not in one[len(start) :]]
         chosen += [names[int(place * len(names))] for place in places if names]
     wanted = again({one: known[one] for one in chosen}, is_changed)
-    if not (work / "mutants" / "mutmut-stats.json").exists():
+    for _ in range(2):  # Twice, because mutmut discards all results after a change of the settings.
+        if wanted and (left_s := end_s - time.monotonic()) > 0:
+            run = "run", "--max-children", "1", *wanted
+            output = mutmut(work, *run, level=group.level, limit_s=left_s)
+            known = outcomes(work)
+            wanted = [one for one in chosen if known[one] == NOT_TRIED]
+    is_late = time.monotonic() >= end_s
+    if not is_late and (wanted or not chosen):
         lines = [line for line in output.splitlines() if not SPINNER.match(line)]
-        output, is_late = "\n".join(lines[-LAST_LINES:]), time.monotonic() >= end_s
-        print(f"{name}: " + ("no time was left." if is_late else f"mutmut failed:\n{output}"))
-        return 0 if is_late else 1
-    if wanted:
-        left_s = max(1.0, end_s - time.monotonic())
-        mutmut(work, "run", "--max-children", "1", *wanted, limit_s=left_s)
-        known = outcomes(work)
-    return judge(name, work, {one: known[one] for one in chosen})
+        print(f"{name}: mutmut failed:\n" + "\n".join(lines[-LAST_LINES:]))
+    num_unlisted = judge(name, work, {one: known[one] for one in chosen})
+    return num_unlisted if is_late or chosen else 1
 
 
 def try_samples(count: int, minutes: float, processes: int, names: Sequence[str]) -> int:
@@ -482,9 +518,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.sample is not None:
         unlisted = try_samples(options.sample, options.minutes, options.processes, options.names)
     else:
-        tests = {file: GROUPS[name].tests for file, name in groups.items()}
-        files = options.names or list(tests)
-        unlisted = sum(try_file(file, tests[file], options.processes) for file in files)
+        files = options.names or list(groups)
+        unlisted = sum(try_file(file, GROUPS[groups[file]], options.processes) for file in files)
     if unlisted:
         print(f"{unlisted} mutants survive that are not listed in {EQUIVALENT.name}.")
     return 1 if unlisted else 0
@@ -496,6 +531,8 @@ CPU_SECONDS = 5.0
 """Lower bound of the CPU time limit of a test with a mutant."""
 CPU_FACTOR = 5.0
 """CPU time limit of a test with a mutant, as a multiple of its usual duration."""
+WALL_SECONDS, WALL_FACTOR = 20.0, 15.0
+"""The same of the time on the clock, for a test that waits for ever."""
 USUAL_SECONDS = 24.0
 """Duration of a test that mutmut has not measured."""
 DURATIONS = pytest.StashKey[dict[str, float]]()
@@ -511,17 +548,20 @@ def pytest_configure(config: pytest.Config) -> None:
     known = json.loads(stats.read_text()) if stats.is_file() else {}
     config.stash[DURATIONS] = known.get("duration_by_test", {})
     signal.signal(signal.SIGPROF, _stop)
+    signal.signal(signal.SIGALRM, _stop)
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
-    """Limit the CPU time of a test. Wall time would depend on the load of the machine."""
+    """Limit the CPU time of a test. Time on the clock depends on the load of the machine."""
     usual = item.config.stash[DURATIONS].get(item.nodeid, USUAL_SECONDS)
     signal.setitimer(signal.ITIMER_PROF, max(CPU_SECONDS, CPU_FACTOR * usual))
+    signal.setitimer(signal.ITIMER_REAL, max(WALL_SECONDS, WALL_FACTOR * usual))
     try:
         return (yield)
     finally:
         signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.setitimer(signal.ITIMER_REAL, 0)
 
 
 if __name__ == "__main__":

@@ -168,7 +168,9 @@ def test_a_roll_back_keeps_the_checkpoint_at_the_accepted_length(
     assert lease.extend(140)
     assert [position for position, _ in lease.take_checkpoint_slots(100, 131)] == [128]
     carried_out(cache)
+    num_free = cache.free_slots
     lease.roll_back(accepted)
+    assert cache.free_slots == num_free + (accepted < 128)
     lease.finish(text, accepted, donate=False)
     assert cache.match(text).cached_len == resumed_at
     check(cache)

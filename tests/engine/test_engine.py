@@ -145,6 +145,9 @@ def test_a_stream_yields_the_whole_answer_and_ends_when_closed() -> None:
     next(stream)
     stream.close()
     assert not engine.has_work()
+    engine.submit("abc")
+    engine.end_request(*engine.requests)  # As plugins do.
+    assert [output.finish_reason for output in engine.step()] == ["abort"]
 
 
 def test_an_interrupt_leaves_the_engine_usable(monkeypatch: pytest.MonkeyPatch) -> None:

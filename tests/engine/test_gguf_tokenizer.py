@@ -156,7 +156,7 @@ def pieces() -> dict[str, Any]:
         "tokens": special + words,
         "token_type": [2, 3, 3, *([6] * 256), *([1] * len(words))],
         "scores": [0.0] * len(special) + [float(-rank) for rank in range(len(words))],
-        **{"unknown_token_id": 0, "bos_token_id": 1, "eos_token_id": 2},
+        **{"unknown_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "padding_token_id": 2},
     }
     return {f"tokenizer.ggml.{key}": value for key, value in metadata.items()}
 
@@ -196,7 +196,8 @@ def test_sentence_pieces_have_the_ids_of_the_plain_algorithm(tmp_path) -> None:
             assert found.backend.decode(expected, False) == text.replace(SPACE, " ")
         num_bytes += sum(3 <= token_id < 259 for token_id in expected)
     assert num_bytes > 100
-    assert found.settings == {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
+    named = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "</s>"}
+    assert found.settings == named
 
 
 @pytest.mark.parametrize("flags", [{}, {"add_bos_token": False, "add_eos_token": True}])

@@ -451,6 +451,7 @@ def test_sessions_count_as_live_while_the_machine_is_idle() -> None:
     result = closed_loop(trace, gib=1, rate=10, **settings)
     [run] = result.runs
     assert "OwnSteps" in run.config["times"] and "OwnSteps" in result.table()
+    assert repr(result) == "ClosedLoopResult(pauses: 1 runs)"
     assert run.live_most == 2 and run.makespan_s > 1000
     assert run.live_mean == pytest.approx(2, abs=0.01)
 

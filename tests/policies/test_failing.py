@@ -160,6 +160,7 @@ def test_the_failure_of_a_policy_without_a_file_is_one_sentence() -> None:
     cache = hybrid(40, 3, grid=4)
     lease = Lease.begin(cache, placement, LeaseRequest(np.arange(20, dtype=np.int32)))
     assert lease is not None
+    assert placement.state_dict() == Adaptive().state_dict()
     with pytest.raises(PolicyError, match=r"plan raised KeyError: 'own' \(<cell 1>, line 3\)$"):
         lease.extend(20)
     lease.abort()

@@ -70,6 +70,21 @@ def test_the_room_rule_leaves_a_prompt_half_of_the_checkpoints_that_fit(
     assert len(planned) + (placement.decode_interval() is not None) == room
 
 
+@pytest.mark.parametrize(
+    ("grid", "header", "label"),
+    [(1, 1, "back"), (1, 2, "boundary"), (4, 3, "back"), (4, 4, "boundary"), (64, 17, "boundary")],
+)
+def test_a_boundary_less_than_a_grid_step_from_the_end_is_that_of_the_prompt(
+    grid: int, header: int, label: str
+) -> None:
+    prefill = Prefill(500, 0, 0, 0, (500 - header,), grid)
+    placement = parse_placement("adaptive")
+    placement.on_prefill(prefill)
+    [found] = [placed for placed in placement.plan(prefill) if placed.position == 500 - header]
+    assert found.label == label
+    assert placement.state_dict()["_mean_prompt"] == 500
+
+
 @pytest.mark.parametrize(("earlier", "is_head"), [(7, True), (6, False)])
 def test_requests_for_an_evicted_head_do_not_rank_the_forks_that_displace_it(
     earlier: int, is_head: bool

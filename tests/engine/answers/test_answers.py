@@ -241,6 +241,7 @@ def test_broken_calls_are_read_in_linear_time(form: CallForm, mark: str, opening
         (XML, xml("weather", days="soon"), False, "'days' of a call is not of the type"),
         (XML, xml("weather", deep="{'a': set()}"), False, "'deep' of a call is not of the type"),
         (XML, xml("weather", city="a\n<parameter=x>\nb" + xml("f"))[:-20], True, "breaks off"),
+        (XML, xml("f", a="1").removesuffix("</function>\n</tool_call>"), True, "breaks off"),
         (XML, "<think>" + xml("f"), True, "in the reasoning, because it breaks off behind it"),
         (XML, f"<think>{xml('f')} and", False, "in the reasoning, because more reasoning"),
         (HERMES, f"<think>{hermes('rm', '{}')}</think>\n", False, "no tool 'rm' was offered"),

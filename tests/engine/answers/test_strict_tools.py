@@ -281,8 +281,8 @@ def test_tools_that_name_no_arguments_take_any(root: dict[str, Any], strict: boo
 
 @pytest.mark.parametrize("form", KINDS)
 def test_a_text_next_to_a_list_does_not_break_the_limits_of_the_list(form: type[CallForm]) -> None:
-    """With tags, a text in brackets would be read as a list."""
-    listed = {"type": "array", "items": {"type": "string"}}
+    """With tags, a text in brackets would be read as a list. One item is always unique."""
+    listed = {"type": "array", "items": {"type": "string"}, "uniqueItems": True, "maxItems": 1}
     grammar = form(tools({"anyOf": [{"type": "string"}, listed]}, strict=True)).grammar()
     values: list[Any] = ["a", "a [1]", ["a"], [], [1]]
     assert [accepts(grammar, written(form, one)) for one in values] == 4 * [True] + [False]

@@ -21,6 +21,7 @@ from engine.runner.model_runner import ModelRunner
 from engine.weights.checkpoint import Dummy
 from engine.weights.model_config import ModelError
 from engine.weights.parameters import Build, WeightSpec
+from engine.weights.products import Experts, expert_names
 from experiments.gpu import interpreter
 from experiments.gpu.models import TINY
 from kernels.linear.formats import QuantizedRows
@@ -95,6 +96,9 @@ def test_rows_quantised_by_norms_and_experts_change_no_bit(num_tokens, monkeypat
     family, config = read_model(TINY | sizes)
     kernels = Kernels(Device.resolve("cpu"), override_all("fused"))
     spec = WeightSpec(torch.device("cpu"), torch.bfloat16, "fp8", fp8_activations=True)
+    names = expert_names("experts.{}", "gate_proj", "up_proj", "down_proj")
+    experts = config.sizes.layers[0].mlp
+    assert Experts("experts", 128, experts, names, Build(kernels, spec), shared=names).has_shared
     torch.manual_seed(4)
     mixed = torch.randn(num_tokens, 1, 128).to(torch.bfloat16)
     kinds = []

@@ -10,7 +10,7 @@ from transformers import CONFIG_MAPPING
 
 from engine.models import families
 from hybridcache.geometry.config_format import fits
-from hybridcache.geometry.families import COMPOSITES, modules
+from hybridcache.geometry.families import COMPOSITES, modules, read
 
 
 @pytest.mark.parametrize("model_type", sorted(families()))
@@ -31,3 +31,5 @@ def test_fields_have_the_names_types_and_defaults_of_transformers(model_type) ->
     pairs = {frozenset(pair) for pair in text_class.attribute_map.items()}
     our_aliases = {frozenset(pair) for pair in ours.aliases.items()}
     assert {pair for pair in pairs if pair & set(ours.fields)} <= our_aliases
+    types = {"layer_types": ["conv"] * 32} if model_type == "lfm2_moe" else {}
+    assert len(read({"model_type": model_type, **types})[0].layers) > 3

@@ -126,6 +126,8 @@ def test_fp8_blocks_in_a_layer_on_a_device(tmp_path):
     save_file(stored, tmp_path / "model.safetensors")
     config = {"quantization_config": eight_bit.fp8_section(["m.in_proj_ba"])}
     files = read_quantization(config)
+    others = read_quantization({"quantization_config": eight_bit.fp8_section([])})
+    assert [others.format(name) is None for name in ("m.lm_head", "m.in_proj_ba")] == [True, False]
     linear = kernels["linear"]
     place = WeightSpec(device, dtype, files=files, multiplies=lambda one: one.has_product(linear))
     dynamic = place.files.format("m.in_proj_z")

@@ -18,6 +18,7 @@ from engine.models import read_model
 from engine.runner.backends import Kernels
 from engine.runner.device import Device
 from engine.weights.checkpoint import Dummy, WeightsError
+from engine.weights.layer_names import model_name
 from engine.weights.model_config import ModelError, read_config
 from engine.weights.parameters import Build, WeightSpec
 from engine.weights.tensor_files import find_files, open_file
@@ -203,6 +204,11 @@ def test_buffers_in_files_are_ignored(name, is_ignored, checkpoint, drivers):
     else:
         with pytest.raises(WeightsError, match="1 unexpected"):
             load(path)
+
+
+def test_names_of_heads_have_no_prefix() -> None:
+    names = "language_model.lm_head.weight", "lm_head.weight"
+    assert [*map(model_name, names)] == 2 * ["lm_head.weight"]
 
 
 @pytest.mark.parametrize("stacked", [True, False])

@@ -48,6 +48,7 @@ def test_operator_sees_comparison_with_nearest_earlier_chat(live: Live) -> None:
     other = live.get(f"/v1/cache/explanations/{ids[2]}?compared_with={ids[1]}").json()
     assert other["compared_with"] == ids[1] and other["parted"]["at"] < explanation["parted"]["at"]
     assert "tokens were reused" in explanation["text"]
+    assert "tokens that both share: " in explanation["text"]
     assert explanation["text"].endswith(explanation["advice"])
     assert live.post("/reset_prefix_cache", {}).status_code == 200
     again = live.post("/v1/chat/completions", chats[2]).json()["id"]

@@ -389,6 +389,7 @@ def test_statuses_are_counted_and_logged_as_json(
     records = [one for one in caplog.records if one.name.endswith("access.requests")]
     lines = [json.loads(JsonFormatter().format(one)) for one in records]
     assert [one["status"] for one in lines] == [200, 400, 401, 404, 413]
+    assert all(one["request_id"] for one in lines)
     name = hashlib.sha256(b"second").hexdigest()[:8]  # The same after a change of the file.
     assert (lines[0]["key"], lines[0]["client"]) == (name, "127.0.0.1") and lines[2]["key"] is None
     assert f"key {name}" in records[0].getMessage()

@@ -128,7 +128,7 @@ LINES: list[tuple[dict[str, Any], str]] = [
 """Blocks of history that no template writes, and their text."""
 
 
-@pytest.mark.parametrize("block, line", LINES, ids=lambda one: str(one)[:20])
+@pytest.mark.parametrize("block, line", LINES, ids=lambda one: ascii(one)[:20].replace("\\", "/"))
 def test_blocks_of_history_become_a_line_of_text(
     live: Live, block: dict[str, Any], line: str
 ) -> None:

@@ -150,6 +150,17 @@ def test_loaded_rows_equal_the_offloaded_ones(
     disk.close()
 
 
+def test_states_are_adopted_if_they_fit_with_their_tokens(tmp_path: Path) -> None:
+    disk, need = open_disk(tmp_path), 30 + STATE_ROWS
+    for path in (prompt(1), prompt(2)):
+        write(disk, path)
+        read = reader(path, STATE_ROWS, "checkpoint")
+        disk.write_through("checkpoint", path, STATE_ROWS, read)
+    states, room = settled(disk).prefixes, (need - 1, need, 2 * need - 1, 2 * need)
+    assert [len(states.newest_states(rows, STATE_ROWS)) for rows in room] == [0, 1, 1, 2]
+    disk.close()
+
+
 def test_a_damaged_record_is_removed_with_its_descendants(tmp_path: Path) -> None:
     disk = open_disk(tmp_path)
     path = (None, np.arange(30, dtype=np.int32))

@@ -198,6 +198,17 @@ def test_a_folder_that_is_not_writable_is_refused(
 FIELDS = {"weights": "a" * 32, "checkpoint grid": "64", "exact": "False"}
 
 
+def test_the_digest_of_weights_is_kept_until_their_files_change(tmp_path: Path) -> None:
+    weights, found = tmp_path / "model.safetensors", list[str | None]()
+    for content in (b"1", None, b"22"):
+        if content is not None:
+            weights.write_bytes(content)
+        store = RecordStore(tmp_path / "state", tmp_path)
+        found.append(store.weights_digest)
+        store.open(OURS).close()
+    assert found == [None, "ours", None]
+
+
 def test_a_new_fingerprint_is_synced_before_use(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -37,11 +37,11 @@ def make_request(rid, tokens, salt=None):
     )
 
 
-def serve(caller, rid, tokens, output=(), track=None, salt=None):
+def serve(caller, rid, tokens, output=(), track=None, salt=None, locks=True):
     """Run one request through the cache interface and return its cached length."""
     cache, req = caller.cache, make_request(rid, tokens, salt)
     req.init_next_round_input(cache)
-    hit, req.lock = req.prefix_len, cache.lock(req.last_node)
+    hit, req.lock = req.prefix_len, cache.lock(req.last_node) if locks else None
     known = cache.prefix_device_indices(req)
     end = len(tokens) + len(output)
     caller.requests.alloc([req])
@@ -212,6 +212,20 @@ def test_pipeline_stages_use_the_same_sizes(monkeypatch):
 def test_disabled_radix_cache_uses_sglangs_own(monkeypatch):
     monkeypatch.setattr(backend, "default_radix_cache_factory", lambda ctx: "default")
     assert backend.build_backend(SimpleNamespace(disable_radix_cache=True)) == "default"
+
+
+def test_a_request_without_a_lock_is_published():
+    caller = Caller("hybridcache")
+    assert serve(caller, "a", PATH, [20], locks=False) == 0
+    assert serve(caller, "b", [*PATH, 50], locks=False) == 12
+
+
+def test_settings_that_are_not_supported_are_refused(monkeypatch):
+    for name in ("get_memory", "get_disagg", "get_parallel", "get_spec"):
+        monkeypatch.setattr(backend, name, lambda: None)
+    monkeypatch.setattr(backend, "why_not", lambda *settings: "no windows")
+    with pytest.raises(ValueError, match="no windows"):
+        backend.build_backend(SimpleNamespace(disable_radix_cache=False))
 
 
 def test_reset_sends_an_event_to_the_router():

@@ -212,6 +212,7 @@ def test_tensorrt_llm_saves_at_declared_boundaries_and_at_branches() -> None:
     head = text(0, 1500)
     prompts = [np.concatenate((head, text(seed, 700))) for seed in (1, 2, 3)]
     assert [followed(peer, prompt, (1000,)) for prompt in prompts] == [0, 992, 1472]
+    assert [followed(peer, one) for one in (prompts[0][:992], prompts[0][:1000])] == [0, 992]
     undeclared = TensorRtCache(QWEN3_NEXT)
     assert [followed(undeclared, prompt) for prompt in prompts] == [0, 0, 1472]
 
