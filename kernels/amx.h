@@ -26,7 +26,8 @@ static_assert(sizeof(TileLayout) == 64, "the size that LDTILECFG reads");
 
 // The registers of this thread in plain C++. Sums are made in the order of the processor's manual: a
 // bfloat16 product sums the first and the second elements of the 16 words separately, then adds both
-// to the register. Subnormal numbers are 0, in a region of `for_each`.
+// to the register. Subnormal numbers are 0, in a region of `for_each`. Methods with it are for tests, and
+// are compiled with PLAIN_TILES.
 struct PlainTiles {
     struct Registers {
         uint8_t rows[8], row_bytes[8];

@@ -296,10 +296,15 @@ static int64_t steps_of(int64_t count) {
 #define OF_AMX(DEFINE)
 #endif
 
+#ifdef PLAIN_TILES
+#define OF_PLAIN(DEFINE) DEFINE(bfloat16_plain_tiles, BFloat16, TilePairs<PlainTiles>)
+#else
+#define OF_PLAIN(DEFINE)
+#endif
+
 // DEFINE(name, dtype, method) for each method that this compiler has.
 #define EACH_METHOD(DEFINE)                                                                       \
     DEFINE(float32_lanes, float, Singles)                                                         \
-    DEFINE(bfloat16_lanes, BFloat16, Singles)                                                     \
-    DEFINE(bfloat16_plain_tiles, BFloat16, TilePairs<PlainTiles>) OF_PAIRS(DEFINE) OF_AMX(DEFINE)
+    DEFINE(bfloat16_lanes, BFloat16, Singles) OF_PLAIN(DEFINE) OF_PAIRS(DEFINE) OF_AMX(DEFINE)
 
 #endif

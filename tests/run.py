@@ -1,7 +1,7 @@
 """Run all tests, or the tests in difficult environments.
 
 python -m tests.run all [PART ...]          everything, part by part (`make test-all`)
-python -m tests.run environments            the suite without a compiler, without a terminal, ...
+python -m tests.run environments [PART ...] the suite without a compiler, without a terminal, ...
 
 Each part or environment writes its output to a file in ``out/`` and one line to the screen.
 """
@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -78,6 +79,16 @@ def run(parts: Sequence[Part], folder: Path) -> int:
     return 1 if failed else 0
 
 
+def run_chosen(parts: Sequence[Part], names: Sequence[str], folder: Path) -> int:
+    """Run all parts, or those with a name that begins with one of ``names``."""
+    chosen = [part for part in parts if not names or part.name.startswith(tuple(names))]
+    if not chosen:
+        choices = "; ".join(part.name for part in parts)
+        print(f"tests.run: no part matches {', '.join(names)}; choose from {choices}.")
+        return 2
+    return run(chosen, folder)
+
+
 def _last_line(lines: Sequence[str]) -> str:
     """Return pytest's counts, or the last line."""
     counts = [line for line in lines if re.search(r"\d+ (passed|failed|error).* in [\d.]+s", line)]
@@ -110,16 +121,6 @@ def all_parts() -> list[Part]:
     ]
 
 
-def run_all(names: Sequence[str]) -> int:
-    """Run all parts, or those with a name that begins with one of ``names``."""
-    parts = [part for part in all_parts() if not names or part.name.startswith(tuple(names))]
-    if not parts:
-        choices = ", ".join(part.name for part in all_parts())
-        print(f"tests.run all: no part matches {', '.join(names)}; choose from {choices}.")
-        return 2
-    return run(parts, OUT / "test-all")
-
-
 # --- make test-environments ---------------------------------------------------------------------
 
 
@@ -149,6 +150,27 @@ PROCESSORS = {
     "SSE4": ("sse4", "default", "SSE41", "SSE4_2"),
 }
 """Imitated processors, by their best instructions: a value of each variable of ``LIMITS``."""
+EMULATED: dict[str, dict[str, str]] = {
+    "Haswell": {library.MKL_VARIABLE: "AVX2,STRICT"},
+    "EPYC-Milan": {},
+}
+"""Processors with AVX2 that qemu emulates, and what ``library.settle_products`` sets for them: it
+would read the real processor's vendor. qemu 7.2 emulates no AVX-512."""
+EMULATOR = "qemu-x86_64"
+IN_EMULATOR: dict[str, tuple[str, dict[str, str]]] = {
+    "": (
+        "(native or lanes or tiles or halves or looked_up or together or test_layers"
+        " or test_blocks) and not fused and not aot and not amx and not 2048x2048"
+        " and not real_sizes and not a_level",
+        {},
+    ),
+    ", all dtypes": (
+        "(looked_up or (native and (test_pointwise or test_state_copy or decode))) and not fused",
+        EVERYTHING,
+    ),
+}
+"""pytest's expressions for tests of native kernels, and their level. Each exported function is
+called, but for two that ``tests/engine`` tests. Emulation is 20 times slower."""
 EXACTNESS = [
     f"tests/engine/numerics/test_{name}.py"
     for name in ("exactness", "four_bits", "gguf_models", "published_sizes")
@@ -182,9 +204,9 @@ def lacks(name: str) -> str | None:
     return f"this processor lacks {', '.join(sorted(missing))}" if missing else None
 
 
-def run_environments() -> int:
-    """Run the tests of numbers with other instructions and without a compiler, and touchy tests in
-    a bare background shell."""
+def run_environments(names: Sequence[str]) -> int:
+    """Run the tests of numbers with other instructions, on emulated processors and without a
+    compiler, and touchy tests in a bare background shell."""
     numerics = [*PYTEST, "-p", "no:cacheprovider", *NUMERICS]
     exactness = [*PYTEST, "-p", "no:cacheprovider", *EXACTNESS]
     command = [*PYTEST, "-p", "no:cacheprovider", *touchy_tests()]
@@ -199,20 +221,34 @@ def run_environments() -> int:
                 Part(f"{name}, no compiler", numerics, limits | bare, missing),
             ]
         name = "AVX2"
+        missing = lacks(name) if shutil.which(EMULATOR) else "needs qemu-user"
+        for processor, settings in EMULATED.items():
+            limits = imitated(name) | settings | {"QEMU_CPU": processor}
+            parts += [
+                Part(
+                    f"{processor}, emulated{kind}",
+                    [EMULATOR, *PYTEST[:3], "-k", tests, NUMERICS[0]],
+                    limits | level,
+                    missing,
+                )
+                for kind, (tests, level) in IN_EMULATOR.items()
+            ]
         parts.append(
             Part(f"{name}, exactness", exactness, imitated(name) | EVERYTHING, lacks(name))
         )
         parts.append(Part("background", ["sh", "-c", BACKGROUND, "sh", *command], BARE))
-        return run(parts, OUT / "test-environments")
+        return run_chosen(parts, names, OUT / "test-environments")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="tests.run", description=__doc__.splitlines()[0])
     ways = parser.add_subparsers(dest="way", required=True)
-    ways.add_parser("all").add_argument("parts", nargs="*", metavar="PART")
-    ways.add_parser("environments")
+    for name in ("all", "environments"):
+        ways.add_parser(name).add_argument("parts", nargs="*", metavar="PART")
     options = parser.parse_args(arguments)
-    return run_all(options.parts) if options.way == "all" else run_environments()
+    if options.way == "all":
+        return run_chosen(all_parts(), options.parts, OUT / "test-all")
+    return run_environments(options.parts)
 
 
 if __name__ == "__main__":

@@ -38,6 +38,8 @@ LONG = (
     "tests/test_replay.py",
 )
 """Files that take longest alone."""
+EMULATED = "QEMU_CPU" in os.environ
+"""True in an emulator of another processor (`make test-environments`)."""
 QUICK_SHARE = 4
 """Level "quick" draws the number of hypothesis examples divided by this."""
 

@@ -576,7 +576,9 @@ struct WordExperts {
 
 LINEAR(float32_lanes, float, ByLanes<Float32>)
 LINEAR(bfloat16_halves, BFloat16, ByHalves)
+#ifdef PLAIN_TILES
 LINEAR(bfloat16_plain_tiles, BFloat16, ByTiles<BFloat16Tiles<PlainTiles>>)
+#endif
 #ifdef __AVX512BF16__
 LINEAR(bfloat16_pairs, BFloat16, ByLanes<BFloat16Pairs>)
 #endif
@@ -607,7 +609,7 @@ EXPORT void permit_amx(int64_t* answer) { *answer = AmxTiles::are_permitted(); }
 
 LINEAR_INT8(lanes_float32, float, ByLanes<Int8Fours>)
 LINEAR_INT8(lanes_bfloat16, BFloat16, ByLanes<Int8Fours>)
-#ifdef __AVX512VNNI__
+#if defined(__AVX512VNNI__) && defined(PLAIN_TILES)
 LINEAR_INT8(plain_tiles_float32, float, ByTiles<Int8Tiles<PlainTiles>>)
 #endif
 #ifdef HAS_AMX

@@ -1081,7 +1081,9 @@ PRODUCTS(half_lanes_bfloat16, BFloat16, HalfLanes, ByHalves)
 #ifdef __AVX512VNNI__
 PRODUCTS(lanes_float32, float, FullLanes, ByLanes)
 PRODUCTS(lanes_bfloat16, BFloat16, FullLanes, ByLanes)
+#ifdef PLAIN_TILES
 PRODUCTS(plain_tiles_float32, float, FullLanes, ByTiles<PlainTiles>)
+#endif
 #ifdef HAS_AMX
 PRODUCTS(amx_float32, float, FullLanes, ByTiles<AmxTiles>)
 PRODUCTS(amx_bfloat16, BFloat16, FullLanes, ByTiles<AmxTiles>)

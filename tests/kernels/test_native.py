@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
+import shutil
+import subprocess
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -10,10 +13,11 @@ from typing import Any
 import pytest
 import torch
 
+from kernels import library
 from kernels.gdn import native as gdn
 from kernels.kda import native as kda
 from kernels.mamba2 import native as mamba2
-from kernels.native import has, kernel_choices
+from kernels.native import has, kernel_choices, shared_library
 from tests.kernels.test_scan import Scan, Sizes
 
 pytestmark = pytest.mark.skipif(not has("decode_gdn_float32_float32"), reason="no C++ compiler")
@@ -100,3 +104,32 @@ def test_choices_name_a_method_of_each_operation() -> None:
     assert choices["linear_bfloat16"] in ("amx", "pairs", "halves")
     assert choices["prompts_bfloat16"] in ("amx", "pairs", "lanes")
     assert choices["linear_int8"] in ("amx", "lanes", "reference")
+
+
+OWN_INSTRUCTIONS = {
+    "sse4": r"\t(pshufb|pmulld|pextrd|blendvps|roundps)\b",
+    "avx2": r"\t(v[a-z]|(andn|bzhi|mulx|pdep|pext|rorx|sarx|shlx|shrx|movbe|lzcnt)\b)|%ymm",
+    "avx512": r"%zmm|%k[0-7]|%[xy]mm(1[6-9]|2\d|3[01])",
+    "avx512-vnni": r"\tvpdp[bw]",
+    "avx512-bf16": r"\tv(dpbf16|cvtne)",
+    "amx": r"\t(tdp|tileload|ldtilecfg)",
+    "none": r"\tv(perm[it]?2?b|p(multishift|madd52|popcnt|sh[lr]d|(compress|expand)[bw])|gf2p8)",
+}
+"""Instructions that each level of x86-64 has and those before it do not, as objdump prints them."""
+
+
+@pytest.mark.skipif(
+    getattr(library.selected_level(), "name", "") not in OWN_INSTRUCTIONS
+    or shutil.which("objdump") is None,
+    reason="needs objdump, and a level of instructions (make test-environments)",
+)
+def test_a_level_has_no_instructions_of_higher_ones() -> None:
+    """The compiler checks that for intrinsics, and not for statements in assembler."""
+    command = ["objdump", "-d", "--no-show-raw-insn", shared_library()._name]
+    code = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    levels = list(OWN_INSTRUCTIONS)
+    own = levels.index(library.selected_level().name)
+    assert re.search(OWN_INSTRUCTIONS[levels[own]], code)
+    for name in levels[own + 1 :]:
+        found = re.search(f".*({OWN_INSTRUCTIONS[name]}).*", code)
+        assert found is None, (name, found)
