@@ -171,15 +171,15 @@ def test_errors_name_the_flag_and_no_empty_name_is_taken(
 
 
 def test_the_line_that_serves_has_flags_of_the_engine(capsys: pytest.CaptureFixture[str]) -> None:
-    settings: dict[str, Any] = {"grid": 32, "max_running": 4, "host_gib": 2.0}
-    settings |= {"disk_gib": 2.0, "checkpoint_dtype": "int8"}
+    settings: dict[str, Any] = {"grid": 32, "host_gib": 2.0, "disk_gib": 2.0}
+    settings["checkpoint_dtype"] = "int8"
     result = simulate(
         "short?head=60", gib=1, policy=["lru", "fifo"], bound=False, seeds=2, **settings
     )
     flags = re.findall("--[a-z-]+", result.verdict())
     assert exit_code(engine, ["serve", "--help"]) == 0
     known = capsys.readouterr().out
-    assert len(flags) == 9 and [flag for flag in flags if f" {flag} " not in known] == []
+    assert len(flags) == 8 and [flag for flag in flags if f" {flag} " not in known] == []
 
 
 def test_settings_without_flags_are_named_in_python(capsys: pytest.CaptureFixture[str]) -> None:
