@@ -67,6 +67,7 @@ class PlainMatch:
     losses: Losses
     missed_len: int
     """Position of the deepest usable evicted checkpoint, or 0 if there is none."""
+    forks: bool
 
 
 class PlainCache:
@@ -167,7 +168,10 @@ class PlainCache:
             never_checkpointed=grid_len - lost_len,
             below_grid=kv_match_len - grid_len,
         )
-        return PlainMatch(cached_len, kv_match_len, seen_len, slot, losses, max(lost, default=0))
+        seen = ids[:seen_len]
+        forks = not seen or any(p.end > seen_len and p.prefix[:seen_len] == seen for p in ours)
+        missed_len = max(lost, default=0)
+        return PlainMatch(cached_len, kv_match_len, seen_len, slot, losses, missed_len, forks)
 
     def gather(self, tokens: Tokens, length: int, namespace: Hashable) -> list[int]:
         """Return the rows of the first ``length`` tokens, which must be resident."""

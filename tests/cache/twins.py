@@ -184,6 +184,7 @@ class Twins:
         assert found.cached_len == plain.cached_len
         assert found.kv_match_len == plain.kv_match_len
         assert found.seen_len == plain.seen_len
+        assert found.forks == plain.forks
         assert found.checkpoint == plain.slot
         assert found.losses == plain.losses
         assert sum(found.losses) + found.cached_len == len(tokens)

@@ -178,11 +178,11 @@ def test_missing_published_files_are_named(
 
 
 class Listed(NamedTuple):
-    """Results pages, their figures, and the list of parts."""
+    """Results pages, their figures, and what each part lacks."""
 
     texts: dict[str, str]
     figures: dict[str, str]
-    parts: str
+    missing: dict[str, str]
 
 
 @pytest.fixture(scope="module")
@@ -194,8 +194,8 @@ import json, sys
 sys.modules.update(dict.fromkeys(("torch", "triton", "msgspec")))
 from experiments import reproduce
 texts, figures = reproduce.whole_pages()
-parts = reproduce.listing(reproduce.read_parts())
-print(json.dumps([texts, {str(path): figure for path, figure in figures.items()}, parts]))
+missing = {part.name: part.missing for part in reproduce.read_parts()}
+print(json.dumps([texts, {str(path): figure for path, figure in figures.items()}, missing]))
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -204,8 +204,8 @@ print(json.dumps([texts, {str(path): figure for path, figure in figures.items()}
 
 def test_simulations_and_pages_need_no_engine(without_engine: Listed) -> None:
     """Parts that need it say so."""
-    lines = without_engine.parts.splitlines()
-    needs = {line.split()[0] for line in lines if "needs torch (pip inst" in line}
+    missing = without_engine.missing
+    needs = {name for name in missing if missing[name].startswith("needs torch (pip inst")}
     assert {"overhead", "closed-loop", "checkpoint-dtype", "sharegpt"} <= needs
     assert not needs & {part.name for part in reproduce.read_parts() if part.scope != "engine"}
 
