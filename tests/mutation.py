@@ -248,6 +248,7 @@ EXCLUDED = (
     "test_every_format_is_a_small_file",
     "test_an_error_in_a_custom_policy_is_one_line",
     "test_a_dropped_lock_warns_and_fails_the_check",
+    "test_pictures_show_the_present_page",
 )
 """Slow tests that detect no mutant that other tests do not detect, and tests of sources or of lines
 in tracebacks, which differ in mutmut's copy."""

@@ -270,7 +270,10 @@ def test_sessions_of_a_run_sum_to_its_figures_and_give_its_interval() -> None:
         for one in run.by_session:
             assert one.losses is not None
             assert one.cached_tokens + sum(one.losses) == one.prompt_tokens
-        assert RunResult.from_record(json.loads(json.dumps(run.as_record()))) == run
+        record = json.loads(json.dumps(run.as_record()))
+        assert RunResult.from_record(record) == run
+        rates = "token_hit_rate", "request_hit_rate", "share_of_bound", "share_of_optimum"
+        assert [record[name] for name in rates] == [getattr(run, name) for name in rates]
         parts = [one.cached_tokens for one in run.by_session]
         bootstrap = ratio(parts, [one.prompt_tokens for one in run.by_session])
         assert run.interval.mean == bootstrap.mean == run.token_hit_rate
