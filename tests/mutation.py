@@ -117,7 +117,7 @@ GROUPS = {
         ("hybridcache/geometry/*", "hybridcache/geometry/families/*"),
         (
             *("tests/lab/test_costs.py", "tests/engine/test_checkpoint_dtype.py"),
-            f"{NUMERICS}/test_published_configs.py",
+            *(f"{NUMERICS}/test_published_configs.py", "tests/cache/test_doctests.py"),
         ),
         level="all",
     ),
@@ -232,7 +232,7 @@ GROUPS = {
             *("tests/engine/test_engine.py", "tests/engine/test_schedule.py"),
             *("tests/engine/test_failing_alone.py", "tests/engine/test_loading.py"),
             *("tests/engine/test_plugins.py", "tests/engine/test_async_engine.py"),
-            "tests/engine/transfer/test_transfers.py",
+            *("tests/engine/transfer/test_transfers.py", f"{NUMERICS}/test_memory.py"),
         ),
     ),
     "server": Group(

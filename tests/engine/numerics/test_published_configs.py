@@ -11,6 +11,7 @@ from transformers import CONFIG_MAPPING
 from engine.models import families
 from hybridcache.geometry.config_format import fits
 from hybridcache.geometry.families import COMPOSITES, modules, read
+from hybridcache.geometry.sizes import MOST_LAYERS, ExpertsSizes, MLPSizes, SizesError
 
 
 @pytest.mark.parametrize("model_type", sorted(families()))
@@ -33,3 +34,12 @@ def test_fields_have_the_names_types_and_defaults_of_transformers(model_type) ->
     assert {pair for pair in pairs if pair & set(ours.fields)} <= our_aliases
     types = {"layer_types": ["conv"] * 32} if model_type == "lfm2_moe" else {}
     assert len(read({"model_type": model_type, **types})[0].layers) > 3
+
+
+def test_layers_up_to_the_limit_have_experts_at_their_step() -> None:
+    config = {"model_type": "qwen3_next", "decoder_sparse_step": 2}
+    layers = read(config | {"num_hidden_layers": MOST_LAYERS})[0].layers
+    assert len(layers) == MOST_LAYERS
+    assert [type(layer.mlp) for layer in layers[:4]] == [MLPSizes, ExpertsSizes] * 2
+    with pytest.raises(SizesError, match=f"at most {MOST_LAYERS}"):
+        read(config | {"num_hidden_layers": MOST_LAYERS + 1})
