@@ -10,6 +10,8 @@ import dataclasses
 import inspect
 import math
 import re
+import subprocess
+import sys
 import types
 import typing
 from collections.abc import Callable, Iterator, Sequence
@@ -392,3 +394,12 @@ def test_model_is_named_with_or_without_its_flag(capsys: pytest.CaptureFixture[s
         assert "no:model is a name of Ollama's library" in capsys.readouterr().err
     assert exit_code(engine, ["serve", "--port", "0", "a/b", "--model", "c/d"]) == 2
     assert "MODEL is a/b and --model is c/d" in capsys.readouterr().err
+
+
+def test_a_check_without_vllm_says_so_in_one_sentence() -> None:
+    # A module of this value counts as absent, also if vLLM is installed.
+    code = "import runpy, sys; sys.modules['vllm'] = None; runpy.run_module(*sys.argv[1:])"
+    command = [sys.executable, "-c", code, "hybridcache.vllm.check", "", "__main__"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and len(done.stderr.splitlines()) == 1
+    assert "needs vLLM in this environment" in done.stderr

@@ -14,12 +14,16 @@ import sys
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from itertools import count
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
+
+if __name__ == "__main__" and find_spec("vllm") is None:
+    sys.exit("hybridcache.vllm.check needs vLLM in this environment (docs/how-to/vllm.md).")
 from vllm.config import CacheConfig, ObservabilityConfig, ParallelConfig, SchedulerConfig
 from vllm.sampling_params import SamplingParams
 from vllm.utils.hashing import sha256

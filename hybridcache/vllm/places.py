@@ -77,7 +77,7 @@ def boundaries_of(request: Request) -> tuple[int, ...]:
 
 # These counters are next to those of vLLM in its ``/metrics``. The scheduler runs in a process of
 # its own: they are shown if ``PROMETHEUS_MULTIPROC_DIR`` is set, as vLLM does with several servers.
-PROMPT_TOKENS = Counter("hybridcache_prompt_tokens", "Prompt tokens by cause of loss.", ["cause"])
+PROMPT_TOKENS = Counter("hybridcache_prompt_tokens", "Prompt tokens: hits and losses.", ["cause"])
 COPIED_BYTES = Counter("hybridcache_copied_bytes", "Bytes of block copies for states of answers.")
 
 

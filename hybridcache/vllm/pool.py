@@ -166,8 +166,7 @@ class BlockTree(Listener):
 
     def unlock(self, request_id: str) -> None:
         """Return the lock of a request. Does nothing if it has none."""
-        lock = self.locks.pop(request_id, None)
-        if lock is not None:
+        if (lock := self.locks.pop(request_id, None)) is not None:
             self.cache.unlock(lock)
 
     def find(self, request: Any, num_tokens: int) -> tuple[PrefixMatch, PrefixMatch]:
@@ -268,8 +267,7 @@ class BlockTree(Listener):
 
     def state_moved(self, src: KVCacheBlock, dst: KVCacheBlock) -> None:
         """Note that vLLM copies a saved state from ``src`` to ``dst`` in this step."""
-        slot = self.slot_of.pop(src.block_id, None)
-        if slot is not None:
+        if (slot := self.slot_of.pop(src.block_id, None)) is not None:
             blocks = self.states[slot]
             blocks[blocks.index(src)] = dst
             self.slot_of[dst.block_id] = slot
