@@ -50,7 +50,7 @@ class Without(Adaptive):
         self.rule = rule
 
     def _choose(
-        self, prefill: Prefill, positions: Positions, bars: tuple[float, float]
+        self, prefill: Prefill, positions: Positions, bars: placement.Bars
     ) -> tuple[list[Placed], bool]:
         changes: dict[str, dict[str, Any]] = {
             "head": {"evicted": ()},
@@ -67,13 +67,13 @@ class Without(Adaptive):
             prefill._replace(resumed=None) if self.rule == "succession" else prefill
         )
 
-    def _wants(self, rule: tuple[str, int], free_slots: float, bars: tuple[float, float]) -> bool:
+    def _wants(self, rule: tuple[str, int], free_slots: float, bars: placement.Bars) -> bool:
         free_slots = float("inf") if self.rule == "free memory" else free_slots
         return super()._wants(rule, free_slots, bars)
 
-    def _bars(self) -> tuple[float, float]:
-        earned, used = super()._bars()
-        return earned, float("inf") if self.rule == "rank" else used
+    def _bars(self) -> placement.Bars:
+        earned, of_forks, displaced = super()._bars()
+        return earned, float("inf") if self.rule == "rank" else of_forks, displaced
 
 
 class WithoutPace(survival.Survival):

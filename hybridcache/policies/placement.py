@@ -152,6 +152,9 @@ UNSAVED = {"_accounts", "_latest"}
 """Attributes of ``Adaptive`` that are not saved as they are."""
 Positions = tuple[tuple[int, ...], list[Placed]]
 """Shared boundaries of a prompt, ascending, and its back-offs, deepest first."""
+Bars = tuple[float, float, float]
+"""Tokens per checkpoint that a label must exceed: by earnings, or by real hits those of forks and
+what one more displaces. See ``Adaptive._bars``."""
 
 
 class _Account:
@@ -192,13 +195,16 @@ class _Account:
         self.used *= 0.5
         self.uses *= 0.5
 
-    def pays(self, bars: tuple[float, float]) -> bool:
+    def pays(self, bars: Bars) -> bool:
         """Return whether the label earns more than the first of ``bars``, or has more real hits
-        than the second (``Adaptive._bars``)."""
-        earned_bar, used_bar = bars
-        return self.earned > earned_bar * self.placed or self.used / self.placed > used_bar
+        than the others. The last one needs evidence."""
+        earned, of_forks, displaced = bars
+        if self.earned > earned * self.placed:
+            return True
+        used = self.used / self.placed
+        return used > of_forks and (self.placed < EVIDENCE or used > displaced)
 
-    def offer(self, bars: tuple[float, float], is_end: bool = False) -> None:
+    def offer(self, bars: Bars, is_end: bool = False) -> None:
         """Count a prefill in which the label is possible, and decide if it is a trial.
 
         Each trial halves the counts before it, so that a label pays again after a few trials with
@@ -251,7 +257,8 @@ class Adaptive(PlacementPolicy):
       replaces tips of conversations that have ended, and shows when more can be kept. More trials
       would displace most tips under an order by recency, which evicts those that are due next.
     - *Rank*: a label also pays if its real hits save more tokens per checkpoint than those of
-      forks.
+      forks, and, from ``EVIDENCE`` checkpoints on, more than a checkpoint displaces or than those
+      of all labels. Forks are saved anyway, so poor forks alone are no reason to save more.
     - *Free memory*: a back-off without earnings is saved in free memory only. Under pressure it is
       saved in trials.
     - *Spare slots*: if tokens were missed although a slot for each position is free, and KV has
@@ -364,7 +371,7 @@ class Adaptive(PlacementPolicy):
             self._missed_tokens *= 0.5
 
     def _choose(
-        self, prefill: Prefill, positions: Positions, bars: tuple[float, float]
+        self, prefill: Prefill, positions: Positions, bars: Bars
     ) -> tuple[list[Placed], bool]:
         """Return the positions to save, by descending priority, and whether to save the answer."""
         shared, back_offs = positions
@@ -373,7 +380,7 @@ class Adaptive(PlacementPolicy):
         num_spare = 0 if prefill.shares_memory else free_slots or 0
         spare = self._missed_tokens > 0 and num_spare >= len(shared) + len(back_offs) + 2
         if spare:
-            bars = -inf, -inf
+            bars = -inf, -inf, -inf
         head = _head(prefill)
         if head is not None:
             wanted.append(Placed(head.position, HEAD))
@@ -455,7 +462,7 @@ class Adaptive(PlacementPolicy):
             self._accounts[rule] = account
         return account
 
-    def _wants(self, rule: Rule, free_slots: float, bars: tuple[float, float]) -> bool:
+    def _wants(self, rule: Rule, free_slots: float, bars: Bars) -> bool:
         """Return whether a checkpoint of ``rule`` is worth saving.
 
         ``free_slots`` is the free memory left for rules without earnings; inf is no limit.
@@ -469,13 +476,15 @@ class Adaptive(PlacementPolicy):
             return (self._mean_prompt or 1.0) > bars[0]
         return account.pays(bars)
 
-    def _bars(self) -> tuple[float, float]:
-        """Return the earnings, and the tokens of real hits, per checkpoint above which a label
-        pays."""
-        forks = self._accounts.get(("branch", 0))
-        used = inf if forks is None or forks.placed < EVIDENCE else forks.used / forks.placed
-        price = self._missed_tokens / self._num_placed  # displaced by one more checkpoint
-        return MARGIN * price, used
+    def _bars(self) -> Bars:
+        """Return what one more checkpoint must exceed: ``MARGIN`` times the tokens missed per
+        checkpoint, the real hits of forks, and what it displaces. That is the tokens missed, or the
+        real hits of all labels, if they are fewer."""
+        forks, accounts = self._accounts.get(("branch", 0)), self._accounts.values()
+        of_forks = inf if forks is None or forks.placed < EVIDENCE else forks.used / forks.placed
+        missed = self._missed_tokens / self._num_placed
+        used = sum(one.used for one in accounts) / (sum(one.placed for one in accounts) or 1.0)
+        return MARGIN * missed, of_forks, min(missed, used)
 
 
 def resumes_from_tip(prefill: Prefill) -> bool:

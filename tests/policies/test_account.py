@@ -17,7 +17,7 @@ from hybridcache.policies.placement import (
     Adaptive,
     _Account,
 )
-from hybridcache.radix.protocol import Prefill
+from hybridcache.radix.protocol import Placed, Prefill
 from tests.policies.items import FakeItem
 
 
@@ -27,8 +27,8 @@ def test_thirty_prefills_of_one_label_by_hand() -> None:
     first, assumed one) and adds its own. The 200 tokens of a hit then pay until ten are placed."""
     account, steps = _Account(100.0, 20, 3), ""
     for step in range(1, 31):
-        account.offer((20.0, float("inf")))
-        pays = account.pays((20.0, float("inf")))
+        account.offer((20.0, float("inf"), 0.0))
+        pays = account.pays((20.0, float("inf"), 0.0))
         steps += "P" if pays else "t" if account.is_tried else "."
         if pays or account.is_tried:
             account.save()
@@ -39,7 +39,7 @@ def test_thirty_prefills_of_one_label_by_hand() -> None:
 
 def test_a_label_that_pays_again_is_tried_as_often_as_at_the_beginning() -> None:
     """Each trial without a hit makes the next one later."""
-    account, bars = _Account(0.0, 0, 0.0), (20.0, float("inf"))
+    account, bars = _Account(0.0, 0, 0.0), (20.0, float("inf"), 0.0)
     for _ in range(10 * TRIAL_AFTER):
         account.offer(bars)
     assert account.wait > 2 * TRIAL_AFTER
@@ -51,7 +51,7 @@ def test_a_label_that_pays_again_is_tried_as_often_as_at_the_beginning() -> None
 @pytest.mark.parametrize("earnings", ["earned", "used"])
 def test_halving_old_counts_leaves_the_earnings_per_checkpoint(earnings: str) -> None:
     """Checkpoint ``MEMORY`` halves the counts. The label earned 5 tokens for each, and 6 pay."""
-    account, bars = _Account(0.0, 0, 0.0), (6.0, 6.0)
+    account, bars = _Account(0.0, 0, 0.0), (6.0, 6.0, 6.0)
     setattr(account, earnings, 5.0 * MEMORY)
     pays = []
     for _ in range(MEMORY):
@@ -59,6 +59,29 @@ def test_halving_old_counts_leaves_the_earnings_per_checkpoint(earnings: str) ->
         pays.append(account.pays(bars))
     assert pays[:10] == [True] * 10 and pays[-2:] == [False] * 2
     assert account.placed == (MEMORY + 1) / 2
+
+
+@pytest.mark.parametrize(
+    ("rejoins", "boundary_hit", "missed", "is_saved"),
+    [(12, 6400, 40, True), (12, 6400, 60, False), (12, 0, 60, True), (6, 6400, 100, True),
+     (7, 6400, 100, False)],
+)  # fmt: skip
+def test_poor_forks_alone_are_no_reason_to_save_more(
+    rejoins: int, boundary_hit: int, missed: int, is_saved: bool
+) -> None:
+    """Eight forks have no hit. Rejoins have one of 640 tokens: 49 for each of twelve and the
+    assumed one, which is above a loss of 40, and above a mean of 28, if the loss is 60. Six have no
+    evidence."""
+    placement, rejoin = Adaptive(), FakeItem("it", label="rejoin", position=640)
+    head = FakeItem("head", label="boundary", position=boundary_hit)
+    for label, count in (("branch", EVIDENCE), ("rejoin", rejoins)):
+        for _ in range(count):
+            placement.on_saved(Placed(640, label))
+    placement.on_hit(rejoin)
+    placement.on_hit(head)
+    placement.on_ghost_hit(head, missed * (EVIDENCE + rejoins + 1))
+    prefill = Prefill(2000, 0, 640, 640, (), 64, forks=False)
+    assert (Placed(640, "rejoin") in placement.plan(prefill)) == is_saved
 
 
 @pytest.mark.parametrize(
@@ -147,7 +170,7 @@ def test_turnover_needs_one_hit_in_eight_requests_for_an_end() -> None:
 @given(HISTORY)
 def test_a_label_pays_again_after_a_few_trials_with_hits(history: Events) -> None:
     """Its checkpoints earn four times what is needed from now on."""
-    account, bars = _Account(0.0, 0, 0.0), (25.0, float("inf"))
+    account, bars = _Account(0.0, 0, 0.0), (25.0, float("inf"), 0.0)
     for event, times in history:
         for _ in range(times):
             account.offer(bars)
