@@ -204,7 +204,7 @@ def marconi_cells() -> Iterator[PeerCell]:
 
     First its artifact on the first 1,000 requests, with 7B sizes. Then its placement (branch points
     and the last token) with LRU eviction of leaves, on the whole trace, at the sizes of both
-    models.
+    models. All measured figures are of simulations in which running requests hold no memory.
     """
     if not MOONCAKE.is_available:
         return
@@ -224,7 +224,8 @@ def marconi_cells() -> Iterator[PeerCell]:
         workload = "Mooncake" if head is None else f"Mooncake, first {head:,}"
         for gigabytes, rate in zip((20, 80, 320), rates, strict=False):
             config = BaselineConfig(gigabytes * 10**9, kv_bytes, state_bytes, unit=512)
-            make, size = partial(MarconiCache, config, **settings), f"{gigabytes} GB"
+            make = partial(MarconiCache, config, is_charged=False, **settings)
+            size = f"{gigabytes} GB"
             yield PeerCell(name, workload, size, rate, make, partial(mooncake, head), 1)
 
 

@@ -531,7 +531,7 @@ def test_peers_without_hits_wait_as_long_as_a_cache_without_hits() -> None:
     trace = Trace("unique", 1, lambda: requests)
     [ours] = closed_loop(trace, policy="lru", checkpoints=["none"], admission="oldest", **loop).runs
     peers = closed_loop(trace, policy=(), baseline=["vllm", "sglang", "marconi-static"], **loop)
-    assert "not counted: the memory of running requests (marconi-static" in peers.table()
+    assert "not counted" not in peers.table()
     for run in peers.runs:
         assert (run.cached_tokens, run.num_requests, run.lost_tokens) == (0, 40, None)
         assert run.ttft_mean_s == pytest.approx(ours.ttft_mean_s, rel=0.03)
@@ -544,10 +544,9 @@ def test_a_peer_in_closed_loop_refuses_only_a_request_that_never_fits() -> None:
     prompts = [np.arange(size, dtype=np.int32) for size in (99_999, 50, 50)]
     requests = [TraceRequest(0.0, 1, None, prompt, answer) for prompt in prompts]
     trace = Trace("long", 1, lambda: requests)
-    [run] = closed_loop(trace, gib=0.6, policy=(), baseline="marconi", rate=1).runs
-    assert (run.num_requests, run.num_refused) == (3, 0), "its running requests take no memory"
-    [run] = closed_loop(trace, gib=0.6, policy=(), baseline="sglang", rate=1).runs
-    assert (run.num_requests, run.num_refused, run.prompt_tokens) == (2, 1, 100)
+    peers = closed_loop(trace, gib=0.6, policy=(), baseline=["marconi", "sglang"], rate=1)
+    for run in peers.runs:
+        assert (run.num_requests, run.num_refused, run.prompt_tokens) == (2, 1, 100)
 
 
 def test_default_policies_are_the_same_everywhere() -> None:

@@ -33,12 +33,10 @@ BASELINES: dict[str, BaselineFactory] = {
 """Baselines by name. ``sglang-plus`` is the baseline of that name in Marconi's paper."""
 _HOST_STATES = "512 states in host memory"
 _CHECKPOINTS = "up to 128 checkpoints in host memory"
-_RUNNING = "the memory of running requests"
 UNCHARGED = {
     **dict.fromkeys(("lightllm", "lightllm-big", "lightllm-64"), _HOST_STATES),
     "llama-cpp": _CHECKPOINTS,
-    **dict.fromkeys(("marconi", "marconi-static", "marconi-artifact", "sglang-plus"), _RUNNING),
 }
 """Memory of a system in addition to its size."""
-COMPARABLE = tuple(name for name in BASELINES if UNCHARGED.get(name) in (None, _RUNNING))
+COMPARABLE = tuple(name for name in BASELINES if name not in UNCHARGED)
 """Systems whose whole cache is within their size, so that the upper bound is also theirs."""

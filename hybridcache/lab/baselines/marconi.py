@@ -39,9 +39,14 @@ alpha is tuned after  ``(1 + window) * n``    ``window * n`` requests, by
 ``alpha=None`` tunes alpha. It is 0 until the first eviction, in request ``n``. All requests up to
 the tuning are then replayed with 0, 0.1 ... 2, and the best alpha is used from then on.
 
-Not modelled: the memory of a running request, so requests never wait. The artifact can also skip a
-whole prompt, while here the last token is always computed, and it continues to match below an edge
-that it left.
+A running request holds a state and its uncached tokens from its beginning to its end, as those of
+the other rebuilt systems do, and the path that it resumes from is not evicted. Room for both is
+made when it begins, and for its answer when that is inserted; without room, the request waits, and
+the answer is not kept. The paper and the artifact simulate the tree only (``is_charged=False``):
+published figures are compared with that, and alpha is tuned with it.
+
+Not modelled: the artifact can also skip a whole prompt, while here the last token is always
+computed, and it continues to match below an edge that it left.
 """
 
 from __future__ import annotations
@@ -130,6 +135,7 @@ class MarconiCache:
         reading: ``paper`` or ``artifact``.
         alpha: Weight of the efficiency, or None to tune it.
         leaf_lru: True for the paper's baseline SGLang+.
+        is_charged: False if running requests hold no memory, as in the published simulations.
     """
 
     def __init__(
@@ -138,14 +144,19 @@ class MarconiCache:
         reading: Reading = "paper",
         alpha: float | None = None,
         leaf_lru: bool = False,
+        is_charged: bool = True,
     ) -> None:
         self.config = config
         self.reading: Reading = reading
         self.alpha = alpha or 0.0
         self.flops = LayerFlops.of(config) if config.token_flops else PAPER_7B
         self.leaf_lru = leaf_lru
+        self.is_charged = is_charged
         self.kv_bytes = config.kv_bytes_per_token * config.unit
         self.used_bytes = 0
+        """Bytes of the tree."""
+        self.running: dict[MarconiSession, int] = {}
+        """Bytes that each running request holds in addition to the tree."""
         self.clock = 0
         self.flops_saved = 0.0
         self.hit_tokens = 0
@@ -159,24 +170,35 @@ class MarconiCache:
         self._tuned_at: int | None = None
         """Number of recorded requests at which alpha is tuned; None before the first eviction."""
 
-    def begin(self, tokens: Tokens, namespace: Hashable = None) -> MarconiSession:
-        """Match ``tokens`` and start a request. O(prompt)."""
+    def begin(self, tokens: Tokens, namespace: Hashable = None) -> MarconiSession | None:
+        """Match ``tokens`` and start a request. None if it must wait. O(prompt)."""
         root = self.roots.setdefault(namespace, new_root())
         node = self._match(root, tokens[:-1])
+        session = MarconiSession(self, root, tokens, node, node.depth, namespace)
+        uncached = (len(tokens) - node.depth) * self.kv_bytes
+        if not self._hold(session, uncached + self.config.state_bytes):
+            return None
         self.hit_tokens += node.depth
         self.flops_saved += self.flops.total(node.depth * self.config.unit)
-        return MarconiSession(self, root, tokens, node.depth, namespace)
+        return session
 
-    def finished(
-        self, root: PrefixNode, tokens: Tokens, output: Tokens, namespace: Hashable
-    ) -> None:
-        """Insert a finished request, and tune alpha if it is due."""
+    def finished(self, session: MarconiSession, output: Tokens) -> None:
+        """Insert a finished request if its answer fits, and tune alpha if it is due."""
+        root, tokens, namespace = session.root, session.tokens, session.namespace
+        whole = np.concatenate([tokens, output])
+        walked, matched = walk(root, whole)
+        fork_bytes = self.config.state_bytes if matched < walked.depth else 0
+        is_kept = self._hold(session, len(output) * self.kv_bytes + fork_bytes)
+        self.running.pop(session, None)
         if self.reading == "paper":
-            self._insert_then_evict(root, tokens, output)
+            if is_kept:
+                self._insert_then_evict(root, tokens, whole)
             self._learn(tokens, output, namespace)
         else:
             self._learn(tokens, output, namespace)
-            self._evict_then_insert(root, np.concatenate([tokens, output]))
+            if is_kept:
+                self._evict_then_insert(root, whole)
+        self._fit()
 
     def check(self) -> None:
         """Raise AssertionError unless the bytes and the candidates match the tree. O(tree)."""
@@ -185,6 +207,35 @@ class MarconiCache:
             used += len(node.tokens) * self.kv_bytes + node.has_state * self.config.state_bytes
             assert (node in self.candidates) == (len(node.children) <= 1), "candidates are stale"
         assert used == self.used_bytes, f"counted {self.used_bytes} bytes, the tree has {used}"
+        assert not self.is_charged or self._excess_bytes() <= 0, "more memory than the budget"
+
+    def _hold(self, session: MarconiSession, num_bytes: int) -> bool:
+        """Give ``session`` more memory, evicting for it. False if other requests leave too little;
+        then nothing is evicted."""
+        if not self.is_charged:
+            return True
+        held = self._pinned() | set(session.node.path())
+        kept = sum(
+            len(n.tokens) * self.kv_bytes + n.has_state * self.config.state_bytes for n in held
+        )
+        if kept + sum(self.running.values()) + num_bytes > self.config.budget_bytes:
+            return False
+        self.running[session] = self.running.get(session, 0) + num_bytes
+        self._fit()
+        return True
+
+    def _pinned(self) -> set[PrefixNode]:
+        """Return the nodes that running requests resumed from, and those above them."""
+        return {node for session in self.running for node in session.node.path()}
+
+    def _excess_bytes(self) -> int:
+        """Return the bytes of the tree and of running requests beyond the budget."""
+        return self.used_bytes + sum(self.running.values()) - self.config.budget_bytes
+
+    def _fit(self) -> None:
+        """Evict until running requests have their memory (the artifact miscounts leaves)."""
+        while self.is_charged and (missing := self._excess_bytes()) > 0:
+            self._evict(missing, set())
 
     def _match(self, root: PrefixNode, tokens: Tokens) -> PrefixNode:
         """Return the deepest whole node with a state, and refresh it (``leaf_lru``: its path)."""
@@ -196,12 +247,11 @@ class MarconiCache:
             step.time = self.clock
         return node
 
-    def _insert_then_evict(self, root: PrefixNode, tokens: Tokens, output: Tokens) -> None:
+    def _insert_then_evict(self, root: PrefixNode, tokens: Tokens, whole: Tokens) -> None:
         """Insert, save at the branch point and at the answer's end, then evict to the budget."""
         self.clock += 1
         walked, matched = walk(root, tokens)
         branch = matched if matched < walked.depth and matched > 0 else None
-        whole = np.concatenate([tokens, output])
         tail, new, _ = grow(*walk(root, whole), whole)
         self.used_bytes += new * self.kv_bytes
         fresh = {tail} | {node for node in tail.path() if node.depth == branch}
@@ -209,7 +259,7 @@ class MarconiCache:
             self._save(node)
         for node in tail.path():
             self._list(node)
-        self._evict(self.used_bytes - self.config.budget_bytes, fresh)
+        self._evict(self._excess_bytes(), fresh)
 
     def _evict_then_insert(self, root: PrefixNode, whole: Tokens) -> None:
         """Evict for the whole text and at most two states, then insert."""
@@ -218,7 +268,7 @@ class MarconiCache:
         _, matched = walk(root, whole)
         num_states = 1 + (matched > reusable.depth)
         needed = num_states * self.config.state_bytes + (len(whole) - matched) * self.kv_bytes
-        self._evict(self.used_bytes + needed - self.config.budget_bytes, set())
+        self._evict(self._excess_bytes() + needed, set())
         tail, new, fork = grow(*walk(root, whole), whole)
         self.used_bytes += new * self.kv_bytes
         for node in (tail, fork):
@@ -245,6 +295,7 @@ class MarconiCache:
             self._tuned_at = self._wait * max(1, len(self._recorded))
         if self.reading != "paper":
             self.clock += 1
+        spared = spared | self._pinned()
         while missing > 0:
             pool = [node for node in self._pool() if node not in spared]
             if not pool:
@@ -317,7 +368,7 @@ class MarconiCache:
 
     def _saved(self, requests: list[tuple[Tokens, Tokens, Hashable]], alpha: float) -> float:
         """Return the tokens or FLOPs that an empty cache with a fixed ``alpha`` saves."""
-        twin = MarconiCache(self.config, self.reading, alpha)
+        twin = MarconiCache(self.config, self.reading, alpha, is_charged=False)
         for tokens, output, namespace in requests:
             replay(twin, tokens, output, namespace)
         return twin.hit_tokens if self.reading == "paper" else twin.flops_saved
@@ -325,18 +376,19 @@ class MarconiCache:
 
 @dataclass(slots=True, eq=False)
 class MarconiSession(PeerSession):
-    """One running request. It holds no memory."""
+    """One running request, and the node that it resumed from."""
 
     cache: MarconiCache
     root: PrefixNode
     tokens: Tokens
+    node: PrefixNode
     cached_len: int
     namespace: Hashable
     num_chunks: int = 1
 
     def finish(self, output: Tokens) -> None:
         """Insert the prompt and its answer. Call once."""
-        self.cache.finished(self.root, self.tokens, output, self.namespace)
+        self.cache.finished(self, output)
 
 
 def _normalised(

@@ -1,5 +1,5 @@
-"""Tests of the rebuilt Marconi: shared behaviour of its variants, and each difference on a case
-worked out by hand."""
+"""Tests of the rebuilt Marconi: shared behaviour of its variants, each difference on a case worked
+out by hand, and the memory of running requests."""
 
 from __future__ import annotations
 
@@ -19,9 +19,12 @@ ONE_WIDE = LayerFlops(1, 2, 8.0, 4.0, 32.0, 38.0)
 """FLOPs per layer: attention 8 L + 4 L^2, MLP 16 L, linear 38 L."""
 
 
-def cache(reading: Reading, budget: int = 10**6, alpha: float = 0.0) -> MarconiCache:
+def cache(
+    reading: Reading, budget: int = 10**6, alpha: float = 0.0, is_charged: bool = False
+) -> MarconiCache:
+    """Return a cache; as published, its running requests hold no memory."""
     config = BaselineConfig(budget, SMALL.kv_bytes_per_token, SMALL.state_bytes)
-    peer = MarconiCache(config, reading, alpha)
+    peer = MarconiCache(config, reading, alpha, is_charged=is_charged)
     peer.flops = ONE_WIDE
     return peer
 
@@ -170,7 +173,7 @@ def test_alpha_is_tuned_after_the_expected_number_of_requests(
     paper and 2 n of the artifact."""
     config = BaselineConfig(budget_bytes=400, kv_bytes_per_token=1, state_bytes=10)
     monkeypatch.setattr(marconi, "WINDOW", 2)
-    peer = MarconiCache(config, reading)
+    peer = MarconiCache(config, reading, is_charged=False)
     first = tuned = None
     for number, request in enumerate(list(short())[:60], 1):
         replay(peer, request.tokens[:80] + number, request.output[:10])
@@ -194,7 +197,7 @@ def test_alpha_is_the_least_that_keeps_the_returning_text(
     saves equally much.
     """
     monkeypatch.setattr(marconi, "WINDOW", 2)
-    peer = MarconiCache(BaselineConfig(40, 1, 10), reading)
+    peer = MarconiCache(BaselineConfig(40, 1, 10), reading, is_charged=False)
     peer.flops, text = ONE_WIDE, run(0, returning)
     for number in range(6):
         assert peer.alpha == 0.0 and peer._recorded is not None
@@ -204,3 +207,55 @@ def test_alpha_is_the_least_that_keeps_the_returning_text(
             replay(peer, text, ids())
             text = np.append(text, np.int32(5000 + number))
     assert peer._recorded is None and peer.alpha == alpha
+
+
+@pytest.mark.parametrize("reading", ["paper", "artifact"])
+def test_a_running_request_displaces_cached_text(reading: Reading) -> None:
+    """A state has 10 bytes and a token one, of 45 bytes.
+
+    Texts of 10 and 8 tokens take 20 and 18. A prompt of 12 takes 22 when it begins: the older text
+    goes. Its return, with one token more, takes 21, so the other goes too. A prompt of 4 needs 14
+    and must wait. The first answer of 2 fits: 24 and 21 are 45. The second of 1 displaces that.
+    """
+    peer = cache(reading, budget=45, is_charged=True)
+    old, new = run(0, 10), run(100, 8)
+    for prompt in (old, new):
+        replay(peer, prompt, ids())
+    first = peer.begin(run(200, 12))
+    peer.check()
+    assert first is not None and (ends(peer), peer.used_bytes) == ({8: 1}, 18)
+    second = peer.begin(np.append(old, np.int32(1)))
+    assert second is not None and second.cached_len == peer.used_bytes == 0
+    assert peer.begin(run(300, 4)) is None
+    first.finish(ids(1, 2))
+    assert (ends(peer), peer.used_bytes) == ({14: 1}, 24)
+    second.finish(ids(1))
+    assert (ends(peer), peer.used_bytes) == ({12: 1}, 22)
+    peer.check()
+
+
+@pytest.mark.parametrize(("is_charged", "cached"), [(True, 0), (False, 10)])
+def test_published_figures_are_of_the_tree_alone(is_charged: bool, cached: int) -> None:
+    """The case above, and in the published simulations the older text is still there."""
+    peer = cache("paper", budget=45, is_charged=is_charged)
+    for prompt in (run(0, 10), run(100, 8)):
+        replay(peer, prompt, ids())
+    assert peer.begin(run(200, 12)) is not None
+    session = peer.begin(run(0, 11))
+    assert session is not None and session.cached_len == cached
+
+
+@pytest.mark.parametrize("reading", ["paper", "artifact"])
+def test_text_that_a_running_request_resumed_from_stays(reading: Reading) -> None:
+    """A text of 10 tokens takes 20 of 45 bytes, and 5 more tokens of a running request 15. So a
+    prompt of 12, which needs 22, waits, although the text is the only candidate. An answer of 11
+    tokens does not fit either, and then nothing of that request is kept."""
+    peer = cache(reading, budget=45, is_charged=True)
+    replay(peer, run(0, 10), ids())
+    session = peer.begin(run(0, 15))
+    assert session is not None and session.cached_len == 10
+    assert peer.begin(run(100, 12)) is None and ends(peer) == {10: 1}
+    session.finish(run(500, 11))
+    assert (ends(peer), peer.used_bytes) == ({10: 1}, 20)
+    assert peer.begin(run(100, 12)) is not None
+    peer.check()
