@@ -235,6 +235,7 @@ class MarconiCache:
     def _fit(self) -> None:
         """Evict until running requests have their memory (the artifact miscounts leaves)."""
         while self.is_charged and (missing := self._excess_bytes()) > 0:
+            assert self.candidates.keys() - self._pinned(), "running requests hold too much"
             self._evict(missing, set())
 
     def _match(self, root: PrefixNode, tokens: Tokens) -> PrefixNode:

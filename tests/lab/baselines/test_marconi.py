@@ -259,3 +259,7 @@ def test_text_that_a_running_request_resumed_from_stays(reading: Reading) -> Non
     assert (ends(peer), peer.used_bytes) == ({10: 1}, 20)
     assert peer.begin(run(100, 12)) is not None
     peer.check()
+    replay(peer := cache(reading, budget=60, is_charged=True), run(0, 10), ids())
+    assert peer.begin(run(0, 15)) is not None
+    replay(peer, run(100, 5), ids())
+    assert peer.begin(run(200, 6)) is not None and ends(peer) == {10: 1}, "the newer text goes"
