@@ -102,19 +102,6 @@ def test_unfinished_headers_time_out(
     slow.close()
 
 
-WITHOUT_SCHEMA = {"type": "function", "function": {"name": "f", "parameters": []}}
-"""Tool whose parameters are an empty object, as PHP writes it."""
-
-
-def test_request_at_the_limits_is_served(live: Live) -> None:
-    for path, body in (
-        (COMPLETIONS, {"prompt": "x", "stop": ["y" * 1024] * 64}),
-        ("/detokenize", {"tokens": [65] * 300_000}),
-        ("/v1/chat/completions", {"messages": CHAT, "tools": [WITHOUT_SCHEMA], "max_tokens": 1}),
-    ):
-        assert live.post(path, body).status_code == 200, path
-
-
 @pytest.mark.parametrize(
     ("path", "body"),
     [
