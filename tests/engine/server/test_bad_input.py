@@ -175,6 +175,10 @@ BAD: dict[str, list[tuple[dict[str, Any], str]]] = {
         ({"tool_choice": {"type": "function"}, "tools": [FUNCTION]}, "tool_choice.function"),
         ({"tool_choice": {"type": "allowed_tools"}}, "tool_choice.type"),
         (
+            {"tool_choice": {"type": "function", "function": {"name": "g"}}, "tools": [FUNCTION]},
+            "^'tool_choice': 'g' is none of the tools: weather.$",
+        ),
+        (
             {"tools": [FUNCTION], "tool_choice": "required", "structured_outputs": {"regex": "a"}},
             "tool_choice",
         ),
@@ -226,7 +230,8 @@ BAD: dict[str, list[tuple[dict[str, Any], str]]] = {
         ({"tools": [{"type": "bash_20250124", "name": "b"}]}, "turn it off in the client"),
         *foreign(stop="use 'stop_sequences'", seed="drop it"),
         ({"tool_choice": {"type": "tool", "name": "g"}}, "tool"),
-        ({"tool_choice": {"type": "tool"}}, "tool_choice"),
+        ({"tool_choice": {"type": "tool"}}, "^'tool_choice.name' is missing: add it.$"),
+        ({"temperature": "x"}, "^'temperature' must be a number, got a string.$"),
         ({"thinking": THINKING | {"budget_tokens": 2**31}}, "thinking.budget_tokens"),
         ({"output_config": {"effort": "none"}}, "output_config.effort"),
         ({"model": "claude"}, "model"),

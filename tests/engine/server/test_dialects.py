@@ -253,6 +253,11 @@ S, U, A, D = (
         ("first only", [S, S, U], "<s:sy\n+\n\nsy\n+><u:us\n+>"),
         ("first only", [S, U, A, S, U], "<s:sy\n+><u:us\n+><a:as\n+><u:sy\n+><u:us\n+>"),
         ("first only", [S, D, U], "<s:sy\n+\n\nde\n+><u:us\n+>"),
+        (
+            "first only",
+            [S, D, U, A, S, U],
+            "<s:sy\n+\n\nde\n+><u:us\n+><a:as\n+><u:sy\n+><u:us\n+>",
+        ),
         ("first only", [U, A, D, U], "<u:us\n+><a:as\n+><u:de\n+><u:us\n+>"),
         ("any order", [S, D, U], "<s:sy\n+><s:de\n+><u:us\n+>"),
         ("any order", [U, A, S, U], "<u:us\n+><a:as\n+><s:sy\n+><u:us\n+>"),
@@ -267,7 +272,8 @@ S, U, A, D = (
 def test_all_endpoints_have_one_rule_for_system_messages_and_parts(
     serve_answer: ServeAnswer, name: str, chat: list[dict[str, Any]], expected: str
 ) -> None:
-    """The template decides: what it rejects or leaves out is joined, or said by the user."""
+    """The template decides: what it rejects or leaves out is joined, or said by the user. The own
+    field of a dialect is a first message."""
     live = serve_answer("x", TEMPLATES[name])
     tokens = prompt(live, "/tokenize", chat)
     assert live.post("/detokenize", {"tokens": tokens}).json()["prompt"] == expected
@@ -277,8 +283,12 @@ def test_all_endpoints_have_one_rule_for_system_messages_and_parts(
     ]
     for path in PROMPTS[1:]:
         if D not in chat or "messages" not in path:
-            said = items if path.endswith("responses") else chat
+            is_items = path.endswith("responses")
+            said = items if is_items else chat
             assert prompt(live, path, said) == len(tokens), path
+            if chat[0] is S and name != "parts" and "chat" not in path:
+                own = {"instructions": "sy\n+"} if is_items else {"system": S["content"]}
+                assert prompt(live, path, said[1:], **own) == len(tokens), path
 
 
 def test_marks_of_parts_stay_in_joined_messages(serve_answer: ServeAnswer) -> None:

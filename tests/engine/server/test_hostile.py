@@ -24,7 +24,6 @@ from engine.front.server.settings import ServerConfig
 from .conftest import Live
 
 CHAT = [{"role": "user", "content": "hi"}]
-COMPLETIONS = "/v1/completions"
 
 
 HALF_HEADER = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nX-Half: "

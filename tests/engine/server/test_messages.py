@@ -131,31 +131,6 @@ def test_thinking_ends_at_its_budget(live: Live, budget: int) -> None:
     assert text["text"] == choice["message"]["content"]
 
 
-FIRST_ONLY = """\
-{%- for m in messages %}
-{%- if m.role == 'system' and not loop.first %}{{ raise_exception('System message must be first.') }}{% endif %}
-{{- '<|im_start|>' ~ m.role ~ '\\n' ~ m.content ~ '<|im_end|>\\n' }}{% endfor %}"""
-
-
-def test_system_message_in_the_middle_keeps_its_place(serve_answer: ServeAnswer) -> None:
-    """It becomes a user message if the template accepts no system message there. One of the
-    developer is a system message for a template that has no such role."""
-    late = {"role": "system", "content": "Hurry."}
-    chat = [*ASK["messages"], {"role": "assistant", "content": "Hm."}, late, ASK["messages"][0]]
-    body = {"model": "builtin", "messages": chat, "system": "Be brief."}
-    for template, role, first in ((FIRST_ONLY, "user", "developer"), (None, "system", "system")):
-        live = serve_answer("x", template)
-        same = [{"role": first, "content": "Be brief."}, *chat]
-        same[3] = late | {"role": role}
-        count = live.post("/tokenize", {"messages": same}).json()["count"]
-        assert live.post("/v1/messages/count_tokens", body).json() == {"input_tokens": count}
-    live = serve_answer("Yes.", FIRST_ONLY)
-    developer = {"role": "developer", "content": "Be exact."}
-    items = [developer, *chat]
-    answer = live.client.responses.create(model="builtin", instructions="Be brief.", input=items)
-    assert answer.output_text == "Yes."
-
-
 def test_anthropic_client_runs_a_tool_loop(serve_answer: ServeAnswer) -> None:
     """Whole and streamed answers, token counts and errors through Anthropic's package."""
     anthropic = pytest.importorskip("anthropic")
