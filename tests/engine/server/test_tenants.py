@@ -286,22 +286,23 @@ def test_tenants_stay_isolated_in_every_dialect(
 
 def test_reasoning_is_restored_only_in_the_same_chat(serve_answer: Callable[..., Live]) -> None:
     """``preserve_thinking`` restores reasoning that a client left out. A guess of another client's
-    answer must not reveal its reasoning."""
+    answer must not reveal its reasoning, and no guess that of another tenant."""
     live = serve_answer("<think>The card number is 4929.</think>Yes.")
     chat: dict[str, Any] = {"messages": [{"role": "user", "content": "Is my card 4929 valid?"}]}
     first = live.post("/v1/chat/completions", chat).json()["choices"][0]["message"]
     assert (first["content"], first["reasoning_content"]) == ("Yes.", "The card number is 4929.")
     answer = {"role": "assistant", "content": "Yes."}
 
-    def prompt(question: str, **more: Any) -> str:
+    def prompt(question: str, headers: dict[str, str] | None = None, **more: Any) -> str:
         messages = [{"role": "user", "content": question}, answer]
         body = {"messages": messages, "chat_template_kwargs": {"preserve_thinking": True}} | more
-        tokens = live.post("/tokenize", body).json()["tokens"]
+        tokens = live.post("/tokenize", body, **headers or {}).json()["tokens"]
         text: str = live.post("/detokenize", {"tokens": tokens}).json()["prompt"]
         return text
 
     assert "The card number is 4929." in prompt("Is my card 4929 valid?")
     assert "The card number" not in prompt("Is my card valid?")
+    assert "The card number" not in prompt("Is my card 4929 valid?", {"x-cache-salt": "other"})
     tool = {"type": "function", "function": {"name": "f", "parameters": {}}}
     assert "The card number" not in prompt("Is my card 4929 valid?", tools=[tool])
 
