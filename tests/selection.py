@@ -34,10 +34,12 @@ APART = "tests/kernels/test_aot.py", "tests/engine/numerics/test_published_sizes
 LONG = (
     "tests/experiments/test_second_turn.py",
     "tests/kernels/test_scan.py",
+    "tests/test_budget.py",
+    "tests/test_examples.py",
     "tests/test_readme.py",
     "tests/test_replay.py",
 )
-"""Files that take longest alone."""
+"""Files that take longest alone, or long ones at the end of the order."""
 EMULATED = "QEMU_CPU" in os.environ
 """True in an emulator of another processor (`make test-environments`)."""
 QUICK_SHARE = 4

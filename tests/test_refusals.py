@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import json
 import math
 import re
-import subprocess
+import runpy
 import sys
 import types
 import typing
@@ -35,6 +36,7 @@ from hybridcache.lab.cli import main as hybridcache
 from hybridcache.lab.scenario import LOAD, Scenario
 from hybridcache.policies.registry import parse_placement
 from tests.engine.test_engine import make_engine
+from tests.engine.test_hits_change_nothing import ATTENTION_ONLY
 
 WRONG: dict[Any, tuple[Any, ...]] = {
     int: ("odd", 1.5, -(2**80), True),
@@ -111,18 +113,23 @@ def exit_code(command: Callable[[Sequence[str]], int], arguments: Sequence[str])
         return stop.code
 
 
-def test_wrong_values_of_a_scenario_are_refused() -> None:
+def test_wrong_values_of_a_scenario_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     hints = typing.get_type_hints(Scenario, localns=vars(lab_scenario))
     for one in dataclasses.fields(Scenario)[1:]:
         kinds = {hints[one.name], *typing.get_args(hints[one.name])}
         if bool in kinds:
             continue
+        is_load = one.metadata["group"] == LOAD
         value: Any = -1 if kinds & {int, float} else "odd"
-        run = closed_loop if one.metadata["group"] == LOAD else simulate
         with pytest.raises((ValueError, OSError)) as caught:
+            run = closed_loop if is_load else simulate
             run("short?head=3", **{"gib": 1.0} | {one.name: value})
             pytest.fail(f"{one.name}={value!r} is accepted")
         check_refusal(str(caught.value), one.name, value)
+        flag = f"--{one.name.replace('_', '-')}=odd"
+        command = ["simulate", "--trace=short?head=3", "--closed-loop" if is_load else "--gib=1"]
+        assert exit_code(hybridcache, [*command, flag]) == 2, flag
+        check_refusal(capsys.readouterr().err, one.name, "odd")
     with pytest.raises(OSError, match="odd"):
         simulate("odd")
 
@@ -153,25 +160,6 @@ def test_wrong_flag_of_the_engine_is_refused(verb: str, capsys: pytest.CaptureFi
         check_refusal(capsys.readouterr().err, name, value)
 
 
-@pytest.mark.parametrize(
-    ("given", "said"),
-    {
-        "--max-running 0": "--max-running must be",
-        "--token-budget 0": "--token-budget must be",
-        "--served-model-name ": "'' has an empty name",
-        "--checkpoints adaptive,": "'adaptive,' has an empty name",
-        "--cors-origin *,": "'*,' has an empty name",
-    }.items(),
-)
-def test_errors_name_the_flag_and_no_empty_name_is_taken(
-    given: str, said: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert exit_code(engine, ["serve", "--model", "/no", "--port", "0", *given.split(" ")]) == 2
-    assert said in capsys.readouterr().err
-    with pytest.raises(ValueError, match="'adaptive,' has an empty name"):
-        parse_placement("adaptive,")
-
-
 def test_the_line_that_serves_has_flags_of_the_engine(capsys: pytest.CaptureFixture[str]) -> None:
     settings: dict[str, Any] = {"grid": 32, "host_gib": 2.0, "disk_gib": 2.0}
     settings["checkpoint_dtype"] = "int8"
@@ -184,15 +172,7 @@ def test_the_line_that_serves_has_flags_of_the_engine(capsys: pytest.CaptureFixt
     assert len(flags) == 8 and [flag for flag in flags if f" {flag} " not in known] == []
 
 
-def test_settings_without_flags_are_named_in_python(capsys: pytest.CaptureFixture[str]) -> None:
-    for flag, said in {
-        "--page-size=4": "use EngineConfig(page_size=...)",
-        "--no-warm-up": "use EngineConfig(warm_up=...)",
-        "--body-timeout-s=4": "use ServerConfig(body_timeout_s=...)",
-        "--graphs=most": "invalid choice: 'most'",
-    }.items():
-        assert exit_code(engine, ["serve", flag]) == 2
-        assert said in capsys.readouterr().err
+def test_settings_that_require_others_or_name_no_kernel_are_refused() -> None:
     for given, message in {
         "state_dir_mismatch": ("empty", "state_dir_mismatch requires --state-dir."),
         "fetch_above": (3, "fetch_above requires --prefill."),
@@ -201,47 +181,54 @@ def test_settings_without_flags_are_named_in_python(capsys: pytest.CaptureFixtur
     }.items():
         with pytest.raises(ValueError, match=message[1]):
             Engine(EngineConfig(cache_gib=0.05, **{given: message[0]}))
+    with pytest.raises(ValueError, match="'adaptive,' has an empty name"):
+        parse_placement("adaptive,")
 
 
-def test_wrong_flags_of_a_simulation_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    for one in dataclasses.fields(Scenario)[1:]:
-        if one.type != "bool":
-            flag = f"--{one.name.replace('_', '-')}=odd"
-            loop = ["--closed-loop"] if one.metadata["group"] == LOAD else ["--gib=1"]
-            command = ["simulate", "--trace=short?head=3", *loop, flag]
-            assert exit_code(hybridcache, command) == 2, flag
-            check_refusal(capsys.readouterr().err, one.name, "odd")
+SERVE, GENERATE = "serve --port 0 --model /no", "generate x"
+COMMANDS = {
+    "frobnicate": "'frobnicate'",
+    "sevre --port 1": "invalid choice: 'sevre', did you mean 'serve'?",
+    "serve --modle x": "--modle",
+    "serve --port 0 --kv-gib x": "--kv-gib",
+    "serve --port 0 --disk-gib 1": "--disk-gib requires --state-dir.",
+    "serve --port 0 --router text": "router and ray need --replicas",
+    "serve --port 0 --replicas 2 --state-dir x": "--replicas cannot share a --state-dir",
+    "serve --salt-by-key": "--salt-by-key needs --api-key-file",
+    "serve --host no.such.host.invalid": "Cannot listen on no.such.host.invalid:8000",
+    "serve --port 0 --model /no/such/model": "/no/such/model is not a model: use",
+    f"{GENERATE} --device banana": "unknown device 'banana'",
+    f"{GENERATE} --cache-gib 0.0001": "at least 256 tokens and 3 states, 0.001 GiB, are needed",
+    f"{GENERATE} --cache-gib 100000": "--cache-gib: 100,000.0 GiB are needed, but",
+    f"{GENERATE} --cache-gib 0.1 --max-running 100000000": "GiB cannot be allocated on cpu",
+    f"{GENERATE} --max-tokens 10000000": "its answer needs 10000000 more: shorten the prompt or",
+    **{
+        f"{GENERATE} --prefix-cache none {flag}": f"{flag.split()[0]} requires --prefix-cache"
+        for flag in ("--exact", "--eviction lru", "--checkpoints end", "--checkpoint-dtype int8")
+    },
+    f"{SERVE} --max-running 0": "--max-running must be",
+    f"{SERVE} --token-budget 0": "--token-budget must be",
+    f"{SERVE} --served-model-name ": "'' has an empty name",
+    f"{SERVE} --checkpoints adaptive,": "'adaptive,' has an empty name",
+    f"{SERVE} --cors-origin *,": "'*,' has an empty name",
+    "serve --page-size=4": "use EngineConfig(page_size=...)",
+    "serve --no-warm-up": "use EngineConfig(warm_up=...)",
+    "serve --body-timeout-s=4": "use ServerConfig(body_timeout_s=...)",
+    "serve --graphs=most": "invalid choice: 'most'",
+    "serve --port 0 no:model": "no:model is a name of Ollama's library",
+    "serve --port 0 --model no:model": "no:model is a name of Ollama's library",
+    "serve --port 0 a/b --model c/d": "MODEL is a/b and --model is c/d",
+}
+"""Commands whose values do not fit the machine, the model or each other, and words of the error."""
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        *("frobnicate", "serve --modle x", "sevre --port 1", "serve x"),
-        "serve --port 0 --kv-gib x",
-        *("serve --port 0 --disk-gib 1", "serve --port 0 --router text", "serve --salt-by-key"),
-        *("serve --host no.such.host.invalid", "generate x --cache-gib 0.0001"),
-        "generate x --max-tokens 10000000",
-        *("generate x --cache-gib 100000", "generate x --cache-gib 0.1 --max-running 100000000"),
-        *("serve --port 0 --model /no/such/model", "generate x --device banana"),
-        "serve --port 0 --replicas 2 --state-dir x",
-        *(
-            f"generate x --prefix-cache none {more}"
-            for more in (
-                "--exact",
-                "--eviction lru",
-                "--checkpoints end",
-                "--checkpoint-dtype int8",
-            )
-        ),
-    ],
-)
-def test_impossible_command_is_refused(arguments: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """The values fit their flags, but not the machine, the model or each other."""
-    assert exit_code(engine, arguments.split()) == 2
+@pytest.mark.parametrize(("command", "said"), COMMANDS.items())
+def test_impossible_command_is_refused(
+    command: str, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert exit_code(engine, command.split(" ")) == 2
     error = capsys.readouterr().err.removeprefix("loading the model ...\n")
-    assert len(error.splitlines()) == 1 and "Traceback" not in error
-    words = arguments.replace("=", " ").split()
-    assert any(word.lstrip("-") in error for word in words), error
+    assert said in error and len(error.splitlines()) == 1 and "Traceback" not in error, error
 
 
 @pytest.mark.parametrize(
@@ -271,7 +258,7 @@ def test_impossible_request_is_refused(prompt: Any, options: dict[str, Any], nam
     assert made.report() == before and not made.has_work()
 
 
-# --- Models in GGUF files -------------------------------------------------------------------------
+# --- Models ---------------------------------------------------------------------------------------
 
 
 ANSWERED = "2 generated"
@@ -288,10 +275,31 @@ def write(path: Path, arch: str, **metadata: Any) -> None:
     writer.close()
 
 
+CONFIG = json.dumps(ATTENTION_ONLY)
+NO_TENSORS = b"\2\0\0\0\0\0\0\0{}"
+DIRECTORIES: list[tuple[str, bytes | None, str]] = [
+    ("{broken", None, "config.json"),
+    ("{}", None, "config.json has no 'model_type'"),
+    (CONFIG.replace("qwen3", "bert"), None, "'bert' are not supported; supported are"),
+    (CONFIG.replace('layers": 2', 'layers": "2"'), None, "config.json must be an integer (got"),
+    (CONFIG[:-1] + ', "dtype": "int3"}', NO_TENSORS, "dtype 'int3' in config.json"),
+    (CONFIG, None, "safetensors"),
+    (CONFIG, b"\x10\0\0", "model.safetensors"),
+    (CONFIG, b"\xff" * 100, "model.safetensors"),
+    (CONFIG, NO_TENSORS, "model.embed_tokens.weight"),
+]
+"""Broken directories of models: config.json, weights, and words of the error."""
+
+
 @pytest.fixture(scope="module")
-def gguf_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder with the built-in model as a GGUF file, and with files that are no such models."""
-    folder = tmp_path_factory.mktemp("gguf")
+    folder = tmp_path_factory.mktemp("models")
+    for number, (config, weights, _) in enumerate(DIRECTORIES):
+        (folder / f"{number}").mkdir()
+        (folder / f"{number}/config.json").write_text(config)
+        if weights is not None:
+            (folder / f"{number}/model.safetensors").write_bytes(weights)
     words = vocabulary(BUILTIN_DIR, "qwen2")
     write_gguf(gguf, BUILTIN_DIR, folder / "ok.gguf", "Q4_0", words)
     write_gguf(gguf, BUILTIN_DIR, folder / "bare.gguf", "Q4_0")
@@ -332,6 +340,7 @@ def gguf_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("bare.gguf", "prompt must be token ids, or a text of them as numbers, because this model"),
         ("ok.gguf --tokenizer bare.gguf", "bare.gguf has no tokenizer: name a directory or GGUF"),
         ("ok.gguf --revision main", "--revision main needs a model of the hub, as in --model OR"),
+        *((f"{number}", words) for number, (*_, words) in enumerate(DIRECTORIES)),
         *((usable, ANSWERED) for usable in ("one", "blob", "bare.gguf --tokenizer builtin")),
         *((f"ok.gguf {more}", ANSWERED) for more in ("--dtype float32", "--quantization int8")),
         *((usable, ANSWERED) for usable in ("t5.gguf --tokenizer ok.gguf", "ok.gguf --draft mtp")),
@@ -340,26 +349,26 @@ def gguf_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_models_answer_or_are_refused_in_one_sentence(
     arguments: str,
     message: str,
-    gguf_folder: Path,
+    models: Path,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.chdir(gguf_folder)
+    monkeypatch.chdir(models)
     small = ["--cache-gib", "0.05", "--max-tokens", "2", "--device", "cpu", "Ada has 5 apples."]
     code = exit_code(engine, ["generate", "--model", *arguments.split(), *small])
     said = capsys.readouterr().err
     assert message in said and code == (0 if message == ANSWERED else 2)
     if message != ANSWERED:
         [line] = said.splitlines()
-        assert line.endswith(".") and ". " not in line
+        assert line.endswith(".") and ". " not in line.replace(". In Python, ", ", or in Python, ")
 
 
 def test_weights_larger_than_the_memory_are_refused_before_they_are_read(
-    gguf_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    models: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("engine.runner.device.host_free_bytes", lambda: 1 << 20)
     monkeypatch.setattr(RawWeights, "fill", lambda *_: pytest.fail("weights are read"))
-    assert exit_code(engine, ["generate", "--model", f"{gguf_folder}/ok.gguf", "x"]) == 2
+    assert exit_code(engine, ["generate", "--model", f"{models}/ok.gguf", "x"]) == 2
     assert re.search(
         r"the weights need [2-9]\.\d MiB, but 1\.0 MiB of the memory of cpu are available: use",
         capsys.readouterr().err,
@@ -367,9 +376,9 @@ def test_weights_larger_than_the_memory_are_refused_before_they_are_read(
 
 
 def test_gguf_files_are_not_converted(
-    gguf_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    command = ["convert", f"{gguf_folder}/ok.gguf", str(tmp_path / "out"), "--to", "int8"]
+    command = ["convert", f"{models}/ok.gguf", str(tmp_path / "out"), "--to", "int8"]
     assert exit_code(engine, command) == 2
     assert "ok.gguf is a GGUF file: convert the model in full" in capsys.readouterr().err
 
@@ -388,18 +397,10 @@ def test_flags_of_other_programs_name_those_of_the_engine(
     assert "use --api-key-file" not in capsys.readouterr().err
 
 
-def test_model_is_named_with_or_without_its_flag(capsys: pytest.CaptureFixture[str]) -> None:
-    for arguments in (["no:model"], ["--model", "no:model"]):
-        assert exit_code(engine, ["serve", "--port", "0", *arguments]) == 2
-        assert "no:model is a name of Ollama's library" in capsys.readouterr().err
-    assert exit_code(engine, ["serve", "--port", "0", "a/b", "--model", "c/d"]) == 2
-    assert "MODEL is a/b and --model is c/d" in capsys.readouterr().err
-
-
-def test_a_check_without_vllm_says_so_in_one_sentence() -> None:
-    # A module of this value counts as absent, also if vLLM is installed.
-    code = "import runpy, sys; sys.modules['vllm'] = None; runpy.run_module(*sys.argv[1:])"
-    command = [sys.executable, "-c", code, "hybridcache.vllm.check", "", "__main__"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 1 and len(done.stderr.splitlines()) == 1
-    assert "needs vLLM in this environment" in done.stderr
+def test_a_check_without_vllm_says_so_in_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "vllm", None)  # Absent, also if it is installed.
+    monkeypatch.delitem(sys.modules, "hybridcache.vllm.check", raising=False)
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_module("hybridcache.vllm.check", run_name="__main__")
+    assert "needs vLLM in this environment" in str(stop.value)
+    assert len(str(stop.value).splitlines()) == 1

@@ -16,7 +16,6 @@ import subprocess
 import sys
 import termios
 import warnings
-from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
 
@@ -28,7 +27,6 @@ from engine.config import BUILTIN_PROMPTS
 from engine.errors import WireError
 from engine.front.command import cli
 from engine.front.command.cli import main
-from tests.engine.test_hits_change_nothing import ATTENTION_ONLY
 from tests.test_refusals import exit_code
 
 COMMAND = (sys.executable, "-m", "engine")
@@ -76,40 +74,6 @@ def test_a_chat_without_standard_streams_ends(monkeypatch: pytest.MonkeyPatch) -
 
 def run(*arguments: str) -> int:
     return exit_code(main, arguments)
-
-
-CONFIG = json.dumps(ATTENTION_ONLY)
-
-
-@pytest.mark.parametrize(
-    ("config", "weights", "sentence"),
-    [
-        (None, None, "is not a model: use a directory with config.json"),
-        ("{broken", None, "config.json"),
-        ("{}", None, "config.json has no 'model_type'"),
-        (CONFIG.replace("qwen3", "bert"), None, "'bert' are not supported; supported are"),
-        (CONFIG.replace('layers": 2', 'layers": "2"'), None, "config.json must be an integer (got"),
-        (CONFIG[:-1] + ', "dtype": "int3"}', b"\2\0\0\0\0\0\0\0{}", "dtype 'int3' in config.json"),
-        (CONFIG, None, "safetensors"),
-        (CONFIG, b"\x10\0\0", "model.safetensors"),
-        (CONFIG, b"\xff" * 100, "model.safetensors"),
-        (CONFIG, b"\2\0\0\0\0\0\0\0{}", "model.embed_tokens.weight"),
-    ],
-)
-def test_broken_model_directories_are_refused_in_one_sentence(
-    config: str | None,
-    weights: bytes | None,
-    sentence: str,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    if config is not None:
-        (tmp_path / "config.json").write_text(config)
-    if weights is not None:
-        (tmp_path / "model.safetensors").write_bytes(weights)
-    assert run("generate", "x", "--model", str(tmp_path)) == 2
-    error = capsys.readouterr().err
-    assert sentence in error and error.count("\n") == 1, error
 
 
 def test_an_occupied_port_is_reported_before_loading(capsys: pytest.CaptureFixture[str]) -> None:

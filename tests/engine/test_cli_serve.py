@@ -41,13 +41,13 @@ def _start(*flags: str, **options: object) -> subprocess.Popen[str]:
 
 
 @pytest.fixture
-def server(request: pytest.FixtureRequest) -> subprocess.Popen[str]:
-    """Start ``engine serve`` with the parameter's flags, if any. Its input is a key."""
-    process = _start(*SMALL, *getattr(request, "param", ()), stdin=subprocess.PIPE)
-    process.stdin.write("sk-key\n")
-    process.stdin.close()
+def server(request: pytest.FixtureRequest, tmp_path: Path) -> subprocess.Popen[str]:
+    """Start ``engine serve`` with the parameter's flags, in a folder of its own."""
+    os.mkfifo(tmp_path / "keys")
+    process = _start(*SMALL, *request.param, cwd=tmp_path)
+    if "keys" in request.param:
+        (tmp_path / "keys").write_text("old\n")
     yield process
-    process.stdin = None
     process.kill()
     process.communicate()
 
@@ -136,20 +136,33 @@ def test_serve_starts_with_one_screen_and_drains_on_sigterm(server: subprocess.P
     ), log
 
 
-@pytest.mark.parametrize("server", [("--api-key-file", "/dev/stdin")], indirect=True)
-def test_the_reason_of_a_killed_engine_is_printed_once(server: subprocess.Popen[str]) -> None:
-    """Its keys come from a pipe, which can be read once."""
+@pytest.mark.parametrize("server", [("--api-key-file", "keys")], indirect=True)
+def test_keys_are_read_again_and_a_killed_engine_is_reported_once(
+    server: subprocess.Popen[str], tmp_path: Path
+) -> None:
+    """Its keys come from a pipe, of which each content can be read once."""
     _, url = _address(server)
-    _wait_until_ready(url)
-    client = httpx.Client(headers={"Authorization": "Bearer sk-key"}, timeout=120)
-    with client, client.stream("GET", url + "/v1/cache/events") as page:
-        next(page.iter_text())
-        assert client.get(f"{url}/v1/cache/nodes/{1 << 63}").status_code == 404
-        os.kill(child_of(server.pid), signal.SIGKILL)
-        assert server.wait(120) == 1
+
+    def client(key: str) -> httpx.Client:
+        return httpx.Client(headers={"Authorization": f"Bearer {key}"}, timeout=120)
+
+    with client("old") as old, client("new") as new:
+
+        def statuses() -> list[int]:
+            return [one.get(url + "/v1/models").status_code for one in (old, new)]
+
+        assert statuses() == [200, 401]
+        server.send_signal(HUP)
+        (tmp_path / "keys").write_text("new\n")
+        wait_until(lambda: statuses() == [401, 200])
+        with new.stream("GET", url + "/v1/cache/events") as page:
+            next(page.iter_text())
+            assert new.get(f"{url}/v1/cache/nodes/{1 << 63}").status_code == 404
+            os.kill(child_of(server.pid), signal.SIGKILL)
+            assert server.wait(120) == 1
     log = server.stderr.read()
     assert log.count("The engine's process was ended by SIGKILL") == 1, log
-    assert "Traceback" not in log
+    assert "The keys were read again." in log and "Traceback" not in log
 
 
 LONG = {"prompt": "go on", "max_tokens": 1500, "ignore_eos": True, "stream": True}

@@ -141,7 +141,9 @@ def test_wrong_field_values_are_read_or_reported(reader: str, tmp_path: Path) ->
             if trace.bad.count:
                 num_reported += 1
                 line = "3, record 2" if reader in ARRAYS else "2"
-                assert refusal(spec).startswith(f"{tmp_path}/t, line {line}: ")
+                first = trace.bad.first
+                assert first.startswith(f"{tmp_path}/t, line {line}: ") and "\n" not in first
+                assert wrong is not WRONG[-1] or first == refusal(spec)
     assert num_reported > len(WRONG)
 
 
@@ -168,6 +170,7 @@ def test_records_are_lines_or_an_array(reader: str, tmp_path: Path) -> None:
         (b"\xff\xff\x00", "line 1: not UTF-8"),
         ("{}".encode("utf-16"), "line 1: not UTF-8"),
         (b'["\xff"]', "line 1, record 1: damaged, or not UTF-8"),
+        (b'{"format": "hybridcache", "version": 7, "unit": 1}', "line 1: version is 7"),
         (b"PK\3\4\0", "it is not a readable zip archive"),
         (b"BZh91AY", "a bzip2 file, which is not read: unpack it first"),
         (b"PAR1\0", "a Parquet file: install the package pyarrow, or write it as JSON lines"),
@@ -302,23 +305,66 @@ def test_bad_line_is_reported_after_the_requests_before_it(tmp_path: Path) -> No
     assert len(list(open_trace(f"{path}?head=2"))) == 2
 
 
-@pytest.mark.parametrize(
-    ("records", "line"),
-    [
-        ([{"timestamp": 0}, {"timestamp": "2026-03-01T09:00:00"}], 2),
-        ([{"timestamp": 0}, {}], 2),
-        ([{"timestamp": "2026-03-01T09:00"}, {"timestamp": "2026-03-01T09:00Z"}], 2),
-        ([{"format": "hybridcache", "version": 7, "unit": 1}, {}], 1),
-        ([{}, {"tokens": [1, True]}], 2),
-        ([{}, {"stop_reason": "tired"}], 2),
-        ([{}, {"session": "a", "prefix": [0, 1]}], 2),  # and tokens
-    ],
-)
-def test_wrong_times_versions_and_reasons_are_refused(
-    tmp_path: Path, records: list[dict[str, Any]], line: int
+TIMED, ASKED = {"tokens": [1, 2], "timestamp": 0}, {"prompt": "a", "time": 0}
+LOCAL = {"tokens": [1, 2], "timestamp": "2026-03-01T09:00"}
+CELLS = "csv:?tokenizer=bytes&time=when&prompt=question&length=tokens"
+MESSAGES = "messages:?tokenizer=bytes"
+BAD: list[tuple[str, Any, Any, str]] = [
+    ("jsonl:", TIMED, LOCAL, "it has a date without a zone, but the records above have a number"),
+    ("jsonl:", LOCAL, LOCAL | {"timestamp": "2026-03-01T09:00Z"}, "it has a date with a zone, but"),
+    ("jsonl:", TIMED, {"tokens": [1]}, "it has no time, but the records above have a number"),
+    ("jsonl:", TIMED, TIMED | {"tokens": [1, True]}, "tokens must be int32"),
+    ("jsonl:", TIMED, TIMED | {"stop_reason": "tired"}, "stop_reason must be one of"),
+    ("jsonl:", TIMED, TIMED | {"session": "a", "prefix": [0, 1]}, "it has both tokens and"),
+    *(
+        ("jsonl:", {"tokens": [1]}, one, "tokens are empty$")
+        for one in ({"tokens": []}, {"prefix": [0]})
+    ),
+    (MESSAGES, ASKED, {"prompt": 123}, "prompt is 123, not a list"),
+    (MESSAGES, ASKED, {"time": 1}, r"there is no prompt in it \(time\)"),
+    (
+        MESSAGES,
+        ASKED,
+        {"messages": [{"role": "robot", "content": "a"}]},
+        "role is 'robot', none of",
+    ),
+    (MESSAGES, ASKED, {"prompt": "b", "time": "2026-01-01T00:00"}, "it has a date without a zone"),
+    (MESSAGES, ASKED, {"role": "user", "content": "a"}, "field 'session' is missing"),
+    (
+        MESSAGES,
+        ASKED,
+        {"prompt": "b", "answer": {"choices": [5]}},
+        r"choices is \[5\], not a list of",
+    ),
+    (
+        MESSAGES,
+        ASKED,
+        {"messages": [{"role": "user", "parts": ["a"]}]},
+        "field 'content' is missing",
+    ),
+    *(
+        (MESSAGES, ASKED, {"prompt": "b", "answer": one}, "its answer is .*, not a text, a message")
+        for one in (17, ["a"], {"x": 1}, {"choices": []}, {"usage": 5}, True)
+    ),
+    (CELLS, "0,hello,3", ",hello,3", r"it has no time, but .* a number as its time \(when\)"),
+    (CELLS, ",hello,3", "1,hello,3", r"it has a number as its time, but .* no time \(when\)"),
+    (CELLS, "0,hello,3", "1,,3", "question is empty"),
+    (CELLS, "0,hello,3", "1,hello,three", "tokens is 'three', not a whole number"),
+    (CELLS, "0,hello,3", "soon,hello,3", "when is 'soon', not a number and not a time"),
+    (CELLS, "0,hello,3", "-1,hello,3", "when is '-1', not a finite number of at least 0"),
+]
+"""Reader and options, a good record, a bad one after it, and words of the error."""
+
+
+@pytest.mark.parametrize(("reader", "good", "bad", "words"), BAD)
+def test_bad_records_are_named_with_line_and_field(
+    reader: str, good: Any, bad: Any, words: str, tmp_path: Path
 ) -> None:
-    written = (one if "format" in one else {"tokens": [1, 2]} | one for one in records)
-    assert f"line {line}: " in refusal(str(lines(tmp_path / "t.jsonl", *written)))
+    rows = [good, bad] if reader == CELLS else [json.dumps(good), json.dumps(bad)]
+    rows[:0] = ["when,question,tokens"] if reader == CELLS else []
+    (tmp_path / "t").write_text("\n".join(rows))
+    said = refusal(reader.replace(":", f":{tmp_path}/t", 1))
+    assert re.match(f"{tmp_path}/t, line {len(rows)}: .*{words}", said), said
 
 
 @pytest.mark.parametrize(
@@ -379,38 +425,6 @@ def test_numbers_may_be_texts_in_every_format(reader: str, tmp_path: Path) -> No
         spec = written(tmp_path / "t", reader, record, record)
         found.append([str(request) for request in open_trace(spec)])
     assert found[0] == found[1] != []
-
-
-@pytest.mark.parametrize(
-    ("rows", "problem"),
-    [
-        (
-            ["0,hello,3", ",hello,3"],
-            "line 3: it has no time, but .* a number as its time [(]when[)]",
-        ),
-        (
-            [",hello,3", "1,hello,3"],
-            "line 3: it has a number as its time, but .* no time [(]when[)]",
-        ),
-        (["0,hello,3", "1,,3"], "line 3: question is empty"),
-        (["0,hello,3", "1,hello,three"], "line 3: tokens is 'three', not a whole number"),
-        (["0,hello,3", "soon,hello,3"], "line 3: when is 'soon', not a number and not a time"),
-        (["0,hello,3", "-1,hello,3"], "line 3: when is '-1', not a finite number of at least 0"),
-    ],
-)
-def test_bad_cells_are_named_with_line_and_column(
-    tmp_path: Path, rows: list[str], problem: str
-) -> None:
-    path = tmp_path / "t.csv"
-    path.write_text("\n".join(["when,question,tokens", *rows]))
-    options = "tokenizer=bytes&time=when&prompt=question&length=tokens"
-    with pytest.raises(BadRecordError, match=problem):
-        list(open_trace(f"csv:{path}?{options}"))
-
-
-@pytest.mark.parametrize("tokens", [{"tokens": []}, {"prefix": [0]}])
-def test_rows_of_no_tokens_are_refused(tmp_path: Path, tokens: dict[str, list[int]]) -> None:
-    assert refusal(f"jsonl:{lines(tmp_path / 't', tokens)}").endswith("line 1: tokens are empty")
 
 
 @pytest.mark.parametrize(

@@ -283,3 +283,22 @@ def bodies(text: str, limit: int = 2) -> dict[str, dict[str, Any]]:
     chat = [{"role": "user", "content": text}]
     found = {"/v1/completions": {"prompt": text, "max_tokens": limit}}
     return found | {one.path: one.body(chat, limit=limit) for one in DIALECTS}
+
+
+PROMPTS = ("/tokenize", "/v1/messages/count_tokens", *(one.path for one in DIALECTS))
+"""Endpoints that make a prompt of a chat."""
+
+
+def prompt(live: Live, path: str, chat: list[dict[str, Any]], **more: Any) -> Any:
+    """Return the tokens of a prompt at ``/tokenize``, or their number at another endpoint."""
+    bodies = {one.path: one.body(chat, limit=1) for one in DIALECTS}
+    body = bodies.get(path, {"model": "builtin", "messages": chat}) | more
+    answer = live.post(path, body)
+    assert answer.status_code == 200, answer.text
+    found = answer.json()
+    if "tokens" in found:
+        return found["tokens"]
+    usage = found.get("usage", found)
+    parts = ("cache_read_input_tokens", "cache_creation_input_tokens")
+    whole = usage.get("prompt_tokens", usage.get("input_tokens", 0))
+    return whole + sum(usage.get(part, 0) for part in parts)

@@ -15,7 +15,6 @@ import pytest
 from engine.text.tokenizer_files import HFTokenizer
 
 from .conftest import Live
-from .dialects import bodies
 
 GREEDY: dict[str, Any] = {"model": "builtin", "temperature": 0}
 LONG = "The quick brown fox jumps over the lazy dog. " * 12
@@ -214,58 +213,6 @@ def test_paths_of_other_servers_name_the_nearest_that_works(
 ) -> None:
     answer = live.post(path, {})
     assert answer.status_code == 404 and said in answer.json()["error"]["message"]
-
-
-def test_keep_alive_of_a_request_is_explained(live: Live) -> None:
-    answer = live.post("/v1/completions", {"prompt": "x", "max_tokens": 1, "keep_alive": "5m"})
-    assert answer.status_code == 400 and "stays loaded" in answer.json()["error"]["message"]
-
-
-@pytest.mark.parametrize(
-    ("path", "name", "said"),
-    [
-        ("/v1/chat/completions", "functions", "use 'tools'"),
-        ("/v1/chat/completions", "function_call", "use 'tool_choice'"),
-        ("/v1/chat/completions", "max_output_tokens", "use 'max_tokens'"),
-        ("/v1/chat/completions", "guided_json", "use 'structured_outputs'"),
-        ("/v1/chat/completions", "web_search_options", "drop it"),
-        ("/v1/chat/completions", "lora_request", "merge the adapter"),
-        ("/v1/completions", "messages", "use 'prompt'"),
-        ("/v1/completions", "prompt_logprobs", "use 'echo'"),
-        ("/v1/responses", "max_tokens", "use 'max_output_tokens'"),
-        ("/v1/responses", "messages", "use 'input'"),
-        ("/v1/messages", "stop", "use 'stop_sequences'"),
-        ("/v1/messages", "seed", "drop it"),
-    ],
-)
-def test_a_parameter_of_another_api_is_not_said_to_be_misspelt(
-    live: Live, path: str, name: str, said: str
-) -> None:
-    answer = live.post(path, {**bodies("Hi.")[path], name: ["x"]})
-    assert answer.status_code == 400 and said in (text := answer.text), answer.text
-    assert "spelling" not in text and f"'{name}' is not" in text
-
-
-FUNCTION = {"name": "f", "arguments": "{}"}
-
-
-@pytest.mark.parametrize(
-    "message",
-    [
-        {"content": None, "reasoning_content": "So."},
-        {"content": None, "refusal": "No."},
-        {"content": None, "function_call": FUNCTION},
-        {"tool_calls": [{"id": "1", "type": "function", "function": FUNCTION}]},
-        {"tool_calls": [{"id": "", "type": "", "index": 0, "function": FUNCTION}]},
-        {"tool_calls": [{"function": {"name": "", "arguments": "{", "parameters": "{"}}]},
-        *({"tool_calls": [{"function": {"name": "f", "arguments": one}}]} for one in ([], None)),
-        {"content": ""},
-    ],
-)
-def test_answer_without_text_can_be_sent_back(live: Live, message: dict[str, Any]) -> None:
-    chat = [*CHAT, {"role": "assistant", **message}, {"role": "user", "content": "And?"}]
-    answer = live.post("/v1/chat/completions", {"messages": chat, "max_tokens": 2})
-    assert answer.status_code == 200, answer.text
 
 
 def test_tokenize_and_detokenize(live: Live) -> None:

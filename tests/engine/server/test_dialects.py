@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 
-from .conftest import ServeAnswer
-from .dialects import BONN, CHAT, DIALECT, DIALECTS, STREAMED, TOOL, Dialect
+from engine.front.server.settings import ServerConfig
+
+from .conftest import Live, ServeAnswer
+from .dialects import BONN, CHAT, DIALECT, DIALECTS, PROMPTS, STREAMED, TOOL, Dialect, prompt
 from .test_tools import HERMES_CALL, QWEN_XML, XML_CALL
 
 FORM = pytest.mark.parametrize(
@@ -251,6 +253,11 @@ S, U, A, D = (
         ("first only", [S, S, U], "<s:sy\n+\n\nsy\n+><u:us\n+>"),
         ("first only", [S, U, A, S, U], "<s:sy\n+><u:us\n+><a:as\n+><u:sy\n+><u:us\n+>"),
         ("first only", [S, D, U], "<s:sy\n+\n\nde\n+><u:us\n+>"),
+        (
+            "first only",
+            [S, D, U, A, S, U],
+            "<s:sy\n+\n\nde\n+><u:us\n+><a:as\n+><u:sy\n+><u:us\n+>",
+        ),
         ("first only", [U, A, D, U], "<u:us\n+><a:as\n+><u:de\n+><u:us\n+>"),
         ("any order", [S, D, U], "<s:sy\n+><s:de\n+><u:us\n+>"),
         ("any order", [U, A, S, U], "<u:us\n+><a:as\n+><s:sy\n+><u:us\n+>"),
@@ -265,26 +272,23 @@ S, U, A, D = (
 def test_all_endpoints_have_one_rule_for_system_messages_and_parts(
     serve_answer: ServeAnswer, name: str, chat: list[dict[str, Any]], expected: str
 ) -> None:
-    """The template decides: what it rejects or leaves out is joined, or said by the user."""
+    """The template decides: what it rejects or leaves out is joined, or said by the user. The own
+    field of a dialect is a first message."""
     live = serve_answer("x", TEMPLATES[name])
-    tokens = live.post("/tokenize", {"messages": chat}).json()["tokens"]
+    tokens = prompt(live, "/tokenize", chat)
     assert live.post("/detokenize", {"tokens": tokens}).json()["prompt"] == expected
     items = [
         one | {"content": [part | {"type": "input_text"} for part in one["content"]]}
         for one in chat
     ]
-    answers = [
-        live.post("/v1/chat/completions", {"messages": chat, "max_tokens": 1}),
-        live.post("/v1/responses", {"input": items, "max_output_tokens": 1}),
-    ]
-    counts = [next(iter(one.json()["usage"].values())) for one in answers]
-    if D not in chat:
-        body = {"model": "builtin", "messages": chat}
-        count = live.post("/v1/messages/count_tokens", body).json()["input_tokens"]
-        usage = live.post("/v1/messages", body | {"max_tokens": 1}).json()["usage"]
-        read = ("input_tokens", "cache_read_input_tokens", "cache_creation_input_tokens")
-        counts += [count, sum(usage[one] for one in read)]
-    assert counts == [len(tokens)] * len(counts)
+    for path in PROMPTS[1:]:
+        if D not in chat or "messages" not in path:
+            is_items = path.endswith("responses")
+            said = items if is_items else chat
+            assert prompt(live, path, said) == len(tokens), path
+            if chat[0] is S and name != "parts" and "chat" not in path:
+                own = {"instructions": "sy\n+"} if is_items else {"system": S["content"]}
+                assert prompt(live, path, said[1:], **own) == len(tokens), path
 
 
 def test_marks_of_parts_stay_in_joined_messages(serve_answer: ServeAnswer) -> None:
@@ -426,3 +430,198 @@ def test_nulls_of_a_returned_answer_do_not_reach_the_template(
         for turn in (answer.turn, nulls)
     )
     assert same == other > 0
+
+
+# --- Histories with one meaning -----------------------------------------------------------------
+
+TEXT = {"type": "text", "text": "Yes."}
+CHATS, BLOCKS = ("/tokenize", "/v1/chat/completions"), ("/v1/messages", "/v1/messages/count_tokens")
+ITEMS = ("/v1/responses",)
+BILLING = "x-anthropic-billing-header: cc_version=2.1.222.a1; cc_entrypoint=cli;"
+RULES = "You are an agent. Never delete files."
+HEADERS: list[tuple[Any, Any]] = [
+    *((f"{BILLING} cch={digest};\n{RULES}", RULES) for digest in ("1f00a", "c4d1e")),
+    (f"{BILLING}\r\n{RULES}", RULES),
+    (f"{BILLING} cch=1f00a;{RULES}", RULES),
+    (f"{BILLING} cc_prev_req=req_011Cdk3\n{RULES}", RULES),
+    (f"x-anthropic-billing-header: ...;\n{RULES}", RULES),
+    (f"{RULES}\n{BILLING} cch=1;\nBe brief.", f"{RULES}\nBe brief."),
+    (BILLING, ""),
+]
+"""System messages of Claude Code, whose blocks gateways join, and the text that is kept."""
+USED = {"type": "server_tool_use", "id": "a", "name": "web_search", "input": {"query": "rain"}}
+FOUND = {"type": "web_search_result", "title": "Rain", "url": "u"}
+HIDDEN = FOUND | {"encrypted_content": "x" * 99}
+LINES: list[tuple[dict[str, Any], str]] = [
+    (USED, '[web_search was called with {"query": "rain"}.]'),
+    (
+        {"type": "web_search_tool_result", "tool_use_id": "a", "content": [HIDDEN]},
+        f"[Result: [{json.dumps(FOUND)}]]",
+    ),
+    ({"type": "tool_reference", "tool_name": "grep"}, "[The tool grep was found.]"),
+    (
+        {"type": "search_result", "title": "Rain", "source": "u", "content": [TEXT]},
+        "Rain\nu\nYes.",
+    ),
+    ({"type": "refusal", "refusal": "I cannot."}, "I cannot."),
+]
+"""Blocks of history that no template writes, and their text."""
+OMITTED = "[{} was left out here, because the model reads text only.]"
+
+
+def of_system(system: Any) -> list[dict[str, Any]]:
+    return [{"role": "system", "content": system}] * bool(system) + CHAT
+
+
+def said(*parts: dict[str, Any], role: str = "assistant") -> list[dict[str, Any]]:
+    return [*CHAT, {"role": role, "content": [TEXT, *parts]}, *CHAT]
+
+
+def found(part: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return a chat with a part in the result of a tool."""
+    use = {"type": "tool_use", "id": "a", "name": "f", "input": {}}
+    result = {"type": "tool_result", "tool_use_id": "a", "content": [part]}
+    turns = [{"role": "assistant", "content": [use]}, {"role": "user", "content": [result]}]
+    return [*CHAT, *turns]
+
+
+def call(name: str, arguments: Any, output: Any) -> list[dict[str, Any]]:
+    """Return the items of a call of a function and its result."""
+    text = arguments if isinstance(arguments, str) else json.dumps(arguments)
+    made = {"type": "function_call", "call_id": "a", "name": name, "arguments": text}
+    return [*CHAT, made, {"type": "function_call_output", "call_id": "a", "output": output}]
+
+
+def called(kind: str, output: Any, **fields: Any) -> list[dict[str, Any]]:
+    """Return the items of a call of another kind of tool and its result."""
+    made = {"type": f"{kind}_call", "call_id": "a"} | fields
+    return [*CHAT, made, {"type": f"{kind}_call_output", "call_id": "a", "output": output}]
+
+
+def media(name: str) -> dict[str, Any]:
+    return {"type": name, "source": {"data": "x"}, "image_url": "x", "file": {}}
+
+
+def in_call(**fields: Any) -> list[dict[str, Any]]:
+    """Return a chat with a call of these fields."""
+    return [*CHAT, {"role": "assistant", "tool_calls": [{"id": "a"} | fields]}]
+
+
+FUNCTION = {"type": "function", "function": {"name": "f", "arguments": '{"input": "x"}'}}
+CUSTOM = {"type": "custom", "custom": {"name": "f", "input": "x"}}
+RESULT = {"role": "tool", "tool_call_id": "a"}
+SCREENSHOT = {"type": "computer_screenshot", "image_url": "data:x"}
+SEARCH = {"type": "web_search_call", "id": "w", "status": "completed", "action": {"query": "q"}}
+Pair = tuple[tuple[str, ...], list[dict[str, Any]], list[dict[str, Any]]]
+MEDIA: list[Pair] = []
+for _kind, *_names in (
+    ("An image", "image_url", "image", "input_image"),
+    ("A document", "file", "document", "input_file"),
+):
+    _line = {"type": "text", "text": OMITTED.format(_kind)}
+    _part, _block, _item = map(media, _names)
+    MEDIA += [
+        (CHATS, said(_part, role="user"), said(_line, role="user")),
+        (BLOCKS, found(_block), found(_line)),
+        (ITEMS, call("f", {}, [_item]), call("f", {}, [_line])),
+    ]
+SAME: list[Pair] = [
+    *((PROMPTS, of_system(system), of_system(kept)) for system, kept in HEADERS),
+    (
+        PROMPTS,
+        of_system([{"type": "text", "text": f"{BILLING} cch=1;"}, TEXT]),
+        of_system([TEXT]),
+    ),
+    *((PROMPTS, said(block), said({"type": "text", "text": line})) for block, line in LINES),
+    *((BLOCKS, found(block), found({"type": "text", "text": line})) for block, line in LINES),
+    *MEDIA,
+    (
+        ITEMS,
+        called("custom_tool", "Done.", name="apply_patch", input="*** End"),
+        call("apply_patch", {"input": "*** End"}, "Done."),
+    ),
+    (
+        ITEMS,
+        called("local_shell", "x", action={"command": ["ls"]}),
+        call("local_shell", {"action": {"command": ["ls"]}}, "x"),
+    ),
+    (
+        ITEMS,
+        called("computer", SCREENSHOT, action={"type": "screenshot"}),
+        call("computer", {"action": {"type": "screenshot"}}, OMITTED.format("An image")),
+    ),
+    (
+        ITEMS,
+        [*CHAT, SEARCH],
+        [
+            *CHAT,
+            {
+                "role": "assistant",
+                "content": '[web_search was called with {"action": {"query": "q"}}.]',
+            },
+        ],
+    ),
+    (CHATS, in_call(**CUSTOM), in_call(**FUNCTION)),
+    *(
+        (
+            CHATS,
+            [*in_call(**FUNCTION), RESULT | {"content": one}],
+            [*in_call(**FUNCTION), RESULT | {"content": ""}],
+        )
+        for one in (None, [])
+    ),
+    (
+        BLOCKS,
+        said({"type": "redacted_thinking", "data": "x"}),
+        said({"type": "thinking", "thinking": "", "signature": "x"}),
+    ),
+]
+"""Endpoints, a history as clients send it, and a plain one that means the same."""
+
+
+@pytest.mark.parametrize(("paths", "chat", "plain"), SAME)
+def test_histories_with_one_meaning_have_one_prompt(
+    live: Live, paths: tuple[str, ...], chat: list[dict[str, Any]], plain: list[dict[str, Any]]
+) -> None:
+    """A part that the template cannot write becomes text or is left out: a refused one would end
+    the session, and another text would lose the hits of the next turn."""
+    for path in paths:
+        assert prompt(live, path, chat) == prompt(live, path, plain), path
+
+
+@pytest.mark.parametrize(("system", "kept"), HEADERS)
+def test_the_billing_header_is_left_out_of_own_fields(live: Live, system: str, kept: str) -> None:
+    for path, name in ((BLOCKS[1], "system"), ("/v1/responses", "instructions")):
+        plain = {name: kept} if kept else {}
+        assert prompt(live, path, CHAT, **{name: system}) == prompt(live, path, CHAT, **plain)
+
+
+def test_images_are_refused_if_the_server_says_so(serve_oracle: Callable[..., Live]) -> None:
+    live = serve_oracle(ServerConfig(images="refuse", served_model_name=("builtin",)))
+    for number, (paths, chat, plain) in enumerate(MEDIA):
+        for path in paths:
+            body = {"input" if path in ITEMS else "messages": chat, "model": "builtin"}
+            answer = live.post(path, body | ({"max_tokens": 1} if path == "/v1/messages" else {}))
+            kind = "An image" if number < len(MEDIA) // 2 else "A document"
+            assert answer.status_code == 400 and f"{kind} is not supported" in answer.text
+            assert prompt(live, path, plain)
+
+
+WRITES_THOUGHTS = """\
+{%- for m in messages %}{{- '<|im_start|>' ~ m.role ~ '\\n' ~ (m.reasoning_content or '') }}
+{{- '|' ~ m.content ~ '<|im_end|>\\n' }}{% endfor %}"""
+
+
+def test_thoughts_are_read_under_all_names(serve_answer: ServeAnswer) -> None:
+    live = serve_answer("x", WRITES_THOUGHTS)
+    thoughts: list[dict[str, Any]] = [
+        *({name: "Hm."} for name in ("reasoning_content", "reasoning", "thinking")),
+        {"reasoning": "Hm.", "reasoning_content": "Hm."},
+        {"reasoning_details": [{"type": "reasoning.text", "text": "Hm."}]},
+        {"content": [{"type": "thinking", "thinking": "Hm."}, TEXT]},
+        {"content": [{"type": "reasoning", "text": "Hm."}, TEXT]},
+    ]
+    turn = {"role": "assistant", "content": "Yes."}
+    first, *others = (prompt(live, "/tokenize", [*CHAT, turn | one]) for one in thoughts)
+    assert b"\nHm.|Yes." in bytes(token for token in first if token < 256)
+    assert all(one == first for one in others)

@@ -24,7 +24,6 @@ from engine.front.server.settings import ServerConfig
 from .conftest import Live
 
 CHAT = [{"role": "user", "content": "hi"}]
-COMPLETIONS = "/v1/completions"
 
 
 HALF_HEADER = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nX-Half: "
@@ -100,19 +99,6 @@ def test_unfinished_headers_time_out(
         assert [read_all(connection) for connection in (first, later, silent)] == [b""] * 3
     assert read_all(slow).count(b"HTTP/1.1 200") == 2
     slow.close()
-
-
-WITHOUT_SCHEMA = {"type": "function", "function": {"name": "f", "parameters": []}}
-"""Tool whose parameters are an empty object, as PHP writes it."""
-
-
-def test_request_at_the_limits_is_served(live: Live) -> None:
-    for path, body in (
-        (COMPLETIONS, {"prompt": "x", "stop": ["y" * 1024] * 64}),
-        ("/detokenize", {"tokens": [65] * 300_000}),
-        ("/v1/chat/completions", {"messages": CHAT, "tools": [WITHOUT_SCHEMA], "max_tokens": 1}),
-    ):
-        assert live.post(path, body).status_code == 200, path
 
 
 @pytest.mark.parametrize(

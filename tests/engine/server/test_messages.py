@@ -116,64 +116,6 @@ def test_billing_header_is_not_part_of_the_prompt(serve_answer: ServeAnswer) -> 
     assert usage["cache_read_input_tokens"] >= (total + usage["input_tokens"]) // 64 * 64 - 64
 
 
-BILLING = "x-anthropic-billing-header: cc_version=2.1.222.a1; cc_entrypoint=cli;"
-RULES = "You are an agent. Never delete files."
-HEADERS = [
-    *(f"{BILLING} cch={digest};\n{RULES}" for digest in ("1f00a", "c4d1e")),
-    f"{BILLING}\r\n{RULES}",
-    f"{BILLING} cch=1f00a;{RULES}",
-    f"{BILLING} cc_prev_req=req_011Cdk3\n{RULES}",
-    f"x-anthropic-billing-header: ...;\n{RULES}",
-    [{"type": "text", "text": f"{BILLING} cch=1;"}, {"type": "text", "text": RULES}],
-]
-"""System messages of Claude Code, whose blocks gateways join."""
-
-
-def of_system(system: Any) -> list[tuple[str, dict[str, Any]]]:
-    """Return the requests of all endpoints with this system message, if it is not empty."""
-    user, first = ASK["messages"], [{"role": "system", "content": system}] if system else []
-    chat = {"messages": first + user}
-    bodies = [
-        ("/tokenize", chat),
-        ("/v1/chat/completions", chat | {"max_tokens": 1}),
-        ("/v1/messages", {"model": "builtin", "max_tokens": 1, **chat}),
-        ("/v1/responses", {"input": first + user, "max_output_tokens": 1}),
-    ]
-    own = {"system": system} if system else {}
-    bodies.append(("/v1/messages/count_tokens", {"model": "builtin", "messages": user, **own}))
-    if isinstance(system, str):
-        said = {"instructions": system} if system else {}
-        bodies.append(("/v1/responses", {"input": user, "max_output_tokens": 1, **said}))
-    return bodies
-
-
-def num_prompt(live: Live, path: str, body: dict[str, Any]) -> int:
-    answer = live.post(path, body)
-    assert answer.status_code == 200, answer.text
-    found = answer.json()
-    usage = found.get("usage", found)
-    names = ("count", "prompt_tokens", "input_tokens")
-    cached = usage.get("cache_read_input_tokens", 0) + usage.get("cache_creation_input_tokens", 0)
-    number: int = next(usage[name] for name in names if name in usage)
-    return number + cached
-
-
-@pytest.mark.parametrize("system", HEADERS)
-def test_only_the_line_of_the_billing_header_is_left_out(live: Live, system: Any) -> None:
-    """At every endpoint the prompt is that of the other text."""
-    plain = [{"type": "text", "text": RULES}] if isinstance(system, list) else RULES
-    for (path, body), (_, expected) in zip(of_system(system), of_system(plain), strict=True):
-        assert num_prompt(live, path, body) == num_prompt(live, path, expected), path
-
-
-def test_a_billing_header_alone_is_no_system_message(live: Live) -> None:
-    for (path, body), (_, expected) in zip(of_system(BILLING), of_system(""), strict=True):
-        assert num_prompt(live, path, body) == num_prompt(live, path, expected), path
-    later = f"{RULES}\n{BILLING} cch=1;\nBe brief."
-    [(path, body), *_], [(_, expected), *_] = of_system(later), of_system(f"{RULES}\nBe brief.")
-    assert live.post(path, body).json() == live.post(path, expected).json()
-
-
 @pytest.mark.parametrize("budget", [5, 40])
 def test_thinking_ends_at_its_budget(live: Live, budget: int) -> None:
     """The answer equals that of /v1/chat/completions, which returns token ids."""
@@ -187,31 +129,6 @@ def test_thinking_ends_at_its_budget(live: Live, budget: int) -> None:
     [reasoning, text] = message(live, **request, thinking=thinking, max_tokens=90)["content"]
     assert reasoning["thinking"] == choice["message"]["reasoning_content"]
     assert text["text"] == choice["message"]["content"]
-
-
-FIRST_ONLY = """\
-{%- for m in messages %}
-{%- if m.role == 'system' and not loop.first %}{{ raise_exception('System message must be first.') }}{% endif %}
-{{- '<|im_start|>' ~ m.role ~ '\\n' ~ m.content ~ '<|im_end|>\\n' }}{% endfor %}"""
-
-
-def test_system_message_in_the_middle_keeps_its_place(serve_answer: ServeAnswer) -> None:
-    """It becomes a user message if the template accepts no system message there. One of the
-    developer is a system message for a template that has no such role."""
-    late = {"role": "system", "content": "Hurry."}
-    chat = [*ASK["messages"], {"role": "assistant", "content": "Hm."}, late, ASK["messages"][0]]
-    body = {"model": "builtin", "messages": chat, "system": "Be brief."}
-    for template, role, first in ((FIRST_ONLY, "user", "developer"), (None, "system", "system")):
-        live = serve_answer("x", template)
-        same = [{"role": first, "content": "Be brief."}, *chat]
-        same[3] = late | {"role": role}
-        count = live.post("/tokenize", {"messages": same}).json()["count"]
-        assert live.post("/v1/messages/count_tokens", body).json() == {"input_tokens": count}
-    live = serve_answer("Yes.", FIRST_ONLY)
-    developer = {"role": "developer", "content": "Be exact."}
-    items = [developer, *chat]
-    answer = live.client.responses.create(model="builtin", instructions="Be brief.", input=items)
-    assert answer.output_text == "Yes."
 
 
 def test_anthropic_client_runs_a_tool_loop(serve_answer: ServeAnswer) -> None:

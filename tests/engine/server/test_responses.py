@@ -124,16 +124,6 @@ def test_stored_responses_are_retrieved_and_deleted(serve_answer: ServeAnswer) -
         client.responses.create(**ASK, previous_response_id=unstored.id)
 
 
-@pytest.mark.parametrize("summary", [[], [{"type": "summary_text", "text": "So."}]])
-def test_answer_with_only_reasoning_can_be_sent_back(
-    serve_answer: ServeAnswer, summary: list[Any]
-) -> None:
-    question = {"role": "user", "content": "Rain?"}
-    items = [question, {"type": "reasoning", "summary": summary}, question]
-    answer = serve_answer("Dry.").post("/v1/responses", ASK | {"input": items})
-    assert answer.status_code == 200, answer.text
-
-
 def test_bounded_memory_evicts_the_least_recently_used() -> None:
     store = BoundedMemory[tuple[str | None, str], str](100)
     for name in "abc":

@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-import re
-import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -19,12 +15,10 @@ import pytest
 from engine import Engine, EngineConfig
 from engine.front.server.access import Access
 from engine.front.server.settings import ServerConfig
-from tests.waiting import wait_until
 
 from .conftest import Live, serving
 from .dialects import bodies
 
-URL = re.compile(r"http://\S+/v1")
 PROMPT = "what a tenant asks, again and again. " * 12
 
 
@@ -247,33 +241,6 @@ def test_keys_are_read_again(tmp_path: Path) -> None:
     assert accepted("b") and accepted("c")
 
 
-@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="the system has no SIGHUP")
-def test_hangup_reads_the_keys_of_a_server_again(tmp_path: Path) -> None:
-    (tmp_path / "keys").write_text("old\n")
-    command = [sys.executable, "-m", "engine", "serve", "--port", "0", "--cache-gib", "0.1"]
-    command += ["--api-key-file", str(tmp_path / "keys")]
-    pipe = subprocess.PIPE
-    with subprocess.Popen(command, stdout=pipe, stderr=subprocess.STDOUT, text=True) as server:
-        try:
-            assert server.stdout is not None
-            url = next(found[0] for line in server.stdout if (found := URL.search(line)))
-
-            def status(key: str) -> int:
-                headers = {"Authorization": f"Bearer {key}"}
-                return httpx.get(f"{url}/models", headers=headers, timeout=120).status_code
-
-            assert (status("old"), status("new")) == (200, 401)
-            (tmp_path / "keys").write_text("new\n")
-            server.send_signal(signal.SIGHUP)
-            wait_until(lambda: status("new") == 200)
-            assert status("old") == 401
-            server.terminate()
-            assert "The keys were read again." in server.communicate(timeout=120)[0]
-            assert server.returncode == 0
-        finally:
-            server.kill()
-
-
 @pytest.mark.full("1")
 @pytest.mark.parametrize("seed", range(3))
 def test_tenants_stay_isolated_in_every_dialect(
@@ -319,22 +286,23 @@ def test_tenants_stay_isolated_in_every_dialect(
 
 def test_reasoning_is_restored_only_in_the_same_chat(serve_answer: Callable[..., Live]) -> None:
     """``preserve_thinking`` restores reasoning that a client left out. A guess of another client's
-    answer must not reveal its reasoning."""
+    answer must not reveal its reasoning, and no guess that of another tenant."""
     live = serve_answer("<think>The card number is 4929.</think>Yes.")
     chat: dict[str, Any] = {"messages": [{"role": "user", "content": "Is my card 4929 valid?"}]}
     first = live.post("/v1/chat/completions", chat).json()["choices"][0]["message"]
     assert (first["content"], first["reasoning_content"]) == ("Yes.", "The card number is 4929.")
     answer = {"role": "assistant", "content": "Yes."}
 
-    def prompt(question: str, **more: Any) -> str:
+    def prompt(question: str, headers: dict[str, str] | None = None, **more: Any) -> str:
         messages = [{"role": "user", "content": question}, answer]
         body = {"messages": messages, "chat_template_kwargs": {"preserve_thinking": True}} | more
-        tokens = live.post("/tokenize", body).json()["tokens"]
+        tokens = live.post("/tokenize", body, **headers or {}).json()["tokens"]
         text: str = live.post("/detokenize", {"tokens": tokens}).json()["prompt"]
         return text
 
     assert "The card number is 4929." in prompt("Is my card 4929 valid?")
     assert "The card number" not in prompt("Is my card valid?")
+    assert "The card number" not in prompt("Is my card 4929 valid?", {"x-cache-salt": "other"})
     tool = {"type": "function", "function": {"name": "f", "parameters": {}}}
     assert "The card number" not in prompt("Is my card 4929 valid?", tools=[tool])
 

@@ -105,13 +105,6 @@ def test_named_tool_is_called(serve_answer: ServeAnswer) -> None:
     live = serve_answer(HERMES_CALL)
     [choice] = live.client.chat.completions.create(tool_choice=named, **OPTIONS).choices
     assert choice.message.tool_calls[0].function.name == "weather"
-    chat = OPTIONS | {"tool_choice": named | {"function": {"name": "g"}}}
-    for path, body, said in (
-        ("chat/completions", chat, "'tool_choice': 'g' is none of the tools: weather."),
-        ("messages", {"temperature": "x"}, "'temperature' must be a number, got a string."),
-        ("messages", {"tool_choice": {"type": "tool"}}, "'tool_choice.name' is missing: add it."),
-    ):
-        assert live.post(f"/v1/{path}", body).json()["error"]["message"] == said
 
 
 KIMI_CALL = (
