@@ -193,6 +193,7 @@ def test_forms_mean_their_weights(form, checkpoint):
     [
         ("gptq", {"bits": 3}, "GPTQ with bits 3 is not supported; supported are"),
         ("gptq", {"group_size": 48}, "group_size 48"),
+        ("gptq with zeros", {"sym": True}, "zero points than 8 in checkpoint_format gptq: "),
         ("awq", {"version": "gemv"}, "AWQ with version 'gemv'"),
         ("compressed", {"config_groups": {"a": group_of(strategy="tensor")}}, "strategy 'tensor'"),
         (
@@ -623,7 +624,10 @@ def read_weight(folder: Path, section: Section, stored: Tensors) -> torch.Tensor
     save_file(named, folder / "model.safetensors")
     files = WeightFiles(folder, {"quantization_config": section})
     files.check([("m.weight", Parameter(torch.empty(ROWS, COLUMNS)))], tied=False)
-    return files.source("m.weight", (ROWS, COLUMNS)).read().widened(torch.float32)
+    source = files.source("m.weight", (ROWS, COLUMNS))
+    matrix = source.read()
+    assert matrix.format == source.format
+    return matrix.widened(torch.float32)
 
 
 @pytest.mark.parametrize("form", FILES)
