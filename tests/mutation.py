@@ -164,8 +164,7 @@ GROUPS = {
     "texts": Group(
         ("engine/text/tokenizer.py", "engine/text/gguf_tokenizer.py", "engine/text/grammar.py"),
         (
-            *("tests/engine/test_tokenizer.py", "tests/engine/test_tokenizer_forms.py"),
-            *("tests/engine/test_gguf_tokenizer.py", "tests/engine/test_guided.py"),
+            *("tests/engine/test_tokenizer.py", "tests/engine/test_guided.py"),
             "tests/engine/answers/test_strict_tools.py",
         ),
     ),
