@@ -568,11 +568,13 @@ def test_settings_of_other_types_are_named(named: dict[str, Any], tmp_path: Path
 
 def test_a_tokenizer_needs_no_folder() -> None:
     named = {"eos_token": EOS, "chat_template": "{{ eos_token }}", "pad_token": "<pad>"}
+    named |= {"unk_token": "!", "cls_token": "[]"}
     tokenizer = BackendTokenizer(built("granite"), named, eos_token_ids=[7])
     [eos, pad] = tokenizer.encode(f"{EOS}<pad>", add_special_tokens=False)
     assert tokenizer.eos_token_ids == {7, eos} and tokenizer.hidden_ids >= {eos, pad}
     assert tokenizer.chat_template.render([]) == EOS
-    assert tokenizer.decode([*tokenizer.encode("naïve"), pad]) == "naïve"
+    assert tokenizer.decode([*tokenizer.encode("naïve!"), pad]) == "naïve"
+    assert {*tokenizer.control_tokens} == {BOS, EOS, USER, "<pad>", "[]"}, "one letter is a text"
 
 
 def test_all_files_of_tokenizers_are_downloaded() -> None:
@@ -830,8 +832,8 @@ def test_files_may_have_no_tokenizer_and_no_types(tmp_path: Path) -> None:
     found = read_tokenizer(stored(tmp_path, plain))
     assert found.backend.encode("ab").ids == [0, 2]
     assert (found.settings, found.eos_token_ids) == ({}, frozenset())
-    ends = read_tokenizer(stored(tmp_path, VALID | {"eot_token_id": 1, "eom_token_id": 4}))
-    assert ends.eos_token_ids == {1, 3}, "there is no token 4"
+    ends = read_tokenizer(stored(tmp_path, VALID | {"eos_token_id": 4, "eot_token_id": 1}))
+    assert ends.eos_token_ids == {1, 3}, "there is no token 4, and token 3 always ends an answer"
 
 
 def test_recommended_sampling_is_read(tmp_path: Path) -> None:
