@@ -56,7 +56,7 @@ class Group(NamedTuple):
 
 NUMERICS = "tests/engine/numerics"
 CALLS = "tests/engine/server/test_tools.py"
-FUSED = "test_rows_quantised_by_norms_and_experts_change_no_bit"
+FUSED = f"{NUMERICS}/test_fused.py::test_rows_quantised_by_norms_and_experts_change_no_bit"
 """The other tests of this file take minutes at level "all"."""
 GROUPS = {
     "cache": Group(
@@ -221,10 +221,7 @@ GROUPS = {
     ),
     "layers": Group(
         ("engine/layers/*", "engine/models/*"),
-        (
-            *(f"{NUMERICS}/test_parity.py", "tests/engine/test_head_drafts.py"),
-            f"{NUMERICS}/test_fused.py::{FUSED}",
-        ),
+        (f"{NUMERICS}/test_parity.py", "tests/engine/test_head_drafts.py", FUSED),
         level="all",
     ),
     "engine": Group(
