@@ -56,6 +56,8 @@ class Group(NamedTuple):
 
 NUMERICS = "tests/engine/numerics"
 CALLS = "tests/engine/server/test_tools.py"
+FUSED = f"{NUMERICS}/test_fused.py::test_rows_quantised_by_norms_and_experts_change_no_bit"
+"""The other tests of this file take minutes at level "all"."""
 GROUPS = {
     "cache": Group(
         (
@@ -163,8 +165,7 @@ GROUPS = {
     "texts": Group(
         ("engine/text/tokenizer.py", "engine/text/gguf_tokenizer.py", "engine/text/grammar.py"),
         (
-            *("tests/engine/test_tokenizer.py", "tests/engine/test_tokenizer_forms.py"),
-            *("tests/engine/test_gguf_tokenizer.py", "tests/engine/test_guided.py"),
+            *("tests/engine/test_tokenizer.py", "tests/engine/test_guided.py"),
             "tests/engine/answers/test_strict_tools.py",
         ),
     ),
@@ -173,15 +174,12 @@ GROUPS = {
         (
             *(f"{NUMERICS}/test_weights.py", f"{NUMERICS}/test_ranks.py"),
             *("tests/engine/test_head_loading.py", "tests/engine/test_hub.py"),
-            *(f"{NUMERICS}/test_{name}.py" for name in ("fused", "quantized_files", "four_bits")),
+            *(f"{NUMERICS}/test_{name}.py" for name in ("fused", "quantized_files")),
         ),
     ),
     "weight forms": Group(
         ("engine/weights/forms/*", "engine/weights/scheme.py"),
-        (
-            *(f"{NUMERICS}/test_quantized_files.py", f"{NUMERICS}/test_four_bits.py"),
-            f"{NUMERICS}/test_convert.py",
-        ),
+        (f"{NUMERICS}/test_quantized_files.py", f"{NUMERICS}/test_convert.py"),
     ),
     "formats of matrices": Group(
         tuple(
@@ -190,7 +188,7 @@ GROUPS = {
         ),
         (
             *("tests/kernels/test_blocks.py", "tests/kernels/test_groups.py"),
-            "tests/kernels/test_linear.py",
+            *("tests/kernels/test_linear.py", f"{NUMERICS}/test_quantized_files.py"),
         ),
     ),
     "runner": Group(
@@ -223,7 +221,7 @@ GROUPS = {
     ),
     "layers": Group(
         ("engine/layers/*", "engine/models/*"),
-        (f"{NUMERICS}/test_parity.py", "tests/engine/test_head_drafts.py"),
+        (f"{NUMERICS}/test_parity.py", "tests/engine/test_head_drafts.py", FUSED),
         level="all",
     ),
     "engine": Group(

@@ -81,6 +81,26 @@ def test_a_state_replaces_the_next_victim_of_a_full_tier_unless_it_is_the_victim
     assert set(Recorder.calls) == {("ghost hit", 4)}
 
 
+class Sizes(FIFO):
+    """Policy that records the sizes of the states that it gets, on the host only."""
+
+    found: ClassVar[list[int]] = []
+
+    def add(self, item: Item) -> None:
+        super().add(item)
+        if isinstance(item, OffloadedCheckpoint):
+            self.found.append(item.size_bytes)
+
+
+def test_the_size_of_a_state_includes_kv_that_is_about_to_follow_it():
+    cache = tiered(eviction=Sizes)
+    Sizes.found.clear()
+    serve(cache, ids("wxyz"), [4])
+    cache.evict(num_tokens=4)
+    [stored] = cache.offload.tiers[0].policy.candidates()
+    assert Sizes.found == [stored.size_bytes] == [10 + 4 * 2]
+
+
 def test_kv_replaces_the_next_victim_of_a_full_tier():
     cache = tiered(host_bytes=2 * 15, eviction="lru")
     serve(cache, ids("wxyz"), [4])

@@ -248,7 +248,8 @@ def test_arrays_are_read_in_pieces(
     bad = text.replace('"id": "x_0",', '"id": "x_0" oops')
     line = bad[: bad.index("oops")].count("\n")
     path.write_text(bad)
-    assert f"line {line}, record 2: not JSON" in refusal(f"sharegpt:{path}?tokenizer=bytes")
+    problem = f"line {line}, record 2: not JSON, or cut (Expecting ',' delimiter); "
+    assert problem in refusal(f"sharegpt:{path}?tokenizer=bytes")
     trace = open_trace(f"sharegpt:{path}?tokenizer=bytes", skip_bad=True)
     decode = json.JSONDecoder.raw_decode
     with patch.object(json.JSONDecoder, "raw_decode", autospec=True, side_effect=decode) as tried:

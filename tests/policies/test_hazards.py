@@ -209,6 +209,15 @@ def test_hazards_without_a_class_are_refreshed_every_64_requests() -> None:
     assert [hazards.refresh(now) for now in (63, 64, 127, 128)] == [False, True, False, True]
 
 
+def test_open_stages_spread_the_cost_of_a_refresh() -> None:
+    """Hazards wait one request for every 32 open stages, rounded down."""
+    hazards = Hazards()
+    row = hazards.row(("a",))
+    for _ in range(2300):
+        hazards.open(row, 0)
+    assert [hazards.refresh(now) for now in (70, 71)] == [False, True]
+
+
 def test_halving_the_counts_of_a_class_leaves_its_index() -> None:
     """More than ``MEMORY`` stages ended at age 0, each in a use after half a request."""
     hazards, found = Hazards(), []

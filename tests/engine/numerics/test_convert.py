@@ -14,7 +14,7 @@ from engine.front.command.cli import main
 from engine.front.command.convert import SCHEMES, convert
 from engine.weights.forms import read_quantization
 from engine.weights.scheme import EightBitScheme
-from tests.engine.numerics import eight_bit
+from tests.engine.numerics import checkpoints
 from tests.engine.numerics.conftest import Driver, load, random_tokens
 
 BLOCKS = EightBitScheme("fp8", (4, 4), "weight_scale_inv")
@@ -45,7 +45,7 @@ def test_int8_files_equal_int8_loading(model, oracles, tmp_path):
     source, tokens = tmp_path / "source", random_tokens(70, seed=1)
     shutil.copytree(oracles(model).path, source)
     if model == "qwen3_5_moe":
-        tensors = eight_bit.stack_experts(load_file(source / "model.safetensors"))
+        tensors = checkpoints.stack_experts(load_file(source / "model.safetensors"))
         save_file(tensors, source / "model.safetensors")
     convert(source, tmp_path / "out", "int8")
     expected = Driver(load(source, quantization="int8")).cold(tokens, all_logits=True)

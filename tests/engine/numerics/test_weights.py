@@ -24,7 +24,7 @@ from engine.weights.parameters import Build, WeightSpec
 from engine.weights.tensor_files import find_files, open_file
 from experiments.gpu.models import TINY
 from hybridcache.geometry.gguf import GgufFile
-from tests.engine.numerics import eight_bit
+from tests.engine.numerics import checkpoints
 from tests.engine.numerics.conftest import Driver, load, random_tokens
 
 
@@ -214,8 +214,8 @@ def test_names_of_heads_have_no_prefix() -> None:
 @pytest.mark.parametrize("stacked", [True, False])
 def test_separate_and_stacked_experts(stacked, checkpoint, drivers):
     path, tensors = checkpoint("qwen3_5_moe")
-    change = eight_bit.stack_experts if stacked else eight_bit.split_experts
-    changed = change(eight_bit.split_experts(tensors))
+    change = checkpoints.stack_experts if stacked else checkpoints.split_experts
+    changed = change(checkpoints.split_experts(tensors))
     assert any(name.endswith(".experts.gate_up_proj") for name in changed) == stacked
     save_file(changed, path / "model.safetensors")
     check_same_logits(path, "qwen3_5_moe", drivers)

@@ -143,6 +143,10 @@ def test_shares_count_ended_requests() -> None:
     [memory] = [shown for kind, shown, *_ in records if kind == "memory"]
     assert len(PROMPT * 5) <= memory["prompt_tokens"] <= len(PROMPT * 5) + 1
     assert memory["cached_tokens"] == 0
+    report = engine.report()
+    for name in ("bytes", "kv", "slots"):
+        pool = getattr(report, name)
+        assert memory[name] == [pool.free, pool.cached, pool.held]
 
 
 def test_page_has_the_served_name(read: Callable[..., Reader]) -> None:
