@@ -6,7 +6,8 @@ import dataclasses
 import itertools
 import shutil
 import tempfile
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
@@ -71,6 +72,7 @@ def make_engine(
     owns_states: bool = False,
     host_rows: int | None = None,
     disk_rows: int | None = None,
+    clock: Callable[[], float] = time.perf_counter,
     **settings: object,
 ) -> Engine:
     """Return an engine on two pools, or with ``slab_rows`` on one arena of slabs with that many
@@ -109,7 +111,8 @@ def make_engine(
     )
     # A request that begins with a load takes two slots: its own, and one for the loaded state.
     runner.most_slabs += host_rows is not None or disk_rows is not None
-    return engine_with(lambda _: {"drafting": drafting}, config, runner=runner, sampler=SAMPLER)
+    parts: dict[str, object] = {"runner": runner, "sampler": SAMPLER, "clock": clock}
+    return engine_with(lambda _: {"drafting": drafting}, config, **parts)
 
 
 def answer(
@@ -167,6 +170,10 @@ class SchedulerMachine(RuleBasedStateMachine):
     """State machine of arrivals, equal prompts, next turns, aborts, resets, and steps between
     them."""
 
+    now_s = 0.0
+    step_s = 0.05
+    """Duration of a step in the simulated time."""
+
     @initialize(
         prefix_cache=st.sampled_from(["hybrid", "hybrid", "radix", "none"]),
         kv_pages=st.integers(3, 14),
@@ -185,8 +192,12 @@ class SchedulerMachine(RuleBasedStateMachine):
         owns_states=st.booleans(),
         host_rows=st.sampled_from([None, 0, 100, 1000]),
         disk_rows=st.sampled_from([None, None, 200]),
+        step_s=st.sampled_from([0.001, 0.05, 1.0]),
     )
-    def start(self, kv_pages: int, drafts: str, draft_len: int, **settings: object) -> None:
+    def start(
+        self, kv_pages: int, drafts: str, draft_len: int, step_s: float, **settings: object
+    ) -> None:
+        self.step_s = step_s
         if drafts.endswith("mtp") and settings["prefix_cache"] == "radix":
             drafts = "scripted"  # A head needs states.
         self.drafter = ScriptedDrafter(half_right)
@@ -197,7 +208,12 @@ class SchedulerMachine(RuleBasedStateMachine):
             drafters = drafters_of(lengths, self.guess, shares=True)
         drafting = Drafting(drafters, max_verified=2 * (1 + draft_len))
         drafting = drafting if drafts != "none" else None
-        self.serve(make_engine(kv_tokens=64 * kv_pages, drafting=drafting, **settings))
+        options = {"drafting": drafting, "clock": self.clock}
+        self.serve(make_engine(kv_tokens=64 * kv_pages, **options, **settings))
+
+    def clock(self) -> float:
+        """Return the simulated time, so that a run repeats: the policy orders by time."""
+        return self.now_s
 
     def guess(self, newest: Sequence[Newest], most: Sequence[int]) -> list[np.ndarray]:
         return self.engine.runner.guess(newest, most)
@@ -263,13 +279,17 @@ class SchedulerMachine(RuleBasedStateMachine):
                 self.step_once()
 
     def step_once(self) -> None:
-        runner = self.engine.runner
+        runner, scheduler = self.engine.runner, self.engine._scheduler
         before = runner.num_tokens_computed, runner.num_moves
+        self.now_s += self.step_s
         outputs = self.engine.step()
         for output in outputs:
             self.outputs[output.request_id] = output
         self.engine.check()
-        if self.engine.config.overlap == "off":
+        if scheduler.withholds_all:
+            assert scheduler.wakes_at_s is not None, "nothing runs, and the policy waits for ever"
+            self.now_s = scheduler.wakes_at_s
+        elif self.engine.config.overlap == "off":
             after = runner.num_tokens_computed, runner.num_moves
             assert after > before, "a step has no task"
 
@@ -359,7 +379,7 @@ class TightMachine(SchedulerMachine):
     def start(self, drafts: bool, **settings: object) -> None:
         self.drafter = ScriptedDrafter(half_right)
         drafting = Drafting([(self.drafter, 3)], max_verified=8) if drafts else None
-        self.serve(make_engine(overlap="on", drafting=drafting, **settings))
+        self.serve(make_engine(overlap="on", drafting=drafting, clock=self.clock, **settings))
 
     @rule(
         shared=st.integers(1, 63),

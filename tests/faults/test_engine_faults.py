@@ -49,6 +49,7 @@ SHAPE = {
     "owns_states": False,
     "host_rows": None,
     "disk_rows": None,
+    "step_s": 0.001,
 }
 """Arguments of a small engine of the scheduler's state machine."""
 
