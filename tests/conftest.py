@@ -15,11 +15,12 @@ import gc
 import os
 import signal
 import ssl
+import sys
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, Phase, settings
+from hypothesis import HealthCheck, Phase, register_random, settings
 
 from hybridcache import CacheConfig
 from kernels import library
@@ -68,6 +69,31 @@ settings.register_profile(
 settings.load_profile(
     os.environ.get("HYPOTHESIS_PROFILE", "quick" if selection.level() == "quick" else "long")
 )
+
+
+class TorchRandom:
+    """Random numbers of torch, once a test has imported it."""
+
+    def seed(self, seed: int) -> None:
+        if "torch" in sys.modules:
+            sys.modules["torch"].manual_seed(seed)
+
+    def getstate(self) -> Any:
+        return sys.modules["torch"].get_rng_state() if "torch" in sys.modules else None
+
+    def setstate(self, state: Any) -> None:
+        if state is not None:
+            sys.modules["torch"].set_rng_state(state)
+
+
+TORCH_RANDOM = TorchRandom()
+register_random(TORCH_RANDOM)  # Hypothesis seeds each example.
+
+
+@pytest.fixture(autouse=True)
+def seeded_torch() -> None:
+    """Make the numbers of a test independent of the tests before it."""
+    TORCH_RANDOM.seed(0)
 
 
 # Caches of tests find misuse when it happens, unless a test says debug=False.

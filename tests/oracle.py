@@ -15,6 +15,7 @@ It serves tests, and studies that need the engine's schedule without the cost of
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import replace
 from operator import is_
@@ -69,6 +70,11 @@ class RowMark(NamedTuple):
 Stored = tuple[RowMark | OracleState, int]
 """Contents of a row of a host or disk tier: a KV row with its namespace, or a state with the number
 of the piece."""
+
+
+def ticking_clock() -> Callable[[], float]:
+    """Return a clock that goes on by a millisecond with each reading, so that runs repeat."""
+    return itertools.count(0.0, 0.001).__next__
 
 
 def engine_with(hooks: Callable[[CacheManager], dict], config: EngineConfig, **parts: object):

@@ -22,7 +22,7 @@ from engine.text.answers import Answer
 from engine.text.tokenizer_files import HFTokenizer
 from experiments.benchmarks.gguf_files import vocabulary, write_gguf
 from hybridcache import Lease
-from tests.oracle import OracleDrawn, OracleRunner, OracleSampler
+from tests.oracle import OracleDrawn, OracleRunner, OracleSampler, ticking_clock
 
 GREEDY = SamplingParams(max_tokens=8)
 
@@ -36,7 +36,8 @@ def make_engine(
 ) -> Engine:
     config = EngineConfig(check=True, **settings)
     runner = OracleRunner(kv_tokens, slots, exact=config.exact)
-    return Engine(config, runner=runner, sampler=OracleSampler(), tokenizer=tokenizer)
+    parts = {"sampler": OracleSampler(), "tokenizer": tokenizer, "clock": ticking_clock()}
+    return Engine(config, runner=runner, **parts)
 
 
 def ids(length: int, first: int = 0) -> list[int]:

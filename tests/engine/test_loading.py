@@ -16,7 +16,14 @@ from hybridcache.radix.tokens import common_prefix_len
 from hybridcache.scheduling.cache_manager import CacheManager
 from hybridcache.scheduling.loading import Loader, PrefixLoad
 from tests.engine.test_scheduler_machine import answer, pattern
-from tests.oracle import OracleRunner, OracleSampler, OracleState, engine_with, fingerprint
+from tests.oracle import (
+    OracleRunner,
+    OracleSampler,
+    OracleState,
+    engine_with,
+    fingerprint,
+    ticking_clock,
+)
 
 GREEDY = SamplingParams(max_tokens=5)
 
@@ -98,7 +105,8 @@ def write(runner: OracleRunner, arrival: ReceivedPrefix, request: Request) -> No
 
 
 def make(loader: SlowLoader, kv: int, slots: int, max_running: int) -> Engine:
-    parts = {"runner": OracleRunner(kv, slots, exact=True), "sampler": OracleSampler(320)}
+    runner, sampler = OracleRunner(kv, slots, exact=True), OracleSampler(320)
+    parts = {"runner": runner, "sampler": sampler, "clock": ticking_clock()}
     config = EngineConfig(check=True, exact=True, max_running=max_running)
 
     def hooks(manager: CacheManager) -> dict[str, Loader[Request]]:

@@ -6,7 +6,6 @@ import dataclasses
 import itertools
 import shutil
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -26,7 +25,14 @@ from hybridcache.geometry.model import ModelGeometry
 from hybridcache.geometry.units import GIB
 from hybridcache.radix.protocol import PromptBoundaries
 from tests.engine.drafted import ScriptedDrafter
-from tests.oracle import Fingerprints, OracleRunner, OracleSampler, engine_with, fingerprint
+from tests.oracle import (
+    Fingerprints,
+    OracleRunner,
+    OracleSampler,
+    engine_with,
+    fingerprint,
+    ticking_clock,
+)
 
 VOCABULARY = 320
 SAMPLER = OracleSampler(VOCABULARY)
@@ -72,14 +78,14 @@ def make_engine(
     owns_states: bool = False,
     host_rows: int | None = None,
     disk_rows: int | None = None,
-    clock: Callable[[], float] = time.perf_counter,
+    clock: Callable[[], float] | None = None,
     **settings: object,
 ) -> Engine:
     """Return an engine on two pools, or with ``slab_rows`` on one arena of slabs with that many
     rows.
 
     ``host_rows`` and ``disk_rows`` add tiers; ``owns_states`` puts running states next to the
-    arena.
+    arena. Without a ``clock``, each reading of the time takes a millisecond.
     """
     kind = "hybrid" if prefix_cache == "radix" else prefix_cache
     if kind == "none":
@@ -111,7 +117,8 @@ def make_engine(
     )
     # A request that begins with a load takes two slots: its own, and one for the loaded state.
     runner.most_slabs += host_rows is not None or disk_rows is not None
-    parts: dict[str, object] = {"runner": runner, "sampler": SAMPLER, "clock": clock}
+    parts: dict[str, object] = {"runner": runner, "sampler": SAMPLER}
+    parts["clock"] = clock or ticking_clock()
     return engine_with(lambda _: {"drafting": drafting}, config, **parts)
 
 

@@ -43,7 +43,7 @@ from hybridcache.radix.protocol import PromptBoundaries
 from tests.engine.drafted import ScriptedDrafter
 from tests.engine.test_scheduler_machine import answer, half_right, make_engine, pattern
 from tests.engine.transfer.pair import GREEDY, plain_engine, text
-from tests.oracle import OracleRunner, OracleSampler
+from tests.oracle import OracleRunner, OracleSampler, ticking_clock
 
 pytestmark = pytest.mark.usefixtures("ctrl_c")
 
@@ -223,7 +223,8 @@ def text_engine(kv_tokens: int, slots: int, **settings: Any) -> Engine:
     """Return an engine with a tokenizer, for answers with text, penalties, stops and grammars."""
     runner = OracleRunner(kv_tokens, slots)
     config = EngineConfig(**settings)
-    return Engine(config, runner=runner, sampler=OracleSampler(), tokenizer=HFTokenizer())
+    parts = {"sampler": OracleSampler(), "tokenizer": HFTokenizer(), "clock": ticking_clock()}
+    return Engine(config, runner=runner, **parts)
 
 
 @cache

@@ -67,18 +67,24 @@ def int32(values: Sequence[int], device: str) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.int32, device=device)
 
 
-def assert_close(got: torch.Tensor, expected: torch.Tensor, factor: float = 1.0) -> None:
+def assert_close(
+    got: torch.Tensor,
+    expected: torch.Tensor,
+    factor: float = 1.0,
+    scale: torch.Tensor | None = None,
+) -> None:
     """Check shape, dtype and finite values, and an error of at most ``factor`` times the
     tolerance of the dtype.
 
     The error is relative to the whole tensor, so cancellation in one element is not an error.
+    A tensor with few elements has a ``scale`` of the same shape, which does not cancel.
     """
     assert got.shape == expected.shape
     assert got.dtype == expected.dtype
     assert got.isfinite().all()
     if got.numel():
         error = (got.double() - expected.double()).square().mean().sqrt()
-        size = expected.double().square().mean().sqrt()
+        size = (expected if scale is None else scale).double().square().mean().sqrt()
         assert error <= factor * TOLERANCE[got.dtype] * size, f"{error / size:.2e}"
 
 

@@ -98,9 +98,9 @@ def test_mixed_columns_and_odd_groups_are_refused() -> None:
 
 @pytest.mark.parametrize("bits, group", [(4, 32), (4, 128), (8, 64)])
 def test_quantized_weights_are_close(bits, group) -> None:
-    """An element at the end of the shorter side of the range has an error of up to one step, others
-    of half a step. A scale in bfloat16 differs by up to 1/256 before codes are rounded."""
-    torch.manual_seed(0)
+    """An element beyond the last code, at the end of the shorter side of the range, has an error of
+    up to one step, others of half a step. A scale in bfloat16 differs by up to 1/256 before codes
+    are rounded."""
     weight = torch.randn(3, 8, 300) * torch.logspace(-20, 3, 24).view(3, 8, 1)
     weight[0, 0] = 0.0
     format = Grouped(bits, group)
@@ -110,24 +110,26 @@ def test_quantized_weights_are_close(bits, group) -> None:
     step = largest.abs().amax(dim=-1).repeat_interleave(group, dim=-1)[..., :300] / format.zero
     error = (matrix.widened(torch.float32) - weight).abs()
     assert (error <= step * (1 + 2**-8 * (format.zero + 1))).all()
-    assert error.norm() < {4: 0.12, 8: 0.008}[bits] * weight.norm()
+    is_rounded = weight.abs() < (format.zero - 1) * step
+    assert (error <= step / 2 * (1 + 2**-7))[is_rounded].all()
+    assert is_rounded.float().mean() > 0.8
 
 
 def test_columns_and_rows_can_be_cut_out() -> None:
     format = Grouped(4, 32)
-    matrix = Matrix(format, format.quantized(torch.randn(12, 256)), 256)
+    matrix = Matrix(format, format.quantized(torch.randn(60, 256)), 256)
     whole = matrix.widened(torch.float32)
     assert format.unit == 64
     assert torch.equal(
         matrix.columns(torch.arange(64, 192)).widened(torch.float32), whole[:, 64:192]
     )
-    rows = matrix.split([5, 7])[1]
-    assert torch.equal(rows.widened(torch.float32), whole[5:])
-    x = torch.randn(3, 256)[:, 64:192]
+    rows = matrix.split([25, 35])[1]
+    assert torch.equal(rows.widened(torch.float32), whole[25:])
+    x = torch.randn(30, 256)[:, 64:192]
     product = rows.columns(torch.arange(64, 192)).format.product(
         native, rows.columns(torch.arange(64, 192)), None, x.dtype
     )
-    assert_close(product(x), x @ whole[5:, 64:192].T, factor=1000)
+    assert_close(product(x), x @ whole[25:, 64:192].T, factor=1000)
 
 
 @BY_FORMAT

@@ -24,6 +24,7 @@ from tests.engine.numerics import families
 FAMILIES = families.find()
 
 
+@torch.random.fork_rng()
 def make_oracle(family: str) -> Any:
     """Return a random transformers model, with norms and biases off their neutral values."""
     import transformers
