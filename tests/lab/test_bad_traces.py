@@ -315,6 +315,20 @@ BAD: list[tuple[str, Any, Any, str]] = [
     ("jsonl:", LOCAL, LOCAL | {"timestamp": "2026-03-01T09:00Z"}, "it has a date with a zone, but"),
     ("jsonl:", TIMED, {"tokens": [1]}, "it has no time, but the records above have a number"),
     ("jsonl:", TIMED, TIMED | {"tokens": [1, True]}, "tokens must be int32"),
+    *(
+        ("jsonl:", TIMED, TIMED | {"session": one}, f"session is {one}, not a text or a whole")
+        for one in (True, 1.5)
+    ),
+    *(
+        ("mooncake:", GOOD["mooncake"], GOOD["mooncake"] | {"input_length": one}, f"is {one}, not")
+        for one in (True, 600.5)
+    ),
+    (
+        "coding-agent:",
+        GOOD["coding-agent"],
+        agent_session("b", 64, 64, [agent_request(0, 640, [2, 1])]),
+        "hash_ids is not a list of ids and of runs",
+    ),
     ("jsonl:", TIMED, TIMED | {"stop_reason": "tired"}, "stop_reason must be one of"),
     ("jsonl:", TIMED, TIMED | {"session": "a", "prefix": [0, 1]}, "it has both tokens and"),
     *(
