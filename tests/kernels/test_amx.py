@@ -125,7 +125,6 @@ def test_permission_is_refused_without_amx(kernels) -> None:
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: f"{shape[0]}x{shape[1]}")
 def test_compiled_code_equals_plain_tiles(emulator, shape, num_threads) -> None:
     torch.set_num_threads(num_threads)
-    torch.manual_seed(0)
     x, weight = (torch.randn(size, shape[1]).bfloat16() for size in (max(ROWS), shape[0]))
     bias, scale = torch.randn(shape[0]).bfloat16(), torch.rand(shape[0])
     amx, plain = (NativeLinear(weight, scale, bias, method) for method in ("amx", "plain_tiles"))
@@ -150,7 +149,6 @@ def test_attention_equals_plain_tiles(emulator) -> None:
 @pytest.mark.parametrize("name", ["gdn", "kda", "mamba2"])
 def test_scans_equal_plain_tiles(emulator, name) -> None:
     module = importlib.import_module(f"kernels.{name}.native")
-    torch.manual_seed(0)
     sizes = Sizes(2, 2, 48, 80)
     results = []
     for method in ("amx", "plain_tiles"):
@@ -164,7 +162,6 @@ def test_scans_equal_plain_tiles(emulator, name) -> None:
 
 @pytest.mark.parametrize("shape", [(130, 64), (70, 1101), (20, 300)])
 def test_integers_are_exact(emulator, shape) -> None:
-    torch.manual_seed(0)
     x = torch.randint(-127, 128, (140, shape[1])).float()
     x[:, 0] = 127
     weight = torch.randint(-128, 128, shape, dtype=torch.int8)

@@ -16,7 +16,6 @@ NUMBERS = [number for number, format in GGML_TYPES.items() if isinstance(format,
 @pytest.mark.parametrize("number", NUMBERS, ids=lambda number: GGML_TYPES[number].describe())
 def test_any_bytes_have_the_numbers_of_gguf(number: int) -> None:
     """Random bytes have scales of every kind: subnormal, negative, infinite and NaN."""
-    torch.manual_seed(0)
     format = GGML_TYPES[number]
     data = torch.randint(256, (2, 30, 5 * format.elements), dtype=torch.uint8)
     data[0, 0], data[0, 1] = 0, 255
@@ -46,7 +45,6 @@ def test_plain_types_have_their_numbers() -> None:
 @pytest.mark.parametrize("number", [2, 8], ids=["Q4_0", "Q8_0"])
 def test_quantized_blocks_are_those_of_gguf(number: int) -> None:
     """Zeros, equal magnitudes of both signs, and halves included."""
-    torch.manual_seed(0)
     weight = torch.randn(40, 96) * torch.logspace(-8, 4, 40)[:, None]
     weight[0], weight[1, :32] = 0.0, -1.0
     weight[2] = torch.arange(96).remainder(5) - 2.0

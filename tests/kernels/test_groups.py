@@ -296,7 +296,6 @@ def test_products_of_several_formats_write_into_one_result() -> None:
 )
 def test_rows_are_looked_up_with_the_bits_of_the_widened_weight(format, dtype) -> None:
     """Exponents are those of normal numbers."""
-    torch.manual_seed(0)
     rows = torch.randint(256, (40, 3 * format.elements), dtype=torch.uint8)
     if format.describe() == "MXFP4":
         rows[:, :: format.elements] &= 127
@@ -398,7 +397,6 @@ def test_packed_weights_are_as_small_as_those_of_the_file(format) -> None:
 def test_blocks_are_packed_as_their_decoded_numbers_are(format, num_outputs, num_blocks) -> None:
     """Rows are cut out of wider ones. Byte 3 has no NaN, whose bits change with the minimum's sign
     in torch."""
-    torch.manual_seed(0)
     size = format.elements
     rows = torch.randint(256, (num_outputs, (num_blocks + 2) * size), dtype=torch.uint8)
     rows = rows[:, size:-size]

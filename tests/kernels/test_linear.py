@@ -80,7 +80,6 @@ def fp8_row_error(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("num_tokens, size", [(1, 1100), (3, 128), (66, 200), (130, 1100)])
 def test_error_of_fp8_activations_is_bounded(backend, num_tokens, size, in_blocks, device) -> None:
     """Rows and their elements differ by orders of magnitude, and one block is zero."""
-    torch.manual_seed(0)
     x = torch.randn(num_tokens, size + 4, device=device)[:, 2:-2]
     x *= torch.logspace(-20, 3, num_tokens, device=device)[:, None]
     x *= torch.logspace(0, -5, size, device=device)
@@ -102,7 +101,6 @@ def test_error_of_fp8_activations_is_bounded(backend, num_tokens, size, in_block
 
 def test_fp8_rows_have_the_bits_of_the_reference(device) -> None:
     """Halfway values, the largest and the least numbers included."""
-    torch.manual_seed(0)
     x = torch.randn(40, 300, device=device) * torch.logspace(-34, 37, 40, device=device)[:, None]
     x[0], x[1, 0], x[3, ::2] = 0.0, 448.0, 17.0
     x[1, 1:100] = torch.arange(1.0, 100.0, device=device) * 2.0**-9
@@ -199,7 +197,6 @@ def test_native_rows_are_independent_of_the_batch(method, shape, num_threads) ->
     if not has(name) or ("amx" in method and kernel_choices()["linear_bfloat16"] != "amx"):
         pytest.skip("the processor or the compiler lacks the method")
     torch.set_num_threads(num_threads)
-    torch.manual_seed(0)
     x, weight = torch.randn(400, shape[1]).to(dtype), torch.randn(shape).to(dtype)
     product = native_product(method, weight)
     whole = product(x)

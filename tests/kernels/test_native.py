@@ -88,7 +88,6 @@ def test_bits_do_not_depend_on_the_mode_of_the_threads(kernel, decay, num_thread
 @DECAYS
 def test_results_have_no_subnormal_numbers(kernel, decay) -> None:
     """Operations with them take a hundred times as long."""
-    torch.manual_seed(0)
     for result in kernel(decay):
         assert result.isfinite().all()
         assert not ((result != 0) & (result.abs() < SMALLEST_NORMAL)).any()

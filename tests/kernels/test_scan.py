@@ -227,7 +227,6 @@ def close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float) -> Non
 
 @PROMPTS
 def test_prompts_and_exports_follow_the_recurrence(backend, dtype, device) -> None:
-    torch.manual_seed(0)
     scan = Scan(backend, device)
     sizes = Sizes(1, 2, 40, 24) if scan.is_fused else Sizes(2, 4, 80, 80)
     shape = scan.state_shape(sizes)
