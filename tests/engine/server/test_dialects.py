@@ -15,6 +15,8 @@ from .conftest import Live, ServeAnswer
 from .dialects import BONN, CHAT, DIALECT, DIALECTS, PROMPTS, STREAMED, TOOL, Dialect, prompt
 from .test_tools import HERMES_CALL, QWEN_XML, XML_CALL
 
+WITH_STOP = DIALECTS[0], DIALECTS[2]
+"""Dialects with stop strings."""
 FORM = pytest.mark.parametrize(
     ("template", "call", "opening"),
     [(None, HERMES_CALL, "<think>\n"), (QWEN_XML, XML_CALL, "")],
@@ -64,11 +66,14 @@ def test_next_turn_accepts_the_returned_answer_and_has_its_prompt(
     assert dialect.ask(later, chat=chat, tools=[TOOL]).num_prompt == len(tokens)
 
 
-@DIALECT
-@STREAMED
 @pytest.mark.parametrize(
-    ("limits", "reason"), [({"stop": "Bonn"}, "stop"), ({"limit": 60}, "length")]
+    ("dialect", "limits", "reason"),
+    [
+        *((one, {"limit": 60}, "length") for one in DIALECTS),
+        *((one, {"stop": "Bonn"}, "stop") for one in WITH_STOP),
+    ],
 )
+@STREAMED
 @pytest.mark.parametrize("choice", [None, "required"])
 def test_truncated_call_is_text_with_a_warning(
     serve_answer: ServeAnswer,
@@ -80,8 +85,6 @@ def test_truncated_call_is_text_with_a_warning(
 ) -> None:
     if choice:
         pytest.importorskip("llguidance")
-    if "stop" in limits and dialect.path.endswith("responses"):
-        pytest.skip("this dialect has no stop strings")
     live = serve_answer(HERMES_CALL)
     answer = dialect.ask(live, stream=stream, tools=[TOOL], choice=choice, **limits)
     assert answer.reason == reason and not answer.calls
@@ -137,7 +140,7 @@ def test_text_that_is_no_call_stays_text(
     assert replace(streamed, **counts) == whole
 
 
-@DIALECT
+@pytest.mark.parametrize("dialect", WITH_STOP, ids=lambda one: one.path)
 @STREAMED
 @FORM
 def test_stop_strings_and_tokens_count_behind_the_reasoning(
@@ -155,8 +158,6 @@ def test_stop_strings_and_tokens_count_behind_the_reasoning(
     options: list[dict[str, Any]] = [{"stop": "Question:"}]
     if "chat" in dialect.path:
         options += [{"stop": ["\n\n", "Question:"]}, {"stop_token_ids": [ord("Q")]}]
-    if dialect.path.endswith("responses"):
-        pytest.skip("this dialect has no stop strings")
     for one in options:
         answer = dialect.ask(live, stream=stream, **one)
         assert (answer.text.rstrip(), answer.reason) == ("Yes.", "stop")
