@@ -1,4 +1,4 @@
-"""Tests of the selection for `make test` and `make test-all`."""
+"""Tests of the selection for `make test` and `make test-all`, and of the seeds of tests."""
 
 from __future__ import annotations
 
@@ -6,6 +6,11 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from tests import mutation, run, selection
 
@@ -94,3 +99,17 @@ def test_excluded_tests_and_equivalent_mutants_exist() -> None:
         [source] = [path.read_text() for path in paths if path.is_file()]
         lines = {line.strip() for line in source.splitlines()}
         assert {line[2:] for line in mutant.changes if line[0] == "-"} <= lines, str(mutant)
+
+
+@pytest.mark.parametrize("_", range(2))
+def test_a_test_and_each_example_begin_with_the_same_numbers_of_torch(_: int) -> None:
+    first = torch.rand(4, generator=torch.Generator().manual_seed(0))
+    found = [torch.rand(4)]
+
+    @settings(max_examples=3, database=None)
+    @given(st.integers())
+    def draw(_: int) -> None:
+        found.append(torch.rand(4))
+
+    draw()
+    assert len(found) > 2 and all(torch.equal(one, first) for one in found)
