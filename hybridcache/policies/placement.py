@@ -268,10 +268,10 @@ class Adaptive(PlacementPolicy):
       one. Positions with the highest expected savings go first: the uses per checkpoint of their
       label times the tokens since the resumed position. Only shared positions have assumed uses.
       Requests for an evicted head are none, or they would rank the forks that displace it: they are
-      uses of the label ``head``, if it has fewer. A prompt's end has the uses of an answer's end too,
-      because a request resumes from it where the answer's end was not saved.
-      Where one checkpoint fits, a hit locks it, so that nothing else is saved until the first miss:
-      uses then count per request that it stays for, and an answer's end goes last.
+      uses of the label ``head``, if it has fewer. A prompt's end has the uses of an answer's end
+      too, because a request resumes from it where the answer's end was not saved. Where one
+      checkpoint fits, a hit locks it, so that nothing else is saved until the first miss: uses then
+      count per request that it stays for, and an answer's end goes last.
     - *Hope*: the assumed earnings of a new label last for at most as many checkpoints as fit, so
       that a small cache is not filled with trials.
 
