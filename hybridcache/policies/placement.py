@@ -267,9 +267,11 @@ class Adaptive(PlacementPolicy):
     - *Room*: a prompt with its answer takes at most half of the checkpoints that fit, and at least
       one. Positions with the highest expected savings go first: the uses per checkpoint of their
       label times the tokens since the resumed position. Only shared positions have assumed uses.
-      Requests for an evicted head are none, or they would rank the forks that displace it.
-      Where one checkpoint fits, a hit locks it, so that nothing else is saved until the first miss:
-      uses then count per request that it stays for, and an answer's end goes last.
+      Requests for an evicted head are none, or they would rank the forks that displace it: they are
+      uses of the label ``head``, if it has fewer. A prompt's end has the uses of an answer's end
+      too, because a request resumes from it where the answer's end was not saved. Where one
+      checkpoint fits, a hit locks it, so that nothing else is saved until the first miss: uses then
+      count per request that it stays for, and an answer's end goes last.
     - *Hope*: the assumed earnings of a new label last for at most as many checkpoints as fit, so
       that a small cache is not filled with trials.
 
@@ -412,6 +414,11 @@ class Adaptive(PlacementPolicy):
             uses = account.uses
             if placed.label in SHARED:
                 uses = MARGIN * (uses + 1.0)
+            if placed.label == HEAD and head is not None:
+                uses = max(uses, head.uses + head.earlier_uses)
+            if placed[1:] == PROMPT_END and saves_answer:
+                decode = self._account(ANSWER_END)
+                uses += decode.uses / decode.placed * account.placed
             if fits <= 1:  # It stays until the first miss.
                 uses /= 1.0 + uses / account.placed
             savings = uses / account.placed * (placed.position - cached_len)
@@ -458,8 +465,7 @@ class Adaptive(PlacementPolicy):
         account = self._accounts.get(rule)
         if account is None:
             offered = TRIAL_AFTER * (len(self._accounts) + 1) // EVIDENCE
-            account = _Account(self._mean_prompt, offered, self._room)
-            self._accounts[rule] = account
+            account = self._accounts[rule] = _Account(self._mean_prompt, offered, self._room)
         return account
 
     def _wants(self, rule: Rule, free_slots: float, bars: Bars) -> bool:

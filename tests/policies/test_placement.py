@@ -96,9 +96,39 @@ def test_requests_for_an_evicted_head_do_not_rank_the_forks_that_displace_it(
     placement = parse_placement("adaptive")
     for _ in range(4):
         placement.on_saved(Placed(2560, "branch"))
+    for _ in range(16):
         placement.on_ghost_hit(item, 2496)
     placement.on_prefill(prefill)
     assert placement.plan(prefill) == [Placed(2496, "head") if is_head else Placed(2560, "branch")]
+
+
+def test_an_evicted_head_is_ranked_by_its_own_requests() -> None:
+    """Its hits, while it was cached as a fork, count for the label of the fork behind it."""
+    head = FakeItem("head", label="branch", position=2496, uses=45)
+    prefill = Prefill(4000, 0, 2560, 2560, (), 64, evicted=(head,), free_slots=2)
+    placement = parse_placement("adaptive")
+    for _ in range(4):
+        placement.on_saved(Placed(2560, "branch"))
+    for _ in range(45):
+        placement.on_hit(head)
+    placement.on_prefill(prefill)
+    assert placement.plan(prefill) == [Placed(2496, "head")]
+
+
+@pytest.mark.parametrize("num_siblings", [0, 1])
+def test_the_end_of_a_prompt_serves_the_requests_for_that_of_its_answer(num_siblings: int) -> None:
+    """One of both fits. Requests that repeat the prompt cannot resume from the answer."""
+    prefill = Prefill(1000, 0, 0, 0, (), 64, free_slots=3)
+    placement = parse_placement("adaptive")
+    for label, distance, num_uses in ("back", 1, num_siblings), ("decode", 0, 8):
+        item = FakeItem("end", label=label, distance=distance, position=960)
+        for _ in range(8):
+            placement.on_saved(Placed(960, label, distance))
+        for _ in range(num_uses):
+            placement.on_hit(item)
+    placement.on_prefill(prefill)
+    assert placement.plan(prefill) == [Placed(999, "back", 1)][:num_siblings]
+    assert placement.decode_interval() == (None if num_siblings else 1)
 
 
 @pytest.mark.parametrize(("prompt_len", "position"), [(1000, 960), (640, 576)])
