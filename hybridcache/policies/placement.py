@@ -251,9 +251,9 @@ class Adaptive(PlacementPolicy):
       or answer, with the higher earnings. This supersedes the old tip, which is then evicted in its
       place. A conversation in the cache therefore stays there.
     - *Turnover*: a conversation that is not in the cache saves its end too while one in
-      ``EVIDENCE`` saved ends is in the cache at the first request for it. Otherwise the tips in the
-      cache keep their places, so that some conversations hit when not all fit. Later requests for
-      an end do not count: a conversation that was refused misses its last saved end at every turn.
+      ``EVIDENCE`` requests for an end finds it. Otherwise the tips in the cache keep their places,
+      so that some conversations hit when not all fit. A miss counts as the first request for its
+      end only: a conversation that was refused since then misses the same end at every turn.
       This holds in the first round of a loop too, before any request for an end. One conversation
       in ``EVIDENCE**2`` is saved even then. It replaces tips of conversations that have ended, and
       shows when more can be kept. More trials would displace most tips under an order by recency,
@@ -285,7 +285,7 @@ class Adaptive(PlacementPolicy):
         self._mean_prompt = 0.0
         self._num_prompts = 0
         self._ends_used = self._ends_lost = 0.0
-        """First requests for the end of a prompt or answer: before or after its eviction."""
+        """Requests that found the end of a prompt or answer, and ends evicted before any did."""
         self._num_newcomers = 0
         """Prefills that do not resume from the tip of their conversation."""
         self._room = 1 << 30
@@ -348,7 +348,7 @@ class Adaptive(PlacementPolicy):
                 if above.distance == 1 and not above.stop_reason:
                     break
                 above = above.above
-            self._count_end(item, is_used=True)
+            self._count_end(is_used=True)
         account = self._account(rule)
         num_tokens = item.position - (0 if above is None else above.position)
         account.earned += num_tokens
@@ -357,8 +357,8 @@ class Adaptive(PlacementPolicy):
 
     def on_ghost_hit(self, item: Item, num_tokens: int) -> None:
         rule = item.label, item.distance
-        if rule in ENDS:
-            self._count_end(item, is_used=False)
+        if rule in ENDS and item.uses + item.earlier_uses <= 1:
+            self._count_end(is_used=False)
         account = self._account(rule)
         account.earned += num_tokens
         is_head = item.label in SHARED - {HEAD} and item.uses + item.earlier_uses >= EVIDENCE
@@ -448,10 +448,8 @@ class Adaptive(PlacementPolicy):
         is_used = not account.hope_tokens and EVIDENCE * self._ends_used > num_asked
         return rule if is_trial or is_used else None
 
-    def _count_end(self, item: Item, is_used: bool) -> None:
-        """Count the first request for an end, in the cache or evicted. Old counts fade."""
-        if item.uses + item.earlier_uses > 1:
-            return
+    def _count_end(self, is_used: bool) -> None:
+        """Count a request for an end, which was in the cache or evicted. Old counts fade."""
         self._ends_used += is_used
         self._ends_lost += not is_used
         if self._ends_used + self._ends_lost > MEMORY:
