@@ -252,10 +252,12 @@ class Adaptive(PlacementPolicy):
       place. A conversation in the cache therefore stays there.
     - *Turnover*: a conversation that is not in the cache saves its end too while one in
       ``EVIDENCE`` requests for an end finds it. Otherwise the tips in the cache keep their places,
-      so that some conversations hit when not all fit. This holds in the first round of a loop too,
-      before any request for an end. One conversation in ``EVIDENCE**2`` is saved even then. It
-      replaces tips of conversations that have ended, and shows when more can be kept. More trials
-      would displace most tips under an order by recency, which evicts those that are due next.
+      so that some conversations hit when not all fit. A miss counts as the first request for its
+      end only: a conversation that was refused since then misses the same end at every turn.
+      This holds in the first round of a loop too, before any request for an end. One conversation
+      in ``EVIDENCE**2`` is saved even then. It replaces tips of conversations that have ended, and
+      shows when more can be kept. More trials would displace most tips under an order by recency,
+      which evicts those that are due next.
     - *Rank*: a label also pays if its real hits save more tokens per checkpoint than those of
       forks, and, from ``EVIDENCE`` checkpoints on, more than a checkpoint displaces or than those
       of all labels. Forks are saved anyway, so poor forks alone are no reason to save more.
@@ -285,7 +287,7 @@ class Adaptive(PlacementPolicy):
         self._mean_prompt = 0.0
         self._num_prompts = 0
         self._ends_used = self._ends_lost = 0.0
-        """Requests for the end of a prompt or answer, by its presence: before or after eviction."""
+        """Requests that found the end of a prompt or answer, and ends evicted before any did."""
         self._num_newcomers = 0
         """Prefills that do not resume from the tip of their conversation."""
         self._room = 1 << 30
@@ -357,7 +359,7 @@ class Adaptive(PlacementPolicy):
 
     def on_ghost_hit(self, item: Item, num_tokens: int) -> None:
         rule = item.label, item.distance
-        if rule in ENDS:
+        if rule in ENDS and item.uses + item.earlier_uses <= 1:
             self._count_end(is_used=False)
         account = self._account(rule)
         account.earned += num_tokens

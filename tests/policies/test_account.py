@@ -102,7 +102,7 @@ def test_an_end_earns_down_to_the_nearest_checkpoint_that_it_does_not_replace(
 
 Events = list[tuple[str, int]]
 HISTORY = st.lists(
-    st.tuples(st.sampled_from(("hit", "ghost hit", "newcomer", "end")), st.integers(1, 300)),
+    st.tuples(st.sampled_from(("hit", "ghost hit", "again", "new", "end")), st.integers(1, 300)),
     max_size=12,
 )
 
@@ -126,10 +126,10 @@ def live_through(placement: Adaptive, history: Events) -> None:
             if event == "hit":
                 item.uses = 1
                 placement.on_hit(item)
-            elif event == "ghost hit":
-                item.earlier_uses = 1
+            elif event in ("ghost hit", "again"):
+                item.earlier_uses = 1 if event == "ghost hit" else 2
                 placement.on_ghost_hit(item, 960)
-            elif event == "newcomer":
+            elif event == "new":
                 saves_end(placement)
             else:
                 placement._account(ANSWER_END).save()
@@ -157,14 +157,15 @@ def test_an_end_is_tried_in_a_fixed_share_of_the_cases_while_conversations_go_on
     assert sum(saves_end(placement) for _ in range(4 * EVIDENCE**2)) >= 4
 
 
-def test_turnover_needs_one_hit_in_eight_requests_for_an_end() -> None:
+def test_turnover_needs_one_hit_in_eight_first_requests_for_an_end() -> None:
+    """A conversation that is refused misses the same evicted end ``again`` at each turn."""
     placement, saves = Adaptive(), []
-    for event, times in (("newcomer", 1), ("hit", 1), ("ghost hit", 6), ("ghost hit", 1)):
+    for event, times in (("new", 1), ("hit", 1), ("ghost hit", 6), ("again", 99), ("ghost hit", 1)):
         live_through(placement, [(event, times)])
         for rule in (PROMPT_END, ANSWER_END) * (40 if event == "ghost hit" else 0):
             placement._account(rule).save()
         saves.append(placement._end(NEWCOMER) is not None)
-    assert saves == [False, False, True, False], "a hit alone leaves the earnings assumed"
+    assert saves == [False, False, True, True, False], "a hit alone leaves the earnings assumed"
 
 
 @given(HISTORY)
@@ -174,7 +175,7 @@ def test_a_label_pays_again_after_a_few_trials_with_hits(history: Events) -> Non
     for event, times in history:
         for _ in range(times):
             account.offer(bars)
-            if event != "newcomer":
+            if event != "new":
                 account.save()
             if event == "hit":
                 account.earned += 10
