@@ -122,13 +122,14 @@ earnings are withdrawn if no fewer fit."""
 TRIAL_GROWTH = 4
 """Growth of that number after each failed trial."""
 MEMORY = 1024
-"""Checkpoints of a label, requests for ends, or uses of a class of ``survival``, after which the
-counts are halved. Also the maximum number of prefills between trials."""
+"""Checkpoints of a label, or uses of a class of ``survival``, after which the counts are halved.
+Also the maximum number of prefills between trials."""
 EVIDENCE = 8
 """Number of events before which observations are not trusted: checkpoints of a label before others
 are compared with it, uses before ``survival`` weighs tokens and bytes in full, and requests for a
 head. Also the part of the requests for ends, one in so many, that finds its end at least. Its
-square is the number of conversations for one trial of an end."""
+square is the number of conversations for one trial of an end, and of requests for ends after which
+their counts are halved."""
 Rule = tuple[str, int]
 """Label and distance of a checkpoint (``Placed``): each has an account of its own."""
 BACK = "back"
@@ -459,7 +460,7 @@ class Adaptive(PlacementPolicy):
         """Count a request for an end, which was in the cache or evicted. Old counts fade."""
         self._ends_used += is_used
         self._ends_lost += not is_used
-        if self._ends_used + self._ends_lost > MEMORY:
+        if self._ends_used + self._ends_lost > EVIDENCE**2:
             self._ends_used *= 0.5
             self._ends_lost *= 0.5
 
