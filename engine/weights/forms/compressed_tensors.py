@@ -167,9 +167,8 @@ def _scheme(name: str, group: Section, tensors: Mapping[str, torch.Tensor]) -> S
         served |= {"type": (kind,), "dynamic": (True,), "strategy": scales}
         check_served(f"{name}, input_activations", found, served)
     blocks = {"channel": (1, None), "tensor": (None, None)}
-    block = blocks.get(strategy) or block_size(
-        weights.get("block_structure"), f"block_structure of {name}"
-    )
+    structure = weights.get("block_structure")
+    block = blocks.get(strategy) or block_size(structure, f"block_structure of {name}")
     word: Literal["int8", "fp8"] = "int8" if kind == "int" else "fp8"
     return EightBitScheme(word, block, "weight_scale", is_weight_only=activations is None)
 
