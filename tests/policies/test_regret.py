@@ -157,7 +157,7 @@ def test_a_head_that_nobody_declares_is_found_again() -> None:
 
 MEMORIES = ["arena", "pools"]
 LARGEST_FALLS = {
-    "few-shot?": (0.5, 1.7),
+    "few-shot?": (0.9, 1.7),
     "retries?questions=12&trials=3&": (0.5, 0.7),
     "retries?questions=12&trials=3&heads=2&": (0.5, 1.3),
     "chat?": (0.5, 0.5),
