@@ -7,6 +7,7 @@ import ast
 import graphlib
 import re
 import subprocess
+import symtable
 import sys
 from collections.abc import Iterator
 from functools import cache
@@ -67,6 +68,20 @@ def imported_modules(path: Path) -> set[str]:
 
 def files_of(*folders: str) -> list[Path]:
     return sorted(file for folder in folders for file in (ROOT / folder).rglob("*.py"))
+
+
+@cache
+def names_of(module: str) -> set[str]:
+    """Return the names that a module assigns or imports, and the files of a package."""
+    folder = ROOT / module.replace(".", "/")
+    file = folder.with_suffix(".py")
+    file = file if file.exists() else folder / "__init__.py"
+    names = {one.stem for one in folder.glob("*")}
+    if file.exists():
+        table = symtable.symtable(file.read_text(encoding="utf-8"), str(file), "exec")
+        found = (one for one in table.get_symbols() if one.is_assigned() or one.is_imported())
+        names |= {one.get_name() for one in found}
+    return names
 
 
 def imports_of(*folders: str) -> list[tuple[str, str]]:
@@ -283,6 +298,17 @@ def test_layers_know_no_format_and_no_file() -> None:
         if module.startswith("engine.weights."):
             assert module in allowed, (file, module)
         assert not module.startswith("kernels.linear"), (file, module)
+
+
+def test_names_that_tests_import_exist() -> None:
+    """mypy does not read tests, and those of other systems are imported only where these are."""
+    for file in files_of("tests"):
+        for node in statements(parsed(file)):
+            if isinstance(node, ast.ImportFrom) and node.module:
+                names = names_of(node.module)
+                if node.module.split(".")[0] in (*PACKAGES, "tests") and "__getattr__" not in names:
+                    missing = {one.name for one in node.names} - names
+                    assert not missing, (file, node.module, missing)
 
 
 def test_imported_packages_are_declared_dependencies() -> None:

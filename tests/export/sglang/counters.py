@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from experiments.sglang import cpu
-from experiments.studies.common import QWEN3_NEXT, keep, rounded, show
+from experiments.studies.common import QWEN3_NEXT, keep, plain_table, rounded
 from hybridcache import open_trace
 from hybridcache.lab.baselines.protocol import BaselineConfig, replay
 from hybridcache.lab.baselines.sglang import SglangCache
@@ -77,8 +77,7 @@ def main() -> None:
     with get_context("spawn").Pool(1, maxtasksperchild=1) as pool:  # settings are global
         parts = pool.starmap(compare, [(one, options.requests) for one in options.states], 1)
     records = [record for part in parts for record in part]
-    keep("sglang_counters", records, {"sglang": cpu.version()})
-    show(records)
+    keep("sglang_counters", records, {"sglang": cpu.version()}, plain_table)
 
 
 if __name__ == "__main__":
