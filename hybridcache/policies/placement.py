@@ -151,8 +151,8 @@ HEADER = 16
 and less than a grid step or one token, is the end of that prompt, not of a shared text."""
 UNSAVED = {"_accounts", "_latest"}
 """Attributes of ``Adaptive`` that are not saved as they are."""
-Positions = tuple[tuple[int, ...], list[Placed]]
-"""Shared boundaries of a prompt, ascending, and its back-offs, deepest first."""
+Positions = tuple[tuple[int, ...], list[Placed], bool]
+"""Shared boundaries of a prompt, ascending, its back-offs, deepest first, and whether it forks."""
 Bars = tuple[float, float, float]
 """Tokens per checkpoint that a label must exceed: by earnings, or by real hits those of forks and
 what one more displaces. See ``Adaptive._bars``."""
@@ -230,8 +230,9 @@ class Adaptive(PlacementPolicy):
     Other positions are the end of the answer, back-offs from the end of the prompt (one token and
     4, 16, 64 … grid steps), and the *rejoin*. A boundary at the end of the prompt itself is not
     shared: it is where the first back-off is saved. A prompt *forks* where other tokens were seen
-    to follow. It rejoins where it continues the end of all known text. A checkpoint there serves
-    only repetitions of the same text, so it must pay.
+    to follow. It rejoins where it continues the end of all known text, or the evicted tip of its
+    conversation with another text for the answer (without its reasoning, for example). A
+    checkpoint there serves only repetitions of the same text, so it must pay.
 
     A checkpoint *earns* the tokens between it and the checkpoint above if a request resumes from
     it, or would have done so without its eviction. An end earns the tokens down to the nearest
@@ -327,9 +328,9 @@ class Adaptive(PlacementPolicy):
         self._mean_prompt += (prefill.prompt_len - self._mean_prompt) / self._num_prompts
         if prefill.free_slots is not None:
             self._room = prefill.free_slots + prefill.num_checkpoints
-        shared, back_offs = positions = _positions(prefill)
+        shared, back_offs, forks = positions = _positions(prefill)
         # The assumed earnings of shared positions start before those of the other labels.
-        if prefill.forks and prefill.seen_len > prefill.cached_len:
+        if forks and prefill.seen_len > prefill.cached_len:
             self._account(("branch", 0))
         if shared and shared[-1] > prefill.cached_len:
             self._account(("boundary", 0))
@@ -337,7 +338,7 @@ class Adaptive(PlacementPolicy):
         bars = self._bars()
         for back_off in back_offs:
             self._account(back_off[1:]).offer(bars, back_off[1:] == PROMPT_END)
-        if not prefill.forks and prefill.floor(prefill.seen_len) is not None:
+        if not forks and prefill.floor(prefill.seen_len) is not None:
             self._account((REJOIN, 0)).offer(bars)
         if prefill.answer_survives:
             self._account(ANSWER_END).offer(bars, is_end=True)
@@ -379,7 +380,7 @@ class Adaptive(PlacementPolicy):
         self, prefill: Prefill, positions: Positions, bars: Bars
     ) -> tuple[list[Placed], bool]:
         """Return the positions to save, by descending priority, and whether to save the answer."""
-        shared, back_offs = positions
+        shared, back_offs, forks = positions
         cached_len, seen_len, free_slots = prefill.cached_len, prefill.seen_len, prefill.free_slots
         wanted: list[Placed] = []
         num_spare = 0 if prefill.shares_memory else free_slots or 0
@@ -390,7 +391,7 @@ class Adaptive(PlacementPolicy):
         if head is not None:
             wanted.append(Placed(head.position, HEAD))
         if seen_len > cached_len:
-            if prefill.forks:
+            if forks:
                 wanted.append(Placed(seen_len, "branch"))
             elif self._wants((REJOIN, 0), inf, bars):
                 wanted.append(Placed(seen_len, REJOIN))
@@ -521,18 +522,27 @@ def _head(prefill: Prefill) -> Item | None:
 
 
 def _positions(prefill: Prefill) -> Positions:
-    """Return the shared boundaries of ``prefill`` and its back-offs. O(log prompt)."""
+    """Return the shared boundaries of ``prefill``, its back-offs, and whether it forks.
+
+    It does not fork at an evicted tip that no earlier request asked for: only its conversation
+    comes back to it, with another text for the answer. O(log prompt).
+    """
     prompt_len, grid, shared = prefill.prompt_len, prefill.grid, prefill.boundaries
+    forks = prefill.forks
+    if forks and prefill.evicted:
+        tip = prefill.evicted[0]
+        is_own = (tip.label, tip.distance) in TIPS and tip.uses + tip.earlier_uses <= 1
+        forks = not is_own or tip.position != prefill.seen_len - prefill.seen_len % grid
     own_end = end_of_prompt(prompt_len, shared, min(HEADER, grid - 1) or 1)
     if own_end is not None:
         shared = shared[:-1]
     furthest = prompt_len - prefill.cached_len - grid
     if furthest < 1:
-        return shared, []
+        return shared, [], forks
     last = prompt_len - 1 if own_end is None else min(prompt_len - 1, own_end)
     back_offs = [Placed(last, BACK, 1)]
     distance = STRIDE * grid
     while distance <= furthest:
         back_offs.append(Placed(prompt_len - distance, BACK, distance))
         distance *= STRIDE
-    return shared, back_offs
+    return shared, back_offs, forks

@@ -289,8 +289,31 @@ def test_branches_and_boundaries_are_always_placed() -> None:
     tip = FakeItem("tip", label="decode", position=300)
     placed = labels_of(placement.plan(prefill(1, seen_len=300, evicted=(tip,), forks=False)))
     assert placed[300] == "rejoin", "a continuation is not a fork"
-    placed = labels_of(placement.plan(prefill(2, seen_len=300, evicted=(tip,))))
-    assert placed[300] == "branch", "other requests forked at the evicted tip"
+    places = (1, 300, "rejoin"), (2, 300, "branch"), (1, 299, "branch")
+    for earlier_uses, position, label in places:  # its own conversation, others too, above the fork
+        tip = FakeItem("tip", label="back", distance=1, position=position)
+        tip.earlier_uses = earlier_uses
+        placed = labels_of(placement.plan(prefill(2, seen_len=300, evicted=(tip,))))
+        assert placed[300] == label, (earlier_uses, position)
+
+
+def test_a_conversation_without_its_reasoning_does_not_fork(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The second prompt leaves out the reasoning after the evicted end of the first. A third, of
+    another conversation, shares that end."""
+    cache = build_prefix_cache(CacheConfig(num_kv_tokens=10_000, num_slots=8, grid=64))
+    placement, rng, labels = parse_placement("adaptive"), np.random.default_rng(0), list[str]()
+    monkeypatch.setattr(Adaptive, "on_saved", lambda self, placed: labels.append(placed.label))
+    first = rng.integers(0, 1000, 460, dtype=np.int32)
+    saved = []
+    for _ in range(3):
+        further = rng.integers(1000, 2000, 300, dtype=np.int32)
+        prompt = np.concatenate((first, further)) if saved else first
+        serve_lease(cache, placement, LeaseRequest(prompt), further)
+        saved.append("branch" in labels)
+        cache.evict(num_slots=8)
+    assert saved == [False, False, True]
 
 
 @pytest.mark.parametrize(
