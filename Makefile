@@ -75,8 +75,10 @@ lint: install  ## check style, format, types, and installed packages for known v
 	$(BIN)/mypy
 	$(BIN)/python -m experiments.audit
 
-licences: install  ## list the licences of the installed packages: the cache's, the engine's, others
-	$(BIN)/python -m experiments.audit --licences
+licences: install  ## list the licences of the installed packages, with pip-licenses
+	$(PYTHON) -m venv out/licences
+	out/licences/bin/pip install --quiet pip-licenses==5.5.5
+	out/licences/bin/pip-licenses --python=$(BIN)/python --from=mixed
 
 bench: install  ## run the timed benchmarks, into out/results; the machine must be idle
 	$(BIN)/python -m experiments.benchmarks.tree

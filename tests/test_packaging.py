@@ -10,7 +10,6 @@ import subprocess
 import sys
 import tomllib
 import zipfile
-from email.message import Message
 from importlib import metadata
 from pathlib import Path
 
@@ -360,35 +359,6 @@ def test_the_hint_for_a_missing_package_names_an_extra_that_installs_it() -> Non
             name = _normalized(re.split(r"[^\w.-]", line)[0])
             # If a package is not installed here, its name is used as the import name.
             assert any(extra in extras_of(module) for module in modules.get(name, [name])), line
-
-
-def test_licences_are_listed_once_for_each_installed_package() -> None:
-    cache, _, others = "\n".join(audit.licences()).split("# ")[1:]
-    assert re.search(r"^numpy [\d.]+: .*BSD", cache, re.M) and "pytest" not in cache
-    assert re.search(r"^pytest [\d.]+: MIT$", others, re.M)
-    listed = [line.split()[0] for line in audit.licences() if not line.startswith("#")]
-    installed = {one.name.replace("_", "-").lower() for one in metadata.distributions()}
-    assert len(set(listed)) == len(listed)
-    assert {name.replace(".", "-") for name in installed} == {
-        *listed,
-        *(installed & {CACHE_DISTRIBUTION, ENGINE_DISTRIBUTION}),
-    }
-
-
-@pytest.mark.parametrize(
-    ("fields", "expected"),
-    [
-        ({"License-Expression": "MIT", "License": "a text"}, "MIT"),
-        ({"Classifier": "License :: OSI Approved :: BSD License", "License": "BSD"}, "BSD License"),
-        ({"License": "Apache 2.0\n\nCopyright ..."}, "Apache 2.0"),
-        ({"Classifier": "Typing :: Typed"}, "not stated"),
-    ],
-)
-def test_licence_is_read_from_each_form_of_metadata(fields: dict[str, str], expected: str) -> None:
-    message = Message()
-    for name, value in fields.items():
-        message[name] = value
-    assert audit.licence(message) == expected
 
 
 def test_audit_fails_for_a_known_vulnerability_and_says_if_nothing_was_audited() -> None:
