@@ -44,6 +44,8 @@ MEMORIES = "study_memories"
 """Results of the outside traces and of two pools."""
 POOLS = ", pools"
 """End of the names of splits that are replayed in two pools."""
+OVER_SIZES = ", means over sizes"
+"""End of the names of groups in which a cell is the mean over the sizes of a trace."""
 ARENA_SPLITS = ("tuning", "evaluation", "outside")
 RESULTS_OF = {
     NAME: ("tuning", "evaluation", "closed loop"),
@@ -236,6 +238,7 @@ def losses_table(
 ) -> Table:
     """Return the loss of the default pair to the best pair of each cell, in points, and its mean
     hit rate next to those of ``cells`` (``yardsticks.by_cell``), where they were run."""
+    records = [*records, *_over_sizes(records)]
     seen = splits_file()["evaluation"]["seen"]
     generated = {record["trace"] for record in records if record["seed"] is not None}
     found: dict[str, list[list[float]]] = {}
@@ -254,6 +257,8 @@ def losses_table(
             groups += [f"{split}, {kind}, unseen"] * (trace.partition(", ")[0] not in seen)
         seeds = [run["seed"] for run in runs if run["pair"] == common.DEFAULT]
         known = [cells.get((_SHARE.sub("", trace), seed, gib)) for seed in seeds]
+        if split.endswith(OVER_SIZES):
+            known = [dict.fromkeys(common.YARDSTICKS, math.nan)]
         ours, lru = rates[common.DEFAULT], rates[common.LRU_ADAPTIVE]
         measured = [
             (one, other, math.nan if split.endswith(POOLS) else cell[common.BEST_REBUILT],
@@ -276,6 +281,16 @@ def losses_table(
     columns += [Column("worst cell", "points"), Column("within 0.5 points")]
     columns += [Column("hits: default pair", "%")]
     return Table([*columns, *common.references()], rows)
+
+
+def _over_sizes(records: common.Records) -> list[dict[str, Any]]:
+    """Return the mean hit rate over the sizes of each outside trace, memory and pair."""
+    outside = [record for record in records if record["split"].startswith("outside")]
+    return [
+        {"split": split + OVER_SIZES, "trace": trace, "gib": None, "seed": None, "pair": pair}
+        | {"token_hit_rate": fmean(record["token_hit_rate"] for record in of)}
+        for (split, trace, pair), of in common.grouped(outside, "split", "trace", "pair").items()
+    ]
 
 
 def published_table(records: common.Records) -> Table:
