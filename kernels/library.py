@@ -14,6 +14,7 @@ its instructions then gets those of the level.
 
 from __future__ import annotations
 
+import argparse
 import ctypes
 import hashlib
 import logging
@@ -22,7 +23,6 @@ import platform
 import re
 import shutil
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -358,6 +358,7 @@ def _fingerprint(compiler: str, flags: Sequence[str]) -> str:
 
 
 if __name__ == "__main__":
-    folder = Path(sys.argv[1]) if sys.argv[1:] else LEVELS_FOLDER
-    for made in compile_levels(folder, levels_of(platform.machine())):
+    parser = argparse.ArgumentParser(description="Compile the kernels for this kind of processor.")
+    parser.add_argument("folder", type=Path, nargs="?", default=LEVELS_FOLDER)
+    for made in compile_levels(parser.parse_args().folder, levels_of(platform.machine())):
         print(made)
