@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import multiprocessing
 import os
 import re
 import subprocess
@@ -140,18 +139,6 @@ def comparable(run: RunResult) -> RunResult:
     return replace(run, control_us=0.0)
 
 
-FORKSERVER = multiprocessing.get_context("forkserver")
-FORKSERVER.set_forkserver_preload([__name__])
-
-
-@pytest.fixture
-def forked_workers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Worker processes are forked from one that has imported this file. Those of commands, in
-    ``test_cli.py``, are new interpreters."""
-    monkeypatch.setattr(multiprocessing, "get_context", lambda _: FORKSERVER)
-
-
-@pytest.mark.usefixtures("forked_workers")
 def test_sweep_is_independent_of_processes_and_resumes(tmp_path: Path) -> None:
     policies = ("marconi:1e-1", "tests.lab.test_simulate:DeepestFirst")
     scenario = Scenario("short", model=GEOMETRY, policy=policies)
@@ -180,7 +167,6 @@ def test_sweep_is_independent_of_processes_and_resumes(tmp_path: Path) -> None:
     assert path.read_text().endswith("\n")
 
 
-@pytest.mark.usefixtures("forked_workers")
 def test_warnings_of_worker_processes_are_given_here(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -331,7 +317,6 @@ def _die(_trace: Trace, _job: int) -> int:
     os._exit(9)
 
 
-@pytest.mark.usefixtures("forked_workers")
 def test_killed_worker_process_gives_a_clear_error() -> None:
     with pytest.raises(ChildProcessError, match=r"lack of memory \(use fewer processes\)"):
         run_grid(short(), [1, 2], _die, processes=2)
