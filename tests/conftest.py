@@ -77,8 +77,7 @@ class TorchRandom:
     def seed(self, seed: int) -> None:
         """Seed the processor's generator, and others if there are devices. For each kind of device
         that this process has not used, ``torch.manual_seed`` keeps a stack in text: 1 ms."""
-        if "torch" in sys.modules:
-            torch = sys.modules["torch"]
+        if torch := sys.modules.get("torch"):
             generator = torch if torch.accelerator.is_available() else torch.default_generator
             generator.manual_seed(seed)
 

@@ -307,9 +307,8 @@ def test_names_that_tests_import_exist() -> None:
         text = file.read_text(encoding="utf-8")
         for module, listed in re.findall(r"^ *from ([\w.]+) import (\([^)]*\)|.*)", text, re.M):
             if module.split(".")[0] in (*PACKAGES, "tests"):
-                listed = re.sub("#.*", "", listed).strip("()\n ")
-                names = {name.split()[0] for name in listed.split(",") if name.strip()}
-                missing = names - names_of(module)
+                names = re.sub("#.*", "", listed).strip("()\n, ").split(",")
+                missing = {name.split()[0] for name in names} - names_of(module)
                 assert not missing or "__getattr__" in names_of(module), (file, module, missing)
 
 

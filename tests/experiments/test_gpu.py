@@ -109,9 +109,7 @@ def test_a_call_ends_within_its_budget_and_the_next_one_continues(
     assert gpu.is_done(tmp_path, "late")
 
 
-def test_a_signal_leaves_an_archive_of_the_finished_records(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_signal_leaves_an_archive_of_the_finished_records(tmp_path, monkeypatch) -> None:
     """The parts write a record, and then wait for the signal."""
     out = tmp_path / "out"
     line = f"import pathlib, time; pathlib.Path({str(out)!r}, 'one.jsonl').touch(); time.sleep(600)"

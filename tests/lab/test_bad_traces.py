@@ -210,17 +210,16 @@ def test_rows_without_a_header_are_refused(tmp_path: Path) -> None:
         open_trace(str(path))
 
 
-def long_rows(count: int) -> list[str]:
+def long_rows(count: int) -> list[bytes]:
     """Return lines of numbered requests with random tokens, whose compressed files are read in
     several pieces."""
-    rng = random.Random(1)
-    rows = ([number, *rng.choices(range(50_000), k=30)] for number in range(count))
-    return [f'{{"tokens": {row}}}\n' for row in rows]
+    draw = random.Random(1).choices
+    return [b'{"tokens": %a}\n' % [n, *draw(range(50_000), k=30)] for n in range(count)]
 
 
 def test_truncated_gzip_file_yields_its_whole_lines_and_an_error(tmp_path: Path) -> None:
     path, rng = tmp_path / "t.jsonl.gz", random.Random(1)
-    path.write_bytes(gzip.compress("".join(long_rows(400)).encode())[:-8_000])
+    path.write_bytes(gzip.compress(b"".join(long_rows(400)))[:-8_000])
     trace = open_trace(str(path), skip_bad=True)
     found = [int(request.tokens[0]) for request in trace.kept()]
     assert found == list(range(len(found))) and 100 < len(found) < 400
@@ -629,7 +628,7 @@ def test_compressed_files_and_tables_are_read(
 
 
 def test_frames_of_zstandard_are_read_and_a_truncated_one_is_damaged(tmp_path: Path) -> None:
-    rows = [row.encode() for row in long_rows(400)]
+    rows = long_rows(400)
     rows[0] += b" " * 100_000 + b"\n"  # More than one read takes from a piece of the file.
     pack, path = zstandard.ZstdCompressor().compress, tmp_path / "t.jsonl.zst"
     first, second = pack(b"".join(rows[:150])), pack(b"".join(rows[150:]))
