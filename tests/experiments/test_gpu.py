@@ -3,9 +3,9 @@ GPU."""
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
-import subprocess
 import sys
 import tarfile
 import time
@@ -109,19 +109,18 @@ def test_a_call_ends_within_its_budget_and_the_next_one_continues(
     assert gpu.is_done(tmp_path, "late")
 
 
-def test_a_signal_leaves_an_archive_of_the_finished_records(tmp_path: Path) -> None:
+def test_a_signal_leaves_an_archive_of_the_finished_records(tmp_path, monkeypatch) -> None:
     """The parts write a record, and then wait for the signal."""
     out = tmp_path / "out"
     line = f"import pathlib, time; pathlib.Path({str(out)!r}, 'one.jsonl').touch(); time.sleep(600)"
-    script = (
-        "import sys\nfrom experiments.gpu import __main__ as gpu\n"
-        f"gpu.PARTS = {{'check': gpu.GpuPart(lambda out, dry: [sys.executable, '-c', {line!r}], 600)}}\n"
-        f"gpu.main(['--dry', '--part', 'check', '--out', {str(out)!r}])"
-    )
-    with subprocess.Popen([sys.executable, "-c", script], cwd=gpu.ROOT) as process:
-        wait_until((out / "one.jsonl").exists)
-        process.terminate()
-        assert process.wait(120) == 128 + signal.SIGTERM
+    monkeypatch.setattr(gpu, "PARTS", {"check": part_of(line, 600)})
+    arguments = ["--dry", "--part", "check", "--out", str(out)]
+    process = multiprocessing.get_context("fork").Process(target=gpu.main, args=(arguments,))
+    process.start()
+    wait_until((out / "one.jsonl").exists)
+    process.terminate()
+    process.join(120)
+    assert process.exitcode == 128 + signal.SIGTERM
     with tarfile.open(tmp_path / "out.tar.gz") as found:
         assert {"out/one.jsonl", "out/check.done.jsonl"} < set(found.getnames())
 

@@ -190,7 +190,7 @@ def without_engine() -> Listed:
     """The output of a process without the engine's packages. A module that is None in
     ``sys.modules`` is not found."""
     code = """
-import json, sys
+import gc, json, sys; gc.disable()
 sys.modules.update(dict.fromkeys(("torch", "triton", "msgspec")))
 from experiments import reproduce
 texts, figures = reproduce.whole_pages()

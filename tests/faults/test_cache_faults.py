@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from hybridcache.adapters.events import EventStream
@@ -316,7 +316,7 @@ def policy_check(name: str) -> Check:
     examples, also if the level draws fewer for the test itself."""
     compare = test_textbook.test_victims_match_the_pseudocode_of_the_paper.hypothesis.inner_test
 
-    @settings(max_examples=300)
+    @settings(max_examples=300, phases=[Phase.generate])
     @given(test_textbook.requests, st.integers(1, 6))
     def check(pages: str, capacity: int) -> None:
         compare(name, pages, capacity)

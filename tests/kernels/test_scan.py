@@ -176,20 +176,19 @@ class Scan:
         """Return the outputs of one sequence and the state after each token, in float64."""
         tokens, state = [x.double() for x in prompt.tokens], state.double()
         constants = [x.double() for x in prompt.constants]
+        if self.name in ("gdn", "kda"):
+            for place, x in enumerate(tokens[:2]):  # Queries and keys have length 1 in each head.
+                unit = x / (x.square().sum(-1, keepdim=True) + 1e-6).sqrt()
+                tokens[place] = unit.repeat_interleave(len(state) // x.shape[1], dim=1)
         outs, states = [], []
-        for token in zip(*tokens, strict=True):
-            out, state = getattr(self, f"_{self.name}")(state, *token, *constants)
-            outs.append(out)
-            states.append(state)
+        with torch._C.DisableTorchFunction():  # No kernel reads these numbers: see `_Placed`.
+            for token in zip(*tokens, strict=True):
+                out, state = getattr(self, f"_{self.name}")(state, *token, *constants)
+                outs.append(out)
+                states.append(state)
         return torch.stack(outs) if outs else tokens[0][:0], states
 
     def _gdn(self, state, query, key, value, gate, beta):
-        query, key = (
-            (x / (x.square().sum(-1, keepdim=True) + 1e-6).sqrt()).repeat_interleave(
-                len(value) // len(x), dim=0
-            )
-            for x in (query, key)
-        )
         state = state * gate.exp().view(len(value), -1, 1)
         delta = (value - torch.einsum("hk,hkv->hv", key, state)) * beta[:, None]
         state = state + key[:, :, None] * delta[:, None, :]

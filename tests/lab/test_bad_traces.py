@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import random
 import re
 import sys
 import warnings
@@ -209,18 +210,24 @@ def test_rows_without_a_header_are_refused(tmp_path: Path) -> None:
         open_trace(str(path))
 
 
+def long_rows(count: int) -> list[bytes]:
+    """Return lines of numbered requests with random tokens, whose compressed files are read in
+    several pieces."""
+    draw = random.Random(1).choices
+    return [b'{"tokens": %a}\n' % [n, *draw(range(50_000), k=30)] for n in range(count)]
+
+
 def test_truncated_gzip_file_yields_its_whole_lines_and_an_error(tmp_path: Path) -> None:
-    path = tmp_path / "t.jsonl.gz"
-    long = "".join(f'{{"tokens": [{number}]}}\n' for number in range(8_000))
-    path.write_bytes(gzip.compress(long.encode())[:-8_000])
+    path, rng = tmp_path / "t.jsonl.gz", random.Random(1)
+    path.write_bytes(gzip.compress(b"".join(long_rows(400)))[:-8_000])
     trace = open_trace(str(path), skip_bad=True)
     found = [int(request.tokens[0]) for request in trace.kept()]
-    assert found == list(range(len(found))) and 100 < len(found) < 8_000
+    assert found == list(range(len(found))) and 100 < len(found) < 400
     assert trace.bad.count == 1 and trace.bad.first == refusal(str(path))
     assert f"line {len(found) + 1}: damaged, or not UTF-8: everything from" in trace.bad.first
-    array = json.dumps([SEGMENTS[2] | {"id": f"{number}_0"} for number in range(2_000)])
+    array = json.dumps([SEGMENTS[2] | {"id": f"{rng.getrandbits(500)}_0"} for _ in range(300)])
     path.write_bytes(gzip.compress(array.encode())[:-2_000])
-    assert 100 < len(list(open_trace(f"{path}?tokenizer=bytes", skip_bad=True))) < 2_000
+    assert 100 < len(list(open_trace(f"{path}?tokenizer=bytes", skip_bad=True))) < 300
 
 
 @pytest.mark.parametrize("ending", ["\n", "\r\n"])
@@ -621,18 +628,19 @@ def test_compressed_files_and_tables_are_read(
 
 
 def test_frames_of_zstandard_are_read_and_a_truncated_one_is_damaged(tmp_path: Path) -> None:
-    rows = [f'{{"tokens": [{number}]}}\n'.encode() for number in range(4_000)]
+    rows = long_rows(400)
+    rows[0] += b" " * 100_000 + b"\n"  # More than one read takes from a piece of the file.
     pack, path = zstandard.ZstdCompressor().compress, tmp_path / "t.jsonl.zst"
-    first, second = pack(b"".join(rows[:1_500])), pack(b"".join(rows[1_500:]))
+    first, second = pack(b"".join(rows[:150])), pack(b"".join(rows[150:]))
     skippable = b"\x50\x2a\x4d\x18\x04\0\0\0abcd"
     for content in (first + second, skippable + first + skippable + second):
         path.write_bytes(content)
-        assert [int(one.tokens[0]) for one in open_trace(path)] == [*range(4_000)]
+        assert [int(one.tokens[0]) for one in open_trace(path)] == [*range(400)]
     for lost in (1, len(second) // 2, len(second) - 1):
         path.write_bytes((first + second)[:-lost])
         trace = open_trace(path, skip_bad=True)
         found = [int(one.tokens[0]) for one in trace.kept()]
-        assert found == [*range(len(found))] and len(found) < 4_000
+        assert found == [*range(len(found))] and 100 < len(found) < 400
         assert "damaged, or not UTF-8: everything from" in str(trace.bad.first)
         assert "the last frame is truncated" in refusal(str(path))
     path.write_bytes(first[:60] + b"x" * 60)
