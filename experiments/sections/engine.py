@@ -10,7 +10,7 @@ from statistics import median
 from experiments.benchmarks import second_turn
 from experiments.sections import HITS, Curves, Dots, Section, processor, records_of, says, study
 from experiments.studies import admission, closed_loop, overload, vllm
-from experiments.studies.common import Records, grouped
+from experiments.studies.common import LRU_ADAPTIVE, Records, grouped
 from experiments.tables import Cell, Column, Table
 
 RIVAL = " beside llama.cpp"
@@ -267,7 +267,8 @@ SECTIONS = {
     ),
     "admission": Section(
         "admission", study("admission", admission.table), _admission,
-        Curves("mean TTFT, s", ("oldest", "sessions", "best fixed limit", "best rebuilt"),
+        Curves("mean TTFT, s",
+               ("oldest", "sessions", "best fixed limit", LRU_ADAPTIVE, "best rebuilt"),
                "sessions/s", "mean TTFT, s"),
     ),
     "overload": Section(
