@@ -106,6 +106,13 @@ def makespan(policy: str) -> float:
     return seconds[policy] / min(s for name, s in seconds.items() if name.startswith("live:"))
 
 
+def gains_of_random() -> list[float]:
+    """Return the points by which `random` is above `lru` in each closed loop, the most first."""
+    loops = grouped([run for run in result("leaderboard") if run.get("rate")], "trace", "rate")
+    gains = ([r["rates"]["random"][0] - r["rates"]["lru"][0] for r in of] for of in loops.values())
+    return sorted((100 * fmean(of) for of in gains), reverse=True)
+
+
 def stop_reasons(trace: str) -> dict[tuple[str, float], float]:
     """Return the mean gain of stop reasons in points, by trace and size."""
     gains: dict[tuple[str, float], list[float]] = {}
@@ -236,6 +243,7 @@ def quotes() -> dict[str, list[str]]:
         for (name, gib), gain in claude.items()
         if gib == min(size for of, size in claude if of == name)
     ]
+    above = gains_of_random()
     medians = [run["request_us_median"] for run in rust("rust", "lru", "end")]
     at_once = [
         max(drafts(workload, draft, 8) for draft in ("tree", "mtp", "tree,mtp"))
@@ -264,6 +272,8 @@ def quotes() -> dict[str, list[str]]:
             f"rises from {p99('oldest'):.0f} to {p99('sessions'):.0f} s",
         ],
         "experiments/results_page.md": [
+            f"`agent` (+{above[0]:.0f} points) and `append-only-chat` (+{above[1]:.0f})",
+            f"`random` gains {above[2]:.0f} points. In {len(above[4:])} of the other 7 cells it loses {-above[4]:.0f} to {-above[-1]:.0f} points",
             f"at most {max(ordering.values()):.2f} ms of processor time per step, and with the default policy {ordering['sessions, in debt']:.2f} ms",
             f"stop reasons add {least[0]:.1f} and {least[1]:.1f} points of hit rate in the two cells with the least memory, and cost at most {-min(claude.values()):.1f} points elsewhere",
             f"On tau-bench the change is within noise, {round(min(tau.values()), 1) + 0:.1f} to {max(tau.values()):.1f} points",
