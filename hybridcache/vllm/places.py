@@ -108,6 +108,7 @@ class Places:
             ends = (*ends, request.num_tokens)
         free_slots = self.tree.pool.num_unowned(64 * num_groups) // num_groups
         num_pending = min(num_pending, free_slots)
+        lost = [one for one in cache.evicted(found) if one.position > match.cached_len]
         prefill = Prefill(
             prompt_len=max(layout.rows(request.num_tokens) + rest - drop, 1),
             cached_len=match.cached_len,
@@ -116,14 +117,18 @@ class Places:
             boundaries=tuple(max(one * WORDS // unit - drop, 0) for one in ends),
             grid=WORDS,
             resumed=match.resumed,
-            evicted=tuple(one for one in cache.evicted(found) if one.position > match.cached_len),
+            evicted=tuple(lost),
             forks=found.forks,
             answer_survives=self.saves_answers and not request.resumable,
             free_slots=free_slots - num_pending,
             num_checkpoints=cache.num_checkpoints + num_pending,
         )
+        for one in lost:  # `touch` counts this request when it is admitted.
+            one.earlier_uses += 1
         policy.on_prefill(prefill)
         planned = prefill.on_grid(policy.plan(prefill))
+        for one in lost:
+            one.earlier_uses -= 1
         track.stops = {layout.tokens(one.position): one for one in planned}
         self.plan_answer(request, track)
 
