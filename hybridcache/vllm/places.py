@@ -96,6 +96,9 @@ class Places:
         policy, layout, match, cache = self.policy, self.tree.layout, track.match, self.tree.cache
         assert match is not None
         unit, num_groups, drop = layout.unit, len(layout.states), layout.drop * WORDS
+        lost = [one for one in cache.evicted(found) if one.position > match.cached_len]
+        for one in lost:  # Policies count this request too. `touch` does when it is admitted.
+            one.earlier_uses += 1
         if match.resumed is not None:
             policy.on_hit(match.resumed)
         if found.missed is not None:
@@ -108,7 +111,6 @@ class Places:
             ends = (*ends, request.num_tokens)
         free_slots = self.tree.pool.num_unowned(64 * num_groups) // num_groups
         num_pending = min(num_pending, free_slots)
-        lost = [one for one in cache.evicted(found) if one.position > match.cached_len]
         prefill = Prefill(
             prompt_len=max(layout.rows(request.num_tokens) + rest - drop, 1),
             cached_len=match.cached_len,
@@ -123,8 +125,6 @@ class Places:
             free_slots=free_slots - num_pending,
             num_checkpoints=cache.num_checkpoints + num_pending,
         )
-        for one in lost:  # `touch` counts this request when it is admitted.
-            one.earlier_uses += 1
         policy.on_prefill(prefill)
         planned = prefill.on_grid(policy.plan(prefill))
         for one in lost:

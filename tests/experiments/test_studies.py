@@ -109,8 +109,8 @@ def test_study_without_records_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_p
 
 
 FORMATS = {
-    "mooncake_conversation_trace.jsonl.gz": "mooncake",
     "mini_swe_agent.jsonl.gz": "jsonl",
+    "mooncake_conversation_trace.jsonl.gz": "mooncake",
     "oasst_trees.jsonl.gz": "jsonl",
     "sharegpt_qwen35_turns.jsonl.gz": "sharegpt-counts",
     "taubench_gpt-4o-airline.json.gz": "taubench",
