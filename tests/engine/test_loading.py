@@ -107,7 +107,7 @@ def write(runner: OracleRunner, arrival: ReceivedPrefix, request: Request) -> No
 def make(loader: SlowLoader, kv: int, slots: int, max_running: int) -> Engine:
     runner, sampler = OracleRunner(kv, slots, exact=True), OracleSampler(320)
     parts = {"runner": runner, "sampler": sampler, "clock": ticking_clock()}
-    config = EngineConfig(check=True, exact=True, max_running=max_running)
+    config = EngineConfig(check=True, exact=True, max_running=max_running, host_gib=0)
 
     def hooks(manager: CacheManager) -> dict[str, Loader[Request]]:
         loader.manager = manager
