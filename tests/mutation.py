@@ -6,9 +6,8 @@ python -m tests.mutation --list             lines, files and tests of each group
 
 mutmut changes one expression at a time, in a copy of the repository, and runs the tests that
 execute it. Each file has a separate copy in ``out/mutation``, so that mutmut slows down only the
-functions of that file. A run continues where the last one stopped. Survivors are tried again after
-a change of the repository, with the tests that executed them when they were measured: if an old
-test executes more functions now, delete the copy to start again.
+functions of that file. A run continues where the last one stopped. After a change of the repository
+the tests are measured again, and survivors are tried again with the tests that execute them now.
 
 A sample has one copy per group. Its mutants depend on the sources only, so it also continues.
 
@@ -328,6 +327,8 @@ def prepare(files: Sequence[str], tests: Sequence[str], work: Path) -> bool:
         excluded=" and ".join(f"not {test}" for test in EXCLUDED),
     )
     (work / "pyproject.toml").write_text((ROOT / "pyproject.toml").read_text() + config)
+    if is_changed:  # An old test may execute more functions now.
+        (work / "mutants" / "mutmut-stats.json").unlink(missing_ok=True)
     return is_changed
 
 
@@ -396,9 +397,8 @@ def judge(title: str, work: Path, found: dict[str, str]) -> int:
     unlisted = [one for one in survivors if one not in equivalent]
     counts = Counter(tried.values()).most_common()
     shown = ", ".join(f"{count} {status}" for status, count in counts)
-    num_equivalent = len(survivors) - len(unlisted)
-    text = "".join(f"\n{one}\n" for one in unlisted)
-    text += f"\n{title}: {len(tried)} mutants: {shown}; {num_equivalent} are listed as equivalent."
+    text = "".join(f"\n{one}\n" for one in unlisted) + f"\n{title}: {len(tried)} mutants: {shown}; "
+    text += f"{len(survivors) - len(unlisted)} are listed as equivalent."
     if len(tried) < len(found):
         text += f" {len(found) - len(tried)} were not tried."
     print(text, flush=True)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable
+from unittest.mock import Mock
 
 import pytest
 
 from hybridcache.policies.placement import Placement
 from hybridcache.policies.registry import PLACEMENT_NAMES, parse_placement
-from hybridcache.radix.protocol import Placed, PlacementPolicy, Prefill
+from hybridcache.radix.protocol import Placed, Prefill
 from tests.policies.items import FakeItem
 
 
@@ -37,17 +37,8 @@ def test_each_rule_plans_the_expected_positions(spec: str, positions: list[int])
 def test_several_rules_save_answers_at_the_shortest_interval_of_any(
     intervals: tuple[int | None, ...], shortest: int | None
 ) -> None:
-    class Every(PlacementPolicy):
-        def __init__(self, interval: int | None) -> None:
-            self.interval = interval
-
-        def plan(self, prefill: Prefill) -> Iterable[Placed]:
-            return ()
-
-        def decode_interval(self) -> int | None:
-            return self.interval
-
-    assert Placement(tuple(map(Every, intervals))).decode_interval() == shortest
+    rules = (Mock(**{"decode_interval.return_value": interval}) for interval in intervals)
+    assert Placement(tuple(rules)).decode_interval() == shortest
 
 
 def test_no_back_off_is_at_the_end_of_the_prompt() -> None:
@@ -83,6 +74,13 @@ def test_a_boundary_less_than_a_grid_step_from_the_end_is_that_of_the_prompt(
     [found] = [placed for placed in placement.plan(prefill) if placed.position == 500 - header]
     assert found.label == label
     assert placement.state_dict()["_mean_prompt"] == 500
+
+
+@pytest.mark.parametrize(("hit", "num_accounts"), [(448, 3), (512, 2)])
+def test_a_hit_at_the_last_boundary_offers_none(hit: int, num_accounts: int) -> None:
+    placement = parse_placement("adaptive")
+    placement.on_prefill(Prefill(640, hit, hit, hit, (512,), 64))
+    assert len(placement.state_dict()["accounts"]) == num_accounts
 
 
 @pytest.mark.parametrize(("earlier", "is_head"), [(7, True), (6, False)])
