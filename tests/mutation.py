@@ -96,14 +96,13 @@ GROUPS = {
     ),
     "policies": Group(
         ("hybridcache/policies/*", "hybridcache/policies/eviction/*"),
-        ("tests/policies", "tests/cache/test_rules.py", "tests/cache/test_remembered.py"),
+        ("tests/policies", "tests/cache/test_rules.py", "tests/engine/test_policy_state.py"),
     ),
     "learned state": Group(
         ("hybridcache/radix/warm_state.py",),
         (
             *("tests/engine/test_policy_state.py", "tests/policies/test_regret.py"),
             *("tests/cache/test_lease.py", "tests/cache/test_operations.py"),
-            "tests/cache/test_remembered.py",
         ),
     ),
     "adapters": Group(
@@ -174,6 +173,7 @@ GROUPS = {
             *(f"{NUMERICS}/test_weights.py", f"{NUMERICS}/test_ranks.py"),
             *("tests/engine/test_head_loading.py", "tests/engine/test_hub.py"),
             *(f"{NUMERICS}/test_{name}.py" for name in ("fused", "quantized_files")),
+            "tests/engine/store/test_records.py",
         ),
     ),
     "weight forms": Group(

@@ -277,14 +277,16 @@ def test_gates_of_8_bit_models_keep_full_precision(model_type):
     family, config = read_model(TINY | {"model_type": model_type})
     kernels = Kernels(Device.resolve("cpu"))
     hidden = torch.randn(9, config.hidden_size, generator=torch.Generator().manual_seed(0))
-    projected = []
+    num_gates, projected = 2 * TINY["linear_num_value_heads"], []
     for quantization in (None, "int8"):
         place = WeightSpec(torch.device("cpu"), torch.float32, quantization)
         mixer = family(config, Build(kernels, place), Dummy(0).fill).mixers[0].block
-        projected.append(mixer.project(hidden))
-    num_gates = 2 * TINY["linear_num_value_heads"]
-    (mixed, gates), (rounded, rounded_gates) = (
-        x.tensor_split([-num_gates], dim=1) for x in projected
-    )
+        projected.append(mixer.project(hidden).tensor_split([-num_gates], dim=1))
+    (mixed, gates), (rounded, rounded_gates) = projected
     torch.testing.assert_close(rounded_gates, gates, rtol=1e-5, atol=1e-6)
     assert (rounded - mixed).abs().max() > 1e-4 * mixed.abs().max()
+
+
+def test_weights_that_do_not_fit_the_memory_are_refused_with_their_sizes():
+    with pytest.raises(ModelError, match=r"none left for one of 65536 x 1099511627776\."):
+        WeightSpec(torch.device("cpu"), torch.float32).empty(1 << 16, 1 << 40)
