@@ -59,13 +59,7 @@ FUSED = f"{NUMERICS}/test_fused.py::test_rows_quantised_by_norms_and_experts_cha
 """The other tests of this file take minutes at level "all"."""
 GROUPS = {
     "cache": Group(
-        (
-            "hybridcache/radix/*",
-            "hybridcache/allocators/*",
-            "hybridcache/radix/cache.py",
-            "hybridcache/radix/offload.py",
-            "hybridcache/radix/tiers.py",
-        ),
+        ("hybridcache/radix/*", "hybridcache/allocators/*"),
         (
             *("tests/allocators", "tests/radix", "tests/cache"),
             *("tests/export/test_events.py", "tests/export/test_events_machine.py"),
@@ -73,11 +67,7 @@ GROUPS = {
         ),
     ),
     "requests": Group(
-        (
-            "hybridcache/radix/lease.py",
-            "hybridcache/scheduling/*",
-            "engine/schedule/scheduler.py",
-        ),
+        ("hybridcache/radix/lease.py", "hybridcache/scheduling/*", "engine/schedule/scheduler.py"),
         (
             *("tests/cache/test_lease.py", "tests/cache/test_lease_machine.py"),
             *("tests/cache/test_arena.py", "tests/cache/test_tiers.py"),
@@ -138,10 +128,7 @@ GROUPS = {
         ),
     ),
     "traces": Group(
-        (
-            *("hybridcache/lab/trace.py", "hybridcache/lab/trace_stats.py"),
-            *("hybridcache/lab/traces/*", "hybridcache/lab/traces/formats/*"),
-        ),
+        ("hybridcache/lab/trace*.py", "hybridcache/lab/traces/**/*"),
         ("tests/lab/test_traces.py", "tests/lab/test_bad_traces.py", "tests/lab/test_texts.py"),
     ),
     "rebuilt systems": Group(("hybridcache/lab/baselines/*",), ("tests/lab/baselines",)),
@@ -153,10 +140,11 @@ GROUPS = {
         ),
     ),
     "chat prompt": Group(
-        ("engine/front/chat_prompt.py", "engine/text/sandbox.py"),
+        ("engine/front/chat_prompt.py", "engine/text/sandbox.py", "hybridcache/adapters/client*"),
         (
             *("tests/engine/test_templates.py", "tests/engine/history/test_labelled.py"),
-            "tests/engine/server/test_tenants.py",
+            *("tests/engine/server/test_tenants.py", "tests/engine/server/test_dialects.py"),
+            *("tests/engine/server/test_messages.py", "tests/lab/test_texts.py"),
         ),
     ),
     "tool calls": Group(("engine/front/server/tool_calls/*",), ("tests/engine/answers", CALLS)),
@@ -395,8 +383,7 @@ def judge(title: str, work: Path, found: dict[str, str]) -> int:
     tried = {name: status for name, status in found.items() if status != NOT_TRIED}
     survivors = [mutant(work, name) for name, status in tried.items() if status not in KILLED]
     unlisted = [one for one in survivors if one not in equivalent]
-    counts = Counter(tried.values()).most_common()
-    shown = ", ".join(f"{count} {status}" for status, count in counts)
+    shown = ", ".join(f"{n} {status}" for status, n in Counter(tried.values()).most_common())
     text = "".join(f"\n{one}\n" for one in unlisted) + f"\n{title}: {len(tried)} mutants: {shown}; "
     text += f"{len(survivors) - len(unlisted)} are listed as equivalent."
     if len(tried) < len(found):

@@ -21,6 +21,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hybridcache import closed_loop, optimum, simulate
+from hybridcache.adapters.client_habits import has_thoughts, length_of, thoughts_of
 from hybridcache.lab.board import Cell, Split, board
 from hybridcache.lab.report import stats_table
 from hybridcache.lab.trace import TraceRequest
@@ -192,6 +193,20 @@ def test_a_response_with_items_has_its_thoughts(tmp_path: Path) -> None:
     path = lines(tmp_path / "t.jsonl", {"prompt": "Rain?", "response": {"output": items}})
     [request] = open_trace(f"{path}?tokenizer=bytes")
     assert THOUGHTS in answer_text(request) and not request.answer_survives
+
+
+def test_thoughts_and_lengths_by_any_api() -> None:
+    parts = [{"text": "5 +"}, {"summary": "3"}]
+    assert thoughts_of({"type": "reasoning", "summary": parts}) == "5 +\n3"
+    assert thoughts_of({"type": "thinking", "thinking": ""}) == ""
+    assert not has_thoughts({"content": None})
+    assert has_thoughts({"content": "8", "reasoning_details": [{"type": "reasoning.encrypted"}]})
+    details = {"reasoning_tokens": 400}
+    assert length_of({"output_tokens": 420.0, "output_tokens_details": details}) == (420, 400)
+    assert length_of({"thinking_tokens": 2}) == (0, 2)
+    for count in (True, 2.5):
+        with pytest.raises(ValueError, match="in place of a number of tokens"):
+            length_of({"output_tokens": count})
 
 
 def test_a_larger_count_without_thoughts_follows_the_text(tmp_path: Path) -> None:
