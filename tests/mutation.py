@@ -72,8 +72,7 @@ GROUPS = {
             *("tests/cache/test_lease.py", "tests/cache/test_lease_machine.py"),
             *("tests/cache/test_arena.py", "tests/cache/test_tiers.py"),
             *("tests/cache/test_scheduling.py", "tests/cache/test_refusals.py"),
-            "tests/policies/test_failing.py",
-            "tests/lab/test_closed_loop.py",
+            *("tests/policies/test_failing.py", "tests/lab/test_closed_loop.py"),
             *("tests/engine/test_schedule.py", "tests/engine/test_scheduler_machine.py"),
             *("tests/engine/test_fairness.py", "tests/engine/test_batch.py"),
             *("tests/engine/test_drafts.py", "tests/engine/test_failing_alone.py"),
@@ -98,7 +97,7 @@ GROUPS = {
     "adapters": Group(
         ("hybridcache/adapters/*", "hybridcache/adapters/*/*"),
         (
-            *("tests/routing", "tests/export/test_events.py", "tests/watch/test_recorder.py"),
+            *("tests/routing", "tests/export/test_events.py", "tests/watch"),
             *("tests/export/test_events_machine.py", "tests/lab/test_fleet.py"),
         ),
     ),
@@ -158,9 +157,8 @@ GROUPS = {
     "weights": Group(
         ("engine/weights/[!g]*",),
         (
-            *(f"{NUMERICS}/test_weights.py", f"{NUMERICS}/test_ranks.py"),
             *("tests/engine/test_head_loading.py", "tests/engine/test_hub.py"),
-            *(f"{NUMERICS}/test_{name}.py" for name in ("fused", "quantized_files")),
+            *(f"{NUMERICS}/test_{x}.py" for x in ("weights", "ranks", "fused", "quantized_files")),
             "tests/engine/store/test_records.py",
         ),
     ),
@@ -419,9 +417,8 @@ def try_file(file: str, group: Group, processes: int) -> int:
 def draw(files: Sequence[str], count: int) -> dict[str, list[float]]:
     """Return places of mutants in files, from 0 to 1, ``count`` in all, in proportion to sizes."""
     random = Random(SEED)
-    sizes = [(ROOT / file).stat().st_size for file in files]
     drawn: dict[str, list[float]] = {}
-    for file in random.choices(files, sizes, k=count):
+    for file in random.choices(files, [(ROOT / one).stat().st_size for one in files], k=count):
         drawn.setdefault(file, []).append(random.random())
     return drawn
 

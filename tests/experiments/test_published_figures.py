@@ -13,6 +13,7 @@ from typing import Any
 
 from experiments import provenance
 from experiments.benchmarks.second_turn import PUBLISHED, RIVALS
+from experiments.reproduce import read_record
 from experiments.studies import compare, promises, tiers, vllm
 from experiments.studies.common import DEFAULT, grouped
 from experiments.studies.default import COMPARED
@@ -272,6 +273,7 @@ def quotes() -> dict[str, list[str]]:
             f"rises from {p99('oldest'):.0f} to {p99('sessions'):.0f} s",
         ],
         "experiments/results_page.md": [
+            f"All parts ran on {', '.join(sorted({part['commit'][:8] for part in read_record().values()}))} (",
             f"`agent` (+{above[0]:.0f} points) and `append-only-chat` (+{above[1]:.0f})",
             f"`random` gains {above[2]:.0f} points. In {len(above[4:])} of the other 7 cells it loses {-above[4]:.0f} to {-above[-1]:.0f} points",
             f"at most {max(ordering.values()):.2f} ms of processor time per step, and with the default policy {ordering['sessions, in debt']:.2f} ms",
@@ -342,6 +344,7 @@ def quotes() -> dict[str, list[str]]:
             f"One request at a time: {vllm_gains(vllm.ALONE)}",
             f"a step of a steady decode of 64 takes {vllm_time('step')}",
             f"a request of 8,192 tokens, half of them cached, {vllm_time('request')}",
+            f"`--prefix-match-unit 32` takes {one('bench_vllm', per='step', scheduler='vllm, match unit 32')['ratio']:.2f} and {one('bench_vllm', per='request', scheduler='vllm, match unit 32')['ratio']:.2f} times",
         ],
         "docs/how-to/sglang.md": [
             f"the token hit rate is {sglang_hits('hybridcache', 'survival', 'end')[-1]:.1f} % with `survival`, {sglang_hits('hybridcache', 'lru', 'end')[-1]:.1f} % with `lru`, and {sglang_hits('rust', 'lru', 'end')[-1]:.1f} % with SGLang's own cache",
