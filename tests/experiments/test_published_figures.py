@@ -14,9 +14,8 @@ from typing import Any
 from experiments import provenance
 from experiments.benchmarks.second_turn import PUBLISHED, RIVALS
 from experiments.reproduce import read_record
-from experiments.studies import compare, promises, tiers, vllm
-from experiments.studies.common import DEFAULT, grouped
-from experiments.studies.default import COMPARED
+from experiments.studies import compare, promises, tiers, vllm, yardsticks
+from experiments.studies.common import BEST_REBUILT, grouped
 from tests.documents import ROOT
 
 Record = dict[str, Any]
@@ -124,15 +123,6 @@ def stop_reasons(trace: str) -> dict[tuple[str, float], float]:
     return {cell: fmean(of) for cell, of in gains.items()}
 
 
-def pair(name: str, split: str = "evaluation") -> float:
-    """Return the mean hit rate of a pair on the generated traces of a split."""
-    return 100 * fmean(
-        run["token_hit_rate"]
-        for run in result("study_default")
-        if (run["split"], run["pair"]) == (split, name) and run["seed"] is not None
-    )
-
-
 def drafts(workload: str, draft: str, streams: int = 1) -> float:
     return one("speculation", workload=workload, draft=draft, streams=streams)["ratio"]
 
@@ -219,7 +209,65 @@ def back_to_a_branch() -> str:
         )
         for side in RIVALS
     )
-    return f"at most {ours[1]:.0f} | {theirs[0]:.0f} to {theirs[1]:.0f}: llama-server"
+    return f"at most {ours[1]:.0f} | {theirs[0]:.0f} to {theirs[1]:.0f} |"
+
+
+def compared() -> list[str]:
+    """Return the rows of the README's table of hits and times beside other systems."""
+    cells = vllm.table(result("study_vllm"), vllm.TOGETHER)
+    hits = [fmean(of) for of in zip(*(row[3] for row in cells.rows), strict=True)]
+    gains = (extent(cells.means(name)) for name in ("gain", "gain over the best"))
+    rows = [
+        f"| {hits[2]:.1f} % | {other:.1f} % | {low:.1f} to {high:.1f} points |"
+        for other, (low, high) in zip(hits, gains, strict=False)
+    ]
+    theirs = sglang_hits("rust", "lru", "end")
+    ours = sglang_hits("hybridcache", "survival", "end")
+    low, high = extent(theirs)
+    points = extent(mine - other for mine, other in zip(ours, theirs, strict=True))
+    rows.append(
+        f"| {fmean(ours):.1f} % | {low:.1f} to {high:.1f} % | {points[0]:.1f} to {points[1]:.1f} points |"
+    )
+    best = grouped_hits((trace, hit[BEST_REBUILT]) for (trace, *_), hit in rebuilt().items())
+    mine = grouped_hits(
+        (f"{run['trace']}, {run['rate']:g} sessions/s", 100 * run["rates"]["survival"][0])
+        for run in result("leaderboard")
+        if run["rate"]
+    )
+    low, high = extent(mine[name] - best[name] for name in best)
+    means = f"{fmean(mine.values()):.1f} % | {fmean(best.values()):.1f} %"
+    rows.append(f"| {means} | {low:.1f} to {high:.1f} points |")
+    medians = [
+        extent(run["request_us_median"] for run in rust(cache, eviction, "end"))
+        for cache, eviction in (("direct", "survival"), ("rust", "lru"))
+    ]
+    (a, b), (c, d), (low, high) = *medians, extent(sglang_times("direct", "survival")[::2])
+    rows.append(
+        f"| {a:.0f} to {b:.0f} µs | {c:.0f} to {d:.0f} µs | {low:.2f} to {high:.2f} times |"
+    )
+    for measure in ("prefill", "one stream"):
+        runs = [
+            one("bench_llama", measure=f"{measure} beside llama.cpp", size="530m", dtype=dtype)
+            for dtype in ("bfloat16", "int8", "Q4_0", "Q4_K_M")
+        ]
+        sides = (extent(run[side] for run in runs) for side in ("ours", "theirs"))
+        speeds = " | ".join(f"{low:.0f} to {high:.0f} tokens/s" for low, high in sides)
+        low, high = extent(run["ratio"] for run in runs)
+        rows.append(f"| {speeds} | {low:.1f} to {high:.1f} times |")
+    return rows
+
+
+def rebuilt() -> dict[tuple[str, int, float], dict[str, float]]:
+    """Return the hits of the best rebuilt system in each closed loop."""
+    return yardsticks.by_cell(result("yardsticks"), "closed loop")
+
+
+def grouped_hits(hits: Iterable[tuple[str, float]]) -> dict[str, float]:
+    """Return the mean of each name."""
+    found: dict[str, list[float]] = {}
+    for name, hit in hits:
+        found.setdefault(name, []).append(hit)
+    return {name: fmean(of) for name, of in found.items()}
 
 
 def row(cells: Iterable[float], form: str) -> str:
@@ -231,7 +279,6 @@ def row(cells: Iterable[float], form: str) -> str:
 
 def quotes() -> dict[str, list[str]]:
     """Return the sentences with figures of each page."""
-    pools, slab = (one("bench_tree", measure=name) for name in ("request", "request, arena"))
     host_memory = one("bench_tree", measure="host memory")
     slabs = [
         fmean(compare.mean_differences(cells))
@@ -256,17 +303,7 @@ def quotes() -> dict[str, list[str]]:
     settings = provenance.read_json_lines(provenance.RESULTS / "speculation.jsonl")[0]["settings"]
     threads = settings["threads"]
     return {
-        "README.md": [
-            f"| {pair(DEFAULT, 'closed loop'):.1f} % | {pair(COMPARED[1], 'closed loop'):.1f} %",
-            f"token hit rate | {hit(0.2, 'sessions'):.1f} % | {hit(0.2, 'oldest'):.1f} %",
-            f"| {p99('sessions'):.0f} s | {p99('oldest'):.0f} s |",
-            f"prefill time saved | {tier_share(2)[1]:.1f} %",
-            f"| {100 * result('sharegpt')[-1]['saved_share']:.0f} % | none",
-            f"mean {slab['request_us_mean']:.0f} µs in one arena | {pools['request_us_mean']:.0f} µs in two pools",
-            f"| {llama('prefill beside llama.cpp', 'Q4_K_M'):.1f}x, {llama('one stream beside llama.cpp', 'Q4_K_M'):.1f}x |",
-            back_to_a_branch(),
-            vllm_gains(vllm.TOGETHER).partition(", and")[0],
-        ],
+        "README.md": [*compared(), back_to_a_branch()],
         "docs/concepts/admission.md": [
             f"reuse {hit(0.1, 'oldest'):.0f} % of their prompt tokens at 0.1 sessions per second, and {hit(0.2, 'oldest'):.0f} % at 0.2",
             f"`sessions` reuses {hit(0.2, 'sessions'):.0f} % and takes {makespan('sessions'):.2f} times as long",
