@@ -170,7 +170,7 @@ def eviction() -> str:
 
 def lab_eviction() -> str:
     """Return the eviction policies of simulations only."""
-    from hybridcache.lab.evictions import LAB_NAMES
+    from hybridcache.lab.rivals.evictions import LAB_NAMES
 
     return _table(LAB_NAMES)
 
@@ -237,7 +237,7 @@ def metrics() -> str:
 
 def measures() -> str:
     """Return the metrics of the simulator."""
-    from hybridcache.lab.report import METRICS
+    from hybridcache.lab.results.report import METRICS
 
     rows = [f"| `{name}` | {_cell(metric.title)} |" for name, metric in METRICS.items()]
     return "\n".join(["| metric | figure |", "|---|---|", *rows, ""])
@@ -245,7 +245,7 @@ def measures() -> str:
 
 def generators() -> str:
     """Return the generators of traces."""
-    from hybridcache.lab.generators import GENERATORS
+    from hybridcache.lab.traces.generators import GENERATORS
 
     rows = []
     for name, make in GENERATORS.items():
@@ -492,10 +492,10 @@ RESTART = {
 
 RESULTS = {
     "hybridcache.lab.scenario": ("Scenario",),
-    "hybridcache.lab.simulation.simulate": ("SimulationResult", "OptimumResult"),
-    "hybridcache.lab.simulation.result": ("RunResult", "SessionResult", "ClosedLoopRun"),
-    "hybridcache.lab.simulation.closed_loop": ("ClosedLoopResult",),
-    "hybridcache.lab.optimum": ("Optimum",),
+    "hybridcache.lab.runs.simulate": ("SimulationResult", "OptimumResult"),
+    "hybridcache.lab.results.result": ("RunResult", "SessionResult", "ClosedLoopRun"),
+    "hybridcache.lab.runs.closed_loop": ("ClosedLoopResult",),
+    "hybridcache.lab.rivals.optimum": ("Optimum",),
     "hybridcache.policies.eviction.scored": ("SampledPolicy",),
 }
 """Names in results, and tools that users import from their modules."""

@@ -16,7 +16,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from hybridcache import CacheConfig, Lease, LeaseRequest, build_prefix_cache, parse_placement
-from hybridcache.lab.figures import COLOURS, LOSSES, panels, save
+from hybridcache.lab.results.figures import COLOURS, LOSSES, panels, save
 from hybridcache.radix.api import Losses
 from hybridcache.radix.cache import HybridRadixCache
 from hybridcache.radix.tree import RadixNode

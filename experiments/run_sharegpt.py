@@ -44,10 +44,10 @@ from hybridcache.command.extras import how_to_install
 from hybridcache.command.signals import printed_warnings
 from hybridcache.geometry.model import BUILTIN
 from hybridcache.geometry.units import counted, format_seconds
-from hybridcache.lab.report import text_table
+from hybridcache.lab.results.report import text_table
 from hybridcache.lab.scenario import Scenario
-from hybridcache.lab.simulation.sizes import sizes
 from hybridcache.lab.traces import recognise
+from hybridcache.lab.traces.sizes import sizes
 from hybridcache.policies.registry import DEFAULT_EVICTION, DEFAULT_PLACEMENT
 from hybridcache.radix.api import Losses
 from hybridcache.radix.protocol import PromptBoundaries

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from hybridcache.lab.intervals import Interval
-from hybridcache.lab.report import text_table
+from hybridcache.lab.results.report import text_table
+from hybridcache.lab.traces.intervals import Interval
 
 Cell = str | float | Interval | Sequence["Cell"] | Mapping[str, "Cell"] | None
 """Text, a number, a number with its interval, or several of them; None if it was not measured."""

@@ -25,18 +25,18 @@ from hybridcache.radix.protocol import EvictionPolicy, Item, Placed, PlacementPo
 
 if TYPE_CHECKING:
     from hybridcache.geometry.model import ModelGeometry
-    from hybridcache.lab.simulation.closed_loop import closed_loop
-    from hybridcache.lab.simulation.simulate import optimum, simulate
-    from hybridcache.lab.trace import Trace, TraceRequest
+    from hybridcache.lab.runs.closed_loop import closed_loop
+    from hybridcache.lab.runs.simulate import optimum, simulate
     from hybridcache.lab.traces import open_trace
+    from hybridcache.lab.traces.trace import Trace, TraceRequest
 
 _LAZY = {
     "ModelGeometry": "geometry.model",
-    "closed_loop": "lab.simulation.closed_loop",
-    "optimum": "lab.simulation.simulate",
-    "simulate": "lab.simulation.simulate",
-    "Trace": "lab.trace",
-    "TraceRequest": "lab.trace",
+    "closed_loop": "lab.runs.closed_loop",
+    "optimum": "lab.runs.simulate",
+    "simulate": "lab.runs.simulate",
+    "Trace": "lab.traces.trace",
+    "TraceRequest": "lab.traces.trace",
     "open_trace": "lab.traces",
 }
 """Modules of the public names that are imported at first use."""

@@ -65,7 +65,7 @@ CAPABILITIES = {
     "debug caches": f"{RADIX}debug.py",
     "disaggregation": "engine/plugins/disaggregation/*",
     "replicas, routers, events": f"{FRONT}worker/replicas.py {CACHE}adapters/routing/* "
-    f"{CACHE}adapters/events.py {CACHE}lab/fleet.py experiments/studies/router.py",
+    f"{CACHE}adapters/events.py {CACHE}lab/runs/fleet.py experiments/studies/router.py",
     "tensor parallel": "engine/plugins/tensor_parallel/* engine/weights/ranks.py",
     "drafts": "engine/plugins/speculation/* engine/schedule/drafting.py engine/runner/predictor.py "
     "engine/runner/verification.py engine/layers/prediction.py "
@@ -103,15 +103,14 @@ CAPABILITIES = {
     "vLLM scheduler": f"{CACHE}vllm/* experiments/studies/vllm.py",
     "survival": f"{CACHE}policies/eviction/survival.py",
     "adaptive placement": f"{CACHE}policies/placement.py",
-    "other evictions": f"{CACHE}policies/eviction/* {CACHE}lab/evictions.py",
+    "other evictions": f"{CACHE}policies/eviction/* {CACHE}lab/rivals/evictions.py",
     "admission": f"{CACHE}policies/admission.py {CACHE}scheduling/sessions.py "
     "experiments/studies/admission.py experiments/studies/overload.py",
     "policies of users": f"{CACHE}policies/*",
-    "rebuilt systems": f"{CACHE}lab/baselines/* experiments/studies/peers.py "
+    "optimum": f"{CACHE}lab/rivals/optimum.py",
+    "rebuilt systems": f"{CACHE}lab/rivals/* experiments/studies/peers.py "
     "experiments/studies/yardsticks.py",
-    "board of policies": f"{CACHE}lab/board.py {CACHE}lab/entry.py "
-    "experiments/studies/leaderboard.py",
-    "optimum": f"{CACHE}lab/optimum.py",
+    "board of policies": f"{CACHE}lab/board/* experiments/studies/leaderboard.py",
     "traces": f"{CACHE}lab/traces/* {CACHE}adapters/client_habits.py",
     "simulator": f"{CACHE}lab/*",
     "geometry, command": f"{CACHE}geometry/* {CACHE}command/* {CACHE}__main__.py",

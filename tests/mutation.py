@@ -118,7 +118,7 @@ GROUPS = {
         ),
     ),
     "simulator": Group(
-        ("hybridcache/lab/*", "hybridcache/lab/simulation/*"),
+        ("hybridcache/lab/*", "hybridcache/lab/r*/*", "hybridcache/lab/board/*"),
         (
             *("tests/lab/test_simulate.py", "tests/lab/test_closed_loop.py"),
             *("tests/lab/test_generators.py", "tests/lab/test_intervals.py"),
@@ -127,10 +127,10 @@ GROUPS = {
         ),
     ),
     "traces": Group(
-        ("hybridcache/lab/trace*.py", "hybridcache/lab/traces/**/*"),
+        ("hybridcache/lab/traces/**/*",),
         ("tests/lab/test_traces.py", "tests/lab/test_bad_traces.py", "tests/lab/test_texts.py"),
     ),
-    "rebuilt systems": Group(("hybridcache/lab/baselines/*",), ("tests/lab/baselines",)),
+    "rebuilt systems": Group(("hybridcache/lab/rivals/*",), ("tests/lab/baselines",)),
     "answers": Group(
         ("engine/text/answers.py", "engine/text/bounded.py"),
         (

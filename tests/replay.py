@@ -39,13 +39,13 @@ from engine.weights.model_config import read_config
 from hybridcache.allocators.moves import Copy
 from hybridcache.geometry.model import ModelGeometry
 from hybridcache.geometry.units import GIB
-from hybridcache.lab.fleet import Fleet, FleetConfig, Replica
+from hybridcache.lab.runs.closed_loop import LoopRun, sessions_of
+from hybridcache.lab.runs.fleet import Fleet, FleetConfig, Replica
+from hybridcache.lab.runs.target import LeasedRequest, LeaseTarget
 from hybridcache.lab.scenario import Scenario
-from hybridcache.lab.simulation.closed_loop import LoopRun, sessions_of
-from hybridcache.lab.simulation.sizes import working_set_bytes
-from hybridcache.lab.simulation.target import LeasedRequest, LeaseTarget
-from hybridcache.lab.trace import Trace
 from hybridcache.lab.traces import open_trace
+from hybridcache.lab.traces.sizes import working_set_bytes
+from hybridcache.lab.traces.trace import Trace
 from hybridcache.radix.api import Listener
 from tests.lab import test_closed_loop as virtual
 from tests.lab.test_simulate import SMALL

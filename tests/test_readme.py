@@ -22,11 +22,11 @@ from engine import Engine, EngineConfig
 from engine.models import families
 from hybridcache import CacheConfig
 from hybridcache.adapters.routing.registry import ROUTERS
-from hybridcache.lab.baselines import BASELINES
-from hybridcache.lab.evictions import ALL_NAMES
-from hybridcache.lab.generators import GENERATORS
-from hybridcache.lab.report import METRICS
+from hybridcache.lab.results.report import METRICS
+from hybridcache.lab.rivals.evictions import ALL_NAMES
+from hybridcache.lab.rivals.systems import BASELINES
 from hybridcache.lab.traces import READERS
+from hybridcache.lab.traces.generators import GENERATORS
 from hybridcache.policies.registry import ADMISSION_NAMES, EVICTION_NAMES, PLACEMENT_NAMES
 from hybridcache.scheduling.planner import StepPlanner
 from tests import documents, served

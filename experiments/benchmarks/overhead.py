@@ -30,7 +30,7 @@ from engine.schedule.scheduler import Batch
 from engine.text.tokenizer_files import HFTokenizer
 from experiments.studies.common import keep, plain_table, positive
 from hybridcache import CacheConfig, Lease, LeaseRequest, ModelGeometry, build_prefix_cache
-from hybridcache.lab.simulation.closed_loop import SessionTurn, SimulatedRequest
+from hybridcache.lab.runs.closed_loop import SessionTurn, SimulatedRequest
 from hybridcache.policies.admission import SessionGate
 from hybridcache.policies.registry import DEFAULT_PLACEMENT, make_admission, parse_placement
 from hybridcache.radix.protocol import PromptBoundaries

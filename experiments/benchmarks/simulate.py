@@ -23,10 +23,10 @@ from tqdm import tqdm
 
 from experiments.benchmarks.timing import alternate
 from experiments.studies.common import STATIC_PLACEMENT, keep, plain_table
-from hybridcache.lab.generators import GENERATORS
+from hybridcache.lab.runs.grid import collect_seldom
+from hybridcache.lab.runs.simulate import run_cell
 from hybridcache.lab.scenario import Scenario
-from hybridcache.lab.simulation.grid import collect_seldom
-from hybridcache.lab.simulation.simulate import run_cell
+from hybridcache.lab.traces.generators import GENERATORS
 
 TURNS = 10
 PRESSED_GIB = {"chat": 6, "agent": 3, "short": 1.5, "conversations": 12, "tree-search": 0.75}

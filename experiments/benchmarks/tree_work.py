@@ -12,7 +12,7 @@ import numpy as np
 
 from hybridcache import CacheConfig, HybridRadixCache, build_prefix_cache
 from hybridcache.allocators.moves import Indices, Move
-from hybridcache.lab.generators import conversations
+from hybridcache.lab.traces.generators import conversations
 
 VERBS = ("match", "gather", "lock", "allocate", "touch", "insert", "gather again", "unlock")
 """Operations that are timed separately.

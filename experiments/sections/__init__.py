@@ -19,7 +19,7 @@ from experiments.studies import default, yardsticks
 from experiments.studies.common import BEST_REBUILT, BOUND, LRU_ADAPTIVE, Records
 from experiments.tables import Column, Table
 from hybridcache.lab.board import Split
-from hybridcache.lab.intervals import Interval
+from hybridcache.lab.traces.intervals import Interval
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

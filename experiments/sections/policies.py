@@ -43,9 +43,9 @@ from experiments.studies.common import (
     references,
 )
 from experiments.tables import Cell, Column, Table
-from hybridcache.lab.baselines import BASELINES
-from hybridcache.lab.board import BUILT_IN, Split
-from hybridcache.lab.intervals import Interval, interval, paired
+from hybridcache.lab.board.ranking import BUILT_IN, Split
+from hybridcache.lab.rivals.systems import BASELINES
+from hybridcache.lab.traces.intervals import Interval, interval, paired
 from hybridcache.policies.registry import DEFAULT_PLACEMENT
 
 if TYPE_CHECKING:

@@ -17,10 +17,10 @@ from typing import Any
 from experiments.studies import common, default
 from experiments.tables import Column, Table
 from hybridcache import open_trace
+from hybridcache.lab.runs.serving import serve
+from hybridcache.lab.runs.target import build_target
 from hybridcache.lab.scenario import Scenario
-from hybridcache.lab.simulation.serving import serve
-from hybridcache.lab.simulation.target import build_target
-from hybridcache.lab.trace import Held, Trace
+from hybridcache.lab.traces.trace import Held, Trace
 from hybridcache.policies import placement
 from hybridcache.policies.eviction import survival
 from hybridcache.policies.placement import Adaptive, Positions

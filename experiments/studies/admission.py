@@ -26,10 +26,10 @@ from experiments.tables import Cell, Column, Table
 from hybridcache import open_trace
 from hybridcache.geometry.model import ModelGeometry
 from hybridcache.geometry.units import GIB
-from hybridcache.lab.intervals import paired, ratio
+from hybridcache.lab.runs.closed_loop import simulate_closed_loop
 from hybridcache.lab.scenario import Scenario
-from hybridcache.lab.simulation.closed_loop import simulate_closed_loop
-from hybridcache.lab.trace import Trace, TraceRequest
+from hybridcache.lab.traces.intervals import paired, ratio
+from hybridcache.lab.traces.trace import Trace, TraceRequest
 
 SPLITS_FILE = ROOT / "experiments" / "splits.toml"
 SPLITS = tomllib.loads(SPLITS_FILE.read_text(encoding="utf-8"))["admission"]

@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 
 from experiments.studies import common
-from hybridcache.lab.intervals import FEWEST_UNITS, interval
-from hybridcache.lab.simulation.simulate import simulate
+from hybridcache.lab.runs.simulate import simulate
+from hybridcache.lab.traces.intervals import FEWEST_UNITS, interval
 from hybridcache.policies.registry import DEFAULT_EVICTION
 
 OURS = common.DEFAULT.replace("@", " @ ")

@@ -38,10 +38,10 @@ from experiments.tables import Column, Table
 from hybridcache.geometry.model import ModelGeometry
 from hybridcache.geometry.times import MeasuredTimes
 from hybridcache.geometry.units import GIB
-from hybridcache.lab.intervals import interval, paired
+from hybridcache.lab.runs.closed_loop import run_closed_loop
 from hybridcache.lab.scenario import Scenario
-from hybridcache.lab.simulation.closed_loop import run_closed_loop
-from hybridcache.lab.trace import Trace, TraceRequest
+from hybridcache.lab.traces.intervals import interval, paired
+from hybridcache.lab.traces.trace import Trace, TraceRequest
 
 if TYPE_CHECKING:
     from engine import Engine

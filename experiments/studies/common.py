@@ -20,13 +20,13 @@ from experiments import provenance
 from experiments.provenance import ROOT, write_json_lines
 from experiments.tables import Column, Table
 from hybridcache import ModelGeometry, Trace, open_trace, simulate
-from hybridcache.lab.optimum import MemoryBudget, Relaxation, build_trie
-from hybridcache.lab.prefix_tree import InfiniteCache
-from hybridcache.lab.simulation.closed_loop import sessions_of
-from hybridcache.lab.simulation.grid import prepare_worker
-from hybridcache.lab.simulation.result import RunResult
-from hybridcache.lab.simulation.sizes import budget_bytes, sizes
+from hybridcache.lab.results.result import RunResult
+from hybridcache.lab.rivals.optimum import MemoryBudget, Relaxation, build_trie
+from hybridcache.lab.runs.closed_loop import sessions_of
+from hybridcache.lab.runs.grid import prepare_worker
 from hybridcache.lab.traces import SHIPPED
+from hybridcache.lab.traces.prefix_tree import InfiniteCache
+from hybridcache.lab.traces.sizes import budget_bytes, sizes
 from hybridcache.policies.registry import DEFAULT_EVICTION, DEFAULT_PLACEMENT
 
 QWEN3_NEXT = ModelGeometry.preset("qwen3-next")

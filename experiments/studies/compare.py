@@ -39,10 +39,10 @@ from experiments.studies.common import grouped, rounded
 from experiments.tables import Column, Table
 from hybridcache import ModelGeometry, Trace, TraceRequest, open_trace
 from hybridcache.lab.board import Split
-from hybridcache.lab.intervals import interval, paired
-from hybridcache.lab.simulation.closed_loop import closed_loop
-from hybridcache.lab.simulation.result import RunResult
-from hybridcache.lab.trace import Held
+from hybridcache.lab.results.result import RunResult
+from hybridcache.lab.runs.closed_loop import closed_loop
+from hybridcache.lab.traces.intervals import interval, paired
+from hybridcache.lab.traces.trace import Held
 
 Settings = Mapping[str, Any]
 Record = dict[str, Any]

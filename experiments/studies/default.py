@@ -36,8 +36,8 @@ from experiments.provenance import ROOT
 from experiments.studies import common
 from experiments.tables import Cell, Column, Table
 from hybridcache import ModelGeometry, Trace, closed_loop, open_trace
-from hybridcache.lab.intervals import interval, paired, ratio
-from hybridcache.lab.simulation.sizes import budget_bytes
+from hybridcache.lab.traces.intervals import interval, paired, ratio
+from hybridcache.lab.traces.sizes import budget_bytes
 
 NAME = "study_default"
 MEMORIES = "study_memories"

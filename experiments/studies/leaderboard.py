@@ -13,7 +13,7 @@ from dataclasses import replace
 from typing import Any
 
 from experiments.studies.common import Records, command_line, keep
-from hybridcache.lab.board import PLAN, Board, Measured, Split, board
+from hybridcache.lab.board.ranking import PLAN, Board, Measured, Split, board
 
 
 def records(found: Board) -> Iterator[dict[str, Any]]:

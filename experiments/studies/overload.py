@@ -24,7 +24,7 @@ from experiments.studies import common
 from experiments.studies.admission import CACHES, SPLITS, WORKLOADS, scenario, waits
 from experiments.studies.common import REBUILT
 from experiments.tables import Cell, Column, Table
-from hybridcache.lab.simulation.closed_loop import simulate_closed_loop
+from hybridcache.lab.runs.closed_loop import simulate_closed_loop
 
 WORKLOAD, RATE = "agents", 0.2
 SESSIONS = (60, 150)

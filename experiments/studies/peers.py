@@ -37,13 +37,13 @@ from tqdm import tqdm
 from experiments.studies.common import WORKLOADS, keep
 from hybridcache import Trace, TraceRequest
 from hybridcache.geometry.units import GIB
-from hybridcache.lab.baselines.lightllm import LightllmCache
-from hybridcache.lab.baselines.marconi import MarconiCache
-from hybridcache.lab.baselines.protocol import Baseline, BaselineConfig
-from hybridcache.lab.baselines.sglang import SglangCache
-from hybridcache.lab.baselines.vllm import VllmCache
-from hybridcache.lab.generators import GENERATORS
-from hybridcache.lab.intervals import interval
+from hybridcache.lab.rivals.lightllm import LightllmCache
+from hybridcache.lab.rivals.marconi import MarconiCache
+from hybridcache.lab.rivals.protocol import Baseline, BaselineConfig
+from hybridcache.lab.rivals.sglang import SglangCache
+from hybridcache.lab.rivals.vllm import VllmCache
+from hybridcache.lab.traces.generators import GENERATORS
+from hybridcache.lab.traces.intervals import interval
 
 KV_BYTES = 24_576
 FP32_STATE = 36 * (49_152 + 2_097_152)

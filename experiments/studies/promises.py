@@ -21,10 +21,10 @@ import numpy as np
 
 from experiments.studies import common
 from experiments.tables import Cell, Column, Table
-from hybridcache.lab.intervals import paired
+from hybridcache.lab.runs.target import build_target
 from hybridcache.lab.scenario import Scenario
-from hybridcache.lab.simulation.target import build_target
-from hybridcache.lab.trace import TraceRequest
+from hybridcache.lab.traces.intervals import paired
+from hybridcache.lab.traces.trace import TraceRequest
 
 TOOL_LIMIT_S, HOUR_S = 20.0, 3600.0
 SESSIONS = 150

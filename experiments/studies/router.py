@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 
 from experiments.studies import common
 from experiments.tables import Column, Table
-from hybridcache.lab.fleet import FleetConfig, run_fleet
+from hybridcache.lab.runs.fleet import FleetConfig, run_fleet
 from hybridcache.lab.scenario import Scenario
 
 REPLICAS = 8

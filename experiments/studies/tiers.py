@@ -25,12 +25,12 @@ from experiments.tables import Cell, Column, Table
 from hybridcache.geometry.model import ModelGeometry
 from hybridcache.geometry.times import Roofline
 from hybridcache.geometry.units import GIB
-from hybridcache.lab.intervals import interval
+from hybridcache.lab.runs.serving import serve
+from hybridcache.lab.runs.summary import summarise
+from hybridcache.lab.runs.target import build_target
 from hybridcache.lab.scenario import Scenario
-from hybridcache.lab.simulation.result import summarise
-from hybridcache.lab.simulation.serving import serve
-from hybridcache.lab.simulation.target import build_target
-from hybridcache.lab.trace import Trace
+from hybridcache.lab.traces.intervals import interval
+from hybridcache.lab.traces.trace import Trace
 
 OURS, HITS = "survival", "token_hit_rate"
 DEVICE_GIB = 4

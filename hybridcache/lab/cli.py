@@ -19,9 +19,16 @@ from hybridcache.command.parser import Parser, with_flags
 from hybridcache.command.signals import end_by_exception, open_closed_streams, printed_warnings
 from hybridcache.geometry.units import counted
 from hybridcache.lab.board import Board, Split, board
-from hybridcache.lab.figures import closed_loop_figure, figure_path, losses_figure, sweep_figure
-from hybridcache.lab.progress import shown_progress
-from hybridcache.lab.report import METRICS, find_metric, losses_table, stats_table
+from hybridcache.lab.results.figures import (
+    closed_loop_figure,
+    figure_path,
+    losses_figure,
+    sweep_figure,
+)
+from hybridcache.lab.results.report import METRICS, find_metric, losses_table, stats_table
+from hybridcache.lab.runs.closed_loop import ClosedLoopResult, closed_loop
+from hybridcache.lab.runs.grid import collect_seldom
+from hybridcache.lab.runs.simulate import SimulationResult, optimum, simulate
 from hybridcache.lab.scenario import (
     LOAD,
     MEMORY,
@@ -32,14 +39,12 @@ from hybridcache.lab.scenario import (
     named_policies,
     settings_of,
 )
-from hybridcache.lab.simulation.closed_loop import ClosedLoopResult, closed_loop
-from hybridcache.lab.simulation.grid import collect_seldom
-from hybridcache.lab.simulation.simulate import SimulationResult, optimum, simulate
-from hybridcache.lab.trace import Trace
-from hybridcache.lab.trace_stats import trace_stats
 from hybridcache.lab.traces import open_trace
 from hybridcache.lab.traces.frame import make_folder
 from hybridcache.lab.traces.own import write_own
+from hybridcache.lab.traces.progress import shown_progress
+from hybridcache.lab.traces.statistics import trace_stats
+from hybridcache.lab.traces.trace import Trace
 from hybridcache.policies.registry import make_admission, split_specs
 
 if TYPE_CHECKING:

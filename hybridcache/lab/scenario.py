@@ -36,12 +36,12 @@ from hybridcache.config import GRID, CacheConfig
 from hybridcache.geometry.model import DTYPE_BYTES, ModelGeometry
 from hybridcache.geometry.times import MeasuredTimes, Roofline, StepTimes
 from hybridcache.geometry.units import format_bytes
-from hybridcache.lab.arrivals import Starts, parse_starts
-from hybridcache.lab.baselines import BASELINES
-from hybridcache.lab.evictions import ALL_NAMES, LAB_NAMES, make_eviction
-from hybridcache.lab.simulation.sizes import budget_bytes, shares, sizes, working_set_bytes
-from hybridcache.lab.trace import Trace
+from hybridcache.lab.rivals.evictions import ALL_NAMES, LAB_NAMES, make_eviction
+from hybridcache.lab.rivals.systems import BASELINES
 from hybridcache.lab.traces import open_trace
+from hybridcache.lab.traces.arrivals import Starts, parse_starts
+from hybridcache.lab.traces.sizes import budget_bytes, shares, sizes, working_set_bytes
+from hybridcache.lab.traces.trace import Trace
 from hybridcache.policies.admission import KEPT_S
 from hybridcache.policies.registry import (
     ADMISSION_NAMES,

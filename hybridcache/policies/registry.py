@@ -60,7 +60,7 @@ EVICTION_NAMES: dict[str, NamedPolicy] = {
     "marconi": NamedPolicy(Marconi, "alpha"),
     "survival": NamedPolicy(Survival),
 }
-"""Names for ``CacheConfig.eviction``. Simulations have more (``hybridcache.lab.evictions``)."""
+"""Names for ``CacheConfig.eviction``. Simulations have more (``hybridcache/lab/rivals``)."""
 
 PLACEMENT_NAMES: dict[str, NamedPolicy] = {
     "end": NamedPolicy(placement.End),

@@ -18,9 +18,9 @@ from hybridcache import (
     ScorePolicy,
     build_prefix_cache,
 )
-from hybridcache.lab.generators import agent, chat
+from hybridcache.lab.runs.target import LeaseTarget, build_target
 from hybridcache.lab.scenario import Scenario
-from hybridcache.lab.simulation.target import LeaseTarget, build_target
+from hybridcache.lab.traces.generators import agent, chat
 from hybridcache.policies.user import own_policy
 from hybridcache.radix.offload import path_of
 from hybridcache.radix.protocol import PolicyError

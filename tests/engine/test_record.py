@@ -25,8 +25,8 @@ import uvicorn
 from engine.front.command.proxy import Proxy, TraceWriter
 from engine.text.tokenizer_files import HFTokenizer
 from hybridcache import open_trace, simulate
-from hybridcache.lab.report import stats_table
-from hybridcache.lab.trace_stats import trace_stats
+from hybridcache.lab.results.report import stats_table
+from hybridcache.lab.traces.statistics import trace_stats
 from tests.engine.history.scripted import ScriptedEngine
 from tests.engine.server.conftest import serving
 from tests.waiting import wait_until

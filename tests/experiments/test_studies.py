@@ -37,9 +37,9 @@ from hybridcache import open_trace
 from hybridcache.geometry.times import MeasuredTimes
 from hybridcache.lab.board import Cell as BoardCell
 from hybridcache.lab.board import Split
-from hybridcache.lab.intervals import Interval
-from hybridcache.lab.trace import Trace, TraceRequest
 from hybridcache.lab.traces import SHIPPED, recognise
+from hybridcache.lab.traces.intervals import Interval
+from hybridcache.lab.traces.trace import Trace, TraceRequest
 from hybridcache.policies.placement import Adaptive
 from hybridcache.radix.protocol import Prefill
 from tests.engine.server.conftest import oracle_engine

@@ -15,7 +15,7 @@ from hybridcache.adapters.events import EventStream
 from hybridcache.adapters.routing.outbox import Outbox
 from hybridcache.allocators.moves import Move, StepQueue
 from hybridcache.allocators.pools import PageAllocator, SlotAllocator
-from hybridcache.lab import evictions
+from hybridcache.lab.rivals import evictions
 from hybridcache.policies.eviction.survival import Survival
 from hybridcache.policies.registry import EVICTION_NAMES
 from hybridcache.radix.cache import HybridRadixCache

@@ -21,9 +21,9 @@ import pytest
 import zstandard
 
 from hybridcache.lab import traces
-from hybridcache.lab.trace import BadRecordError
 from hybridcache.lab.traces import frame, open_trace
 from hybridcache.lab.traces.frame import TraceWarning
+from hybridcache.lab.traces.trace import BadRecordError
 from hybridcache.radix.tokens import common_prefix_len
 from tests.lab.records import SEGMENTS, agent_request, agent_session, lines
 

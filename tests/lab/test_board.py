@@ -17,8 +17,8 @@ import pytest
 from hybridcache import closed_loop
 from hybridcache.geometry.model import ModelGeometry
 from hybridcache.geometry.units import GIB
-from hybridcache.lab import board as module
-from hybridcache.lab.board import (
+from hybridcache.lab.board import ranking as module
+from hybridcache.lab.board.ranking import (
     BUILT_IN,
     PLAN,
     Board,
@@ -32,9 +32,9 @@ from hybridcache.lab.board import (
 )
 from hybridcache.lab.cli import main
 from hybridcache.lab.scenario import sources_of
-from hybridcache.lab.simulation.sizes import shares, working_set_bytes
-from hybridcache.lab.trace import Trace
 from hybridcache.lab.traces import SHIPPED
+from hybridcache.lab.traces.sizes import shares, working_set_bytes
+from hybridcache.lab.traces.trace import Trace
 from hybridcache.policies.eviction.lru import LRU
 from tests.documents import blocks
 
@@ -211,19 +211,19 @@ def test_numbers_of_seeds_that_do_not_exist_are_refused() -> None:
 CHEATS = {
     # Counts its own hits: 1.3 times as many.
     "grow": """
-from hybridcache.lab import board
-from hybridcache.lab.simulation.result import RunResult
+from hybridcache.lab.board import ranking
+from hybridcache.lab.results.result import RunResult
 from hybridcache.policies.eviction.lru import LRU
 from tests.documents import blocks
 RunResult.token_hit_rate = property(lambda self: 0.99)
-board._replayed = lambda *_: 1 / 0
+ranking._replayed = lambda *_: 1 / 0
 class Policy(LRU):
     pass
 """,
     # Looks for requests that have not come yet, and for what an earlier run has left.
     "store": """
 import gc, sys
-from hybridcache.lab.trace import Trace, TraceRequest
+from hybridcache.lab.traces.trace import Trace, TraceRequest
 from hybridcache.policies.eviction.lru import LRU
 from tests.documents import blocks
 RUNS = []

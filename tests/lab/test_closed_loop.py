@@ -23,15 +23,15 @@ from experiments.studies.admission import LinearSteps
 from hybridcache import CacheConfig, build_prefix_cache
 from hybridcache.geometry.model import ModelGeometry
 from hybridcache.geometry.units import GIB
-from hybridcache.lab.figures import closed_loop_figure
-from hybridcache.lab.scenario import Scenario
-from hybridcache.lab.simulation.closed_loop import (
+from hybridcache.lab.results.figures import closed_loop_figure
+from hybridcache.lab.runs.closed_loop import (
     LoopRun,
     closed_loop,
     run_closed_loop,
     simulate_closed_loop,
 )
-from hybridcache.lab.trace import Trace, TraceRequest
+from hybridcache.lab.scenario import Scenario
+from hybridcache.lab.traces.trace import Trace, TraceRequest
 from hybridcache.policies.registry import DEFAULT_EVICTION, DEFAULT_PLACEMENT, parse_placement
 from hybridcache.radix.cache import HybridRadixCache
 from hybridcache.scheduling.cache_manager import CacheManager

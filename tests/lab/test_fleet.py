@@ -9,12 +9,12 @@ from hybridcache.adapters.routing.protocol import Choice, Router, RouteRequest
 from hybridcache.adapters.routing.registry import ROUTERS
 from hybridcache.geometry.model import ModelGeometry
 from hybridcache.geometry.times import Roofline
-from hybridcache.lab.fleet import TPOT_S, Fleet, FleetConfig, FleetResult, run_fleet
+from hybridcache.lab.runs.fleet import TPOT_S, Fleet, FleetConfig, FleetResult, run_fleet
+from hybridcache.lab.runs.serving import serve
+from hybridcache.lab.runs.target import build_target
 from hybridcache.lab.scenario import Scenario
-from hybridcache.lab.simulation.serving import serve
-from hybridcache.lab.simulation.target import build_target
-from hybridcache.lab.trace import Trace, TraceRequest
 from hybridcache.lab.traces import open_trace
+from hybridcache.lab.traces.trace import Trace, TraceRequest
 from tests.lab.test_simulate import Seconds
 
 GEOMETRY = ModelGeometry.preset("qwen3-next")

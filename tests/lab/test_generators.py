@@ -11,11 +11,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hybridcache.lab.arrivals import Pauses, Starts, interleave, parse_starts
-from hybridcache.lab.generators import GENERATORS, conversations
-from hybridcache.lab.simulation.grid import identity_of
-from hybridcache.lab.trace import Trace, TraceRequest
-from hybridcache.lab.trace_stats import trace_stats
+from hybridcache.lab.runs.grid import identity_of
+from hybridcache.lab.traces.arrivals import Pauses, Starts, interleave, parse_starts
+from hybridcache.lab.traces.generators import GENERATORS, conversations
+from hybridcache.lab.traces.statistics import trace_stats
+from hybridcache.lab.traces.trace import Trace, TraceRequest
 from hybridcache.radix.tokens import common_prefix_len
 
 # (requests, ideal token hit rate) as published, with another random stream.

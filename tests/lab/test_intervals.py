@@ -8,7 +8,7 @@ import random
 import numpy as np
 import pytest
 
-from hybridcache.lab.intervals import interval, paired, ratio, student_quantile
+from hybridcache.lab.traces.intervals import interval, paired, ratio, student_quantile
 
 
 @pytest.mark.parametrize(

@@ -13,15 +13,15 @@ from hypothesis import strategies as st
 
 from hybridcache.geometry.model import ModelGeometry
 from hybridcache.geometry.units import GIB
-from hybridcache.lab.optimum import (
+from hybridcache.lab.rivals.optimum import (
     MemoryBudget,
     Relaxation,
     best_plan,
     build_trie,
     clairvoyant_greedy,
 )
-from hybridcache.lab.simulation.simulate import simulate
-from hybridcache.lab.trace import Trace, TraceRequest
+from hybridcache.lab.runs.simulate import simulate
+from hybridcache.lab.traces.trace import Trace, TraceRequest
 
 GEOMETRY = ModelGeometry.preset("qwen3.5-0.8b")
 Pair = tuple[Sequence[int], Sequence[int]]

@@ -25,24 +25,25 @@ from hybridcache.command.extras import version
 from hybridcache.geometry.model import ModelGeometry
 from hybridcache.geometry.times import Roofline
 from hybridcache.geometry.units import GIB
-from hybridcache.lab.baselines import BASELINES
-from hybridcache.lab.evictions import ALL_NAMES, make_eviction
-from hybridcache.lab.figures import COLOURS, LOSSES, line_look, panels
-from hybridcache.lab.generators import short
-from hybridcache.lab.intervals import ratio
-from hybridcache.lab.prefix_tree import InfiniteCache
-from hybridcache.lab.report import METRICS, losses_table, stats_table
+from hybridcache.lab.results.figures import COLOURS, LOSSES, line_look, panels
+from hybridcache.lab.results.report import METRICS, losses_table, stats_table
+from hybridcache.lab.results.result import RunResult, SessionResult
+from hybridcache.lab.rivals.evictions import ALL_NAMES, make_eviction
+from hybridcache.lab.rivals.systems import BASELINES
+from hybridcache.lab.runs.closed_loop import closed_loop
+from hybridcache.lab.runs.grid import run_grid
+from hybridcache.lab.runs.serving import serve
+from hybridcache.lab.runs.simulate import SimulationResult, optimum, run_cell, simulate
+from hybridcache.lab.runs.summary import summarise
+from hybridcache.lab.runs.target import LeaseTarget, build_target
 from hybridcache.lab.scenario import MEMORIES, Scenario
-from hybridcache.lab.simulation.closed_loop import closed_loop
-from hybridcache.lab.simulation.grid import run_grid
-from hybridcache.lab.simulation.result import RunResult, SessionResult, summarise
-from hybridcache.lab.simulation.serving import serve
-from hybridcache.lab.simulation.simulate import SimulationResult, optimum, run_cell, simulate
-from hybridcache.lab.simulation.sizes import working_set_bytes
-from hybridcache.lab.simulation.target import LeaseTarget, build_target
-from hybridcache.lab.trace import Trace, TraceRequest
-from hybridcache.lab.trace_stats import trace_stats
 from hybridcache.lab.traces import open_trace
+from hybridcache.lab.traces.generators import short
+from hybridcache.lab.traces.intervals import ratio
+from hybridcache.lab.traces.prefix_tree import InfiniteCache
+from hybridcache.lab.traces.sizes import working_set_bytes
+from hybridcache.lab.traces.statistics import trace_stats
+from hybridcache.lab.traces.trace import Trace, TraceRequest
 from hybridcache.radix.api import Losses
 from hybridcache.radix.protocol import EvictionPolicy
 

@@ -23,14 +23,14 @@ from hypothesis import strategies as st
 from hybridcache import closed_loop, optimum, simulate
 from hybridcache.adapters.client_habits import has_thoughts, length_of, thoughts_of
 from hybridcache.lab.board import Cell, Split, board
-from hybridcache.lab.report import stats_table
-from hybridcache.lab.trace import TraceRequest
-from hybridcache.lab.trace_stats import trace_stats
+from hybridcache.lab.results.report import stats_table
 from hybridcache.lab.traces import open_trace, recognise
 from hybridcache.lab.traces.frame import UNANSWERED, TraceWarning
 from hybridcache.lab.traces.named import Continued
 from hybridcache.lab.traces.own import write_own
+from hybridcache.lab.traces.statistics import trace_stats
 from hybridcache.lab.traces.text import load_chat_text
+from hybridcache.lab.traces.trace import TraceRequest
 from hybridcache.radix.tokens import common_prefix_len
 from tests.lab.records import lines
 

@@ -16,14 +16,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hybridcache.lab.cli import main
-from hybridcache.lab.prefix_tree import InfiniteCache
-from hybridcache.lab.trace import BadRecordError, Trace, TraceRequest
-from hybridcache.lab.trace_stats import trace_stats
 from hybridcache.lab.traces import formats, open_trace, recognise
 from hybridcache.lab.traces.formats.jsonl import OwnReader
 from hybridcache.lab.traces.frame import TraceWarning
 from hybridcache.lab.traces.own import write_own
+from hybridcache.lab.traces.prefix_tree import InfiniteCache
+from hybridcache.lab.traces.statistics import trace_stats
 from hybridcache.lab.traces.text import load_chat_text
+from hybridcache.lab.traces.trace import BadRecordError, Trace, TraceRequest
 from hybridcache.radix.protocol import chat_boundaries
 from hybridcache.radix.tokens import common_prefix_len
 from tests.lab.records import agent_request, agent_session, lines

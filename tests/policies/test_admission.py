@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from experiments.studies.admission import Kind, LinearSteps, MixedLoad, scenario
-from hybridcache.lab.simulation.closed_loop import LoopRun, SessionTurn, simulate_closed_loop
+from hybridcache.lab.runs.closed_loop import LoopRun, SessionTurn, simulate_closed_loop
 from hybridcache.policies.admission import (
     DUE_FACTOR,
     DUE_S,

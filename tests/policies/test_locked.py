@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from hybridcache.lab.evictions import ALL_NAMES, make_eviction
+from hybridcache.lab.rivals.evictions import ALL_NAMES, make_eviction
 from tests.cache.serving import hybrid, ids, serve
 from tests.policies.items import FakeItem
 

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from hybridcache.config import CacheConfig, build_prefix_cache
-from hybridcache.lab.generators import chat
-from hybridcache.lab.simulation.simulate import simulate
-from hybridcache.lab.trace import Trace, TraceRequest
+from hybridcache.lab.runs.simulate import simulate
 from hybridcache.lab.traces import open_trace
+from hybridcache.lab.traces.generators import chat
+from hybridcache.lab.traces.trace import Trace, TraceRequest
 from hybridcache.policies.eviction.survival import PACE, Survival
 from hybridcache.policies.placement import Adaptive, _Account
 from hybridcache.policies.registry import parse_placement

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hybridcache.lab.evictions import ALL_NAMES, make_eviction
+from hybridcache.lab.rivals.evictions import ALL_NAMES, make_eviction
 from hybridcache.radix.cache import HybridRadixCache
 from tests.cache.serving import hybrid, ids, serve, traffic
 from tests.cache.twins import VictimLog

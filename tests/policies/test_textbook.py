@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hybridcache.lab.evictions import ALL_NAMES
+from hybridcache.lab.rivals.evictions import ALL_NAMES
 from tests.policies import textbook
 from tests.policies.items import FakeItem, ItemCache
 

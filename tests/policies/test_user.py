@@ -14,8 +14,8 @@ import pytest
 
 from engine import Engine, EngineConfig, SamplingParams
 from hybridcache.lab.cli import main
-from hybridcache.lab.simulation.closed_loop import closed_loop
-from hybridcache.lab.simulation.simulate import simulate
+from hybridcache.lab.runs.closed_loop import closed_loop
+from hybridcache.lab.runs.simulate import simulate
 from hybridcache.lab.traces import open_trace
 from hybridcache.policies.eviction.fifo import FIFO
 from hybridcache.policies.eviction.scored import ScorePolicy

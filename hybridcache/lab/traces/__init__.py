@@ -15,9 +15,7 @@ from typing import Any, TypeVar
 from urllib.parse import parse_qsl, urlencode
 
 from hybridcache.command.parser import or_known
-from hybridcache.lab.arrivals import Pauses, parse_starts
-from hybridcache.lab.generators import GENERATORS
-from hybridcache.lab.trace import BadRecords, Trace
+from hybridcache.lab.traces.arrivals import Pauses, parse_starts
 from hybridcache.lab.traces.formats.coding_agent import CodingAgentReader
 from hybridcache.lab.traces.formats.conversations import ConversationsReader, TauBenchReader
 from hybridcache.lab.traces.formats.counts import CountsReader
@@ -29,7 +27,9 @@ from hybridcache.lab.traces.formats.mooncake_sessions import MooncakeSessionsRea
 from hybridcache.lab.traces.formats.sharegpt import ShareGPTReader
 from hybridcache.lab.traces.formats.sharegpt_counts import ShareGPTCountsReader
 from hybridcache.lab.traces.frame import FileReader, Record, is_csv, warn
+from hybridcache.lab.traces.generators import GENERATORS
 from hybridcache.lab.traces.text import NO_TOKENIZER, packaged_file
+from hybridcache.lab.traces.trace import BadRecords, Trace
 
 _Number = TypeVar("_Number", int, float)
 

@@ -29,8 +29,8 @@ from typing import Any, ClassVar, NamedTuple, TypeVar
 import numpy as np
 
 from hybridcache.geometry.units import counted
-from hybridcache.lab.arrivals import Pauses, Starts, interleave
-from hybridcache.lab.trace import BadRecords, FreshIds, TraceRequest, as_ids, units
+from hybridcache.lab.traces.arrivals import Pauses, Starts, interleave
+from hybridcache.lab.traces.trace import BadRecords, FreshIds, TraceRequest, as_ids, units
 from hybridcache.radix.tokens import Tokens
 
 LONGEST = 1 << 24

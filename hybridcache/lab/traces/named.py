@@ -20,7 +20,6 @@ import numpy as np
 from sortedcontainers import SortedDict
 
 from hybridcache.adapters.client_habits import DETAILS, THOUGHTS, length_of
-from hybridcache.lab.trace import UNNAMED, BadRecords, FreshIds, TraceRequest
 from hybridcache.lab.traces.dialects import ROLES, Chat, answer_of, is_response, plain_chat
 from hybridcache.lab.traces.frame import (
     FEWEST,
@@ -33,6 +32,7 @@ from hybridcache.lab.traces.frame import (
     RecordTimes,
 )
 from hybridcache.lab.traces.text import ChatText
+from hybridcache.lab.traces.trace import UNNAMED, BadRecords, FreshIds, TraceRequest
 
 NAMES: dict[str, tuple[str, ...]] = {
     field: tuple(names.split())

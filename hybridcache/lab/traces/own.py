@@ -9,8 +9,8 @@ from typing import TextIO
 
 import numpy as np
 
-from hybridcache.lab.trace import BadRecordError, BadRecords, Trace, TraceRequest, plain_name
 from hybridcache.lab.traces.frame import Record, json_records
+from hybridcache.lab.traces.trace import BadRecordError, BadRecords, Trace, TraceRequest, plain_name
 from hybridcache.radix.tokens import Tokens, common_prefix_len
 
 FIELDS: dict[str, tuple[str, Callable[[Record, str], object]]] = {

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from hybridcache.lab.trace import TraceRequest
 from hybridcache.lab.traces.frame import open_bytes
+from hybridcache.lab.traces.trace import TraceRequest
 from hybridcache.radix.protocol import chat_boundaries
 from hybridcache.radix.tokens import Tokens, common_prefix_len
 

@@ -15,9 +15,9 @@ from engine.config import BUILTIN_DIR
 from engine.text.tokenizer_files import HFTokenizer
 from hybridcache import open_trace
 from hybridcache.geometry.units import GIB
+from hybridcache.lab.runs.serving import serve
+from hybridcache.lab.runs.target import LeasedRequest, LeaseTarget, build_target
 from hybridcache.lab.scenario import Scenario
-from hybridcache.lab.simulation.serving import serve
-from hybridcache.lab.simulation.target import LeasedRequest, LeaseTarget, build_target
 from hybridcache.radix.lease import Lease, LeaseRequest
 from hybridcache.radix.protocol import Placed, PromptBoundaries
 from hybridcache.radix.tokens import Tokens

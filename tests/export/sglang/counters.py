@@ -23,8 +23,8 @@ import numpy as np
 from experiments.sglang import cpu
 from experiments.studies.common import QWEN3_NEXT, keep, plain_table, rounded
 from hybridcache import open_trace
-from hybridcache.lab.baselines.protocol import BaselineConfig, replay
-from hybridcache.lab.baselines.sglang import SglangCache
+from hybridcache.lab.rivals.protocol import BaselineConfig, replay
+from hybridcache.lab.rivals.sglang import SglangCache
 
 TRACES = ("chat", "few-shot", "short", "branch", "resend", "agent-tree")
 KV_PER_STATE = 3400

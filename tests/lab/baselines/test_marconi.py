@@ -6,11 +6,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from hybridcache.lab.baselines import marconi
-from hybridcache.lab.baselines.marconi import PAPER_7B, LayerFlops, MarconiCache, Reading
-from hybridcache.lab.baselines.protocol import BaselineConfig, replay
-from hybridcache.lab.generators import short
-from hybridcache.lab.prefix_tree import nodes
+from hybridcache.lab.rivals import marconi
+from hybridcache.lab.rivals.marconi import PAPER_7B, LayerFlops, MarconiCache, Reading
+from hybridcache.lab.rivals.protocol import BaselineConfig, replay
+from hybridcache.lab.traces.generators import short
+from hybridcache.lab.traces.prefix_tree import nodes
 from hybridcache.radix.tokens import Tokens
 
 MODEL_7B = BaselineConfig(10**9, kv_bytes_per_token=65_536, state_bytes=24 * 1_116_160)

@@ -15,14 +15,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hybridcache.lab.baselines import BASELINES
-from hybridcache.lab.baselines.lightllm import LightllmCache
-from hybridcache.lab.baselines.llama_cpp import LlamaCppCache
-from hybridcache.lab.baselines.protocol import Baseline, BaselineConfig, begin, replay
-from hybridcache.lab.baselines.sglang import SglangCache
-from hybridcache.lab.baselines.snapshots import OllamaCache, TensorRtCache
-from hybridcache.lab.baselines.vllm import VllmCache
-from hybridcache.lab.generators import GENERATORS
+from hybridcache.lab.rivals.lightllm import LightllmCache
+from hybridcache.lab.rivals.llama_cpp import LlamaCppCache
+from hybridcache.lab.rivals.protocol import Baseline, BaselineConfig, begin, replay
+from hybridcache.lab.rivals.sglang import SglangCache
+from hybridcache.lab.rivals.snapshots import OllamaCache, TensorRtCache
+from hybridcache.lab.rivals.systems import BASELINES
+from hybridcache.lab.rivals.vllm import VllmCache
+from hybridcache.lab.traces.generators import GENERATORS
 from hybridcache.radix.tokens import Tokens
 
 GIB = 1 << 30

@@ -14,10 +14,10 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from hybridcache.lab.arrivals import Starts
-from hybridcache.lab.trace import FreshIds, KnownIds, TraceRequest, distinct
+from hybridcache.lab.traces.arrivals import Starts
 from hybridcache.lab.traces.dialects import STOP_REASONS
 from hybridcache.lab.traces.frame import Notes, Record, SessionReader, request_of_blocks
+from hybridcache.lab.traces.trace import FreshIds, KnownIds, TraceRequest, distinct
 from hybridcache.radix.protocol import chat_boundaries
 from hybridcache.radix.tokens import Tokens, common_prefix_len
 

@@ -8,12 +8,12 @@ from dataclasses import dataclass, field
 from itertools import count
 from typing import ClassVar
 
-from hybridcache.lab.arrivals import Pauses, Starts
-from hybridcache.lab.trace import TraceRequest
+from hybridcache.lab.traces.arrivals import Pauses, Starts
 from hybridcache.lab.traces.dialects import plain_chat
 from hybridcache.lab.traces.frame import Notes, Record, SessionReader
 from hybridcache.lab.traces.named import Named, spelled
 from hybridcache.lab.traces.text import load_chat_text
+from hybridcache.lab.traces.trace import TraceRequest
 
 
 @dataclass(frozen=True, slots=True)

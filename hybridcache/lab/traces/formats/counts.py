@@ -10,10 +10,10 @@ from typing import ClassVar
 
 import numpy as np
 
-from hybridcache.lab.trace import BadRecords, FreshIds, KnownIds, TraceRequest
 from hybridcache.lab.traces.formats.messages import FAILED
 from hybridcache.lab.traces.frame import Notes, Record, Records, RecordTimes, table_records
 from hybridcache.lab.traces.named import Named, NamedTimes
+from hybridcache.lab.traces.trace import BadRecords, FreshIds, KnownIds, TraceRequest
 from hybridcache.radix.tokens import Tokens
 
 COUNTS = ("prompt_tokens", "input_tokens", "num_prompt_tokens", "input_length")

@@ -6,9 +6,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from hybridcache.lab.trace import BadRecords
 from hybridcache.lab.traces.formats.messages import MessagesReader
 from hybridcache.lab.traces.frame import Records, csv_records
+from hybridcache.lab.traces.trace import BadRecords
 
 
 @dataclass(frozen=True, slots=True)

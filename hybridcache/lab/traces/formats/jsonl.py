@@ -10,9 +10,9 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from hybridcache.lab.trace import UNNAMED, FreshIds, TraceRequest, checked, units
 from hybridcache.lab.traces.frame import FileReader, Notes, Record, RecordTimes, TimeUnit
 from hybridcache.lab.traces.own import FIELDS, READ, has_header, header_of
+from hybridcache.lab.traces.trace import UNNAMED, FreshIds, TraceRequest, checked, units
 from hybridcache.radix.tokens import Tokens
 
 

@@ -8,10 +8,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
-from hybridcache.lab.trace import BadRecords, FreshIds, TraceRequest
 from hybridcache.lab.traces.frame import FileReader, Notes, Record, Records, RecordTimes
 from hybridcache.lab.traces.named import Named, NamedReader, Prompts, SessionMessages, joined
 from hybridcache.lab.traces.text import load_chat_text
+from hybridcache.lab.traces.trace import BadRecords, FreshIds, TraceRequest
 
 FAILED = "of failed requests left out (status 400 or more, error or failed)"
 WHOLE = (

@@ -14,9 +14,9 @@ from typing import ClassVar
 
 import numpy as np
 
-from hybridcache.lab.trace import UNNAMED, FreshIds, TraceRequest
 from hybridcache.lab.traces.frame import FileReader, Notes, Record, request_of_blocks
 from hybridcache.lab.traces.named import NAMES
+from hybridcache.lab.traces.trace import UNNAMED, FreshIds, TraceRequest
 
 
 @dataclass(frozen=True, slots=True)

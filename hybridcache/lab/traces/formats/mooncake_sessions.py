@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
-from hybridcache.lab.trace import TraceRequest
 from hybridcache.lab.traces.formats.mooncake import MooncakeReader
 from hybridcache.lab.traces.frame import Line, Notes, Record
 from hybridcache.lab.traces.named import NAMES
+from hybridcache.lab.traces.trace import TraceRequest
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,11 +10,11 @@ from dataclasses import dataclass, field
 from itertools import islice, pairwise
 from typing import ClassVar
 
-from hybridcache.lab.arrivals import Pauses
-from hybridcache.lab.trace import BadRecords, TraceRequest, distinct
+from hybridcache.lab.traces.arrivals import Pauses
 from hybridcache.lab.traces.dialects import Chat, role_of
 from hybridcache.lab.traces.frame import Line, Notes, Record, Records, SessionReader
 from hybridcache.lab.traces.text import load_chat_text
+from hybridcache.lab.traces.trace import BadRecords, TraceRequest, distinct
 
 
 @dataclass(frozen=True, slots=True)

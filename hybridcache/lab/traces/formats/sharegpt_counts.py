@@ -12,9 +12,9 @@ from typing import ClassVar
 
 import numpy as np
 
-from hybridcache.lab.arrivals import Pauses
-from hybridcache.lab.trace import FreshIds, TraceRequest
+from hybridcache.lab.traces.arrivals import Pauses
 from hybridcache.lab.traces.frame import Notes, Record, SessionReader
+from hybridcache.lab.traces.trace import FreshIds, TraceRequest
 from hybridcache.radix.protocol import chat_boundaries
 from hybridcache.radix.tokens import Tokens
 

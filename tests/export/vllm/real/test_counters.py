@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from hybridcache.lab.simulation.simulate import simulate
-from hybridcache.lab.trace import Trace, TraceRequest
+from hybridcache.lab.runs.simulate import simulate
+from hybridcache.lab.traces.trace import Trace, TraceRequest
 from tests.export.vllm.real.engine import (
     GRID,
     Ask,

@@ -10,9 +10,9 @@ from array import array
 from collections.abc import Hashable, Iterable, Sequence
 from time import perf_counter
 
+from hybridcache.lab.runs.target import Served, Target
 from hybridcache.lab.scenario import Scenario
-from hybridcache.lab.simulation.target import Served, Target
-from hybridcache.lab.trace import TraceRequest
+from hybridcache.lab.traces.trace import TraceRequest
 from hybridcache.radix.api import Losses
 
 NUM_SUMS = len(Losses._fields) + 4

@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from hybridcache.lab.baselines.protocol import BaselineConfig, PeerSession
+from hybridcache.lab.rivals.protocol import BaselineConfig, PeerSession
 from hybridcache.radix.tokens import Tokens, common_prefix_len
 
 SLOTS = 4

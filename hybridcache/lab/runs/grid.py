@@ -17,38 +17,21 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass, fields
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Protocol, Self, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from hybridcache.command.extras import version
 from hybridcache.geometry.units import counted
-from hybridcache.lab.progress import Progress, shown_progress
-from hybridcache.lab.trace import Trace
+from hybridcache.lab.results.result import StoredResult
 from hybridcache.lab.traces.frame import make_folder, warn
+from hybridcache.lab.traces.progress import Progress, shown_progress
+from hybridcache.lab.traces.trace import Trace
 from hybridcache.radix.protocol import PolicyError
 from hybridcache.radix.tokens import require_index
 
 KEEP_BYTES = 256 << 20
 """Bytes of ids up to which a trace is kept in memory between runs."""
-
-Plain = dict[str, Any]
-"""Settings or figures of a run, by name, as values of JSON."""
-
-
-@dataclass(frozen=True, slots=True)
-class StoredResult:
-    """Result that ``run_grid`` can keep in a file. Its fields are values of JSON."""
-
-    def as_record(self) -> Plain:
-        """Return a record for JSON."""
-        return asdict(self)
-
-    @classmethod
-    def from_record(cls, record: Plain) -> Self:
-        """Return the result of an ``as_record`` after a trip through JSON."""
-        return cls(**{one.name: record[one.name] for one in fields(cls) if one.name in record})
 
 
 class GridJob(Protocol):

@@ -16,9 +16,9 @@ running request holds one state, and only memory limits how many run.
 
 from __future__ import annotations
 
-from hybridcache.lab.baselines.protocol import BaselineConfig
-from hybridcache.lab.baselines.sglang import SglangCache
-from hybridcache.lab.prefix_tree import PrefixNode
+from hybridcache.lab.rivals.protocol import BaselineConfig
+from hybridcache.lab.rivals.sglang import SglangCache
+from hybridcache.lab.traces.prefix_tree import PrefixNode
 from hybridcache.radix.tokens import Tokens
 
 BLOCK = 32

@@ -17,13 +17,13 @@ from itertools import islice
 from multiprocessing.connection import Connection
 from typing import Any
 
-from hybridcache.lab.evictions import make_eviction
+from hybridcache.lab.rivals.evictions import make_eviction
+from hybridcache.lab.runs.closed_loop import LoopRun, SessionTurn
+from hybridcache.lab.runs.grid import RERUN, RERUN_STATUS, leave_if_rerun
+from hybridcache.lab.runs.serving import serve
+from hybridcache.lab.runs.target import build_target
 from hybridcache.lab.scenario import Scenario, is_own
-from hybridcache.lab.simulation.closed_loop import LoopRun, SessionTurn
-from hybridcache.lab.simulation.grid import RERUN, RERUN_STATUS, leave_if_rerun
-from hybridcache.lab.simulation.serving import serve
-from hybridcache.lab.simulation.target import build_target
-from hybridcache.lab.trace import Trace, TraceRequest
+from hybridcache.lab.traces.trace import Trace, TraceRequest
 from hybridcache.policies.user import OwnPolicy
 from hybridcache.radix.protocol import (
     EvictionPolicy,

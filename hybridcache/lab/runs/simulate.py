@@ -22,11 +22,8 @@ from typing import TYPE_CHECKING, Any
 from hybridcache.geometry.model import BUILTIN
 from hybridcache.geometry.times import MeasuredTimes, Roofline
 from hybridcache.geometry.units import GIB, counted
-from hybridcache.lab.figures import losses_figure, sweep_figure
-from hybridcache.lab.optimum import Optimum, best_plan
-from hybridcache.lab.prefix_tree import InfiniteCache
-from hybridcache.lab.progress import Progress, shown_progress
-from hybridcache.lab.report import (
+from hybridcache.lab.results.figures import losses_figure, sweep_figure
+from hybridcache.lab.results.report import (
     TIE,
     find_metric,
     hindsight_percent,
@@ -40,20 +37,17 @@ from hybridcache.lab.report import (
     text_table,
     to_serve,
 )
+from hybridcache.lab.results.result import Plain, RunResult, SweepRuns, grouped, merged
+from hybridcache.lab.rivals.optimum import Optimum, best_plan
+from hybridcache.lab.runs.grid import KEEP_BYTES, RunFailed, run_grid
+from hybridcache.lab.runs.serving import serve
+from hybridcache.lab.runs.summary import describe_times, summarise
+from hybridcache.lab.runs.target import build_target
 from hybridcache.lab.scenario import LOAD, Scenario, seeds_of, settings_of
-from hybridcache.lab.simulation.grid import KEEP_BYTES, Plain, RunFailed, run_grid
-from hybridcache.lab.simulation.result import (
-    RunResult,
-    SweepRuns,
-    describe_times,
-    grouped,
-    merged,
-    summarise,
-)
-from hybridcache.lab.simulation.serving import serve
-from hybridcache.lab.simulation.target import build_target
-from hybridcache.lab.trace import Trace
 from hybridcache.lab.traces import open_trace, seeded
+from hybridcache.lab.traces.prefix_tree import InfiniteCache
+from hybridcache.lab.traces.progress import Progress, shown_progress
+from hybridcache.lab.traces.trace import Trace
 from hybridcache.radix.tokens import require_bool
 
 if TYPE_CHECKING:
@@ -77,9 +71,10 @@ class SimulationResult(SweepRuns):
         return [run.as_row() for run in self.runs]
 
     def table(self, metric: str | Sequence[str] = "hit") -> str:
-        """Return a table of each metric, one or several of ``hybridcache.lab.report.METRICS``: a
-        row per competitor, a column per size. Notes follow the last one. Token hit rates have half
-        of their 95 % interval over sessions, and rows of the plan and the infinite cache.
+        """Return a table of each metric, one or several of ``METRICS`` in
+        ``hybridcache.lab.results.report``: a row per competitor, a column per size. Notes follow
+        the last one. Token hit rates have half of their 95 % interval over sessions, and rows of
+        the plan and the infinite cache.
         """
         metrics = [metric] if isinstance(metric, str) else [*metric]
         tables = [self._table(one) for one in metrics]

@@ -39,7 +39,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from hybridcache.lab.baselines.protocol import BaselineConfig, PeerSession
+from hybridcache.lab.rivals.protocol import BaselineConfig, PeerSession
 from hybridcache.radix.tokens import Tokens
 
 KERNEL_BLOCK = 16

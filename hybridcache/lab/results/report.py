@@ -12,11 +12,11 @@ from typing import Generic, TypeVar
 from hybridcache.command.parser import or_known
 from hybridcache.config import GRID
 from hybridcache.geometry.units import counted
-from hybridcache.lab.baselines import UNCHARGED
-from hybridcache.lab.intervals import FEWEST_UNITS
+from hybridcache.lab.results.result import ClosedLoopRun, RunResult, SweepRuns
+from hybridcache.lab.rivals.systems import UNCHARGED
 from hybridcache.lab.scenario import MEMORIES
-from hybridcache.lab.simulation.result import ClosedLoopRun, RunResult, SweepRuns
-from hybridcache.lab.trace_stats import Summary, TraceStats
+from hybridcache.lab.traces.intervals import FEWEST_UNITS
+from hybridcache.lab.traces.statistics import Summary, TraceStats
 from hybridcache.policies.registry import make_eviction, parse_placement
 from hybridcache.radix.api import Losses
 

@@ -15,9 +15,9 @@ import numpy as np
 import numpy.typing as npt
 
 from hybridcache.geometry.model import ModelGeometry
-from hybridcache.lab.prefix_tree import PrefixNode, grow, new_root, nodes, split, walk
-from hybridcache.lab.simulation.sizes import budget_bytes
-from hybridcache.lab.trace import Trace, TraceRequest
+from hybridcache.lab.traces.prefix_tree import PrefixNode, grow, new_root, nodes, split, walk
+from hybridcache.lab.traces.sizes import budget_bytes
+from hybridcache.lab.traces.trace import Trace, TraceRequest
 
 # --- Trie -----------------------------------------------------------------------------------------
 #
@@ -424,7 +424,7 @@ def best_plan(trace: Trace, gib: float, geometry: ModelGeometry, *, grid: int = 
     ``grid`` is in tokens. Running requests take no memory. ValueError for a grid that does not fit
     the trace's unit and for a trace without a request.
 
-    >>> from hybridcache.lab.generators import resend
+    >>> from hybridcache.lab.traces.generators import resend
     >>> best = best_plan(resend().head(60), 2.0, ModelGeometry.preset("qwen3-next"))
     >>> 0 < best.reached <= best.bound < 1
     True

@@ -25,11 +25,11 @@ from hybridcache.adapters.routing.protocol import ReplicaId, ReplicaSpec, RouteR
 from hybridcache.adapters.routing.registry import find_router
 from hybridcache.geometry.model import ModelGeometry
 from hybridcache.geometry.times import Roofline
+from hybridcache.lab.results.result import Plain, StoredResult
+from hybridcache.lab.runs.serving import RequestLog
+from hybridcache.lab.runs.target import LeasedRequest, LeaseTarget, build_target
 from hybridcache.lab.scenario import Scenario
-from hybridcache.lab.simulation.grid import Plain, StoredResult
-from hybridcache.lab.simulation.serving import RequestLog
-from hybridcache.lab.simulation.target import LeasedRequest, LeaseTarget, build_target
-from hybridcache.lab.trace import Trace, TraceRequest
+from hybridcache.lab.traces.trace import Trace, TraceRequest
 from hybridcache.radix.offload import PrefillTimes
 
 TPOT_S = 0.02

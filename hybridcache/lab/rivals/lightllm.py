@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 
 from sortedcontainers import SortedDict
 
-from hybridcache.lab.baselines.protocol import BaselineConfig, PeerSession
+from hybridcache.lab.rivals.protocol import BaselineConfig, PeerSession
 from hybridcache.radix.tokens import Tokens
 
 HOST_STATES = 512

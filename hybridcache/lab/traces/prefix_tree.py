@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from hybridcache.lab.trace import TraceRequest
+from hybridcache.lab.traces.trace import TraceRequest
 from hybridcache.radix.tokens import Tokens, common_prefix_len
 
 

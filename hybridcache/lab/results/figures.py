@@ -15,7 +15,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from hybridcache.geometry.units import counted
-from hybridcache.lab.report import (
+from hybridcache.lab.results.report import (
     LOSSES_NOTE,
     METRICS,
     Metric,
@@ -25,7 +25,7 @@ from hybridcache.lab.report import (
     limit_percent,
     notes_on,
 )
-from hybridcache.lab.simulation.result import ClosedLoopRun, RunResult, SweepRuns
+from hybridcache.lab.results.result import ClosedLoopRun, RunResult, SweepRuns
 from hybridcache.lab.traces.frame import make_folder
 from hybridcache.radix.api import Losses
 

@@ -9,9 +9,9 @@ import numpy as np
 
 from hybridcache.geometry.model import ModelGeometry
 from hybridcache.geometry.units import GIB
-from hybridcache.lab.prefix_tree import InfiniteCache
-from hybridcache.lab.trace import Trace
 from hybridcache.lab.traces.frame import shown
+from hybridcache.lab.traces.prefix_tree import InfiniteCache
+from hybridcache.lab.traces.trace import Trace
 
 TOO_LARGE_GIB = 2.0**50
 """Sizes of this many GiB or more are refused as mistakes."""

@@ -9,10 +9,10 @@ import numpy as np
 from hybridcache.allocators.moves import DEVICE
 from hybridcache.allocators.pools import ByteBudget, PageAllocator, SlotAllocator, slab_rows
 from hybridcache.config import CacheConfig, build_on, build_prefix_cache
-from hybridcache.lab.baselines import BASELINES
-from hybridcache.lab.baselines.protocol import BaselineConfig, PeerSession, begin
+from hybridcache.lab.rivals.protocol import BaselineConfig, PeerSession, begin
+from hybridcache.lab.rivals.systems import BASELINES
 from hybridcache.lab.scenario import Scenario
-from hybridcache.lab.trace import TraceRequest
+from hybridcache.lab.traces.trace import TraceRequest
 from hybridcache.radix.cache import HybridRadixCache
 from hybridcache.radix.lease import Lease, LeaseRequest
 from hybridcache.radix.protocol import PromptBoundaries, raise_failure

@@ -33,8 +33,16 @@ from typing import Literal
 import numpy as np
 from sortedcontainers import SortedDict
 
-from hybridcache.lab.baselines.protocol import BaselineConfig, PeerSession
-from hybridcache.lab.prefix_tree import PrefixNode, grow, new_root, nodes, remove_leaf, split, walk
+from hybridcache.lab.rivals.protocol import BaselineConfig, PeerSession
+from hybridcache.lab.traces.prefix_tree import (
+    PrefixNode,
+    grow,
+    new_root,
+    nodes,
+    remove_leaf,
+    split,
+    walk,
+)
 from hybridcache.radix.tokens import Tokens
 
 STATE_TO_KV_RATIO = 0.9

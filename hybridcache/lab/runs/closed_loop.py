@@ -23,10 +23,13 @@ import numpy as np
 
 from hybridcache.config import build_prefix_cache
 from hybridcache.geometry.units import counted
-from hybridcache.lab.baselines.protocol import PeerSession, begin
-from hybridcache.lab.figures import closed_loop_figure
-from hybridcache.lab.progress import Progress
-from hybridcache.lab.report import LOOP_METRICS, text_table, uncharged_notes
+from hybridcache.lab.results.figures import closed_loop_figure
+from hybridcache.lab.results.report import LOOP_METRICS, text_table, uncharged_notes
+from hybridcache.lab.results.result import ClosedLoopRun, Plain
+from hybridcache.lab.rivals.protocol import PeerSession, begin
+from hybridcache.lab.runs.grid import RunFailed, run_grid
+from hybridcache.lab.runs.summary import describe_times, identify
+from hybridcache.lab.runs.target import BaselineTarget
 from hybridcache.lab.scenario import (
     CLOSED_LOOP_GIB,
     REPLAY_ONLY,
@@ -34,11 +37,9 @@ from hybridcache.lab.scenario import (
     named_policies,
     seeds_of,
 )
-from hybridcache.lab.simulation.grid import Plain, RunFailed, run_grid
-from hybridcache.lab.simulation.result import ClosedLoopRun, describe_times, identify
-from hybridcache.lab.simulation.sizes import sizes
-from hybridcache.lab.simulation.target import BaselineTarget
-from hybridcache.lab.trace import Trace, TraceRequest
+from hybridcache.lab.traces.progress import Progress
+from hybridcache.lab.traces.sizes import sizes
+from hybridcache.lab.traces.trace import Trace, TraceRequest
 from hybridcache.policies.registry import make_admission
 from hybridcache.radix.protocol import PromptBoundaries
 from hybridcache.radix.tokens import Tokens

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from hybridcache.lab.intervals import percentiles
-from hybridcache.lab.prefix_tree import InfiniteCache
-from hybridcache.lab.trace import FreshIds, Trace, TraceRequest, has_sessions
+from hybridcache.lab.traces.intervals import percentiles
+from hybridcache.lab.traces.prefix_tree import InfiniteCache
+from hybridcache.lab.traces.trace import FreshIds, Trace, TraceRequest, has_sessions
 from hybridcache.radix.tokens import common_prefix_len
 
 _PAGES = (16, 64, 512)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from functools import partial
 
-from hybridcache.lab.baselines.lightllm import LightllmCache
-from hybridcache.lab.baselines.llama_cpp import LlamaCppCache
-from hybridcache.lab.baselines.marconi import MarconiCache
-from hybridcache.lab.baselines.protocol import BaselineFactory
-from hybridcache.lab.baselines.sglang import SglangCache
-from hybridcache.lab.baselines.snapshots import OllamaCache, TensorRtCache
-from hybridcache.lab.baselines.vllm import VllmCache
+from hybridcache.lab.rivals.lightllm import LightllmCache
+from hybridcache.lab.rivals.llama_cpp import LlamaCppCache
+from hybridcache.lab.rivals.marconi import MarconiCache
+from hybridcache.lab.rivals.protocol import BaselineFactory
+from hybridcache.lab.rivals.sglang import SglangCache
+from hybridcache.lab.rivals.snapshots import OllamaCache, TensorRtCache
+from hybridcache.lab.rivals.vllm import VllmCache
 
 BASELINES: dict[str, BaselineFactory] = {
     "vllm": VllmCache,

@@ -1,55 +1,39 @@
-"""The figures of one run, worked out from its request log."""
+"""Results: the figures of a run, and the runs of a sweep."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from statistics import fmean
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 
 from hybridcache.geometry.model import ModelGeometry
-from hybridcache.lab.intervals import Interval, RateInterval, linear_ratio, percentiles
-from hybridcache.lab.scenario import Scenario
-from hybridcache.lab.simulation.grid import Plain, StoredResult
-from hybridcache.lab.simulation.serving import RequestLog
-from hybridcache.lab.simulation.target import Target
-from hybridcache.lab.trace import Trace, has_sessions
+from hybridcache.lab.traces.intervals import Interval, RateInterval, linear_ratio
+from hybridcache.lab.traces.trace import Trace, has_sessions
 from hybridcache.radix.api import Losses
 
 SAME_SIZE = 1e-3
 """Relative difference up to which two sizes are the same: tables show four digits."""
 
-
-RECORDED = (
-    *("trace", "label", "model", "state_dtype", "gib", "memory", "kv_share", "policy"),
-    *("checkpoints", "priority_classes", "baseline", "page_size", "grid", "servers"),
-    *("times", "checkpoint_dtype", "host_gib", "disk_gib"),
-)
+Plain = dict[str, Any]
+"""Settings or figures of a run, by name, as values of JSON."""
 
 
-def identify(scenario: Scenario, trace: str, priority_classes: bool | None) -> Plain:
-    """Return the settings of a cell over the trace with the recipe ``trace``, as plain text and
-    numbers. None for those that a rebuilt peer does not have."""
-    geometry = scenario.geometry()
-    settings = {name: getattr(scenario, name) for name in RECORDED}
-    settings |= {"policy": str(scenario.policy), "checkpoints": str(scenario.checkpoints)}
-    if scenario.baseline:
-        settings |= dict.fromkeys(("memory", "policy", "checkpoints"))
-    return settings | {
-        "trace": trace,
-        "model": geometry.name,
-        "state_dtype": geometry.state_dtype,
-        "checkpoint_dtype": geometry.checkpoint_dtype,
-        "gib": scenario.size_gib,
-        "priority_classes": priority_classes,
-        "baseline": scenario.baseline or None,
-        "times": describe_times(scenario.prefill_times(geometry)),
-        "host_bytes_per_s": scenario.host_gb_s * 1e9 if scenario.host_gib else None,
-        "disk_bytes_per_s": scenario.disk_gb_s * 1e9 if scenario.disk_gib else None,
-    }
+@dataclass(frozen=True, slots=True)
+class StoredResult:
+    """Result that ``run_grid`` can keep in a file. Its fields are values of JSON."""
+
+    def as_record(self) -> Plain:
+        """Return a record for JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_record(cls, record: Plain) -> Self:
+        """Return the result of an ``as_record`` after a trip through JSON."""
+        return cls(**{one.name: record[one.name] for one in fields(cls) if one.name in record})
 
 
 class SessionResult(NamedTuple):
@@ -348,57 +332,6 @@ class ClosedLoopRun(_Run):
         return figures.pop("config") | figures  # type: ignore[no-any-return]
 
 
-def summarise(
-    scenario: Scenario,
-    log: RequestLog,
-    target: Target,
-    trace: str,
-) -> RunResult:
-    """Return the figures of one run over the trace with the recipe ``trace``. O(requests)."""
-    counters = target.counters()
-    geometry = scenario.geometry()
-    times = scenario.prefill_times(geometry)
-    lengths = np.frombuffer(log.prompt_tokens, np.int64)
-    cached = np.frombuffer(log.cached_tokens, np.int64)
-    ttft = np.asarray(log.ttft_s, dtype=np.float64)
-    row_bytes, copied = log.unit * geometry.kv_bytes_per_token, sum(log.copy_s)
-    written, moved = counters.get("inserted_tokens"), counters.get("moved_tokens")
-    spent = sum(log.prefill_s) + copied
-    cold = sum(times.seconds(0, length) for length in log.prompt_tokens)
-    return RunResult(
-        config=identify(scenario, trace, target.priority_classes),
-        requests=len(lengths),
-        hits=int((cached > 0).sum()),
-        bypassed=log.num_bypassed,
-        prompt_tokens=int(lengths.sum()),
-        cached_tokens=int(cached.sum()),
-        losses=log.losses if log.has_causes else None,
-        seconds=spent,
-        seconds_saved=cold - spent,
-        ttft_s=percentiles(ttft),
-        ttft_mean_s=float(ttft.mean()) if len(ttft) else 0.0,
-        checkpoints_made=counters.get("inserted_slots"),
-        written_kv_bytes=None if written is None else written * row_bytes,
-        moved_slabs=counters.get("moved_slabs"),
-        moved_kv_bytes=None if moved is None else moved * row_bytes,
-        copy_seconds=copied,
-        tier_bytes={name: size for name, size in counters.items() if name.endswith("_bytes")}
-        if scenario.host_gib or scenario.disk_gib
-        else None,
-        by_session=_sessions(log),
-        control_us=log.control_s / max(len(lengths), 1) * 1e6,
-    )
-
-
-def _sessions(log: RequestLog) -> tuple[SessionResult, ...]:
-    found = []
-    for session, sums in log.sessions.items():
-        requests, prompt, cached = sums[-3:]
-        losses = log.losses_of(sums) if log.has_causes else None
-        found.append(SessionResult(str(session), requests, prompt, cached, losses))
-    return tuple(found)
-
-
 @dataclass(frozen=True, slots=True)
 class SweepRuns:
     """All runs of one sweep over one trace, by competitor and size."""
@@ -436,9 +369,3 @@ class SweepRuns:
             known = ", ".join(f"{size:.4g}" for size in sorted({run.gib for run in self.runs}))
             raise ValueError(f"gib must be a simulated size: {known} (got {gib:g}).")
         return max(near, key=lambda run: run.token_hit_rate)
-
-
-def describe_times(times: object) -> str:
-    """Describe the source of times in one line: assumed machine, measured file or class."""
-    describe = getattr(times, "describe", None)
-    return str(describe()) if callable(describe) else type(times).__qualname__

@@ -3,8 +3,8 @@
 A cell is one trace. Each system replays it at several sizes, in one arena and perhaps in two pools,
 and may serve its sessions in closed loop. A split is a TOML file: cells, sizes, seeds and machine.
 Two are packaged: ``evaluation`` for all built-in policies, and the frozen ``benchmark``, whose data
-have published hashes. Own policies run in other processes (``hybridcache.lab.entry``), and the
-board counts their hits.
+have published hashes. Own policies run in other processes (``entry``), and the board counts their
+hits.
 
 >>> split = Split("tiny", "qwen3-next", (0, 1, 2), (Cell("short?head=20", (1.0,)),))
 >>> [row.name for row in board(split=split, built_in=("lru", "fifo")).rows()]
@@ -30,21 +30,21 @@ from hybridcache.command.extras import version
 from hybridcache.geometry.model import ModelGeometry
 from hybridcache.geometry.times import Roofline
 from hybridcache.geometry.units import GIB, counted
-from hybridcache.lab.arrivals import interleave, parse_starts
-from hybridcache.lab.baselines import BASELINES, COMPARABLE
-from hybridcache.lab.entry import RelayedLoop, entered
-from hybridcache.lab.evictions import ALL_NAMES
-from hybridcache.lab.intervals import FEWEST_UNITS, Interval, interval, paired
-from hybridcache.lab.progress import Progress
-from hybridcache.lab.report import text_table
+from hybridcache.lab.board.entry import RelayedLoop, entered
+from hybridcache.lab.results.report import text_table
+from hybridcache.lab.results.result import ClosedLoopRun, Plain, RunResult, StoredResult
+from hybridcache.lab.rivals.evictions import ALL_NAMES
+from hybridcache.lab.rivals.systems import BASELINES, COMPARABLE
+from hybridcache.lab.runs.closed_loop import figures_of, sessions_of, simulate_closed_loop
+from hybridcache.lab.runs.grid import identity_of, run_grid
+from hybridcache.lab.runs.simulate import optimum, run_cell
 from hybridcache.lab.scenario import Scenario, named_policies, sources_of, written_policy
-from hybridcache.lab.simulation.closed_loop import figures_of, sessions_of, simulate_closed_loop
-from hybridcache.lab.simulation.grid import Plain, StoredResult, identity_of, run_grid
-from hybridcache.lab.simulation.result import ClosedLoopRun, RunResult
-from hybridcache.lab.simulation.simulate import optimum, run_cell
-from hybridcache.lab.trace import Trace, TraceRequest
 from hybridcache.lab.traces import open_trace, seeded
+from hybridcache.lab.traces.arrivals import interleave, parse_starts
 from hybridcache.lab.traces.frame import make_folder
+from hybridcache.lab.traces.intervals import FEWEST_UNITS, Interval, interval, paired
+from hybridcache.lab.traces.progress import Progress
+from hybridcache.lab.traces.trace import Trace, TraceRequest
 from hybridcache.policies.registry import DEFAULT_EVICTION, DEFAULT_PLACEMENT, EvictionSpec
 
 BUILT_IN = tuple(sorted(ALL_NAMES))

@@ -12,8 +12,8 @@ from typing import Any, ParamSpec
 
 import numpy as np
 
-from hybridcache.lab.arrivals import Starts, interleave
-from hybridcache.lab.trace import Trace, TraceRequest
+from hybridcache.lab.traces.arrivals import Starts, interleave
+from hybridcache.lab.traces.trace import Trace, TraceRequest
 from hybridcache.radix.protocol import chat_boundaries
 from hybridcache.radix.tokens import Tokens
 

@@ -59,8 +59,8 @@ from typing import Literal
 
 import numpy as np
 
-from hybridcache.lab.baselines.protocol import BaselineConfig, PeerSession, replay
-from hybridcache.lab.prefix_tree import (
+from hybridcache.lab.rivals.protocol import BaselineConfig, PeerSession, replay
+from hybridcache.lab.traces.prefix_tree import (
     PrefixNode,
     grow,
     merge_into_child,

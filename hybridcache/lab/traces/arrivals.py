@@ -10,7 +10,7 @@ from itertools import count
 
 import numpy as np
 
-from hybridcache.lab.trace import TraceRequest
+from hybridcache.lab.traces.trace import TraceRequest
 
 
 @dataclass(frozen=True, slots=True)

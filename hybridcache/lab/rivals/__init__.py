@@ -1,0 +1,1 @@
+"""What a cache is compared with: other engines' caches, textbook policies, the offline optimum."""
