@@ -6,10 +6,20 @@ Importing this module imports neither vLLM nor torch. Settings are given to vLLM
 
 from __future__ import annotations
 
+import json
+import sys
+from argparse import ArgumentParser
 from collections.abc import Mapping
+from contextlib import suppress
+from json import JSONDecodeError
 from typing import Any, NamedTuple
 
-from hybridcache.policies.registry import DEFAULT_EVICTION, DEFAULT_PLACEMENT
+from hybridcache.policies.registry import (
+    DEFAULT_EVICTION,
+    DEFAULT_PLACEMENT,
+    make_eviction,
+    parse_placement,
+)
 
 NAME = "hybridcache"
 """Key of the settings in ``--additional-config``, and of the hints in ``extra_args``."""
@@ -34,13 +44,16 @@ class Settings(NamedTuple):
 
     @classmethod
     def read(cls, additional_config: Any) -> Settings:
-        """Read the settings of vLLM's ``additional_config``. Raises ValueError for unknown ones."""
+        """Read the settings of vLLM's ``additional_config``. Raises ValueError for wrong ones."""
         given = additional_config.get(NAME, {}) if isinstance(additional_config, Mapping) else {}
         if not isinstance(given, Mapping):
             raise ValueError(f"the value of {NAME} must be a JSON object (got {given!r}).")
         for name in given.keys() - set(cls._fields):
             raise ValueError(f"{NAME} has no setting {name!r}; known: {', '.join(cls._fields)}.")
-        return cls(**given)
+        settings = cls(**given)
+        make_eviction(settings.eviction)
+        parse_placement(settings.placement)
+        return settings
 
 
 def require_version(installed: str) -> None:
@@ -56,6 +69,21 @@ def require_version(installed: str) -> None:
             f"hybridcache works with vLLM {' and '.join(TESTED)} (installed: {installed}). Install "
             "one of these, or a newer hybridcache."
         )
+
+
+def plug_in() -> None:
+    """Check the settings of ``vllm serve`` before weights are loaded, if it uses this scheduler.
+
+    vLLM calls this plug-in (``vllm.general_plugins``) in each of its processes. It resolves the
+    scheduler class only after the weights are loaded. Raises ValueError for wrong settings.
+    """
+    parser = ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--scheduler-cls", "--scheduler_cls")
+    parser.add_argument("--additional-config", "--additional_config", default="{}")
+    flags, _ = parser.parse_known_args(sys.argv[1:])
+    if flags.scheduler_cls == f"{__name__}.HybridScheduler":
+        with suppress(JSONDecodeError):  # vLLM names this mistake itself.
+            Settings.read(json.loads(flags.additional_config))
 
 
 def __getattr__(name: str) -> object:

@@ -273,7 +273,12 @@ class StubEngine:
         request = Request(
             f"r{next(self._numbers)}",
             prompt,
-            SamplingParams(max_tokens=len(answer), ignore_eos=True, extra_args=hints),
+            SamplingParams(
+                max_tokens=len(answer),
+                ignore_eos=True,
+                extra_args=hints,
+                prompt_logprobs=getattr(one, "prompt_logprobs", None),
+            ),
             None,
             block_hasher=self._hasher,
             cache_salt=salt,

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from prometheus_client import Counter
+from vllm.logger import init_logger
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.request import Request
 
@@ -14,6 +15,9 @@ from hybridcache.radix.api import PrefixMatch
 from hybridcache.radix.protocol import Placed, PlacementPolicy, Prefill, end_of_prompt
 from hybridcache.vllm import NAME
 from hybridcache.vllm.pool import WORDS, BlockTree, Layout
+
+logger = init_logger(f"vllm.{__name__}")
+HINTS = ("boundaries", "explain")
 
 
 @dataclass(slots=True, eq=False)
@@ -60,24 +64,41 @@ class Track:
 def hint(request: Request, name: str) -> Any:
     """Return the hint ``hybridcache_NAME`` in ``extra_args`` of a request, or None.
 
-    Wrong hints are ignored: a client's mistake must not stop the engine.
+    Wrong hints are ignored and counted: a client's mistake must not stop the engine.
     """
     params = request.sampling_params
     return None if params is None else (params.extra_args or {}).get(f"{NAME}_{name}")
 
 
 def boundaries_of(request: Request) -> tuple[int, ...]:
-    """Return the declared positions that later prompts share, ascending."""
+    """Return the declared positions that later prompts share, ascending, and count wrong hints."""
+    given = hint(request, "boundaries")
+    found, wrong = set[int](), list[str]()
     try:
-        given = hint(request, "boundaries") or ()
-        return tuple(sorted({int(one) for one in given if 0 < int(one) <= request.num_tokens}))
+        declared = {int(one) for one in given or ()}
+        found = {one for one in declared if 0 < one <= request.num_tokens}
+        if found != declared:
+            wrong = [f"a position outside 1 to {request.num_tokens} in hybridcache_boundaries"]
     except (TypeError, ValueError):
-        return ()
+        wrong = [f"hybridcache_boundaries={given!r}"]
+    params = request.sampling_params
+    for name in (params and params.extra_args) or ():
+        if name.startswith(f"{NAME}_") and name.removeprefix(f"{NAME}_") not in HINTS:
+            wrong.append(name)
+    for one in wrong:
+        WRONG_HINTS.inc()
+        logger.warning_once(
+            "Ignored a wrong hint of a request: %s. Known are hybridcache_boundaries, a list of "
+            "positions in the prompt, and hybridcache_explain. Others are only counted.",
+            one,
+        )
+    return tuple(sorted(found))
 
 
 # These counters are next to those of vLLM in its ``/metrics``. The scheduler runs in a process of
 # its own: they are shown if ``PROMETHEUS_MULTIPROC_DIR`` is set, as vLLM does with several servers.
 PROMPT_TOKENS = Counter("hybridcache_prompt_tokens", "Prompt tokens: hits and losses.", ["cause"])
+WRONG_HINTS = Counter("hybridcache_wrong_hints", "Hints of requests that were ignored.")
 COPIED_BYTES = Counter("hybridcache_copied_bytes", "Bytes of block copies for states of answers.")
 
 
@@ -90,11 +111,17 @@ class Places:
     def __init__(self, policy: PlacementPolicy, tree: BlockTree, saves_answers: bool) -> None:
         self.policy, self.tree, self.saves_answers = policy, tree, saves_answers
 
-    def plan(self, request: Request, track: Track, found: PrefixMatch, num_pending: int) -> None:
-        """Plan the checkpoints of a new request, and notify the policy of it. Running requests will
-        take blocks for ``num_pending`` states."""
-        policy, layout, match, cache = self.policy, self.tree.layout, track.match, self.tree.cache
-        assert match is not None
+    def plan(
+        self,
+        request: Request,
+        track: Track,
+        found: PrefixMatch,
+        match: PrefixMatch,
+        num_pending: int,
+    ) -> None:
+        """Plan the checkpoints of a new request that resumes from ``match``, and notify the policy
+        of it. Running requests will take blocks for ``num_pending`` states."""
+        policy, layout, cache = self.policy, self.tree.layout, self.tree.cache
         unit, num_groups, drop = layout.unit, len(layout.states), layout.drop * WORDS
         lost = [one for one in cache.evicted(found) if one.position > match.cached_len]
         for one in lost:  # Policies count this request too. `touch` does when it is admitted.

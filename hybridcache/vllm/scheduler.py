@@ -13,6 +13,7 @@ from collections import defaultdict
 from typing import Any
 
 import vllm
+from vllm.logger import init_logger
 from vllm.v1.core.kv_cache_manager import KVCacheBlocks, KVCacheManager
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
@@ -20,11 +21,15 @@ from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager, MambaManager
 from vllm.v1.request import Request
 
+from hybridcache.command.extras import version
 from hybridcache.policies.registry import parse_placement
+from hybridcache.radix.api import PrefixMatch
 from hybridcache.radix.protocol import Placed
 from hybridcache.vllm import NAME, Settings, require_version
 from hybridcache.vllm.places import COPIED_BYTES, PROMPT_TOKENS, Places, Track, hint
 from hybridcache.vllm.pool import WORDS, BlockTree, HybridPool, Layout, States, Tables
+
+logger = init_logger(f"vllm.{__name__}")
 
 
 def shared_units(one: Request, other: Request) -> int:
@@ -61,9 +66,13 @@ class HybridManager(KVCacheManager):
     ) -> tuple[KVCacheBlocks, int, int]:
         track = self.tracks[request.request_id]
         track.match, track.cached_len, track.is_waiting = None, 0, False
-        if track.is_cold or not self.prefix_cache_lookup_enabled(request):
+        if track.is_cold:
             return self.empty_kv_cache_blocks, 0, 0
         tree, unit, num_tokens = self.tree, self.layout.unit, request.num_tokens
+        if not self.prefix_cache_lookup_enabled(request):
+            # All of the prompt is computed, and saved as that of a cold request.
+            self._plan(request, track, *[tree.find(request, 0)[0]] * 2)
+            return self.empty_kv_cache_blocks, 0, 0
         if max_cache_hit_length is not None:
             num_tokens = min(num_tokens, max_cache_hit_length + 1)
         found, match = tree.find(request, num_tokens)
@@ -74,6 +83,12 @@ class HybridManager(KVCacheManager):
         # A state that a copy of this step writes cannot be copied in the same step.
         is_copied = any(one.block_hash in copied for one in blocks[self.layout.states[0]][-1:])
         track.is_waiting = is_copied or not self._coming.isdisjoint(deeper)
+        self._plan(request, track, found, match)
+        return self.create_kv_cache_blocks(tuple(blocks)), track.cached_len, 0
+
+    def _plan(self, request: Request, track: Track, found: PrefixMatch, match: PrefixMatch) -> None:
+        """Plan the states of a request, once, from what is known of its prompt and the match that
+        it resumes from."""
         if request.num_preemptions and not track.is_planned:
             self.places.plan_answer(request, track)
         if not track.is_planned and not track.is_waiting:
@@ -81,8 +96,7 @@ class HybridManager(KVCacheManager):
             if shared * WORDS > found.seen_len:
                 found = found._replace(seen_len=shared * WORDS, forks=True)
             num_pending = sum(one.num_pending for one in self.tracks.values())
-            self.places.plan(request, track, found, num_pending)
-        return self.create_kv_cache_blocks(tuple(blocks)), track.cached_len, 0
+            self.places.plan(request, track, found, match, num_pending)
 
     # --- Steps ------------------------------------------------------------------------------------
 
@@ -261,6 +275,18 @@ class HybridScheduler(AsyncScheduler):
         manager.start(settings, layout, saves_answers=not self.num_spec_tokens)
         # Time is counted in steps: no decision depends on a clock or a rank.
         manager.tree.cache.policy.set_clock(lambda: self.current_step * 0.05)
+        logger.info(
+            "hybridcache %s: eviction %s, placement %s; hits end at multiples of %d tokens, a "
+            "block has %d tokens, a state takes %d blocks (%.1f MB).",
+            *(version(), *settings, layout.unit, layout.block_size),
+            *(len(layout.states), layout.block_bytes * len(layout.states) / 1e6),
+        )
+        if layout.unit == layout.block_size:
+            logger.warning(
+                "hybridcache: hits end at blocks of %d tokens. Set --prefix-match-unit, for "
+                "example to 32, for more of them.",
+                layout.block_size,
+            )
 
     def _layout(self) -> Layout:
         """Return the layout of the model's blocks. Raises ValueError for what is not supported."""

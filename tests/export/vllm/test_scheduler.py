@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import sys
+import tomllib
 from collections import deque
 from collections.abc import Sequence
 from types import SimpleNamespace
@@ -21,11 +23,11 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.request import Request, RequestStatus
 
 from hybridcache import open_trace
-from hybridcache.vllm import Settings, check
+from hybridcache.vllm import Settings, check, places, plug_in, scheduler
 from hybridcache.vllm.check import Contents, Options, StubEngine, run
-from hybridcache.vllm.places import boundaries_of
 from hybridcache.vllm.pool import ids_of
 from hybridcache.vllm.scheduler import HybridManager
+from tests.selection import ROOT
 
 SMALL = {"layers": 1, "state_groups": 2, "row_bytes": 256, "state_bytes": 128 * 256}
 """Model with blocks of 128 tokens."""
@@ -258,6 +260,18 @@ def test_a_boundary_before_the_last_block_is_not_the_end_of_the_prompt():
     assert hits == [[0], [128]]
 
 
+@pytest.mark.parametrize("scheduler", ["hybridcache", "vllm"])
+def test_a_request_that_may_not_read_the_cache_is_saved_like_a_cold_one(scheduler):
+    steps, prompt = Steps(scheduler=scheduler), prompt_of((1, 300))
+    first = turn(prompt, 100, prompt_logprobs=1, boundaries=(200,))
+    assert steps.serve(first) == [0]
+    assert steps.serve(turn(prompt, 4, prompt_logprobs=1)) == [0]
+    text, fork = [*prompt, *first.output], [*prompt[:200], *prompt_of((2, 100))]
+    end, boundary = steps.serve(turn([*text, *prompt_of((2, 50))], 5), turn(fork, 5))
+    # vLLM saves no answers, and no boundaries.
+    assert (end, boundary) == ((384, 192) if scheduler == "hybridcache" else (288, 0))
+
+
 def test_prompts_of_different_salts_share_nothing():
     steps, prompt = Steps(), prompt_of((1, 300))
     hits = [steps.serve(turn(prompt, 4, namespace=name)) for name in ("a", "b", None, "a", None)]
@@ -371,20 +385,37 @@ def test_the_causes_of_each_prompt_sum_to_its_length_at_its_admission(monkeypatc
     assert all(known == num_tokens for known, num_tokens in found)
 
 
-def test_hints_that_are_wrong_are_ignored():
-    def found(hints: Any) -> tuple[int, ...]:
-        params = SamplingParams(max_tokens=1, extra_args=hints)
-        return boundaries_of(Request("x", [1] * 100, params, None))
+@pytest.mark.parametrize(
+    ("hints", "found", "num_wrong"),
+    [
+        (None, (), 0),
+        ({"hybridcache_boundaries": [70, 20], "hybridcache_explain": 1, "other": 2}, (20, 70), 0),
+        ({"hybridcache_boundaries": [20, 20, 101, -3, 0]}, (20,), 1),
+        ({"hybridcache_boundary": [3]}, (), 1),
+        ({"hybridcache_boundaries": 3}, (), 1),
+        ({"hybridcache_boundaries": ["x"], "hybridcache_x": 1}, (), 2),
+    ],
+)
+def test_wrong_hints_are_ignored_counted_and_named(hints, found, num_wrong, monkeypatch):
+    named: list[Any] = []
+    monkeypatch.setattr(places.logger, "warning_once", lambda _, one: named.append(one))
+    before = places.WRONG_HINTS._value.get()
+    params = SamplingParams(max_tokens=1, extra_args=hints)
+    assert places.boundaries_of(Request("x", [1] * 100, params, None)) == found
+    assert places.WRONG_HINTS._value.get() - before == num_wrong == len(named)
 
-    assert found({"hybridcache_boundaries": [70, 20]}) == (20, 70)
-    assert found({"hybridcache_boundaries": [20, 20, 101, -3, 0]}) == (20,)
-    for hints in (
-        None,
-        {"hybridcache_boundary": [3]},
-        {"hybridcache_boundaries": 3},
-        {"hybridcache_boundaries": ["x"]},
-    ):
-        assert found(hints) == ()
+
+@pytest.mark.parametrize(("unit", "num_warnings"), [(32, 0), (0, 1)])
+def test_the_start_names_what_was_chosen(unit, num_warnings, monkeypatch):
+    lines: dict[str, list[str]] = {"info": [], "warning": []}
+    for level, found in lines.items():
+        add = lambda text, *args, found=found: found.append(text % args)  # noqa: E731
+        monkeypatch.setattr(scheduler.logger, level, add)
+    StubEngine(Options(unit=unit))
+    (start,) = lines["info"]
+    assert "eviction survival, placement adaptive" in start and "(77.9 MB)" in start
+    assert f"multiples of {unit or 1056} tokens, a block has 1056 tokens" in start
+    assert len(lines["warning"]) == num_warnings
 
 
 # --- Refusals -----------------------------------------------------------------------------------
@@ -400,10 +431,23 @@ def test_hints_that_are_wrong_are_ignored():
         ("lru", "must be a JSON object"),
     ],
 )
-def test_a_wrong_setting_is_named_at_the_start(given, named):
+def test_a_wrong_setting_is_named_before_weights_are_loaded(given, named):
     with pytest.raises((ValueError, TypeError), match=named):
         Settings.read({"hybridcache": given})
-        StubEngine(Options(settings=given))
+
+
+def test_the_plug_in_reads_the_flags_of_vllm_serve(monkeypatch):
+    flags = "vllm serve x --scheduler-cls {} --additional-config={}".format
+    wrong = '{"hybridcache":{"placement":"x"}}'
+    for name, config in (("other", wrong), ("hybridcache.vllm.HybridScheduler", "{")):
+        monkeypatch.setattr(sys, "argv", flags(name, config).split())
+        plug_in()
+    monkeypatch.setattr(sys, "argv", flags("hybridcache.vllm.HybridScheduler", wrong).split())
+    with pytest.raises(ValueError, match="placement"):
+        plug_in()
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    named = project["entry-points"]["vllm.general_plugins"]["hybridcache"]
+    assert named == f"{plug_in.__module__}:{plug_in.__name__}"
 
 
 REFUSED = {

@@ -41,7 +41,9 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         "VLLM_CPU_KVCACHE_SPACE": "1",
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "OMP_NUM_THREADS": "1",
+        "PROMETHEUS_MULTIPROC_DIR": str(folder / "counters"),
     }
+    (folder / "counters").mkdir()
     log = folder / "log.txt"
     with log.open("w") as file:
         process = subprocess.Popen(
@@ -102,5 +104,11 @@ def test_chat_messages_and_metrics(server: str) -> None:
     assert counts[0] == 0 and counts[1] >= 192
     with urllib.request.urlopen(f"{server}/metrics", timeout=30) as response:
         metrics = response.read().decode()
-    line = next(one for one in metrics.splitlines() if one.startswith("vllm:prefix_cache_hits_tot"))
-    assert float(line.split()[-1]) >= 576 + counts[1]
+
+    def counted(name: str) -> float:
+        line = next(one for one in metrics.splitlines() if one.startswith(name))
+        return float(line.split()[-1])
+
+    hits = counted("vllm:prefix_cache_hits_tot")
+    assert hits >= 576 + counts[1]
+    assert counted('hybridcache_prompt_tokens_total{cause="cached"') == hits
