@@ -108,8 +108,8 @@ out/clients/.installed: Makefile
 	@touch $@
 
 clients: install out/clients/.installed  ## test the server with published clients and agent frameworks
-	PYTHONPATH=out/clients OMP_NUM_THREADS=1 $(BIN)/pytest tests/engine/server/test_agents.py \
-		tests/engine/server/test_other_clients.py tests/engine/server/test_clients.py tests/engine/server/test_messages.py tests/engine/server/test_responses.py
+	PYTHONPATH=out/clients OMP_NUM_THREADS=1 $(BIN)/pytest $(addprefix tests/engine/front/server/test_,agents.py other_clients.py clients.py) \
+		$(addprefix tests/engine/front/server/endpoints/test_,messages.py responses.py)
 	$(BIN)/python -m tests.endurance clients --size large
 
 faults: install  ## inject failures of clients, sockets, processes, memory, clock and disk; check that nothing leaks
@@ -143,7 +143,7 @@ out/sglang/.installed-$(SGLANG_VERSION): Makefile
 	@touch $@
 
 sglang: install out/sglang/.installed-$(SGLANG_VERSION)  ## test our cache inside SGLang on a CPU, and time both trees; SGLANG_VERSION=0.5.22
-	PYTHONPATH=out/sglang OMP_NUM_THREADS=1 $(BIN)/pytest -x tests/export/sglang
+	PYTHONPATH=out/sglang OMP_NUM_THREADS=1 $(BIN)/pytest -x tests/sglang
 	PYTHONPATH=out/sglang OMP_NUM_THREADS=1 $(BIN)/python -m experiments.benchmarks.sglang
 
 # vLLM's wheels and the packages that its scheduler imports, without their own requirements: no kernel runs here.
@@ -158,7 +158,7 @@ out/vllm-%/.installed: Makefile
 
 vllm-scheduler: install out/vllm-0.32/.installed out/vllm-0.33/.installed  ## test our scheduler in vLLM's, with a worker that computes nothing (two minutes)
 	for version in 0.32 0.33; do \
-		PYTHONPATH=out/vllm-$$version OMP_NUM_THREADS=1 $(BIN)/pytest -x tests/export/vllm --ignore tests/export/vllm/real || exit; done
+		PYTHONPATH=out/vllm-$$version OMP_NUM_THREADS=1 $(BIN)/pytest -x tests/vllm --ignore-glob '*/test_real_*' || exit; done
 
 # An environment of its own, because vLLM requires other versions of many packages (3.1 GB). The builds of torchvision,
 # torchaudio and torchcodec that it selects do not fit torch for CPUs. The command `vllm` asks for the version of a
@@ -173,14 +173,14 @@ out/vllm/.installed: Makefile
 	@touch $@
 
 vllm: out/vllm/.installed  ## run our scheduler in vLLM on a CPU, and compare its hits with cold runs (five minutes after the installation)
-	OMP_NUM_THREADS=1 $(VLLM)/python -m pytest -x tests/export/vllm
+	OMP_NUM_THREADS=1 $(VLLM)/python -m pytest -x tests/vllm
 
 out/ray/.installed: Makefile
 	$(BIN)/pip install $(PIP_FLAGS) --upgrade --target out/ray 'ray>=2.60,<3' -c constraints.txt
 	@touch $@
 
 replicas: install out/ray/.installed  ## test replicas on Ray: failures, simulations on a cluster (two minutes)
-	PYTHONPATH=out/ray OMP_NUM_THREADS=1 $(BIN)/pytest tests/engine/fleet tests/lab/test_on_ray.py
+	PYTHONPATH=out/ray OMP_NUM_THREADS=1 $(BIN)/pytest tests/engine/front/worker/test_fleet.py tests/engine/front/worker/test_on_ray.py tests/lab/runs/test_on_ray.py
 
 
 .venv/.docs: $(INSTALLED)

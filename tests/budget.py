@@ -32,7 +32,7 @@ from engine.front.command import cli
 from engine.front.server.app import create_app
 from engine.front.server.settings import ServerConfig
 from engine.runner.backends import override_all
-from tests.cache.serving import hybrid, publish
+from tests.radix.serving import hybrid, publish
 from tests.selection import ROOT
 
 STORE = ROOT / "tests" / "budget.json"

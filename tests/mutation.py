@@ -49,173 +49,160 @@ class Group(NamedTuple):
 
     mutated: tuple[str, ...]
     tests: tuple[str, ...]
+    """Folders and files of ``tests``."""
     level: str = "quick"
     """Level of the tests (``selection.level``). At "quick" most model families have none."""
 
 
-NUMERICS = "tests/engine/numerics"
-CALLS = "tests/engine/server/test_tools.py"
-FUSED = f"{NUMERICS}/test_fused.py::test_rows_quantised_by_norms_and_experts_change_no_bit"
-"""The other tests of this file take minutes at level "all"."""
+SERVER = "engine/front/server"
+CALLS = f"{SERVER}/tool_calls", f"{SERVER}/test_tools.py"
 GROUPS = {
     "cache": Group(
         ("hybridcache/radix/*", "hybridcache/allocators/*"),
         (
-            *("tests/allocators", "tests/radix", "tests/cache"),
-            *("tests/export/test_events.py", "tests/export/test_events_machine.py"),
-            *("tests/policies/test_ghosts_above.py", "tests/policies/test_promises.py"),
+            *("allocators", "radix", "adapters/test_events.py", "adapters/test_events_machine.py"),
+            "policies/test_promises.py",
         ),
     ),
     "requests": Group(
         ("hybridcache/radix/lease.py", "hybridcache/scheduling/*", "engine/schedule/scheduler.py"),
         (
-            *("tests/cache/test_lease.py", "tests/cache/test_lease_machine.py"),
-            *("tests/cache/test_arena.py", "tests/cache/test_tiers.py"),
-            *("tests/cache/test_scheduling.py", "tests/cache/test_refusals.py"),
-            *("tests/policies/test_failing.py", "tests/lab/test_closed_loop.py"),
-            *("tests/engine/test_schedule.py", "tests/engine/test_scheduler_machine.py"),
-            *("tests/engine/test_fairness.py", "tests/engine/test_batch.py"),
-            *("tests/engine/test_drafts.py", "tests/engine/test_failing_alone.py"),
+            *("radix/test_lease.py", "radix/test_lease_machine.py", "radix/test_arena.py"),
+            *("radix/test_tiers.py", "radix/test_refusals.py", "scheduling", "engine/schedule"),
+            *("policies/test_failing.py", "lab/runs/test_closed_loop.py"),
+            *("engine/plugins/speculation/test_drafts.py", "engine/test_failing_alone.py"),
         ),
     ),
     # A file's last group counts. These tests are enough: a minute instead of ten.
-    "near": Group(
-        ("hybridcache/allocators/pools.py",),
-        ("tests/allocators", "tests/cache/test_arena.py"),
-    ),
+    "near": Group(("hybridcache/allocators/pools.py",), ("allocators", "radix/test_arena.py")),
     "policies": Group(
         ("hybridcache/policies/*", "hybridcache/policies/eviction/*"),
-        ("tests/policies", "tests/cache/test_rules.py", "tests/engine/test_policy_state.py"),
+        (
+            *("policies", "radix/test_rules.py", "radix/test_ghosts_above.py"),
+            *("radix/test_span.py", "engine/test_policy_state.py", "lab/rivals/test_textbook.py"),
+        ),
     ),
     "learned state": Group(
         ("hybridcache/radix/warm_state.py",),
         (
-            *("tests/engine/test_policy_state.py", "tests/policies/test_regret.py"),
-            *("tests/cache/test_lease.py", "tests/cache/test_operations.py"),
+            *("engine/test_policy_state.py", "policies/test_regret.py"),
+            *("radix/test_lease.py", "radix/test_operations.py"),
         ),
     ),
     "adapters": Group(
         ("hybridcache/adapters/*", "hybridcache/adapters/*/*"),
-        (
-            *("tests/routing", "tests/export/test_events.py", "tests/watch"),
-            *("tests/export/test_events_machine.py", "tests/lab/test_fleet.py"),
-        ),
+        ("adapters", "lab/runs/test_fleet.py"),
     ),
-    "SGLang": Group(("hybridcache/sglang/*",), ("tests/export/sglang",)),
+    "SGLang": Group(("hybridcache/sglang/*",), ("sglang",)),
     "geometry": Group(
         ("hybridcache/geometry/*", "hybridcache/geometry/families/*"),
         (
-            *("tests/lab/test_costs.py", "tests/engine/test_checkpoint_dtype.py"),
-            *(f"{NUMERICS}/test_published_configs.py", "tests/cache/test_doctests.py"),
+            *("geometry", "engine/models/test_published_configs.py", "test_doctests.py"),
+            "engine/test_checkpoint_dtype.py",
         ),
         level="all",
     ),
     "GGUF": Group(
         ("hybridcache/geometry/gguf*", "engine/weights/gguf*"),
-        (
-            *(f"{NUMERICS}/test_gguf.py", f"{NUMERICS}/test_gguf_files.py"),
-            f"{NUMERICS}/test_weights.py",
-        ),
+        tuple(f"engine/weights/test_{name}.py" for name in ("gguf", "gguf_files", "weights")),
     ),
     "simulator": Group(
         ("hybridcache/lab/*", "hybridcache/lab/r*/*", "hybridcache/lab/board/*"),
         (
-            *("tests/lab/test_simulate.py", "tests/lab/test_closed_loop.py"),
-            *("tests/lab/test_generators.py", "tests/lab/test_intervals.py"),
-            *("tests/lab/test_optimum.py", "tests/lab/test_costs.py", "tests/lab/test_cli.py"),
-            *("tests/lab/test_board.py", "tests/lab/test_fleet.py"),
+            *("lab/test_cli.py", "lab/board", "lab/runs", "lab/traces/test_generators.py"),
+            *("lab/traces/test_intervals.py", "lab/rivals/test_optimum.py", "geometry"),
         ),
     ),
     "traces": Group(
         ("hybridcache/lab/traces/**/*",),
-        ("tests/lab/test_traces.py", "tests/lab/test_bad_traces.py", "tests/lab/test_texts.py"),
+        ("lab/traces",),
     ),
-    "rebuilt systems": Group(("hybridcache/lab/rivals/*",), ("tests/lab/baselines",)),
+    "rebuilt systems": Group(("hybridcache/lab/rivals/*",), ("lab/rivals",)),
     "answers": Group(
         ("engine/text/answers.py", "engine/text/bounded.py"),
-        (
-            *("tests/engine/answers", "tests/engine/test_outputs.py"),
-            *("tests/engine/test_thoughts.py", CALLS),
-        ),
+        ("engine/text/test_outputs.py", "engine/requests/test_thoughts.py", *CALLS),
     ),
     "chat prompt": Group(
         ("engine/front/chat_prompt.py", "engine/text/sandbox.py", "hybridcache/adapters/client*"),
         (
-            *("tests/engine/test_templates.py", "tests/engine/history/test_labelled.py"),
-            *("tests/engine/server/test_tenants.py", "tests/engine/server/test_dialects.py"),
-            *("tests/engine/server/test_messages.py", "tests/lab/test_texts.py"),
+            *("engine/front/test_templates.py", f"{SERVER}/endpoints/test_labelled.py"),
+            *(f"{SERVER}/test_tenants.py", f"{SERVER}/test_dialects.py"),
+            *(f"{SERVER}/endpoints/test_messages.py", "lab/traces/test_texts.py"),
         ),
     ),
-    "tool calls": Group(("engine/front/server/tool_calls/*",), ("tests/engine/answers", CALLS)),
+    "tool calls": Group(("engine/front/server/tool_calls/*",), CALLS),
     "texts": Group(
         ("engine/text/tokenizer.py", "engine/text/gguf_tokenizer.py", "engine/text/grammar.py"),
         (
-            *("tests/engine/test_tokenizer.py", "tests/engine/test_guided.py"),
-            "tests/engine/answers/test_strict_tools.py",
+            *("engine/text/test_tokenizer.py", "engine/plugins/guided"),
+            f"{SERVER}/tool_calls/test_strict_tools.py",
         ),
     ),
     "weights": Group(
         ("engine/weights/[!g]*",),
         (
-            *("tests/engine/test_head_loading.py", "tests/engine/test_hub.py"),
-            *(f"{NUMERICS}/test_{x}.py" for x in ("weights", "ranks", "fused", "quantized_files")),
-            "tests/engine/store/test_records.py",
+            *("engine/runner/test_head_loading.py", "engine/runner/test_fused.py"),
+            *(f"engine/weights/test_{name}.py" for name in ("hub", "weights", "ranks")),
+            *("engine/weights/forms", "engine/plugins/tiers/test_records.py"),
         ),
     ),
     "weight forms": Group(
         ("engine/weights/forms/*", "engine/weights/scheme.py"),
-        (f"{NUMERICS}/test_quantized_files.py", f"{NUMERICS}/test_convert.py"),
+        ("engine/weights/forms", "engine/front/command/test_convert.py"),
     ),
     "formats of matrices": Group(
         tuple(
             f"kernels/linear/{name}.py"
             for name in ("blocks", "eight_bits", "formats", "grouped", "groups", "int8", "words")
         ),
-        (
-            *("tests/kernels/test_blocks.py", "tests/kernels/test_groups.py"),
-            *("tests/kernels/test_linear.py", f"{NUMERICS}/test_quantized_files.py"),
-        ),
+        ("kernels/linear", "engine/weights/forms"),
     ),
     "runner": Group(
         ("engine/runner/*",),
         (
-            *("tests/engine/test_engine.py", "tests/engine/test_running_states.py"),
-            *("tests/engine/test_head_drafts.py", "tests/engine/test_head_loading.py"),
-            *(f"{NUMERICS}/test_{name}.py" for name in ("memory", "graphs", "verify", "devices")),
+            *("engine/test_engine.py", "engine/plugins/speculation/test_head_drafts.py"),
+            *(
+                f"engine/runner/test_{name}.py"
+                for name in (
+                    "devices",
+                    "graphs",
+                    "head_loading",
+                    "memory",
+                    "running_states",
+                    "verify",
+                )
+            ),
         ),
     ),
     "samplers": Group(
         ("engine/runner/sampler.py", "engine/requests/*"),
         (
-            *("tests/engine/test_sampler.py", "tests/engine/test_token_counts.py"),
-            *("tests/engine/test_outputs.py", "tests/engine/test_drafts.py"),
-            *("tests/engine/test_thoughts.py", "tests/engine/test_batch.py"),
-            "tests/engine/test_scheduler_machine.py",
+            *("engine/runner/test_sampler.py", "engine/requests", "engine/text/test_outputs.py"),
+            *("engine/plugins/speculation/test_drafts.py", "engine/schedule/test_batch.py"),
+            "engine/schedule/test_scheduler_machine.py",
         ),
     ),
     "drafts": Group(
         ("engine/plugins/speculation/*", "engine/schedule/drafting.py"),
-        (
-            *("tests/engine/test_drafters.py", "tests/engine/test_drafts.py"),
-            *("tests/engine/test_continuation.py", "tests/engine/test_head_drafts.py"),
-        ),
+        ("engine/plugins/speculation",),
     ),
-    "stores": Group(
-        ("engine/plugins/tiers/*",),
-        ("tests/engine/store", "tests/engine/test_tier_copies.py", "tests/engine/test_tiers.py"),
-    ),
+    "stores": Group(("engine/plugins/tiers/*",), ("engine/plugins/tiers",)),
     "layers": Group(
         ("engine/layers/*", "engine/models/*"),
-        (f"{NUMERICS}/test_parity.py", "tests/engine/test_head_drafts.py", FUSED),
+        (
+            *("engine/models/test_parity.py", "engine/plugins/speculation/test_head_drafts.py"),
+            # The other tests of this file take minutes at level "all".
+            "engine/runner/test_fused.py::test_rows_quantised_by_norms_and_experts_change_no_bit",
+        ),
         level="all",
     ),
     "engine": Group(
         ("engine/config.py", "engine/core.py", "engine/engine.py", "engine/messages.py"),
         (
-            *("tests/engine/test_engine.py", "tests/engine/test_schedule.py"),
-            *("tests/engine/test_failing_alone.py", "tests/engine/test_loading.py"),
-            *("tests/engine/test_plugins.py", "tests/engine/test_async_engine.py"),
-            *("tests/engine/transfer/test_transfers.py", f"{NUMERICS}/test_memory.py"),
+            *("engine/test_engine.py", "engine/schedule/test_schedule.py"),
+            *("engine/test_failing_alone.py", "engine/test_plugins.py"),
+            *("engine/front/test_async_engine.py", "engine/runner/test_memory.py"),
+            *(f"engine/plugins/disaggregation/test_{name}.py" for name in ("loading", "transfers")),
         ),
     ),
     "server": Group(
@@ -223,11 +210,11 @@ GROUPS = {
             *("engine/front/async_engine.py", "engine/front/cache_watch.py"),
             *("engine/front/server/*", "engine/front/server/endpoints/*"),
         ),
-        ("tests/engine/server", "tests/engine/test_async_engine.py", "tests/watch/test_page.py"),
+        (*(SERVER, "engine/front/test_async_engine.py", "adapters/watch/test_page.py"),),
     ),
 }
 EXCLUDED = (
-    "test_remembered",
+    "test_warm_state",
     "test_every_format_is_a_small_file",
     "test_an_error_in_a_custom_policy_is_one_line",
     "test_a_dropped_lock_warns_and_fails_the_check",
@@ -309,7 +296,7 @@ def prepare(files: Sequence[str], tests: Sequence[str], work: Path) -> bool:
             is_changed = True
     config = CONFIG.format(
         mutated=list(files),
-        tests=list(tests),
+        tests=[f"tests/{one}" for one in tests],
         excluded=" and ".join(f"not {test}" for test in EXCLUDED),
     )
     (work / "pyproject.toml").write_text((ROOT / "pyproject.toml").read_text() + config)

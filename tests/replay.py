@@ -47,8 +47,8 @@ from hybridcache.lab.traces import open_trace
 from hybridcache.lab.traces.sizes import working_set_bytes
 from hybridcache.lab.traces.trace import Trace
 from hybridcache.radix.api import Listener
-from tests.lab import test_closed_loop as virtual
-from tests.lab.test_simulate import SMALL
+from tests.lab.runs import test_closed_loop as virtual
+from tests.lab.runs.test_simulate import SMALL
 from tests.oracle import OracleSampler, engine_with
 from tests.selection import ROOT
 
@@ -256,7 +256,7 @@ def bits(family: str, dtype: str, kernels: str = "") -> Log:
     """Log 64 tokens of a small random model, three of four after hits."""
     from transformers.utils import logging
 
-    from tests.engine.numerics.conftest import save_oracle
+    from tests.engine.small_models import save_oracle
 
     logging.disable_progress_bar()
     with tempfile.TemporaryDirectory() as folder:

@@ -22,7 +22,7 @@ from pathlib import Path
 
 from kernels import library
 from tests.endurance.__main__ import PARTS as ENDURANCE
-from tests.selection import ROOT, TOUCHY
+from tests.selection import NUMERICS, ROOT, TOUCHY
 
 PYTEST = (sys.executable, "-m", "pytest", "--processes", "2")
 EVERYTHING = {"HYBRIDCACHE_TESTS": "all"}
@@ -135,7 +135,6 @@ def touchy_tests() -> list[Path]:
     return found
 
 
-NUMERICS = ("tests/kernels", "tests/engine/numerics")
 COMPILER = re.compile(r"(.*-)?(cc|c\+\+|gcc|g\+\+|clang|clang\+\+)(-[\d.]+)?")
 LIMITS = (
     library.LEVEL_VARIABLE,
@@ -172,8 +171,11 @@ IN_EMULATOR: dict[str, tuple[str, dict[str, str]]] = {
 """pytest's expressions for tests of native kernels, and their level. Each exported function is
 called, but for two that ``tests/engine`` tests. Emulation is 20 times slower."""
 EXACTNESS = [
-    f"tests/engine/numerics/test_{name}.py"
-    for name in ("exactness", "four_bits", "gguf_models", "published_sizes")
+    f"tests/engine/{name}.py"
+    for name in (
+        *("models/test_published_sizes", "runner/test_exactness"),
+        *("weights/test_gguf_models", "weights/forms/test_quantized_files"),
+    )
 ]
 """Tests that hits are exact, in all families and formats, with 1 and 2 threads."""
 BARE = {"HOME": "/proc", "XDG_CACHE_HOME": "/proc/none", "TRITON_HOME": "/proc"}
@@ -207,7 +209,7 @@ def lacks(name: str) -> str | None:
 def run_environments(names: Sequence[str]) -> int:
     """Run the tests of numbers with other instructions, on emulated processors and without a
     compiler, and touchy tests in a bare background shell."""
-    numerics = [*PYTEST, "-p", "no:cacheprovider", *NUMERICS]
+    numerics = [*PYTEST, "-p", "no:cacheprovider", "tests/kernels", *NUMERICS]
     exactness = [*PYTEST, "-p", "no:cacheprovider", *EXACTNESS]
     command = [*PYTEST, "-p", "no:cacheprovider", *touchy_tests()]
     with tempfile.TemporaryDirectory() as folder:
@@ -227,7 +229,7 @@ def run_environments(names: Sequence[str]) -> int:
             parts += [
                 Part(
                     f"{processor}, emulated{kind}",
-                    [EMULATOR, *PYTEST[:3], "-k", tests, NUMERICS[0]],
+                    [EMULATOR, *PYTEST[:3], "-k", tests, "tests/kernels"],
                     limits | level,
                     missing,
                 )

@@ -27,12 +27,19 @@ ROOT = Path(__file__).resolve().parent.parent
 REPRESENTATIVES = ("qwen3_next", "granite_moe_hybrid", "qwen3")
 """Model families of `make test`: Gated DeltaNet with experts, Mamba-2, pure attention."""
 INTERPRETED_TWICE = "fp32-fused"  # The same kernels also run in bfloat16.
-TOGETHER = ("tests/engine/numerics/", "tests/engine/server/")
-"""Folders with expensive session fixtures: at level "quick" one worker runs all of their tests."""
-APART = "tests/kernels/test_aot.py", "tests/engine/numerics/test_published_sizes.py"
+NUMERICS = (
+    *("tests/engine/models/", "tests/engine/runner/"),
+    *("tests/engine/weights/", "tests/engine/weights/forms/"),
+)
+"""Folders with tests of each model family."""
+SERVER = "tests/engine/front/server/", "tests/engine/front/server/endpoints/"
+TOGETHER = {folder: group[0] for group in (NUMERICS, SERVER) for folder in group}
+"""Folders that share expensive session fixtures, and the name of their scope: at level "quick" one
+worker runs all of their tests."""
+APART = "tests/kernels/test_aot.py", "tests/engine/models/test_published_sizes.py"
 """Files with long cases that share nothing: workers take them one by one."""
 LONG = (
-    "tests/experiments/test_second_turn.py",
+    "tests/experiments/benchmarks/test_second_turn.py",
     "tests/kernels/test_scan.py",
     "tests/test_budget.py",
     "tests/test_examples.py",
@@ -65,18 +72,16 @@ def num_examples(full_count: int) -> int:
 
 # --- Families -----------------------------------------------------------------------------------
 
-NUMERICS = "tests/engine/numerics/"
-
 
 @cache
 def family_names() -> frozenset[str]:
     """Return the names of all families. Each has one file."""
-    return frozenset(file.stem for file in (ROOT / NUMERICS / "families").glob("[a-z]*.py"))
+    return frozenset(file.stem for file in (ROOT / "tests/engine/families").glob("[a-z]*.py"))
 
 
 def families(item: pytest.Item) -> list[str]:
     """Return the families in the parameters of a case. Variants count as their family."""
-    if not item.nodeid.startswith(NUMERICS):
+    if not item.nodeid.startswith((*NUMERICS, "tests/engine/front/command/")):
         return []
     values = item.callspec.params.values() if hasattr(item, "callspec") else ()
     names = sorted(family_names(), key=len, reverse=True)
@@ -184,14 +189,14 @@ def draw_fewer(item: pytest.Item) -> None:
 
 def scope_of(nodeid: str) -> str:
     """Return the unit that one worker runs: a file, a case of ``APART``, or at level "quick" a
-    folder with expensive fixtures. At level "all" a folder runs alone, and one worker would leave
-    the others idle."""
+    group of folders with expensive fixtures. At level "all" one worker would run the group alone,
+    and leave the others idle."""
     path = nodeid.partition("::")[0]
     if path in APART:
         return nodeid
     if not is_quick():
         return path
-    return next((folder for folder in TOGETHER if path.startswith(folder)), path)
+    return TOGETHER.get(path.rpartition("/")[0] + "/", path)
 
 
 TOUCHY = re.compile(

@@ -315,6 +315,23 @@ def test_names_that_tests_import_exist() -> None:
                 assert not missing or "__getattr__" in names_of(module), (file, module, missing)
 
 
+WHOLE = {".", "endurance", "faults"}
+"""Folders whose tests are of the whole project, or of the other tests."""
+
+
+def test_tests_lie_in_the_rooms_of_what_they_test() -> None:
+    """``tests/X`` tests ``hybridcache/X``, and others keep the name of their package."""
+    folders = {file.parent.relative_to(ROOT / "tests") for file in files_of("tests")}
+    tested = {one for one in folders if list((ROOT / "tests" / one).glob("test_*.py"))}
+    rooms = {file.parent for file in files_of(*PACKAGES)}
+    wrong = {
+        one.as_posix()
+        for one in tested
+        if not rooms & {ROOT / one, ROOT / "hybridcache" / one} and one.as_posix() not in WHOLE
+    }
+    assert wrong == set() and len(tested) > 25
+
+
 def test_imported_packages_are_declared_dependencies() -> None:
     """Packages that our code imports, at the start or lazily, are dependencies or in an extra. A
     plug-in is installed next to its host, and declares none, so that no host is replaced. Readers

@@ -301,7 +301,7 @@ def test_kernels_for_aarch64_load_and_equal_their_references(tmp_path: Path) -> 
     ours_need = ("msgspec", "sortedcontainers", "tqdm", "hypothesis", "pytest", "pytest-timeout")
     _download(*command, *of_torch, *ours_need, "pytest-xdist")
     python = ["qemu-aarch64", "-L", str(root), str(root / "usr/bin/python3.11")]
-    files = ["tests/kernels/test_conv1d.py", "tests/kernels/test_scan.py"]
+    files = ["tests/kernels/conv1d/test_conv1d.py", "tests/kernels/test_scan.py"]
     tested = ["decode_follows_the_recurrence", "gates_equal_the_formula", "verification_equals"]
     done = subprocess.run(
         [*python, "-c", ON_AARCH64, *files, "-k", " or ".join(tested)],

@@ -1,7 +1,7 @@
 """Refused input: each refusal is one line, names the parameter or its value, and changes nothing.
 
 The parameters are read from the types, so a new parameter is tested without a new case. Bodies of
-HTTP requests have the same test in ``tests/engine/server/test_bad_input.py``.
+HTTP requests have the same test in ``tests/engine/front/server/test_bad_input.py``.
 """
 
 from __future__ import annotations

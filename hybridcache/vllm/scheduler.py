@@ -2,7 +2,7 @@
 
 The scheduler is vLLM's. Its cache manager, block pool and state managers keep their data and get
 derived classes: hits come from the tree (``pool.py``), chunks end at planned positions
-(``places.py``), and victims are the tree's. ``tests/export/vllm/test_seams.py`` lists the
+(``places.py``), and victims are the tree's. ``tests/vllm/test_seams.py`` lists the
 overridden code.
 """
 

@@ -13,10 +13,10 @@ from collections import Counter
 import numpy as np
 from tqdm import tqdm
 
-from tests.cache.test_arena import config_of, serve_twins
-from tests.cache.test_lease_machine import LeaseMachine
-from tests.cache.tiers import TieredMemory
-from tests.cache.twins import Twins
+from tests.radix.test_arena import config_of, serve_twins
+from tests.radix.test_lease_machine import LeaseMachine
+from tests.radix.tiers import TieredMemory
+from tests.radix.twins import Twins
 
 PLACEMENT = "branch,boundary,backoff,end"
 STEPS = 300

@@ -14,10 +14,10 @@ import hypothesis
 from hypothesis.stateful import RuleBasedStateMachine, run_state_machine_as_test
 
 from tests.allocators.test_arena import ArenaMachine
-from tests.cache.test_lease_machine import LeaseMachine
-from tests.cache.test_machine import CacheMachine
-from tests.cache.test_tiers_machine import TieredMachine
-from tests.engine.test_scheduler_machine import SchedulerMachine
+from tests.engine.schedule.test_scheduler_machine import SchedulerMachine
+from tests.radix.test_lease_machine import LeaseMachine
+from tests.radix.test_machine import CacheMachine
+from tests.radix.test_tiers_machine import TieredMachine
 
 MACHINES: tuple[type[RuleBasedStateMachine], ...] = (
     CacheMachine,

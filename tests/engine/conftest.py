@@ -13,7 +13,10 @@ from engine.plugins.guided import guides
 from engine.plugins.tiers.staging import MeasuredExchange
 from engine.runner.sampler import Sampler
 from hybridcache.geometry.units import GIB
+from tests.engine.small_models import checkpoint, drivers, oracles, pytest_generate_tests
 from tests.engine.test_hits_change_nothing import HYBRID, MakeEngine
+
+__all__ = ["checkpoint", "drivers", "oracles", "pytest_generate_tests"]
 
 
 @pytest.fixture(autouse=True)

@@ -15,9 +15,9 @@ from engine.weights.model_config import ModelError
 from experiments import texts
 from experiments.benchmarks.gguf_files import vocabulary, write_gguf
 from experiments.gpu.models import write_checkpoint
-from tests.engine.numerics.conftest import Driver, random_tokens
-from tests.engine.numerics.test_ranks import run_ranks
+from tests.engine.small_models import Driver, random_tokens
 from tests.engine.test_hits_change_nothing import HYBRID
+from tests.engine.weights.test_ranks import run_ranks
 from tests.selection import is_quick
 
 GREEDY = SamplingParams(max_tokens=12, temperature=0, logprobs=3)

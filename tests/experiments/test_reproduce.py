@@ -225,7 +225,7 @@ NO_PART = {
     "results/reproduce.json",
     "results/kernel_code.jsonl",  # kernels/README.md
     *(f"results/gpu_{name}.jsonl" for name in ("big", "http", "kernels", "parity")),  # `make gpu`
-    "figures/page_dark.png",  # `python -m tests.watch.picture`
+    "figures/page_dark.png",  # `python -m tests.adapters.watch.picture`
     "figures/page_light.png",
     *(f"figures/results_{name.replace(' ', '_')}.svg" for name in page.SECTIONS),
 }

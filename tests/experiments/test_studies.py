@@ -42,8 +42,8 @@ from hybridcache.lab.traces.intervals import Interval
 from hybridcache.lab.traces.trace import Trace, TraceRequest
 from hybridcache.policies.placement import Adaptive
 from hybridcache.radix.protocol import Prefill
-from tests.engine.server.conftest import oracle_engine
-from tests.lab.test_bad_traces import GOOD, written
+from tests.engine.front.server.conftest import oracle_engine
+from tests.lab.traces.test_bad_traces import GOOD, written
 from tests.policies.items import FakeItem
 
 

@@ -21,18 +21,19 @@ from hybridcache.policies.registry import EVICTION_NAMES
 from hybridcache.radix.cache import HybridRadixCache
 from hybridcache.radix.lease import Lease
 from hybridcache.radix.tiers import TieredRadixCache
+from tests.adapters.test_events_machine import EventsMachine
 from tests.allocators import test_arena
 from tests.allocators.test_allocators import AllocatorMachine
 from tests.allocators.test_arena import ArenaMachine
-from tests.cache import test_rules, test_tiers
-from tests.cache.test_arena import config_of, serve_twins
-from tests.cache.test_lease_machine import LeaseMachine
-from tests.cache.test_machine import CacheMachine
-from tests.cache.test_tiers_machine import TieredMachine
-from tests.cache.twins import Twins
-from tests.export.test_events_machine import EventsMachine
 from tests.faults.injection import Check, Faults, Patch, assert_detected, machine
-from tests.policies import test_regret, test_textbook
+from tests.lab.rivals import test_textbook
+from tests.policies import test_regret
+from tests.radix import test_rules, test_tiers
+from tests.radix.test_arena import config_of, serve_twins
+from tests.radix.test_lease_machine import LeaseMachine
+from tests.radix.test_machine import CacheMachine
+from tests.radix.test_tiers_machine import TieredMachine
+from tests.radix.twins import Twins
 
 FAULTS = Faults()
 CACHE = machine(CacheMachine, max_examples=400)

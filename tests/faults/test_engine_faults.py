@@ -23,10 +23,11 @@ from engine.schedule.drafting import DraftLength
 from engine.schedule.scheduler import Batch
 from hybridcache.allocators.moves import Move, StepQueue
 from hybridcache.radix.lease import Lease
-from tests.engine import test_drafters, test_engine
-from tests.engine.store.test_records import StoreMachine
-from tests.engine.test_scheduler_machine import SchedulerMachine
-from tests.engine.test_token_counts import TokenCountsMachine
+from tests.engine import test_engine
+from tests.engine.plugins.speculation import test_drafters
+from tests.engine.plugins.tiers.test_records import StoreMachine
+from tests.engine.requests.test_token_counts import TokenCountsMachine
+from tests.engine.schedule.test_scheduler_machine import SchedulerMachine
 from tests.faults.injection import Check, Fault, Faults, Patch, assert_detected, machine
 from tests.oracle import OracleRunner, OracleSampler
 

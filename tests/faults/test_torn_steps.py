@@ -41,8 +41,8 @@ from hybridcache import CacheConfig, Lease, LeaseRequest, build_prefix_cache, pa
 from hybridcache.geometry.sizes import ModelError
 from hybridcache.radix.protocol import PromptBoundaries
 from tests.engine.drafted import ScriptedDrafter
-from tests.engine.test_scheduler_machine import answer, half_right, make_engine, pattern
-from tests.engine.transfer.pair import GREEDY, plain_engine, text
+from tests.engine.plugins.disaggregation.pair import GREEDY, plain_engine, text
+from tests.engine.schedule.test_scheduler_machine import answer, half_right, make_engine, pattern
 from tests.oracle import OracleRunner, OracleSampler, ticking_clock
 
 pytestmark = pytest.mark.usefixtures("ctrl_c")

@@ -28,7 +28,7 @@ from engine.plugins.disaggregation.prefix_load import ReceivedPrefix
 from engine.plugins.disaggregation.wire import Connection, Data, Taken, ToDecode
 from engine.runner.device import HostCopy
 from hybridcache.allocators.moves import Indices
-from tests.engine.test_scheduler_machine import make_engine
+from tests.engine.schedule.test_scheduler_machine import make_engine
 from tests.faults.test_torn_steps import (
     SETTINGS,
     Again,

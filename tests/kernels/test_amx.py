@@ -24,9 +24,9 @@ from kernels.linear.blocks import GGML_TYPES
 from kernels.linear.groups import linear_groups
 from kernels.linear.native import NativeInt8Linear, NativeLinear
 from kernels.moe.native import NativeExperts
+from tests.kernels.attention.test_attention import Cache
 from tests.kernels.compiled import OneMethod, assert_close, kept_folder
-from tests.kernels.test_attention import Cache
-from tests.kernels.test_groups import Decoded, draw_numbers, make, pairs_of_products
+from tests.kernels.linear.test_groups import Decoded, draw_numbers, make, pairs_of_products
 from tests.kernels.test_scan import Scan, Sizes
 
 FLAGS_OF = {level.name: level.flags for level in LEVELS if "avx512_vnni" in level.needs}

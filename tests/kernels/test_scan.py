@@ -1,7 +1,7 @@
 """Recurrences of Gated DeltaNet, Kimi Delta Attention, Mamba-2 and Mamba-1: all backends compared
 with the recurrence in float64 and with each other.
 
-`tests/engine/numerics` compares the references with transformers, inside of whole models.
+`tests/engine/models` compares the references with transformers, inside of whole models.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ from hybridcache.policies.placement import Adaptive, Placement
 from hybridcache.policies.user import factory_of
 from hybridcache.radix.cache import HybridRadixCache
 from hybridcache.radix.protocol import EvictionPolicy, PlacementPolicy, PolicyError
-from tests.cache.serving import hybrid
+from tests.radix.serving import hybrid
 
 EVICTION = ("add", "discard", "touch", "victim", "on_ghost_hit", "on_ghost_hit_above")
 PLACEMENT = ("on_prefill", "on_hit", "on_ghost_hit", "on_saved", "on_dropped", "plan")

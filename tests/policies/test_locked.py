@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from hybridcache.lab.rivals.evictions import ALL_NAMES, make_eviction
-from tests.cache.serving import hybrid, ids, serve
 from tests.policies.items import FakeItem
+from tests.radix.serving import hybrid, ids, serve
 
 LEARNED: dict[str, Callable[[Any], object]] = {
     "lfu": lambda policy: policy.age,

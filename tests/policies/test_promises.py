@@ -15,9 +15,9 @@ from hybridcache import CacheConfig, Lease, LeaseRequest, build_prefix_cache, pa
 from hybridcache.policies.eviction.survival import NUM_BINS, Survival
 from hybridcache.policies.placement import EVIDENCE
 from hybridcache.radix.tree import Promise
-from tests.cache.serving import serve_lease
-from tests.cache.test_machine import at_least
 from tests.policies.items import FakeItem
+from tests.radix.serving import serve_lease
+from tests.radix.test_machine import at_least
 
 NAMESPACES = ("A", "B", "C")
 

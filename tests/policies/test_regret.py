@@ -19,8 +19,8 @@ from hybridcache.policies.registry import parse_placement
 from hybridcache.radix.lease import Lease, LeaseRequest
 from hybridcache.radix.protocol import Placed, PlacementPolicy, Prefill, PromptBoundaries
 from hybridcache.radix.warm_state import pack, unpack, write_memory
-from tests.cache.serving import serve_lease
 from tests.policies.items import FakeItem, offer
+from tests.radix.serving import serve_lease
 from tests.selection import is_quick
 
 KV_BYTES, STATE_BYTES = 24_576, 77_266_944

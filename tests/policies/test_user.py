@@ -22,9 +22,9 @@ from hybridcache.policies.eviction.scored import ScorePolicy
 from hybridcache.policies.registry import EVICTION_NAMES, make_eviction, parse_placement
 from hybridcache.radix.protocol import Item, Placed, PolicyError, Prefill
 from hybridcache.scheduling.request import AdmissionPolicy, ServerLoad, WaitingRequest
-from tests.cache.serving import hybrid, serve, traffic
-from tests.cache.twins import VictimLog
 from tests.oracle import OracleRunner, OracleSampler
+from tests.radix.serving import hybrid, serve, traffic
+from tests.radix.twins import VictimLog
 
 MODULE = """
 import itertools

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from hybridcache.radix.tree import GHOST_NODE_BYTES
-from tests.cache.serving import hybrid, ids, publish
+from tests.radix.serving import hybrid, ids, publish
 
 TAIL = 5_000
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from hybridcache.radix.tree import RadixNode
-from tests.cache.serving import hybrid, ids, publish, serve
+from tests.radix.serving import hybrid, ids, publish, serve
 
 
 def test_text_is_an_indented_outline():

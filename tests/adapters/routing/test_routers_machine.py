@@ -1,0 +1,288 @@
+"""Routers: a state machine with real caches, replicas that join and leave, and late events.
+
+The choices of ``checkpoint`` are compared with a plain version of its rule.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from hybridcache.adapters.events import EventsLost, EventStream
+from hybridcache.adapters.routing.precise import CheckpointSeconds, depth_after
+from hybridcache.adapters.routing.protocol import (
+    Choice,
+    NoReplica,
+    ReplicaSpec,
+    Router,
+    RouteRequest,
+)
+from hybridcache.adapters.routing.registry import ROUTERS, find_router
+from hybridcache.policies.registry import parse_placement
+from hybridcache.radix.lease import Lease, LeaseRequest
+from hybridcache.radix.protocol import PromptBoundaries
+from tests.radix.serving import PerToken, hybrid
+
+GRID, KV_BYTES, STATE_BYTES = 4, 10, 50
+PLACEMENT = "branch,boundary,backoff"
+
+
+def spec(placement=PLACEMENT, **changes):
+    fields = {"times": PerToken(), "grid": GRID, "kv_bytes": KV_BYTES, "state_bytes": STATE_BYTES}
+    fields |= {"capacity_bytes": 96 * KV_BYTES + 8 * STATE_BYTES}
+    return ReplicaSpec(placement=parse_placement(placement), **fields | changes)
+
+
+def asked(name, tokens):
+    return RouteRequest(name, np.array(tokens, np.int32))
+
+
+class Replica:
+    """Cache that publishes its changes as event batches."""
+
+    def __init__(self, placement=PLACEMENT, **sizes):
+        self.cache = hybrid(**{"num_kv_tokens": 96, "num_slots": 8, "grid": GRID} | sizes)
+        self.placement = parse_placement(placement)
+        self.events, self.covered, self.batches, self.num_batches = [], [], [], 0
+        self.cache.subscribe(EventStream(self.events.append))
+
+    def compute(self, request):
+        """Prefill a prompt, end the request and record a batch of events."""
+        tokens = request.tokens
+        lease_request = LeaseRequest(
+            tokens, request.namespace, PromptBoundaries(request.boundaries)
+        )
+        lease = Lease.begin(self.cache, self.placement, lease_request)
+        if lease is not None and lease.extend(len(tokens)):
+            lease.take_checkpoint_slots(lease.cached_len, len(tokens))
+            self.cache.take_step().done()
+            lease.finish(tokens, len(tokens))
+        elif lease is not None:
+            lease.abort()
+        self.covered.append(request.id)
+        self.batches.append((self.num_batches, tuple(self.events), tuple(self.covered)))
+        self.num_batches += 1
+        self.events.clear()
+        self.covered.clear()
+
+
+class RoutersMachine(RuleBasedStateMachine):
+    @initialize(name=st.sampled_from(sorted(ROUTERS)), replicas=st.integers(1, 3))
+    def make(self, name, replicas):
+        self.router = find_router(name)(spec())
+        self.replicas, self.requests, self.prompts, self.now = {}, {}, [()], 0.0
+        self.num_replicas = self.num_requests = 0
+        for _ in range(replicas):
+            self.join()
+
+    @rule()
+    def join(self):
+        self.replicas[self.num_replicas] = Replica()
+        self.router.joined(self.num_replicas, self.now)
+        self.num_replicas += 1
+
+    @precondition(lambda self: self.replicas)
+    @rule(number=st.integers(0, 9))
+    def leave(self, number):
+        replica = sorted(self.replicas)[number % len(self.replicas)]
+        del self.replicas[replica]
+        lost = set(self.router.left(replica, self.now))
+        assert lost == {id_ for id_, (_, at, _) in self.requests.items() if at == replica}
+        self.requests = {id_: it for id_, it in self.requests.items() if it[1] != replica}
+
+    @rule(
+        number=st.integers(0, 99),
+        prefix_len=st.integers(0, 20),
+        new=st.lists(st.integers(0, 2), min_size=1, max_size=9),
+    )
+    def route(self, number, prefix_len, new):
+        tokens = (*self.prompts[number % len(self.prompts)][:prefix_len], *new)
+        self.num_requests += 1
+        request = asked(self.num_requests, tokens)
+        if not self.replicas:
+            with pytest.raises(NoReplica):
+                self.router.route(request, self.now)
+            return
+        expected = plain_choice(self.router, request, self.now)
+        choice = self.router.route(request, self.now)
+        assert choice.replica in self.replicas
+        assert expected is None or choice == expected
+        self.prompts.append(tokens)
+        self.requests[request.id] = request, choice.replica, False
+
+    @precondition(lambda self: self.requests)
+    @rule(number=st.integers(0, 99), is_computed=st.booleans())
+    def advance(self, number, is_computed):
+        """Compute the prompt of a request, or end the request."""
+        id_ = sorted(self.requests)[number % len(self.requests)]
+        request, at, is_prefilled = self.requests[id_]
+        if is_prefilled or not is_computed:
+            self.router.ended(id_, self.now)
+            del self.requests[id_]
+        else:
+            self.replicas[at].compute(request)
+            self.router.prefilled(id_, self.now)
+            self.requests[id_] = request, at, True
+
+    @precondition(lambda self: self.replicas)
+    @rule(number=st.integers(0, 9))
+    def deliver(self, number):
+        """Deliver the oldest batch of a replica."""
+        replica = sorted(self.replicas)[number % len(self.replicas)]
+        if self.replicas[replica].batches:
+            self.router.on_events(replica, *self.replicas[replica].batches.pop(0))
+
+    @rule(seconds=st.floats(0, 3))
+    def wait(self, seconds):
+        self.now += seconds
+
+    @invariant()
+    def counts_agree(self):
+        if hasattr(self, "router"):
+            self.router.check()
+            assert self.router.loads.keys() == self.replicas.keys()
+            running = sum(load.num_running for load in self.router.loads.values())
+            assert running == len(self.requests)
+
+    @invariant()
+    def mirrors_equal_caches_without_pending_batches(self):
+        if not hasattr(self, "router") or not isinstance(self.router, CheckpointSeconds):
+            return
+        for name, replica in self.replicas.items():
+            if not replica.batches:
+                assert self.router.mirrors[name].num_tokens == replica.cache.cached_tokens
+                assert self.router.mirrors[name].num_checkpoints == replica.cache.num_checkpoints
+
+    def teardown(self):
+        """End all requests and deliver all batches; then nothing is in flight."""
+        if not hasattr(self, "router") or not isinstance(self.router, CheckpointSeconds):
+            return
+        for number in tuple(self.requests):
+            self.router.ended(number, self.now)
+        for name, replica in self.replicas.items():
+            for batch in replica.batches:
+                self.router.on_events(name, *batch)
+            assert len(self.router.in_flight[name]) == 0
+
+
+def plain_choice(router, request, now):
+    """Return the choice of a plain version of the rule of ``checkpoint``.
+
+    None for other routers, and if a tie is broken by hashing.
+    """
+    if type(router) is not CheckpointSeconds:
+        return None
+    num_ids, costs = len(request.tokens), {}
+    rates = {replica: writes.rate(now) for replica, writes in router.write_rates.items()}
+    mean = sum(rates.values()) / len(rates)
+    passed = sum(now - writes.since_s for writes in router.write_rates.values())
+    work = sum(writes.work_s for writes in router.write_rates.values())
+    idle = max(1 - work / passed, 0.05) if passed else 1.0
+    for replica, load in router.loads.items():
+        mirror = router.mirrors[replica]
+        found = mirror.match(request.tokens)
+        depth = max(found.cached_len, depth_after(router.in_flight[replica], request))
+        held = sum(node.end - node.start for node in mirror.nodes.values())
+        kv_len = max(depth, found.kv_match_len)
+        wanted = {kv_len // GRID * GRID: "branch"}
+        wanted.setdefault((num_ids - 1) // GRID * GRID, "backoff")
+        saved = [p for p in wanted if p > depth and router.shares.is_saved(wanted[p])]
+        new = (num_ids - kv_len) * KV_BYTES + len(saved) * STATE_BYTES
+        pressure = (rates[replica] / mean) ** 0.5 if mean else 1.0
+        lost = pressure * new * held / router.spec.capacity_bytes
+        costs[replica] = load.wait_s(now) + (num_ids - depth + lost) / 4 / idle, depth
+    least = min(cost for cost, _ in costs.values())
+    cheapest = [replica for replica, (cost, _) in costs.items() if cost <= least + 1e-9]
+    return Choice(cheapest[0], costs[cheapest[0]][1]) if len(cheapest) == 1 else None
+
+
+TestRouters = RoutersMachine.TestCase
+
+
+def fleet(name: str, count: int = 3, **changes: object) -> Router:
+    """Return a router with ``count`` joined replicas."""
+    router = find_router(name)(spec(**changes))
+    for replica in range(count):
+        router.joined(replica, 0.0)
+    return router
+
+
+def test_prompts_with_a_common_prefix_meet_before_any_event() -> None:
+    router = fleet("checkpoint", 8)
+    chosen = set()
+    for number in range(6):
+        request = asked(number, (*range(40), 100 + number))
+        chosen.add(router.route(request, 10.0 * number).replica)
+        router.ended(number, 10.0 * number)
+    assert len(chosen) == 1
+
+
+def test_forecasts_do_not_train_the_placement_policy() -> None:
+    """The copy of each replica's policy learns only from requests that the replica computed."""
+    for placement in ("branch,boundary,backoff", "adaptive"):
+        router = fleet("checkpoint", 4, placement=placement)
+        assert isinstance(router, CheckpointSeconds)
+        found = []
+        for number in range(300):
+            request = asked(number, tuple(range(number * 100, number * 100 + 90)))
+            found.append(router.forecast(request, 0, 0))
+            replica = router.route(request, float(number)).replica
+            assert router.in_flight[replica][number][1] == tuple(sorted(found[-1]))
+            router.prefilled(number, number + 0.2)
+            router.ended(number, number + 0.5)
+        assert found[0] and all(positions == found[0] for positions in found)
+
+
+def test_text_router_applies_the_thresholds_of_sglang() -> None:
+    router = fleet("text", 2)
+    assert router.route(asked(1, tuple(range(10))), 0).replica == 0
+    assert router.route(asked(2, (0, 1, 2, *range(50, 57))), 0) == (1, 0)  # 30 %: not above
+    assert router.route(asked(3, (0, 1, 2, 3, *range(60, 66))), 0) == (0, 4)
+    for number in range(4, 4 + 64):
+        router.route(asked(number, (*range(10), number)), 0)
+    assert router.loads[0].num_running - router.loads[1].num_running == 65
+    assert router.route(asked("last", (*range(10), 5)), 0).replica == 1
+
+
+def test_a_lost_batch_raises_and_batch_0_starts_over() -> None:
+    replica = Replica()
+    for number in range(3):
+        replica.compute(asked(number, (number,) * 9))
+    router = fleet("checkpoint", 1)
+    router.on_events(0, *replica.batches[0])
+    with pytest.raises(EventsLost):
+        router.on_events(0, *replica.batches[2])
+    all_events = []
+    replica.cache.subscribe(EventStream(all_events.append))
+    router.on_events(0, 0, all_events)
+    assert router.mirrors[0].num_tokens == replica.cache.cached_tokens
+    router.check()
+
+
+class NewestReplica(Router):
+    """Router that always chooses the newest replica, and one that is not up if it is alone."""
+
+    def choose(self, request, now):
+        return Choice(max(self.loads) if len(self.loads) > 1 else "away")
+
+
+class NotARouter:
+    choose = NewestReplica.choose
+
+
+def test_a_custom_router_is_found_by_its_path() -> None:
+    here = "tests.adapters.routing.test_routers_machine"
+    assert find_router(NewestReplica) is NewestReplica
+    router = find_router(f"{here}:NewestReplica")(spec())
+    router.joined(-1, 0)
+    with pytest.raises(ValueError, match="must return a Choice of a replica"):
+        router.route(asked(1, (1,)), 0)
+    router.joined(0, 0)
+    router.joined(1, 0)
+    assert router.route(asked(1, (1,)), 0).replica == 1
+    with pytest.raises(ValueError, match=r"router must be one of checkpoint, .* \(got 'best'\)"):
+        find_router("best")
+    with pytest.raises(ValueError, match="Router: give a name, or a class derived from"):
+        find_router(f"{here}:NotARouter")

@@ -1,0 +1,175 @@
+"""The live page and its event stream: snapshots and access."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from engine import Engine
+from engine.front.cache_watch import Watch
+from engine.front.server.settings import ServerConfig
+from engine.requests.request import SamplingParams
+from tests.adapters.watch.follower import follow, truth
+from tests.waiting import wait_until
+
+from .conftest import Live, oracle_engine, serving
+
+PROMPT = "the same beginning for all who ask here, "
+
+
+class Reader:
+    """Reader of /v1/cache/events, in a thread."""
+
+    def __init__(self, live: Live) -> None:
+        self.events: list[tuple[str, Any]] = []
+        self._connection = http.client.HTTPConnection("127.0.0.1", live.port, timeout=120)
+        self._connection.request("GET", "/v1/cache/events")
+        self._lines = self._connection.getresponse()
+        self._thread = threading.Thread(target=self._read, daemon=True)
+        self._thread.start()
+
+    def _read(self) -> None:
+        name = ""
+        with contextlib.suppress(OSError, http.client.HTTPException):
+            for line in self._lines:
+                key, _, value = line.decode().rstrip("\n").partition(": ")
+                if key == "event":
+                    name = value
+                elif key == "data":
+                    self.events.append((name, json.loads(value)))
+
+    def close(self) -> None:
+        if self._connection.sock is not None:
+            with contextlib.suppress(OSError):
+                self._connection.sock.shutdown(socket.SHUT_RDWR)
+
+    def wait(self, condition: Callable[[Reader], bool]) -> None:
+        wait_until(lambda: condition(self))
+
+    @property
+    def records(self) -> list[list[Any]]:
+        """Records since the last whole state, that state included."""
+        start = max((at for at, (name, _) in enumerate(self.events) if name == "whole"), default=0)
+        return [record for _, data in self.events[start:] for record in data["records"]]
+
+    @property
+    def nodes(self) -> dict[int, dict[str, Any]]:
+        nodes: dict[int, dict[str, Any]] = {}
+        follow(nodes, self.records)
+        return nodes
+
+    @property
+    def num_ended(self) -> int:
+        return sum(request["state"] == "length" for request in self.requests.values())
+
+    @property
+    def requests(self) -> dict[str, dict[str, Any]]:
+        return {
+            request["id"]: request
+            for kind, *rest in self.records
+            if kind == "request"
+            for request in rest
+        }
+
+
+@pytest.fixture
+def read() -> Iterator[Callable[..., Reader]]:
+    with contextlib.ExitStack() as stack:
+
+        def start(live: Live) -> Reader:
+            reader = Reader(live)
+            stack.callback(reader.close)
+            return reader
+
+        yield start
+
+
+def ask(live: Live, text: str, **more: Any) -> None:
+    answer = live.post("/v1/completions", {"prompt": text, "max_tokens": 3} | more)
+    assert answer.status_code == 200, answer.text
+
+
+def test_page_is_served_and_loads_no_other_files(live: Live) -> None:
+    answer = live.get("/")
+    assert answer.status_code == 200 and answer.headers["content-type"].startswith("text/html")
+    assert "default-src 'none'" in answer.headers["content-security-policy"]
+    assert live.http.head("/").status_code == 200, "Claude Code sends HEAD before its first request"
+
+
+def test_reader_follows_the_tree_and_the_requests(
+    serve_oracle: Callable[..., Live], read: Callable[..., Reader]
+) -> None:
+    live = serve_oracle(num_kv_tokens=2048)
+    ask(live, PROMPT * 5)
+    reader = read(live)
+    reader.wait(lambda reader: bool(reader.events))
+    assert len(reader.requests) == 1, "requests that ended earlier are shown, too"
+    for number in range(12):
+        ask(live, PROMPT * 5 + f"{number} " * 40, cache_salt="tenant" if number % 3 else None)
+    reader.wait(lambda reader: reader.num_ended == 13)
+    assert reader.nodes == truth(live.engine.cache)
+    for request in reader.requests.values():
+        assert request["cached"] + sum(request["losses"].values()) == request["prompt"]
+        assert (
+            request["state"] == "length"
+            and request["answer"] == 3
+            and request["node"] in reader.nodes
+        )
+    second = read(live)
+    second.wait(lambda second: bool(second.events))
+    assert second.nodes == reader.nodes and second.requests == reader.requests
+
+
+def test_first_event_describes_an_arena_once(make_engine: Callable[..., Engine]) -> None:
+    kinds = [kind for kind, *_ in Watch(make_engine()).whole()["records"]]
+    assert kinds == ["time", "memory", "slabs"]
+
+
+def test_shares_count_ended_requests() -> None:
+    """A running request would make the share of reused tokens too low."""
+    engine = oracle_engine()
+    engine.generate([PROMPT * 5], SamplingParams(max_tokens=2))
+    engine.submit(PROMPT * 9, SamplingParams(max_tokens=9))
+    engine.step()
+    assert engine.requests and engine.report().usage["prompt_tokens"] > len(PROMPT * 9)
+    records: Any = Watch(engine).whole()["records"]
+    [memory] = [shown for kind, shown, *_ in records if kind == "memory"]
+    assert len(PROMPT * 5) <= memory["prompt_tokens"] <= len(PROMPT * 5) + 1
+    assert memory["cached_tokens"] == 0
+    report = engine.report()
+    for name in ("bytes", "kv", "slots"):
+        pool = getattr(report, name)
+        assert memory[name] == [pool.free, pool.cached, pool.held]
+
+
+def test_page_has_the_served_name(read: Callable[..., Reader]) -> None:
+    with serving(oracle_engine(), ServerConfig(served_model_name=("local", "*"))) as live:
+        reader = read(live)
+        reader.wait(lambda reader: bool(reader.events))
+        assert reader.events[0][1]["meta"]["title"] == "local"
+
+
+def test_node_shows_its_text_except_that_of_tenants(
+    serve_oracle: Callable[..., Live], read: Callable[..., Reader]
+) -> None:
+    live = serve_oracle()
+    reader = read(live)
+    ask(live, PROMPT * 3)
+    ask(live, "what a tenant asks, " * 9, cache_salt="secret")
+    reader.wait(lambda reader: reader.num_ended == 2)
+    open_nodes, private_nodes = {}, {}
+    for id_, node in reader.nodes.items():
+        found = live.get(f"/v1/cache/nodes/{id_}").json()
+        (open_nodes if node["namespace"] is None else private_nodes)[id_] = found
+    assert any("same beginning" in found["text"] for found in open_nodes.values())
+    assert private_nodes and all(found["text"] is None for found in private_nodes.values())
+    assert "what a tenant" not in json.dumps([private_nodes, reader.records])
+    assert "secret" not in json.dumps([private_nodes, reader.records])
+    assert live.get("/v1/cache/nodes/99999").status_code == 404

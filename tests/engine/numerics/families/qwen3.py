@@ -1,4 +1,0 @@
-from tests.engine.numerics.families import SMALL
-
-CLASSES = "Qwen3Config", "Qwen3ForCausalLM"
-CONFIG = SMALL | {"attention_bias": True}

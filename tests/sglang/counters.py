@@ -1,0 +1,84 @@
+"""Compare the rebuilt SGLang with the counters of SGLang's own scheduler and tree, per request.
+
+python -m tests.sglang.counters [--requests 100] [--states 24 8]
+
+Needs SGLang (`make sglang`). Its unchanged scheduler serves the requests of generated traces
+in turn, with its own radix cache, over a model that answers as the trace says
+(`tests/sglang/scheduler.py`). The rebuilt cache serves the same requests with the same
+numbers of KV rows and states. ``cached_tokens`` of both are compared. Token ids are taken modulo
+the vocabulary, in both. Writes sglang_counters.jsonl.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import tempfile
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from experiments.sglang import cpu
+from experiments.studies.common import QWEN3_NEXT, keep, plain_table, rounded
+from hybridcache import open_trace
+from hybridcache.lab.rivals.protocol import BaselineConfig, replay
+from hybridcache.lab.rivals.sglang import SglangCache
+
+TRACES = ("chat", "few-shot", "short", "branch", "resend", "agent-tree")
+KV_PER_STATE = 3400
+"""KV rows per state, by SGLang's split of the memory and the sizes of Qwen3-Next."""
+CONTEXT_LEN, VOCAB = 65_536, 1000
+
+
+def compare(num_states: int, num_requests: int) -> list[dict[str, Any]]:
+    """Return the token hit rates of both in percent, and the number of requests with other hits, by
+    trace."""
+    os.environ["SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN"] = "1"
+    cpu.stand_in()
+    from tests.sglang import scheduler as own
+
+    num_rows, records = num_states * KV_PER_STATE, []
+    own._POWERS = np.cumprod(np.full(CONTEXT_LEN, 6364136223846793005, np.uint64)).view(np.int64)
+    config = BaselineConfig(1, QWEN3_NEXT.kv_bytes_per_token, QWEN3_NEXT.state_bytes)
+    with tempfile.TemporaryDirectory() as folder:
+        scheduler = own.new_scheduler(
+            Path(folder), num_rows, num_states, max_requests=1, backend=None,
+            context_len=CONTEXT_LEN, chunked_prefill_size=config.prefill_chunk,
+        )  # fmt: skip
+        for name in TRACES:
+            rebuilt = SglangCache(config, num_kv_tokens=num_rows, num_slots=num_states)
+            hits, prompts = [], 0
+            for number, request in enumerate(open_trace(name).head(num_requests)):
+                prompt, answer = request.tokens % VOCAB, request.output % VOCAB
+                scheduler.tp_worker.answer = answer
+                sent = scheduler.submit(f"{name}{number}", prompt.tolist(), len(answer))
+                while scheduler.step():
+                    pass
+                assert list(sent.output_ids) == answer.tolist()
+                prompts += len(prompt)
+                hits.append((sent.cached_tokens, replay(rebuilt, prompt, answer)))
+            assert scheduler.flush_cache()
+            engine, ours = np.array(hits).T
+            record = {"trace": name, "states": num_states, "kv": num_rows, "requests": len(hits)}
+            rates = {key: 100 * float(of.sum()) / prompts for key, of in
+                     (("sglang", engine), ("rebuilt", ours))}  # fmt: skip
+            records.append(rounded(record | rates | {"other_hits": int((engine != ours).sum())}))
+            print(records[-1], flush=True)
+    return records
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--requests", type=int, default=100, help="of each trace")
+    parser.add_argument("--states", type=int, nargs="+", default=[24, 8], help="sizes to compare")
+    options = parser.parse_args()
+    with get_context("spawn").Pool(1, maxtasksperchild=1) as pool:  # settings are global
+        parts = pool.starmap(compare, [(one, options.requests) for one in options.states], 1)
+    records = [record for part in parts for record in part]
+    keep("sglang_counters", records, {"sglang": cpu.version()}, plain_table)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,114 @@
+"""Run SGLang's scheduler on this cache for many requests, and check rows, states and answers.
+
+python -m tests.sglang.soak [--requests 10000] [--strategy "extra_buffer overlapped"]
+
+Needs SGLang (`make sglang`). Its unchanged scheduler runs on a CPU, over a model that only
+records its inputs (`tests/sglang/scheduler.py`). Conversations continue, fork, repeat and
+are cut off, with and without adapters and salts, in pools so small that KV and states are always
+short. Every 61st decode step retracts requests.
+
+SGLang's own checks of its pools run after every step. All invariants of this cache's tree are
+checked after every eighth step and when idle. Every resumed prefix and state is compared with its
+expected content, which depends on adapter and salt, and every answer with the one without a cache.
+Each of SGLang's strategies for states gets its share of the requests, in a separate process. Writes
+soak_sglang.jsonl.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from experiments.sglang import cpu
+from experiments.studies.common import keep
+
+STRATEGIES = {
+    "no_buffer": 12,
+    "extra_buffer": 24,
+    "extra_buffer_lazy": 24,
+    "extra_buffer overlapped": 24,
+    "extra_buffer_lazy overlapped": 24,
+    "no_buffer tiered": 24,
+    "extra_buffer overlapped tiered": 24,
+    "extra_buffer overlapped drafted": 24,
+    "extra_buffer_lazy overlapped drafted": 24,
+}
+"""State slots per strategy: the maximum of six running requests, or a few more. ``drafted`` is
+multi-token prediction, ``tiered`` keeps evicted prefixes on the host."""
+NUM_KV_TOKENS = 1800
+
+
+def soak(
+    strategy: str, eviction: str, num_requests: int, seed: int, in_turn: bool
+) -> dict[str, object]:
+    """Serve ``num_requests`` in this process. Raises AssertionError with the first fault."""
+    os.environ["SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY"] = "1"
+    os.environ["SGLANG_CHECK_KV_PAGE_INVARIANTS"] = "1"
+    os.environ["SGLANG_TEST_RETRACT"] = str(int(not in_turn))
+    os.environ["SGLANG_TEST_RETRACT_INTERVAL"] = "61"
+    cpu.stand_in()
+    from tests.sglang.random_load import RandomLoad
+    from tests.sglang.scheduler import new_scheduler
+
+    name, *modes = strategy.split()
+    with tempfile.TemporaryDirectory() as folder:
+        scheduler = new_scheduler(
+            Path(folder),
+            20 * NUM_KV_TOKENS if in_turn else NUM_KV_TOKENS,
+            20 * STRATEGIES[strategy] if in_turn else STRATEGIES[strategy],
+            strategy=name,
+            overlap="overlapped" in modes,
+            enable_hierarchical_cache="tiered" in modes,
+            hicache_ratio=4.0,
+            draft_length=2 if "drafted" in modes else 0,
+            radix_eviction_policy=eviction,
+            chunked_prefill_size=256,
+            mamba_track_interval=64,
+        )
+        load = RandomLoad(scheduler, seed)
+        record: dict[str, object] = {"strategy": strategy, "eviction": eviction}
+        if in_turn:
+            hits = load.run_in_turn(num_requests)
+            return record | {"hits": hits, "drafts": scheduler.count_drafts()}
+        served = load.run(num_requests, check_every=8)
+    return record | {"seed": seed} | served._asdict()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--requests", type=int, default=10_000, help="total over all strategies")
+    parser.add_argument(
+        "--strategy", choices=list(STRATEGIES), help="run only this one, in this process"
+    )
+    parser.add_argument("--eviction", default="plain-lru", help="SGLang's --radix-eviction-policy")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument(
+        "--in-turn", action="store_true", help="one request at a time, with ample memory"
+    )
+    parser.add_argument("--no-record", action="store_true", help="write no results")
+    options = parser.parse_args()
+    if options.strategy:
+        given = options.eviction, options.requests, options.seed, options.in_turn
+        records = [soak(options.strategy, *given)]
+    else:
+        records = []
+        for strategy in STRATEGIES:
+            share = str(options.requests // len(STRATEGIES))
+            command = [sys.executable, "-m", "tests.sglang.soak", "--no-record"]
+            command += ["--strategy", strategy, "--requests", share, "--seed", str(options.seed)]
+            command += ["--eviction", options.eviction]
+            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+            records.append(json.loads(done.stdout.splitlines()[-1]))
+    if not options.no_record:
+        keep("soak_sglang", records, {"sglang": cpu.version(), "kv": NUM_KV_TOKENS} | STRATEGIES)
+    for record in records:
+        print(json.dumps(record))
+
+
+if __name__ == "__main__":
+    main()
