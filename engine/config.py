@@ -27,6 +27,8 @@ CPU_BUDGET, DEVICE_BUDGET = 1024, 8192
 """Tokens of a step. A step of a large mixture reads nearly all experts, for 1,024 tokens as for
 8,192. On a fast device, more tokens share that cost. On a CPU, a longer step only delays decoding
 requests."""
+CPU_STEP_S = 1.0
+"""Default of ``step_s`` on a CPU."""
 
 BUILTIN_NAME = "builtin"
 BUILTIN_DIR = Path(__file__).parent / "models" / BUILTIN_NAME
@@ -92,6 +94,7 @@ GIB_SIZE = Limits("a number of GiB above 0, at most 1,048,576", ABOVE_0, 2**20)
 HOST_SIZE = Limits("a number of GiB of 0 or more, at most 1,048,576", 0, 2**20)
 MIB_SIZE = Limits("a number of MiB of 0 or more", 0, 2**30)
 SECONDS = Limits("a number of seconds above 0, at most 1e6", ABOVE_0, 1e6)
+BOUND = Limits("a number of seconds of 0 or more, at most 1e6", 0, 1e6)
 SEED = Limits("an integer from 0 to 2**63 - 1", 0, 2**63 - 1, is_whole=True)
 BUDGET = Limits(f"at least {TILE}, which is one tile of the kernels", TILE, is_whole=True)
 
@@ -212,6 +215,11 @@ class EngineConfig:
     token_budget: Annotated[int | None, BUDGET] = None
     """Tokens computed per step, including decoded ones; at least 64 are for prompts, regardless of
     the number of decoding requests; by default 1024 on a CPU, 8192 elsewhere."""
+    step_s: Annotated[float | None, BOUND] = None
+    """Seconds that a step of a prompt should take, or half of it while others wait; long prompts
+    are computed in smaller parts, with the same bits, so that other requests, /metrics and the page
+    wait less; a part has at least 64 tokens; 0: no limit; by default 1 on a CPU without
+    --token-budget, and no limit elsewhere."""
     admission: str = "sessions"
     """Policy that admits waiting requests: sessions, oldest, cached-first, longest-match, live:N,
     or module:Class; sessions: resident ones first, others as the cache permits; live:N: that many
@@ -267,7 +275,12 @@ class EngineConfig:
     def settled(self, *, on_cpu: bool) -> EngineConfig:
         """Return the settings with defaults for those that depend on the device and the machine."""
         budget = CPU_BUDGET if on_cpu else DEVICE_BUDGET
-        return dataclasses.replace(self, token_budget=self.token_budget or budget)
+        step_s = CPU_STEP_S if on_cpu and self.token_budget is None else 0.0
+        return dataclasses.replace(
+            self,
+            token_budget=self.token_budget or budget,
+            step_s=step_s if self.step_s is None else self.step_s,
+        )
 
     @property
     def model_dir(self) -> Path:

@@ -520,6 +520,7 @@ class EngineCore:
         kv = PoolReport.of(cache.free_tokens, cache.cached_tokens, held_rows)
         slots = PoolReport.of(cache.free_slots, cache.num_checkpoints, held_slots)
         total, is_kept = cache.stats.total, config.prefix_cache != "none"
+        prefilling = [one for one in self._scheduler.running if one.is_prefilling]
         report = CacheReport(
             prefix_cache=cache_kind(config.prefix_cache, memory),
             eviction=config.eviction if is_kept else "none",
@@ -537,6 +538,8 @@ class EngineCore:
             usage=cache.stats.as_dict(),
             admission=str(config.admission),
             queue=self._scheduler.admission_report(),
+            num_prefilled=sum(one.computed_len for one in prefilling),
+            num_to_prefill=sum(one.prefill_len for one in prefilling),
         )
         for plugin in self.plugins.values():
             report = plugin.completed(report)

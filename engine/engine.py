@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Hashable, Mapping
 from contextlib import ExitStack
@@ -214,6 +215,7 @@ def assemble(intake: Intake, runner: ModelRunner, plugins: Mapping[str, Plugin])
         drafting=speculation.drafting(runner, shares=caches) if speculation else None,
         loader=next((one for one in opened if one is not None), None),
         clock=intake.clock,
+        step_s=config.step_s or math.inf,
     )
 
 

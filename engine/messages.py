@@ -46,7 +46,7 @@ class Compile(Question, frozen=True):
 
 
 class Ask(Question, frozen=True):
-    """Call ``Engine.report``, ``cache_view``, ``reset_prefix_cache`` or ``disconnect``."""
+    """Call ``cache_view``, ``reset_prefix_cache`` or ``disconnect``; ``report`` is for replicas."""
 
     topic: Literal["report", "cache_view", "reset_cache", "stop_accepting"]
 
@@ -136,6 +136,12 @@ class Outputs(EngineMessage, frozen=True):
     news: tuple[RequestOutput, ...]
 
 
+class Seen(EngineMessage, frozen=True):
+    """State of an engine after a step: ``Engine.cache_view``. Sent without a question."""
+
+    view: Any
+
+
 class Reply(EngineMessage, frozen=True):
     """Reply to a ``Question``."""
 
@@ -144,7 +150,7 @@ class Reply(EngineMessage, frozen=True):
     error: WireError | None = None
 
 
-FromEngine = EngineFacts | Refused | Outputs | Reply
+FromEngine = EngineFacts | Refused | Outputs | Seen | Reply
 
 
 def plain(value: object) -> memoryview:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
+import math
 import os
 import threading
 import time
@@ -47,6 +48,7 @@ from engine.messages import (
     Outputs,
     Question,
     Reply,
+    Seen,
     ToEngine,
 )
 from engine.requests.request import Intake, Prompt, Request, RequestSpec, SamplingParams
@@ -58,6 +60,11 @@ from hybridcache.radix.tokens import Tokens
 
 Result = TypeVar("Result")
 logger = logging.getLogger(__name__)
+SEEN_EVERY_S, WATCHED_S = 0.1, 600.0
+"""Seconds between two reports that are sent without a question, each of which takes a tenth of a
+millisecond; and seconds after the latest question in which they are sent."""
+FRESH_S = 0.03
+"""Seconds after which the last report is used, because the engine computes a long step."""
 
 
 class EngineHost:
@@ -80,6 +87,8 @@ class EngineHost:
         self._is_open = True
         self._must_stop = False
         self._last_step_failed = False
+        self._seen_s, self._watched_s = -math.inf, -math.inf
+        """Times of the last report that was sent without a question, and of the last question."""
         self.failure: str | None = None
         """Reason of an unexpected end, or None."""
 
@@ -109,6 +118,7 @@ class EngineHost:
                     work = partial(compiling, message.grammar, message.namespace)
                     self._compiler.submit(self._reply, message, work)
             case _:
+                self._watched_s = time.monotonic()
                 self.call_soon(lambda: self._reply(message, lambda: self._answer(message)))
 
     def call_soon(self, command: Callable[[], None]) -> None:
@@ -161,8 +171,6 @@ class EngineHost:
         """Return the value of the reply to ``question``."""
         engine, views = self.engine, self._views
         match question:
-            case Ask("report"):
-                return engine.report()
             case Ask("cache_view"):
                 return engine.cache_view()
             case Ask("reset_cache"):
@@ -193,9 +201,15 @@ class EngineHost:
 
     def run(self) -> None:
         """Step until ``EndEngine``, or until the engine fails. The front end fails the rest."""
+        engine = self.engine
         try:
             while self._run_commands():
                 self._step()
+                now_s = time.monotonic()
+                is_due = now_s > self._seen_s + SEEN_EVERY_S or not engine.has_work()
+                if is_due and now_s < self._watched_s + WATCHED_S:
+                    self._seen_s = now_s
+                    self._attempt(lambda: self._send(Seen(engine.cache_view())))
             self.engine.close()
         except RunnerLost as error:
             self.failure = FAILED
@@ -428,6 +442,9 @@ class AsyncEngine:
         self._replies: dict[int, asyncio.Future[object]] = {}
         self._numbers = itertools.count()
         self._is_open, self._has_ended = True, False
+        self.seen: dict[str, Any] = {}
+        """Latest report; empty until the first one, and after the cache was emptied."""
+        self._seen_s = self._asked_s = -math.inf
         self._loop: asyncio.AbstractEventLoop | None = None
         self.failure: str | None = None
         """Reason of an unexpected end of the engine, or None."""
@@ -489,6 +506,8 @@ class AsyncEngine:
                     reply.set_exception(RequestError.from_wire(error))
                 else:
                     reply.set_result(value)
+            case Seen(view):
+                self.seen, self._seen_s = view, time.monotonic()
             case Outputs(outputs):
                 for output in outputs:
                     stream = self._streams.get(output.request_id)
@@ -508,6 +527,8 @@ class AsyncEngine:
 
     async def ask(self, question: Question) -> Any:
         """Return the value of the reply to ``question``, or raise its RequestError."""
+        if question == Ask("reset_cache"):
+            self.seen = {}
         number = next(self._numbers)
         reply = self._replies[number] = asyncio.get_running_loop().create_future()
         try:
@@ -519,10 +540,22 @@ class AsyncEngine:
             raise
         return await reply
 
+    async def view(self) -> dict[str, Any]:
+        """Return ``Engine.cache_view``, or during a long step that after the last one, with its
+        ``age_s``. The first question in ``WATCHED_S`` waits for the step."""
+        before_s, self._asked_s = self._asked_s, time.monotonic()
+        is_known = self._asked_s < before_s + WATCHED_S and self.channel.num_engines == 1
+        asking = asyncio.ensure_future(self.ask(Ask("cache_view")))
+        await asyncio.wait({asking}, timeout=FRESH_S if is_known and self.seen else None)
+        if asking.done():
+            self.receive(Seen(asking.result()))
+            return self.seen
+        asking.cancel()
+        return self.seen | {"age_s": round(time.monotonic() - self._seen_s, 3)}
+
     async def report(self) -> CacheReport:
-        """See ``Engine.report``."""
-        found = await self.ask(Ask("report"))
-        return found if isinstance(found, CacheReport) else msgspec.convert(found, CacheReport)
+        """See ``Engine.report`` and ``view``."""
+        return msgspec.convert(await self.view(), CacheReport)
 
     async def drain(self) -> None:
         """Accept no more requests, finish those in progress, and end the engine."""

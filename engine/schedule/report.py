@@ -112,6 +112,12 @@ class CacheReport:
     """Tiers outside the device, fastest first."""
     folder: FolderReport | None = None
     """Folder with all cached entries, or None if they are not written."""
+    num_prefilled: int = 0
+    """Computed tokens, cached ones included, of the running prompts that are not complete."""
+    num_to_prefill: int = 0
+    """All tokens of these prompts."""
+    age_s: float = 0.0
+    """Seconds since the step after which the engine reported this; 0 if it was asked."""
 
 
 def cache_kind(prefix_cache: str, memory: MemorySizes) -> str:

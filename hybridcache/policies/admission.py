@@ -142,7 +142,7 @@ FORGETTING = 0.999
 """Weight of a step, relative to the next one, in the average time of one token."""
 
 
-OPEN = "nothing is gained by withholding: oldest first"
+OPEN = "no request is withheld: oldest first"
 CROWDED = "running requests displace text that sessions share"
 ENTERING = "one session enters at a time"
 LOST = "lost text is being repaid"

@@ -7,6 +7,11 @@ computed in the same tiles. The last quarter of the budget is reserved for prefi
 whole; its unused part goes to the others in the same step. A short request is admitted before an
 earlier long one only if a place to run is left for each request that it passes.
 
+Time. With ``step_s``, the budget of a step is the fewest tiles that take so long at the speed of
+the last step, or half as long while a request decodes or several have prompts to compute. The first
+step has one tile. Such a budget is too small for a reserve, so every second step serves prefills of
+at most a quarter of the whole budget first.
+
 Memory. If a request finds no memory, the youngest running request younger than itself is preempted.
 Without a younger one, the request sits the step out. The oldest request can always continue,
 because no request is admitted that would not fit alone. Therefore every request finishes. After a
@@ -23,7 +28,7 @@ from bisect import bisect_left, insort
 from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass
 from itertools import islice
-from math import inf
+from math import ceil, inf
 from operator import attrgetter
 from typing import Generic, TypeVar, cast
 
@@ -57,6 +62,9 @@ TILES = 2
 nearly half as much as a whole tile, so a hundred short chunks would make a step several times
 longer."""
 
+SHARED = 2
+"""Divisor of the time of a step while other requests decode or wait."""
+
 DECODE_PIECE = 32
 """Tokens of KV allocated at once while decoding, so that most steps allocate nothing."""
 
@@ -76,14 +84,16 @@ class PrefillBudget:
     """Tiles that may still be begun, however few tokens they contain."""
     scored: int = MAX_SCORED
     """Positions for which logits may still be computed."""
+    short_len: int = 0
+    """Longest rest of a prefill that may use the reserve in part, and go on in later steps."""
 
     def most(self, rest: int, scores: bool) -> int:
         """Return the number of the ``rest`` remaining tokens that a prefill may compute."""
         if self.tokens <= 0 or self.tiles <= 0:
             return 0
         scored = self.scored if scores else self.tokens
-        if rest <= min(self.num_for_short, self.tokens, scored):
-            return rest
+        if rest <= max(self.short_len, min(self.num_for_short, self.tokens, scored)):
+            return min(rest, self.tokens, scored)
         return min(rest, max(0, self.tokens - self.num_for_short), scored)
 
 
@@ -162,6 +172,7 @@ class StepPlanner(Generic[R]):
         shares: bool = True,
         loader: Loader[R] | None = None,
         clock: Callable[[], float],
+        step_s: float = inf,
     ) -> None:
         """
         Args:
@@ -173,6 +184,7 @@ class StepPlanner(Generic[R]):
                 can pay.
             loader: loads of prefixes for waiting requests, or None.
             clock: function that returns seconds.
+            step_s: seconds that a step with prompts should take; one tile may take longer.
 
         Raises:
             TypeError, ValueError: a number is no integer of 1 or more, or ``max_running`` is more
@@ -187,7 +199,10 @@ class StepPlanner(Generic[R]):
         """Leases and rows of the running requests."""
         self._longest = manager.memory.max_request_len
         self.max_running = max_running
-        self._token_budget = token_budget
+        self._token_budget, self._step_s = token_budget, step_s
+        self._tile_s = inf
+        """Seconds per tile of the last step with prompts."""
+        self._is_turn_of_short = False
         self._shares = shares
         self.loader = loader
         self.clock = clock
@@ -304,6 +319,12 @@ class StepPlanner(Generic[R]):
         is_alone = len(self.running) - num_decodes + len(self.waiting) <= 1
         num_for_short = 0 if is_alone else min(tokens // SHORT_SHARE, tokens - TILE)
         budget = PrefillBudget(tokens, num_for_short, TILES * tokens // TILE)
+        step_s = self._step_s if is_alone and not num_decodes else self._step_s / SHARED
+        if step_s < tokens / TILE * self._tile_s:
+            timed = min(tokens, max(1, ceil(step_s / self._tile_s)) * TILE)
+            self._is_turn_of_short = turn = not self._is_turn_of_short and num_for_short > 0
+            short_len = turn * num_for_short
+            budget = PrefillBudget(timed, turn * timed, TILES * timed // TILE, short_len=short_len)
         ends: dict[R, int] = {}
         for request in tuple(self.running):
             if (lease := request.lease) is None:
@@ -337,6 +358,7 @@ class StepPlanner(Generic[R]):
         """Report the duration of the last step's prefills, which ends now, to the policy."""
         if self._num_prefilling:
             seconds = self._load.now_s - self._step_began_s
+            self._tile_s = seconds / ceil(self._num_prefilling / TILE)
             self.admission.computed(self._num_prefilling, seconds, self._load)
             self._num_prefilling = 0
 
@@ -534,7 +556,7 @@ class StepPlanner(Generic[R]):
             return True
         if rest > budget.tokens and not request.wants_scores:
             rest -= self._match(request).cached_len
-        return budget.most(rest, request.wants_scores) == rest
+        return budget.most(rest, request.wants_scores) >= min(rest, TILE)
 
     def _start(self, request: R, budget: PrefillBudget) -> bool:
         """Move ``request`` from waiting to running. Returns False if there is no memory for its

@@ -34,7 +34,7 @@ def make_engine(
     tokenizer: HFTokenizer | None = None,
     **settings: object,
 ) -> Engine:
-    config = EngineConfig(check=True, **settings)
+    config = EngineConfig(check=True, **{"step_s": 0, **settings})
     runner = OracleRunner(kv_tokens, slots, exact=config.exact)
     parts = {"sampler": OracleSampler(), "tokenizer": tokenizer, "clock": ticking_clock()}
     return Engine(config, runner=runner, **parts)

@@ -101,6 +101,7 @@ def test_hits_equal_cold_runs_bit_for_bit(
     assert len({tuple(output.token_ids) for output in expected}) > 4
     some: list[dict[str, object]] = [
         {"token_budget": 64},
+        {"step_s": 0.003},
         {"max_running": 3, "overlap": "on"},
         {"page_size": 16},
         {"draft": "tree:5", "exact": True, "checkpoints": (f"every:{grid}",)},

@@ -43,7 +43,7 @@ GROUPS = {
     "host_gib disk_gib",
     "clients": "served_model_name admin_key_file salt_by_key cors_origin keep_alive_s drain_s",
     "chats": "default_max_tokens chat_template_kwargs preserve_thinking images",
-    "speed and several engines": "token_budget graphs draft tp replicas ray router role "
+    "speed and several engines": "token_budget step_s graphs draft tp replicas ray router role "
     "transfer_at prefill",
 }
 """Titles of the help -> settings in that group. The others are fields of the Python config alone

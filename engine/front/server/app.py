@@ -202,9 +202,6 @@ def serve(
 
 # --- Application ----------------------------------------------------------------------------------
 
-HEALTH_WAIT_S = 0.2
-"""Maximum time that ``/health`` waits for the engine to finish a step."""
-
 
 def create_app(
     engine: AsyncEngine, config: ServerConfig, access: Access | None = None
@@ -232,7 +229,7 @@ def create_app(
     async def cache(request: Request) -> Response:
         if request.query_params:
             raise APIError(400, "/v1/cache has no parameters; it covers all replicas.")
-        return json_response(await engine.ask(Ask("cache_view")))
+        return json_response(await engine.view())
 
     async def reset(request: Request) -> Response:
         await engine.ask(Ask("reset_cache"))
@@ -284,7 +281,6 @@ def create_app(
 
 def _model_routes(context: ServingContext) -> list[Route]:
     """Return the routes of models, health and metrics."""
-    status: dict[str, str] = {"status": "ok"}
     num_tokens = context.engine.facts.max_model_len
     card = {
         "object": "model",
@@ -310,19 +306,15 @@ def _model_routes(context: ServingContext) -> list[Route]:
         return json_response({"id": name, "display_name": name, **card})
 
     async def health(request: Request) -> Response:
-        """Return ``ok``, or ``degraded`` with the problem of the state directory. During a long
-        step, which delays reports, the status is that of the last probe."""
-        nonlocal status
-        engine = context.engine
+        """Return ``ok``, or ``degraded`` with the problem of the state directory."""
+        engine, status = context.engine, {"status": "ok"}
         if not engine.is_alive:
             raise APIError(503, "The engine has stopped; see the server's log for the reason.")
         if engine.config.state_dir is not None:
-            with suppress(EngineStopped, ValueError, TimeoutError):  # Or no replica is up.
-                async with asyncio.timeout(HEALTH_WAIT_S):
-                    folder = (await engine.report()).folder
-                problem = folder and folder.problem
-                degraded = {"status": "degraded", "state_dir": problem or ""}
-                status = degraded if problem else {"status": "ok"}
+            with suppress(EngineStopped):
+                folder = (await engine.report()).folder
+                if folder is not None and folder.problem:
+                    status = {"status": "degraded", "state_dir": folder.problem}
         return json_response(status | {"exactness": engine.facts.exactness.sentence})
 
     async def metrics(request: Request) -> Response:

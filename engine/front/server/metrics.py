@@ -64,6 +64,8 @@ HISTOGRAMS = {
 """Times of ended requests: help and buckets."""
 LIVE = "Sessions with an open request, or idle for 300 s at most; one that moved, per replica."
 OLDEST = "Age of the oldest waiting request."
+AGE = "Age of the values of this scrape: 0, or the time since a long step began."
+PREFILLING = "Tokens of running prompts that are not complete: those computed, and all."
 EVICTED = "Checkpoints evicted from the cache."
 REBUILDS = "Errors in the middle of a step, after each of which the cache started again, empty."
 REFUSALS = "Failed allocations with nothing left to evict."
@@ -162,6 +164,9 @@ class Metrics(Collector):
         help = "Sessions with a waiting request."
         yield _gauge("waiting_sessions", help, queue.waiting_sessions)
         yield _gauge("oldest_wait_seconds", OLDEST, queue.oldest_wait_s)
+        yield _gauge("report_age_seconds", AGE, report.age_s)
+        parts = {("computed",): report.num_prefilled, ("all",): report.num_to_prefill}
+        yield _gauge("prefilling_tokens", PREFILLING, parts, "part")
         yield _counter("evicted_tokens", "KV rows evicted from the cache.", usage["evicted_tokens"])
         yield _counter("evicted_checkpoints", EVICTED, usage["evicted_slots"])
         yield _counter("allocation_refusals", REFUSALS, usage["refusals"])

@@ -133,15 +133,16 @@ class SentEvents(Response):
         events: AsyncGenerator[bytes, None],
         on_error: Callable[[APIError], bytes] = lambda failure: event(failure.body()),
         keep_alive_s: float | None = None,
+        pause: Callable[[], bytes] = lambda: PAUSE,
     ) -> None:
         """Prepare a response. It starts with the first event, or after ``keep_alive_s`` with a
-        comment. Another one follows each silence of ``QUIET_S``, or ``keep_alive_s``. An earlier
-        error is raised; a later one is written by ``on_error`` as the last event. ``events`` may
-        set headers before the first one."""
+        comment, or the event that ``pause`` makes. Another one follows each silence of ``QUIET_S``,
+        or ``keep_alive_s``. An earlier error is raised; a later one is written by ``on_error`` as
+        the last event. ``events`` may set headers before the first one."""
         super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
         self._events, self._on_error = events, on_error
-        self._keep_alive_s = keep_alive_s
+        self._keep_alive_s, self._pause = keep_alive_s, pause
         self._has_begun = False
         self._sent_s = time.monotonic()
         self._connection: ClientConnection | None = None
@@ -196,7 +197,7 @@ class SentEvents(Response):
                 if time.monotonic() >= self._sent_s + pause_s:
                     self._sent_s = time.monotonic()
                     if self._has_begun or self._keep_alive_s is not None:
-                        await self._send(send, PAUSE)
+                        await self._send(send, self._pause())
         finally:
             coming.cancel()
             with suppress(asyncio.CancelledError, Exception):

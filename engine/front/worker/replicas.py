@@ -160,6 +160,8 @@ class EngineReplica:
             # The last output of the request follows the others.
             self._async.abort(message.request_id, message.reason)
             return None
+        if isinstance(message, Ask) and message.topic in ("report", "cache_view"):
+            return await (self._async.report if message.topic == "report" else self._async.view)()
         reply = await self._async.ask(message)
         self._host.call_soon(self._flush)  # The question may have emptied the cache.
         return reply
@@ -179,6 +181,7 @@ def summed(reports: Sequence[CacheReport], gone: Counter[str]) -> CacheReport:
         total,
         usage=usage,
         queue=replace(total.queue, oldest_wait_s=oldest_wait_s),
+        age_s=max(each.age_s for each in reports),
         token_hit_rate=usage["cached_tokens"] / max(usage["prompt_tokens"], 1),
         request_hit_rate=usage["hits"] / max(usage["requests"], 1),
     )

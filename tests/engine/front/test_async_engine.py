@@ -184,7 +184,7 @@ def test_an_idle_engine_drains() -> None:
         await asyncio.sleep(0.02)
         engine._numbers = (engine.closed(None) or 0 for _ in range(1))  # Ends during the call.
         with pytest.raises(EngineStopped):
-            await engine.ask(Ask("report"))
+            await engine.ask(Ask("cache_view"))
         await engine.drain()
         assert not engine.is_alive
 

@@ -17,9 +17,9 @@ from tests.engine.test_engine import make_engine
 class Load:
     """Engine with requests that arrive at once, and the steps of their first and last tokens."""
 
-    def __init__(self, token_budget: int, max_running: int = 16) -> None:
+    def __init__(self, token_budget: int, max_running: int = 16, step_s: float = 0.0) -> None:
         sizes = {"token_budget": token_budget, "max_running": max_running}
-        self.engine = make_engine(60_000, 64, **sizes)
+        self.engine = make_engine(60_000, 64, **sizes, step_s=step_s)
         config, runner = self.engine.config, self.engine.runner
         self.first: dict[str, int] = {}
         self.outputs: dict[str, RequestOutput] = {}
@@ -57,6 +57,28 @@ class Load:
         for output in self.engine.step():
             self.first.setdefault(output.request_id, self.num_steps)
             self.outputs[output.request_id] = output
+
+
+class TimedLoad(Load):
+    """Load on a device that needs a constant time for a step and for each tile and decode."""
+
+    def __init__(self, step_s: float, constant_s: float, tile_s: float) -> None:
+        super().__init__(token_budget=1024, step_s=step_s)
+        self.now_s, self.durations_s = 0.0, list[float]()
+        self.decode_s = tile_s / 10
+        self.engine._scheduler.clock = lambda: self.now_s
+        forward = self.engine.runner.forward
+
+        def timed(batch, drawn=()):
+            spent = constant_s + sum(
+                self.decode_s if one.is_decode else tile_s * -(-len(one.token_ids) // TILE)
+                for one in batch.segments
+            )
+            self.now_s += spent
+            self.durations_s.append(spent)
+            return forward(batch, drawn)
+
+        self.engine.runner.forward = timed
 
 
 def tokens(count: int, seed: int) -> list[int]:
@@ -116,3 +138,44 @@ def test_steps_are_full_while_requests_wait(sizes: list[int], token_budget: int)
         assert is_full or not left, (load.prefilled, sizes)
         # The last prompt of a step may begin more tiles than are left.
         assert tiles <= TILES * max(token_budget, TILE) // TILE + prefilled // TILE
+
+
+@pytest.mark.parametrize(
+    ("constant_s", "tile_s"),
+    [(0.25, 0.15), (0.02, 0.26), (0.0, 1.4), (0.1, 0.001)],
+    ids=["fixed cost", "530M", "9B", "fast"],
+)
+def test_a_step_takes_about_the_declared_time(constant_s: float, tile_s: float) -> None:
+    """It is the least number of tiles that takes so long, or half as long while others decode."""
+    load = TimedLoad(1.0, constant_s, tile_s)
+    load.add("alone", tokens(5000, 0), max_tokens=1)
+    load.run()
+    assert load.tiles[0] == 1, "the speed is not known yet"
+    whole = [seconds for seconds, tiles in zip(load.durations_s, load.tiles, strict=True) if tiles]
+    assert all(seconds < 1.0 + 2 * tile_s for seconds in whole)
+    assert min(whole[4:-1]) > min(1.0 - tile_s, constant_s + 16 * tile_s - 1e-9)
+    load.add("stream", tokens(5, 1), max_tokens=1000)
+    load.step()
+    load.add("long", tokens(5000, 2), max_tokens=1)
+    before = len(load.durations_s)
+    while "long" not in load.first:
+        load.step()
+    assert all(seconds < 0.5 + 2 * tile_s for seconds in load.durations_s[before + 3 :])
+
+
+@pytest.mark.parametrize("tile_s", [0.26, 1.4])
+def test_steps_bounded_by_time_serve_short_prompts_in_every_second_one(tile_s: float) -> None:
+    load = TimedLoad(1.0, 0.0, tile_s)
+    load.add("long", tokens(6000, 0), max_tokens=1)
+    for _ in range(5):
+        load.step()
+    for i, length in enumerate((88, 200, 5)):
+        load.add(f"short-{i}", tokens(length, i + 1), max_tokens=1)
+    begun = load.num_steps
+    load.add("next", tokens(3000, 9), max_tokens=1)
+    load.run()
+    tiles_of_a_step = 2 if tile_s < 1 else 1
+    assert load.first["short-0"] - begun <= 2 * -(-2 // tiles_of_a_step)
+    assert load.first["short-2"] - begun <= 2 * -(-(2 + 4 + 1) // tiles_of_a_step)
+    assert load.first["long"] < load.first["next"]
+    assert load.first["long"] - begun <= 2 * -(-6000 // (TILE * tiles_of_a_step))

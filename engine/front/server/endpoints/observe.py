@@ -16,6 +16,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from engine.errors import EngineStopped
+from engine.front.async_engine import FRESH_S
 from engine.front.server.bodies import APIError, json_response, run
 from engine.front.server.transport import SentEvents, event
 from engine.front.server.writers import ServingContext
@@ -25,6 +26,8 @@ from hybridcache.adapters.watch.page import POLICY, live_page
 EVERY_S = 0.05
 """Seconds between two requests for changes."""
 MAX_READERS = 32
+BUSY_S = 1.0
+"""Seconds of silence after which a page learns what is computed."""
 BYTES = 40
 """Approximate size of a record as JSON."""
 
@@ -73,20 +76,31 @@ class Page:
         replica = self._replica(request)
         if len(self._views) >= MAX_READERS:
             raise APIError(429, f"{MAX_READERS} pages are connected already: close one.")
-        return SentEvents(self._follow(replica))
+        events = self._follow(replica)
+        return SentEvents(events, lambda error: event(str(error), "ended"), BUSY_S, self._busy)
+
+    def _busy(self) -> bytes:
+        """Return the event with the progress of the prompts that are computed."""
+        seen = self._context.engine.seen
+        shown = {name: seen.get(name, 0) for name in ("num_prefilled", "num_to_prefill")}
+        return event(shown, "busy")
 
     async def _follow(self, replica: int) -> AsyncGenerator[bytes, None]:
         """Yield the complete state, and then every change."""
         ask = self._context.engine.ask
         opening = asyncio.ensure_future(ask(OpenView(replica)))
         try:
+            await asyncio.wait({opening}, timeout=FRESH_S)
+            if not opening.done():
+                yield self._busy()
             try:
                 view = await asyncio.shield(opening)
             except ValueError as error:  # The tree is too large, or the replica is not up.
                 raise APIError(503, str(error)) from error
             self._views.append((replica, view))
             whole = await ask(AskView(view, "whole"))
-            whole["meta"] |= {"title": self._context.model_name}
+            meta = whole["meta"]
+            whole["meta"] = meta | {"model": meta["title"], "title": self._context.model_name}
             yield await self._event(len(whole["records"]), whole, "whole")
             while not self._is_closed:
                 await asyncio.sleep(EVERY_S * len(self._views))

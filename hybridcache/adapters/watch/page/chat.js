@@ -36,15 +36,15 @@ class Chat {
   }
 
   // The model that is served, whose name and examples are shown.
-  serve(model) {
-    if (this.name.textContent === model) return;
-    this.name.textContent = model;
+  serve(name, model) {
+    if (this.name.textContent === name) return;
+    [this.name.textContent, this.isBuiltin] = [name, model === "builtin"];
     if (!this.messages.length) this.log.replaceChildren(...this.start());
   }
 
   // The empty conversation: what to do, and prompts to choose.
   start() {
-    const prompts = (this.name?.textContent === "builtin" ? BUILTIN_EXAMPLES : EXAMPLES).map((text) => element("button.plain", { type: "button", onclick: () => { this.input.value = text; this.send(); } }, text));
+    const prompts = (this.isBuiltin ? BUILTIN_EXAMPLES : EXAMPLES).map((text) => element("button.plain", { type: "button", onclick: () => { this.input.value = text; this.send(); } }, text));
     return [element("p.soft", {}, "Send a message: the page shows how much of it is reused. For example:"), ...prompts];
   }
 
@@ -115,7 +115,7 @@ class Chat {
 
   told(usage, first, all, finish) {
     const cached = usage.prompt_tokens_details?.cached_tokens ?? 0;
-    const rate = usage.completion_tokens > 1 ? `${((usage.completion_tokens - 1) / ((all - first) / 1000)).toFixed(0)} tok/s` : null;
+    const rate = all - first >= 1000 * MIN_RATED_S ? `${((usage.completion_tokens - 1) / ((all - first) / 1000)).toFixed(0)} tok/s` : null;
     return element("small", {}, [`${whole.format(cached)} of ${whole.format(usage.prompt_tokens)} reused`, `TTFT ${seconds(first / 1000)}`, rate, finish === "length" ? "cut at the limit of tokens" : null].filter(Boolean).join(" · "));
   }
 }

@@ -2,13 +2,14 @@
 const MAX_LANES = 80;
 const MAX_BARS = 40;
 const MIN_BAR = 10;
+const MIN_RATED_S = 0.25; // In less time, the gap between two reads decides.
 
 class Lanes {
   constructor(view) {
     this.view = view;
     this.rows = new Map();
     this.list = element("ul.lanes");
-    this.empty = element("p.empty", {}, "No request yet.");
+    this.empty = element("p.empty");
     this.more = element("span.soft");
     this.title = element("h2", {}, "Conversations");
     this.filter = element("input.filter", { type: "search", placeholder: "filter by number, tenant or id", "aria-label": "Show only conversations whose number, tenant or request contains this", oninput: () => this.update() });
@@ -34,7 +35,7 @@ class Lanes {
     const room = Math.max(120, (this.list.clientWidth || 600) - (innerWidth <= 560 ? 26 : innerWidth <= 1020 ? 344 : 350));
     const scale = Math.min(room / longest, 0.5);
     this.empty.hidden = talks.length > 0;
-    this.empty.textContent = model.talks.size ? "No conversation matches." : "No request yet.";
+    this.empty.textContent = model.talks.size ? "No conversation matches." : model.meta.title ? "No request yet." : "";
     this.list.hidden = talks.length === 0;
     this.more.textContent = talks.length > MAX_LANES ? `the latest ${MAX_LANES} of ${whole.format(talks.length)}` : talks.length ? whole.format(talks.length) : "";
     const rows = new Map();
@@ -133,5 +134,5 @@ function matches(talk, wanted) {
 // Tokens a second after the first; null where there were not two.
 function speed(one) {
   const spent = one.finished_s !== null && one.first_token_s !== null ? one.finished_s - one.first_token_s : 0;
-  return one.answer > 1 && spent > 0 ? (one.answer - 1) / spent : null;
+  return one.answer > 1 && spent >= MIN_RATED_S ? (one.answer - 1) / spent : null;
 }

@@ -1,6 +1,6 @@
 // The server's side: changes as they come, reconnecting for as long as the page is open.
 const RETRY_S = [0.3, 1, 2, 4, 8];
-const SILENT_MS = 25000;
+const SILENT_MS = 25000; // The server says something every second.
 
 // {event, id, data} of a stream of server-sent events.
 async function* serverEvents(body) {
@@ -38,8 +38,12 @@ class Live {
     main.className = "live";
     main.append(this.view.element, element("div.aside", {}, this.view.details.element, this.chat.element));
     this.view.tree.note.hidden = false;
-    this.view.tree.note.replaceChildren(element("strong", {}, "Loading the cache …"));
+    this.load();
     this.follow();
+  }
+
+  load() {
+    this.view.tree.note.replaceChildren(element("strong", {}, "Loading the cache …"));
   }
 
   async ask(path, options = {}) {
@@ -60,6 +64,7 @@ class Live {
       let timer = null;
       const listen = () => { clearTimeout(timer); timer = setTimeout(() => stop.abort(), SILENT_MS); };
       let reason = "The connection broke off";
+      if (!this.view.model.meta.title) this.load();
       try {
         listen();
         const response = await this.ask(`/v1/cache/events${location.search}`, { signal: stop.signal });
@@ -67,7 +72,8 @@ class Live {
         for await (const one of serverEvents(response.body)) {
           listen();
           if (one.event === "ended") { reason = JSON.parse(one.data); break; }
-          if (one.event !== "alive") this.take(one);
+          if (one.event === "busy") this.busy(JSON.parse(one.data));
+          else if (one.event !== "alive") this.take(one);
         }
       } catch (error) {
         const isRefused = error.status === 401 || error.status === 403;
@@ -94,14 +100,22 @@ class Live {
       document.getElementById("title").textContent = [message.meta.version, message.meta.title].filter(Boolean).join(" · ");
       this.choose(message.meta);
       document.title = `${message.meta.title} · hybridcache`;
-      this.chat.serve(message.meta.title);
+      this.chat.serve(message.meta.title, message.meta.model);
       this.view.show(model);
     } else {
       for (const record of message.records) this.view.model.apply(record);
       this.later();
     }
-    this.say("live", "live");
+    const going = this.view.model.running().filter((one) => one.state === "prefill");
+    const sum = (name) => going.reduce((total, one) => total + one[name], 0);
+    this.busy({ num_prefilled: sum("computed"), num_to_prefill: sum("prompt") });
     this.main.classList.remove("stale");
+  }
+
+  // The server answers, and its engine may be in a long step.
+  busy({ num_prefilled: done, num_to_prefill: all }) {
+    const text = all ? `computing a prompt, ${Math.floor((100 * done) / all)} %` : "live";
+    this.say(this.view.model.meta.title ? "live" : "loading", this.view.model.meta.title || all ? text : "waiting for the engine's step");
   }
 
   // At most one update a frame, however many changes come.
@@ -121,6 +135,7 @@ class Live {
     reason = reason.replace(/\.$/, "");
     const wait = RETRY_S[Math.min(this.tries, RETRY_S.length - 1)];
     this.tries += 1;
+    if (this.tries === 1 && (await fetch("/health").catch(() => null))?.ok) { this.say("loading", "connecting again"); return; }
     this.main.classList.add("stale");
     this.say("broken", `${reason}; trying again${wait >= 2 ? ` in ${wait} s` : ""}`);
     if (!this.view.tree.items.length) this.view.tree.note.replaceChildren(element("strong", {}, "No connection"), element("span", {}, `${reason}. The page goes on as soon as the server answers.`));
@@ -132,7 +147,8 @@ class Live {
     const input = element("input", { type: "password", "aria-label": "Key", placeholder: "key", autocomplete: "off" });
     this.view.tree.note.replaceChildren(element("strong", {}, "Locked"), element("span", {}, "Enter the key above to see the cache."));
     const said = "The cache is shown to operators only. Enter a key of --admin-key-file (or of --api-key-file if there is no other). It is kept until this tab is closed.";
-    const wrong = sessionStorage.getItem("key") ? [element("p.alarm", { role: "alert" }, "The server did not accept this key.")] : [];
+    const refused = error.status === 403 ? error.message : "The server did not accept this key.";
+    const wrong = sessionStorage.getItem("key") ? [element("p.alarm", { role: "alert" }, refused)] : [];
     const form = element("form.key.card", { title: error.message }, element("p", {}, said), input, element("button.main", {}, "Open"), ...wrong);
     this.view.element.prepend(form);
     input.focus();

@@ -306,7 +306,7 @@ def test_client_can_end_its_session(
     assert f"engine_live_sessions {num_live}.0" in metrics
     assert "engine_waiting_sessions 0.0" in metrics
     assert 'engine_admission{figure="debt_s"} -5.0' in metrics
-    assert 'policy="sessions",reason="nothing is gained by withholding: oldest first"' in metrics
+    assert 'policy="sessions",reason="no request is withheld: oldest first"' in metrics
 
 
 @pytest.mark.parametrize("path", bodies(""))

@@ -29,6 +29,8 @@ class Reader:
 
     def __init__(self, live: Live) -> None:
         self.events: list[tuple[str, Any]] = []
+        self.num_busy = 0
+        """Number of events about a step that is computed."""
         self._connection = http.client.HTTPConnection("127.0.0.1", live.port, timeout=120)
         self._connection.request("GET", "/v1/cache/events")
         self._lines = self._connection.getresponse()
@@ -42,6 +44,8 @@ class Reader:
                 key, _, value = line.decode().rstrip("\n").partition(": ")
                 if key == "event":
                     name = value
+                elif key == "data" and name == "busy":
+                    self.num_busy += 1
                 elif key == "data":
                     self.events.append((name, json.loads(value)))
 
@@ -125,6 +129,51 @@ def test_reader_follows_the_tree_and_the_requests(
     second = read(live)
     second.wait(lambda second: bool(second.events))
     assert second.nodes == reader.nodes and second.requests == reader.requests
+
+
+def test_monitors_and_pages_do_not_wait_for_a_step(
+    serve_oracle: Callable[..., Live], read: Callable[..., Reader]
+) -> None:
+    """They have the report after the last step, and its age."""
+    live = serve_oracle()
+    ask(live, PROMPT)
+    goes_on, is_held, forward = threading.Event(), threading.Event(), live.engine.runner.forward
+
+    def held(*arguments: Any) -> Any:
+        is_held.set()
+        assert goes_on.wait(60)
+        return forward(*arguments)
+
+    def age_s() -> float:
+        lines = live.get("/metrics").text.splitlines()
+        return float(next(one for one in lines if one.startswith("engine_report_age_s")).split()[1])
+
+    assert age_s() == live.report()["age_s"] == 0
+    live.engine.runner.forward = held
+    asking = threading.Thread(target=ask, args=(live, PROMPT * 20))
+    asking.start()
+    assert is_held.wait(60)
+    first, second = age_s(), age_s()
+    assert 0 < first < second < live.report()["age_s"]
+    assert live.report()["usage"]["requests"] == 1
+    assert live.get("/health").json()["status"] == "ok"
+    reader = read(live)
+    reader.wait(lambda reader: reader.num_busy > 1)
+    assert not reader.events
+    goes_on.set()
+    reader.wait(lambda reader: bool(reader.events))
+    asking.join()
+    assert age_s() == 0 and live.report()["usage"]["requests"] == 2
+
+
+def test_a_report_has_the_progress_of_prompts() -> None:
+    engine = oracle_engine(token_budget=64)
+    engine.submit(list(range(200)), SamplingParams(max_tokens=1))
+    shares = []
+    while engine.has_work():
+        engine.step()
+        shares.append((engine.report().num_prefilled, engine.report().num_to_prefill))
+    assert shares == [(64, 200), (128, 200), (192, 200), (0, 0)]
 
 
 def test_first_event_describes_an_arena_once(make_engine: Callable[..., Engine]) -> None:
