@@ -61,6 +61,16 @@ def test_halving_old_counts_leaves_the_earnings_per_checkpoint(earnings: str) ->
     assert account.placed == (MEMORY + 1) / 2
 
 
+def test_every_count_of_an_account_is_halved() -> None:
+    account = _Account(8.0, 20, 0.0)
+    before = {"placed": 16.0, "earned": 96.0, "used": 32.0, "uses": 4.0}
+    for name, count in before.items():
+        setattr(account, name, count)
+    kept = {name: value for name, value in vars(account).items() if name not in before}
+    account._fade()
+    assert vars(account) == kept | {name: count / 2 for name, count in before.items()}
+
+
 @pytest.mark.parametrize(
     ("rejoins", "boundary_hit", "missed", "is_saved"),
     [(12, 6400, 40, True), (12, 6400, 60, False), (12, 0, 60, True), (6, 6400, 100, True),

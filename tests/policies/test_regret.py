@@ -13,7 +13,7 @@ from hybridcache.lab.runs.simulate import simulate
 from hybridcache.lab.traces import open_trace
 from hybridcache.lab.traces.generators import chat
 from hybridcache.lab.traces.trace import Trace, TraceRequest
-from hybridcache.policies.eviction.survival import PACE, Survival
+from hybridcache.policies.eviction.survival import _ROW_BITS, PACE, Survival
 from hybridcache.policies.placement import Adaptive, _Account
 from hybridcache.policies.registry import parse_placement
 from hybridcache.radix.lease import Lease, LeaseRequest
@@ -67,6 +67,36 @@ def test_all_ghosts_on_the_path_count_as_used_except_superseded_ones() -> None:
     assert uses == [1, 0, 1]
     policy.on_ghost_hit_above(FakeItem("from a file"))
     assert not survival._open, "stages remain open after their use"
+
+
+def test_a_ghost_hit_ends_the_stage_one_request_after_the_latest_use_of_another() -> None:
+    """A request reports its ghost before its use, except of the checkpoint that it resumes from."""
+    ages = []
+    for is_resumed in (False, True):
+        policy, gone = Survival(), FakeItem("gone")
+        resumed = FakeItem("resumed")
+        policy.add(gone)
+        policy.add(resumed)
+        policy.discard(gone, evicted=True)
+        resumed.last_used, resumed.uses = 5, 1
+        policy.touch(resumed)
+        if not is_resumed:
+            policy.add(FakeItem("saved", last_used=5))  # of that request: the hit is of a later one
+        policy.hazards._ended.clear()
+        policy.on_ghost_hit(gone)
+        (ended,) = policy.hazards._ended
+        ages.append(ended >> _ROW_BITS)
+    assert ages == [6, 5]
+
+
+def test_the_predecessor_of_an_evicted_tip_takes_its_class_and_its_time_of_use() -> None:
+    policy = Survival()
+    before = FakeItem("before", label="decode", superseded=True, last_used=3)
+    tip = FakeItem("tip", label="decode", position=128, last_used=9, above=before)
+    policy.add(before)
+    policy.add(tip)
+    policy.discard(tip, evicted=True)
+    assert (before.memo.demand, before.memo.active) == (tip.memo.row, 9)
 
 
 @pytest.mark.parametrize(

@@ -189,6 +189,22 @@ def test_a_preempted_state_is_that_of_an_answer_only_behind_the_prompt(
     assert resumed is not None and (resumed.position, resumed.label) == (128, label)
 
 
+def test_a_request_that_computed_nothing_gives_no_checkpoint() -> None:
+    """Its state is a copy of a cached one, which the placement would see dropped."""
+    dropped: list[Placed] = []
+
+    class Recorder(End):
+        def on_dropped(self, placed: Placed) -> None:
+            dropped.append(placed)
+
+    cache, prompt = make_cache(), tokens(200)
+    serve_lease(cache, parse_placement("backoff"), LeaseRequest(prompt))
+    lease = Lease.begin(cache, parse_placement(Recorder), LeaseRequest(prompt))
+    assert lease is not None and lease.cached_len == 192
+    lease.preempt(prompt, 192)
+    assert dropped == [] and cache.num_checkpoints == 1
+
+
 # --- Misuse --------------------------------------------------------------------------------------
 
 
@@ -213,6 +229,7 @@ def test_an_ended_lease_refuses_every_call(how: str) -> None:
             getattr(lease, call)(*arguments)
     lease.abort()
     assert (lease.state_slot, lease.held_tokens, len(lease.kv_indices)) == (None, 0, 0)
+    assert lease.extended_len == lease.published_len == 0
     assert repr(lease) == "Lease(ended)"
     assert (cache.render(), cache.free_tokens, cache.free_slots) == after
     check(cache)

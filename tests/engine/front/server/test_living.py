@@ -13,10 +13,11 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -280,6 +281,31 @@ def test_silent_streams_send_headers_and_comments(
     assert ("x-cache-hit-tokens" in answer.headers) == (keep_alive_s is None)
     assert any(part.startswith(("data:", "event:")) for part in events)
     assert "event: error" not in text
+
+
+def test_no_comment_is_written_into_a_stream_whose_events_follow_each_other(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Events are written directly, at more than half of the longest silence. The clock is still
+    while they are awaited."""
+    clock, sent = SimpleNamespace(now=0.0), list[bytes]()
+    monkeypatch.setattr(transport, "time", SimpleNamespace(monotonic=lambda: clock.now))
+    connection = SimpleNamespace(transport=SimpleNamespace(write=sent.append))
+
+    async def events() -> AsyncGenerator[bytes]:
+        for _ in range(4):
+            clock.now += 0.006
+            answer.write(b"direct")
+            await asyncio.sleep(0.02)  # The response looks for a silence.
+        yield b"last"
+
+    async def send(message: Any) -> None:
+        sent.append(message.get("body", b""))
+
+    answer = transport.SentEvents(events(), keep_alive_s=0.01)
+    scope = {"type": "http", "state": {"connection": connection}}
+    asyncio.run(answer(scope, asyncio.Event().wait, send))
+    assert [piece for piece in sent if piece] == [*[b"6\r\ndirect\r\n"] * 4, b"last"]
 
 
 ENDED = {"metadata": {"session_end": "true"}}
