@@ -25,6 +25,7 @@ from vllm.v1.request import Request, RequestStatus
 from hybridcache import open_trace
 from hybridcache.vllm import Settings, check, places, plug_in, scheduler
 from hybridcache.vllm.check import Contents, Options, StubEngine, run
+from hybridcache.vllm.places import Places
 from hybridcache.vllm.pool import ids_of
 from hybridcache.vllm.scheduler import HybridManager
 from tests.selection import ROOT
@@ -184,6 +185,50 @@ def test_a_model_without_states_is_served_by_vllm_as_it_is():
     reports = [run(chats(6, 3), Options(gib, name, **model)) for name in ("hybridcache", "vllm")]
     assert reports[0] == reports[1] and reports[0].hit_tokens > 0
     assert type(StubEngine(Options(0.01, **model)).scheduler) is AsyncScheduler
+
+
+def test_a_plan_counts_a_use_of_lost_checkpoints_only_while_the_policy_decides(monkeypatch):
+    """The request is counted by the cache when it is admitted."""
+    plain, seen = Places.plan, []
+
+    def plan(self: Places, request: Request, track: Any, found: Any, num_pending: int) -> None:
+        lost = [*self.tree.cache.evicted(found)]
+        before = [one.earlier_uses for one in lost]
+        policy, inside = self.policy.plan, []
+
+        def told(prefill: Any) -> Any:
+            inside.extend(one.earlier_uses for one in prefill.evicted)
+            return policy(prefill)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(self.policy, "plan", told)
+            plain(self, request, track, found, num_pending)
+        assert [one.earlier_uses for one in lost] == before
+        assert {*inside} <= {one + 1 for one in before}
+        seen.extend(inside)
+
+    monkeypatch.setattr(Places, "plan", plan)
+    serve(chats(8, 4), 40)
+    assert seen
+
+
+def test_with_drafts_no_token_of_a_step_in_flight_is_published_at_the_end(monkeypatch):
+    plain, seen = HybridManager._end, []
+
+    def end(self: HybridManager, request: Request, track: Any) -> None:
+        published, publish = [], self._publish
+        known = request.num_computed_tokens - request.num_in_flight_tokens
+        seen.append(request.num_in_flight_tokens)
+        with monkeypatch.context() as patch:
+            patch.setattr(
+                self, "_publish", lambda *args: (published.append(args[2]), publish(*args))[1]
+            )
+            plain(self, request, track)
+        assert published == [min(known, request.num_tokens - 1, published[0])]
+
+    monkeypatch.setattr(HybridManager, "_end", end)
+    report = serve(chats(8, 4), 40, drafts=2, overlap=True, chaos=0.3, seed=3)
+    assert report.num_wrong == 0 and any(seen)
 
 
 # --- One engine ---------------------------------------------------------------------------------
