@@ -441,6 +441,7 @@ class StepPlanner(Generic[R]):
         )
 
     def _has_left(self, request: R) -> None:
+        self._withholds_all = False
         self._load.now_s = self.clock()
         if not self.has_work():
             self._account()

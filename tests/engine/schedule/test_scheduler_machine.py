@@ -309,7 +309,8 @@ class SchedulerMachine(RuleBasedStateMachine):
                 self.step_once()
         except KeyboardInterrupt:
             self.engine.check()
-        runner.interrupt_at = None
+        finally:  # After a failure, the end of the example would be interrupted, and with it pytest.
+            runner.interrupt_at = None
 
     @precondition(lambda self: self.expected)
     @rule(which=st.integers(0, 1000))
@@ -425,3 +426,23 @@ TestTightMachine.settings = settings(
     stateful_step_count=settings.default.stateful_step_count // 2,
 )
 """Many short runs, because the fault to find is a coincidence of one arrival."""
+
+
+@pytest.mark.parametrize(("slots", "last"), [(2, "salt"), (4, None)])
+def test_nothing_is_withheld_once_the_last_running_request_has_left(
+    slots: int, last: str | None
+) -> None:
+    """With overlap, the policy decides before it is known that the last one ends."""
+    machine = TightMachine()
+    settings = {"prefix_cache": "hybrid", "checkpoints": PLACEMENTS[0], "exact": False}
+    settings |= {"page_size": 1, "slab_rows": None, "host_rows": None, "owns_states": False}
+    machine.start(
+        kv_tokens=192, slots=slots, max_running=2, token_budget=128, drafts=True, **settings
+    )
+    usual = {"shared": 1, "short": 1, "margin": 1, "steps": 0, "remaining": 1}
+    usual |= {"namespace": None, "when_idle": False}
+    late = {"shared": 55, "when_idle": True, "namespace": last}
+    changes = [*[{}] * 3, {"margin": 6, "shared": 3}, {"namespace": "salt"}, {}, late]
+    for change in changes + ([] if last else [{}, {}, {"when_idle": True}]):
+        machine.arrive(**usual | change)
+    machine.teardown()
