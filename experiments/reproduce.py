@@ -245,8 +245,9 @@ def changed_outputs(part: Rebuilt) -> list[str]:
 
 
 def compare(parts: Sequence[Rebuilt], folder: Path) -> int:
-    """Run ``parts`` in ``folder`` and print the differences to the results. Returns 1 if a part
-    failed or differs."""
+    """Run ``parts`` in ``folder`` and print the cells that agree with the results and those that
+    differ. Returns 1 if a part failed, or differs in a cell of both; 0 if cells of data that are
+    absent are missing."""
     different = 0
     for part in parts:
         if part.missing:
@@ -255,36 +256,63 @@ def compare(parts: Sequence[Rebuilt], folder: Path) -> int:
         for name in part.outputs:
             (folder / name).unlink(missing_ok=True)  # Of an earlier comparison.
         code = part.run(HYBRIDCACHE_RESULTS=str(folder.resolve()))
-        lines = differences(part, folder) if not code else [f"exit code {code}"]
-        print(f"{part.name}: {'equal results' if not lines else ''}")
-        print("\n".join(f"  {line}" for line in lines))
-        different += bool(lines)
+        lines, agrees = differences(part, folder)
+        if code:
+            lines, agrees = [f"exit code {code}"], False
+        print("\n  ".join([f"{part.name}: {'equal results' if agrees else 'different'}", *lines]))
+        different += not agrees
     return 1 if different else 0
 
 
-def differences(part: Rebuilt, folder: Path, most: int = 20) -> list[str]:
-    """Return a line per figure that differs between the results and those in ``folder``, the
-    largest relative difference first."""
+Cells = dict[tuple[str, ...], dict[str, Any]]
+
+
+def cells_of(records: Sequence[dict[str, Any]], known: Cells | None = None) -> Cells:
+    """Return records by their first fields, as few as differ in all of them, or as in ``known``."""
+    longest = max(map(len, records), default=0)
+    lengths = [len(next(iter(known)))] if known else range(1, longest + 1)
+    for length in lengths:
+        cells = {tuple(f"{k} {v}" for k, v in [*one.items()][:length]): one for one in records}
+        if len(cells) == len(records):
+            break
+    return cells if records else {}
+
+
+def differences(part: Rebuilt, folder: Path, most: int = 20) -> tuple[list[str], bool]:
+    """Return a line on the cells that agree and per figure that differs between the results and
+    those in ``folder``, the largest relative difference first; and whether all of both agree."""
     lines: list[str] = []
     found: list[tuple[float, str]] = []
+    is_whole = True
     for name in part.outputs:
         if not name.endswith(".jsonl"):
             continue
         paths = output_path(name), folder / name
         if absent := [str(path) for path in paths if not path.exists()]:
-            lines.append(f"{name}: {' and '.join(absent)} not found")
-            continue
+            return [f"{name}: {' and '.join(absent)} not found"], False
         ours, theirs = (provenance.read_json_lines(path)[1] for path in paths)
-        if len(ours) != len(theirs):
-            lines.append(f"{name}: {len(ours)} records, now {len(theirs)}")
-        for number, (old, new) in enumerate(zip(ours, theirs, strict=False), 1):
-            for field in dict.fromkeys((*old, *new)):
-                pair = old.get(field), new.get(field)
-                line = f"{name}, record {number}, {field}: {pair[0]}, now {pair[1]}"
+        before = cells_of(ours)
+        after = cells_of(theirs, before)
+        both = [key for key in before if key in after]
+        agree = sum(before[key] == after[key] for key in both)
+        lines.append(f"{name}: {agree} of {len(both)} common cells agree")
+        if missing := len(before) - len(both):
+            lines[-1] += (
+                f"; {missing} were not run: {', '.join(part.absent_data) or 'not known why'}"
+            )
+            is_whole &= bool(part.absent_data)
+        if new := len(after) - len(both):
+            lines[-1] += f"; {new} are new"
+            is_whole = False
+        for key in both:
+            old, now = before[key], after[key]
+            for field in dict.fromkeys((*old, *now)):
+                pair = old.get(field), now.get(field)
+                line = f"{name}, {', '.join(key)}, {field}: {pair[0]}, now {pair[1]}"
                 found += [(distance(*pair), line)] * (pair[0] != pair[1])
     found.sort(key=lambda one: -one[0])
     more = [f"and {len(found) - most} more that differ less"] if len(found) > most else []
-    return [*lines, *(line for _, line in found[:most]), *more]
+    return [*lines, *(line for _, line in found[:most]), *more], is_whole and not found
 
 
 def distance(old: Any, new: Any) -> float:

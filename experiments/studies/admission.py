@@ -5,9 +5,8 @@
 Above some rate the hit rate collapses. The study compares that rate between policies on five agent
 and four chat workloads at five rates each, with the default pair of policies.
 
-Three workloads replay sessions of published traces. Their files are looked up in ``data/`` and
-``../shared/data/``, and a missing one is skipped. Seeds, rates and memory are declared in
-``splits.toml``.
+Three workloads replay sessions of published traces. Their files are looked up in ``data/``, and a
+missing one is skipped. Seeds, rates and memory are declared in ``splits.toml``.
 """
 
 from __future__ import annotations

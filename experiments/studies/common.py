@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -102,8 +103,10 @@ class Workload:
         return not self.is_file or published(self.spec) is not None
 
 
-DATA = (ROOT / "data", ROOT.parent / "shared" / "data", ROOT.parent / "shared" / "traces")
-"""Folders that are searched for published traces, before those that the package ships."""
+MORE_DATA = "HYBRIDCACHE_DATA"
+DATA = (ROOT / "data", *map(Path, filter(None, os.environ.get(MORE_DATA, "").split(os.pathsep))))
+"""Folders that are searched for published traces, before those that the package ships: ``data`` of
+the checkout, and those that the environment variable ``HYBRIDCACHE_DATA`` names."""
 
 
 def published(spec: str) -> str | None:

@@ -270,7 +270,8 @@ def test_finished_part_says_so_and_can_be_compared(
     (folder / "results").mkdir(parents=True)
     results.write_text('{"provenance": {}}\n{"trace": "chat", "gib": 5}\n')
     assert reproduce.compare([part], folder) == 1
-    assert f"{OUTPUT}, record 1, gib: 5, now 6" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"{OUTPUT}, trace chat, gib: 5, now 6" in said and "0 of 1 common cells agree" in said
     assert '"gib": 5' in results.read_text()
     results.write_text((folder / OUTPUT).read_text())
     assert reproduce.compare([part], folder) == 0
@@ -289,14 +290,42 @@ def test_largest_differences_come_first(tree: Tree, tmp_path: Path) -> None:
         (folder / "results", (101, 6, 5), [[0.5, 0.5], [0.5, 0.25], [0.5]]),
     ):
         place.mkdir(parents=True, exist_ok=True)
-        records = [{"gib": gib, "rates": rate} for gib, rate in zip(gibs, rates, strict=True)]
+        records = [
+            {"trace": "chat", "seed": seed, "gib": gib, "rates": rate}
+            for seed, (gib, rate) in enumerate(zip(gibs, rates, strict=True))
+        ]
         provenance.write_json_lines(place / "bench_simulate_default.jsonl", records)
-    lines = reproduce.differences(part, folder, most=2)
+    lines, agrees = reproduce.differences(part, folder, most=2)
+    assert not agrees
     assert lines == [
-        f"{OUTPUT}, record 3, rates: [0.5, 0.5], now [0.5]",
-        f"{OUTPUT}, record 2, rates: [0.5, 0.5], now [0.5, 0.25]",
+        f"{OUTPUT}: 0 of 3 common cells agree",
+        f"{OUTPUT}, trace chat, seed 2, rates: [0.5, 0.5], now [0.5]",
+        f"{OUTPUT}, trace chat, seed 1, rates: [0.5, 0.5], now [0.5, 0.25]",
         "and 1 more that differ less",
     ]
+
+
+@pytest.mark.parametrize(
+    ("kept", "data", "agrees", "said"),
+    [
+        ([0, 1, 2], (), True, "3 of 3 common cells agree"),
+        ([0, 2], ("x/absent.jsonl",), True, "2 of 2 common cells agree; 1 were not run: x/absent"),
+        ([0, 2], (), False, "2 of 2 common cells agree; 1 were not run: not known why"),
+        ([0, 1, 2, 3], (), False, "3 of 3 common cells agree; 1 are new"),
+        ([2, 0, 1], (), True, "3 of 3 common cells agree"),
+    ],
+)
+def test_cells_are_paired_by_their_settings(
+    tree: Tree, tmp_path: Path, kept: list[int], data: tuple[str, ...], agrees: bool, said: str
+) -> None:
+    part, folder = replace(tree.part(), data=data), tmp_path / "out"
+    cells = [{"trace": "chat", "seed": seed, "rate": seed / 7} for seed in range(4)]
+    for place, numbers in ((tree.results, range(3)), (folder / "results", kept)):
+        place.mkdir(parents=True, exist_ok=True)
+        records = [cells[number] for number in numbers]
+        provenance.write_json_lines(place / "bench_simulate_default.jsonl", records)
+    lines, found = reproduce.differences(part, folder)
+    assert found == agrees and len(lines) == 1 and said in lines[0]
 
 
 def test_each_module_can_be_imported() -> None:
