@@ -92,6 +92,8 @@ LIGHT_AND_DARK = {
 """Colour on a light page -> colour on a dark page: ground, text, notes, grid, and five series."""
 GROUND, TEXT, NOTE, GRID, *SERIES = LIGHT_AND_DARK
 MARKS = "osD^v"
+DASHES = ("-", (0, (5, 1.6)), (0, (1.2, 1.2)), (0, (6, 1.5, 1.2, 1.5)), "-")
+"""Looks of series, which so also differ in grey."""
 Point = tuple[float, float, float, float]
 """x, y, and the limits of y."""
 NAME_CHARS = 28
@@ -256,7 +258,8 @@ def panel_lines(
             width = 1.2 + 1.2 * (len(lines) - 1 - place) / max(1, len(lines) - 1)
             axis.plot(
                 x, y, color=SERIES[place], linewidth=width, label=series[place],
-                marker=MARKS[place] * (len(x) <= 8), markersize=2 * width,
+                marker=MARKS[place], markevery=-(-len(x) // 8), markersize=2 * width,
+                linestyle=DASHES[place],
             )  # fmt: skip
         axis.set_xscale("log", base=2)
         if len(x) <= 8:
