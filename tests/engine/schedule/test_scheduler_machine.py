@@ -309,7 +309,7 @@ class SchedulerMachine(RuleBasedStateMachine):
                 self.step_once()
         except KeyboardInterrupt:
             self.engine.check()
-        finally:  # After a failure, the end of the example would be interrupted, and with it pytest.
+        finally:  # Else a failure interrupts the end of the example, and with it pytest.
             runner.interrupt_at = None
 
     @precondition(lambda self: self.expected)
