@@ -104,7 +104,7 @@ class Recorder(Listener):
 
 # --- Decisions of the simulator -------------------------------------------------------------------
 
-SAMPLES = ROOT / "tests" / "lab" / "samples"
+SAMPLES = ROOT / "tests" / "lab" / "traces" / "samples"
 TRACES = {
     "chat?head=50": 0.25,
     "few-shot?head=40": 0.25,

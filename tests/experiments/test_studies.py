@@ -272,6 +272,13 @@ def test_yardsticks_are_in_tables_and_figures_of_policies(
     assert len(figure.axes[0].lines) == 5 and "upper bound" in sections.svg(figure)
 
 
+def test_lines_of_published_figures_differ_in_grey_also_with_many_points() -> None:
+    points = [(float(x), x / 20, x / 20, x / 20) for x in range(1, 16)]
+    figure = sections.panel_lines({"chat": [points] * 4}, "abcd", ("x", "y"))
+    looks = {(str(line.get_linestyle()), line.get_marker()) for line in figure.axes[0].lines}
+    assert len(looks) == 4 and all(line.get_markevery() for line in figure.axes[0].lines)
+
+
 def test_tables_of_policies_have_a_column_for_each_reference() -> None:
     studies = admission, closed_loop, overload
     tables = compare.conditions_table, default.losses_table, tiers.over_seeds
