@@ -38,10 +38,14 @@ LEVELS_FOLDER = SOURCES / "levels"
 DIGEST_FILE = "sources.sha256"
 """File of that folder with the digest of the sources. Levels of other sources are not loaded."""
 COMMON_HEADER = "native.h"
+FLAGS_VARIABLE = "HYBRIDCACHE_CXXFLAGS"
+"""Name of the environment variable with more flags for the compiler. The tests set it, so that
+they and the servers that they start share one library, which has methods for tests too."""
 FLAGS = (
     *("-std=c++17", "-O3", "-fopenmp", "-fPIC"),
     # No contraction: an expression gives equal bits wherever it is inlined or vectorised.
     *("-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden"),
+    *os.environ.get(FLAGS_VARIABLE, "").split(),
 )
 THIS_PROCESSOR = ("-march=native",)
 LEVEL_VARIABLE = "HYBRIDCACHE_CPU_LEVEL"

@@ -23,7 +23,6 @@ import pytest
 from hypothesis import HealthCheck, Phase, register_random, settings
 
 from hybridcache import CacheConfig
-from kernels import library
 from tests import selection
 
 pytest_plugins = ["tests.forked"]
@@ -39,8 +38,8 @@ elif not any(os.path.exists(path) for path in ("/dev/nvidiactl", "/dev/kfd")):
 # Read once, when torch is first imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-# Methods for tests only. It would be too late where a library is loaded already.
-library.FLAGS = (*library.FLAGS, "-DPLAIN_TILES")
+# Methods for tests only, read at the import of `kernels.library`, also by servers that tests start.
+os.environ["HYBRIDCACHE_CXXFLAGS"] = "-DPLAIN_TILES"
 
 # All HTTP clients share one context: each would take 25 ms to read the root certificates.
 ssl.create_default_context = functools.cache(ssl.create_default_context)

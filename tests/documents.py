@@ -69,6 +69,12 @@ def blocks(page: Path) -> Iterator[Block]:
         yield Block(line, found["language"], text, found["note"] or "")
 
 
+def make_targets() -> set[str]:
+    """Return the targets of the Makefile and of those that it includes."""
+    files = (ROOT / folder / "Makefile" for folder in ("", "tests", "experiments"))
+    return {name for file in files for name in re.findall(r"^([a-z-]+):", file.read_text(), re.M)}
+
+
 def needs_server(page: Path) -> bool:
     """Return whether a block of ``page`` sends a request to a server."""
     return any(
@@ -170,9 +176,8 @@ def _check_commands(text: str, where: str, server: str | None = None) -> None:
         elif words[0] == "pip":
             _check_install(words, where)
         elif words[0] == "make":
-            targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
-            missing = {word for word in words[1:] if "=" not in word} - set(targets)
-            assert not missing, f"{where}: the Makefile has no target {missing}"
+            missing = {word for word in words[1:] if "=" not in word} - make_targets()
+            assert not missing, f"{where}: no Makefile has the target {missing}"
         elif words[0] == "pytest":
             assert all((ROOT / word).exists() for word in words[1:] if "/" in word), where
         elif words[0] == "python":

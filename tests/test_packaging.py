@@ -19,6 +19,7 @@ from experiments import audit, wheels
 from hybridcache.command.extras import CACHE_DISTRIBUTION, ENGINE_DISTRIBUTION, extras_of
 from kernels import library
 from kernels.library import LEVELS, Level, compile_levels, instructions
+from tests.documents import make_targets
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("hybridcache", "engine", "kernels")
@@ -373,7 +374,7 @@ def test_audit_fails_for_a_known_vulnerability_and_says_if_nothing_was_audited()
 
 def test_workflows_and_images_refer_to_existing_targets_and_files() -> None:
     yaml = pytest.importorskip("yaml")
-    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M))
+    targets = make_targets()
     paths = sorted((ROOT / ".github/workflows").glob("*.yml"))
     jobs = {
         name: job
@@ -383,8 +384,8 @@ def test_workflows_and_images_refer_to_existing_targets_and_files() -> None:
     assert {"lint", "test", "docs", "wheels"} <= set(jobs)
     commands = [step["run"] for job in jobs.values() for step in job["steps"] if "run" in step]
     for command in commands:
-        for name in re.findall(r"\bmake ([a-z-]+)", command):
-            assert name in targets, command
+        for names in re.findall(r"(?:\bmake|\.ci/run)((?: [a-z-]+)+)", command):
+            assert set(names.split()) - {"fuzz"} <= targets, command
     listed = "Programming Language :: Python :: 3."
     versions = [one.rpartition(" ")[2] for one in PROJECT["classifiers"] if one.startswith(listed)]
     assert jobs["test"]["strategy"]["matrix"]["python"] == versions
