@@ -51,14 +51,13 @@ from hybridcache.sglang.translation import (
     RequestStates,
     RowView,
     SlotView,
+    TokenWords,
     boundaries_of,
     branch_position,
-    eviction_name,
+    chosen_eviction,
     namespace_of,
-    prompt_of,
     read_every,
     to_host,
-    tokens_of,
     why_not,
 )
 
@@ -120,7 +119,8 @@ class HybridRadixBackend(base.BasePrefixCache):
             debug=False,  # SGLang allocates rows itself.
         )
         self._make = partial(build_on, config, self._rows, slots)
-        self._events = EventRecorder(params)
+        self._words = TokenWords()
+        self._events = EventRecorder(params, self._words)
         self.kv_events = self._events.recorder
         self._meter: LossMeter | None = None
         if params.enable_metrics:
@@ -165,7 +165,7 @@ class HybridRadixBackend(base.BasePrefixCache):
         """Match ``params.key``. O(n). A request counts as a use at its first ``checkpoint``, a
         match without one immediately."""
         key, req = params.key, params.req
-        prompt = prompt_of(key)
+        prompt = self._words.prompt_of(key)
         found = self._cache.match(prompt, namespace_of(key.extra_key, key.cache_salt))
         branch = None
         if self._states is not None:
@@ -228,7 +228,9 @@ class HybridRadixBackend(base.BasePrefixCache):
 
     def touch_prefix(self, key: RadixKey) -> None:
         """Refresh the resume point of a waiting request. O(n)."""
-        found = self._cache.match(prompt_of(key), namespace_of(key.extra_key, key.cache_salt))
+        found = self._cache.match(
+            self._words.prompt_of(key), namespace_of(key.extra_key, key.cache_salt)
+        )
         self._cache.refresh(found.node)
 
     @rank_consensus(same_params=["req.rid", "up_to"])
@@ -237,7 +239,7 @@ class HybridRadixBackend(base.BasePrefixCache):
         chunk and when it has finished. O(up_to)."""
         self._count(req)
         finished = req.finished()
-        tokens = tokens_of(req.full_untruncated_fill_ids, up_to)
+        tokens = self._words.of(req.full_untruncated_fill_ids, up_to)
         states = self._states
         if states is None:
             self._publish(req, tokens, None)
@@ -308,7 +310,7 @@ class HybridRadixBackend(base.BasePrefixCache):
         scheduler does not call it.
         """
         key, owned = params.key, params.prev_prefix_len
-        tokens = tokens_of(key.token_ids, len(key))
+        tokens = self._words.of(key.token_ids, len(key))
         end = len(tokens) - len(tokens) % self.page_size
         state = params.mamba_value if end else None
         rows = to_host(params.value[:end])
@@ -456,7 +458,8 @@ class EventRecorder(Listener):
     """Listener that feeds SGLang's recorder, which identifies a page by the hash of its path and
     stores it at nodes: here, at a ``Shadow`` of each. SGLang has no events for checkpoints."""
 
-    def __init__(self, params: CacheInitParams) -> None:
+    def __init__(self, params: CacheInitParams, words: TokenWords) -> None:
+        self._words = words
         self.recorder = KVCacheEventRecorder(
             enabled=params.enable_kv_cache_events,
             page_size=params.page_size,
@@ -476,7 +479,9 @@ class EventRecorder(Listener):
         assert node.parent is not None
         above = node.parent.kv
         parent = self._root if above is None else self._shadows[above.serial]
-        shadow = Shadow(parent, _key(node.tokens, node.namespace))
+        extra_key, cache_salt = node.namespace or (None, None)
+        ids = self._words.ids_of(node.tokens)
+        shadow = Shadow(parent, RadixKey(ids, extra_key, cache_salt=cache_salt))
         self._shadows[node.serial] = shadow
         self.recorder.record_store(shadow)
 
@@ -492,13 +497,6 @@ class EventRecorder(Listener):
 
     def kv_removed(self, node: RadixNode) -> None:
         self.recorder.record_remove(self._shadows.pop(node.serial))
-
-
-def _key(tokens: Tokens, namespace: Any) -> RadixKey:
-    extra_key, cache_salt = (None, None) if namespace is None else namespace
-    ids = array("q")
-    ids.frombytes(tokens.astype(np.int64).tobytes())
-    return RadixKey(ids, extra_key, cache_salt=cache_salt)
 
 
 # --- Construction ---------------------------------------------------------------------------------
@@ -528,7 +526,7 @@ def build_backend(ctx: TreeCacheBuildContext) -> base.BasePrefixCache:
     refusal = why_not(ctx, memory, get_disagg(), get_parallel(), get_spec())
     if refusal is not None:
         raise ValueError(refusal)
-    eviction = eviction_name(ctx.params.eviction_policy)
+    eviction = chosen_eviction(ctx, memory)
     logger.info("hybridcache: eviction policy %s", eviction)
     host = None
     if ctx.enable_hierarchical_cache:

@@ -32,19 +32,32 @@ if TYPE_CHECKING:
 # --- Settings -----------------------------------------------------------------------------------
 
 PLAIN_LRU = "plain-lru"
-"""Least recently used, under a name that differs from SGLang's default."""
+"""Least recently used, under a name that is never SGLang's default."""
 ADDED_EVICTION = ("survival", PLAIN_LRU)
 """Values added to ``--radix-eviction-policy``."""
 
 
-def eviction_name(asked: str) -> str:
-    """Translate a value of ``--radix-eviction-policy`` into this project's policy name. ``lru`` is
-    SGLang's default, and means this project's.
+def eviction_name(asked: str, is_explicit: bool | None = None) -> str:
+    """Translate a value of ``--radix-eviction-policy`` into this project's policy name.
+
+    ``is_explicit`` is False if nobody set it: SGLang's default is ``lru``, and for some models
+    ``priority``. None if SGLang does not record that (0.5.22): then ``lru`` is its default.
 
     >>> [eviction_name(asked) for asked in ("lru", "plain-lru", "gdsf")]
     ['survival', 'lru', 'gdsf']
+    >>> eviction_name("lru", is_explicit=True), eviction_name("priority", is_explicit=False)
+    ('lru', 'survival')
     """
-    return {"lru": DEFAULT_EVICTION, PLAIN_LRU: "lru"}.get(asked, asked)
+    defaults = {None: ("lru",), False: ("lru", "priority"), True: ()}[is_explicit]
+    if asked in defaults:
+        return DEFAULT_EVICTION
+    return "lru" if asked == PLAIN_LRU else asked
+
+
+def chosen_eviction(ctx: TreeCacheBuildContext, memory: Any) -> str:
+    """Return the policy name of SGLang's settings."""
+    is_explicit = getattr(memory, "_radix_eviction_policy_explicitly_set", None)
+    return eviction_name(ctx.params.eviction_policy, is_explicit)
 
 
 def why_not(
@@ -55,7 +68,7 @@ def why_not(
     params = ctx.params
     has_windows = ctx.is_hybrid_swa or params.sliding_window_size is not None
     tiered, is_drafted = ctx.enable_hierarchical_cache, spec.speculative_algorithm is not None
-    unknown = eviction_name(params.eviction_policy) not in EVICTION_NAMES
+    is_known = chosen_eviction(ctx, memory) in EVICTION_NAMES
     refused = {
         "models with sliding windows": has_windows,
         "--hicache-storage-backend": tiered and memory.hicache_storage_backend is not None,
@@ -69,7 +82,7 @@ def why_not(
         "decode context parallelism": parallel.dcp_enabled,
         "--speculative-algorithm EAGLE on attention-only models": params.is_eagle
         and not ctx.is_hybrid_ssm,
-        f"eviction policy {params.eviction_policy} (known: survival, plain-lru)": unknown,
+        f"eviction policy {params.eviction_policy} (known: survival, lru)": not is_known,
     }
     for what, is_set in refused.items():
         if is_set:
@@ -90,22 +103,65 @@ def namespace_of(extra_key: str | None, cache_salt: str | None) -> Hashable:
     return None if extra_key is None and cache_salt is None else (extra_key, cache_salt)
 
 
-def tokens_of(ids: array[int], num_tokens: int) -> Tokens:
-    """Return the first ``num_tokens`` of ``ids`` (int64) as int32[n], up to the first id that does
-    not fit. O(n)."""
-    wide = np.frombuffer(ids, np.int64)[:num_tokens]
-    if len(wide) and wide.max() > MAX_TOKEN:
-        wide = wide[: int((wide > MAX_TOKEN).argmax())]
-    return wide.astype(np.int32)
+class TokenWords:
+    """Tokens of SGLang's keys, int64, as the tree's, int32.
 
+    SGLang replaces the placeholders of an image by ids above ``MAX_TOKEN`` that are made of the
+    image's hash. Each of them gets a negative number of its own here, so that different images
+    never share a prefix. A number is never reused.
 
-def prompt_of(key: RadixKey) -> Tokens:
-    """Return the prompt of ``key``: its reusable tokens and the token after them. O(n)."""
-    num_tokens = len(key)
-    tokens = tokens_of(key.token_ids, num_tokens + 1)
-    if len(tokens) > num_tokens:
-        return tokens
-    return np.append(tokens, np.int32(NO_TOKEN))
+    >>> words = TokenWords()
+    >>> words.of(array("q", [7, 2**61, 2**61, 2**60]), 4).tolist()
+    [7, -3, -3, -2]
+    """
+
+    def __init__(self, limit: int = 1 << 16) -> None:
+        """Remember the ``limit`` most recent ids: SGLang makes four of each image. An id that
+        returns later gets another number, so that its cached prefixes are not found."""
+        self._limit = limit
+        self._words: dict[int, int] = {}
+        """Numbers by id, the least recently used first."""
+        self._ids: dict[int, int] = {}
+        self._next = NO_TOKEN - 1
+
+    def of(self, ids: array[int], num_tokens: int) -> Tokens:
+        """Return the first ``num_tokens`` of ``ids`` (int64) as int32[n]. O(n), and O(n log n) with
+        images."""
+        wide = np.frombuffer(ids, np.int64)[:num_tokens]
+        narrow = wide.astype(np.int32)
+        if len(wide) and wide.max() > MAX_TOKEN:
+            places = np.flatnonzero(wide > MAX_TOKEN)
+            distinct, numbers = np.unique(wide[places], return_inverse=True)
+            words = [self._word(one) for one in distinct.tolist()]
+            narrow[places] = np.array(words, np.int32)[numbers]
+        return narrow
+
+    def _word(self, token: int) -> int:
+        word = self._words.pop(token, self._next)
+        self._words[token] = word
+        if word == self._next:
+            self._next -= 1
+            self._ids[word] = token
+            if len(self._words) > self._limit:
+                del self._ids[self._words.pop(next(iter(self._words)))]
+        return word
+
+    def prompt_of(self, key: RadixKey) -> Tokens:
+        """Return the prompt of ``key``: its reusable tokens and the token after them. O(n)."""
+        num_tokens = len(key)
+        tokens = self.of(key.token_ids, num_tokens + 1)
+        if len(tokens) > num_tokens:
+            return tokens
+        return np.append(tokens, np.int32(NO_TOKEN))
+
+    def ids_of(self, tokens: Tokens) -> array[int]:
+        """Return the ids of ``tokens``, int32[n], for events. O(n)."""
+        wide = tokens.astype(np.int64)
+        for word in np.unique(wide[wide < NO_TOKEN]).tolist():
+            wide[wide == word] = self._ids.get(word, word)
+        ids = array("q")
+        ids.frombytes(wide.tobytes())
+        return ids
 
 
 # --- Placement ----------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import random
 from typing import Any, NamedTuple
 
 from sglang.srt.managers.io_struct import AbortReq
+from sglang.srt.managers.schedule_batch import Modality, MultimodalDataItem
 
 from hybridcache.allocators.moves import DEVICE, HOST
 from hybridcache.radix.tiers import TieredRadixCache
@@ -38,11 +39,20 @@ class Served(NamedTuple):
     """Rows of KV and states that were loaded from the host."""
 
 
+def placeholders(image: int, length: int) -> list[int]:
+    """Return the ids that SGLang puts in place of an image of ``length`` tokens."""
+    item = MultimodalDataItem(modality=Modality.IMAGE)
+    item.set_hash(image)
+    return item.padding_sequence(length)
+
+
 class RandomLoad:
     """Conversations, mostly recent ones, that continue, fork and repeat; some are aborted."""
 
-    def __init__(self, scheduler: CPUScheduler, seed: int) -> None:
+    def __init__(self, scheduler: CPUScheduler, seed: int, image_share: float = 0.0) -> None:
+        """``image_share`` of the turns begin with one of three images of equal size."""
         self.scheduler = scheduler
+        self.image_share = image_share
         self.random = random.Random(seed)
         self.histories: list[tuple[tuple[str | None, str | None], list[int]]] = [(NAMES[0], [])]
         self.running: dict[str, Any] = {}
@@ -117,6 +127,8 @@ class RandomLoad:
             names = pick.choice(NAMES)
         if pick.random() < 0.3 or len(history) > 800:
             history = history[: draw(len(history) + 1)]
+        if self.image_share and pick.random() < self.image_share:
+            history = [*history, *placeholders(draw(3), 70), 7, 8, 9]
         tokens = history + [draw(VOCAB) for _ in range(draw(1, pick.choice((4, 40, 400))))]
         rid = f"r{self.submitted}"
         length = pick.choice((1, 3, 9, 70))

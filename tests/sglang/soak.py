@@ -4,14 +4,14 @@ python -m tests.sglang.soak [--requests 10000] [--strategy "extra_buffer overlap
 
 Needs SGLang (`make sglang`). Its unchanged scheduler runs on a CPU, over a model that only
 records its inputs (`tests/sglang/scheduler.py`). Conversations continue, fork, repeat and
-are cut off, with and without adapters and salts, in pools so small that KV and states are always
-short. Every 61st decode step retracts requests.
+are cut off, with and without images, adapters and salts, in pools so small that KV and states are
+always short. Every 61st decode step retracts requests.
 
 SGLang's own checks of its pools run after every step. All invariants of this cache's tree are
 checked after every eighth step and when idle. Every resumed prefix and state is compared with its
-expected content, which depends on adapter and salt, and every answer with the one without a cache.
-Each of SGLang's strategies for states gets its share of the requests, in a separate process. Writes
-soak_sglang.jsonl.
+expected content, which depends on images, adapter and salt, and every answer with the one without
+a cache. Each of SGLang's strategies for states gets its share of the requests, in a separate
+process. Writes soak_sglang.jsonl.
 """
 
 from __future__ import annotations
@@ -37,10 +37,27 @@ STRATEGIES = {
     "extra_buffer overlapped tiered": 24,
     "extra_buffer overlapped drafted": 24,
     "extra_buffer_lazy overlapped drafted": 24,
+    "no_buffer images": 12,
+    "extra_buffer overlapped images": 24,
 }
 """State slots per strategy: the maximum of six running requests, or a few more. ``drafted`` is
-multi-token prediction, ``tiered`` keeps evicted prefixes on the host."""
+multi-token prediction, ``tiered`` keeps evicted prefixes on the host, and with ``images`` half of
+the turns begin with one."""
 NUM_KV_TOKENS = 1800
+
+
+def confuse(what: str) -> None:
+    """Let the cache confuse images, adapters or salts, as a control of the check."""
+    from hybridcache.sglang import cache
+    from hybridcache.sglang.translation import TokenWords, namespace_of
+
+    if what == "images":
+        TokenWords._word = lambda words, token: -2
+    else:
+        is_adapter = what == "adapters"
+        cache.namespace_of = lambda adapter, salt: namespace_of(
+            *((None, salt) if is_adapter else (adapter, None))
+        )
 
 
 def soak(
@@ -70,7 +87,7 @@ def soak(
             chunked_prefill_size=256,
             mamba_track_interval=64,
         )
-        load = RandomLoad(scheduler, seed)
+        load = RandomLoad(scheduler, seed, 0.5 if "images" in modes else 0.0)
         record: dict[str, object] = {"strategy": strategy, "eviction": eviction}
         if in_turn:
             hits = load.run_in_turn(num_requests)
@@ -90,9 +107,13 @@ def main() -> None:
     parser.add_argument(
         "--in-turn", action="store_true", help="one request at a time, with ample memory"
     )
+    parser.add_argument("--shared", help="confuse images, adapters or salts: the soak fails")
     parser.add_argument("--no-record", action="store_true", help="write no results")
     options = parser.parse_args()
     if options.strategy:
+        if options.shared:
+            cpu.stand_in()
+            confuse(options.shared)
         given = options.eviction, options.requests, options.seed, options.in_turn
         records = [soak(options.strategy, *given)]
     else:

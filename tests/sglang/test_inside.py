@@ -24,6 +24,7 @@ from sglang.srt.sampling.sampling_params import SamplingParams
 from hybridcache.sglang import cache as backend
 from hybridcache.sglang import translation
 from hybridcache.sglang.cache import sizes_in_bytes
+from tests.sglang.random_load import placeholders
 from tests.sglang.waits import Streams, Waits
 
 
@@ -81,6 +82,18 @@ def test_requests_with_different_salts_share_nothing(core):
     for salt, after_prompt, after_answer in (("b", 0, 0), (None, 0, 0), ("a", 12, 14)):
         assert serve(caller, f"prompt {salt}", [*PATH, 50], salt=salt) == after_prompt
         assert serve(caller, f"answer {salt}", [*PATH, 20, 21, 60], salt=salt) == after_answer
+
+
+@pytest.mark.parametrize("core", ["hybridcache", "python"])
+def test_hits_behind_an_image_are_those_of_text(core):
+    """Placeholders of an image are ids above 2**31. Those of another image are never shared, also
+    with the same text around them."""
+    caller = Caller(core)
+    for image, hits in ((1, [0, 0, 12]), (2, [0, 0, 12]), (1, [12, 0, 12])):
+        prompt = [*PATH[:3], *placeholders(image, 6), *PATH[9:]]
+        prompts = ([*prompt, 50], prompt, [*prompt, 60])
+        assert [serve(caller, f"{image}", one, [20, 21]) for one in prompts] == hits
+    caller.check()
 
 
 @pytest.mark.parametrize("core", ["hybridcache", "python"])
@@ -178,12 +191,14 @@ def test_kv_events_have_the_same_blocks_as_sglangs():
         caller.insert(PATH)
         caller.insert([*PATH[:5], 50, 51])
         caller.insert([80, 81], extra_key="adapter")
+        caller.insert([80, *placeholders(1, 5), 6])
+        caller.insert([80, *placeholders(1, 2), 6])
         stored, _ = replayed(caller.cache.take_events())
         caller.evict(1000, 1000)
         _, gone = replayed(caller.cache.take_events())
         assert sorted(stored) == sorted(gone)
         found[core] = sorted(stored)
-    assert found["hybridcache"] == found["python"] and len(found["python"]) == 16
+    assert found["hybridcache"] == found["python"] and len(found["python"]) == 24
 
 
 def test_pipeline_stages_use_the_same_sizes(monkeypatch):
@@ -236,14 +251,25 @@ def test_reset_sends_an_event_to_the_router():
     assert [type(event) for event in caller.cache.take_events()] == [AllBlocksCleared]
 
 
-def soak(*arguments, hash_seed="0"):
-    """Return the result of ``soak_sglang`` in a new process, because SGLang's settings are
-    global."""
+def run_soak(*arguments, hash_seed="0"):
+    """Run ``soak_sglang`` in a new process, because SGLang's settings are global."""
     command = [sys.executable, "-m", "tests.sglang.soak", "--no-record", *arguments]
     environment = os.environ | {"PYTHONHASHSEED": hash_seed}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    return subprocess.run(command, capture_output=True, text=True, env=environment)
+
+
+def soak(*arguments, hash_seed="0"):
+    """Return the result of ``soak_sglang``."""
+    done = run_soak(*arguments, hash_seed=hash_seed)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("shared", ["images", "adapters", "salts"])
+def test_soak_finds_prefixes_that_cross_between(shared):
+    """Negative controls of the isolation that the soak checks."""
+    done = run_soak("--requests", "60", "--strategy", "no_buffer images", "--shared", shared)
+    assert done.returncode and ("wrong rows" in done.stderr or "wrong state" in done.stderr)
 
 
 @pytest.mark.parametrize(
@@ -257,6 +283,8 @@ def soak(*arguments, hash_seed="0"):
         "extra_buffer_lazy overlapped drafted",
         "no_buffer tiered",
         "extra_buffer overlapped tiered",
+        "no_buffer images",
+        "extra_buffer overlapped images",
     ],
 )
 def test_scheduler_serves_random_requests_under_memory_pressure(strategy):

@@ -3,6 +3,7 @@ unsupported settings."""
 
 from __future__ import annotations
 
+import random
 from array import array
 from types import SimpleNamespace
 
@@ -23,10 +24,10 @@ from hybridcache.sglang.translation import (
     RequestStates,
     RowView,
     SlotView,
+    TokenWords,
     boundaries_of,
     branch_position,
     namespace_of,
-    prompt_of,
     read_every,
     why_not,
 )
@@ -169,12 +170,26 @@ def test_prompt_of_a_key_has_one_token_after_its_limit():
         def __len__(self):
             return min(self.limit, len(self.token_ids))
 
-    key = Key(token_ids=array("q", [4, 5, 6]), limit=2)
-    assert prompt_of(key).tolist() == [4, 5, 6], "the last token of the prompt follows the limit"
+    words, key = TokenWords(), Key(token_ids=array("q", [4, 5, 6]), limit=2)
+    assert words.prompt_of(key).tolist() == [4, 5, 6], "the last token follows the limit"
     key.limit = 3
-    assert prompt_of(key).tolist() == [4, 5, 6, NO_TOKEN]
+    assert words.prompt_of(key).tolist() == [4, 5, 6, NO_TOKEN]
     key = Key(token_ids=array("q"), limit=0)
-    assert prompt_of(key).tolist() == [NO_TOKEN]
+    assert words.prompt_of(key).tolist() == [NO_TOKEN]
+
+
+def test_wide_ids_have_numbers_of_their_own_also_when_old_ones_are_dropped():
+    """No number means two ids, and of the most recent ids none has two."""
+    words, draw, means = TokenWords(limit=8), random.Random(0), {}
+    for _ in range(400):
+        wide = [2**31 + (draw.randrange(12) << 32) for _ in range(draw.randrange(1, 5))]
+        keys = array("q", [7, *wide, 9])
+        found = words.of(keys, len(keys))
+        assert found[[0, -1]].tolist() == [7, 9] and (found[1:-1] < NO_TOKEN).all()
+        for word, wide_id in zip(found[1:-1].tolist(), wide, strict=True):
+            assert means.setdefault(word, wide_id) == wide_id
+        assert words.ids_of(found) == keys and words.of(keys, 2).tolist() == found[:2].tolist()
+    assert len(words._words) == len(words._ids) == 8 < len(means)
 
 
 def test_adapters_and_salts_have_different_namespaces():
@@ -310,6 +325,7 @@ def test_rows_and_states_return_from_the_host_unchanged(has_streams, monkeypatch
     assert not has_streams or streams.num_fences == 4
 
 
+EXPLICIT = {"_radix_eviction_policy_explicitly_set": True}
 TIERED = {"enable_hierarchical_cache": True}
 
 
@@ -352,6 +368,7 @@ def settings(**changed):
         ({"dcp_enabled": True}, "decode context parallelism"),
         ({"is_eagle": True, "is_hybrid_ssm": False}, "--speculative-algorithm"),
         ({"eviction_policy": "priority"}, "eviction policy"),
+        ({"eviction_policy": "priority"} | EXPLICIT, "eviction policy"),
     ],
 )
 def test_unsupported_settings_give_one_line(changed, message):
@@ -371,3 +388,14 @@ def test_another_version_is_named_and_its_fault_has_one_sentence(monkeypatch, ca
     monkeypatch.setattr(sglang_plugin, "_register", lambda: [].missing)
     sglang_plugin.plug_in()
     assert "tested with SGLang 0.4.0" in caplog.text
+
+
+@pytest.mark.parametrize("asked", ["lru", "priority"])
+def test_default_of_a_model_is_no_choice_of_a_policy(asked):
+    """SGLang 0.5.23 records whether the flag was given, and sets `priority` for Qwen3-VL."""
+    for is_explicit in (False, True):
+        changed = {"_radix_eviction_policy_explicitly_set": is_explicit, "eviction_policy": asked}
+        given = settings(**changed)
+        chosen = translation.chosen_eviction(given[0], given[1])
+        assert chosen == (asked if is_explicit else "survival")
+        assert (why_not(*given) is None) == (chosen != "priority")
