@@ -11,6 +11,10 @@ Invariants, checked by ``BlockTree.check``:
   blocks without a key are at the front of vLLM's free queue.
 - On each path, the block of the last unit of a span of ``block_size`` tokens holds all units of the
   span. Hence a hit needs one block per span.
+
+KV events have the unit for their block size. Rows are reported as the tree gets and loses them,
+with the unit before them as parent, and a state as the unit that it ends. So a consumer that
+follows parents knows each unit that a hit can end at, and a hit needs a state of each group there.
 """
 
 from __future__ import annotations
@@ -19,8 +23,9 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+from vllm.distributed.kv_events import BlockRemoved
 from vllm.v1.core.block_pool import BlockPool
-from vllm.v1.core.kv_cache_utils import KVCacheBlock
+from vllm.v1.core.kv_cache_utils import KVCacheBlock, get_group_id, maybe_convert_block_hash
 
 from hybridcache.config import CacheConfig, build_prefix_cache
 from hybridcache.radix.api import Listener, PrefixMatch
@@ -101,9 +106,36 @@ class HybridPool(BlockPool):
         self.tree.state_moved(src_block, dst_block)
 
     def _emit_block_removed_events(self, block_hashes: list[Any]) -> None:
-        # Another block may still have the key: for listeners nothing is removed then.
-        keys = self.cached_block_hash_to_block
-        super()._emit_block_removed_events([k for k in block_hashes if not keys.get_one_block(k)])
+        # Rows are reported by the tree. Another block may still have the key of a state: for
+        # listeners nothing is removed then.
+        keys, rows = self.cached_block_hash_to_block, self.tree.layout.attention
+        gone = [k for k in block_hashes if get_group_id(k) != rows and not keys.get_one_block(k)]
+        super()._emit_block_removed_events(gone)
+
+    def report_rows(self, request: Any, first: int, end: int) -> None:
+        """Report the units [``first``, ``end``) of ``request`` as stored."""
+        layout, hashes = self.tree.layout, request.block_hashes
+        if not self.enable_kv_cache_events or first >= end:
+            return
+        named = [maybe_convert_block_hash(one) for one in hashes[max(first - 1, 0) : end]]
+        extra, image = [], 0
+        for start in range(first * layout.unit, end * layout.unit, layout.unit):
+            keys, image = self._generate_event_extra_keys(
+                request, start, start + layout.unit, image
+            )
+            extra.append(keys)
+        event = self._build_block_stored_event(
+            request,
+            block_hashes=named[first > 0 :],
+            parent_block_hash=named[0] if first else None,
+            start_token_idx=first * layout.unit,
+            end_token_idx=end * layout.unit,
+            block_size=layout.unit,
+            kv_cache_group_id=layout.attention,
+            extra_keys_list=extra,
+            lookahead_token_ids=None,
+        )
+        self.kv_event_queue.append(event)
 
 
 class BlockTree(Listener):
@@ -131,12 +163,20 @@ class BlockTree(Listener):
         """Blocks of each slot, one per state group."""
         self.slot_of: dict[int, int] = {}
         """Slot of each block of a state."""
+        self.hashes: dict[int, Any] = {}
+        """Block hash of each page of the tree, if events are sent."""
         self.locks: dict[str, LockHandle] = {}
         """Lock on the published prompt of each running request."""
 
     def kv_removed(self, node: RadixNode) -> None:
         assert node.kv is not None
-        self._release(self.block_of[node.kv.indices[::WORDS] // WORDS])
+        pages, pool = node.kv.indices[::WORDS] // WORDS, self.pool
+        self._release(self.block_of[pages])
+        if pool.enable_kv_cache_events:
+            gone = [maybe_convert_block_hash(self.hashes.pop(page)) for page in pages.tolist()]
+            pool.kv_event_queue.append(
+                BlockRemoved(gone, medium=pool.medium, group_idx=self.layout.attention)
+            )
 
     def checkpoint_removed(self, node: RadixNode) -> None:
         assert node.checkpoint is not None
@@ -221,9 +261,7 @@ class BlockTree(Listener):
             slot = cache.allocate_slot()
             assert slot is not None, "there are as many slots as states fit"
             self.states[slot] = [*blocks]
-            for group, block in zip(layout.states, blocks, strict=True):
-                self.slot_of[block.block_id] = slot
-                self._add_key(request, block, position, group)
+            self.slot_of |= {block.block_id: slot for block in blocks}
             row = layout.rows(position)
             saves.append(((row, slot), placed._replace(position=row)))
         new = cache.allocate_kv(len(ids))
@@ -242,13 +280,24 @@ class BlockTree(Listener):
         for span in range(spans[0], spans[-1] + 1) if len(spans) else ():
             at = min((span + 1) * layout.block_units, num_units) * layout.unit
             self._add_key(request, table[span], at, layout.attention)
+        if self.pool.enable_kv_cache_events:
+            pages = (rows[known::WORDS] // WORDS).tolist()
+            self.hashes.update(zip(pages, request.block_hashes[known // WORDS :], strict=False))
+            self.pool.report_rows(request, known // WORDS, num_units)
         for slot in result.rejected_slots:
             cache.free_slot(slot)
             self._drop_state(slot)
+        for (row, slot), _ in saves:
+            for group, block in zip(layout.states, self.states.get(slot, ()), strict=False):
+                self._add_key(request, block, layout.tokens(row), group)
         return {layout.tokens(row) for (row, slot), _ in saves if slot in self.states}
 
     def _add_key(self, request: Any, block: KVCacheBlock, end: int, group: int) -> None:
-        self.pool.cache_partial_block(request, block, end, group, self.layout.block_size)
+        pool, layout = self.pool, self.layout
+        sends, is_rows = pool.enable_kv_cache_events, group == layout.attention
+        pool.enable_kv_cache_events = sends and not is_rows  # The tree reports rows.
+        pool.cache_partial_block(request, block, end, group, layout.block_size)
+        pool.enable_kv_cache_events = sends
 
     def block_copied(self, request: Any, tables: Tables, at: int) -> None:
         """Point the tree to the request's copy of the attention block that its hit at ``at`` ended

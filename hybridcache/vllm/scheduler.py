@@ -152,6 +152,8 @@ class HybridManager(KVCacheManager):
         # Without its lock, the match may have been evicted for the blocks of this request.
         if match is not None and request_id in tree.locks:
             tree.cache.touch(match, resumes=request.num_preemptions > 0)
+        if getattr(request, "kv_cache_report_mode", "") == "full":
+            self.block_pool.report_rows(request, 0, track.cached_len // self.layout.unit)
         for cause, num_tokens in track.causes.items() if not request.num_preemptions else ():
             PROMPT_TOKENS.labels(cause).inc(num_tokens)
         return new

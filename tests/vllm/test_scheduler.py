@@ -361,30 +361,91 @@ def test_a_reset_forgets_everything_also_while_requests_run():
     assert not steps.scheduler.kv_cache_manager.tracks and not tree.locks
 
 
-def test_events_name_what_the_cache_holds():
-    steps = Steps(num_blocks=30)
-    pool = steps.scheduler.kv_cache_manager.block_pool
-    pool.enable_kv_cache_events = True
-    held: set[Any] = set()
+class Consumer:
+    """Router that follows parents: it knows the ends of chained units, and states."""
 
-    def follow() -> list[Any]:
-        events = take()
+    def __init__(self, pool: Any) -> None:
+        self.pool, self.take = pool, pool.take_events
+        self.ends: dict[Any, int] = {}
+        self.states: set[tuple[int, Any]] = set()
+        self.num_stored = 0
+        pool.take_events, pool.enable_kv_cache_events = self.follow, True
+
+    def follow(self) -> list[Any]:
+        events = self.take()
         for event in events:
             if isinstance(event, AllBlocksCleared):
-                held.clear()
-                continue
-            named = {(event.group_idx, one) for one in event.block_hashes}
-            (held.update if isinstance(event, BlockStored) else held.difference_update)(named)
+                self.ends.clear()
+                self.states.clear()
+            elif isinstance(event, BlockStored):
+                parent = event.parent_block_hash
+                end = 0 if parent is None else self.ends[parent]
+                size, hashes = event.block_size, event.block_hashes
+                assert len(event.token_ids) == size * len(hashes) == size * len(event.extra_keys)
+                self.num_stored += len(hashes)
+                if event.group_idx:
+                    self.states.update((event.group_idx, one) for one in hashes)
+                    continue
+                self.ends.update({one: end + size * (1 + i) for i, one in enumerate(hashes)})
+            elif event.group_idx:
+                self.states -= {(event.group_idx, one) for one in event.block_hashes}
+            else:
+                for one in event.block_hashes:
+                    del self.ends[one]
         return events
 
-    take, pool.take_events = pool.take_events, follow
+    def estimate(self, request: Request, unit: int, limit: int) -> int:
+        """Return the deepest known unit with a state in each group, tokens."""
+        deepest = 0
+        for end, block_hash in enumerate(request.block_hashes, 1):
+            named = maybe_convert_block_hash(block_hash)
+            if self.ends.get(named) != end * unit or end * unit > limit:
+                break
+            if all((group, named) in self.states for group in (1, 2)):
+                deepest = end * unit
+        return deepest
+
+
+@pytest.mark.parametrize("unit", [32, 0])
+@pytest.mark.parametrize("num_blocks", [30, 100])
+def test_events_let_a_consumer_that_follows_parents_expect_each_hit(unit, num_blocks, monkeypatch):
+    """Each lookup is compared with the consumer's expectation: rows and states, with no unknown
+    parent."""
+    steps = Steps(num_blocks=num_blocks, unit=unit)
+    manager, unit = steps.scheduler.kv_cache_manager, unit or 128
+    pool, hits, plain = manager.block_pool, list[int](), HybridManager.get_computed_blocks
+    consumer = Consumer(pool)
+
+    def compared(self: Any, request: Request, limit: int | None = None) -> Any:
+        found = plain(self, request, limit)
+        pool.take_events()
+        assert consumer.estimate(request, unit, request.num_tokens - 1) == found[1]
+        hits.append(found[1])
+        return found
+
+    monkeypatch.setattr(HybridManager, "get_computed_blocks", compared)
     for one in chats(6, 3):
         steps.serve(one)
-        follow()
-        keys = pool.cached_block_hash_to_block._cache
-        found = {(get_group_id(key), maybe_convert_block_hash(get_block_hash(key))) for key in keys}
-        assert held == found
-    assert held
+    pool.take_events()
+    groups = [(get_group_id(k), get_block_hash(k)) for k in pool.cached_block_hash_to_block._cache]
+    assert consumer.states == {(g, maybe_convert_block_hash(one)) for g, one in groups if g}
+    assert len(consumer.ends) == manager.tree.num_units.sum() > 0 < max(hits)
+
+
+@pytest.mark.parametrize("mode", ["incremental", "full"])
+def test_full_report_repeats_the_rows_of_a_hit(mode):
+    steps, first = Steps(), turn(prompt_of((1, 300)), 1)
+    consumer = Consumer(steps.scheduler.kv_cache_manager.block_pool)
+    assert steps.serve(first) == [0]
+    consumer.follow()
+    before = consumer.num_stored
+    steps.engine.submit(deque([turn([*first.tokens, *prompt_of((2, 60))], 1)]))
+    [live] = steps.engine.live.values()
+    live.request.kv_cache_report_mode = mode
+    assert steps.serve() == [288]
+    consumer.follow()
+    # 360 tokens: 2 new units of rows, and states of two groups at the end.
+    assert consumer.num_stored - before == 2 + 2 + (9 if mode == "full" else 0)
 
 
 def test_causes_of_loss_are_in_the_response_and_in_counters():
