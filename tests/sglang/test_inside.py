@@ -88,7 +88,7 @@ def test_requests_with_different_salts_share_nothing(core):
 def test_hits_behind_an_image_are_those_of_text(core):
     """Placeholders of an image are ids above 2**31. Those of another image are never shared, also
     with the same text around them."""
-    caller = Caller(core)
+    caller = Caller(core, 400, 40)
     for image, hits in ((1, [0, 0, 12]), (2, [0, 0, 12]), (1, [12, 0, 12])):
         prompt = [*PATH[:3], *placeholders(image, 6), *PATH[9:]]
         prompts = ([*prompt, 50], prompt, [*prompt, 60])
