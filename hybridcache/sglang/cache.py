@@ -479,7 +479,8 @@ class EventRecorder(Listener):
         assert node.parent is not None
         above = node.parent.kv
         parent = self._root if above is None else self._shadows[above.serial]
-        extra_key, cache_salt = node.namespace or (None, None)
+        names: Any = node.namespace or (None, None)
+        extra_key, cache_salt = names
         ids = self._words.ids_of(node.tokens)
         shadow = Shadow(parent, RadixKey(ids, extra_key, cache_salt=cache_salt))
         self._shadows[node.serial] = shadow
