@@ -11,6 +11,9 @@ it. For other attacks it is the time before, and the loss is not judged.
 Other processes of the machine influence both. All figures are therefore without the time in which
 the involved threads waited for a processor (as reported by Linux). An attack over a limit is
 repeated, and its median decides. Loopback only.
+
+The last rows have the longest wait for a monitor's answer, or the first event of a page, while a
+server with default flags computes one long prompt.
 """
 
 from __future__ import annotations
@@ -40,6 +43,7 @@ ROUNDS_TO_FAIL = 5
 """Minimum number of rounds before a median over the limit counts as a failure."""
 NUM_HELD = 100
 """Number of connections that an attacker opens at a time."""
+MONITORED = ("/health", "/metrics", "/v1/cache", "/v1/cache/events")
 ATTACK_S = 10.0
 """Seconds after which an attacker hangs up."""
 
@@ -304,10 +308,10 @@ def _post_all(port: int, path: str, payloads: Sequence[bytes]) -> int:
         return max(senders.map(partial(_post, port, path), payloads))
 
 
-def _post(port: int, path: str, payload: bytes) -> int:
-    """Post a body and read its answer, for at most ``ATTACK_S``. Returns the status, or 0 if there
+def _post(port: int, path: str, payload: bytes, most_s: float = ATTACK_S) -> int:
+    """Post a body and read its answer, for at most ``most_s``. Returns the status, or 0 if there
     was none."""
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=ATTACK_S)
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=most_s)
     status = 0
     try:
         connection.request("POST", path, payload, {"Content-Type": "application/json"})
@@ -343,12 +347,32 @@ def hold_connections(port: int, reader: Reader) -> Outcome:
     return outcome
 
 
+def ask_beside_a_prompt(port: int, server: int, path: str) -> Outcome:
+    """Ask for ``path`` while a long prompt is computed, until its answer arrives."""
+    prompt = _body(prompt=f"{path} " + "lorem ipsum " * 2000, max_tokens=1)()
+    worst_s, status = 0.0, 0
+    with ThreadPoolExecutor(1) as senders:
+        sent = senders.submit(_post, port, COMPLETIONS, prompt, 600.0)
+        while not sent.done():
+            time.sleep(0.1)
+            start_s, waited_s = time.perf_counter(), _waited_s(server, server)
+            connection = http.client.HTTPConnection("127.0.0.1", port, timeout=600)
+            connection.request("GET", path)
+            answer = connection.getresponse()
+            answer.read(1)
+            waited_s = _waited_s(server, server) - waited_s
+            worst_s = max(worst_s, time.perf_counter() - start_s - waited_s)
+            connection.close()
+            status = max(status, answer.status)
+        assert sent.result() == 200, "the prompt is computed"
+    return Outcome(f"{path} beside a long prompt", status, round(1e3 * worst_s, 1), 0, None)
+
+
 @contextmanager
-def serving() -> Iterator[tuple[int, Reader, int]]:
+def serving(*flags: str) -> Iterator[tuple[int, Reader, int]]:
     """Start a server. Yields its port, a client that reads from it, and its process id."""
     command = [sys.executable, "-m", "engine", "serve", "--port", "0", "--cache-gib", "0.25"]
-    # Prefills of other requests slow down every step, so use the smallest token budget.
-    command += ["--token-budget", "64"]
+    command += flags
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
         try:
             port = server_port(server)
@@ -391,7 +415,8 @@ def run(seed: int, num_rounds: int, only: str = "") -> dict[str, float]:
     ``only`` selects the attacks with this text in their name. Prints a row for each. Raises
     AssertionError if a limit is exceeded.
     """
-    with serving() as (port, reader, pid):
+    # Prefills of other requests slow down every step, so use the smallest token budget.
+    with serving("--token-budget", "64") as (port, reader, pid):
         attacks: list[Callable[[], Outcome]] = [
             partial(attack, port, reader, body)
             for body in (*BODIES, *_slow_to_follow())
@@ -401,6 +426,11 @@ def run(seed: int, num_rounds: int, only: str = "") -> dict[str, float]:
             attacks.append(partial(hold_connections, port, reader))
         rows = measure(attacks, num_rounds)
         peak_mib = _peak_mib(pid)
+    if paths := [path for path in MONITORED if only in f"{path} beside a long prompt"]:
+        with serving() as (port, reader, pid):
+            reader.end()
+            asks = [partial(ask_beside_a_prompt, port, pid, path) for path in paths]
+            rows += measure(asks, num_rounds)
     print(f"{'status':>6} {'worst ms':>9} {'tokens/s':>9} {'loss':>6}  attack")
     for row in rows:
         loss = " " * 6 if row.loss is None else f"{row.loss:6.0%}"
