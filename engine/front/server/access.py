@@ -15,7 +15,7 @@ import secrets
 import sys
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -43,8 +43,9 @@ OPERATORS = ("/v1/cache", "/reset_prefix_cache", "/flush_cache")
 SECRET_FILE, SECRET_BYTES = "salt-secret", 32
 """Name and size of the file with the key of the hashes of salts."""
 KEY = re.compile(rb"[\x21-\x7e]+")
+KEY_NAME = re.compile(rb"[\w.@+-]{1,40}")
 KEY_DIGITS = 8
-"""Digits of the hash of a key in the log: a name that stays when keys are added or removed."""
+"""Digits of the hash of a key that has no name: they stay when keys are added or removed."""
 NAME = re.compile(rb"[\x21-\x7e]{1,128}")
 """Pattern of the ids that clients may send in ``X-Request-Id``."""
 
@@ -60,9 +61,10 @@ class Tenant:
     """Owner of requests and of the answers to them."""
 
     key: str | None = None
-    """Hash of the API key, or None if the server requires none."""
+    """Name of the API key or else its hash, or None if the server requires none."""
     namespace: str | None = None
-    """Keyed hash of the salt, or None if the request has no salt. The cache uses only this part."""
+    """Keyed hash of the salt, after the name of the key if keys share nothing; or None if the
+    request has no salt. The cache uses only this part."""
 
 
 class Access:
@@ -78,19 +80,23 @@ class Access:
 
     def reload(self) -> None:
         """Read the keys again. Raises ValueError, with nothing changed, as at the start."""
-        config, accepted, operator = self._config, list[bytes](), None
+        config, names, operator = self._config, dict[bytes, str](), None
         if (named := os.environ.get(API_KEY_VARIABLE)) is not None:
-            accepted += _sendable([named.encode()], API_KEY_VARIABLE)
+            names |= _sendable([named.encode()], API_KEY_VARIABLE)
         if config.api_key_file is not None:
-            accepted += _read_keys("--api-key-file", config.api_key_file)
+            names |= _read_keys("--api-key-file", config.api_key_file)
+        accepted = list(names)
         if config.salt_by_key and not accepted:
             raise ValueError(f"--salt-by-key needs --api-key-file or {API_KEY_VARIABLE}.")
-        num_keys = len(set(accepted))
+        num_keys = len({name or key for key, name in names.items()})
         if (file := config.admin_key_file) is not None:
-            operator, *more = _read_keys("--admin-key-file", file)
+            found = _read_keys("--admin-key-file", file)
+            operator, *more = found
             if more:
                 raise ValueError(f"--admin-key-file {file} must contain a single key.")
-            accepted += [operator] if accepted else []
+            names, accepted = found | names, [*accepted, operator] if accepted else []
+        self._names = names
+        """Name of each key in its file; empty if it has none there. Keys of one name are equal."""
         self._operator = operator
         """Key of the operator, or None if its requests are distinguished by their address."""
         self._are_salts = num_keys > 1 if config.salt_by_key is None else config.salt_by_key
@@ -126,12 +132,14 @@ class Access:
             message += "not empty and does not contain U+FFFD, the sign of invalid characters."
             raise APIError(400, message)
         key: bytes | None = scope.get("state", {}).get("api_key")
-        owner = None if key is None else hashlib.sha256(key).hexdigest()
-        by_key = [key.hex()] if self._are_salts and key is not None else []
+        named = "" if key is None else self._names.get(key, "")
+        owner = None if key is None else named or hashlib.sha256(key).hexdigest()
+        by_key = [named or key.hex()] if self._are_salts and key is not None else []
         if not by_key and not given:
             return Tenant(owner)
         parts = json.dumps([by_key, *given]).encode()
-        return Tenant(owner, hmac.new(self._secret, parts, hashlib.sha256).hexdigest()[:32])
+        digest = hmac.new(self._secret, parts, hashlib.sha256).hexdigest()[:32]
+        return Tenant(owner, f"{scope['state']['key_name']}:{digest}" if by_key else digest)
 
     def refusal(self, scope: Scope) -> APIError | None:
         """Return the answer to a request that may not use its path, or None; record its key."""
@@ -141,19 +149,40 @@ class Access:
             given = headers.get(b"x-api-key", b"")  # the header of Anthropic's clients
         given = given.strip()
         is_reserved, operator = path.startswith(OPERATORS), self._operator
+        # All keys are compared, even after a match: the time must not depend on them.
+        fits = sum(hmac.compare_digest(given, key) for key in self.accepted)
         if is_reserved and operator is not None and not hmac.compare_digest(given, operator):
-            return _no_key("--admin-key-file")
+            if not fits:
+                return _no_key("--admin-key-file")
+            message = "This key may use the API; the cache needs the key of --admin-key-file."
+            return APIError(403, message)
+        host = headers.get(b"host", b"").decode("latin-1")
+        has_operator = is_reserved and operator is not None  # Whose key no other site knows.
+        if host and not has_operator and not self._answers_to(host):
+            message = f"This server does not answer to the host {short(host, 200)!r}: without keys "
+            message += "only to those of this machine. Start it with --allowed-host, or with keys."
+            return APIError(403, message)
         if self.accepted and path not in OPEN:
-            # All keys are compared, even after a match: the time must not depend on them.
-            fits = [hmac.compare_digest(given, key) for key in self.accepted]
-            if not any(fits):
+            if not fits:
                 return _no_key(f"--api-key-file or {API_KEY_VARIABLE}")
-            scope["state"]["api_key"] = given
+            name = self._names.get(given) or hashlib.sha256(given).hexdigest()[:KEY_DIGITS]
+            scope["state"] |= {"api_key": given, "key_name": name}
         if not is_reserved or operator is not None or _is_from_here(Request(scope)):
             return None
         message = "This path is reserved for the operator: send the request from the server's "
         message += "machine to localhost, or start the server with --admin-key-file."
         return APIError(403, message)
+
+    def _answers_to(self, host: str) -> bool:
+        """Return whether requests with this ``Host`` are answered. A page of another site, whose
+        name was rebound to a loopback address, could otherwise use a server without keys."""
+        allowed, own = self._config.allowed_host, self._config.host
+        is_open = bool(self.accepted) or not _is_local(f"//[{own}]" if ":" in own else f"//{own}")
+        if (is_open and not allowed) or "*" in allowed or _is_local("//" + host):
+            return True
+        with suppress(ValueError):
+            return urlsplit("//" + host).hostname in [one.lower() for one in allowed]
+        return False
 
 
 def _no_key(source: str) -> APIError:
@@ -184,8 +213,9 @@ def _is_local(url: str) -> bool:
         return False
 
 
-def _read_keys(flag: str, file: str) -> list[bytes]:
-    """Read the keys in the ``file`` of this ``flag``, one per line, without comments (``#``)."""
+def _read_keys(flag: str, file: str) -> dict[bytes, str]:
+    """Read the keys in the ``file`` of this ``flag``, one per line, with their names, without
+    comments (``#``)."""
     try:
         text = Path(file).read_bytes().removeprefix(codecs.BOM_UTF8)
     except OSError as error:
@@ -194,15 +224,21 @@ def _read_keys(flag: str, file: str) -> list[bytes]:
     return _sendable(lines, f"{flag} {file}")
 
 
-def _sendable(lines: list[bytes], source: str) -> list[bytes]:
-    """Return the keys in ``lines``. Raises ValueError without one, or if one is not printable."""
-    keys = [line.strip() for line in lines if line.strip()]
-    if not keys:
+def _sendable(lines: list[bytes], source: str) -> dict[bytes, str]:
+    """Return the keys in ``lines``, each with the name behind it, or "". Raises ValueError without
+    one, or if a key is not printable or a name not a word."""
+    found: dict[bytes, str] = {}
+    for key, *name in filter(None, map(bytes.split, lines)):
+        if not KEY.fullmatch(key):
+            said = "must be printable ASCII; `openssl rand -hex 24` prints such a key."
+            raise ValueError(f"{source}: each key {said}")
+        if len(name) > 1 or not all(map(KEY_NAME.fullmatch, name)):
+            said = "a key may be followed by a name: at most 40 letters, digits or any of . @ + - _"
+            raise ValueError(f"{source}: {said}")
+        found[key] = b"".join(name).decode()
+    if not found:
         raise ValueError(f"{source} has no key: write one into it.")
-    if not all(map(KEY.fullmatch, keys)):
-        said = "must be printable ASCII without spaces; `openssl rand -hex 24` prints such a key."
-        raise ValueError(f"{source}: each key {said}")
-    return keys
+    return found
 
 
 # --- Middleware and the log -----------------------------------------------------------------------
@@ -213,8 +249,7 @@ def _log_request(scope: Scope, status: int, is_sent: bool, began_s: float) -> No
     ``is_sent``: it got the whole answer."""
     state, tokens = scope["state"], scope["state"].get("num_tokens")
     took_ms = 1000 * (time.perf_counter() - began_s)
-    client, given = (scope.get("client") or (None,))[0], state.get("api_key")
-    key = None if given is None else hashlib.sha256(given).hexdigest()[:KEY_DIGITS]
+    client, key = (scope.get("client") or (None,))[0], state.get("key_name")
     parts = (
         f"{scope['method']} {short(scope['path'], 200)} {status or 499}",
         tokens and "prompt {:,}  cached {:,}  answer {:,}".format(*tokens),
@@ -251,9 +286,14 @@ class Requests:
     ASGI scope: ``answer_id``, ``error``, ``num_tokens`` (of prompt, cache and answer)."""
 
     def __init__(
-        self, app: ASGIApp, access: Access, is_logged: bool | None, count: Callable[[int], None]
+        self,
+        app: ASGIApp,
+        access: Access,
+        is_logged: bool | None,
+        count: Callable[[int, str | None, Sequence[int]], None],
     ) -> None:
-        """``count`` is called with the status of each answer."""
+        """``count`` is called for each answer with its status, the name of the key, and the tokens
+        of prompt, cache and answer."""
         self._app, self._access, self._count = app, access, count
         self._is_logged = sys.stderr.isatty() if is_logged is None else is_logged
 
@@ -287,6 +327,7 @@ class Requests:
             raise
         finally:
             if scope["path"] not in PROBES:
-                self._count(status or 499)
+                tokens = state.get("num_tokens") or (0, 0, 0)
+                self._count(status or 499, state.get("key_name"), tokens)
             if self._is_logged and scope["path"] not in PROBES:
                 _log_request(scope, status, is_sent, began_s)

@@ -46,6 +46,7 @@ from engine.front.server.endpoints.tokens import (
     detokenize,
     tokenize,
 )
+from engine.front.server.metrics import OF_KEYS
 from engine.front.server.schemas import ChatRequest, CompletionRequest
 from engine.front.server.settings import ACCEPTED_AT_ONCE, BACKLOG, SWITCH_S, ServerConfig
 from engine.front.server.transport import HEADERS_S, ClientConnection
@@ -229,7 +230,9 @@ def create_app(
     async def cache(request: Request) -> Response:
         if request.query_params:
             raise APIError(400, "/v1/cache has no parameters; it covers all replicas.")
-        return json_response(await engine.view())
+        by_key = context.metrics.by_key
+        keys = {name: dict(zip(OF_KEYS, by_key[name], strict=True)) for name in by_key}
+        return json_response(await engine.view() | {"keys": keys})
 
     async def reset(request: Request) -> Response:
         await engine.ask(Ask("reset_cache"))
@@ -263,8 +266,10 @@ def create_app(
     app = Starlette(routes=routes, lifespan=lifespan, exception_handlers=HANDLERS)
     app.state.metrics, app.state.page = context.metrics, page
 
-    def count(status: int) -> None:
+    def count(status: int, key_name: str | None, num_tokens: Sequence[int]) -> None:
         context.metrics.counters["http_requests"].labels(str(status)).inc()
+        if key_name is not None:
+            context.metrics.count_key(key_name, num_tokens)
 
     app.add_middleware(Requests, access=access, is_logged=config.log_requests, count=count)
     if config.cors_origin:  # Outermost.

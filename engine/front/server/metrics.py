@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any, get_args
 
@@ -55,6 +55,13 @@ COUNTERS: dict[str, tuple[str, ...]] = {
     "preemptions": ("Preemptions of requests for lack of memory.",),
 }
 """Counters of ended requests: help, then labels."""
+OF_KEYS = {
+    "requests": "HTTP requests, by name of the API key.",
+    "prompt_tokens": "Prompt tokens, by name of the API key.",
+    "cached_tokens": "Prompt tokens found in the cache, by name of the API key.",
+    "generated_tokens": "Tokens generated, by name of the API key.",
+}
+"""Counters of each key."""
 HISTOGRAMS = {
     "queue_seconds": ("Time from arrival to scheduling.", SLOW_S),
     "ttft_seconds": ("Time from arrival to the first token.", SLOW_S),
@@ -113,7 +120,14 @@ class Metrics(Collector):
             name: Histogram(name, help, namespace="engine", buckets=buckets, registry=registry)
             for name, (help, buckets) in HISTOGRAMS.items()
         }
+        self.by_key: dict[str, tuple[int, ...]] = {}
+        """Counters of each key with a request, in the order of ``OF_KEYS``."""
         registry.register(self)
+
+    def count_key(self, name: str, tokens: Sequence[int]) -> None:
+        """Count a request with the key ``name`` and its tokens of prompt, cache and answer."""
+        before = self.by_key.get(name, (0, 0, 0, 0))
+        self.by_key[name] = tuple(map(sum, zip(before, (1, *tokens), strict=True)))
 
     def observe(self, output: RequestOutput) -> None:
         """Count a request that ended; ``output`` is its last."""
@@ -171,6 +185,9 @@ class Metrics(Collector):
         yield _counter("evicted_checkpoints", EVICTED, usage["evicted_slots"])
         yield _counter("allocation_refusals", REFUSALS, usage["refusals"])
         yield _counter("cache_rebuilds", REBUILDS, usage["rebuilds"])
+        for index, (name, help) in enumerate(OF_KEYS.items()):
+            by_key = {(key,): counts[index] for key, counts in self.by_key.items()}
+            yield _counter(f"key_{name}", help, by_key, "key")
         if report.transfers is not None:
             for name, key, help in TRANSFERS:
                 yield _counter(name, help, report.transfers[key])

@@ -73,11 +73,15 @@ class ServerConfig:
     (Authorization: Bearer KEY); by default only this machine can use them."""
     api_key_file: str | None = None
     """File with the keys of clients, one per line (# begins a comment); each request then needs one
-    (Authorization: Bearer KEY, or x-api-key), except on /, /health and /metrics;
-    HYBRIDCACHE_API_KEY can have one more; SIGHUP reads the files of keys again."""
+    (Authorization: Bearer KEY, or x-api-key), except on /, /health and /metrics; a name behind a
+    key stands for it in the log, the page, /v1/cache and the metrics; HYBRIDCACHE_API_KEY can have
+    one more; SIGHUP reads the files of keys again."""
     salt_by_key: bool | None = None
     """Requests with different API keys share no cache entries; as with different salts (default: if
     there are several keys)."""
+    allowed_host: tuple[str, ...] = ()
+    """Names by which clients may reach this server, or *; besides those of this machine; by default
+    only these, if it listens on a loopback address and requires no key, and else every name."""
     cors_origin: tuple[str, ...] = ()
     """Origins of web pages that may use this server, or *; written as https://host or
     http://host:port; by default only the server's own."""

@@ -34,7 +34,7 @@ class Details {
       ["state", model.meta.state_bytes ? state : null],
       ["resumed through it", count(node.hits ?? node.uses, "request")],
       ["last used", ago(model.time - (node.recent ?? node.last))],
-      ["namespace", node.namespace === null ? null : `tenant ${node.namespace.slice(0, 8)}`],
+      ["namespace", node.namespace === null ? null : `tenant ${tenant(node.namespace)}`],
     ];
     if (node.ghost === null) pairs.push(["evicting it frees", cost.isLeaf ? size(cost.kvBytes + cost.stateBytes) : node.saved ? `${size(cost.stateBytes)}, its state` : "nothing: nodes below need its KV"], ["then to compute again", count(cost.recompute, "token")]);
     this.body.replaceChildren(this.facts(pairs), exact, this.talks(model.users(node)), text);
@@ -77,7 +77,7 @@ class Details {
       this.facts([
         ["prompt", count(one.prompt, "token")], ["reused", percent(one.cached, one.prompt)], ["answer", count(one.answer, "token")], [GOING.has(one.state) ? "state" : "ended by", one.state === "stop" ? "stop: its end, or calls of tools" : one.state],
         ["waited", queue === null ? null : seconds(queue)], ["time to first token", seconds(one.first_token_s === null ? null : one.first_token_s - one.arrived_s)], ["tokens a second", rate ? rate.toFixed(1) : null],
-        ["preempted", one.preemptions ? count(one.preemptions, "time") : null], ["namespace", one.namespace === null ? null : `tenant ${one.namespace.slice(0, 8)}`],
+        ["preempted", one.preemptions ? count(one.preemptions, "time") : null], ["namespace", one.namespace === null ? null : `tenant ${tenant(one.namespace)}`],
       ]),
       ...(node ? [element("p", {}, element("button.plain", { type: "button", onclick: () => { this.view.select(node); this.view.tree.reveal(node); } }, "Show in the tree"))] : []),
     );

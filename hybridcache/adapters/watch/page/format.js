@@ -32,6 +32,11 @@ function count(number, noun) {
   return `${whole.format(number)} ${noun}${number === 1 ? "" : "s"}`;
 }
 
+// The name of a tenant's key, or the beginning of the hash of its salt.
+function tenant(namespace) {
+  return namespace.includes(":") ? namespace.split(":")[0] : namespace.slice(0, 8);
+}
+
 function size(bytes) {
   const units = ["B", "KiB", "MiB", "GiB", "TiB"];
   let at = 0;

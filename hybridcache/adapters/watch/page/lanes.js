@@ -53,8 +53,8 @@ class Lanes {
   }
 
   row(talk) {
-    const tenant = talk.namespace === null ? "" : ` · ${talk.namespace.slice(0, 6)}`;
-    const name = typeof talk.id === "string" ? talk.id : `#${talk.id}${tenant}`;
+    const of = talk.namespace === null ? "" : ` · ${tenant(talk.namespace)}`;
+    const name = typeof talk.id === "string" ? talk.id : `#${talk.id}${of}`;
     const who = element("span.who", { title: `conversation ${talk.id}${talk.namespace === null ? "" : `, tenant ${talk.namespace}`}` }, name);
     const bars = element("div.bars");
     const last = element("span.last");

@@ -79,7 +79,7 @@ class Live:
         payload = json.dumps(body).encode()
         connection = self.connect()
         connection.sendall(
-            f"POST {path} HTTP/{version}\r\nHost: x\r\nContent-Type: application/json\r\n"
+            f"POST {path} HTTP/{version}\r\nHost: localhost\r\nContent-Type: application/json\r\n"
             f"Content-Length: {len(payload)}\r\n\r\n".encode()
             + payload
         )

@@ -26,10 +26,10 @@ from .conftest import Live
 CHAT = [{"role": "user", "content": "hi"}]
 
 
-HALF_HEADER = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nX-Half: "
-HEALTH = b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"
+HALF_HEADER = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nX-Half: "
+HEALTH = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
 POST = (
-    b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
     b"Content-Length: %d\r\n\r\n%b"
 )
 
@@ -46,13 +46,13 @@ def read_all(connection: socket.socket) -> bytes:
 @pytest.mark.parametrize(
     ("pieces", "status"),
     [
-        ((b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n",), b"200"),
-        ((b"GET /health HTTP/1.1\r", b"\nHost: x\r\n\r", b"\n"), b"200"),
+        ((b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n",), b"200"),
+        ((b"GET /health HTTP/1.1\r", b"\nHost: localhost\r\n\r", b"\n"), b"200"),
         ((b"GET /health HTTP/1.1\nHost: x\n\n",), b"400"),
-        ((b"GET /health HTTP/1.1\r\nHost: x\r\nA: b\nContent-Length: 9\r\n\r\n",), b"400"),
-        ((b"GET /health HTTP/1.1\r\nHost: x\r\nA: b", b"\n\r\n"), b"400"),
-        ((b"GET /health HTTP/1.1\r\nHost: x\r\n X-Cache-Salt: y\r\n\r\n",), b"400"),
-        ((b"GET /health HTTP/1.1\r\nHost: x\r\nA: b\r\n\tc\r\n\r\n",), b"400"),
+        ((b"GET /health HTTP/1.1\r\nHost: localhost\r\nA: b\nContent-Length: 9\r\n\r\n",), b"400"),
+        ((b"GET /health HTTP/1.1\r\nHost: localhost\r\nA: b", b"\n\r\n"), b"400"),
+        ((b"GET /health HTTP/1.1\r\nHost: localhost\r\n X-Cache-Salt: y\r\n\r\n",), b"400"),
+        ((b"GET /health HTTP/1.1\r\nHost: localhost\r\nA: b\r\n\tc\r\n\r\n",), b"400"),
     ],
 )
 def test_headers_that_proxies_read_differently_are_refused(

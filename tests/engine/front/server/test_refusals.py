@@ -107,7 +107,7 @@ async def serving(kind: str, config: EngineConfig) -> AsyncIterator[tuple[Any, h
         engine.start()
     transport = httpx.ASGITransport(app, raise_app_exceptions=False)
     try:
-        async with httpx.AsyncClient(transport=transport, base_url="http://x") as client:
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
             yield engine, client
     finally:
         await asyncio.to_thread(engine.stop)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 from collections.abc import Callable
@@ -171,7 +172,8 @@ def test_operator_paths_without_a_key_require_a_local_client(
 ) -> None:
     with httpx.stream(method, live.url + path, headers=headers, timeout=120) as answer:
         if status == 403:
-            assert "--admin-key-file" in answer.read().decode()
+            text = answer.read().decode()
+            assert "--admin-key-file" in text or ("--allowed-host" in text and "Host" in headers)
     found = 200 if answer.status_code == 404 else answer.status_code
     assert found == status, "there may be no such node or explanation"
 
@@ -196,14 +198,14 @@ def test_operator_paths_with_a_key_require_the_key(
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"# a\n", b"a\nb\xff\x00c\n", b"two words", b"\x93\xd0\x07"]
+    "content", [b"", b"# a\n", b"a\nb\xff\x00c\n", b"k three words", b"k na:me", b"\x93\xd0\x07"]
 )
 @pytest.mark.parametrize("setting", ["api_key_file", "admin_key_file"])
 def test_files_without_a_key_that_clients_can_send_are_refused(
     setting: str, content: bytes, tmp_path: Path
 ) -> None:
     (tmp_path / "key").write_bytes(content)
-    with pytest.raises(ValueError, match=r"has no key|must be printable ASCII") as caught:
+    with pytest.raises(ValueError, match=r"has no key|be printable ASCII|a name") as caught:
         Access(ServerConfig(**{setting: str(tmp_path / "key")}))
     assert "--" + setting.replace("_", "-") in str(caught.value)
 
@@ -219,6 +221,75 @@ def ask(live: Live, path: str, body: dict[str, Any], headers: dict[str, str]) ->
     for event in map(json.loads, lines):
         merged |= event.get("message") or event.get("response") or event
     return answer.text, merged
+
+
+def test_one_name_stands_for_a_key_everywhere(
+    serve_oracle: Callable[..., Live], tmp_path: Path, caplog: Any
+) -> None:
+    """Keys with the same name share the cache and stored answers, so that a key can be replaced."""
+    (tmp_path / "keys").write_text("k1 bob # of the team\nk2 dave\nk3 bob\nk4\n")
+    (tmp_path / "admin").write_text("k5\n")
+    files = {f"{name}_key_file": str(tmp_path / name) for name in ("admin",)}
+    config = ServerConfig(api_key_file=str(tmp_path / "keys"), log_requests=True, **files)
+    live = serve_oracle(config)
+    counts = [cached_tokens(live, Authorization=f"Bearer k{n}") for n in (1, 2, 3, 4, 4)]
+    assert counts[:2] == [0, 0] and counts[2] > 0 == counts[3] and counts[4] > 0
+    stored = live.post("/v1/responses", {"input": "x"}, Authorization="Bearer k1").json()["id"]
+    for number, status in ((3, 200), (2, 404)):
+        answer = live.get(f"/v1/responses/{stored}", Authorization=f"Bearer k{number}")
+        assert answer.status_code == status
+    live.headers["Authorization"] = "Bearer k5"
+    report = live.report()
+    nameless = hashlib.sha256(b"k4").hexdigest()[:8]
+    assert {name: of["cached_tokens"] for name, of in report["keys"].items()}.items() >= {
+        "bob": counts[2],
+        "dave": 0,
+        nameless: counts[4],
+    }.items()
+    assert report["keys"]["bob"]["requests"] == 4
+    roots = {line.split("'")[1].split(":")[0] for line in report["tree"] if "namespace" in line}
+    assert roots == {"bob", "dave", nameless}
+    metrics = live.get("/metrics").text
+    assert f'engine_key_cached_tokens_total{{key="bob"}} {float(counts[2])}' in metrics
+    assert "key bob" in caplog.text and "key dave" in caplog.text and "k1" not in caplog.text
+    answer = live.http.get("/v1/cache", headers={"Authorization": "Bearer k1"})
+    assert answer.status_code == 403 and "may use the API" in answer.text
+
+
+@pytest.mark.parametrize(
+    ("settings", "host", "status"),
+    [
+        ({}, "localhost", 200),
+        ({}, "LOCALHOST:8000", 200),
+        ({}, "127.8.0.1", 200),
+        ({}, "[::1]:8000", 200),
+        ({}, "", 200),
+        ({}, "evil.example", 403),
+        ({}, "localhost.evil.example", 403),
+        ({}, "127.0.0.1@evil.example", 403),
+        ({}, "[oops", 403),
+        ({"host": "::1"}, "evil.example", 403),
+        ({"host": "0.0.0.0"}, "box.example", 200),
+        ({"host": "0.0.0.0", "allowed_host": ("box.example",)}, "other.example", 403),
+        ({"allowed_host": ("Box.example",)}, "box.example:8000", 200),
+        ({"allowed_host": ("*",)}, "evil.example", 200),
+        ({"api_key_file": "keys"}, "box.example", 200),
+    ],
+)
+@pytest.mark.parametrize("path", ["/v1/completions", "/metrics", "/"])
+def test_pages_of_other_sites_cannot_use_a_server_without_keys(
+    tmp_path: Path, settings: dict[str, Any], host: str, status: int, path: str
+) -> None:
+    """Their names may be rebound to this address."""
+    (tmp_path / "keys").write_text("k\n")
+    if "api_key_file" in settings:
+        settings = {"api_key_file": str(tmp_path / "keys")}
+    headers = [(b"authorization", b"Bearer k"), *([(b"host", host.encode())] if host else [])]
+    scope: Any = {"type": "http", "headers": headers, "path": path, "state": {}}
+    refusal = Access(ServerConfig(**settings)).refusal(scope)
+    assert (200 if refusal is None else refusal.status) == status
+    if refusal is not None:
+        assert "--allowed-host" in str(refusal)
 
 
 def test_keys_are_read_again(tmp_path: Path) -> None:
