@@ -40,6 +40,7 @@ it is read in linear time."""
 BROKEN = "A call of a tool was left in the text, because "
 THOUGHT = "A call of a tool was left in the reasoning, because "
 """Starts of warnings about an answer; the reason follows."""
+UNNAMED = "The argument {!r} of a call is not in the schema of the tool"
 BROKEN_OFF = "it breaks off"
 LEFT_OVER = "Text next to a call of a tool, inside of its marks, is part of the answer"
 ANY_OBJECT = {"type": "object"}
@@ -289,8 +290,9 @@ class CallReader(AnswerReader):
         return self._is_cut and max(ends) >= least
 
     def _made(self, call: ParsedCall) -> ToolCall:
-        if call.doubt is not None:
-            self._warn(call.doubt)
+        others = self._form.functions[call.name].others(call.arguments)
+        if call.doubt or others:
+            self._warn(call.doubt or UNNAMED.format(others[0][:MAX_NAME]))
         return ToolCall(call.name, json.dumps(call.arguments, ensure_ascii=False))
 
     def _read_reasoning(self) -> Iterator[Event | None]:

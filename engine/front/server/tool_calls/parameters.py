@@ -12,7 +12,7 @@ from itertools import chain, islice
 from types import NoneType
 from typing import Any
 
-from engine.errors import Json
+from engine.errors import Json, JsonObject
 from engine.text.answers import MAX_NAME
 from engine.text.bounded import MAX_DEPTH, read_json
 from engine.text.grammar import (
@@ -51,6 +51,8 @@ ALIASES = {
 """Names of types of other languages, which clients send."""
 NAMED = {"properties", "required", "additionalProperties"}
 """Keywords of the schema of all arguments that the form with tags enforces."""
+PERMITTING = "additionalProperties", "patternProperties"
+"""Keywords by which a schema permits arguments that it does not name."""
 IMPLIED = {
     "array": ("items", "prefixItems", "minItems", "maxItems", "uniqueItems", "contains"),
     "object": (*sorted(NAMED), "patternProperties", "minProperties", "maxProperties"),
@@ -153,6 +155,12 @@ class Parameters:
                 if schema not in found.setdefault(name, []):
                     found[name].append(schema)
         return {name: all[0] if len(all) == 1 else {"anyOf": all} for name, all in found.items()}
+
+    def others(self, arguments: JsonObject) -> list[str]:
+        """Return the arguments that a schema with names does not name, unless it permits them."""
+        is_free = any(one.get(word) for one in self.branches(self.root) for word in PERMITTING)
+        names = self.properties()
+        return [] if is_free or not names else [name for name in arguments if name not in names]
 
     def needs(self, pairs: Pairs, others: Pairs) -> bool:
         """Return True if ``pairs`` have a required argument that ``others`` lack."""
@@ -377,12 +385,15 @@ def read_literal(text: str, may_be_text: bool) -> Any:
     word = text if may_be_text else {"none": "null"}.get(text.lower(), text.lower())
     if word in WORDS:
         return WORDS[word]
-    begins = ("[", "{") if may_be_text else ("[", "{", "(")
     try:
         return read_leniently(text)
     except ValueError:
         depth = sum(map(text.count, "[{("))
-        if not text.startswith(begins) or len(text) > MAX_LITERAL or depth > MAX_DEPTH:
+        if (
+            (may_be_text and text[:1] not in ("[", "{"))
+            or len(text) > MAX_LITERAL
+            or depth > MAX_DEPTH
+        ):
             raise
     try:
         with warnings.catch_warnings():  # About escapes.

@@ -1,7 +1,8 @@
 """Calls written like calls of Python functions, with values as literals of JSON or Python.
 
-Templates write strings between quotes as they are. A quote ends a string only if a further
-argument, a further call or the end follows it.
+Templates write strings between quotes as they are, so that code in them may have the same quotes.
+The first quote ends a string if more of a call follows it, as in Python. A later one ends it only
+in front of another argument of the tool, a call of an offered tool, or the end.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import ast
 import json
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, ClassVar
 
 from engine.errors import Json, JsonObject
@@ -19,6 +20,7 @@ from engine.front.server.tool_calls.hermes import end_of_json
 from engine.front.server.tool_calls.json_list import read_list
 from engine.front.server.tool_calls.parameters import (
     LIMITS,
+    MAX_BRANCHES,
     Parameters,
     kinds_of,
     read_leniently,
@@ -35,9 +37,11 @@ _OBJECTS = re.compile(r"\[\s*\{")
 _CALL = re.compile(rf"\s*({IDENTIFIER})\(\s*")
 _KEY = re.compile(rf"\s*({IDENTIFIER})\s*=\s*")
 _WORD = re.compile(r"""[^\s,()\[\]{}'"=]+""")
-_STRING = re.compile(r"""(?P<quote>['"])(?:[^\\]|\\.)*?(?P=quote)""", re.DOTALL)
+_BEGIN = re.compile(r"""([fFrRuU]?)(?=['"])""")
+_STRING = re.compile(r"""(?P<quote>'{3}|"{3}|['"])(?:[^\\]|\\.)*?(?P=quote)""", re.DOTALL)
 _AFTER_ARGUMENT = re.compile(r"\s*([,)])\s*")
 OPENING = ("[", "{", "(")
+UNCERTAIN = "The quotes in the argument {!r} of a call are not escaped, so its end is uncertain"
 
 
 class Incomplete(Exception):
@@ -59,8 +63,9 @@ class Pythonic(CallForm):
         close = rf"\s*+\]?\s*+(?:{re.escape(self.ENDS[0])}|\Z)"
         self._close = re.compile(close)
         self._separator = re.compile(self.SEPARATOR)
+        further = rf"{self.SEPARATOR}\s*(?P<tool>{IDENTIFIER})\("
         self._behind_string = re.compile(
-            rf"\s*(?:,\s*{IDENTIFIER}\s*=|\)(?:{self.SEPARATOR}\s*{IDENTIFIER}\(|{close}))"
+            rf"\s*(?:,\s*(?P<name>{IDENTIFIER})\s*=(?!=)|\)(?:{further}|{close}))"
         )
 
     def parse(self, text: str, is_whole: bool = False, is_cut: bool = False) -> Calls | str | None:
@@ -85,32 +90,38 @@ class Pythonic(CallForm):
         while True:
             name, at = _read_head(_CALL, text, at)
             arguments: JsonObject = {}
+            doubt, tool = None, self.functions.get(name)
+            names = tool.properties().keys() if tool else None
             is_over = text.startswith(")", at)
             at += is_over
             while not is_over:
                 key, at = _read_head(_KEY, text, at)
-                value, at = self._read_value(text, at)
                 if key in arguments:
                     raise ValueError(REPEATED)
-                arguments[key] = value
+                others = names - {*arguments, key} if names else None
+                string = _STRING.match(text, at)
+                arguments[key], at = self._read_value(text, at, others)
+                if others is None and string is not None and string.end() < at:
+                    doubt = doubt or UNCERTAIN.format(key[:MAX_NAME])
                 sign = _AFTER_ARGUMENT.match(text, at)
                 if sign is None:
                     raise ValueError(MALFORMED)
                 is_over, at = sign[1] == ")", sign.end(1)
-            calls.append(ParsedCall(name, arguments))
+            calls.append(ParsedCall(name, arguments, doubt))
             if close := self._close.match(text, at):
                 return Calls(calls, close.end())
             if (separator := self._separator.match(text, at)) is None:
                 raise ValueError(MALFORMED)
             at = separator.end()
 
-    def _read_value(self, text: str, at: int) -> tuple[Json, int]:
-        """Return a value and its end. Raises Incomplete or ValueError."""
-        first = text[at : at + 1]
-        if first in ("'", '"'):
-            end = self._end_of_string(text, at)
-            return _unquoted(text[at : end + 1]), end + 1
-        if first in OPENING:
+    def _read_value(self, text: str, at: int, others: Collection[str] | None) -> tuple[Json, int]:
+        """Return a value and its end; ``others`` are the names of arguments that may follow, or
+        None for any. Raises Incomplete or ValueError."""
+        if begin := _BEGIN.match(text, at):
+            end, quote = self._end_of_string(text, begin.end(), others)
+            body = text[begin.end() + len(quote) : end]
+            return _unquoted(begin[1].lower(), quote[0], body), end + len(quote)
+        if text.startswith(OPENING, at):
             try:
                 end = end_of_json(text, at)
                 return read_leniently(text[at:end]), end
@@ -122,23 +133,37 @@ class Pythonic(CallForm):
             raise ValueError(MALFORMED)
         return read_literal(word[0], may_be_text=False), word.end()
 
-    def _end_of_string(self, text: str, start: int) -> int:
-        """Return the position of the quote that ends the string at ``start``: the first one that
-        is followed by more of the call, and preferably not escaped. Raises Incomplete."""
-        quote, escaped = text[start], None
-        at = text.find(quote, start + 1)
-        while at >= 0:
-            if self._behind_string.match(text, at + 1):
-                before = at
-                while before > start + 1 and text[before - 1] == "\\":
-                    before -= 1
-                if (at - before) % 2 == 0:
-                    return at
-                escaped = at if escaped is None else escaped
-            at = text.find(quote, at + 1)
-        if escaped is None:
-            raise Incomplete
-        return escaped
+    def _end_of_string(
+        self, text: str, start: int, others: Collection[str] | None
+    ) -> tuple[int, str]:
+        """Return the end of the text of the string at ``start``, and its quotes. Raises Incomplete.
+
+        It ends at its first quote if more of a call follows. Else at the first quote in front of
+        one of the ``others``, an offered tool or the end, of these preferably one that is not
+        escaped, and has brackets in pairs before it."""
+        for quote in (text[start] * 3, text[start]):
+            counted, depth, num_known, is_first = start + len(quote), 0, 0, True
+            found = list[tuple[bool, bool, bool, int]]()
+            signs = re.compile(rf"\\.|{quote}", re.DOTALL).finditer(text, counted)
+            for sign in signs if text.startswith(quote, start) else ():
+                at, is_escaped = sign.end() - len(quote), sign[0] != quote
+                further = self._behind_string.match(text, sign.end())
+                if further and sign[0].endswith(quote):
+                    name, tool = further.group("name", "tool")
+                    is_other = name in others if name and others is not None else not tool
+                    is_known = is_other or others is None or tool in self.functions
+                    piece, counted = text[counted:at], at
+                    depth += sum(map(piece.count, "([{")) - sum(map(piece.count, ")]}"))
+                    found.append((is_escaped, not is_known, depth != 0, at))
+                    num_known += is_known and not is_escaped
+                    if is_first and not is_escaped:
+                        return at, quote
+                    if not any(found[-1][:3]) or num_known == MAX_BRANCHES:
+                        break
+                is_first = is_first and is_escaped
+            if found:
+                return min(found)[-1], quote
+        raise Incomplete
 
     def rules(self, name: str, tool: str, parameters: Parameters) -> list[str]:
         """See ``CallForm``. Arguments are in the order of the schema."""
@@ -234,21 +259,24 @@ def _read_head(pattern: re.Pattern[str], text: str, at: int) -> tuple[str, int]:
     return found[1], found.end()
 
 
-def _unquoted(text: str) -> str:
-    """Return the value of a quoted string: with escapes if they are valid ones, else as it is."""
-    quote, body = text[0], text[1:-1]
-    if "\\" not in body:
+def _unquoted(sign: str, quote: str, body: str) -> str:
+    """Return the value of the text ``body`` between quotes: with escapes if they are valid ones,
+    else as it is. ``sign``: the letter before it. Raises ValueError for fields of an f-string."""
+    if sign == "f" and {"{", "}"} & {*body}:
+        raise ValueError(MALFORMED)
+    if "\\" not in body or sign == "r":
         return body
+    escaped = re.sub(rf"(\\.)|{quote}", lambda one: one[1] or f"\\{quote}", body, flags=re.DOTALL)
     if quote == '"':
         try:
-            return str(read_leniently(text))
+            return str(read_leniently(f'"{escaped}"'))
         except ValueError:
             pass
     try:
         with warnings.catch_warnings():  # About escapes.
             warnings.simplefilter("ignore")
             # JSON replaces halves of characters.
-            return str(read_json(json.dumps(ast.literal_eval(f"{quote * 3}{body}{quote * 3}"))))
+            return str(read_json(json.dumps(ast.literal_eval(f"{quote * 3}{escaped}{quote * 3}"))))
     except (SyntaxError, ValueError):
         return body
 

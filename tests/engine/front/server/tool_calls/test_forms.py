@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 import tokenizers
+from hypothesis import given
+from hypothesis import strategies as st
 
 from engine.front.server.tool_calls.form import form_of, forms, prepared, words_of
 from engine.front.server.tool_calls.parameters import Parameters
@@ -283,3 +285,87 @@ def test_marks_of_calls_are_part_of_the_text() -> None:
     text = "a".join(marks)
     ids = tokenizer.encode(f"{text}<|im_end|><|tool_response_start|>")
     assert tokenizer.decode(ids) == text and len(ids) == 2 * len(marks) + 1
+
+
+CODE = (
+    "plt.plot(x, 'r', label='a')", 'print("a", end="")', "open('f', mode='w')", "it's, n=1",
+    "fetch('/x', {method: 'POST'}).then(r => r)", 'const a = "x", b = "y";', "f(`${a}`, b='c');",
+    'printf("%d", n = 1);', "char c = 'x', d = ')';", "fn f<'a, T>(x: &'a str) -> &'a str { x }",
+    "update t set a = 'x', b = 'y' where c = ''", "<a href='x', class='y'>it's</a>", '<p id="x">',
+    """psql -c "select 'a', b='c'" | awk -F',' '{print $1}'""", "run(code='x', name='y')",
+)  # fmt: skip
+"""Lines of Python, JavaScript, C, Rust, SQL, HTML and shell with quotes and commas."""
+RAW = {
+    f"{name} {quote}": (form_of(FORMS[name]), f"{begin}run(code={quote}{{}}{quote}{{}}){end}")
+    for name, begin, end in (
+        ("lfm2", "<|tool_call_start|>[", "]<|tool_call_end|>"),
+        ("olmo", "<function_calls>", "</function_calls>"),
+    )
+    for quote in "'\""
+}
+"""Calls whose quotes are not escaped."""
+
+
+@pytest.mark.parametrize("name", [*FORMS, *RAW])
+@given(st.lists(st.sampled_from(CODE), min_size=1, max_size=4), st.data())
+def test_code_is_a_value_in_any_form(name: str, lines: list[str], data: st.DataObject) -> None:
+    """The schema, not the code, decides where a value ends; without one there is a warning."""
+    wanted: dict[str, Any] = {"code": "\n".join(lines)}
+    kinds = {"code": {"type": "string"}, "wait_s": {"type": "integer"}}
+    schema = data.draw(st.sampled_from([None, {"properties": kinds}]))
+    wanted |= data.draw(st.sampled_from([{}, {"wait_s": 1}]))
+    function = {"name": "run"} | ({"parameters": schema} if schema else {})
+    tools = [{"type": "function", "function": function}]
+    if name in RAW:
+        form, text = RAW[name]
+        text = text.format(wanted["code"], ", wait_s=1" if "wait_s" in wanted else "")
+    else:
+        form, text = form_of(FORMS[name]), written_by(FORMS[name], ("run", wanted), tools=tools)
+    assert form is not None
+    reader, at, events = form(tools).reader(thinks=False), 0, []
+    while at < len(text):
+        size = data.draw(st.integers(1, len(text)))
+        events += reader.push(text[at : at + size])
+        at += size
+    *_, calls = parts_of([*events, *reader.flush()])
+    warning = reader.warning  # type: ignore[attr-defined]
+    if schema is not None:
+        assert [json.loads(one) for _, one in calls] == [wanted] and warning is None
+    elif calls != [("run", json.dumps(wanted, ensure_ascii=False))]:
+        assert warning is not None or (form is Xml and "wait_s" in wanted)  # Its values are texts.
+
+
+@pytest.mark.parametrize(
+    ("inside", "expected", "warned"),
+    [
+        ("f(a='x', b=1)", {"a": "x", "b": 1}, None),
+        ("f(a='x', c='y')", {"a": "x", "c": "y"}, "'c' of a call is not in the schema"),
+        ("f(a='it's', c='y')", {"a": "it's', c='y"}, None),
+        ("f(a='x', a='y')", None, "one argument twice"),
+        ("f(a='g('x', b=2)', b=1)", {"a": "g('x', b=2)", "b": 1}, None),
+        ("f(a='g('x'), f(b='y')')", {"a": "g('x'), f(b='y')"}, None),
+        ("""f(a='''g('x', "y")''', b=1)""", {"a": "g('x', \"y\")", "b": 1}, None),
+        ("f(a='''.join('b')', b=1)", {"a": "''.join('b')", "b": 1}, None),
+        ("f(a='', b=+7)", {"a": "", "b": 7}, None),
+        ("f(a=f'x', b=0x10)", {"a": "x", "b": 16}, None),
+        (r"f(a=r'C:\new', b=1_000)", {"a": r"C:\new", "b": 1000}, None),
+        (r"f(a='x\ty 'z'', b=1)", {"a": "x\ty 'z'", "b": 1}, None),
+        ("f(a=f'{x}')", None, "not a list of calls"),
+        ("f(a={'x', 'y'})", None, "not a list of calls"),
+        ("f(a=1j)", None, "not a list of calls"),
+        ("g(a='it's', c='y')", {"a": "it's", "c": "y"}, "'a' of a call are not escaped"),
+        (r"g(a='it\'s', c='y')", {"a": "it's", "c": "y"}, None),
+    ],
+)
+def test_quotes_end_a_value_where_the_schema_permits_it(
+    inside: str, expected: dict[str, Any] | None, warned: str | None
+) -> None:
+    schema = {"properties": {"a": {"type": "string"}, "b": {"type": "integer"}}}
+    functions = {"name": "f", "parameters": schema}, {"name": "g"}
+    form = forms()["LFM2"]([{"type": "function", "function": one} for one in functions])
+    reader = form.reader(thinks=False)
+    text = form.BEGIN + inside + form.END
+    *_, calls = parts_of([*reader.push(text), *reader.flush()])
+    assert [json.loads(arguments) for _, arguments in calls] == ([expected] if expected else [])
+    warning = reader.warning  # type: ignore[attr-defined]
+    assert (warning is None) if warned is None else warned in str(warning)
