@@ -23,8 +23,9 @@ DETAILS = "reasoning_details"
 """OpenRouter's list of the parts of thoughts."""
 THOUGHT_PARTS = ("thinking", "reasoning", "redacted_thinking")
 """Types of the parts of a content, or of the items of a response, that are thoughts."""
-LENGTHS = ("completion_tokens", "output_tokens", "eval_count")
-"""Names of the number of tokens of an answer in ``usage``, or in the whole answer (Ollama)."""
+LENGTHS = ("completion_tokens", "output_tokens", "eval_count", "completionTokens", "outputTokens")
+"""Names of the number of tokens of an answer in ``usage``, or in the whole answer (Ollama). AI SDK
+and Bedrock write the last two."""
 
 
 def without_billing(system: str) -> str:
@@ -48,13 +49,17 @@ def thoughts_of(message: Mapping[str, object]) -> str:
     >>> thoughts_of({"type": "thinking", "thinking": "", "signature": "9f"})
     ''
     """
-    for name in THOUGHTS:
-        if found := _joined(message.get(name)):
+    for given in map(message.get, THOUGHTS):
+        if found := _inside(given) if isinstance(given, Mapping) else _joined(given):
             return found
-    if message.get("type") in THOUGHT_PARTS:
-        names = "text", "content", "summary"
-        return next((found for name in names if (found := _joined(message.get(name)))), "")
-    return _joined(message.get(DETAILS))
+    return (
+        _inside(message) if message.get("type") in THOUGHT_PARTS else _joined(message.get(DETAILS))
+    )
+
+
+def _inside(part: Mapping[str, object]) -> str:
+    """Return the text of an object with thoughts."""
+    return next(filter(None, map(_joined, map(part.get, ("text", "content", "summary")))), "")
 
 
 def _joined(value: object) -> str:
@@ -75,12 +80,13 @@ def has_thoughts(message: Mapping[str, object]) -> bool:
 
 
 def length_of(usage: Mapping[str, object]) -> tuple[int, int]:
-    """Return the tokens of an answer, and those of its thoughts, by the ``usage`` of any API. 0 for
-    an unknown number. Raises ValueError if a number is not a count.
+    """Return the tokens of an answer, and those of its thoughts, by the ``usage`` of any API; of
+    Cohere's, by ``tokens`` in it. 0 for an unknown number. Raises ValueError for another value.
 
     >>> length_of({"output_tokens": 420, "output_tokens_details": {"reasoning_tokens": 400}})
     (420, 400)
     """
+    usage = tokens if isinstance(tokens := usage.get("tokens"), Mapping) else usage
     details = [usage, *(usage.get(f"{name}_details") for name in LENGTHS)]
     kinds = "reasoning_tokens", "thinking_tokens"
     thoughts = [d.get(kind) for d in details if isinstance(d, Mapping) for kind in kinds]
@@ -98,15 +104,28 @@ def _count(values: Sequence[object]) -> int:
 
 RENDERED = ("tool_use", "tool_result", "function_call", "function_call_output")
 """Types of blocks that chat templates write."""
+SERVED = re.compile(r"(.+)_(?:(call|use|request)|result|output|response|tools|upload)")
+"""Types of blocks about tools that the server of an earlier answer ran; the second group is in
+those of calls."""
+DATA = re.compile(
+    r"(?:data:[\w/+.;=-]*;base64,)?[\w/+-]{60,}+(?:(?:\s|\\+[rn])++(?:[\w/+-]{60,}+|[\w/+-]*+=))*+=*",
+    re.ASCII,
+)
+"""Text that may be base64, in one piece or in lines."""
+LEAST_DATA = 512
+"""Least number of characters of base64 that are left out."""
 
 
 def line_of(block: Mapping[str, object]) -> str | None:
     """Return the text of a block of history that no chat template writes. None for other blocks.
 
     Such a block is a refusal, a found document, or a tool that the server of an earlier answer ran.
+    Pictures, documents and sound in it, which are long base64, become their size.
 
     >>> line_of({"type": "server_tool_use", "name": "web_search", "input": {"query": "rain"}})
     '[web_search was called with {"query": "rain"}.]'
+    >>> line_of({"type": "image_generation_call", "result": "iVBO" * 400})
+    '[image_generation was called with {"result": "[1,200 bytes were left out here.]"}.]'
     """
     kind = str(block.get("type"))
     if kind == "refusal":
@@ -118,17 +137,33 @@ def line_of(block: Mapping[str, object]) -> str | None:
         return "\n".join(str(one) for one in heads if one)
     if kind == "compaction":
         return _joined(block.get("content"))
-    if kind in RENDERED:
+    if kind in RENDERED or (served := SERVED.fullmatch(kind)) is None:
         return None
-    if kind.endswith("_tool_result"):
-        content = block.get("content")
-        return f"[Result: {_joined(content) or json.dumps(_shown(content))}]"
-    if kind.endswith(("_tool_use", "_call")):
-        own = ("type", "id", "status", "name", "cache_control", "caller")
-        given = block.get("input", {name: block[name] for name in block if name not in own})
-        name = block.get("name") or kind.removesuffix("_call")
-        return f"[{name} was called with {json.dumps(_shown(given))}.]"
-    return None
+    if isinstance(tools := block.get("tools"), list):
+        names = [str(one.get("name")) for one in tools if isinstance(one, Mapping)]
+        return f"[The tools {', '.join(names)} were found.]"
+    own = ("type", "id", "status", "name", "cache_control", "caller")
+    rest = {name: block[name] for name in block if name not in own}
+    if served[2]:
+        name = block.get("name") or served[1]
+        return f"[{name} was called with {told(block.get('input', rest))}.]"
+    return f"[Result: {told(block.get('content', block.get('output', rest)))}]"
+
+
+def told(value: object) -> str:
+    """Return a text, parts or another JSON value as one text without long base64. O(its size)."""
+    if not isinstance(value, str):
+        parts = value if isinstance(value, list) and _joined(value) else [value]
+        value = "\n".join(_joined([one]) or json.dumps(_shown(one)) for one in parts)
+    return DATA.sub(_size, value)
+
+
+def _size(found: re.Match[str]) -> str:
+    """Return the size of base64, or a text that is none."""
+    data = re.sub(r"\s|\\+[rn]", "", found[0].rpartition(",")[2])
+    if len(data) < LEAST_DATA or data in (data.lower(), data.upper()):
+        return found[0]
+    return f"[{len(data) * 3 // 4:,} bytes were left out here.]"
 
 
 def _shown(value: object) -> object:

@@ -131,7 +131,8 @@ def answer_of(response: object) -> RecordedAnswer:
         "text or its usage"
     )
     whole = Record(response) if isinstance(response, dict) else Record()
-    usage = whole.get("usage")
+    choice = whole.objects("choices")[0] if whole.get("choices") else Record()
+    usage = whole.get("usage") or choice.get("usage")
     # That of several choices is their sum.
     is_one = not isinstance(choices := whole.get("choices"), list) or len(choices) < 2
     length, num_thoughts = (
@@ -141,16 +142,17 @@ def answer_of(response: object) -> RecordedAnswer:
         raise ValueError(f"its usage has {length} tokens, more than {LONGEST}")
     items = whole.get("output") if isinstance(whole.get("output"), list) else response
     if isinstance(items, list):
-        kinds = {str(item.get("type")) if isinstance(item, dict) else None for item in items}
-        if not items or not kinds <= OUTPUT_ITEMS:
+        are_items = all(isinstance(one, dict) for one in items)
+        kinds = {str(one.get("type")) for one in items if are_items and line_of(one) is None}
+        if not items or not are_items or not kinds <= OUTPUT_ITEMS:
             raise refusal
         text = _begun("".join(map(_output_item, items)))
         return RecordedAnswer(text, length, "", bool(num_thoughts) or "reasoning" in kinds)
     if not isinstance(response, dict):
         raise refusal
-    choice = whole.objects("choices")[0] if choices else Record()
     reason = STOP_REASONS.get(str(response.get("stop_reason") or choice.get("finish_reason")), "")
-    message = response if "content" in response else choice.get("message", response.get("message"))
+    inner = whole["output"] if isinstance(whole.get("output"), dict) else response  # Bedrock's
+    message = inner if "content" in inner else choice.get("message", inner.get("message"))
     if isinstance(message, dict):
         thinks = bool(num_thoughts) or has_thoughts(message)
         return RecordedAnswer(message_text(Record(message)), length, reason, thinks)
@@ -163,6 +165,8 @@ def answer_of(response: object) -> RecordedAnswer:
 
 def _output_item(item: dict[str, object]) -> str:
     """Return the text of an item of the Responses API."""
+    if (line := line_of(item)) is not None:
+        return line
     if item["type"] == "function_call":
         return _call({"name": item.get("name"), "arguments": item.get("arguments")})
     if item["type"] == "reasoning":
@@ -189,7 +193,7 @@ def _content(content: object) -> str:
 
 def _part(part: Record) -> str:
     kind = part.get("type")
-    if kind in ("text", "input_text", "output_text"):
+    if kind in ("text", "input_text", "output_text") or part.keys() == {"text"}:
         return part.text("text")
     if kind in THOUGHT_PARTS:
         return _thought(thoughts_of(part))

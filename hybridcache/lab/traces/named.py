@@ -19,7 +19,7 @@ from typing import Any, ClassVar
 import numpy as np
 from sortedcontainers import SortedDict
 
-from hybridcache.adapters.client_habits import DETAILS, THOUGHTS, length_of
+from hybridcache.adapters.client_habits import DETAILS, THOUGHTS, length_of, line_of
 from hybridcache.lab.traces.dialects import ROLES, Chat, answer_of, is_response, plain_chat
 from hybridcache.lab.traces.frame import (
     FEWEST,
@@ -70,7 +70,8 @@ def messages_of(given: object) -> object:
         elif kind == "function_call_output":
             found.append({"role": "tool", "content": item.get("output")})
         elif kind != "reasoning":
-            found.append(item)
+            line = line_of(item)
+            found.append({"role": "assistant", "content": line} if line is not None else item)
     return found
 
 

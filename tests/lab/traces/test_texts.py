@@ -149,6 +149,9 @@ OMITTED: list[dict[str, Any]] = [
         "usage": {"output_tokens": 420},
     },
     {"message": assistant("Dry."), "eval_count": 420},
+    {"choices": [{"message": assistant("Dry."), "usage": USAGE}]},
+    {"message": assistant("Dry."), "usage": {"tokens": {"output_tokens": 420}}},
+    {"output": {"message": {"content": [{"text": "Dry."}]}}, "usage": {"outputTokens": 420}},
 ]
 
 
@@ -164,6 +167,7 @@ def test_omitted_thoughts_count_by_the_usage(response: dict[str, Any], tmp_path:
 NAMES: list[dict[str, Any]] = [
     *({name: THOUGHTS} for name in ("reasoning_content", "reasoning", "thinking")),
     {"reasoning_text": THOUGHTS},
+    *({"reasoning": {name: THOUGHTS}} for name in ("content", "text", "summary")),
     {"reasoning_details": [{"type": "reasoning.text", "text": THOUGHTS}]},
     {"content": [{"type": "thinking", "thinking": THOUGHTS}, {"type": "text", "text": "Dry."}]},
     {
@@ -427,6 +431,12 @@ def test_published_conversations_and_logs_of_the_responses_api_are_read(tmp_path
     whole = np.concatenate((first.tokens, first.output))
     assert text_of(first).startswith("Xsystem\nbe brief") and first.session == second.session
     assert common_prefix_len(whole, second.tokens) >= len(whole) - 1 and "42" in text_of(second)
+    picture = {"type": "image_generation_call", "id": "i", "result": "QUJj" * 5000}
+    shown = "[image_generation was called with"
+    path = lines(tmp_path / "pictures.jsonl", body | {"input": [ask, picture], "output": [picture]})
+    [request] = open_trace(f"{path}?tokenizer=bytes")
+    assert shown in text_of(request) and shown in answer_text(request)
+    assert len(request.tokens) < 250 and len(request.output) < 150
     path = lines(tmp_path / "text.jsonl", {"input": "hello", "output": [call]})
     assert "hello" in text_of(next(iter(open_trace(f"{path}?tokenizer=bytes"))))
 

@@ -39,7 +39,7 @@ from engine.front.server.writers import Call, ServingContext, new_id
 from engine.messages import EndSession
 from engine.text.answers import Event, ReasoningDelta, TextDelta, ToolCall, joined
 from engine.text.bounded import BoundedMemory
-from hybridcache.adapters.client_habits import RENDERED, line_of
+from hybridcache.adapters.client_habits import RENDERED, line_of, told
 
 Kind = Literal["reasoning", "message", "function_call"]
 KINDS: dict[Kind, tuple[str, str]] = {
@@ -125,9 +125,9 @@ def plain_item(item: JsonObject, place: str) -> JsonObject:
         return {"call_id": item["call_id"], **call}
     if "call_id" in item and kind.endswith("_output"):
         output = rest.get("output", rest)
-        is_content = isinstance(output, str | list)
-        output = output if is_content else msgspec.json.encode(output).decode()
-        return {"type": "function_call_output", "call_id": item["call_id"], "output": output}
+        is_custom = kind == "custom_tool_call_output" and isinstance(output, str | list)
+        said = output if is_custom else told(output)
+        return {"type": "function_call_output", "call_id": item["call_id"], "output": said}
     line = line_of(item)
     return item if line is None else {"type": "message", "role": "assistant", "content": line}
 

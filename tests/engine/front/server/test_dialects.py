@@ -453,6 +453,25 @@ HEADERS: list[tuple[Any, Any]] = [
 USED = {"type": "server_tool_use", "id": "a", "name": "web_search", "input": {"query": "rain"}}
 FOUND = {"type": "web_search_result", "title": "Rain", "url": "u"}
 HIDDEN = FOUND | {"encrypted_content": "x" * 99}
+PICTURE = "QUJj" * 500
+"""A long text in base64."""
+SERVED: list[tuple[dict[str, Any], str]] = [
+    (
+        {"type": "image_generation_call", "id": "i", "status": "completed", "result": PICTURE},
+        '[image_generation was called with {"result": "[1,500 bytes were left out here.]"}.]',
+    ),
+    (
+        {"type": "mcp_call", "name": "f", "output": json.dumps([{"data": PICTURE}])},
+        r'[f was called with {"output": "[{\"data\": \"[1,500 bytes were left out here.]\"}]"}.]',
+    ),
+    (
+        {"type": "mcp_list_tools", "tools": [{"name": "f", "input_schema": {}}, {"name": "g"}]},
+        "[The tools f, g were found.]",
+    ),
+    ({"type": "mcp_approval_request", "name": "f"}, "[f was called with {}.]"),
+    ({"type": "mcp_approval_response", "approve": True}, '[Result: {"approve": true}]'),
+]
+"""Items of tools that another server ran, and their text."""
 LINES: list[tuple[dict[str, Any], str]] = [
     (USED, '[web_search was called with {"query": "rain"}.]'),
     (
@@ -465,6 +484,11 @@ LINES: list[tuple[dict[str, Any], str]] = [
         "Rain\nu\nYes.",
     ),
     ({"type": "refusal", "refusal": "I cannot."}, "I cannot."),
+    ({"type": "container_upload", "file_id": "f"}, '[Result: {"file_id": "f"}]'),
+    (
+        {"type": "mcp_tool_result", "tool_use_id": "a", "content": [TEXT, {"data": PICTURE}]},
+        '[Result: Yes.\n{"data": "[1,500 bytes were left out here.]"}]',
+    ),
 ]
 """Blocks of history that no template writes, and their text."""
 OMITTED = "[{} was left out here, because the model reads text only.]"
@@ -561,6 +585,12 @@ SAME: list[Pair] = [
                 "content": '[web_search was called with {"action": {"query": "q"}}.]',
             },
         ],
+    ),
+    *((ITEMS, [*CHAT, item], [*CHAT, {"role": "assistant", "content": t}]) for item, t in SERVED),
+    (
+        ITEMS,
+        called("shell", [{"stdout": f"x {PICTURE}"}], action={}),
+        call("shell", {"action": {}}, '[{"stdout": "x [1,500 bytes were left out here.]"}]'),
     ),
     (CHATS, in_call(**CUSTOM), in_call(**FUNCTION)),
     *(
