@@ -48,6 +48,8 @@ KEEPS_THINKING = "preserve_thinking"
 """Template variable of newer templates; emulated for templates that do not support it."""
 FIRST, LAST = 0x100000, 0x10FFFD
 """Private-use characters that stand for a message, and for its turn."""
+END = f"{chr(LAST)}\u2003"
+"""Mark behind the content that an answer continues, with white space that no template writes."""
 _PLACES = re.compile(f"([{chr(FIRST)}-{chr(LAST)}])")
 ENTRY_BYTES = 512
 """Approximate size of an answer without its ids and its reasoning."""
@@ -228,11 +230,13 @@ class Rendering:
         """Turns that are replaced by sampled tokens, in order."""
         self._ending = self.text[-64:].rstrip() if chat.add_generation_prompt else ""
         if chat.continues_last:
-            content = _content(self._messages[-1])
-            at = self.text.rfind(content)
-            if not content or at < 0:
-                raise TemplateError("the last message has no content to continue")
-            self.text = self.text[: at + len(content)]
+            last = self._messages[-1]
+            marked = {**last, "content": f"{last.get('content') or ''}{END}"}
+            before, mark, behind = self._render([*self._messages[:-1], marked]).rpartition(END[0])
+            if not mark:
+                raise TemplateError("the template leaves out the content of the last message")
+            # The template removes white space at the end of contents if it does so behind the mark.
+            self.text = before if behind.startswith(END[1]) else before.rstrip()
         self._codes = _codes(self.text)
         self.tokens = self.encode(self.text)
         """int32[n]."""
@@ -241,7 +245,7 @@ class Rendering:
         """Return the prompt with the positions at which later chats differ. Takes at most three
         renders plus one for each cut, and a few encodings of ends of the chat."""
         chat, messages, length = self._chat, self._messages, len(self.tokens)
-        continued = _content(messages[-1]) if chat.continues_last else ""
+        continued = str(messages[-1].get("content")) if chat.continues_last else ""
         thinks = self._ending.endswith(OPEN) or continued.rfind(OPEN) > continued.rfind(CLOSE)
         may_think = not self._ending.endswith(CLOSE)
         other, *longer = _futures(messages, bool(self._tools), may_think)
@@ -321,10 +325,6 @@ class Rendering:
 def _codes(text: str) -> Tokens:
     """Return the code of each character: int32[n]."""
     return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.int32)
-
-
-def _content(message: Message) -> str:
-    return str(message.get("content") or "").strip()
 
 
 def _futures(messages: Sequence[Message], with_tools: bool, thinks: bool) -> list[list[Message]]:

@@ -151,7 +151,7 @@ def answer_of(response: object) -> RecordedAnswer:
     if not isinstance(response, dict):
         raise refusal
     reason = STOP_REASONS.get(str(response.get("stop_reason") or choice.get("finish_reason")), "")
-    inner = whole["output"] if isinstance(whole.get("output"), dict) else response  # Bedrock's
+    inner = output if isinstance(output := whole.get("output"), dict) else response  # Bedrock's
     message = inner if "content" in inner else choice.get("message", inner.get("message"))
     if isinstance(message, dict):
         thinks = bool(num_thoughts) or has_thoughts(message)
