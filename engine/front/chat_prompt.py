@@ -48,8 +48,8 @@ KEEPS_THINKING = "preserve_thinking"
 """Template variable of newer templates; emulated for templates that do not support it."""
 FIRST, LAST = 0x100000, 0x10FFFD
 """Private-use characters that stand for a message, and for its turn."""
-END = f"{chr(LAST)}\u2003"
-"""Mark behind the content that an answer continues, with white space that no template writes."""
+END = f"{chr(LAST)} "
+"""Mark behind the content that an answer continues, with white space."""
 _PLACES = re.compile(f"([{chr(FIRST)}-{chr(LAST)}])")
 ENTRY_BYTES = 512
 """Approximate size of an answer without its ids and its reasoning."""

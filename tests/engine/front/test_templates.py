@@ -9,13 +9,15 @@ import struct
 import subprocess
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from multiprocessing.connection import Connection
 from typing import Any
 from unittest.mock import Mock
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers.utils.chat_template_utils import render_jinja_template
 
 from engine.front.chat_prompt import MARK, Conversation, Rendering, controls_of, mark_control_tokens
 from engine.front.server.bodies import decode
@@ -26,6 +28,8 @@ from engine.text.tokenizer import ChatTemplate
 from engine.text.tokenizer_files import HFTokenizer
 from hybridcache.radix.tokens import common_prefix_len
 from tests.engine.front.agent import TEMPLATE
+from tests.engine.front.server.tool_calls.templates import FORMS
+from tests.selection import num_examples
 
 CHAT = [
     {"role": "system", "content": "Be brief. " * 10},
@@ -132,6 +136,42 @@ def test_a_continued_answer_thinks_only_behind_an_open_mark(
     conversation = Conversation(chat, add_generation_prompt=False, continues_last=True)
     prompt = Rendering(_tokenizer(TEMPLATE), conversation).prompt()
     assert prompt.marks["is_thinking"] == is_thinking
+
+
+PREFILLS = st.lists(
+    st.sampled_from(
+        ["The answer is", "```json", "return", "\n", " ", "\t", "\r\n", "é", "漢字", "<think>",
+         "</think>", "{", "|", '"', "<|im_end|>", "<", "a"]
+    ),
+    min_size=1, max_size=200,
+).map("".join)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "source", [*FORMS.values(), TEMPLATE, EVERYTHING.replace("m.content", "m.content|trim ~ ' '")]
+)
+@given(PREFILLS, st.booleans())
+@settings(max_examples=num_examples(200))
+def test_continued_messages_are_those_of_transformers(
+    source: str, content: str, is_long: bool
+) -> None:
+    """Up to contents that it refuses, because the template reads reasoning in them."""
+    chat = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": content}]
+    chat = chat * 2 if is_long else chat
+    conversation = Conversation(chat, add_generation_prompt=False, continues_last=True)
+    found = Rendering(_tokenizer(source), conversation).text.replace(MARK, "")
+    with suppress(ValueError):
+        [[wanted], _] = render_jinja_template(
+            [chat], chat_template=source, continue_final_message=True
+        )
+        assert found == wanted
+
+
+def test_a_template_that_drops_the_last_message_continues_none() -> None:
+    chat = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "a"}]
+    conversation = Conversation(chat, add_generation_prompt=False, continues_last=True)
+    with pytest.raises(TemplateError, match="leaves out the content of the last message"):
+        Rendering(_tokenizer("{{ messages[0].content }}"), conversation)
 
 
 def test_a_long_chat_is_encoded_once(monkeypatch: pytest.MonkeyPatch) -> None:
