@@ -20,7 +20,6 @@ from engine.front.server.tool_calls.hermes import end_of_json
 from engine.front.server.tool_calls.json_list import read_list
 from engine.front.server.tool_calls.parameters import (
     LIMITS,
-    MAX_BRANCHES,
     Parameters,
     kinds_of,
     read_leniently,
@@ -39,8 +38,10 @@ _KEY = re.compile(rf"\s*({IDENTIFIER})\s*=\s*")
 _WORD = re.compile(r"""[^\s,()\[\]{}'"=]+""")
 _BEGIN = re.compile(r"""([fFrRuU]?)(?=['"])""")
 _STRING = re.compile(r"""(?P<quote>'{3}|"{3}|['"])(?:[^\\]|\\.)*?(?P=quote)""", re.DOTALL)
-_AFTER_ARGUMENT = re.compile(r"\s*([,)])\s*")
+_AFTER_ARGUMENT = re.compile(r"\s*([,)])")
 OPENING = ("[", "{", "(")
+MAX_ENDS = 1000
+"""Maximum number of quotes that are compared as the end of a text."""
 UNCERTAIN = "The quotes in the argument {!r} of a call are not escaped, so its end is uncertain"
 
 
@@ -103,10 +104,8 @@ class Pythonic(CallForm):
                 arguments[key], at = self._read_value(text, at, others)
                 if others is None and string is not None and string.end() < at:
                     doubt = doubt or UNCERTAIN.format(key[:MAX_NAME])
-                sign = _AFTER_ARGUMENT.match(text, at)
-                if sign is None:
-                    raise ValueError(MALFORMED)
-                is_over, at = sign[1] == ")", sign.end(1)
+                sign, at = _read_head(_AFTER_ARGUMENT, text, at)
+                is_over = sign == ")"
             calls.append(ParsedCall(name, arguments, doubt))
             if close := self._close.match(text, at):
                 return Calls(calls, close.end())
@@ -142,7 +141,7 @@ class Pythonic(CallForm):
         one of the ``others``, an offered tool or the end, of these preferably one that is not
         escaped, and has brackets in pairs before it."""
         for quote in (text[start] * 3, text[start]):
-            counted, depth, num_known, is_first = start + len(quote), 0, 0, True
+            counted, depth, is_first = start + len(quote), 0, True
             found = list[tuple[bool, bool, bool, int]]()
             signs = re.compile(rf"\\.|{quote}", re.DOTALL).finditer(text, counted)
             for sign in signs if text.startswith(quote, start) else ():
@@ -155,10 +154,9 @@ class Pythonic(CallForm):
                     piece, counted = text[counted:at], at
                     depth += sum(map(piece.count, "([{")) - sum(map(piece.count, ")]}"))
                     found.append((is_escaped, not is_known, depth != 0, at))
-                    num_known += is_known and not is_escaped
                     if is_first and not is_escaped:
                         return at, quote
-                    if not any(found[-1][:3]) or num_known == MAX_BRANCHES:
+                    if not any(found[-1][:3]) or len(found) == MAX_ENDS:
                         break
                 is_first = is_first and is_escaped
             if found:
@@ -253,7 +251,7 @@ def _written(calls: Sequence[Any]) -> str:
 
 
 def _read_head(pattern: re.Pattern[str], text: str, at: int) -> tuple[str, int]:
-    """Return the name of a call or an argument, and the end of its sign. Raises ValueError."""
+    """Return the name or the sign at ``at``, and the end of ``pattern``. Raises ValueError."""
     if (found := pattern.match(text, at)) is None:
         raise ValueError(MALFORMED)
     return found[1], found.end()
