@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import re
+import sys
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -72,6 +73,10 @@ class Parser(argparse.ArgumentParser):
         """``input_flag`` is the flag to suggest for a value without a flag."""
         self._input_flag = input_flag
         super().__init__(*args, **{"formatter_class": HelpFormatter} | options)
+
+    def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
+        sys.stdout.flush()  # Here, so that the command reports a failure.
+        super().exit(status, message)
 
     def format_help(self) -> str:
         if len(self._actions) > 12:  # Else the usage would be longer than a screen.

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import _thread
+import io
 import json
 import logging
 import os
+import select
 import signal
 import sys
 import threading
@@ -16,18 +18,44 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from functools import cache
 from types import FrameType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 RETRY_S = 0.02
 
 
-def open_closed_streams() -> None:
-    """Open standard streams that are closed on the null device, also for child processes."""
+class _Stream(io.FileIO):
+    """Standard output or error stream. A write that fails discards its data."""
+
+    is_told = can_wait = False
+    """Whether the first failure is raised, and whether a reader is waited for."""
+
+    def write(self, data: Any) -> int:
+        try:
+            if select.select([], [self], [], None if self.can_wait else 0)[1]:
+                return super().write(bytes(data[: select.PIPE_BUF]))  # A pipe takes it at once.
+        except OSError as error:
+            is_told, self.is_told = self.is_told, False
+            if is_told:
+                why = f"standard output cannot be written ({error.strerror})"
+                raise type(error)(f"{why}: send it to a file or a program that takes it") from None
+        return len(data)
+
+
+def prepare_streams(*, is_server: bool = False) -> None:
+    """Open closed standard streams on the null device, also for child processes.
+
+    A failure of standard error is ignored, and one of standard output raises OSError once. A server
+    ignores both, and does not wait for their readers."""
     for name in ("stdin", "stdout", "stderr"):
-        if getattr(sys, name) is None:
+        if (stream := getattr(sys, name)) is None:
             stream = open(os.devnull, "r" if name == "stdin" else "w")  # noqa: SIM115
             os.set_inheritable(stream.fileno(), True)
-            setattr(sys, name, stream)
+        elif name != "stdin":
+            raw = _Stream(stream.fileno(), "wb", closefd=False)
+            raw.is_told, raw.can_wait = name == "stdout" and not is_server, not is_server
+            facts = stream.encoding, stream.errors, None, stream.line_buffering
+            stream = io.TextIOWrapper(io.BufferedWriter(raw), *facts)
+        setattr(sys, name, stream)
 
 
 class JsonFormatter(logging.Formatter):

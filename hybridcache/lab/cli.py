@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import gzip
-import os
 import shlex
 import signal
 import sys
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TextIO, cast
 
 from hybridcache.command.extras import how_to_install, version
 from hybridcache.command.parser import Parser, with_flags
-from hybridcache.command.signals import end_by_exception, open_closed_streams, printed_warnings
+from hybridcache.command.signals import end_by_exception, prepare_streams, printed_warnings
 from hybridcache.geometry.units import counted
 from hybridcache.lab.board import Board, Split, board
 from hybridcache.lab.results.figures import (
@@ -57,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command. Returns 0 if it did its work, 1 if some of its runs failed, 2 if the request
     was impossible or all runs failed, 130 if it was stopped by SIGINT, and 143 by SIGTERM."""
     if arguments is None:
-        open_closed_streams()
+        prepare_streams()
         end_by_exception(signal.SIGINT)
         signal.signal(signal.SIGTERM, _terminate)
     options = argparse.Namespace()
@@ -70,8 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             code = run(options)
         sys.stdout.flush()
         return code
-    except BrokenPipeError:  # the reader has closed the pipe: discard the rest, also at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # the reader has closed the pipe
         return 0
     except KeyboardInterrupt as interrupt:
         return _stopped(options, interrupt)

@@ -23,7 +23,7 @@ from engine.models import read_model
 from engine.weights.hub import resolve_config, resolve_folder
 from hybridcache.command.extras import how_to_install, version
 from hybridcache.command.parser import Parser, with_flags
-from hybridcache.command.signals import end_by_exception, open_closed_streams
+from hybridcache.command.signals import end_by_exception, prepare_streams
 from hybridcache.geometry.units import counted, format_seconds
 
 if TYPE_CHECKING:
@@ -100,7 +100,7 @@ SKIPPED = ("seed", "stop", "logit_bias")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return the exit code of the process."""
     if arguments is None:
-        open_closed_streams()
+        prepare_streams(is_server=sys.argv[1:2] in (["serve"], ["record"]))
         end_by_exception(signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
         warnings.showwarning = lambda text, *_, **__: print(f"engine: {text}", file=sys.stderr)
         limit_spinning()
@@ -114,7 +114,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.flush()  # Here, so that a broken pipe is handled below.
         return code
     except BrokenPipeError:  # As of `| head -1`: the reader has all it needs.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # For the flush at exit.
         return 141
     except (ValueError, OSError) as error:
         print(f"{name}: {with_flags(str(error), flags)}", file=sys.stderr)

@@ -37,7 +37,7 @@ from engine.front.worker.spawn import Spawned
 from engine.messages import EndEngine, EngineFacts, FromEngine, Refused, ToEngine, plain, prompt_of
 from engine.text.tokenizer import Tokenizer
 from hybridcache.command.extras import how_to_install
-from hybridcache.command.signals import log_to_stderr
+from hybridcache.command.signals import log_to_stderr, prepare_streams
 
 logger = logging.getLogger(__name__)
 POLL_S = 0.1
@@ -238,6 +238,7 @@ def _receive(sockets: Sockets, folder: str, hosts: Sequence[EngineHost]) -> None
 
 def main(folder: str, config: str, address: str, log_level: str, log_format: str) -> int:
     """Run the process and return its exit code. ``config`` is pickled, in hexadecimal digits."""
+    prepare_streams(is_server=True)
     log_to_stderr(log_level, "engine", is_json=log_format == "json")
     warnings.showwarning = lambda message, *_, **__: logger.warning("%s", message)
     sockets = Sockets(folder, is_server=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import importlib
 import io
@@ -27,6 +28,7 @@ from engine.config import BUILTIN_PROMPTS
 from engine.errors import WireError
 from engine.front.command import cli
 from engine.front.command.cli import main
+from hybridcache.command.signals import prepare_streams
 from tests.test_refusals import exit_code
 
 COMMAND = (sys.executable, "-m", "engine")
@@ -38,9 +40,36 @@ def test_a_closed_pipe_ends_the_command(monkeypatch: pytest.MonkeyPatch) -> None
     os.close(reader)
     with open(writer, "w", encoding="utf-8", errors="strict") as stdout:
         monkeypatch.setattr(sys, "stdout", stdout)
+        monkeypatch.setattr(sys, "stderr", sys.stderr)
+        prepare_streams()
         flags = ("--device", "cpu", "--json", "--max-tokens", "1")
         assert run("generate", *SMALL, *flags, "\udcff", *map(str, range(30))) == 141
         print("text that Python writes at its exit", flush=True)
+
+
+@pytest.mark.parametrize("kind", ["full", "closed", "unread"])
+@pytest.mark.parametrize("name", ["stdout", "stderr"])
+@pytest.mark.parametrize("is_server", [True, False])
+def test_output_that_cannot_be_written_ends_commands_and_no_server(
+    kind: str, name: str, is_server: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reader, writer = os.pipe()
+    if kind == "full":
+        os.dup2(os.open("/dev/full", os.O_WRONLY), writer)
+    elif kind == "closed":
+        os.close(reader)
+    elif not is_server:  # It waits.
+        return
+    for each in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, each, getattr(sys, each))
+    opened = os.fdopen(writer, "w", closefd=False)
+    monkeypatch.setattr(sys, name, opened)
+    prepare_streams(is_server=is_server)
+    for number in range(20):  # More than a pipe holds.
+        is_told = not is_server and name == "stdout" and number == 0
+        match = "Broken pipe" if kind == "closed" else "cannot be written \\(No space left"
+        with pytest.raises(OSError, match=match) if is_told else contextlib.nullcontext():
+            print("x" * 9000, file=getattr(sys, name), flush=True)
 
 
 @pytest.mark.full
@@ -257,6 +286,7 @@ class Missing(importlib.abc.MetaPathFinder):
 sys.meta_path.insert(0, Missing())
 from engine.front.command import cli
 from engine.front.command.cli import main
+from hybridcache.command.signals import prepare_streams
 for line in sys.stdin:
     print("$", line.strip(), flush=True)
     try:
