@@ -105,6 +105,7 @@ CAPABILITIES = {
     "adaptive placement": f"{CACHE}policies/placement.py",
     "other evictions": f"{CACHE}policies/eviction/* {CACHE}lab/rivals/evictions.py",
     "admission": f"{CACHE}policies/admission.py {CACHE}scheduling/sessions.py "
+    f"{RADIX}client_sessions.py "
     "experiments/studies/admission.py experiments/studies/overload.py",
     "policies of users": f"{CACHE}policies/*",
     "optimum": f"{CACHE}lab/rivals/optimum.py",

@@ -216,6 +216,8 @@ class RequestSpec(Struct, frozen=True, array_like=True, tag=True, eq=False):
     """True if the client declared that no request of this session follows."""
     returns_within_s: float | None = None
     """Promise of the client to send the next turn within this time after the answer, or None."""
+    session: str = ""
+    """Client's name of the session, unique in its namespace; "" if that is not known."""
     answer_starts_text: bool = False
     """True if the answer is a separate text, as in a chat, and does not continue the prompt."""
     call_marks: Sequence[str] = ()

@@ -7,6 +7,7 @@ from math import inf
 from typing import Any
 
 from hybridcache.radix.protocol import Item, Placed, PlacementPolicy, Prefill, end_of_prompt
+from hybridcache.radix.tree import SHARED
 
 
 class Branch(PlacementPolicy):
@@ -143,9 +144,8 @@ REJOIN = "rejoin"
 HEAD = "head"
 """Label of an evicted checkpoint that is saved again, because several texts follow it."""
 TIPS = frozenset({*ENDS, (REJOIN, 0)})
-"""Rules of positions from which one conversation continues."""
-SHARED = frozenset({"branch", "boundary", HEAD})
-"""Labels of positions that several prompts share. They are always candidates."""
+"""Rules of positions from which one conversation continues. Those of ``SHARED`` are always
+candidates."""
 HEADER = 16
 """Longest header of an answer, in tokens. A boundary at most this far from the end of the prompt,
 and less than a grid step or one token, is the end of that prompt, not of a shared text."""

@@ -39,6 +39,7 @@ from hybridcache.radix.api import (
     Protected,
     Resumable,
 )
+from hybridcache.radix.client_sessions import claim, mark_ended
 from hybridcache.radix.offload import OffloadTiers
 from hybridcache.radix.protocol import EvictionPolicy, Item, Kind, Placed, raise_failure
 from hybridcache.radix.tokens import EMPTY, INT32, Tokens, require_index, require_int32, whole_bytes
@@ -990,30 +991,43 @@ class HybridRadixCache:
         return former
 
     def label_tip(
-        self, node: NodeHandle | None, stop_reason: str, returns_within_s: float | None = None
+        self,
+        node: NodeHandle | None,
+        stop_reason: str,
+        returns_within_s: float | None = None,
+        session: str = "",
     ) -> None:
-        """Set the ``stop_reason`` of the deepest checkpoint of the answer that ends at
-        ``node``. After ``session_end`` it is superseded: only a repetition would resume from it.
-        With ``returns_within_s`` set its ``promise``.
+        """Record the end of a request of ``session`` ("" if that is not known) at ``node``.
 
-        Replaces an earlier stop reason unless the new one is empty, and an earlier promise. Does
-        nothing if there is no checkpoint, or if the path forks below it, because then it serves
-        other conversations too. O(nodes between).
+        The deepest checkpoint of its answer gets the ``stop_reason``, unless that is empty, and a
+        ``promise`` with ``returns_within_s``, or none. After ``session_end`` it is superseded: only
+        a repetition would resume from it. So are then all checkpoints near ``node`` that only this
+        session has used, except those at shared positions (``SHARED``). Names of other namespaces
+        are other sessions; within one, whoever knows a session's name can end it.
+
+        There is no such checkpoint if the path forks below it, because then it serves other
+        conversations too. O(nodes between), and once per session O(its nodes).
         """
-        last = self._usable(node)
-        while last is not None and type(last.children) is not dict:
-            tip = last.checkpoint
-            if tip is not None:
-                tip.promise = None
-                if returns_within_s is not None:
-                    now_s = self.policy.clock()
-                    tip.promise = Promise(now_s, now_s + returns_within_s, self.now, tip.uses)
-                if stop_reason and stop_reason != tip.stop_reason:
-                    tip.stop_reason = stop_reason
-                    self.policy.on_relabelled(tip)
-                    self._review(last)
-                return
-            last = last.parent
+        last = tip = self._usable(node)
+        renamed = list[RadixNode]() if last is None else claim(last, session)
+        while tip is not None and type(tip.children) is not dict and tip.checkpoint is None:
+            tip = tip.parent
+        if tip is not None and type(tip.children) is not dict and tip.checkpoint is not None:
+            item = tip.checkpoint
+            item.promise = None
+            if returns_within_s is not None:
+                now_s = self.policy.clock()
+                item.promise = Promise(now_s, now_s + returns_within_s, self.now, item.uses)
+            if stop_reason and stop_reason != item.stop_reason:
+                item.stop_reason = stop_reason
+                self.policy.on_relabelled(item)
+                renamed.append(tip)
+        if stop_reason == SESSION_END and session and last is not None:
+            for ended in mark_ended(last, session):
+                self.policy.on_relabelled(ended)
+                renamed.append(ended.node)
+        for changed in renamed:
+            self._review(changed)
 
     def _append(
         self, node: RadixNode, ids: bytes, first: int, rows: Indices, ends: Sequence[int]
@@ -1080,7 +1094,7 @@ class HybridRadixCache:
         checkpoint.label, checkpoint.distance = what.label, what.distance
         if isinstance(what, Checkpoint):
             checkpoint.uses, checkpoint.earlier_uses = what.uses, what.earlier_uses
-            checkpoint.stop_reason = what.stop_reason
+            checkpoint.stop_reason, checkpoint.session = what.stop_reason, what.session
         self._is_cached[slot] = 1
         self.num_checkpoints += 1
         self.stats.inserted_slots += 1
@@ -1098,6 +1112,7 @@ class HybridRadixCache:
         if (lost := node.lost_checkpoint) is not None:
             # ``uses`` is that of ``lost`` already if a tier had it, else 0.
             checkpoint.earlier_uses = lost.earlier_uses + lost.uses - checkpoint.uses
+            checkpoint.session = lost.session
             node.lost_checkpoint = None
         self.policy.add(checkpoint)
         if revives is not None:

@@ -122,6 +122,10 @@ class LeaseRequest(NamedTuple):
     None. Until then ``survival`` evicts other entries of the namespace first, those of less value
     than a certain use within that time: the shorter the time, the more. Other policies ignore it.
     A broken promise costs the namespace the entries that were evicted instead."""
+    session: str = ""
+    """Client's name of the session, unique in its namespace; "" if that is not known. At its end
+    (``finish`` with ``session_end``) all checkpoints that only this session used are superseded,
+    and evicted first."""
 
 
 NO_STATES = (
@@ -280,6 +284,8 @@ class Lease:
             require_boundaries(request.boundaries)
         if (promised_s := request.returns_within_s) is not None:
             require_seconds(promised_s, "returns_within_s")
+        if type(request.session) is not str:
+            raise TypeError(f"session must be a text (got {request.session!r}).")
         for what, number in (("table_row", request.table_row), ("own_slot", slot)):
             if number is not None and type(number) is not int:
                 require_index(number, what, 0)
@@ -660,7 +666,8 @@ class Lease:
         ``stop_reason`` says why the answer ended ("tool_use", "end_turn", "stop_sequence",
         "length"). It is "session_end" if no further turn will come, and empty if it is not known.
         Learning eviction policies distinguish these reasons by the label of the conversation's tip
-        (``HybridRadixCache.label_tip``), which is superseded at the end of a session. Raises the
+        (``HybridRadixCache.label_tip``). At the end of a session that tip is superseded, and so is
+        all that only this session used. Raises the
         errors of ``publish``, and ValueError for another ``stop_reason``. The lease then goes on.
         """
         self._require_computed(tokens, computed_len)
@@ -719,9 +726,9 @@ class Lease:
         tip: NodeHandle | None = self._lock.node
         if pending or published_len > self.published_len:
             tip = self._insert(tokens, published_len, is_last=True)
-        promised_s = self._request.returns_within_s
-        if stop_reason or (promised_s is not None and stop_reason is not None):
-            cache.label_tip(tip, stop_reason, promised_s)
+        if stop_reason is not None:
+            request = self._request
+            cache.label_tip(tip, stop_reason, request.returns_within_s, request.session)
         held = self._rows[self.published_len : self.extended_len]
         self.state_slot, self._has_ended, self._pending = None, True, {}
         self._rows, self._tokens = EMPTY, EMPTY  # Planners keep ended leases.

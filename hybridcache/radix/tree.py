@@ -30,6 +30,8 @@ TOKEN_BYTES = 4
 """Bytes of one int32 token id."""
 SESSION_END = "session_end"
 """Stop reason of a session of which no request follows, as its client has said."""
+SHARED = frozenset({"branch", "boundary", "head"})
+"""Labels of positions that several prompts share, also if only one session has used them yet."""
 
 
 def edge_tokens(edge: bytes) -> Tokens:
@@ -209,6 +211,9 @@ class Item:
     """Placement rule that saved it: end, branch, boundary, backoff, every ..."""
     distance: int
     """Tokens to the end of its prompt, of a back-off of ``adaptive``. 0 for other items."""
+    session: str | None
+    """Name of the only session whose prompts have passed it, "" if that is not known or there are
+    several, or None before the end of the first request. Checkpoints only."""
     stop_reason: str
     """Reason why the answer before it ended (``hybridcache.radix.lease.STOP_REASONS``), for the
     deepest checkpoint of a finished request. Empty for others, or if it is not known."""
@@ -377,6 +382,7 @@ class Checkpoint(Item):
         "label",
         "num_successors",
         "promise",
+        "session",
         "slot",
         "stop_reason",
         "stored",
@@ -397,6 +403,7 @@ class Checkpoint(Item):
         self.item_bytes = item_bytes
         self.label = self.stop_reason = ""
         self.distance = 0
+        self.session = None
         self.uses = self.earlier_uses = 0
         self.num_successors = 0
         """Running requests that will save a deeper checkpoint (``LockHandle.superseded``)."""
@@ -461,14 +468,14 @@ def last_checkpoint(node: RadixNode) -> Checkpoint | None:
 
 
 def is_superseded(item: Checkpoint) -> bool:
-    """Return whether a checkpoint is on the unforked path below ``item``, or that path is the rest
-    of an ended session. O(nodes to it)."""
+    """Return whether a checkpoint is on the unforked path below ``item``, or all below it is the
+    rest of an ended session. O(nodes to it)."""
     child = item.node.children
     while type(child) is RadixNode:
         if child.checkpoint is not None:
             return True
         child = child.children
-    return child is None and item.stop_reason == SESSION_END
+    return item.stop_reason == SESSION_END and (child is None or bool(item.session))
 
 
 # --- Offloaded parts ------------------------------------------------------------------------------
@@ -511,13 +518,14 @@ def tier_of(node: RadixNode) -> int | None:
 
 def is_superseded_in_tiers(item: Checkpoint) -> bool:
     """Return whether a state, on the device or offloaded, is on the unforked path below ``item``,
-    or that path is the rest of an ended session. O(nodes to it)."""
+    or all below it is the rest of an ended session. O(nodes to it)."""
     node = item.node
     while True:
         resident, entry = members(node.children), node.offloaded
         num_stored = 0 if entry is None else sum(entry.num_children)
         if len(resident) + num_stored != 1:
-            return not (resident or num_stored) and item.stop_reason == SESSION_END
+            is_rest = bool(item.session) or not (resident or num_stored)
+            return item.stop_reason == SESSION_END and is_rest
         stored = (ghost for ghost in members(node.ghosts) if tier_of(ghost) is not None)
         node = next(chain(resident, stored))
         if node.checkpoint is not None or (node.offloaded and node.offloaded.state):
@@ -549,6 +557,7 @@ class OffloadedCheckpoint(Checkpoint):
         """Make the item for ``was`` in ``tier``, with its uses and age but without its memo."""
         super().__init__(was.node, -1, was.created, was.serial, was.item_bytes)
         self.label, self.distance, self.stop_reason = was.label, was.distance, was.stop_reason
+        self.session = was.session
         self.last_used, self.uses, self.earlier_uses = was.last_used, was.uses, was.earlier_uses
         self.superseded = is_superseded_in_tiers(was)
         self.tier = tier

@@ -173,6 +173,7 @@ class CacheManager:
             own_slot=self._free_rows[-1] if self.owns_states else None,
             resumes=request.is_counted,
             returns_within_s=request.spec.returns_within_s,
+            session=request.spec.session,
         )
         lease = Lease.begin(self.cache, self.placement, asked, self._exchange)
         if lease is None:

@@ -133,7 +133,7 @@ class StepPlanner(Generic[R]):
     >>> for number in range(2):
     ...     spec = SimpleNamespace(
     ...         request_id=str(number), namespace=None, boundaries=PromptBoundaries(),
-    ...         ends_session=False, returns_within_s=None, choice_of=None, save_at=(),
+    ...         ends_session=False, returns_within_s=None, session="", choice_of=None, save_at=(),
     ...     )
     ...     planner.add(ScheduledRequest(spec, prompt, arrival=number, arrival_s=0.0, max_len=303))
     >>> while planner.has_work():

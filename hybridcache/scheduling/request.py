@@ -39,6 +39,10 @@ class RequestFields(Protocol):
         """Promise of the client, as in ``LeaseRequest``."""
 
     @property
+    def session(self) -> str:
+        """Client's name of the session, as in ``LeaseRequest``."""
+
+    @property
     def choice_of(self) -> str | None:
         """Name of the first request, if this is another choice of the same answer."""
 

@@ -11,7 +11,7 @@ import logging
 import os
 import time
 from array import array
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -40,7 +40,7 @@ from hybridcache.config import CacheConfig, build_on
 from hybridcache.radix.api import Listener
 from hybridcache.radix.cache import HybridRadixCache, LockHandle
 from hybridcache.radix.tokens import Tokens
-from hybridcache.radix.tree import NodeHandle, PathPart, RadixNode
+from hybridcache.radix.tree import SESSION_END, NodeHandle, PathPart, RadixNode
 from hybridcache.sglang.translation import (
     EVERY_VARIABLE,
     HostReader,
@@ -63,6 +63,9 @@ from hybridcache.sglang.translation import (
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req
+
+MAX_SESSIONS = 4096
+"""Most sessions whose close is noticed: those with the newest requests."""
 
 
 class HybridRadixBackend(base.BasePrefixCache):
@@ -143,6 +146,8 @@ class HybridRadixBackend(base.BasePrefixCache):
         if self._events.followed is not None:
             self._cache.unsubscribe(self._events)
         self._cache = self._make()
+        self._ends: OrderedDict[str, RadixNode | None] = OrderedDict()
+        """Node at the end of the newest request of each open session."""
         if self._events.recorder.enabled:
             self._events.restart()
             self._cache.subscribe(self._events)
@@ -248,7 +253,27 @@ class HybridRadixBackend(base.BasePrefixCache):
             states.release(req, offer, self._publish_state(req, tokens, offer))
         elif (offer := states.offer_running(self._cache, req, len(tokens))) is not None:
             states.settle_running(req, offer, self._publish_state(req, tokens, offer))
+        if finished:
+            self._end(req)
         self._settle()
+
+    def _end(self, req: Req) -> None:
+        """Note the end of a request of a session, for ``release_radix_session``."""
+        session_id = req.session_id or ("" if req.session is None else req.session.session_id)
+        node = None if req.lock is None else req.lock.receipt.receipt.node
+        self._cache.label_tip(node, "", None, session_id)
+        if session_id:
+            self._ends[session_id] = node
+            self._ends.move_to_end(session_id)
+            if len(self._ends) > MAX_SESSIONS:
+                self._ends.popitem(last=False)
+
+    def release_radix_session(self, session_id: str) -> None:
+        """Let all that only this session used be evicted first: its client has closed it."""
+        node = self._ends.pop(session_id, None)
+        while node is not None and node.kv is None:
+            node = node.parent
+        self._cache.label_tip(node, SESSION_END, None, session_id)
 
     def _count(self, req: Req) -> None:
         """Count an admitted request as a use when it has computed its first chunk."""

@@ -12,6 +12,7 @@ from argparse import ArgumentParser
 from collections.abc import Mapping
 from contextlib import suppress
 from json import JSONDecodeError
+from math import inf
 from typing import Any, NamedTuple
 
 from hybridcache.policies.registry import (
@@ -20,6 +21,7 @@ from hybridcache.policies.registry import (
     make_eviction,
     parse_placement,
 )
+from hybridcache.radix.tree import SESSION_END
 
 NAME = "hybridcache"
 """Key of the settings in ``--additional-config``, and of the hints in ``extra_args``."""
@@ -54,6 +56,29 @@ class Settings(NamedTuple):
         make_eviction(settings.eviction)
         parse_placement(settings.placement)
         return settings
+
+
+def session_marks(extra_args: Mapping[str, Any], salt: str | None) -> tuple[str, float | None, str]:
+    """Return the stop reason ("session_end" or ""), the seconds until the next turn, and the name
+    of the session, from this project's hints or vLLM's ``agent_hint``. Wrong hints count as none.
+
+    All tenants share one tree, whose keys contain the ``salt`` of a request. So does the name.
+
+    >>> session_marks({"agent_hint": {"session": "a", "cache_ttl_ms": 500}}, "tenant")
+    ('', 0.5, 'tenant/a')
+    >>> session_marks({"hybridcache_session": "a", "hybridcache_session_end": True}, None)
+    ('session_end', None, '/a')
+    """
+    hints = extra_args.get("agent_hint")
+    hints = hints if isinstance(hints, Mapping) else {}
+    name = extra_args.get(f"{NAME}_session", hints.get("session"))
+    ends = extra_args.get(f"{NAME}_session_end", hints.get("release"))
+    within_s, ttl_ms = extra_args.get(f"{NAME}_returns_within_s"), hints.get("cache_ttl_ms")
+    if within_s is None and isinstance(ttl_ms, int | float):
+        within_s = ttl_ms / 1000
+    is_valid = isinstance(within_s, int | float) and 0 <= within_s < inf
+    reason = SESSION_END if ends is True else ""
+    return reason, within_s if is_valid else None, f"{salt or ''}/{name}" if name else ""
 
 
 def require_version(installed: str) -> None:

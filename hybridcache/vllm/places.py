@@ -17,7 +17,7 @@ from hybridcache.vllm import NAME
 from hybridcache.vllm.pool import WORDS, BlockTree, Layout
 
 logger = init_logger(f"vllm.{__name__}")
-HINTS = ("boundaries", "explain")
+HINTS = ("boundaries", "explain", "session", "session_end", "returns_within_s")
 
 
 @dataclass(slots=True, eq=False)

@@ -25,7 +25,7 @@ from hybridcache.command.extras import version
 from hybridcache.policies.registry import parse_placement
 from hybridcache.radix.api import PrefixMatch
 from hybridcache.radix.protocol import Placed
-from hybridcache.vllm import NAME, Settings, require_version
+from hybridcache.vllm import NAME, Settings, require_version, session_marks
 from hybridcache.vllm.places import COPIED_BYTES, PROMPT_TOKENS, Places, Track, hint
 from hybridcache.vllm.pool import WORDS, BlockTree, HybridPool, Layout, States, Tables
 
@@ -247,6 +247,10 @@ class HybridManager(KVCacheManager):
                 label = "preempt" if end <= request.num_prompt_tokens else "decode"
                 states[end] = track.stops.pop(end, Placed(layout.rows(end), label)), blocks
         self._publish(request, tables, end, states)
+        if request.is_finished():
+            given = request.sampling_params and request.sampling_params.extra_args
+            marks = session_marks(given or {}, request.cache_salt)
+            self.tree.cache.label_tip(self.tree.locks[request_id].node, *marks)
         for placed in track.stops.values():
             self.places.policy.on_dropped(placed)
         self.tree.unlock(request_id)

@@ -254,6 +254,7 @@ class LeaseMachine(RuleBasedStateMachine):
             own_slot=None if self.own_slots is None else self.own_slots + self.num_requests,
             table_row=rng.choice([None, self.num_requests]),
             returns_within_s=rng.choice([None, None, 2.0, 9.0]),
+            session=rng.choice(["", "a", "b", "c"]),
         )
         exchange = rng.choice([None, Rate(0.0), Rate(0.05), Rate(9.0)])
         num_loaded = self.num_loaded_rows()

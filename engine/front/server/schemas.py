@@ -119,6 +119,15 @@ MAKERS: dict[str, Callable[[Any], Grammar]] = {
 """Functions that make the grammar of a field of ``StructuredOutputs``."""
 
 
+class AgentHint(msgspec.Struct, kw_only=True):
+    """vLLM's hints. Others are ignored."""
+
+    session: str | None = None
+    cache_ttl_ms: Count | None = None
+    release: bool = False
+    """True if no request of the session follows."""
+
+
 class OpenAIBody(Body, kw_only=True):
     """Parameters that all requests of OpenAI's API share."""
 
@@ -128,6 +137,20 @@ class OpenAIBody(Body, kw_only=True):
     top_p: TopP | None = None
     stream: bool = False
     stream_options: JsonObject | None = None
+    session_id: str | None = None
+    """SGLang's name of ``metadata.session_id``."""
+    cache_ttl_ms: Count | None = None
+    """SGLang's time to live in milliseconds: a promise to return within it."""
+    agent_hint: AgentHint | None = None
+
+    @property
+    def hints(self) -> JsonObject:
+        """Facts about the session under the names of ``metadata``."""
+        given = self.agent_hint or AgentHint()
+        ttl_ms = given.cache_ttl_ms if self.cache_ttl_ms is None else self.cache_ttl_ms
+        found: JsonObject = {"session_id": self.session_id or given.session}
+        found |= {} if ttl_ms is None else {"returns_within_s": ttl_ms / 1000}
+        return found | ({"session_end": True} if given.release else {})
 
 
 class SessionMarks(TypedDict, total=False):
@@ -135,6 +158,11 @@ class SessionMarks(TypedDict, total=False):
 
     ends_session: bool
     returns_within_s: float
+    session: str
+
+
+TTLS_S = {"5m": 300.0, "1h": 3600.0}
+"""Values of ``cache_control.ttl``, in seconds."""
 
 
 class Sampling(OpenAIBody, kw_only=True):
@@ -164,10 +192,12 @@ class Sampling(OpenAIBody, kw_only=True):
 
     @property
     def session(self) -> SessionMarks:
-        """Facts about the session in the metadata, whose values are texts in OpenAI's API. Raises
-        ValueError unless the promised time is a number of at least 0."""
-        metadata = self.metadata or {}
+        """Facts about the session in the hints and in the metadata, which come first and whose
+        values are texts in OpenAI's API. Raises ValueError unless the promised time is a number of
+        at least 0."""
+        metadata = self.hints | (self.metadata or {})
         marks: SessionMarks = {"ends_session": str(metadata.get("session_end")).lower() == "true"}
+        marks["session"] = str(metadata.get("session_id") or "")
         if (given := metadata.get("returns_within_s")) is not None:
             name = "metadata.returns_within_s"
             try:

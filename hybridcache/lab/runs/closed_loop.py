@@ -65,6 +65,7 @@ class SessionTurn:
     request_id: str
     returns_within_s: float | None = None
     ends_session: bool = False
+    session: str = ""
     choice_of: str | None = None
     save_at: tuple[int, ...] = ()
 
@@ -139,6 +140,7 @@ def _turns(session: int, requests: Sequence[TraceRequest], unit: int) -> Iterato
             request.stop_reason,
             f"request-{session}",
             request.returns_within_s,
+            session=str(request.session),
         )
         free_s = request.timestamp_s + (request.service_s or 0.0)
 

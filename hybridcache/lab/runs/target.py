@@ -73,6 +73,7 @@ class LeaseTarget:
             stateful=self._stateful,
             own_slot=None if self._own_slots is None else next(self._own_slots),
             returns_within_s=request.returns_within_s,
+            session=str(request.session),
         )
         before = {} if self.exchange is None else self._fetched_bytes()
         lease = Lease.begin(self.cache, self.placement, asked, self.exchange)

@@ -27,8 +27,9 @@ import numpy as np
 import numpy.typing as npt
 
 from hybridcache.policies.eviction.scored import Columns, doubled
-from hybridcache.policies.placement import EVIDENCE, MEMORY, REJOIN, SHARED
+from hybridcache.policies.placement import EVIDENCE, MEMORY, REJOIN
 from hybridcache.radix.protocol import EvictionPolicy, Item, Kind
+from hybridcache.radix.tree import SESSION_END, SHARED
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
@@ -466,6 +467,7 @@ class Survival(EvictionPolicy):
     - *Demand*: if a tip leaves the last tier, its predecessor takes over its class.
     - *Ghosts*: a ghost hit counts as a use of the class. This holds for each ghost from which the
       request would have resumed if only this item had been kept.
+    - *Session end*: the checkpoints of an ended session go first, with their KV.
     - *Promise*: until a promised return, the index of an item is at least that of one certain use
       in the requests that will arrive until then, at the rate since the promise. This counts within
       its namespace only: if the victim has a promise, the least item of its namespace is evicted
@@ -487,7 +489,9 @@ class Survival(EvictionPolicy):
         self._checkpoints = Columns()
         self._kv = Columns()
         self._dead: OrderedDict[Item, None] = OrderedDict()
-        """Leaf KV that goes first."""
+        """Leaf KV that goes first: without a checkpoint, or with one of an ended session."""
+        self._ended: OrderedDict[Item, None] = OrderedDict()
+        """Checkpoints of ended sessions, which go next."""
         self._idle_kv: dict[Item, None] | None = {}
         """Leaf KV until a call of ``victim`` needs it ranked. None from then on."""
         self._stale: dict[Item, None] = {}
@@ -506,7 +510,8 @@ class Survival(EvictionPolicy):
         return lower
 
     def candidates(self) -> Iterable[Item]:
-        return chain(self._checkpoints.items, self._kv.items, self._dead, self._idle_kv or ())
+        ranked = self._checkpoints.items, self._kv.items
+        return chain(*ranked, self._ended, self._dead, self._idle_kv or ())
 
     def state_dict(self) -> dict[str, Any]:
         return self.hazards.state_dict()
@@ -532,7 +537,8 @@ class Survival(EvictionPolicy):
         self._just_used = False
         columns = self._checkpoints
         if item.kind == "kv":
-            unranked = self._dead if item.dead else self._idle_kv
+            is_first = item.dead or item.node.checkpoint in self._ended
+            unranked = self._dead if is_first else self._idle_kv
             if unranked is not None:
                 unranked[item] = None
                 return
@@ -546,7 +552,26 @@ class Survival(EvictionPolicy):
             self._enter(item, memo, used=True)
         elif item.superseded != memo.superseded:
             self._enter(item, memo, used=False)
+        if item.stop_reason == SESSION_END or (self._ended and columns is not self._kv):
+            self._move_tail(item)
+            if item in self._ended:
+                return
         self._put(item, memo, columns)
+
+    def _move_tail(self, item: Item) -> None:
+        """Let the checkpoint ``item`` of an ended session, and its leaf KV, go first; or its KV no
+        more, if the session goes on after all."""
+        tail = item.node.kv
+        if item.stop_reason == SESSION_END and item.superseded:
+            self._ended[item] = None
+            is_moved = tail in self._kv.places or (
+                self._idle_kv is not None and tail in self._idle_kv
+            )
+        else:
+            is_moved = tail in self._dead
+        if is_moved and tail is not None:
+            self.discard(tail, evicted=False)
+            self.add(tail)
 
     def touch(self, item: Item) -> None:
         hazards = self.hazards
@@ -575,7 +600,9 @@ class Survival(EvictionPolicy):
         above = item.above
         if above is not None:
             self._stale[above] = None
-        if not is_kv:
+        if item in self._ended:
+            del self._ended[item]
+        elif not is_kv:
             self._checkpoints.remove(item)
         elif item in self._dead:
             del self._dead[item]
@@ -593,6 +620,9 @@ class Survival(EvictionPolicy):
             self._enter(item, memo, used=None)
             if item in self._checkpoints.places:
                 self._put(item, memo, self._checkpoints)
+                if item.stop_reason == SESSION_END and item.superseded:
+                    self.discard(item, evicted=False)
+                    self.add(item)
 
     def on_ghost_hit(self, item: Item, used: bool = True) -> None:
         memo = item.memo
@@ -608,6 +638,8 @@ class Survival(EvictionPolicy):
     def victim(self, kind: Kind | None) -> Item | None:
         if kind != "checkpoint" and self._dead:
             return next(iter(self._dead))
+        if kind != "kv" and self._ended:
+            return next(iter(self._ended))
         self.hazards.refresh(self.hazards.now)
         if self._lent:
             now_s = self.clock()
@@ -644,14 +676,16 @@ class Survival(EvictionPolicy):
 
     def _enter(self, item: Item, memo: _Memo, used: bool | None) -> None:
         """End the stage of ``item``, with ``used`` as in ``Hazards.close``, and begin one in its
-        present class.
+        present class. After the end of its session none begins: that nothing continues from it is
+        certain, and says nothing about others.
 
         An item that stands in for an evicted tip is used by the request that the tip waits for, or
         by a fork, as superseded items are. The class with the higher index counts.
         """
-        hazards = self.hazards
+        hazards, has_ended = self.hazards, item.stop_reason == SESSION_END
         if memo.stage >= 0:
-            hazards.close(memo.stage, item.last_used if used else hazards.now, used)
+            counted = bool(used) if has_ended else used
+            hazards.close(memo.stage, item.last_used if used else hazards.now, counted)
         if used:
             memo.uses = item.uses
             memo.active = item.last_used
@@ -685,7 +719,7 @@ class Survival(EvictionPolicy):
             if hazards.index_at(demand, age) >= hazards.index_at(row, age):
                 row = demand
         memo.row, memo.entered = row, memo.active
-        memo.stage = hazards.open(row, memo.active)
+        memo.stage = -1 if has_ended else hazards.open(row, memo.active)
 
     def _least(self, columns: Columns, fresh: Container[Item]) -> Item | None:
         """Return the candidate with the least value per byte, or None. Outdated values of chosen

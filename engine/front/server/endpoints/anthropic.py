@@ -20,6 +20,7 @@ from engine.front.server.bodies import APIError, Body, FixedObject, checked_tool
 from engine.front.server.endpoints.chat import PartWriter, as_tool, chat_of, named_event, render
 from engine.front.server.schemas import (
     MAX_MESSAGES,
+    TTLS_S,
     AnswerLimit,
     CacheControl,
     ChatRequest,
@@ -209,11 +210,12 @@ class CountRequest(Body, kw_only=True):
             )
 
     @property
-    def marks_end(self) -> bool:
-        """True if ``cache_control`` marks the end of the chat."""
+    def end_marks(self) -> list[JsonObject]:
+        """The values of ``cache_control`` that mark the end of the chat."""
         content = self.messages[-1].content
         ends = [self, *(content[-1:] if isinstance(content, list) else ())]
-        return any(getattr(one, "cache_control", None) is not None for one in ends)
+        marks = (getattr(one, "cache_control", None) for one in ends)
+        return [mark for mark in marks if mark is not None]
 
     def as_chat(self, **sampling: Any) -> ChatRequest:
         """Return the chat request, with the fields ``sampling``. Raises ValueError if a field is
@@ -224,6 +226,8 @@ class CountRequest(Body, kw_only=True):
             messages += turn.as_messages()
         choice = self.tool_choice or ToolChoice(type="auto")
         config = self.output_config or OutputConfig()
+        ttls_s = [s for one in self.end_marks if (s := TTLS_S.get(str(one.get("ttl"))))]
+        promise: JsonObject = {"returns_within_s": max(ttls_s)} if ttls_s else {}
         switches: JsonObject = {}
         if config.effort is not None:
             switches["reasoning_effort"] = config.effort
@@ -236,7 +240,7 @@ class CountRequest(Body, kw_only=True):
             parallel_tool_calls=not choice.disable_parallel_tool_use,
             chat_template_kwargs=switches or None,
             response_format=config.format,
-            metadata=self.metadata,
+            metadata=promise | (self.metadata or {}),
             **sampling,
         )
 
@@ -355,7 +359,7 @@ class _MessagesWriter(PartWriter):
         prompt, output = self._prompt, self._answer.output
         num_cached = output.cached_len
         known = prompt.marks["boundaries"].positions
-        marked = [*prompt.cuts, *(known[-1:] if self._given.marks_end else ())]
+        marked = [*prompt.cuts, *(known[-1:] if self._given.end_marks else ())]
         num_created = max(0, max(marked, default=0) - num_cached)
         return {
             "input_tokens": len(output.prompt_token_ids) - num_cached - num_created,

@@ -248,7 +248,7 @@ class ResponsesRequest(OpenAIBody, kw_only=True):
             top_p=self.top_p,
             reasoning_effort=None if self.reasoning is None else self.reasoning.effort,
             response_format=(self.text or TextConfig()).format,
-            metadata={**(self.metadata or {})},
+            metadata=self.hints | (self.metadata or {}),
         )
 
 

@@ -1,0 +1,186 @@
+"""Ends of sessions that clients name: what only they used is evicted first."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+
+from engine.front.server.bodies import decode
+from engine.front.server.endpoints.anthropic import MessagesRequest
+from engine.front.server.endpoints.responses import ResponsesRequest
+from engine.front.server.schemas import Sampling
+from hybridcache import CacheConfig, LeaseRequest, build_prefix_cache, open_trace, parse_placement
+from hybridcache.lab.runs.simulate import run_cell
+from hybridcache.lab.scenario import Scenario
+from hybridcache.vllm import session_marks
+from tests.radix.serving import serve_lease
+
+HEAD = np.arange(16, dtype=np.int32)
+
+
+class Clients:
+    """Sessions on one small cache. Each text is a shared head, the branches of a session and turns
+    of 16 tokens."""
+
+    def __init__(self, num_slots: int, eviction: str = "survival", **memory: int) -> None:
+        self.cache = build_prefix_cache(
+            CacheConfig(
+                num_kv_tokens=4000, num_slots=num_slots, grid=8, eviction=eviction, debug=True
+            )
+        )
+        self.placement = parse_placement("end")
+
+    def text(self, *turns: int) -> np.ndarray:
+        parts = [np.arange(1000 * turn, 1000 * turn + 16, dtype=np.int32) for turn in turns]
+        return np.concatenate((HEAD, *parts))
+
+    def serve(
+        self, *turns: int, session: str = "", ends: bool = False, tenant: str | None = None
+    ) -> None:
+        text = self.text(*turns)
+        asked = LeaseRequest(text[:-8], tenant, session=session)
+        serve_lease(self.cache, self.placement, asked, text[-8:], "session_end" if ends else "")
+        self.cache.check(held_tokens=0, held_slots=0)
+
+    def has(self, *turns: int, tenant: str | None = None) -> bool:
+        text = self.text(*turns)
+        return self.cache.match(np.append(text, np.int32(7)), tenant).cached_len == len(text)
+
+    def superseded(self) -> set[tuple[str | None, int]]:
+        nodes = (node.checkpoint for node in self.cache.iter_nodes())
+        return {(one.session, one.position) for one in nodes if one and one.superseded}
+
+
+@pytest.mark.parametrize("eviction", ["lru", "survival"])
+def test_all_branches_of_an_ended_session_go_first_and_nothing_of_others(eviction: str) -> None:
+    clients = Clients(5, eviction)
+    clients.serve(1, 2, session="a")
+    clients.serve(1, 3, session="a")
+    clients.serve(4, 5, session="b")
+    clients.serve(1, 6, session="a", ends=True)
+    assert clients.superseded() == {("a", 48)}
+    for number in range(7, 10):
+        clients.serve(number, session="c")
+    assert clients.has(4, 5) and not (clients.has(1, 2) or clients.has(1, 3) or clients.has(1, 6))
+
+
+def test_text_that_another_session_used_stays() -> None:
+    clients = Clients(9)
+    clients.serve(1, session="a")
+    clients.serve(1, 2, session="b")
+    clients.serve(1, 3, session="a")
+    clients.serve(1, 4)
+    clients.serve(1, 3, 5, session="a", ends=True)
+    [shared] = [
+        node.checkpoint
+        for node in clients.cache.iter_nodes()
+        if node.checkpoint and node.checkpoint.position == 32
+    ]
+    assert shared.session == "" and not shared.superseded
+    assert clients.superseded() == {("a", 48), ("a", 64)}
+    # A session that goes on after all, under another name, takes back what it continues.
+    clients.serve(1, 3, 5, 6, session="d")
+    clients.serve(1, 3, 7, session="e")
+    assert ("a", 48) not in clients.superseded()
+
+
+def test_a_liar_loses_its_own_and_reaches_no_other_tenant() -> None:
+    clients = Clients(8)
+    for tenant in "AB":
+        clients.serve(1, session="chat", tenant=tenant)
+        clients.serve(1, 2, session="chat", tenant=tenant)
+    clients.serve(1, 3, session="chat", tenant="B", ends=True)
+    assert all(clients.has(1, 2, tenant=tenant) for tenant in "AB")
+    for number in range(4, 9):
+        clients.serve(number, session=f"{number}", tenant="A")
+    assert clients.has(1, 2, tenant="A") and not clients.has(1, 2, tenant="B")
+
+
+def test_the_rest_of_an_ended_session_goes_first_in_two_pools_too() -> None:
+    clients = Clients(9)
+    clients.serve(1, 2, session="a")
+    clients.serve(3, 4, session="b")
+    clients.serve(1, 2, 5, session="a", ends=True)
+    clients.cache.evict(num_tokens=16)
+    assert not clients.has(1, 2, 5) and clients.has(3, 4)
+    clients.cache.evict(num_tokens=32)
+    assert clients.has(3, 4), "the tail of the ended session had more KV to give"
+
+
+def test_a_session_that_is_no_text_is_refused() -> None:
+    clients = Clients(9)
+    with pytest.raises(TypeError, match=r"session must be a text \(got 3\)"):
+        serve_lease(clients.cache, clients.placement, LeaseRequest(HEAD, session=3))  # type: ignore[arg-type]
+    clients.cache.check(held_tokens=0, held_slots=0)
+
+
+def test_ends_of_sessions_raise_the_hits_of_conversations() -> None:
+    trace = open_trace("conversations?live=12&num_conversations=60").kept()
+    last = {request.session: place for place, request in enumerate(trace)}
+    told = [
+        one._replace(stop_reason="session_end" if last[one.session] == place else "")
+        for place, one in enumerate(trace)
+    ]
+    cell = Scenario("conversations", gib=1.0, policy="survival", checkpoints="adaptive")
+    silent = run_cell(trace, cell).token_hit_rate
+    assert run_cell(type(trace)("told", 1, lambda: iter(told)), cell).token_hit_rate > silent + 0.02
+
+
+MESSAGES: list[dict[str, Any]] = [{"role": "user", "content": "Hi"}]
+TTL = {"type": "ephemeral", "ttl": "1h"}
+
+
+@pytest.mark.parametrize(
+    ("kind", "body", "session"),
+    [
+        (Sampling, {"metadata": {"session_id": "a"}}, {"session": "a"}),
+        (Sampling, {"session_id": "a", "metadata": {"session_id": "b"}}, {"session": "b"}),
+        (
+            Sampling,
+            {"session_id": "a", "cache_ttl_ms": 1500},
+            {"session": "a", "returns_within_s": 1.5},
+        ),
+        (
+            Sampling,
+            {"agent_hint": {"session": "a", "release": True, "prefetch": 1}},
+            {"session": "a", "ends_session": True},
+        ),
+        (Sampling, {"agent_hint": {"cache_ttl_ms": 20}}, {"returns_within_s": 0.02}),
+        (Sampling, {"agent_hint": {}, "metadata": {"session_end": "true"}}, {"ends_session": True}),
+        (ResponsesRequest, {"input": "Hi", "session_id": "a"}, {"session": "a"}),
+        (MessagesRequest, {"cache_control": TTL}, {"returns_within_s": 3600.0}),
+        (
+            MessagesRequest,
+            {"cache_control": TTL, "metadata": {"returns_within_s": 2, "session_id": "a"}},
+            {"returns_within_s": 2.0, "session": "a"},
+        ),
+    ],
+)
+def test_clients_name_sessions_and_times_as_in_other_engines(
+    kind: Any, body: dict[str, Any], session: dict[str, Any]
+) -> None:
+    if kind is MessagesRequest:
+        body |= {"model": "m", "max_tokens": 3, "messages": MESSAGES}
+    read = decode(kind, json.dumps(body).encode())
+    asked = (
+        read
+        if kind is Sampling
+        else read.as_chat(*([read.items] if kind is ResponsesRequest else []))
+    )
+    assert asked.session == {"ends_session": False, "session": ""} | session
+
+
+@pytest.mark.parametrize(
+    ("extra_args", "marks"),
+    [
+        ({}, ("", None, "")),
+        ({"agent_hint": 3, "hybridcache_session_end": "yes"}, ("", None, "")),
+        ({"agent_hint": {"release": True, "cache_ttl_ms": -1}}, ("session_end", None, "")),
+        ({"hybridcache_session": "a", "hybridcache_returns_within_s": 2}, ("", 2, "salt/a")),
+    ],
+)
+def test_vllm_reads_the_same_hints(extra_args: dict[str, Any], marks: tuple[Any, ...]) -> None:
+    assert session_marks(extra_args, "salt") == marks
