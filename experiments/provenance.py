@@ -60,7 +60,10 @@ def write_json_lines(
 
 
 def code_hash(
-    folders: Iterable[str] = ("engine", "kernels", "experiments", "tests/kernels"),
+    folders: Iterable[str] = (
+        *("engine", "kernels", "experiments", "tests/kernels"),
+        "tests/engine/device_models.py",
+    ),
 ) -> str:
     """Return a digest of the sources in ``folders``, or single files. It is the same with git and
     without. The defaults determine the results of an experiment on a device."""

@@ -84,8 +84,7 @@ CAPABILITIES = {
     "recording proxy": f"{FRONT}command/record.py {FRONT}command/proxy.py",
     "chats: server, templates, answers": f"{FRONT}* engine/text/answers.py engine/text/bounded.py",
     "GGUF": f"{CACHE}geometry/gguf*.py engine/weights/gguf* engine/text/gguf_tokenizer.py "
-    "kernels/linear/blocks.py kernels/linear/groups.py kernels/linear/native_groups.cpp "
-    "experiments/benchmarks/gguf_files.py",
+    "kernels/linear/blocks.py kernels/linear/groups.py kernels/linear/native_groups.cpp",
     "other quantised files": "engine/weights/forms/* kernels/linear/grouped.py "
     "kernels/linear/words.py engine/weights/scheme.py",
     "int8 and fp8 products": "kernels/linear/eight_bits.py kernels/linear/int8.py kernels/amx.h",

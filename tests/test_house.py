@@ -18,7 +18,7 @@ import gguf
 import pytest
 
 from engine.config import BUILTIN_DIR
-from experiments.benchmarks.gguf_files import write_gguf
+from tests.gguf_files import write_gguf
 from tests.test_packaging import requirements
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -330,6 +330,21 @@ def test_tests_lie_in_the_rooms_of_what_they_test() -> None:
         if not rooms & {ROOT / one, ROOT / "hybridcache" / one} and one.as_posix() not in WHOLE
     }
     assert wrong == set() and len(tested) > 25
+
+
+def test_what_experiments_import_of_the_tests_is_below_them() -> None:
+    """Writers of models and repairs of other programs, which import no experiment and no test."""
+    modules = {
+        ".".join(file.relative_to(ROOT).with_suffix("").parts): imported_modules(file)
+        for file in files_of("tests")
+    }
+    waiting = [name for _, name in imports_of("experiments") if name.split(".")[0] == "tests"]
+    assert waiting
+    for name in waiting:
+        for module in modules.get(name, ()):
+            assert not module.startswith("experiments"), (name, module)
+            assert not module.rpartition(".")[2].startswith("test_"), (name, module)
+            waiting += [module] * (module in modules and module not in waiting)
 
 
 def test_imported_packages_are_declared_dependencies() -> None:

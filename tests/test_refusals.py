@@ -29,7 +29,6 @@ from engine.front.command.cli import FOREIGN
 from engine.front.command.cli import main as engine
 from engine.front.server.settings import ServerConfig
 from engine.weights.checkpoint import RawWeights
-from experiments.benchmarks.gguf_files import vocabulary, write_gguf
 from hybridcache import CacheConfig, closed_loop, simulate
 from hybridcache.lab import scenario as lab_scenario
 from hybridcache.lab.cli import main as hybridcache
@@ -37,6 +36,7 @@ from hybridcache.lab.scenario import LOAD, Scenario
 from hybridcache.policies.registry import parse_placement
 from tests.engine.test_engine import make_engine
 from tests.engine.test_hits_change_nothing import ATTENTION_ONLY
+from tests.gguf_files import vocabulary, write_gguf
 
 WRONG: dict[Any, tuple[Any, ...]] = {
     int: ("odd", 1.5, -(2**80), True),

@@ -35,9 +35,9 @@ from engine.engine import load_runner
 from engine.runner.model_runner import ModelRunner
 from engine.schedule.scheduler import Batch, Segment
 from experiments.benchmarks import llama_cpp as rival
-from experiments.benchmarks.gguf_files import write_gguf
 from experiments.benchmarks.timing import Call, alternate, ratio_spread
 from experiments.studies.common import keep, plain_table, positive
+from tests.gguf_files import write_gguf
 
 NUM_SLOTS = 9
 """Number of state slots that are used, from the first on."""

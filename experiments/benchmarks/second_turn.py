@@ -637,7 +637,8 @@ class Side:
 def make_model(name: str, format: str) -> Path:
     """Return the GGUF file ``name``, or write that of the built-in model or of a larger one with
     random weights, which has the built-in model's tokenizer, unless ``MODELS`` has it."""
-    from experiments.benchmarks import gguf_files, llama  # The results page needs no torch.
+    from experiments.benchmarks import llama  # The results page needs no torch.
+    from tests import gguf_files
 
     if name not in ("builtin", *llama.GEOMETRIES):
         return Path(name)

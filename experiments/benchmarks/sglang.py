@@ -34,8 +34,8 @@ from tqdm import tqdm
 
 from experiments.benchmarks import tree_work
 from experiments.benchmarks.tree_work import InterleavedChats, Work, new_cache
-from experiments.sglang.cpu import stand_in, version
 from experiments.studies.common import keep, plain_table, positive
+from tests.sglang.cpu import stand_in, version
 
 stand_in()
 
@@ -43,7 +43,7 @@ import torch  # noqa: E402
 from sglang.srt.mem_cache.base_prefix_cache import EvictParams, InsertParams, MatchPrefixParams  # noqa: E402
 from sglang.srt.mem_cache.radix_cache import RadixKey  # noqa: E402
 
-from experiments.sglang.pools import CHUNK, World, new_world  # noqa: E402
+from tests.sglang.pools import CHUNK, World, new_world  # noqa: E402
 
 NUM_KV_TOKENS, NUM_SLOTS = 1_070_000, 320
 DECODE_INTERVAL = 256

@@ -58,7 +58,7 @@ from typing import Any, NamedTuple
 import torch
 
 from engine.runner.device import Device
-from experiments.gpu import interpreter, kernel_cases, kernel_rivals
+from experiments.gpu import kernel_cases, kernel_rivals
 from experiments.gpu.kernel_cases import Case, Setup, error
 from experiments.provenance import (
     ROOT,
@@ -69,6 +69,7 @@ from experiments.provenance import (
     read_json_lines,
     write_json_lines,
 )
+from tests.kernels import interpreter
 
 ROUNDS = 5
 """Turns of every contender of a case."""

@@ -34,9 +34,9 @@ from engine.runner.model_runner import ModelRunner
 from engine.runner.sampler import Sampler
 from engine.schedule.scheduler import Batch, Segment
 from engine.text.answers import RequestOutput
-from experiments.gpu import interpreter
-from experiments.gpu.models import SMALL, SMALL_DENSE, TINY, write_checkpoint, write_geometry
 from experiments.provenance import code_hash, resumed
+from tests.engine.device_models import SMALL, SMALL_DENSE, TINY, write_checkpoint, write_geometry
+from tests.kernels import interpreter
 
 FLOAT32_ERROR = 1e-3
 """Maximum root mean square error of logits against the CPU in float32, relative to their standard

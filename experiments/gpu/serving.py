@@ -38,12 +38,18 @@ from engine.runner.steps import Graphs
 from engine.schedule.report import StepReport
 from engine.text.answers import RequestOutput
 from experiments.benchmarks.serving import Targets, conversation_jobs, over_http, sweep
-from experiments.gpu import interpreter
-from experiments.gpu.models import DENSE_2B, QWEN3_NEXT_80B, TINY, write_geometry, write_tokenizer
 from experiments.gpu.parity import Talk, converse
 from experiments.provenance import code_hash, resumed
 from hybridcache.geometry.units import GIB
 from hybridcache.radix.protocol import PromptBoundaries
+from tests.engine.device_models import (
+    DENSE_2B,
+    QWEN3_NEXT_80B,
+    TINY,
+    write_geometry,
+    write_tokenizer,
+)
+from tests.kernels import interpreter
 
 MAX_RUNNING = 64
 MAX_DRAFTED = 4

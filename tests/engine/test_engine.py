@@ -20,8 +20,8 @@ from engine.engine import load_tokenizer_of
 from engine.front.worker.screen import screen_rows
 from engine.text.answers import Answer
 from engine.text.tokenizer_files import HFTokenizer
-from experiments.benchmarks.gguf_files import vocabulary, write_gguf
 from hybridcache import Lease
+from tests.gguf_files import vocabulary, write_gguf
 from tests.oracle import OracleDrawn, OracleRunner, OracleSampler, ticking_clock
 
 GREEDY = SamplingParams(max_tokens=8)

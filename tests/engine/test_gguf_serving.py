@@ -13,11 +13,11 @@ from engine import Engine, EngineConfig, SamplingParams
 from engine.config import BUILTIN_DIR
 from engine.weights.model_config import ModelError
 from experiments import texts
-from experiments.benchmarks.gguf_files import vocabulary, write_gguf
-from experiments.gpu.models import write_checkpoint
+from tests.engine.device_models import write_checkpoint
 from tests.engine.small_models import Driver, random_tokens
 from tests.engine.test_hits_change_nothing import HYBRID
 from tests.engine.weights.test_ranks import run_ranks
+from tests.gguf_files import vocabulary, write_gguf
 from tests.selection import is_quick
 
 GREEDY = SamplingParams(max_tokens=12, temperature=0, logprobs=3)

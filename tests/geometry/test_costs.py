@@ -13,9 +13,9 @@ import gguf
 import pytest
 
 from engine.config import BUILTIN_DIR
-from experiments.benchmarks.gguf_files import write_gguf
 from hybridcache.geometry.model import ModelGeometry, presets
 from hybridcache.geometry.times import MeasuredTimes, Roofline
+from tests.gguf_files import write_gguf
 
 QWEN3_NEXT = {
     "model_type": "qwen3_next",

@@ -19,7 +19,7 @@ import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 
-from experiments.gpu import interpreter
+from tests.kernels import interpreter
 from tests.selection import EMULATED
 
 

@@ -10,7 +10,7 @@ from array import array
 
 import pytest
 
-from experiments.sglang import cpu
+from tests.sglang import cpu
 
 if not cpu.is_installed():
     pytest.skip("SGLang is not installed: make sglang", allow_module_level=True)
@@ -21,7 +21,7 @@ cpu.stand_in()
 from sglang.srt.mem_cache.base_prefix_cache import EvictParams, InsertParams, MatchPrefixParams  # noqa: E402
 from sglang.srt.mem_cache.radix_cache import RadixKey  # noqa: E402
 
-from experiments.sglang.pools import new_world  # noqa: E402
+from tests.sglang.pools import new_world  # noqa: E402
 
 CORES = ("hybridcache", "python", "rust")
 PATH = list(range(1, 13))

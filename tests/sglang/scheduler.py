@@ -41,8 +41,8 @@ from sglang.srt.speculative.spec_utils import (
     prepare_mamba_track_for_verify,
 )
 
-from experiments.sglang.pools import CHUNK, World, new_pools
 from hybridcache.sglang import NAME, plug_in, translation
+from tests.sglang.pools import CHUNK, World, new_pools
 from tests.sglang.waits import Streams, Waits
 
 VOCAB = 64

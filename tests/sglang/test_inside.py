@@ -253,7 +253,7 @@ def test_reset_sends_an_event_to_the_router():
 
 def run_soak(*arguments, hash_seed="0"):
     """Run ``soak_sglang`` in a new process, because SGLang's settings are global."""
-    command = [sys.executable, "-m", "tests.sglang.soak", "--no-record", *arguments]
+    command = [sys.executable, "-m", "experiments.sglang.soak", "--no-record", *arguments]
     environment = os.environ | {"PYTHONHASHSEED": hash_seed}
     return subprocess.run(command, capture_output=True, text=True, env=environment)
 

@@ -13,8 +13,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from engine.config import BUILTIN_DIR
 from experiments.benchmarks import llama_cpp as rival
-from experiments.benchmarks.gguf_files import write_gguf
 from tests.engine.small_models import Driver, load, random_tokens
+from tests.gguf_files import write_gguf
 
 POSITIONS = 512
 MOST_DIVERGENCE = 1e-3

@@ -14,8 +14,8 @@ from engine import EngineConfig
 from engine.engine import load_runner
 from engine.runner.backends import override_all
 from engine.weights.products import Linear
-from experiments.gpu.models import QWEN3_NEXT_80B
 from tests.engine import families
+from tests.engine.device_models import QWEN3_NEXT_80B
 from tests.engine.runner.test_exactness import assert_hits_are_exact, threads
 from tests.engine.small_models import Driver, random_tokens
 

@@ -24,8 +24,8 @@ from engine.runner.memory import MemoryPlan
 from engine.runner.sampler import Sampler
 from engine.schedule.scheduler import Batch
 from engine.weights.ranks import ALONE, Rank
-from experiments.gpu.models import QWEN3_NEXT_80B, write_geometry
 from kernels.attention import splits
+from tests.engine.device_models import QWEN3_NEXT_80B, write_geometry
 from tests.engine.runner.test_graphs import MODELS
 from tests.engine.runner.test_sampler import LiveBytes
 from tests.stub_device import StubDevice

@@ -22,10 +22,10 @@ from engine.weights.checkpoint import Dummy
 from engine.weights.model_config import ModelError
 from engine.weights.parameters import Build, WeightSpec
 from engine.weights.products import Experts, expert_names
-from experiments.gpu import interpreter
-from experiments.gpu.models import TINY
 from kernels.linear.formats import QuantizedRows
+from tests.engine.device_models import TINY
 from tests.engine.small_models import Driver, random_tokens
+from tests.kernels import interpreter
 
 pytest.importorskip("triton")
 linear, moe, norm = (

@@ -21,9 +21,9 @@ from engine import EngineConfig
 from engine.engine import load_runner
 from engine.runner.device import Device
 from engine.runner.steps import PrefillGraphs
-from experiments.gpu.models import QWEN3_NEXT_80B, write_geometry
 from kernels.attention import fused
 from kernels.moe import fused as moe
+from tests.engine.device_models import QWEN3_NEXT_80B, write_geometry
 from tests.engine.small_models import STEPS, VERIFIED, Driver, assert_equal_results, random_tokens
 from tests.engine.test_hits_change_nothing import ATTENTION_ONLY, HYBRID, SIDE_BY_SIDE
 from tests.stub_device import stubbed

@@ -11,9 +11,9 @@ from engine.engine import load_runner
 from engine.runner import backends
 from engine.runner.model_runner import ModelRunner
 from engine.weights.model_config import ModelError
-from experiments.gpu.models import write_checkpoint
 from kernels.native import kernel_choices, shared_library
 from tests.engine import families
+from tests.engine.device_models import write_checkpoint
 from tests.engine.small_models import STEPS, VERIFIED, Driver, assert_equal_results, random_tokens
 from tests.engine.test_hits_change_nothing import HYBRID
 

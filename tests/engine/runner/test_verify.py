@@ -11,7 +11,7 @@ import torch
 
 from engine.runner.predictor import Newest
 from engine.schedule.scheduler import Batch, Segment
-from experiments.gpu.models import write_geometry
+from tests.engine.device_models import write_geometry
 from tests.engine.runner.test_graphs import MODELS, Recorder
 from tests.engine.small_models import Driver, load, random_tokens
 from tests.selection import num_examples

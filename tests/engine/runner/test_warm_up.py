@@ -21,7 +21,7 @@ from engine.runner.predictor import Newest
 from engine.runner.sampler import Drawn, Sampler
 from engine.schedule.drafting import Drafting
 from engine.weights.model_config import ModelError
-from experiments.gpu.models import QWEN3_NEXT_80B, TINY, write_geometry
+from tests.engine.device_models import QWEN3_NEXT_80B, TINY, write_geometry
 from tests.selection import is_quick
 from tests.stub_device import FREE_BYTES, stubbed
 

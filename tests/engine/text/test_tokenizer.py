@@ -43,8 +43,8 @@ from engine.text.tokenizer import BackendTokenizer, ChatTemplate, StreamDecoder
 from engine.text.tokenizer_files import KIMI_WORDS, HFTokenizer, has_tokenizer
 from engine.weights.hub import SMALL_FILES
 from engine.weights.model_config import ModelError
-from experiments.benchmarks.gguf_files import vocabulary
 from hybridcache.geometry.gguf import GgufFile
+from tests.gguf_files import vocabulary
 from tests.selection import num_examples
 
 BOS, EOS, USER = "<s>", "<|im_end|>", "<|im_start|>"

@@ -21,10 +21,10 @@ from engine.weights.gguf_names import FORMS, Model
 from engine.weights.gguf_weights import GgufWeights
 from engine.weights.model_config import ModelError
 from engine.weights.parameters import Parameter, Source
-from experiments.benchmarks.gguf_files import changed, text_config, write_gguf
 from hybridcache.geometry.gguf import GgufFile
 from hybridcache.geometry.gguf_config import ARCHITECTURES
 from tests.engine.small_models import FAMILIES, load
+from tests.gguf_files import changed, text_config, write_gguf
 
 WRITTEN = [
     name

@@ -18,10 +18,10 @@ from engine.models import read_model
 from engine.text.gguf_tokenizer import read_tokenizer
 from engine.weights.gguf_names import FORMATS, Model
 from engine.weights.model_config import ModelError
-from experiments.benchmarks.gguf_files import write_gguf
 from hybridcache.geometry import gguf as reader
 from hybridcache.geometry.gguf import GGML_TYPES, GgufFile, choose_files, gguf_file
 from kernels.linear import blocks
+from tests.gguf_files import write_gguf
 
 METADATA = {
     "small": 7,

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from engine.weights.model_config import read_config
-from experiments.benchmarks.gguf_files import ARCHITECTURES, write_gguf
 from tests.engine.runner.test_exactness import threads
 from tests.engine.small_models import Driver, load, random_tokens
+from tests.gguf_files import ARCHITECTURES, write_gguf
 
 ABSENT = ("qwen3_next", "qwen3_next_no_renormalise", "falcon_h1_norm_before_gate")
 """Small models with layers that the format does not have; ``test_gguf`` has one without them."""

@@ -22,8 +22,8 @@ from engine.weights.layer_names import model_name
 from engine.weights.model_config import ModelError, read_config
 from engine.weights.parameters import Build, WeightSpec
 from engine.weights.tensor_files import find_files, open_file
-from experiments.gpu.models import TINY
 from hybridcache.geometry.gguf import GgufFile
+from tests.engine.device_models import TINY
 from tests.engine.small_models import Driver, load, random_tokens
 from tests.engine.weights import checkpoints
 

@@ -17,10 +17,10 @@ import pytest
 
 from experiments.gpu import __main__ as gpu
 from experiments.gpu import serving as gpu_serving
-from experiments.gpu.models import TINY, write_geometry
 from experiments.provenance import read_json_lines, resumed
 from hybridcache.geometry.units import GIB
 from tests.endurance.faults import is_gone
+from tests.engine.device_models import TINY, write_geometry
 from tests.stub_device import stubbed
 from tests.waiting import wait_until
 

@@ -8,8 +8,8 @@ import os
 import pytest
 import torch
 
-from experiments.gpu import interpreter
 from experiments.gpu.kernel_cases import Case, Setup
+from tests.kernels import interpreter
 
 pytest.importorskip("triton")
 FOLDERS = ("gdn", "norm", "state_copy")

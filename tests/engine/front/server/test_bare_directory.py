@@ -18,7 +18,7 @@ from engine.front.worker.screen import screen_rows, screen_text
 from engine.requests.request import sampling_defaults
 from engine.text.tokenizer import IdTokenizer
 from engine.text.tokenizer_files import named_eos
-from experiments.gpu.models import TINY, write_geometry
+from tests.engine.device_models import TINY, write_geometry
 
 from .conftest import Live, serving
 

@@ -26,11 +26,10 @@ from engine.weights.forms import read_quantization
 from engine.weights.model_config import ModelError
 from engine.weights.parameters import Build, Parameter, Source, WeightSpec
 from engine.weights.products import Linear, Part
-from experiments.gpu import interpreter
-from experiments.gpu.models import QWEN3_NEXT_80B
 from kernels import native
 from kernels.linear.formats import Matrix
 from kernels.linear.grouped import Grouped
+from tests.engine.device_models import QWEN3_NEXT_80B
 from tests.engine.small_models import Driver, load, random_tokens
 from tests.engine.weights import checkpoints
 from tests.engine.weights.checkpoints import (
@@ -43,6 +42,7 @@ from tests.engine.weights.checkpoints import (
     fp8_section,
     rewrite,
 )
+from tests.kernels import interpreter
 
 # --- Models ---------------------------------------------------------------------------------------
 

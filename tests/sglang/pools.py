@@ -5,8 +5,6 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-
-from hybridcache.sglang.cache import HybridRadixBackend
 from sglang.srt.configs.mamba_utils import Mamba2CacheParams, Mamba2StateShape
 from sglang.srt.environ import envs
 from sglang.srt.mem_cache.allocator import PagedTokenToKVPoolAllocator, TokenToKVPoolAllocator
@@ -20,6 +18,8 @@ from sglang.srt.mem_cache.memory_pool import (
 from sglang.srt.mem_cache.unified_cache.components.base import ComponentType
 from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 from sglang.srt.server_args import ServerArgs, set_global_server_args_for_scheduler
+
+from hybridcache.sglang.cache import HybridRadixBackend
 
 CHUNK = 64
 LINEAR_LAYERS, ATTENTION_LAYERS = [0, 1, 2], [3]

@@ -1,6 +1,6 @@
 """Compare the rebuilt SGLang with the counters of SGLang's own scheduler and tree, per request.
 
-python -m tests.sglang.counters [--requests 100] [--states 24 8]
+python -m experiments.sglang.counters [--requests 100] [--states 24 8]
 
 Needs SGLang (`make sglang`). Its unchanged scheduler serves the requests of generated traces
 in turn, with its own radix cache, over a model that answers as the trace says
@@ -20,11 +20,11 @@ from typing import Any
 
 import numpy as np
 
-from experiments.sglang import cpu
 from experiments.studies.common import QWEN3_NEXT, keep, plain_table, rounded
 from hybridcache import open_trace
 from hybridcache.lab.rivals.protocol import BaselineConfig, replay
 from hybridcache.lab.rivals.sglang import SglangCache
+from tests.sglang import cpu
 
 TRACES = ("chat", "few-shot", "short", "branch", "resend", "agent-tree")
 KV_PER_STATE = 3400

@@ -1,6 +1,6 @@
 """Run SGLang's scheduler on this cache for many requests, and check rows, states and answers.
 
-python -m tests.sglang.soak [--requests 10000] [--strategy "extra_buffer overlapped"]
+python -m experiments.sglang.soak [--requests 10000] [--strategy "extra_buffer overlapped"]
 
 Needs SGLang (`make sglang`). Its unchanged scheduler runs on a CPU, over a model that only
 records its inputs (`tests/sglang/scheduler.py`). Conversations continue, fork, repeat and
@@ -24,8 +24,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from experiments.sglang import cpu
 from experiments.studies.common import keep
+from tests.sglang import cpu
 
 STRATEGIES = {
     "no_buffer": 12,
@@ -120,7 +120,7 @@ def main() -> None:
         records = []
         for strategy in STRATEGIES:
             share = str(options.requests // len(STRATEGIES))
-            command = [sys.executable, "-m", "tests.sglang.soak", "--no-record"]
+            command = [sys.executable, "-m", "experiments.sglang.soak", "--no-record"]
             command += ["--strategy", strategy, "--requests", share, "--seed", str(options.seed)]
             command += ["--eviction", options.eviction]
             done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
