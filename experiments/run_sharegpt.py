@@ -44,7 +44,7 @@ from hybridcache.command.extras import how_to_install
 from hybridcache.command.signals import printed_warnings
 from hybridcache.geometry.model import BUILTIN
 from hybridcache.geometry.units import counted, format_seconds
-from hybridcache.lab.results.report import text_table
+from hybridcache.lab.results.result import text_table
 from hybridcache.lab.scenario import Scenario
 from hybridcache.lab.traces import recognise
 from hybridcache.lab.traces.sizes import sizes

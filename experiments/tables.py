@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from hybridcache.lab.results.report import text_table
+from hybridcache.lab.results.result import text_table
 from hybridcache.lab.traces.intervals import Interval
 
 Cell = str | float | Interval | Sequence["Cell"] | Mapping[str, "Cell"] | None

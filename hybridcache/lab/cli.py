@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import csv
 import gzip
 import shlex
 import signal
@@ -10,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, replace
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO, cast
 
@@ -25,6 +27,7 @@ from hybridcache.lab.results.figures import (
     sweep_figure,
 )
 from hybridcache.lab.results.report import METRICS, find_metric, losses_table, stats_table
+from hybridcache.lab.results.result import RequestRecord
 from hybridcache.lab.runs.closed_loop import ClosedLoopResult, closed_loop
 from hybridcache.lab.runs.grid import collect_seldom
 from hybridcache.lab.runs.simulate import SimulationResult, optimum, simulate
@@ -136,6 +139,7 @@ TRACE_HELP = (
 
 
 OF_THE_ENGINE = {
+    "--placement": "write --checkpoints",
     "--eviction": "write --policy, the name of `engine serve --eviction` here",
     "--cache-gib": "write --gib, the name of `engine serve --cache-gib` here",
 }
@@ -282,6 +286,8 @@ def add_simulate(commands: Commands) -> None:
     add_settings(group, *settings_of(MOST_USED))
     add("--figure", **FILE, help="PNG, SVG or PDF to draw; losses get a file next to it")
     add("--output", **FILE, help="JSON lines, one per run; a repeated command continues")
+    text = "CSV of each request of each run; the first policy is compared with the others"
+    add("--requests", **FILE, help=text)
     add("--scenario", **FILE, help="TOML file of settings; flags replace those of the file")
     add("--write-scenario", **FILE, help="new TOML file for the settings; nothing is run")
     add("--processes", **PROCESSES)
@@ -317,7 +323,7 @@ def add_simulate(commands: Commands) -> None:
     add_settings(group, *settings_of(LOAD))
 
 
-ALONE = ("optimum", "losses", "metric", "bound")
+ALONE = ("optimum", "losses", "metric", "bound", "requests")
 """Options of replays alone that are no settings."""
 
 
@@ -351,7 +357,7 @@ def _simulate(options: argparse.Namespace) -> int:
     drawn: list[Path] = []
     traces = [opened(str(scenario.trace), options) for scenario in scenarios]
     for scenario, trace in zip(scenarios, traces, strict=True):
-        asked = replace(scenario, trace=trace)
+        asked = replace(scenario, trace=trace, by_request=options.requests is not None)
         if options.closed_loop:
             served.append(closed_loop(asked, **place))
             texts = [served[-1].table()]
@@ -363,14 +369,36 @@ def _simulate(options: argparse.Namespace) -> int:
             folder = path.parent if path.name == "config.json" else path
             model = shlex.quote(str(folder)) if folder.exists() else ""
             texts = [result.table(metrics), losses, result.verdict(model)]
+            texts += _compared(result) if options.requests else []
         if options.figure:  # before anything is printed: a pipe that reads it may close early
             drawn = _draw(replayed, served, options, metrics)
         for text in filter(None, texts):
             print(text, end="\n\n")
     for path in drawn:
         print(f"figure: {path}")
+    if options.requests:
+        _write_requests(options.requests, replayed)
     failures = [one.failures for one in replayed] + [one.failures for one in served]
     return 1 if any(failures) else 0
+
+
+def _compared(result: SimulationResult) -> list[str]:
+    """Return the differences between the first competitor and the others, by size."""
+    first, *others = result.by_label().values()
+    pairs = [pair for runs in others for pair in product(first, runs) if pair[0].by_request]
+    return [one.compare(two).table() for one, two in pairs if one.gib == two.gib]
+
+
+def _write_requests(path: Path, results: Sequence[SimulationResult]) -> None:
+    """Write the requests of all runs."""
+    runs = [run for result in results for merged in result for run in merged.draws or (merged,)]
+    with make_folder(path).open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["trace", "run", "gib", *RequestRecord._fields])
+        for run in runs:
+            facts = run.config["trace"], run.label, run.gib
+            writer.writerows([*facts, *row] for row in run.by_request or ())
+    print(f"requests: {path}")
 
 
 def _write_scenario(options: argparse.Namespace, scenarios: Sequence[Scenario]) -> int:

@@ -116,7 +116,7 @@ MOST_USED, MEMORY, TIERS, LOAD = (
 """Groups of settings. Those of ``TIERS`` and some of ``MEMORY`` concern replays alone, those of
 ``LOAD`` closed loops alone."""
 REPLAY_ONLY = (
-    *("priority_classes", "checkpoint_dtype", "servers"),
+    *("priority_classes", "checkpoint_dtype", "servers", "by_request"),
     *("host_gib", "disk_gib", "host_gb_s", "disk_gb_s"),
 )
 
@@ -254,6 +254,9 @@ class Scenario:
         "results",
         type=seed_list,
     )
+    by_request: bool = _setting(
+        False, "keep a record of each request and of each eviction", "records"
+    )
     tells_ends: bool = _setting(
         False,
         "clients say when a session has ended; otherwise an idle one keeps its place under the "
@@ -357,7 +360,8 @@ class Scenario:
                 f"times is an object ({kind.__name__}) without a __repr__ of its values, so "
                 "its runs cannot be identified in a file: make it a dataclass, or keep no runs"
             )
-        names = [one.name for one in fields(self) if one.name not in ("trace", "model", "times")]
+        others = {"trace", "model", "times"} | ({"by_request"} if not self.by_request else set())
+        names = [one.name for one in fields(self) if one.name not in others]
         text = "".join(f"{name} = {getattr(self, name)!r}\n" for name in names)
         text += f"{geometry!r}\n{times!r}\n{own}\n{RESULT_FORM}"
         return hashlib.sha256(text.encode() + trace_identity).hexdigest()[:16]

@@ -48,6 +48,7 @@ def test_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
             "simulate --trace short --eviction lru",
             "--eviction lru: write --policy, the name of `en",
         ),
+        ("simulate --trace short --placement lru", "--placement lru: write --checkpoints"),
         ("simulate --closed-loop --trace short --servers 2", "servers has no meaning in"),
         ("simulate --trace short --gib 1 --metric hitt", "'hitt', did you mean 'hit'?"),
         ("simulate --trace short --seeds 1 2", ": 2: join several values with commas"),

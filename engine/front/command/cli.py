@@ -69,6 +69,7 @@ FOREIGN = {
         "use --draft": "--speculative-config --draft-model -md",
         "use --device": "-ngl --n-gpu-layers --gpu-layers",
         "pages have one token (EngineConfig(page_size=N) in Python)": "--block-size",
+        "use --checkpoints": "--placement",
         "use --eviction (the name in `hybridcache simulate` is another)": "--policy",
         "use --cache-gib (the name in `hybridcache simulate` is another)": "--gib",
         "use --dtype and --checkpoint-dtype": "--kv-cache-dtype",

@@ -31,8 +31,7 @@ from hybridcache.geometry.model import ModelGeometry
 from hybridcache.geometry.times import Roofline
 from hybridcache.geometry.units import GIB, counted
 from hybridcache.lab.board.entry import RelayedLoop, entered
-from hybridcache.lab.results.report import text_table
-from hybridcache.lab.results.result import ClosedLoopRun, Plain, RunResult, StoredResult
+from hybridcache.lab.results.result import ClosedLoopRun, Plain, RunResult, StoredResult, text_table
 from hybridcache.lab.rivals.evictions import ALL_NAMES
 from hybridcache.lab.rivals.systems import BASELINES, COMPARABLE
 from hybridcache.lab.runs.closed_loop import figures_of, sessions_of, simulate_closed_loop

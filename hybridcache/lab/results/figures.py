@@ -14,6 +14,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from hybridcache.geometry.units import counted
 from hybridcache.lab.results.report import (
     LOSSES_NOTE,
@@ -25,7 +27,7 @@ from hybridcache.lab.results.report import (
     limit_percent,
     notes_on,
 )
-from hybridcache.lab.results.result import ClosedLoopRun, RunResult, SweepRuns
+from hybridcache.lab.results.result import ClosedLoopRun, Difference, RunResult, SweepRuns
 from hybridcache.lab.traces.frame import make_folder
 from hybridcache.radix.api import Losses
 
@@ -82,10 +84,11 @@ def sweep_figure(
     words: str | Sequence[str] | None = None,
     size: Size = None,
     title: Title = True,
+    legend: bool = True,
 ) -> Figure:
     """Draw metrics over the memory size: a panel per trace and metric, a line per competitor.
     Without ``words``: token hit rates, and shares of the best plan with hindsight if there are
-    plans. ``size`` and ``title`` are those of ``save``."""
+    plans. ``size``, ``title`` and ``legend`` are those of ``save``."""
     if words is None:
         known = any(run.optimum_tokens is not None for result in results for run in result.runs)
         words = ("hit", "optimum") if known else "hit"
@@ -102,7 +105,8 @@ def sweep_figure(
         axis.set_ylabel(metric.title)
     if title:
         set_titles(figure, axes, [_facts(result) for result, _ in cells], title)
-    return save(figure, axes, path, " ".join(_notes(results, words)) if title else "", size)
+    notes = " ".join(_notes(results, words)) if title else ""
+    return save(figure, axes, path, notes, size, legend)
 
 
 def _sizes(result: SweepRuns) -> list[float]:
@@ -182,9 +186,31 @@ def losses_figure(
         f"{note[:1].upper()}{note[1:]}." for result in results for note in interval_notes(result)
     ]
     set_titles(figure, axes, titles, title)
-    return save(
-        figure, axes, path, " ".join([LOSSES_NOTE, *dict.fromkeys(notes)]) if title else "", size
-    )
+    caption = " ".join([LOSSES_NOTE, *dict.fromkeys(notes)]) if title else ""
+    return save(figure, axes, path, caption, size)
+
+
+@_fonts()
+def difference_figure(
+    found: Difference, path: str | Path | None = None, size: Size = None, title: Title = True
+) -> Figure:
+    """Draw the tokens that one run won and lost against another over the requests, in points of the
+    token hit rate: a line per reason, and their sum in black. ``size`` and ``title`` are those of
+    ``save``."""
+    figure, [axis] = panels(1, 1, (4.6, 3.5), size)
+    lines = [*found.by_reason().items()]
+    lines.sort(key=lambda line: -abs(sum(row["tokens"] for row in line[1])))
+    for n, (name, rows) in enumerate([*lines[:6], ("all", found.rows)]):
+        points = np.cumsum([0, *(100 * row["tokens"] / found.prompt_tokens for row in rows)])
+        look = line_look(n, 7) if rows is not found.rows else {"color": "black", "linewidth": 1.4}
+        look |= {"drawstyle": "steps-post", "label": name, "markevery": -(-len(rows) // 8)}
+        axis.plot([0, *(row["request"] for row in rows)], points, **look)
+    axis.axhline(0, color="black", linewidth=0.5)
+    axis.set_xlabel("request")
+    axis.set_ylabel("token hit rate, points")
+    if title:
+        set_titles(figure, [axis], [[found.title]], title)
+    return save(figure, [axis], path, "", size)
 
 
 def stack_losses(axis: Axes, runs: Sequence[RunResult]) -> None:
@@ -315,15 +341,17 @@ def save(
     path: str | Path | None,
     caption: str = "",
     size: Size = None,
+    legend: bool | None = None,
 ) -> Figure:
-    """Add one legend for all panels, with the caption as its title, and write the figure to
-    ``path`` (None for no file). The figure grows by the height of both, or has ``size`` (inches).
-    Functions with ``title=False`` draw neither title nor caption. ValueError if panels do not fit
-    into ``size``."""
+    """Add one legend for all panels, unless ``legend`` is False, with the caption as its title, and
+    write the figure to ``path`` (None for no file). The figure grows by the height of both, or has
+    ``size`` (inches). Functions with ``title=False`` draw neither title nor caption. ValueError if
+    panels do not fit into ``size``."""
     entries = {
         label: handle
         for axis in axes
         for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)
+        if legend is not False
     }
     given, height = figure.get_size_inches()
     width = max(given, LEAST_PANEL[0])  # The error names a size that fits.
@@ -338,11 +366,15 @@ def save(
         least = num_rows * LEAST_PANEL[1] + below
         if given < width or height < least:
             fit = max(0, int((height - below) / LEAST_PANEL[1])) * int(given / LEAST_PANEL[0])
-            shorter = ", leave out the caption (title=False)," if caption else ""
+            shorter = ["draw fewer"] if len(axes) > 1 else []
+            shorter += ["leave out the caption (title=False)"] * bool(caption)
+            shorter += ["leave out the legend (legend=False), give short names (labelled)"] * bool(
+                legend
+            )
             raise ValueError(
                 f"size=({given:g}, {height:g}) has room for {counted(fit, 'panel')} and the legend "
-                f"(got {len(axes)}): draw fewer{shorter} or make it "
-                f"{math.ceil(10 * least) / 10:g} inches high and {width:g} wide."
+                f"of {counted(len(entries), 'name')} (got {len(axes)}): {', '.join(shorter)}, or "
+                f"make it {math.ceil(10 * least) / 10:g} inches high and {width:g} wide."
             )
     figure.set_layout_engine("constrained")
     figure.legend(

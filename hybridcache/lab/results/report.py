@@ -12,7 +12,7 @@ from typing import Generic, TypeVar
 from hybridcache.command.parser import or_known
 from hybridcache.config import GRID
 from hybridcache.geometry.units import counted
-from hybridcache.lab.results.result import ClosedLoopRun, RunResult, SweepRuns
+from hybridcache.lab.results.result import ClosedLoopRun, RunResult, SweepRuns, text_table
 from hybridcache.lab.rivals.systems import UNCHARGED
 from hybridcache.lab.scenario import MEMORIES
 from hybridcache.lab.traces.intervals import FEWEST_UNITS
@@ -64,19 +64,6 @@ def find_metric(word: str) -> Metric[RunResult]:
     return METRICS[word]
 
 
-def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return aligned columns, the first to the left and the others to the right."""
-    table = [list(header), *map(list, rows)]
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    lines = []
-    for row in table:
-        cells = [row[0].ljust(widths[0])]
-        cells += [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
-        lines.append("  ".join(cells).rstrip())
-    lines.insert(1, "-" * max(map(len, lines)))
-    return "\n".join(lines)
-
-
 TIE = 0.0005
 """Difference of token hit rates below which competitors have equal hits."""
 
@@ -89,12 +76,8 @@ def ties(run: RunResult, best: RunResult) -> bool:
 
 def leading(labels: Sequence[str]) -> str:
     """Return the sentence on the policies with the most hits, which are equal."""
-    [first, *others] = labels
-    return (
-        f"{', '.join(labels)} have the most hits (equal)"
-        if others
-        else f"{first} has the most hits"
-    )
+    verb = "has the most hits" if len(labels) == 1 else "have the most hits (equal)"
+    return f"{', '.join(labels)} {verb}"
 
 
 def most_hits(runs: Sequence[RunResult], units: str) -> tuple[RunResult, str]:

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from statistics import fmean
-from typing import Any, NamedTuple, Self
+from statistics import fmean, median
+from typing import Any, ClassVar, NamedTuple, Self
 
 import numpy as np
 
 from hybridcache.geometry.model import ModelGeometry
+from hybridcache.lab.rivals.optimum import Optimum
 from hybridcache.lab.traces.intervals import Interval, RateInterval, linear_ratio
-from hybridcache.lab.traces.trace import Trace, has_sessions
+from hybridcache.lab.traces.trace import Tabular, Trace, has_sessions
 from hybridcache.radix.api import Losses
 
+PLAN = "best plan"
+"""Label of a plan with hindsight in comparisons."""
 SAME_SIZE = 1e-3
 """Relative difference up to which two sizes are the same: tables show four digits."""
 
@@ -36,6 +39,19 @@ class StoredResult:
         return cls(**{one.name: record[one.name] for one in fields(cls) if one.name in record})
 
 
+def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return aligned columns, the first to the left and the others to the right."""
+    table = [list(header), *map(list, rows)]
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    lines = []
+    for row in table:
+        cells = [row[0].ljust(widths[0])]
+        cells += [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
+        lines.append("  ".join(cells).rstrip())
+    lines.insert(1, "-" * max(map(len, lines)))
+    return "\n".join(lines)
+
+
 class SessionResult(NamedTuple):
     """One session of a run. The interval of a run is over these."""
 
@@ -46,6 +62,55 @@ class SessionResult(NamedTuple):
     """Prompt tokens that were reused."""
     losses: Losses | None = None
     """Tokens not reused, by cause; None where the target does not say."""
+
+
+class RequestRecord(NamedTuple):
+    """One request of a run. Ages are numbers of requests. Items are named by the cache of this
+    project alone, whose checkpoints have labels; a rebuilt system also tells no cause."""
+
+    session: str
+    arrival_s: float
+    prompt_tokens: int
+    cached_tokens: int
+    """Prompt tokens that were reused."""
+    ttft_s: float
+    """Time to first token, waiting included."""
+    cause: str
+    """Cause of most of its lost tokens (``Losses``)."""
+    hit: str = ""
+    """Label of the checkpoint that it resumed from."""
+    hit_uses: int = 0
+    """Earlier uses of that checkpoint."""
+    lost: str = ""
+    """Label of the evicted checkpoint that it would have resumed from: the deepest of its prompt.
+    Empty if there is none."""
+    lost_uses: int = 0
+    """Uses of that checkpoint before its eviction."""
+    lost_age: int = 0
+    """Requests since its eviction."""
+
+
+class EvictionRecord(NamedTuple):
+    """One eviction of a run."""
+
+    request: int
+    """Number of the request that took the memory, from 1 on."""
+    kind: str
+    """``kv`` or ``checkpoint``."""
+    label: str
+    """Placement rule and stop reason of a checkpoint."""
+    superseded: bool
+    """True if the same conversation had a later checkpoint."""
+    uses: int
+    age: int
+    """Requests since the last use, or since it was saved."""
+    position: int
+    """Tokens from the start of the prompt to its end."""
+    tokens: int
+    """Tokens to compute again without it: down to the checkpoint above."""
+    bytes: int
+    missed: int | None = None
+    """Number of the first request that would have resumed from it (a *ghost hit*), or None."""
 
 
 class _Run(StoredResult):
@@ -118,6 +183,12 @@ class RunResult(_Run):
     only if a bound proves it."""
     limit_tokens: int | None = None
     """Tokens that no cache of this memory exceeds (``Optimum.bound``)."""
+    by_request: tuple[RequestRecord, ...] | None = None
+    """Requests in the order of the trace; None, also below, without the setting ``by_request``."""
+    evictions: tuple[EvictionRecord, ...] | None = None
+    """Evictions of the device's memory, in their order; None for rebuilt systems too."""
+    draws: tuple[RunResult, ...] = ()
+    """Runs of the seeds, if these are several; they are not in a record."""
 
     def __repr__(self) -> str:
         """Return one line: competitor, size and token hit rate. ``as_record`` has all figures."""
@@ -140,6 +211,28 @@ class RunResult(_Run):
         parts = [one[3] - two[3] for one, two in zip(ours, theirs, strict=True)]
         return linear_ratio(parts, [one[2] for one in ours]).scaled(100)
 
+    def compare(self, other: RunResult | Optimum) -> Difference:
+        """Return the requests in which this run and ``other``, another run over the same trace or a
+        plan with hindsight, reused different numbers of tokens, and why. O(requests). ValueError
+        without the setting ``by_request``, for several seeds, and over different requests."""
+        ours, label, theirs = self.by_request or (), PLAN, list[RequestRecord]()
+        if isinstance(other, RunResult):
+            label, theirs = other.label, [*(other.by_request or ())]
+        else:  # It has the same requests, if as many.
+            for one, tokens in zip(ours, other.cached_tokens.tolist(), strict=False):
+                theirs.append(RequestRecord(*one[:3], tokens, 0.0, "not kept"))
+        if not ours or [one[:3] for one in ours] != [one[:3] for one in theirs]:
+            missing = f"{self.label} and {label} have no records of the same requests"
+            raise ValueError(f"{missing}: simulate both at once, with by_request=True and one seed")
+        rows = []
+        for number, (one, two) in enumerate(zip(ours, theirs, strict=True), 1):
+            if tokens := one.cached_tokens - two.cached_tokens:
+                more, less = (one, two) if tokens > 0 else (two, one)
+                facts = number, one.session, one.prompt_tokens, tokens, _reason(less)
+                ages = less.lost_age if less.lost else None, more.hit, more.hit_uses
+                rows.append(dict(zip(Difference.columns, (*facts, *ages), strict=True)))
+        return Difference(self.label, label, self.gib, self.prompt_tokens, rows)
+
     def _sums(self) -> list[tuple[str, int, int, int]]:
         return [one[:4] for one in self.by_session]
 
@@ -161,7 +254,11 @@ class RunResult(_Run):
 
     def as_record(self) -> Plain:
         """Return a record for JSON, with the rates next to the counts that they are made of."""
-        return StoredResult.as_record(self) | {
+        record = StoredResult.as_record(replace(self, draws=()))
+        for name in KEPT:
+            if not record[name]:
+                del record[name]
+        return record | {
             "losses": None if self.losses is None else self.losses._asdict(),
             "token_hit_rate": self.token_hit_rate,
             "request_hit_rate": self.request_hit_rate,
@@ -172,8 +269,8 @@ class RunResult(_Run):
     def as_row(self) -> Plain:
         """Return settings and figures as one flat dictionary."""
         figures = self.as_record()
-        for name in ("config", "losses", "ttft_s", "by_session", "tier_bytes"):
-            del figures[name]
+        for name in ("config", "losses", "ttft_s", "by_session", "tier_bytes", *KEPT):
+            figures.pop(name, None)
         lost = self.losses or (None,) * len(Losses._fields)
         return {
             **self.config,
@@ -195,7 +292,72 @@ class RunResult(_Run):
             SessionResult._make((*figures, None if lost is None else Losses(*lost)))
             for *figures, lost in record["by_session"]
         )
+        for name, kind in KEPT.items():
+            if name in values:
+                values[name] = tuple(map(kind._make, values[name]))
         return super(RunResult, cls).from_record(values)
+
+
+KEPT: dict[str, Any] = {"by_request": RequestRecord, "evictions": EvictionRecord, "draws": None}
+"""Fields that a row of a table does not have, and a record only if they are kept."""
+
+
+def _reason(less: RequestRecord) -> str:
+    """Return why the one of two runs with fewer tokens did not have the others."""
+    if less.lost:
+        return f"evicted {less.lost}, {'used' if less.lost_uses else 'never used'}"
+    return less.cause.replace("_", " ") or "not told"
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class Difference(Tabular):
+    """Requests in which two runs over the same trace reused different numbers of tokens."""
+
+    ours: str
+    theirs: str
+    gib: float
+    prompt_tokens: int
+    """Of all requests."""
+    rows: list[Plain]
+    """A dictionary per request: its number, ``tokens`` (above 0 where ``ours`` reused more), the
+    ``reason`` why the other one did not have them with the requests since the eviction
+    (``lost_age``), and the checkpoint that was hit."""
+    columns: ClassVar = (
+        *("request", "session", "prompt_tokens", "tokens", "reason"),
+        *("lost_age", "hit", "hit_uses"),
+    )
+
+    def to_dicts(self) -> list[Plain]:
+        return self.rows
+
+    @property
+    def title(self) -> str:
+        """Line with the two runs, the size and the difference of their token hit rates."""
+        share = f"{100 * sum(row['tokens'] for row in self.rows) / self.prompt_tokens:+.2f} points"
+        return f"{self.ours} less {self.theirs} at {self.gib:.4g} GiB: {share}"
+
+    def by_reason(self) -> dict[str, list[Plain]]:
+        """Return the rows by the run with fewer tokens and why it did not have the others."""
+        found: dict[str, list[Plain]] = {}
+        for row in self.rows:
+            name = self.theirs if row["tokens"] > 0 else self.ours
+            found.setdefault(f"{name}: {row['reason']}", []).append(row)
+        return dict(sorted(found.items(), key=lambda one: -sum(row["tokens"] for row in one[1])))
+
+    def table(self) -> str:
+        """Return a row per reason and checkpoint that was hit, most tokens won first. The last
+        column has the median of the requests since the eviction."""
+        lines = []
+        for reason, of_reason in self.by_reason().items():
+            for hit in dict.fromkeys(row["hit"] for row in of_reason):
+                rows = [row for row in of_reason if row["hit"] == hit]
+                ages = [row["lost_age"] for row in rows if row["lost_age"] is not None]
+                tokens = sum(row["tokens"] for row in rows)
+                points = f"{100 * tokens / self.prompt_tokens:+.2f}"
+                counts = f"{tokens:+,}", points, f"{len(rows):,}"
+                lines.append([reason, hit or "-", *counts, f"{median(ages):.0f}" if ages else "-"])
+        header = ["the run with fewer", "the other resumed from", "tokens", "points", "requests"]
+        return f"{self.title}\n{text_table([*header, 'evicted before'], lines)}"
 
 
 def merged(runs: Sequence[RunResult], seeds: Sequence[int]) -> RunResult:
@@ -212,6 +374,9 @@ def merged(runs: Sequence[RunResult], seeds: Sequence[int]) -> RunResult:
     return replace(
         first,
         config=first.config | {"seeds": list(seeds)},
+        draws=tuple(runs),
+        by_request=None,
+        evictions=None,
         losses=Losses(*map(sum, zip(*losses, strict=True))) if losses else None,
         ttft_s=ranks,
         ttft_mean_s=fmean(run.ttft_mean_s for run in runs),
@@ -332,8 +497,30 @@ class ClosedLoopRun(_Run):
         return figures.pop("config") | figures  # type: ignore[no-any-return]
 
 
+class Runs(Tabular):
+    """Runs that can be iterated, named and tabulated."""
+
+    __slots__ = ()
+    runs: tuple[Any, ...]
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.runs)
+
+    def to_dicts(self) -> list[Plain]:
+        """Return a flat dictionary per run that did not fail: its settings and figures. Replays
+        have lost tokens by cause (``lost_`` and the cause; None where a rebuilt system does not
+        tell). ``draws`` of a run have those of its seeds."""
+        return [run.as_row() for run in self.runs]
+
+    def labelled(self, names: Mapping[str, str]) -> Self:
+        """Return the same runs with other labels in tables and figures: old label to new."""
+        configs = [run.config | {"label": names.get(run.label, run.label)} for run in self.runs]
+        runs = tuple(replace(run, config=of) for run, of in zip(self.runs, configs, strict=True))
+        return replace(self, runs=runs)  # type: ignore[type-var]
+
+
 @dataclass(frozen=True, slots=True)
-class SweepRuns:
+class SweepRuns(Runs):
     """All runs of one sweep over one trace, by competitor and size."""
 
     trace: str

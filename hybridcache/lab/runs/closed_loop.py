@@ -24,8 +24,8 @@ import numpy as np
 from hybridcache.config import build_prefix_cache
 from hybridcache.geometry.units import counted
 from hybridcache.lab.results.figures import closed_loop_figure
-from hybridcache.lab.results.report import LOOP_METRICS, text_table, uncharged_notes
-from hybridcache.lab.results.result import ClosedLoopRun, Plain
+from hybridcache.lab.results.report import LOOP_METRICS, uncharged_notes
+from hybridcache.lab.results.result import ClosedLoopRun, Plain, Runs, text_table
 from hybridcache.lab.rivals.protocol import PeerSession, begin
 from hybridcache.lab.runs.grid import RunFailed, run_grid
 from hybridcache.lab.runs.summary import describe_times, identify
@@ -488,7 +488,7 @@ def figures_of(served: LoopRun, trace: Trace, cell: Scenario) -> ClosedLoopRun:
 
 
 @dataclass(frozen=True, slots=True, repr=False)
-class ClosedLoopResult:
+class ClosedLoopResult(Runs):
     """All runs in closed loop over one trace: by cache, size, admission, rate and seed."""
 
     trace: str
@@ -500,10 +500,6 @@ class ClosedLoopResult:
     def __repr__(self) -> str:
         """Return one line: trace and number of runs."""
         return f"{type(self).__name__}({self.trace}: {len(self.runs)} runs)"
-
-    def to_dicts(self) -> list[Plain]:
-        """Return a flat dictionary per run: its fields and settings."""
-        return [run.as_row() for run in self.runs]
 
     def table(self) -> str:
         """Return a table per cache: a row per admission policy and rate, averaged over seeds."""
@@ -552,7 +548,7 @@ class ClosedLoopResult:
 
 
 def closed_loop(
-    scenario: Scenario | str | Trace,
+    trace: Scenario | str | Trace,
     *,
     processes: int = 1,
     ray: str | None = None,
@@ -572,7 +568,7 @@ def closed_loop(
     >>> [row["admission"] for row in result.to_dicts()]
     ['oldest']
     """
-    asked = Scenario.of(scenario, settings)
+    asked = Scenario.of(trace, settings)
     asked.refuse(REPLAY_ONLY, "has no meaning in closed loop: leave it out")
     opened, times = asked.opened(), _describe_steps(asked)
     admissions = named_policies(asked.admission, split=True)
@@ -588,14 +584,7 @@ def closed_loop(
         for rate in sizes(asked.rate, "rate")
         for seed in seeds_of(asked)
     ]
-    runs, failures = run_grid(
-        opened,
-        cells,
-        run_closed_loop,
-        processes=processes,
-        ray=ray,
-        resume_from=resume_from,
-        kind=ClosedLoopRun,
-        progress=progress,
-    )
+    place: Plain = {"processes": processes, "ray": ray, "resume_from": resume_from}
+    place |= {"kind": ClosedLoopRun, "progress": progress}
+    runs, failures = run_grid(opened, cells, run_closed_loop, **place)
     return ClosedLoopResult(opened.name, runs, times, failures, opened.notes)

@@ -11,6 +11,7 @@ import os
 import pickle
 import re
 import signal
+import sys
 import threading
 import warnings
 from collections import Counter
@@ -186,7 +187,12 @@ def _results(
         return
     task = pickled(f"trace {trace.name!r}", (trace, run))
     for _, job in due:
-        pickled(_title(job), job)
+        is_of_main = b"__main__" in pickled(_title(job), job) + task
+        if is_of_main and not hasattr(sys.modules["__main__"], "__file__"):
+            raise ValueError(
+                f"{_title(job)} is defined in this notebook, which other processes cannot import: "
+                "write the class to a file, as in 'mine:Policy', or use one process"
+            )
     far = _in_processes(task, due, processes) if ray is None else _on_ray(task, due, ray)
     for number, result, caught in far:
         for message in caught:  # of the process that computed it

@@ -10,6 +10,7 @@ from array import array
 from collections.abc import Hashable, Iterable, Sequence
 from time import perf_counter
 
+from hybridcache.lab.results.result import RequestRecord
 from hybridcache.lab.runs.target import Served, Target
 from hybridcache.lab.scenario import Scenario
 from hybridcache.lab.traces.trace import TraceRequest
@@ -39,6 +40,8 @@ class RequestLog:
         """Requests that could not hold memory at all, and were computed without the cache."""
         self.control_s = 0.0
         """Spent in the cache's own code."""
+        self.records: list[RequestRecord] | None = None
+        """Records of requests without their times; None if they are not kept."""
 
     def add(self, request: TraceRequest, served: Served | None, control_s: float) -> None:
         """Record a request."""
@@ -64,6 +67,11 @@ class RequestLog:
         self.cached_tokens.append(cached)
         self.copy_s.append(copy_s)
         self.control_s += control_s
+        if self.records is not None:
+            lost = None if served is None else served.losses
+            main = Losses._fields[lost.index(max(lost))] if lost else "refused" * self.has_causes
+            facts = str(request.session), request.timestamp_s, length, cached, 0.0, main
+            self.records.append(RequestRecord(*facts, **getattr(served, "found", {})))
 
     @property
     def losses(self) -> Losses:
@@ -85,6 +93,7 @@ def serve(
 ) -> RequestLog:
     """Serve all of ``requests`` on the machine of ``scenario``, and return their log."""
     log = RequestLog(unit, has_causes=not scenario.baseline)
+    log.records = [] if scenario.by_request else None
     times = scenario.prefill_times(scenario.geometry())
     for request in requests:
         start = perf_counter()
@@ -95,6 +104,8 @@ def serve(
         log.add(request, served, perf_counter() - start)
     log.prefill_s.extend(map(times.seconds, log.cached_tokens, log.prompt_tokens))
     log.ttft_s = _queue(log, scenario.servers)
+    for number, one in enumerate(log.records or ()):
+        log.records[number] = one._replace(ttft_s=log.ttft_s[number])  # type: ignore[index]
     return log
 
 

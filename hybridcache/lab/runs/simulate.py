@@ -34,10 +34,9 @@ from hybridcache.lab.results.report import (
     most_hits,
     notes_on,
     size_label,
-    text_table,
     to_serve,
 )
-from hybridcache.lab.results.result import Plain, RunResult, SweepRuns, grouped, merged
+from hybridcache.lab.results.result import Plain, RunResult, SweepRuns, grouped, merged, text_table
 from hybridcache.lab.rivals.optimum import Optimum, best_plan
 from hybridcache.lab.runs.grid import KEEP_BYTES, RunFailed, run_grid
 from hybridcache.lab.runs.serving import serve
@@ -47,7 +46,7 @@ from hybridcache.lab.scenario import LOAD, Scenario, seeds_of, settings_of
 from hybridcache.lab.traces import open_trace, seeded
 from hybridcache.lab.traces.prefix_tree import InfiniteCache
 from hybridcache.lab.traces.progress import Progress, shown_progress
-from hybridcache.lab.traces.trace import Trace
+from hybridcache.lab.traces.trace import Tabular, Trace
 from hybridcache.radix.tokens import require_bool
 
 if TYPE_CHECKING:
@@ -64,11 +63,6 @@ class SimulationResult(SweepRuns):
     def _repr_html_(self) -> str:
         """Return the table of token hit rates for a notebook."""
         return f"<pre>{escape(self.table())}</pre>"
-
-    def to_dicts(self) -> list[Plain]:
-        """Return a flat dictionary per run that did not fail: its settings, rates, times and lost
-        tokens by cause (``lost_`` and the cause; None where a rebuilt peer does not tell)."""
-        return [run.as_row() for run in self.runs]
 
     def table(self, metric: str | Sequence[str] = "hit") -> str:
         """Return a table of each metric, one or several of ``METRICS`` in
@@ -164,13 +158,14 @@ class SimulationResult(SweepRuns):
         *,
         size: tuple[float, float] | None = None,
         title: bool | str = True,
+        legend: bool = True,
     ) -> Figure:
         """Draw metrics over the sizes, a panel each; by default the token hit rate, and its share
         of the best plan if the result has plans. The figure is also written to ``path`` (PNG,
         SVG or PDF), if there is one. ``size``: width and height in inches, such as (3.3, 2.6) for
-        a column of a paper; ``title=False`` leaves out title and notes; a text
-        replaces the title."""
-        return sweep_figure([self], path, metric, size, title)
+        a column of a paper; ``title=False`` leaves out title and notes, and
+        ``legend=False`` the legend; a text replaces the title."""
+        return sweep_figure([self], path, metric, size, title, legend)
 
     def losses_figure(
         self,
@@ -185,7 +180,7 @@ class SimulationResult(SweepRuns):
 
 
 @dataclass(frozen=True, slots=True, repr=False)
-class OptimumResult(Sequence[Optimum]):
+class OptimumResult(Tabular, Sequence[Optimum]):
     """Plans with hindsight for one trace, by size: a sequence of ``Optimum``."""
 
     plans: tuple[Optimum, ...]
@@ -201,6 +196,11 @@ class OptimumResult(Sequence[Optimum]):
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.plans[0].trace}: {counted(len(self), 'size')})"
 
+    def to_dicts(self) -> list[Plain]:
+        """Return a dictionary per size; ``cached_tokens``, of all requests, are left out."""
+        names = "trace", "gib", "num_requests", "prompt_tokens", "reached", "bound", "gap"
+        return [{name: getattr(one, name) for name in names} for one in self.plans]
+
     def table(self) -> str:
         """Return a table with a row per size: hit rate of the plan, bound and gap."""
         rows = []
@@ -215,7 +215,7 @@ class OptimumResult(Sequence[Optimum]):
 
 
 def simulate(
-    scenario: Scenario | str | Trace,
+    trace: Scenario | str | Trace,
     *,
     bound: bool = True,
     optimum: bool = False,
@@ -227,8 +227,8 @@ def simulate(
 ) -> SimulationResult:
     """Replay a trace with every policy and placement, and every baseline, at every size.
 
-    - ``scenario``: a ``Scenario``, or a trace (a specification that ``open_trace`` reads, or a
-      ``Trace``). ``settings`` are fields of ``Scenario``, and replace its own. Policies may be
+    - ``trace``: a specification that ``open_trace`` reads, a ``Trace``, or a ``Scenario``.
+      ``settings`` are fields of ``Scenario``, and replace its own. Policies may be
       names, ``module:Class(alpha=2)``, classes, functions that make a policy, or policies.
     - ``bound``, ``optimum``: also compute the reuse of an infinite token-granular cache; a plan
       with hindsight and an upper bound at each size, for the device's memory alone.
@@ -242,15 +242,15 @@ def simulate(
     """
     require_bool(bound, "bound")
     require_bool(optimum, "optimum")
-    asked = Scenario.of(scenario, settings)
+    asked = Scenario.of(trace, settings)
     asked.refuse(
         settings_of(LOAD),
         "is about sessions that wait for answers: add --closed-loop, or call closed_loop(...)",
     )
+    place: Plain = {"processes": processes, "ray": ray, "resume_from": resume_from}
+    place["progress"] = progress
     if asked.seeds != 1:
-        place = {"processes": processes, "ray": ray, "resume_from": resume_from}
-        own = {"bound": bound, "optimum": optimum, "progress": progress}
-        return _over_seeds(asked, place | own)
+        return _over_seeds(asked, place | {"bound": bound, "optimum": optimum})
     opened = asked.opened()
     if optimum and (asked.host_gib or asked.disk_gib):
         raise ValueError(
@@ -269,16 +269,7 @@ def simulate(
         yardsticks[size]["optimum_tokens"] = int(plan.cached_tokens.sum())
         yardsticks[size]["limit_tokens"] = round(plan.bound * plan.prompt_tokens)
     run = partial(run_cell, yardsticks=yardsticks)
-    runs, failures = run_grid(
-        opened,
-        cells,
-        run,
-        processes=processes,
-        ray=ray,
-        resume_from=resume_from,
-        kind=RunResult,
-        progress=progress,
-    )
+    runs, failures = run_grid(opened, cells, run, kind=RunResult, **place)
     # Runs in a file may have been computed without them.
     runs, is_grouped = grouped([replace(one, **yardsticks[one.gib]) for one in runs], opened)
     return SimulationResult(
@@ -353,14 +344,14 @@ OF_PLANS = {"model", "gib", "state_dtype", "checkpoint_dtype", "grid"}
 
 
 def optimum(
-    scenario: Scenario | str | Trace, *, progress: Progress = None, **settings: object
+    trace: Scenario | str | Trace, *, progress: Progress = None, **settings: object
 ) -> OptimumResult:
     """Compute a plan with hindsight at every size, and a bound that no cache exceeds.
 
-    ``scenario`` may be that of a ``simulate``: its model, sizes, precisions and grid have an
+    ``trace`` may be the scenario of a ``simulate``: its model, sizes, precisions and grid have an
     effect, and ``settings`` may name these alone. Raises the errors of ``simulate``.
     """
-    asked = Scenario.of(scenario, settings)
+    asked = Scenario.of(trace, settings)
     asked.refuse(settings.keys() - OF_PLANS, "has no effect on the optimum: leave it out")
     opened, geometry = asked.opened(), asked.geometry()
     points, _ = asked.points(opened, opened.unit)

@@ -78,6 +78,8 @@ def summarise(
         else None,
         by_session=_sessions(log),
         control_us=log.control_s / max(len(lengths), 1) * 1e6,
+        by_request=None if log.records is None else (*log.records,),
+        evictions=None if target.items is None else (*target.items.evictions.values(),),
     )
 
 

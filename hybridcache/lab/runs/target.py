@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 from itertools import count
+from typing import Any
 
 import numpy as np
 
 from hybridcache.allocators.moves import DEVICE
 from hybridcache.allocators.pools import ByteBudget, PageAllocator, SlotAllocator, slab_rows
 from hybridcache.config import CacheConfig, build_on, build_prefix_cache
+from hybridcache.lab.results.result import EvictionRecord, Plain
 from hybridcache.lab.rivals.protocol import BaselineConfig, PeerSession, begin
 from hybridcache.lab.rivals.systems import BASELINES
 from hybridcache.lab.scenario import Scenario
 from hybridcache.lab.traces.trace import TraceRequest
+from hybridcache.radix.api import Listener, PrefixMatch
 from hybridcache.radix.cache import HybridRadixCache
 from hybridcache.radix.lease import Lease, LeaseRequest
 from hybridcache.radix.protocol import PromptBoundaries, raise_failure
 from hybridcache.radix.tokens import INT32, Tokens
+from hybridcache.radix.tree import Checkpoint, Edge, RadixNode
 
 
 def build_target(scenario: Scenario, unit: int) -> Target:
@@ -34,6 +38,41 @@ def build_counted(config: CacheConfig) -> HybridRadixCache:
     num_slots = num_rows // slab if config.prefix_cache == "hybrid" else 0
     pages = PageAllocator(num_rows, page_size, row_bytes, budget)
     return build_on(config, pages, SlotAllocator(num_slots, slab * row_bytes, budget))
+
+
+class ItemLog(Listener):
+    """Evictions of a cache, and the items that its requests find or miss. Ages in requests."""
+
+    def __init__(self, unit: int) -> None:
+        self.unit, self.num_requests = unit, 0
+        self.evictions: dict[int, EvictionRecord] = {}
+        """Evictions in their order, by the serial number of the item."""
+
+    def checkpoint_removed(self, node: RadixNode) -> None:
+        self._note(node.checkpoint)
+
+    def kv_removed(self, node: RadixNode) -> None:
+        self._note(node.kv)
+
+    def _note(self, item: Edge | Checkpoint | None) -> None:
+        assert item is not None
+        label, (span, num_bytes) = getattr(item, "title", ""), item.span_and_size()
+        lengths = item.position * self.unit, span * self.unit
+        age = self.followed.now - item.last_used  # type: ignore[attr-defined]
+        facts = self.num_requests, item.kind, label, item.superseded, item.uses, age
+        self.evictions[item.serial] = EvictionRecord(*facts, *lengths, num_bytes)
+
+    def of_match(self, found: PrefixMatch) -> Plain:
+        """Return the fields of a ``RequestRecord`` on the items of its match."""
+        hit, lost, known = found.resumed, found.missed, dict[str, Any]()
+        if hit is not None:
+            known |= {"hit": hit.title, "hit_uses": hit.uses}
+        if lost is not None and (was := self.evictions.get(lost.serial)) is not None:
+            if was.missed is None:
+                self.evictions[lost.serial] = was._replace(missed=self.num_requests)
+            ago = self.num_requests - was.request
+            known |= {"lost": was.label, "lost_uses": was.uses, "lost_age": ago}
+        return known
 
 
 class LeaseTarget:
@@ -58,12 +97,17 @@ class LeaseTarget:
         self.now_s = 0.0
         """Timestamp of the present request: the clock of policies in replays."""
         cache.policy.set_clock(lambda: self.now_s)
+        self.items = ItemLog(unit) if scenario.by_request else None
+        if self.items is not None:
+            cache.subscribe(self.items)
         self.priority_classes = cache.policy.has_priority_classes
         """True if unreachable KV and superseded checkpoints are evicted before all other items."""
 
     def begin(self, request: TraceRequest) -> LeasedRequest | None:
         """Match, and take memory for the prompt. None, holding nothing, if it is refused."""
         self.now_s = request.timestamp_s
+        if self.items is not None:
+            self.items.num_requests += 1
         if self._has_no_slot:
             return None
         asked = LeaseRequest(
@@ -80,6 +124,8 @@ class LeaseTarget:
         if lease is None:
             return None
         served = self.request_type(self, lease, request)
+        if self.items is not None:
+            served.found = self.items.of_match(lease.match)
         if self.exchange is not None:
             after = self._fetched_bytes()
             copied = {word: after[word] - before[word] for word in after}
@@ -114,12 +160,14 @@ class LeaseTarget:
 class LeasedRequest:
     """One request of a ``LeaseTarget``, which takes memory for a prompt or an answer at once."""
 
-    __slots__ = ("_lease", "_request", "_target", "cached_len", "copy_s", "losses")
+    __slots__ = ("_lease", "_request", "_target", "cached_len", "copy_s", "found", "losses")
 
     def __init__(self, target: LeaseTarget, lease: Lease, request: TraceRequest) -> None:
         self._target, self._lease, self._request = target, lease, request
         self.cached_len = lease.cached_len
         self.losses = lease.match.losses
+        self.found: Plain = {}
+        """Facts of the items that it found or missed, if they are kept."""
         self.copy_s = 0.0
         """Seconds of copies from lower tiers that this request waited for."""
 
@@ -167,7 +215,7 @@ class LeasedRequest:
 class BaselineTarget:
     """A rebuilt peer. Its losses are not known."""
 
-    priority_classes = None
+    priority_classes = items = None
 
     def __init__(self, scenario: Scenario, unit: int) -> None:
         geometry = scenario.geometry()

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 # Here and not in a call, in which it would make Python repeat the warnings given so far.
 with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # in notebooks without ipywidgets there is no bar
+    warnings.simplefilter("ignore")  # in notebooks without ipywidgets the bar is plain text
     from tqdm.auto import tqdm
 
 Progress = Callable[[int, int], None] | bool | None
@@ -28,7 +29,8 @@ def shown_progress(
     if callable(progress):
         yield progress
         return
-    with tqdm(unit=f" {unit}", desc=name, disable=None, delay=0.5) as bar:
+    is_off = False if "ipykernel" in sys.modules else None  # A notebook's output is no terminal.
+    with tqdm(unit=f" {unit}", desc=name, disable=is_off, delay=0.5) as bar:
 
         def show(done: int, total: int) -> None:
             bar.total = total or None

@@ -8,6 +8,7 @@ bytes per KV row are multiplied by ``unit``.
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections import Counter
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator
@@ -69,8 +70,23 @@ class TraceRequest(NamedTuple):
         return len(self.output) * unit if self.answer_tokens is None else self.answer_tokens
 
 
+class Tabular:
+    """Result with rows for a table."""
+
+    __slots__ = ()
+
+    def to_dicts(self) -> list[dict[str, Any]]:
+        """Return a flat dictionary per row."""
+        raise NotImplementedError
+
+    def to_frame(self) -> Any:
+        """Return the rows as a ``pandas.DataFrame``. ModuleNotFoundError without pandas, which this
+        project does not install."""
+        return importlib.import_module("pandas").DataFrame(self.to_dicts())
+
+
 @dataclass(frozen=True, slots=True)
-class Trace:
+class Trace(Tabular):
     """Requests that can be iterated again and again; each time the same."""
 
     name: str
@@ -147,6 +163,13 @@ class Trace:
                 )
             before_s = request.timestamp_s
             yield request
+
+    def to_dicts(self) -> list[dict[str, Any]]:
+        """Return a dictionary per request: its session, namespace, time, and tokens."""
+        names = "session", "namespace", "arrival_s", "prompt_tokens", "answer_tokens"
+        rows = ((one, one.num_tokens(self.unit), one.num_answer_tokens(self.unit)) for one in self)
+        facts = ((one.session, one.namespace, one.timestamp_s, *tokens) for one, *tokens in rows)
+        return [dict(zip(names, values, strict=True)) for values in facts]
 
     def head(self, num_requests: int) -> Trace:
         """Return the trace of its first requests. ValueError for a number below 0."""

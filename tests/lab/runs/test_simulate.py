@@ -688,10 +688,22 @@ def test_figures_have_the_size_asked_for_and_no_empty_cells(small: SimulationRes
     three = [replace(run, config=run.config | {"label": f"p{n}"}) for n in range(3) for run in ours]
     many = replace(small, runs=tuple(three))
     with pytest.raises(
-        ValueError, match=r"room for 2 panels and the legend \(got 3\): .* (\S+) inches"
+        ValueError,
+        match=r"for 2 panels and the legend of 4 names \(got 3\): draw fewer, or make it",
     ):
         many.losses_figure(size=(3.3, 2.6), title=False)
     assert _is_inside(many.losses_figure(size=(3.3, 3.9), title=False)), "two rows"
+    nine = [
+        replace(run, config=run.config | {"label": f"policy {n}"}) for n in range(9) for run in ours
+    ]
+    column = replace(small, runs=tuple(nine))
+    with pytest.raises(
+        ValueError, match=r"legend of 10 names .*leave out the legend \(legend=False"
+    ):
+        column.figure(size=(3.3, 2.4), title=False)
+    assert _is_inside(column.figure(size=(3.3, 2.4), title=False, legend=False))
+    short = column.labelled({f"policy {n}": str(n) for n in range(9)})
+    assert _is_inside(short.figure(size=(3.3, 3.2), title=False))
     assert small.figure(title="Chats").get_suptitle() == "Chats"
     bare = small.figure(title=False)
     assert not bare.axes[0].get_title() and not bare.legends[0].get_title().get_text()

@@ -1,0 +1,159 @@
+"""Records of requests and evictions, differences of runs, and tables of results."""
+
+from __future__ import annotations
+
+import csv
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hybridcache import Trace, TraceRequest, closed_loop, optimum, simulate
+from hybridcache.lab.cli import main
+from hybridcache.lab.results.figures import difference_figure
+from hybridcache.lab.results.result import RunResult
+from hybridcache.lab.runs.simulate import SimulationResult
+from hybridcache.lab.traces.progress import shown_progress
+
+GIB = 0.5
+"""Memory for two of the prompts of ``turns``, and not for three."""
+
+
+def turns(order: str) -> Trace:
+    """Return a trace with a request of 4,000 tokens per letter: the same letter, the same text."""
+    requests = []
+    for number, letter in enumerate(order):
+        prompt = np.arange(4000, dtype=np.int32) + 10_000 * ord(letter)
+        requests.append(TraceRequest(float(number), letter, None, prompt, prompt[:100]))
+    return Trace("turns", 1, requests.__iter__)
+
+
+@pytest.fixture(scope="module")
+def sweep() -> SimulationResult:
+    settings = {"gib": [1, 3], "policy": ["survival", "lru"], "baseline": "vllm"}
+    return simulate("chat?head=120", by_request=True, **settings)
+
+
+def test_records_sum_to_the_figures_of_their_run(sweep: SimulationResult) -> None:
+    for run in sweep:
+        assert run.by_request is not None and len(run.by_request) == run.requests
+        assert sum(one.cached_tokens for one in run.by_request) == run.cached_tokens
+        assert sum(one.prompt_tokens for one in run.by_request) == run.prompt_tokens
+        mean = sum(one.ttft_s for one in run.by_request) / run.requests
+        assert mean == pytest.approx(run.ttft_mean_s)
+        assert any(one.lost for one in run.by_request) == (not run.config["baseline"])
+        assert (run.evictions is None) == bool(run.config["baseline"])
+        assert RunResult.from_record(json.loads(json.dumps(run.as_record()))) == run
+    plain = simulate("chat?head=120", gib=1, policy="lru")
+    assert plain.runs[0].by_request is None is plain.runs[0].evictions
+    assert plain.runs[0].cached_tokens == sweep.by_label()["lru"][0].cached_tokens
+
+
+def test_an_eviction_and_the_request_that_misses_it_name_each_other() -> None:
+    small, ample = simulate(turns("ABCA"), gib=[GIB, 4], policy="lru", by_request=True)
+    assert [one.lost_age for one in small.by_request] == [0, 0, 0, 1]
+    evicted = [one for one in small.evictions if one.kind == "checkpoint" and one.missed]
+    (missed,) = [one for one in evicted if one.label == small.by_request[3].lost]
+    assert (missed.request, missed.missed, missed.uses) == (3, 4, 0)
+    (row,) = ample.compare(small).to_dicts()
+    assert row["request"] == 4 and row["tokens"] == ample.cached_tokens > 3900
+    assert row["reason"] == f"evicted {missed.label}, never used" and row["lost_age"] == 1
+    assert f"lru: evicted {missed.label}, never used" in ample.compare(small).table()
+    (back,) = small.compare(ample).to_dicts()
+    assert back == row | {"tokens": -row["tokens"]}
+
+
+@settings(max_examples=8)
+@given(st.text("ABCDE", min_size=3, max_size=14))
+def test_a_difference_sums_to_that_of_the_hits(order: str) -> None:
+    trace = turns(order)
+    found = simulate(trace, gib=[GIB, 1.2], policy=["lru", "fifo"], by_request=True)
+    plan = optimum(trace, gib=GIB)[0]
+    for run in found:
+        for other in (*found, plan):
+            cached = other.cached_tokens
+            rows = run.compare(other).to_dicts()
+            won = run.cached_tokens - (cached if isinstance(cached, int) else cached.sum())
+            assert sum(row["tokens"] for row in rows) == won
+
+
+def test_a_plan_says_what_it_keeps_and_a_rebuilt_system_nothing(sweep: SimulationResult) -> None:
+    run, peer = sweep.by_label()["lru"][0], sweep.by_label()["vllm (rebuilt)"][0]
+    plan = optimum("chat?head=120", gib=1)[0]
+    assert "lru: evicted decode" in run.compare(plan).table()
+    reasons = {row["reason"] for row in run.compare(peer).to_dicts() if row["tokens"] > 0}
+    assert reasons == {"not told"}
+    other = simulate("chat?head=119", gib=1, policy="lru", by_request=True).runs[0]
+    without = simulate("chat?head=120", gib=1, policy="lru").runs[0]
+    for wrong in (other, without, optimum("chat?head=119", gib=1)[0]):
+        with pytest.raises(ValueError, match="no records of the same requests: simulate both"):
+            run.compare(wrong)
+    difference = sweep.by_label()["survival"][0].compare(run)
+    figure = difference_figure(difference)
+    black = figure.axes[0].lines[-2].get_ydata()
+    share = run.token_hit_rate - sweep.by_label()["survival"][0].token_hit_rate
+    assert black[-1] == pytest.approx(-100 * share)
+
+
+def test_figures_of_each_seed_are_kept() -> None:
+    merged = simulate("chat?head=60", gib=1, policy="lru", seeds=3, by_request=True).runs[0]
+    assert len(merged.draws) == 3 and merged.by_request is None
+    assert sum(run.cached_tokens for run in merged.draws) == merged.cached_tokens
+    assert all(run.by_request for run in merged.draws)
+    with pytest.raises(ValueError, match="one seed"):
+        merged.compare(merged)
+
+
+def test_every_result_is_a_frame(sweep: SimulationResult, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pandas", SimpleNamespace(DataFrame=list))
+    run, other = sweep.by_label()["survival"][0], sweep.by_label()["lru"][0]
+    loop = closed_loop("short?head=20", gib=1, rate=4, admission="oldest")
+    plans, trace = optimum("short?head=20", gib=[1, 2]), turns("ABA")
+    for result in (sweep, loop, plans, trace, run.compare(other)):
+        assert result.to_frame() == result.to_dicts() and result.to_dicts()
+    assert trace.to_dicts()[0]["prompt_tokens"] == 4000 and len(plans.to_dicts()) == 2
+    renamed = sweep.labelled({"survival": "ours"})
+    assert [run.label for run in renamed][:4] == ["ours", "ours", "lru", "lru"]
+
+
+def test_the_command_writes_requests_and_compares_the_first_policy(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "folder" / "requests.csv"
+    command = ["simulate", "--trace", "short?head=30", "--gib", "0.5", "--policy", "lru,fifo"]
+    assert main([*command, "--requests", str(path)]) == 0
+    printed = capsys.readouterr().out
+    assert "lru less fifo at 0.5 GiB: " in printed and f"requests: {path}" in printed
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 60 and {row["run"] for row in rows} == {"lru", "fifo"}
+    assert main([*command, "--closed-loop", "--requests", str(path)]) == 2
+
+
+def test_a_policy_of_a_notebook_needs_a_file_for_other_processes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Own(Trace):
+        pass
+
+    notebook = SimpleNamespace(Own=Own)
+    Own.__module__, Own.__qualname__ = "__main__", "Own"
+    monkeypatch.setitem(sys.modules, "__main__", notebook)
+    trace = Own("own", 1, turns("AB").source)
+    with pytest.raises(ValueError, match="defined in this notebook, which other processes cannot"):
+        simulate(trace, gib=[1, 2], policy="lru", processes=2)
+
+
+def test_a_notebook_shows_progress_without_widgets(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "ipykernel", SimpleNamespace())
+    with shown_progress(None, "runs", "chat") as show:
+        show.__closure__[0].cell_contents.delay = 0
+        show(1, 2)
+    assert "chat: " in capsys.readouterr().err
