@@ -3,7 +3,8 @@
 python -m tests.run all [PART ...]          everything, part by part (`make test-all`)
 python -m tests.run environments [PART ...] the suite without a compiler, without a terminal, ...
 
-Each part or environment writes its output to a file in ``out/`` and one line to the screen.
+Each part or environment writes its output to a file in ``out/`` and one line to the screen. A part
+of ``all`` that passed on this commit, without changes of it, is not run again.
 """
 
 from __future__ import annotations
@@ -43,15 +44,33 @@ class Part:
     cwd: Path = ROOT
 
 
-def run(parts: Sequence[Part], folder: Path) -> int:
-    """Run parts one after another. Return 0 if all passed, else 1."""
+def commit() -> str:
+    """Return the commit of the working tree; "" if tracked files differ from it."""
+    git = ("git", "-C", str(ROOT))
+    changes = [*git, "status", "--porcelain", "--untracked-files=no"]
+    if subprocess.run(changes, capture_output=True, text=True).stdout:
+        return ""
+    head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True)
+    return head.stdout.strip()
+
+
+def run(parts: Sequence[Part], folder: Path, of: str = "") -> int:
+    """Run parts one after another. Return 0 if all passed, else 1.
+
+    Parts that passed before on the commit ``of`` are left out, unless it is "".
+    """
     folder.mkdir(parents=True, exist_ok=True)
+    passed = folder / "passed.txt"
+    done_before = set(passed.read_text().splitlines()) if of and passed.exists() else set()
     failed, width = [], max(len(part.name) for part in parts)
     for number, part in enumerate(parts, 1):
         head = f"{number:2}/{len(parts)}  {part.name:{width}}  "
         print(head, end="", flush=True)
         if part.missing is not None:
             print(f"not run: {part.missing}")
+            continue
+        if f"{of} {part.name}" in done_before:
+            print("passed before on this commit")
             continue
         log = folder / f"{re.sub(r'[^a-z0-9.]+', '-', part.name.lower())}.txt"
         begin, before = time.monotonic(), os.times()
@@ -70,6 +89,9 @@ def run(parts: Sequence[Part], folder: Path) -> int:
         lines = log.read_text(errors="replace").splitlines()
         verdict = "passed" if done.returncode == 0 else f"FAILED ({done.returncode})"
         print(f"{verdict}  {seconds:6.0f} s, {cpu:6.0f} s of CPU  {_last_line(lines)}", flush=True)
+        if done.returncode == 0 and of:
+            with passed.open("a") as file:
+                file.write(f"{of} {part.name}\n")
         if done.returncode != 0:
             failed.append(part.name)
             print("\n".join(f"    {line}" for line in lines[-LAST_LINES:]), flush=True)
@@ -79,14 +101,14 @@ def run(parts: Sequence[Part], folder: Path) -> int:
     return 1 if failed else 0
 
 
-def run_chosen(parts: Sequence[Part], names: Sequence[str], folder: Path) -> int:
-    """Run all parts, or those with a name that begins with one of ``names``."""
+def run_chosen(parts: Sequence[Part], names: Sequence[str], folder: Path, of: str = "") -> int:
+    """Run all parts, or those with a name that begins with one of ``names``; see ``run``."""
     chosen = [part for part in parts if not names or part.name.startswith(tuple(names))]
     if not chosen:
         choices = "; ".join(part.name for part in parts)
         print(f"tests.run: no part matches {', '.join(names)}; choose from {choices}.")
         return 2
-    return run(chosen, folder)
+    return run(chosen, folder, of)
 
 
 def _last_line(lines: Sequence[str]) -> str:
@@ -249,7 +271,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         ways.add_parser(name).add_argument("parts", nargs="*", metavar="PART")
     options = parser.parse_args(arguments)
     if options.way == "all":
-        return run_chosen(all_parts(), options.parts, OUT / "test-all")
+        return run_chosen(all_parts(), options.parts, OUT / "test-all", commit())
     return run_environments(options.parts)
 
 

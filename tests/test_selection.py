@@ -24,6 +24,18 @@ def test_each_test_file_is_in_one_part() -> None:
     assert len(named) == len(set(named)) and {"endurance: soak", "mutation"} <= set(named)
 
 
+def test_a_part_that_passed_is_not_run_again_on_the_same_commit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(run, "ROOT", tmp_path)
+    parts = [run.Part(name, [name], cwd=tmp_path) for name in ("true", "false")]
+    for of, is_left_out in (("", False), ("a", False), ("a", True), ("b", False), ("", False)):
+        assert run.run(parts, tmp_path / "out", of) == 1
+        lines = capsys.readouterr().out.splitlines()
+        assert ("passed before on this commit" in lines[0]) == is_left_out
+        assert "FAILED" in lines[1]
+
+
 SUITE = """
 import os, warnings
 import pytest
