@@ -31,8 +31,12 @@ SLASH = 1.0
 
 
 def records_of(name: str) -> Records:
-    """Return the records of a result file without its provenance."""
-    return provenance.read_json_lines(provenance.RESULTS / f"{name}.jsonl")[1]
+    """Return the records of a result file without its provenance. Raises ValueError if it has
+    none, because a run that writes it has begun or was stopped."""
+    path = provenance.RESULTS / f"{name}.jsonl"
+    if not (records := provenance.read_json_lines(path)[1]):
+        raise ValueError(f"{path} has no rows: wait for the run that writes it, or run it again.")
+    return records
 
 
 def processor(name: str) -> str:

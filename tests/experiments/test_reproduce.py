@@ -260,6 +260,16 @@ def test_results_pages_and_figures_are_up_to_date(without_engine: Listed) -> Non
         assert Path(name).read_text() == drawing if is_pinned else Path(name).is_file(), name
 
 
+@pytest.mark.parametrize("text", ["", '{"provenance": {}}\n', '{"provenance": {}}\n{"ga'])
+def test_a_result_without_rows_is_named(
+    text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(provenance, "RESULTS", tmp_path)
+    (tmp_path / "study_vllm.jsonl").write_text(text)
+    with pytest.raises(ValueError, match="study_vllm.jsonl"):
+        page.render("vllm", page.SECTIONS["vllm"], {}, "")
+
+
 def test_finished_part_says_so_and_can_be_compared(
     tree: Tree, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
