@@ -418,16 +418,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.list:
         print(listing(parts))
         return 0
-    if options.page:
-        write_pages()
-        return 0
-    if absent := dict.fromkeys(name for part in parts for name in part.absent_data):
+    absent = dict.fromkeys(name for part in parts for name in part.absent_data)
+    if absent and not options.page:
         print(
             f"reproduce: cells of published files that data/ does not hold are left out: "
             f"{', '.join(absent)} ({SOURCES})",
             file=sys.stderr,
         )
     try:
+        if options.page:
+            write_pages()
+            return 0
         if options.compare:
             return compare(parts, ROOT / "out" / "compare")
         return run(parts, options.again)

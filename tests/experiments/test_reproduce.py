@@ -266,7 +266,7 @@ def test_a_result_without_rows_is_named(
 ) -> None:
     monkeypatch.setattr(provenance, "RESULTS", tmp_path)
     (tmp_path / "study_vllm.jsonl").write_text(text)
-    with pytest.raises(ValueError, match="study_vllm.jsonl"):
+    with pytest.raises(ValueError, match=r"study_vllm\.jsonl"):
         page.render("vllm", page.SECTIONS["vllm"], {}, "")
 
 
