@@ -111,11 +111,10 @@ def imported_names(text: str) -> list[str]:
 def read_json_lines(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Return (provenance, records) of a file written by ``write_json_lines``. Raises ValueError,
     which names the file, if it is not complete."""
-    lines = path.read_text(encoding="utf-8").splitlines()
-    try:
-        first, *records = map(json.loads, lines)
-    except ValueError as error:
-        raise ValueError(f"{path} is empty, or its line is cut: run its part again.") from error
+    text = path.read_text(encoding="utf-8")
+    if not text.endswith("\n"):
+        raise ValueError(f"{path} is empty, or its last line is cut: run its part again.")
+    first, *records = map(json.loads, text.splitlines())
     return first["provenance"], records
 
 
