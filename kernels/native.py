@@ -131,7 +131,7 @@ def scan(
     Inputs are tokens and float32 factors. Threads share the work by head and sequence.
     """
     states, packed, exports = where["states"], where["packed"], where["exports"]
-    kinds = "p" * len(tokens + factors) + "piipppppppiiiiiii" + ("ft" if scale else "t")
+    kinds = "p" * len(tokens + factors) + "piipppppppiiiiiii" + ("t" if scale is None else "ft")
     run = prompts_function(kernel, tokens[0].dtype, kinds)
     if run is None or not fits_states(tokens, states):
         return None
@@ -145,7 +145,7 @@ def scan(
         where["slots"].data_ptr(), where["resumed"].data_ptr(), packed.cu_seqlens.data_ptr(),
         *(table.data_ptr() for table in tables),
         out.data_ptr(), tokens[0].stride(0), packed.tile_size, len(where["slots"]), num_groups,
-        *states.shape[1:], *([scale] if scale else []), torch.get_num_threads(),
+        *states.shape[1:], *([] if scale is None else [scale]), torch.get_num_threads(),
     )  # fmt: skip
     return out
 

@@ -14,6 +14,7 @@ from engine.weights.parameters import Build, Kinds, Parameter
 from engine.weights.products import SCALE_BLOCK, Linear, Part, QuantizedRows
 from hybridcache.geometry.mixers import DeltaSizes, MambaSizes
 from hybridcache.geometry.sizes import Spec
+from kernels.gdn import reference as gdn
 
 
 class CausalConv:
@@ -162,10 +163,11 @@ class GatedDeltaNet(Recurrent):
         heads = [part.view(len(x), *shape) for part, shape in zip(parts, self._shapes, strict=True)]
         gates = *gates, self._A_log, self._dt_bias
         if isinstance(part, PrefillPart):
-            gate, beta = self._gdn.gates(*gates, max_beta=self._max_beta)
-            return self._gdn.chunk_gdn(*heads, gate, beta, states=states[0], **part.scan_inputs)
+            prompt = gdn.Prompt(*heads, *self._gdn.gates(*gates, max_beta=self._max_beta))
+            return self._gdn.chunk_gdn(prompt, states=states[0], **part.scan_inputs)
+        token = gdn.Step(*heads, *gates)
         return self._gdn.decode_gdn(
-            *heads, *gates, states=states[0], max_beta=self._max_beta, **part.scan_inputs
+            token, states=states[0], max_beta=self._max_beta, **part.scan_inputs
         )
 
     def finish(self, mixed: torch.Tensor, projected: torch.Tensor) -> torch.Tensor:

@@ -34,6 +34,7 @@ from engine.weights.products import Experts, Linear, Part, QuantizedRows, expert
 from hybridcache.geometry.config_format import Config
 from hybridcache.geometry.mixers import DeltaSizes, LatentAttentionSizes
 from hybridcache.geometry.sizes import ExpertsSizes, MixerSizes, MLPSizes, ModelSizes
+from kernels.gdn.reference import Prompt, Step
 
 DENSE_MLP = re.compile(r"\.block_sparse_moe\.((gate|up|down)_proj\.)")
 LATENT_NORM_EPS = 1e-6
@@ -96,13 +97,14 @@ class KimiDeltaAttention(Recurrent):
     def _scan(
         self, x: torch.Tensor, gates: Sequence[torch.Tensor], part: StepPart, *states: torch.Tensor
     ) -> torch.Tensor:
-        decay, beta = gates
-        *heads, decay = (one.unflatten(1, self.mixed_shape) for one in (*x.chunk(3, dim=-1), decay))
-        gates = decay, beta, self._A_log, self._dt_bias
+        parts = *x.chunk(3, dim=-1), gates[0]
+        *heads, decay = (one.unflatten(1, self.mixed_shape) for one in parts)
+        gates = [decay, gates[1], self._A_log, self._dt_bias]
         if isinstance(part, PrefillPart):
-            gates = self._kda.gates(*gates)
-            return self._kda.chunk_kda(*heads, *gates, states=states[0], **part.scan_inputs)
-        return self._kda.decode_kda(*heads, *gates, states=states[0], **part.scan_inputs)
+            prompt = Prompt(*heads, *self._kda.gates(*gates))
+            return self._kda.chunk_kda(prompt, states=states[0], **part.scan_inputs)
+        token = Step(*heads, *gates)
+        return self._kda.decode_kda(token, states=states[0], **part.scan_inputs)
 
     def _gated(self, mixed: torch.Tensor, projected: torch.Tensor) -> torch.Tensor:
         gate = projected.split(self._widths, dim=-1)[2]

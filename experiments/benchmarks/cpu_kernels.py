@@ -31,6 +31,7 @@ from kernels.linear.formats import Matrix
 from kernels.linear.grouped import Grouped
 from kernels.native import has, kernel_choices
 from kernels.packed import Packed
+from tests.kernels.records import taking
 
 OUTPUTS, INPUTS = 8192, 2048
 ROWS = (1, 8, 64, 512)
@@ -122,6 +123,7 @@ def around(decay: float, *shape: int) -> torch.Tensor:
 def prompt_call(name: str, kernel: Callable[..., object], decay: float) -> Call:
     """Return a call that computes a prompt with this mean decay."""
     torch.manual_seed(0)
+    kernel = taking(kernel)
     where = {
         "packed": Packed.from_lengths([PROMPT]),
         "slots": torch.zeros(1, dtype=torch.int32),
@@ -151,6 +153,7 @@ def decode_call(name: str, kernel: Callable[..., object], decay: float) -> tuple
     adds nothing.
     """
     torch.manual_seed(0)
+    kernel = taking(kernel)
     slots = torch.arange(STREAMS, dtype=torch.int32)
     if name == "mamba1":
         tokens = [x * 0 for x in draw(STREAMS, (SIZE,), (16,), (16,))]

@@ -31,6 +31,7 @@ import torch
 import triton
 import triton.language as tl
 
+from kernels.gdn.reference import Prompt, Step, scale_of
 from kernels.packed import ScanInputs, StepInputs
 from kernels.recurrence import block_of, decode, scan, scan_config, tile_tokens
 from kernels.strides import rows_contiguous
@@ -182,31 +183,19 @@ def unit(b_x):
     return b_x * tl.rsqrt(tl.sum(b_x * b_x, axis=0) + 1e-6)
 
 
-def decode_gdn(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    a: torch.Tensor,
-    b: torch.Tensor,
-    A_log: torch.Tensor,
-    dt_bias: torch.Tensor,
-    *,
-    scale: float | None = None,
-    max_beta: float = 1.0,
-    **where: Unpack[StepInputs],
-) -> torch.Tensor:
+def decode_gdn(token: Step, *, max_beta: float = 1.0, **where: Unpack[StepInputs]) -> torch.Tensor:
     """Compute one token of B sequences, or several with ``packed`` and ``step_slots``.
 
     One launch. Arguments, formula and source: `kernels.gdn.reference`. Each token and each state is
     contiguous, with any stride between tokens and between slots. The number of tokens of each
     sequence is read from ``packed.cu_seqlens``.
     """
-    tokens = [rows_contiguous(x) for x in (query, key, value, a, b)]
+    *tokens, A_log, dt_bias = token
+    _, key, value, *_ = tokens = [rows_contiguous(x) for x in tokens]
     strides = tuple(x.stride(0) for x in tokens)
-    scale = scale or key.shape[-1] ** -0.5
     return decode(
         step,
-        DeltaInputs(*tokens, A_log, dt_bias, max_beta, scale, strides),
+        DeltaInputs(*tokens, A_log, dt_bias, max_beta, scale_of(token.key), strides),
         value.new_empty(value.shape),
         num_groups=key.shape[-2],
         config={"num_warps": 2}
@@ -362,29 +351,14 @@ def scan_tile(b_state, i_tile, i_head, o_token, m_token, o_k, o_v, tiles,
     return tl.dot(tl.trans(b_k), b_new, b_state, input_precision="ieee"), b_out
 
 
-def chunk_gdn(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    gate: torch.Tensor,
-    beta: torch.Tensor,
-    *,
-    scale: float | None = None,
-    **where: Unpack[ScanInputs],
-) -> torch.Tensor:
+def chunk_gdn(prompt: Prompt, **where: Unpack[ScanInputs]) -> torch.Tensor:
     """Apply the gated delta rule to packed sequences by tiles; store each last state in its slot.
 
-    - ``query``, ``key``: ``[T, H, K]``, L2-normalised inside. ``value``: ``[T, HV, V]``, HV a
-      multiple of H. All have one dtype. The heads of a token are contiguous, with any stride
-      between tokens.
-    - ``gate``: ``[T, HV]`` log-decay, at most 0. ``beta``: ``[T, HV]``.
-    - ``where``: states of one layer, changed in place; see `kernels.packed.ScanInputs`.
-    - ``scale``: scale of the query; ``K ** -0.5`` if None.
-
     Returns ``[T, HV, V]`` in value's dtype. Two launches. K up to 256, any V.
-    Formula and source: `kernels.gdn.reference`.
+    Arguments, formula and source: `kernels.gdn.reference`.
     """
-    query, key, value = (rows_contiguous(x) for x in (query, key, value))
+    query, key, value = map(rows_contiguous, prompt[:3])
+    gate, beta = prompt[3:]
     packed, (num_heads, key_dim) = where["packed"], key.shape[1:]
     num_value_heads, value_dim = value.shape[1:]
     num_tiles, tile_size = len(packed.tile_sequences), packed.tile_size
@@ -415,7 +389,7 @@ def chunk_gdn(
         packed.tables,
         query.stride(0),
         key.stride(0),
-        scale or key_dim**-0.5,
+        scale_of(prompt.key),
         H=num_heads,
         HV=num_value_heads,
         K=key_dim,

@@ -7,49 +7,27 @@ from typing import Unpack
 import torch
 
 from kernels.gdn import reference
-from kernels.gdn.reference import gates
+from kernels.gdn.reference import Prompt, Step, gates, scale_of
 from kernels.native import DTYPES, fits_states, function, same_stride, scan, step_addresses
 from kernels.packed import ScanInputs, StepInputs
 
 __all__ = ["chunk_gdn", "decode_gdn", "gates"]
 
 
-def chunk_gdn(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    gate: torch.Tensor,
-    beta: torch.Tensor,
-    *,
-    scale: float | None = None,
-    **where: Unpack[ScanInputs],
-) -> torch.Tensor:
+def chunk_gdn(prompt: Prompt, **where: Unpack[ScanInputs]) -> torch.Tensor:
     """Compute ``reference.chunk_gdn``. Threads share the work by head and sequence."""
-    tokens, factors = (query, key, value), (gate, beta)
-    scale = scale or key.shape[-1] ** -0.5
-    out = scan("chunk_gdn", tokens, factors, value, key.shape[1], scale, **where)
-    return reference.chunk_gdn(*tokens, *factors, scale=scale, **where) if out is None else out
+    *tokens, gate, beta = prompt
+    num_groups, scale = prompt.key.shape[1], scale_of(prompt.key)
+    out = scan("chunk_gdn", (*tokens,), (gate, beta), prompt.value, num_groups, scale, **where)
+    return reference.chunk_gdn(prompt, **where) if out is None else out
 
 
-def decode_gdn(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    a: torch.Tensor,
-    b: torch.Tensor,
-    A_log: torch.Tensor,
-    dt_bias: torch.Tensor,
-    *,
-    scale: float | None = None,
-    max_beta: float = 1.0,
-    **where: Unpack[StepInputs],
-) -> torch.Tensor:
+def decode_gdn(token: Step, *, max_beta: float = 1.0, **where: Unpack[StepInputs]) -> torch.Tensor:
     """Compute ``reference.decode_gdn``. Lengths are those of ``packed.cu_seqlens``."""
-    tokens, states, slots = (query, key, value, a, b), where["states"], where["slots"]
+    *tokens, A_log, dt_bias = token
+    states, slots = where["states"], where["slots"]
     if not (A_log.dtype is dt_bias.dtype is torch.float32 and fits_states(tokens, states)):
-        return reference.decode_gdn(
-            *tokens, A_log, dt_bias, scale=scale, max_beta=max_beta, **where
-        )
+        return reference.decode_gdn(token, max_beta=max_beta, **where)
     query, key, value = same_stride(tokens[:3])
     a, b = same_stride(tokens[3:])
     num_rows, num_heads, key_dim = query.shape
@@ -61,6 +39,6 @@ def decode_gdn(
         A_log.data_ptr(), dt_bias.data_ptr(), states.data_ptr(), states.stride(0),
         slots.data_ptr(), *step_addresses(where), out.data_ptr(),
         value.stride(0), a.stride(0), num_rows, len(slots), num_heads, num_value_heads, key_dim,
-        value_dim, key_dim**-0.5 if scale is None else scale, max_beta, torch.get_num_threads(),
+        value_dim, scale_of(token.key), max_beta, torch.get_num_threads(),
     )  # fmt: skip
     return out

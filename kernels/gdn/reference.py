@@ -35,6 +35,39 @@ from kernels.tiles import Tiles, Tiling, add_products, decays_, decode, lay_out,
 L2_EPS = 1e-6
 
 
+class Prompt(NamedTuple):
+    """Tokens of packed sequences, and the factors of each, of Gated DeltaNet or, with HV = H and a
+    gate per channel, of Kimi Delta Attention."""
+
+    query: torch.Tensor
+    """``[T, H, K]``, L2-normalised inside, as ``key``, and multiplied by `scale_of`. The heads of a
+    token are contiguous, with any stride between tokens."""
+    key: torch.Tensor
+    value: torch.Tensor
+    """``[T, HV, V]``, HV a multiple of H, in the dtype of ``query``."""
+    gate: torch.Tensor
+    """float32 log-decay, at most 0: ``[T, HV]`` or ``[T, HV, K]``."""
+    beta: torch.Tensor
+    """Step size ``[T, HV]``."""
+
+
+class Step(NamedTuple):
+    """Tokens, as in `Prompt`, and the inputs of their `gates`."""
+
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    a: torch.Tensor
+    b: torch.Tensor
+    A_log: torch.Tensor
+    dt_bias: torch.Tensor
+
+
+def scale_of(key: torch.Tensor) -> float:
+    """Return the scale of queries: ``K ** -0.5`` for keys ``[..., K]``."""
+    return key.shape[-1] ** -0.5
+
+
 def gates(
     a: torch.Tensor,
     b: torch.Tensor,
@@ -58,54 +91,34 @@ def gates(
     return gate, beta if max_beta == 1.0 else beta.mul_(max_beta)
 
 
-def chunk_gdn(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    gate: torch.Tensor,
-    beta: torch.Tensor,
-    *,
-    scale: float | None = None,
-    **where: Unpack[ScanInputs],
-) -> torch.Tensor:
+def chunk_gdn(prompt: Prompt, **where: Unpack[ScanInputs]) -> torch.Tensor:
     """Apply the gated delta rule to packed sequences by tiles; store each last state in its slot.
 
-    - ``query``, ``key``: ``[T, H, K]``, L2-normalised inside. ``value``: ``[T, HV, V]``, HV a
-      multiple of H.
-    - ``gate``: ``[T, HV]`` float32 log-decay, at most 0. ``beta``: ``[T, HV]``.
-    - ``where``: see `kernels.packed.ScanInputs`. States are ``[S, HV, K, V]`` of any strides.
-    - ``scale``: scale of the query; ``K ** -0.5`` if None.
-
+    ``where``: see `kernels.packed.ScanInputs`. States are ``[S, HV, K, V]`` of any strides.
     Returns ``[T, HV, V]`` in value's dtype.
     """
-    layout = lay_out(where["packed"].lengths, where["packed"].tile_size, query.device)
+    value = prompt.value
+    layout = lay_out(where["packed"].lengths, where["packed"].tile_size, value.device)
     if not layout.active:
         return torch.empty_like(value)
-    tiles = _solve_tiles(query, key, value, gate, beta, layout, scale or key.shape[-1] ** -0.5)
+    tiles = _solve_tiles(prompt, layout)
     new_values, out = scan(tiles, layout, **where)
     add_products(out, tiles.attention, new_values, value.shape[1])
     return layout.untile(out.view(layout.num_tiles, -1, *out.shape[1:]), value.dtype)
 
 
-def _solve_tiles(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    gate: torch.Tensor,
-    beta: torch.Tensor,
-    layout: Tiling,
-    scale: float,
-) -> Tiles:
+def _solve_tiles(prompt: Prompt, layout: Tiling) -> Tiles:
     """Compute the factors of all tiles.
 
     Padding has beta 0 and gate 0, so it changes no state. Its rows are dropped, and its other
     entries are unspecified.
     """
+    query, key, value, gate, beta = prompt
     count, size, heads, key_dim = layout.num_tiles, layout.tile_size, *key.shape[1:]
     value_heads, value_dim = value.shape[1], value.shape[2]
     grouped = (count, heads, value_heads // heads)
     queries_keys = value.new_empty(count, heads, 2 * size, key_dim, dtype=torch.float32)
-    query = normalise(layout.tile(query, queries_keys[:, :, :size]), scale)[:, :, None]
+    query = normalise(layout.tile(query, queries_keys[:, :, :size]), scale_of(key))[:, :, None]
     key = normalise(layout.tile(key, queries_keys[:, :, size:]), 1.0)
     products = queries_keys.new_empty(count, heads, 1, 2 * size, size)
     for each, left, right in zip(products, queries_keys, key, strict=True):
@@ -138,33 +151,20 @@ def _solve_tiles(
     )
 
 
-def decode_gdn(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    a: torch.Tensor,
-    b: torch.Tensor,
-    A_log: torch.Tensor,
-    dt_bias: torch.Tensor,
-    *,
-    scale: float | None = None,
-    max_beta: float = 1.0,
-    **where: Unpack[StepInputs],
-) -> torch.Tensor:
+def decode_gdn(token: Step, *, max_beta: float = 1.0, **where: Unpack[StepInputs]) -> torch.Tensor:
     """Compute one token of B sequences: gates, normalisation, state update and read-out.
 
-    - ``query``, ``key``: ``[B, H, K]``. ``value``: ``[B, HV, V]``. ``a``, ``b``: ``[B, HV]``, see
-      `gates`.
-    - ``where``: states ``[S, HV, K, V]`` and their slots; see `kernels.packed.StepInputs`.
-    - ``scale``: ``K ** -0.5`` if None. ``max_beta``: as in `gates`.
+    ``where``: states ``[S, HV, K, V]`` and their slots; see `kernels.packed.StepInputs`.
+    ``max_beta``: as in `gates`.
 
     Returns ``[B, HV, V]``, or ``[T, HV, V]``, in value's dtype. Reads and writes every state once
     per token.
     """
-    gate, beta = gates(a, b, A_log, dt_bias, max_beta=max_beta)
-    token = prepare(query, key, value, decays_(gate)[..., None, None], beta, scale)
+    query, key, value, *inputs = token
+    gate, beta = gates(*inputs, max_beta=max_beta)
+    factors = prepare(query, key, value, decays_(gate)[..., None, None], beta)
     out = torch.empty(value.shape, dtype=torch.float32, device=value.device)
-    return decode(write_and_read, token, out, **where).to(value.dtype)
+    return decode(write_and_read, factors, out, **where).to(value.dtype)
 
 
 def normalise(x: torch.Tensor, scale: float) -> torch.Tensor:
@@ -189,12 +189,11 @@ def prepare(
     value: torch.Tensor,
     decay: torch.Tensor,
     beta: torch.Tensor,
-    scale: float | None,
 ) -> Token:
     """Normalise tokens ``[..., H or HV, D]`` and repeat key heads for their value heads."""
     keys = torch.stack([key, query], dim=-2).float()
     keys /= (keys * keys).sum(dim=-1, keepdim=True).add_(L2_EPS).sqrt_()
-    keys[..., 1, :] *= scale or key.shape[-1] ** -0.5
+    keys[..., 1, :] *= scale_of(key)
     overlap = (keys[..., 0, :] * keys[..., 1, :]).sum(dim=-1, keepdim=True)
     group = value.shape[-2] // key.shape[-2]
     if group > 1:

@@ -34,6 +34,7 @@ import triton
 import triton.language as tl
 
 from kernels.gdn.fused import BLOCK, DeltaInputs, compute_gates, invert_unit_lower, write_and_read
+from kernels.gdn.reference import Prompt, Step, scale_of
 from kernels.packed import ScanInputs, StepInputs
 from kernels.recurrence import block_of, decode, scan, scan_config, tile_tokens
 from kernels.strides import rows_contiguous
@@ -131,29 +132,19 @@ def step(b_state, i_token, i_head, o_k, o_v, inputs,
     return write_and_read(b_state, b_q, b_k, b_v, b_decay, b_beta, inputs.scale)
 
 
-def decode_kda(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    a: torch.Tensor,
-    b: torch.Tensor,
-    A_log: torch.Tensor,
-    dt_bias: torch.Tensor,
-    *,
-    scale: float | None = None,
-    **where: Unpack[StepInputs],
-) -> torch.Tensor:
+def decode_kda(token: Step, **where: Unpack[StepInputs]) -> torch.Tensor:
     """Compute one token of B sequences, or several with ``packed`` and ``step_slots``.
 
     One launch. Arguments, formula and source: `kernels.kda.reference`. Each token and each state is
     contiguous, with any stride between tokens and between slots. The number of tokens of each
     sequence is read from ``packed.cu_seqlens``.
     """
-    tokens = [rows_contiguous(x) for x in (query, key, value, a, b)]
+    *tokens, A_log, dt_bias = token
+    _, key, value, *_ = tokens = [rows_contiguous(x) for x in tokens]
     strides = tuple(x.stride(0) for x in tokens)
     return decode(
         step,
-        DeltaInputs(*tokens, A_log, dt_bias, 1.0, scale or key.shape[-1] ** -0.5, strides),
+        DeltaInputs(*tokens, A_log, dt_bias, 1.0, scale_of(token.key), strides),
         value.new_empty(value.shape),
         num_groups=key.shape[-2],
         config={"num_warps": 2},
@@ -292,30 +283,16 @@ def scan_tile(b_state, i_tile, i_head, o_token, m_token, o_k, o_v, tiles,
     return tl.dot(tl.trans(b_writer), b_new, b_state, input_precision="ieee"), b_out
 
 
-def chunk_kda(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    gate: torch.Tensor,
-    beta: torch.Tensor,
-    *,
-    scale: float | None = None,
-    **where: Unpack[ScanInputs],
-) -> torch.Tensor:
+def chunk_kda(prompt: Prompt, **where: Unpack[ScanInputs]) -> torch.Tensor:
     """Compute Kimi Delta Attention over packed sequences by tiles; store each last state in its
     slot.
 
-    - ``query``, ``key``: ``[T, H, K]``, L2-normalised inside. ``value``: ``[T, H, V]``. All have
-      one dtype. The heads of a token are contiguous, with any stride between tokens.
-    - ``gate``: ``[T, H, K]`` float32 log-decay, at most 0. ``beta``: ``[T, H]``.
-    - ``where``: states of one layer, changed in place; see `kernels.packed.ScanInputs`.
-    - ``scale``: scale of the query; ``K ** -0.5`` if None.
-
     Returns ``[T, H, V]`` in value's dtype. Two launches. They pass two R x R matrices and three
     R x K matrices per tile of R tokens and head. K up to 256, any V.
-    Formula and source: `kernels.kda.reference`.
+    Arguments, formula and source: `kernels.kda.reference`.
     """
-    query, key, value = (rows_contiguous(x) for x in (query, key, value))
+    query, key, value = map(rows_contiguous, prompt[:3])
+    gate, beta = prompt[3:]
     packed, (num_heads, key_dim), value_dim = where["packed"], key.shape[1:], value.shape[2]
     count, tile_size = len(packed.tile_sequences), packed.tile_size
     out = value.new_empty(value.shape)
@@ -336,7 +313,7 @@ def chunk_kda(
         packed.tables,
         query.stride(0),
         key.stride(0),
-        scale or key_dim**-0.5,
+        scale_of(prompt.key),
         H=num_heads,
         K=key_dim,
         LOG_BT=tile_size.bit_length() - 1,

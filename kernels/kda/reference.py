@@ -38,7 +38,7 @@ from typing import Unpack
 import torch
 import torch.nn.functional as F
 
-from kernels.gdn.reference import normalise, prepare, write_and_read
+from kernels.gdn.reference import Prompt, Step, normalise, prepare, scale_of, write_and_read
 from kernels.packed import ScanInputs, StepInputs
 from kernels.tiles import Tiles, Tiling, add_products, decays_, decode, groups, lay_out, scan
 
@@ -59,53 +59,34 @@ def gates(
     return gate.mul_(A_log.float().exp()[:, None]), b.float().neg().exp_().add_(1).reciprocal_()
 
 
-def chunk_kda(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    gate: torch.Tensor,
-    beta: torch.Tensor,
-    *,
-    scale: float | None = None,
-    **where: Unpack[ScanInputs],
-) -> torch.Tensor:
+def chunk_kda(prompt: Prompt, **where: Unpack[ScanInputs]) -> torch.Tensor:
     """Compute Kimi Delta Attention over packed sequences by tiles; store each last state in its
     slot.
 
-    - ``query``, ``key``: ``[T, H, K]``, L2-normalised inside. ``value``: ``[T, H, V]``.
-    - ``gate``: ``[T, H, K]`` float32 log-decay, at most 0. ``beta``: ``[T, H]``.
-    - ``where``: see `kernels.packed.ScanInputs`. States are ``[S, H, K, V]`` of any strides.
-    - ``scale``: scale of the query; ``K ** -0.5`` if None.
-
-    Returns ``[T, H, V]`` in value's dtype.
+    ``gate`` is ``[T, H, K]``. ``where``: see `kernels.packed.ScanInputs`. States are ``[S, H, K,
+    V]`` of any strides. Returns ``[T, H, V]`` in value's dtype.
     """
-    layout = lay_out(where["packed"].lengths, where["packed"].tile_size, query.device)
+    value = prompt.value
+    layout = lay_out(where["packed"].lengths, where["packed"].tile_size, value.device)
     if not layout.active:
         return torch.empty_like(value)
-    tiles = _solve_tiles(query, key, value, gate, beta, layout, scale or key.shape[-1] ** -0.5)
+    tiles = _solve_tiles(prompt, layout)
     new_values, out = scan(tiles, layout, **where)
     add_products(out, tiles.attention, new_values, value.shape[1])
     return layout.untile(out.view(layout.num_tiles, -1, *out.shape[1:]), value.dtype)
 
 
-def _solve_tiles(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    gate: torch.Tensor,
-    beta: torch.Tensor,
-    layout: Tiling,
-    scale: float,
-) -> Tiles:
+def _solve_tiles(prompt: Prompt, layout: Tiling) -> Tiles:
     """Compute the factors of all tiles.
 
     Padding has beta 0 and decay 1, so it changes no state. Its rows are dropped, and its other
     entries are unspecified.
     """
+    query, key, value, gate, beta = prompt
     heads, key_dim, value_dim = *key.shape[1:], value.shape[2]
     tile_size = layout.tile_size
     shape = (layout.num_tiles, heads, tile_size)
-    query = normalise(layout.tile(query, _new(query, *shape, key_dim)), scale).flatten(0, 1)
+    query = normalise(layout.tile(query, _new(query, *shape, key_dim)), scale_of(key)).flatten(0, 1)
     key = normalise(layout.tile(key, _new(key, *shape, key_dim)), 1.0).flatten(0, 1)
     decay = decays_(layout.tile_factor(gate)).flatten(0, 1)
     beta = layout.tile_factor(beta).flatten(0, 1)
@@ -176,32 +157,19 @@ def _multiply_pairs(
         size *= 2
 
 
-def decode_kda(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    a: torch.Tensor,
-    b: torch.Tensor,
-    A_log: torch.Tensor,
-    dt_bias: torch.Tensor,
-    *,
-    scale: float | None = None,
-    **where: Unpack[StepInputs],
-) -> torch.Tensor:
+def decode_kda(token: Step, **where: Unpack[StepInputs]) -> torch.Tensor:
     """Compute one token of B sequences: gates, normalisation, state update and read-out.
 
-    - ``query``, ``key``: ``[B, H, K]``. ``value``: ``[B, H, V]``. ``a``: ``[B, H, K]``, ``b``:
-      ``[B, H]``, see `gates`.
-    - ``where``: states ``[S, H, K, V]`` and their slots; see `kernels.packed.StepInputs`.
-    - ``scale``: ``K ** -0.5`` if None.
+    ``where``: states ``[S, H, K, V]`` and their slots; see `kernels.packed.StepInputs`.
 
     Returns ``[B, H, V]``, or ``[T, H, V]``, in value's dtype. Reads and writes every state once per
     token.
     """
-    gate, beta = gates(a, b, A_log, dt_bias)
-    token = prepare(query, key, value, decays_(gate)[..., None], beta, scale)
+    query, key, value, *inputs = token
+    gate, beta = gates(*inputs)
+    factors = prepare(query, key, value, decays_(gate)[..., None], beta)
     out = torch.empty(value.shape, dtype=torch.float32, device=value.device)
-    return decode(write_and_read, token, out, **where).to(value.dtype)
+    return decode(write_and_read, factors, out, **where).to(value.dtype)
 
 
 def _new(like: torch.Tensor, *shape: int) -> torch.Tensor:

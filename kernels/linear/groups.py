@@ -208,5 +208,5 @@ def unpacked(data: torch.Tensor, bits: int, span: int | None = None) -> torch.Te
     """Return numbers of a few ``bits`` from bytes: first the lowest bits of each of ``span`` bytes
     (by default all), then the next ones."""
     shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=data.device)[:, None]
-    spans = data.unflatten(-1, (-1, 1, span or data.shape[-1]))
+    spans = data.unflatten(-1, (-1, 1, data.shape[-1] if span is None else span))
     return ((spans >> shifts) & (2**bits - 1)).flatten(-3)

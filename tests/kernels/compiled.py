@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import os
@@ -149,6 +150,7 @@ class OneMethod:
     def __getattr__(self, name: str) -> Any:
         function = getattr(self._module, name)
 
+        @functools.wraps(function)
         def call(*args: Any, **kwargs: Any) -> Any:
             with prompts_by(self._method, self._dtype):
                 return function(*args, **kwargs)

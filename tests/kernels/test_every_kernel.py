@@ -104,6 +104,23 @@ def test_kernels_and_layers_avoid_position_dependent_functions(package: str) -> 
     assert {file: calls for file, calls in uses.items() if calls} == {}
 
 
+def test_optional_numbers_are_not_tested_for_truth() -> None:
+    """``scale or 1.0`` and ``if scale`` would take 0 for a number that was not given, and one
+    backend could do so alone."""
+    trees = (ast.parse(file.read_text("utf-8")) for file in ROOT.rglob("*.py"))
+    functions = [node for tree in trees for node in ast.walk(tree)]
+    for function in functions:
+        if isinstance(function, ast.FunctionDef):
+            given = (*function.args.args, *function.args.kwonlyargs)
+            kinds = {one.arg: ast.unparse(one.annotation) for one in given if one.annotation}
+            for node in ast.walk(function):
+                tested = node.values if isinstance(node, ast.BoolOp) else []
+                tested = [*tested, getattr(node, "test", None), getattr(node, "operand", None)]
+                names = {one.id for one in tested if isinstance(one, ast.Name)}
+                wrong = [one for one in names if kinds.get(one) in ("int | None", "float | None")]
+                assert not wrong, (function.name, wrong)
+
+
 # --- Devices ------------------------------------------------------------------------------------
 
 FACTORIES = {

@@ -23,6 +23,7 @@ from kernels.mamba1 import reference as mamba1
 from kernels.mamba2 import reference as mamba2
 from kernels.packed import TILE_SIZES, Exports, Packed
 from tests.kernels.compiled import assert_verifies, backends
+from tests.kernels.records import taking
 
 KERNELS = ("gdn", "kda", "mamba2", "mamba1")
 PROMPTS = pytest.mark.parametrize(("backend", "dtype"), backends(*KERNELS))
@@ -48,8 +49,8 @@ class Scan:
         _, self.name, kind = backend.__name__.split(".")
         self.is_fused = kind == "fused"
         self.backend, self.device, self.tile_size = backend, device, tile_size
-        self._chunk = getattr(backend, f"chunk_{self.name}")
-        self._decode = getattr(backend, f"decode_{self.name}")
+        self._chunk = taking(getattr(backend, f"chunk_{self.name}"))
+        self._decode = taking(getattr(backend, f"decode_{self.name}"))
 
     def state_shape(self, sizes: Sizes) -> tuple[int, ...]:
         return sizes[2:] if self.name == "mamba1" else sizes[1:]

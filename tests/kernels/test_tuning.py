@@ -70,6 +70,7 @@ def test_tuning_keys_depend_only_on_the_layer(device) -> None:
     """Keys are equal for all batches, and for decode and verification."""
     from kernels.conv1d import fused as conv1d
     from kernels.gdn import fused as gdn
+    from kernels.gdn.reference import Prompt, Step
     from kernels.mamba2 import fused as mamba2
     from kernels.norm import fused as norm
 
@@ -87,9 +88,10 @@ def test_tuning_keys_depend_only_on_the_layer(device) -> None:
         where["resumed"] = torch.ones(count, dtype=torch.bool, device=device)
         steps = {"packed": packed, "slots": slots, "step_slots": slots + count}
         with tuning.using({}) as keys:
-            gdn.chunk_gdn(q, k, v, -a.abs(), b.sigmoid(), states=states, **where)
-            gdn.decode_gdn(q, k, v, a, b, *parameters, states=states, slots=slots)
-            gdn.decode_gdn(q, k, v, a, b, *parameters, states=states, **steps)
+            prompt, token = Prompt(q, k, v, -a.abs(), b.sigmoid()), Step(q, k, v, a, b, *parameters)
+            gdn.chunk_gdn(prompt, states=states, **where)
+            gdn.decode_gdn(token, states=states, slots=slots)
+            gdn.decode_gdn(token, states=states, **steps)
             mamba2.chunk_mamba2(v, q, k, -a.abs(), b.abs(), b[0], states=states, **where)
             mamba2.decode_mamba2(v, q, k, a, *parameters, b[0], states=states, slots=slots)
             mamba2.decode_mamba2(v, q, k, a, *parameters, b[0], states=states, **steps)

@@ -12,6 +12,7 @@ import torch
 
 from kernels.attention.sequences import Sequences
 from kernels.packed import TILE, Exports, Packed
+from tests.kernels.records import taking
 
 LENGTHS = ((8192,), (1024,) * 8, (64, 1000, 3000, 17, 2048, 500, 1500, 63))
 """Packed prompts: a long one, several of equal length, and several of mixed lengths."""
@@ -106,7 +107,7 @@ def prompt_case(
     The rival ``exporting`` also saves two states of the longest prompt, in the last two of
     ``states``.
     """
-    ours, reference = kernels
+    ours, reference = map(taking, kernels)
     slots = setup.int32(range(len(lengths)))
     resumed = torch.zeros(len(lengths), dtype=torch.bool, device=setup.device)
     packed, on_cpu = (Packed.from_lengths(lengths, device) for device in (setup.device, "cpu"))
@@ -144,7 +145,7 @@ def decode_case(
 ) -> Case:
     """Return a case of one token of each state's sequence, which changes the states."""
     slots, changed = setup.int32(range(len(states))), states.clone()
-    ours, reference = (partial(kernel, *inputs, slots=slots) for kernel in kernels)
+    ours, reference = (partial(taking(one), *inputs, slots=slots) for one in kernels)
     return Case(
         name=f"{name} {len(states)}",
         run=partial(ours, states=changed),
@@ -175,7 +176,7 @@ def verify_case(
         "slots": setup.int32(range(num_sequences)),
         "step_slots": setup.int32(range(num_sequences, len(states))),
     }
-    ours, reference = (partial(kernel, *inputs, states=states, **layout) for kernel in kernels)
+    ours, reference = (partial(taking(one), *inputs, states=states, **layout) for one in kernels)
     return Case(
         name=f"{name} {num_sequences} x {num_steps}",
         run=ours,

@@ -12,6 +12,7 @@ from experiments.gpu.kernel_cases import LENGTHS, Case, Setup, decode_case, gate
 from kernels.gdn.fused import chunk_gdn
 from kernels.kda import fused, reference
 from kernels.packed import TILE, num_tiles
+from tests.kernels.records import taking
 
 
 def cases(setup: Setup) -> Iterator[Case]:
@@ -42,7 +43,7 @@ def _chunk(setup: Setup, heads: int, size: int, lengths: tuple[int, ...]) -> Cas
         # <Q, K> and <K, K>; K S, Q S and K^T N; T N and P N
         num_flops=2 * tiles * TILE * (4 * TILE * size + 3 * size * size),
     )
-    gdn = partial(chunk_gdn, *tokens, -gate, beta, **case.run.keywords)
+    gdn = partial(taking(chunk_gdn), *tokens, -gate, beta, **case.run.keywords)
     return replace(case, rivals={**case.rivals, "gdn": gdn})
 
 

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 
 from tests.kernels.arena import QWEN3_NEXT, make_arena, prompts, verified
+from tests.kernels.records import taking
 
 
 class Model(NamedTuple):
@@ -36,7 +37,8 @@ def recurrence(
 ) -> None:
     """Launch a prefill and, in tiles of 64, a decode step and a verification."""
     module = import_module(f"kernels.{model.kernel}.fused")
-    chunk, decode = (getattr(module, f"{work}_{model.kernel}") for work in ("chunk", "decode"))
+    works = (getattr(module, f"{work}_{model.kernel}") for work in ("chunk", "decode"))
+    chunk, decode = map(taking, works)
     D = [torch.empty(model.heads)] * (model.kernel == "mamba2")
     bias = torch.empty(model.heads, *[model.key] * (model.kernel == "kda"))
     parameters = torch.empty(model.heads), bias
