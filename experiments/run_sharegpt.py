@@ -183,7 +183,7 @@ def served(cache: str, cell: Scenario) -> tuple[dict[str, Any], str]:
         EngineConfig(
             model=None if cell.model == BUILTIN else str(cell.model),
             prefix_cache="none" if cache == "none" else "hybrid",
-            cache_gib=float(cell.gib),  # type: ignore[arg-type]
+            cache_gib=float(cell.gib),
             max_model_len=longest + 1,
             max_running=1,
             **({} if cache == "none" else cached),

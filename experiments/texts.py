@@ -73,7 +73,7 @@ _QUESTIONS = (
     "How many {t} are there in the end?",
     "How many {t} does that make?",
 )
-_GAINS = (
+_GAINS: tuple[str, ...] = (
     "{n} buys {a} more.",
     "{o} gives {n} {a} more {t}.",
     "{n} finds {a} {t} in a {p}.",

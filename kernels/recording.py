@@ -106,7 +106,7 @@ def _in_runs(steps: list[Callable[[], object]]) -> list[Callable[[], object]]:
     made: list[Callable[[], object]] = []
     for is_native, run in groupby(steps, key=lambda step: isinstance(step, NativeCall)):
         some = list(run)
-        made += [_Calls(some)] if is_native else some  # type: ignore[arg-type]
+        made += [_Calls(some)] if is_native else some
     return made
 
 

@@ -27,7 +27,7 @@ import torch
 
 PATH = Path(__file__).with_name("tuned.json")
 
-Config = Mapping[str, int]
+Config = dict[str, int]
 Key = tuple[object, ...]
 Table = Mapping[tuple[str, Key], Config]
 """Launch parameters by (kernel, key). They replace the launcher's defaults."""

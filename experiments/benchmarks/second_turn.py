@@ -451,7 +451,7 @@ def drive(client: Client, steps: Sequence[Steps], restart: Callable[[], None]) -
             answer = None
             with contextlib.suppress(StopIteration):
                 while True:
-                    ask = script.send(answer)  # type: ignore[arg-type]
+                    ask = script.send(answer)
                     if ask.restart:
                         gate.wait()
                     answer = client.chat(ask)
@@ -616,7 +616,7 @@ class Side:
         total = 0
         for folder in Path("/proc").glob("[0-9]*") if self.process is not None else ():
             with contextlib.suppress(OSError, ValueError):
-                if os.getsid(int(folder.name)) == self.process.pid:
+                if os.getsid(int(folder.name)) == self.process.pid:  # type: ignore[union-attr]
                     text = (folder / "smaps_rollup").read_text()
                     total += int(text.split("\nPss:")[1].split()[0]) * 1024
         return total or None
@@ -688,8 +688,10 @@ class CasePlan(NamedTuple):
         return names | {"tokens": self.num_tokens, "at_once": self.at_once}
 
 
-SHORT = ("subagent", "edits", "branches", "restart", "next turn", "tool result", "thoughts")
-SHORT += ("early edit", "steer", "dated session")
+SHORT = (
+    *("subagent", "edits", "branches", "restart", "next turn", "tool result", "thoughts"),
+    *("early edit", "steer", "dated session"),
+)
 LONG = (
     "scarce",
     "ended",

@@ -380,9 +380,9 @@ def sweep(
             def measure(load: int) -> dict[str, Any]:
                 if not ports:  # noqa: B023
                     ports.append(started.enter_context(server))  # noqa: B023
-                    drive(*ports, [jobs[0][:1]], 1, seconds=window["seconds"])  # noqa: B023
-                _request(*ports, "POST", "/reset_prefix_cache")  # noqa: B023
-                run = drive(*ports, jobs, load, **window)  # noqa: B023
+                    drive(ports[0], [jobs[0][:1]], 1, seconds=window["seconds"])  # noqa: B023
+                _request(ports[0], "POST", "/reset_prefix_cache")  # noqa: B023
+                run = drive(ports[0], jobs, load, **window)  # noqa: B023
                 found = {"cache": cache, "load": f"{load} at once"}  # noqa: B023
                 return found | summary(run, targets)
 

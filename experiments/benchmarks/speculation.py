@@ -94,7 +94,7 @@ def _answers(messages: Sequence[dict[str, Any]]) -> list[int]:
 def _rendered(messages: Sequence[dict[str, object]], tools: object = None) -> str:
     template = HFTokenizer().chat_template
     assert template is not None
-    return template.render(messages, tools=tools, add_generation_prompt=True)  # type: ignore[arg-type]
+    return template.render(messages, tools=tools, add_generation_prompt=True)
 
 
 def _code(rng: random.Random, num_bytes: int) -> str:

@@ -52,7 +52,7 @@ def engine_of(options: dict[str, Any]) -> Any:
     from hybridcache.vllm.check import Options, StubEngine  # Imports vLLM.
 
     engine = StubEngine(Options(gib=200.0, overlap=True, **options))
-    engine.contents = Idle()
+    engine.contents = Idle()  # type: ignore[assignment]
     return engine
 
 

@@ -66,7 +66,8 @@ def yardstick_rates(split: Split, is_closed: bool = False) -> dict[str, list[flo
         return {}
     return {
         name: [
-            fmean(cells[trace, seed, gib][name] for trace, gib in wanted) for seed in split.seeds
+            fmean(cells[trace, seed, float(gib)][name] for trace, gib in wanted)
+            for seed in split.seeds
         ]
         for name in (BEST_REBUILT, BOUND)
     }

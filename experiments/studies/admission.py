@@ -254,8 +254,8 @@ def table(records: common.Records) -> Table:
     columns = [Column("workload"), Column("sessions/s", form="g"), Column("hits, `oldest`", "%")]
     columns += [Column("`sessions`", "%"), Column("gain", "points")]
     every = "`oldest`, `sessions`, best limit on sessions"
-    others = f"`{common.LRU_ADAPTIVE}`, best rebuilt system"
-    seconds = f"mean TTFT, s: {every}, {others}", f"p99 TTFT, s: {every}"
+    rivals = f"`{common.LRU_ADAPTIVE}`, best rebuilt system"
+    seconds = f"mean TTFT, s: {every}, {rivals}", f"p99 TTFT, s: {every}"
     ratios = "mean TTFT to best of `oldest` and limits", "makespan to best of both"
     columns += [Column(name, form=".2f") for name in (*seconds, *ratios)]
     return Table([*columns, *common.references("{}, hits")], rows)

@@ -136,7 +136,8 @@ def costs() -> list[dict[str, Any]]:
 
 VOCAB = 512
 LOGIT_STD = 3.0
-SHARED = {"vocab_size": VOCAB, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4}
+SHARED: dict[str, Any] = {"vocab_size": VOCAB, "hidden_size": 256, "intermediate_size": 512}
+SHARED |= {"num_hidden_layers": 4}
 SHARED |= {"num_attention_heads": 4, "num_key_value_heads": 2, "eos_token_id": None}
 SHARED |= {"bos_token_id": None, "pad_token_id": None}
 DELTA = {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 128}

@@ -80,7 +80,7 @@ LEFT_OUT: dict[str, tuple[str, Record]] = {
 def workload_case(study: str, name: str, seed: int) -> TraceCase:
     """Return the case of a workload."""
     workload = common.WORKLOADS[name]
-    settings = {"model": workload.geometry}
+    settings: dict[str, Any] = {"model": workload.geometry}
     if study == "arena":
         settings["grid"] = workload.grid
     fields = {"trace": name, "seed": seed}

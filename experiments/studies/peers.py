@@ -244,7 +244,7 @@ def drawn(workload: str, seed: int) -> tuple[TraceRequest, ...]:
     """
     requests = tuple(GENERATORS[workload](seed=seed))
     if workload == "short":
-        return tuple(sorted(requests, key=lambda request: request.session))
+        return tuple(sorted(requests, key=lambda one: one.session))  # type: ignore[return-value]
     return requests
 
 

@@ -78,7 +78,7 @@ def measure(job: tuple[str, Condition, int]) -> list[dict[str, Any]]:
 
 def table(records: common.Records) -> Table:
     """Return one row per condition and router, as means over traces and seeds."""
-    records = [one | {"router": one["fleet"]["router"]} for one in records]
+    records = [{**one, "router": one["fleet"]["router"]} for one in records]
     rows = [
         [
             condition,

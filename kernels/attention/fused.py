@@ -235,7 +235,7 @@ def _launch(
         partial_out = query.new_empty(num_tokens, num_heads, num_splits, size, dtype=torch.float32)
         partial_lse = partial_out.new_empty(num_tokens, num_heads, num_splits)
         kv_lens = sequences.kv_len_table[part]
-        kernel, token_kv_lens, more = decode_attention_kernel, kv_lens, ()
+        kernel, token_kv_lens, more = decode_attention_kernel, kv_lens, tuple[torch.Tensor, ...]()
         if packed is not None:
             token_kv_lens = kv_lens.new_empty(num_tokens)
             kernel, more = verify_attention_kernel, (token_kv_lens, packed.cu_seqlens[part.start :])

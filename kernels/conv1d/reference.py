@@ -97,7 +97,7 @@ def decode_conv1d(
         return _finish(_taps(list(window.unbind(2)), weight), bias, silu, x.dtype)
     assert step_slots is not None, "several tokens per sequence need slots for their windows"
     reach = weight.shape[1] - 1
-    windows, pieces, starts = states[index].mT, [], []
+    windows, pieces, starts = states[index].mT, list[torch.Tensor](), list[int]()
     for b, tokens in enumerate(x.split(packed.lengths)):
         starts += range(len(starts) + b * reach, len(starts) + b * reach + len(tokens))
         pieces += [windows[b], tokens.to(states.dtype)]

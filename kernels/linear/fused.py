@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -406,7 +407,7 @@ class Product:
             return x, None
         return quantize_rows(x) if quantized is None else (quantized.rows, quantized.scale)
 
-    def tile(self, x: torch.Tensor) -> dict[str, object]:
+    def tile(self, x: torch.Tensor) -> dict[str, Any]:
         """Return tile and pipeline for ``rows(x)``, from the device's table if it has them."""
         if isinstance(self.weight, Words):
             tile = tile_config(len(x), x.dtype, torch.int8)
@@ -464,7 +465,7 @@ class Joined:
             gates_span,
             x.stride(0),
             rows.stride(0),
-            GATES_BK=depth_of(x.dtype, self.gates.weight.dtype),
+            GATES_BK=depth_of(x.dtype, self.gates.weight.dtype),  # type: ignore[union-attr]
             **tile,
         )
         return y
@@ -599,11 +600,11 @@ def span_of(num_outputs: int, size: int) -> int:
     return triton.cdiv(triton.cdiv(size, num_spans), 128) * 128
 
 
-NO_WORDS: dict[str, object] = {"FORM": None, "SPANS": 1, "EVEN": False}
+NO_WORDS: dict[str, Any] = {"FORM": None, "SPANS": 1, "EVEN": False}
 """Constants of kernels for weights that are not in words."""
 
 
-def fp8_config(size: int, num_tokens: int, *, is_large: bool = False) -> dict[str, object]:
+def fp8_config(size: int, num_tokens: int, *, is_large: bool = False) -> dict[str, Any]:
     """Return the constants of products of fp8 rows with weights ``[M, size]``, for tiles of
     ``num_tokens``: two blocks per turn of a loop, or one if tiles are large."""
     spans = 1 if is_large or size % (2 * SCALE_BLOCK) else 2
@@ -613,7 +614,7 @@ def fp8_config(size: int, num_tokens: int, *, is_large: bool = False) -> dict[st
     return NO_WORDS | config
 
 
-def words_config(form: WordsForm | None, size: int, num_tokens: int) -> dict[str, object]:
+def words_config(form: WordsForm | None, size: int, num_tokens: int) -> dict[str, Any]:
     """Return the constants of a weight in words ``[M, size]``, for tiles of ``num_tokens``.
 
     Two spans per turn of a loop, if rows have a whole number of turns and shared memory suffices.

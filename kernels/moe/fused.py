@@ -88,7 +88,7 @@ class RowBlocks(NamedTuple):
     block b contains only pair b."""
     experts: torch.Tensor
     """int32 ``[num_blocks]``, undefined from ``count`` on."""
-    count: torch.Tensor | None
+    count: torch.Tensor | None  # type: ignore[assignment]
     """int32 ``[1]``: number of used blocks, available on the device only. None if all are used."""
     num_blocks: int
     rows: int
@@ -128,7 +128,7 @@ class Stack(NamedTuple):
                 return cls.of(*stored_parts(matrix))
         return cls.of(matrix.widened(dtype))
 
-    def config(self, rows: int) -> dict[str, object]:
+    def config(self, rows: int) -> dict[str, Any]:
         """Return the constants of a kernel for blocks of ``rows``, if they are not the default."""
         return {} if self.form is None else words_config(self.form, self.num_columns, rows)
 

@@ -140,7 +140,7 @@ def rms_norm_rows(
     eps: float,
     *,
     residual: torch.Tensor | None = None,
-) -> tuple[QuantizedRows, torch.Tensor]:
+) -> tuple[QuantizedRows, torch.Tensor | ExpertSums]:
     """Compute ``rms_norm`` of x ``[T, N]``, also quantised as ``linear.quantize_rows`` does.
 
     N is a multiple of 128. The second result is the sum with the residual, or x.
