@@ -26,5 +26,7 @@ USER 1000
 WORKDIR /home/engine
 VOLUME /models
 EXPOSE 8000
+HEALTHCHECK --start-period=10m --interval=30s --timeout=5s \
+    CMD ["python", "-c", "import urllib.request as u; u.urlopen('http://127.0.0.1:8000/health', timeout=4)"]
 ENTRYPOINT ["engine"]
 CMD ["serve", "--host", "0.0.0.0"]

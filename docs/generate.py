@@ -33,6 +33,8 @@ import hybridcache.scheduling.request
 from hybridcache.command.field_texts import FieldTexts, class_body, documented
 
 PAGES = Path(__file__).resolve().parent / "reference"
+GENERATED = (*sorted(PAGES.glob("*.md")), PAGES.parent / "how-to/agents.md")
+"""Pages with such parts."""
 LIST = re.compile(r"^<!-- list: ([\w-]+) -->\n.*?^<!-- end of list -->$", re.MULTILINE | re.DOTALL)
 
 
@@ -142,6 +144,17 @@ def cli() -> str:
                 rows = [_option(action, parser) for action in actions]
                 lines = [f"| {shown} | {_cell(help)} |" for shown, help in rows]
                 parts.append("\n".join([f"| {_cell(title)} | meaning |", "|---|---|", *lines, ""]))
+    return "\n".join(parts)
+
+
+def agents() -> str:
+    """Return the file of each coding agent for the server of the page."""
+    from engine.front.command.remote import PLACES, settings
+
+    parts = []
+    for agent, place in PLACES.items():
+        text = settings(agent, "http://127.0.0.1:8000", "NAME", 131072, None)
+        parts.append(f"`~/{place}`:\n\n```{Path(place).suffix[1:]}\n{text}```\n")
     return "\n".join(parts)
 
 
@@ -557,6 +570,7 @@ OF_FILES = {"RadixTree", "ItemBytes"}
 
 
 PARTS: dict[str, Callable[[], str]] = {
+    "agents": agents,
     "cli": cli,
     "eviction": eviction,
     "simulated": lab_eviction,
@@ -576,5 +590,5 @@ if __name__ == "__main__":
     if len(sys.argv) > 1:
         print(PARTS[sys.argv[1]]())
     else:
-        for path in PAGES.glob("*.md"):
+        for path in GENERATED:
             path.write_text(insert(path.read_text()))

@@ -295,7 +295,7 @@ def _load_compiled() -> Library | None:
 
 
 def _compile_once(compiler: str, path: Path, kept: str, flags: Sequence[str]) -> None:
-    logger.warning("Compiling the kernels for this processor, %s (10 to 60 s) ...", kept)
+    logger.warning("Compiling the kernels for this processor, %s (1 to 2 minutes) ...", kept)
     began = time.monotonic()
     compile_library(compiler, flags, path)
     logger.warning("Compiled the kernels in %.0f s: %s", time.monotonic() - began, path)

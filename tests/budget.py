@@ -247,7 +247,8 @@ def cache_walk(walk: Walk) -> int:
 
 
 def small_engine() -> Engine:
-    return Engine(EngineConfig(cache_gib=0.05, device="cpu", kernels=override_all("reference")))
+    config = EngineConfig(cache_gib=0.05, device="cpu", kernels=override_all("reference"), step_s=0)
+    return Engine(config)
 
 
 def generate_walk(walk: Walk) -> int:

@@ -455,6 +455,11 @@ class AsyncEngine:
         """True from ``start`` until the engine ends or fails."""
         return self.channel.is_alive
 
+    @property
+    def num_open(self) -> int:
+        """Number of requests in progress."""
+        return len(self._streams)
+
     def start(self) -> None:
         """Begin to serve. Called once, in the event loop."""
         self._loop = asyncio.get_running_loop()

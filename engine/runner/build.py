@@ -78,7 +78,7 @@ def _max_model_len(loaded: LoadedModel, plan: MemoryPlan) -> int:
         need = (asked + plan.num_kv_tokens - longest) * plan.row_bytes / GIB
         raise ModelError(
             f"one request of max_model_len {asked} needs {need:.3g} GiB for KV and states; "
-            f"there is room for {counted(longest, 'token')}."
+            f"there is room for {counted(longest, 'token')}: lower it, or raise --cache-gib."
         )
     return asked
 

@@ -1,4 +1,5 @@
-"""Coding agents from npm, with the settings of ``docs/tutorials/serve-an-agent.md``.
+"""Coding agents from npm, with the settings that ``engine agent`` prints and
+``docs/how-to/agents.md`` shows.
 
 ``engine serve`` runs the built-in model, whose tokens are characters: an agent's first prompt has
 30,000 to 90,000. Each agent gets the same question in new sessions and must end without an error.
@@ -20,13 +21,14 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from tests.documents import ROOT, SERVER
+from engine.front.command.remote import PLACES, settings
+from tests.documents import ROOT
 from tests.endurance.faults import server_port
 
 BIN = ROOT / "out/clients/node_modules/.bin"
-PAGE = ROOT / "docs/tutorials/serve-an-agent.md"
+PAGE = ROOT / "docs/how-to/agents.md"
 QUESTION = "Ada has 5 apples. Ada buys 3 more. How many apples does Ada have now?"
 MAX_S = 1_800.0
 """Time of one session. A slow machine needs minutes for the first prompt."""
@@ -34,39 +36,28 @@ LEAST_REUSED = 0.9
 """Least share of the longest prompt of a second session that comes from the cache."""
 
 
-class Agent(NamedTuple):
-    """One program."""
-
-    command: tuple[str, ...]
-    """Its arguments before the question."""
-    file: str = ""
-    """Place of its settings below the home folder; empty if it has variables alone."""
-    block: str = ""
-    """Beginning of the block of the page with the settings."""
-
-
 AGENTS = {
-    "claude": Agent(("-p",)),
-    "codex": Agent(("exec", "--skip-git-repo-check"), ".codex/config.toml", "model = "),
-    "opencode": Agent(("run",), ".config/opencode/opencode.json", '{\n  "model": "local'),
-    "qwen": Agent(("-p",), ".qwen/settings.json", '{\n  "model": {'),
+    "claude": ("-p",),
+    "codex": ("exec", "--skip-git-repo-check"),
+    "opencode": ("run",),
+    "qwen": ("-p",),
 }
+"""Program -> its arguments before the question."""
 SHORTER = {"CLAUDE_CODE_MAX_OUTPUT_TOKENS": "64"}
 """Variable of the test alone: the answers of the built-in model have no end."""
 
 
-def page(port: int) -> tuple[list[str], dict[str, str], list[str]]:
-    """Return the flags of the server, the variables and the other settings of the page, for a
-    server at ``port``."""
-    text = PAGE.read_text().replace(SERVER, f"http://127.0.0.1:{port}")
-    text = re.sub(r"(?<!/)\bNAME\b", "builtin", text.replace("local/NAME", "local/builtin"))
-    text = re.sub(r"(?<=: )8192\b", "64", text)
-    blocks = re.findall(r"^```(\w+)\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
-    exports = "".join(body for language, body in blocks if language == "sh" and "export" in body)
-    variables = dict(re.findall(r"(\w+)=(\S+)", exports))
-    [serve] = re.findall(r"^engine serve (.*--max-model-len.*)$", text, re.MULTILINE)
-    files = [body for language, body in blocks if language in ("toml", "json")]
-    return shlex.split(serve), variables, files
+def flags() -> list[str]:
+    """Return the flags of the server on the page."""
+    [line] = re.findall(r"^engine serve (.*--max-model-len.*)$", PAGE.read_text(), re.MULTILINE)
+    return shlex.split(line.replace("NAME", "builtin"))
+
+
+def settings_of(name: str, port: int) -> str:
+    """Return the settings of an agent for that server at ``port``, with short answers."""
+    length = int(flags()[flags().index("--max-model-len") + 1])
+    text = settings(name, f"http://127.0.0.1:{port}", "builtin", length, None)
+    return text.replace("8192", "64")
 
 
 def find(name: str) -> str | None:
@@ -85,19 +76,17 @@ def requests_in(log: Path) -> list[tuple[int, int, int]]:
 
 def session(name: str, program: str, home: Path, port: int) -> float:
     """Ask in a new session of an agent. Returns its seconds; raises AssertionError if it fails."""
-    agent, (_, variables, files) = AGENTS[name], page(port)
-    if agent.file:
-        [text] = [each for each in files if each.startswith(agent.block)]
-        (home / agent.file).parent.mkdir(parents=True, exist_ok=True)
-        (home / agent.file).write_text(text)
+    file = home / PLACES[name]
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(settings_of(name, port))
     work = home / "work"
     work.mkdir(exist_ok=True)
     (work / "a.py").write_text("print(1)\n")
     began = time.monotonic()
     done = subprocess.run(
-        [program, *agent.command, QUESTION],
+        [program, *AGENTS[name], QUESTION],
         cwd=work,
-        env={**os.environ, **variables, **SHORTER, "HOME": str(home), "XDG_CONFIG_HOME": ""},
+        env={**os.environ, **SHORTER, "HOME": str(home), "XDG_CONFIG_HOME": ""},
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -120,7 +109,7 @@ def run(seed: int, number: int, only: str = "") -> dict[str, Any]:
             found[name] = "not installed"
             continue
         with tempfile.TemporaryDirectory() as folder, open(Path(folder) / "log", "w") as log:
-            command = [sys.executable, "-m", "engine", "serve", "--port", "0", *page(0)[0]]
+            command = [sys.executable, "-m", "engine", "serve", "--port", "0", *flags()]
             command += ["--log-requests", "--log-format", "json"]
             pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": log, "text": True}
             with subprocess.Popen(command, cwd=ROOT, **pipes) as server:

@@ -9,7 +9,6 @@ from hypothesis.stateful import RuleBasedStateMachine, rule
 
 from hybridcache.radix.cache import HybridRadixCache
 from tests.endurance.__main__ import PARTS, main, run
-from tests.endurance.clients import AGENTS, page
 from tests.endurance.fuzz import play
 
 
@@ -55,12 +54,3 @@ def test_new_operations_that_fail_are_shrunk() -> None:
         play(Faulty, 3)
     operations = [line for line in str(failure.value).splitlines() if line.startswith("state.")]
     assert operations == ["state.add()"] * 3 + ["state.teardown()"]
-
-
-@pytest.mark.parametrize("name", AGENTS)
-def test_page_tells_an_agent_the_size_of_the_context(name: str) -> None:
-    flags, variables, files = page(1)
-    context = flags[flags.index("--max-model-len") + 1]
-    block = AGENTS[name].block
-    texts = [text for text in files if text.startswith(block)] if block else variables.values()
-    assert sum(context in text for text in texts) == 1

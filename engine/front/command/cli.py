@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from engine.config import BUILTIN_PROMPTS, ConfigError, EngineConfig, check_no_foreign_kernels
-from engine.front.command import record
+from engine.front.command import record, remote
 from engine.front.command.flags import add_flags, add_grouped_flags, flags_of, read_config
 from engine.front.server.settings import API_KEY_VARIABLE, ServerConfig
 from engine.models import read_model
@@ -40,7 +40,7 @@ GROUPS = {
     "api_key_file log_requests log_format state_dir",
     "model": "revision tokenizer chat_template dtype",
     "prefix cache": "prefix_cache checkpoints checkpoint_dtype eviction grid exact admission "
-    "host_gib disk_gib",
+    "host_gib disk_gib state_dir_mismatch",
     "clients": "served_model_name admin_key_file salt_by_key allowed_host cors_origin keep_alive_s "
     "drain_s",
     "chats": "default_max_tokens chat_template_kwargs preserve_thinking images",
@@ -73,7 +73,9 @@ FOREIGN = {
         "use --eviction (the name in `hybridcache simulate` is another)": "--policy",
         "use --cache-gib (the name in `hybridcache simulate` is another)": "--gib",
         "use --dtype and --checkpoint-dtype": "--kv-cache-dtype",
-        "use --api-key-file": "--api-key",
+        f"use --api-key-file, or the environment variable {API_KEY_VARIABLE}": "--api-key",
+        "put a proxy with TLS in front": "--ssl-keyfile --ssl-certfile --ssl-key-file "
+        "--ssl-cert-file --ssl-ca-certs",
         "use --graphs off": "--enforce-eager",
         "use --chat-template-kwargs": "--default-chat-template-kwargs",
         "use --no-log-requests": "--disable-log-requests",
@@ -94,6 +96,8 @@ FOREIGN = {
 SPIN_COUNT = "1000"
 """Rounds that a waiting thread spins before it sleeps. The 300,000 of OpenMP take longer than a
 time slice, so on a busy machine waiting threads would delay those that compute."""
+RECORD = ("--to URL --out FILE [options]", "pass requests on to a server and write a trace of them")
+CONVERT = ("MODEL OUT --to FORMAT [options]", "convert weights to eight or four bits")
 SKIPPED = ("seed", "stop", "logit_bias")
 """Sampling parameters that are not flags of ``generate``, or are defined separately."""
 
@@ -146,50 +150,18 @@ def _parser(arguments: Sequence[str]) -> Parser:
         dest="verb", required=True, metavar="COMMAND", parser_class=Parser
     )
 
-    def add(
-        verb: str, command: Command, usage: str, help: str, add_flags: Callable[[Parser], None]
-    ) -> None:
+    for verb, (command, add_own, usage, said) in COMMANDS.items():
         sub: Parser = verbs.add_parser(
             verb,
-            help=help,
-            description=help[0].upper() + help[1:] + ".",
+            help=said,
+            description=said[0].upper() + said[1:] + ".",
             usage=f"engine {verb} {usage}".rstrip(),
             allow_abbrev=False,  # --api-key is not --api-key-file.
         )
         sub.set_defaults(command=command)
         sub.foreign = FOREIGN
         if verb in arguments:
-            add_flags(sub)
-
-    add("serve", _serve, "[MODEL] [options]", "answer OpenAI clients over HTTP", _add_serve)
-    add(
-        "generate",
-        _generate,
-        "[options] [PROMPT ...]",
-        "continue prompts and print how many tokens were reused",
-        _add_generate,
-    )
-    add(
-        "chat",
-        _chat,
-        "[options]",
-        "chat with a model in this terminal, and print how much of each prompt was reused",
-        _add_chat,
-    )
-    add(
-        "convert",
-        _convert,
-        "MODEL OUT --to FORMAT [--ignore PATTERN ...]",
-        "convert the weights of a model to eight bits",
-        _add_convert,
-    )
-    add(
-        "record",
-        record.run,
-        "--to URL --out FILE [options]",
-        "pass requests on to any OpenAI-compatible server and write its chats as a trace",
-        record.add_flags,
-    )
+            add_own(sub)
     return parser
 
 
@@ -212,7 +184,9 @@ def _add_generate(generate: Parser) -> None:
         "prompt", nargs="*", help="texts to continue; by default one text from standard input"
     )
     generate.add_argument(
-        "--chat", action="store_true", help="send each prompt as a message of the user"
+        "--chat",
+        action="store_true",
+        help="send each prompt as a message of the user, whose answer has no limit by default",
     )
     generate.add_argument("--json", action="store_true", help="print one JSON object per prompt")
     sampling = _add_sampling(generate)
@@ -360,7 +334,8 @@ def _generate(arguments: argparse.Namespace) -> int:
     from engine.requests.request import RequestSpec
 
     stop = tuple(arguments.stop)
-    engine, sampling = _loaded(arguments, seed=arguments.sampling_seed, stop=stop)
+    asked = {"max_tokens": None} if arguments.chat and "max_tokens" not in arguments else {}
+    engine, sampling = _loaded(arguments, seed=arguments.sampling_seed, stop=stop, **asked)
     texts = arguments.prompt or [sys.stdin.read()]
     assert engine.tokenizer is not None, "an engine that loads a model loads its tokenizer"
     num_failed = 0
@@ -463,3 +438,16 @@ def _summary(output: RequestOutput) -> str:
     said += f"the cache; {len(output.output):,} generated, {output.error or output.finish_reason}"
     ttft_s = output.timings.ttft_s
     return said if ttft_s is None else f"{said}; TTFT {format_seconds(ttft_s)}"
+
+
+COMMANDS: dict[str, tuple[Command, Callable[[Parser], None], str, str]] = {
+    "serve": (_serve, _add_serve, "[MODEL] [options]", "answer OpenAI clients over HTTP"),
+    "generate": (_generate, _add_generate, "[options] [PROMPT ...]", "continue prompts, or answer"),
+    "chat": (_chat, _add_chat, "[options]", "chat with a model in this terminal"),
+    "convert": (_convert, _add_convert, *CONVERT),
+    "record": (record.run, record.add_flags, *RECORD),
+    "agent": (remote.agent, remote.add_agent, *remote.AGENT),
+    "bench": (remote.bench, remote.add_bench, *remote.BENCH),
+    "grafana": (remote.grafana, lambda _: None, "", "print a dashboard for Grafana"),
+}
+"""Verb -> function, function that adds its flags, usage, and help."""

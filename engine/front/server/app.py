@@ -148,12 +148,11 @@ class Server(uvicorn.Server):
     async def _end(self) -> None:
         """Stop serving other engines at once, and requests after ``drain_s`` or a second signal."""
         if self._engine.failure is None:  # Else the command prints the reason.
-            logger.warning(
-                "Stopping: new requests are refused; %s may run for %g s more (--drain-s), or "
-                "until a second signal.",
-                counted(len(self.server_state.tasks), "request"),
-                self._drain_s,
-            )
+            text = "Stopping: new requests are refused"
+            if num_open := self._engine.num_open:
+                text += f"; {counted(num_open, 'request')} may run for {self._drain_s:g} s more "
+                text += "(--drain-s), or until a second signal"
+            logger.warning("%s.", text)
         with suppress(TimeoutError):
             async with asyncio.timeout(self._drain_s):
                 with suppress(EngineStopped):

@@ -123,6 +123,8 @@ ABSENT = {
 """Beginnings of paths that clients of other servers use -> what to use here."""
 ABSENT_FIELDS = {
     "keep_alive": "is not supported: the model stays loaded until the server ends",
+    "num_ctx": "is a setting of the server: start it with --max-model-len",
+    "options": "is not supported: write its parameters beside the messages",
     "lora_request": "is not supported: merge the adapter into the model",
 }
 """Parameters of other servers -> the sentence about them."""
@@ -136,7 +138,7 @@ SAME_FIELDS = (
     ("response_format", "text", "output_config", "format", "json_schema"),
     ("structured_outputs", "regex", "ebnf", "guided_json", "guided_regex", "guided_choice"),
     ("structured_outputs", "guided_grammar", "grammar"),
-    ("reasoning_effort", "reasoning", "thinking"),
+    ("reasoning_effort", "reasoning", "thinking", "think"),
     ("echo", "prompt_logprobs"),
 )
 """Names of one parameter in several APIs and their versions."""

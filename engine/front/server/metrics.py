@@ -55,12 +55,7 @@ COUNTERS: dict[str, tuple[str, ...]] = {
     "preemptions": ("Preemptions of requests for lack of memory.",),
 }
 """Counters of ended requests: help, then labels."""
-OF_KEYS = {
-    "requests": "HTTP requests, by name of the API key.",
-    "prompt_tokens": "Prompt tokens, by name of the API key.",
-    "cached_tokens": "Prompt tokens found in the cache, by name of the API key.",
-    "generated_tokens": "Tokens generated, by name of the API key.",
-}
+OF_KEYS = ("requests", "prompt_tokens", "cached_tokens", "generated_tokens")
 """Counters of each key."""
 HISTOGRAMS = {
     "queue_seconds": ("Time from arrival to scheduling.", SLOW_S),
@@ -185,9 +180,9 @@ class Metrics(Collector):
         yield _counter("evicted_checkpoints", EVICTED, usage["evicted_slots"])
         yield _counter("allocation_refusals", REFUSALS, usage["refusals"])
         yield _counter("cache_rebuilds", REBUILDS, usage["rebuilds"])
-        for index, (name, help) in enumerate(OF_KEYS.items()):
+        for index, name in enumerate(OF_KEYS):
             by_key = {(key,): counts[index] for key, counts in self.by_key.items()}
-            yield _counter(f"key_{name}", help, by_key, "key")
+            yield _counter(f"key_{name}", f"{name} of HTTP requests, by API key.", by_key, "key")
         if report.transfers is not None:
             for name, key, help in TRANSFERS:
                 yield _counter(name, help, report.transfers[key])

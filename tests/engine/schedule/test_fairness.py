@@ -60,22 +60,18 @@ class Load:
 
 
 class TimedLoad(Load):
-    """Load on a device that needs a constant time for a step and for each tile and decode."""
+    """Load on a device that needs a constant time for a step and for each tile."""
 
     def __init__(self, step_s: float, constant_s: float, tile_s: float) -> None:
         super().__init__(token_budget=1024, step_s=step_s)
         self.now_s, self.durations_s = 0.0, list[float]()
-        self.decode_s = tile_s / 10
         self.engine._scheduler.clock = lambda: self.now_s
         forward = self.engine.runner.forward
 
         def timed(batch, drawn=()):
-            spent = constant_s + sum(
-                self.decode_s if one.is_decode else tile_s * -(-len(one.token_ids) // TILE)
-                for one in batch.segments
-            )
-            self.now_s += spent
-            self.durations_s.append(spent)
+            tiles = [-(-len(one.token_ids) // TILE) for one in batch.segments if not one.is_decode]
+            self.durations_s.append(constant_s + tile_s * sum(tiles))
+            self.now_s += self.durations_s[-1]
             return forward(batch, drawn)
 
         self.engine.runner.forward = timed

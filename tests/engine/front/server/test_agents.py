@@ -1,12 +1,10 @@
-"""Settings of coding agents, as the tutorial has them, and published agent frameworks, if installed
-(``make clients``), in one loop with a tool call."""
+"""Settings of coding agents, as ``engine agent`` prints them, and published agent frameworks, if
+installed (``make clients``), in one loop with a tool call."""
 
 from __future__ import annotations
 
 import asyncio
-import json
 import re
-import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -39,55 +37,31 @@ TITLES = {
 
 @pytest.fixture(scope="module")
 def named() -> Iterator[Live]:
-    """Serve with the names of the tutorial."""
-    flags = clients.page(0)[0]
+    """Serve with the names of the page."""
+    flags = clients.flags()
     names = flags[flags.index("--served-model-name") + 1].split(",")
     with serving(oracle_engine(), ServerConfig(served_model_name=tuple(names))) as live:
         yield live
 
 
-def requests_of(agent: str, port: int) -> tuple[str, str, dict[str, Any], int]:
-    """Return (address, key, body, size of the context) of an agent with the tutorial's blocks."""
-    _, variables, files = clients.page(port)
-    text = "".join(one for one in files if one.startswith(clients.AGENTS[agent].block))
-    turn = [{"role": "user", "content": "Hi"}]
-    if agent == "claude":
-        models = {value for name, value in variables.items() if name.endswith("MODEL")}
-        [model] = models
-        body = {"model": model, "messages": turn, "max_tokens": 3}
-        address = f"{variables['ANTHROPIC_BASE_URL']}/v1/messages"
-        context = int(variables["CLAUDE_CODE_AUTO_COMPACT_WINDOW"])
-        return address, variables["ANTHROPIC_AUTH_TOKEN"], body, context
-    if agent == "codex":
-        config = tomllib.loads(text)
-        provider = config["model_providers"][config["model_provider"]]
-        body = {"model": config["model"], "input": "Hi", "max_output_tokens": 3}
-        address = f"{provider['base_url']}/{provider['wire_api']}"
-        return address, "none", body, config["model_context_window"]
-    config = json.loads(text)
-    if agent == "opencode":
-        name, _, model = config["model"].partition("/")
-        options = config["provider"][name]["options"]
-        context = config["provider"][name]["models"][model]["limit"]["context"]
-        address, key = options["baseURL"], options["apiKey"]
-    else:
-        model, context = config["model"]["name"], config["model"]["generationConfig"]
-        context = context["contextWindowSize"]
-        address, key = variables["OPENAI_BASE_URL"], variables["OPENAI_API_KEY"]
-    body = {"model": model, "messages": turn, "max_tokens": 3}
-    return f"{address}/chat/completions", key, body, context
+PATHS = {"claude": "/v1/messages", "codex": "/responses"}
 
 
 @pytest.mark.parametrize("agent", clients.AGENTS)
-def test_the_blocks_of_the_tutorial_reach_the_server(named: Live, agent: str) -> None:
+def test_settings_of_agents_reach_the_server(named: Live, agent: str) -> None:
     """Its server has the context of the settings, and room for each first prompt of the table."""
-    address, key, body, context = requests_of(agent, named.port)
-    headers = {"Authorization": f"Bearer {key}"}
-    answer = httpx.post(address, json=body, headers=headers, timeout=60)
+    text = clients.settings_of(agent, named.port)
+    [address] = set(re.findall(r'"(http:[^"]*)"', text))
+    turn = "Hi" if agent == "codex" else [{"role": "user", "content": "Hi"}]
+    body = {"model": "builtin", "max_output_tokens" if agent == "codex" else "max_tokens": 3}
+    body |= {"input" if agent == "codex" else "messages": turn}
+    path = PATHS.get(agent, "/chat/completions")
+    headers = {"Authorization": "Bearer none"}
+    answer = httpx.post(address + path, json=body, headers=headers, timeout=60)
     assert answer.status_code == 200, answer.text
-    flags = clients.page(0)[0]
+    flags = clients.flags()
     served = int(flags[flags.index("--max-model-len") + 1])
-    assert context == served
+    assert re.search(rf"\b{served}\b", text)
     row = re.search(
         rf"^\| {TITLES[agent]} [\d.]+ \| (.*) \|$", clients.PAGE.read_text(), re.MULTILINE
     )
@@ -99,7 +73,7 @@ def test_the_blocks_of_the_tutorial_reach_the_server(named: Live, agent: str) ->
 
 @pytest.mark.timeout(180)
 @pytest.mark.parametrize("agent", clients.AGENTS)
-def test_coding_agents_answer_with_the_blocks_of_the_tutorial(agent: str, tmp_path: Path) -> None:
+def test_coding_agents_answer_with_their_settings(agent: str, tmp_path: Path) -> None:
     """The programs, if installed, against a model with scripted answers."""
     pytest.importorskip("agents", reason="make clients runs it, which takes a minute")
     program = clients.find(agent)
@@ -107,7 +81,7 @@ def test_coding_agents_answer_with_the_blocks_of_the_tutorial(agent: str, tmp_pa
         pytest.skip(f"{agent} is not installed: make clients")
     sampler = ScriptedSampler()
     sampler.script = b"5 + 3 = 8."
-    flags = clients.page(0)[0]
+    flags = clients.flags()
     length = int(flags[flags.index("--max-model-len") + 1])
     runner = OracleRunner(2 * length, 64, max_model_len=length)
     tokenizer = HFTokenizer()

@@ -1,0 +1,87 @@
+"""Commands for a running server: settings of agents, and the benchmark."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from engine.front.command import cli
+from engine.front.command.remote import PLACES
+from engine.front.server.settings import API_KEY_VARIABLE, ServerConfig
+from tests.engine.front.server.conftest import Live, oracle_engine, serving
+
+Output = pytest.CaptureFixture[str]
+
+
+@pytest.fixture(scope="module")
+def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
+    keys = tmp_path_factory.mktemp("keys") / "keys"
+    keys.write_text("s3cret team\n")
+    with serving(oracle_engine(num_kv_tokens=16384), ServerConfig(api_key_file=str(keys))) as live:
+        yield live
+
+
+@pytest.mark.parametrize("agent", PLACES)
+def test_settings_name_the_server_and_its_key(
+    agent: str, live: Live, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Output
+) -> None:
+    """The file is written once, readable by its owner only."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    command = ["agent", agent, "--url", f"{live.url}/v1"]
+    monkeypatch.delenv(API_KEY_VARIABLE, raising=False)
+    assert cli.main(command) == 2 and API_KEY_VARIABLE in capsys.readouterr().err
+    monkeypatch.setenv(API_KEY_VARIABLE, "s3cret")
+    assert cli.main(command) == 0
+    printed = capsys.readouterr().out
+    (tomllib.loads if agent == "codex" else json.loads)(printed)
+    for part in (live.url, "builtin", "4096", "1800000"):
+        assert part in printed
+    assert ("s3cret" in printed) == (agent == "claude") != (API_KEY_VARIABLE in printed)
+    assert not any(word in printed for word in ("NAME", '"KEY"', "8000/", "131072", "8192"))
+    assert cli.main([*command, "--write"]) == 0
+    file = tmp_path / PLACES[agent]
+    assert file.read_text() == printed and file.stat().st_mode & 0o77 == 0
+    assert cli.main([*command, "--write"]) == 2 and "exists" in capsys.readouterr().err
+
+
+def test_benchmark_counts_what_the_server_counts(
+    live: Live, monkeypatch: pytest.MonkeyPatch, capsys: Output
+) -> None:
+    monkeypatch.setenv(API_KEY_VARIABLE, "s3cret")
+    live.headers["Authorization"] = "Bearer s3cret"
+    before = live.report()["usage"]
+    flags = ["--agents", "3", "--turns", "3", "--words", "60", "--answer", "5"]
+    assert cli.main(["bench", live.url, *flags, "--json"]) == 0
+    figures = json.loads(capsys.readouterr().out)
+    after = live.report()["usage"]
+    used = {
+        name: after[name] - before[name] for name in ("requests", "prompt_tokens", "cached_tokens")
+    }
+    assert used["requests"] == figures["all"]["requests"] == 9
+    assert figures["all"]["hit_rate"] == used["cached_tokens"] / used["prompt_tokens"] > 0.3
+    assert figures["first turns"]["hit_rate"] < figures["later turns"]["hit_rate"] < 1
+    assert figures["all"]["tokens_per_s"] == pytest.approx(45 / figures["seconds"])
+    assert cli.main(["bench", live.url, "--agents", "1", "--turns", "1", "--answer", "2"]) == 0
+    table = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in table] == ["requests", "first", "all", "Medians"]
+
+
+def test_wrong_commands_end_with_one_sentence(capsys: Output) -> None:
+    for command, message in {
+        "bench 127.0.0.1:1": "give http://HOST:PORT",
+        "bench http://127.0.0.1:1": "No server answers at http://127.0.0.1:1",
+        "bench http://127.0.0.1:1 --turns 0": "--turns must be",
+        "agent codex --url http://[oops": "No server answers",
+    }.items():
+        assert cli.main(command.split()) == 2
+        said = capsys.readouterr().err
+        assert message in said and said.count("\n") == 1
+
+
+def test_grafana_prints_the_dashboard(capsys: Output) -> None:
+    assert cli.main(["grafana"]) == 0
+    assert json.loads(capsys.readouterr().out)["panels"]
