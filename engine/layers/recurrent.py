@@ -15,6 +15,7 @@ from engine.weights.products import SCALE_BLOCK, Linear, Part, QuantizedRows
 from hybridcache.geometry.mixers import DeltaSizes, MambaSizes
 from hybridcache.geometry.sizes import Spec
 from kernels.gdn import reference as gdn
+from kernels.mamba2 import reference as mamba2
 
 
 class CausalConv:
@@ -269,14 +270,14 @@ class Mamba2(Recurrent):
         x, B, C = x.split(self._mixed_widths, dim=-1)
         groups = len(x), sizes.num_groups, sizes.state_dim
         heads = x.view(len(x), sizes.num_heads, sizes.head_dim), B.view(groups), C.view(groups)
-        gates, D, limits = (*gates, self._A_log, self._dt_bias), self._D, self._limits
+        inputs = gates[0], self._A_log, self._dt_bias
         if isinstance(part, PrefillPart):
-            gate, step = self._mamba2.gates(*gates, limits)
-            return self._mamba2.chunk_mamba2(
-                *heads, gate, step, D, states=states[0], **part.scan_inputs
-            )
+            gate, step = self._mamba2.gates(*inputs, self._limits)
+            prompt = mamba2.Prompt(*heads, gate, step, self._D)
+            return self._mamba2.chunk_mamba2(prompt, states=states[0], **part.scan_inputs)
+        token = mamba2.Step(*heads, *inputs, self._D)
         return self._mamba2.decode_mamba2(
-            *heads, *gates, D, states=states[0], limits=limits, **part.scan_inputs
+            token, states=states[0], limits=self._limits, **part.scan_inputs
         )
 
     def _gated(self, mixed: torch.Tensor, projected: torch.Tensor) -> torch.Tensor:

@@ -30,7 +30,7 @@ import triton
 import triton.language as tl
 
 from kernels.gdn.fused import BLOCK, pairwise_decay, softplus
-from kernels.mamba2.reference import NO_LIMITS
+from kernels.mamba2.reference import NO_LIMITS, Prompt, Step
 from kernels.packed import ScanInputs, StepInputs
 from kernels.recurrence import block_of, decode, scan, scan_config, tile_tokens
 from kernels.strides import rows_contiguous
@@ -154,16 +154,7 @@ def step(b_state, i_token, i_head, o_k, o_v, inputs,
 
 
 def decode_mamba2(
-    x: torch.Tensor,
-    B: torch.Tensor,
-    C: torch.Tensor,
-    dt: torch.Tensor,
-    A_log: torch.Tensor,
-    dt_bias: torch.Tensor,
-    D: torch.Tensor,
-    *,
-    limits: tuple[float, float] = NO_LIMITS,
-    **where: Unpack[StepInputs],
+    token: Step, *, limits: tuple[float, float] = NO_LIMITS, **where: Unpack[StepInputs]
 ) -> torch.Tensor:
     """Compute one token of B sequences, or several with ``packed`` and ``step_slots``.
 
@@ -171,7 +162,8 @@ def decode_mamba2(
     is contiguous, with any stride between tokens and between slots. The number of tokens of each
     sequence is read from ``packed.cu_seqlens``.
     """
-    tokens = [rows_contiguous(part) for part in (x, B, C, dt)]
+    *tokens, A_log, dt_bias, D = token
+    x, B, *_ = tokens = [rows_contiguous(part) for part in tokens]
     strides = tuple(part.stride(0) for part in tokens)
     key_dim, value_dim = B.shape[-1], x.shape[-1]
     return decode(
@@ -277,27 +269,15 @@ def scan_tile(b_state, i_tile, i_head, o_token, m_token, o_k, o_v, tiles,
     return tl.dot(tl.trans(b_b), b_new, b_state, input_precision="ieee"), b_out
 
 
-def chunk_mamba2(
-    x: torch.Tensor,
-    B: torch.Tensor,
-    C: torch.Tensor,
-    gate: torch.Tensor,
-    step: torch.Tensor,
-    D: torch.Tensor,
-    **where: Unpack[ScanInputs],
-) -> torch.Tensor:
+def chunk_mamba2(prompt: Prompt, **where: Unpack[ScanInputs]) -> torch.Tensor:
     """Compute Mamba-2 over packed sequences by tiles; store each last state in its slot.
 
-    - ``x``: ``[T, HV, V]``. ``B``, ``C``: ``[T, H, K]``, HV a multiple of H. All have one dtype.
-      Each token is contiguous, with any stride between tokens.
-    - ``gate``: ``[T, HV]`` log-decay, at most 0. ``step``: ``[T, HV]``, see
-      `kernels.mamba2.fused`. ``D``: ``[HV]``.
-    - ``where``: states of one layer, changed in place; see `kernels.packed.ScanInputs`.
-
     Returns ``[T, HV, V]`` in x's dtype. Two launches. K up to 256 (above 128 some registers of the
-    scan spill to memory on sm_90), any V. Formula and source: `kernels.mamba2.reference`.
+    scan spill to memory on sm_90), any V. Arguments, formula and source:
+    `kernels.mamba2.reference`.
     """
-    x, B, C = (rows_contiguous(part) for part in (x, B, C))
+    x, B, C = map(rows_contiguous, prompt[:3])
+    gate, step, D = prompt[3:]
     packed, (num_heads, value_dim) = where["packed"], x.shape[1:]
     num_groups, key_dim = B.shape[1:]
     num_tiles, size = len(packed.tile_sequences), packed.tile_size

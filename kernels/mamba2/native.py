@@ -7,7 +7,7 @@ from typing import Unpack
 import torch
 
 from kernels.mamba2 import reference
-from kernels.mamba2.reference import NO_LIMITS, gates
+from kernels.mamba2.reference import NO_LIMITS, Prompt, Step, gates
 from kernels.native import (
     DTYPES,
     fits_states,
@@ -22,38 +22,22 @@ from kernels.packed import ScanInputs, StepInputs
 __all__ = ["chunk_mamba2", "decode_mamba2", "gates"]
 
 
-def chunk_mamba2(
-    x: torch.Tensor,
-    B: torch.Tensor,
-    C: torch.Tensor,
-    gate: torch.Tensor,
-    step: torch.Tensor,
-    D: torch.Tensor,
-    **where: Unpack[ScanInputs],
-) -> torch.Tensor:
+def chunk_mamba2(prompt: Prompt, **where: Unpack[ScanInputs]) -> torch.Tensor:
     """Compute ``reference.chunk_mamba2``. Threads share the work by head and sequence."""
-    tokens, factors = (x, B, C), (gate, step, D)
-    out = scan("chunk_mamba2", tokens, factors, x, B.shape[1], **where)
-    return reference.chunk_mamba2(*tokens, *factors, **where) if out is None else out
+    x, B, C, *factors = prompt
+    out = scan("chunk_mamba2", (x, B, C), (*factors,), x, B.shape[1], **where)
+    return reference.chunk_mamba2(prompt, **where) if out is None else out
 
 
 def decode_mamba2(
-    x: torch.Tensor,
-    B: torch.Tensor,
-    C: torch.Tensor,
-    dt: torch.Tensor,
-    A_log: torch.Tensor,
-    dt_bias: torch.Tensor,
-    D: torch.Tensor,
-    *,
-    limits: tuple[float, float] = NO_LIMITS,
-    **where: Unpack[StepInputs],
+    token: Step, *, limits: tuple[float, float] = NO_LIMITS, **where: Unpack[StepInputs]
 ) -> torch.Tensor:
     """Compute ``reference.decode_mamba2``. Lengths are those of ``packed.cu_seqlens``."""
-    parameters, states, slots = (A_log, dt_bias, D), where["states"], where["slots"]
-    plain = all(part.dtype is torch.float32 for part in parameters)
+    x, B, C, dt, A_log, dt_bias, D = token
+    states, slots = where["states"], where["slots"]
+    plain = A_log.dtype is dt_bias.dtype is D.dtype is torch.float32
     if not (plain and fits_states((x, B, C, dt), states)):
-        return reference.decode_mamba2(x, B, C, dt, *parameters, limits=limits, **where)
+        return reference.decode_mamba2(token, limits=limits, **where)
     x, B, C = same_stride((x, B, C))
     dt, out = whole_rows(dt), torch.empty(x.shape, dtype=x.dtype)
     name = f"decode_mamba2_{DTYPES[x.dtype]}_{DTYPES[states.dtype]}"

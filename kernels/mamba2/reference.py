@@ -22,7 +22,7 @@ Source: Transformers are SSMs (arXiv 2405.21060), sections 6 and 7.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple, Unpack
 
 import torch
@@ -34,6 +34,34 @@ from kernels.tiles import Tiling, carry, decays_, decode, groups, lay_out, save
 NO_LIMITS = (0.0, float("inf"))
 BLOCK = 2**18
 """Elements of ``C B^T * L`` computed at once, so that they fit into the processor's cache."""
+
+
+class Prompt(NamedTuple):
+    """Tokens of packed sequences, with their `gates`."""
+
+    x: torch.Tensor
+    """``[T, HV, V]``. Each token is contiguous, with any stride between tokens, as in B and C."""
+    B: torch.Tensor
+    """``[T, H, K]``, HV a multiple of H, in the dtype of x, as C."""
+    C: torch.Tensor
+    gate: torch.Tensor
+    """float32 log-decay ``[T, HV]``, at most 0."""
+    step: torch.Tensor
+    """``[T, HV]``."""
+    D: torch.Tensor
+    """``[HV]``."""
+
+
+class Step(NamedTuple):
+    """Tokens, as in `Prompt`, and the inputs of their `gates`."""
+
+    x: torch.Tensor
+    B: torch.Tensor
+    C: torch.Tensor
+    dt: torch.Tensor
+    A_log: torch.Tensor
+    dt_bias: torch.Tensor
+    D: torch.Tensor
 
 
 def gates(
@@ -56,29 +84,19 @@ def gates(
     return step * A_log.float().exp().neg_(), step
 
 
-def chunk_mamba2(
-    x: torch.Tensor,
-    B: torch.Tensor,
-    C: torch.Tensor,
-    gate: torch.Tensor,
-    step: torch.Tensor,
-    D: torch.Tensor,
-    **where: Unpack[ScanInputs],
-) -> torch.Tensor:
+def chunk_mamba2(prompt: Prompt, **where: Unpack[ScanInputs]) -> torch.Tensor:
     """Compute Mamba-2 over packed sequences by tiles; store each last state in its slot.
 
-    - ``x``: ``[T, HV, V]``. ``B``, ``C``: ``[T, H, K]``, HV a multiple of H.
-    - ``gate``: ``[T, HV]`` float32 log-decay, at most 0. ``step``: ``[T, HV]``, see `gates`.
-      ``D``: ``[HV]``.
-    - ``where``: see `kernels.packed.ScanInputs`. States are ``[S, HV, K, V]`` of any strides.
-
+    ``where``: see `kernels.packed.ScanInputs`. States are ``[S, HV, K, V]`` of any strides.
     Returns ``[T, HV, V]`` in x's dtype.
     """
+    *tokens, D = prompt
+    x = prompt.x
     layout = lay_out(where["packed"].lengths, where["packed"].tile_size, x.device)
     if not layout.active:
         return torch.empty_like(x)
     states, (order, index, carried, saves) = where["states"], carry(layout, **where)
-    inputs = _tile(x, B, C, gate, step, layout)
+    inputs = _tile(tokens, layout)
     out = torch.empty_like(inputs.x)
     heads = x.shape[1]
     for block, steps in _blocks(layout, heads):
@@ -116,19 +134,12 @@ class _Inputs(NamedTuple):
         return _Inputs(*(x[tiles] for x in self))
 
 
-def _tile(
-    x: torch.Tensor,
-    B: torch.Tensor,
-    C: torch.Tensor,
-    gate: torch.Tensor,
-    step: torch.Tensor,
-    layout: Tiling,
-) -> _Inputs:
+def _tile(tokens: Sequence[torch.Tensor], layout: Tiling) -> _Inputs:
     def tiled(x: torch.Tensor) -> torch.Tensor:
         shape = layout.num_tiles, x.shape[1], layout.tile_size, x.shape[2]
         return layout.tile(x, x.new_empty(shape, dtype=torch.float32))
 
-    return _Inputs(tiled(x), tiled(B), tiled(C), layout.tile_factor(gate), layout.tile_factor(step))
+    return _Inputs(*map(tiled, tokens[:3]), *map(layout.tile_factor, tokens[3:]))
 
 
 def _blocks(layout: Tiling, heads: int) -> Iterator[tuple[slice, list[int]]]:
@@ -176,28 +187,19 @@ def _weigh(inputs: _Inputs, D: torch.Tensor) -> _Tiles:
 
 
 def decode_mamba2(
-    x: torch.Tensor,
-    B: torch.Tensor,
-    C: torch.Tensor,
-    dt: torch.Tensor,
-    A_log: torch.Tensor,
-    dt_bias: torch.Tensor,
-    D: torch.Tensor,
-    *,
-    limits: tuple[float, float] = NO_LIMITS,
-    **where: Unpack[StepInputs],
+    token: Step, *, limits: tuple[float, float] = NO_LIMITS, **where: Unpack[StepInputs]
 ) -> torch.Tensor:
     """Compute one token of B sequences: gates, update of the state in each slot, read-out.
 
-    - ``x``: ``[B, HV, V]``. ``B``, ``C``: ``[B, H, K]``. ``dt``: ``[B, HV]``, see `gates`.
-    - ``where``: states ``[S, HV, K, V]`` and their slots; see `kernels.packed.StepInputs`.
+    ``where``: states ``[S, HV, K, V]`` and their slots; see `kernels.packed.StepInputs`.
 
     Returns ``[B, HV, V]``, or ``[T, HV, V]``, in x's dtype. Reads and writes every state once per
     token.
     """
+    x, B, C, dt, A_log, dt_bias, D = token
     gate, step = gates(dt, A_log, dt_bias, limits)
     values, group = x.float(), x.shape[1] // B.shape[1]
-    token = (
+    factors = (
         values * step[..., None],
         _by_head(B, group),
         _by_head(C, group),
@@ -205,7 +207,7 @@ def decode_mamba2(
         values * D.float()[:, None],
     )
     out = torch.empty_like(values)
-    return decode(_advance, token, out, **where).to(x.dtype)
+    return decode(_advance, factors, out, **where).to(x.dtype)
 
 
 def _by_head(x: torch.Tensor, group: int) -> torch.Tensor:

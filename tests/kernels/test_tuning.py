@@ -20,6 +20,7 @@ pytest.importorskip("triton")
 from kernels import target
 from kernels.recurrence import scan_config
 from tests.kernels.compiled import triton_functions
+from tests.kernels.records import taking
 
 OF_OUTPUTS = {"HEADS", "BM", "BT", "BV", "BC", "BLOCK_BYTES"}
 """Tile sizes along output dimensions, which are never summed over."""
@@ -70,7 +71,6 @@ def test_tuning_keys_depend_only_on_the_layer(device) -> None:
     """Keys are equal for all batches, and for decode and verification."""
     from kernels.conv1d import fused as conv1d
     from kernels.gdn import fused as gdn
-    from kernels.gdn.reference import Prompt, Step
     from kernels.mamba2 import fused as mamba2
     from kernels.norm import fused as norm
 
@@ -88,13 +88,14 @@ def test_tuning_keys_depend_only_on_the_layer(device) -> None:
         where["resumed"] = torch.ones(count, dtype=torch.bool, device=device)
         steps = {"packed": packed, "slots": slots, "step_slots": slots + count}
         with tuning.using({}) as keys:
-            prompt, token = Prompt(q, k, v, -a.abs(), b.sigmoid()), Step(q, k, v, a, b, *parameters)
-            gdn.chunk_gdn(prompt, states=states, **where)
-            gdn.decode_gdn(token, states=states, slots=slots)
-            gdn.decode_gdn(token, states=states, **steps)
-            mamba2.chunk_mamba2(v, q, k, -a.abs(), b.abs(), b[0], states=states, **where)
-            mamba2.decode_mamba2(v, q, k, a, *parameters, b[0], states=states, slots=slots)
-            mamba2.decode_mamba2(v, q, k, a, *parameters, b[0], states=states, **steps)
+            prompt, token = (q, k, v, -a.abs(), b.sigmoid()), (q, k, v, a, b, *parameters)
+            taking(gdn.chunk_gdn)(*prompt, states=states, **where)
+            for at in ({"slots": slots}, steps):
+                taking(gdn.decode_gdn)(*token, states=states, **at)
+            prompt, token = (v, q, k, -a.abs(), b.abs(), b[0]), (v, q, k, a, *parameters, b[0])
+            taking(mamba2.chunk_mamba2)(*prompt, states=states, **where)
+            for at in ({"slots": slots}, steps):
+                taking(mamba2.decode_mamba2)(*token, states=states, **at)
             conv1d.prefill_conv1d(x, taps, None, states=windows, **where)
             conv1d.decode_conv1d(x, taps, None, states=windows, slots=slots)
             norm.rms_norm(x, taps[:, 0], 1e-6)
