@@ -81,6 +81,8 @@ def import_module(spec: str, module_name: str) -> ModuleType:
         sys.path.append(here)
     try:
         return importlib.import_module(module_name)
+    except MemoryError:
+        raise
     except Exception as error:  # a user's module can raise anything
         raise ValueError(
             f"{spec!r}: no module {module_name!r} can be imported ({error}); a class in "
@@ -115,7 +117,7 @@ def factory_of(given: object, protocol: type[Any]) -> Callable[[], Any]:
     """Return the factory of the policy that ``given`` is or makes, guarded unless it is built in.
 
     ``protocol`` is one of the three interfaces of policies. The factory raises ValueError if the
-    policy cannot be created, or does not implement it.
+    policy cannot be created, or does not implement it, and MemoryError as it is.
     """
     own = own_policy(given)
     if isinstance(own.make, type) and is_built_in(own.make) and issubclass(own.make, protocol):
@@ -124,6 +126,8 @@ def factory_of(given: object, protocol: type[Any]) -> Callable[[], Any]:
     def make() -> Any:
         try:
             policy = own.make()
+        except MemoryError:
+            raise
         except Exception as error:  # a user's class can raise anything
             raise ValueError(
                 f"{own.label!r}: it cannot be created ({type(error).__name__}: {error}); "
@@ -193,7 +197,8 @@ def _asked(name: str) -> Any:
 
 
 class Guard:
-    """Caller of a user's methods. Their exceptions become a PolicyError with method and line."""
+    """Caller of a user's methods. Their exceptions become a PolicyError with method and line. A
+    MemoryError stays as it is, because it is no failure of the policy that meets it."""
 
     def __init__(self, label: str, policy: Any) -> None:
         self._label, self._policy = label, policy
@@ -213,7 +218,7 @@ class Guard:
         """Return ``call(policy)``, which calls the method ``name`` of the user's policy."""
         try:
             return call(self._policy)
-        except PolicyError:
+        except (PolicyError, MemoryError):
             raise
         except (Exception, SystemExit) as error:  # user code can raise anything
             frames = traceback.extract_tb(error.__traceback__)

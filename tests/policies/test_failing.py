@@ -26,7 +26,10 @@ PLACEMENT = ("on_prefill", "on_hit", "on_ghost_hit", "on_saved", "on_dropped", "
 ITEM_BYTES = {"kv_bytes_per_token": 1, "state_bytes": 8}
 
 
-def failing(base: type, method: str, calls: int) -> type:
+BOOM = RuntimeError("boom")
+
+
+def failing(base: type, method: str, calls: int, error: Exception = BOOM) -> type:
     """Return a subclass of ``base`` that raises at the n-th call of ``method``."""
 
     class Failing(base):  # type: ignore[misc]
@@ -35,7 +38,7 @@ def failing(base: type, method: str, calls: int) -> type:
     def fail(self: Any, *arguments: Any) -> Any:
         Failing.left -= 1
         if Failing.left == 0:
-            raise RuntimeError("boom")
+            raise error
         return getattr(base, method)(self, *arguments)
 
     setattr(Failing, method, fail)
@@ -120,6 +123,16 @@ def test_a_failing_placement_leaves_the_cache_consistent(method: str, calls: int
     assert has_failed or not num_failed
     # A failure in a notification after the last plan is not raised.
     assert num_failed or not has_failed or method != "plan"
+
+
+@pytest.mark.parametrize("method", ["touch", "add", "discard", "victim", "on_prefill", "plan"])
+def test_a_lack_of_memory_is_not_a_failure_of_the_policy(method: str) -> None:
+    base, protocol = (LRU, EvictionPolicy) if method in EVICTION else (Adaptive, PlacementPolicy)
+    policy = factory_of(failing(base, method, 3, MemoryError()), protocol)
+    eviction, placements = (policy, (Adaptive(),)) if base is LRU else (LRU, (policy(),))
+    with pytest.raises(MemoryError):
+        check_serving(eviction, Placement(placements))
+    assert base is LRU or placements[0].failure is None
 
 
 class FailingExchange:
