@@ -11,12 +11,11 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from enum import Enum
 from functools import partial
-from itertools import repeat
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from engine.config import BUILTIN_NAME, EngineConfig
-from engine.errors import DuplicateId, QueueFull
+from engine.errors import DuplicateId, QueueFull, StepFailed
 from engine.interrupts import DelayedSignals
 from engine.requests.request import (
     Intake,
@@ -107,14 +106,12 @@ class EngineCore:
         self._overlaps = overlap == "on" or (overlap == "auto" and runner.is_asynchronous)
         self._in_flight: Batch | None = None
         self.interrupted: tuple[str, ...] = ()
-        """Requests that were running when a step last failed."""
+        """Requests that were running when the last step failed; empty if it did not."""
         self._requests: dict[str, Request] = {}
         self._committing = NO_STEP
         """The step that is being published."""
-        self._outputs: deque[RequestOutput] = deque()
+        self._outputs: list[RequestOutput] = []
         """Outputs that no call has returned yet."""
-        self._mailboxes: dict[str, deque[RequestOutput]] = {}
-        """Outputs of the requests that ``stream`` follows, not yet taken."""
         self._damage = Damage.NONE
         """Damage that an exception would leave now, or has left."""
         self._open_plugins = list(plugins.values())
@@ -192,18 +189,19 @@ class EngineCore:
         """End a request at once with ``reason``; its memory is free when this returns. Returns its
         last output, or None if it had ended already. After an exception, repeat the call; an output
         that it could not return comes with the next step, or from ``take_outputs``."""
-        request = self._requests.get(request_id)
-        if request is None:
-            return None
         with self._whole(Damage.NONE):
             self._collect()
-            if request_id not in self._requests:
+            if (request := self._requests.get(request_id)) is None:
                 return None
             self._damage = Damage.ALL
             self.end_request(request, reason)
             self._damage = Damage.NONE
             self._collect()
-        return self._outputs.pop()
+        if request.mailbox is not None:
+            return request.mailbox[-1]
+        # One assignment without a call: nothing can come between it and the caller.
+        *self._outputs, last = self._outputs
+        return last
 
     def end_request(self, request: Request, reason: FinishReason = "abort") -> None:
         """End a request in the middle of another call, as plugins do. Its last output comes with
@@ -275,6 +273,15 @@ class EngineCore:
         sampler or a policy undoes the step. After any other one, such as a MemoryError in the
         cache, the cache starts again empty.
         """
+        self._advance()
+        return self._take()
+
+    def _advance(self, *, is_awaited: bool = False) -> None:
+        """Compute one batch, and collect the outputs. Raises StepFailed if a caller waits for the
+        outputs of a request, and there is nothing to compute."""
+        if is_awaited and not self.has_work():
+            raise StepFailed("the engine has lost the request")
+        self.interrupted = ()
         with self._whole():
             if not self._scheduler.must_commit:
                 for each in self.transfers:
@@ -283,7 +290,6 @@ class EngineCore:
             if self._overlaps:  # The device has probably finished the previous step.
                 due, self._in_flight = self._in_flight or NO_STEP, step if step.segments else None
             self._commit(due)
-        return self._take()
 
     def _undo(self) -> tuple[str, ...]:
         """Undo the last step, which failed outside of the cache. Returns the ids of the requests
@@ -307,10 +313,7 @@ class EngineCore:
         name = "An exception" if error is None else type(error).__name__
         logger.error("%s in the middle of a call: the cache starts again, empty.", name)
         self._in_flight, self._committing = None, NO_STEP
-        requests = {
-            **dict.fromkeys(self._requests.values()),
-            **self._scheduler.progressed,
-        }
+        requests = {**dict.fromkeys(self._requests.values()), **self._scheduler.progressed}
         admission = make_admission(self.config.admission)
         interrupted = self._scheduler.begin_again(requests, admission)
         for each in self.transfers:
@@ -399,33 +402,33 @@ class EngineCore:
         return self._take()
 
     def _take(self) -> list[RequestOutput]:
-        # One line, so that no exception can come between taking and returning.
-        return [*map(deque.popleft, repeat(self._outputs, len(self._outputs)))]
+        # One assignment without a call: an allocation fails before it, and Python handles signals
+        # after calls only. So nothing can come between it and the caller.
+        taken, self._outputs = self._outputs, []
+        return taken
 
     def _collect(self) -> None:
         """Put the new output of each request into the outputs to return. After an exception at any
-        line, another call goes on."""
-        progressed, outputs = self._scheduler.progressed, self._outputs
-        while progressed:
-            output = self._report(next(iter(progressed)))
-            if not outputs or outputs[-1] is not output:
-                outputs.append(output)
-            progressed.popitem(last=False)[0].output_is_taken = True
+        place, another call goes on."""
+        while progressed := self._scheduler.progressed:
+            request = next(iter(progressed))
+            if (output := request.report()) is not None:
+                if output.finish_reason is not None:
+                    self._forget_request(request)
+                outputs = self._outputs if request.mailbox is None else request.mailbox
+                if not outputs or outputs[-1] is not output:
+                    outputs += [output]  # No call, so no signal comes before the next line.
+                request.output_is_taken = True
+            del progressed[request]
 
-    def _report(self, request: Request) -> RequestOutput:
-        """Return the new output of ``request``, for which it may have a mailbox too, and forget a
-        request that has ended."""
-        output = request.report()
-        box = self._mailboxes.get(output.request_id) if self._mailboxes else None
-        if box is not None and not (box and box[-1] is output):
-            box.append(output)
-        if output.finish_reason is not None and output.request_id in self._requests:
+    def _forget_request(self, request: Request) -> None:
+        """Forget a request that has ended, unless it is forgotten."""
+        if request.request_id in self._requests:
             num_bytes = max(request.tokens.nbytes, RECENT_BYTES // MAX_RECENT)
             self.recent.put(request.request_id, request, num_bytes)
             for listener in self.on_end:
                 listener(request)
-            del self._requests[output.request_id]
-        return output
+            del self._requests[request.request_id]
 
     def _tell_observers(self, step: Batch) -> None:
         started, scheduled, computed, launched, waited = self._laps
@@ -458,21 +461,22 @@ class EngineCore:
         if len(each) != len(prompts):
             raise ValueError(f"{len(prompts)} prompts came with {len(each)} sampling parameters.")
         last = dict[int, RequestOutput]()
-        places: dict[str, int] = {}
+        places, mailbox = dict[str, int](), list[RequestOutput]()
         queue = deque(enumerate(zip(prompts, each, strict=True)))
         try:
             while queue or places:
                 with DelayedSignals():
                     while queue and self.has_room:
                         place, (prompt, params) = queue.popleft()
-                        places[self.submit(prompt, params, **options)] = place
-                    for output in self.step():
+                        name = self.submit(prompt, params, **options)
+                        self._requests[name].mailbox, places[name] = mailbox, place
+                    self._advance(is_awaited=True)
+                    for output in mailbox:
                         if output.finish_reason is not None and output.request_id in places:
                             last[places.pop(output.request_id)] = output
+                    mailbox.clear()
         finally:
-            with DelayedSignals():
-                for request_id in places:
-                    self.abort(request_id)
+            self._end_followed(mailbox)
         return [last[place] for place in range(len(prompts))]
 
     def stream(
@@ -480,21 +484,25 @@ class EngineCore:
     ) -> Iterator[RequestOutput]:
         """Queue one prompt at the first output that is read, and yield all. Closing or dropping the
         iterator ends the request."""
-        request_id = self.submit(prompt, sampling, **options)
-        mailbox = self._mailboxes[request_id] = deque()
-        is_finished = False
+        mailbox, is_finished = list[RequestOutput](), False
         try:
+            with DelayedSignals():
+                self._requests[self.submit(prompt, sampling, **options)].mailbox = mailbox
             while not is_finished:
                 while not mailbox:
                     with DelayedSignals():
-                        self.step()
-                output = mailbox.popleft()
+                        self._advance(is_awaited=True)
+                output = mailbox.pop(0)
                 is_finished = output.finish_reason is not None
                 yield output
         finally:
-            with DelayedSignals():
-                del self._mailboxes[request_id]
-                self.abort(request_id)
+            self._end_followed(mailbox)
+
+    def _end_followed(self, mailbox: list[RequestOutput]) -> None:
+        """End the requests of ``mailbox``, which nothing reads any more."""
+        with DelayedSignals():
+            for request in [one for one in self.requests if one.mailbox is mailbox]:
+                self.abort(request.request_id)
 
     def end_session(self, request_id: str) -> None:
         """End the session of ``request_id``, its newest request: no request will follow it. Does

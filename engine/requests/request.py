@@ -309,6 +309,8 @@ class Request(ScheduledRequest):
         self.make_rules()
         self.answer: Answer | None = None
         """The answer as its reader has it, if that is a caller in this thread, else None."""
+        self.mailbox: list[RequestOutput] | None = None
+        """Place of the outputs for a caller that reads only those of its own requests, or None."""
         self.text: list[str] = []
         """Pieces of the text so far."""
         self._logprobs: list[SampledToken] = []
@@ -476,14 +478,17 @@ class Request(ScheduledRequest):
         self.finish_reason, self.finished_s = reason, now_s
         self._rules, self.text_stream = (), None
 
-    def report(self) -> RequestOutput:
-        """Return the output with the tokens since the last one, or that one if it is not taken, so
-        that a report can be repeated after an exception at any line. O(new tokens), amortised."""
+    def report(self) -> RequestOutput | None:
+        """Return the output with the tokens since the last one, or that one if it is not taken, or
+        None if nothing is new. A report can be repeated after an exception at any place. O(new
+        tokens), amortised."""
         last = self._output
         if last is not None and not self.output_is_taken:
             return last
         first, num_chars = (0, 0) if last is None else (last.num_tokens, last.num_chars)
         num_tokens, num_pieces = self.num_tokens - self.prompt_len, len(self.text)
+        if last and (num_tokens, self.finish_reason) == (first, last.finish_reason):
+            return None
         if num_tokens == first + 1:  # The usual case, in a tenth of the time.
             token_ids: tuple[int, ...] = (self.buffer.item(self.num_tokens - 1),)
         else:

@@ -29,9 +29,7 @@ from hybridcache.geometry.units import GIB, counted
 
 
 def load_runner(
-    config: EngineConfig,
-    rank: Rank = ALONE,
-    kind: type[ModelRunner] = ModelRunner,
+    config: EngineConfig, rank: Rank = ALONE, kind: type[ModelRunner] = ModelRunner
 ) -> ModelRunner:
     """Load the model that ``config`` names, and allocate its memory. Raises ModelError."""
     device = Device.resolve(config.device)

@@ -55,12 +55,7 @@ class WarmUp(NamedTuple):
 class ModelRunner:
     """Owns the memory of a loaded model, and computes one Batch after the other."""
 
-    def __init__(
-        self,
-        loaded: LoadedModel,
-        plan: MemoryPlan,
-        max_model_len: int,
-    ) -> None:
+    def __init__(self, loaded: LoadedModel, plan: MemoryPlan, max_model_len: int) -> None:
         config, self.loaded = loaded.settings, loaded
         self.device, self.kernels, self.model = loaded.device, loaded.kernels, loaded.model
         self.config, self.geometry, self.dtype = loaded.config, loaded.geometry, loaded.dtype

@@ -94,15 +94,19 @@ class Answer:
     """Everything that was generated for one request so far, held where its outputs are read. It
     only grows, so that the outputs of earlier steps stay as they are."""
 
-    __slots__ = ("known", "logprobs", "num_chars", "prompt", "prompt_logprobs", "text", "tokens")
+    __slots__ = (
+        *("known", "logprobs", "num_chars", "num_pieces", "num_tokens"),
+        *("prompt", "prompt_logprobs", "text", "tokens"),
+    )
 
     def __init__(self, prompt: npt.NDArray[np.int32]) -> None:
         self.prompt = prompt
         self.tokens = np.empty(64, np.int32)
         """Generated tokens, and room for further ones."""
+        self.num_tokens = 0
         self.text: list[str] = []
         """Pieces of the text."""
-        self.num_chars = 0
+        self.num_pieces = self.num_chars = 0
         self.logprobs: list[SampledToken] = []
         self.prompt_logprobs: tuple[SampledToken | None, ...] | None = None
         self.known: RequestOutput | None = None
@@ -110,7 +114,8 @@ class Answer:
 
     def add(self, output: RequestOutput) -> RequestOutput:
         """Append the new part of ``output``, unless it was appended before, and return the output
-        with this answer, complete. O(new tokens), amortised."""
+        with this answer, complete. Can be repeated after an exception at any place. O(new tokens),
+        amortised."""
         end, new = output.num_tokens, output.new_token_ids
         first = end - len(new)
         if end > len(self.tokens):
@@ -120,12 +125,13 @@ class Answer:
         else:
             self.tokens[first:end] = new
         if output.num_chars > self.num_chars:
-            self.num_chars = output.num_chars
-            self.text.append(output.new_text)
+            self.text[self.num_pieces :] = [output.new_text]
+            self.num_pieces, self.num_chars = self.num_pieces + 1, output.num_chars
         if output.new_logprobs:
             self.logprobs[first:end] = output.new_logprobs
         if output.new_prompt_logprobs is not None:
             self.prompt_logprobs = output.new_prompt_logprobs
+        self.num_tokens = end
         if output.losses is not None or (known := self.known) is None:
             self.known = output
             return structs.replace(output, answer=self)

@@ -99,17 +99,25 @@ class BoundedMemory(Generic[Key, Value]):
         if num_bytes > self.limit_bytes:
             return
         with self._lock:
-            self.num_bytes += num_bytes - self._values.pop(key, (None, 0))[1]
-            self._values[key] = value, num_bytes
+            if key in self._values:
+                self._drop(key)
+            size = self.num_bytes + num_bytes
+            self._values[key], self.num_bytes = (value, num_bytes), size
             while self.num_bytes > self.limit_bytes:
-                self.num_bytes -= self._values.popitem(last=False)[1][1]
+                self._drop(next(iter(self._values)))
+
+    def _drop(self, key: Key) -> None:
+        # The size follows each change without an allocation, which could fail in between.
+        size = self.num_bytes - self._values[key][1]
+        del self._values[key]
+        self.num_bytes = size
 
     def delete(self, key: Key) -> bool:
         """Remove the value of ``key``. Returns False if there is none. O(1)."""
         with self._lock:
-            _, num_bytes = self._values.pop(key, (None, 0))
-            self.num_bytes -= num_bytes
-            return num_bytes > 0
+            if has_value := key in self._values:
+                self._drop(key)
+            return has_value
 
     def listed(self) -> list[tuple[Key, Value]]:
         """Return all (key, value), the least recently used first. O(values)."""

@@ -35,6 +35,7 @@ PARTS = {
     "cache": Part("operations", 1_800, 60_000, 1_000_000),
     "fuzz": Part("seconds", 1, 60, 600),
     "waits": Part("loads", 2, 10, 10),
+    "torn": Part("calls", 16, 400, 3_000),
     "stores": Part("kills", 3, 50, 200),
     "faults": Part("faults", 4, 10, 10),
     "soak": Part("requests", 60, 5_000, 200_000),
@@ -64,7 +65,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("parts", nargs="+", choices=PARTS, metavar="PART", help=", ".join(PARTS))
     parser.add_argument("--size", default="medium", help="small, medium, large or a number")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", help="attack of hostile, format of faults, or client")
+    parser.add_argument(
+        "--only", help="attack of hostile, format of faults, kind of torn, or client"
+    )
     options = parser.parse_args(arguments)
     more = {} if options.only is None else {"only": options.only}
     for name in options.parts:

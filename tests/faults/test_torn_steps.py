@@ -8,10 +8,13 @@ with an error.
 
 from __future__ import annotations
 
+import dis
 import errno
 import gc
+import linecache
 import os
 import random
+import re
 import shutil
 import signal
 import sys
@@ -21,8 +24,9 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from functools import cache, partial
+from operator import attrgetter
 from pathlib import Path
-from types import FrameType
+from types import FrameType, FunctionType
 from typing import Any
 
 import numpy as np
@@ -35,7 +39,9 @@ from engine.core import Damage, EngineCore
 from engine.errors import DuplicateId
 from engine.plugins.speculation.drafters import drafters_of
 from engine.plugins.tiers.records import RecordStore
+from engine.requests.request import Request
 from engine.schedule.drafting import Drafting
+from engine.text.answers import Answer
 from engine.text.tokenizer_files import HFTokenizer
 from hybridcache import CacheConfig, Lease, LeaseRequest, build_prefix_cache, parse_placement
 from hybridcache.geometry.sizes import ModelError
@@ -50,10 +56,13 @@ pytestmark = pytest.mark.usefixtures("ctrl_c")
 FOLDERS = tuple(str(Path(one.__file__).parent) for one in (engine_package, hybridcache))
 Place = tuple[str, int]
 """File and number of a source line."""
+ENDLESS = SamplingParams(max_tokens=99, ignore_eos=True)
 EXTRA = "extra"
 """Request that is submitted while others run."""
 SMALL = {"kv_tokens": 320, "slots": 6, "max_running": 3, "token_budget": 128, "grid": 16}
 SURVIVAL = {"eviction": "survival", "checkpoints": ("adaptive",)}
+C_CALLS = {dis.opmap[name] for name in ("CALL", "CALL_FUNCTION_EX")}
+code_of = cache(attrgetter("co_code"))
 SETTINGS: dict[str, dict[str, Any]] = {
     "pools": SMALL | {"page_size": 16, "checkpoints": ("every:64", "end")},
     "survival": SMALL | SURVIVAL | {"kv_tokens": 288, "overlap": "on"},
@@ -93,13 +102,17 @@ class Raise:
         return self.line if is_ours and not is_other else None
 
     def line(self, frame: FrameType, event: str, argument: object) -> Callable[..., Any]:
-        place = frame.f_code.co_filename, frame.f_lineno
-        if event == "line" and self.place in (None, place):
+        if event == "line" and not only_returns(place_of(frame)):
+            self.note(place_of(frame))
+        return self.line
+
+    def note(self, place: Place) -> None:
+        """Count one execution, and raise at its turn."""
+        if self.place in (None, place):
             self.places.append(place)
             if len(self.places) == self.at:
                 self.has_raised = True
                 raise self.error
-        return self.line
 
     def run(self, call: Callable[[], Any]) -> Any:
         before = sys.gettrace()
@@ -109,6 +122,65 @@ class Raise:
             return call()
         finally:
             sys.settrace(before)
+            gc.enable()
+
+
+@cache
+def only_returns(place: Place) -> bool:
+    """Return True for a line that returns a local variable, at which no exception can come."""
+    return re.fullmatch(r"\s*return \w+\s*", linecache.getline(*place)) is not None
+
+
+def place_of(frame: FrameType) -> Place:
+    return frame.f_code.co_filename, frame.f_lineno
+
+
+class Interrupt(Raise):
+    """Trace function that raises after a call of a function in C, where Python handles signals, in
+    the middle of a line."""
+
+    def __init__(
+        self, at: int | None = None, error: Any = KeyboardInterrupt, place: Place | None = None
+    ) -> None:
+        super().__init__(at, error, place)
+        self._last: dict[FrameType, int] = {}
+        """Last instruction of each frame, unless it called a function in Python."""
+
+    def __call__(self, frame: FrameType, event: str, argument: object) -> Callable[..., Any] | None:
+        if frame.f_back is not None:
+            self._last.pop(frame.f_back, None)
+        traced = super().__call__(frame, event, argument)
+        frame.f_trace_opcodes, frame.f_trace_lines = traced is not None, traced is None
+        return traced
+
+    def line(self, frame: FrameType, event: str, argument: object) -> Callable[..., Any]:
+        last = self._last.pop(frame, None)
+        if event == "opcode":
+            self._last[frame] = code_of(frame.f_code)[frame.f_lasti]
+            if last in C_CALLS:
+                self.note(place_of(frame))
+        return self.line
+
+
+class Starve(Raise):
+    """Makes allocations number ``at`` to ``at + most`` of a call fail, in any thread."""
+
+    def __init__(self, at: int, most: int = 1) -> None:
+        super().__init__(at, MemoryError)
+        self._most = most
+
+    def run(self, call: Callable[[], Any]) -> Any:
+        import _testcapi
+
+        gc.disable()
+        try:
+            _testcapi.set_nomemory(self.at, (self.at or 0) + self._most)
+            return call()
+        except BaseException:
+            self.has_raised = True
+            raise
+        finally:
+            _testcapi.remove_mem_hooks()
             gc.enable()
 
 
@@ -146,8 +218,7 @@ class Service:
             if max_tokens % 2:
                 options["grammar"] = Grammar.of_regex("[a-z ]{60}")
         tokens, _, _ = answer(prompt, params, self.engine.config.exact)
-        longer, _, _ = answer(prompt, SamplingParams(max_tokens=99), self.engine.config.exact)
-        self.drafter.answers[np.array(prompt, np.int32).tobytes()] = longer
+        self.script(prompt)
         known = PromptBoundaries((length,))
         name = options.get("request_id", f"{self.num_submitted}")
         self.num_submitted += "request_id" not in options
@@ -161,6 +232,11 @@ class Service:
             if all(name != one.request_id for one in self.engine.requests):
                 del self.expected[name]
             raise
+
+    def script(self, prompt: list[int]) -> None:
+        """Let the drafter know the answer to ``prompt``."""
+        longer, _, _ = answer(prompt, SamplingParams(max_tokens=99), self.engine.config.exact)
+        self.drafter.answers[np.array(prompt, np.int32).tobytes()] = longer
 
     def submit_some(self) -> None:
         for number, length in enumerate((64, 130, 100, 64, 160)):
@@ -212,6 +288,9 @@ class Service:
         report = self.engine.report()
         assert report.kv.held == report.slots.held == 0
 
+    def is_ending(self) -> bool:
+        return any(one.num_tokens + 1 == one.max_len for one in self.engine.requests)
+
     def close(self) -> None:
         self.engine.close()
         assert not self.engine.has_work()
@@ -240,26 +319,6 @@ def reference() -> dict[str, tuple[list[int], str]]:
     return found
 
 
-@cache
-def lines_of(name: str, count: int) -> list[tuple[int, int]]:
-    """Return ``count`` different source lines that steps execute, each as (step, number of the line
-    in it): at any time that it is executed, and spread over all files."""
-    service, rng = Service(name), random.Random(name)
-    service.submit_some()
-    places: list[Place] = []
-    steps: list[tuple[int, int]] = []
-    for step in range(2000):
-        if not service.engine.has_work():
-            break
-        tracer = Raise()
-        service.take(tracer.run(service.engine.step))
-        steps += [(step, number) for number in range(1, 1 + len(tracer.places))]
-        places += tracer.places
-    service.finish()
-    service.close()
-    return [steps[number - 1] for number in spread(places, count, rng)]
-
-
 def spread(places: list[Place], most: int, rng: random.Random) -> list[int]:
     """Return the numbers of at most ``most`` of the executed ``places``, from 1 on: evenly spread
     over the different source lines, each at any time that it is executed."""
@@ -279,22 +338,6 @@ def some(places: list[Place], most: int, rng: random.Random) -> list[Place]:
     return [places[number % len(places)] for number in numbers]
 
 
-def disturb(name: str, step: int, line: int, error: type[BaseException]) -> Engine | None:
-    """Raise ``error`` at a line of a step, and check everything afterwards. Returns the engine, or
-    None if the line was not reached."""
-    service = Service(name)
-    service.submit_some()
-    for _ in range(step):
-        service.take(service.engine.step())
-    tracer = Raise(line, error)
-    try:
-        service.take(tracer.run(service.engine.step))
-    except error:
-        service.take(service.engine.take_outputs())
-    check_service(service)
-    return service.engine if tracer.has_raised else None
-
-
 def check_service(service: Service) -> None:
     """Check signals, every invariant and all answers, and serve more requests."""
     with pytest.raises(KeyboardInterrupt):
@@ -305,18 +348,6 @@ def check_service(service: Service) -> None:
     service.submit_some()  # They find what the cache has now.
     service.finish()
     service.close()
-
-
-@pytest.mark.full
-@pytest.mark.timeout(900)
-@pytest.mark.parametrize("name", SETTINGS)
-def test_an_exception_at_any_line_of_a_step_leaves_no_damage(name: str) -> None:
-    check_lines(name, 120)
-
-
-@pytest.mark.parametrize("name", SETTINGS)
-def test_an_exception_at_some_lines_of_a_step_leaves_no_damage(name: str) -> None:
-    check_lines(name, 4)
 
 
 def test_the_steps_preempt_move_load_and_draft() -> None:
@@ -336,16 +367,6 @@ def test_the_steps_preempt_move_load_and_draft() -> None:
         service.close()
     expected = "preemptions", "drafts", "moves", "evictions", "host", "disk", "fetched"
     assert all(numbers[what] > 0 for what in expected), numbers
-
-
-def check_lines(name: str, count: int) -> None:
-    if name == "text":
-        pytest.importorskip("llguidance")
-    num_raised = 0
-    for number, (step, line) in enumerate(lines_of(name, count)):
-        error = (MemoryError, KeyboardInterrupt)[number % 2]
-        num_raised += disturb(name, step, line, error) is not None
-    assert num_raised >= 0.9 * count  # Threads of a disk change the number of lines.
 
 
 # --- A model with weights of four bits -----------------------------------------------------------
@@ -423,17 +444,42 @@ def submit(service: Service) -> None:
     service.submit(0, 64, 5, 9, request_id=EXTRA)
 
 
+def follow(service: Service, call: str) -> None:
+    """Answer two prompts by ``generate`` or ``stream``. Other requests go on, and their outputs
+    come later. After a lack of memory, no request of the call is left."""
+    prompts = pattern(0, 64) + pattern(11, 5), pattern(1, 40)
+    params, engine = SamplingParams(max_tokens=9, ignore_eos=True), service.engine
+    for prompt in prompts:
+        service.script(prompt)
+    try:
+        if call == "generate":
+            found = engine.generate(prompts, params)
+        else:
+            streams = [list(engine.stream(prompt, params)) for prompt in prompts]
+            found = [outputs[-1] for outputs in streams]
+            for of, last in zip(streams, found, strict=True):
+                assert last.token_ids == [token for one in of for token in one.new_token_ids]
+    except MemoryError:
+        assert all(one.mailbox is None for one in engine.requests)
+        raise
+    for prompt, output in zip(prompts, found, strict=True):
+        assert output.token_ids == answer(prompt, params, engine.config.exact)[0]
+
+
 CALLS: dict[str, Callable[[Service], object]] = {
     "abort": abort,
+    "generate": lambda service: follow(service, "generate"),
+    "stream": lambda service: follow(service, "stream"),
     "close": lambda service: service.engine.close(),
     "disconnect": lambda service: service.engine.disconnect(at_once=False),
     "end_session": lambda service: service.engine.end_session(list(service.expected)[-1]),
     "reset_prefix_cache": lambda service: service.engine.reset_prefix_cache(),
     "run_idle_tasks": lambda service: service.engine.run_idle_tasks(),
+    "step": lambda service: service.turn("engine"),
     "submit": submit,
     "take_outputs": lambda service: service.take(service.engine.take_outputs()),
 }
-"""Public calls that change an engine, except ``step``."""
+"""Public calls that change an engine."""
 
 
 def busy(settings: str) -> Service:
@@ -445,48 +491,60 @@ def busy(settings: str) -> Service:
     return service
 
 
-def disturb_call(settings: str, call: str, line: int, error: type[BaseException]) -> bool:
-    """Raise ``error`` at a line of a call, repeat the call, and check everything. Returns False if
-    the line was not reached."""
-    service, tracer = busy(settings), Raise(line, error)
+def disturb(service: Service, call: str, tracer: Raise) -> bool:
+    """Raise in a call, repeat it, and check everything. Returns False if the place was not
+    reached."""
     try:
-        tracer.run(lambda: CALLS[call](service))
-    except error:
+        tracer.run(partial(CALLS[call], service))
+    except tracer.error:
         service.take(service.engine.take_outputs())
         service.engine.check()
-    with suppress(DuplicateId):  # ``submit`` has queued it as a whole.
-        CALLS[call](service)
-    if call == "close":
-        assert not list(service.engine.requests)
-        assert service.engine.report().kv.held == service.engine.report().slots.held == 0
-        service.close()
-    else:
-        check_service(service)
+    CALLS[call](service)
+    check_service(service)
     return tracer.has_raised
 
 
-def check_call(settings: str, call: str, most: int) -> None:
-    """Disturb a call at ``most`` of its source lines, evenly spread, or at all of them."""
-    service, tracer = busy(settings), Raise()
-    tracer.run(lambda: CALLS[call](service))
-    service.close()
-    lines, num_raised = spread(tracer.places, most, random.Random(settings + call)), 0
-    for line in lines:
-        num_raised += disturb_call(settings, call, line, (MemoryError, KeyboardInterrupt)[line % 2])
-    assert num_raised >= 0.75 * len(lines)  # Threads of a disk change the number of lines.
+# --- Handing over outputs ------------------------------------------------------------------------
 
 
-@pytest.mark.full
-@pytest.mark.timeout(900)
-@pytest.mark.parametrize("call", CALLS)
-@pytest.mark.parametrize("settings", ["arena", "disk", "drafts", "pools", "text"])
-def test_an_exception_at_any_line_of_a_call_leaves_no_damage(settings: str, call: str) -> None:
-    check_call(settings, call, 60)
+@pytest.mark.parametrize(
+    "function",
+    [EngineCore._collect, EngineCore._forget_request, EngineCore.abort, Request.report, Answer.add],
+)
+def test_an_interrupt_inside_a_line_loses_no_output(function: FunctionType) -> None:
+    """It comes after each call in C of a function that hands over outputs, or at each line."""
+    lines = {line for _, _, line in function.__code__.co_lines() if line is not None}
+    num_raised = 0
+    for place in ((function.__code__.co_filename, line) for line in sorted(lines)):
+        kind = Raise if function is Answer.add else Interrupt
+        service = busy("text" if function is Answer.add else "pools")
+        while function is EngineCore._forget_request and not service.is_ending():
+            service.turn("engine")
+        call = "abort" if function is EngineCore.abort else "step"
+        num_raised += disturb(service, call, kind(1, KeyboardInterrupt, place))
+    assert num_raised
 
 
-@pytest.mark.parametrize("call", CALLS)
-def test_an_exception_at_some_lines_of_a_call_leaves_no_damage(call: str) -> None:
-    check_call("disk", call, 4)
+@pytest.mark.parametrize("num_outputs", [1, 3, 9])
+@pytest.mark.parametrize("is_step", [True, False])
+def test_an_allocation_that_fails_loses_no_output(num_outputs: int, is_step: bool) -> None:
+    """Outputs of any number leave the engine whole or not at all."""
+    pytest.importorskip("_testcapi")
+    for at in range(1, 9):
+        engine = make_engine(**SMALL | {"kv_tokens": 4000, "slots": 20, "max_running": 9})
+        names = [engine.submit(pattern(number, 9), ENDLESS) for number in range(num_outputs)]
+        while engine._scheduler.waiting:
+            engine.step()
+        engine._advance()
+        before = {id(one) for one in engine._outputs}
+        call = engine._take if is_step else partial(engine.abort, names[0])
+        try:
+            found = Starve(at).run(call)
+        except MemoryError:
+            found = call()
+        taken = (found if is_step else [found]) + engine.take_outputs()
+        assert before <= {id(one) for one in taken}
+        assert [one.is_finished for one in taken if one].count(True) == (not is_step)
 
 
 # --- Exceptions in the repair --------------------------------------------------------------------
@@ -497,14 +555,14 @@ class Again:
     the first exception of a trace function, so each repair gets a trace function of its own."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, lines: list[int]) -> None:
-        self._lines = lines
+        self.lines = lines
         self.num_raised = 0
         repair = EngineCore._repair
 
         def repaired(engine: EngineCore, error: BaseException | None = None) -> None:
-            if not self._lines or engine._damage is Damage.NONE:
+            if not self.lines or engine._damage is Damage.NONE:
                 return repair(engine, error)
-            tracer, before = Raise(self._lines.pop(0)), sys.gettrace()
+            tracer, before = Raise(self.lines.pop(0)), sys.gettrace()
             sys.settrace(tracer)
             try:
                 return repair(engine, error)
@@ -513,38 +571,6 @@ class Again:
                 self.num_raised += tracer.has_raised
 
         monkeypatch.setattr(EngineCore, "_repair", repaired)
-
-
-def check_repairs(settings: str, count: int) -> None:
-    """Raise at a line of a step and at lines of the two repairs that follow, ``count`` times."""
-    rng, num_raised = random.Random(settings), 0
-    for step, line in lines_of(settings, count):
-        service = Service(settings)
-        service.submit_some()
-        for _ in range(step):
-            service.take(service.engine.step())
-        with pytest.MonkeyPatch.context() as patch:
-            again = Again(patch, [int(2 ** rng.uniform(0, 9)) for _ in range(2)])
-            call = partial(Raise(line).run, service.engine.step)
-            for _ in range(4):
-                with suppress(MemoryError):
-                    service.take(call())
-                call = service.engine.take_outputs
-        num_raised += again.num_raised
-        check_service(service)
-    assert num_raised > count
-
-
-@pytest.mark.full
-@pytest.mark.timeout(900)
-@pytest.mark.parametrize("settings", SETTINGS)
-def test_more_exceptions_in_the_repair_leave_no_damage(settings: str) -> None:
-    check_repairs(settings, 60)
-
-
-@pytest.mark.parametrize("settings", ["arena", "disk", "drafts", "pools"])
-def test_some_exceptions_in_the_repair_leave_no_damage(settings: str) -> None:
-    check_repairs(settings, 4)
 
 
 # --- The library's own verbs ---------------------------------------------------------------------

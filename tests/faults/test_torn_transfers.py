@@ -1,20 +1,18 @@
-"""Exceptions at every source line of transfers: between two engines, and from tiers.
+"""Exceptions in transfers between two engines.
 
-Two engines with oracles exchange prefixes over the loopback interface. One of them raises at one
-line that sends, receives or loads. Afterwards both hold no memory, all answers are right, and the
-next transfer arrives.
+Two engines with oracles exchange prefixes over the loopback interface. After an exception on either
+side both hold no memory, all answers are right, and the next transfer arrives. The places of the
+exceptions are those of the part torn of the endurance tests.
 """
 
 from __future__ import annotations
 
 import contextlib
 import gc
-import random
 import weakref
-from collections import Counter
 from collections.abc import Callable, Hashable
 from functools import partial
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -23,40 +21,19 @@ import zmq
 
 from engine.core import EngineCore
 from engine.plugins.disaggregation import prefill_server, prefix_load
-from engine.plugins.disaggregation.prefill_server import Outgoing, PrefillServer
-from engine.plugins.disaggregation.prefix_load import ReceivedPrefix
+from engine.plugins.disaggregation.prefill_server import PrefillServer
 from engine.plugins.disaggregation.wire import Connection, Data, Taken, ToDecode
 from engine.runner.device import HostCopy
 from hybridcache.allocators.moves import Indices
 from tests.engine.schedule.test_scheduler_machine import make_engine
-from tests.faults.test_torn_steps import (
-    SETTINGS,
-    Again,
-    Place,
-    Raise,
-    Service,
-    abort,
-    check_service,
-    some,
-)
+from tests.faults.test_torn_steps import SETTINGS, Service, abort
 from tests.oracle import OracleRunner, OracleState
 
 pytestmark = pytest.mark.usefixtures("ctrl_c", "small_pieces")
 
 SIDES = ("send", "receive")
-TIERS = ("host", "disk")
-MOVES = (
-    "/disaggregation/",
-    "/plugins/tiers/",
-    "/loading.py",
-    "/radix/offload.py",
-    "/radix/tiers.py",
-)
-"""Parts of the paths of files that transfer or load prefixes."""
-CASES = [
-    *((name, side) for name in ("pools", "survival", "arena", "drafts", "radix") for side in SIDES),
-    *((name, "engine") for name in TIERS),
-]
+NAMES = ("pools", "survival", "arena", "drafts", "radix")
+"""Settings of both engines."""
 PATIENCE = {"transfer_timeout_s": 1.0}
 
 
@@ -100,6 +77,10 @@ class OracleBuffer:
 
 @pytest.fixture
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    make_small_pieces(monkeypatch)
+
+
+def make_small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make every prefix several messages, some of which wait for room, and all waits short."""
     for module in prefill_server, prefix_load:
         monkeypatch.setattr(module, "PrefixBuffer", OracleBuffer)
@@ -173,44 +154,6 @@ class Pair(Service):
         super().close()
 
 
-def service_of(name: str) -> Service:
-    return Service(name) if name in TIERS else Pair(name)
-
-
-def places_of(name: str, side: str) -> Counter[Place]:
-    """Return the source lines that turns of one side execute, with their number of executions."""
-    service, tracer = service_of(name), Raise()
-    service.submit_some()
-    for _ in range(2000):
-        if not service.has_work():
-            break
-        for each in service.sides:
-            turn = partial(service.turn, each)
-            tracer.run(turn) if each == side else turn()
-    service.finish()
-    service.close()
-    return Counter(tracer.places)
-
-
-def disturb_line(name: str, side: str, tracer: Raise) -> bool:
-    """Raise at a line of the turns of one side, and check everything. Returns False if the line was
-    not reached."""
-    service = service_of(name)
-    service.submit_some()
-    for _ in range(2000):
-        if tracer.has_raised or not service.has_work():
-            break
-        for each in service.sides:
-            turn = partial(service.turn, each)
-            try:
-                tracer.run(turn) if each == side else turn()
-            except tracer.error:
-                assert tracer.has_raised
-                take_outputs(service)
-    check_service(service)
-    return tracer.has_raised
-
-
 def take_outputs(service: Service) -> None:
     """Take the outputs of both engines. Further exceptions may cut the first two repairs."""
     for _ in range(3):
@@ -218,52 +161,6 @@ def take_outputs(service: Service) -> None:
             service.take(service.engine.take_outputs())
             if isinstance(service, Pair):
                 service.prefill.take_outputs()
-
-
-def check_places(name: str, side: str, most: int, num_others: int) -> None:
-    """Disturb turns at ``most`` of their source lines that move prefixes, and at ``num_others`` of
-    the others, evenly spread."""
-    rng, counts = random.Random(f"{name} {side}"), places_of(name, side)
-    moving = sorted(place for place in counts if any(part in place[0] for part in MOVES))
-    others = sorted(counts.keys() - set(moving))
-    chosen = [*some(moving, most, rng), *some(others, num_others, rng)]
-    num_raised = 0
-    for number, place in enumerate(chosen):
-        error = (MemoryError, KeyboardInterrupt)[number % 2]
-        at = rng.randint(1, counts[place])
-        # The time at which a message arrives changes the number of executions.
-        num_raised += any(
-            disturb_line(name, side, Raise(each, error, place)) for each in dict.fromkeys((at, 1))
-        )
-    assert num_raised >= 0.9 * len(chosen)
-
-
-def first_line(function: Callable[..., Any]) -> Place:
-    """Return the first line that ``function`` executes."""
-    code = getattr(function, "__func__", function).__code__
-    lines = [line for _, _, line in code.co_lines() if line]
-    return code.co_filename, min(line for line in lines if line > code.co_firstlineno)
-
-
-@pytest.mark.full
-@pytest.mark.timeout(1800)
-@pytest.mark.parametrize(("name", "side"), CASES)
-def test_an_exception_at_any_line_of_a_transfer_leaves_no_damage(name: str, side: str) -> None:
-    check_places(name, side, most=10_000, num_others=60)
-
-
-@pytest.mark.parametrize(
-    ("side", "function"),
-    [
-        ("receive", ReceivedPrefix.begin),
-        ("receive", ReceivedPrefix.publish),
-        ("send", Outgoing.close),
-    ],
-)
-def test_an_exception_in_some_functions_of_a_transfer_leaves_no_damage(
-    side: str, function: Callable[..., Any]
-) -> None:
-    assert disturb_line("arena", side, Raise(1, MemoryError, first_line(function)))
 
 
 def test_a_last_message_that_is_lost_ends_the_transfer(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -337,77 +234,3 @@ PAIR_CALLS: dict[str, Callable[[Pair], object]] = {
     "send reset": lambda pair: pair.prefill.reset_prefix_cache(),
 }
 """Public calls of either engine in the middle of transfers."""
-
-
-def busy_pair(name: str) -> Pair:
-    """Return a pair with a prefix of which a part has arrived."""
-    pair = Pair(name)
-    pair.submit_some()
-    [loader] = pair.engine.transfers
-    while not any(0 < load._num_bytes < load.needed_bytes for load in loader._active):
-        for side in reversed(SIDES):
-            pair.turn(side)
-    return pair
-
-
-def disturb_pair(name: str, call: str, tracer: Raise) -> bool:
-    """Raise at a line of a call, repeat the call, and check everything. Returns False if the line
-    was not reached."""
-    pair = busy_pair(name)
-    try:
-        tracer.run(lambda: PAIR_CALLS[call](pair))
-    except tracer.error:
-        pair.take(pair.engine.take_outputs())
-        pair.engine.check()
-        pair.prefill.check()
-    PAIR_CALLS[call](pair)
-    check_service(pair)
-    return tracer.has_raised
-
-
-def check_pair(name: str, call: str, most: int) -> None:
-    """Disturb a call at ``most`` of its source lines, evenly spread."""
-    pair, tracer, rng = busy_pair(name), Raise(), random.Random(name + call)
-    tracer.run(lambda: PAIR_CALLS[call](pair))
-    pair.is_connected = False
-    pair.close()
-    chosen, num_raised = some(sorted(set(tracer.places)), most, rng), 0
-    for number, place in enumerate(chosen):
-        error = (MemoryError, KeyboardInterrupt)[number % 2]
-        num_raised += disturb_pair(name, call, Raise(1, error, place))
-    assert num_raised >= 0.75 * len(chosen)  # Messages arrive at other times.
-
-
-@pytest.mark.full
-@pytest.mark.timeout(1800)
-@pytest.mark.parametrize("call", PAIR_CALLS)
-@pytest.mark.parametrize("name", ["pools", "arena", "drafts"])
-def test_an_exception_at_any_line_of_a_call_amid_transfers_leaves_no_damage(
-    name: str, call: str
-) -> None:
-    check_pair(name, call, most=40)
-
-
-def test_an_exception_in_the_end_of_a_transfer_leaves_no_damage() -> None:
-    tracer = Raise(1, MemoryError, first_line(ReceivedPrefix.abort))
-    assert disturb_pair("arena", "receive disconnect", tracer)
-
-
-def check_repairs(name: str, side: str, count: int) -> None:
-    """Raise at ``count`` lines of the turns of one side, and at lines of the two repairs that
-    follow."""
-    rng, counts, num_raised = random.Random(f"{name} {side}"), places_of(name, side), 0
-    for place in some(sorted(counts), count, rng):
-        with pytest.MonkeyPatch.context() as patch:
-            again = Again(patch, [int(2 ** rng.uniform(0, 9)) for _ in range(2)])
-            disturb_line(name, side, Raise(rng.randint(1, counts[place]), MemoryError, place))
-        num_raised += again.num_raised
-    assert num_raised > count
-
-
-@pytest.mark.full
-@pytest.mark.timeout(900)
-@pytest.mark.parametrize("side", SIDES)
-@pytest.mark.parametrize("name", ["pools", "arena", "drafts", "survival", "radix"])
-def test_more_exceptions_in_the_repair_of_a_transfer_leave_no_damage(name: str, side: str) -> None:
-    check_repairs(name, side, 60)
