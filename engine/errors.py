@@ -115,7 +115,8 @@ class QueueFull(RequestError):
 
 
 class EngineStopped(RequestError):
-    """The engine accepts no more requests, or ended before this one was done."""
+    """The engine accepts no more requests, ended before this one was done, or has no memory for
+    it."""
 
     kind = "stopped"
 

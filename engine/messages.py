@@ -51,6 +51,13 @@ class Ask(Question, frozen=True):
     topic: Literal["report", "cache_view", "reset_cache", "stop_accepting"]
 
 
+class Alive(Question, frozen=True):
+    """Requests without a last output, for a comparison. The reply is (those that the engine does
+    not have, number of those that only the engine had and has ended)."""
+
+    request_ids: list[str]
+
+
 class EndSession(Question, frozen=True):
     """See ``Engine.end_session``."""
 
@@ -73,7 +80,7 @@ class AskView(Question, frozen=True):
     node: int = 0
 
 
-ToEngine = RequestSpec | Abort | EndEngine | Compile | Ask | EndSession | OpenView | AskView
+ToEngine = RequestSpec | Abort | EndEngine | Compile | Ask | Alive | EndSession | OpenView | AskView
 
 
 class Exactness(msgspec.Struct, frozen=True):

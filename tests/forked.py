@@ -238,11 +238,6 @@ class _Sender:
         plain = warnings.WarningMessage(
             str(warning.message), warning.category, warning.filename, warning.lineno
         )
-        content = {
-            "warning_message": plain,
-            "when": when,
-            "nodeid": nodeid,
-            "location": location,
-        }
+        content = {"warning_message": plain, "when": when, "nodeid": nodeid, "location": location}
         with suppress(pickle.PicklingError, AttributeError):
             self.connection.send(("warning", content))

@@ -113,10 +113,7 @@ GROUPS = {
             *("lab/traces/test_intervals.py", "lab/rivals/test_optimum.py", "geometry"),
         ),
     ),
-    "traces": Group(
-        ("hybridcache/lab/traces/**/*",),
-        ("lab/traces",),
-    ),
+    "traces": Group(("hybridcache/lab/traces/**/*",), ("lab/traces",)),
     "rebuilt systems": Group(("hybridcache/lab/rivals/*",), ("lab/rivals",)),
     "answers": Group(
         ("engine/text/answers.py", "engine/text/bounded.py"),

@@ -84,10 +84,7 @@ def compute() -> replay.Log:
     ],
 )
 def test_the_first_difference_is_named(
-    inject: Callable[[Patch], None],
-    run: replay.Run,
-    kind: str,
-    monkeypatch: pytest.MonkeyPatch,
+    inject: Callable[[Patch], None], run: replay.Run, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     right = run()
     inject(Patch(monkeypatch))

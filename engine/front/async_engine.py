@@ -4,6 +4,8 @@ this process, in another process, or on several replicas, behind an ``EngineChan
 from __future__ import annotations
 
 import asyncio
+import errno
+import gc
 import itertools
 import logging
 import math
@@ -12,7 +14,7 @@ import threading
 import time
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
@@ -37,6 +39,7 @@ from engine.errors import (
 from engine.front.cache_watch import Watch
 from engine.messages import (
     Abort,
+    Alive,
     Ask,
     AskView,
     Compile,
@@ -65,30 +68,62 @@ SEEN_EVERY_S, WATCHED_S = 0.1, 600.0
 millisecond; and seconds after the latest question in which they are sent."""
 FRESH_S = 0.03
 """Seconds after which the last report is used, because the engine computes a long step."""
+HEARTBEAT_S = 1.0
+"""Interval at which a front end and its engine compare their requests."""
+NO_MEMORY = EngineStopped("The engine has no memory for the request now; send it again later.")
+LOST = StepFailed("it was lost between the server and its engine; send the request again")
+RESTS_S = (0.1, 0.3, 0.6, 1.0, 1.0)
+"""Pauses after the first, second, ... of steps in a row for which memory is short."""
+SHEDS_CACHES = 4
+"""Number of the step after which caches are emptied. After the next one all requests end."""
+
+
+def is_shortage(error: Exception) -> bool:
+    """Return True if ``error`` is a lack of memory. Torch and the system have no class for it, and
+    some functions in C tell it as SystemError."""
+    return isinstance(error, MemoryError | SystemError) or os.strerror(errno.ENOMEM) in str(error)
+
+
+def patiently(call: Callable[[], Result]) -> Result:
+    """Return ``call()``, which is repeated after pauses while memory is short for it."""
+    for rest_s in RESTS_S[: SHEDS_CACHES - 1]:
+        try:
+            return call()
+        except Exception as error:
+            if not is_shortage(error):
+                raise
+        time.sleep(rest_s)
+    return call()
 
 
 class EngineHost:
     """Steps an engine while there is work, and waits for messages otherwise.
 
-    One thread calls ``run``; any thread may call ``receive``. If a step fails, for lack of memory
-    for example, the requests that ran fail and the engine goes on. If the next step fails too, or
-    the runner is lost, the engine ends and all requests get an error. A command that fails between
-    two steps ends alone.
+    One thread calls ``run``; any thread may call ``receive``. If a step fails, the requests that
+    ran fail and the engine goes on. If the next step fails too, or the runner is lost, the engine
+    ends and all requests get an error. A command that fails between two steps ends alone.
+
+    A step for which memory is short is repeated after the pauses ``RESTS_S``, and no request fails.
+    If that does not suffice, caches are emptied; then all requests fail with NO_MEMORY; then the
+    engine ends.
     """
 
     def __init__(self, engine: Engine, send: Callable[[FromEngine], None]) -> None:
         """``send`` passes a message to the front end, from any thread and without waiting."""
         self.engine, self._send = engine, send
-        self._commands: deque[Callable[[], None]] = deque()
+        self._commands: deque[Callable[[], object]] = deque()
         self._views: dict[int, Watch] = {}
         self._numbers = itertools.count()
         self._compiler = ThreadPoolExecutor(1, thread_name_prefix="grammars")
         self._wake = threading.Condition()  # With a lock that its owner may take again.
         self._is_open = True
         self._must_stop = False
-        self._last_step_failed = False
         self._seen_s, self._watched_s = -math.inf, -math.inf
         """Times of the last report that was sent without a question, and of the last question."""
+        self._num_failed = 0
+        """Number of steps that have failed since the last one that did not."""
+        self._mailbox = list[RequestOutput]()
+        """Outputs of the front end's requests that were not sent yet."""
         self.failure: str | None = None
         """Reason of an unexpected end, or None."""
 
@@ -106,7 +141,8 @@ class EngineHost:
             case RequestSpec():
                 self._submit(message)
             case Abort():
-                self.call_soon(lambda: self._abort(message))
+                abort = partial(self.engine.abort, message.request_id, message.reason)
+                self.call_soon(lambda: patiently(abort))
             case EndEngine():
                 with self._wake:
                     self._is_open = False
@@ -118,10 +154,11 @@ class EngineHost:
                     work = partial(compiling, message.grammar, message.namespace)
                     self._compiler.submit(self._reply, message, work)
             case _:
-                self._watched_s = time.monotonic()
+                if not isinstance(message, Alive):
+                    self._watched_s = time.monotonic()
                 self.call_soon(lambda: self._reply(message, lambda: self._answer(message)))
 
-    def call_soon(self, command: Callable[[], None]) -> None:
+    def call_soon(self, command: Callable[[], object]) -> None:
         """Run ``command`` before the next step, unless the engine ends first."""
         with self._wake:
             self._commands.append(command)
@@ -137,25 +174,25 @@ class EngineHost:
                     raise EngineStopped(self.failure or STOPPING)
                 self.call_soon(partial(self._enqueue, request))
         except Exception as error:
-            self._deliver([RequestOutput.failed(spec.request_id, RequestError.of(error))])
+            failed = RequestOutput.failed(spec.request_id, RequestError.of(error))
+            self._send(Outputs((failed,)))
 
     def _enqueue(self, request: Request) -> None:
+        request.mailbox = self._mailbox
         try:
             self.engine.enqueue(request)
         except Exception as error:
             is_policy = isinstance(error, PolicyError)
             why = "the admission policy failed" if is_policy else "it could not be queued"
             logger.exception("Request %s is refused: %s.", request.request_id, why)
-            failure = StepFailed(why)
-            self._deliver([RequestOutput.failed(request.request_id, failure)])
+            if not self._fail(request, StepFailed(why)):  # Nothing was queued.
+                failed = RequestOutput.failed(request.request_id, StepFailed(why))
+                self._mailbox.append(failed)
 
-    def _abort(self, message: Abort) -> None:
-        try:
-            output = self.engine.abort(message.request_id, message.reason)
-        except MemoryError:  # The engine has repaired itself.
-            output = self.engine.abort(message.request_id, message.reason)
-        if output:
-            self._deliver([output])
+    def _fail(self, request: Request, error: RequestError) -> RequestOutput | None:
+        """End a request with ``error``. Returns its last output, or None if it had ended."""
+        request.error = error
+        return patiently(partial(self.engine.abort, request.request_id, "error"))
 
     def _attempt(self, command: Callable[[], Result]) -> Result | None:
         """Run ``command`` between two steps. Returns None if it fails: the engine goes on."""
@@ -177,6 +214,12 @@ class EngineHost:
                 engine.reset_prefix_cache()
             case Ask("stop_accepting"):
                 engine.disconnect(at_once=False)
+            case Alive(request_ids=theirs):
+                self._deliver()
+                ours = {one.request_id for one in engine.requests if one.mailbox is self._mailbox}
+                for orphan in ours.difference(theirs):
+                    engine.abort(orphan)
+                return [*{*theirs} - ours], len(ours.difference(theirs))
             case EndSession():
                 engine.end_session(question.request_id)
             case OpenView():
@@ -197,13 +240,14 @@ class EngineHost:
         try:
             self._send(Reply(question.number, work()))
         except Exception as error:
-            self._send(Reply(question.number, error=RequestError.of(error).to_wire()))
+            wire = patiently(RequestError.of(error).to_wire)
+            patiently(lambda: self._send(Reply(question.number, error=wire)))
 
     def run(self) -> None:
         """Step until ``EndEngine``, or until the engine fails. The front end fails the rest."""
         engine = self.engine
         try:
-            while self._run_commands():
+            while patiently(self._run_commands):
                 self._step()
                 now_s = time.monotonic()
                 is_due = now_s > self._seen_s + SEEN_EVERY_S or not engine.has_work()
@@ -225,24 +269,41 @@ class EngineHost:
             self._compiler.shutdown(wait=False, cancel_futures=True)
 
     def _step(self) -> None:
-        """Run one step and deliver its outputs. Raises if the previous one failed too."""
+        """Run one step and send its outputs. Raises if it fails and the engine must end."""
         try:
-            outputs = self.engine.step()
+            self.engine.step()
+            self._deliver()
         except RunnerLost:
             raise
-        except Exception:
-            if self._last_step_failed:
+        except Exception as error:
+            self._num_failed += 1
+            is_short = is_shortage(error)
+            if self._num_failed > (len(RESTS_S) if is_short else 1):
                 raise
-            self._last_step_failed = True
-            logger.exception("A step and the requests that ran with it failed; the engine goes on.")
-            self._deliver(self.engine.take_outputs())
-            error, lost = StepFailed("the step that computed it failed"), self.engine.interrupted
-            for request_id in lost:
-                self._attempt(partial(self.engine.abort, request_id))
-            self._deliver([RequestOutput.failed(each, error) for each in lost])
+            logger.exception("A step failed; the engine goes on.")
+            patiently(partial(self._go_on, is_short))
         else:
-            self._last_step_failed = False
-            self._deliver(outputs)
+            self._num_failed = 0
+
+    def _go_on(self, is_short: bool) -> None:
+        """Go on after a failed step. ``is_short``: for lack of memory."""
+        engine, number = self.engine, self._num_failed
+        if is_short:
+            time.sleep(RESTS_S[number - 1])
+        engine.take_outputs()
+        ended: Iterable[str] = engine.interrupted
+        error: RequestError = StepFailed("the step that computed it failed")
+        if is_short:
+            ended, error = (), NO_MEMORY
+            if number == SHEDS_CACHES:
+                logger.error("Memory was short for %d steps: caches are emptied.", number)
+                engine.reset_prefix_cache()
+                gc.collect()
+            elif number > SHEDS_CACHES:
+                ended = {one.request_id for one in engine.requests}
+        for request in [one for one in engine.requests if one.request_id in ended]:
+            self._fail(request, error)
+        self._deliver()
 
     def _run_commands(self) -> bool:
         """Run queued commands; wait for one if there is no work. False if the thread must end."""
@@ -250,7 +311,8 @@ class EngineHost:
         while True:
             rest_s = None if engine.has_work() else self._attempt(engine.run_idle_tasks)
             with self._wake:
-                if not self._commands and not engine.has_work() and self._is_open:
+                has_work = engine.has_work() or self._mailbox
+                if not self._commands and not has_work and self._is_open:
                     self._wake.wait(rest_s)
                 num_commands = len(self._commands)
                 is_open, must_stop = self._is_open, self._must_stop
@@ -258,6 +320,7 @@ class EngineHost:
                 self._attempt(partial(engine.disconnect, at_once=False))
             for _ in range(num_commands):
                 self._attempt(self._commands.popleft())
+            self._attempt(partial(patiently, self._deliver))
             if must_stop:
                 return False
             if engine.has_work():
@@ -265,10 +328,11 @@ class EngineHost:
             if not is_open and not self._commands:
                 return False
 
-    def _deliver(self, outputs: Sequence[RequestOutput]) -> None:
-        """Send the outputs of a step."""
-        if outputs:
-            self._send(Outputs(tuple(outputs)))
+    def _deliver(self) -> None:
+        """Send the outputs since the last call. They are kept if that fails."""
+        if self._mailbox:
+            self._send(Outputs(tuple(self._mailbox)))
+            self._mailbox.clear()
 
 
 class RequestStream(AsyncIterator[RequestOutput]):
@@ -294,6 +358,8 @@ class RequestStream(AsyncIterator[RequestOutput]):
         self._unread: deque[RequestOutput] = deque()
         self._arrival: asyncio.Future[None] | None = None
         """Wait of the reader for an output, or None. An ``asyncio.Queue`` takes twice the time."""
+        self.is_broken = False
+        """True after an exception that has lost an output, or the abort of a request."""
         self.handle: Callable[[RequestOutput], bool] | None = None
         """Called with an output, not the last one, while the reader waits. True if it was handled,
         so that the reader is not woken. An exception is raised in the reader."""
@@ -327,9 +393,16 @@ class RequestStream(AsyncIterator[RequestOutput]):
         self._num_left += 1
 
     def put(self, output: RequestOutput) -> None:
-        """Queue ``output`` for the reader."""
+        """Queue ``output`` for the reader, unless it was queued before. Raises StepFailed if one
+        before it was lost."""
         if self._adds:
-            output = self.answers[output.request_id].add(output)
+            answer = self.answers[output.request_id]
+            first = output.num_tokens - len(output.new_token_ids)
+            if output.failure is None and first != answer.num_tokens:
+                if first < answer.num_tokens:
+                    return
+                raise LOST
+            output = answer.add(output)
         arrival = None if self._arrival is None or self._arrival.done() else self._arrival
         if output.finish_reason is not None:
             self._open.discard(output.request_id)
@@ -370,6 +443,10 @@ class EngineChannel(ABC):
     @abstractmethod
     def start(self) -> None:
         """Begin to serve. Called once, in the event loop."""
+
+    def read(self) -> None:  # noqa: B027  # Channels without a socket have nothing to read.
+        """Read messages that have arrived, in the event loop, in case an exception has ended the
+        reading."""
 
     @abstractmethod
     async def drain(self) -> None:
@@ -445,6 +522,8 @@ class AsyncEngine:
         self.seen: dict[str, Any] = {}
         """Latest report; empty until the first one, and after the cache was emptied."""
         self._seen_s = self._asked_s = -math.inf
+        self.on_lost: Callable[[int], None] = lambda number: None
+        """Called with the number of requests of which only one side knew, once each has ended."""
         self._loop: asyncio.AbstractEventLoop | None = None
         self.failure: str | None = None
         """Reason of an unexpected end of the engine, or None."""
@@ -464,6 +543,41 @@ class AsyncEngine:
         """Begin to serve. Called once, in the event loop."""
         self._loop = asyncio.get_running_loop()
         self.channel.start()
+        threading.Thread(target=self._beat_on, name="heartbeat", daemon=True).start()
+
+    def _beat_on(self) -> None:
+        """Compare the requests of both sides until the engine ends, in a separate thread, so that a
+        beat that fails for lack of memory does not end the others."""
+        assert self._loop is not None
+        while not (self._has_ended or self._loop.is_closed()):
+            time.sleep(HEARTBEAT_S)
+            with suppress(MemoryError, RuntimeError):  # The loop is closed.
+                self._loop.call_soon_threadsafe(self._beat)
+
+    def _beat(self) -> None:
+        self.channel.read()
+        for request_id in [name for name, stream in self._streams.items() if stream.is_broken]:
+            self._lose(request_id)
+        if self.is_alive:
+            self._comparing = asyncio.ensure_future(self._compare())
+
+    async def _compare(self) -> None:
+        """End the requests that only one side knows. Messages arrive in their order, so each
+        request here is known to the engine, or its last output arrives before the reply."""
+        with suppress(RequestError):  # The engine has ended, or has no memory for the reply.
+            lost, num_orphans = await self.ask(Alive(request_ids=[*self._streams]))
+            for request_id in lost:
+                self._lose(request_id)
+            if num_orphans:
+                self.on_lost(num_orphans)
+
+    def _lose(self, request_id: str) -> None:
+        """End a request that was lost."""
+        if request_id in self._streams:
+            logger.error("Request %s was lost between the server and its engine.", request_id)
+            self.channel.send(Abort(request_id, "abort"))
+            self.receive(Outputs((RequestOutput.failed(request_id, LOST),)))
+            self.on_lost(1)
 
     def submit(
         self, prompt: Prompt | RequestSpec, sampling: SamplingParams | None = None, **options: Any
@@ -492,8 +606,10 @@ class AsyncEngine:
 
     def abort(self, request_id: str, reason: FinishReason = "abort") -> None:
         """End a request before the next step. Does nothing if it has ended."""
-        if request_id in self._streams:
+        if (stream := self._streams.get(request_id)) is not None:
+            was_broken, stream.is_broken = stream.is_broken, True
             self.channel.send(Abort(request_id, reason))
+            stream.is_broken = was_broken
 
     def receive(self, message: FromEngine) -> None:
         """Process a message in the event loop. Called by the channel, in one thread at a time."""
@@ -515,11 +631,14 @@ class AsyncEngine:
                 self.seen, self._seen_s = view, time.monotonic()
             case Outputs(outputs):
                 for output in outputs:
-                    stream = self._streams.get(output.request_id)
-                    if output.finish_reason is not None:
-                        self._streams.pop(output.request_id, None)
-                    if stream is not None:
+                    if (stream := self._streams.get(output.request_id)) is None:
+                        continue
+                    try:
                         stream.put(output)
+                        if output.finish_reason is not None:
+                            del self._streams[output.request_id]
+                    except (MemoryError, StepFailed):  # The next beat ends it.
+                        stream.is_broken = True
 
     def closed(self, failure: str | None) -> None:
         """Fail all pending requests and questions: the engine has ended."""

@@ -103,10 +103,7 @@ class EventsMachine(RuleBasedStateMachine):
             assert match.cached_len == reachable - reachable % self.step
         receipt = self.cache.lock(match.node)
         self.cache.touch(match)
-        positions = {
-            len(tokens) // self.step * self.step,
-            match.seen_len // self.step * self.step,
-        }
+        positions = {len(tokens) // self.step * self.step, match.seen_len // self.step * self.step}
         new = self.cache.allocate_kv(len(tokens) - match.cached_len)
         if new is not None:
             rows = np.concatenate([self.cache.gather(match.node), new])

@@ -341,16 +341,14 @@ def half_open_sockets(server: Broken) -> None:
 
 
 def out_of_memory_in_a_step(server: Broken) -> None:
-    """Make a step run out of memory. Its requests get an error, and later requests are served."""
+    """Make a step run out of memory. It is repeated, and no request notices."""
     connections = [server.stream(1500, number) for number in range(4)]
     server.wait_until(2)
     server.fails.touch()
     wait_until(lambda: not server.fails.exists())
-    bodies = [read_answer(connection)[1] for connection in connections]
     for connection in connections:
-        connection.close()
-    assert sum("The engine failed on this request" in body for body in bodies) >= 2, bodies
-    assert server.answer()[0] == 200
+        with contextlib.closing(connection):
+            assert '"finish_reason":"length"' in read_answer(connection)[1]
 
 
 def clock_jumps(server: Broken) -> None:

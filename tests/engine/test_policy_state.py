@@ -43,8 +43,7 @@ def known_prefixes(engine: Engine) -> set[bytes]:
 
 
 def test_a_restarted_engine_has_the_learned_state_of_the_stopped_one(
-    make_engine: MakeEngine,
-    tmp_path: Path,
+    make_engine: MakeEngine, tmp_path: Path
 ) -> None:
     first = make_engine(state_dir=str(tmp_path / "state"), **LEARNING)
     serve(first, prompts(16))
@@ -62,9 +61,7 @@ def test_a_restarted_engine_has_the_learned_state_of_the_stopped_one(
 
 
 def test_an_idle_engine_saves_its_learned_state(
-    make_engine: MakeEngine,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    make_engine: MakeEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("engine.plugins.tiers.plugin.IDLE_EVERY_S", 0.05)
     engine = make_engine(state_dir=str(tmp_path / "state"), **LEARNING)

@@ -95,8 +95,7 @@ def test_poor_forks_alone_are_no_reason_to_save_more(
 
 
 @pytest.mark.parametrize(
-    ("distance", "stop_reason", "earned"),
-    [(1, "", 640), (1, "tool_use", 1216), (4, "", 1216)],
+    ("distance", "stop_reason", "earned"), [(1, "", 640), (1, "tool_use", 1216), (4, "", 1216)]
 )
 def test_an_end_earns_down_to_the_nearest_checkpoint_that_it_does_not_replace(
     distance: int, stop_reason: str, earned: int

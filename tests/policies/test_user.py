@@ -105,8 +105,7 @@ def user_modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[No
 
 
 @pytest.mark.parametrize(
-    "name",
-    [f"user_policies:{name}" for name in ("CheapestFirst", "InTiers", "Dice", "Named")],
+    "name", [f"user_policies:{name}" for name in ("CheapestFirst", "InTiers", "Dice", "Named")]
 )
 def test_a_custom_eviction_policy_runs_wherever_a_name_does(name: str) -> None:
     result = simulate("short?head=60", gib=1, policy=["lru", name], bound=False)
@@ -218,11 +217,7 @@ class ItemLog(VictimLog):
         self.chosen_items.append(facts)
 
 
-@pytest.mark.full(
-    "hybrid-lru",
-    "hybrid-marconi",
-    "hybrid-survival",
-)
+@pytest.mark.full("hybrid-lru", "hybrid-marconi", "hybrid-survival")
 @pytest.mark.parametrize("name", sorted(EVICTION_NAMES))
 @pytest.mark.parametrize("kind", ["hybrid", "radix"])
 def test_a_subclass_of_any_policy_gives_the_same_victims(name: str, kind: str) -> None:

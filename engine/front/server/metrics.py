@@ -52,6 +52,7 @@ COUNTERS: dict[str, tuple[str, ...]] = {
     "token_steps": (
         "Steps of a request that gave tokens; each gives one token and the accepted ones.",
     ),
+    "lost_requests": ("Requests that only the server or only its engine knew; each was ended.",),
     "preemptions": ("Preemptions of requests for lack of memory.",),
 }
 """Counters of ended requests: help, then labels."""

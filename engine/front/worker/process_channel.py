@@ -21,6 +21,7 @@ import threading
 import warnings
 from collections.abc import Sequence
 from contextlib import suppress
+from functools import partial
 from typing import Any, NoReturn
 
 import msgspec
@@ -30,7 +31,7 @@ from msgspec import structs
 from engine.config import EngineConfig
 from engine.engine import Engine, load_tokenizer_of
 from engine.errors import FAILED, RunnerLost, describe_exit
-from engine.front.async_engine import AsyncEngine, EngineChannel, EngineHost
+from engine.front.async_engine import AsyncEngine, EngineChannel, EngineHost, patiently
 from engine.front.server.settings import SWITCH_S
 from engine.front.worker.screen import screen_rows, screen_text
 from engine.front.worker.spawn import Spawned
@@ -58,6 +59,8 @@ class Sockets:
         self._encoder = msgspec.msgpack.Encoder(enc_hook=plain)
         kind: Any = FromEngine if is_server else ToEngine
         self._decoder: Any = msgspec.msgpack.Decoder(kind, dec_hook=prompt_of)
+        self._unread = b""
+        """Message for which there was no memory."""
         for socket, is_to_engine in ((self._out, is_server), (self._in, not is_server)):
             socket.set_hwm(0)
             socket.linger = 1000
@@ -77,11 +80,17 @@ class Sockets:
                 self._out.send(data, zmq.NOBLOCK)
 
     def receive(self) -> Any:
-        """Return the next message, or None if none has arrived."""
+        """Return the next message, or None if none has arrived. After a MemoryError, repeat the
+        call: it returns the same message."""
         try:
-            return self._decoder.decode(self._in.recv(zmq.NOBLOCK))
+            data, self._unread = self._unread or self._in.recv(zmq.NOBLOCK), b""
         except zmq.Again:
             return None
+        try:
+            return self._decoder.decode(data)
+        except MemoryError:
+            self._unread = data
+            raise
 
     def wait(self, timeout_s: float | None, other_fd: int | None = None) -> bool:
         """Return True if a message arrives in ``timeout_s``, before ``other_fd`` is readable."""
@@ -164,8 +173,8 @@ class ProcessChannel(EngineChannel):
         self._loop = asyncio.get_running_loop()
         self._closed = asyncio.Event()
         self._fd = self._sockets.fd
-        self._loop.add_reader(self._fd, self._read)
-        self._read()
+        self._loop.add_reader(self._fd, self.read)
+        self.read()
         threading.Thread(target=self._wait, name="engine process", daemon=True).start()
 
     async def drain(self) -> None:
@@ -210,11 +219,11 @@ class ProcessChannel(EngineChannel):
         self.front.closed(failure)
         self._closed.set()
 
-    def _read(self) -> None:
+    def read(self) -> None:
         """Process a message that has arrived, and the next one in the next turn of the loop."""
         if self._loop is not None and (message := self._sockets.receive()) is not None:
-            self._loop.call_soon(self._read)
             self.front.receive(message)
+            self._loop.call_soon(self.read)
 
 
 # --- The process ----------------------------------------------------------------------------------
@@ -228,8 +237,8 @@ def _receive(sockets: Sockets, folder: str, hosts: Sequence[EngineHost]) -> None
     has gone: the other end of the standard input is open while it lives."""
     try:
         while sockets.wait(None, sys.stdin.fileno()):
-            while (message := sockets.receive()) is not None:
-                hosts[0].receive(message)
+            while (message := patiently(sockets.receive)) is not None:
+                patiently(partial(hosts[0].receive, message))
     except BaseException:
         logger.exception("The engine has lost the connection to its server, and ends.")
     shutil.rmtree(folder, ignore_errors=True)

@@ -28,6 +28,7 @@ from engine.front.server.settings import ServerConfig
 from engine.front.worker.screen import screen_rows, screen_text
 from engine.messages import (
     Abort,
+    Alive,
     Ask,
     AskView,
     Compile,
@@ -474,6 +475,8 @@ class FleetChannel(EngineChannel):
                     await asyncio.to_thread(self._compile, question.grammar, question.namespace)
             case Ask("report"):
                 return await self._report()
+            case Alive():
+                return [one for one in question.request_ids if one not in self._requests], 0
             case Ask("cache_view"):
                 replicas = await self._each(question)
                 return asdict(await self._report()) | {"replicas": replicas}

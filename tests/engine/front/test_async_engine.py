@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import random
 import threading
 from collections.abc import Awaitable, Callable, Sequence
+from operator import attrgetter
 
 import numpy as np
 import pytest
@@ -261,3 +263,81 @@ def test_random_clients_get_right_answers_or_errors(seed: int) -> None:
     if running.failure is None:
         engine.check()
         assert engine.report().kv.held == engine.report().slots.held == 0
+
+
+# --- Losses ---------------------------------------------------------------------------------------
+
+
+def fail_once(owner: object, name: str, number: int, after: bool) -> pytest.MonkeyPatch:
+    """Let call number ``number`` of a method fail for lack of memory, at its end with ``after``."""
+    original, calls, patch = getattr(owner, name), itertools.count(1), pytest.MonkeyPatch()
+
+    def failing(*arguments: object, **options: object) -> object:
+        if (is_due := next(calls) == number) and not after:
+            raise MemoryError
+        found = original(*arguments, **options)
+        if is_due:
+            raise MemoryError
+        return found
+
+    patch.setattr(owner, name, failing)
+    return patch
+
+
+LOSSES: dict[str, tuple[str, str, int, str, int]] = {
+    "no memory to send": ("channel.host", "_deliver", 3, "whole", 0),
+    "no memory to queue in the loop": ("_loop", "call_soon_threadsafe", 3, "whole", 0),
+    "sent twice": ("channel.host", "_send", -3, "whole", 0),
+    "no memory to read": ("stream", "put", 3, "failed", 1),
+    "no memory for the last output": ("stream", "_on_end", 1, "failed", 1),
+    "no memory to queue a request": ("channel.host.engine", "start_request", -1, "failed", 0),
+    "no memory to abort": ("channel", "send", 2, "aborted", 1),
+    "lost by the engine": ("channel.host.engine", "", 0, "failed", 1),
+    "lost by the server": ("", "", 0, "lost", 1),
+}
+"""Ways to lose an output or a request -> (owner and name of a method without memory, number of its
+call, negative at its end, the end of the request, number of requests that count as lost)."""
+
+
+@pytest.mark.parametrize("way", LOSSES)
+def test_an_output_is_not_lost_or_its_request_ends_with_an_error(way: str) -> None:
+    """It ends within five seconds, on both sides."""
+    owner, name, number, end, num_lost = LOSSES[way]
+    params = SamplingParams(max_tokens=30 if end in ("whole", "failed") else 4000)
+    lost = list[int]()
+
+    async def scenario(engine: AsyncEngine, runner: GatedRunner) -> None:
+        engine.on_lost, stream = lost.append, RequestStream(engine.abort)
+        host, now_s = engine.channel.host, asyncio.get_running_loop().time
+        spec = RequestSpec(np.array([1, 2, 3], np.int32), params, request_id="a")
+        if name:
+            failing = stream if owner == "stream" else attrgetter(owner)(engine)
+            patch = fail_once(failing, name, abs(number), number < 0)
+        engine.submit_valid(spec, stream)
+        runner.allow(2)
+        reading, began_s = asyncio.create_task(read(stream)), now_s()
+        while name != "start_request" and runner.num_steps < 2:
+            await asyncio.sleep(0.001)
+        if end == "lost":
+            engine._streams.clear()
+        elif not name:
+            host.call_soon(lambda: host.engine.abort("a") and host._mailbox.clear())
+        elif end == "aborted":
+            with pytest.raises(MemoryError):
+                stream.abort()
+        runner.allow()
+        if end == "whole":
+            tokens = [token for output in await reading for token in output.new_token_ids]
+            assert tokens == answer([1, 2, 3], params, exact=False)[0]
+        elif end != "lost":
+            with pytest.raises(StepFailed):
+                await reading
+        while engine._streams or host.engine.requests:
+            await asyncio.sleep(0.001)
+        assert now_s() - began_s < 5 or end == "whole"
+        reading.cancel()
+        if name:
+            patch.undo()
+
+    serve(scenario, gated=True)
+    assert sum(lost) == num_lost

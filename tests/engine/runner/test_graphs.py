@@ -135,13 +135,7 @@ def make_verify_driver(tmp_path):
 @pytest.mark.full
 @pytest.mark.parametrize(
     "options",
-    [
-        {},
-        {"draft": "mtp:4"},
-        {"model": "attention"},
-        {"model": "mamba2"},
-        {"model": "latents"},
-    ],
+    [{}, {"draft": "mtp:4"}, {"model": "attention"}, {"model": "mamba2"}, {"model": "latents"}],
     ids=["tree", "mtp", "attention", "mamba2", "latents"],
 )
 def test_verify_graphs_change_no_bit(options, make_verify_driver, check_launch_bounds, monkeypatch):

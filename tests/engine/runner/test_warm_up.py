@@ -30,7 +30,7 @@ pytestmark = [
     pytest.mark.skipif(
         os.environ.get("TRITON_INTERPRET") != "1",
         reason="launches are intercepted in the interpreter",
-    ),
+    )
 ]
 SHAPES = {
     "tiny": TINY,

@@ -28,9 +28,7 @@ QUANTIZED = re.compile(
 
 
 def fp8_blocks(
-    weight: torch.Tensor,
-    block: tuple[int, int] = (128, 128),
-    dtype: torch.dtype = torch.bfloat16,
+    weight: torch.Tensor, block: tuple[int, int] = (128, 128), dtype: torch.dtype = torch.bfloat16
 ) -> Made:
     """Quantise a weight block by block."""
     rows, columns = (-(-n // size) for n, size in zip(weight.shape, block, strict=True))

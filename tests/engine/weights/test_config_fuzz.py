@@ -61,12 +61,7 @@ NEEDED = {
     "linear": ["factor"],
     "dynamic": ["factor"],
     "yarn": ["factor", "original_max_position_embeddings"],
-    "llama3": [
-        "factor",
-        "low_freq_factor",
-        "high_freq_factor",
-        "original_max_position_embeddings",
-    ],
+    "llama3": ["factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"],
     "longrope": ["short_factor", "long_factor", "original_max_position_embeddings"],
 }
 

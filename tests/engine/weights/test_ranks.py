@@ -111,10 +111,7 @@ def test_rank_reads_only_its_part(dtype, tmp_path) -> None:
     }
     expected = {name: cut.of(tensors[name]) for name, cut in cuts.items()}
     parameters = {
-        name: Parameter(
-            torch.empty(part.shape, dtype=dtype),
-            cut=cuts[name],
-        )
+        name: Parameter(torch.empty(part.shape, dtype=dtype), cut=cuts[name])
         for name, part in expected.items()
     }
 

@@ -73,8 +73,7 @@ def test_flops_per_byte_match_hand_computed_values(reading: Reading, saved: int,
 
 
 @pytest.mark.parametrize(
-    ("reading", "scores"),
-    [("paper", [0, 0.75, 1]), ("artifact", [0, 0.375, 1])],
+    ("reading", "scores"), [("paper", [0, 0.75, 1]), ("artifact", [0, 0.375, 1])]
 )
 def test_recency_scores_match_hand_computed_values(reading: Reading, scores: list[float]) -> None:
     """The checkpoints were last used 5, 2 and 1 ticks ago."""
@@ -89,8 +88,7 @@ def test_recency_scores_match_hand_computed_values(reading: Reading, scores: lis
 
 
 @pytest.mark.parametrize(
-    ("reading", "depths"),
-    [("paper", {2: 0, 4: 2}), ("artifact", {2: 1, 4: 2})],
+    ("reading", "depths"), [("paper", {2: 0, 4: 2}), ("artifact", {2: 1, 4: 2})]
 )
 def test_checkpoints_where_answers_diverge(reading: Reading, depths: dict[int, int]) -> None:
     """Two answers to one prompt diverge after their first token."""

@@ -140,11 +140,7 @@ def test_text_that_a_tier_can_load_counts_as_cached_for_admission() -> None:
             return waiting
 
     planner: StepPlanner[ScheduledRequest] = StepPlanner(
-        manager,
-        max_running=1,
-        token_budget=512,
-        admission=Looks(),
-        clock=lambda: 0.0,
+        manager, max_running=1, token_budget=512, admission=Looks(), clock=lambda: 0.0
     )
     for number in (0, 1, 2, 0):
         prompt = np.arange(260, dtype=np.int32) + 1000 * number
@@ -338,10 +334,7 @@ def test_simulator_and_engine_agree_on_admissions_evictions_and_hits(
         overlap="off",
     )
     engine = Engine(
-        config,
-        runner=runner,
-        sampler=OracleSampler(VOCABULARY),
-        clock=lambda: runner.now_s,
+        config, runner=runner, sampler=OracleSampler(VOCABULARY), clock=lambda: runner.now_s
     )
     lines, trace, has_withheld = serve(engine, sessions, rate, seed)
     cell = Scenario(

@@ -52,10 +52,7 @@ GOOD: dict[str, dict[str, Any]] = {
         "response": [{"type": "message", "content": "yes"}],
     },
     "conversations": {
-        "messages": [
-            {"role": "user", "content": "hello"},
-            {"role": "assistant", "content": "yes"},
-        ],
+        "messages": [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "yes"}]
     },
     "coding-agent": agent_session("a", 64, 64, [agent_request(0, 640, [1, 10])]),
     "sharegpt": SEGMENTS[0],

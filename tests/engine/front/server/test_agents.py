@@ -27,12 +27,7 @@ FORMS = [
 ]
 
 
-TITLES = {
-    "claude": "Claude Code",
-    "codex": "Codex",
-    "opencode": "opencode",
-    "qwen": "Qwen Code",
-}
+TITLES = {"claude": "Claude Code", "codex": "Codex", "opencode": "opencode", "qwen": "Qwen Code"}
 
 
 @pytest.fixture(scope="module")

@@ -479,10 +479,7 @@ LINES: list[tuple[dict[str, Any], str]] = [
         f"[Result: [{json.dumps(FOUND)}]]",
     ),
     ({"type": "tool_reference", "tool_name": "grep"}, "[The tool grep was found.]"),
-    (
-        {"type": "search_result", "title": "Rain", "source": "u", "content": [TEXT]},
-        "Rain\nu\nYes.",
-    ),
+    ({"type": "search_result", "title": "Rain", "source": "u", "content": [TEXT]}, "Rain\nu\nYes."),
     ({"type": "refusal", "refusal": "I cannot."}, "I cannot."),
     ({"type": "container_upload", "file_id": "f"}, '[Result: {"file_id": "f"}]'),
     (
@@ -552,11 +549,7 @@ for _kind, *_names in (
     ]
 SAME: list[Pair] = [
     *((PROMPTS, of_system(system), of_system(kept)) for system, kept in HEADERS),
-    (
-        PROMPTS,
-        of_system([{"type": "text", "text": f"{BILLING} cch=1;"}, TEXT]),
-        of_system([TEXT]),
-    ),
+    (PROMPTS, of_system([{"type": "text", "text": f"{BILLING} cch=1;"}, TEXT]), of_system([TEXT])),
     *((PROMPTS, said(block), said({"type": "text", "text": line})) for block, line in LINES),
     *((BLOCKS, found(block), found({"type": "text", "text": line})) for block, line in LINES),
     *MEDIA,

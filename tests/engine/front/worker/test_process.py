@@ -4,10 +4,12 @@ side."""
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import os
 import signal
 from collections.abc import Awaitable, Callable
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,12 +17,13 @@ import pytest
 from engine import Engine, EngineConfig, RequestOutput, RequestSpec, SamplingParams
 from engine.errors import EngineStopped, StepFailed
 from engine.front.async_engine import AsyncEngine
-from engine.front.worker.process_channel import start_engine
+from engine.front.worker.process_channel import ProcessChannel, start_engine
 from engine.front.worker.spawn import spawn
 from engine.messages import Ask
 from engine.text.tokenizer_files import HFTokenizer
 from hybridcache.radix.protocol import PromptBoundaries
 from tests.engine.front.test_async_engine import read
+from tests.engine.schedule.test_scheduler_machine import answer
 from tests.oracle import OracleRunner, OracleSampler
 
 BOOT = """
@@ -107,10 +110,7 @@ def test_a_process_gives_the_outputs_of_a_thread_until_it_is_killed() -> None:
     runner = OracleRunner(8192, 16, max_model_len=4096)
     settings = {"draft": "tree:4"}
     alone = Engine(
-        EngineConfig(**settings),
-        runner=runner,
-        sampler=OracleSampler(),
-        tokenizer=HFTokenizer(),
+        EngineConfig(**settings), runner=runner, sampler=OracleSampler(), tokenizer=HFTokenizer()
     )
 
     async def scenario(engine: AsyncEngine) -> None:
@@ -157,7 +157,7 @@ async def check_death(engine: AsyncEngine) -> None:
 
 
 def test_one_failed_step_fails_its_requests_and_two_end_the_engine() -> None:
-    step = "if self.num_steps in (5, 20, 21): raise MemoryError('no room for this step')"
+    step = "if self.num_steps in (5, 20, 21): raise RuntimeError('a broken kernel')"
 
     async def scenario(engine: AsyncEngine) -> None:
         with pytest.raises(StepFailed, match="the step that computed it failed"):
@@ -177,3 +177,30 @@ def test_one_failed_step_fails_its_requests_and_two_end_the_engine() -> None:
             await engine.report()
 
     assert "has failed" in str(run(scenario, step=step, max_running=2).failure)
+
+
+def test_a_shortage_is_waited_for_before_requests_and_then_the_engine_end() -> None:
+    """Steps of the engine and messages that the server cannot decode for lack of memory are
+    repeated, and no token is lost. If it lasts, requests fail with the reason."""
+    step = "if self.num_steps in (5, 20, 21, 22, 23) or self.num_steps > 480: raise MemoryError"
+
+    async def scenario(engine: AsyncEngine) -> None:
+        assert isinstance(engine.channel, ProcessChannel)
+        decoder, numbers = engine.channel._sockets._decoder, itertools.count()
+
+        def decode(data: bytes) -> object:
+            if next(numbers) % 50 == 3:
+                raise MemoryError
+            return decoder.decode(data)
+
+        engine.channel._sockets._decoder = SimpleNamespace(decode=decode)
+        asyncio.get_running_loop().set_exception_handler(lambda *_: None)
+        outputs = await read(engine.submit(RequestSpec([1], LONG)))
+        tokens, _, _ = answer([1], LONG, exact=False)
+        assert [token for one in outputs for token in one.new_token_ids] == tokens
+        with pytest.raises(EngineStopped, match="has no memory for the request now"):
+            await read(engine.submit(RequestSpec([1], LONG)))
+        with pytest.raises(EngineStopped, match="has failed; see its log"):
+            await read(engine.submit(RequestSpec([1], LONG)))
+
+    run(scenario, step=step)

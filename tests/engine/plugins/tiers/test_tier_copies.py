@@ -85,21 +85,14 @@ def test_rows_of_any_size_are_copied_in_runs_and_singly(row_bytes: int) -> None:
 def stub_device(module: MagicMock, is_locked: bool) -> SimpleNamespace:
     """Return a device whose streams are those of ``module``."""
     return SimpleNamespace(
-        is_cpu=False,
-        module=module,
-        register=lambda host: is_locked,
-        synchronize=lambda: None,
+        is_cpu=False, module=module, register=lambda host: is_locked, synchronize=lambda: None
     )
 
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs the interpreter")
 @pytest.mark.parametrize(
     "is_locked, src, is_gathered",
-    [
-        (True, range(0, 160, 2), True),
-        (True, range(80), False),
-        (False, range(0, 160, 2), False),
-    ],
+    [(True, range(0, 160, 2), True), (True, range(80), False), (False, range(0, 160, 2), False)],
 )
 def test_scattered_rows_of_locked_memory_are_gathered_by_a_kernel(
     is_locked: bool, src: range, is_gathered: bool

@@ -179,8 +179,7 @@ def test_fp8_blocks_in_a_layer_on_a_device(tmp_path):
 
 @pytest.mark.full
 @pytest.mark.parametrize(
-    "published, prefix",
-    [("qwen3_next", "model."), ("qwen3_5_moe", "model.language_model.")],
+    "published, prefix", [("qwen3_next", "model."), ("qwen3_5_moe", "model.language_model.")]
 )
 def test_fp8_files_on_a_device_equal_their_dequantised_weights(published, prefix, checkpoint):
     """Triton multiplies blocks of 128 x 128, of reordered rows and of experts. Scales are different
@@ -462,8 +461,7 @@ def test_files_that_differ_from_their_config_are_refused(form, change, match, ch
 
 
 @pytest.mark.parametrize(
-    "name, form",
-    [("quantize_config.json", "gptq"), ("quant_config.json", "awq")],
+    "name, form", [("quantize_config.json", "gptq"), ("quant_config.json", "awq")]
 )
 def test_a_description_beside_the_config_is_read(name, form, checkpoint):
     """As AutoGPTQ and AutoAWQ wrote it. Without it, quantised weights are refused."""

@@ -103,10 +103,7 @@ def _requests(
         length += answer + int(draw.lognormal(6, 1.3))
 
 
-SAMPLES = {
-    "mooncake.jsonl.gz": blocks_of_512,
-    "coding_agent.jsonl.gz": agent_sessions,
-}
+SAMPLES = {"mooncake.jsonl.gz": blocks_of_512, "coding_agent.jsonl.gz": agent_sessions}
 
 
 def packed(records: Iterable[Record]) -> bytes:

@@ -86,7 +86,7 @@ PLAIN: Chat = {
     "messages": [
         say("system", "Be brief. " * 12),
         *(say("user", f"Question {n}. " * 9) for n in "ab"),
-    ],
+    ]
 }
 Edit = Callable[[Chat], None]
 Prepare = Callable[[ScriptedEngine], None]
