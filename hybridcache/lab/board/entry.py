@@ -1,29 +1,36 @@
 """Entries of a board: policies that run in a process of their own, and decide there only.
 
-The child has a cache of its own, which receives the requests one by one, and sends each decision of
-the entry: victims and places of checkpoints. The board's own cache carries them out and counts the
-hits. So an entry cannot count its hits, read later requests, or keep anything between two memories:
-each has a new process. Both caches are equal as long as the entry only decides; a decision that the
-board's cache cannot carry out is an error.
+The child has a cache of its own, which receives the requests one by one, each answer at its end,
+and sends each decision of the entry: victims and places of checkpoints. The board's own cache
+carries them out and counts the hits. So an entry cannot count its hits or read what a server does
+not know yet. The board reads decisions as JSON, because unpickling runs code. On Linux with
+Landlock the child can write no file, use no TCP, and neither read nor signal another process
+(``confine``). Both caches are equal as long as the entry only decides; a decision that the board's
+cache cannot carry out is an error.
 """
 
 from __future__ import annotations
 
+import ctypes
+import json
 import multiprocessing
+import os
+import signal
+import struct
+import sys
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from itertools import islice
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import Any, cast
 
 from hybridcache.lab.rivals.evictions import make_eviction
-from hybridcache.lab.runs.closed_loop import LoopRun, SessionTurn
+from hybridcache.lab.runs.closed_loop import LoopRun, SessionTurn, SimulatedRequest
 from hybridcache.lab.runs.grid import RERUN, RERUN_STATUS, leave_if_rerun
-from hybridcache.lab.runs.serving import serve
 from hybridcache.lab.runs.target import build_target
 from hybridcache.lab.scenario import Scenario, is_own
-from hybridcache.lab.traces.trace import Trace, TraceRequest
+from hybridcache.lab.traces.trace import Held, Trace, TraceRequest
 from hybridcache.policies.user import OwnPolicy
 from hybridcache.radix.protocol import (
     EvictionPolicy,
@@ -34,18 +41,77 @@ from hybridcache.radix.protocol import (
     PolicyError,
     Prefill,
 )
+from hybridcache.radix.tokens import EMPTY, Tokens
 
 DONE = "done"
 """Last message of a child."""
+FAILURE = "failure"
+"""Name of the reason in the message of a child whose entry has failed."""
 WAIT_S = 5.0
 """Time for a child to end after its last message."""
+LIMIT_S = 60.0
+"""Longest time for a decision."""
+MAX_BYTES = 1 << 24
+"""Longest message of a child."""
+CONFINING = 6
+"""First version of Landlock with all of ``confine``."""
+UNCONFINED = "this system has no Landlock 6: an entry could keep files, or read other processes"
+"""Note of a board."""
+WRITES = sum(1 << right for right in (1, *range(4, 13)))
+"""Landlock's rights of the first version that change files: write, remove and make."""
+
+
+class RelayedRequest(TraceRequest):
+    """Request of which a child gets the answer when the board's cache asks for it, at its end."""
+
+    entry: EntryProcess
+
+    @property
+    def output(self) -> Tokens:
+        answer = cast("Tokens", self[OUTPUT])
+        self.entry.send((answer, self.stop_reason))
+        return answer
+
+
+OUTPUT = TraceRequest._fields.index("output")
 
 
 @dataclass(frozen=True, slots=True)
-class Failure:
-    """Message of a child whose entry has failed."""
+class Relayed(Held):
+    """Source of requests in memory whose prompts are sent to a child when they are read."""
 
-    text: str
+    entry: EntryProcess
+
+    def __call__(self) -> Iterator[TraceRequest]:
+        for request in self.requests:
+            untold = request._replace(output=EMPTY, stop_reason="", answer_tokens=None)
+            self.entry.send(untold._replace(service_s=None))
+            told = RelayedRequest(*request)
+            told.entry = self.entry
+            yield told
+        self.entry.finish()
+
+
+def landlock_version() -> int:
+    """Return the version of Landlock of this system, or 0 without it."""
+    if sys.platform != "linux":
+        return 0
+    return max(int(ctypes.CDLL(None).syscall(444, None, 0, 1)), 0)
+
+
+def confine() -> None:
+    """Take from this process, for good, the rights to change files, to use TCP, and to read or
+    signal processes other than its children, as far as Landlock's version has them."""
+    if not (version := landlock_version()):
+        return
+    libc, truncate = ctypes.CDLL(None), (version >= 3) << 14
+    rights = struct.pack("QQQ", WRITES | truncate, 3, 3)
+    rights = rights[: 8 if version < 4 else 16 if version < 6 else 24]
+    rules = libc.syscall(444, rights, len(rights), 0)
+    libc.prctl(38, 1, 0, 0, 0)  # No new privileges.
+    if libc.syscall(446, rules, 0):
+        raise OSError("Landlock refused to confine the process of an entry.")
+    os.close(rules)
 
 
 # --- The board's side -----------------------------------------------------------------------------
@@ -65,7 +131,7 @@ class EntryProcess:
         self._process = context.Process(target=_decide, args=asked, daemon=True)
         self._process.start()
         far.close()
-        self._orders_classes, self._has_priority_classes = self.receive()
+        self._orders_classes, self._has_priority_classes = map(bool, self.receive())
 
     def send(self, message: object) -> None:
         """Send a request. Raises PolicyError if the child has ended."""
@@ -76,17 +142,23 @@ class EntryProcess:
             raise PolicyError(f"{self.label}: its process ended before the last request") from None
 
     def receive(self) -> Any:
-        """Return the next decision. Raises PolicyError if the entry has failed, and
-        ChildProcessError if the child runs the user's script."""
+        """Return the next decision. Raises PolicyError if the entry has failed or takes longer than
+        ``LIMIT_S``, and ChildProcessError if the child runs the user's script."""
         try:
-            message = self._pipe.recv()
+            if not self._pipe.poll(LIMIT_S):
+                raise PolicyError(f"{self.label}: no decision within {LIMIT_S:g} s")
+            message = json.loads(self._pipe.recv_bytes(MAX_BYTES))
+        except PolicyError:
+            raise
+        except (ValueError, RecursionError) as error:
+            raise PolicyError(f"{self.label}: its process sent no decision ({error})") from None
         except (EOFError, OSError) as error:
             self._process.join(WAIT_S)
             if self._process.exitcode == RERUN_STATUS:
                 raise ChildProcessError(RERUN) from None
             raise PolicyError(f"{self.label}: its process ended ({error!r})") from None
-        if isinstance(message, Failure):
-            raise PolicyError(message.text)
+        if isinstance(message, dict):
+            raise PolicyError(f"{message.get(FAILURE)}")
         return message
 
     def eviction(self) -> EvictionPolicy:
@@ -114,12 +186,13 @@ class EntryProcess:
             raise PolicyError(f"{self.label}: its process made a further decision: {message!r:.80}")
 
     def close(self) -> None:
-        """End the child."""
+        """End the child, and what it has started."""
         self._pipe.close()
         self._process.join(WAIT_S)
-        if self._process.is_alive():
-            self._process.kill()
-            self._process.join()
+        with suppress(OSError):
+            os.killpg(self._process.pid or 0, signal.SIGKILL)
+        self._process.kill()
+        self._process.join()
 
 
 class RepeatedEviction(EvictionPolicy):
@@ -141,7 +214,7 @@ class RepeatedEviction(EvictionPolicy):
         serial = self._entry.receive()
         if serial is None:
             return None
-        item = self._held.get(serial) if isinstance(serial, int) else None
+        item = self._held.get(serial) if type(serial) is int else None
         if item is None or (kind is not None and item.kind != kind):
             raise PolicyError(
                 f"{self._entry.label}: its process evicted {serial!r:.40}, which is no candidate "
@@ -157,10 +230,15 @@ class RepeatedPlacement(PlacementPolicy):
         self._entry = entry
 
     def plan(self, prefill: Prefill) -> Sequence[Placed]:
-        found: Sequence[Placed] = self._entry.receive()
-        if not isinstance(found, list) or not all(type(one) is Placed for one in found):
+        found = self._entry.receive()
+        try:
+            plan = [Placed(*one) for one in found]
+            kinds = {tuple(map(type, one)) for one in plan}
+        except TypeError:
+            kinds = {()}
+        if kinds - {(int, str, int)}:
             raise PolicyError(f"{self._entry.label}: its process sent no plan ({found!r:.40})")
-        return found
+        return plan
 
     def decode_interval(self) -> int | None:
         found = self._entry.receive()
@@ -181,14 +259,8 @@ def entered(
     is_loop = num_sessions is not None
     entry = EntryProcess(cell, 1 if is_loop else trace.unit, num_sessions)
 
-    def relayed() -> Iterator[TraceRequest]:
-        for request in trace.in_order():
-            entry.send(request)
-            yield request
-        entry.finish()
-
     try:
-        told = trace if is_loop else replace(trace, source=relayed)
+        told = trace if is_loop else replace(trace, source=Relayed(tuple(trace.in_order()), entry))
         yield told, entry.repeated(cell), entry
         if is_loop:
             entry.finish()
@@ -197,15 +269,23 @@ def entered(
 
 
 class RelayedLoop(LoopRun):
-    """A closed loop that sends each request to a child when it is due, and each pause when it
-    begins."""
+    """A closed loop that sends each prompt to a child when it is due, the ids of its answer when
+    that begins, and each pause when it begins. The child knows the length of the answer before."""
 
     entry: EntryProcess
 
     def turn(self, number: int, place: int) -> SessionTurn:
         found = super().turn(number, place)
-        self.entry.send(found)
+        text = found.text.copy()
+        text[found.prompt_len :] = 0
+        self.entry.send(replace(found, text=text, stop_reason=""))
         return found
+
+    def _sample(self, request: SimulatedRequest) -> bool:
+        if request.first_token_s is None:
+            turn = self.sessions[request.place][request.turn]
+            self.entry.send((turn.text[turn.prompt_len :], turn.stop_reason))
+        return super()._sample(request)
 
     def pause_s(self, number: int, place: int) -> float | None:
         found = super().pause_s(number, place)
@@ -225,6 +305,12 @@ class LedLoop(LoopRun):
         found: SessionTurn = self.pipe.recv()
         return found
 
+    def _sample(self, request: SimulatedRequest) -> bool:
+        if request.first_token_s is None:
+            answer, stop_reason = self.pipe.recv()
+            request.answer(answer, stop_reason)
+        return super()._sample(request)
+
     def pause_s(self, number: int, place: int) -> float | None:
         found: float | None = self.pipe.recv()
         return found
@@ -232,12 +318,14 @@ class LedLoop(LoopRun):
 
 def _decide(pipe: Connection, cell: Scenario, unit: int, num_sessions: int | None) -> None:
     """Run the cache of a child until the requests end, and send all decisions and the end."""
+    os.setsid()
+    confine()
     try:
         placement = cell.placement(unit)
         _tell_placement(placement, pipe)
         make = make_eviction(str(cell.policy))
         made = [make()]
-        pipe.send((made[0].orders_classes, made[0].has_priority_classes))
+        _tell(pipe, (made[0].orders_classes, made[0].has_priority_classes))
 
         def eviction() -> EvictionPolicy:
             policy = made.pop() if made else make()
@@ -251,7 +339,10 @@ def _decide(pipe: Connection, cell: Scenario, unit: int, num_sessions: int | Non
         )
         if num_sessions is None:
             target = build_target(told, unit)
-            serve(target, iter(pipe.recv, None), unit, told)
+            while (request := pipe.recv()) is not None:
+                if (served := target.begin(request)) is not None:
+                    served.prefilled()
+                    served.finish(*pipe.recv())
             target.counters()  # Raises the failure of a policy.
         else:
             loop = LedLoop(told, [()] * num_sessions)
@@ -259,12 +350,17 @@ def _decide(pipe: Connection, cell: Scenario, unit: int, num_sessions: int | Non
             loop.run()
             if pipe.recv() is not None:
                 raise PolicyError(f"{cell.label}: its process has lost a request")
-        pipe.send(DONE)
+        _tell(pipe, DONE)
     except (EOFError, BrokenPipeError):
         pass  # The board has stopped.
     except Exception as error:  # A user's module can raise anything.
         text = str(error) if isinstance(error, ValueError) else repr(error)
-        pipe.send(Failure(text))
+        _tell(pipe, {FAILURE: text})
+
+
+def _tell(pipe: Connection, message: object) -> None:
+    """Send what the board reads as JSON."""
+    pipe.send_bytes(json.dumps(message).encode())
 
 
 def _tell_victims(policy: EvictionPolicy, pipe: Connection) -> None:
@@ -273,7 +369,7 @@ def _tell_victims(policy: EvictionPolicy, pipe: Connection) -> None:
 
     def tell(kind: Kind | None) -> Item | None:
         item = victim(kind)
-        pipe.send(None if item is None else item.serial)
+        _tell(pipe, None if item is None else item.serial)
         return item
 
     policy.victim = tell  # type: ignore[method-assign]
@@ -285,12 +381,12 @@ def _tell_placement(placement: PlacementPolicy, pipe: Connection) -> None:
 
     def tell(prefill: Prefill) -> Iterable[Placed]:
         found = list(islice(plan(prefill), prefill.prompt_len))
-        pipe.send(found)
+        _tell(pipe, found)
         return found
 
     def tell_interval() -> int | None:
         found = decode_interval()
-        pipe.send(found)
+        _tell(pipe, found)
         return found
 
     placement.plan = tell  # type: ignore[method-assign]

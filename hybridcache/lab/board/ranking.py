@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import secrets
 import tomllib
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -30,7 +31,13 @@ from hybridcache.command.extras import version
 from hybridcache.geometry.model import ModelGeometry
 from hybridcache.geometry.times import Roofline
 from hybridcache.geometry.units import GIB, counted
-from hybridcache.lab.board.entry import RelayedLoop, entered
+from hybridcache.lab.board.entry import (
+    CONFINING,
+    UNCONFINED,
+    RelayedLoop,
+    entered,
+    landlock_version,
+)
 from hybridcache.lab.results.result import ClosedLoopRun, Plain, RunResult, StoredResult, text_table
 from hybridcache.lab.rivals.evictions import ALL_NAMES
 from hybridcache.lab.rivals.systems import BASELINES, COMPARABLE
@@ -43,17 +50,20 @@ from hybridcache.lab.traces.arrivals import interleave, parse_starts
 from hybridcache.lab.traces.frame import make_folder
 from hybridcache.lab.traces.intervals import FEWEST_UNITS, Interval, interval, paired
 from hybridcache.lab.traces.progress import Progress
-from hybridcache.lab.traces.trace import Trace, TraceRequest
+from hybridcache.lab.traces.trace import Held, Trace, TraceRequest
 from hybridcache.policies.registry import DEFAULT_EVICTION, DEFAULT_PLACEMENT, EvictionSpec
+from hybridcache.radix.tokens import Tokens
 
 BUILT_IN = tuple(sorted(ALL_NAMES))
 """Eviction policies of a split that names none, each with the default placement."""
-PACKAGED = {"evaluation": "evaluation.toml", "benchmark": "benchmark_v3.toml"}
+PACKAGED = {"evaluation": "evaluation.toml", "benchmark": "benchmark_v4.toml"}
 PLAN, LIMIT, BEST_REBUILT = "(plan)", "(upper bound)", "(best rebuilt of each cell)"
 """Rows of a plan that knows the future, of the bound, and of the best rebuilt systems."""
 LOST = 0.1
 """Points below the reference from which on a cell counts as lost."""
 ROUNDING = 1e-9
+NEAR = 8
+"""Sessions among which one changes its place, so that phases of a trace stay."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +122,8 @@ class Split:
     """Share of the KV in two pools; 0: replays in one arena alone."""
     ttft_limit_s: float = 2.0
     max_running: int = 16
+    disguises: bool = False
+    """True if each size has other ids, and its sessions another order (``disguised``)."""
     machine: Mapping[str, float] = field(default_factory=dict)
     """Arguments of ``Roofline``; the default machine if empty."""
 
@@ -237,6 +249,32 @@ def drawn(cell: Cell, place: int, seed: int, folder: Path | None) -> Trace:
     return replace(trace, name=cell.name, source=source).kept()
 
 
+def disguised(trace: Trace, seed: int, place: int) -> Trace:
+    """Return ``trace`` with other ids, each for the same former one, and with its sessions in
+    another order: each begins when another one of the ``NEAR`` around it did.
+
+    So an entry that kept the requests of one size, or draws the trace again, finds none of its ids.
+    The ids are drawn anew in each call, and change no hit. O(tokens).
+    """
+    rng, sessions = np.random.default_rng((seed, place)), dict[Hashable, list[TraceRequest]]()
+    factor, added = 2 * secrets.randbelow(1 << 30) + 1, secrets.randbelow(1 << 31)
+
+    def renamed(ids: Tokens) -> Tokens:
+        return ((ids.astype(np.int64) * factor + added) % (1 << 31)).astype(np.int32)
+
+    for one in trace.in_order():
+        sessions.setdefault(one.session, []).append(one)
+    found, held = list[TraceRequest](), [*sessions.values()]
+    order = np.argsort(np.arange(len(held)) + rng.uniform(0, NEAR, len(held)), kind="stable")
+    for at, number in enumerate(order.tolist()):
+        later_s = held[at][0].timestamp_s - held[number][0].timestamp_s
+        for one in held[number]:
+            ids = {"tokens": renamed(one.tokens), "output": renamed(one.output)}
+            found.append(one._replace(timestamp_s=one.timestamp_s + later_s, **ids))
+    found.sort(key=lambda one: one.timestamp_s)
+    return replace(trace, source=Held(tuple(found)))
+
+
 def _missing(cell: Cell, folder: Path | None) -> str:
     name = cell.spec.partition("?")[0]
     return f"no file {name} in {folder or 'the folder of --data'}; source: {cell.source}"
@@ -326,7 +364,11 @@ def run_job(_trace: Trace, job: Job) -> Measured:
         return Measured(*named, [*gib], states, [*rates], is_rebuilt=job.is_rebuilt)
 
     if job.system == PLAN:
-        plans = optimum(base, progress=False)
+        plans = [
+            plan
+            for place, one in enumerate(_cells_of(base, trace))
+            for plan in optimum(replace(one, trace=_shown(job, trace, place)), progress=False)
+        ]
         found = measured([plan.gib for plan in plans], [plan.reached for plan in plans])
         return replace(found, bound=[plan.bound for plan in plans])
     if job.is_rebuilt:
@@ -335,10 +377,10 @@ def run_job(_trace: Trace, job: Job) -> Measured:
         eviction, _, placement = job.system.partition("@")
         base = replace(base, policy=eviction, checkpoints=placement or DEFAULT_PLACEMENT)
     base = replace(base, times=split.times())
-    runs = _replayed(base, trace)
+    runs = _replayed(base, trace, job)
     pools: Sequence[RunResult] = ()
     if split.kv_share and not job.is_rebuilt:
-        pools = _replayed(replace(base, memory="pools", kv_share=split.kv_share), trace)
+        pools = _replayed(replace(base, memory="pools", kv_share=split.kv_share), trace, job)
     served = replace(
         base,
         ttft_limit_s=split.ttft_limit_s,
@@ -367,11 +409,16 @@ def _cells_of(scenario: Scenario, trace: Trace) -> list[Scenario]:
     return [replace(one, gib=size, baseline=scenario.baseline or ()) for size in points]
 
 
-def _replayed(scenario: Scenario, trace: Trace) -> list[RunResult]:
+def _shown(job: Job, trace: Trace, place: int) -> Trace:
+    """Return the trace as it is replayed at the size at ``place``."""
+    return disguised(trace, job.seed, place) if job.split.disguises else trace
+
+
+def _replayed(scenario: Scenario, trace: Trace, job: Job) -> list[RunResult]:
     """Replay the trace at every size."""
     found = []
-    for cell in _cells_of(scenario, trace):
-        with entered(trace, cell) as (requests, own, _):
+    for place, cell in enumerate(_cells_of(scenario, trace)):
+        with entered(_shown(job, trace, place), cell) as (requests, own, _):
             found.append(run_cell(requests, own))
     return found
 
@@ -480,7 +527,8 @@ def board(
     )
     if failures:
         raise ValueError(failures[0])
-    notes = [
+    notes = [UNCONFINED] if landlock_version() < CONFINING else []
+    notes += [
         f"{cell.spec}: {note}"
         for cell in asked.cells
         if not cell.source
@@ -621,7 +669,10 @@ class Board:
                 if by_system.setdefault(system, of) != of and ":" in system:
                     name = f"{system} ({path})"
                     by_system[name] = [replace(run, system=name) for run in of]
-        return replace(found[0], runs=tuple(run for of in by_system.values() for run in of))
+        runs = tuple(run for of in by_system.values() for run in of)
+        entries = [system for system in by_system if ":" in system]
+        read = f"read from files, not run here: {', '.join(entries)}"
+        return replace(found[0], runs=runs, notes=(*found[0].notes, *[read] * bool(entries)))
 
     def _place(self) -> tuple[object, ...]:
         split = replace(self.split, policies=(), rebuilt=(), reference="")

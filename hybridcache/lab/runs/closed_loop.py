@@ -90,6 +90,10 @@ class SimulatedRequest(ScheduledRequest):
         self.first_token_s: float | None = None
         self.finished_s = 0.0
 
+    def answer(self, tokens: Tokens, stop_reason: str) -> None:
+        """Set the ids of the answer, which were not known at its arrival."""
+        self.buffer[self.prompt_len :], self._stop_reason = tokens, stop_reason
+
     @property
     def stop_reason(self) -> str:
         """See ``ScheduledRequest``; otherwise the reason that the trace names."""

@@ -191,11 +191,12 @@ class LeasedRequest:
         """Publish the prompt, which is computed."""
         self._lease.publish(self._request.tokens, len(self._request.tokens))
 
-    def finish(self, output: Tokens) -> None:
-        """Publish the answer ``output``, which is decoded, and release all memory."""
+    def finish(self, output: Tokens, stop_reason: str | None = None) -> None:
+        """Publish the answer ``output``, which is decoded, and release all memory. Without a
+        ``stop_reason`` it is that of the request."""
         lease, tokens, num_ids = self._lease, self._request.tokens, len(self._request.tokens)
         computed_len = num_ids + len(output) - self._target.uncomputed
-        stop_reason = self._request.stop_reason
+        stop_reason = self._request.stop_reason if stop_reason is None else stop_reason
         if computed_len <= num_ids:
             lease.finish(tokens, num_ids, stop_reason=stop_reason)
             return

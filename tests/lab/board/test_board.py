@@ -17,6 +17,7 @@ import pytest
 from hybridcache import closed_loop
 from hybridcache.geometry.model import ModelGeometry
 from hybridcache.geometry.units import GIB
+from hybridcache.lab.board import entry
 from hybridcache.lab.board import ranking as module
 from hybridcache.lab.board.ranking import (
     BUILT_IN,
@@ -27,6 +28,7 @@ from hybridcache.lab.board.ranking import (
     Measured,
     Split,
     board,
+    disguised,
     drawn,
     run_job,
 )
@@ -114,7 +116,7 @@ def test_a_policy_of_a_stranger_is_ranked_by_one_command(
     shown = capsys.readouterr().out
     assert "left out: away: no file away.jsonl in the folder of --data" in shown
     record = json.loads((tmp_path / "a.json").read_text())
-    assert record["benchmark"] == "v3" and list(record["left_out"]) == ["away"]
+    assert record["benchmark"] == "v4" and list(record["left_out"]) == ["away"]
     runs = {run["system"]: run for run in record["runs"]}
     mine, lru, peer = (runs[name] for name in ("mine_frozen:Mine@adaptive", "lru@adaptive", "vllm"))
     assert {**mine, "system": ""} == {**lru, "system": ""} and mine["pools"] and not peer["pools"]
@@ -260,6 +262,114 @@ class Policy(LRU):
         os._exit(0)
 """,
 }
+
+
+# Sends a box that runs code when it is unpickled, and a plan of another kind.
+BOX = """
+import gc, os
+from multiprocessing.connection import Connection
+from hybridcache.policies.eviction.lru import LRU
+class Box:
+    def __reduce__(self):
+        return eval, ("open('ran', 'w').write('x') and 1",)
+class Policy(LRU):
+    def victim(self, kind):
+        for one in gc.get_objects():
+            if isinstance(one, Connection) and one.writable and not one.closed:
+                Connection.send(one, Box())
+        return super().victim(kind)
+"""
+# Writes a file, and reads the memory of the process that started it.
+REACH = """
+import os
+from hybridcache.policies.eviction.lru import LRU
+class Policy(LRU):
+    def __init__(self):
+        super().__init__()
+        reached = []
+        for reach in (
+            lambda: open("kept", "w"),
+            lambda: os.mkdir("kept_folder"),
+            lambda: open("/dev/shm/kept", "w"),
+            lambda: open(f"/proc/{os.getppid()}/mem", "rb"), lambda: os.kill(os.getppid(), 0),
+        ):
+            try:
+                reach()
+                reached.append(reach)
+            except OSError:
+                pass
+        if reached:
+            raise RuntimeError(f"it reached {len(reached)} of 5")
+"""
+# Looks for the answer of the present request, and for the requests of another size.
+PEEK = """
+import sys
+import numpy as np
+from hybridcache.lab.board import Split
+from hybridcache.lab.board.ranking import drawn
+from hybridcache.lab.traces.trace import TraceRequest
+from hybridcache.policies.placement import Backoff
+class Rule(Backoff):
+    def plan(self, prefill):
+        frame = sys._getframe()
+        while frame is not None:
+            for one in frame.f_locals.values():
+                if isinstance(one, TraceRequest):
+                    assert not len(one.output) and not one.stop_reason, "the answer is known"
+                    [cell] = Split.load("own.toml").cells
+                    for known in drawn(cell, 0, 1, None):  # It draws the trace again.
+                        assert not np.array_equal(known.tokens, one.tokens), "a known request"
+            frame = frame.f_back
+        return super().plan(prefill)
+"""
+HANG = """
+import time
+from hybridcache.policies.eviction.lru import LRU
+class Policy(LRU):
+    def victim(self, kind):
+        time.sleep(1000)
+"""
+
+
+def test_an_entry_reaches_neither_files_nor_processes_nor_answers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, text in {"box": BOX, "reach": REACH, "peek": PEEK, "hang": HANG}.items():
+        (tmp_path / f"entry_{name}.py").write_text(text)
+    (tmp_path / "own.toml").write_text(
+        'model = "qwen3-next"\nseeds = [1]\ndisguises = true\n'
+        '[cells]\n"short?head=20" = {sizes = [0.3, 0.5]}\n'
+    )
+    monkeypatch.chdir(tmp_path)
+    split = Split.load("own.toml")
+    with pytest.raises(ValueError, match="its process sent no decision"):
+        board("entry_box:Policy", split, built_in=())
+    assert not (tmp_path / "ran").exists()
+    found = board(["lru@backoff", "lru@entry_peek:Rule"], split, built_in=())
+    rates = [run.replay for run in found.runs if run.system != PLAN]
+    assert rates[0] == rates[1]
+    monkeypatch.setattr(entry, "LIMIT_S", 0.5)
+    with pytest.raises(ValueError, match=r"no decision within 0\.5 s"):
+        board("entry_hang:Policy", split, built_in=())
+    if entry.landlock_version() >= entry.CONFINING:
+        board("entry_reach:Policy", split, built_in=())
+        assert not {path.name for path in tmp_path.iterdir()} & {"kept", "kept_folder"}
+    else:
+        assert entry.UNCONFINED in found.notes
+
+
+def test_a_disguise_changes_ids_and_order_but_no_length() -> None:
+    trace = drawn(SHORT, 0, 1, None)
+    one, again, other = (list(disguised(trace, 1, place)) for place in (0, 0, 1))
+    shapes = [
+        [(r.timestamp_s, r.session, len(r.tokens), len(r.output)) for r in requests]
+        for requests in (one, again, other)
+    ]
+    assert shapes[0] == shapes[1] != shapes[2]
+    assert sorted(shape[2:] for shape in shapes[0]) == sorted(shape[2:] for shape in shapes[2])
+    ids = [np.concatenate([request.tokens for request in requests]) for requests in (one, again)]
+    assert len(np.unique(ids[0])) == len(np.unique(ids[1])) and (ids[0] != ids[1]).any()
+    assert trace.name == disguised(trace, 1, 0).name
 
 
 def test_an_entry_neither_counts_hits_nor_sees_later_requests_or_earlier_runs(
