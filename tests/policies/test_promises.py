@@ -203,11 +203,7 @@ def test_the_metadata_of_a_body_has_the_promise_as_a_number_or_text() -> None:
     assert Sampling().session == {"ends_session": False, "session": ""}
     for given, promised_s in (("2.5", 2.5), (3, 3.0)):
         asked = Sampling(metadata={"returns_within_s": given, "session_end": "True"})
-        assert asked.session == {
-            "ends_session": True,
-            "returns_within_s": promised_s,
-            "session": "",
-        }
+        assert asked.session["returns_within_s"] == promised_s and asked.session["ends_session"]
     for wrong in ("soon", "inf", -1, True, [1]):
         with pytest.raises(ValueError, match="returns_within_s must be"):
             assert Sampling(metadata={"returns_within_s": wrong}).session

@@ -12,9 +12,7 @@ from engine.front.server.bodies import decode
 from engine.front.server.endpoints.anthropic import MessagesRequest
 from engine.front.server.endpoints.responses import ResponsesRequest
 from engine.front.server.schemas import Sampling
-from hybridcache import CacheConfig, LeaseRequest, build_prefix_cache, open_trace, parse_placement
-from hybridcache.lab.runs.simulate import run_cell
-from hybridcache.lab.scenario import Scenario
+from hybridcache import CacheConfig, LeaseRequest, build_prefix_cache, parse_placement
 from hybridcache.vllm import session_marks
 from tests.radix.serving import serve_lease
 
@@ -25,11 +23,9 @@ class Clients:
     """Sessions on one small cache. Each text is a shared head, the branches of a session and turns
     of 16 tokens."""
 
-    def __init__(self, num_slots: int, eviction: str = "survival", **memory: int) -> None:
+    def __init__(self, num_slots: int, eviction: str = "survival") -> None:
         self.cache = build_prefix_cache(
-            CacheConfig(
-                num_kv_tokens=4000, num_slots=num_slots, grid=8, eviction=eviction, debug=True
-            )
+            CacheConfig(num_kv_tokens=4000, num_slots=num_slots, grid=8, eviction=eviction)
         )
         self.placement = parse_placement("end")
 
@@ -74,11 +70,8 @@ def test_text_that_another_session_used_stays() -> None:
     clients.serve(1, 3, session="a")
     clients.serve(1, 4)
     clients.serve(1, 3, 5, session="a", ends=True)
-    [shared] = [
-        node.checkpoint
-        for node in clients.cache.iter_nodes()
-        if node.checkpoint and node.checkpoint.position == 32
-    ]
+    nodes = [node.checkpoint for node in clients.cache.iter_nodes()]
+    [shared] = [one for one in nodes if one is not None and one.position == 32]
     assert shared.session == "" and not shared.superseded
     assert clients.superseded() == {("a", 48), ("a", 64)}
     # A session that goes on after all, under another name, takes back what it continues.
@@ -117,70 +110,39 @@ def test_a_session_that_is_no_text_is_refused() -> None:
     clients.cache.check(held_tokens=0, held_slots=0)
 
 
-def test_ends_of_sessions_raise_the_hits_of_conversations() -> None:
-    trace = open_trace("conversations?live=12&num_conversations=60").kept()
-    last = {request.session: place for place, request in enumerate(trace)}
-    told = [
-        one._replace(stop_reason="session_end" if last[one.session] == place else "")
-        for place, one in enumerate(trace)
-    ]
-    cell = Scenario("conversations", gib=1.0, policy="survival", checkpoints="adaptive")
-    silent = run_cell(trace, cell).token_hit_rate
-    assert run_cell(type(trace)("told", 1, lambda: iter(told)), cell).token_hit_rate > silent + 0.02
-
-
-MESSAGES: list[dict[str, Any]] = [{"role": "user", "content": "Hi"}]
-TTL = {"type": "ephemeral", "ttl": "1h"}
+CHAT = {"model": "m", "max_tokens": 3, "messages": [{"role": "user", "content": "Hi"}]}
+CHAT["cache_control"] = {"type": "ephemeral", "ttl": "1h"}
+KINDS: dict[str, Any] = {"input": ResponsesRequest, "messages": MessagesRequest}
 
 
 @pytest.mark.parametrize(
-    ("kind", "body", "session"),
+    ("body", "session"),
     [
-        (Sampling, {"metadata": {"session_id": "a"}}, {"session": "a"}),
-        (Sampling, {"session_id": "a", "metadata": {"session_id": "b"}}, {"session": "b"}),
-        (
-            Sampling,
-            {"session_id": "a", "cache_ttl_ms": 1500},
-            {"session": "a", "returns_within_s": 1.5},
-        ),
-        (
-            Sampling,
-            {"agent_hint": {"session": "a", "release": True, "prefetch": 1}},
-            {"session": "a", "ends_session": True},
-        ),
-        (Sampling, {"agent_hint": {"cache_ttl_ms": 20}}, {"returns_within_s": 0.02}),
-        (Sampling, {"agent_hint": {}, "metadata": {"session_end": "true"}}, {"ends_session": True}),
-        (ResponsesRequest, {"input": "Hi", "session_id": "a"}, {"session": "a"}),
-        (MessagesRequest, {"cache_control": TTL}, {"returns_within_s": 3600.0}),
-        (
-            MessagesRequest,
-            {"cache_control": TTL, "metadata": {"returns_within_s": 2, "session_id": "a"}},
-            {"returns_within_s": 2.0, "session": "a"},
-        ),
+        ({"metadata": {"session_id": "a"}}, {"session": "a"}),
+        ({"session_id": "a", "metadata": {"session_id": "b"}}, {"session": "b"}),
+        ({"session_id": "a", "cache_ttl_ms": 5}, {"session": "a", "returns_within_s": 0.005}),
+        ({"agent_hint": {"session": "a", "release": True}}, {"session": "a", "ends_session": True}),
+        ({"agent_hint": {"cache_ttl_ms": 20, "prefetch": 1}}, {"returns_within_s": 0.02}),
+        ({"input": "Hi", "session_id": "a"}, {"session": "a"}),
+        (CHAT, {"returns_within_s": 3600.0}),
+        (CHAT | {"metadata": {"returns_within_s": 2}}, {"returns_within_s": 2.0}),
     ],
 )
 def test_clients_name_sessions_and_times_as_in_other_engines(
-    kind: Any, body: dict[str, Any], session: dict[str, Any]
+    body: dict[str, Any], session: dict[str, Any]
 ) -> None:
-    if kind is MessagesRequest:
-        body |= {"model": "m", "max_tokens": 3, "messages": MESSAGES}
-    read = decode(kind, json.dumps(body).encode())
-    asked = (
-        read
-        if kind is Sampling
-        else read.as_chat(*([read.items] if kind is ResponsesRequest else []))
-    )
+    kind = next((kind for name, kind in KINDS.items() if name in body), Sampling)
+    asked = decode(kind, json.dumps(body).encode())
+    if kind is not Sampling:
+        asked = asked.as_chat(*([asked.items] if kind is ResponsesRequest else []))
     assert asked.session == {"ends_session": False, "session": ""} | session
 
 
-@pytest.mark.parametrize(
-    ("extra_args", "marks"),
-    [
+def test_vllm_reads_the_same_hints() -> None:
+    for given, marks in (
         ({}, ("", None, "")),
         ({"agent_hint": 3, "hybridcache_session_end": "yes"}, ("", None, "")),
         ({"agent_hint": {"release": True, "cache_ttl_ms": -1}}, ("session_end", None, "")),
         ({"hybridcache_session": "a", "hybridcache_returns_within_s": 2}, ("", 2, "salt/a")),
-    ],
-)
-def test_vllm_reads_the_same_hints(extra_args: dict[str, Any], marks: tuple[Any, ...]) -> None:
-    assert session_marks(extra_args, "salt") == marks
+    ):
+        assert session_marks(given, "salt") == marks

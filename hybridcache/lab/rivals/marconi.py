@@ -136,6 +136,8 @@ class MarconiCache:
         alpha: Weight of the efficiency, or None to tune it.
         leaf_lru: True for the paper's baseline SGLang+.
         is_charged: False if running requests hold no memory, as in the published simulations.
+        grid: Distance of possible states in tokens, in the reading ``paper``. Marconi saves at any
+            token, which kernels that compute in chunks cannot.
     """
 
     def __init__(
@@ -145,6 +147,7 @@ class MarconiCache:
         alpha: float | None = None,
         leaf_lru: bool = False,
         is_charged: bool = True,
+        grid: int = 1,
     ) -> None:
         self.config = config
         self.reading: Reading = reading
@@ -152,6 +155,7 @@ class MarconiCache:
         self.flops = LayerFlops.of(config) if config.token_flops else PAPER_7B
         self.leaf_lru = leaf_lru
         self.is_charged = is_charged
+        self.grid = max(1, grid // config.unit)
         self.kv_bytes = config.kv_bytes_per_token * config.unit
         self.used_bytes = 0
         """Bytes of the tree."""
@@ -252,10 +256,14 @@ class MarconiCache:
         """Insert, save at the branch point and at the answer's end, then evict to the budget."""
         self.clock += 1
         walked, matched = walk(root, tokens)
-        branch = matched if matched < walked.depth and matched > 0 else None
-        tail, new, _ = grow(*walk(root, whole), whole)
+        branch = matched // self.grid * self.grid if matched < walked.depth else 0
+        whole = whole[: len(whole) // self.grid * self.grid]
+        tail, new = root, 0
+        for part in (whole[:branch], whole) if branch else (whole,):
+            tail, added, _ = grow(*walk(root, part), part)
+            new += added
         self.used_bytes += new * self.kv_bytes
-        fresh = {tail} | {node for node in tail.path() if node.depth == branch}
+        fresh = {node for node in tail.path() if node is tail or node.depth == branch} - {root}
         for node in fresh:
             self._save(node)
         for node in tail.path():

@@ -24,6 +24,7 @@ BASELINES: dict[str, BaselineFactory] = {
     "lightllm-64": partial(LightllmCache, page=64),
     "marconi": MarconiCache,
     "marconi-static": partial(MarconiCache, alpha=1.0),
+    "marconi-static-64": partial(MarconiCache, alpha=1.0, grid=64),
     "marconi-artifact": partial(MarconiCache, reading="artifact"),
     "sglang-plus": partial(MarconiCache, leaf_lru=True),
     "tensorrt-llm": TensorRtCache,
