@@ -74,8 +74,7 @@ def test_text_that_another_session_used_stays() -> None:
     [shared] = [one for one in nodes if one is not None and one.position == 32]
     assert shared.session == "" and not shared.superseded
     assert clients.superseded() == {("a", 48), ("a", 64)}
-    # A session that goes on after all, under another name, takes back what it continues.
-    clients.serve(1, 3, 5, 6, session="d")
+    clients.serve(1, 3, 5, 6, session="d")  # It goes on after all, under another name.
     clients.serve(1, 3, 7, session="e")
     assert ("a", 48) not in clients.superseded()
 
@@ -100,7 +99,7 @@ def test_the_rest_of_an_ended_session_goes_first_in_two_pools_too() -> None:
     clients.cache.evict(num_tokens=16)
     assert not clients.has(1, 2, 5) and clients.has(3, 4)
     clients.cache.evict(num_tokens=32)
-    assert clients.has(3, 4), "the tail of the ended session had more KV to give"
+    assert clients.has(3, 4)
 
 
 def test_a_session_that_is_no_text_is_refused() -> None:

@@ -215,11 +215,9 @@ CHEATS = {
     "grow": """
 from hybridcache.lab.board import ranking
 from hybridcache.lab.results.result import RunResult
-from hybridcache.policies.eviction.lru import LRU
+from hybridcache.policies.eviction.lru import LRU as Policy
 RunResult.token_hit_rate = property(lambda self: 0.99)
 ranking._replayed = lambda *_: 1 / 0
-class Policy(LRU):
-    pass
 """,
     # Looks for requests that have not come yet, and for what an earlier run has left.
     "store": """
@@ -252,10 +250,8 @@ class Policy(LRU):
     # Ends its process.
     "leave": """
 import os
-from hybridcache.policies.eviction.lru import LRU
-class Policy(LRU):
-    def touch(self, item):
-        os._exit(0)
+from hybridcache.policies.eviction.lru import LRU as Policy
+Policy.touch = lambda *_: os._exit(0)
 """,
 }
 
