@@ -68,6 +68,10 @@ def session_marks(extra_args: Mapping[str, Any], salt: str | None) -> tuple[str,
     ('', 0.5, 'tenant/a')
     >>> session_marks({"hybridcache_session": "a", "hybridcache_session_end": True}, None)
     ('session_end', None, '/a')
+    >>> session_marks({"agent_hint": 3, "hybridcache_session_end": "yes"}, None)
+    ('', None, '')
+    >>> session_marks({"agent_hint": {"release": True, "cache_ttl_ms": -1}}, None)
+    ('session_end', None, '')
     """
     hints = extra_args.get("agent_hint")
     hints = hints if isinstance(hints, Mapping) else {}

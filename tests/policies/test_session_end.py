@@ -13,7 +13,6 @@ from engine.front.server.endpoints.anthropic import MessagesRequest
 from engine.front.server.endpoints.responses import ResponsesRequest
 from engine.front.server.schemas import Sampling
 from hybridcache import CacheConfig, LeaseRequest, build_prefix_cache, parse_placement
-from hybridcache.vllm import session_marks
 from tests.radix.serving import serve_lease
 
 HEAD = np.arange(16, dtype=np.int32)
@@ -135,13 +134,3 @@ def test_clients_name_sessions_and_times_as_in_other_engines(
     if kind is not Sampling:
         asked = asked.as_chat(*([asked.items] if kind is ResponsesRequest else []))
     assert asked.session == {"ends_session": False, "session": ""} | session
-
-
-def test_vllm_reads_the_same_hints() -> None:
-    for given, marks in (
-        ({}, ("", None, "")),
-        ({"agent_hint": 3, "hybridcache_session_end": "yes"}, ("", None, "")),
-        ({"agent_hint": {"release": True, "cache_ttl_ms": -1}}, ("session_end", None, "")),
-        ({"hybridcache_session": "a", "hybridcache_returns_within_s": 2}, ("", 2, "salt/a")),
-    ):
-        assert session_marks(given, "salt") == marks
