@@ -276,10 +276,8 @@ class Policy(LRU):
         super().__init__()
         for call in ("open('kept', 'w')", "os.mkdir('kept')", "open('/dev/shm/kept', 'w')",
                      "open(f'/proc/{os.getppid()}/mem')", "os.kill(os.getppid(), 0)"):
-            try:
-                eval(call)
-            except OSError:
-                continue
+            try: eval(call)
+            except OSError: continue
             raise RuntimeError(call)
 """,
     # Looks for the answer of the present request, and draws the trace again to know it.
