@@ -272,6 +272,8 @@ def test_begin_refuses_invalid_arguments_immediately() -> None:
             Lease.begin(cache, placement, LeaseRequest(wrong))  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="got 'backoff'"):
         Lease.begin(cache, "backoff", request)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"session must be a text .got 3"):
+        Lease.begin(cache, placement, request._replace(session=3))  # type: ignore[arg-type]
     for memory in ("arena", "budget"):
         small = CacheConfig(memory=memory, total_bytes=60, kv_bytes_per_token=4, state_bytes=64)  # type: ignore[arg-type]
         with pytest.raises(ValueError, match="needs room for one"):

@@ -229,13 +229,11 @@ class Policy(LRU):
     def __init__(self):
         super().__init__()
         frame, seen = sys._getframe(), []
-        while frame is not None:
+        while frame := frame.f_back:
             seen += [one for one in frame.f_locals.values() if isinstance(one, Trace)]
-            frame = frame.f_back
         seen += [one for one in gc.get_objects() if isinstance(one, (Trace, TraceRequest))]
         RUNS.append(self)
-        if seen or len(RUNS) > 3:  # An instance per priority class.
-            raise RuntimeError(f"it sees {len(seen)} requests and {len(RUNS)} runs")
+        assert not seen and len(RUNS) <= 3, "requests or runs"  # An instance per priority class.
 """,
     # Changes its cache instead of deciding.
     "tamper": """
@@ -243,8 +241,7 @@ from hybridcache.policies.eviction.lru import LRU
 class Policy(LRU):
     def victim(self, kind):
         item = super().victim(kind)
-        if item is not None and item.last_used > 8:
-            item.serial = 10**9
+        if item is not None and item.last_used > 8: item.serial = 10**9
         return item
 """,
     # Ends its process.
@@ -262,10 +259,9 @@ ENTRIES = {
 import gc
 from multiprocessing.connection import Connection
 class Box:
-    def __reduce__(self):
-        return eval, ("open('ran', 'w')",)
+    def __reduce__(self): return eval, ("open('ran', 'w')",)
 class Policy(LRU):
-    def victim(self, kind):
+    def victim(self, _):
         [Connection.send(one, Box()) for one in gc.get_objects() if type(one) is Connection]
 """,
     # Writes files, reads the memory of the process that started it, and signals it.
@@ -291,17 +287,16 @@ KNOWN = [one.tokens for one in drawn(Split.load("own.toml").cells[0], 0, 1, None
 class Policy(Backoff):
     def plan(self, prefill):
         frame = sys._getframe()
-        while (frame := frame.f_back) is not None:
+        while frame := frame.f_back:
             for one in [one for one in frame.f_locals.values() if isinstance(one, TraceRequest)]:
-                assert not len(one.output) and not one.stop_reason, "the answer is known"
+                assert not len(one.output), "the answer is known"
                 assert not any(np.array_equal(one.tokens, known) for known in KNOWN), "known ids"
         return super().plan(prefill)
 """,
     "hang": """
 import time
 class Policy(LRU):
-    def victim(self, kind):
-        time.sleep(1000)
+    def victim(self, kind): time.sleep(1000)
 """,
 }
 
