@@ -126,15 +126,16 @@ def _option(action: argparse.Action, parser: argparse.ArgumentParser) -> tuple[s
 
 
 def cli() -> str:
-    """Return every command with its options."""
+    """Return every command with its options; those of `engine serve` once."""
     from engine.front.command.cli import main as engine
     from hybridcache.lab.cli import main as laboratory
 
-    parts = []
+    parts, printed = list[str](), set[tuple[str, str]]()
     for program, main in (("engine", engine), ("hybridcache", laboratory)):
         for name, description, _ in _commands(_parser_of(main), program, ""):
             parser = _parser_of(main, name.split()[1:])
             parts.append(f"## {name}\n\n{_cell(description)}\n")
+            shared = []
             for group in parser._action_groups:
                 actions = [a for a in group._group_actions if a.help != argparse.SUPPRESS]
                 actions = [a for a in actions if not isinstance(a, argparse._HelpAction)]
@@ -142,8 +143,16 @@ def cli() -> str:
                     continue
                 title = group.title or "options"
                 rows = [_option(action, parser) for action in actions]
+                if program == "engine":
+                    own = [row for row in rows if row not in printed]
+                    shared += [row[0] for row in rows if row in printed]
+                    printed, rows = printed | {*own}, own
+                if not rows:
+                    continue
                 lines = [f"| {shown} | {_cell(help)} |" for shown, help in rows]
                 parts.append("\n".join([f"| {_cell(title)} | meaning |", "|---|---|", *lines, ""]))
+            if shared:
+                parts.append(f"As in an earlier command: {', '.join(shared)}.\n")
     return "\n".join(parts)
 
 

@@ -442,7 +442,12 @@ def _summary(output: RequestOutput) -> str:
 
 COMMANDS: dict[str, tuple[Command, Callable[[Parser], None], str, str]] = {
     "serve": (_serve, _add_serve, "[MODEL] [options]", "answer OpenAI clients over HTTP"),
-    "generate": (_generate, _add_generate, "[options] [PROMPT ...]", "continue prompts, or answer"),
+    "generate": (
+        _generate,
+        _add_generate,
+        "[options] [PROMPT ...]",
+        "continue prompts or answer them",
+    ),
     "chat": (_chat, _add_chat, "[options]", "chat with a model in this terminal"),
     "convert": (_convert, _add_convert, *CONVERT),
     "record": (record.run, record.add_flags, *RECORD),

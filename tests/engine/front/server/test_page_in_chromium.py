@@ -193,7 +193,7 @@ def test_page_links_to_each_replica(
         return state
 
     monkeypatch.setattr(Watch, "whole", second_of_two)
-    live = serve_oracle()
+    live = serve_oracle(ServerConfig(replicas=2))
     tab.goto(f"{live.url}?replica=2")
     wait_until_live(tab)
     assert tab.locator("#replicas").inner_text().split() == ["replica", "1", "2"]
