@@ -12,6 +12,7 @@ from functools import cache
 from itertools import chain
 from multiprocessing import get_context
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -270,6 +271,14 @@ def grouped(records: Records, *names: str) -> dict[Any, list[Mapping[str, Any]]]
         key = tuple(record[name] for name in names)
         found.setdefault(key if len(names) > 1 else key[0], []).append(record)
     return found
+
+
+def rates(
+    records: Records, field: str = "token_hit_rate", scale: float = 100, **where: Any
+) -> list[float]:
+    """Return the mean of a figure for each seed, of the records with the fields ``where``."""
+    found = [one for one in records if where.items() <= one.items()]
+    return [scale * fmean(one[field] for one in of) for of in grouped(found, "seed").values()]
 
 
 def rounded(value: Any) -> Any:

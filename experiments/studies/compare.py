@@ -25,7 +25,6 @@ conditions of use.
 from __future__ import annotations
 
 import heapq
-import statistics
 import tomllib
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping
@@ -35,7 +34,7 @@ from typing import Any, NamedTuple
 
 from experiments.provenance import ROOT
 from experiments.studies import common
-from experiments.studies.common import grouped, rounded
+from experiments.studies.common import grouped, rates, rounded
 from experiments.tables import Column, Table
 from hybridcache import ModelGeometry, Trace, TraceRequest, open_trace
 from hybridcache.lab.board import Split
@@ -270,12 +269,8 @@ def grid_table(records: common.Records) -> Table:
     ordered = sorted(records, key=lambda record: (record["gib"], record["seed"]))
     for name, of in grouped(ordered, "trace").items():
         for gib, cells in grouped(of, "gib").items():
-            rates = {
-                grid: [100 * run["token_hit_rate"] for run in runs]
-                for grid, runs in grouped(cells, "grid").items()
-            }
-            gains = [paired(rates[grid], rates[first]) for grid in others]
-            rows.append([name, gib, interval(rates[first]), *gains])
+            gains = [paired(rates(cells, grid=grid), rates(cells, grid=first)) for grid in others]
+            rows.append([name, gib, interval(rates(cells, grid=first)), *gains])
     columns = [Column("trace"), Column("GiB", form=".3g"), Column(f"grid {first}", "%")]
     return Table([*columns, *(Column(f"gain of {one}", "points") for one in others)], rows)
 
@@ -286,7 +281,7 @@ def arena_table(records: common.Records) -> Table:
     for name, cells in grouped(records, "trace").items():
         points = [cell["points"] for cell in cells]
         moved = max(100 * cell["kv_moved_per_kv_written"] for cell in cells)
-        means = mean_differences(cells)
+        means = rates(cells, "points", 1)
         size = len(cells) // len(means)
         rows.append([name, size, interval(means), min(points), max(points), moved])
     columns = [Column("trace"), Column("sizes", form="d")]
@@ -294,24 +289,13 @@ def arena_table(records: common.Records) -> Table:
     return Table([*columns, Column("highest", "points", "+.2f"), Column("KV moved", "%")], rows)
 
 
-def mean_differences(cells: common.Records) -> list[float]:
-    """Return the mean over the sizes of one trace in points, for each seed."""
-    return [
-        statistics.mean(cell["points"] for cell in of) for of in grouped(cells, "seed").values()
-    ]
-
-
 def hints_table(records: common.Records) -> Table:
     """Return one row per pair: hit rate with hints and the gain from them, in percent,
     over seeds."""
     rows = []
     for pair, cells in grouped(records, "pair").items():
-        by_seed = grouped(cells, "seed").values()
-        rates, plain = (
-            [100 * sum(one[key] for one in of) / len(of) for of in by_seed]
-            for key in ("with_hints", "without_hints")
-        )
-        rows.append([pair, interval(rates), paired(rates, plain)])
+        informed, plain = (rates(cells, key) for key in ("with_hints", "without_hints"))
+        rows.append([pair, interval(informed), paired(informed, plain)])
     columns = [Column("pair"), Column("token hit rate with hints", "%")]
     return Table([*columns, Column("gain from hints", "points")], rows)
 
@@ -322,14 +306,11 @@ def conditions_table(records: common.Records) -> Table:
     rows = []
     ours, _, lru = common.PAIRS
     for (condition, value), cells in grouped(records, "condition", "value").items():
-        rates = {
-            pair: [100 * cell["token_hit_rate"] for cell in of]
-            for pair, of in grouped(cells, "pair").items()
-        }
-        peers = [rates[name] for name in common.REBUILT if name in rates]
-        rates[common.BEST_REBUILT] = [max(of) for of in zip(*peers, strict=True)]
-        shown = [interval(rates[name]) if rates.get(name) else None for name in COLUMNS]
-        gain = paired(rates[ours], rates[lru])
+        found = {pair: rates(cells, pair=pair) for pair in MEASURED}
+        peers = [found[name] for name in common.REBUILT if found[name]]
+        found[common.BEST_REBUILT] = [max(of) for of in zip(*peers, strict=True)]
+        shown = [interval(found[name]) if found[name] else None for name in COLUMNS]
+        gain = paired(found[ours], found[lru])
         rows.append([condition, value + " at once" * value.isdecimal(), *shown, gain])
     columns = [Column(name, "%", reference=of) for name, of in COLUMNS.items()]
     return Table([Column("condition"), Column("value"), *columns, Column("gain", "points")], rows)

@@ -202,13 +202,7 @@ def pairs_table(records: common.Records, split: str) -> Table:
     if not records:
         raise FileNotFoundError(f"{NAME}.jsonl has no records of the split {split}")
     by_pair = common.grouped(records, "pair")
-    means = {
-        pair: [
-            fmean(100 * run["token_hit_rate"] for run in runs)
-            for runs in common.grouped(of, "seed").values()
-        ]
-        for pair, of in by_pair.items()
-    }
+    means = {pair: common.rates(of) for pair, of in by_pair.items()}
     reference = common.DEFAULT if common.DEFAULT in means else next(iter(means))
     columns = [Column("eviction@placement"), Column("token hit rate", "%")]
     columns.append(Column(f"gain over `{reference}`", "points"))

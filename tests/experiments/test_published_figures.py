@@ -281,7 +281,7 @@ def quotes() -> dict[str, list[str]]:
     """Return the sentences with figures of each page."""
     host_memory = one("bench_tree", measure="host memory")
     slabs = [
-        fmean(compare.mean_differences(cells))
+        fmean(compare.rates(cells, "points", 1))
         for cells in grouped(result("study_arena"), "trace").values()
     ]
     moved = max(run["kv_moved_per_kv_written"] for run in result("study_arena"))
