@@ -32,6 +32,8 @@ HEAD = "mtp."
 """Prefix of a multi-token prediction head, which is read only if requested."""
 SKIPPED = ("model.visual.", "visual.")
 """Prefixes of known parts that are not supported: the visual tower."""
+NANS = {torch.float8_e4m3fn: 0x7F, torch.float8_e8m0fnu: 0xFF}
+"""Bits that are all set in a number of eight bits that is none."""
 STACKED_EXPERTS = "experts.gate_up_proj", "block_sparse_moe.input_linear.weight"
 """Endings of the names of tensors that contain all experts of a layer."""
 TIED_HEAD = "lm_head.weight"
@@ -232,8 +234,8 @@ class WeightFiles(RawWeights):
 def check_numbers(name: str, tensor: torch.Tensor) -> None:
     """Raise WeightsError if a number of the tensor is NaN or infinite. One pass at memory speed."""
     is_sound = True
-    if tensor.dtype is torch.float8_e4m3fn:  # NaN is 0x7f or 0xff.
-        is_sound = not (tensor.view(torch.uint8) & 0x7F).eq(0x7F).any()
+    if bits := NANS.get(tensor.dtype):
+        is_sound = not (tensor.view(torch.uint8) & bits).eq(bits).any()
     elif tensor.dtype.is_floating_point and tensor.numel():
         is_sound = all(bound.isfinite() for bound in tensor.aminmax())
     if not is_sound:

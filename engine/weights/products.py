@@ -247,6 +247,7 @@ class Experts:
         same for all experts, else the one that is asked for the module ``name``."""
         weights, asked = self._weights, self._weights.storage(name)
         if names is self._names and (weights.files is None or "{}" not in names[0]):
+            asked = replace(weights, files=None).storage(name)  # Stacks are in full precision.
             return asked, asked
         stored = []
         for group in (names[:-1], names[-1:]):

@@ -35,6 +35,8 @@ PACKED, MXFP4 = "pack-quantized", "mxfp4-pack-quantized"
 STANDARD_EXPONENTS = (0, 14)
 """First version of compressed-tensors whose exponents of mxfp4 are those of the OCP's standard.
 Earlier ones stored them less 2 (vllm-project/compressed-tensors, #538)."""
+BYTES = (torch.uint8, torch.int8, torch.float8_e8m0fnu)
+"""Types in which writers store the bytes of mxfp4; the last one is only for scales."""
 UNUSED = ("transform_config", "kv_cache_scheme")
 """Parts that must be empty."""
 
@@ -96,20 +98,20 @@ class Mxfp4Scheme(Scheme):
 
     def tensors(self, num_rows: int, num_columns: int) -> Mapping[str, Stored]:
         return {
-            "weight_packed": Stored(((num_rows, num_columns // 2),), (torch.uint8,)),
-            "weight_scale": Stored(((num_rows, num_columns // 32),), (torch.uint8,)),
+            "weight_packed": Stored(((num_rows, num_columns // 2),), BYTES[:2]),
+            "weight_scale": Stored(((num_rows, num_columns // 32),), BYTES),
         }
 
     def matrix(self, tensors: Tensors, num_rows: int, num_columns: int) -> Matrix:
         if num_columns % 32:
             raise ValueError(f"has {num_columns} columns: mxfp4 needs whole groups of 32.")
-        if (tensors["weight_scale"] == 255).any():
+        packed, scale = (tensors[word].view(torch.uint8) for word in self.tensors(0, 0))
+        if (scale == 255).any():
             raise ValueError(
                 "has the exponent 255 in weight_scale, which is not a number: the file is damaged, "
                 "or its writer failed; download it again."
             )
-        blocks = tensors["weight_packed"].unflatten(1, (-1, 16))
-        return Matrix(self.format, from_mxfp4(blocks, tensors["weight_scale"]), num_columns)
+        return Matrix(self.format, from_mxfp4(packed.unflatten(1, (-1, 16)), scale), num_columns)
 
 
 def read(section: Section, tensors: Mapping[str, torch.Tensor]) -> Quantization:
@@ -134,12 +136,12 @@ def read(section: Section, tensors: Mapping[str, torch.Tensor]) -> Quantization:
 
 
 def _check_exponents(version: str) -> None:
-    """Raise UnsupportedError if weights would be a quarter of their size."""
+    """Raise UnsupportedError if weights may be a quarter of their size."""
     found = re.match(r"(\d+)\.(\d+)", version)
-    if found is not None and (int(found[1]), int(found[2])) < STANDARD_EXPONENTS:
+    if found is None or (int(found[1]), int(found[2])) < STANDARD_EXPONENTS:
         raise UnsupportedError(
-            f"{MXFP4} with version {version} (before 0.14 its exponents were stored less 2; "
-            "quantise the model again with a later one)"
+            f"{MXFP4} with version {version or 'missing'} (before 0.14 its exponents were stored "
+            "less 2; quantise the model again with a later one, or write its version here)"
         )
 
 

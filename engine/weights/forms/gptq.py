@@ -110,7 +110,8 @@ def _scheme(
     section: Section, tensors: Mapping[str, torch.Tensor], modules: Iterable[str]
 ) -> GptqScheme:
     """Return the layout of ``modules``. Zero points of all of them that are the middle of the codes
-    are symmetric, whatever the section says. Raises ModelError if it says so and they are not."""
+    are symmetric, whatever the section says. Raises ModelError if it says so and they are not, and
+    if those of a matrix are all the middle in the other ``checkpoint_format``."""
     forms = {found for key in ("checkpoint_format", "format") if (found := section.get(key))}
     if len(forms) > 1:
         raise ModelError(
@@ -118,18 +119,28 @@ def _scheme(
         )
     size, first_zero = section["group_size"], 0 if forms == {"gptq_v2"} else 1
     grouped = Grouped(section["bits"], 128 if size < 0 else size)
-    middle = grouped.zero - first_zero
-    byte = middle if grouped.bits == 8 else middle | middle << 4
-    word = int.from_bytes(bytes(4 * [byte]), "little", signed=True)
+
+    def word(first_zero: int) -> int:
+        """Return a word of zero points in the middle of the codes."""
+        middle = grouped.zero - first_zero
+        byte = middle if grouped.bits == 8 else middle | middle << 4
+        return int.from_bytes(bytes(4 * [byte]), "little", signed=True)
+
     zeros = {name: tensors[name] for one in modules if (name := f"{one}.qzeros") in tensors}
-    other = next((name for name, tensor in zeros.items() if (tensor != word).any()), None)
-    if other is not None and section.get("sym") is True:
-        form = "gptq" if first_zero else "gptq_v2"
-        raise ModelError(
-            f"sym in quantization_config is true, and {other} has other zero points than "
-            f"{grouped.zero} in checkpoint_format {form}: correct checkpoint_format (gptq or "
-            "gptq_v2), or set sym to false if these zero points are meant."
-        )
+    middle, sym = word(first_zero), section.get("sym", "missing")
+    other = next((name for name, tensor in zeros.items() if (tensor != middle).any()), None)
+    scale = tensors.get(str(other).replace(".qzeros", ".scales"))
+    # Words of another number of bits are refused by their shapes.
+    if other is not None and scale is not None:
+        has_bits = zeros[other].shape[-1] == -(-scale.shape[-1] * grouped.bits // 32)
+        if has_bits and (sym is True or (zeros[other] == word(1 - first_zero)).all()):
+            form = "gptq" if first_zero else "gptq_v2"
+            meant = ", or set sym to false if these zero points are meant" * (sym is True)
+            raise ModelError(
+                f"sym in quantization_config is {str(sym).lower()}, and {other} has other zero "
+                f"points than {grouped.zero} in checkpoint_format {form}: correct "
+                f"checkpoint_format (gptq or gptq_v2){meant}."
+            )
     scales = (tensors[name].dtype for one in modules if (name := f"{one}.scales") in tensors)
     dtype = next(scales, torch.float16)
     grouped = replace(grouped, has_zeros=other is not None, dtype=dtype)

@@ -229,6 +229,7 @@ def compressed_section(
     return {
         "quant_method": "compressed-tensors",
         "format": layout,
+        "version": "0.14.0",
         "config_groups": {"group_0": group},
         "ignore": ignore,
         "quantization_status": "compressed",

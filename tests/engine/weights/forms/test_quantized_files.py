@@ -4,8 +4,10 @@ alone; each fault is named in one sentence."""
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -261,6 +263,20 @@ def test_forms_mean_their_weights(form, checkpoint):
     assert torch.equal(hit[1:], cold[64:])
 
 
+@pytest.mark.parametrize("is_excluded", [True, False])
+def test_stacked_experts_are_in_full_precision_beside_few_bits(is_excluded, checkpoint):
+    """A stack is no linear layer, whether or not the section excludes it."""
+
+    def section(left: list[str]) -> Section:
+        stack = re.compile(r".*\.block_sparse_moe\.(in|out)put_linear")
+        return mxfp4_section([one for one in left if is_excluded or not stack.fullmatch(one)])
+
+    (path, _), tokens = checkpoint("granite_moe_hybrid"), random_tokens(9, seed=3)
+    plain = rewrite(path, checkpoints.mxfp4, section, group=GROUP)
+    found, expected = (Driver(load(one)).cold(tokens) for one in (path, plain))
+    assert (found - expected).abs().max() < 0.1 * expected.abs().max()  # Products round inputs.
+
+
 @pytest.mark.parametrize("to, group", [("int4", 32), ("int4-128", 128)])
 def test_converted_files_have_the_rounded_weights(to, group, checkpoint, tmp_path):
     """Rows that are no whole groups stay in full precision."""
@@ -376,10 +392,14 @@ MXFP4 = "mxfp4-pack-quantized"
             {"quant_method": "mxfp4", "modules_to_not_convert": []},
             "form of gpt-oss.*mxfp4-pack-quantized.*GGUF",
         ),
+        *(
+            (mxfp4_section([]) | {"version": version}, f"{MXFP4} with version missing")
+            for version in ("", None)
+        ),
         # Up to 0.13 exponents were stored less 2: all weights would be a quarter of their size.
         *(
             (mxfp4_section([]) | {"version": version}, f"{MXFP4} with version {version}")
-            for version in ("0.12.2", "0.13.0", "0.13.1.a20260105")
+            for version in ("0.12.2", "0.13.0", "0.13.1.a20260105", "dev")
         ),
     ],
 )
@@ -398,6 +418,15 @@ def widen(tensors: Tensors, section: Section) -> None:
 
 def mix(tensors: Tensors, section: Section) -> None:
     tensors[f"{UP}.g_idx"] = tensors[f"{UP}.g_idx"].flip(0)
+
+
+def as_second_version(sym: bool | None, tensors: Tensors, section: Section) -> None:
+    """Store zero points as in ``gptq_v2``."""
+    for name in tensors:
+        if name.endswith(".qzeros"):
+            tensors[name] = tensors[name] + 0x11111111
+    section.pop("sym")
+    section |= {} if sym is None else {"sym": sym}
 
 
 @pytest.mark.parametrize(
@@ -435,6 +464,11 @@ def mix(tensors: Tensors, section: Section) -> None:
             lambda _, section: section.update(sym=True),
             "zero points than 8 in checkpoint_format gptq: ",
         ),
+        *(
+            ("gptq", partial(as_second_version, sym), f"^sym .* is {said}, .* than 8 .* gptq: ")
+            for sym, said in ((True, "true"), (False, "false"), (None, "missing"))
+        ),
+        ("gptq", lambda _, section: section.update(bits=8), "correct its bits and group_size"),
         (
             "gptq with zeros",
             lambda tensors, _: tensors[f"{UP}.qzeros"].fill_(-1),
@@ -583,10 +617,10 @@ def compressed_meant(section: Section, stored: Tensors) -> torch.Tensor | None:
 
 def mxfp4_meant(section: Section, stored: Tensors) -> torch.Tensor | None:
     """Return the weight by the OCP's formula, or None for a version that stored less exponents."""
-    exponents = stored["weight_scale"].int() - 127
+    exponents = stored["weight_scale"].view(torch.uint8).int() - 127
     if section["version"] < "0.14" or (exponents == 128).any():
         return None
-    packed = stored["weight_packed"].int()
+    packed = stored["weight_packed"].view(torch.uint8).int()
     codes = torch.stack((packed & 15, packed >> 4), dim=-1).flatten(1)
     signs = 1 - 2 * (codes >> 3)
     each = exponents.double().exp2().repeat_interleave(32, dim=1)
@@ -699,9 +733,11 @@ def compressed_files(draw: st.DrawFn) -> tuple[Section, Tensors]:
 @st.composite
 def mxfp4_files(draw: st.DrawFn) -> tuple[Section, Tensors]:
     numbers, top = drawn(draw), draw(st.sampled_from([130, 256]))
+    kinds = torch.uint8, torch.int8, torch.float8_e8m0fnu
+    packed, scale = draw(st.sampled_from(kinds[:2])), draw(st.sampled_from(kinds))
     stored = {
-        "weight_packed": numbers(0, 256, ROWS, COLUMNS // 2).byte(),
-        "weight_scale": numbers(top - 6, top, ROWS, COLUMNS // 32).byte(),
+        "weight_packed": numbers(0, 256, ROWS, COLUMNS // 2).byte().view(packed),
+        "weight_scale": numbers(top - 6, top, ROWS, COLUMNS // 32).byte().view(scale),
     }
     return mxfp4_section([]) | {
         "version": draw(st.sampled_from(["0.12.2", "0.13.0", "0.14.0"]))
@@ -713,8 +749,10 @@ def fp8_files(draw: st.DrawFn) -> tuple[Section, Tensors]:
     numbers, sizes = drawn(draw), st.sampled_from([8, 16, 48, 128])
     rows, columns = draw(sizes), draw(sizes)
     scale = numbers(120, 130, -(-ROWS // rows), -(-COLUMNS // columns)).byte()
-    dtype = draw(st.sampled_from([torch.uint8, torch.float32, torch.bfloat16]))
-    scales = scale if dtype is torch.uint8 else (scale.float() - 127).exp2().to(dtype)
+    exponents = torch.uint8, torch.float8_e8m0fnu
+    dtype = draw(st.sampled_from([*exponents, torch.float32, torch.bfloat16]))
+    is_exponent = dtype in exponents
+    scales = scale.view(dtype) if is_exponent else (scale.float() - 127).exp2().to(dtype)
     stored = {
         "weight": (numbers(-99, 99, ROWS, COLUMNS) / 16).to(torch.float8_e4m3fn),
         "weight_scale_inv": scales,
