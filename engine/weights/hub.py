@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from engine.config import BUILTIN_DIR, BUILTIN_NAME, EngineConfig, HubError
 from engine.weights.layer_names import INDEX_NAMES, MODEL_SLIM_FILE, WEIGHTS_NAME
 from engine.weights.model_config import ModelError, RawConfig, read_config
-from hybridcache.geometry.gguf import choose_files, is_gguf, label_of
+from hybridcache.geometry.gguf import choose_files, is_gguf, label_of, said_of
 from hybridcache.geometry.gguf_config import check_architecture
 from hybridcache.geometry.units import counted, format_bytes
 
@@ -107,7 +107,7 @@ def resolve_folder(
         try:
             return _fetch(found["name"], found["label"], revision, read_model)
         except (ImportError, errors.HTTPError, OSError) as error:  # type: ignore[attr-defined]
-            cause = str(error.__cause__ or error).split("\n")[0].rstrip(".")
+            cause = said_of(error.__cause__ or error).split("\n")[0].rstrip(".")
             raise HubError(
                 f"There is no folder {model} here, and it cannot be loaded from "
                 f"{constants.ENDPOINT} or the cache in {constants.HF_HUB_CACHE} "

@@ -75,11 +75,20 @@ def _closed(path: Path) -> str:
     real = Path(os.path.realpath(path))
     for place in (*reversed(real.parents), real):
         needed = os.R_OK if place == real else os.X_OK
+        if not os.path.lexists(place):  # It would be made.
+            place, needed = place.parent, os.W_OK
         if not os.access(place, needed, effective_ids=os.access in os.supports_effective_ids):
-            found = place.stat()
-            mode, owner = stat.filemode(found.st_mode), f"user {found.st_uid}"
-            return f"{place} has the rights {mode} and belongs to {owner}; change them with chmod"
-    return "the system forbids it"
+            mode, user = stat.filemode(place.stat().st_mode), place.stat().st_uid
+            return f"{place} has the rights {mode} and belongs to user {user}; change them by chmod"
+    return f"the system forbids access to {path}"
+
+
+def said_of(error: BaseException) -> str:
+    """Return the sentence of an error, for a path without rights about the first closed folder."""
+    if not isinstance(error, OSError) or not (name := error.filename):
+        return str(error)
+    is_closed = isinstance(error, PermissionError)
+    return _closed(Path(str(name))) if is_closed else f"{name}: {error.strerror}"
 
 
 MetaValue = int | float | str | list[str] | npt.NDArray[np.generic]

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, TextIO, cast
 from hybridcache.command.extras import how_to_install, version
 from hybridcache.command.parser import Parser, with_flags
 from hybridcache.command.signals import end_by_exception, prepare_streams, printed_warnings
+from hybridcache.geometry.gguf import said_of
 from hybridcache.geometry.units import counted
 from hybridcache.lab.board import Board, Split, board
 from hybridcache.lab.results.figures import (
@@ -109,13 +110,11 @@ def _stopped(options: argparse.Namespace, interrupt: KeyboardInterrupt) -> int:
 
 
 def _sentence(error: Exception) -> str:
-    if isinstance(error, OSError) and error.filename is not None:
-        return f"{error.filename}: {error.strerror}"
     if isinstance(error, MemoryError):
         return f"this host has too little memory for it ({error})".removesuffix(" ()")
     if isinstance(error, ModuleNotFoundError):
         return how_to_install(error, "lab")
-    return str(error.args[0] if isinstance(error, KeyError) and error.args else error)
+    return str(error.args[0]) if isinstance(error, KeyError) and error.args else said_of(error)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -24,6 +24,7 @@ from engine.weights.hub import resolve_config, resolve_folder
 from hybridcache.command.extras import how_to_install, version
 from hybridcache.command.parser import Parser, with_flags
 from hybridcache.command.signals import end_by_exception, prepare_streams
+from hybridcache.geometry.gguf import said_of
 from hybridcache.geometry.units import counted, format_seconds
 
 if TYPE_CHECKING:
@@ -121,7 +122,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # As of `| head -1`: the reader has all it needs.
         return 141
     except (ValueError, OSError) as error:
-        print(f"{name}: {with_flags(str(error), flags)}", file=sys.stderr)
+        print(f"{name}: {with_flags(said_of(error), flags)}", file=sys.stderr)
         return 2
     except ModuleNotFoundError as error:
         print(f"{name}: {how_to_install(error, 'engine')}", file=sys.stderr)

@@ -29,7 +29,7 @@ from engine.weights.model_config import ModelError, read_config
 from engine.weights.parameters import FULL_PRECISION, Precision
 from engine.weights.scheme import EightBitScheme
 from engine.weights.tensor_files import FULL_DTYPES, dtype_name, find_files, open_file
-from hybridcache.geometry.gguf import is_gguf
+from hybridcache.geometry.gguf import is_gguf, said_of
 from hybridcache.geometry.units import counted, format_bytes
 from kernels.linear.grouped import Grouped, to_compressed_tensors
 from kernels.linear.reference import SCALE_BLOCK, quantize
@@ -200,10 +200,12 @@ def convert(source: Path, target: Path, to: Precision, ignore: Sequence[str] = (
         text = json.dumps(config | {"quantization_config": section}, indent=2)
         (partial / "config.json").write_text(text + "\n", encoding="utf-8")
         written_bytes = sum(path.stat().st_size for path in partial.glob("*.safetensors"))
+        mode = (partial / "config.json").stat().st_mode  # safetensors writes files for one user.
         for path in partial.iterdir():
+            path.chmod(mode)
             os.replace(path, target / path.name)
     except (OSError, SafetensorError) as error:
-        raise ModelError(f"{target} cannot be written: {error}.") from None
+        raise ModelError(f"{target} cannot be written: {said_of(error)}.") from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     source_bytes = sum(path.stat().st_size for path in files)

@@ -39,6 +39,7 @@ from engine.messages import EndEngine, EngineFacts, FromEngine, Refused, ToEngin
 from engine.text.tokenizer import Tokenizer
 from hybridcache.command.extras import how_to_install
 from hybridcache.command.signals import log_to_stderr, prepare_streams
+from hybridcache.geometry.gguf import said_of
 
 logger = logging.getLogger(__name__)
 POLL_S = 0.1
@@ -263,7 +264,7 @@ def main(folder: str, config: str, address: str, log_level: str, log_format: str
             engine.prepare_grammars()
         screen = screen_text(screen_rows(engine, address))
     except (ModuleNotFoundError, ValueError, FileNotFoundError, PermissionError, RunnerLost) as why:
-        said = how_to_install(why, "engine") if isinstance(why, ModuleNotFoundError) else str(why)
+        said = how_to_install(why, "engine") if type(why) is ModuleNotFoundError else said_of(why)
         sockets.send(Refused(said))
         sockets.finish()
         return 2
