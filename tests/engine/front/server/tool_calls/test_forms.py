@@ -338,7 +338,6 @@ def test_code_is_a_value_in_any_form(name: str, lines: list[str], data: st.DataO
 @pytest.mark.parametrize(
     ("inside", "expected", "warned"),
     [
-        ("f(a='x', b=1)", {"a": "x", "b": 1}, None),
         ("f(a='x', c='y')", {"a": "x", "c": "y"}, "'c' of a call is not in the schema"),
         ("f(a='it's', c='y')", {"a": "it's', c='y"}, None),
         ("f(a='x', a='y')", None, "one argument twice"),
@@ -346,13 +345,11 @@ def test_code_is_a_value_in_any_form(name: str, lines: list[str], data: st.DataO
         ("f(a='g('x'), f(b='y')')", {"a": "g('x'), f(b='y')"}, None),
         ("""f(a='''g('x', "y")''', b=1)""", {"a": "g('x', \"y\")", "b": 1}, None),
         ("f(a='''.join('b')', b=1)", {"a": "''.join('b')", "b": 1}, None),
-        ("f(a='', b=+7)", {"a": "", "b": 7}, None),
-        ("f(a=f'x', b=0x10)", {"a": "x", "b": 16}, None),
+        ("f(a=f'', b=+7)", {"a": "", "b": 7}, None),
         (r"f(a=r'C:\new', b=1_000)", {"a": r"C:\new", "b": 1000}, None),
         (r"f(a='x\ty 'z'', b=1)", {"a": "x\ty 'z'", "b": 1}, None),
         ("f(a=f'{x}')", None, "not a list of calls"),
         ("f(a={'x', 'y'})", None, "not a list of calls"),
-        ("f(a=1j)", None, "not a list of calls"),
         ("g(a='it's', c='y')", {"a": "it's", "c": "y"}, "'a' of a call are not escaped"),
         (r"g(a='it\'s', c='y')", {"a": "it's", "c": "y"}, None),
     ],
