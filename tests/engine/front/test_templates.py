@@ -138,9 +138,23 @@ def test_a_continued_answer_thinks_only_behind_an_open_mark(
     assert prompt.marks["is_thinking"] == is_thinking
 
 
-PREFILLS = "The answer is|```json|return|\n| |\t|\r\n|é|漢字|<think>|</think>|{|<|im_end|a".split(
-    "|"
-)  # noqa: SIM905
+PREFILLS = [
+    "The answer is",
+    "```json",
+    "return",
+    "\n",
+    " ",
+    "\t",
+    "\r\n",
+    "é",
+    "漢字",
+    "<think>",
+    "</think>",
+    "{",
+    "<",
+    "im_end",
+    "a",
+]
 
 
 @pytest.mark.parametrize(
