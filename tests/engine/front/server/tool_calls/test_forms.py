@@ -141,16 +141,13 @@ CASES: dict[str, list[tuple[str, tuple[str, str, list[tuple[str, str]]]]]] = {
         ("<|tool_call_begin|>f g<|tool_call_argument_begin|>{}<|tool_call_end|>", ("", "<|tool_call_begin|>f g<|tool_call_argument_begin|>{}<|tool_call_end|>", [])),
     ],
     "LFM2": [
-        ("<|tool_call_start|>[f(a='it''s', b='x, c=1')]<|tool_call_end|>", ("", "", [("f", '{"a": "it\'\'s", "b": "x, c=1"}')])),
         (r"<|tool_call_start|>[f(a='it\'s\n', b='\d')]<|tool_call_end|>", ("", "", [("f", json.dumps({"a": "it's\n", "b": r"\d"}))])),
         ("<|tool_call_start|>[f(a={'k': [True, None, (1, 'x)]')]})]<|tool_call_end|> so", ("", "so", [("f", '{"a": {"k": [true, null, [1, "x)]"]]}}')])),
         ("<|tool_call_start|>f(), g( b = -1.5e3 )<|tool_call_end|>", ("", "", [("f", "{}"), ("g", '{"b": -1500.0}')])),
         ("<|tool_call_start|>[f(a=1)]", ("", "", [("f", '{"a": 1}')])),
         ("<|tool_call_start|>[f(1)]<|tool_call_end|> so", ("", "<|tool_call_start|>[f(1)]<|tool_call_end|> so", [])),
-        ("<|tool_call_start|>[f(a=1, a=2)]<|tool_call_end|>", ("", "<|tool_call_start|>[f(a=1, a=2)]<|tool_call_end|>", [])),
         ("<|tool_call_start|>[f(a=x)]<|tool_call_end|>", ("", "<|tool_call_start|>[f(a=x)]<|tool_call_end|>", [])),
         ("<|tool_call_start|>[f(a='x]<|tool_call_end|>", ("", "<|tool_call_start|>[f(a='x]<|tool_call_end|>", [])),
-        (r"<|tool_call_start|>[f(a='C:\')]<|tool_call_end|>", ("", "", [("f", json.dumps({"a": "C:\\"}))])),
         ("<think>hm <|tool_call_start|>[f()]<|tool_call_end|>", ("hm", "", [("f", "{}")])),
         ("<think>hm <|tool_call_start|>[f()]<|tool_call_end|> or</think>No", ("hm <|tool_call_start|>[f()]<|tool_call_end|> or", "No", [])),
     ],
@@ -227,21 +224,6 @@ def test_results_name_calls_as_the_model_numbered_them() -> None:
     assert named == ["functions.f:0", "functions.f:1", "other"]
 
 
-@pytest.mark.parametrize("form", [one for one in OTHERS if one.NAME in ("LFM2", "Olmo")])
-def test_an_escaped_quote_does_not_end_a_string(form: Any) -> None:
-    """Even if the text after it looks like the next argument."""
-    text = form.BEGIN + r"""f(a="x\", b=1", c="y\\", d=2)""" + form.END
-    [(name, arguments)] = read(form, text)[2]
-    assert name == "f" and json.loads(arguments) == {"a": 'x", b=1', "c": "y\\", "d": 2}
-
-
-@pytest.mark.parametrize("form", [one for one in OTHERS if one.NAME in ("LFM2", "Olmo")])
-def test_a_string_without_another_end_ends_at_its_first_escaped_quote(form: Any) -> None:
-    text = form.BEGIN + r"""f(a="C:\", b="D:\")""" + form.END
-    [(name, arguments)] = read(form, text)[2]
-    assert name == "f" and json.loads(arguments) == {"a": "C:\\", "b": "D:\\"}
-
-
 def test_a_limit_that_is_no_object_is_ignored() -> None:
     """Schemas of clients are not checked against the standard."""
     form = Xml([{"function": {"name": "f", "parameters": {"patternProperties": 5}}}])
@@ -295,15 +277,8 @@ CODE = (
     """psql -c "select 'a', b='c'" | awk -F',' '{print $1}'""", "run(code='x', name='y')",
 )  # fmt: skip
 """Lines of Python, JavaScript, C, Rust, SQL, HTML and shell with quotes and commas."""
-RAW = {
-    f"{name} {quote}": (form_of(FORMS[name]), f"{begin}run(code={quote}{{}}{quote}{{}}){end}")
-    for name, begin, end in (
-        ("lfm2", "<|tool_call_start|>[", "]<|tool_call_end|>"),
-        ("olmo", "<function_calls>", "</function_calls>"),
-    )
-    for quote in "'\""
-}
-"""Calls whose quotes are not escaped."""
+RAW = ("lfm2'", 'lfm2"', "olmo'", 'olmo"')
+"""Forms whose quotes are not escaped, with the quote."""
 
 
 @pytest.mark.parametrize("name", [*FORMS, *RAW])
@@ -311,17 +286,17 @@ RAW = {
 def test_code_is_a_value_in_any_form(name: str, lines: list[str], data: st.DataObject) -> None:
     """The schema, not the code, decides where a value ends; without one there is a warning."""
     wanted: dict[str, Any] = {"code": "\n".join(lines)}
+    wanted |= data.draw(st.sampled_from([{}, {"wait_s": 1}]))
     kinds = {"code": {"type": "string"}, "wait_s": {"type": "integer"}}
     schema = data.draw(st.sampled_from([None, {"properties": kinds}]))
-    wanted |= data.draw(st.sampled_from([{}, {"wait_s": 1}]))
     function = {"name": "run"} | ({"parameters": schema} if schema else {})
-    tools = [{"type": "function", "function": function}]
-    if name in RAW:
-        form, text = RAW[name]
-        text = text.format(wanted["code"], ", wait_s=1" if "wait_s" in wanted else "")
-    else:
-        form, text = form_of(FORMS[name]), written_by(FORMS[name], ("run", wanted), tools=tools)
+    tools, template = [{"type": "function", "function": function}], FORMS[name.rstrip("'\"")]
+    form = form_of(template)
     assert form is not None
+    text = written_by(template, ("run", wanted), tools=tools)
+    if name in RAW:
+        rest = ", wait_s=1" if "wait_s" in wanted else ""
+        text = f"{form.BEGIN}run(code={name[-1]}{wanted['code']}{name[-1]}{rest}){form.END}"
     reader, at, events = form(tools).reader(thinks=False), 0, []
     while at < len(text):
         size = data.draw(st.integers(1, len(text)))
@@ -347,6 +322,8 @@ def test_code_is_a_value_in_any_form(name: str, lines: list[str], data: st.DataO
         ("f(a='''.join('b')', b=1)", {"a": "''.join('b')", "b": 1}, None),
         ("f(a=f'', b=+7)", {"a": "", "b": 7}, None),
         (r"f(a=r'C:\new', b=1_000)", {"a": r"C:\new", "b": 1000}, None),
+        (r"""f(a="x\", b=1", b="y\\")""", {"a": 'x", b=1', "b": "y\\"}, None),
+        (r"""f(a="C:\", b="D:\")""", {"a": "C:\\", "b": "D:\\"}, None),
         (r"f(a='x\ty 'z'', b=1)", {"a": "x\ty 'z'", "b": 1}, None),
         ("f(a=f'{x}')", None, "not a list of calls"),
         ("f(a={'x', 'y'})", None, "not a list of calls"),
