@@ -455,22 +455,16 @@ FOUND = {"type": "web_search_result", "title": "Rain", "url": "u"}
 HIDDEN = FOUND | {"encrypted_content": "x" * 99}
 PICTURE = "QUJj" * 500
 """A long text in base64."""
+LEFT_OUT = "[1,500 bytes were left out here.]"
 SERVED: list[tuple[dict[str, Any], str]] = [
-    (
-        {"type": "image_generation_call", "id": "i", "status": "completed", "result": PICTURE},
-        '[image_generation was called with {"result": "[1,500 bytes were left out here.]"}.]',
-    ),
-    (
-        {"type": "mcp_call", "name": "f", "output": json.dumps([{"data": PICTURE}])},
-        r'[f was called with {"output": "[{\"data\": \"[1,500 bytes were left out here.]\"}]"}.]',
-    ),
-    (
-        {"type": "mcp_list_tools", "tools": [{"name": "f", "input_schema": {}}, {"name": "g"}]},
-        "[The tools f, g were found.]",
-    ),
+    ({"type": "image_generation_call", "id": "i", "status": "completed", "result": PICTURE},
+     f'[image_generation was called with {{"result": "{LEFT_OUT}"}}.]'),
+    ({"type": "mcp_call", "name": "f", "output": f"[{PICTURE}]"},
+     f'[f was called with {{"output": "[{LEFT_OUT}]"}}.]'),
+    ({"type": "mcp_list_tools", "tools": [{"name": "f"}]}, "[The tools f were found.]"),
     ({"type": "mcp_approval_request", "name": "f"}, "[f was called with {}.]"),
     ({"type": "mcp_approval_response", "approve": True}, '[Result: {"approve": true}]'),
-]
+]  # fmt: skip
 """Items of tools that another server ran, and their text."""
 LINES: list[tuple[dict[str, Any], str]] = [
     (USED, '[web_search was called with {"query": "rain"}.]'),
@@ -482,10 +476,7 @@ LINES: list[tuple[dict[str, Any], str]] = [
     ({"type": "search_result", "title": "Rain", "source": "u", "content": [TEXT]}, "Rain\nu\nYes."),
     ({"type": "refusal", "refusal": "I cannot."}, "I cannot."),
     ({"type": "container_upload", "file_id": "f"}, '[Result: {"file_id": "f"}]'),
-    (
-        {"type": "mcp_tool_result", "tool_use_id": "a", "content": [TEXT, {"data": PICTURE}]},
-        '[Result: Yes.\n{"data": "[1,500 bytes were left out here.]"}]',
-    ),
+    ({"type": "mcp_tool_result", "content": [TEXT, PICTURE]}, f'[Result: Yes.\n"{LEFT_OUT}"]'),
 ]
 """Blocks of history that no template writes, and their text."""
 OMITTED = "[{} was left out here, because the model reads text only.]"
@@ -580,11 +571,7 @@ SAME: list[Pair] = [
         ],
     ),
     *((ITEMS, [*CHAT, item], [*CHAT, {"role": "assistant", "content": t}]) for item, t in SERVED),
-    (
-        ITEMS,
-        called("shell", [{"stdout": f"x {PICTURE}"}], action={}),
-        call("shell", {"action": {}}, '[{"stdout": "x [1,500 bytes were left out here.]"}]'),
-    ),
+    (ITEMS, called("shell", [[PICTURE]], a=1), call("shell", {"a": 1}, f'[["{LEFT_OUT}"]]')),
     (CHATS, in_call(**CUSTOM), in_call(**FUNCTION)),
     *(
         (
