@@ -121,11 +121,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return code
     except BrokenPipeError:  # As of `| head -1`: the reader has all it needs.
         return 141
-    except (ValueError, OSError) as error:
-        print(f"{name}: {with_flags(said_of(error), flags)}", file=sys.stderr)
-        return 2
-    except ModuleNotFoundError as error:
-        print(f"{name}: {how_to_install(error, 'engine')}", file=sys.stderr)
+    except (ValueError, OSError, ModuleNotFoundError) as error:
+        said = how_to_install(error, "engine") if isinstance(error, ImportError) else said_of(error)
+        print(f"{name}: {with_flags(said, flags)}", file=sys.stderr)
         return 2
     except RuntimeError as error:
         from engine.errors import RunnerLost
