@@ -245,15 +245,9 @@ class EngineHost:
 
     def run(self) -> None:
         """Step until ``EndEngine``, or until the engine fails. The front end fails the rest."""
-        engine = self.engine
         try:
             while patiently(self._run_commands):
                 self._step()
-                now_s = time.monotonic()
-                is_due = now_s > self._seen_s + SEEN_EVERY_S or not engine.has_work()
-                if is_due and now_s < self._watched_s + WATCHED_S:
-                    self._seen_s = now_s
-                    self._attempt(lambda: self._send(Seen(engine.cache_view())))
             self.engine.close()
         except RunnerLost as error:
             self.failure = FAILED
@@ -270,8 +264,16 @@ class EngineHost:
 
     def _step(self) -> None:
         """Run one step and send its outputs. Raises if it fails and the engine must end."""
+        engine = self.engine
         try:
-            self.engine.step()
+            engine.step()
+            # A report for the time of the next step, if one was asked for lately. It precedes the
+            # outputs, so that a client with its answer finds it counted.
+            now_s = time.monotonic()
+            is_due = now_s > self._seen_s + SEEN_EVERY_S or not engine.requests
+            if is_due and now_s < self._watched_s + WATCHED_S:
+                self._seen_s = now_s
+                self._attempt(lambda: self._send(Seen(engine.cache_view())))
             self._deliver()
         except RunnerLost:
             raise
