@@ -3,12 +3,13 @@
 A module defines ``FORMATS`` (the keys of each ``model_type`` that it reads) and ``sizes(config)``,
 which raises SizesError for sizes that no model can have, or for an unknown layer type.
 Modules are discovered, not registered. A config with an unknown ``model_type`` is read by its
-``layer_types``.
+list of layers (``LISTS``), and a warning says how.
 """
 
 from __future__ import annotations
 
 import pkgutil
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from importlib import import_module
@@ -56,15 +57,7 @@ def read(text: Fields) -> tuple[ModelSizes, Config | None]:
     """
     module = modules().get(model_type := str(text.get("model_type")))
     if module is None:
-        marks = "linear_attn", "linear_num_", "mamba_"
-        linear = [name for name, value in text.items() if name.startswith(marks) and value]
-        if linear and not (text.get("layer_types") or text.get("full_attention_interval")):
-            raise SizesError(
-                f"model_type {model_type!r} is unknown, and {linear[0]} tells of linear layers, "
-                "which no layer_types list: add these, or set the model_type of a known family "
-                "with the same keys."
-            )
-        return _by_layer_types(text), None
+        return _of_unknown_type(text, model_type), None
     config: Config = module.FORMATS[model_type].read(text)
     return module.sizes(config), config
 
@@ -73,6 +66,10 @@ def _attention(text: Fields) -> MixerSizes:
     return fields.latent_attention(text) if text.get("kv_lora_rank") else fields.attention(text)
 
 
+MLP_ALONE = "mlp"
+"""Type of a layer without a mixer."""
+MARKS = "linear_attn", "linear_num_", "mamba_", "attn_layer_"
+"""Beginnings of fields that only models with linear layers have."""
 READERS: dict[str, Callable[[Fields], MixerSizes]] = {
     "full_attention": _attention,
     "attention": _attention,
@@ -81,17 +78,50 @@ READERS: dict[str, Callable[[Fields], MixerSizes]] = {
 }
 
 
-def _by_layer_types(text: Fields) -> ModelSizes:
-    """Compute the sizes of a model of an unknown type, with an MLP or experts in every layer. If
-    ``layer_types`` is missing, every ``full_attention_interval``-th layer is full attention."""
+LISTS = "layer_types", "layers_block_type", "hybrid_pattern", "hybrid_override_pattern"
+"""Fields that list the types of all layers, as words or as a letter each."""
+WORDS = {"M": "mamba", "mamba2": "mamba", "attn": "attention", "*": "attention", "-": MLP_ALONE}
+"""Other words and letters for types of layers. Words of ``READERS`` stay as they are."""
+
+
+def _types(text: Fields) -> tuple[str, list[str]]:
+    """Return the field that says which layer is of which type, and a type per layer. The field is
+    empty, and all layers attend, if there is none."""
+    count = fields.num_layers(text)
+    for name in LISTS:
+        if text.get(name):
+            given = {
+                name: [WORDS.get(word, word) for word in text[name]],
+                "num_hidden_layers": count,
+            }
+            return name, fields.sorts(given, (*READERS, MLP_ALONE), name)
+    if interval := int(text.get("full_attention_interval") or 0):
+        return "full_attention_interval", fields.every_nth_attends(text, interval)
+    return "", ["attention"] * count
+
+
+def _of_unknown_type(text: Fields, model_type: str) -> ModelSizes:
+    """Compute the sizes of a model of an unknown type, with an MLP or experts in every layer unless
+    some are one alone. A warning says how it was read."""
+    name, types = _types(text)
+    linear = [key for key, value in text.items() if key.startswith(MARKS) and value]
+    if linear and not name:
+        raise SizesError(
+            f"model_type {model_type!r} is unknown, and {linear[0]} tells of linear layers, "
+            "which no layer_types list: add these, or set the model_type of a known family "
+            "with the same keys."
+        )
     _attention(text)
-    if text.get("layer_types"):
-        types = fields.sorts(text, READERS)
-    else:
-        types = fields.every_nth_attends(text, int(text.get("full_attention_interval") or 1))
     mlp = fields.experts(text) or fields.dense(text)
-    mixers = {sort: READERS[sort](text) for sort in set(types)}
-    return fields.model(text, tuple(LayerSizes((mixers[sort],), mlp) for sort in types))
+    mixers = {sort: (READERS[sort](text),) for sort in {*types} - {MLP_ALONE}}
+    parts = ", ".join(f"{types.count(sort)} of {sort}" for sort in dict.fromkeys(types))
+    assumed = [one for one in ("num_key_value_heads", "head_dim") if text.get(one) is None]
+    said = f"model_type {model_type!r} is unknown: read as {len(types)} layers, {parts}"
+    said += f" ({name})" if name else f", none with a state: there is none of {', '.join(LISTS)}"
+    said += f"; without {', '.join(assumed)}, as in attention of equal heads" * bool(assumed)
+    warnings.warn(said, stacklevel=2)
+    mlps = {sort: mlp if sort == MLP_ALONE or MLP_ALONE not in types else None for sort in types}
+    return fields.model(text, tuple(LayerSizes(mixers.get(s, ()), mlps[s]) for s in types))
 
 
 @cache
