@@ -77,6 +77,8 @@ def messages_of(given: object) -> object:
 
 BODIES = ("request", "request_body", "body")
 """Names of an object that holds the fields of a request."""
+RESPONSE = "choices", "content", "stop_reason", "usage"
+"""Fields of a response that is part of the record of its request."""
 OF_MESSAGE = ("role", "content", "tool_calls", "function_call")
 """Names of the fields of a single message."""
 ABSENT = {
@@ -139,6 +141,13 @@ def _decoded(field: str, value: object) -> object:
     return value
 
 
+def _inside(value: object, name: str) -> object:
+    """Return the value of a field in objects, as in ``metadata.user``; None if it is missing."""
+    for part in name.split(".")[1:]:
+        value = value.get(part) if isinstance(value, dict) else None
+    return value
+
+
 def of_coding_session(record: Record) -> Record:
     """Return a line of Claude Code's session files as a single message; another one unchanged. The
     messages of each subagent are a session of their own."""
@@ -190,10 +199,16 @@ class Named(Record):
         """Name of each field in the record."""
         for field, known in NAMES.items():
             own = names.get(field)
+            if own and own not in record and (holder := own.partition(".")[0]) in record:
+                record[own] = _inside(record[holder], own)
             if own and own not in record:
                 raise ValueError(f"there is no column {own!r}; it has {', '.join(record)}")
             if found := record.first((own,) if own else known):
                 self.used[field], self[field] = found, _decoded(field, record[found])
+        said = record.first(("choices", "content")) if "messages" in record else None
+        if said and self.used.get("answer", said) == said:
+            self.used["answer"] = said  # The record is the request and the response.
+            self["answer"] = {name: record[name] for name in RESPONSE if name in record}
         if (
             not self.keys() & {"messages", "prompt"}
             and "input" in record

@@ -473,3 +473,40 @@ def test_session_files_of_a_coding_agent_are_single_messages(tmp_path: Path) -> 
     whole = np.concatenate((first.tokens, first.output))
     assert common_prefix_len(whole, second.tokens) == len(whole), "its two lines are one answer"
     assert (second.timestamp_s - first.timestamp_s, third.timestamp_s) == (4, 5)
+
+
+SAID = [{"role": "user", "content": "hello"}]
+CHOICE = {"message": {"role": "assistant", "content": "fine"}, "finish_reason": "stop"}
+OPENAI = {"messages": SAID, "choices": [CHOICE], "usage": {"completion_tokens": 6}}
+ANTHROPIC = {"messages": SAID, "content": [{"type": "text", "text": "fine"}]}
+
+
+@pytest.mark.filterwarnings("error::hybridcache.lab.traces.frame.TraceWarning")
+@pytest.mark.parametrize(
+    ("record", "options", "length"),
+    [
+        (OPENAI, "", 6),
+        (OPENAI, "&answer=choices", 6),
+        (OPENAI | {"choices": [{"text": "fine"}]}, "", 6),
+        (ANTHROPIC | {"stop_reason": "end_turn", "usage": {"output_tokens": 5}}, "", 5),
+        (ANTHROPIC, "&answer=content", 5),
+    ],
+)
+def test_request_and_response_may_be_one_object(
+    tmp_path: Path, record: dict[str, object], options: str, length: int
+) -> None:
+    path = tmp_path / "export.jsonl"
+    path.write_text(json.dumps(record) + "\n")
+    (request,) = open_trace(f"{path}?tokenizer=bytes{options}")
+    assert len(request.output) == length
+    assert bytes(request.output[:4].astype(np.uint8)) == b"fine"
+
+
+def test_a_column_may_be_inside_of_an_object(tmp_path: Path) -> None:
+    path = tmp_path / "nested.jsonl"
+    records = [OPENAI | {"metadata": {"user": name, "at": at}} for name, at in (("a", 3), ("b", 8))]
+    path.write_text("".join(f"{json.dumps(one)}\n" for one in records))
+    spec = f"{path}?tokenizer=bytes&session=metadata.user&time=metadata.at"
+    assert [(one.session, one.timestamp_s) for one in open_trace(spec)] == [("a", 0), ("b", 5)]
+    with pytest.raises(ValueError, match=r"no column 'meta\.user'; it has messages"):
+        list(open_trace(f"{path}?tokenizer=bytes&session=meta.user"))

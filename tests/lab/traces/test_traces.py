@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import warnings
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -438,3 +439,28 @@ def test_wrong_requests_of_a_python_trace_are_refused(wrong: dict[str, Any], mes
     for boundaries in unsorted:
         [request] = Trace("own", 1, partial(iter, [good._replace(boundaries=boundaries)]))
         assert request.boundaries == (2, 5)
+
+
+@pytest.mark.parametrize(
+    ("blocks", "num_blocks"),
+    [
+        ([([1, 2], 1024), ([1, 3], 700)], 0),
+        ([([1, 2], 700), ([1, 2, 3], 1536)], 1),
+        ([([1, 2, 3], 1536), ([1, 2], 700)], 1),
+        ([([1, 2], 700), ([1, 2], 700)], 0),
+    ],
+)
+def test_a_block_that_is_partial_in_one_request_and_whole_in_another_is_a_warning(
+    tmp_path: Path, blocks: list[tuple[list[int], int]], num_blocks: int
+) -> None:
+    records = [
+        {"timestamp": at, "input_length": length, "output_length": 3, "hash_ids": ids}
+        for at, (ids, length) in enumerate(blocks)
+    ]
+    path = tmp_path / "mooncake.jsonl"
+    path.write_text("".join(f"{json.dumps(one)}\n" for one in records))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert len(list(open_trace(str(path)))) == 2
+    said = [str(one.message) for one in caught if "partial in one request" in str(one.message)]
+    assert len(said) == (num_blocks > 0) and all(f"{num_blocks} block" in one for one in said)

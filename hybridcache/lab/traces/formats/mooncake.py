@@ -18,6 +18,8 @@ from hybridcache.lab.traces.frame import FileReader, Notes, Record, request_of_b
 from hybridcache.lab.traces.named import NAMES
 from hybridcache.lab.traces.trace import UNNAMED, FreshIds, TraceRequest
 
+PARTIAL = "partial in one request and whole in another: give it two ids, or hits are not true"
+
 
 @dataclass(frozen=True, slots=True)
 class MooncakeReader(FileReader):
@@ -34,6 +36,7 @@ class MooncakeReader(FileReader):
     def parser(self, notes: Notes) -> Callable[[Record], Iterator[TraceRequest]]:
         fresh, session, numbers = FreshIds(), self.sessions(), dict[str | int, int]()
         per_s = self.time_unit().per_s
+        whole, partial = set[str | int](), set[str | int]()
 
         def parse(record: Record) -> Iterator[TraceRequest]:
             when_s = record.seconds("timestamp") / per_s
@@ -42,6 +45,11 @@ class MooncakeReader(FileReader):
                 raise ValueError("hash_ids holds more than whole numbers and texts")
             blocks = np.asarray([numbers.setdefault(one, len(numbers)) for one in hashes], np.int32)
             request = request_of_blocks(record, blocks, self.unit, fresh)
+            num_whole = record.whole("input_length") // self.unit
+            whole.update(hashes[:num_whole])
+            partial.update(hashes[num_whole:])
+            notes.count(PARTIAL, "block", len(whole.intersection(hashes[num_whole:])))
+            notes.count(PARTIAL, "block", len(partial.intersection(hashes[:num_whole])))
             yield request._replace(timestamp_s=when_s, session=session(record))
 
         return parse
