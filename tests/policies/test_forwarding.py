@@ -15,19 +15,11 @@ from hybridcache.radix.protocol import EvictionPolicy, Placed, PlacementPolicy, 
 from tests.policies.items import FakeItem
 
 ITEM, SAVED = FakeItem("it"), Placed(64, "branch")
+GHOST, PLAN = (ITEM, 36), Prefill(100, 0, 0, 0, (), 64)
 NOTIFICATIONS: dict[type[Any], dict[str, tuple[Any, ...]]] = {
-    PlacementPolicy: {
-        "on_prefill": (Prefill(100, 0, 0, 0, (), 64),),
-        "on_hit": (ITEM,),
-        "on_ghost_hit": (ITEM, 36),
-        "on_saved": (SAVED,),
-        "on_dropped": (SAVED,),
-    },
-    EvictionPolicy: {
-        "on_relabelled": (ITEM,),
-        "on_ghost_hit": (ITEM,),
-        "on_ghost_hit_above": (ITEM,),
-    },
+    PlacementPolicy: {"on_prefill": (PLAN,), "on_hit": (ITEM,), "on_ghost_hit": GHOST}
+    | {"on_saved": (SAVED,), "on_dropped": (SAVED,)},
+    EvictionPolicy: dict.fromkeys(("on_relabelled", "on_ghost_hit", "on_ghost_hit_above"), (ITEM,)),
 }
 ONLY_REST = {"on_relabelled"}
 """Notifications of present items, which only the class of the item gets."""

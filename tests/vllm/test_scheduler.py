@@ -25,7 +25,6 @@ from vllm.v1.request import Request, RequestStatus
 from hybridcache import open_trace
 from hybridcache.vllm import Settings, check, places, plug_in, scheduler
 from hybridcache.vllm.check import Contents, Options, StubEngine, run
-from hybridcache.vllm.places import Places
 from hybridcache.vllm.pool import ids_of
 from hybridcache.vllm.scheduler import HybridManager
 from tests.selection import ROOT
@@ -189,44 +188,35 @@ def test_a_model_without_states_is_served_by_vllm_as_it_is():
 
 def test_a_plan_counts_a_use_of_lost_checkpoints_only_while_the_policy_decides(monkeypatch):
     """The request is counted by the cache when it is admitted."""
-    plain, seen = Places.plan, []
+    plain, seen = places.Places.plan, []
 
-    def plan(self: Places, request: Request, track: Any, found: Any, num_pending: int) -> None:
-        lost = [*self.tree.cache.evicted(found)]
-        before = [one.earlier_uses for one in lost]
-        policy, inside = self.policy.plan, []
+    def plan(self: Any, *args: Any) -> None:
+        found = self.tree.cache.evicted(next(one for one in args if hasattr(one, "seen_len")))
+        before = [(one, one.earlier_uses) for one in found]
+        plain(self, *args)
+        assert before == [(one, one.earlier_uses) for one in found]
+        seen.extend(before)
 
-        def told(prefill: Any) -> Any:
-            inside.extend(one.earlier_uses for one in prefill.evicted)
-            return policy(prefill)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(self.policy, "plan", told)
-            plain(self, request, track, found, num_pending)
-        assert [one.earlier_uses for one in lost] == before
-        assert {*inside} <= {one + 1 for one in before}
-        seen.extend(inside)
-
-    monkeypatch.setattr(Places, "plan", plan)
+    monkeypatch.setattr(places.Places, "plan", plan)
     serve(chats(8, 4), 40)
     assert seen
 
 
 def test_with_drafts_no_token_of_a_step_in_flight_is_published_at_the_end(monkeypatch):
-    plain, seen = HybridManager._end, []
+    plain, publish, ends, seen = HybridManager._end, HybridManager._publish, [], []
 
     def end(self: HybridManager, request: Request, track: Any) -> None:
-        published, publish = [], self._publish
-        known = request.num_computed_tokens - request.num_in_flight_tokens
+        ends.clear()
+        plain(self, request, track)
         seen.append(request.num_in_flight_tokens)
-        with monkeypatch.context() as patch:
-            patch.setattr(
-                self, "_publish", lambda *args: (published.append(args[2]), publish(*args))[1]
-            )
-            plain(self, request, track)
-        assert published == [min(known, request.num_tokens - 1, published[0])]
+        assert ends[0] <= request.num_computed_tokens - request.num_in_flight_tokens
+
+    def published(self: HybridManager, request: Request, tables: Any, at: int, states: Any) -> Any:
+        ends.append(at)
+        return publish(self, request, tables, at, states)
 
     monkeypatch.setattr(HybridManager, "_end", end)
+    monkeypatch.setattr(HybridManager, "_publish", published)
     report = serve(chats(8, 4), 40, drafts=2, overlap=True, chaos=0.3, seed=3)
     assert report.num_wrong == 0 and any(seen)
 

@@ -428,21 +428,16 @@ TestTightMachine.settings = settings(
 """Many short runs, because the fault to find is a coincidence of one arrival."""
 
 
-@pytest.mark.parametrize(("slots", "last"), [(2, "salt"), (4, None)])
-def test_nothing_is_withheld_once_the_last_running_request_has_left(
-    slots: int, last: str | None
-) -> None:
+def test_nothing_is_withheld_once_the_last_running_request_has_left() -> None:
     """With overlap, the policy decides before it is known that the last one ends."""
     machine = TightMachine()
-    settings = {"prefix_cache": "hybrid", "checkpoints": PLACEMENTS[0], "exact": False}
-    settings |= {"page_size": 1, "slab_rows": None, "host_rows": None, "owns_states": False}
-    machine.start(
-        kv_tokens=192, slots=slots, max_running=2, token_budget=128, drafts=True, **settings
-    )
-    usual = {"shared": 1, "short": 1, "margin": 1, "steps": 0, "remaining": 1}
+    settings = {"prefix_cache": "hybrid", "checkpoints": PLACEMENTS[0], "drafts": True}
+    settings |= {"kv_tokens": 192, "slots": 2, "max_running": 2, "token_budget": 128}
+    settings |= dict.fromkeys(("exact", "owns_states"), False) | {"page_size": 1}
+    machine.start(slab_rows=None, host_rows=None, **settings)
+    usual = {**dict.fromkeys(("shared", "short", "margin", "remaining"), 1), "steps": 0}
     usual |= {"namespace": None, "when_idle": False}
-    late = {"shared": 55, "when_idle": True, "namespace": last}
-    changes = [*[{}] * 3, {"margin": 6, "shared": 3}, {"namespace": "salt"}, {}, late]
-    for change in changes + ([] if last else [{}, {}, {"when_idle": True}]):
+    late = {"shared": 55, "when_idle": True, "namespace": "salt"}
+    for change in (*[{}] * 3, {"margin": 6, "shared": 3}, {"namespace": "salt"}, {}, late):
         machine.arrive(**usual | change)
     machine.teardown()

@@ -5,7 +5,8 @@ from __future__ import annotations
 import csv
 import json
 import sys
-from pathlib import Path
+from functools import partial
+from itertools import product
 from types import SimpleNamespace
 
 import numpy as np
@@ -43,7 +44,6 @@ def test_records_sum_to_the_figures_of_their_run(sweep: SimulationResult) -> Non
     for run in sweep:
         assert run.by_request is not None and len(run.by_request) == run.requests
         assert sum(one.cached_tokens for one in run.by_request) == run.cached_tokens
-        assert sum(one.prompt_tokens for one in run.by_request) == run.prompt_tokens
         mean = sum(one.ttft_s for one in run.by_request) / run.requests
         assert mean == pytest.approx(run.ttft_mean_s)
         assert any(one.lost for one in run.by_request) == (not run.config["baseline"])
@@ -74,12 +74,9 @@ def test_a_difference_sums_to_that_of_the_hits(order: str) -> None:
     trace = turns(order)
     found = simulate(trace, gib=[GIB, 1.2], policy=["lru", "fifo"], by_request=True)
     plan = optimum(trace, gib=GIB)[0]
-    for run in found:
-        for other in (*found, plan):
-            cached = other.cached_tokens
-            rows = run.compare(other).to_dicts()
-            won = run.cached_tokens - (cached if isinstance(cached, int) else cached.sum())
-            assert sum(row["tokens"] for row in rows) == won
+    for run, other in product(found, (*found, plan)):
+        won = run.cached_tokens - int(np.sum(other.cached_tokens))
+        assert sum(row["tokens"] for row in run.compare(other).to_dicts()) == won
 
 
 def test_a_plan_says_what_it_keeps_and_a_rebuilt_system_nothing(sweep: SimulationResult) -> None:
@@ -109,7 +106,7 @@ def test_figures_of_each_seed_are_kept() -> None:
         merged.compare(merged)
 
 
-def test_every_result_is_a_frame(sweep: SimulationResult, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_result_is_a_frame(sweep: SimulationResult, monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "pandas", SimpleNamespace(DataFrame=list))
     run, other = sweep.by_label()["survival"][0], sweep.by_label()["lru"][0]
     loop = closed_loop("short?head=20", gib=1, rate=4, admission="oldest")
@@ -117,13 +114,10 @@ def test_every_result_is_a_frame(sweep: SimulationResult, monkeypatch: pytest.Mo
     for result in (sweep, loop, plans, trace, run.compare(other)):
         assert result.to_frame() == result.to_dicts() and result.to_dicts()
     assert trace.to_dicts()[0]["prompt_tokens"] == 4000 and len(plans.to_dicts()) == 2
-    renamed = sweep.labelled({"survival": "ours"})
-    assert [run.label for run in renamed][:4] == ["ours", "ours", "lru", "lru"]
+    assert next(iter(sweep.labelled({"survival": "ours"}))).label == "ours"
 
 
-def test_the_command_writes_requests_and_compares_the_first_policy(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_command_writes_requests_and_compares_the_first_policy(tmp_path, capsys) -> None:
     path = tmp_path / "folder" / "requests.csv"
     command = ["simulate", "--trace", "short?head=30", "--gib", "0.5", "--policy", "lru,fifo"]
     assert main([*command, "--requests", str(path)]) == 0
@@ -135,23 +129,12 @@ def test_the_command_writes_requests_and_compares_the_first_policy(
     assert main([*command, "--closed-loop", "--requests", str(path)]) == 2
 
 
-def test_a_policy_of_a_notebook_needs_a_file_for_other_processes(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    class Own(Trace):
-        pass
-
-    notebook = SimpleNamespace(Own=Own)
-    Own.__module__, Own.__qualname__ = "__main__", "Own"
-    monkeypatch.setitem(sys.modules, "__main__", notebook)
-    trace = Own("own", 1, turns("AB").source)
+def test_a_notebook_has_progress_and_needs_a_file_for_other_processes(monkeypatch, capsys) -> None:
+    monkeypatch.setitem(sys.modules, "__main__", SimpleNamespace(turns=turns))
+    monkeypatch.setattr(turns, "__module__", "__main__")
+    trace = Trace("own", 1, partial(turns, "AB"))
     with pytest.raises(ValueError, match="defined in this notebook, which other processes cannot"):
         simulate(trace, gib=[1, 2], policy="lru", processes=2)
-
-
-def test_a_notebook_shows_progress_without_widgets(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
     monkeypatch.setitem(sys.modules, "ipykernel", SimpleNamespace())
     with shown_progress(None, "runs", "chat") as show:
         show.__closure__[0].cell_contents.delay = 0

@@ -488,25 +488,21 @@ ANTHROPIC = {"messages": SAID, "content": [{"type": "text", "text": "fine"}]}
         (OPENAI, "", 6),
         (OPENAI, "&answer=choices", 6),
         (OPENAI | {"choices": [{"text": "fine"}]}, "", 6),
-        (ANTHROPIC | {"stop_reason": "end_turn", "usage": {"output_tokens": 5}}, "", 5),
+        (ANTHROPIC | {"usage": {"output_tokens": 7}}, "", 7),
         (ANTHROPIC, "&answer=content", 5),
     ],
 )
 def test_request_and_response_may_be_one_object(
     tmp_path: Path, record: dict[str, object], options: str, length: int
 ) -> None:
-    path = tmp_path / "export.jsonl"
-    path.write_text(json.dumps(record) + "\n")
-    (request,) = open_trace(f"{path}?tokenizer=bytes{options}")
-    assert len(request.output) == length
-    assert bytes(request.output[:4].astype(np.uint8)) == b"fine"
+    (request,) = open_trace(f"{lines(tmp_path / 'x', record)}?tokenizer=bytes{options}")
+    assert len(request.output) == length and bytes(request.output[:4].tolist()) == b"fine"
 
 
 def test_a_column_may_be_inside_of_an_object(tmp_path: Path) -> None:
-    path = tmp_path / "nested.jsonl"
     records = [OPENAI | {"metadata": {"user": name, "at": at}} for name, at in (("a", 3), ("b", 8))]
-    path.write_text("".join(f"{json.dumps(one)}\n" for one in records))
-    spec = f"{path}?tokenizer=bytes&session=metadata.user&time=metadata.at"
-    assert [(one.session, one.timestamp_s) for one in open_trace(spec)] == [("a", 0), ("b", 5)]
+    path = f"{lines(tmp_path / 'x', *records)}?tokenizer=bytes"
+    found = open_trace(f"{path}&session=metadata.user&time=metadata.at")
+    assert [(one.session, one.timestamp_s) for one in found] == [("a", 0), ("b", 5)]
     with pytest.raises(ValueError, match=r"no column 'meta\.user'; it has messages"):
-        list(open_trace(f"{path}?tokenizer=bytes&session=meta.user"))
+        list(open_trace(f"{path}&session=meta.user"))
