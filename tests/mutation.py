@@ -56,6 +56,9 @@ class Group(NamedTuple):
 
 SERVER = "engine/front/server"
 CALLS = f"{SERVER}/tool_calls", f"{SERVER}/test_tools.py"
+DRAFTS = "engine/plugins/speculation"
+RUNNER = "devices graphs head_loading memory running_states verify"
+MATRICES = "blocks eight_bits formats grouped groups int8 words"
 GROUPS = {
     "cache": Group(
         ("hybridcache/radix/*", "hybridcache/allocators/*"),
@@ -114,6 +117,7 @@ GROUPS = {
         ),
     ),
     "traces": Group(("hybridcache/lab/traces/**/*",), ("lab/traces",)),
+    "vLLM": Group(("hybridcache/vllm/*",), ("vllm",)),
     "rebuilt systems": Group(("hybridcache/lab/rivals/*",), ("lab/rivals",)),
     "answers": Group(
         ("engine/text/answers.py", "engine/text/bounded.py"),
@@ -148,27 +152,14 @@ GROUPS = {
         ("engine/weights/forms", "engine/front/command/test_convert.py"),
     ),
     "formats of matrices": Group(
-        tuple(
-            f"kernels/linear/{name}.py"
-            for name in ("blocks", "eight_bits", "formats", "grouped", "groups", "int8", "words")
-        ),
+        tuple(f"kernels/linear/{name}.py" for name in MATRICES.split()),
         ("kernels/linear", "engine/weights/forms"),
     ),
     "runner": Group(
         ("engine/runner/*",),
         (
             *("engine/test_engine.py", "engine/plugins/speculation/test_head_drafts.py"),
-            *(
-                f"engine/runner/test_{name}.py"
-                for name in (
-                    "devices",
-                    "graphs",
-                    "head_loading",
-                    "memory",
-                    "running_states",
-                    "verify",
-                )
-            ),
+            *(f"engine/runner/test_{name}.py" for name in RUNNER.split()),
         ),
     ),
     "samplers": Group(
@@ -179,10 +170,7 @@ GROUPS = {
             "engine/schedule/test_scheduler_machine.py",
         ),
     ),
-    "drafts": Group(
-        ("engine/plugins/speculation/*", "engine/schedule/drafting.py"),
-        ("engine/plugins/speculation",),
-    ),
+    "drafts": Group((f"{DRAFTS}/*", "engine/schedule/drafting.py"), (DRAFTS,)),
     "stores": Group(("engine/plugins/tiers/*",), ("engine/plugins/tiers",)),
     "layers": Group(
         ("engine/layers/*", "engine/models/*"),
