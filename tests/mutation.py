@@ -34,7 +34,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from random import Random
+from random import Random, randrange
 from typing import NamedTuple
 
 import pytest
@@ -217,8 +217,6 @@ pytest_add_cli_args_test_selection = {tests}
 pytest_add_cli_args = ["-p", "no:xdist", "-p", "no:cacheprovider", "-p", "tests.mutation",
     "--timeout=0", "-k", "{excluded}"]
 """
-SEED = 99
-"""Seed of a sample."""
 MAKE = """
 from mutmut import __main__ as mutmut
 mutmut.set_mutant_under_test("mutant_generation")
@@ -386,9 +384,9 @@ def try_file(file: str, group: Group, processes: int) -> int:
     return judge(file, work, found)
 
 
-def draw(files: Sequence[str], count: int) -> dict[str, list[float]]:
+def draw(files: Sequence[str], count: int, seed: int) -> dict[str, list[float]]:
     """Return places of mutants in files, from 0 to 1, ``count`` in all, in proportion to sizes."""
-    random = Random(SEED)
+    random = Random(seed)
     drawn: dict[str, list[float]] = {}
     for file in random.choices(files, [(ROOT / one).stat().st_size for one in files], k=count):
         drawn.setdefault(file, []).append(random.random())
@@ -421,11 +419,12 @@ def try_sample(name: str, drawn: dict[str, list[float]], end_s: float) -> int:
     return num_unlisted if is_late or chosen else 1
 
 
-def try_samples(count: int, minutes: float, processes: int, names: Sequence[str]) -> int:
+def try_samples(count: int, seed: int, end_s: float, processes: int, names: list[str]) -> int:
     """Try mutants of all groups, a group per process. Return the number of unlisted survivors."""
-    groups, end_s = groups_of_files(), time.monotonic() + 60 * minutes
+    print(f"--seed {seed} draws the same mutants again.", flush=True)
+    groups = groups_of_files()
     drawn: dict[str, dict[str, list[float]]] = {}
-    for file, places in draw(list(groups), count).items():
+    for file, places in draw(list(groups), count, seed).items():
         drawn.setdefault(groups[file], {})[file] = places
     chosen = [name for name in drawn if not names or name in names]
     with ThreadPoolExecutor(processes) as pool:
@@ -449,29 +448,24 @@ def print_groups() -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     groups = groups_of_files()
     parser = argparse.ArgumentParser(prog="tests.mutation", description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "names", nargs="*", metavar="FILE", help="files (default: all); with --sample, groups"
-    )
-    parser.add_argument("--processes", type=int, default=os.cpu_count())
-    parser.add_argument(
-        "--sample", type=int, metavar="N", help="try N mutants drawn from all groups"
-    )
-    parser.add_argument(
-        "--minutes", type=float, default=10.0, help="limit of a sample (default: 10)"
-    )
-    parser.add_argument(
-        "--list", action="store_true", help="print groups, their lines of code, files and tests"
-    )
+    add = parser.add_argument
+    add("names", nargs="*", metavar="FILE", help="files, or groups of --sample (default: all)")
+    add("--processes", type=int, default=os.cpu_count())
+    add("--sample", type=int, metavar="N", help="try N mutants drawn from all groups")
+    add("--seed", type=int, help="draw of a sample (default: another one each time; it is printed)")
+    add("--minutes", type=float, default=10.0, help="limit of a sample (default: 10)")
+    add("--list", action="store_true", help="print groups, their lines of code, files and tests")
     options = parser.parse_args(arguments)
     choices = list(groups) if options.sample is None else list(GROUPS)
-    unknown = sorted(set(options.names) - set(choices))
-    if unknown:
+    if unknown := sorted(set(options.names) - set(choices)):
         parser.error(f"{', '.join(unknown)} cannot be mutated; choose from {', '.join(choices)}.")
     if options.list:
         print_groups()
         return 0
     if options.sample is not None:
-        unlisted = try_samples(options.sample, options.minutes, options.processes, options.names)
+        seed = randrange(10**6) if options.seed is None else options.seed
+        end_s, processes = time.monotonic() + 60 * options.minutes, options.processes
+        unlisted = try_samples(options.sample, seed, end_s, processes, options.names)
     else:
         files = options.names or list(groups)
         unlisted = sum(try_file(file, GROUPS[groups[file]], options.processes) for file in files)

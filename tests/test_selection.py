@@ -94,10 +94,10 @@ def test_groups_of_mutants_name_files_and_tests() -> None:
         assert all(path.exists() for path in tests), name
 
 
-def test_a_sample_is_always_the_same() -> None:
+def test_a_sample_of_a_seed_is_always_the_same() -> None:
     files = list(mutation.groups_of_files())
-    drawn = mutation.draw(files, 200)
-    assert drawn == mutation.draw(files, 200) and set(drawn) <= set(files)
+    drawn = mutation.draw(files, 200, 9)
+    assert drawn == mutation.draw(files, 200, 9) and set(drawn) <= set(files)
     assert sum(map(len, drawn.values())) == 200
 
 
