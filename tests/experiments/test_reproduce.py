@@ -315,27 +315,20 @@ def test_largest_differences_come_first(tree: Tree, tmp_path: Path) -> None:
     ]
 
 
-@pytest.mark.parametrize(
-    ("kept", "data", "agrees", "said"),
-    [
-        ([0, 1, 2], (), True, "3 of 3 common cells agree"),
+def test_cells_are_paired_by_their_settings(tree: Tree, tmp_path: Path) -> None:
+    part, folder, name = tree.part(), tmp_path / "out/results", "bench_simulate_default.jsonl"
+    cells = [{"trace": "chat", "seed": seed, "rate": seed / 7} for seed in range(4)]
+    folder.mkdir(parents=True)
+    provenance.write_json_lines(tree.results / name, cells[:3])
+    for kept, data, agrees, said in (
+        ([2, 0, 1], (), True, "3 of 3 common cells agree"),
         ([0, 2], ("x/absent.jsonl",), True, "2 of 2 common cells agree; 1 were not run: x/absent"),
         ([0, 2], (), False, "2 of 2 common cells agree; 1 were not run: not known why"),
         ([0, 1, 2, 3], (), False, "3 of 3 common cells agree; 1 are new"),
-        ([2, 0, 1], (), True, "3 of 3 common cells agree"),
-    ],
-)
-def test_cells_are_paired_by_their_settings(
-    tree: Tree, tmp_path: Path, kept: list[int], data: tuple[str, ...], agrees: bool, said: str
-) -> None:
-    part, folder = replace(tree.part(), data=data), tmp_path / "out"
-    cells = [{"trace": "chat", "seed": seed, "rate": seed / 7} for seed in range(4)]
-    for place, numbers in ((tree.results, range(3)), (folder / "results", kept)):
-        place.mkdir(parents=True, exist_ok=True)
-        records = [cells[number] for number in numbers]
-        provenance.write_json_lines(place / "bench_simulate_default.jsonl", records)
-    lines, found = reproduce.differences(part, folder)
-    assert found == agrees and len(lines) == 1 and said in lines[0]
+    ):
+        provenance.write_json_lines(folder / name, [cells[number] for number in kept])
+        [line], found = reproduce.differences(replace(part, data=data), folder.parent)
+        assert found == agrees and said in line
 
 
 def test_each_module_can_be_imported() -> None:
