@@ -112,7 +112,7 @@ def table(records: common.Records) -> Table:
         row += [value for name, *_ in FIGURES for value in cell[name]]
         row += [cell[name] for name, *_ in LATER]
         lru, *peers = ([one["token_hit_rate"] for one in of.get(cache, ())] for cache in CACHES)
-        best = [max(runs) for runs in zip(*peers, strict=True)]
+        best = [max(runs) for runs in zip(*filter(None, peers), strict=True)]
         bounds = [one["bound"] for one in cells if end_s is None and "bound" in one]
         waits_s = [fmean(one["ttft_mean_s"] for one in of[peer]) for peer in REBUILT if peer in of]
         row += map(common.percent, (lru, best, bounds))
