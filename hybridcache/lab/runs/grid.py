@@ -11,6 +11,7 @@ import os
 import pickle
 import re
 import signal
+import socket
 import sys
 import threading
 import warnings
@@ -200,6 +201,8 @@ def _results(
         yield number, result
 
 
+CONNECT_S = 20.0
+"""Longest wait for the machine of a Ray cluster."""
 RERUN_STATUS = 75
 """Exit status of a process that runs the script of its parent again."""
 RERUN = """each process runs your script again: put its calls below "if __name__ == '__main__':\""""
@@ -247,12 +250,17 @@ def _on_ray(task: bytes, due: Sequence[tuple[int, GridJob]], address: str) -> It
 
     is_ours = not ray.is_initialized()
     try:
+        if is_ours and (place := re.fullmatch(r"(?:ray://)?([^/:]+):(\d+)", address)):
+            # Ray itself would wait for minutes.
+            socket.create_connection((place[1], int(place[2])), CONNECT_S).close()
         ray.init(address=address, ignore_reinit_error=True, log_to_driver=False)
-    except ConnectionError as error:
-        raise ValueError(
-            f"ray {address}: no cluster answers there ({error}): start one with "
-            "`ray start --head`, or name another address"
-        ) from error
+    except OSError as error:
+        said = f"no cluster answers there ({error}): start one with `ray start --head`, or name "
+        said += "another address"
+        if re.search("token|auth", str(error), re.I):
+            said = f"the cluster refuses the token ({error}): set the RAY_AUTH_MODE and the token "
+            said += "with which it was started"
+        raise ValueError(f"ray {address}: {said}") from error
     try:
         here, remote = ray.put(task), ray.remote(num_cpus=1)(_run_far)
         running = [remote.remote(here, *numbered) for numbered in due]

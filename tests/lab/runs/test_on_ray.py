@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
@@ -27,7 +28,6 @@ def test_results_of_ray_tasks_keep_their_order(monkeypatch: pytest.MonkeyPatch) 
         init=lambda **_: None,
         put=lambda value: value,
         remote=remote,
-        cluster_resources=lambda: {"CPU": 2},
         wait=lambda running: (running[-1:], running[:-1]),
         get=lambda done: done,
     )
@@ -35,6 +35,17 @@ def test_results_of_ray_tasks_keep_their_order(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setitem(sys.modules, "ray", stub)
     far = simulate("short", **SWEEP, ray="somewhere")
     assert [run.token_hit_rate for run in far.runs] == here
+
+
+@pytest.mark.parametrize("said", ["", "invalid authentication token"])
+def test_an_address_without_a_cluster_is_one_sentence(monkeypatch, said: str) -> None:
+    """Port 9 of this machine is closed; a refusal of Ray comes at a port that is open."""
+    stub = Mock(**{"is_initialized.return_value": bool(said)})
+    stub.init.side_effect = ConnectionError(said)
+    monkeypatch.setitem(sys.modules, "ray", stub)
+    with pytest.raises(ValueError, match="refuses the token" if said else "no cluster answers"):
+        simulate("short", **SWEEP, ray="127.0.0.1:9")
+    assert stub.init.called == bool(said)
 
 
 def test_ray_cluster_gives_the_same_results() -> None:
