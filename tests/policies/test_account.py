@@ -10,10 +10,12 @@ from hypothesis import strategies as st
 
 from hybridcache.policies.placement import (
     ANSWER_END,
-    EVIDENCE,
+    COMPARED_AFTER,
+    FOUND_ONE_IN,
     MEMORY,
     PROMPT_END,
     TRIAL_AFTER,
+    TRIAL_OF_END,
     Adaptive,
     _Account,
 )
@@ -84,12 +86,12 @@ def test_poor_forks_alone_are_no_reason_to_save_more(
     evidence."""
     placement, rejoin = Adaptive(), FakeItem("it", label="rejoin", position=640)
     head = FakeItem("head", label="boundary", position=boundary_hit)
-    for label, count in (("branch", EVIDENCE), ("rejoin", rejoins)):
+    for label, count in (("branch", COMPARED_AFTER), ("rejoin", rejoins)):
         for _ in range(count):
             placement.on_saved(Placed(640, label))
     placement.on_hit(rejoin)
     placement.on_hit(head)
-    placement.on_ghost_hit(head, missed * (EVIDENCE + rejoins + 1))
+    placement.on_ghost_hit(head, missed * (COMPARED_AFTER + rejoins + 1))
     prefill = Prefill(2000, 0, 640, 640, (), 64, forks=False)
     assert (Placed(640, "rejoin") in placement.plan(prefill)) == is_saved
 
@@ -149,9 +151,9 @@ def test_turnover_opens_after_any_history_once_ends_are_used(history: Events) ->
     placement = Adaptive()
     live_through(placement, [*history, ("ghost hit", 1)])
     for number in itertools.count():
-        if EVIDENCE * placement._ends_used > placement._ends_used + placement._ends_lost:
+        if FOUND_ONE_IN * placement._ends_used > placement._ends_used + placement._ends_lost:
             break
-        assert number < EVIDENCE * MEMORY + EVIDENCE**3, "it is still closed"
+        assert number < FOUND_ONE_IN * (MEMORY + TRIAL_OF_END), "it is still closed"
         if saves_end(placement):
             item = FakeItem("new", label="back", distance=1, position=960, uses=1)
             placement.on_hit(item)
@@ -163,7 +165,7 @@ def test_an_end_is_tried_in_a_fixed_share_of_the_cases_while_conversations_go_on
 ) -> None:
     placement = Adaptive()
     live_through(placement, [*history, ("ghost hit", 100)])
-    assert sum(saves_end(placement) for _ in range(4 * EVIDENCE**2)) >= 4
+    assert sum(saves_end(placement) for _ in range(4 * TRIAL_OF_END)) >= 4
 
 
 def test_turnover_needs_one_hit_in_eight_first_requests_for_an_end() -> None:

@@ -12,8 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, precondition, rule, run_s
 
 from engine.front.server.schemas import Sampling
 from hybridcache import CacheConfig, Lease, LeaseRequest, build_prefix_cache, parse_placement
-from hybridcache.policies.eviction.survival import NUM_BINS, Survival
-from hybridcache.policies.placement import EVIDENCE
+from hybridcache.policies.eviction.survival import NUM_BINS, TRUSTED_AFTER, Survival
 from hybridcache.radix.tree import Promise
 from tests.policies.items import FakeItem
 from tests.radix.serving import serve_lease
@@ -37,7 +36,7 @@ class PromiseMachine(RuleBasedStateMachine):
         for item in self.items:
             rate = hazards.index_at(item.memo.row, hazards.now - item.memo.entered)
             worth = item.span / item.size_bytes
-            values[item] = rate * worth ** min(hazards.num_uses / EVIDENCE or 1.0, 1.0)
+            values[item] = rate * worth ** min(hazards.num_uses / TRUSTED_AFTER or 1.0, 1.0)
         return values
 
     @rule(
@@ -76,7 +75,7 @@ class PromiseMachine(RuleBasedStateMachine):
         assert victim in self.items
         places = {item: columns.places[item] for item in self.items}
         ages = {item: policy.hazards.now - columns.times[place] for item, place in places.items()}
-        trust = min(policy.hazards.num_uses / EVIDENCE or 1.0, 1.0)
+        trust = min(policy.hazards.num_uses / TRUSTED_AFTER or 1.0, 1.0)
         charged = {
             item: policy.hazards.index_at(columns.cells[place] // NUM_BINS, int(ages[item]))
             * columns.worths[place] ** trust

@@ -27,7 +27,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hybridcache.policies.eviction.scored import Columns, doubled
-from hybridcache.policies.placement import EVIDENCE, MEMORY, REJOIN
+from hybridcache.policies.placement import MEMORY, REJOIN
 from hybridcache.radix.protocol import EvictionPolicy, Item, Kind
 from hybridcache.radix.tree import SESSION_END, SHARED
 
@@ -381,6 +381,8 @@ def index_of(hazard: Floats) -> Floats:
 # --- The policy -----------------------------------------------------------------------------------
 
 
+TRUSTED_AFTER = 8
+"""Uses before tokens and bytes are weighed in full."""
 UNLIKELY = 0.125
 """Assumed hazard where no use is expected, without evidence: of speculative labels relative to
 common ones, and of superseded checkpoints relative to others of their label. With a hazard of their
@@ -461,7 +463,7 @@ class Survival(EvictionPolicy):
     - *Pace*: the octave of the number of requests between the latest two tips of the conversation.
       Agents think for seconds and people for minutes, so the next gap is like the last. Shared
       positions have none.
-    - *Evidence*: from the first use until ``EVIDENCE`` uses were seen, (tokens lost) / (bytes
+    - *Evidence*: from the first use until ``TRUSTED_AFTER`` uses were seen, (tokens lost) / (bytes
       freed) is raised to the part of them that was, so that the policy begins as LRU by class.
       Before any use, as in the first round of a loop, LRU would evict each item before its use.
     - *Demand*: if a tip leaves the last tier, its predecessor takes over its class.
@@ -729,7 +731,7 @@ class Survival(EvictionPolicy):
             return None
         first, last, rates, now = 0, count, None, self.hazards.now
         num_uses = self.hazards.num_uses
-        trust = min(num_uses / EVIDENCE, 1.0) if num_uses else 1.0
+        trust = min(num_uses / TRUSTED_AFTER, 1.0) if num_uses else 1.0
         for _ in range(8):
             if count > SAMPLE:
                 first = self._random.randrange(count - SAMPLE)
