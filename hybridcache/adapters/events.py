@@ -162,17 +162,22 @@ class Mirror:
         """Nodes by edge id, which is also their serial. They have no rows."""
         self.next_sequence = 0
         """Number of the next batch."""
+        self.epoch = 0
+        """Epoch of batch 0."""
         self.num_tokens = 0
         """Number of tokens with KV."""
         self.num_checkpoints = 0
 
-    def apply_batch(self, sequence: int, events: Iterable[Event]) -> None:
-        """Apply one numbered batch. Raises EventsLost unless it is the next one. O(tokens)."""
-        if sequence != self.next_sequence:
+    def apply_batch(self, sequence: int, events: Iterable[Event], epoch: int = 0) -> None:
+        """Apply one numbered batch. Raises EventsLost unless it is the next one of the epoch of
+        batch 0: a sender that starts again has another epoch. O(tokens)."""
+        is_first = sequence == self.next_sequence == 0
+        if not is_first and (sequence, epoch) != (self.next_sequence, self.epoch):
             raise EventsLost(
-                f"batch {sequence} of events arrived, but {self.next_sequence} was expected: "
-                "follow a new subscription with an empty mirror."
+                f"batch {sequence} of epoch {epoch} arrived, but {self.next_sequence} of "
+                f"{self.epoch} was expected: follow a new subscription with an empty mirror."
             )
+        self.epoch = epoch
         for event in events:
             self.apply(event)
         self.next_sequence = sequence + 1

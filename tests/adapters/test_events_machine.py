@@ -165,9 +165,9 @@ class EventsMachine(RuleBasedStateMachine):
         for batch in batches[num_lost:]:
             if batch.sequence != self.remote.next_sequence:
                 with pytest.raises(EventsLost):
-                    self.remote.apply_batch(batch.sequence, batch.events)
+                    self.remote.apply_batch(batch.sequence, batch.events, batch.epoch)
                 return
-            self.remote.apply_batch(batch.sequence, batch.events)
+            self.remote.apply_batch(batch.sequence, batch.events, batch.epoch)
 
     @rule()
     def resubscribe(self):

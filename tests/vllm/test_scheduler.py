@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -18,11 +19,12 @@ pytest.importorskip("vllm")
 from vllm.distributed.kv_events import AllBlocksCleared, BlockStored
 from vllm.sampling_params import SamplingParams
 from vllm.v1.core.kv_cache_manager import KVCacheManager
-from vllm.v1.core.kv_cache_utils import get_block_hash, get_group_id, maybe_convert_block_hash
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.request import Request, RequestStatus
 
 from hybridcache import open_trace
+from hybridcache.adapters.events import Mirror
+from hybridcache.adapters.routing.blocks import BlockEvents
 from hybridcache.vllm import Settings, check, places, plug_in, scheduler
 from hybridcache.vllm.check import Contents, Options, StubEngine, run
 from hybridcache.vllm.pool import ids_of
@@ -352,48 +354,34 @@ def test_a_reset_forgets_everything_also_while_requests_run():
 
 
 class Consumer:
-    """Router that follows parents: it knows the ends of chained units, and states."""
+    """Router's view of a pool, from the encoded events alone."""
 
     def __init__(self, pool: Any) -> None:
-        self.pool, self.take = pool, pool.take_events
-        self.ends: dict[Any, int] = {}
-        self.states: set[tuple[int, Any]] = set()
+        self.pool, self.take, unit = pool, pool.take_events, pool.tree.layout.unit
+        self.blocks, self.mirror = BlockEvents(unit, num_state_groups=2), Mirror(unit)
         self.num_stored = 0
         pool.take_events, pool.enable_kv_cache_events = self.follow, True
 
     def follow(self) -> list[Any]:
         events = self.take()
         for event in events:
-            if isinstance(event, AllBlocksCleared):
-                self.ends.clear()
-                self.states.clear()
-            elif isinstance(event, BlockStored):
-                parent = event.parent_block_hash
-                end = 0 if parent is None else self.ends[parent]
-                size, hashes = event.block_size, event.block_hashes
-                assert len(event.token_ids) == size * len(hashes) == size * len(event.extra_keys)
-                self.num_stored += len(hashes)
-                if event.group_idx:
-                    self.states.update((event.group_idx, one) for one in hashes)
-                    continue
-                self.ends.update({one: end + size * (1 + i) for i, one in enumerate(hashes)})
-            elif event.group_idx:
-                self.states -= {(event.group_idx, one) for one in event.block_hashes}
-            else:
-                for one in event.block_hashes:
-                    del self.ends[one]
+            if not isinstance(event, AllBlocksCleared):
+                kind = "mamba" if event.group_idx else "full_attention"
+                if isinstance(event, BlockStored):
+                    event.kv_cache_spec_kind = kind
+                    self.num_stored += len(event.block_hashes)
+                    size = len(event.block_hashes) * event.block_size
+                    assert len(event.token_ids) == size
+        batch = msgspec.msgpack.encode([0.0, events])
+        for change in self.blocks.read(self.blocks.next_sequence, batch):
+            self.mirror.apply(change)
+        assert self.blocks.num_unknown_parents == 0
         return events
 
-    def estimate(self, request: Request, unit: int, limit: int) -> int:
-        """Return the deepest known unit with a state in each group, tokens."""
-        deepest = 0
-        for end, block_hash in enumerate(request.block_hashes, 1):
-            named = maybe_convert_block_hash(block_hash)
-            if self.ends.get(named) != end * unit or end * unit > limit:
-                break
-            if all((group, named) in self.states for group in (1, 2)):
-                deepest = end * unit
-        return deepest
+    def estimate(self, request: Request) -> int:
+        salt = None if request.cache_salt is None else (request.cache_salt,)
+        tokens = np.array(request.all_token_ids, np.int32)
+        return self.mirror.match(tokens, salt).cached_len
 
 
 @pytest.mark.parametrize("unit", [32, 0])
@@ -402,14 +390,14 @@ def test_events_let_a_consumer_that_follows_parents_expect_each_hit(unit, num_bl
     """Each lookup is compared with the consumer's expectation: rows and states, with no unknown
     parent."""
     steps = Steps(num_blocks=num_blocks, unit=unit)
-    manager, unit = steps.scheduler.kv_cache_manager, unit or 128
+    manager = steps.scheduler.kv_cache_manager
     pool, hits, plain = manager.block_pool, list[int](), HybridManager.get_computed_blocks
     consumer = Consumer(pool)
 
     def compared(self: Any, request: Request, limit: int | None = None) -> Any:
         found = plain(self, request, limit)
         pool.take_events()
-        assert consumer.estimate(request, unit, request.num_tokens - 1) == found[1]
+        assert consumer.estimate(request) == found[1]
         hits.append(found[1])
         return found
 
@@ -417,9 +405,12 @@ def test_events_let_a_consumer_that_follows_parents_expect_each_hit(unit, num_bl
     for one in chats(6, 3):
         steps.serve(one)
     pool.take_events()
-    groups = [(get_group_id(k), get_block_hash(k)) for k in pool.cached_block_hash_to_block._cache]
-    assert consumer.states == {(g, maybe_convert_block_hash(one)) for g, one in groups if g}
-    assert len(consumer.ends) == manager.tree.num_units.sum() > 0 < max(hits)
+    mirror, tree = consumer.mirror, manager.tree
+    assert mirror.num_tokens == tree.num_units.sum() * tree.layout.unit > 0 < max(hits)
+    assert mirror.num_checkpoints == len(tree.states)
+    manager.reset_prefix_cache()
+    pool.take_events()
+    assert mirror.num_tokens == mirror.num_checkpoints == 0
 
 
 @pytest.mark.parametrize("mode", ["incremental", "full"])

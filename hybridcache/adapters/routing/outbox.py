@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 import threading
 from collections import deque
 from collections.abc import Hashable
@@ -20,6 +21,8 @@ class EventBatch(NamedTuple):
     sequence: int
     events: tuple[Event, ...]
     covered: tuple[Hashable, ...]
+    epoch: int = 0
+    """Random number of the numbering: a sender that starts again has another."""
 
 
 class Outbox:
@@ -32,9 +35,10 @@ class Outbox:
     >>> from hybridcache.adapters.routing.outbox import Outbox
     >>> cache = build_prefix_cache(CacheConfig(num_kv_tokens=64, num_slots=2, grid=4))
     >>> outbox = Outbox(cache)
+    >>> outbox.epoch = 7  # Random otherwise.
     >>> outbox.cover("request")
     >>> outbox.flush()
-    EventBatch(sequence=0, events=(), covered=('request',))
+    EventBatch(sequence=0, events=(), covered=('request',), epoch=7)
     >>> outbox.since(1)
     []
     """
@@ -44,6 +48,7 @@ class Outbox:
         self._batches: deque[EventBatch] = deque(maxlen=kept)
         self._covered: list[Hashable] = []
         self._next_sequence = 0
+        self.epoch = secrets.randbits(63)
         self._watch(cache)
 
     def _watch(self, cache: HybridRadixCache) -> None:
@@ -61,7 +66,8 @@ class Outbox:
         with self._lock:
             if not self._events and not self._covered and not even_if_empty:
                 return None
-            batch = EventBatch(self._next_sequence, tuple(self._events), tuple(self._covered))
+            events, covered = tuple(self._events), tuple(self._covered)
+            batch = EventBatch(self._next_sequence, events, covered, self.epoch)
             self._events.clear()
             self._covered.clear()
             self._batches.append(batch)
@@ -86,6 +92,6 @@ class Outbox:
         cache.unsubscribe(self._stream)
         with self._lock:
             self._batches.clear()
-            self._next_sequence = 0
+            self._next_sequence, self.epoch = 0, secrets.randbits(63)
             self._watch(cache)
         self.flush(even_if_empty=True)

@@ -198,13 +198,15 @@ class Router:
         sequence: int,
         events: Iterable[Event],
         covered: Iterable[Hashable] = (),
+        epoch: int = 0,
     ) -> None:
         """Process one batch of changes of a replica's cache.
 
         Batches arrive in order of ``sequence``, once each, possibly late. A batch 0 after others,
         as ``Outbox.restart`` makes it, replaces all that is known. ``covered`` are requests that
         were computed since the previous batch: the events include the KV and checkpoints that they
-        stored. Raises EventsLost if preceding events are missing.
+        stored. Raises EventsLost if preceding events are missing, or if ``epoch`` is
+        not that of batch 0.
         """
 
     def seconds(self, start: int, end: int) -> float:

@@ -5,13 +5,16 @@ The choices of ``checkpoint`` are compared with a plain version of its rule.
 
 from __future__ import annotations
 
+import copy
+import random
+
 import numpy as np
 import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from hybridcache.adapters.events import EventsLost, EventStream
-from hybridcache.adapters.routing.precise import CheckpointSeconds, depth_after
+from hybridcache.adapters.routing.precise import CheckpointSeconds, Reuse, depth_after
 from hybridcache.adapters.routing.protocol import (
     Choice,
     NoReplica,
@@ -46,6 +49,7 @@ class Replica:
         self.cache = hybrid(**{"num_kv_tokens": 96, "num_slots": 8, "grid": GRID} | sizes)
         self.placement = parse_placement(placement)
         self.events, self.covered, self.batches, self.num_batches = [], [], [], 0
+        self.epoch = id(self)
         self.cache.subscribe(EventStream(self.events.append))
 
     def compute(self, request):
@@ -62,7 +66,8 @@ class Replica:
         elif lease is not None:
             lease.abort()
         self.covered.append(request.id)
-        self.batches.append((self.num_batches, tuple(self.events), tuple(self.covered)))
+        batch = self.num_batches, tuple(self.events), tuple(self.covered), self.epoch
+        self.batches.append(batch)
         self.num_batches += 1
         self.events.clear()
         self.covered.clear()
@@ -180,25 +185,59 @@ def plain_choice(router, request, now):
     passed = sum(now - writes.since_s for writes in router.write_rates.values())
     work = sum(writes.work_s for writes in router.write_rates.values())
     idle = max(1 - work / passed, 0.05) if passed else 1.0
+    num_held = {
+        replica: sum(node.end - node.start for node in mirror.nodes.values())
+        for replica, mirror in router.mirrors.items()
+    }
+    held = sum(num_held.values())
+    known = max(one.match(request.tokens).kv_match_len for one in router.mirrors.values())
+    reuse = copy.deepcopy(router.reuse)
+    reuse.ask(request, known, held)
+    value, since = reuse.value(held), min(router._first_s, now)
+    num_requests = router._num_requests + 1
+    arrivals = num_requests / max(now - since, 1e-6) / len(rates) if now > since else 0.0
     for replica, load in router.loads.items():
         mirror = router.mirrors[replica]
         found = mirror.match(request.tokens)
         depth = max(found.cached_len, depth_after(router.in_flight[replica], request))
-        held = sum(node.end - node.start for node in mirror.nodes.values())
         kv_len = max(depth, found.kv_match_len)
         wanted = {kv_len // GRID * GRID: "branch"}
         wanted.setdefault((num_ids - 1) // GRID * GRID, "backoff")
         saved = [p for p in wanted if p > depth and router.shares.is_saved(wanted[p])]
         new = (num_ids - kv_len) * KV_BYTES + len(saved) * STATE_BYTES
         pressure = (rates[replica] / mean) ** 0.5 if mean else 1.0
-        lost = pressure * new * held / router.spec.capacity_bytes
-        costs[replica] = load.wait_s(now) + (num_ids - depth + lost) / 4 / idle, depth
+        tokens = num_held[replica] ** value * (held / len(rates)) ** (1 - value)
+        lost = value * pressure * new * tokens / router.spec.capacity_bytes
+        own, wait = (num_ids - depth + lost) / 4, load.wait_s(now)
+        costs[replica] = wait + own + arrivals * own * (wait + own / 2) / idle, depth
     least = min(cost for cost, _ in costs.values())
     cheapest = [replica for replica, (cost, _) in costs.items() if cost <= least + 1e-9]
     return Choice(cheapest[0], costs[cheapest[0]][1]) if len(cheapest) == 1 else None
 
 
 TestRouters = RoutersMachine.TestCase
+
+
+def test_reuse_counts_prompts_whose_tokens_were_evicted_within_two_lifetimes() -> None:
+    """Compared with all earlier prompts, one by one."""
+    draw, reuse, earlier = random.Random(1), Reuse(GRID), []
+    evicted = missed = 0
+    for number in range(300):
+        head = draw.choice(earlier)[0][: draw.randrange(20)] if earlier else ()
+        tokens = (*head, *(draw.randrange(2) for _ in range(draw.randrange(1, 20))))
+        known, held = draw.randrange(12), 60
+        for end in range(GRID, len(tokens) + 1, GRID):
+            uses = [at for prompt, at in earlier if prompt[:end] == tokens[:end]]
+            if not uses or uses[-1] <= evicted - 2 * held:
+                break
+            missed += GRID * (end > known)
+        reuse.ask(asked(number, tokens), known, held)
+        earlier.append((tokens, evicted))
+        assert reuse.value(held) == min((2 * missed + held) / (evicted + held), 1.0)
+        if draw.random() < 0.5:
+            evicted += (more := draw.randrange(40))
+            reuse.evict(more)
+    assert 0.1 < reuse.value(60) < 1
 
 
 def fleet(name: str, count: int = 3, **changes: object) -> Router:
@@ -254,6 +293,10 @@ def test_a_lost_batch_raises_and_batch_0_starts_over() -> None:
     router.on_events(0, *replica.batches[0])
     with pytest.raises(EventsLost):
         router.on_events(0, *replica.batches[2])
+    started_again = (*replica.batches[1][:3], replica.epoch + 1)
+    with pytest.raises(EventsLost, match="of epoch"):
+        router.on_events(0, *started_again)
+    router.on_events(0, *replica.batches[1])
     all_events = []
     replica.cache.subscribe(EventStream(all_events.append))
     router.on_events(0, 0, all_events)
