@@ -146,14 +146,12 @@ class BlockEvents:
 
     def _take(self, name: Hashable, group: int | None, found: list[Event]) -> None:
         block = self._blocks.get(name)
-        if block is None:
-            return
-        if group in block.states:
+        if block is not None and group in block.states:
             block.states.remove(group)
             if block.is_resumable:
                 block.is_resumable = False
                 found.append(CheckpointRemoved(block.id, block.end))
-        elif group == self._rows_group:
+        elif block is not None and group == self._rows_group:
             self._remove(name, found)
 
     def _remove(self, name: Hashable, found: list[Event]) -> None:

@@ -70,30 +70,28 @@ class Reuse:
         self._seen: dict[int, float] = {}
         """Number of tokens that all replicas had evicted when a prefix was last asked for, by the
         hash of the prefix, the longest unused first."""
-        self._missed = self._evicted = 0.0
+        self._missed = 0.0
+        self.evicted = 0
+        """Number of tokens that replicas have evicted."""
 
     def value(self, held_tokens: int) -> float:
         """Return 0 if evicted tokens are never asked for again, 1 if half of them are. It is 1 at
         first: ``held_tokens`` count as evicted and half of them as asked for."""
-        total = self._evicted + held_tokens
+        total = self.evicted + held_tokens
         return min((REUSE_WEIGHT * self._missed + held_tokens) / total, 1.0) if total else 1.0
-
-    def evict(self, num_tokens: int) -> None:
-        """Count evicted tokens."""
-        self._evicted += num_tokens
 
     def ask(self, request: RouteRequest, known_len: int, held_tokens: int) -> None:
         """Count a prompt of which ``known_len`` tokens are cached somewhere. All replicas hold
         ``held_tokens``. O(n)."""
         tokens, step = request.tokens.tobytes(), 4 * self._grid
-        oldest = self._evicted - LIFETIMES * held_tokens
+        oldest = self.evicted - LIFETIMES * held_tokens
         prefix, is_seen = hash(request.namespace), True
         for end in range(step, len(tokens) + 1, step):
             prefix = hash((prefix, tokens[end - step : end]))
             since = self._seen.pop(prefix, None)
             is_seen = is_seen and since is not None and since > oldest
             self._missed += self._grid * (is_seen and end > 4 * known_len)
-            self._seen[prefix] = self._evicted
+            self._seen[prefix] = self.evicted
         while self._seen and next(iter(self._seen.values())) < oldest:
             del self._seen[next(iter(self._seen))]
 
@@ -245,7 +243,7 @@ class CheckpointSeconds(Router):
         nodes = self.mirrors[replica].nodes
         for event in events:
             if isinstance(event, KVRemoved) and event.id in nodes:
-                self.reuse.evict(nodes[event.id].end - nodes[event.id].start)
+                self.reuse.evicted += nodes[event.id].end - nodes[event.id].start
         self.mirrors[replica].apply_batch(sequence, events, epoch)
         counts = sequence > 0  # Batch 0 can repeat checkpoints that were already counted.
         if counts:

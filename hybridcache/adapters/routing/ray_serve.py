@@ -100,9 +100,8 @@ class RayRouter(RequestRouter):  # type: ignore[misc]
         up = {one.replica_id.unique_id: one for one in candidate_replicas}
         if not up or not self.router.loads:
             return [candidate_replicas]
-        ids = tokens_of(pending_request)
         chosen, now = self.router.least_loaded(), time.monotonic()
-        if pending_request is not None and ids is not None:
+        if pending_request is not None and (ids := tokens_of(pending_request)) is not None:
             request_id = pending_request.metadata.internal_request_id
             self.router.ended(request_id, now)  # Ray asks again if the replica was full.
             chosen = self.router.route(RouteRequest(request_id, ids), now).replica
@@ -171,10 +170,8 @@ class RayRouter(RequestRouter):  # type: ignore[misc]
         self.router.on_events(name, number, events, covered)
 
 
-def tokens_of(pending: PendingRequest | None) -> np.ndarray | None:
+def tokens_of(pending: PendingRequest) -> np.ndarray | None:
     """Return the prompt's ids, int32[n], or None if the request does not have them."""
-    if pending is None:
-        return None
     ids = pending.kwargs.get("request_token_ids")
     if ids is None and pending.args:
         ids = getattr(pending.args[0], "prompt_token_ids", None)
