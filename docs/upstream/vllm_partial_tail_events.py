@@ -23,4 +23,6 @@ known = {None}
 for event in pool.take_events():
     is_known = event.parent_block_hash in known
     known.update(event.block_hashes)
-    print(f"{len(event.token_ids):3} tokens, block size {event.block_size}, parent known: {is_known}")
+    print(
+        f"{len(event.token_ids):3} tokens, block size {event.block_size}, parent known: {is_known}"
+    )

@@ -1,4 +1,10 @@
-"""Ray Serve's router over stub replicas with vLLM's event sockets: `make replicas` installs Ray."""
+"""Route requests in Ray Serve to the replica with the state of their session.
+
+    pip install 'ray[serve]>=2.60' && python examples/07_ray_serve.py
+
+Two stub replicas stand for vLLM: they send its KV events over its sockets, lose every third live
+batch, and compute nothing. Then one is killed, and Ray starts another. Verifies itself.
+"""
 
 from __future__ import annotations
 
@@ -8,12 +14,8 @@ import time
 
 import msgspec
 import numpy as np
-import pytest
-import zmq
-
-pytest.importorskip("ray.serve", reason="needs Ray Serve: make replicas")
-
 import ray
+import zmq
 from ray import serve
 from ray.serve.config import RequestRouterConfig
 
@@ -82,7 +84,7 @@ def tokens_of(session, length):
     return np.random.default_rng(session).integers(1, 9999, length).tolist()
 
 
-def test_sessions_return_to_their_states_when_replicas_die_and_join():
+def main():
     ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False)
     kwargs = {"unit": UNIT, "num_state_groups": 1, "tokens_per_s": 100.0}
     config = RequestRouterConfig(
@@ -138,3 +140,8 @@ def test_sessions_return_to_their_states_when_replicas_die_and_join():
     finally:
         serve.shutdown()
         ray.shutdown()
+    print("every turn found the state of its session; a killed replica was replaced")
+
+
+if __name__ == "__main__":
+    main()
