@@ -325,7 +325,6 @@ def test_rows_and_states_return_from_the_host_unchanged(has_streams, monkeypatch
     assert not has_streams or streams.num_fences == 4
 
 
-EXPLICIT = {"_radix_eviction_policy_explicitly_set": True}
 TIERED = {"enable_hierarchical_cache": True}
 
 
@@ -368,7 +367,6 @@ def settings(**changed):
         ({"dcp_enabled": True}, "decode context parallelism"),
         ({"is_eagle": True, "is_hybrid_ssm": False}, "--speculative-algorithm"),
         ({"eviction_policy": "priority"}, "eviction policy"),
-        ({"eviction_policy": "priority"} | EXPLICIT, "eviction policy"),
     ],
 )
 def test_unsupported_settings_give_one_line(changed, message):

@@ -26,10 +26,6 @@ from hybridcache.adapters.routing.blocks import BlockEvents
 from hybridcache.adapters.routing.protocol import ReplicaSpec, RouteRequest
 from hybridcache.adapters.routing.registry import find_router
 
-REPLAY_S = 5.0
-"""Time that a replica has for each batch of a replay."""
-logger = logging.getLogger("hybridcache.ray")
-
 
 class Speed(NamedTuple):
     """Prefill times in proportion to the tokens."""
@@ -87,8 +83,7 @@ class RayRouter(RequestRouter):  # type: ignore[misc]
         self.router.left(name, time.monotonic())
         self._sequences.pop(name, None)
         self._covered.pop(name, None)
-        follower = self._followers.pop(name, None)
-        if follower is not None:
+        if (follower := self._followers.pop(name, None)) is not None:
             follower.cancel()
 
     async def choose_replicas(
@@ -135,7 +130,9 @@ class RayRouter(RequestRouter):  # type: ignore[misc]
                 elif sequence == blocks.next_sequence:
                     self._apply(name, blocks, payload)
         except (TimeoutError, zmq.ZMQError, KeyError, ValueError) as error:
-            logger.warning("no events of replica %s are followed: %r", name, error)
+            logging.getLogger(__name__).warning(
+                "no events of replica %s are followed: %r", name, error
+            )
         finally:
             live.close(linger=0)
             replay.close(linger=0)
@@ -147,7 +144,7 @@ class RayRouter(RequestRouter):  # type: ignore[misc]
         await replay.send_multipart([b"", first.to_bytes(8, "big")])
         batches = []
         while True:
-            number, payload = (await asyncio.wait_for(replay.recv_multipart(), REPLAY_S))[-2:]
+            number, payload = (await asyncio.wait_for(replay.recv_multipart(), 5.0))[-2:]
             if not payload:  # The end of the replay.
                 break
             batches.append((int.from_bytes(number, "big"), payload))

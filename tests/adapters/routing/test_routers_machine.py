@@ -217,23 +217,19 @@ TestRouters = RoutersMachine.TestCase
 
 def test_reuse_counts_prompts_whose_tokens_were_evicted_within_two_lifetimes() -> None:
     """Compared with all earlier prompts, one by one."""
-    draw, reuse, earlier = random.Random(1), Reuse(GRID), []
-    evicted = missed = 0
+    draw, reuse, earlier, evicted, missed = random.Random(1), Reuse(GRID), [((), 0)], 0, 0
     for number in range(300):
-        head = draw.choice(earlier)[0][: draw.randrange(20)] if earlier else ()
-        tokens = (*head, *(draw.randrange(2) for _ in range(draw.randrange(1, 20))))
-        known, held = draw.randrange(12), 60
+        new = [draw.randrange(2) for _ in range(draw.randrange(1, 20))]
+        tokens, known = (*draw.choice(earlier)[0][: draw.randrange(20)], *new), draw.randrange(12)
         for end in range(GRID, len(tokens) + 1, GRID):
             uses = [at for prompt, at in earlier if prompt[:end] == tokens[:end]]
-            if not uses or uses[-1] <= evicted - 2 * held:
+            if not uses or uses[-1] <= evicted - 2 * 60:
                 break
             missed += GRID * (end > known)
-        reuse.ask(asked(number, tokens), known, held)
+        reuse.ask(asked(number, tokens), known, 60)
         earlier.append((tokens, evicted))
-        assert reuse.value(held) == min((2 * missed + held) / (evicted + held), 1.0)
-        if draw.random() < 0.5:
-            evicted += draw.randrange(40)
-            reuse.evicted = evicted
+        assert reuse.value(60) == min((2 * missed + 60) / (evicted + 60), 1.0)
+        reuse.evicted = evicted = evicted + draw.randrange(40) * draw.randrange(2)
 
 
 def fleet(name: str, count: int = 3, **changes: object) -> Router:
