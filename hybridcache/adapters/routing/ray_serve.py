@@ -4,9 +4,8 @@
 
 Ray replaces failed replicas and scales; this class only chooses. A replica names its event sockets
 in its routing statistics, as Ray Serve LLM does: ``{"kv_event_metadata": {"endpoint": ...,
-"replay_endpoint": ...}}``. The prompt's ids are the keyword argument ``request_token_ids``, or the
-attribute ``prompt_token_ids`` of the first argument. A request without ids goes to the replica with
-the fewest running requests.
+"replay_endpoint": ...}}``. The prompt's ids are the keyword argument ``request_token_ids``, as
+there. A request without ids goes to the replica with the fewest running requests.
 """
 
 from __future__ import annotations
@@ -170,6 +169,4 @@ class RayRouter(RequestRouter):  # type: ignore[misc]
 def tokens_of(pending: PendingRequest) -> np.ndarray | None:
     """Return the prompt's ids, int32[n], or None if the request does not have them."""
     ids = pending.kwargs.get("request_token_ids")
-    if ids is None and pending.args:
-        ids = getattr(pending.args[0], "prompt_token_ids", None)
     return None if ids is None or not len(ids) else np.asarray(ids, np.int32)
