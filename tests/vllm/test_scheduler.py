@@ -401,8 +401,8 @@ def test_events_let_a_consumer_that_follows_parents_expect_each_hit(unit, num_bl
         steps.serve(one)
     pool.take_events()
     mirror, tree = consumer.mirror, manager.tree
-    assert mirror.num_tokens == tree.num_units.sum() * tree.layout.unit > 0 < max(hits)
-    assert mirror.num_checkpoints == len(tree.states)
+    held = tree.num_units.sum() * tree.layout.unit, len(tree.states)
+    assert (mirror.num_tokens, mirror.num_checkpoints) == held and max(hits)
     assert manager.reset_prefix_cache() and pool.take_events() and not mirror.num_tokens
 
 

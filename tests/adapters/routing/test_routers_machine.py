@@ -66,8 +66,7 @@ class Replica:
         elif lease is not None:
             lease.abort()
         self.covered.append(request.id)
-        news = tuple(self.events), tuple(self.covered), self.epoch
-        self.batches.append((self.num_batches, *news))
+        self.batches.append((self.num_batches, tuple(self.events), tuple(self.covered), self.epoch))
         self.num_batches += 1
         self.events.clear()
         self.covered.clear()
@@ -191,8 +190,7 @@ def plain_choice(router, request, now):
     reuse = copy.deepcopy(router.reuse)
     reuse.ask(request, known, held)
     value, since = reuse.value(held), min(router._first_s, now)
-    num_requests = router._num_requests + 1
-    arrivals = num_requests / max(now - since, 1e-6) / len(rates) if now > since else 0.0
+    arrivals = (router._num_requests + 1) / max(now - since, 1e-6) / len(rates) * (now > since)
     for replica, load in router.loads.items():
         mirror = router.mirrors[replica]
         found = mirror.match(request.tokens)
@@ -285,9 +283,8 @@ def test_a_lost_batch_raises_and_batch_0_starts_over() -> None:
     router.on_events(0, *replica.batches[0])
     with pytest.raises(EventsLost):
         router.on_events(0, *replica.batches[2])
-    started_again = (*replica.batches[1][:3], replica.epoch + 1)
     with pytest.raises(EventsLost, match="of epoch"):
-        router.on_events(0, *started_again)
+        router.on_events(0, *replica.batches[1][:3], replica.epoch + 1)
     router.on_events(0, *replica.batches[1])
     all_events = []
     replica.cache.subscribe(EventStream(all_events.append))
