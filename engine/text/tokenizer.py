@@ -388,9 +388,20 @@ def _apply_settings(backend: tokenizers.Tokenizer, settings: Settings) -> None:
 
 
 def _find_template(settings: Settings) -> ChatTemplate | None:
+    """Return the template of a chat; of a list, the one of the name ``tool_use`` with tools.
+
+    >>> named = [{"name": "default", "template": "a"}, {"name": "tool_use", "template": "b"}]
+    >>> template = _find_template({"chat_template": named})
+    >>> template.render([]), template.render([], tools=[{}])
+    ('a', 'b')
+    """
     source = settings.get("chat_template")
     if isinstance(source, list):
-        source = next((one["template"] for one in source if one["name"] == "default"), None)
+        named = {one["name"]: one["template"].removesuffix("\n") for one in source}
+        said = json.dumps(f"none of the chat templates {', '.join(named)} is named default")
+        source = named.get("default", f"{{{{ raise_exception({said}) }}}}")
+        if "tool_use" in named:
+            source = f"{{% if tools +%}}{named['tool_use']}{{%+ else +%}}{source}{{%+ endif %}}"
     if source is None:
         return None
     absent = dict.fromkeys(("bos_token", "eos_token", "unk_token", "pad_token"), "")

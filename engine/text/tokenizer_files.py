@@ -203,4 +203,8 @@ def _read_settings(model_dir: Path) -> Settings:
         raise ValueError(f"{path} {fault}.")
     if fault is None:
         settings["chat_template"] = path.read_text(encoding="utf-8")
+    others = sorted(model_dir.glob("additional_chat_templates/*.jinja"))
+    if others and isinstance(default := settings.get("chat_template"), str):
+        named = {"default": default} | {one.stem: one.read_text("utf-8") for one in others}
+        settings["chat_template"] = [{"name": k, "template": v} for k, v in named.items()]
     return settings

@@ -49,7 +49,7 @@ from engine.front.server.endpoints.tokens import (
 from engine.front.server.metrics import OF_KEYS
 from engine.front.server.schemas import ChatRequest, CompletionRequest
 from engine.front.server.settings import ACCEPTED_AT_ONCE, BACKLOG, SWITCH_S, ServerConfig
-from engine.front.server.transport import HEADERS_S, ClientConnection
+from engine.front.server.transport import ClientConnection
 from engine.front.server.writers import Handler, ServingContext
 from engine.messages import Ask
 from hybridcache.command.extras import version as installed_version
@@ -102,14 +102,15 @@ class Server(uvicorn.Server):
         access: Access | None = None,
     ) -> None:
         """``must_end`` is called ten times per second; True ends the server."""
-        self.app = create_app(engine, config, access)
+        self.app, idle_s = create_app(engine, config, access), math.ceil(config.idle_timeout_s)
         super().__init__(
             uvicorn.Config(
                 self.app,
                 interface="asgi3",
                 http=ClientConnection,
                 limit_concurrency=most_connections(),
-                timeout_keep_alive=math.ceil(HEADERS_S),
+                timeout_keep_alive=idle_s,
+                headers=[("Keep-Alive", f"timeout={idle_s}")],
                 ws="none",
                 log_config=None,
                 log_level=config.log_level,

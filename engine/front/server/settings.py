@@ -89,6 +89,9 @@ class ServerConfig:
     """Seconds of silence after which a stream sends its headers and a comment, and again after each
     such time, so that clients and proxies do not give up during a long prefill; such headers do not
     have the cached length; by default a stream begins with its first token."""
+    idle_timeout_s: Annotated[float, SECONDS] = 75.0
+    """Seconds that a connection without a request stays open, as the header Keep-Alive says; longer
+    than the pools of clients and proxies keep it."""
     drain_s: Annotated[float, DRAIN] = 30.0
     """After SIGTERM, seconds that running requests may take to finish."""
     replicas: Annotated[int, COUNT] = 1

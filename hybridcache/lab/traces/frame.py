@@ -134,7 +134,10 @@ class Record(dict[str, object]):
         return value
 
     def values_of(self, name: str) -> list[Any]:
-        """Return a list."""
+        """Return a list, which may be written as JSON text."""
+        if isinstance(value := self[name], str):
+            with suppress(ValueError, RecursionError):
+                self[name] = json.loads(value)
         return self._one(name, list, "a list")
 
     def objects(self, name: str) -> list[Record]:

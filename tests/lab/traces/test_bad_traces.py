@@ -526,7 +526,6 @@ def test_every_format_with_times_has_the_option_and_no_other(tmp_path: Path) -> 
         ("0.5,a,950,x", "completion_tokens is 'x', not a whole number"),
         ("0.5,a,950", "3 fields under 4 names"),
         (",a,950,80", "but the records above have a number as its time"),
-        ("0.5,,950,80", "field 'session' is missing"),
         ("0.5,a,-3,80", "prompt_tokens is '-3', not a whole number"),
     ],
 )

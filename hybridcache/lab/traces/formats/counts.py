@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import count
 from typing import ClassVar
 
 import numpy as np
@@ -13,7 +14,7 @@ import numpy as np
 from hybridcache.lab.traces.formats.messages import FAILED
 from hybridcache.lab.traces.frame import Notes, Record, Records, RecordTimes, table_records
 from hybridcache.lab.traces.named import Named, NamedTimes
-from hybridcache.lab.traces.trace import BadRecords, FreshIds, KnownIds, TraceRequest
+from hybridcache.lab.traces.trace import UNNAMED, BadRecords, FreshIds, KnownIds, TraceRequest
 from hybridcache.radix.tokens import Tokens
 
 COUNTS = ("prompt_tokens", "input_tokens", "num_prompt_tokens", "input_length")
@@ -48,7 +49,7 @@ class CountsReader(NamedTimes):
     def parser(self, notes: Notes) -> Callable[[Record], Iterator[TraceRequest]]:
         clock, known, fresh = RecordTimes(self.time_unit().per_s), KnownIds(), FreshIds()
         head = np.arange(known.reserve(self.system), self.system, dtype=np.int32)
-        last = dict[object, Tokens]()
+        last, alone = dict[object, Tokens](), count(1)
         wanted = dict(one.split(":", 1) for one in self.where.split(",") if ":" in one)
 
         def parse(raw: Record) -> Iterator[TraceRequest]:
@@ -58,7 +59,8 @@ class CountsReader(NamedTimes):
                 return notes.count(OTHER, "row")
             if record.has_failed or row.number(name) in (None, 0):
                 return notes.count(FAILED if record.has_failed else EMPTY, "row")
-            session, namespace = record.key("session"), record.namespace()
+            session = record.key("session") if "session" in record else f"{UNNAMED}{next(alone)}"
+            namespace = record.namespace()
             before = last.get((namespace, session), head)
             length, answer = row.whole(name, 1), record.used.get("length")
             first = known.reserve(added := max(0, length - len(before)))

@@ -50,7 +50,8 @@ class ShareGPTReader(SessionReader):
 
 
 def _segment(record: Record) -> Iterator[tuple[str, int, Chat, Chat]]:
-    name, messages = str(record.key("id")), record.objects("conversations")
+    name = "conversation" if record.get("id") is None else str(record.key("id"))
+    messages = record.objects("conversations")
     base, _, index = name.rpartition("_")
     name, start = (base, int(index)) if base and index.isdecimal() else (name, 0)
     system = [{"role": "system", "content": record.text("system")}] if record.get("system") else []

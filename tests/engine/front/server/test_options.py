@@ -152,6 +152,7 @@ def test_paths_of_other_servers(live: Live) -> None:
         == "seven"
     )
     assert len(live.get("/nowhere").headers["x-request-id"]) == 32
+    assert live.get("/health").headers["keep-alive"] == "timeout=75"
     assert "access-control-allow-origin" not in live.get("/health").headers
 
 
