@@ -419,10 +419,8 @@ def test_published_conversations_and_logs_of_the_responses_api_are_read(tmp_path
     assert len(found) == 4 and {one.stop_reason for one in found} == {"end_turn"}
     again = lines(tmp_path / "same.jsonl", *[{"messages": chat["conversation"]}] * 2)
     assert list(map(str, open_trace(f"{again}?tokenizer=bytes&pause=0"))) == list(map(str, found))
-    parts = [{"from": "human", "value": "hello"}, {"from": "gpt", "value": "yes"}]
-    path = lines(
-        tmp_path / "gpt.jsonl", {"conversations": json.dumps(parts)}, {"conversations": parts}
-    )
+    parts = json.dumps([{"from": "human", "value": "hello"}, {"from": "gpt", "value": "yes"}])
+    path = lines(tmp_path / "gpt.jsonl", *[{"conversations": parts}] * 2)
     assert len({one.session for one in open_trace(f"{path}?tokenizer=bytes&pause=0")}) == 2
     # A log of requests of the Responses API, whose prompt repeats call and result.
     call = {"type": "function_call", "name": "f", "arguments": "{}", "call_id": "1"}

@@ -314,8 +314,6 @@ def test_code_is_a_value_in_any_form(name: str, lines: list[str], data: st.DataO
     ("inside", "expected", "warned"),
     [
         ("f(a='x', c='y')", {"a": "x", "c": "y"}, "'c' of a call is not in the schema"),
-        ("f(a='it's', c='y')", {"a": "it's', c='y"}, None),
-        ("f(a='x', a='y')", None, "one argument twice"),
         ("f(a='g('x', b=2)', b=1)", {"a": "g('x', b=2)", "b": 1}, None),
         ("f(a='g('x'), f(b='y')')", {"a": "g('x'), f(b='y')"}, None),
         ("""f(a='''g('x', "y")''', b=1)""", {"a": "g('x', \"y\")", "b": 1}, None),
@@ -324,9 +322,7 @@ def test_code_is_a_value_in_any_form(name: str, lines: list[str], data: st.DataO
         (r"""f(a="x\", b=1", b="y\\")""", {"a": 'x", b=1', "b": "y\\"}, None),
         (r"""f(a="C:\", b="D:\")""", {"a": "C:\\", "b": "D:\\"}, None),
         (r"f(a='x\ty 'z'', b=1)", {"a": "x\ty 'z'", "b": 1}, None),
-        ("f(a=f'{x}')", None, "not a list of calls"),
         ("g(a='it's', c='y')", {"a": "it's", "c": "y"}, "'a' of a call are not escaped"),
-        (r"g(a='it\'s', c='y')", {"a": "it's", "c": "y"}, None),
     ],
 )
 def test_quotes_end_a_value_where_the_schema_permits_it(
