@@ -17,7 +17,6 @@ from tests.selection import ROOT
 Functions = dict[tuple[str, int], str]
 PAGE = ROOT / "docs" / "architecture.md"
 PATH_LINES = 1500
-CORE_CEILING = 8780
 
 
 @pytest.fixture(scope="module")
@@ -37,12 +36,9 @@ def test_numbers_are_within_the_budget(
     assert found.keys() == limits.keys()
     assert min(found.values()) > 10
     above = {name: number for name, number in found.items() if number > limits[name]}
-    assert not above, "\n".join(
-        [
-            *budget.compare(above, {name: limits[name] for name in above}),
-            "remove elsewhere, or raise tests/budget.json with the reason in the commit",
-        ]
-    )
+    rule = "raise a price by 20 lines with a test and the reason; for more remove lines elsewhere"
+    limits = {name: limits[name] for name in above}
+    assert not above, "\n".join([*budget.compare(above, limits), rule])
 
 
 def test_mutants_judge_half_of_the_product(
@@ -50,11 +46,6 @@ def test_mutants_judge_half_of_the_product(
 ) -> None:
     mutated = sum(budget.code_lines(ROOT / file) for file in mutation.groups_of_files())
     assert mutated >= 0.5 * measured[0]["lines of the product"]
-
-
-def test_the_core_does_not_grow() -> None:
-    """No commit raises this number: what the core gains, it removes elsewhere."""
-    assert budget.read_store()["lines of the core"] <= CORE_CEILING
 
 
 def test_the_page_prints_the_limits() -> None:
