@@ -460,9 +460,8 @@ class EngineCore:
         each = [sampling] * len(prompts) if not isinstance(sampling, Sequence) else list(sampling)
         if len(each) != len(prompts):
             raise ValueError(f"{len(prompts)} prompts came with {len(each)} sampling parameters.")
-        last = dict[int, RequestOutput]()
-        places, mailbox = dict[str, int](), list[RequestOutput]()
-        queue = deque(enumerate(zip(prompts, each, strict=True)))
+        last, places = dict[int, RequestOutput](), dict[str, int]()
+        queue, mailbox = deque(enumerate(zip(prompts, each, strict=True))), list[RequestOutput]()
         try:
             while queue or places:
                 with DelayedSignals():

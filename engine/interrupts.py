@@ -24,8 +24,9 @@ class DelayedSignals:
             return
         for number in (signal.SIGINT, signal.SIGTERM):
             handler = _signal.getsignal(number)
-            is_delayed = isinstance(handler, DelayedSignals) and handler._is_open
-            if callable(handler) and not is_delayed:
+            while isinstance(handler, DelayedSignals) and not handler._is_open:
+                handler = handler._handlers[number]  # An exception has cut its ``__exit__``.
+            if callable(handler) and not isinstance(handler, DelayedSignals):
                 self._handlers[number] = handler
                 _signal.signal(number, self)
         self._is_open = True

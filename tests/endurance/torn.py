@@ -21,18 +21,8 @@ from typing import Any
 import pytest
 
 from engine.errors import DuplicateId
+from tests.faults import test_torn_steps as steps
 from tests.faults import test_torn_transfers as transfers
-from tests.faults.test_torn_steps import (
-    CALLS,
-    SETTINGS,
-    Again,
-    Interrupt,
-    Raise,
-    Service,
-    Starve,
-    check_service,
-    spread,
-)
 
 PATIENCE_S = 120
 """Time after which a try hangs."""
@@ -46,15 +36,15 @@ def made(rng: random.Random, is_starved: bool) -> tuple[Any, str, Callable[[], o
     if is_pair:
         service: Any = transfers.Pair(rng.choice(transfers.NAMES))
     else:  # Rust ends a process without memory, and answers with text use its libraries.
-        names = [name for name in SETTINGS if name != "text" or not is_starved]
-        service = Service(rng.choice(names))
+        names = [name for name in steps.SETTINGS if name != "text" or not is_starved]
+        service = steps.Service(rng.choice(names))
     service.submit_some()
     for _ in range(rng.randrange(40)):
         for side in service.sides:
             service.turn(side)
     if rng.random() < 0.5:
         return service, "step", partial(service.turn, rng.choice(service.sides))
-    calls: dict[str, Any] = transfers.PAIR_CALLS if is_pair else CALLS
+    calls: dict[str, Any] = transfers.PAIR_CALLS if is_pair else steps.CALLS
     name = rng.choice(sorted(calls))
     return service, name, partial(calls[name], service)
 
@@ -66,20 +56,20 @@ def tear(seed: int, kind: str, patch: pytest.MonkeyPatch) -> str:
     transfers.make_small_pieces(patch)
     if is_starved:
         most = 1 if kind == "allocation" else int(2 ** rng.uniform(1, 8))
-        tracer: Raise = Starve(int(2 ** rng.uniform(0, 11)), most)
+        tracer: steps.Raise = steps.Starve(int(2 ** rng.uniform(0, 11)), most)
     else:
-        tracer = Raise() if kind == "line" else Interrupt()
+        tracer = steps.Raise() if kind == "line" else steps.Interrupt()
         service, name, call = made(random.Random(seed), is_starved)
         tracer.run(call)
         service.close()
         if not tracer.places:
             return ""
-        [tracer.at], tracer.places = spread(tracer.places, 1, rng), []
+        [tracer.at], tracer.places = steps.spread(tracer.places, 1, rng), []
         tracer.error = rng.choice((MemoryError, KeyboardInterrupt))
     service, name, call = made(random.Random(seed), is_starved)
     # After a second exception, a request that nothing reads any more may be left.
     has_more = not is_starved and name not in ("generate", "stream")
-    again = Again(patch, [int(2 ** rng.uniform(0, 9))] * rng.choice((0, 0, 1, 2)) * has_more)
+    again = steps.Again(patch, [int(2 ** rng.uniform(0, 9))] * rng.choice((0, 0, 1, 2)) * has_more)
     is_torn = False
     try:
         tracer.run(call)
@@ -98,7 +88,7 @@ def tear(seed: int, kind: str, patch: pytest.MonkeyPatch) -> str:
         assert not [*service.engine.requests] and not any(service.engine._manager.held())
         service.close()
     else:
-        check_service(service)
+        steps.check_service(service)
     return f"{kind} {name}" if is_torn or again.num_raised else ""
 
 

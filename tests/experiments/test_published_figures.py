@@ -363,10 +363,10 @@ def quotes() -> dict[str, list[str]]:
             *(f"| hybrid; none | {load} | {served(f'{load} at once')} |" for load in (16, 64, 256)),
         ],
         "docs/how-to/eight-bit.md": [
-            f"int8 has {llama('prefill beside bfloat16', 'int8'):.1f} times the prefill speed and {llama('one stream beside bfloat16', 'int8'):.1f} times the decoding speed of bfloat16",
+            f"int8 has {llama('prefill beside bfloat16', 'int8'):.1f} times the prefill speed and {llama('one stream beside bfloat16', 'int8'):.1f} times the decoding speed of bfloat16"
         ],
         "docs/how-to/tiers.md": [
-            f"host memory saved {tier_share(2)[1]:.1f} % of the prefill time that 20 GiB on the device saved; 4 GiB alone saved {tier_share(1)[1]:.1f} %",
+            f"host memory saved {tier_share(2)[1]:.1f} % of the prefill time that 20 GiB on the device saved; 4 GiB alone saved {tier_share(1)[1]:.1f} %"
         ],
         "hybridcache/sglang/README.md": [
             f"{soaked('requests') + soaked('aborted'):,} random requests in nine strategies",

@@ -344,6 +344,7 @@ def check_service(service: Service) -> None:
         for _ in range(2):  # If ``DelayedSignals`` was cut, the first may be noted only.
             signal.raise_signal(signal.SIGINT)
     service.engine.check()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler, "a handler is left"
     service.finish()
     service.submit_some()  # They find what the cache has now.
     service.finish()

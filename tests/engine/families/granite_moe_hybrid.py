@@ -24,5 +24,5 @@ CONFIG = SHARED | {
 }
 VARIANTS = {
     "granite_moe_hybrid_dense": SHARED
-    | {"num_local_experts": 0, "position_embedding_type": "rope", "mamba_proj_bias": True},
+    | {"num_local_experts": 0, "position_embedding_type": "rope", "mamba_proj_bias": True}
 }

@@ -8,6 +8,4 @@ SHARED = SMALL | {
     "mamba_d_state": 12,
 }
 CONFIG = SHARED | {"num_experts": 4, "num_experts_per_tok": 2}
-VARIANTS = {
-    "jamba_dense": SHARED | {"num_experts": 1, "mamba_dt_rank": 6, "mamba_proj_bias": True},
-}
+VARIANTS = {"jamba_dense": SHARED | {"num_experts": 1, "mamba_dt_rank": 6, "mamba_proj_bias": True}}

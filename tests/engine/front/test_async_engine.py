@@ -268,9 +268,11 @@ def test_random_clients_get_right_answers_or_errors(seed: int) -> None:
 # --- Losses ---------------------------------------------------------------------------------------
 
 
-def fail_once(owner: object, name: str, number: int, after: bool) -> pytest.MonkeyPatch:
+def fail_once(
+    patch: pytest.MonkeyPatch, owner: object, name: str, number: int, after: bool
+) -> None:
     """Let call number ``number`` of a method fail for lack of memory, at its end with ``after``."""
-    original, calls, patch = getattr(owner, name), itertools.count(1), pytest.MonkeyPatch()
+    original, calls = getattr(owner, name), itertools.count(1)
 
     def failing(*arguments: object, **options: object) -> object:
         if (is_due := next(calls) == number) and not after:
@@ -281,7 +283,6 @@ def fail_once(owner: object, name: str, number: int, after: bool) -> pytest.Monk
         return found
 
     patch.setattr(owner, name, failing)
-    return patch
 
 
 LOSSES: dict[str, tuple[str, str, int, str, int]] = {
@@ -300,7 +301,9 @@ call, negative at its end, the end of the request, number of requests that count
 
 
 @pytest.mark.parametrize("way", LOSSES)
-def test_an_output_is_not_lost_or_its_request_ends_with_an_error(way: str) -> None:
+def test_an_output_is_not_lost_or_its_request_ends_with_an_error(
+    way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """It ends within five seconds, on both sides."""
     owner, name, number, end, num_lost = LOSSES[way]
     params = SamplingParams(max_tokens=30 if end in ("whole", "failed") else 4000)
@@ -312,7 +315,7 @@ def test_an_output_is_not_lost_or_its_request_ends_with_an_error(way: str) -> No
         spec = RequestSpec(np.array([1, 2, 3], np.int32), params, request_id="a")
         if name:
             failing = stream if owner == "stream" else attrgetter(owner)(engine)
-            patch = fail_once(failing, name, abs(number), number < 0)
+            fail_once(monkeypatch, failing, name, abs(number), number < 0)
         engine.submit_valid(spec, stream)
         runner.allow(2)
         reading, began_s = asyncio.create_task(read(stream)), now_s()
@@ -336,8 +339,6 @@ def test_an_output_is_not_lost_or_its_request_ends_with_an_error(way: str) -> No
             await asyncio.sleep(0.001)
         assert now_s() - began_s < 5 or end == "whole"
         reading.cancel()
-        if name:
-            patch.undo()
 
     serve(scenario, gated=True)
     assert sum(lost) == num_lost

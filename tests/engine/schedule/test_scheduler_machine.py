@@ -263,10 +263,7 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     @precondition(lambda self: self.histories)
     @rule(
-        which=st.integers(0, 1000),
-        new=st.integers(0, 70),
-        params=sampling,
-        cut=st.integers(0, 5),
+        which=st.integers(0, 1000), new=st.integers(0, 70), params=sampling, cut=st.integers(0, 5)
     )
     def next_turn(self, which: int, new: int, params: SamplingParams, cut: int) -> None:
         history = self.histories[which % len(self.histories)]
