@@ -213,22 +213,26 @@ class WarmState:
         rows, tokens = plain["nodes"].tolist(), plain["tokens"]
         item_bytes, at = cache.item_bytes, 0
         columns = zip(rows, plain["labels"], plain["stop_reasons"], plain["memos"], strict=True)
-        for row, label, stop_reason, memo in columns:
-            above, end, serial, created, last_used, uses, earlier, superseded, distance = row
-            parent = nodes[above] if above >= 0 else roots[-1 - above]
-            start, at = at, at + end - parent.end
-            node = tree.grow(parent, tokens[start:at].tobytes())
-            tree.fade(node)
-            nodes.append(node)
-            if serial >= 0:
-                item = Checkpoint(node, -1, created, serial, item_bytes)
-                item.label, item.distance = label, distance
-                item.last_used, item.uses, item.earlier_uses = last_used, uses, earlier
-                item.superseded, item.stop_reason = bool(superseded), stop_reason
-                node.lost_checkpoint = item
-                self._items.append((item, memo))
-        for node in reversed(nodes):
-            cache.ghosts.add(node)
+        try:
+            for row, label, stop_reason, memo in columns:
+                above, end, serial, created, last_used, uses, earlier, superseded, distance = row
+                parent = nodes[above] if above >= 0 else roots[-1 - above]
+                start, at = at, at + end - parent.end
+                if not start < at <= len(tokens):
+                    raise ValueError("the warm state has odd lengths")
+                node = tree.grow(parent, tokens[start:at].tobytes())
+                tree.fade(node)
+                nodes.append(node)
+                if serial >= 0:
+                    item = Checkpoint(node, -1, created, serial, item_bytes)
+                    item.label, item.distance = label, distance
+                    item.last_used, item.uses, item.earlier_uses = last_used, uses, earlier
+                    item.superseded, item.stop_reason = bool(superseded), stop_reason
+                    node.lost_checkpoint = item
+                    self._items.append((item, memo))
+        finally:  # Also the part before an odd one.
+            for node in reversed(nodes):
+                cache.ghosts.add(node)
         cache.now += plain["now"]
         cache.num_items += plain["num_items"]
 

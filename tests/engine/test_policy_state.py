@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import zlib
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,7 @@ import pytest
 from engine import Engine, SamplingParams
 from engine.front.async_engine import AsyncEngine
 from engine.plugins.tiers.records import MEMORY_NAME
-from hybridcache.radix.warm_state import write_memory
+from hybridcache.radix.warm_state import MAGIC, pack, write_memory
 from tests.engine.test_hits_change_nothing import MakeEngine, prompts
 from tests.waiting import wait_until
 
@@ -77,3 +79,22 @@ def test_an_idle_engine_saves_its_learned_state(
         wait_until((tmp_path / "state" / MEMORY_NAME).exists)
     finally:
         loop.stop()
+
+
+@pytest.mark.parametrize("odd", [b"[" * 200_000, {"namespaces": 3}, {"memos": [7]}, None])
+def test_an_odd_file_of_the_policies_is_ignored(
+    odd: object, make_engine: MakeEngine, tmp_path: Path
+) -> None:
+    """Its checksum is right, or it is a named pipe."""
+    options, file = LEARNING | {"state_dir": str(tmp_path / "state")}, tmp_path / "state/memory"
+    engine = make_engine(**options)
+    serve(engine, prompts(6))
+    engine.close()
+    body = zlib.decompress(file.read_bytes().removeprefix(MAGIC))
+    file.unlink()
+    if isinstance(odd, dict):
+        odd = json.dumps(json.loads(body) | odd).encode()
+    os.mkfifo(file) if odd is None else file.write_bytes(pack(odd))
+    engine = make_engine(**options)
+    assert engine.report().folder.errors == 1
+    engine.close()

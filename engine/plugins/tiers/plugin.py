@@ -165,12 +165,14 @@ class TierPlugin(Plugin):
         )
         self._store = None
         try:
-            state = unpack((folder / MEMORY_NAME).read_bytes())
+            state = unpack(store.read_file(MEMORY_NAME))
             state.recall_tree(self._cache)
             self._saved_state = state
         except FileNotFoundError:
             pass
-        except (OSError, ValueError) as error:
+        except Exception as error:  # Whoever may write into the folder can write anything.
+            if isinstance(error, MemoryError):
+                raise
             disk.num_errors += 1
             logger.warning(
                 "%s is ignored (%s): the policies start without history.",

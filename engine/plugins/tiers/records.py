@@ -105,6 +105,11 @@ class RecordStore:
             self._claims.append(self._folder_fd)
             self._claims.append(self._open_fd(LOCK_NAME, os.O_RDWR | os.O_CREAT))
             fcntl.flock(self._claims[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
+            try:  # The file may have been deleted since another engine locked it.
+                fcntl.flock(self._folder_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                if isinstance(error, BlockingIOError):
+                    raise  # Others: some file systems do not lock folders.
         except BlockingIOError:
             self.close()
             raise StoreError(
@@ -213,6 +218,11 @@ class RecordStore:
         with suppress(FileNotFoundError):
             os.unlink(name, dir_fd=self._folder_fd)
 
+    def read_file(self, name: str) -> bytes:
+        """Return the content of file ``name``. Raises OSError."""
+        with self._open(name, "rb") as file:
+            return file.read() or b""
+
     def write_file(self, name: str, data: bytes) -> None:
         """Replace the content of file ``name``, so that after a kill or a power loss it has the old
         or the new one. Raises OSError; the file is then unchanged."""
@@ -226,16 +236,18 @@ class RecordStore:
                 for folder in self._made:
                     folder.rmdir()
         while self._claims:
+            with suppress(OSError):  # A fork would hold the lock until its end.
+                fcntl.flock(self._claims[-1], fcntl.LOCK_UN)
             os.close(self._claims.pop())
 
     def _fingerprint(self) -> tuple[dict[str, str], object] | None:
         """Return fields and files of ``fingerprint.json``, or None if it is missing or damaged.
         Raises OSError."""
         try:
-            content = json.loads((self.folder / NAME).read_bytes())
+            content = json.loads(self.read_file(NAME))
             is_sound = content["digest"] == digest_of(content["fields"]).hex()
             return (content["fields"], content.get("files")) if is_sound else None
-        except (FileNotFoundError, ValueError, TypeError, LookupError):
+        except (FileNotFoundError, ValueError, TypeError, LookupError, RecursionError):
             return None
 
     def _crc(self, record_id: int, rest: bytes) -> int:
@@ -282,7 +294,8 @@ class RecordStore:
         return open(name, mode, opener=self._open_fd)  # type: ignore[return-value]
 
     def _open_fd(self, name: str, flags: int) -> int:
-        return os.open(name, flags, 0o600, dir_fd=self._folder_fd)
+        # A named pipe would wait for its other end.
+        return os.open(name, flags | os.O_NONBLOCK, 0o600, dir_fd=self._folder_fd)
 
 
 def _unusable(folder: Path, error: OSError) -> StoreError:
