@@ -75,7 +75,8 @@ class ClientConnection(H11Protocol):
             self._unread = self.loop.call_later(UNREAD_S, self._watch_reader, size)
 
     def _wait_for_headers(self) -> None:
-        self.loop.call_later(HEADERS_S, self._close_if_late, self.cycle)
+        wait_s = HEADERS_S if self.cycle is None else self.timeout_keep_alive
+        self.loop.call_later(wait_s, self._close_if_late, self.cycle)
 
     def _close_if_late(self, previous: RequestResponseCycle | None) -> None:
         # The next request may have arrived before the end of the previous answer.
