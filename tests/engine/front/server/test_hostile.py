@@ -18,7 +18,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.front.server import app, transport
+from engine.front.server import transport
 from engine.front.server.settings import ServerConfig
 
 from .conftest import Live
@@ -79,9 +79,8 @@ def test_unfinished_headers_time_out(
 ) -> None:
     """On a new connection, after an answer, and without any byte. A complete request may take
     longer, also if it arrived together with the one before it."""
-    for module in (app, transport):  # A connection kept alive, and its timer.
-        monkeypatch.setattr(module, "HEADERS_S", 1.0)
-    live = serve_oracle(step_s=0.05)
+    monkeypatch.setattr(transport, "HEADERS_S", 1.0)
+    live = serve_oracle(ServerConfig(idle_timeout_s=1.0), step_s=0.05)
     body = b'{"prompt": "x", "max_tokens": 25, "ignore_eos": true}'
     slow = live.connect()
     slow.sendall(HEALTH + POST % (len(body), body))
