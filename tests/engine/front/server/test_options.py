@@ -175,9 +175,9 @@ def test_api_keys_and_cors_origins(
     headers = {"origin": "https://a.example", "access-control-request-method": "POST"}
     preflight = httpx.options(live.url + "/v1/models", headers=headers)
     assert preflight.headers["access-control-allow-origin"] == "https://a.example"
-    for wrong in ("", " ", "a b"):
+    for wrong in ("", " ", "a b c", "é"):
         monkeypatch.setenv(API_KEY_VARIABLE, wrong)
-        with pytest.raises(ValueError, match=f"{API_KEY_VARIABLE}( has no key|: each key must)"):
+        with pytest.raises(ValueError, match=f"{API_KEY_VARIABLE}( has no key|: (each|a) key m)"):
             serve_oracle(config)
     monkeypatch.setenv(API_KEY_VARIABLE, "other")
     with pytest.raises(ValueError, match="--api-key-file"):
