@@ -263,6 +263,7 @@ def test_a_lease_whose_slot_was_freed_holds_no_rows_after_its_end():
 def spec(**changes):
     fields = {"request_id": "one", "namespace": None, "boundaries": PromptBoundaries()}
     fields |= {"returns_within_s": None, "ends_session": False, "choice_of": None, "save_at": ()}
+    fields |= {"session": ""}
     return SimpleNamespace(**fields | changes)
 
 
