@@ -99,6 +99,7 @@ CAPABILITIES = {
     "other families": "engine/models/*",
     "kernels": "kernels/*",
     "SGLang backend": f"{CACHE}sglang/* experiments/benchmarks/sglang.py",
+    "content check for vLLM": f"{CACHE}vllm/check/*",
     "vLLM scheduler": f"{CACHE}vllm/* experiments/studies/vllm.py",
     "survival": f"{CACHE}policies/eviction/survival.py",
     "adaptive placement": f"{CACHE}policies/placement.py",

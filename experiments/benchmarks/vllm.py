@@ -49,7 +49,7 @@ class Idle:
 
 def engine_of(options: dict[str, Any]) -> Any:
     """Return an engine with ample memory."""
-    from hybridcache.vllm.check import Options, StubEngine  # Imports vLLM.
+    from hybridcache.vllm.check.engine import Options, StubEngine  # Imports vLLM.
 
     engine = StubEngine(Options(gib=200.0, overlap=True, **options))
     engine.contents = Idle()  # type: ignore[assignment]

@@ -3,8 +3,8 @@
 `python -m experiments.studies.vllm` writes study_vllm.jsonl. It needs vLLM, as `make vllm` installs
 it. Schedulers, block pools and cache managers are vLLM's; the worker computes no tokens and checks
 all contents (hybridcache.vllm.check). The model is Qwen3-Next: blocks of 1,056 tokens. Each session
-sends its next request at once. A run that was stopped is continued by the same command. `--review`
-runs only the cells that were published first.
+sends its next request at once. In other cells both schedulers have host memory. A run that was
+stopped is continued by the same command. `--review` runs only the cells that were published first.
 """
 
 from __future__ import annotations
@@ -76,6 +76,20 @@ VARIANTS: dict[str, dict[str, Any]] = {
     WHOLE_BLOCKS: {"unit": 0},
     EVICTION_ONLY: {"unit": 0, "settings": {"placement": "branch,backoff,end"}},
 }
+HOST = (1, 3)
+"""Host memory as multiples of the device's, in the cells with several sessions."""
+CONNECTORS = {
+    AS_IS: {"kv_connector": "OffloadingConnector"},
+    OURS: {
+        "kv_connector": "HybridOffloadingConnector",
+        "kv_connector_module_path": "hybridcache.vllm.connector",
+    },
+}
+
+
+def with_host(variant: str, multiple: int) -> str:
+    """Return the name of a variant with host memory."""
+    return f"{variant}, {multiple} times the memory on the host"
 
 
 SERIES = (AS_IS, "best of two flags", OURS)
@@ -112,15 +126,24 @@ def jobs_of(seeds: int, review: bool) -> Iterator[VllmRun]:
         for variant in VARIANTS:
             if is_first or variant not in IN_BLOCKS:
                 yield VllmRun(*cell, variant)
+        if cell[2] == TOGETHER and not review:
+            for multiple in HOST:
+                yield from (VllmRun(*cell, with_host(one, multiple)) for one in CONNECTORS)
 
 
 def measure(job: VllmRun) -> dict[str, Any]:
     """Run one variant of one cell."""
-    from hybridcache.vllm.check import Options, run  # Imported here: it imports vLLM.
+    from hybridcache.vllm.check.engine import Options, run  # Imported here: it imports vLLM.
 
     spec = WORKLOADS[job.trace].spec
     trace = open_trace(common.seeded(spec, job.seed) if job.seed else spec)
-    report = run(trace, Options(job.gib, sessions=job.sessions, **VARIANTS[job.variant]))
+    name, _, host = job.variant.partition(", ")
+    options = dict(VARIANTS[name if host else job.variant])
+    if host:
+        num_bytes = int(job.gib * int(host.split()[0]) * 2**30)
+        extra = {"kv_connector_extra_config": {"cpu_bytes_to_use": num_bytes}}
+        options["kv_transfer_config"] = CONNECTORS[name] | extra
+    report = run(trace, Options(job.gib, sessions=job.sessions, **options))
     record = asdict(report) | {"hit_rate": report.hit_rate, "num_wrong": report.num_wrong}
     return job._asdict() | record
 
@@ -168,6 +191,31 @@ def table(records: common.Records, sessions: int = TOGETHER) -> Table:
     return Table(columns, rows)
 
 
+def host_table(records: common.Records) -> Table:
+    """Return a row per cell with host memory, as means over the seeds that have all variants: token
+    hit rates, the gain over vLLM with the same host memory, and wrong rows and states."""
+    names = [with_host(one, multiple) for multiple in HOST for one in CONNECTORS]
+    cells: dict[tuple[str, float], list[dict[str, Any]]] = {}
+    for of in common.grouped(records, "trace", "gib", "sessions", "seed").values():
+        runs = {one["variant"]: one for one in of}
+        if {OURS, *names} <= runs.keys():
+            cells.setdefault((of[0]["trace"], of[0]["gib"]), []).append(runs)
+    rows: list[list[Cell]] = []
+    for (trace, gib), found in cells.items():
+        percent = {
+            name: 100 * fmean(runs[name]["hit_rate"] for runs in found) for name in (OURS, *names)
+        }
+        pairs = [[percent[with_host(one, multiple)] for one in CONNECTORS] for multiple in HOST]
+        wrong = sum(runs[name]["num_wrong"] for runs in found for name in names)
+        gains = [ours - theirs for theirs, ours in pairs]
+        rows.append([trace, gib, len(found), percent[OURS], *pairs, *gains, wrong])
+    columns = [Column("trace"), Column("GiB", form="g"), Column("seeds", form="d")]
+    columns.append(Column(f"{OURS} without it", "%"))
+    columns += [Column(f"{one} times, {AS_IS}, {OURS}: %", form=".1f") for one in HOST]
+    columns += [Column(f"gain with {one} times", "points") for one in HOST]
+    return Table([*columns, Column("wrong", form="d")], rows)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--seeds", type=common.positive, default=3, help="number of seeds")
@@ -182,6 +230,7 @@ def main() -> None:
     records = [*tqdm(resumed(file, settings, jobs), total=len(jobs), disable=None)]
     for sessions in (TOGETHER, ALONE):
         print(table(records, sessions))
+    print(host_table(records))
 
 
 if __name__ == "__main__":

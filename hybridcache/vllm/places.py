@@ -34,6 +34,10 @@ class Track:
     is_cold: bool = False
     """True after a hit that does not fit into an empty pool: all of the prompt is computed."""
     is_running: bool = False
+    is_loading: bool = False
+    """True while a connector writes the blocks of the request."""
+    num_loaded: int = 0
+    """Tokens that a connector brings."""
     stops: dict[int, Placed] = field(default_factory=dict)
     """Planned checkpoints that are not saved yet, by position in tokens."""
     interval: int = 0
@@ -59,6 +63,18 @@ class Track:
         num_rest = num_tokens - self.cached_len - sum(lost.values())
         lost["below_grid"] = lost.get("below_grid", 0) + num_rest
         self.causes = {"cached": self.cached_len, **lost}
+
+    def note_load(self, num_local: int, num_loaded: int) -> None:
+        """Note that a connector brings ``num_loaded`` tokens after the ``num_local`` cached ones,
+        which replace the end of the match, or need no state."""
+        self.num_loaded, self.cached_len = num_loaded, num_local + num_loaded
+        if self.causes:
+            causes = {"cached": num_local, "loaded": num_loaded}
+            rest = sum(self.causes.values()) - self.cached_len
+            for cause, count in reversed(self.causes.items()):  # What is at the end is computed.
+                if cause != "cached" and min(count, rest):
+                    causes[cause], rest = min(count, rest), rest - min(count, rest)
+            self.causes = causes
 
 
 def hint(request: Request, name: str) -> Any:

@@ -20,7 +20,7 @@ follows parents knows each unit that a hit can end at, and a hit needs a state o
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from vllm.distributed.kv_events import BlockRemoved
@@ -34,6 +34,7 @@ from hybridcache.radix.protocol import Placed
 from hybridcache.radix.tokens import INT32, Tokens
 from hybridcache.radix.tree import RadixNode
 
+Derived = TypeVar("Derived")
 States = dict[int, tuple[Placed, list[KVCacheBlock]]]
 """States to publish, by position in tokens: labels and blocks, one per state group."""
 Tables = Sequence[Sequence[KVCacheBlock]]
@@ -76,8 +77,45 @@ class Layout(NamedTuple):
         return num_rows // WORDS * self.unit
 
 
+class Offer(NamedTuple):
+    """Saved state for a KV connector."""
+
+    request: Any
+    position: int
+    """Number of tokens before the state."""
+    is_shared: bool
+    """True for forks and boundaries, at which prompts of other sessions resume."""
+    row: KVCacheBlock
+    """Block of the request that has the attention rows before the position."""
+    slot: int
+    blocks: list[KVCacheBlock]
+    """Blocks of the slot. The tree keeps this list as long as it keeps the state."""
+
+    def entries(self, layout: Layout) -> list[tuple[int, int, int]]:
+        """Return group, block and position for each group of states."""
+        pairs = zip(layout.states, self.blocks, strict=True)
+        return [(group, block.block_id, self.position) for group, block in pairs]
+
+
+def derive(made: Any, cls: type[Derived]) -> Derived:
+    """Give an object that vLLM has made the class ``cls``, and return it.
+
+    vLLM makes its cache manager, block pool and offloading scheduler itself, and has no parameter
+    for their classes. ``cls`` has methods and no ``__init__``: its fields are set by the caller.
+    Raises TypeError if vLLM, or another plug-in, has made something else.
+    """
+    if type(made) not in cls.__bases__:
+        raise TypeError(
+            f"hybridcache derives {cls.__name__} from vLLM's {cls.__bases__[0].__name__} (got "
+            f"{type(made).__name__}). Drop the other plug-in, or --scheduler-cls."
+        )
+    made.__class__ = cls
+    assert isinstance(made, cls)
+    return made
+
+
 class HybridPool(BlockPool):
-    """vLLM's pool, whose victims the tree chooses. A pool becomes one by its ``__class__``."""
+    """vLLM's pool, whose victims the tree chooses."""
 
     tree: BlockTree
 
@@ -240,6 +278,15 @@ class BlockTree(Listener):
         for group, block in zip(layout.states, self.states[match.resumed.slot], strict=True):
             groups[group] = [pool.null_block] * (len(rows) - 1) + [block]
         return groups
+
+    def rows_of(self, request: Any, num_tokens: int) -> list[KVCacheBlock]:
+        """Return the whole attention blocks of the cached KV of the first ``num_tokens`` tokens,
+        whether or not there is a state at its end."""
+        layout, size = self.layout, self.layout.block_units
+        ids = ids_of(request, 0, max(num_tokens // layout.unit - layout.drop, 0))
+        with self.cache.lock_kv(ids) as lock:
+            pages = self.cache.gather(lock.node)[::WORDS] // WORDS
+        return [self.pool.blocks[one] for one in self.block_of[pages[size - 1 :: size]].tolist()]
 
     def publish(self, request: Any, end: int, tables: Tables, states: States) -> set[int]:
         """Store the first ``end`` tokens of ``request``, and ``states``. Returns the positions of

@@ -22,14 +22,26 @@ from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager, Mamb
 from vllm.v1.request import Request
 
 from hybridcache.command.extras import version
+from hybridcache.policies.placement import SHARED
 from hybridcache.policies.registry import parse_placement
 from hybridcache.radix.api import PrefixMatch
 from hybridcache.radix.protocol import Placed
 from hybridcache.vllm import NAME, Settings, require_version, session_marks
 from hybridcache.vllm.places import COPIED_BYTES, PROMPT_TOKENS, Places, Track, hint
-from hybridcache.vllm.pool import WORDS, BlockTree, HybridPool, Layout, States, Tables
+from hybridcache.vllm.pool import (
+    WORDS,
+    BlockTree,
+    HybridPool,
+    Layout,
+    Offer,
+    States,
+    Tables,
+    derive,
+)
 
 logger = init_logger(f"vllm.{__name__}")
+UNKNOWN_CONNECTORS = "LMCache", "MultiConnector", "SimpleCPU", "FlexKV"
+"""Connectors that read vLLM's cache by code of their own, or whose contents nobody has checked."""
 
 
 def shared_units(one: Request, other: Request) -> int:
@@ -48,8 +60,8 @@ class HybridManager(KVCacheManager):
         self.states = [self.coordinator.single_type_managers[group] for group in layout.states]
         # The tree gives a block its keys, when hits can end in it.
         self.coordinator.cache_blocks = lambda *_: None
-        self.block_pool.__class__ = HybridPool
-        self.tree = self.block_pool.tree = BlockTree(self.block_pool, layout, settings.eviction)
+        pool = derive(self.block_pool, HybridPool)
+        self.tree = pool.tree = BlockTree(pool, layout, settings.eviction)
         self.places = Places(parse_placement(settings.placement), self.tree, saves_answers)
         self.tracks: defaultdict[str, Track] = defaultdict(Track)
         self._prefilling: dict[str, Track] = {}
@@ -58,6 +70,10 @@ class HybridManager(KVCacheManager):
         """Hashes of the states that this step computes."""
         self._admitted: list[Request] = []
         """Requests that this step admitted: their prompts are not in the tree yet."""
+        self.offers: list[Offer] | None = None
+        """Saved states that the connector does not know yet. None if there is no connector."""
+        self.offers_answers = False
+        """True if the connector takes states inside the blocks of answers."""
 
     # --- Lookup -----------------------------------------------------------------------------------
 
@@ -97,6 +113,23 @@ class HybridManager(KVCacheManager):
                 found = found._replace(seen_len=shared * WORDS, forks=True)
             num_pending = sum(one.num_pending for one in self.tracks.values())
             self.places.plan(request, track, found, match, num_pending)
+
+    def get_computed_blocks_for_connector(
+        self, request: Request, max_cache_hit_length: int | None = None
+    ) -> tuple[KVCacheBlocks, int, int, bool]:
+        blocks, num_cached, shared = self.get_computed_blocks(request, max_cache_hit_length)
+        track, limit = self.tracks[request.request_id], max_cache_hit_length
+        rows: list[KVCacheBlock] = []
+        if track.match is not None and not track.is_waiting:
+            limit = request.num_tokens - 1 if limit is None else limit
+            rows = self.tree.rows_of(request, limit)
+        if len(rows) * self.layout.block_size <= num_cached:
+            return blocks, num_cached, shared, False
+        # The connector brings the state: the rows alone are a hit.
+        groups: list[list[KVCacheBlock]] = [[] for _ in range(self.num_kv_cache_groups)]
+        groups[self.layout.attention] = rows
+        length = len(rows) * self.layout.block_size
+        return self.create_kv_cache_blocks(tuple(groups)), length, 0, True
 
     # --- Steps ------------------------------------------------------------------------------------
 
@@ -146,6 +179,9 @@ class HybridManager(KVCacheManager):
                 track.causes |= {"cached": 0, "refused": track.cached_len}
             return None
         track.is_running = True
+        if num_loaded := kwargs.get("num_external_computed_tokens", 0):
+            track.note_load(kwargs["num_new_computed_tokens"], num_loaded)
+            track.is_loading = kwargs["delay_cache_blocks"]
         self._admitted.append(request)
         self._prefilling[request_id] = track
         track.stops = {end: one for end, one in track.stops.items() if end > track.cached_len}
@@ -170,12 +206,18 @@ class HybridManager(KVCacheManager):
             if end in track.stops:
                 states[end] = track.stops.pop(end), self._running_state(tables, end)
             stored = self._publish(request, tables, end, states)
-            if request in self._admitted and track.cached_len % self.layout.block_size:
+            is_copy = request in self._admitted and not track.num_loaded
+            if is_copy and track.cached_len % self.layout.block_size:
                 self.tree.block_copied(request, tables, track.cached_len)
-            if end in stored and end % self.layout.block_size:
-                # The next step overwrites this state: vLLM copies it first, and reserves blocks.
-                for manager, block in zip(self.states, states[end][1], strict=True):
-                    manager._partial_hit_reqs[request_id] = end // self.layout.block_size, block
+            if end in stored:
+                self._keep(request_id, end, states[end][1])
+
+    def _keep(self, request_id: str, end: int, blocks: list[KVCacheBlock]) -> None:
+        """Let vLLM copy a saved state inside a block before the next step overwrites it. vLLM
+        reserves the blocks."""
+        if end % self.layout.block_size:
+            for manager, block in zip(self.states, blocks, strict=True):
+                manager._partial_hit_reqs[request_id] = end // self.layout.block_size, block
 
     def _running_state(self, tables: Tables, computed_len: int) -> list[KVCacheBlock]:
         """Return the blocks that hold the state after the last computed token."""
@@ -184,9 +226,83 @@ class HybridManager(KVCacheManager):
 
     def _publish(self, request: Request, tables: Tables, end: int, states: States) -> set[int]:
         stored = self.tree.publish(request, end, tables, states)
-        for at, (placed, _) in states.items():
+        for at, (placed, blocks) in states.items():
             (self.places.policy.on_saved if at in stored else self.places.policy.on_dropped)(placed)
+            if self.offers is not None and at in stored:
+                row = tables[self.layout.attention][(at - 1) // self.layout.block_size]
+                slot = self.tree.slot_of[blocks[0].block_id]
+                kept = self.tree.states[slot]
+                self.offers.append(Offer(request, at, placed.label in SHARED, row, slot, kept))
         return stored
+
+    # --- Connectors -------------------------------------------------------------------------------
+
+    def cache_blocks(self, request: Request, num_computed_tokens: int) -> None:
+        """Publish what a connector has loaded. vLLM calls this for each token of an answer too."""
+        track, layout = self.tracks[request.request_id], self.layout
+        if not track.is_loading:
+            return
+        track.is_loading = False
+        states: States = {}
+        tables = self.coordinator.get_blocks(request.request_id)
+        end = min(num_computed_tokens, len(request.block_hashes) * layout.unit)
+        end -= end % layout.unit
+        blocks = self._running_state(tables, end)
+        if 0 < end == num_computed_tokens and not any(
+            one.is_null or one.block_hash for one in blocks
+        ):
+            states[end] = Placed(layout.rows(end), "preempt"), blocks
+        # No rule of the placement saved this state, and the connector has it.
+        if end in self.tree.publish(request, end, tables, states):
+            self._keep(request.request_id, end, blocks)
+
+    def take_boundary_state_offloads(self) -> dict[str, list[tuple[int, int, int]]]:
+        """Return the blocks and positions of saved states for the connector, by request.
+
+        A state that the next step moves to a copy is held back until then. One that is for the next
+        turn alone is held back until its request ends, and given up for a deeper one: both tiers
+        give up superseded states first. Of the states inside blocks, a connector takes one per
+        request and step.
+        """
+        super().take_boundary_state_offloads()
+        found: dict[str, list[tuple[int, int, int]]] = {}
+        partial: dict[str, Offer] = {}
+        offers, self.offers = self.offers or [], [] if self.offers is not None else None
+        deepest: dict[str, int] = {}
+        for one in offers:
+            request_id = one.request.request_id
+            deepest[request_id] = max(deepest.get(request_id, 0), one.position)
+        for one in reversed(offers):
+            request, layout, blocks = one.request, self.layout, self.tree.states.get(one.slot)
+            request_id = request.request_id
+            if blocks is None or blocks is not one.blocks:
+                continue  # Evicted.
+            is_superseded = not one.is_shared and one.position < deepest[request_id]
+            if is_superseded and request.is_finished():
+                continue
+            if self.offers is not None and not (one.is_shared or request.is_finished()):
+                self.offers.append(one)
+                continue
+            if one.position % layout.block_size == 0:
+                found.setdefault(request_id, []).extend(one.entries(layout))
+                continue
+            moving = self.states[0]._partial_hit_reqs.get(request_id, (0, None))[1]
+            if moving is blocks[0] or request_id in partial:
+                if self.offers is not None and not request.is_finished():
+                    self.offers.append(one)
+                continue
+            table = self.coordinator.get_blocks(request_id)[layout.attention]
+            span = one.position // layout.block_size
+            is_held = span < len(table) and table[span] is one.row
+            is_prompt = one.position <= request.num_prompt_tokens
+            # The rows may be in a block of another request, and this one's be free.
+            if (is_held or self.tree.num_units[one.row.block_id]) and (
+                is_prompt or self.offers_answers
+            ):
+                partial[request_id] = one
+        for request_id, one in partial.items():
+            found.setdefault(request_id, []).extend(one.entries(self.layout))
+        return found
 
     # --- Answers ----------------------------------------------------------------------------------
 
@@ -230,6 +346,13 @@ class HybridManager(KVCacheManager):
             self._end(request, track)
         super().free(request)
 
+    def pop_blocks_for_free(self, request: Request) -> list[KVCacheBlock]:
+        """Do the same for a request whose blocks a step in flight may still write."""
+        track = self.tracks.pop(request.request_id, None)
+        if track is not None and track.is_running:
+            self._end(request, track)
+        return super().pop_blocks_for_free(request)
+
     def _end(self, request: Request, track: Track) -> None:
         request_id, layout = request.request_id, self.layout
         tables = self.coordinator.get_blocks(request_id)
@@ -238,6 +361,8 @@ class HybridManager(KVCacheManager):
         if not self.places.saves_answers:  # Drafts in flight may be rejected.
             end = min(end - request.num_in_flight_tokens, request.num_tokens - 1)
         end = min(end, request.num_tokens, len(request.block_hashes) * layout.unit)
+        if track.is_loading:  # It was aborted, or the load has failed.
+            end = 0
         states: States = {}
         if track.copy and track.copied_len <= end:
             states[track.copied_len] = Placed(layout.rows(track.copied_len), "decode"), track.copy
@@ -266,19 +391,25 @@ class HybridManager(KVCacheManager):
 class HybridScheduler(AsyncScheduler):
     """Scheduler for ``--scheduler-cls hybridcache.vllm.HybridScheduler``."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __new__(cls, vllm_config: Any, kv_cache_config: Any, *args: Any, **kwargs: Any) -> Any:
+        """Return vLLM's own scheduler for a model without linear layers."""
         require_version(vllm.__version__)
+        Settings.read(vllm_config.additional_config)
+        if not kv_cache_config.has_mamba_layers:
+            return AsyncScheduler(vllm_config, kv_cache_config, *args, **kwargs)
+        return super().__new__(cls)
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         settings = Settings.read(self.vllm_config.additional_config)
-        if not self.has_mamba_layers:  # Then this is vLLM's scheduler.
-            self.__class__ = AsyncScheduler
-            return
         # Planned stops replace the one at the end of the prompt.
         self.mamba_partial_cache_hit = False
-        layout, manager = self._layout(), self.kv_cache_manager
-        manager.__class__ = HybridManager
+        layout, manager = self._layout(), derive(self.kv_cache_manager, HybridManager)
         # With drafts, the block with the state of the last accepted token is not known.
         manager.start(settings, layout, saves_answers=not self.num_spec_tokens)
+        if self.connector is not None:
+            manager.offers = []
+            manager.offers_answers = getattr(self.connector, "takes_answers", False)
         # Time is counted in steps: no decision depends on a clock or a rank.
         manager.tree.cache.policy.set_clock(lambda: self.current_step * 0.05)
         logger.info(
@@ -303,7 +434,10 @@ class HybridScheduler(AsyncScheduler):
         names = ", ".join(type(one).__name__ for one in managers)
         refused = {
             "--no-enable-prefix-caching": not manager.enable_caching,
-            "KV connectors (--kv-transfer-config)": self.connector is not None,
+            f"the connector {type(self.connector).__name__} (--kv-transfer-config)": (
+                self.connector is not None
+                and type(self.connector).__name__.startswith(UNKNOWN_CONNECTORS)
+            ),
             "context parallelism": self.dcp_world_size * self.pcp_world_size > 1,
             "drafts of several MTP modules": self.num_prefill_lookahead > 1,
             f"the cache groups of this model ({names})": len(attention) != 1
@@ -339,9 +473,10 @@ class HybridScheduler(AsyncScheduler):
 
     def _connector_finished(self, request: Request) -> Any:
         track = self.kv_cache_manager.tracks.get(request.request_id)
-        if track is None or not hint(request, "explain"):
-            return super()._connector_finished(request)
-        return False, {NAME: track.causes}
+        delay, params = super()._connector_finished(request)
+        if track is not None and hint(request, "explain"):
+            params = (params or {}) | {NAME: track.causes}
+        return delay, params
 
     def _update_after_schedule(self, scheduler_output: SchedulerOutput) -> None:
         super()._update_after_schedule(scheduler_output)

@@ -25,27 +25,11 @@ from vllm.v1.request import Request, RequestStatus
 from hybridcache import open_trace
 from hybridcache.adapters.events import Mirror
 from hybridcache.adapters.routing.blocks import BlockEvents
-from hybridcache.vllm import Settings, check, places, plug_in, scheduler
-from hybridcache.vllm.check import Contents, Options, StubEngine, run
-from hybridcache.vllm.pool import ids_of
+from hybridcache.vllm import Settings, places, plug_in, scheduler
+from hybridcache.vllm.check import engine as check
+from hybridcache.vllm.check.engine import SMALL, Contents, Options, StubEngine, run
 from hybridcache.vllm.scheduler import HybridManager
 from tests.selection import ROOT
-
-SMALL = {"layers": 1, "state_groups": 2, "row_bytes": 256, "state_bytes": 128 * 256}
-"""Model with blocks of 128 tokens."""
-GIB_PER_BLOCK = 128 * 256 / 2**30
-
-
-@pytest.fixture(autouse=True)
-def check_each_step(monkeypatch):
-    """Check all invariants of the tree at the start of each step."""
-    plain = HybridManager.new_step_starts
-
-    def new_step_starts(self: HybridManager) -> None:
-        plain(self)
-        self.tree.check()
-
-    monkeypatch.setattr(HybridManager, "new_step_starts", new_step_starts)
 
 
 def prompt_of(*parts: tuple[int, int]) -> list[int]:
@@ -75,9 +59,7 @@ def chats(num_sessions: int, num_turns: int, seed: int = 0) -> list[Any]:
 
 
 def serve(requests: list[Any], num_blocks: int, **options: Any) -> Any:
-    defaults = SMALL | {"sessions": 6, "chunk": 512}
-    gib = (num_blocks + 0.5) * GIB_PER_BLOCK
-    return run(requests, Options(gib, **(defaults | options)))
+    return run(requests, Options(blocks=num_blocks, **(SMALL | {"sessions": 6} | options)))
 
 
 def test_preempted_requests_resume_from_what_they_computed():
@@ -230,8 +212,8 @@ class Steps:
     """StubEngine whose requests are added one by one. ``hits`` are those of each request."""
 
     def __init__(self, num_blocks: int = 200, **options: Any) -> None:
-        gib = (num_blocks + 0.5) * GIB_PER_BLOCK
-        self.engine = StubEngine(Options(gib, **(SMALL | {"chunk": 4096} | options)))
+        fields = SMALL | {"blocks": num_blocks, "chunk": 4096} | options
+        self.engine = StubEngine(Options(**fields))
         self.scheduler = self.engine.scheduler
         self.hits: list[int] = []
         manager = self.scheduler.kv_cache_manager
@@ -313,28 +295,6 @@ def test_prompts_of_different_salts_share_nothing():
     steps, prompt = Steps(), prompt_of((1, 300))
     hits = [steps.serve(turn(prompt, 4, namespace=name)) for name in ("a", "b", None, "a", None)]
     assert hits == [[0], [0], [0], [288], [288]]
-
-
-def test_images_separate_prompts_from_their_position_on():
-    from vllm.multimodal.inputs import MultiModalFeatureSpec, PlaceholderRange
-
-    steps, prompt = Steps(), prompt_of((1, 300))
-    ids = []
-    for name in ("cat", "dog"):
-        feature = MultiModalFeatureSpec(
-            data=None, modality="image", identifier=name, mm_position=PlaceholderRange(100, 30)
-        )
-        request = Request(
-            name,
-            prompt,
-            SamplingParams(max_tokens=4),
-            None,
-            mm_features=[feature],
-            block_hasher=steps.engine._hasher,
-        )
-        ids.append(ids_of(request, 0, 9))
-    equal = ids[0] == ids[1]
-    assert equal[: 3 * 4].all() and not equal[3 * 4 :].any()
 
 
 def test_a_reset_forgets_everything_also_while_requests_run():

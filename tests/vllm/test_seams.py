@@ -23,6 +23,10 @@ SEAMS = (
     "core.kv_cache_manager:KVCacheManager.get_computed_blocks(request)",
     "core.kv_cache_manager:KVCacheManager.allocate_slots(request, num_new_tokens, "
     "num_new_computed_tokens, new_computed_blocks)",
+    "core.kv_cache_manager:KVCacheManager.get_computed_blocks_for_connector(request)",
+    "core.kv_cache_manager:KVCacheManager.cache_blocks(request, num_computed_tokens)",
+    "core.kv_cache_manager:KVCacheManager.take_boundary_state_offloads()",
+    "core.kv_cache_manager:KVCacheManager.pop_blocks_for_free(request)",
     "core.kv_cache_manager:KVCacheManager.free(request)",
     "core.kv_cache_manager:KVCacheManager.new_step_starts()",
     "core.kv_cache_manager:KVCacheManager.reset_prefix_cache()",
@@ -38,21 +42,17 @@ SEAMS = (
     "core.block_pool:BlockPool.free_blocks(ordered_blocks)",
     "core.kv_cache_utils:FreeKVCacheBlockQueue.remove(block)",
     "core.kv_cache_utils:FreeKVCacheBlockQueue.prepend_n(blocks)",
-    # host.py
-    "kv_offload.cpu.policies.base:CachePolicy.get(key)",
-    "kv_offload.cpu.policies.base:CachePolicy.insert(key, chunk)",
-    "kv_offload.cpu.policies.base:CachePolicy.remove(key)",
-    "kv_offload.cpu.policies.base:CachePolicy.touch(keys, req_context)",
-    "kv_offload.cpu.policies.base:CachePolicy.on_store_miss(keys, req_context)",
-    "kv_offload.cpu.policies.base:CachePolicy.on_request_finished(key_groups, "
-    "insertion_only_keys, reused_keys, req_context)",
-    "kv_offload.cpu.policies.base:CachePolicy.evict(n, protected)",
-    "kv_offload.cpu.policies.base:CachePolicy.clear()",
-    "kv_offload.cpu.policies.base:CachePolicy.mark_evictable(key)",
-    "kv_offload.cpu.policies.base:CachePolicy.mark_non_evictable(key)",
-    "kv_offload.base:ReqContext.get_offload_key_position(key)",
+    # connector.py
+    "vllm.distributed.kv_transfer.kv_connector.v1.offloading.scheduler:"
+    "OffloadingConnectorScheduler._lookup(req_status, max_num_new_tokens)",
+    "vllm.distributed.kv_transfer.kv_connector.v1.offloading.scheduler:"
+    "OffloadingConnectorScheduler._build_partial_tail_store_jobs(scheduler_output)",
+    "vllm.distributed.kv_transfer.kv_connector.v1.offloading.scheduler:"
+    "OffloadingConnectorScheduler._make_boundary_key(request, group_idx, boundary_tokens, "
+    "req_context)",
 )
-"""Code below ``vllm.v1`` that is overridden or called, with the first parameters after ``self``.
+"""Code below ``vllm.v1``, or of a module named in full, that is overridden or called, with the
+first parameters after ``self``.
 Most of it is private. The rest of the contract: ``Scheduler.current_step``,
 ``MambaManager._partial_hit_reqs``, ``_pending_cow_copies`` and ``cached_blocks_this_step``, the
 links of the free queue, and the fields of ``Request``."""
@@ -61,7 +61,7 @@ links of the free queue, and the fields of ``Request``."""
 def installed(seam: str) -> Any:
     """Return the method that "module:Class.method(parameters)" names in the installed version."""
     module, _, path = seam.partition("(")[0].partition(":")
-    found: Any = importlib.import_module(f"vllm.v1.{module}")
+    found: Any = importlib.import_module(module if module[:5] == "vllm." else f"vllm.v1.{module}")
     for name in path.split("."):
         found = getattr(found, name)
     return found
@@ -84,11 +84,11 @@ def test_private_code_has_the_expected_parameters(seam: str) -> None:
 
 def test_every_override_is_listed() -> None:
     """A method of a class of vLLM that is overridden without being listed would break unseen."""
-    from hybridcache.vllm import host, pool, scheduler
+    from hybridcache.vllm import connector, pool, scheduler
 
     listed = {seam.partition("(")[0].rpartition(":")[2] for seam in SEAMS}
     unlisted = []
-    for module in (host, pool, scheduler):
+    for module in (connector, pool, scheduler):
         for name, ours in vars(module).items():
             if not inspect.isclass(ours) or ours.__module__ != module.__name__:
                 continue

@@ -1,32 +1,27 @@
-"""Check of contents: does every request resume from the rows and states of its own prompt?
-
-``python -m hybridcache.vllm.check`` runs a workload through vLLM's own scheduler with a worker
-that computes nothing. It stores the identity of a prefix instead of each row and state, and
-compares it wherever a request resumes. A wrong state is silent in an engine: answers get worse.
-"""
+"""Engine without tensors: vLLM's scheduler, and a worker that stores identities of prefixes."""
 
 from __future__ import annotations
 
-import argparse
-import json
 import random
-import sys
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from importlib.util import find_spec
+from dataclasses import dataclass
 from itertools import count
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
-
-if __name__ == "__main__" and find_spec("vllm") is None:
-    sys.exit("hybridcache.vllm.check needs vLLM in this environment (docs/how-to/vllm.md).")
-from vllm.config import CacheConfig, ObservabilityConfig, ParallelConfig, SchedulerConfig
+from vllm.config import (
+    CacheConfig,
+    KVTransferConfig,
+    ObservabilityConfig,
+    ParallelConfig,
+    SchedulerConfig,
+)
 from vllm.sampling_params import SamplingParams
 from vllm.utils.hashing import sha256
+from vllm.v1.core.encoder_cache_manager import EncoderCacheManager
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
@@ -34,16 +29,24 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCache
 from vllm.v1.outputs import DraftTokenIds, ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 
-from hybridcache.command.field_texts import class_body, documented
-from hybridcache.lab.traces import open_trace
 from hybridcache.vllm import NAME
-from hybridcache.vllm.scheduler import HybridScheduler
+from hybridcache.vllm.check.isolation import Turn, identity
+from hybridcache.vllm.check.transfers import GARBAGE, Transfers
 
 MAX_LEN = 1 << 18
 """Longest prompt with its answer."""
+ENCODER_TOKENS = 512
+"""Budget of a step, and half of the cache, for encoded images."""
 POWERS = np.cumprod(np.full(MAX_LEN, 6364136223846793005, np.uint64)).view(np.int64)
-GARBAGE = -1
-"""Content of memory in which no state is known to be."""
+
+SMALL = {
+    "layers": 1,
+    "state_groups": 2,
+    "row_bytes": 256,
+    "state_bytes": 128 * 256,
+    "chunk": 512,
+}
+"""Options of a model with blocks of 128 tokens."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,8 @@ class Options:
     """Memory of the cache, GiB."""
     scheduler: str = "hybridcache"
     """hybridcache or vllm."""
+    blocks: int = 0
+    """Blocks of the cache. 0 is as many as ``gib`` has room for."""
     unit: int = 32
     """``--prefix-match-unit``; 0 is the block."""
     retention: int | None = 0
@@ -71,8 +76,16 @@ class Options:
     """Drafts of an EAGLE or MTP head, for which vLLM drops the end of each hit."""
     chaos: float = 0.0
     """Share of requests that are aborted in the middle. Priorities are random then."""
+    resets: float = 0.0
+    """Share of steps before which the cache is reset, half of them with the connector."""
     seed: int = 0
-    """Seed of acceptances, aborts and priorities."""
+    """Seed of acceptances, aborts, priorities, resets and transfers."""
+    kv_transfer_config: Mapping[str, Any] | None = None
+    """``--kv-transfer-config``: OffloadingConnector, or RemotePrefill of this check."""
+    late: int = 0
+    """Largest number of steps by which a transfer ends late."""
+    failures: float = 0.0
+    """Share of loads that fail."""
     settings: Mapping[str, Any] | None = None
     """Value of ``additional_config["hybridcache"]``."""
     layers: int = 12
@@ -83,6 +96,8 @@ class Options:
     """Bytes of one token's KV in one layer."""
     state_bytes: int = 8192 * 3 * 2 + 32 * 128 * 128 * 4
     """Bytes of one layer's state."""
+    mamba_cache_mode: str = "align"
+    """``--mamba-cache-mode``. vLLM 0.26 and 0.27 also have ``all``: a state in each block."""
 
     @property
     def block_size(self) -> int:
@@ -90,8 +105,12 @@ class Options:
         return 16 * -(-self.state_bytes // (16 * self.row_bytes)) if self.state_groups else 16
 
     @property
+    def block_bytes(self) -> int:
+        return self.block_size * self.row_bytes * self.layers
+
+    @property
     def num_blocks(self) -> int:
-        return int(self.gib * 2**30 // (self.block_size * self.row_bytes * self.layers))
+        return self.blocks or int(self.gib * 2**30 // self.block_bytes)
 
 
 @dataclass
@@ -103,6 +122,13 @@ class Report:
     hit_tokens: int = 0
     resumed_tokens: int = 0
     """Hits of preempted requests included. The rows and states of all are compared."""
+    external_tokens: int = 0
+    """Share of ``hit_tokens`` that a connector has loaded."""
+    stored_blocks: int = 0
+    """Blocks that went to the host."""
+    loaded_blocks: int = 0
+    failed_loads: int = 0
+    resets: int = 0
     wrong_rows: int = 0
     wrong_states: int = 0
     """Copies from a block that another copy of the same step writes are wrong states too."""
@@ -138,7 +164,9 @@ def make_config(options: Options) -> Any:
             policy="priority" if options.chaos else "fcfs",
             async_scheduling=options.overlap,
         ),
-        cache_config=CacheConfig(block_size=options.block_size, mamba_cache_mode="align"),
+        cache_config=CacheConfig(
+            block_size=options.block_size, mamba_cache_mode=options.mamba_cache_mode
+        ),
         parallel_config=ParallelConfig(),
         observability_config=ObservabilityConfig(),
         model_config=_Any(max_model_len=MAX_LEN, runner_type="generate"),
@@ -153,6 +181,12 @@ def make_config(options: Options) -> Any:
         additional_config={NAME: dict(options.settings or {})},
     )
     config.cache_config.num_gpu_blocks = options.num_blocks
+    config.cache_config.prefix_match_unit = options.unit or None
+    config.cache_config.prefix_cache_retention_interval = options.retention
+    if options.kv_transfer_config is not None:
+        config.kv_transfer_config = KVTransferConfig(
+            **{"kv_role": "kv_both", "engine_id": "check", **options.kv_transfer_config}
+        )
     if drafts:
         names = ("use_eagle", "use_eagle_block_drop", "needs_eagle_block_drop")
         answers = dict.fromkeys(names, lambda: eagle)
@@ -171,19 +205,27 @@ def make_scheduler(options: Options) -> Any:
         shapes=((options.state_bytes // 4,),),
         dtypes=(torch.float32,),
         page_size_padded=size * options.row_bytes,
-        mamba_cache_mode="align",
+        mamba_cache_mode=options.mamba_cache_mode,
         num_speculative_blocks=options.drafts,
     )
     kinds = [attention, *[state] * options.state_groups]
+    retention = {"prefix_cache_retention_interval": options.retention}
+    known = KVCacheConfig.__dataclass_fields__  # vLLM 0.28 and earlier have it elsewhere.
     config = KVCacheConfig(
         num_blocks=options.num_blocks,
-        kv_cache_tensors=[],
+        kv_cache_tensors=[_Any(size=options.num_blocks * options.block_bytes)],
         kv_cache_groups=[KVCacheGroupSpec(["layer"] * options.layers, kind) for kind in kinds],
-        prefix_cache_retention_interval=options.retention,
+        **(retention if retention.keys() <= known.keys() else {}),
     )
-    grammar = _Any(accept_tokens=lambda *_: True, validate_tokens=lambda _, tokens: tokens)
-    plain = AsyncScheduler if options.overlap else Scheduler
-    return (HybridScheduler if options.scheduler == NAME else plain)(
+    grammar = _Any(
+        accept_tokens=lambda *_: True,
+        validate_tokens=lambda _, tokens: tokens,
+        should_advance=lambda *_, **__: False,
+    )
+    kind: type[Scheduler] = AsyncScheduler if options.overlap else Scheduler
+    if options.scheduler == NAME:  # Imported here: it refuses other versions of vLLM.
+        from hybridcache.vllm.scheduler import HybridScheduler as kind
+    return kind(
         vllm_config=make_config(options),
         kv_cache_config=config,
         structured_output_manager=grammar,
@@ -201,6 +243,7 @@ class Contents:
 
     def __init__(self, options: Options, report: Report) -> None:
         self.size, self.report = options.block_size, report
+        self.has_all_states = options.mamba_cache_mode == "all"
         self.rows = np.full((options.num_blocks, self.size), GARBAGE, np.int64)
         self.state = np.full(options.num_blocks, GARBAGE, np.int64)
 
@@ -231,11 +274,14 @@ class Contents:
         rows = np.where(np.arange(start, end) < kept, prefix[start + 1 : end + 1], GARBAGE)
         self.rows[self._rows_of(tables[0], start, end)] = rows
         for table in tables[1:]:
+            for end in range((start // self.size + 1) * self.size, kept, self.size):
+                if self.has_all_states:
+                    self.state[table[end // self.size - 1]] = prefix[end]
             self.state[table[(kept - 1) // self.size]] = prefix[kept]
 
 
 @dataclass(eq=False)
-class _Live:
+class Live:
     """Request of the workload in the engine."""
 
     request: Request
@@ -257,7 +303,11 @@ class StubEngine:
         self.options, self.report = options, Report()
         self.scheduler = make_scheduler(options)
         self.contents = Contents(options, self.report)
-        self.live: dict[str, _Live] = {}
+        self.live: dict[str, Live] = {}
+        self.transfers = Transfers(self.contents, self.live, options)
+        self.scheduler.max_num_encoder_input_tokens = ENCODER_TOKENS
+        self.scheduler.encoder_cache_manager = EncoderCacheManager(2 * ENCODER_TOKENS)
+        self.scheduler.lora_config = _Any(max_loras=2)
         self._chance = random.Random(options.seed)
         init_none_hash(sha256)
         self._hasher = get_request_block_hasher(options.unit or options.block_size, sha256)
@@ -267,34 +317,42 @@ class StubEngine:
     def submit(self, session: deque[Any]) -> None:
         """Add the next request of a session."""
         one, chance, options = session.popleft(), self._chance, self.options
-        prompt, answer = one.tokens.tolist(), one.output.tolist() or [1]
+        text = [*one.tokens.tolist(), *(one.output.tolist() or [1])]
+        base, contents = 0, np.array(text, np.int64) + 1
+        fields: dict[str, Any] = {}
+        if isinstance(one, Turn):
+            base, contents = one.contents()
+            fields = one.request_fields()
         salt = None if one.namespace is None else str(one.namespace)
-        hints = {f"{NAME}_boundaries": list(one.boundaries)}
+        params = SamplingParams(
+            max_tokens=len(text) - len(one.tokens),
+            ignore_eos=True,
+            extra_args={f"{NAME}_boundaries": [*one.boundaries]},
+            prompt_logprobs=getattr(one, "prompt_logprobs", None),
+        )
         request = Request(
             f"r{next(self._numbers)}",
-            prompt,
-            SamplingParams(
-                max_tokens=len(answer),
-                ignore_eos=True,
-                extra_args=hints,
-                prompt_logprobs=getattr(one, "prompt_logprobs", None),
-            ),
+            None if fields.get("prompt_embeds") is not None else text[: len(one.tokens)],
+            params,
             None,
             block_hasher=self._hasher,
             cache_salt=salt,
             priority=chance.randrange(3) if options.chaos else 0,
+            **fields,
         )
-        tokens = np.array(prompt + answer, np.int64) + 1
-        prefix = hash(salt) + np.append(0, np.cumsum(tokens * POWERS[: len(tokens)]))
-        live = self.live[request.request_id] = _Live(request, prompt + answer, prefix, session)
+        base += identity("salt", salt)
+        prefix = base + np.append(0, np.cumsum(contents * POWERS[: len(contents)]))
+        live = self.live[request.request_id] = Live(request, text, prefix, session)
         if options.chaos and chance.random() < options.chaos:
-            live.abort_at = chance.randrange(1, len(tokens))
+            live.abort_at = chance.randrange(1, len(text))
         self.scheduler.add_request(request)
 
     def step(self) -> None:
         """Schedule and compute one step, deliver the tokens of it or of the last one, and continue
         the sessions of the requests that have ended."""
         self.report.steps += 1
+        if self.options.resets and self._chance.random() < self.options.resets:
+            self._reset()
         output = self.scheduler.schedule()
         self._pending.append((output, self._execute(output)))
         if len(self._pending) > self.options.overlap or not output.num_scheduled_tokens:
@@ -303,10 +361,23 @@ class StubEngine:
             if 0 < live.abort_at <= live.request.num_computed_tokens:
                 self.scheduler.finish_requests(request_id, RequestStatus.FINISHED_ABORTED)
                 self.report.aborts += 1
+                live.abort_at = 0
             if request_id not in self.scheduler.requests:
                 del self.live[request_id]
                 if live.rest:
                     self.submit(live.rest)
+
+    def _reset(self) -> None:
+        """Reset the cache, and half of the times the connector. Running requests begin again,
+        unless a transfer holds blocks: vLLM does not support that."""
+        while self._pending:
+            self._deliver()
+        statuses = {live.request.status for live in self.live.values()}
+        holds = RequestStatus.WAITING_FOR_REMOTE_KVS, RequestStatus.FINISHED_ABORTED
+        begins_again = statuses.isdisjoint(holds) and not self.scheduler.deferred_frees
+        with_connector = self._chance.random() < 0.5
+        self.scheduler.reset_prefix_cache(begins_again, with_connector)
+        self.report.resets += 1
 
     def _deliver(self) -> None:
         output, result = self._pending.popleft()
@@ -321,6 +392,8 @@ class StubEngine:
         report.preemptions += len(output.preempted_req_ids or ())
         begun = {one.req_id for one in output.scheduled_new_reqs}
         begun |= output.scheduled_cached_reqs.resumed_req_ids
+        if (meta := output.kv_connector_metadata) is not None:
+            self.transfers.start(meta, report.steps)
         contents.copy(output.kv_cache_block_copies or ())
         sampled: list[list[int]] = []
         for request_id, num_tokens in output.num_scheduled_tokens.items():
@@ -335,6 +408,8 @@ class StubEngine:
                     report.requests += 1
                     report.prompt_tokens += request.num_tokens
                     report.hit_tokens += live.done
+                    stats = getattr(request, "prefill_stats", None)
+                    report.external_tokens += stats.num_external_cached_tokens if stats else 0
             start, end = live.done, min(live.done + num_tokens, len(live.prefix) - 1)
             first, accepted = start + num_tokens - num_drafts, 0
             if num_drafts and not request.is_prefill_chunk:
@@ -349,6 +424,7 @@ class StubEngine:
             req_ids=ids,
             req_id_to_index={one: number for number, one in enumerate(ids)},
             sampled_token_ids=sampled,
+            kv_connector_output=None if meta is None else self.transfers.finish(report.steps),
         )
 
 
@@ -366,22 +442,3 @@ def run(requests: Iterable[Any], options: Options) -> Report:
             engine.submit(waiting.popleft())
         engine.step()
     return engine.report
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the check. Returns 1 if a row or state was wrong."""
-    parser = argparse.ArgumentParser(prog="python -m hybridcache.vllm.check", description=__doc__)
-    parser.add_argument("--trace", default="chat?head=400", help="workload of the laboratory")
-    for name, kind, text in documented(class_body(Options)):
-        reads = {"str": str, "int": int, "float": float}.get(kind, json.loads)
-        reader = {"type": reads, "default": getattr(Options, name)}
-        flag: dict[str, Any] = {"action": "store_true"} if kind == "bool" else reader
-        parser.add_argument(f"--{name}", help=text, **flag)
-    given = vars(parser.parse_args(argv))
-    report = run(open_trace(given.pop("trace")), Options(**given))
-    print(json.dumps(asdict(report) | {"hit_rate": round(report.hit_rate, 4)}))
-    return int(report.num_wrong > 0)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
