@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import random
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
@@ -210,7 +211,7 @@ def make_scheduler(options: Options) -> Any:
     )
     kinds = [attention, *[state] * options.state_groups]
     retention = {"prefix_cache_retention_interval": options.retention}
-    known = KVCacheConfig.__dataclass_fields__  # vLLM 0.28 and earlier have it elsewhere.
+    known = inspect.signature(KVCacheConfig).parameters  # vLLM 0.28 and earlier have it elsewhere.
     config = KVCacheConfig(
         num_blocks=options.num_blocks,
         kv_cache_tensors=[_Any(size=options.num_blocks * options.block_bytes)],
