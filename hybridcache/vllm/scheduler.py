@@ -22,10 +22,10 @@ from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager, Mamb
 from vllm.v1.request import Request
 
 from hybridcache.command.extras import version
-from hybridcache.policies.placement import SHARED
 from hybridcache.policies.registry import parse_placement
 from hybridcache.radix.api import PrefixMatch
 from hybridcache.radix.protocol import Placed
+from hybridcache.radix.tree import SHARED
 from hybridcache.vllm import NAME, Settings, require_version, session_marks
 from hybridcache.vllm.places import COPIED_BYTES, PROMPT_TOKENS, Places, Track, hint
 from hybridcache.vllm.pool import (
