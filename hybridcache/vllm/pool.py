@@ -25,7 +25,12 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 from vllm.distributed.kv_events import BlockRemoved
 from vllm.v1.core.block_pool import BlockPool
-from vllm.v1.core.kv_cache_utils import KVCacheBlock, get_group_id, maybe_convert_block_hash
+from vllm.v1.core.kv_cache_utils import (
+    KVCacheBlock,
+    generate_block_hash_extra_keys,
+    get_group_id,
+    maybe_convert_block_hash,
+)
 
 from hybridcache.config import CacheConfig, build_prefix_cache
 from hybridcache.radix.api import Listener, PrefixMatch
@@ -156,11 +161,12 @@ class HybridPool(BlockPool):
         if not self.enable_kv_cache_events or first >= end:
             return
         named = [maybe_convert_block_hash(one) for one in hashes[max(first - 1, 0) : end]]
+        # In vLLM 0.32 the hash of a unit covers no tokens behind it.
+        of_lookahead = getattr(self, "_generate_event_extra_keys", None)
+        extra_keys = of_lookahead or generate_block_hash_extra_keys
         extra, image = [], 0
         for start in range(first * layout.unit, end * layout.unit, layout.unit):
-            keys, image = self._generate_event_extra_keys(
-                request, start, start + layout.unit, image
-            )
+            keys, image = extra_keys(request, start, start + layout.unit, image)
             extra.append(keys)
         event = self._build_block_stored_event(
             request,
@@ -171,7 +177,7 @@ class HybridPool(BlockPool):
             block_size=layout.unit,
             kv_cache_group_id=layout.attention,
             extra_keys_list=extra,
-            lookahead_token_ids=None,
+            **({"lookahead_token_ids": None} if of_lookahead else {}),
         )
         self.kv_event_queue.append(event)
 
