@@ -66,7 +66,7 @@ logger = logging.getLogger(__name__)
 SEEN_EVERY_S, WATCHED_S = 0.1, 600.0
 """Seconds between two reports that are sent without a question, each of which takes a tenth of a
 millisecond; and seconds after the latest question in which they are sent."""
-FRESH_S = 0.03
+FRESH_S = 0.01
 """Seconds after which the last report is used, because the engine computes a long step."""
 HEARTBEAT_S = 1.0
 """Interval at which a front end and its engine compare their requests."""
