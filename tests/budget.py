@@ -121,7 +121,69 @@ CAPABILITIES = {
     "engine/schedule/__init__.py engine/runner/__init__.py engine/layers/__init__.py",
 }
 """Names and patterns of files. A file belongs to the first capability that names it."""
-SUMS = {"lines of the core": "lines: core", "lines of the product": "lines: "}
+TESTS = {
+    "core: the cache with LRU, and scheduling": "radix/test_[aciglorms]* radix/serving.py "
+    "radix/twins.py radix/test_tokens.py allocators/* scheduling/test_scheduling.py "
+    "plain_cache.py faults/test_cache_faults.py endurance/cache.py",
+    "debug caches": "radix/test_debug.py",
+    "tiers, restart, warm state": "radix/* engine/plugins/tiers/* endurance/stores.py",
+    "disaggregation": "engine/plugins/disaggregation/*",
+    "live page": "adapters/watch/* adapters/test_segments.py engine/front/server/test_page*",
+    "replicas, routers, events": "adapters/* engine/front/worker/test_fleet.py "
+    "engine/front/worker/test_on_ray.py lab/runs/test_fleet.py lab/runs/test_on_ray.py",
+    "tensor parallel": "engine/plugins/tensor_parallel/* engine/weights/test_ranks.py",
+    "drafts": "engine/plugins/speculation/* engine/drafted.py engine/runner/test_prediction.py "
+    "engine/runner/test_verify.py engine/runner/test_head_loading.py",
+    "narrow checkpoints": "engine/test_checkpoint_dtype.py kernels/state_copy/*",
+    "conversion": "engine/front/command/test_convert.py",
+    "grammars": "engine/plugins/guided/*",
+    "calls of tools": "engine/front/server/tool_calls/* engine/front/server/test_tools.py "
+    "endurance/grammars.py",
+    "Responses API": "engine/front/server/endpoints/test_responses.py",
+    "Anthropic API": "engine/front/server/endpoints/test_messages.py",
+    "explanations": "engine/front/server/endpoints/test_explanations.py",
+    "metrics": "engine/front/server/test_grafana.py",
+    "recording proxy": "engine/front/command/test_record.py",
+    "chats: server, templates, answers": "engine/front/* engine/text/test_outputs.py "
+    "endurance/[chfw]* engine/requests/*",
+    "GGUF": "gguf_files.py engine/test_gguf_serving.py engine/weights/test_gguf* "
+    "engine/weights/gguf* engine/models/test_beside_llama.py kernels/linear/test_blocks.py "
+    "kernels/linear/test_groups.py",
+    "other quantised files": "engine/weights/forms/*",
+    "weights, tokenizers, templates": "engine/weights/* engine/text/*",
+    "GPU scripts": "experiments/gpu/*",
+    "Kimi Linear": "engine/families/kimi_linear.py kernels/mla/* kernels/launches/mla.py",
+    "Jamba": "engine/families/jamba.py",
+    "Mamba-2 families": "engine/families/nemotron_h.py engine/families/falcon_h1.py "
+    "engine/families/granite_moe_hybrid.py",
+    "other families": "engine/families/* engine/models/*",
+    "core: the engine with one family": "engine/* faults/* endurance/faults.py endurance/torn.py "
+    "oracle.py stub_device.py served.py",
+    "kernels": "kernels/*",
+    "SGLang backend": "sglang/*",
+    "vLLM scheduler": "vllm/*",
+    "admission": "policies/test_admission.py scheduling/*",
+    "survival": "policies/eviction/test_hazards.py policies/test_regret.py",
+    "adaptive placement": "policies/test_placement.py",
+    "other evictions": "policies/eviction/* policies/test_promises.py policies/test_session_end.py",
+    "policies of users": "policies/*",
+    "optimum": "lab/rivals/test_optimum.py",
+    "rebuilt systems": "lab/rivals/*",
+    "board of policies": "lab/board/*",
+    "traces": "lab/traces/*",
+    "simulator": "lab/*",
+    "geometry, command": "geometry/*",
+    "benchmarks beside others": "experiments/benchmarks/* experiments/test_run_sharegpt.py",
+    "studies, page, reproduction": "experiments/*",
+    "all: house, budget, replay, mutants, endurance": "*",
+}
+"""Tests of each capability, under ``tests/``, by the same rule. A capability without an entry has
+its tests in the files of the one that it extends."""
+SUMS = {
+    "lines of the core": "lines: core",
+    "lines of the product": "lines: ",
+    "lines of tests": "tests: ",
+}
 """Sums of the prices whose names begin so. They are not stored, so that two changes of different
 prices do not conflict."""
 COUNTED = tuple(f"{ROOT / package}/" for package in ("hybridcache", "engine", "kernels"))
@@ -152,17 +214,20 @@ def code_lines(file: Path) -> int:
     return len(found)
 
 
-def files_of_capabilities() -> dict[str, list[Path]]:
-    """Return the files of each capability. Raises ValueError if no capability has a file."""
-    found: dict[str, list[Path]] = {name: [] for name in CAPABILITIES}
-    files = (file for folder in PRODUCT for file in sorted((ROOT / folder).rglob("*")))
+def files_of_capabilities(
+    table: dict[str, str], *folders: str, below: Path = ROOT
+) -> dict[str, list[Path]]:
+    """Return the files of each capability of ``table``, whose patterns are of paths below
+    ``below``. Raises ValueError if no capability has a file."""
+    found: dict[str, list[Path]] = {name: [] for name in table}
+    files = (file for folder in folders for file in sorted((below / folder).rglob("*")))
     for file in files:
-        path = file.relative_to(ROOT).as_posix()
+        path = file.relative_to(below).as_posix()
         if file.suffix not in ENDINGS or "__pycache__" in path or "/levels/" in path:
             continue
         names = (
             name
-            for name, patterns in CAPABILITIES.items()
+            for name, patterns in table.items()
             if any(fnmatch.fnmatch(path, pattern) for pattern in patterns.split())
         )
         if (name := next(names, None)) is None:
@@ -172,18 +237,17 @@ def files_of_capabilities() -> dict[str, list[Path]]:
 
 
 def num_lines() -> dict[str, int]:
-    """Return the lines of code of each capability, of the core and of all."""
+    """Return the lines of code of each capability and of its tests, and their sums."""
+    product = files_of_capabilities(CAPABILITIES, *PRODUCT)
+    tests = files_of_capabilities(TESTS, "", below=STORE.parent)
     found = {
-        f"lines: {name}": sum(map(code_lines, files))
-        for name, files in files_of_capabilities().items()
+        f"{kind}: {name}": sum(map(code_lines, files))
+        for kind, table in (("lines", product), ("tests", tests))
+        for name, files in table.items()
     }
-    core = sum(number for name, number in found.items() if name.startswith("lines: core"))
-    tests = sum(map(code_lines, (ROOT / "tests").rglob("*.py")))
-    total = sum(found.values())
     return found | {
-        "lines of the core": core,
-        "lines of the product": total,
-        "lines of tests": tests,
+        name: sum(number for one, number in found.items() if one.startswith(start))
+        for name, start in SUMS.items()
     }
 
 
@@ -366,7 +430,12 @@ def read_store() -> dict[str, int]:
 def main() -> None:
     found = measure()
     if "--update" in sys.argv:
-        tens = {name: -(-n // 10) * 10 if "lines" in name else n for name, n in found.items()}
+        tens = {
+            name: -(-n // 10) * 10 if name[:5] in ("lines", "tests") else n
+            for name, n in found.items()
+        }
+        for name, start in SUMS.items():
+            tens[name] = sum(n for one, n in tens.items() if one.startswith(start))
         kept = json.dumps({name: tens[name] for name in tens if name not in SUMS}, indent=1)
         STORE.write_text(f"{kept}\n")
         page = PAGE.read_text()

@@ -34,7 +34,7 @@ def test_numbers_are_within_the_budget(
 ) -> None:
     found, limits = measured[0], budget.read_store()
     assert found.keys() == limits.keys()
-    assert min(found.values()) > 10
+    assert min(found.values()) > 5
     above = {name: number for name, number in found.items() if number > limits[name]}
     rule = "raise a price by 20 lines with a test and the reason; for more remove lines elsewhere"
     limits = {name: limits[name] for name in above}
@@ -52,7 +52,7 @@ def test_the_page_prints_the_limits() -> None:
     part = PAGE.read_text().partition("## Sizes")[2].partition("\n## ")[0]
     rows = dict(re.findall(r"^\| ([\w ]+) \| ([\d,]+) \|$", part, re.M))
     limits = budget.read_store()
-    assert len(rows) > 5
+    assert len(rows) > 4
     assert rows == {name: f"{limits[name]:,}" for name in rows}
 
 
