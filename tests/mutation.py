@@ -1,15 +1,16 @@
-"""Mutation tests of half of the product; fail if an unlisted mutant survives.
+"""Mutation tests of the product's logic; fail if an unlisted mutant survives.
 
 python -m tests.mutation [FILE ...]         or `make mutate MUTANTS=FILE`
-python -m tests.mutation --sample 200       that many mutants of all groups, for at most 10 minutes
-python -m tests.mutation --list             lines, files and tests of each group
+python -m tests.mutation --sample 200       that many mutants of all rooms, for at most 10 minutes
+python -m tests.mutation --list             lines and tests of each room
 
-mutmut changes one expression at a time, in a copy of the repository, and runs the tests that
-execute it. Each file has a separate copy in ``out/mutation``, so that mutmut slows down only the
-functions of that file. A run continues where the last one stopped. After a change of the repository
-the tests are measured again, and survivors are tried again with the tests that execute them now.
+A room is a folder of the product. mutmut changes one expression or deletes one statement at a time,
+in a copy of the repository, and runs the tests of the room that execute it. No text is changed.
+Each file has a separate copy in ``out/mutation``, so that mutmut slows down only the functions of
+that file. A run continues where the last one stopped. After a change of the repository the tests
+are measured again, and survivors are tried again with the tests that execute them now.
 
-A sample has one copy per group. Its mutants depend on the sources only, so it also continues.
+A sample has one copy per room. Its mutants depend on the sources only, so it also continues.
 
 Equivalent mutants, which no test can detect, are listed in ``equivalent_mutants.txt``. An entry is
 the name of the function, the lines of the diff, and a reason. It is void after a change of one of
@@ -44,160 +45,71 @@ from tests.selection import ROOT
 EQUIVALENT = Path(__file__).with_name("equivalent_mutants.txt")
 
 
-class Group(NamedTuple):
-    """Files to mutate, and the tests that must detect the mutants."""
+class Room(NamedTuple):
+    """Files of a folder to mutate, and the tests that must detect the mutants."""
 
-    mutated: tuple[str, ...]
+    files: list[str]
     tests: tuple[str, ...]
     """Folders and files of ``tests``."""
-    level: str = "quick"
-    """Level of the tests (``selection.level``). At "quick" most model families have none."""
+    level: str
+    """Level of the tests (``selection.level``)."""
 
 
+MUTATED = "hybridcache/**/*.py", "engine/**/*.py", "kernels/linear/*.py"
+LEFT = "__init__ __main__ fused native"
+"""Names of mutated files that are left out: kernels of Triton, whose functions are decorated, and
+those that a compiler judges."""
 SERVER = "engine/front/server"
-CALLS = f"{SERVER}/tool_calls", f"{SERVER}/test_tools.py"
-DRAFTS = "engine/plugins/speculation"
-RUNNER = "devices graphs head_loading memory running_states verify"
-MATRICES = "blocks eight_bits formats grouped groups int8 words"
-GROUPS = {
-    "cache": Group(
-        ("hybridcache/radix/*", "hybridcache/allocators/*"),
-        (
-            *("allocators", "radix", "adapters/test_events.py", "adapters/test_events_machine.py"),
-            "policies/test_promises.py",
-        ),
-    ),
-    "requests": Group(
-        ("hybridcache/radix/lease.py", "hybridcache/scheduling/*", "engine/schedule/scheduler.py"),
-        (
-            *("radix/test_lease.py", "radix/test_lease_machine.py", "radix/test_arena.py"),
-            *("radix/test_tiers.py", "radix/test_refusals.py", "scheduling", "engine/schedule"),
-            *("policies/test_failing.py", "lab/runs/test_closed_loop.py"),
-            *("engine/plugins/speculation/test_drafts.py", "engine/test_failing_alone.py"),
-        ),
-    ),
-    # A file's last group counts. These tests are enough: a minute instead of ten.
-    "near": Group(("hybridcache/allocators/pools.py",), ("allocators", "radix/test_arena.py")),
-    "policies": Group(
-        ("hybridcache/policies/*", "hybridcache/policies/eviction/*"),
-        (
-            *("policies", "radix/test_rules.py", "radix/test_ghosts_above.py"),
-            *("radix/test_span.py", "engine/test_policy_state.py", "lab/rivals/test_textbook.py"),
-        ),
-    ),
-    "learned state": Group(
-        ("hybridcache/radix/warm_state.py",),
-        (
-            *("engine/test_policy_state.py", "policies/test_regret.py"),
-            *("radix/test_lease.py", "radix/test_operations.py"),
-        ),
-    ),
-    "adapters": Group(
-        ("hybridcache/adapters/*", "hybridcache/adapters/*/*"),
-        ("adapters", "lab/runs/test_fleet.py"),
-    ),
-    "SGLang": Group(("hybridcache/sglang/*",), ("sglang",)),
-    "geometry": Group(
-        ("hybridcache/geometry/*", "hybridcache/geometry/families/*"),
-        (
-            *("geometry", "engine/models/test_published_configs.py", "test_doctests.py"),
-            "engine/test_checkpoint_dtype.py",
-        ),
-        level="all",
-    ),
-    "GGUF": Group(
-        ("hybridcache/geometry/gguf*", "engine/weights/gguf*"),
-        tuple(f"engine/weights/test_{name}.py" for name in ("gguf", "gguf_files", "weights")),
-    ),
-    "simulator": Group(
-        ("hybridcache/lab/*", "hybridcache/lab/r*/*", "hybridcache/lab/board/*"),
-        (
-            *("lab/test_cli.py", "lab/board", "lab/runs", "lab/traces/test_generators.py"),
-            *("lab/traces/test_intervals.py", "lab/rivals/test_optimum.py", "geometry"),
-        ),
-    ),
-    "traces": Group(("hybridcache/lab/traces/**/*",), ("lab/traces",)),
-    "vLLM": Group(("hybridcache/vllm/*",), ("vllm",)),
-    "rebuilt systems": Group(("hybridcache/lab/rivals/*",), ("lab/rivals",)),
-    "answers": Group(
-        ("engine/text/answers.py", "engine/text/bounded.py"),
-        ("engine/text/test_outputs.py", "engine/requests/test_thoughts.py", *CALLS),
-    ),
-    "chat prompt": Group(
-        ("engine/front/chat_prompt.py", "engine/text/sandbox.py", "hybridcache/adapters/client*"),
-        (
-            *("engine/front/test_templates.py", f"{SERVER}/endpoints/test_labelled.py"),
-            *(f"{SERVER}/test_tenants.py", f"{SERVER}/test_dialects.py"),
-            *(f"{SERVER}/endpoints/test_messages.py", "lab/traces/test_texts.py"),
-        ),
-    ),
-    "tool calls": Group(("engine/front/server/tool_calls/*",), CALLS),
-    "texts": Group(
-        ("engine/text/tokenizer.py", "engine/text/gguf_tokenizer.py", "engine/text/grammar.py"),
-        (
-            *("engine/text/test_tokenizer.py", "engine/plugins/guided"),
-            f"{SERVER}/tool_calls/test_strict_tools.py",
-        ),
-    ),
-    "weights": Group(
-        ("engine/weights/[!g]*",),
-        (
-            *("engine/runner/test_head_loading.py", "engine/runner/test_fused.py"),
-            *(f"engine/weights/test_{name}.py" for name in ("hub", "weights", "ranks")),
-            *("engine/weights/forms", "engine/plugins/tiers/test_records.py"),
-        ),
-    ),
-    "weight forms": Group(
-        ("engine/weights/forms/*", "engine/weights/scheme.py"),
-        ("engine/weights/forms", "engine/front/command/test_convert.py"),
-    ),
-    "formats of matrices": Group(
-        tuple(f"kernels/linear/{name}.py" for name in MATRICES.split()),
-        ("kernels/linear", "engine/weights/forms"),
-    ),
-    "runner": Group(
-        ("engine/runner/*",),
-        (
-            *("engine/test_engine.py", "engine/plugins/speculation/test_head_drafts.py"),
-            *(f"engine/runner/test_{name}.py" for name in RUNNER.split()),
-        ),
-    ),
-    "samplers": Group(
-        ("engine/runner/sampler.py", "engine/requests/*"),
-        (
-            *("engine/runner/test_sampler.py", "engine/requests", "engine/text/test_outputs.py"),
-            *("engine/plugins/speculation/test_drafts.py", "engine/schedule/test_batch.py"),
-            "engine/schedule/test_scheduler_machine.py",
-        ),
-    ),
-    "drafts": Group((f"{DRAFTS}/*", "engine/schedule/drafting.py"), (DRAFTS,)),
-    "stores": Group(("engine/plugins/tiers/*",), ("engine/plugins/tiers",)),
-    "layers": Group(
-        ("engine/layers/*", "engine/models/*"),
-        (
-            *("engine/models/test_parity.py", "engine/plugins/speculation/test_head_drafts.py"),
-            # The other tests of this file take minutes at level "all".
-            "engine/runner/test_fused.py::test_rows_quantised_by_norms_and_experts_change_no_bit",
-        ),
-        level="all",
-    ),
-    "engine": Group(
-        ("engine/config.py", "engine/core.py", "engine/engine.py", "engine/messages.py"),
-        (
-            *("engine/test_engine.py", "engine/schedule/test_schedule.py"),
-            *("engine/test_failing_alone.py", "engine/test_plugins.py"),
-            *("engine/front/test_async_engine.py", "engine/runner/test_memory.py"),
-            *(f"engine/plugins/disaggregation/test_{name}.py" for name in ("loading", "transfers")),
-        ),
-    ),
-    "server": Group(
-        (
-            *("engine/front/async_engine.py", "engine/front/cache_watch.py"),
-            *("engine/front/server/*", "engine/front/server/endpoints/*"),
-        ),
-        (*(SERVER, "engine/front/test_async_engine.py", "adapters/watch/test_page.py"),),
-    ),
+SCHEDULED = "engine/schedule scheduling radix policies/test_failing.py engine/test_failing_alone.py"
+DRAFTED = "engine/plugins/speculation"
+TOOLS = f"{SERVER}/tool_calls {SERVER}/test_tools.py"
+FORMS = "engine/weights/forms engine/front/command/test_convert.py"
+TESTS = {
+    "hybridcache": "lab/runs/test_simulate.py radix/test_refusals.py",
+    "hybridcache/command": "lab/test_cli.py lab/runs/test_simulate.py",
+    "hybridcache/allocators": "allocators radix",
+    "hybridcache/radix": f"{SCHEDULED} allocators adapters/test_events.py policies "
+    "adapters/test_events_machine.py engine/test_policy_state.py",
+    "hybridcache/scheduling": f"{SCHEDULED} lab/runs/test_closed_loop.py {DRAFTED}/test_drafts.py",
+    "hybridcache/policies": "policies radix engine/test_policy_state.py "
+    "lab/rivals/test_textbook.py",
+    "hybridcache/adapters": "adapters lab/runs/test_fleet.py lab/traces/test_texts.py "
+    f"engine/front/test_templates.py {SERVER}/endpoints {SERVER}/test_dialects.py",
+    "hybridcache/geometry": "geometry engine/models/test_published_configs.py test_doctests.py "
+    "engine/test_checkpoint_dtype.py engine/weights/test_gguf.py engine/weights/test_gguf_files.py",
+    "hybridcache/lab": "lab geometry",
+    "engine": "engine/test_engine.py engine/schedule/test_schedule.py engine/test_failing_alone.py "
+    "engine/test_plugins.py engine/front/test_async_engine.py engine/runner/test_memory.py "
+    "engine/plugins/disaggregation",
+    "engine/schedule": f"{SCHEDULED} {DRAFTED}",
+    "engine/requests": f"engine/requests engine/runner/test_sampler.py engine/text {SCHEDULED}",
+    "engine/text": f"engine/text engine/requests {TOOLS} engine/plugins/guided",
+    "engine/weights": "engine/weights engine/runner/test_head_loading.py "
+    "engine/runner/test_fused.py engine/plugins/tiers/test_records.py",
+    "engine/weights/forms": FORMS,
+    "engine/runner": f"engine/runner engine/test_engine.py {DRAFTED}/test_head_drafts.py",
+    # The other tests of the last file take minutes at level "all".
+    "engine/models": f"engine/models/test_parity.py {DRAFTED}/test_head_drafts.py engine/runner/"
+    "test_fused.py::test_rows_quantised_by_norms_and_experts_change_no_bit",
+    "engine/front": f"{SERVER} engine/front/test_async_engine.py engine/front/test_templates.py "
+    "adapters/watch/test_page.py",
+    "engine/front/server/tool_calls": TOOLS,
+    "kernels/linear": f"kernels/linear {FORMS}",
 }
+"""Tests of rooms that are not those of the mirrored folder alone. They hold for the rooms below,
+unless these have a folder of tests, or an entry."""
+LIKE = {
+    "engine/layers": "engine/models",
+    "engine/plugins": "engine",
+    "engine/front/server/endpoints": "engine/front",
+    "hybridcache/lab/results": "hybridcache/lab",
+    "hybridcache/policies/eviction": "hybridcache/policies",
+}
+TESTS |= {room: TESTS[other] for room, other in LIKE.items()}
+ALL_CASES = "hybridcache/geometry", "engine/layers", "engine/models"
+"""Rooms whose tests run at level "all", because most model families have none at "quick"."""
+HOSTS = {"hybridcache.vllm": "out/vllm-0.33", "hybridcache.sglang": "out/sglang"}
+"""Folders of the packages that tests of a room need (`make vllm-scheduler sglang`)."""
 EXCLUDED = (
     "test_warm_state",
     "test_every_format_is_a_small_file",
@@ -217,8 +129,35 @@ pytest_add_cli_args_test_selection = {tests}
 pytest_add_cli_args = ["-p", "no:xdist", "-p", "no:cacheprovider", "-p", "tests.mutation",
     "--timeout=0", "-k", "{excluded}"]
 """
-MAKE = """
+OPERATORS = """
+import libcst as cst
 from mutmut import __main__ as mutmut
+from mutmut.mutation.mutators import mutation_operators
+
+def deleted(node):
+    is_kept = isinstance(node, cst.Assign) and not isinstance(node.targets[0].target, cst.Name)
+    is_done = isinstance(node, cst.Expr) and isinstance(node.value, cst.Call | cst.Await)
+    if is_kept or is_done or isinstance(node, cst.AugAssign):
+        yield cst.Pass()
+
+def num_texts(node):
+    values = [one.value for one in getattr(node, "args", [node]) if hasattr(one, "value")]
+    quoted = cst.SimpleString | cst.ConcatenatedString | cst.FormattedString
+    texts = [one for one in values if isinstance(one, quoted)]
+    return sum(" " in cst.Module([]).code_for_node(one) for one in texts)
+
+def keeping_texts(operator):
+    return lambda node: (one for one in operator(node) if num_texts(one) >= num_texts(node))
+
+mutation_operators[:] = [
+    (kind, keeping_texts(operator) if kind in (cst.Assign, cst.Call) else operator)
+    for kind, operator in mutation_operators if kind is not cst.BaseString
+] + [(cst.BaseSmallStatement, deleted)]
+"""
+"""Changes of mutmut's operators: statements are deleted that call a function, or assign to anything
+but a name; texts, which are strings with a blank, are neither changed nor taken away."""
+RUN = f"{OPERATORS}\nmutmut.cli()"
+MAKE = f"""{OPERATORS}
 mutmut.set_mutant_under_test("mutant_generation")
 mutmut.makedirs("mutants", exist_ok=True)
 mutmut.copy_src_dir()
@@ -248,16 +187,29 @@ class Mutant(NamedTuple):
         return "\n".join((self.function, *self.changes))
 
 
-def files_of(group: Group) -> list[str]:
-    """Return the files to mutate, smallest first."""
-    files = [file for pattern in group.mutated for file in ROOT.glob(pattern)]
-    wanted = [file for file in files if file.suffix == ".py" and file.stem != "__init__"]
-    return [str(file.relative_to(ROOT)) for file in sorted(wanted, key=lambda f: f.stat().st_size)]
+def room_of(folder: str, files: list[str]) -> Room:
+    """Return the room of a folder of the product: its files with the tests in the same place, or
+    of the nearest folder above that has tests."""
+    place = Path(folder)
+    while str(place) not in TESTS:
+        mirrored = str(place).removeprefix("hybridcache/")
+        if list((ROOT / "tests" / mirrored).glob("test_*.py")):
+            return Room(files, (mirrored,), "quick")
+        place = place.parent
+    return Room(
+        files, tuple(TESTS[str(place)].split()), "all" if str(place) in ALL_CASES else "quick"
+    )
 
 
-def groups_of_files() -> dict[str, str]:
-    """Return the name of the group of each file to mutate."""
-    return {file: name for name, group in GROUPS.items() for file in files_of(group)}
+def rooms() -> dict[str, Room]:
+    """Return the rooms by their folders. Smaller files are first."""
+    found: dict[str, list[str]] = {}
+    files = {file for pattern in MUTATED for file in ROOT.glob(pattern)}
+    for file in sorted(files, key=lambda file: (file.stat().st_size, file)):
+        if file.stem not in LEFT.split():
+            path = file.relative_to(ROOT)
+            found.setdefault(str(path.parent), []).append(str(path))
+    return {folder: room_of(folder, found[folder]) for folder in sorted(found)}
 
 
 def prepare(files: Sequence[str], tests: Sequence[str], work: Path) -> bool:
@@ -294,7 +246,7 @@ def mutmut(
     level: str = "quick",
     limit_s: float | None = None,
     quiet: bool = True,
-    options: Sequence[str] = ("-m", "mutmut"),
+    program: str = RUN,
 ) -> str:
     """Run mutmut in the copy, for at most ``limit_s`` seconds, and return its output.
 
@@ -303,11 +255,13 @@ def mutmut(
     environment = {"HYPOTHESIS_PROFILE": "mutate", "OMP_NUM_THREADS": "1"}
     environment["HYBRIDCACHE_TESTS"] = level
     paths = [Path(path) for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
-    kept = os.pathsep.join(str(path.resolve()) for path in paths if path.resolve() != ROOT)
+    kept = [str(path.resolve()) for path in paths if path.resolve() != ROOT]
+    hosts = [str(ROOT / folder) for name, folder in HOSTS.items() if name in work.name]
+    path = os.pathsep.join(hosts + kept)
     running = subprocess.Popen(
-        [sys.executable, *options, *arguments],
+        [sys.executable, "-c", program, *arguments],
         cwd=work,
-        env=os.environ | environment | {"PYTHONPATH": kept},
+        env=os.environ | environment | {"PYTHONPATH": path},
         text=True,
         stdout=subprocess.PIPE if quiet else None,
         stderr=subprocess.STDOUT if quiet else None,
@@ -366,17 +320,17 @@ def again(found: dict[str, str], is_changed: bool) -> list[str]:
     return [name for name, status in found.items() if wanted(status)]
 
 
-def try_file(file: str, group: Group, processes: int) -> int:
+def try_file(file: str, room: Room, processes: int) -> int:
     """Mutate one file. Return the number of survivors that are not listed."""
     work = ROOT / "out" / "mutation" / file.removesuffix(".py").replace("/", ".")
-    is_changed = prepare([file], group.tests, work)
+    is_changed = prepare([file], room.tests, work)
     before = outcomes(work)
     children = "--max-children", str(processes)
     if is_changed or not before or NOT_TRIED in before.values():
-        mutmut(work, "run", *children, level=group.level, quiet=False)
+        mutmut(work, "run", *children, level=room.level, quiet=False)
     survived = [name for name, status in before.items() if status not in (*KILLED, NOT_TRIED)]
     if is_changed and survived:
-        mutmut(work, "run", *children, *survived, level=group.level, quiet=False)
+        mutmut(work, "run", *children, *survived, level=room.level, quiet=False)
     found = outcomes(work)
     if not found:
         print(f"{file}: no mutant was tried; see the output of mutmut above.")
@@ -394,11 +348,11 @@ def draw(files: Sequence[str], count: int, seed: int) -> dict[str, list[float]]:
 
 
 def try_sample(name: str, drawn: dict[str, list[float]], end_s: float) -> int:
-    """Try drawn mutants of one group until a time. Return the number of unlisted survivors."""
-    work, group = ROOT / "out" / "mutation" / "sample" / re.sub(r"\W", "_", name), GROUPS[name]
-    is_changed, output = prepare(list(drawn), group.tests, work), ""
+    """Try drawn mutants of one room until a time. Return the number of unlisted survivors."""
+    work, room = ROOT / "out" / "mutation" / "sample" / name.replace("/", "."), rooms()[name]
+    is_changed, output = prepare(list(drawn), room.tests, work), ""
     if is_changed or not outcomes(work):
-        output = mutmut(work, options=("-c", MAKE))
+        output = mutmut(work, program=MAKE)
     known, chosen = outcomes(work), list[str]()
     for file, places in drawn.items():
         start = file.removesuffix(".py").replace("/", ".") + "."
@@ -408,7 +362,7 @@ def try_sample(name: str, drawn: dict[str, list[float]], end_s: float) -> int:
     for _ in range(2):  # Twice, because mutmut discards all results after a change of the settings.
         if wanted and (left_s := end_s - time.monotonic()) > 0:
             run = "run", "--max-children", "1", *wanted
-            output = mutmut(work, *run, level=group.level, limit_s=left_s)
+            output = mutmut(work, *run, level=room.level, limit_s=left_s)
             known = outcomes(work)
             wanted = [one for one in chosen if known[one] == NOT_TRIED]
     is_late = time.monotonic() >= end_s
@@ -420,55 +374,64 @@ def try_sample(name: str, drawn: dict[str, list[float]], end_s: float) -> int:
 
 
 def try_samples(count: int, seed: int, end_s: float, processes: int, names: list[str]) -> int:
-    """Try mutants of all groups, a group per process. Return the number of unlisted survivors."""
+    """Try mutants of all rooms, a room per process. Return the number of unlisted survivors."""
     print(f"--seed {seed} draws the same mutants again.", flush=True)
-    groups = groups_of_files()
     drawn: dict[str, dict[str, list[float]]] = {}
-    for file, places in draw(list(groups), count, seed).items():
-        drawn.setdefault(groups[file], {})[file] = places
-    chosen = [name for name in drawn if not names or name in names]
+    wanted = [
+        file for name, room in rooms().items() if name in names or not names for file in room.files
+    ]
+    for file, places in draw(wanted, count, seed).items():
+        drawn.setdefault(str(Path(file).parent), {})[file] = places
     with ThreadPoolExecutor(processes) as pool:
-        return sum(pool.map(lambda name: try_sample(name, drawn[name], end_s), chosen))
+        return sum(pool.map(lambda name: try_sample(name, drawn[name], end_s), drawn))
 
 
-def print_groups() -> None:
-    """Print the lines of code that each group mutates, and their share of the product's."""
+def share() -> tuple[dict[str, int], int]:
+    """Return the lines of code in each room, and in all Python files of the product."""
     from tests import budget  # imports the engine, which mutants do not need
 
-    counts = Counter[str]()
-    for file, name in groups_of_files().items():
-        counts[name] += budget.code_lines(ROOT / file)
-    for name, lines in counts.items():
-        print(f"{lines:7,}  {name}: {' '.join(GROUPS[name].mutated)}")
-        print(f"         tests: {' '.join(GROUPS[name].tests)}")
-    total = budget.num_lines()["lines of the product"]
-    print(f"{counts.total():7,}  of {total:,} lines of the product: {counts.total() / total:.0%}")
+    counts = {
+        name: sum(budget.code_lines(ROOT / file) for file in room.files)
+        for name, room in rooms().items()
+    }
+    files = (file for package in budget.PRODUCT for file in (ROOT / package).rglob("*.py"))
+    return counts, sum(map(budget.code_lines, files))
+
+
+def print_rooms() -> None:
+    """Print the lines of code and the tests of each room."""
+    counts, total = share()
+    for name, room in rooms().items():
+        print(f"{counts[name]:7,}  {name}: {' '.join(room.tests)}")
+    lines = sum(counts.values())
+    print(f"{lines:7,}  of {total:,} lines of the product in Python: {lines / total:.0%}")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    groups = groups_of_files()
+    found = rooms()
+    room_of_file = {file: room for room in found.values() for file in room.files}
     parser = argparse.ArgumentParser(prog="tests.mutation", description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("names", nargs="*", metavar="FILE", help="files, or groups of --sample (default: all)")
+    add("names", nargs="*", metavar="FILE", help="files, or rooms of --sample (default: all)")
     add("--processes", type=int, default=os.cpu_count())
-    add("--sample", type=int, metavar="N", help="try N mutants drawn from all groups")
+    add("--sample", type=int, metavar="N", help="try N mutants drawn from all rooms")
     add("--seed", type=int, help="draw of a sample (default: another one each time; it is printed)")
     add("--minutes", type=float, default=10.0, help="limit of a sample (default: 10)")
-    add("--list", action="store_true", help="print groups, their lines of code, files and tests")
+    add("--list", action="store_true", help="print rooms, their lines of code and their tests")
     options = parser.parse_args(arguments)
-    choices = list(groups) if options.sample is None else list(GROUPS)
+    choices = list(room_of_file) if options.sample is None else list(found)
     if unknown := sorted(set(options.names) - set(choices)):
         parser.error(f"{', '.join(unknown)} cannot be mutated; choose from {', '.join(choices)}.")
     if options.list:
-        print_groups()
+        print_rooms()
         return 0
     if options.sample is not None:
         seed = randrange(10**6) if options.seed is None else options.seed
         end_s, processes = time.monotonic() + 60 * options.minutes, options.processes
         unlisted = try_samples(options.sample, seed, end_s, processes, options.names)
     else:
-        files = options.names or list(groups)
-        unlisted = sum(try_file(file, GROUPS[groups[file]], options.processes) for file in files)
+        files = options.names or list(room_of_file)
+        unlisted = sum(try_file(file, room_of_file[file], options.processes) for file in files)
     if unlisted:
         print(f"{unlisted} mutants survive that are not listed in {EQUIVALENT.name}.")
     return 1 if unlisted else 0

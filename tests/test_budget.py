@@ -41,11 +41,10 @@ def test_numbers_are_within_the_budget(
     assert not above, "\n".join([*budget.compare(above, limits), rule])
 
 
-def test_mutants_judge_half_of_the_product(
-    measured: tuple[dict[str, int], dict[str, Functions]],
-) -> None:
-    mutated = sum(budget.code_lines(ROOT / file) for file in mutation.groups_of_files())
-    assert mutated >= 0.5 * measured[0]["lines of the product"]
+def test_mutants_judge_most_lines_with_logic() -> None:
+    """Of the product in Python. The lines of studies, and of kernels for GPUs, are the others."""
+    counts, total = mutation.share()
+    assert sum(counts.values()) >= 0.7 * total
 
 
 def test_the_page_prints_the_limits() -> None:

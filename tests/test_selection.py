@@ -86,16 +86,21 @@ def test_forked_processes_report_all_and_are_replaced_if_they_die(tmp_path: Path
     assert stopped.returncode == 1 and "stopping after 1 failures" in stopped.stdout
 
 
-def test_groups_of_mutants_name_files_and_tests() -> None:
-    """A renamed file would leave its group without a message."""
-    for name, group in mutation.GROUPS.items():
-        assert all(list(ROOT.glob(pattern)) for pattern in group.mutated), name
-        tests = [ROOT / "tests" / path.partition("::")[0] for path in group.tests]
-        assert all(path.exists() for path in tests), name
+def test_rooms_of_mutants_name_files_and_tests() -> None:
+    """A renamed file would leave its room without a message."""
+    rooms = mutation.rooms()
+    assert {"hybridcache/vllm", "hybridcache/sglang", "engine/front/server"} <= rooms.keys()
+    assert {*mutation.TESTS, *mutation.ALL_CASES} <= {*rooms, "engine/plugins"}
+    for name, tests in [
+        *mutation.TESTS.items(),
+        *((name, " ".join(one.tests)) for name, one in rooms.items()),
+    ]:
+        for path in tests.split():
+            assert (ROOT / "tests" / path.partition("::")[0]).exists(), (name, path)
 
 
 def test_a_sample_of_a_seed_is_always_the_same() -> None:
-    files = list(mutation.groups_of_files())
+    files = [file for room in mutation.rooms().values() for file in room.files]
     drawn = mutation.draw(files, 200, 9)
     assert drawn == mutation.draw(files, 200, 9) and set(drawn) <= set(files)
     assert sum(map(len, drawn.values())) == 200
