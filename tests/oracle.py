@@ -125,7 +125,7 @@ class OracleRunner:
         """Running states by their slots, if these are separate from the memory's slots."""
         self._below: dict[tuple[str, int], Stored] = {}
         """Contents of the rows of host and disk tiers."""
-        self._table: dict[int, npt.NDArray[np.int32]] = {}
+        self._table: dict[int, npt.NDArray[np.intp]] = {}
         self._proved: dict[int, Fingerprints] = {}
         self._verified: list[tuple[Segment, Fingerprints]] = []
         """Segments of the last step that wait for their ``commit``, with the computed
@@ -265,11 +265,11 @@ class OracleRunner:
         return {slot for slot in slots if slot < self.memory.num_slots}
 
     def _write_row(self, row: int, start: int, indices: npt.NDArray[np.int32]) -> None:
-        table = self._table.get(row, np.empty(0, np.int32))
+        table = self._table.get(row, np.empty(0, np.intp))
         end = start + len(indices)
         assert end <= self.max_model_len, "a row write past the end of the table"
         if end > len(table):
-            table = np.concatenate([table, np.full(end - len(table), -1, np.int32)])
+            table = np.concatenate([table, np.full(end - len(table), -1, np.intp)])
         table[start:end] = indices
         self._table[row] = table
         if start < len(self._proved.get(row, ())):

@@ -43,7 +43,7 @@ def made(rng: random.Random, is_starved: bool) -> tuple[Any, str, Callable[[], o
         for side in service.sides:
             service.turn(side)
     if rng.random() < 0.5:
-        return service, "step", partial(service.turn, rng.choice(service.sides))
+        return service, "step", partial(service.step, rng.choice(service.sides))
     calls: dict[str, Any] = transfers.PAIR_CALLS if is_pair else steps.CALLS
     name = rng.choice(sorted(calls))
     return service, name, partial(calls[name], service)
@@ -72,7 +72,7 @@ def tear(seed: int, kind: str, patch: pytest.MonkeyPatch) -> str:
     again = steps.Again(patch, [int(2 ** rng.uniform(0, 9))] * rng.choice((0, 0, 1, 2)) * has_more)
     is_torn = False
     try:
-        tracer.run(call)
+        service.take(tracer.run(call))
     except (Exception, KeyboardInterrupt) as error:
         is_torn = True
         # A library in C may answer a lack of memory with any error.
@@ -83,7 +83,7 @@ def tear(seed: int, kind: str, patch: pytest.MonkeyPatch) -> str:
     again.lines.clear()
     if is_torn and name != "step":
         with suppress(DuplicateId):
-            call()
+            service.take(call())
     if name == "close":
         assert not [*service.engine.requests] and not any(service.engine._manager.held())
         service.close()

@@ -243,16 +243,22 @@ class Service:
             space = "salt" if number == 3 else None
             self.submit(number % 2, length, 9 * number, 18 + 7 * number % 30, namespace=space)
 
-    def take(self, outputs: list[Any]) -> None:
-        for output in outputs:
-            self.outputs.setdefault(output.request_id, []).append(output)
+    def take(self, found: object) -> None:
+        """Note the outputs that a call has returned."""
+        for output in found if isinstance(found, list) else [found]:
+            if isinstance(output, RequestOutput):
+                self.outputs.setdefault(output.request_id, []).append(output)
 
     def has_work(self) -> bool:
         return self.engine.has_work()
 
+    def step(self, side: str) -> list[RequestOutput]:
+        """Step an engine. Returns the outputs, which are not noted: the list of a test may have no
+        memory in a call that is torn."""
+        return self.engine.step()
+
     def turn(self, side: str) -> None:
-        """Step an engine."""
-        self.take(self.engine.step())
+        self.take(self.step(side))
 
     def finish(self) -> None:
         for number in range(2000):
@@ -434,11 +440,10 @@ def test_an_exception_at_some_lines_of_a_step_changes_no_answer_of_four_bits() -
 # --- The other calls -----------------------------------------------------------------------------
 
 
-def abort(service: Service) -> None:
+def abort(service: Service) -> RequestOutput | None:
     name = next(iter(service.expected))
     service.aborted.add(name)
-    output = service.engine.abort(name)
-    service.take([] if output is None else [output])
+    return service.engine.abort(name)
 
 
 def submit(service: Service) -> None:
@@ -476,11 +481,11 @@ CALLS: dict[str, Callable[[Service], object]] = {
     "end_session": lambda service: service.engine.end_session(list(service.expected)[-1]),
     "reset_prefix_cache": lambda service: service.engine.reset_prefix_cache(),
     "run_idle_tasks": lambda service: service.engine.run_idle_tasks(),
-    "step": lambda service: service.turn("engine"),
+    "step": lambda service: service.step("engine"),
     "submit": submit,
-    "take_outputs": lambda service: service.take(service.engine.take_outputs()),
+    "take_outputs": lambda service: service.engine.take_outputs(),
 }
-"""Public calls that change an engine."""
+"""Public calls that change an engine. Some return outputs."""
 
 
 def busy(settings: str) -> Service:
@@ -496,11 +501,11 @@ def disturb(service: Service, call: str, tracer: Raise) -> bool:
     """Raise in a call, repeat it, and check everything. Returns False if the place was not
     reached."""
     try:
-        tracer.run(partial(CALLS[call], service))
+        service.take(tracer.run(partial(CALLS[call], service)))
     except tracer.error:
         service.take(service.engine.take_outputs())
         service.engine.check()
-    CALLS[call](service)
+    service.take(CALLS[call](service))
     check_service(service)
     return tracer.has_raised
 

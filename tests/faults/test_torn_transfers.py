@@ -19,6 +19,7 @@ import pytest
 import torch
 import zmq
 
+from engine import RequestOutput
 from engine.core import EngineCore
 from engine.plugins.disaggregation import prefill_server, prefix_load
 from engine.plugins.disaggregation.prefill_server import PrefillServer
@@ -120,13 +121,14 @@ class Pair(Service):
     def has_work(self) -> bool:
         return self.engine.has_work() or self.prefill.has_work()
 
-    def turn(self, side: str) -> None:
+    def step(self, side: str) -> list[RequestOutput]:
         if side == "receive":
-            super().turn(side)
-        elif self.prefill.has_work():
+            return super().step(side)
+        if self.prefill.has_work():
             self.prefill.step()
         else:
             self.prefill.run_idle_tasks()
+        return []
 
     def check(self) -> None:
         """Check the memory of both engines once nothing runs."""
