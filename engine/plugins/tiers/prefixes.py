@@ -176,18 +176,18 @@ class Prefixes:
         first = 0
         for piece in pieces:
             some = rows[first : first + piece.num_rows]
-            self._records[some] = piece.id
-            self._offsets[some] = np.arange(piece.offset, piece.offset + len(some), dtype=np.int32)
+            self._records.put(some, piece.id)
+            self._offsets.put(some, np.arange(piece.offset, piece.offset + len(some)))
             self._use(piece.id, len(some))
             first += piece.num_rows
 
     def unbind(self, rows: Indices, *, is_use: bool = False) -> None:
         """Unbind ``rows``. Records that are then not in use are the first to be removed, or the
         last with ``is_use``. O(rows)."""
-        found, counts = np.unique(self._records[rows], return_counts=True)
+        found, counts = np.unique(self._records.take(rows), return_counts=True)
         for number, count in zip(found.tolist(), counts.tolist(), strict=True):
             self._use(number, -count, is_use)
-        self._records[rows] = 0
+        self._records.put(rows, 0)
 
     def unbind_all(self) -> None:
         """Unbind all rows, and count everything else again from the items, because an exception may
@@ -205,7 +205,7 @@ class Prefixes:
         """Return the parts of records that ``rows`` point to, in the order of ``rows``. O(rows)."""
         if not len(rows):
             return []
-        records, offsets = self._records[rows], self._offsets[rows]
+        records, offsets = self._records.take(rows), self._offsets.take(rows)
         breaks = np.flatnonzero((np.diff(records) != 0) | (np.diff(offsets) != 1)) + 1
         firsts = [0, *breaks.tolist()]
         return [

@@ -15,7 +15,7 @@ import pytest
 
 from engine.plugins.tiers import disk as disk_module
 from engine.plugins.tiers.disk import Disk, FutureRows, Rows
-from engine.plugins.tiers.prefixes import covering
+from engine.plugins.tiers.prefixes import Prefixes, RecordPart, covering
 from engine.plugins.tiers.records import HEAD_BYTES, RecordStore, record_bytes
 from hybridcache.allocators.moves import Indices
 from hybridcache.radix.tokens import Tokens, common_prefix_len
@@ -371,3 +371,19 @@ def test_reads_and_writes_do_not_wait_for_a_hung_file_system(
     disk = open_disk(tmp_path)
     assert readable(disk, prompt(0), prompt(1)) == [True, True]
     disk.close()
+
+
+@pytest.mark.parametrize("call", ["bind", "parts", "unbind"])
+def test_without_memory_rows_of_records_are_not_found_or_bound(call: str) -> None:
+    """NumPy 2.4 ends the process if an int32 index has no memory for its buffer."""
+    api = pytest.importorskip("_testcapi")
+    rows, prefixes = np.arange(100, dtype=np.int32), Prefixes(200)
+    arguments = (rows, [RecordPart(0, 0, 100)])[: 2 if call == "bind" else 1]
+    for at in range(12):
+        try:
+            api.set_nomemory(at, at + 1)
+            getattr(prefixes, call)(*arguments)
+        except MemoryError:
+            pass
+        finally:
+            api.remove_mem_hooks()
