@@ -25,7 +25,7 @@ from hypothesis import HealthCheck, Phase, register_random, settings
 from hybridcache import CacheConfig
 from tests import selection
 
-pytest_plugins = ["tests.forked"]
+pytest_plugins = ["tests.forked", "tests.watchdog"]
 
 if os.environ.get("KERNELS_ON_DEVICE") == "1":
     if os.environ.get("TRITON_INTERPRET") == "1":

@@ -7,6 +7,7 @@ import contextlib
 import itertools
 import random
 import threading
+import time
 from collections.abc import Awaitable, Callable, Sequence
 from operator import attrgetter
 
@@ -23,6 +24,7 @@ from hybridcache.radix.cache import HybridRadixCache
 from hybridcache.scheduling.planner import StepPlanner
 from tests.engine.schedule.test_scheduler_machine import answer
 from tests.oracle import Fingerprints, OracleRunner, OracleSampler
+from tests.watchdog import PATIENCE, Watchdog
 
 ONE = SamplingParams(max_tokens=1)
 ENDLESS = SamplingParams(max_tokens=4000)
@@ -30,6 +32,9 @@ ENDLESS = SamplingParams(max_tokens=4000)
 
 class GatedRunner(OracleRunner):
     """Runner that computes one step per permit, or all steps once ``is_open`` is set."""
+
+    step_s = 0.0
+    """Pause in each step."""
 
     def __init__(self) -> None:
         super().__init__(8192, 16)
@@ -43,6 +48,7 @@ class GatedRunner(OracleRunner):
     def forward(self, batch: Batch, drawn: Sequence[int] = ()) -> object:
         if not self.is_open:
             self.permits.acquire()
+        time.sleep(self.step_s)
         return super().forward(batch, drawn)
 
 
@@ -334,3 +340,64 @@ def test_an_output_is_not_lost_or_its_request_ends_with_an_error(
         assert sum(lost) == num_lost and (now_s() - began_s < 5 or end == "whole")
 
     serve(scenario, gated=True)
+
+
+@pytest.mark.parametrize("way", ["lost by the server", "no memory to abort"])
+def test_a_request_that_nobody_reads_is_ended_by_a_heartbeat(
+    way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its answer would take twenty seconds or more."""
+    lost = list[int]()
+
+    async def scenario(engine: AsyncEngine, runner: GatedRunner) -> None:
+        runner.step_s, engine.on_lost = 0.005, lost.append
+        served, stream = engine.channel.host.engine, engine.submit([1, 2, 3], ENDLESS)
+        await anext(stream)
+        if way == "lost by the server":
+            engine._streams.clear()
+        else:
+            fail_once(monkeypatch, engine.channel, "send", 1, after=False)
+            with pytest.raises(MemoryError):
+                stream.abort()
+            with pytest.raises(StepFailed):
+                await read(stream)
+        while served.requests:
+            await asyncio.sleep(0.001)
+        await engine.ask(Ask("cache_view"))  # Its reply follows that to the heartbeat.
+        ((_, ended),) = served.recent.listed()
+        assert (ended.finish_reason, lost) == ("abort", [1])
+
+    serve(scenario)
+
+
+def test_the_watchdog_of_all_tests_finds_a_request_that_the_engine_lost(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Without heartbeats its reader would wait for ever."""
+    monkeypatch.setattr(AsyncEngine, "_beat_on", lambda engine: None)
+    watchdog = Watchdog(tick_s=0.001)
+
+    async def scenario(engine: AsyncEngine, runner: GatedRunner) -> None:
+        host, stream = engine.channel.host, engine.submit([1, 2, 3], ENDLESS)
+        watchdog.fronts.add(engine)
+        watchdog.start()
+        runner.allow(1)
+        await anext(stream)
+        await asyncio.sleep(0.1)
+        assert not watchdog.found, "the engine is in a step"
+        (name,) = engine._streams
+        host.call_soon(lambda: host.engine.abort(name) and host._mailbox.clear())
+        runner.allow()
+        with pytest.raises(AssertionError, match="lost"):
+            await read(stream)
+        watchdog.stopped.set()
+
+    served = serve(scenario, gated=True)
+    watchdog.engines.add(served)
+    served.submit([1, 2, 3], ONE)
+    for is_lost in (False, True):
+        watchdog.found.clear()
+        for _ in range(PATIENCE):
+            watchdog.look()
+        assert len(watchdog.found) == is_lost
+        served._scheduler.waiting.clear()

@@ -25,6 +25,7 @@ from hybridcache.radix.protocol import PromptBoundaries
 from tests.engine.front.test_async_engine import read
 from tests.engine.schedule.test_scheduler_machine import answer
 from tests.oracle import OracleRunner, OracleSampler
+from tests.watchdog import Watchdog
 
 BOOT = """
 import json, sys, time
@@ -204,3 +205,24 @@ def test_a_shortage_is_waited_for_before_requests_and_then_the_engine_end() -> N
             await read(engine.submit(RequestSpec([1], LONG)))
 
     run(scenario, step=step)
+
+
+def test_the_watchdog_of_all_tests_finds_an_output_that_no_process_has() -> None:
+    """Also the replies to heartbeats are lost. Nothing is found while a step is computed."""
+    watchdog = Watchdog(tick_s=0.05)
+
+    async def scenario(engine: AsyncEngine) -> None:
+        watchdog.fronts.add(engine)
+        watchdog.start()
+        await read(engine.submit([*range(200)], LONG))
+        assert not watchdog.found
+        engine.receive = lambda message: None
+        with pytest.raises(AssertionError, match="lost"):
+            await read(engine.submit([1, 2, 3], LONG))
+        watchdog.stopped.set()
+        del engine.receive
+
+    run(
+        scenario,
+        step="end = time.process_time() + 0.02\n        while time.process_time() < end: pass",
+    )
