@@ -121,7 +121,11 @@ async def metric(client: httpx.AsyncClient, name: str) -> float:
 
 async def wait_until_idle(engine: AsyncEngine) -> None:
     """Wait for the end of all requests; a replica ends one later than its reader."""
-    while (report := await engine.report()).num_running + report.num_waiting:
+    fleet = getattr(engine.channel, "_fleet", None)
+    fronts = [each.replica._async for each in fleet.replicas.values()] if fleet else []
+    while (report := await engine.report()).num_running + report.num_waiting or any(
+        front.num_open for front in fronts
+    ):
         await asyncio.sleep(0.01)
     assert report.kv.held == 0
 

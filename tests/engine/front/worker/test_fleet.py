@@ -8,6 +8,7 @@ from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -57,13 +58,17 @@ class Actor:
         finally:
             dead.cancel()
             following.cancel()
+            await asyncio.wait((following,))
 
     async def _items(self, items):
         if self.name not in ("replica-0", "replica-1"):
             await self.fleet.may_join.wait()
-        with suppress(StopAsyncIteration):
-            while True:
-                yield asyncio.sleep(0, await self._alive(anext(items)))
+        try:
+            with suppress(StopAsyncIteration):
+                while True:
+                    yield asyncio.sleep(0, await self._alive(anext(items)))
+        finally:
+            await items.aclose()
 
 
 class LocalFleet:
@@ -85,8 +90,9 @@ class LocalFleet:
     def end(self, replica: Actor) -> None:
         replica.dead.set()
 
-    def cancel(self, outputs: object) -> None:
-        pass
+    def cancel(self, outputs: Any) -> None:
+        """End a call that is not waited for, as Ray does."""
+        self.closing = asyncio.ensure_future(outputs.aclose())
 
     def is_death(self, error: Exception) -> bool:
         return isinstance(error, Died)
