@@ -150,7 +150,7 @@ def ordering(admission: str, num_waiting: int, repeats: int = 51) -> dict[str, A
         planner.add(waiting[-1])
     if is_in_debt:
         assert isinstance(planner.admission, SessionGate)
-        planner.admission._debt_s = 1e9
+        planner.admission.debt.seconds = 1e9
 
     def order_ms() -> float:
         begin = time.process_time()

@@ -149,6 +149,75 @@ LOST = "lost text is being repaid"
 DUE = "the oldest request has waited long enough"
 
 
+class _Debt:
+    """Seconds of repeated work that are not repaid yet."""
+
+    def __init__(self) -> None:
+        self.seconds, self._at_s = -CREDIT_S, 0.0
+        self.pace = 1.0
+        """Share of the time in which the debt is repaid."""
+        self._asked: deque[tuple[float, int]] = deque(maxlen=NUM_ASKED)
+        """(time, prompt tokens) of the last admissions."""
+
+    def at(self, now_s: float) -> float:
+        return max(-CREDIT_S, self.seconds - self.pace * (now_s - self._at_s))
+
+    def update(self, now_s: float, lost_s: float, num_tokens: int, token_s: float) -> None:
+        """Add the lost seconds of an admitted prompt of ``num_tokens``, and adapt the pace."""
+        self.seconds, self._at_s = self.at(now_s) + lost_s, now_s
+        self._asked.append((now_s, num_tokens))
+        span_s = now_s - self._asked[0][0]
+        asked_s = sum(count for _, count in self._asked) * token_s
+        # Share of the time that the last prompts would take if nothing were cached.
+        self.pace = max(FLOOR, 1 - (asked_s / span_s if span_s > 0 else 0.0))
+
+
+class _Limit:
+    """Share of the memory that live sessions, or running requests, may fill."""
+
+    def __init__(self) -> None:
+        self.share, self._moves_at_s = 1.0, 0.0
+
+    def update(
+        self, now_s: float, cycle_s: float, factor: float, step: float, at_once: bool = False
+    ) -> None:
+        """Change the share, once per cycle of a pause and an answer or ``at_once``."""
+        if at_once or now_s >= self._moves_at_s:
+            self.share = min(1.0, max(LEAST_LIMIT, factor * self.share + step))
+            self._moves_at_s = now_s + cycle_s
+
+
+class _Worth:
+    """Averages of what sessions take, and the worth of keeping them in memory."""
+
+    def __init__(self) -> None:
+        self.pause_s = 0.0
+        """Time from a session's answer to its next request."""
+        self.answer_s = 0.0
+        """Time from admission to the last token."""
+        self.prompt_tokens = 0.0
+        """Unshared tokens of a prompt."""
+        self.held_s = 0.0
+        """Share of the memory times seconds of a pause and an answer, without prompts computed
+        meanwhile."""
+
+    def update(self, **values: float) -> None:
+        """Add a new value to each named average. The first value is the average."""
+        for name, value in values.items():
+            average = getattr(self, name)
+            setattr(self, name, average + PAUSE_WEIGHT * (value - average) if average else value)
+
+    def requests(self, token_s: float) -> float:
+        """Return the number of requests that are answered if sessions are kept in memory, relative
+        to the number if their prompts are repeated. ``LEAST_WORTH`` if nothing is known.
+
+        With n sessions in memory, one request of each is answered in every cycle of a pause and an
+        answer; without, one request in the time of a whole prompt. Prompts that are computed during
+        an answer do not count, or the number would stay low where sessions are not kept.
+        """
+        return self.prompt_tokens * token_s / self.held_s if self.held_s else LEAST_WORTH
+
+
 class SessionGate(AdmissionPolicy):
     """Admit requests of resident sessions first; withhold others while lost work is being repaid.
 
@@ -185,13 +254,11 @@ class SessionGate(AdmissionPolicy):
     """
 
     def __init__(self) -> None:
-        self._debt_s, self._debt_at_s = -CREDIT_S, 0.0
-        self._pace = 1.0
-        """Share of the time in which the debt is repaid since ``_debt_at_s``."""
-        self._asked: deque[tuple[float, int]] = deque(maxlen=NUM_ASKED)
-        """(time, prompt tokens) of the last admissions."""
+        self.debt, self._limit, self._worth = _Debt(), _Limit(), _Worth()
         self._squares, self._products = 0.0, 0.0
         """Sums over steps, discounted: tokens**2, and tokens * seconds."""
+        self._token_s = 0.0
+        """Seconds that one prompt token takes."""
         self._queued: dict[WaitingRequest, list[int]] = {}
         """By waiting request that ``order`` has seen: its ``_own_len``, and the sum of those of
         older requests admitted since."""
@@ -200,57 +267,34 @@ class SessionGate(AdmissionPolicy):
         """Waiting requests that were found to enter; they are not examined again."""
         self._entered: dict[WaitingRequest, None] = {}
         """Requests that entered and are not answered yet."""
-        self._pause_s = 0.0
-        """Average time from a session's answer to its next request."""
-        self._answer_s, self._prompt_tokens, self._held_s = 0.0, 0.0, 0.0
-        """Averages: seconds from admission to the last token; unshared tokens of a prompt; share of
-        the memory times seconds of a pause and an answer, without prompts computed meanwhile."""
         self._prompts_s = 0.0
         """Seconds spent on prompts so far."""
         self._admitted_at_s: dict[WaitingRequest, tuple[float, float]] = {}
         """Times of admission of unanswered requests, and ``_prompts_s`` then."""
-        self._limit, self._moves_at_s = 1.0, 0.0
-        """Share of the memory that live sessions may fill, and when it may change again."""
         self._left_s = 0.0
         """Time at which the last request was answered."""
         self._num_withheld = 0
         self._reason = OPEN
 
+    @property
+    def _keeps(self) -> bool:
+        """True if keeping sessions in memory pays."""
+        return self._worth.requests(self._token_s) >= LEAST_WORTH
+
     def computed(self, num_tokens: int, seconds: float, load: ServerLoad) -> None:
         self._squares = FORGETTING * self._squares + num_tokens * num_tokens
         self._products = FORGETTING * self._products + num_tokens * seconds
+        self._token_s = self._products / self._squares if self._squares else 0.0
         self._prompts_s += num_tokens * self._token_s
-
-    @property
-    def _token_s(self) -> float:
-        """Seconds that one prompt token takes."""
-        return self._products / self._squares if self._squares else 0.0
-
-    def _debt(self, now_s: float) -> float:
-        """Return the seconds of repeated work that are not repaid at ``now_s``."""
-        return max(-CREDIT_S, self._debt_s - self._pace * (now_s - self._debt_at_s))
-
-    @property
-    def _worth(self) -> float:
-        """Number of requests that are answered if sessions are kept in memory, relative to the
-        number if their prompts are repeated. ``LEAST_WORTH`` if nothing is known.
-
-        With n sessions in memory, one request of each is answered in every cycle of a pause and an
-        answer; without, one request in the time of a whole prompt. Prompts that are computed during
-        an answer do not count, or the number would stay low where sessions are not kept.
-        """
-        if not self._held_s:
-            return LEAST_WORTH
-        return self._prompt_tokens * self._token_s / self._held_s
 
     def order(
         self, waiting: Sequence[WaitingRequest], load: ServerLoad
     ) -> Iterable[WaitingRequest]:
-        debt_s = self._debt(load.now_s)
+        debt_s = self.debt.at(load.now_s)
         self.wakes_at_s, self._num_withheld = None, 0
-        if debt_s <= -CREDIT_S or self._worth < LEAST_WORTH:
-            is_limited = self._limit < 1 and self._worth < LEAST_WORTH
-            if is_limited and _running_share(load) > self._limit:
+        if debt_s <= -CREDIT_S or not self._keeps:
+            is_limited = self._limit.share < 1 and not self._keeps
+            if is_limited and _running_share(load) > self._limit.share:
                 self._reason, self._num_withheld = CROWDED, len(waiting)
                 return ()
             self._reason = OPEN
@@ -287,12 +331,12 @@ class SessionGate(AdmissionPolicy):
         if debt_s <= 0 and (room_at_s <= load.now_s or first.session.num_requests > 1):
             return *resident, first
         if not resident and self._entered.keys() >= set(load.running):
-            alone_s = max(self._pause_s, first.num_tokens * self._token_s)
+            alone_s = max(self._worth.pause_s, first.num_tokens * self._token_s)
             room_at_s = min(room_at_s, self._left_s + alone_s)
             if room_at_s <= load.now_s:
                 return (first,)
         self._reason = LOST
-        times_s = wakes_at_s, room_at_s, load.now_s + debt_s / self._pace
+        times_s = wakes_at_s, room_at_s, load.now_s + debt_s / self.debt.pace
         self.wakes_at_s = min(time_s for time_s in times_s if time_s > load.now_s)
         return resident
 
@@ -302,28 +346,22 @@ class SessionGate(AdmissionPolicy):
         outside = {request.session for request in entering}
         own = load.footprint(entering[0].session)
         taken = sum(load.footprint(one) for one in load.open_sessions if one not in outside)
-        if taken and taken + own > self._limit:
+        if taken and taken + own > self._limit.share:
             return inf
         for session in reversed(tuple(load.idle_sessions)):
-            leaves_at_s = session.idle_since_s + ACTIVE_PAUSES * self._pause_s
+            leaves_at_s = session.idle_since_s + ACTIVE_PAUSES * self._worth.pause_s
             if leaves_at_s <= load.now_s:
                 break
             taken += load.footprint(session)
-            if taken + own > self._limit:
+            if taken + own > self._limit.share:
                 return leaves_at_s
         return load.now_s
-
-    def _move_limit(self, now_s: float, factor: float, step: float) -> None:
-        """Change the share of the memory that sessions may fill, once per cycle."""
-        if now_s >= self._moves_at_s:
-            self._limit = min(1.0, max(LEAST_LIMIT, factor * self._limit + step))
-            self._moves_at_s = now_s + self._pause_s + self._answer_s
 
     def arrived(self, request: WaitingRequest, load: ServerLoad) -> None:
         session = request.session
         if session.num_requests > 1 and session.num_open <= 1 and not session.num_admitted:
             pause_s = min(MAX_PAUSE_S, max(0.0, request.arrival_s - session.idle_since_s))
-            self._pause_s = _averaged(self._pause_s, pause_s)
+            self._worth.update(pause_s=pause_s)
 
     def _own_len(self, request: WaitingRequest, load: ServerLoad) -> int:
         """Return the number of tokens to compute; 0 for a further choice."""
@@ -354,34 +392,28 @@ class SessionGate(AdmissionPolicy):
             return
         is_new = session.num_requests == 1
         lost_len = 0 if is_new else min(_lost_len(session, request.cached_len), request.lost_len)
-        debt_s = self._debt(now_s)
-        if lost_len and self._worth >= LEAST_WORTH:
-            debt_s += lost_len * self._token_s
-        self._asked.append((now_s, request.num_tokens))
+        is_lost = bool(lost_len) and self._keeps
+        self.debt.update(
+            now_s, lost_len * self._token_s * is_lost, request.num_tokens, self._token_s
+        )
         self._admitted_at_s[request] = now_s, self._prompts_s
-        prompt_tokens = request.num_tokens - session.shared_len
-        self._prompt_tokens = _averaged(self._prompt_tokens, prompt_tokens)
-        self._debt_s, self._debt_at_s = debt_s, now_s
-        span_s = now_s - self._asked[0][0]
-        num_tokens = sum(count for _, count in self._asked)
-        # Share of the time that the last prompts would take if nothing were cached.
-        demand = num_tokens * self._token_s / span_s if span_s > 0 else 0.0
-        self._pace = max(FLOOR, 1 - demand)
-        if is_new or _is_most(lost_len, session):
+        self._worth.update(prompt_tokens=request.num_tokens - session.shared_len)
+        is_entry = is_new or _is_most(lost_len, session)
+        if is_entry:
             self._entered[request] = None
+        cycle_s = self._worth.pause_s + self._worth.answer_s
         missed = min(session.shared_len - request.cached_len, request.lost_len)
         if 2 * missed > session.shared_len and self._is_crowded(load):
-            self._moves_at_s = 0.0  # Each loss counts.
-            self._move_limit(now_s, DECREASE, 0.0)
-        elif lost_len and _is_most(lost_len, session) and self._worth >= LEAST_WORTH:
-            self._move_limit(now_s, DECREASE, 0.0)
-        elif not is_new or (self._limit < 1 and self._worth < LEAST_WORTH):
-            self._move_limit(now_s, 1.0, INCREASE)
+            self._limit.update(now_s, cycle_s, DECREASE, 0.0, at_once=True)  # Each loss counts.
+        elif is_entry and lost_len and self._keeps:
+            self._limit.update(now_s, cycle_s, DECREASE, 0.0)
+        elif not is_new or (self._limit.share < 1 and not self._keeps):
+            self._limit.update(now_s, cycle_s, 1.0, INCREASE)
 
     def _is_crowded(self, load: ServerLoad) -> bool:
         """Return whether running requests take most of the memory, keeping sessions does not pay,
         and there is no time to compute whole prompts."""
-        no_time = self._pace <= FLOOR and self._worth < LEAST_WORTH
+        no_time = self.debt.pace <= FLOOR and not self._keeps
         return no_time and 2 * _running_share(load) > 1
 
     def left(self, request: WaitingRequest, load: ServerLoad) -> None:
@@ -389,27 +421,21 @@ class SessionGate(AdmissionPolicy):
         if request in self._admitted_at_s:
             admitted_at_s, prompts_s = self._admitted_at_s.pop(request)
             answer_s = load.now_s - admitted_at_s
-            self._answer_s = _averaged(self._answer_s, answer_s)
             quiet_s = max(0.0, answer_s - (self._prompts_s - prompts_s))
-            held_s = load.footprint(request.session) * (quiet_s + self._pause_s)
-            self._held_s = _averaged(self._held_s, held_s)
+            held_s = load.footprint(request.session) * (quiet_s + self._worth.pause_s)
+            self._worth.update(answer_s=answer_s, held_s=held_s)
         for requests in (self._queued, self._lost, self._entered):
             requests.pop(request, None)
 
     def report(self) -> Mapping[str, float | str]:
         return {
-            "debt_s": round(self._debt_s, 3),
-            "memory_limit": round(self._limit, 3),
-            "repaid_share": round(self._pace, 3),
-            "worth": round(self._worth, 3),
+            "debt_s": round(self.debt.seconds, 3),
+            "memory_limit": round(self._limit.share, 3),
+            "repaid_share": round(self.debt.pace, 3),
+            "worth": round(self._worth.requests(self._token_s), 3),
             "withheld_requests": self._num_withheld,
             "reason": self._reason,
         }
-
-
-def _averaged(average: float, value: float) -> float:
-    """Return the average with a new value; the first value is the average."""
-    return average + PAUSE_WEIGHT * (value - average) if average else value
 
 
 def _lost_len(session: Session, cached_len: int) -> int:

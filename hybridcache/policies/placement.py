@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from math import inf
 from typing import Any
 
@@ -230,6 +230,17 @@ class _Account:
                 self._fade()
 
 
+class _Accounts(dict[Rule, _Account]):
+    """Accounts by rule. One that is read for the first time begins with ``begin``."""
+
+    def __init__(self, begin: Callable[[], _Account]) -> None:
+        self._begin = begin
+
+    def __missing__(self, rule: Rule) -> _Account:
+        account = self[rule] = self._begin()
+        return account
+
+
 class Adaptive(PlacementPolicy):
     """Save forks and boundaries, the successor of the resumed tip, and other positions that pay.
 
@@ -288,7 +299,7 @@ class Adaptive(PlacementPolicy):
     """
 
     def __init__(self) -> None:
-        self._accounts: dict[Rule, _Account] = {}
+        self._accounts = _Accounts(self._new_account)
         self._missed_tokens = 0.0
         self._num_placed = 1.0
         self._mean_prompt = 0.0
@@ -310,7 +321,7 @@ class Adaptive(PlacementPolicy):
         return {"accounts": accounts} | numbers
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._accounts, self._latest = {}, None
+        self._accounts, self._latest = _Accounts(self._new_account), None
         for label, distance, fields in state["accounts"]:
             rule = label, distance
             account = self._accounts[rule] = _Account(0.0, 0, 0.0)
@@ -336,17 +347,17 @@ class Adaptive(PlacementPolicy):
         shared, back_offs, forks = positions = _positions(prefill)
         # The assumed earnings of shared positions start before those of the other labels.
         if forks and prefill.seen_len > prefill.cached_len:
-            self._account(("branch", 0))
+            self._accounts["branch", 0]
         if shared and shared[-1] > prefill.cached_len:
-            self._account(("boundary", 0))
+            self._accounts["boundary", 0]
         self._num_newcomers += not resumes_from_tip(prefill)
         bars = self._bars()
         for back_off in back_offs:
-            self._account(back_off[1:]).offer(bars, back_off[1:] == PROMPT_END)
+            self._accounts[back_off[1:]].offer(bars, back_off[1:] == PROMPT_END)
         if not forks and prefill.floor(prefill.seen_len) is not None:
-            self._account((REJOIN, 0)).offer(bars)
+            self._accounts[REJOIN, 0].offer(bars)
         if prefill.answer_survives:
-            self._account(ANSWER_END).offer(bars, is_end=True)
+            self._accounts[ANSWER_END].offer(bars, is_end=True)
         planned, self._saves_answer = self._choose(prefill, positions, bars)
         self._latest = prefill, planned
 
@@ -358,7 +369,7 @@ class Adaptive(PlacementPolicy):
                     break
                 above = above.above
             self._count_end(is_used=True)
-        account = self._account(rule)
+        account = self._accounts[rule]
         num_tokens = item.position - (0 if above is None else above.position)
         account.earned += num_tokens
         account.used += num_tokens
@@ -368,14 +379,14 @@ class Adaptive(PlacementPolicy):
         rule = item.label, item.distance
         if rule in ENDS and item.uses + item.earlier_uses <= 1:
             self._count_end(is_used=False)
-        account = self._account(rule)
+        account = self._accounts[rule]
         account.earned += num_tokens
         is_head = item.label in SHARED - {HEAD} and item.uses + item.earlier_uses >= HEAD_AFTER
         account.uses += not is_head
         self._missed_tokens += num_tokens
 
     def on_saved(self, placed: Placed) -> None:
-        self._account(placed[1:]).save()
+        self._accounts[placed[1:]].save()
         self._num_placed += 1
         if self._num_placed > MEMORY:
             self._num_placed *= 0.5
@@ -385,35 +396,39 @@ class Adaptive(PlacementPolicy):
         self, prefill: Prefill, positions: Positions, bars: Bars
     ) -> tuple[list[Placed], bool]:
         """Return the positions to save, by descending priority, and whether to save the answer."""
-        shared, back_offs, forks = positions
-        cached_len, seen_len, free_slots = prefill.cached_len, prefill.seen_len, prefill.free_slots
-        wanted: list[Placed] = []
-        num_spare = 0 if prefill.shares_memory else free_slots or 0
-        spare = self._missed_tokens > 0 and num_spare >= len(shared) + len(back_offs) + 2
-        if spare:
+        shared, back_offs, _ = positions
+        num_spare = 0 if prefill.shares_memory else prefill.free_slots or 0
+        is_spare = self._missed_tokens > 0 and num_spare >= len(shared) + len(back_offs) + 2
+        if is_spare:
             bars = -inf, -inf, -inf
-        head = _head(prefill)
-        if head is not None:
-            wanted.append(Placed(head.position, HEAD))
-        if seen_len > cached_len:
-            if forks:
-                wanted.append(Placed(seen_len, "branch"))
-            elif self._wants((REJOIN, 0), inf, bars):
-                wanted.append(Placed(seen_len, REJOIN))
-        if shared and shared[-1] > cached_len:
-            wanted += [Placed(end, "boundary") for end in reversed(shared) if end > cached_len]
-        end = self._end(prefill)
+        head, end = _head(prefill), self._end(prefill)
+        wanted = self._wanted_shared(prefill, positions, head, bars)
+        free_slots = None if is_spare else prefill.free_slots
         for back_off in back_offs:
-            free = inf if free_slots is None or spare else free_slots // 2 - len(wanted)
+            free = inf if free_slots is None else free_slots // 2 - len(wanted)
             if back_off[1:] == end or self._wants(back_off[1:], free, bars):
                 wanted.append(back_off)
         saves_answer = end == ANSWER_END or self._wants(ANSWER_END, inf, bars)
-        if free_slots is None or spare:
+        if free_slots is None:
             return wanted, saves_answer
         room = max((free_slots + prefill.num_checkpoints) // 2, 1)
         if len(wanted) + saves_answer <= room:
             return wanted, saves_answer
         return self._most_savings(prefill, wanted, saves_answer, room, head)
+
+    def _wanted_shared(
+        self, prefill: Prefill, positions: Positions, head: Item | None, bars: Bars
+    ) -> list[Placed]:
+        """Return the head, the fork or rejoin, and the boundaries, the deepest first."""
+        shared, _, forks = positions
+        cached_len, seen_len = prefill.cached_len, prefill.seen_len
+        wanted = [] if head is None else [Placed(head.position, HEAD)]
+        if seen_len > cached_len:
+            if forks:
+                wanted.append(Placed(seen_len, "branch"))
+            elif self._wants((REJOIN, 0), inf, bars):
+                wanted.append(Placed(seen_len, REJOIN))
+        return wanted + [Placed(end, "boundary") for end in reversed(shared) if end > cached_len]
 
     def _most_savings(
         self,
@@ -446,19 +461,20 @@ class Adaptive(PlacementPolicy):
         self, prefill: Prefill, placed: Placed, saves_answer: bool, head: Item | None
     ) -> float:
         """Return the expected savings of a position, in tokens."""
-        account = self._account(placed[1:])
+        account = self._accounts[placed[1:]]
         uses = account.uses
         if placed.label in SHARED:
             uses = MARGIN * (uses + 1.0)
         if placed.label == HEAD and head is not None:
             uses = max(uses, head.uses + head.earlier_uses)
         if placed[1:] == PROMPT_END and saves_answer:
-            decode = self._account(ANSWER_END)
+            decode = self._accounts[ANSWER_END]
             uses += decode.uses / decode.placed * account.placed
         return uses / account.placed * (placed.position - prefill.cached_len)
 
     def _end(self, prefill: Prefill) -> Rule | None:
-        """Return the rule of the end to save, of prompt or answer, or None."""
+        """Return the rule of the end to save, of prompt or answer, or None (rules *Succession* and
+        *Turnover*)."""
         rule, account = PROMPT_END, self._accounts.get(PROMPT_END)
         decode = self._accounts.get(ANSWER_END) if prefill.answer_survives else None
         if decode is not None and (
@@ -469,7 +485,6 @@ class Adaptive(PlacementPolicy):
             return rule
         if account is None:
             return None
-        # The turnover rule.
         num_asked = self._ends_used + self._ends_lost
         is_trial = num_asked > 0 and self._num_newcomers % TRIAL_OF_END == 0
         is_used = not account.hope_tokens and FOUND_ONE_IN * self._ends_used > num_asked
@@ -483,12 +498,9 @@ class Adaptive(PlacementPolicy):
             self._ends_used *= 0.5
             self._ends_lost *= 0.5
 
-    def _account(self, rule: Rule) -> _Account:
-        account = self._accounts.get(rule)
-        if account is None:
-            offered = OFFERS_APART * (len(self._accounts) + 1)
-            account = self._accounts[rule] = _Account(self._mean_prompt, offered, self._room)
-        return account
+    def _new_account(self) -> _Account:
+        offered = OFFERS_APART * (len(self._accounts) + 1)
+        return _Account(self._mean_prompt, offered, self._room)
 
     def _wants(self, rule: Rule, free_slots: float, bars: Bars) -> bool:
         """Return whether a checkpoint of ``rule`` is worth saving.

@@ -108,7 +108,7 @@ def test_an_end_earns_down_to_the_nearest_checkpoint_that_it_does_not_replace(
     back.distance, back.stop_reason = distance, stop_reason
     end = FakeItem("end", label="back", distance=1, position=1280, above=back)
     placement.on_hit(end)
-    assert placement._account(PROMPT_END).earned == earned
+    assert placement._accounts[PROMPT_END].earned == earned
 
 
 Events = list[tuple[str, int]]
@@ -143,7 +143,7 @@ def live_through(placement: Adaptive, history: Events) -> None:
             elif event == "new":
                 saves_end(placement)
             else:
-                placement._account(ANSWER_END).save()
+                placement._accounts[ANSWER_END].save()
 
 
 @given(HISTORY)
@@ -174,7 +174,7 @@ def test_turnover_needs_one_hit_in_eight_first_requests_for_an_end() -> None:
     for event, times in (("new", 1), ("hit", 1), ("ghost hit", 6), ("again", 99), ("ghost hit", 1)):
         live_through(placement, [(event, times)])
         for rule in (PROMPT_END, ANSWER_END) * (40 if event == "ghost hit" else 0):
-            placement._account(rule).save()
+            placement._accounts[rule].save()
         saves.append(placement._end(NEWCOMER) is not None)
     assert saves == [False, False, True, True, False], "a hit alone leaves the earnings assumed"
 

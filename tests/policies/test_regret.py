@@ -13,7 +13,7 @@ from hybridcache.lab.runs.simulate import simulate
 from hybridcache.lab.traces import open_trace
 from hybridcache.lab.traces.generators import chat
 from hybridcache.lab.traces.trace import Trace, TraceRequest
-from hybridcache.policies.eviction.survival import _ROW_BITS, PACE, Survival
+from hybridcache.policies.eviction.survival import _ROW_BITS, PACE, Hazards, Survival
 from hybridcache.policies.placement import Adaptive, _Account
 from hybridcache.policies.registry import parse_placement
 from hybridcache.radix.lease import Lease, LeaseRequest
@@ -66,7 +66,19 @@ def test_all_ghosts_on_the_path_count_as_used_except_superseded_ones() -> None:
     uses = [survival._events[row].sum() for row in rows]
     assert uses == [1, 0, 1]
     policy.on_ghost_hit_above(FakeItem("from a file"))
-    assert not survival._open, "stages remain open after their use"
+    assert not survival.stages, "stages remain open after their use"
+
+
+def test_nothing_grows_while_nothing_is_evicted() -> None:
+    policy = Survival()
+    policy.hazards = hazards = Hazards(max_open=64, general_from=3)
+    for number in range(3000):
+        policy.add(FakeItem(str(number), last_used=number))
+    pending = hazards._ended, hazards._used, hazards.stages, policy._stale
+    assert max(map(len, pending)) <= 1024
+    assert {*policy._checkpoints.worths[:3000]} == {0.0, 64.0}, "0 where it is outdated"
+    hazards._count_ended()
+    assert hazards._reached.sum() == 3000 - 64
 
 
 def test_a_ghost_hit_ends_the_stage_one_request_after_the_latest_use_of_another() -> None:

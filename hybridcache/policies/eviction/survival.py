@@ -59,7 +59,7 @@ _ROW_MASK = (1 << _ROW_BITS) - 1
 
 SAVED = (
     *("now", "_parents", "_priors", "_events", "_reached", "_partial", "index"),
-    *("num_uses", "_num_opened", "_refreshed_at", "_ended", "_used"),
+    *("num_uses", "_num_opened", "_refreshed_at", "_uses_then", "_ended", "_used"),
 )
 """Attributes of ``Hazards`` that are saved as they are."""
 
@@ -140,11 +140,15 @@ class Hazards:
         self._partial: Floats = np.zeros((64, NUM_BINS))
         self.index: Floats = np.zeros((64, NUM_BINS))
         """Index by row and age bin, in uses per request, for ages before the next ``refresh``."""
-        self._open: dict[int, int] = {}
-        """Code of each open stage, oldest stage first."""
+        self.stages: dict[int, int] = {}
+        """Code of each open stage, oldest stage first. One that is removed counts for nothing."""
         self._oldest = 0
         """Number of a stage; all before it have ended."""
         self._num_opened = self._refreshed_at = 0
+        self._uses_then = 0
+        """``num_uses`` at the latest ``refresh``."""
+        self.due = 8
+        """Time before which ``refresh`` changes nothing."""
         self._ended: list[int] = []
         """Codes of the stages that ended since the last count, with their ages; ``_used``: of those
         that ended in a use."""
@@ -152,12 +156,12 @@ class Hazards:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the learned state as plain data and arrays. O(size)."""
-        codes = np.fromiter(self._open.values(), np.int64)
+        codes = np.fromiter(self.stages.values(), np.int64)
         return {
             "keys": list(self.rows),
             "models": list(self._models.items()),
             "open": codes,
-            "places": list(zip(self._open, range(len(codes)), strict=True)),
+            "places": list(zip(self.stages, range(len(codes)), strict=True)),
             **{name: getattr(self, name) for name in SAVED},
         }
 
@@ -166,8 +170,8 @@ class Hazards:
         self.rows = {}
         self._models = dict(state["models"])
         codes = state["open"].tolist()
-        self._open = {stage: codes[place] for stage, place in state["places"]}
-        self._oldest, self.row_of_facts = next(iter(self._open), 0), {}
+        self.stages = {stage: codes[place] for stage, place in state["places"]}
+        self._oldest, self.row_of_facts, self.due = next(iter(self.stages), 0), {}, 0
         for name in SAVED:
             setattr(self, name, state[name])
         self._families, self._facts, self._fact_numbers, self._order = [], [], {}, self._order[:0]
@@ -206,24 +210,25 @@ class Hazards:
         """Begin a stage in the class of ``row``. Returns the number of the stage."""
         stage = self._num_opened
         self._num_opened = stage + 1
-        if len(self._open) == self._max_open:
-            while self._oldest not in self._open:
+        if len(self.stages) == self._max_open:
+            while self._oldest not in self.stages:
                 self._oldest += 1
             self.close(self._oldest, now, used=False)
-        self._open[stage] = now << _ROW_BITS | row
+        self.stages[stage] = now << _ROW_BITS | row
         return stage
 
-    def close(self, stage: int, now: int, used: bool | None) -> None:
-        """End a stage. ``used`` is True for a use or a ghost hit, and None to count nothing. A
-        second call has no effect."""
-        code = self._open.pop(stage, None)
-        if code is None or used is None:
+    def close(self, stage: int, now: int, used: bool) -> None:
+        """End a stage. ``used`` is True for a use or a ghost hit. A second call has no effect."""
+        code = self.stages.pop(stage, None)
+        if code is None:
             return
         ended = (now - (code >> _ROW_BITS)) << _ROW_BITS | code & _ROW_MASK
         self._ended.append(ended)
         if used:
             self._used.append(ended)
             self.num_uses += 1
+        if len(self._ended) >= self._max_open:  # Nothing was evicted since, so ``refresh`` rests.
+            self._count_ended()
 
     def index_at(self, row: int, age: int) -> float:
         return float(self.index[row, max(bisect_right(_EDGE_LIST, age) - 1, 0)])
@@ -231,9 +236,12 @@ class Hazards:
     def refresh(self, now: int) -> bool:
         """Recompute the indices if enough has changed. Return whether it did."""
         waited = now - self._refreshed_at
-        if waited < max(8 if self._used else 64, min(now // 6, 128), len(self._open) // 32):
+        if waited < max(
+            8 if self.num_uses > self._uses_then else 64, min(now // 6, 128), len(self.stages) // 32
+        ):
             return False
-        self._refreshed_at = now
+        self._refreshed_at, self._uses_then = now, self.num_uses
+        self.due = now + max(8, min(now // 6, 128))
         latest = now + max(128, self._max_open // 32)
         num_bins = bisect_right(_EDGE_LIST, latest)
         hazard = self._hazards(now, num_bins)
@@ -312,7 +320,7 @@ class Hazards:
 
     def _at_risk(self, now: int, num_bins: int) -> Floats:
         """Return the time spent in each bin by all stages, open or ended, by row."""
-        codes = np.fromiter(self._open.values(), np.int64, len(self._open))
+        codes = np.fromiter(self.stages.values(), np.int64, len(self.stages))
         cells, spent = _cells((codes & _ROW_MASK) * num_bins, now - (codes >> _ROW_BITS), now)
         shape = len(self._parents), num_bins
         open_ = np.bincount(cells, minlength=shape[0] * num_bins).astype(np.float64)
@@ -335,8 +343,8 @@ class Hazards:
 
     def check(self) -> None:
         """Raise AssertionError unless the open stages are few and in order. O(open stages)."""
-        assert len(self._open) <= self._max_open, "more stages are open than allowed"
-        assert list(self._open) == sorted(self._open), "the oldest stage is not the first"
+        assert len(self.stages) <= self._max_open, "more stages are open than allowed"
+        assert list(self.stages) == sorted(self.stages), "the oldest stage is not the first"
         for counts in (self._events, self._reached, self._partial):
             assert not counts[len(self._parents) :].any(), "something was counted in no class"
 
@@ -549,6 +557,9 @@ class Survival(EvictionPolicy):
         if memo is None:
             item.memo = memo = _Memo(item)
             self._stale[item] = None
+            if len(self._stale) > SAMPLE:  # Nothing was evicted since.
+                self._update_worths(self._stale)
+                self._stale = {}
             self._enter(item, memo, used=None)
         elif item.uses > memo.uses:
             self._enter(item, memo, used=True)
@@ -642,29 +653,38 @@ class Survival(EvictionPolicy):
             return next(iter(self._dead))
         if kind != "kv" and self._ended:
             return next(iter(self._ended))
-        self.hazards.refresh(self.hazards.now)
+        hazards = self.hazards
+        if hazards.now >= hazards.due:
+            hazards.refresh(hazards.now)
         if self._lent:
             now_s = self.clock()
             for item in [item for item in self._lent if item.promise_at(now_s) is None]:
                 self._put(item, item.memo, self._columns_of(item))
         columns, stale = self._checkpoints, self._stale
         # A random one too, which bounds the age of changes that were not noticed.
-        if columns.items:
-            stale[self._random.choice(columns.items)] = None
+        if num_items := len(columns.items):
+            draw, num_bits = self._random.getrandbits, num_items.bit_length()
+            while (place := draw(num_bits)) >= num_items:  # As ``random.choice``, in fewer calls.
+                pass
+            stale[columns.items[place]] = None
         self._stale, waiting = {}, {}
         ranks_kv = kind == "kv" or (kind is None and not columns.items)
         if ranks_kv and self._idle_kv is not None:  # The first time.
             waiting, self._idle_kv = self._idle_kv, None
             for item in waiting:
                 self.add(item)
-        for item in chain(stale, waiting):
-            its, place = columns, columns.places.get(item)
+        self._update_worths(chain(stale, waiting))
+        return self._least(self._kv if ranks_kv else columns, stale)
+
+    def _update_worths(self, items: Iterable[Item]) -> None:
+        """Compute the outdated values of those of ``items`` that are candidates."""
+        for item in items:
+            columns, place = self._checkpoints, self._checkpoints.places.get(item)
             if place is None:
-                its, place = self._kv, self._kv.places.get(item)
+                columns, place = self._kv, self._kv.places.get(item)
             if place is not None and item not in self._lent:
                 span, size_bytes = item.span_and_size()
-                its.worths[place] = span / size_bytes
-        return self._least(self._kv if ranks_kv else columns, stale)
+                columns.worths[place] = span / size_bytes
 
     def _put(self, item: Item, memo: _Memo, columns: Columns) -> None:
         """Enter the numbers of ``item`` in ``columns``."""
@@ -677,17 +697,18 @@ class Survival(EvictionPolicy):
         columns.put(item, memo.row * NUM_BINS, memo.entered, worth)
 
     def _enter(self, item: Item, memo: _Memo, used: bool | None) -> None:
-        """End the stage of ``item``, with ``used`` as in ``Hazards.close``, and begin one in its
-        present class. After the end of its session none begins: that nothing continues from it is
-        certain, and says nothing about others.
+        """End the stage of ``item``, and begin one in its present class. ``used`` is as in
+        ``Hazards.close``, or None to count nothing. After the end of its session none begins: that
+        nothing continues from it is certain, and says nothing about others.
 
         An item that stands in for an evicted tip is used by the request that the tip waits for, or
         by a fork, as superseded items are. The class with the higher index counts.
         """
         hazards, has_ended = self.hazards, item.stop_reason == SESSION_END
-        if memo.stage >= 0:
-            counted = bool(used) if has_ended else used
-            hazards.close(memo.stage, item.last_used if used else hazards.now, counted)
+        if used is None and not has_ended:
+            hazards.stages.pop(memo.stage, None)
+        elif memo.stage >= 0:
+            hazards.close(memo.stage, item.last_used if used else hazards.now, bool(used))
         if used:
             memo.uses = item.uses
             memo.active = item.last_used
