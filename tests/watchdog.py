@@ -95,7 +95,7 @@ def note(module: str, owner: str, method: str, known: WeakSet[Any]) -> None:
     """Add each object of a class to ``known`` when ``method`` is called, once it is imported."""
     found = getattr(sys.modules.get(module), owner, None)
     original = getattr(found, method, None)
-    if original is None or hasattr(original, "is_noted"):
+    if found is None or original is None or hasattr(original, "is_noted"):
         return
 
     @functools.wraps(original)
