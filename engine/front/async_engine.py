@@ -64,12 +64,12 @@ from hybridcache.radix.tokens import Tokens
 Result = TypeVar("Result")
 logger = logging.getLogger(__name__)
 SEEN_EVERY_S, WATCHED_S = 0.1, 600.0
-"""Seconds between two reports that are sent without a question, each of which takes a tenth of a
-millisecond; and seconds after the latest question in which they are sent."""
+"""Seconds between two reports after steps, each of which takes a tenth of a millisecond, and
+seconds after the latest question in which they are sent. Each heartbeat brings a report too."""
 FRESH_S = 0.01
 """Seconds after which the last report is used, because the engine computes a long step."""
 HEARTBEAT_S = 1.0
-"""Interval at which a front end and its engine compare their requests."""
+"""Interval at which a front end and its engine compare their requests, and a report is sent."""
 NO_MEMORY = EngineStopped("The engine has no memory for the request now; send it again later.")
 LOST = StepFailed("it was lost between the server and its engine; send the request again")
 RESTS_S = (0.1, 0.3, 0.6, 1.0, 1.0)
@@ -216,6 +216,7 @@ class EngineHost:
                 engine.disconnect(at_once=False)
             case Alive(request_ids=theirs):
                 self._deliver()
+                self._tell_view()
                 ours = {one.request_id for one in engine.requests if one.mailbox is self._mailbox}
                 for orphan in ours.difference(theirs):
                     engine.abort(orphan)
@@ -273,7 +274,7 @@ class EngineHost:
             is_due = now_s > self._seen_s + SEEN_EVERY_S or not engine.requests
             if is_due and now_s < self._watched_s + WATCHED_S:
                 self._seen_s = now_s
-                self._attempt(lambda: self._send(Seen(engine.cache_view())))
+                self._tell_view()
             self._deliver()
         except RunnerLost:
             raise
@@ -286,6 +287,10 @@ class EngineHost:
             patiently(partial(self._go_on, is_short))
         else:
             self._num_failed = 0
+
+    def _tell_view(self) -> None:
+        """Send a report without a question."""
+        self._attempt(lambda: self._send(Seen(self.engine.cache_view())))
 
     def _go_on(self, is_short: bool) -> None:
         """Go on after a failed step. ``is_short``: for lack of memory."""
@@ -523,7 +528,7 @@ class AsyncEngine:
         self._is_open, self._has_ended = True, False
         self.seen: dict[str, Any] = {}
         """Latest report; empty until the first one, and after the cache was emptied."""
-        self._seen_s = self._asked_s = -math.inf
+        self._seen_s = -math.inf
         self.on_lost: Callable[[int], None] = lambda number: None
         """Called with the number of requests of which only one side knew, once each has ended."""
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -552,9 +557,9 @@ class AsyncEngine:
         beat that fails for lack of memory does not end the others."""
         assert self._loop is not None
         while not (self._has_ended or self._loop.is_closed()):
-            time.sleep(HEARTBEAT_S)
             with suppress(MemoryError, RuntimeError):  # The loop is closed.
                 self._loop.call_soon_threadsafe(self._beat)
+            time.sleep(HEARTBEAT_S)
 
     def _beat(self) -> None:
         self.channel.read()
@@ -667,12 +672,11 @@ class AsyncEngine:
         return await reply
 
     async def view(self) -> dict[str, Any]:
-        """Return ``Engine.cache_view``, or during a long step that after the last one, with its
-        ``age_s``. The first question in ``WATCHED_S`` waits for the step."""
-        before_s, self._asked_s = self._asked_s, time.monotonic()
-        is_known = self._asked_s < before_s + WATCHED_S and self.channel.num_engines == 1
+        """Return ``Engine.cache_view``, or during a long step the last one that arrived, with its
+        ``age_s``. Replicas do so themselves."""
+        is_known = self.seen and self.channel.num_engines == 1
         asking = asyncio.ensure_future(self.ask(Ask("cache_view")))
-        await asyncio.wait({asking}, timeout=FRESH_S if is_known and self.seen else None)
+        await asyncio.wait({asking}, timeout=FRESH_S if is_known else None)
         if asking.done():
             self.receive(Seen(asking.result()))
             return self.seen

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Collection, Hashable, Iterable, Iterator
-from itertools import chain
+from itertools import chain, islice
 from typing import Any, Literal, NamedTuple, TypeAlias, final
 
 import numpy as np
@@ -903,7 +903,8 @@ def render_text(tree: RadixTree, max_nodes: int) -> str:
         else:
             num_drawn += 1
             lines.append(branch + _describe(node))
-        children = [*members(node.children), *members(node.ghosts)]
+        those = chain(members(node.children), members(node.ghosts))
+        children = list(islice(those, max_nodes - num_drawn + 1))  # One more than can be drawn.
         for child in reversed(children):
             if len(children) == 1 and node.parent is not None:
                 stack.append((child, margin, margin))

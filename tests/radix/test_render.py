@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from hybridcache.radix import tree
 from hybridcache.radix.tree import RadixNode
 from tests.radix.serving import hybrid, ids, publish, serve
 
@@ -33,10 +34,13 @@ def test_text_is_an_indented_outline():
 
 
 def test_rendering_reads_only_max_nodes_nodes(monkeypatch):
-    cache = hybrid(num_kv_tokens=10_000)
+    cache, wide = hybrid(num_kv_tokens=10_000), hybrid(num_kv_tokens=10_000)
     for tenant in range(3000):
         publish(cache, ids([tenant, 1]), namespace=("tenant", tenant))
-    seen = set()
+        publish(wide, ids([tenant, 1]))
+    seen, read, members = set(), [], tree.members
+    monkeypatch.setattr(tree, "members", lambda of: (read.append(x) or x for x in members(of)))
+    assert wide.render(max_nodes=3).count("\n") == 4 and len(read) == 4
     start = RadixNode.start.fget
     monkeypatch.setattr(RadixNode, "start", property(lambda node: seen.add(node) or start(node)))
     picture = cache.render(max_nodes=10)

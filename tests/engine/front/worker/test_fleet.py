@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from contextlib import suppress
 from dataclasses import replace
@@ -255,6 +256,22 @@ def test_one_grammar_is_compiled_at_a_time() -> None:
         engine.channel._compile = compile
         await asyncio.gather(*(engine.ask(Compile(Grammar.of_regex("a+"))) for _ in range(4)))
         assert most == 1
+        await engine.drain()
+
+    asyncio.run(live())
+
+
+def test_the_first_report_of_a_fleet_does_not_wait_for_a_step() -> None:
+    async def live() -> None:
+        fleet, goes_on = LocalFleet(), threading.Event()
+        engine, replica = await serve(fleet, 2), fleet.replicas["replica-1"].replica
+        await wait_until(lambda: replica._async.seen)  # By its first heartbeat.
+        replica._host.call_soon(lambda: goes_on.wait(120))  # As long as a step.
+        async with asyncio.timeout(60):
+            assert (await engine.report()).age_s > 0
+            goes_on.set()
+            while (await engine.report()).age_s > 0:
+                pass
         await engine.drain()
 
     asyncio.run(live())
