@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.front.command.remote import PLACES, settings
+from engine.front.server.settings import API_KEY_VARIABLE
 from tests.documents import ROOT
 from tests.endurance.faults import server_port
 
@@ -53,10 +54,10 @@ def flags() -> list[str]:
     return shlex.split(line.replace("NAME", "builtin"))
 
 
-def settings_of(name: str, port: int) -> str:
+def settings_of(name: str, port: int, key: str | None = None) -> str:
     """Return the settings of an agent for that server at ``port``, with short answers."""
     length = int(flags()[flags().index("--max-model-len") + 1])
-    text = settings(name, f"http://127.0.0.1:{port}", "builtin", length, None)
+    text = settings(name, f"http://127.0.0.1:{port}", "builtin", length, key)
     return text.replace("8192", "64")
 
 
@@ -74,11 +75,12 @@ def requests_in(log: Path) -> list[tuple[int, int, int]]:
     ]
 
 
-def session(name: str, program: str, home: Path, port: int) -> float:
+def session(name: str, program: str, home: Path, port: int, key: str | None = None) -> float:
     """Ask in a new session of an agent. Returns its seconds; raises AssertionError if it fails."""
+    keys = {} if key is None else {API_KEY_VARIABLE: key}
     file = home / PLACES[name]
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(settings_of(name, port))
+    file.write_text(settings_of(name, port, key))
     work = home / "work"
     work.mkdir(exist_ok=True)
     (work / "a.py").write_text("print(1)\n")
@@ -86,7 +88,7 @@ def session(name: str, program: str, home: Path, port: int) -> float:
     done = subprocess.run(
         [program, *AGENTS[name], QUESTION],
         cwd=work,
-        env={**os.environ, **SHORTER, "HOME": str(home), "XDG_CONFIG_HOME": ""},
+        env={**os.environ, **SHORTER, **keys, "HOME": str(home), "XDG_CONFIG_HOME": ""},
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

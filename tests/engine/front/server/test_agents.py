@@ -69,7 +69,7 @@ def test_settings_of_agents_reach_the_server(named: Live, agent: str) -> None:
 @pytest.mark.timeout(180)
 @pytest.mark.parametrize("agent", clients.AGENTS)
 def test_coding_agents_answer_with_their_settings(agent: str, tmp_path: Path) -> None:
-    """The programs, if installed, against a model with scripted answers."""
+    """The programs, if installed, against a server with keys and a model with scripted answers."""
     pytest.importorskip("agents", reason="make clients runs it, which takes a minute")
     program = clients.find(agent)
     if program is None:
@@ -82,8 +82,11 @@ def test_coding_agents_answer_with_their_settings(agent: str, tmp_path: Path) ->
     tokenizer = HFTokenizer()
     engine = Engine(EngineConfig(), runner=runner, sampler=sampler, tokenizer=tokenizer)
     names = flags[flags.index("--served-model-name") + 1].split(",")
-    with serving(engine, ServerConfig(served_model_name=tuple(names))) as live:
-        clients.session(agent, program, tmp_path, live.port)
+    (tmp_path / "keys").write_text("s3cret\n")
+    config = ServerConfig(served_model_name=tuple(names), api_key_file=str(tmp_path / "keys"))
+    with serving(engine, config) as live:
+        clients.session(agent, program, tmp_path, live.port, "s3cret")
+        live.headers["Authorization"] = "Bearer s3cret"
         usage = live.report()["usage"]
         assert usage["requests"] >= 1 and usage["prompt_tokens"] > 30_000
 
