@@ -1,6 +1,6 @@
 # The engine on a CPU, from wheels. The image has no compiler:
 #   docker build -t hybrid-radix-engine .
-#   docker run -p 127.0.0.1:8000:8000 -v models:/models hybrid-radix-engine serve --host 0.0.0.0 --model Qwen/Qwen3-0.6B
+#   docker run -p 127.0.0.1:8000:8000 -v models:/models hybrid-radix-engine serve --host 0.0.0.0 --model LiquidAI/LFM2-1.2B-GGUF:Q4_K_M
 FROM python:3.12-slim AS wheels
 # Debian removes a version when it is updated, so none is pinned.
 # hadolint ignore=DL3008

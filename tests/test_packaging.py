@@ -19,7 +19,7 @@ from experiments import audit, wheels
 from hybridcache.command.extras import CACHE_DISTRIBUTION, ENGINE_DISTRIBUTION, extras_of
 from kernels import library
 from kernels.library import LEVELS, Level, compile_levels, instructions
-from tests.documents import make_targets
+from tests.documents import blocks, check_command, make_targets
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("hybridcache", "engine", "kernels")
@@ -396,3 +396,16 @@ def test_workflows_and_images_refer_to_existing_targets_and_files() -> None:
         assert f"--find-links /wheels {ENGINE_DISTRIBUTION}\n" in text
         packages = {"hybridcache", "engine", "kernels", "experiments/wheels.py"}
         assert packages <= {one for line in copied for one in line.split()}
+
+
+def test_unit_of_systemd_is_valid(tmp_path: Path) -> None:
+    [unit] = [each for each in blocks(ROOT / "docs/how-to/deploy.md") if each.language == "ini"]
+    [command] = re.findall(r"^ExecStart=\S+/(engine .*)$", unit.text.replace("\\\n", " "), re.M)
+    check_command(command)
+    file = tmp_path / "engine.service"
+    file.write_text(unit.text.replace("/opt/engine/bin/engine", sys.executable))
+    program = shutil.which("systemd-analyze") or pytest.skip("systemd-analyze is not installed")
+    for wrong, code in (("", 0), ("RestartPreventExitStatus=none\n", 1)):
+        file.write_text(file.read_text().replace("[Install]", f"{wrong}[Install]"))
+        said = subprocess.run([program, "verify", file], capture_output=True, text=True)
+        assert bool(said.stderr) == code, said.stderr

@@ -22,11 +22,22 @@ import pytest
 from engine import ServerConfig, serve_engine
 from engine.config import BUILTIN_PROMPTS, EngineConfig
 from engine.front.worker.spawn import spawn
+from tests.documents import ROOT, check_command
 from tests.endurance.faults import child_of
 from tests.waiting import wait_until
 
 ENGINE = (sys.executable, "-m", "engine")
 SMALL = ("--cache-gib", "0.05", "--max-model-len", "2048")
+IMAGES = [
+    {
+        name: json.loads(words)
+        for name, words in re.findall(
+            r"^(ENTRYPOINT|CMD|HEALTHCHECK)[^[]*(\[.*\])$", (ROOT / file).read_text(), re.M
+        )
+    }
+    for file in ("Dockerfile", "Dockerfile.cuda")
+]
+"""Commands of the images by their instruction."""
 
 
 def _start(*flags: str, **options: object) -> subprocess.Popen[str]:
@@ -97,7 +108,16 @@ def test_a_script_that_serves_lets_waiting_threads_sleep(monkeypatch: pytest.Mon
     assert os.environ["GOMP_SPINCOUNT"] == "1000"
 
 
-@pytest.mark.parametrize("server", [("--log-requests", "--host", "0.0.0.0")], indirect=True)
+def test_images_listen_to_other_hosts() -> None:
+    """Also the one on the page, whose arguments replace the image's."""
+    page = (ROOT / "docs/how-to/deploy.md").read_text().replace("\\\n", " ")
+    [arguments] = re.findall(r"^docker run .* engine +(serve .*)$", page, re.M)
+    assert IMAGES[0] == IMAGES[1] and IMAGES[0]["ENTRYPOINT"] == ["engine"]
+    assert arguments.startswith(" ".join(IMAGES[0]["CMD"]) + " ")
+    check_command(f"engine {arguments}")
+
+
+@pytest.mark.parametrize("server", [("--log-requests", *IMAGES[0]["CMD"][1:])], indirect=True)
 def test_serve_starts_with_one_screen_and_drains_on_sigterm(server: subprocess.Popen[str]) -> None:
     screen, url = _address(server)
     for text in (
@@ -110,6 +130,9 @@ def test_serve_starts_with_one_screen_and_drains_on_sigterm(server: subprocess.P
     assert len(screen.splitlines()) <= 24 and "left alone" not in screen
     assert all(f'"{prompt}"' in screen for prompt in BUILTIN_PROMPTS)
     _wait_until_ready(url)
+    *check, script = IMAGES[0]["HEALTHCHECK"]
+    check = [sys.executable, *check[1:], script.replace("8000", url.rpartition(":")[2])]
+    assert subprocess.run(check).returncode == 0
     [line] = re.findall(r"^ +try +curl (.*)$", screen, re.M)
     pasted, _, header, _, content = shlex.split(line)
     name, _, value = header.partition(": ")
@@ -125,8 +148,7 @@ def test_serve_starts_with_one_screen_and_drains_on_sigterm(server: subprocess.P
     assert first.startswith("data: ") and rest[-1] == "data: [DONE]"
     assert json.loads(rest[-2][6:])["choices"][0]["finish_reason"] == "length"
     assert server.wait(120) == 0
-    with pytest.raises(httpx.ConnectError):
-        httpx.get(url + "/health")
+    assert subprocess.run(check, capture_output=True).returncode == 1
     log = server.stderr.read()
     assert log.startswith("engine serve: --host 0.0.0.0 accepts clients of other machines")
     assert re.search(
