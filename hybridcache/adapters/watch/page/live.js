@@ -115,7 +115,7 @@ class Live {
   // The server answers, and its engine may be in a long step.
   busy({ num_prefilled: done, num_to_prefill: all }) {
     const text = all ? `computing a prompt, ${Math.floor((100 * done) / all)} %` : "live";
-    this.say(this.view.model.meta.title ? "live" : "loading", this.view.model.meta.title || all ? text : "waiting for the engine's step");
+    this.say(this.view.model.meta.title ? "live" : "loading", this.view.model.meta.title || all ? text : "waiting for the engine");
   }
 
   // At most one update a frame, however many changes come.

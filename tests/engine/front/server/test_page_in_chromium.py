@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -161,16 +164,51 @@ def test_page_reports_a_lost_server_and_reconnects(tab: Any) -> None:
 
 
 def test_page_asks_for_the_operators_key(tab: Any, tmp_path: Path) -> None:
-    (tmp_path / "key").write_text("s3cret")
-    with serving(oracle_engine(), ServerConfig(admin_key_file=str(tmp_path / "key"))) as live:
+    """After the right one it says that it loads, for as long as a step takes."""
+    files = {name: tmp_path / name for name in ("admin", "api")}
+    answers = {
+        "wrong": "did not accept this key",
+        "api": "needs the key of --admin-key-file",
+        "admin": "waiting for the engine",
+    }
+    config = ServerConfig(**{f"{name}_key_file": str(file) for name, file in files.items()})
+    for name, file in files.items():
+        file.write_text(name)
+    goes_on = threading.Event()
+    with serving(oracle_engine(), config) as live:
         tab.goto(live.url)
-        for key in ("wrong", "s3cret"):
+        for key, answer in answers.items():
+            if key == "admin":
+                live.server._engine.channel.host.call_soon(lambda: goes_on.wait(60))
             tab.get_by_label("Key", exact=True).fill(key)
             tab.get_by_role("button", name="Open").click()
+            tab.get_by_text(answer).wait_for()
+        assert tab.locator(".note").inner_text() == "Loading the cache …"
+        goes_on.set()
         wait_until_live(tab)
+        live.headers["Authorization"] = "Bearer api"
         ask(live, PROMPT)
         wait_for(tab, "document.querySelectorAll('.bar').length === 1")
         assert tab.get_by_label("Key", exact=True).count() == 0
+
+
+def test_page_shows_the_progress_of_a_prompt_and_no_rate_of_a_short_answer(
+    tab: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("engine.front.async_engine.SEEN_EVERY_S", 0.0)
+    goes_on, engine = threading.Event(), oracle_engine(token_budget=64)
+    engine.observers.append(lambda step: step.prefilled[-1][1] < 192 or goes_on.wait(60))
+    with serving(engine, ServerConfig(served_model_name=("mine",))) as live:
+        tab.goto(live.url)
+        wait_until_live(tab)
+        ask(live, "short")
+        wait_for(tab, "document.querySelectorAll('.bar:not(.running)').length === 1")
+        assert "tok/s" not in tab.locator(".lanes").inner_text()
+        assert "Ada has 5 apples" in tab.locator(".chat").inner_text()
+        with ThreadPoolExecutor(1) as asking:
+            asking.submit(ask, live, "another one, " * 60)
+            tab.get_by_text(re.compile(r"computing a prompt, \d+ %")).wait_for()
+            goes_on.set()
 
 
 @pytest.mark.parametrize("path", ["/", "/v1/cache"])
