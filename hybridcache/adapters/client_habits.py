@@ -79,9 +79,9 @@ def has_thoughts(message: Mapping[str, object]) -> bool:
     return bool(kinds & {*THOUGHT_PARTS} or message.get(DETAILS) or thoughts_of(message))
 
 
-def length_of(usage: Mapping[str, object]) -> tuple[int, int]:
-    """Return the tokens of an answer, and those of its thoughts, by the ``usage`` of any API; of
-    Cohere's, by ``tokens`` in it. 0 for an unknown number. Raises ValueError for another value.
+def length_of(usage: Mapping[str, object]) -> tuple[int | None, int]:
+    """Return the tokens of an answer, None if unknown, and those of its thoughts, by the ``usage``
+    of any API; of Cohere's, by ``tokens`` in it. Raises ValueError for another value.
 
     >>> length_of({"output_tokens": 420, "output_tokens_details": {"reasoning_tokens": 400}})
     (420, 400)
@@ -90,14 +90,14 @@ def length_of(usage: Mapping[str, object]) -> tuple[int, int]:
     details = [usage, *(usage.get(f"{name}_details") for name in LENGTHS)]
     kinds = "reasoning_tokens", "thinking_tokens"
     thoughts = [d.get(kind) for d in details if isinstance(d, Mapping) for kind in kinds]
-    return _count([usage.get(name) for name in LENGTHS]), _count(thoughts)
+    return _count([usage.get(name) for name in LENGTHS]), _count(thoughts) or 0
 
 
-def _count(values: Sequence[object]) -> int:
-    found = next((one for one in values if one is not None), 0)
+def _count(values: Sequence[object]) -> int | None:
+    found = next((one for one in values if one is not None), None)
     if isinstance(found, float) and found.is_integer():
         found = int(found)
-    if not isinstance(found, int) or isinstance(found, bool) or found < 0:
+    if found is not None and (not isinstance(found, int) or isinstance(found, bool) or found < 0):
         raise ValueError(f"usage has {found!r} in place of a number of tokens")
     return found
 

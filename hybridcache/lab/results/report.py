@@ -16,7 +16,7 @@ from hybridcache.lab.results.result import ClosedLoopRun, RunResult, SweepRuns, 
 from hybridcache.lab.rivals.systems import UNCHARGED
 from hybridcache.lab.scenario import MEMORIES
 from hybridcache.lab.traces.intervals import FEWEST_UNITS
-from hybridcache.lab.traces.statistics import Summary, TraceStats
+from hybridcache.lab.traces.statistics import Summary, TraceStats, doubts
 from hybridcache.policies.registry import make_eviction, parse_placement
 from hybridcache.radix.api import Losses
 
@@ -280,6 +280,7 @@ def stats_table(stats: TraceStats) -> str:
         f"distinct tokens, answers included {stats.distinct_tokens:,}",
         f"ideal token hit rate {100 * stats.ideal_hit_rate:.2f} %, "
         f"of requests {100 * stats.ideal_requests / stats.num_requests:.2f} %",
+        *doubts(stats.ideal_hit_rate),
     ]
     if stats.repeated_answers is not None:
         lines.append(

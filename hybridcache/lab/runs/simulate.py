@@ -46,6 +46,7 @@ from hybridcache.lab.scenario import LOAD, Scenario, seeds_of, settings_of
 from hybridcache.lab.traces import open_trace, seeded
 from hybridcache.lab.traces.prefix_tree import InfiniteCache
 from hybridcache.lab.traces.progress import Progress, shown_progress
+from hybridcache.lab.traces.statistics import doubts
 from hybridcache.lab.traces.trace import Tabular, Trace
 from hybridcache.radix.tokens import require_bool
 
@@ -272,13 +273,14 @@ def simulate(
     runs, failures = run_grid(opened, cells, run, kind=RunResult, **place)
     # Runs in a file may have been computed without them.
     runs, is_grouped = grouped([replace(one, **yardsticks[one.gib]) for one in runs], opened)
+    bound_rate = tokens / runs[0].prompt_tokens if bound else None
     return SimulationResult(
         opened.name,
         geometry,
         runs,
-        tokens / runs[0].prompt_tokens if bound else None,
+        bound_rate,
         times=describe_times(times) if isinstance(times, Roofline | MeasuredTimes) else "",
-        trace_notes=opened.notes,
+        trace_notes=[*opened.notes, *(doubts(bound_rate) if bound_rate is not None else [])],
         failures=failures,
         working_set_bytes=whole_bytes,
         units="group" if is_grouped else "session",
@@ -318,7 +320,7 @@ def _over_seeds(asked: Scenario, options: Plain) -> SimulationResult:
         results[0],
         runs=runs,
         bound_rate=None if not bound_tokens else bound_tokens / runs[0].prompt_tokens,
-        trace_notes=[*opened.notes, note],
+        trace_notes=[*results[0].trace_notes, note],
         working_set_bytes=whole_bytes,
         units="seed",
         drawn_once="",

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,7 +20,7 @@ from hybridcache.lab.traces.arrivals import Pauses, parse_starts
 from hybridcache.lab.traces.formats.coding_agent import CodingAgentReader
 from hybridcache.lab.traces.formats.conversations import ConversationsReader, TauBenchReader
 from hybridcache.lab.traces.formats.counts import CountsReader
-from hybridcache.lab.traces.formats.csv import CsvReader
+from hybridcache.lab.traces.formats.dynamo import DynamoReader
 from hybridcache.lab.traces.formats.jsonl import OwnReader
 from hybridcache.lab.traces.formats.messages import MessagesReader
 from hybridcache.lab.traces.formats.mooncake import BailianReader, MooncakeReader
@@ -39,6 +40,7 @@ READERS: dict[str, type[FileReader]] = {
     for reader in (
         OwnReader,
         CodingAgentReader,
+        DynamoReader,
         BailianReader,
         MooncakeSessionsReader,
         MooncakeReader,
@@ -48,7 +50,6 @@ READERS: dict[str, type[FileReader]] = {
         ConversationsReader,
         MessagesReader,
         CountsReader,
-        CsvReader,
     )
 }
 
@@ -132,14 +133,11 @@ def _value(kind: str, name: str, value: str) -> object:
 
 def _number(name: str, value: str, sort: type[_Number]) -> _Number:
     """Convert ``value`` to a finite number of at least 0."""
-    try:
-        number = sort(value)
-    except ValueError:
-        number = sort(-1)
-    if not 0 <= number < float("inf"):
-        whole = "whole " if sort is int else ""
-        raise ValueError(f"option {name!r} needs a {whole}number of at least 0, got {value!r}")
-    return number
+    with suppress(ValueError):
+        if 0 <= (number := sort(value)) < float("inf"):
+            return number
+    whole = "whole " if sort is int else ""
+    raise ValueError(f"option {name!r} needs a {whole}number of at least 0, got {value!r}")
 
 
 def _read(rest: str, options: Mapping[str, str], bad: BadRecords) -> Trace:
@@ -177,30 +175,22 @@ def _read(rest: str, options: Mapping[str, str], bad: BadRecords) -> Trace:
     return Trace(name, unit, reader, bad, counted_by, recipe, arrivals, columns, said)
 
 
-COUNTS_ALONE = (
-    ". Numbers of tokens with a session are read as counts:FILE?prompt=COLUMN&session=COLUMN"
-)
-
-
 def recognise(path: Path) -> str:
     """Return the format of a file, detected from its first record. ValueError if unknown."""
-    is_table = is_csv(path)
-    reader = CsvReader(path) if is_table else FileReader(path)
+    reader = FileReader(path)
     records = (Record(one) for _, one in reader.records(BadRecords(skip=True)))
     first = next((one for one in records if not MessagesReader.is_left_out(one)), None)
     if first is None:
         next(reader.records(BadRecords(skip=False)), None)  # raises at the first unreadable record
         raise ValueError(f"{path}: there is no record in it")
-    for known in (CsvReader, CountsReader) if is_table else READERS.values():
+    for known in READERS.values():
         if known.recognises(Record(first)):
             return known.word
-    if not is_table and {"tokens", "prefix"} & first.keys():
+    if {"tokens", "prefix"} & first.keys() and not is_csv(path):
         return OwnReader.word  # its error names the value
-    kind, form, formats = "field", "messages", f"; formats: {', '.join(READERS)}"
-    if is_table:
-        kind, form, formats = "column", "csv", COUNTS_ALONE
     raise ValueError(
-        f"{path}: no format recognises its {kind}s ({', '.join(first) or 'none'}); a file of texts "
-        f"has a {kind} prompt or messages, or {kind}s role, content and session, or is named "
-        f"{form}:{path}?prompt={kind.upper()}{formats}"
+        f"{path}: no format recognises its fields ({', '.join(first) or 'none'}); a file of texts "
+        "has a field prompt or messages, or fields role, content and session, or is named "
+        f"messages:{path}?prompt=FIELD; numbers of tokens with a session are read as "
+        f"counts:{path}?prompt=FIELD&session=FIELD; formats: {', '.join(READERS)}"
     )

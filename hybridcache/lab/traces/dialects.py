@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable
+from contextlib import suppress
 from typing import NamedTuple
 
 from hybridcache.adapters.client_habits import (
@@ -45,6 +46,10 @@ ROLES = {
 
 OUTPUT_ITEMS = {"message", "function_call", "reasoning"}
 """Types of items in the output of the Responses API."""
+UNKNOWN_USAGE = (
+    "with a usage without a known number of tokens ({}): they are as long as their texts, or as "
+    "the field that ?length=NAME names"
+)
 BILLING = "without the billing header that Claude Code changes in each request"
 
 
@@ -88,11 +93,11 @@ def plain_chat(
     return [{"role": "system", "content": "\n\n".join(leading)}, *chat] if leading else chat
 
 
-def role_of(message: Record, name: str) -> str:
-    """Return the role in the field ``name``. ValueError if it is unknown."""
-    role = ROLES.get(message.text(name).lower())
+def role_of(message: Record) -> str:
+    """Return the role of a message. ValueError if it is unknown."""
+    role = ROLES.get(message.text("role").lower())
     if role is None:
-        raise ValueError(f"{name} is {shown(message[name])}, none of {', '.join(ROLES)}")
+        raise ValueError(f"role is {shown(message['role'])}, none of {', '.join(ROLES)}")
     return role
 
 
@@ -116,30 +121,27 @@ def is_response(value: object) -> bool:
     return has_field or is_message or isinstance(value.get("output"), list)
 
 
-def answer_of(response: object) -> RecordedAnswer:
+def answer_of(response: object, usage: object = None, notes: Notes | None = None) -> RecordedAnswer:
     """Return the answer of a record: a text, a message, or a whole response of the APIs of OpenAI,
-    Anthropic or Ollama. ValueError for another value.
+    Anthropic or Ollama. ``usage`` is that of the record, if the response has none. ValueError for
+    another value; ``notes`` count usages without a known length.
     """
-    if isinstance(response, str):
-        if response.startswith(("data:", "event:")):
+    if response is None or isinstance(response, str):
+        if str(response).startswith(("data:", "event:")):
             raise ValueError("an answer is a stream of events: log its text instead")
-        return RecordedAnswer(response)
-    if response is None:
-        return RecordedAnswer(None)
+        length, num_thoughts = _length(usage, notes)
+        return RecordedAnswer(response, length, "", num_thoughts > 0)
     refusal = ValueError(
         f"its answer is {shown(response)}, not a text, a message, or a response with a message, a "
         "text or its usage"
     )
     whole = Record(response) if isinstance(response, dict) else Record()
     choice = whole.objects("choices")[0] if whole.get("choices") else Record()
-    usage = whole.get("usage") or choice.get("usage")
+    usage = whole.get("usage") or choice.get("usage") or usage
     # That of several choices is their sum.
     is_one = not isinstance(choices := whole.get("choices"), list) or len(choices) < 2
-    length, num_thoughts = (
-        length_of(usage if isinstance(usage, dict) else whole) if is_one else (0, 0)
-    )
-    if length > LONGEST:
-        raise ValueError(f"its usage has {length} tokens, more than {LONGEST}")
+    said = usage or dict(whole) if is_one else None
+    length, num_thoughts = _length(said, notes if usage else None)
     items = whole.get("output") if isinstance(whole.get("output"), list) else response
     if isinstance(items, list):
         are_items = all(isinstance(one, dict) for one in items)
@@ -163,6 +165,19 @@ def answer_of(response: object) -> RecordedAnswer:
     raise refusal
 
 
+def _length(usage: object, notes: Notes | None) -> tuple[int, int]:
+    """Return the tokens of an answer and of its thoughts; 0 for an unknown number."""
+    if isinstance(usage, str):  # a cell of a table
+        with suppress(ValueError, RecursionError):
+            usage = json.loads(usage)
+    length, num_thoughts = length_of(usage) if isinstance(usage, dict) else (None, 0)
+    if length is None and usage and notes:
+        notes.count(UNKNOWN_USAGE.format(shown(usage)), "answer")
+    if (length or 0) > LONGEST:
+        raise ValueError(f"its usage has {length} tokens, more than {LONGEST}")
+    return length or 0, num_thoughts
+
+
 def _output_item(item: dict[str, object]) -> str:
     """Return the text of an item of the Responses API."""
     if (line := line_of(item)) is not None:
@@ -175,7 +190,7 @@ def _output_item(item: dict[str, object]) -> str:
 
 
 def _role(message: Record) -> str:
-    role, content = role_of(message, "role"), message.get("content")
+    role, content = role_of(message), message.get("content")
     if role == "user" and isinstance(content, list):  # Anthropic's tool results are the user's
         kinds = {str(part.get("type")) for part in content if isinstance(part, dict)}
         return "tool" if kinds == {"tool_result"} else role

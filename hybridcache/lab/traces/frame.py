@@ -7,22 +7,24 @@ without an arrival time (``SessionReader``).
 
 from __future__ import annotations
 
+import bz2
 import csv
 import gzip
 import heapq
 import io
 import json
+import lzma
 import math
 import re
 import warnings
 import zipfile
 import zlib
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from itertools import count
+from itertools import accumulate, count, islice
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
@@ -38,21 +40,27 @@ LONGEST = 1 << 24
 WINDOW, WINDOW_IDS = 1024, 1 << 24
 """Requests read ahead of the one that is yielded, and ids in their prompts and answers. A request
 can be moved before at most that many others."""
-DAMAGED = (EOFError, zlib.error, gzip.BadGzipFile, zipfile.BadZipFile, UnicodeDecodeError)
-"""Errors raised when reading a truncated or damaged gzip file, or a text that is not UTF-8."""
+DAMAGED = (EOFError, zlib.error, lzma.LZMAError, OSError, zipfile.BadZipFile, UnicodeDecodeError)
+"""Errors raised when reading a truncated or damaged file, or a text that is not UTF-8."""
 DAMAGE = "damaged, or not UTF-8: everything from this line on is lost ({})"
 UNANSWERED = "left out, because no answer follows a question"
 CUT = "cut before the first prompt of more than {:,} tokens: cap=N sets another limit"
 FEWEST, SAMPLED = 10, 1000
-"""Least and largest number of times by which their unit is judged."""
-FASTEST_S, SLOWEST_S = 0.01, 3600.0
-"""Median distances of the times of requests between which a unit is plausible."""
+"""Least number of times, and largest of records, by which the unit of times is judged."""
+FASTEST_S, FASTEST_DELAY_S = 0.01, 0.1
+"""Least plausible median of the distances between times, and of the delays in a session."""
+SLOW_S, SLOWEST_S = 60.0, 3600.0
+"""Median distances above which milliseconds are in doubt, and no unit is plausible."""
 UNITS = {"s": 1.0, "ms": 1e3, "us": 1e6, "ns": 1e9}
 """Parts of a second, by the names of units."""
-SINCE_1970 = ((1e17, "ns"), (1e14, "us"), (1e11, "ms"))
-"""Numbers above the first value are times since 1970 in the unit."""
-TIMES = "timestamp ts time seconds arrival_time start_time created created_at started_at"
-"""Names of the time of a record."""
+SINCE_1970 = ((9e17, "ns"), (9e14, "us"), (9e11, "ms"))
+"""Numbers above the first value are times since 1998 or later, counted from 1970 in the unit."""
+_TIMES = (
+    "timestamp ts time seconds arrival_time start_time created created_at started_at "
+    "request_received"
+)
+TIMES = tuple(f"{name}{end}" for end in ("", "_ms", "_us", "_ns") for name in _TIMES.split())
+"""Names of the time of a record. An ending of ``UNITS`` is the unit."""
 _CHUNK, _HEAD = 1 << 16, 1 << 12
 _OPENING, _BLANK = re.compile(r"[\s\[]*"), re.compile(r"[\s,]*")
 Line = int | str
@@ -109,6 +117,19 @@ class Record(dict[str, object]):
         if isinstance(value, int | float) and type(value) is not bool and 0 <= value < math.inf:
             return float(value)
         raise ValueError(f"{name} is {shown(self[name])}, not a finite number of at least 0")
+
+    def time(self, name: str, per_s: float) -> tuple[str, float]:
+        """Return the kind of a time, and its seconds: of a number of ``1 / per_s`` s, or of a date
+        in ISO 8601."""
+        if not isinstance(self.number(name), str):
+            return "a number as its time", self.seconds(name) / per_s
+        try:
+            when = datetime.fromisoformat(self.text(name))
+            when_s = (when if when.tzinfo else when.replace(tzinfo=UTC)).timestamp()
+        except (ValueError, OverflowError):
+            problem = f"{name} is {shown(self[name])}, not a number and not a time in ISO 8601"
+            raise ValueError(problem) from None
+        return "a date with a zone" if when.tzinfo else "a date without a zone", when_s
 
     def _one(self, name: str, kind: type[_T], words: str) -> _T:
         value = self[name]
@@ -185,17 +206,30 @@ class TimeUnit(NamedTuple):
         return UNITS[self.name]
 
 
-def unit_of_times(times: Sequence[float], usual: str, asked: str = "") -> TimeUnit:
+def unit_of_times(
+    times: Sequence[float], usual: str, asked: str = "", name: str = "time"
+) -> TimeUnit:
     """Return the unit of ``times``, which is ``usual`` in their format, and ``asked`` if the user
-    has named one. ValueError for another name than s and ms. O(n log n).
+    has named one. ``name`` is their field, empty without one: ``delay`` has the distances of two
+    times. ValueError for a unit that is none of ``UNITS``. O(n log n).
 
     >>> unit_of_times([1.5 * n for n in range(20)], "ms").name
     's'
+    >>> unit_of_times([2e9 * n for n in range(20)], "ms").name
+    'ns'
     """
-    if asked not in ("", "s", "ms"):
-        raise ValueError(f"option 'times' is s or ms, not {asked!r}")
+    if asked not in ("", *UNITS):
+        raise ValueError(f"option 'times' is one of {', '.join(UNITS)}, not {asked!r}")
     if asked:
         return TimeUnit(asked, "as ?times= says")
+    if not times:
+        none = "no record has a time: one second between records"
+        return TimeUnit("s", "dates in ISO 8601" if name else none)
+    if (ending := name.rpartition("_")[2]) in UNITS:
+        return TimeUnit(ending, f"as the name {name} says")
+    fastest_s = FASTEST_S
+    if name == "delay":
+        times, fastest_s = [*accumulate(times)], FASTEST_DELAY_S
     largest = max(times, default=0.0)
     for above, name in SINCE_1970:
         if largest > above:
@@ -203,57 +237,21 @@ def unit_of_times(times: Sequence[float], usual: str, asked: str = "") -> TimeUn
     distinct = sorted(set(times))
     if len(times) < FEWEST or len(distinct) < 2:
         return TimeUnit(usual, "as the format has them")
-    median = float(np.median(np.diff(distinct)))
-    other = "s" if usual == "ms" else "ms"
-    gap_s, other_gap_s = (median / UNITS[name] * (1 + 1e-9) for name in (usual, other))
-    reasons = []
-    if not FASTEST_S <= gap_s <= SLOWEST_S:
+    median = float(np.median(np.diff(distinct))) * (1 + 1e-9)
+    likely = min(UNITS, key=lambda one: abs(math.log(median / UNITS[one])))
+    gap_s, reasons = median / UNITS[usual], []
+    if not fastest_s <= gap_s <= (SLOW_S if usual == "ms" else SLOWEST_S):
         reasons.append(f"the median distance would be {gap_s:.3g} s")
     if usual == "s" and all(time % 1000 == 0 for time in distinct):
         reasons.append("all are multiples of 1,000")
-    is_other = bool(reasons) and FASTEST_S <= other_gap_s <= SLOWEST_S
+    is_doubted = usual == "ms" and SLOW_S < gap_s <= SLOWEST_S
+    is_other = bool(reasons) and likely != usual and not is_doubted
     if usual == "ms" and any(time % 1 for time in distinct):
         reasons.append("milliseconds with fractions are rare")
-    if not reasons:
-        return TimeUnit(usual, "as the format has them")
-    if not is_other:
-        return TimeUnit(usual, f"as the format has them, although {' and '.join(reasons)}", True)
-    return TimeUnit(other, f"in {usual} {' and '.join(reasons)}", True)
-
-
-class RecordTimes:
-    """Times of a file's records: all have the same kind of time, or none has one. Numbers have
-    ``per_s`` parts of a second."""
-
-    def __init__(self, per_s: float = 1.0) -> None:
-        self._per_s = per_s
-        self._untimed = count()
-        self._kind = self._name = ""
-        """Kind of the first record's time, and its field; empty before it."""
-
-    def at(self, record: Record, name: str) -> float:
-        """Return the time in the field ``name``, in seconds, also of a date in ISO 8601; without
-        the field, the number of the record. ValueError for another kind than the first record's."""
-        kind, when_s = "no time", -1.0
-        if isinstance(name in record and record.number(name), str):
-            kind, when_s = self._date(record, name)
-        elif name in record:
-            kind, when_s = "a number as its time", record.seconds(name) / self._per_s
-        self._name = self._name or name
-        if kind != (self._kind or kind):
-            problem = f"but the records above have {self._kind} ({self._name})"
-            raise ValueError(f"it has {kind}, {problem}")
-        self._kind = kind
-        return when_s if name in record else float(next(self._untimed))
-
-    def _date(self, record: Record, name: str) -> tuple[str, float]:
-        try:
-            when = datetime.fromisoformat(record.text(name))
-            when_s = (when if when.tzinfo else when.replace(tzinfo=UTC)).timestamp()
-        except (ValueError, OverflowError):
-            problem = f"{name} is {shown(record[name])}, not a number and not a time in ISO 8601"
-            raise ValueError(problem) from None
-        return "a date with a zone" if when.tzinfo else "a date without a zone", when_s
+    said = " and ".join(reasons)
+    if is_other:
+        return TimeUnit(likely, f"in {usual} {said}", True)
+    return TimeUnit(usual, "as the format has them" + f", although {said}" * bool(said), bool(said))
 
 
 def request_of_blocks(
@@ -266,7 +264,7 @@ def request_of_blocks(
     """Return the request, without session and time, of a prompt known in ``blocks`` of ``unit``
     tokens. ``lengths`` are the fields with the tokens of prompt and answer. The prompt's last,
     partial block may be missing, and is then never shared. The answer fills it first."""
-    length, answer = record.whole(lengths[0], least=1), record.whole(lengths[1])
+    length, answer = record.whole(lengths[0], least=1), record.optional(record.whole, lengths[1], 0)
     if len(blocks) not in (length // unit, units(length, unit)):
         raise ValueError(
             f"{len(blocks)} hash_ids do not cover {lengths[0]} {length} in blocks of {unit} "
@@ -322,7 +320,7 @@ def make_folder(path: Path) -> Path:
 @contextmanager
 def open_bytes(path: str | Path) -> Iterator[Any]:
     """Open a file, plain or compressed (``OPENERS``), and skip its byte order mark. Reading may
-    raise one of ``DAMAGED``. ValueError for another compression."""
+    raise one of ``DAMAGED``. ValueError without a library, or for several files in an archive."""
     with open(path, "rb") as file:
         head = file.read(6)
     opener = next((one for magic, one in OPENERS.items() if head.startswith(magic)), open)
@@ -393,21 +391,13 @@ def _open_zip(path: str | Path, _: str) -> Any:
     return archive.open(names[0])
 
 
-def _refuse(name: str) -> Callable[..., Any]:
-    def refuse(path: str | Path, _: str) -> Any:
-        raise ValueError(f"{path}: a {name}, which is not read: unpack it first")
-
-    return refuse
-
-
 OPENERS: dict[bytes, Callable[..., Any]] = {
     b"\x1f\x8b": gzip.open,
     b"\x28\xb5\x2f\xfd": _open_zstd,
     b"\x50\x2a\x4d\x18": _open_zstd,  # a skippable frame, as pzstd begins with
     b"PK\x03\x04": _open_zip,
-    b"BZh": _refuse("bzip2 file"),
-    b"\xfd7zXZ": _refuse("xz file"),
-    b"7z\xbc\xaf": _refuse("7-Zip archive"),
+    b"BZh": bz2.open,
+    b"\xfd7zXZ": lzma.open,
 }
 """Functions that open compressed files, by their first bytes."""
 
@@ -421,12 +411,15 @@ def head_of(path: str | Path) -> bytes:
     return head.lstrip()
 
 
-def json_records(path: str | Path, bad: BadRecords) -> Records:
-    """Yield (line, object) for every record of JSON lines, of a JSON array or of a Parquet file,
-    one at a time. Bad records are reported."""
+def records_of(path: Path, bad: BadRecords) -> Records:
+    """Yield (line, object) for every record of JSON lines, of a JSON array, of a CSV file or of a
+    Parquet file, one at a time. Bad records are reported."""
     head = head_of(path)
     if head.startswith(b"PAR1"):
         yield from _parquet(path)
+        return
+    if is_csv(path):
+        yield from _table(path, bad)
         return
     read = _array if head.startswith(b"[") else _lines
     for line, value in read(path, bad):
@@ -523,7 +516,7 @@ def _array(path: str | Path, bad: BadRecords) -> Iterator[tuple[Line, object]]:
 SEPARATORS = {",": "comma", ";": "semicolon", "\t": "tab"}
 
 
-def csv_records(path: Path, bad: BadRecords) -> Records:
+def _table(path: Path, bad: BadRecords) -> Records:
     """Yield (line, row). Rows of another length, or with an open quote, are reported."""
     csv.field_size_limit(LONGEST)  # of the whole process: 128 KiB of text are its default
     with open_bytes(path) as file:
@@ -553,11 +546,6 @@ def csv_records(path: Path, bad: BadRecords) -> Records:
                 yield line, {name: value or None for name, value in fields if name}
 
 
-def table_records(path: Path, bad: BadRecords) -> Records:
-    """Yield (line, record) of a CSV file, or of another one."""
-    return csv_records(path, bad) if is_csv(path) else json_records(path, bad)
-
-
 def delimiter_of(head: bytes) -> str:
     """Return the sign between the names of the first line: the most frequent of comma, semicolon
     and tab, quoted ones not counted."""
@@ -583,7 +571,7 @@ class FileReader:
     path: Path
     bad: BadRecords = field(default_factory=lambda: BadRecords(skip=False))
     times: str = ""
-    """Unit of the times: ``s`` or ``ms``; ``unit_of_times`` decides if it is empty."""
+    """Unit of the times, of ``UNITS``; ``unit_of_times`` decides if it is empty."""
     word: ClassVar[str]
     """Name of the format, as in ``word:path``."""
     usual_times: ClassVar[str] = ""
@@ -615,27 +603,44 @@ class FileReader:
 
     def records(self, bad: BadRecords) -> Records:
         """Yield (line, record). Records that cannot be read are reported to ``bad``."""
-        return json_records(self.path, bad)
-
-    def times_of(self, record: Record) -> Iterable[object]:
-        """Return the numbers of the times in ``record``."""
-        return (record.number("timestamp"),) if "timestamp" in record else ()
+        return records_of(self.path, bad)
 
     def time_unit(self) -> TimeUnit:
-        """Return the unit of the times, judged by the first ``SAMPLED`` ones."""
-        found: list[float] = []
-        if not self.usual_times or self.times:
-            return unit_of_times(found, self.usual_times or "s", self.times)
-        for _, values in self.records(BadRecords(skip=True)):
+        """Return the unit of the times, judged by the first ``SAMPLED`` records."""
+        found = defaultdict[str, list[float]](list)
+        most = SAMPLED if self.usual_times and not self.times else 0
+        for _, values in islice(self.records(BadRecords(skip=True)), most):
             with suppress(KeyError, ValueError, TypeError, AttributeError):
-                found += [
-                    float(one)
-                    for one in self.times_of(Record(values))
-                    if isinstance(one, int | float) and 0 <= one < math.inf
-                ]
-            if len(found) >= SAMPLED:
-                break
-        return unit_of_times(found, self.usual_times)
+                for name, one in self.times_of(Record(values)):
+                    is_number = isinstance(one, int | float) and 0 <= one < math.inf
+                    found[name] += [float(one)] * is_number  # type: ignore[arg-type]
+        name, times = max(found.items(), key=lambda one: len(one[1]), default=("", ()))
+        return unit_of_times(times, self.usual_times or "s", self.times, name)
+
+    def time_of(self, record: Record) -> tuple[Record, str | None]:
+        """Return the record with its time, and the name of that field; None if it has no time."""
+        return record, record.first(TIMES)
+
+    def times_of(self, record: Record) -> Iterable[tuple[str, object]]:
+        """Return the times in ``record`` with the names of their fields."""
+        record, name = self.time_of(record)
+        return ((one, record.number(one)) for one in (name,) if one)
+
+    def clock(self) -> Callable[[Record], float]:
+        """Return the function that gives the time of the next record, in seconds; without times,
+        its number. ValueError for another kind of time than the first record's."""
+        per_s, untimed, first = self.time_unit().per_s, count(), list[tuple[str, str | None]]()
+
+        def time_s(record: Record) -> float:
+            record, name = self.time_of(record)
+            kind, when_s = record.time(name, per_s) if name else ("no time", 0.0)
+            if first and kind != first[0][0]:
+                problem = f"but the records above have {first[0][0]} ({first[0][1] or name})"
+                raise ValueError(f"it has {kind}, {problem}")
+            first[:] = first or [(kind, name)]
+            return when_s if name else float(next(untimed))
+
+        return time_s
 
     def parser(self, notes: Notes) -> Callable[[Record], Iterable[TraceRequest]]:
         """Return the function that converts the next record to requests. It raises KeyError,
@@ -653,7 +658,9 @@ class FileReader:
         """Warn if the times suggest another unit."""
         unit = self.time_unit()
         if unit.is_odd:
-            notes.say(f"times are read in {unit.name}: {unit.because}; ?times=s or ms decides")
+            notes.say(
+                f"times are read in {unit.name}: {unit.because}; ?times=s, ms, us or ns decides"
+            )
 
     def parsed(
         self, records: Records, parse: Callable[[Record], Iterable[_T]]
@@ -749,7 +756,7 @@ class SessionReader(FileReader):
         _, first = next(self.records(BadRecords(skip=True)), (0, {}))
         turns = (one[0] for one in first.values() if isinstance(one, list) and one)
         parts = [Record(one) for one in (first, *turns) if isinstance(one, dict)]
-        names = (part.first(TIMES.split()) for part in parts if not self.usual_times)
+        names = (part.first(TIMES) for part in parts if not self.usual_times)
         return next((f"{name} of the file is not read" for name in names if name), "")
 
     @property

@@ -13,24 +13,15 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
-from itertools import islice
+from itertools import groupby, islice
 from typing import Any, ClassVar
 
 import numpy as np
 from sortedcontainers import SortedDict
 
-from hybridcache.adapters.client_habits import DETAILS, THOUGHTS, length_of, line_of
+from hybridcache.adapters.client_habits import DETAILS, THOUGHTS, line_of
 from hybridcache.lab.traces.dialects import ROLES, Chat, answer_of, is_response, plain_chat
-from hybridcache.lab.traces.frame import (
-    FEWEST,
-    TIMES,
-    FileReader,
-    Line,
-    Notes,
-    Record,
-    Records,
-    RecordTimes,
-)
+from hybridcache.lab.traces.frame import FEWEST, TIMES, FileReader, Line, Notes, Record, Records
 from hybridcache.lab.traces.text import ChatText
 from hybridcache.lab.traces.trace import UNNAMED, BadRecords, FreshIds, TraceRequest
 
@@ -39,7 +30,7 @@ NAMES: dict[str, tuple[str, ...]] = {
     for field, names in {
         "prompt": "prompt",
         "messages": "messages",
-        "time": TIMES,
+        "time": " ".join(TIMES),
         "session": "session_id session conversation_id conversation chat_id thread_id",
         "answer": "answer response output completion response_body reply generated_text",
         "length": "output_tokens completion_tokens answer_tokens output_length "
@@ -110,34 +101,38 @@ def spelled(record: Record, kept: Collection[str] = ()) -> Record:
     return Record((usual, record[name]) for usual, name in names.items())
 
 
+def messages_in(record: Record, name: str) -> list[Record]:
+    """Return the messages of a list, whose entries have a role and a content (``from`` and
+    ``value`` in ShareGPT), or a text for each role."""
+    found = list[Record]()
+    for one in record.objects(name):
+        if one and one.keys() <= ROLES.keys():
+            found += [Record(role=role, content=text) for role, text in one.items()]
+        else:
+            usual = {"from": "role", "value": "content"}
+            found.append(spelled(Record({usual.get(key, key): one[key] for key in one})))
+    return found
+
+
 @cache
 def _usual(name: str) -> str:
     return SPELLINGS.get(re.sub(r"[\s_-]", "", name).lower(), name)
-
-
-def _is_object(value: object) -> bool:
-    return value is None or isinstance(value, dict)
 
 
 def _are_objects(value: object) -> bool:
     return value is None or (isinstance(value, list) and all(type(one) is dict for one in value))
 
 
-IN_JSON: dict[str, Callable[[object], bool]] = {
-    **dict.fromkeys(("messages", "tools", "tool_calls"), _are_objects),
-    **dict.fromkeys(("function_call", *BODIES), _is_object),
-    "answer": is_response,
-}
-"""Fields that may be JSON text, as in a CSV file, and conditions of their values."""
+IN_JSON = ("messages", "tools", "tool_calls", "function_call", *BODIES)
+"""Fields that may be JSON text, as in a CSV file; so may an answer that is a response."""
 
 
 def _decoded(field: str, value: object) -> object:
     """Return the value of a field. JSON as text is decoded."""
-    if not isinstance(value, str) or field not in IN_JSON:
-        return value
-    with suppress(ValueError, RecursionError):
-        inner = json.loads(value)
-        return inner if IN_JSON[field](inner) else value
+    if isinstance(value, str) and field in (*IN_JSON, "answer"):
+        with suppress(ValueError, RecursionError):
+            inner = json.loads(value)
+            return inner if field != "answer" or is_response(inner) else value
     return value
 
 
@@ -154,33 +149,28 @@ def of_coding_session(record: Record) -> Record:
     message = record.get("message")
     if "sessionId" not in record or not isinstance(message, dict) or "role" not in message:
         return record
-    found = Record(role=message["role"], content=message.get("content"))
-    found["session"] = record["sessionId"]
-    if record.get("isSidechain"):
-        found["session"] = f"{record['sessionId']}/{record.get('agentId') or 'subagent'}"
-    return Record(found | {name: record[name] for name in ("timestamp",) if name in record})
+    found = Record({name: record[name] for name in ("timestamp",) if name in record})
+    found |= {"role": message["role"], "content": message.get("content")}
+    agent = f"/{record.get('agentId') or 'subagent'}" if record.get("isSidechain") else ""
+    return Record(found, session=f"{record['sessionId']}{agent}")
 
 
 def joined(records: Records) -> Records:
     """Yield records; the content of lines that follow each other with the same ``message.id`` is
     joined in the first."""
-    held: tuple[Line, dict[str, Any]] | None = None
-    for line, record in records:
-        message = record.get("message")
-        parts = message.get("content") if isinstance(message, dict) and "id" in message else None
-        if held is not None:
-            first = held[1]["message"]
-            if isinstance(parts, list) and first["id"] == message["id"]:  # type: ignore[index]
-                first["content"] = [*first["content"], *parts]
-                continue
-            yield held
-            held = None
-        if isinstance(parts, list):
-            held = line, record
-        else:
+
+    def name_of(numbered: tuple[Line, dict[str, Any]]) -> object:
+        message = numbered[1].get("message")
+        has_parts = isinstance(message, dict) and isinstance(message.get("content"), list)
+        return message.get("id") if has_parts else None  # type: ignore[union-attr]
+
+    for name, parts in groupby(records, name_of):
+        for line, record in parts:
+            if name is not None:
+                said: Any = record["message"]
+                others: Iterator[Any] = (one["message"] for _, one in parts)
+                said["content"] = [one for each in (said, *others) for one in each["content"]]
             yield line, record
-    if held is not None:
-        yield held
 
 
 class Named(Record):
@@ -224,10 +214,6 @@ class Named(Record):
         """True if it has a prompt or messages, which may be null."""
         self.is_message = "role" in record and not self.has_prompt
 
-    def time_s(self, clock: RecordTimes) -> float:
-        """Return the time in seconds, of the next record of ``clock``."""
-        return clock.at(self.record, self.used.get("time", ""))
-
     @property
     def has_failed(self) -> bool:
         """True if the status is 400 or more, ``error`` or ``failed``."""
@@ -256,11 +242,8 @@ class Named(Record):
         An answer has the number of tokens that the server counted, if its text has fewer: thoughts
         that the client did not get are before the text, and are not in later prompts.
         """
-        answer, length, reason, thinks = answer_of(self.get("answer"))
         usage = self.record.get("usage")
-        if not length and isinstance(usage, dict):
-            length, num_thoughts = length_of(usage)
-            thinks = thinks or num_thoughts > 0
+        answer, length, reason, thinks = answer_of(self.get("answer"), usage, notes)
         is_limit = self.used.get("length", "").startswith("max_")
         if not length and "length" in self and not (is_limit and answer is not None):
             length = self.record.whole(self.used["length"])
@@ -322,12 +305,24 @@ class NamedTimes(FileReader):
     """Reader of records with named fields, whose times count from the first."""
 
     usual_times: ClassVar[str] = "s"
+    named_fields: ClassVar[tuple[str, ...]] = ("time", "session", "length", "tenant", "status")
+    prompt: str = ""
+    """Name of the field of prompts in a file with other names; so are the next five."""
+    time: str = ""
+    session: str = ""
+    length: str = ""
+    tenant: str = ""
+    """Name of the field of tenants. Prompts of different tenants share no prefix."""
+    status: str = ""
 
     @property
     def names(self) -> dict[str, str]:
         """Names of the user, by field; empty for those of ``NAMES``."""
-        fields = ("time", "session", "answer", "length", "tenant", "status")
-        return {name: getattr(self, name, "") for name in fields}
+        return {name: getattr(self, name) for name in self.named_fields}
+
+    def time_of(self, record: Record) -> tuple[Record, str | None]:
+        named = record if isinstance(record, Named) else Named(record, self.names)
+        return named.record, named.used.get("time")
 
     def first_fields(self) -> Record:
         """Return the fields of the first hundred records, each with its first value."""
@@ -343,11 +338,6 @@ class NamedTimes(FileReader):
         except ValueError as error:
             raise ValueError(f"{self.path}: {error}") from None
 
-    def times_of(self, record: Record) -> Iterator[object]:
-        named = Named(record, self.names)
-        if name := named.used.get("time"):
-            yield named.record.number(name)
-
     def ordered(self, found: Iterator[tuple[Line, TraceRequest]]) -> Iterator[TraceRequest]:
         began_s: float | None = None
         for request in FileReader.ordered(self, found):
@@ -359,22 +349,11 @@ class NamedTimes(FileReader):
 class NamedReader(NamedTimes):
     """Reader of texts."""
 
+    named_fields: ClassVar[tuple[str, ...]] = (*NamedTimes.named_fields, "prompt", "answer")
     tokenizer: str = ""
     template: str = "chatml"
-    prompt: str = ""
-    """Name of the field of prompts in a file with other names; so are the next six."""
-    time: str = ""
-    session: str = ""
     answer: str = ""
-    length: str = ""
-    tenant: str = ""
-    """Name of the field of tenants. Prompts of different tenants share no prefix."""
-    status: str = ""
-
-    @property
-    def names(self) -> dict[str, str]:
-        fields = ("prompt", "time", "session", "answer", "length", "tenant", "status")
-        return {name: getattr(self, name) for name in fields}
+    """Name of the field of answers."""
 
     def describe(self) -> str:
         """Return the names that are read for each field in the first hundred records."""
@@ -455,14 +434,14 @@ class SessionMessages:
         self._before_s = self._asked_s = -math.inf
 
     def add(
-        self, record: Named, chat: ChatText, clock: RecordTimes, notes: Notes
+        self, record: Named, chat: ChatText, clock: Callable[[Record], float], notes: Notes
     ) -> TraceRequest | None:
         """Add a message. Return its request, without session, if it is an answer: at its time, or
         if times are known at that of the message before. ValueError if that is out of order."""
         message, request = record.message(), None
         leading = (None, None) if self._said else (record.get("system"), record.get("tools"))
         *system, said = plain_chat([message], *leading, notes)
-        now_s = record.time_s(clock)
+        now_s = clock(record)
         self._said += system
         is_answer = said["role"] == "assistant"
         if is_answer and self._said:

@@ -9,7 +9,7 @@ from typing import TextIO
 
 import numpy as np
 
-from hybridcache.lab.traces.frame import Record, json_records
+from hybridcache.lab.traces.frame import Record, records_of
 from hybridcache.lab.traces.trace import BadRecordError, BadRecords, Trace, TraceRequest, plain_name
 from hybridcache.radix.tokens import Tokens, common_prefix_len
 
@@ -30,22 +30,18 @@ READ = {"timestamp", "tokens", "prefix", *FIELDS, "request", "answer"}
 """Known fields. ``engine record`` adds the last two if it keeps the text."""
 
 
-def header_of(path: Path) -> tuple[int, str]:
-    """Return unit and tokenizer of a file's first line, by default 1 and "". BadRecordError."""
-    line, values = next(json_records(path, BadRecords(skip=True)), (1, {}))
+def header_of(path: Path) -> tuple[int, str, bool]:
+    """Return unit and tokenizer of a file's first line, by default 1 and "", and True if it is the
+    line that ``write_own`` writes. BadRecordError."""
+    line, values = next(records_of(path, BadRecords(skip=True)), (1, {}))
     record = Record(values if "format" in values else {})
     try:
         record.optional(lambda name: record.whole(name, 1, 1), "version", 1)
         unit = record.optional(lambda name: record.whole(name, least=1), "unit", 1)
-        return unit, record.optional(record.text, "counted_by", "")
+        is_own = record.get("format") == "hybridcache"
+        return unit, record.optional(record.text, "counted_by", ""), is_own
     except ValueError as error:
         raise BadRecordError(f"{path}, line {line}: {error}") from error
-
-
-def has_header(path: Path) -> bool:
-    """Return whether a file begins with the line that ``write_own`` writes."""
-    _, values = next(json_records(path, BadRecords(skip=True)), (1, {}))
-    return values.get("format") == "hybridcache"
 
 
 def write_own(trace: Trace, file: TextIO) -> int:

@@ -42,7 +42,7 @@ from hybridcache.lab.traces.generators import short
 from hybridcache.lab.traces.intervals import ratio
 from hybridcache.lab.traces.prefix_tree import InfiniteCache
 from hybridcache.lab.traces.sizes import working_set_bytes
-from hybridcache.lab.traces.statistics import trace_stats
+from hybridcache.lab.traces.statistics import doubts, trace_stats
 from hybridcache.lab.traces.trace import Trace, TraceRequest
 from hybridcache.radix.api import Losses
 from hybridcache.radix.protocol import EvictionPolicy
@@ -842,6 +842,18 @@ def test_seeds_of_a_replay_are_draws_of_the_trace_and_units_of_its_intervals() -
     assert result.bound_rate == run.bound_tokens / run.prompt_tokens
     with pytest.raises(ValueError, match="must be left out for oasst-trees: the file has"):
         simulate("oasst-trees", seeds=2, **settings)
+
+
+def test_an_ideal_hit_rate_of_0_or_100_percent_has_a_sentence(tmp_path: Path) -> None:
+    path = tmp_path / "t.jsonl"
+    path.write_text("".join(f'{{"tokens": [{n}, 1]}}\n' for n in range(3)))
+    for text in (
+        simulate(path, gib=1, policy="lru", progress=False).table(),
+        stats_table(trace_stats(open_trace(path))),
+    ):
+        assert "no prompt begins as an earlier one: if some should, compare the unit" in text
+    assert "begins as" not in simulate("short?head=9", gib=1, progress=False).table()
+    assert doubts(0.9996)[0].startswith("nearly all tokens of prompts") and not doubts(0.9994)
 
 
 def test_drawn_arrivals_are_said_in_the_table_and_in_the_record(tmp_path: Path) -> None:

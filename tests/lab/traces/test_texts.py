@@ -90,6 +90,7 @@ def test_generated_sessions_join_no_named_one(
             rows[3],
             rows[4] | ({"session": ""} if is_text else {}),
         )
+    word = "messages" if word == "csv" else word
     trace = open_trace(f"{word}:{path}{'?tokenizer=bytes' * is_text}")
     with catch_warnings(record=True, action="always") as caught:
         assert len({request.session for request in trace}) == 5
@@ -133,21 +134,15 @@ def test_answers_are_read_in_usual_fields(fields: dict[str, Any], tmp_path: Path
 
 THOUGHTS = "I weigh both. " * 20
 USAGE = {"completion_tokens": 420, "completion_tokens_details": {"reasoning_tokens": 412}}
+DRY, SUM = {"type": "text", "text": "Dry."}, {"output_tokens": 420}
 SIGNED = {"type": "thinking", "thinking": "", "signature": "9f"}
 OMITTED: list[dict[str, Any]] = [
     {"choices": [{"message": assistant("Dry.")}], "usage": USAGE},
-    {"content": [SIGNED, {"type": "text", "text": "Dry."}], "usage": {"output_tokens": 420}},
-    {
-        "content": [{"type": "redacted_thinking", "data": "x"}, {"type": "text", "text": "Dry."}],
-        "usage": {"output_tokens": 420},
-    },
-    {
-        "output": [
-            {"type": "reasoning", "summary": [], "encrypted_content": "x"},
-            {"type": "message", "content": [{"type": "output_text", "text": "Dry."}]},
-        ],
-        "usage": {"output_tokens": 420},
-    },
+    {"content": [SIGNED, DRY], "usage": SUM},
+    {"content": [{"type": "redacted_thinking", "data": "x"}, DRY], "usage": SUM},
+    {"output": [{"type": "reasoning", "summary": []}, {"content": [DRY], "type": "message"}]}
+    | {"usage": SUM},
+    {"content": "Dry.", "usage": json.dumps(SUM)},
     {"message": assistant("Dry."), "eval_count": 420},
     {"choices": [{"message": assistant("Dry."), "usage": USAGE}]},
     {"message": assistant("Dry."), "usage": {"tokens": {"output_tokens": 420}}},
@@ -169,13 +164,8 @@ NAMES: list[dict[str, Any]] = [
     {"reasoning_text": THOUGHTS},
     *({"reasoning": {name: THOUGHTS}} for name in ("content", "text", "summary")),
     {"reasoning_details": [{"type": "reasoning.text", "text": THOUGHTS}]},
-    {"content": [{"type": "thinking", "thinking": THOUGHTS}, {"type": "text", "text": "Dry."}]},
-    {
-        "content": [
-            {"type": "thinking", "thinking": [{"type": "text", "text": THOUGHTS}]},
-            {"type": "text", "text": "Dry."},
-        ]
-    },
+    {"content": [{"type": "thinking", "thinking": THOUGHTS}, DRY]},
+    {"content": [{"type": "thinking", "thinking": [{"type": "text", "text": THOUGHTS}]}, DRY]},
 ]
 
 
@@ -207,7 +197,7 @@ def test_thoughts_and_lengths_by_any_api() -> None:
     assert has_thoughts({"content": "8", "reasoning_details": [{"type": "reasoning.encrypted"}]})
     details = {"reasoning_tokens": 400}
     assert length_of({"output_tokens": 420.0, "output_tokens_details": details}) == (420, 400)
-    assert length_of({"thinking_tokens": 2}) == (0, 2)
+    assert length_of({"thinking_tokens": 2}) == (None, 2)
     for count in (True, 2.5):
         with pytest.raises(ValueError, match="in place of a number of tokens"):
             length_of({"output_tokens": count})
@@ -220,6 +210,17 @@ def test_a_larger_count_without_thoughts_follows_the_text(tmp_path: Path) -> Non
     counted, *others = open_trace(f"{path}?tokenizer=bytes")
     assert len(counted.output) == 6 and answer_text(counted)[:4] == "Dry."
     assert [len(one.output) for one in others] == [4, 4] and counted.answer_survives
+
+
+def test_a_usage_without_a_known_number_is_said(tmp_path: Path) -> None:
+    rows = [{"usage": {"outTokens": 9}}, {"answer": {"content": "Dry.", "usage": {"total": 9}}}]
+    path = lines(tmp_path / "t.jsonl", *({"prompt": "q", "answer": "Dry."} | row for row in rows))
+    with catch_warnings(record=True, action="always") as caught:
+        assert [len(one.output) for one in open_trace(f"{path}?tokenizer=bytes")] == [4, 4]
+    said = [
+        str(one.message) for one in caught if "without a known number of tok" in str(one.message)
+    ]
+    assert len(said) == 2 and "outTokens" in said[0] and "?length=NAME" in said[1]
 
 
 def test_billing_headers_are_no_part_of_prompts(tmp_path: Path) -> None:
@@ -365,7 +366,7 @@ def test_csv_file_of_prompts_is_read(tmp_path: Path) -> None:
         '1.5,a,"be brief, please. who?",9,\n'
         '0,b,"be brief, please. what?",,a tree\n0.5,a,be brief,,\n'
     )
-    assert recognise(path) == "csv"
+    assert recognise(path) == "messages"
     with pytest.warns(TraceWarning):
         first, _, second = open_trace(f"{path}?tokenizer=bytes")
     assert (first.session, first.timestamp_s, answer_text(first)) == ("b", 0, "a tree")

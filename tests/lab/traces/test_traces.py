@@ -222,7 +222,7 @@ def test_every_speaker_of_sharegpt_has_a_role(tmp_path: Path) -> None:
     for said in ([("gpt", "G")], []):
         with pytest.warns(TraceWarning, match="1 conversation left out, because no answer"):
             assert not [*open_trace(wrote(*said))]
-    with pytest.raises(BadRecordError, match="from is 'alien', none of system, user"):
+    with pytest.raises(BadRecordError, match="role is 'alien', none of system, user"):
         [*open_trace(wrote(("human", "H"), ("alien", "yo")))]
 
 

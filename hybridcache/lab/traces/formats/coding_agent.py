@@ -39,8 +39,8 @@ class CodingAgentReader(SessionReader):
     def is_left_out(record: Record) -> bool:
         return bool(record.get("dup"))  # recorded twice
 
-    def times_of(self, record: Record) -> Iterator[object]:
-        yield from (request.number("t") for request in record.objects("requests"))
+    def times_of(self, record: Record) -> Iterator[tuple[str, object]]:
+        yield from (("t", request.number("t")) for request in record.objects("requests"))
 
     def parser(self, notes: Notes) -> Callable[[Record], Iterator[TraceRequest]]:
         unit, fresh, known, taken = self.unit, FreshIds(), KnownIds(), Counter[str]()
@@ -52,7 +52,7 @@ class CodingAgentReader(SessionReader):
             return np.arange(sizes[-1], dtype=np.int32) + np.int32(known.reserve(sizes[-1]))
 
         def parse(record: Record) -> Iterator[TraceRequest]:
-            name = distinct(str(record.key("id")), taken)
+            name = distinct(str(record.get("id", "session")), taken)
             names, rows = {name: name}, list(requests_of(record, name, unit))
             offset = known.reserve(1 + max((int(ids.max()) for *_, ids in rows), default=0))
             for sizes, shared, when_s, agent, request, ids in rows:
@@ -74,12 +74,13 @@ def requests_of(owner: Record, name: str, unit: int, start_s: float = 0.0) -> It
     """Yield (blocks of tools and system prompt, number of shared ones, time, name, request, ids) of
     a session, and of its subagents, whose names are the session's with their ids. Requests that do
     not begin as the first one (a title, a summary) keep their own ids."""
-    tools, system = owner.whole("tool_tokens"), owner.whole("system_tokens")
+    names = "tool_tokens", "system_tokens"
+    tools, system = (owner.optional(owner.whole, name, 0) for name in names)
     sizes = tools // unit, (tools + system) // unit - tools // unit
     head = np.zeros(0, np.int32)
     for request in owner.objects("requests"):
         when_s = start_s + request.seconds("t")
-        if request["type"] == "subagent":
+        if request.get("type") == "subagent":
             yield from requests_of(request, f"{name}/{request.key('agent_id')}", unit, when_s)
         elif len(ids := request.id_runs("hash_ids")):
             if not len(head) and len(ids) >= sum(sizes):

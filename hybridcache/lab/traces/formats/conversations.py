@@ -4,6 +4,7 @@ for fine-tuning, and the trajectories of tau-bench (sierra-research/tau-bench)."
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import count
 from typing import ClassVar
@@ -11,7 +12,7 @@ from typing import ClassVar
 from hybridcache.lab.traces.arrivals import Pauses, Starts
 from hybridcache.lab.traces.dialects import plain_chat
 from hybridcache.lab.traces.frame import Notes, Record, SessionReader
-from hybridcache.lab.traces.named import Named, spelled
+from hybridcache.lab.traces.named import Named, messages_in, spelled
 from hybridcache.lab.traces.text import load_chat_text
 from hybridcache.lab.traces.trace import TraceRequest
 
@@ -49,18 +50,15 @@ class ConversationsReader(SessionReader):
 
     def conversation(self, record: Record, number: int) -> tuple[str | int, list[Record]]:
         """Return (session, messages) of the ``number``-th record."""
-        return number, [spelled(message) for message in record.objects(_listed(record))]
+        return number, messages_in(record, _listed(record))
 
 
 def _listed(record: Record) -> str:
     """Return the name of the field with the messages of a conversation."""
-    said = record.get("conversation")
-    are_messages = (
-        isinstance(said, list)
-        and said
-        and all(isinstance(one, dict) and "role" in one for one in said)
-    )
-    return "conversation" if are_messages and "messages" not in record else "messages"
+    with suppress(KeyError, ValueError, IndexError):
+        if "messages" not in record and messages_in(record, "conversation")[0]["role"]:
+            return "conversation"
+    return "messages"
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,5 +75,5 @@ class TauBenchReader(ConversationsReader):
         return "traj" in record
 
     def conversation(self, record: Record, number: int) -> tuple[str | int, list[Record]]:
-        name = f"task {record.key('task_id')}, trial {record.key('trial')}"
-        return name, record.objects("traj")
+        task, trial = (record.get(name, number) for name in ("task_id", "trial"))
+        return f"task {task}, trial {trial}", record.objects("traj")

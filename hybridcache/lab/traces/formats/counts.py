@@ -12,9 +12,9 @@ from typing import ClassVar
 import numpy as np
 
 from hybridcache.lab.traces.formats.messages import FAILED
-from hybridcache.lab.traces.frame import Notes, Record, Records, RecordTimes, table_records
-from hybridcache.lab.traces.named import Named, NamedTimes
-from hybridcache.lab.traces.trace import UNNAMED, BadRecords, FreshIds, KnownIds, TraceRequest
+from hybridcache.lab.traces.frame import Notes, Record
+from hybridcache.lab.traces.named import NAMES, Named, NamedTimes
+from hybridcache.lab.traces.trace import UNNAMED, FreshIds, KnownIds, TraceRequest
 from hybridcache.radix.tokens import Tokens
 
 COUNTS = ("prompt_tokens", "input_tokens", "num_prompt_tokens", "input_length")
@@ -26,13 +26,6 @@ class CountsReader(NamedTimes):
     """Rows with a number of prompt tokens and a session."""
 
     word: ClassVar[str] = "counts"
-    prompt: str = ""
-    """Column of the tokens of prompts, if it has another name; so are the next five."""
-    time: str = ""
-    session: str = ""
-    length: str = ""
-    tenant: str = ""
-    status: str = ""
     where: str = ""
     """Rows to read, as ``column:value``, joined by commas."""
     system: int = 0
@@ -40,14 +33,11 @@ class CountsReader(NamedTimes):
     @staticmethod
     def recognises(record: Record) -> bool:
         named = Named(record, {})
-        is_alone = "session" in named and not named.has_prompt
-        return is_alone and named.record.first(COUNTS) is not None
-
-    def records(self, bad: BadRecords) -> Records:
-        return table_records(self.path, bad)
+        has_session = bool(named.record.keys() & {*NAMES["session"]})  # It may be empty in a row.
+        return has_session and not named.has_prompt and named.record.first(COUNTS) is not None
 
     def parser(self, notes: Notes) -> Callable[[Record], Iterator[TraceRequest]]:
-        clock, known, fresh = RecordTimes(self.time_unit().per_s), KnownIds(), FreshIds()
+        clock, known, fresh = self.clock(), KnownIds(), FreshIds()
         head = np.arange(known.reserve(self.system), self.system, dtype=np.int32)
         last, alone = dict[object, Tokens](), count(1)
         wanted = dict(one.split(":", 1) for one in self.where.split(",") if ":" in one)
@@ -66,7 +56,7 @@ class CountsReader(NamedTimes):
             first = known.reserve(added := max(0, length - len(before)))
             new = np.arange(first, first + added, dtype=np.int32)
             output = fresh.take(row.whole(answer) if answer else 0)
-            tokens, now_s = np.concatenate((before[:length], new)), record.time_s(clock)
+            tokens, now_s = np.concatenate((before[:length], new)), clock(record)
             last[namespace, session] = np.concatenate((tokens, output))
             yield TraceRequest(now_s, session, namespace, tokens, output)
 

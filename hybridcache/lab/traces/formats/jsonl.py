@@ -10,8 +10,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from hybridcache.lab.traces.frame import FileReader, Notes, Record, RecordTimes, TimeUnit
-from hybridcache.lab.traces.own import FIELDS, READ, has_header, header_of
+from hybridcache.lab.traces.frame import FileReader, Notes, Record, TimeUnit
+from hybridcache.lab.traces.own import FIELDS, READ, header_of
 from hybridcache.lab.traces.trace import UNNAMED, FreshIds, TraceRequest, checked, units
 from hybridcache.radix.tokens import Tokens
 
@@ -38,7 +38,7 @@ class OwnReader(FileReader):
         return header_of(self.path)[0]
 
     def time_unit(self) -> TimeUnit:
-        if not self.times and has_header(self.path):
+        if not self.times and header_of(self.path)[2]:
             return TimeUnit("s", "as our own format has them")
         return FileReader.time_unit(self)
 
@@ -47,8 +47,7 @@ class OwnReader(FileReader):
         return header_of(self.path)[1]
 
     def parser(self, notes: Notes) -> Callable[[Record], Iterator[TraceRequest]]:
-        unit, fresh, numbers = self.unit, FreshIds(), count()
-        clock = RecordTimes(self.time_unit().per_s)
+        unit, fresh, numbers, clock = self.unit, FreshIds(), count(), self.clock()
         last = dict[Hashable, Tokens]()
         """Last prompt and answer of each session, for ``prefix``."""
 
@@ -65,7 +64,7 @@ class OwnReader(FileReader):
             if unit == 1:  # the ids of the answer tell its length
                 values.pop("answer_tokens", None)
             request = checked(TraceRequest(0.0, tokens=tokens, **values), unit)
-            now_s = clock.at(record, "timestamp")
+            now_s = clock(record)
             last[request.session] = np.concatenate((tokens, request.output))
             yield request._replace(timestamp_s=now_s)
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
-from hybridcache.lab.traces.frame import FileReader, Notes, Record, Records, RecordTimes
+from hybridcache.lab.traces.frame import FileReader, Notes, Record, Records
 from hybridcache.lab.traces.named import Named, NamedReader, Prompts, SessionMessages, joined
 from hybridcache.lab.traces.text import load_chat_text
 from hybridcache.lab.traces.trace import BadRecords, FreshIds, TraceRequest
@@ -18,6 +18,8 @@ WHOLE = (
     "without an answer end with an assistant's message: if each is a whole conversation, and its "
     "assistant's messages are the answers, read the file as conversations:FILE"
 )
+
+NO_SESSION = "a message without a session: name the field that has it as in ?session=NAME"
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +47,7 @@ class MessagesReader(NamedReader):
 
     def parser(self, notes: Notes) -> Callable[[Record], Iterator[TraceRequest]]:
         chat, names = load_chat_text(self.tokenizer, self.template), self.names
-        clock, fresh, prompts = RecordTimes(self.time_unit().per_s), FreshIds(), Prompts(notes)
+        clock, fresh, prompts = self.clock(), FreshIds(), Prompts(notes)
         conversations = defaultdict[str | int, SessionMessages](SessionMessages)
 
         def parse(raw: Record) -> Iterator[TraceRequest]:
@@ -53,6 +55,8 @@ class MessagesReader(NamedReader):
             if record.has_failed:
                 notes.count(FAILED, "record")
             elif record.is_message:
+                if "session" not in record:
+                    raise ValueError(NO_SESSION)
                 session = record.key("session")
                 found = conversations[session].add(record, chat, clock, notes)
                 if found is not None:
@@ -60,7 +64,7 @@ class MessagesReader(NamedReader):
             else:
                 name = record.key("session") if "session" in record else ""
                 request, said = record.request(chat, fresh, notes)
-                now_s, namespace = record.time_s(clock), record.namespace()
+                now_s, namespace = clock(record), record.namespace()
                 if record.is_whole:
                     notes.count(WHOLE, "prompt")
                 request = request._replace(session=prompts.session(name, record, said))

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
 from itertools import count
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -27,6 +27,7 @@ class MooncakeReader(FileReader):
 
     word: ClassVar[str] = "mooncake"
     usual_times: ClassVar[str] = "ms"
+    hashes: ClassVar[str] = "hash_ids"
     unit: int = 512
 
     @staticmethod
@@ -34,35 +35,33 @@ class MooncakeReader(FileReader):
         return {"hash_ids", "input_length"} <= record.keys()
 
     def parser(self, notes: Notes) -> Callable[[Record], Iterator[TraceRequest]]:
-        fresh, session, numbers = FreshIds(), self.sessions(), dict[str | int, int]()
-        per_s = self.time_unit().per_s
-        whole, partial = set[str | int](), set[str | int]()
+        fresh, clock, session = FreshIds(), self.clock(), self.sessions()
+        numbers, whole, partial = dict[str | int, int](), set[str | int](), set[str | int]()
 
         def parse(record: Record) -> Iterator[TraceRequest]:
-            when_s = record.seconds("timestamp") / per_s
-            hashes = record.values_of("hash_ids")
+            hashes = record.values_of(self.hashes)
             if not {*map(type, hashes)} <= {int, str}:
-                raise ValueError("hash_ids holds more than whole numbers and texts")
+                raise ValueError(f"{self.hashes} holds more than whole numbers and texts")
             blocks = np.asarray([numbers.setdefault(one, len(numbers)) for one in hashes], np.int32)
             request = request_of_blocks(record, blocks, self.unit, fresh)
+            facts, when_s = self.facts(record) | {"session": session(record)}, clock(record)
             num_whole = record.whole("input_length") // self.unit
             whole.update(hashes[:num_whole])
             partial.update(hashes[num_whole:])
             notes.count(PARTIAL, "block", len(whole.intersection(hashes[num_whole:])))
             notes.count(PARTIAL, "block", len(partial.intersection(hashes[:num_whole])))
-            yield request._replace(timestamp_s=when_s, session=session(record))
+            yield request._replace(timestamp_s=when_s, **facts)
 
         return parse
 
+    def facts(self, record: Record) -> dict[str, Any]:
+        """Return other fields of the request."""
+        return {}
+
     def sessions(self) -> Callable[[Record], Hashable]:
         """Return the function that gives the session of the next record."""
-        numbers = count(1)
-
-        def session(record: Record) -> Hashable:
-            name = record.first(NAMES["session"])
-            return record.key(name) if name else f"{UNNAMED}{next(numbers)}"
-
-        return session
+        others, known = (f"{UNNAMED}{number}" for number in count(1)), NAMES["session"]
+        return lambda one: one.key(name) if (name := one.first(known)) else next(others)
 
 
 @dataclass(frozen=True, slots=True)

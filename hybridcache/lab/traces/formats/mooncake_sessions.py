@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from hybridcache.lab.traces.formats.mooncake import MooncakeReader
-from hybridcache.lab.traces.frame import Line, Notes, Record
+from hybridcache.lab.traces.frame import TIMES, FileReader, Line, Record
 from hybridcache.lab.traces.named import NAMES
 from hybridcache.lab.traces.trace import TraceRequest
 
@@ -15,7 +15,7 @@ from hybridcache.lab.traces.trace import TraceRequest
 @dataclass(frozen=True, slots=True)
 class MooncakeSessionsReader(MooncakeReader):
     """Sessions of a closed loop. Their first turns have a time, or begin with the trace; later ones
-    have the milliseconds since the answer before, which takes no time. All requests are held."""
+    have the ``delay`` since the answer before, which takes no time. All requests are held."""
 
     word: ClassVar[str] = "mooncake-sessions"
 
@@ -23,19 +23,26 @@ class MooncakeSessionsReader(MooncakeReader):
     def recognises(record: Record) -> bool:
         return MooncakeReader.recognises(record) and record.first(NAMES["session"]) is not None
 
-    def parser(self, notes: Notes) -> Callable[[Record], Iterator[TraceRequest]]:
-        parse_timed, last = MooncakeReader.parser(self, notes), dict[str | int, float]()
+    def times_of(self, record: Record) -> Iterable[tuple[str, object]]:
+        untimed = record.first(TIMES) is None and "delay" in record
+        return [("delay", record.number("delay"))] if untimed else FileReader.times_of(self, record)
 
-        def parse(record: Record) -> Iterator[TraceRequest]:
+    def facts(self, record: Record) -> dict[str, Any]:
+        return {"service_s": 0.0}
+
+    def clock(self) -> Callable[[Record], float]:
+        timed, per_s, last = FileReader.clock(self), self.time_unit().per_s, dict[Hashable, float]()
+
+        def when_s(record: Record) -> float:
             name = record.key(record.first(NAMES["session"]) or "session_id")
-            if record.get("timestamp") is None:
+            if record.first(TIMES) is None:
                 delay = record.seconds("delay") if "delay" in record or name in last else 0.0
-                record = Record(record | {"timestamp": last.get(name, 0.0) + delay})
-            for request in parse_timed(record):
-                last[name] = record.seconds("timestamp")
-                yield request._replace(service_s=0.0)
+                last[name] = last.get(name, 0.0) + delay / per_s
+            else:
+                last[name] = timed(record)
+            return last[name]
 
-        return parse
+        return when_s
 
     def ordered(self, found: Iterator[tuple[Line, TraceRequest]]) -> Iterator[TraceRequest]:
         return iter(sorted((one for _, one in found), key=lambda one: one.timestamp_s))

@@ -13,6 +13,7 @@ from typing import ClassVar
 from hybridcache.lab.traces.arrivals import Pauses
 from hybridcache.lab.traces.dialects import Chat, role_of
 from hybridcache.lab.traces.frame import Line, Notes, Record, Records, SessionReader
+from hybridcache.lab.traces.named import messages_in
 from hybridcache.lab.traces.text import load_chat_text
 from hybridcache.lab.traces.trace import BadRecords, TraceRequest, distinct
 
@@ -51,11 +52,11 @@ class ShareGPTReader(SessionReader):
 
 def _segment(record: Record) -> Iterator[tuple[str, int, Chat, Chat]]:
     name = "conversation" if record.get("id") is None else str(record.key("id"))
-    messages = record.objects("conversations")
     base, _, index = name.rpartition("_")
     name, start = (base, int(index)) if base and index.isdecimal() else (name, 0)
     system = [{"role": "system", "content": record.text("system")}] if record.get("system") else []
-    said = [{"role": role_of(one, "from"), "content": one.text("value")} for one in messages]
+    messages = messages_in(record, "conversations")
+    said = [{"role": role_of(one), "content": one.text("content")} for one in messages]
     yield name, start, system, said
 
 

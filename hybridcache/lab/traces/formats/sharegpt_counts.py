@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import count
 from typing import ClassVar
 
 import numpy as np
 
 from hybridcache.lab.traces.arrivals import Pauses
 from hybridcache.lab.traces.frame import Notes, Record, SessionReader
-from hybridcache.lab.traces.trace import FreshIds, TraceRequest
+from hybridcache.lab.traces.trace import UNNAMED, FreshIds, TraceRequest
 from hybridcache.radix.protocol import chat_boundaries
 from hybridcache.radix.tokens import Tokens
 
@@ -33,18 +34,20 @@ class ShareGPTCountsReader(SessionReader):
 
     def parser(self, notes: Notes) -> Callable[[Record], Iterator[TraceRequest]]:
         fresh, empty, end, thought = FreshIds(), *map(_ids, ([], [5, 6], [7, 8]))
+        numbers = count(1)
         headers = {role: _ids([0, number, 4]) for number, role in enumerate("uas", 1)}
 
         def parse(record: Record) -> Iterator[TraceRequest]:
-            name, blocks = record.key("id"), record.ids("first_msg_blocks16")
+            name = record.key("id") if "id" in record else f"{UNNAMED}{next(numbers)}"
+            blocks = record.ids("first_msg_blocks16")
             if len(blocks) and blocks.max() >= 1 << 20:
                 raise ValueError("first_msg_blocks16 holds a block that is not below 2**20")
             shared = (9 + 16 * blocks[:, None] + np.arange(16, dtype=np.int32)).reshape(-1)
             history, asked = empty, False
             for role, length in record.values_of("turns"):
-                count = Record(turns=length).whole("turns")
-                opened, words = np.concatenate((history, headers[role])), fresh.take(count)
-                words[: len(shared)], shared = shared[:count], shared[:0]
+                size = Record(turns=length).whole("turns")
+                opened, words = np.concatenate((history, headers[role])), fresh.take(size)
+                words[: len(shared)], shared = shared[:size], shared[:0]
                 prompt = np.concatenate((opened, thought))
                 if role == "a" and asked:
                     known, survives = chat_boundaries(len(prompt), kept=(len(opened),))
