@@ -35,6 +35,7 @@ class DelayedSignals:
         if self._is_open and not self._received:
             self._received.append(number)
         else:  # It is the second one, or an exception has cut ``__enter__`` or ``__exit__``.
+            self._is_open = False  # The exception may come before the first line of ``__exit__``.
             self._handlers[number](number, frame)
 
     def __exit__(self, *_: object) -> None:

@@ -21,6 +21,8 @@ from hybridcache.radix.tokens import Tokens, read_namespace
 from hybridcache.radix.tree import GHOST_NODE_BYTES, Checkpoint, RadixNode, is_superseded_in_tiers
 
 MAGIC = b"HCMEMRY8"
+MAX_BYTES = 1 << 30
+"""Maximum size of a body, which a small file may unpack to."""
 NOTHING = (-1, 0, 0, 0, 0, 0, 0)
 
 
@@ -147,10 +149,13 @@ def unpack(data: bytes) -> WarmState:
     """
     if not data.startswith(MAGIC):
         raise ValueError("the warm state is damaged, or was written by another version")
+    reader = zlib.decompressobj()
     try:
-        body = zlib.decompress(data[len(MAGIC) :])
+        body = reader.decompress(data[len(MAGIC) :], MAX_BYTES)
     except zlib.error as error:
         raise ValueError("the warm state is damaged") from error
+    if not reader.eof:
+        raise ValueError("the warm state is damaged, or larger than any")
     return WarmState(json.loads(body, object_hook=_read))
 
 

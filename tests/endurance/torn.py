@@ -60,7 +60,7 @@ def tear(seed: int, kind: str, patch: pytest.MonkeyPatch) -> str:
     else:
         tracer = steps.Raise() if kind == "line" else steps.Interrupt()
         service, name, call = made(random.Random(seed), is_starved)
-        tracer.run(call)
+        service.take(tracer.run(call))
         service.close()
         if not tracer.places:
             return ""

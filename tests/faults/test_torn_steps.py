@@ -37,6 +37,7 @@ import hybridcache
 from engine import Engine, EngineConfig, Grammar, RequestOutput, SamplingParams
 from engine.core import Damage, EngineCore
 from engine.errors import DuplicateId
+from engine.interrupts import DelayedSignals
 from engine.plugins.speculation.drafters import drafters_of
 from engine.plugins.tiers.records import RecordStore
 from engine.requests.request import Request
@@ -102,7 +103,7 @@ class Raise:
         return self.line if is_ours and not is_other else None
 
     def line(self, frame: FrameType, event: str, argument: object) -> Callable[..., Any]:
-        if event == "line" and not only_returns(place_of(frame)):
+        if event == "line" and not only_returns(place_of(frame)) and not leaves_block(frame):
             self.note(place_of(frame))
         return self.line
 
@@ -129,6 +130,13 @@ class Raise:
 def only_returns(place: Place) -> bool:
     """Return True for a line that returns a local variable, at which no exception can come."""
     return re.fullmatch(r"\s*return \w+\s*", linecache.getline(*place)) is not None
+
+
+def leaves_block(frame: FrameType) -> bool:
+    """Return True at the end of a ``with`` block, before the call of ``__exit__``, where no
+    exception can come either: Python handles signals in that call."""
+    is_end = dis.opname[code_of(frame.f_code)[frame.f_lasti]] in ("LOAD_CONST", "NOP")
+    return is_end and linecache.getline(*place_of(frame)).lstrip().startswith("with ")
 
 
 def place_of(frame: FrameType) -> Place:
@@ -551,6 +559,19 @@ def test_an_allocation_that_fails_loses_no_output(num_outputs: int, is_step: boo
         taken = (found if is_step else [found]) + engine.take_outputs()
         assert before <= {id(one) for one in taken}
         assert [one.is_finished for one in taken if one].count(True) == (not is_step)
+
+
+def test_signals_are_delayed_after_two_of_them_have_cut_the_end_of_a_call() -> None:
+    """The second one comes in ``__exit__``, before its first line."""
+    cut, caught = DelayedSignals(), list[str]()
+    cut.__enter__()
+    signal.raise_signal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)
+    with suppress(KeyboardInterrupt), DelayedSignals():
+        signal.raise_signal(signal.SIGINT)
+        caught.append("the end of the block")
+    assert caught and signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 # --- Exceptions in the repair --------------------------------------------------------------------

@@ -257,7 +257,7 @@ def test_a_file_has_the_review_of_a_tier_for_a_state_never_on_the_device():
     assert superseded_after_restart(cache) == {8: True, 16: False}
 
 
-def test_a_truncated_or_corrupted_file_is_refused():
+def test_a_truncated_or_corrupted_file_is_refused(monkeypatch):
     trace = TRACES["agent"]
     target = make(trace)
     serve(target, list(trace)[:20])
@@ -275,6 +275,9 @@ def test_a_truncated_or_corrupted_file_is_refused():
         with pytest.raises(ValueError, match=r"damaged|version"):
             unpack(bytes(flipped))
     assert unpack(data + b"more of something").recall_tree(make(trace).cache) is None
+    monkeypatch.setattr("hybridcache.radix.warm_state.MAX_BYTES", len(body) - 1)
+    with pytest.raises(ValueError, match="larger than any"):
+        unpack(data)
 
 
 @pytest.mark.parametrize("change", [{"page_size": 7}, {"grid": 3}])

@@ -111,7 +111,10 @@ class Access:
         try:
             with suppress(FileExistsError), open(file, "xb", opener=private) as new:
                 new.write(self._secret)
-            if len(kept := file.read_bytes()) != SECRET_BYTES:
+            # Neither waits for a named pipe nor follows a link, which another user may have made.
+            with open(os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW), "rb", 0) as old:
+                kept = old.read(SECRET_BYTES + 1)
+            if len(kept or b"") != SECRET_BYTES:
                 raise OSError(errno.EINVAL, f"it does not have {SECRET_BYTES} bytes")
             self._secret = kept
         except OSError as error:

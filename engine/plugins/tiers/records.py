@@ -24,12 +24,14 @@ time gives errors, and its successor is not written.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
 import logging
 import os
 import re
+import stat
 import struct
 import time
 import zlib
@@ -50,6 +52,8 @@ PART, LOCK_NAME = ".part", "lock"
 FILE = re.compile(r"([0-9a-f]{16})\.record(\.part)?")
 BLOCK_BYTES = 1 << 12
 """Allocation unit of a file."""
+MAX_FILE_BYTES = 1 << 30
+"""Maximum size of a file that is read whole: far above that of any learned state."""
 
 Bytes = bytes | bytearray | memoryview
 
@@ -64,6 +68,10 @@ def digest_of(fields: Mapping[str, str]) -> bytes:
     """Return the digest of a fingerprint."""
     text = json.dumps(fields, sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=32).digest()
+
+
+class OddFile(OSError):
+    """A file of the folder is not regular or too large, so it was not written by an engine."""
 
 
 class StoredRecord(NamedTuple):
@@ -87,9 +95,9 @@ class RecordStore:
         self.folder = folder
         self._files: list[list[str | int]] = []
         for path in weight_files(weights_dir.resolve()) if weights_dir else ():
-            stat = path.stat()
-            times = stat.st_mtime_ns, stat.st_ctime_ns
-            self._files.append([str(path), stat.st_size, *times, stat.st_ino])
+            info = path.stat()
+            times = info.st_mtime_ns, info.st_ctime_ns
+            self._files.append([str(path), info.st_size, *times, info.st_ino])
         self._digest = b""
         self.next_id = time.time_ns()
         """Larger than every id used so far by an earlier process."""
@@ -173,7 +181,7 @@ class RecordStore:
                     continue
                 record_id, record = int(match[1], 16), None
                 if not match[2]:
-                    with self._open(name, "rb") as file:
+                    with suppress(OddFile), self._open(name, "rb") as file:
                         record = self._parse(record_id, file)
                     self.num_damaged += record is None
                 if record is None:
@@ -221,7 +229,9 @@ class RecordStore:
     def read_file(self, name: str) -> bytes:
         """Return the content of file ``name``. Raises OSError."""
         with self._open(name, "rb") as file:
-            return file.read() or b""
+            if os.fstat(file.fileno()).st_size > MAX_FILE_BYTES:
+                raise OddFile(errno.EFBIG, os.strerror(errno.EFBIG))
+            return file.read()
 
     def write_file(self, name: str, data: bytes) -> None:
         """Replace the content of file ``name``, so that after a kill or a power loss it has the old
@@ -241,13 +251,12 @@ class RecordStore:
             os.close(self._claims.pop())
 
     def _fingerprint(self) -> tuple[dict[str, str], object] | None:
-        """Return fields and files of ``fingerprint.json``, or None if it is missing or damaged.
-        Raises OSError."""
+        """Return fields and files of ``fingerprint.json``, or None if it is missing or damaged."""
         try:
             content = json.loads(self.read_file(NAME))
             is_sound = content["digest"] == digest_of(content["fields"]).hex()
             return (content["fields"], content.get("files")) if is_sound else None
-        except (FileNotFoundError, ValueError, TypeError, LookupError, RecursionError):
+        except (OSError, ValueError, TypeError, LookupError, RecursionError):
             return None
 
     def _crc(self, record_id: int, rest: bytes) -> int:
@@ -294,8 +303,18 @@ class RecordStore:
         return open(name, mode, opener=self._open_fd)  # type: ignore[return-value]
 
     def _open_fd(self, name: str, flags: int) -> int:
-        # A named pipe would wait for its other end.
-        return os.open(name, flags | os.O_NONBLOCK, 0o600, dir_fd=self._folder_fd)
+        # A named pipe would wait for its other end, and a link may lead out of the folder.
+        flags |= os.O_NONBLOCK | os.O_NOFOLLOW
+        try:
+            fd = os.open(name, flags, 0o600, dir_fd=self._folder_fd)
+        except OSError as error:
+            if error.errno in (errno.ELOOP, errno.ENXIO):  # A link, or a socket.
+                raise OddFile(error.errno, "a file is not regular") from error
+            raise
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            os.close(fd)
+            raise OddFile(errno.EINVAL, "a file is not regular")
+        return fd
 
 
 def _unusable(folder: Path, error: OSError) -> StoreError:

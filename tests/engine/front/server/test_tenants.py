@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import random
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -133,6 +134,12 @@ def test_tenant_entries_are_found_after_a_restart(tmp_path: Path, caplog: Any) -
     with start("key-one", "key-two") as live:
         assert ask(live, "key-one") == 0 < ask(live, "key-one")
     assert "salt-secret cannot be used (it does not have 32 bytes)" in caplog.text
+    for odd in (os.mkfifo, lambda file: file.symlink_to("/dev/zero")):  # Of another user.
+        secret.unlink()
+        odd(secret)
+        caplog.clear()
+        Access(settings).keep_secret(str(folder))
+        assert "salt-secret cannot be used" in caplog.text
 
 
 PATHS: list[tuple[str, str]] = [

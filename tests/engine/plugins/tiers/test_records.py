@@ -17,7 +17,14 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from engine import Engine, EngineConfig
-from engine.plugins.tiers.records import NAME, RecordStore, StoreError, record_name
+from engine.plugins.tiers.records import (
+    LOCK_NAME,
+    MEMORY_NAME,
+    NAME,
+    RecordStore,
+    StoreError,
+    record_name,
+)
 from engine.weights.model_config import ModelError
 
 OURS, THEIRS = {"weights": "ours"}, {"weights": "theirs"}
@@ -175,6 +182,57 @@ def test_a_folder_in_use_is_refused_and_unchanged(tmp_path: Path) -> None:
     assert not (tmp_path / NAME).exists()
     first.close()
     reopen(tmp_path)[0].close()
+
+
+ODD: dict[str, Callable[[Path], object]] = {
+    "pipe": os.mkfifo,
+    "link": lambda file: file.symlink_to("/dev/zero"),
+    "folder": Path.mkdir,
+    "large": lambda file: (file.touch(), os.truncate(file, 1 << 40)),
+}
+"""Files that another user may write into the folder."""
+
+
+@pytest.mark.parametrize("odd", ODD)
+@pytest.mark.parametrize("name", [NAME, LOCK_NAME, MEMORY_NAME, record_name(7), f"{NAME}.part"])
+def test_a_file_that_no_engine_wrote_is_ignored_or_refused(
+    name: str, odd: str, tmp_path: Path
+) -> None:
+    """Nothing waits or follows a link, and no large file is read."""
+    folder, victim = tmp_path / "state", tmp_path / "victim"
+    reopen(folder)[0].close()
+    victim.write_bytes(b"of the user")
+    (folder / f"{MEMORY_NAME}.part").symlink_to(victim)
+    (folder / name).unlink(missing_ok=True)
+    ODD[odd](folder / name)
+    try:
+        store, found = reopen(folder)
+    except StoreError as error:
+        assert "cannot be" in str(error) and name != MEMORY_NAME
+    else:
+        assert not found
+        for write in (store.write_file, lambda *_: store.read_file(MEMORY_NAME)):
+            with pytest.raises(OSError, match=r"regular|large|No such file"):
+                write(MEMORY_NAME, b"learned")
+        store.close()
+    assert victim.read_bytes() == b"of the user"
+
+
+def test_a_fork_does_not_keep_the_folder_of_an_engine_that_was_closed(tmp_path: Path) -> None:
+    store, _ = reopen(tmp_path)
+    ready, end = os.pipe(), os.pipe()
+    if not (child := os.fork()):
+        os.close(end[1])
+        os.write(ready[1], b"x")
+        os.read(end[0], 1)
+        os._exit(0)
+    try:
+        os.read(ready[0], 1)
+        store.close()
+        reopen(tmp_path)[0].close()
+    finally:
+        os.close(end[1])
+        os.waitpid(child, 0)
 
 
 def test_a_folder_that_is_not_writable_is_refused(
