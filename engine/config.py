@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from importlib import metadata
 from numbers import Integral, Real
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
+from hybridcache.config import Settings
 from hybridcache.geometry.checkpoints import CheckpointFormat
 from hybridcache.geometry.units import GIB
 from hybridcache.scheduling.planner import MAX_SCORED as MAX_SCORED
@@ -140,10 +141,11 @@ class DraftSizes(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class EngineConfig:
+class EngineConfig(Settings):
     """Settings of one engine, those of its optional parts included. Raises ConfigError for a bad
     value, or for values that contradict each other."""
 
+    _elsewhere: ClassVar = {"policy": "use eviction", "placement": "use checkpoints"}
     model: str | None = None
     """Model directory, GGUF file, or ORG/NAME of the Hugging Face Hub; ORG/NAME:Q4_K_M is a GGUF
     file there, and a directory of that name is preferred; by default the built-in byte model, which

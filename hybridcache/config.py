@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar, Self
 
 from hybridcache.allocators.moves import DISK, HOST
 from hybridcache.allocators.pools import (
@@ -26,8 +27,24 @@ GRID = 64
 """Default checkpoint grid, tokens: the chunk length of the kernels."""
 
 
+class Settings:
+    """Settings that refuse the words of other parts of the project, and name the right one."""
+
+    __slots__ = ()
+    _elsewhere: ClassVar[Mapping[str, str]] = {}
+    """The right setting, by the word that another part uses for it."""
+
+    def __new__(cls, *_: object, **settings: object) -> Self:
+        for name in cls._elsewhere.keys() & settings:
+            raise TypeError(f"there is no setting {name!r}: {cls._elsewhere[name]}")
+        return super().__new__(cls)
+
+
+PLACED = "the placement is an argument of Lease.begin and CacheManager: parse_placement('end')"
+
+
 @dataclass(frozen=True, slots=True)
-class CacheConfig:
+class CacheConfig(Settings):
     """Sizes and policies of a prefix cache.
 
     Memory is given as two pool sizes (``num_kv_tokens``, ``num_slots``), or as one number of bytes
@@ -38,6 +55,7 @@ class CacheConfig:
     'survival'
     """
 
+    _elsewhere: ClassVar = {"policy": "use eviction", "placement": PLACED, "checkpoints": PLACED}
     prefix_cache: str = "hybrid"
     """hybrid, radix (attention-only models) or none."""
     num_kv_tokens: int = 0

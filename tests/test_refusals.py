@@ -6,6 +6,7 @@ HTTP requests have the same test in ``tests/engine/front/server/test_bad_input.p
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import inspect
 import json
@@ -16,6 +17,7 @@ import sys
 import types
 import typing
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +39,8 @@ from hybridcache.policies.registry import parse_placement
 from tests.engine.test_engine import make_engine
 from tests.engine.test_hits_change_nothing import ATTENTION_ONLY
 from tests.gguf_files import vocabulary, write_gguf
+from tests.refused import refused
+from tests.selection import ROOT
 
 WRONG: dict[Any, tuple[Any, ...]] = {
     int: ("odd", 1.5, -(2**80), True),
@@ -112,6 +116,24 @@ def test_wrong_values_of_settings_are_refused(config: type) -> None:
         check_refusal(str(caught.value), name, value)
 
 
+@pytest.mark.parametrize(
+    ("make", "word", "right"),
+    [
+        (CacheConfig, "policy", "eviction"),
+        (CacheConfig, "checkpoints", "parse_placement"),
+        (CacheConfig, "placement", "parse_placement"),
+        (EngineConfig, "policy", "eviction"),
+        (EngineConfig, "placement", "checkpoints"),
+        (partial(simulate, "short"), "eviction", "policy"),
+        (partial(simulate, "short"), "placement", "checkpoints"),
+    ],
+)
+def test_words_of_other_parts_are_refused_with_the_right_one(
+    make: Callable[..., Any], word: str, right: str
+) -> None:
+    refused(f"there is no setting '{word}': .*{right}", make, **{word: "lru"}, kind=TypeError)
+
+
 def exit_code(command: Callable[[Sequence[str]], int], arguments: Sequence[str]) -> int:
     """Return the exit code of a command, run in this process."""
     try:
@@ -138,8 +160,39 @@ def test_wrong_values_of_a_scenario_are_refused(capsys: pytest.CaptureFixture[st
         command = ["simulate", "--trace=short?head=3", "--closed-loop" if is_load else "--gib=1"]
         assert exit_code(hybridcache, [*command, flag]) == 2, flag
         check_refusal(capsys.readouterr().err, one.name, "odd")
-    with pytest.raises(OSError, match="odd"):
-        simulate("odd")
+    refused("odd", simulate, "odd", kind=OSError)
+
+
+REMEDY = re.compile(
+    r"\b(must|may|use|set|send|give|pass|write|install|upgrade|add|remove|drop|leave|shorten|convert|"
+    r"export|requires?|needs?|needed|supported|cannot|again|has no)\b",
+    re.IGNORECASE,
+)
+"""Words of a sentence that says what to do, or what is expected."""
+OURS = {"EngineStopped", "OSError", "RuntimeError"}
+"""Errors that no value of a caller causes."""
+
+
+def sentences(room: str) -> Iterator[tuple[str, str]]:
+    """Yield (kind, sentence) of the errors that the code of a folder raises, {} for each value."""
+    for file in sorted((ROOT / room).rglob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call) and node.exc.args:
+                said = node.exc.args[0]
+                parts = said.values if isinstance(said, ast.JoinedStr) else [said]
+                if all(isinstance(part, ast.Constant | ast.FormattedValue) for part in parts):
+                    texts = [getattr(part, "value", "") for part in parts]
+                    texts = [text if isinstance(text, str) else "{}" for text in texts]
+                    yield ast.unparse(node.exc.func).rpartition(".")[2], "".join(texts)
+
+
+@pytest.mark.parametrize("room", ["hybridcache", "engine", "kernels"])
+def test_every_refusal_is_one_sentence_with_the_value_or_a_remedy(room: str) -> None:
+    found = [*sentences(room)]
+    odd = [text for _, text in found if re.search(r"\n|  |^ | $|!$", text) or len(text) > 400]
+    whole = [text for kind, text in found if text.endswith(".") and kind not in OURS]
+    odd += [text for text in whole if "{}" not in text and not REMEDY.search(text)]
+    assert odd == [] and len(found) > 10
 
 
 FLAGS = {
@@ -192,8 +245,7 @@ def test_settings_that_require_others_or_name_no_kernel_are_refused() -> None:
     }.items():
         with pytest.raises(ValueError, match=message[1]):
             Engine(EngineConfig(cache_gib=0.05, **{given: message[0]}))
-    with pytest.raises(ValueError, match="'adaptive,' has an empty name"):
-        parse_placement("adaptive,")
+    refused("'adaptive,' has an empty name", parse_placement, "adaptive,")
 
 
 SERVE, GENERATE = "serve --port 0 --model /no", "generate x"

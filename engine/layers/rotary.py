@@ -167,7 +167,7 @@ def _kept_by_yarn(found: Parameters, dim: int, base: float, original: float) -> 
 def _yarn_factors(found: Parameters, config: Config, original: float) -> tuple[float, float]:
     """Return the factors of the length, and of cos and sin."""
     if "factor" not in found:
-        raise ModelError("factor is missing in the rope_parameters of type 'yarn' in config.json.")
+        raise ModelError("rope_parameters of type 'yarn' in config.json must have a factor.")
     factor = found["factor"]
     factor = config["max_position_embeddings"] / original if factor is None else factor
     factor = _positive("factor", factor)

@@ -70,7 +70,7 @@ class Grammar:
         try:
             rule = json_rule(schema, {"whitespace_pattern": WHITESPACE})
         except RecursionError:
-            raise GrammarError("a JSON schema may not be nested that deep.") from None
+            raise GrammarError("a JSON schema is nested too deep: give it fewer levels.") from None
         return cls("lark", f"start: {rule}")
 
     @classmethod

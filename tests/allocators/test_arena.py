@@ -5,12 +5,12 @@ from __future__ import annotations
 import random
 
 import numpy as np
-import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from hybridcache.allocators.moves import Move, StepQueue
 from hybridcache.allocators.pools import ArenaAllocator, slab_rows
+from tests.refused import refused
 
 ROW_BYTES = 3
 
@@ -226,8 +226,7 @@ def test_moving_rows_without_a_holder_raises():
     arena.free(rows[:5])
     arena.free(others.rows[:5])
     others.rows = others.rows[5:].copy()
-    with pytest.raises(RuntimeError, match="holders claim"):
-        arena.slots.allocate()
+    refused("holders claim", arena.slots.allocate, kind=RuntimeError)
 
 
 def test_an_opened_slab_is_used_after_all_other_holes():

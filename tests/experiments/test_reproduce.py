@@ -16,6 +16,7 @@ import pytest
 
 from experiments import page, provenance, reproduce
 from experiments.studies import ablation
+from tests.refused import refused
 
 ROOT = Path(__file__).resolve().parents[2]
 OUTPUT = "results/bench_simulate_default.jsonl"
@@ -266,8 +267,7 @@ def test_a_result_without_rows_is_named(
 ) -> None:
     monkeypatch.setattr(provenance, "RESULTS", tmp_path)
     (tmp_path / "study_vllm.jsonl").write_text(text)
-    with pytest.raises(ValueError, match=r"study_vllm\.jsonl"):
-        page.render("vllm", page.SECTIONS["vllm"], {}, "")
+    refused(r"study_vllm\.jsonl", page.render, "vllm", page.SECTIONS["vllm"], {}, "")
 
 
 def test_finished_part_says_so_and_can_be_compared(

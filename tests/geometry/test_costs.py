@@ -17,6 +17,7 @@ from engine.config import BUILTIN_DIR
 from hybridcache.geometry.model import ModelGeometry, presets
 from hybridcache.geometry.times import MeasuredTimes, Roofline
 from tests.gguf_files import write_gguf
+from tests.refused import refused
 
 QWEN3_NEXT = {
     "model_type": "qwen3_next",
@@ -143,8 +144,7 @@ def test_configs_of_mamba_models_agree_with_their_presets(name: str) -> None:
     ids=["qwen3_next", "granitemoehybrid", "unknown", "nemotron_h"],
 )
 def test_unknown_layer_type_is_named_in_the_error(config) -> None:
-    with pytest.raises(ValueError, match="wormhole"):
-        ModelGeometry.from_config(config)
+    refused("wormhole", ModelGeometry.from_config, config)
 
 
 MAMBA = dict(zip(("mamba_n_heads", "mamba_d_state", "mamba_d_conv"), (64, 128, 4), strict=True))
@@ -177,8 +177,7 @@ def test_a_config_of_an_unknown_type_says_how_it_was_read(
 
 @pytest.mark.parametrize("name", ["qwen3.5", "no-such-model"])
 def test_ambiguous_or_unknown_preset_lists_the_names(name: str) -> None:
-    with pytest.raises(ValueError, match=r"Qwen3\.5-0\.8B"):
-        ModelGeometry.preset(name)
+    refused(r"Qwen3\.5-0\.8B", ModelGeometry.preset, name)
 
 
 def test_load_accepts_a_directory_a_file_and_a_preset(tmp_path) -> None:
@@ -264,5 +263,4 @@ def test_wrong_tables_of_times_are_refused(tmp_path, wrong: str, message: str) -
     assert str(caught.value).startswith(f"{path}: not a table of prefill times: ")
     for text in ("[]", "{}", "x"):
         path.write_text(text)
-        with pytest.raises(ValueError, match="not a table of prefill times"):
-            MeasuredTimes.load(path)
+        refused("not a table of prefill times", MeasuredTimes.load, path)

@@ -9,6 +9,7 @@ import torch
 from kernels.packed import Exports, Packed
 from kernels.strides import rows_contiguous
 from kernels.upload import upload
+from tests.refused import refused
 
 
 def test_tiles_start_at_each_sequence() -> None:
@@ -28,8 +29,7 @@ def test_exports_are_ordered_by_sequence_and_position() -> None:
     assert exports.slots == (4, 3, 5)
     assert [table.tolist() for table in exports.tables] == [[64, 200, 64], [4, 3, 5], [0, 2, 2, 3]]
     assert Exports.plan(packed, []) is None
-    with pytest.raises(ValueError, match="twice"):
-        Exports.plan(packed, [(0, 64, 1), (0, 64, 2)])
+    refused("twice", Exports.plan, packed, [(0, 64, 1), (0, 64, 2)])
 
 
 ENDS = [*((64, end) for end in (0, 63, 65, 192, -64)), (32, 16), (32, 48), (16, 8), (16, 24)]
@@ -39,8 +39,7 @@ ENDS = [*((64, end) for end in (0, 63, 65, 192, -64)), (32, 16), (32, 48), (16, 
 def test_export_off_the_grid_is_refused(tile_size: int, end: int) -> None:
     packed = Packed.from_lengths([130], tile_size=tile_size)
     assert Exports.plan(packed, [(0, 2 * tile_size, 1)]).ends == (2 * tile_size,)
-    with pytest.raises(ValueError, match="a state cannot be exported"):
-        Exports.plan(packed, [(0, end, 1)])
+    refused("a state cannot be exported", Exports.plan, packed, [(0, end, 1)])
 
 
 def test_rows_are_copied_only_if_not_contiguous() -> None:

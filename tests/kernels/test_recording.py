@@ -11,6 +11,7 @@ import torch
 
 from kernels import library, native, recording
 from kernels.recording import NotRecordableError, _Watch, record
+from tests.refused import refused
 
 COMPILED = pytest.mark.skipif(native.shared_library() is None, reason="no C++ compiler")
 
@@ -45,8 +46,7 @@ def test_replay_uses_current_inputs(in_runs, monkeypatch) -> None:
 )
 def test_other_operations_are_refused(operation) -> None:
     x = torch.ones(2, 3)
-    with pytest.raises(NotRecordableError, match="aten"):
-        record(lambda: operation(x))
+    refused("aten", record, lambda: operation(x), kind=NotRecordableError)
 
 
 class TestCompiling:
@@ -128,8 +128,7 @@ class TestCompiling:
         monkeypatch.setattr(library, "processor_instructions", lambda: middle.needs)
         for name in ("avx", higher.name):
             monkeypatch.setenv(library.LEVEL_VARIABLE, name)
-            with pytest.raises(ValueError, match=f"{name}: the levels .* are sse4, avx2[.]"):
-                library.load()
+            refused(f"{name}: the levels .* are sse4, avx2[.]", library.load)
         monkeypatch.setenv(library.LEVEL_VARIABLE, lowest.name)
         assert library.instructions() == lowest.needs < middle.needs
 

@@ -81,14 +81,15 @@ def test_every_count_of_an_account_is_halved() -> None:
 def test_poor_forks_alone_are_no_reason_to_save_more(
     rejoins: int, boundary_hit: int, missed: int, is_saved: bool
 ) -> None:
-    """Eight forks have no hit. Rejoins have one of 640 tokens: 49 for each of twelve and the
+    """Eight forks have no hit. Rejoins have two of 320 tokens: 49 for each of twelve and the
     assumed one, which is above a loss of 40, and above a mean of 28, if the loss is 60. Six have no
     evidence."""
-    placement, rejoin = Adaptive(), FakeItem("it", label="rejoin", position=640)
+    placement, rejoin = Adaptive(), FakeItem("it", label="rejoin", position=320)
     head = FakeItem("head", label="boundary", position=boundary_hit)
     for label, count in (("branch", COMPARED_AFTER), ("rejoin", rejoins)):
         for _ in range(count):
             placement.on_saved(Placed(640, label))
+    placement.on_hit(rejoin)
     placement.on_hit(rejoin)
     placement.on_hit(head)
     placement.on_ghost_hit(head, missed * (COMPARED_AFTER + rejoins + 1))

@@ -196,9 +196,11 @@ def test_nothing_is_withheld_if_repeating_prompts_answers_more_requests(
 
 @pytest.mark.parametrize(
     ("share", "every_s", "cached_len", "withholds"),
-    [(0.2, 0.5, 0, True), (0.1, 0.5, 0, False), (0.2, 4.0, 0, False), (0.2, 0.5, 6000, False)],
-    ids=["crowded", "memory for others", "time for whole prompts", "heads are cached"],
-)
+    [(0.2, 0.5, 0, True), (0.1, 0.5, 0, False), (0.2, 4.0, 0, False), (0.2, 0.5, 6000, False),
+     (0.2, 0.5, 3500, False), (0.2, 0.5, 2500, True)],
+    ids=["crowded", "memory for others", "time for whole prompts", "heads are cached",
+         "most of the heads is cached", "less than half"],
+)  # fmt: skip
 def test_running_requests_that_displace_shared_text_are_fewer_until_it_stays(
     share: float, every_s: float, cached_len: int, withholds: bool
 ) -> None:

@@ -25,6 +25,7 @@ from hybridcache.scheduling.request import AdmissionPolicy, ServerLoad, WaitingR
 from tests.oracle import OracleRunner, OracleSampler
 from tests.radix.serving import hybrid, serve, traffic
 from tests.radix.twins import VictimLog
+from tests.refused import refused
 
 MODULE = """
 import itertools
@@ -150,13 +151,10 @@ def test_an_error_in_a_custom_policy_is_one_line(
 def test_an_object_that_is_no_policy_is_named() -> None:
     with pytest.raises(ValueError, match="it does not implement PlacementPolicy: give a name"):
         parse_placement(5)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="'every' needs a whole number of at least 1"):
-        parse_placement("every:1.5")
+    refused("'every' needs a whole number of at least 1", parse_placement, "every:1.5")
     for pair in ("lru@backoff", "user_policies:CheapestFirst@adaptive", "mine:Dice(2)@adaptive"):
-        with pytest.raises(ValueError, match=r"here checkpoints \(--checkpoints\) names the"):
-            make_eviction(pair)
-    with pytest.raises(ValueError, match="unknown eviction policy 'LRU', did you mean 'lru'"):
-        make_eviction("LRU")
+        refused(r"here checkpoints \(--checkpoints\) names the", make_eviction, pair)
+    refused("unknown eviction policy 'LRU', did you mean 'lru'", make_eviction, "LRU")
 
 
 def test_an_endless_plan_ends_with_the_prompt() -> None:
@@ -291,8 +289,7 @@ def test_a_policy_that_never_gives_a_victim_ends_with_one_sentence(
     run: Callable[[], object],
 ) -> None:
     """Memory is never freed, so requests would wait for ever."""
-    with pytest.raises(PolicyError, match=r"Stingy.* returned None, no candidate"):
-        run()
+    refused(r"Stingy.* returned None, no candidate", run, kind=PolicyError)
 
 
 # --- Admission policies that raise ----------------------------------------------------------------

@@ -18,6 +18,7 @@ from hybridcache.radix.protocol import Item, Placed, Prefill, PromptBoundaries
 from hybridcache.radix.tokens import Tokens
 from hybridcache.radix.warm_state import write_memory
 from tests.radix.serving import carried_out, serve_lease
+from tests.refused import refused
 
 
 def make_cache(slots: int = 8, **options: int):
@@ -125,8 +126,7 @@ def test_the_first_tokens_that_wait_for_a_plan_are_remembered() -> None:
     lease = begin(cache, prompt)
     cache.steps.transfers.append(Drop("disk", prompt))
     assert lease.extend(20) and lease.extend(40)
-    with pytest.raises(RuntimeError, match="or moved the entries"):
-        lease.publish(prompt, 10)
+    refused("or moved the entries", lease.publish, prompt, 10, kind=RuntimeError)
     carried_out(cache)
     lease.finish(prompt, 40)
     check(cache)
@@ -225,8 +225,7 @@ def test_an_ended_lease_refuses_every_call(how: str) -> None:
         "preempt": (prompt, 0),
     }
     for call, arguments in calls.items():
-        with pytest.raises(ValueError, match="this lease has ended"):
-            getattr(lease, call)(*arguments)
+        refused("this lease has ended", getattr(lease, call), *arguments)
     lease.abort()
     assert (lease.state_slot, lease.held_tokens, len(lease.kv_indices)) == (None, 0, 0)
     assert lease.extended_len == lease.published_len == 0
@@ -255,8 +254,7 @@ def test_invalid_lengths_are_refused_and_the_lease_stays_usable() -> None:
         given = " and ".join(map(str, numbers))
         with pytest.raises(ValueError, match=f"10 tokens .* and 20 have KV rows .got {given}"):
             getattr(lease, call)(*text, *numbers)
-    with pytest.raises(ValueError, match="stop_reason must be"):
-        lease.finish(prompt, 20, stop_reason="banana")
+    refused("stop_reason must be", lease.finish, prompt, 20, stop_reason="banana")
     assert cache.render() == before
     check(cache, lease)
     lease.finish(prompt, 20)
@@ -276,11 +274,9 @@ def test_begin_refuses_invalid_arguments_immediately() -> None:
         Lease.begin(cache, placement, request._replace(session=3))  # type: ignore[arg-type]
     for memory in ("arena", "budget"):
         small = CacheConfig(memory=memory, total_bytes=60, kv_bytes_per_token=4, state_bytes=64)  # type: ignore[arg-type]
-        with pytest.raises(ValueError, match="needs room for one"):
-            Lease.begin(build_prefix_cache(small), placement, request)
+        refused("needs room for one", Lease.begin, build_prefix_cache(small), placement, request)
     radix = build_prefix_cache(CacheConfig(prefix_cache="radix", num_kv_tokens=99, num_slots=9))
-    with pytest.raises(ValueError, match="needs room for one"):
-        Lease.begin(radix, placement, request)
+    refused("needs room for one", Lease.begin, radix, placement, request)
     for right in ((), (0, 4, 4, 9), [np.int64(3)], (12,)):
         boundaries = PromptBoundaries(right)
         lease = begin(make_cache(grid=np.int64(3)), tokens(9), "boundary", boundaries=boundaries)
@@ -302,10 +298,8 @@ def test_tokens_of_another_request_are_refused(call: str) -> None:
     wrong[19] = 5
     with pytest.raises(ValueError, match="tokens 10 to 20 are not those of the LeaseRequest"):
         getattr(lease, call)(np.concatenate((wrong, answer)), 24)
-    with pytest.raises(ValueError, match="tokens 10 to 20 are not those of the LeaseRequest"):
-        getattr(lease, call)(wrong, 20)
-    with pytest.raises(ValueError, match=r"tokens must be .* not list"):
-        getattr(lease, call)(wrong.tolist(), 24)
+    refused("tokens 10 to 20 are not those of the LeaseRequest", getattr(lease, call), wrong, 20)
+    refused(r"tokens must be .* not list", getattr(lease, call), wrong.tolist(), 24)
     assert cache.render() == before
     check(cache, lease)
     lease.publish(wrong, 19)  # the wrong token is not published
@@ -342,8 +336,7 @@ def test_a_plan_is_carried_out_in_order() -> None:
     assert not empty
     empty.done()
     empty.done()  # an empty plan may be completed twice
-    with pytest.raises(RuntimeError, match="was carried out"):
-        empty.carry_out(memory)
+    refused("was carried out", empty.carry_out, memory, kind=RuntimeError)
 
 
 WRONG_TYPES: dict[str, Any] = {
@@ -381,8 +374,7 @@ def test_a_number_of_another_type_is_refused_before_anything_is_taken(
     assert lease.extend(20) and lease.take_checkpoint_slots(0, 20)
     carried_out(cache)
     held = lease.held_tokens, lease.held_slots, lease.planned
-    with pytest.raises(TypeError, match=message):
-        WRONG_TYPES[message](lease)
+    refused(message, WRONG_TYPES[message], lease, kind=TypeError)
     assert held == (lease.held_tokens, lease.held_slots, lease.planned)
     check(cache, lease)
     lease.publish(tokens(20), np.int64(20))  # A numpy integer is one.

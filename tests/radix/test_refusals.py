@@ -25,6 +25,7 @@ from hybridcache.scheduling.planner import StepPlanner
 from hybridcache.scheduling.request import ScheduledRequest
 from tests.adapters.segments import segments_of
 from tests.radix.serving import PerToken, hybrid, ids, publish
+from tests.refused import refused
 
 INVALID_IDS = (
     [1, 2, 3, 4],
@@ -52,8 +53,7 @@ def test_ids_and_rows_that_are_not_int32_raise_in_every_cache(prefix_cache, bad)
         ("KV indices", lambda: cache.insert(ids("abcd"), bad)),
         ("rows", lambda: cache.free_kv(bad)),
     ):
-        with pytest.raises(ValueError, match=rf"{named} must be a numpy array int32\[n\]"):
-            call()
+        refused(rf"{named} must be a numpy array int32\[n\]", call)
     assert cache.render() == before
     cache.check(held_tokens=4, held_slots=0)
 
@@ -130,8 +130,7 @@ def test_evicted_nodes_can_neither_be_locked_read_nor_extended(prefix_cache):
     insertion = partial(cache.insert, ids("abcdef"), rows, (), None, 5, ())
     calls = [partial(call, match.node) for call in (cache.lock, cache.gather, cache.refresh)]
     for call in (*calls, partial(insertion, match.node), partial(cache.touch, match)):
-        with pytest.raises(ValueError, match="match again"):
-            call()
+        refused("match again", call)
     cache.check(held_tokens=6, held_slots=0)
 
 
@@ -158,16 +157,14 @@ def test_a_listener_that_raises_is_unsubscribed_and_breaks_nothing(event, caplog
     cache.check(held_tokens=0, held_slots=0)
     assert segments_of(mirror.nodes.values()) == segments_of(cache._tree.nodes())
     if event in ("kv_stored", "checkpoint_stored"):
-        with pytest.raises(OSError, match="the socket is closed"):
-            cache.subscribe(broken)
+        refused("the socket is closed", cache.subscribe, broken, kind=OSError)
     cache.reset()
     assert cache.cached_tokens == cache.num_checkpoints == 0
     cache.check(held_tokens=0, held_slots=0)
     cache = cache.rebuilt()
     found = [(record.name, *record.exc_info[1].args) for record in caplog.records]
     assert found == [("hybridcache", "the socket is closed")]
-    with pytest.raises(ValueError, match="not subscribed"):
-        cache.unsubscribe(broken)
+    refused("not subscribed", cache.unsubscribe, broken)
 
 
 def begun(cache, placement, prompt):
@@ -198,8 +195,7 @@ def test_a_plan_that_was_not_carried_out_stops_a_reset():
     lease = Lease.begin(cache, placement, LeaseRequest(prompt, table_row=0))
     assert lease.extend(20)
     plan = cache.take_step()
-    with pytest.raises(RuntimeError, match="taken but not carried out"):
-        cache.reset()
+    refused("taken but not carried out", cache.reset, kind=RuntimeError)
     plan.done()
     lease.publish(prompt, 20)
     cache.reset()
@@ -218,11 +214,9 @@ def test_a_plan_that_failed_half_way_cannot_be_carried_out():
     lease = Lease.begin(cache, placement, request)
     assert lease.extend(20)
     plan = cache.take_step()
-    with pytest.raises(OSError, match="no device"):
-        plan.carry_out(Failing())
+    refused("no device", plan.carry_out, Failing(), kind=OSError)
     for again in (lambda: plan.carry_out(Failing()), plan.done):
-        with pytest.raises(RuntimeError, match="failed half-way"):
-            again()
+        refused("failed half-way", again, kind=RuntimeError)
     lease.abort()
     cache.reset()
     cache.check(held_tokens=0, held_slots=0)
@@ -241,13 +235,11 @@ def test_a_plan_that_a_reset_has_forgotten_cannot_be_carried_out():
         (partial(cache.lock, node), cache.unlock),
     ):
         held = take()
-        with pytest.raises(RuntimeError, match="taken but not carried out"):
-            cache.reset()
+        refused("taken but not carried out", cache.reset, kind=RuntimeError)
         give_back(held)
     cache.reset()
     for again in (lambda: plan.carry_out(None), plan.done):
-        with pytest.raises(RuntimeError, match="forgotten by reset"):
-            again()
+        refused("forgotten by reset", again, kind=RuntimeError)
 
 
 def test_a_lease_whose_slot_was_freed_holds_no_rows_after_its_end():
@@ -255,8 +247,7 @@ def test_a_lease_whose_slot_was_freed_holds_no_rows_after_its_end():
     lease = Lease.begin(cache, placement, LeaseRequest(ids("abcde")))
     assert lease.extend(5)
     cache.free_slot(lease.state_slot)
-    with pytest.raises(ValueError, match="which is not taken"):
-        lease.abort()
+    refused("which is not taken", lease.abort)
     cache.check(held_tokens=0, held_slots=0)
 
 
@@ -365,8 +356,7 @@ def test_wrong_arguments_of_constructors_are_refused_by_name(make, wrong):
 def test_more_items_than_int32_can_number_are_refused_before_they_are_listed():
     config = CacheConfig(memory="arena", total_bytes=10**11, kv_bytes_per_token=1, state_bytes=64)
     for make in (lambda: build_prefix_cache(config), lambda: SlotAllocator(5 * 10**9)):
-        with pytest.raises(ValueError, match="are more than the 2147483648 that int32 can number"):
-            make()
+        refused("are more than the 2147483648 that int32 can number", make)
 
 
 def test_a_request_is_added_once_and_its_removal_can_be_repeated():
@@ -377,23 +367,18 @@ def test_a_request_is_added_once_and_its_removal_can_be_repeated():
     assert request.tokens.tolist() == ids("abcde").tolist(), "the caller may change its array"
     owner.remove(request)
     owner.add(request)
-    with pytest.raises(ValueError, match="max_len"):
-        owner.add(scheduled(arrival=8, max_len=1001))
+    refused("max_len", owner.add, scheduled(arrival=8, max_len=1001))
     for again in (request, other):
-        with pytest.raises(ValueError, match="arrival 0 is that of a waiting or running request"):
-            owner.add(again)
+        refused("arrival 0 is that of a waiting or running request", owner.add, again)
     [(running, end)] = owner.choose().items()
     owner.advance(running, end)
     assert running is request and request.scheduled_len == end == 5
     for _ in range(4):
         running.append(1)
-    with pytest.raises(ValueError, match="has its max_len of 9 tokens"):
-        running.append(1)
+    refused("has its max_len of 9 tokens", running.append, 1)
     assert (running.computed_len, running.num_tokens) == (5, 9)
-    with pytest.raises(ValueError, match="arrival 0"):
-        owner.add(request)
-    with pytest.raises(RuntimeError, match="has a lease already"):
-        owner.manager.begin(request)
+    refused("arrival 0", owner.add, request)
+    refused("has a lease already", owner.manager.begin, request, kind=RuntimeError)
     owner.remove(other)
     owner.remove(request)
     owner.remove(request)
@@ -420,8 +405,7 @@ def test_a_step_plan_taken_too_early_is_found_if_entries_left_their_rows_for_the
 
     for number in range(20):
         serve(1000 * number, takes_first=False)
-    with pytest.raises(RuntimeError, match="or moved the entries"):
-        serve(20_000, takes_first=True)
+    refused("or moved the entries", serve, 20_000, takes_first=True, kind=RuntimeError)
     cache, placement = hybrid(100, 4, grid=8), parse_placement("every:8")
     with Lease.begin(cache, placement, LeaseRequest(prompt := ids(range(32)))) as lease:
         assert lease.extend(32)
@@ -429,14 +413,12 @@ def test_a_step_plan_taken_too_early_is_found_if_entries_left_their_rows_for_the
         cache.steps.transfers.append(Drop("disk", prompt))
         assert len(lease.take_checkpoint_slots(8, 32)) == 2  # no other slot is left
         lease.publish(prompt, 8)
-        with pytest.raises(RuntimeError, match="or moved the entries"):
-            lease.publish(prompt, 16)
+        refused("or moved the entries", lease.publish, prompt, 16, kind=RuntimeError)
     with Lease.begin(cache, parse_placement("end"), LeaseRequest(prompt[:8])) as lease:
         assert lease.extend(32)
         assert not lease.take_checkpoint_slots(0, 8)
         cache.take_step().done()
         cache.steps.transfers.append(Drop("disk", prompt))
         assert len(lease.take_checkpoint_slots(8, 32)) == 1
-        with pytest.raises(RuntimeError, match="or moved the entries"):
-            lease.finish(prompt, 32)
+        refused("or moved the entries", lease.finish, prompt, 32, kind=RuntimeError)
     cache.check(held_tokens=0, held_slots=0)

@@ -19,6 +19,7 @@ from hybridcache.radix.tokens import Tokens
 from hybridcache.radix.tree import OffloadedCheckpoint, RadixNode
 from tests.radix.serving import PerToken, Rate, carried_out, ids, serve
 from tests.radix.tiers import TieredMemory
+from tests.refused import refused
 
 
 def tiered(**options: object) -> TieredRadixCache:
@@ -297,8 +298,7 @@ def test_an_adopted_prefix_can_fill_its_tier() -> None:
     cache = tiered(host_bytes=2 * 9)
     with pytest.raises(ValueError, match=r"^tokens must be"):
         cache.adopt([1, 2], None, "host")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"^no tier 'disk'; this cache has: host$"):
-        cache.adopt(ids("abcd"))
+    refused(r"^no tier 'disk'; this cache has: host$", cache.adopt, ids("abcd"))
     assert cache.adopt(ids("abcd"), None, "host") is not None
     cache.check(0, 0)
 
@@ -307,6 +307,5 @@ def test_a_match_raises_the_failure_of_a_policy() -> None:
     cache = tiered(eviction="survival")
     for policy in (cache.policy, cache.offload.tiers[0].policy):
         policy.failure = PolicyError("boom")
-        with pytest.raises(PolicyError, match="boom"):
-            cache.match(ids("abc"))
+        refused("boom", cache.match, ids("abc"), kind=PolicyError)
         policy.failure = None

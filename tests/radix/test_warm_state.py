@@ -26,6 +26,7 @@ from hybridcache.radix.offload import path_of
 from hybridcache.radix.protocol import PolicyError
 from hybridcache.radix.warm_state import MAGIC, pack, unpack, write_memory
 from tests.radix import twins
+from tests.refused import refused
 
 GEOMETRY = ModelGeometry.preset("qwen3-next")
 TRACES = {"agent": agent().head(160), "chat": chat().head(240)}
@@ -265,15 +266,13 @@ def test_a_truncated_or_corrupted_file_is_refused(monkeypatch):
     data = pack(body)
     ends = {*range(64), *range(0, len(data), 997), len(data) - 1}
     for end in ends:
-        with pytest.raises(ValueError, match="damaged"):
-            unpack(data[:end])
+        refused("damaged", unpack, data[:end])
         flipped = bytearray(data)
         flipped[end] ^= 1 << end % 8
         with contextlib.suppress(zlib.error):
             if end >= len(MAGIC) and zlib.decompress(flipped[len(MAGIC) :]) == body:
                 continue  # a bit that the format does not use
-        with pytest.raises(ValueError, match=r"damaged|version"):
-            unpack(bytes(flipped))
+        refused(r"damaged|version", unpack, bytes(flipped))
     assert unpack(data + b"more of something").recall_tree(make(trace).cache) is None
     monkeypatch.setattr("hybridcache.radix.warm_state.MAX_BYTES", len(body) - 1)
     with pytest.raises(ValueError, match="larger than any"):
@@ -286,7 +285,6 @@ def test_the_state_of_another_layout_is_refused_and_changes_nothing(change):
     target, fresh = make(trace), make(trace)
     serve(target, list(trace)[:20])
     body = json.dumps(json.loads(write_memory(target.cache)) | change).encode()
-    with pytest.raises(ValueError, match="the warm state needs"):
-        unpack(pack(body)).recall_tree(fresh.cache)
+    refused("the warm state needs", unpack(pack(body)).recall_tree, fresh.cache)
     assert fresh.cache.num_nodes == 0 and fresh.cache.now == 0
     fresh.cache.check(0, 0)

@@ -33,6 +33,7 @@ from hybridcache.sglang.translation import (
 )
 from tests.radix import serving
 from tests.radix.serving import ids
+from tests.refused import refused
 from tests.sglang.waits import Streams
 
 
@@ -292,8 +293,7 @@ def test_declared_boundaries_and_a_fixed_distance_come_after_forks():
     assert boundaries_of(SimpleNamespace(sampling_params=params)) == (30, 41)
     assert boundaries_of(None) == boundaries_of(SimpleNamespace(sampling_params=None)) == ()
     for text in ("0", "-1", "x", "1.5"):
-        with pytest.raises(ValueError, match="must be an integer above 0"):
-            read_every(text)
+        refused("must be an integer above 0", read_every, text)
 
 
 @pytest.mark.parametrize("has_streams", [False, True])
@@ -381,8 +381,7 @@ def test_another_version_is_named_and_its_fault_has_one_sentence(monkeypatch, ca
     monkeypatch.setattr(sglang_plugin, "TESTED", ("0.4.0",))
     note = sglang_plugin.version_note()
     assert "tested with SGLang 0.4.0" in note and "is installed" in note
-    with pytest.raises(ValueError, match=r"tested with SGLang 0\.4\.0.*Error: "):
-        sglang_plugin._build(None)
+    refused(r"tested with SGLang 0\.4\.0.*Error: ", sglang_plugin._build, None)
     monkeypatch.setattr(sglang_plugin, "_register", lambda: [].missing)
     sglang_plugin.plug_in()
     assert "tested with SGLang 0.4.0" in caplog.text

@@ -29,6 +29,7 @@ from hybridcache.vllm import Settings, places, plug_in, scheduler
 from hybridcache.vllm.check import engine as check
 from hybridcache.vllm.check.engine import SMALL, Contents, Options, StubEngine, run
 from hybridcache.vllm.scheduler import HybridManager
+from tests.refused import refused
 from tests.selection import ROOT
 
 
@@ -472,8 +473,7 @@ def test_the_start_names_what_was_chosen(unit, num_warnings, monkeypatch):
     ],
 )
 def test_a_wrong_setting_is_named_before_weights_are_loaded(given, named):
-    with pytest.raises((ValueError, TypeError), match=named):
-        Settings.read({"hybridcache": given})
+    refused(named, Settings.read, {"hybridcache": given}, kind=(ValueError, TypeError))
 
 
 def test_the_plug_in_reads_the_flags_of_vllm_serve(monkeypatch):
@@ -483,8 +483,7 @@ def test_the_plug_in_reads_the_flags_of_vllm_serve(monkeypatch):
         monkeypatch.setattr(sys, "argv", flags(name, config).split())
         plug_in()
     monkeypatch.setattr(sys, "argv", flags("hybridcache.vllm.HybridScheduler", wrong).split())
-    with pytest.raises(ValueError, match="placement"):
-        plug_in()
+    refused("placement", plug_in)
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     named = project["entry-points"]["vllm.general_plugins"]["hybridcache"]
     assert named == f"{plug_in.__module__}:{plug_in.__name__}"
@@ -507,8 +506,7 @@ def test_models_without_exactly_one_attention_group_are_refused(num_attention_gr
         return plain(kv_cache_groups=groups, **fields)
 
     monkeypatch.setattr(check, "KVCacheConfig", changed)
-    with pytest.raises(ValueError, match="cache groups of this model"):
-        StubEngine(Options())
+    refused("cache groups of this model", StubEngine, Options())
 
 
 @pytest.mark.parametrize(("named", "change"), REFUSED.items(), ids=REFUSED)
@@ -521,5 +519,4 @@ def test_what_is_not_supported_is_named_at_the_start(named, change, monkeypatch)
         return config
 
     monkeypatch.setattr(check, "make_config", changed)
-    with pytest.raises(ValueError, match=named):
-        StubEngine(Options())
+    refused(named, StubEngine, Options())

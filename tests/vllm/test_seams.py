@@ -13,6 +13,7 @@ pytest.importorskip("vllm", reason="needs vLLM: make vllm, or make vllm-schedule
 import vllm
 
 from hybridcache.vllm import TESTED, require_version
+from tests.refused import refused
 
 SEAMS = (
     # scheduler.py
@@ -105,5 +106,4 @@ def test_every_override_is_listed() -> None:
 def test_other_versions_are_refused_in_one_sentence() -> None:
     require_version(vllm.__version__)
     assert ".".join(vllm.__version__.split(".")[:2]) in TESTED
-    with pytest.raises(RuntimeError, match=r"works with vLLM 0\.32 and 0\.33"):
-        require_version("0.34.0")
+    refused(r"works with vLLM 0\.32 and 0\.33", require_version, "0.34.0", kind=RuntimeError)

@@ -199,7 +199,7 @@ def _ask(client: httpx.Client, model: str, messages: object, length: int) -> tup
                 times.append(time.perf_counter())
                 said += choice["delta"].get("content") or ""
     if not usage or not times:
-        raise ValueError("The server sent no answer, or none of the numbers of tokens (usage).")
+        raise ValueError("The server must send an answer, and usage with the numbers of tokens.")
     cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0
     counts = usage["prompt_tokens"], cached, usage["completion_tokens"]
     return said, (times[0] - began_s, times[-1] - times[0], *counts)

@@ -378,7 +378,7 @@ def check_beginning(matcher: LLMatcher, ends: Tokens) -> None:
         allowed[ends] = 0
         possible = np.flatnonzero(allowed)
         if not len(possible) and not number:
-            raise GrammarError("no answer fits this grammar, or only the empty one.")
+            raise GrammarError("no answer fits this grammar, or only the empty one: send another.")
         if not len(possible):
             return
         tried.consume_token(int(draw.choice(possible)))
@@ -391,7 +391,7 @@ def _allowed(tried: LLMatcher) -> Mask:
     if tried.is_error():
         why = reason(tried.get_error())
         if why == ENDLESS:
-            raise GrammarError("no answer fits this grammar: one of its rules never ends.")
+            raise GrammarError("no answer fits this grammar, as a rule never ends: send another.")
         raise TooComplex(why)
     return allowed
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from statistics import fmean, median
@@ -224,11 +225,13 @@ class RunResult(_Run):
         if not ours or [one[:3] for one in ours] != [one[:3] for one in theirs]:
             missing = f"{self.label} and {label} have no records of the same requests"
             raise ValueError(f"{missing}: simulate both at once, with by_request=True and one seed")
-        rows = []
+        rows, turns = [], Counter[str]()
         for number, (one, two) in enumerate(zip(ours, theirs, strict=True), 1):
+            turns[one.session] += 1
             if tokens := one.cached_tokens - two.cached_tokens:
                 more, less = (one, two) if tokens > 0 else (two, one)
-                facts = number, one.session, one.prompt_tokens, tokens, _reason(less)
+                turn = turns[one.session] - 1
+                facts = number, one.session, turn, one.prompt_tokens, tokens, _reason(less)
                 ages = less.lost_age if less.lost else None, more.hit, more.hit_uses
                 rows.append(dict(zip(Difference.columns, (*facts, *ages), strict=True)))
         return Difference(self.label, label, self.gib, self.prompt_tokens, rows)
@@ -319,11 +322,11 @@ class Difference(Tabular):
     prompt_tokens: int
     """Of all requests."""
     rows: list[Plain]
-    """A dictionary per request: its number, ``tokens`` (above 0 where ``ours`` reused more), the
-    ``reason`` why the other one did not have them with the requests since the eviction
-    (``lost_age``), and the checkpoint that was hit."""
+    """A dictionary per request: its number, its ``generation`` (earlier requests of its session),
+    ``tokens`` (above 0 where ``ours`` reused more), the ``reason`` why the other one did not have
+    them with the requests since the eviction (``lost_age``), and the checkpoint that was hit."""
     columns: ClassVar = (
-        *("request", "session", "prompt_tokens", "tokens", "reason"),
+        *("request", "session", "generation", "prompt_tokens", "tokens", "reason"),
         *("lost_age", "hit", "hit_uses"),
     )
 
@@ -336,19 +339,24 @@ class Difference(Tabular):
         share = f"{100 * sum(row['tokens'] for row in self.rows) / self.prompt_tokens:+.2f} points"
         return f"{self.ours} less {self.theirs} at {self.gib:.4g} GiB: {share}"
 
-    def by_reason(self) -> dict[str, list[Plain]]:
-        """Return the rows by the run with fewer tokens and why it did not have the others."""
+    def by_reason(self, key: str = "reason") -> dict[str, list[Plain]]:
+        """Return the rows by the run with fewer tokens, and why it did not have the others, or by
+        another column."""
         found: dict[str, list[Plain]] = {}
         for row in self.rows:
             name = self.theirs if row["tokens"] > 0 else self.ours
-            found.setdefault(f"{name}: {row['reason']}", []).append(row)
+            word = row["reason"] if key == "reason" else f"{key} {row[key]}"
+            found.setdefault(f"{name}: {word}", []).append(row)
         return dict(sorted(found.items(), key=lambda one: -sum(row["tokens"] for row in one[1])))
 
-    def table(self) -> str:
+    def table(self, by: str = "reason") -> str:
         """Return a row per reason and checkpoint that was hit, most tokens won first. The last
-        column has the median of the requests since the eviction."""
+        column has the median of the requests since the eviction. ``by`` is the column that takes
+        the place of the reason, such as ``generation``; ValueError for another word."""
+        if by not in self.columns:
+            raise ValueError(f"by must be one of {', '.join(self.columns)} (got {by!r})")
         lines = []
-        for reason, of_reason in self.by_reason().items():
+        for reason, of_reason in self.by_reason(by).items():
             for hit in dict.fromkeys(row["hit"] for row in of_reason):
                 rows = [row for row in of_reason if row["hit"] == hit]
                 ages = [row["lost_age"] for row in rows if row["lost_age"] is not None]

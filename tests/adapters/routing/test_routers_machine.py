@@ -27,6 +27,7 @@ from hybridcache.policies.registry import parse_placement
 from hybridcache.radix.lease import Lease, LeaseRequest
 from hybridcache.radix.protocol import PromptBoundaries
 from tests.radix.serving import PerToken, hybrid
+from tests.refused import refused
 
 GRID, KV_BYTES, STATE_BYTES = 4, 10, 50
 PLACEMENT = "branch,boundary,backoff"
@@ -309,12 +310,9 @@ def test_a_custom_router_is_found_by_its_path() -> None:
     assert find_router(NewestReplica) is NewestReplica
     router = find_router(f"{here}:NewestReplica")(spec())
     router.joined(-1, 0)
-    with pytest.raises(ValueError, match="must return a Choice of a replica"):
-        router.route(asked(1, (1,)), 0)
+    refused("must return a Choice of a replica", router.route, asked(1, (1,)), 0)
     router.joined(0, 0)
     router.joined(1, 0)
     assert router.route(asked(1, (1,)), 0).replica == 1
-    with pytest.raises(ValueError, match=r"router must be one of checkpoint, .* \(got 'best'\)"):
-        find_router("best")
-    with pytest.raises(ValueError, match="Router: give a name, or a class derived from"):
-        find_router(f"{here}:NotARouter")
+    refused(r"router must be one of checkpoint, .* \(got 'best'\)", find_router, "best")
+    refused("Router: give a name, or a class derived from", find_router, f"{here}:NotARouter")

@@ -22,6 +22,7 @@ from engine.runner.sampler import Drawn, Sampler
 from engine.schedule.drafting import Drafting
 from engine.weights.model_config import ModelError
 from tests.engine.device_models import QWEN3_NEXT_80B, TINY, write_geometry
+from tests.refused import refused
 from tests.selection import is_quick
 from tests.stub_device import FREE_BYTES, stubbed
 
@@ -154,8 +155,7 @@ def test_guesses_at_every_position_need_no_capture_or_compilation(
 def test_a_device_with_too_little_memory_gets_a_sentence(monkeypatch, tmp_path, work) -> None:
     with stubbed(monkeypatch):
         monkeypatch.setattr(f"engine.runner.build.{work}", Mock(side_effect=torch.OutOfMemoryError))
-        with pytest.raises(ModelError, match="too little memory"):
-            make_engine(tmp_path)
+        refused("too little memory", make_engine, tmp_path, kind=ModelError)
 
 
 WAITING_CALLS = """

@@ -45,6 +45,7 @@ from engine.weights.hub import SMALL_FILES
 from engine.weights.model_config import ModelError
 from hybridcache.geometry.gguf import GgufFile
 from tests.gguf_files import vocabulary
+from tests.refused import refused
 from tests.selection import num_examples
 
 BOS, EOS, USER = "<s>", "<|im_end|>", "<|im_start|>"
@@ -371,8 +372,7 @@ def test_decoders_in_pairs(first: str | None, second: str) -> None:
     """A text of tokens is their bytes one after the other, or the tokenizer is refused."""
     backend = assembled("decoder", decoders, first, second)
     if (first, second) in REFUSED:
-        with pytest.raises(ValueError, match=rf"not supported: with its decoder \(.*{second}\)"):
-            BackendTokenizer(backend, {})
+        refused(rf"not supported: with its decoder \(.*{second}\)", BackendTokenizer, backend, {})
     else:
         compare_backend(backend, COUNT)
 
@@ -406,8 +406,7 @@ def test_tokens_outside_the_byte_alphabet_decode_to_themselves(tmp_path: Path) -
     pad = made["model"]["vocab"]["<pad 0>"] = len(made["model"]["vocab"])
     (tmp_path / "tokenizer.json").write_text(json.dumps(made))
     config = EngineConfig(tokenizer=str(tmp_path))
-    with pytest.raises(ValueError, match="belongs to the model"):
-        load_tokenizer_of(config, pad)
+    refused("belongs to the model", load_tokenizer_of, config, pad)
     for vocab_size in (None, pad + 1):
         tokenizer = load_tokenizer_of(config, vocab_size)
     token_ids = [*tokenizer.encode("naïve"), pad, *tokenizer.encode("x")]
@@ -443,8 +442,7 @@ def test_known_pieces_are_not_shared_between_namespaces(tmp_path: Path) -> None:
 
 def test_a_damaged_tokenizer_is_named(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text('{"version"')
-    with pytest.raises(ValueError, match="cannot be read"):
-        HFTokenizer(tmp_path)
+    refused("cannot be read", HFTokenizer, tmp_path)
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja"])
@@ -453,8 +451,7 @@ def test_a_dangling_link_is_no_missing_file(name: str, tmp_path: Path) -> None:
     write(tmp_path / "model", "granite")
     (tmp_path / "model" / name).unlink(missing_ok=True)
     (tmp_path / "model" / name).symlink_to("../../blobs/4f1c")
-    with pytest.raises(ValueError, match=rf"{name} is a link to .*4f1c, which does not exist"):
-        HFTokenizer(tmp_path / "model")
+    refused(rf"{name} is a link to .*4f1c, which does not exist", HFTokenizer, tmp_path / "model")
 
 
 def test_chat_templates_are_found_in_all_their_places(tmp_path: Path) -> None:
@@ -655,11 +652,9 @@ def test_ranks_merge_as_in_tiktoken(tmp_path: Path) -> None:
 
 def test_files_that_cannot_be_converted_are_named(tmp_path: Path) -> None:
     (tmp_path / "tiktoken.model").write_text("no rank here")
-    with pytest.raises(ValueError, match=r"tiktoken\.model cannot be read .*: download it again"):
-        HFTokenizer(tmp_path)
+    refused(r"tiktoken\.model cannot be read .*: download it again", HFTokenizer, tmp_path)
     (tmp_path / "tiktoken.model").rename(tmp_path / "tokenizer.model")
-    with pytest.raises(ValueError, match=r"cannot be converted .*put the model's tokenizer\.json"):
-        HFTokenizer(tmp_path)
+    refused(r"cannot be converted .*put the model's tokenizer\.json", HFTokenizer, tmp_path)
 
 
 # --- GGUF files -----------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ from engine import EngineConfig
 from engine.config import BUILTIN_DIR, HubError
 from engine.models import read_model
 from engine.weights.hub import display_name, resolve_config, resolve_folder
+from tests.refused import refused
 
 NAME, COMMIT = "some-org/Tiny-Model", "a" * 40
 WEIGHTS = (BUILTIN_DIR / "model.safetensors").read_bytes()
@@ -169,8 +170,7 @@ def test_an_unsupported_model_or_proxy_is_refused_before_the_download(
     assert hub.sent_bytes == 0
     close_session()
     monkeypatch.setenv("ALL_PROXY", "socks5://127.0.0.1:9")  # Its package is not installed.
-    with pytest.raises(HubError, match="other/model"):
-        resolve_folder("other/model")
+    refused("other/model", resolve_folder, "other/model", kind=HubError)
 
 
 GGUF_FILES = {

@@ -8,6 +8,7 @@ from gguf import GGMLQuantizationType, quants
 
 from kernels.linear.blocks import GGML_TYPES, Blocks
 from kernels.linear.formats import Plain
+from tests.refused import refused
 
 NUMBERS = [number for number, format in GGML_TYPES.items() if isinstance(format, Blocks)]
 
@@ -54,7 +55,5 @@ def test_quantized_blocks_are_those_of_gguf(number: int) -> None:
 
 
 def test_types_that_are_only_read_refuse_weights() -> None:
-    with pytest.raises(ValueError, match="cannot be brought into Q4_K"):
-        GGML_TYPES[12].quantized(torch.randn(4, 256))
-    with pytest.raises(ValueError, match=r"multiple of 32 columns \(got 40\)"):
-        GGML_TYPES[2].quantized(torch.randn(4, 40))
+    refused("cannot be brought into Q4_K", GGML_TYPES[12].quantized, torch.randn(4, 256))
+    refused(r"multiple of 32 columns \(got 40\)", GGML_TYPES[2].quantized, torch.randn(4, 40))

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from kernels.state_copy import reference
 from kernels.state_copy.reference import StateLayout
 from tests.kernels.compiled import by_backend, int32, native
+from tests.refused import refused
 
 fused = pytest.importorskip("kernels.state_copy.fused")
 native_only = pytest.mark.parametrize("kernel", [native("state_copy")])
@@ -108,5 +109,4 @@ def test_codes_and_ties_between_them_are_rounded(kernel, codes) -> None:
 
 def test_non_contiguous_state_is_refused(device) -> None:
     pool = torch.randn(2, 4, 6, 8, device=device).transpose(2, 3)
-    with pytest.raises(ValueError, match="contiguous"):
-        fused.copy_states([pool], int32([0], device), int32([1], device))
+    refused("contiguous", fused.copy_states, [pool], int32([0], device), int32([1], device))

@@ -39,6 +39,7 @@ from hybridcache.lab.traces.sizes import shares, working_set_bytes
 from hybridcache.lab.traces.trace import Trace
 from hybridcache.policies.eviction.lru import LRU
 from tests.documents import blocks
+from tests.refused import refused
 
 SPLITS = Path(__file__).resolve().parents[3] / "experiments" / "splits.toml"
 FROZEN = Split.load("benchmark")
@@ -145,8 +146,7 @@ def test_a_policy_of_a_stranger_is_ranked_by_one_command(
         record["facts"]["seeds"] = [7]
         (tmp_path / "c.json").write_text(json.dumps(record))
         Board.read("a.json", "c.json")
-    with pytest.raises(ValueError, match=r"a\.jsonl: not a result of hybridcache"):
-        Board.read("a.jsonl")
+    refused(r"a\.jsonl: not a result of hybridcache", Board.read, "a.jsonl")
     assert main([*command, "--json", "a.json"]) == 2
 
 
@@ -194,18 +194,15 @@ def test_rates_above_the_bound_are_an_error(tmp_path: Path) -> None:
     message = r"mine:P on a, seed 1, 1 GiB \({}\): a token hit rate of 52.00 % is above .* 50.00 %"
     for field in ("replay", "pools"):
         grown = Board(split, (runs[0], replace(runs[1], **{field: [0.52]})))
-        with pytest.raises(ValueError, match=message.format(field)):
-            grown.check()
+        refused(message.format(field), grown.check)
         grown.write(tmp_path / "grown.json")
-        with pytest.raises(ValueError, match=r"grown\.json: mine:P on a"):
-            Board.read(tmp_path / "grown.json")
+        refused(r"grown\.json: mine:P on a", Board.read, tmp_path / "grown.json")
 
 
 def test_numbers_of_seeds_that_do_not_exist_are_refused() -> None:
     assert FROZEN.subset(False, 2).seeds == FROZEN.seeds[:2]
     assert len(FROZEN.subset(True, None).cells) == 3
-    with pytest.raises(ValueError, match=r"seeds must be from 1 to 5, the seeds of the split"):
-        board((), FROZEN, seeds=6)
+    refused(r"seeds must be from 1 to 5, the seeds of the split", board, (), FROZEN, seeds=6)
 
 
 # --- Own policies ---------------------------------------------------------------------------------
@@ -311,13 +308,11 @@ def test_an_entry_reaches_neither_files_nor_processes_nor_answers(
     (tmp_path / "own.toml").write_text(head + '"short?head=20" = {sizes = [0.3, 0.5]}')
     monkeypatch.chdir(tmp_path)
     split = Split.load("own.toml")
-    with pytest.raises(ValueError, match="its process sent no decision"):
-        board("entry_box:Policy", split, built_in=())
+    refused("its process sent no decision", board, "entry_box:Policy", split, built_in=())
     found = board(["lru@backoff", "lru@entry_peek:Policy"], split, built_in=())
     assert found.runs[1].replay == found.runs[2].replay
     monkeypatch.setattr(entry, "LIMIT_S", 0.5)
-    with pytest.raises(ValueError, match=r"no decision within 0\.5 s"):
-        board("entry_hang:Policy", split, built_in=())
+    refused(r"no decision within 0\.5 s", board, "entry_hang:Policy", split, built_in=())
     if entry.landlock_version() >= entry.CONFINING:
         board("entry_reach:Policy", split, built_in=())
     assert not {path.name for path in tmp_path.iterdir()} & {"kept", "ran"}
@@ -344,10 +339,8 @@ def test_an_entry_neither_counts_hits_nor_sees_later_requests_or_earlier_runs(
     [_, grown, stored, plain] = found.runs
     assert replace(grown, system="lru") == replace(stored, system="lru") == plain
     assert "cheat_grow" not in sys.modules
-    with pytest.raises(ValueError, match="no candidate of the board's cache"):
-        board("cheat_tamper:Policy", split, built_in=())
-    with pytest.raises(ValueError, match="its process ended"):
-        board("cheat_leave:Policy", split, built_in=())
+    refused("no candidate of the board's cache", board, "cheat_tamper:Policy", split, built_in=())
+    refused("its process ended", board, "cheat_leave:Policy", split, built_in=())
 
 
 def test_sources_cover_imported_modules_and_run_nothing(
@@ -374,8 +367,7 @@ def test_sources_cover_imported_modules_and_run_nothing(
         before = after
     assert "import json" in before and "numpy.org" not in before
     assert "own_family" not in sys.modules and not sources_of(["lru", "marconi:2"])
-    with pytest.raises(ValueError, match="its source cannot be read"):
-        sources_of(["own_absent:P"])
+    refused("its source cannot be read", sources_of, ["own_absent:P"])
 
 
 # --- The evaluation split -------------------------------------------------------------------------
@@ -545,10 +537,8 @@ def test_policies_may_be_classes_and_a_split_its_path(tmp_path: Path) -> None:
     found = board(Newest, str(path), built_in="lru")
     assert {f"{__name__}:Newest", "lru"} < {row.name for row in found.rows()}
     assert board("lru", Split.load(str(path)), built_in=()).split.reference == "lru"
-    with pytest.raises(ValueError, match="no written form"):
-        board([lambda: LRU()], path)
-    with pytest.raises(ValueError, match="nothing to compare"):
-        board((), path, built_in=())
+    refused("no written form", board, [lambda: LRU()], path)
+    refused("nothing to compare", board, (), path, built_in=())
 
 
 def test_a_policy_that_fails_ends_the_board_and_one_run_of_a_simulation(
@@ -560,8 +550,7 @@ def test_a_policy_that_fails_ends_the_board_and_one_run_of_a_simulation(
     )
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(ValueError, match="ZeroDivisionError"):
-        board(["failing:Bad"], TINY, built_in=["lru"], seeds=1)
+    refused("ZeroDivisionError", board, ["failing:Bad"], TINY, built_in=["lru"], seeds=1)
     with pytest.raises(ValueError, match="no module 'absent' can be imported"):
         board(["absent:Bad"], TINY, built_in=["lru"], seeds=1)
     command = ["simulate", "--trace=short?head=20", "--gib=0.1,9", "--policy=lru,failing:Bad"]

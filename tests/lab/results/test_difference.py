@@ -20,6 +20,7 @@ from hybridcache.lab.results.figures import difference_figure
 from hybridcache.lab.results.result import RunResult
 from hybridcache.lab.runs.simulate import SimulationResult
 from hybridcache.lab.traces.progress import shown_progress
+from tests.refused import refused
 
 GIB = 0.5
 """Memory for two of the prompts of ``turns``, and not for three."""
@@ -64,6 +65,10 @@ def test_an_eviction_and_the_request_that_misses_it_name_each_other() -> None:
     assert row["request"] == 4 and row["tokens"] == ample.cached_tokens > 3900
     assert row["reason"] == f"evicted {missed.label}, never used" and row["lost_age"] == 1
     assert f"lru: evicted {missed.label}, never used" in ample.compare(small).table()
+    assert row["generation"] == 1 and "lru: generation 1" in ample.compare(small).table(
+        "generation"
+    )
+    refused("by must be one of request, session, gen", ample.compare(small).table, "turn")
     (back,) = small.compare(ample).to_dicts()
     assert back == row | {"tokens": -row["tokens"]}
 
@@ -88,8 +93,7 @@ def test_a_plan_says_what_it_keeps_and_a_rebuilt_system_nothing(sweep: Simulatio
     other = simulate("chat?head=119", gib=1, policy="lru", by_request=True).runs[0]
     without = simulate("chat?head=120", gib=1, policy="lru").runs[0]
     for wrong in (other, without, optimum("chat?head=119", gib=1)[0]):
-        with pytest.raises(ValueError, match="no records of the same requests: simulate both"):
-            run.compare(wrong)
+        refused("no records of the same requests: simulate both", run.compare, wrong)
     difference = sweep.by_label()["survival"][0].compare(run)
     figure = difference_figure(difference)
     black = figure.axes[0].lines[-2].get_ydata()
@@ -101,8 +105,7 @@ def test_figures_of_each_seed_are_kept() -> None:
     merged = simulate("chat?head=60", gib=1, policy="lru", seeds=3, by_request=True).runs[0]
     assert len(merged.draws) == 3 and merged.by_request is None
     assert sum(run.cached_tokens for run in merged.draws) == merged.cached_tokens
-    with pytest.raises(ValueError, match="one seed"):
-        merged.compare(merged)
+    refused("one seed", merged.compare, merged)
 
 
 def test_every_result_is_a_frame(sweep: SimulationResult, monkeypatch) -> None:

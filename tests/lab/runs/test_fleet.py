@@ -16,6 +16,7 @@ from hybridcache.lab.scenario import Scenario
 from hybridcache.lab.traces import open_trace
 from hybridcache.lab.traces.trace import Trace, TraceRequest
 from tests.lab.runs.test_simulate import Seconds
+from tests.refused import refused
 
 GEOMETRY = ModelGeometry.preset("qwen3-next")
 TIMES = Roofline.fitting(GEOMETRY)
@@ -57,8 +58,7 @@ def test_next_turn_starts_after_the_answer_of_the_previous_one() -> None:
 
 
 def test_wrong_fleets_are_refused() -> None:
-    with pytest.raises(ValueError, match="must return a Choice of a replica"):
-        cell("tests.lab.runs.test_fleet:NoChoice")
+    refused("must return a Choice of a replica", cell, "tests.lab.runs.test_fleet:NoChoice")
 
 
 class NoChoice(Router):

@@ -46,6 +46,7 @@ from hybridcache.lab.traces.statistics import doubts, trace_stats
 from hybridcache.lab.traces.trace import Trace, TraceRequest
 from hybridcache.radix.api import Losses
 from hybridcache.radix.protocol import EvictionPolicy
+from tests.refused import refused
 
 SAMPLES = Path(__file__).parents[1] / "traces" / "samples"
 GEOMETRY = ModelGeometry.preset("qwen3.5-0.8b")
@@ -244,11 +245,9 @@ def test_result_contains_the_memory_layout() -> None:
     assert [run.moved_slabs is not None for run in runs] == [False, True, False, False]
     [peer] = simulate("short?head=60", gib=2, bound=False, policy=(), baseline="vllm").runs
     assert peer.config["memory"] is None
-    with pytest.raises(ValueError, match="memory 'pools' needs a kv_share"):
-        simulate("short?head=60", gib=2, memory="pools")
+    refused("memory 'pools' needs a kv_share", simulate, "short?head=60", gib=2, memory="pools")
     for options in ({"kv_share": 0.5}, {"memory": "budget", "kv_share": 0.5}):
-        with pytest.raises(ValueError, match="is for memory 'pools'"):
-            simulate("short?head=60", gib=2, **options)
+        refused("is for memory 'pools'", simulate, "short?head=60", gib=2, **options)
 
 
 def test_sizes_may_be_shares_of_the_working_set() -> None:
@@ -259,8 +258,7 @@ def test_sizes_may_be_shares_of_the_working_set() -> None:
     runs = simulate(trace, gib="10%,100%", policy="lru").runs
     assert [run.gib for run in runs] == pytest.approx([whole / 10 / GIB, whole / GIB], rel=1e-5)
     assert runs[1].losses is not None and not runs[1].losses.kv_evicted
-    with pytest.raises(ValueError, match="all sizes in GiB, or all with %"):
-        simulate(trace, gib="1:100%:3")
+    refused("all sizes in GiB, or all with %", simulate, trace, gib="1:100%:3")
 
 
 def test_sessions_of_a_run_sum_to_its_figures_and_give_its_interval() -> None:
@@ -295,8 +293,7 @@ def test_sessions_of_a_run_sum_to_its_figures_and_give_its_interval() -> None:
 
 def test_competitors_with_one_name_are_refused() -> None:
     for names in ({"policy": ["lru", "lru"]}, {"checkpoints": ["end,branch", "end, branch"]}):
-        with pytest.raises(ValueError, match="two competitors are called "):
-            simulate("short?head=9", gib=1, **names)
+        refused("two competitors are called ", simulate, "short?head=9", gib=1, **names)
 
 
 @pytest.mark.full
@@ -342,11 +339,9 @@ def test_functions_of_the_laboratory_take_a_scenario() -> None:
         with pytest.raises(TypeError, match="no setting 'polcy', did you mean 'policy'"):
             function("short?head=9", polcy="lru")
     assert simulate(replay, policy="fifo").runs[0].label == "fifo"
-    with pytest.raises(ValueError, match="policy has no effect on the optimum"):
-        optimum("short?head=9", policy="nonsense")
+    refused("policy has no effect on the optimum", optimum, "short?head=9", policy="nonsense")
     for scenario, others in ((loop, {}), (replay, {"rate": 2}), (replay, {"tells_ends": True})):
-        with pytest.raises(ValueError, match=r"call closed_loop\(\.\.\.\)"):
-            simulate(scenario, **others)
+        refused(r"call closed_loop\(\.\.\.\)", simulate, scenario, **others)
 
 
 @pytest.mark.parametrize(
@@ -361,8 +356,7 @@ def test_functions_of_the_laboratory_take_a_scenario() -> None:
     ],
 )
 def test_wrong_types_and_repeated_values_are_refused(name: str, value: Any) -> None:
-    with pytest.raises(ValueError, match=f"^{name} "):
-        Scenario(**{"trace": "short"} | {name: value})
+    refused(f"^{name} ", Scenario, **{"trace": "short"} | {name: value})
     with pytest.raises(ValueError, match=r"a policy must be a name.*got 3"):
         simulate("short", gib=1, policy=3)  # type: ignore[arg-type]
 
@@ -406,8 +400,7 @@ def test_scenario_survives_toml_and_its_hash_is_the_identity_of_a_run(tmp_path: 
         ("trace = ", "Invalid value"),
     ):
         path.write_text(text)
-        with pytest.raises(ValueError, match=f"s.toml: .*{problem}"):
-            Scenario.load(path)
+        refused(f"s.toml: .*{problem}", Scenario.load, path)
     with pytest.raises(ValueError, match="name the policy as in"):
         Scenario("short", policy=lambda: None).to_toml()  # type: ignore[arg-type]
 
@@ -636,8 +629,7 @@ def test_figures_draw_every_run(small: SimulationResult) -> None:
         assert list(line.get_xdata()) == [1, 2], "each simulated size needs a marker"
         assert list(line.get_ydata()) == [100 * run.token_hit_rate for run in runs]
     baselines = replace(small, runs=tuple(run for run in small.runs if run.config["baseline"]))
-    with pytest.raises(ValueError, match="rebuilt peers do not record them"):
-        baselines.losses_figure()
+    refused("rebuilt peers do not record them", baselines.losses_figure)
     assert small.figure(metric="ttft-p50").axes[0].get_ylabel() == "TTFT P50, ms"
     planned = simulate("short?head=40", gib=(1, 2), policy="lru", optimum=True)
     assert len(planned.figure(metric="hit").axes) == 1

@@ -17,6 +17,7 @@ from hybridcache.lab.traces.generators import GENERATORS, conversations
 from hybridcache.lab.traces.statistics import trace_stats
 from hybridcache.lab.traces.trace import Trace, TraceRequest
 from hybridcache.radix.tokens import common_prefix_len
+from tests.refused import refused
 
 # (requests, ideal token hit rate) as published, with another random stream.
 PUBLISHED = {
@@ -147,7 +148,6 @@ def test_interleaving_keeps_each_session_in_order(
 
 @pytest.mark.parametrize("name", sorted(GENERATORS))
 def test_a_generator_binds_its_options_at_once(name):
-    with pytest.raises(TypeError, match="unexpected keyword argument 'sed'"):
-        GENERATORS[name](sed=1)
+    refused("unexpected keyword argument 'sed'", GENERATORS[name], sed=1, kind=TypeError)
     assert inspect.signature(GENERATORS[name]).return_annotation == "Trace"
     assert identity_of(GENERATORS[name]()) == identity_of(GENERATORS[name](seed=0))

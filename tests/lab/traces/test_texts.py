@@ -33,6 +33,7 @@ from hybridcache.lab.traces.text import load_chat_text
 from hybridcache.lab.traces.trace import TraceRequest
 from hybridcache.radix.tokens import common_prefix_len
 from tests.lab.traces.records import lines
+from tests.refused import refused
 
 
 def user(words: str) -> dict[str, str]:
@@ -199,8 +200,7 @@ def test_thoughts_and_lengths_by_any_api() -> None:
     assert length_of({"output_tokens": 420.0, "output_tokens_details": details}) == (420, 400)
     assert length_of({"thinking_tokens": 2}) == (None, 2)
     for count in (True, 2.5):
-        with pytest.raises(ValueError, match="in place of a number of tokens"):
-            length_of({"output_tokens": count})
+        refused("in place of a number of tokens", length_of, {"output_tokens": count})
 
 
 def test_a_larger_count_without_thoughts_follows_the_text(tmp_path: Path) -> None:
@@ -293,8 +293,7 @@ def test_single_messages_are_assembled_to_prompts(
 
 def test_texts_need_a_named_tokenizer(tmp_path: Path) -> None:
     path = lines(tmp_path / "log.jsonl", {"timestamp": 0, "prompt": "a radix tree is a tree"})
-    with pytest.raises(ValueError, match=r"no tokenizer is named .*add \?tokenizer=qwen3\.5"):
-        open_trace(str(path))
+    refused(r"no tokenizer is named .*add \?tokenizer=qwen3\.5", open_trace, str(path))
     for options in ("tokenizer=foo", "tokenizer=bytes&template=foo"):
         with pytest.raises(ValueError, match=r"(tokenizer|template) 'foo': no such name or file"):
             list(open_trace(f"{path}?{options}"))

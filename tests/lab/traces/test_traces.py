@@ -29,6 +29,7 @@ from hybridcache.radix.protocol import chat_boundaries
 from hybridcache.radix.tokens import common_prefix_len
 from tests.lab.traces.records import agent_request, agent_session, lines
 from tests.lab.traces.samples import make
+from tests.refused import refused
 
 SAMPLES = Path(__file__).parent / "samples"
 FORMATS = Path(formats.__file__).parent
@@ -431,10 +432,8 @@ def test_a_pipe_gets_the_requests_alone(capsys: pytest.CaptureFixture[str]) -> N
 )
 def test_wrong_requests_of_a_python_trace_are_refused(wrong: dict[str, Any], message: str) -> None:
     good = TraceRequest(0.0, "a", None, np.arange(9, dtype=np.int32), np.arange(3, dtype=np.int32))
-    with pytest.raises(ValueError, match=f"^own, request 1: {message}"):
-        list(Trace("own", 1, lambda: [good._replace(**wrong)]))
-    with pytest.raises(ValueError, match=r"own: unit, .* must be at least 1 \(got 0\)"):
-        Trace("own", 0, lambda: [good])
+    refused(f"^own, request 1: {message}", list, Trace("own", 1, lambda: [good._replace(**wrong)]))
+    refused(r"own: unit, .* must be at least 1 \(got 0\)", Trace, "own", 0, lambda: [good])
     unsorted: list[Any] = [(5, 2), [5, 2], np.array([5, 2])]
     for boundaries in unsorted:
         [request] = Trace("own", 1, partial(iter, [good._replace(boundaries=boundaries)]))

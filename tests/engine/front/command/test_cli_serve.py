@@ -24,6 +24,7 @@ from engine.config import BUILTIN_PROMPTS, EngineConfig
 from engine.front.worker.spawn import spawn
 from tests.documents import ROOT, check_command
 from tests.endurance.faults import child_of
+from tests.refused import refused
 from tests.waiting import wait_until
 
 ENGINE = (sys.executable, "-m", "engine")
@@ -94,8 +95,7 @@ def test_systems_that_cannot_serve_are_named_with_the_remedy(
         with pytest.raises(OSError, match="set TMPDIR to a folder in which this user may write"):
             spawn(config, "here")
     monkeypatch.setattr("resource.getrlimit", lambda which: (12, 12))
-    with pytest.raises(OSError, match=r"only 12 files can be open, .* ulimit -n 1024"):
-        spawn(config, "here")
+    refused(r"only 12 files can be open, .* ulimit -n 1024", spawn, config, "here", kind=OSError)
 
 
 def test_a_script_that_serves_lets_waiting_threads_sleep(monkeypatch: pytest.MonkeyPatch) -> None:

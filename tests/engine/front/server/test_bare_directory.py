@@ -19,6 +19,7 @@ from engine.requests.request import sampling_defaults
 from engine.text.tokenizer import IdTokenizer
 from engine.text.tokenizer_files import named_eos
 from tests.engine.device_models import TINY, write_geometry
+from tests.refused import refused
 
 from .conftest import Live, serving
 
@@ -111,8 +112,7 @@ def test_sampling_defaults_come_from_the_model(tmp_path: Path) -> None:
     request = engine.make(engine.validate(RequestSpec(IDS)))
     assert (request.params.temperature, request.params.top_k) == (0.6, 20)
     (path / "generation_config.json").write_text("[1]")
-    with pytest.raises(ValueError, match="is not an object in JSON"):
-        make_engine(path)
+    refused("is not an object in JSON", make_engine, path)
 
 
 @pytest.mark.parametrize(
@@ -143,8 +143,7 @@ def test_sampling_defaults_of_trainers_are_read_or_the_file_is_named(
         assert found == expected and not isinstance(found.get("top_k"), float)
         return
     path = re.escape(str(tmp_path / "generation_config.json"))
-    with pytest.raises(ValueError, match=f"{path}: {expected}.*sampling_defaults='none'"):
-        sampling_defaults(config)
+    refused(f"{path}: {expected}.*sampling_defaults='none'", sampling_defaults, config)
     assert sampling_defaults(EngineConfig(model=str(tmp_path), sampling_defaults="none")) == {}
 
 
@@ -171,5 +170,4 @@ def test_end_tokens_are_ids_or_texts(tmp_path: Path, named: Any, expected: set[i
         assert named_eos(tmp_path) == expected
         return
     path = re.escape(str(tmp_path / "generation_config.json"))
-    with pytest.raises(ValueError, match=f"{path}: eos_token_id .*{re.escape(expected)}"):
-        named_eos(tmp_path)
+    refused(f"{path}: eos_token_id .*{re.escape(expected)}", named_eos, tmp_path)

@@ -13,6 +13,7 @@ import openai
 import pytest
 
 from engine.text.tokenizer_files import HFTokenizer
+from tests.refused import refused
 
 from .conftest import Live
 
@@ -172,8 +173,7 @@ def test_model_cards(serve_oracle: Callable[..., Live]) -> None:
     assert card.max_input_tokens == card.max_tokens == 4096
     assert datetime.fromisoformat(card.created_at).timestamp() == card.created
     assert card.id == "org/mine" and live.client.models.retrieve("org/mine").max_model_len == 4096
-    with pytest.raises(openai.NotFoundError, match="use 'org/mine'"):
-        live.client.models.retrieve("other")
+    refused("use 'org/mine'", live.client.models.retrieve, "other", kind=openai.NotFoundError)
     answer = live.post("/v1/completions", {"prompt": "x", "max_tokens": 1})
     assert answer.status_code == 200, "the model's name is optional"
 

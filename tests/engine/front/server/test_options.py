@@ -15,6 +15,7 @@ import pytest
 
 from engine.front.server.settings import API_KEY_VARIABLE, ServerConfig
 from engine.text.tokenizer import ChatTemplate
+from tests.refused import refused
 
 from .conftest import Live
 
@@ -177,8 +178,6 @@ def test_api_keys_and_cors_origins(
     assert preflight.headers["access-control-allow-origin"] == "https://a.example"
     for wrong in ("", " ", "a b c", "é"):
         monkeypatch.setenv(API_KEY_VARIABLE, wrong)
-        with pytest.raises(ValueError, match=f"{API_KEY_VARIABLE}( has no key|: (each|a) key m)"):
-            serve_oracle(config)
+        refused(f"{API_KEY_VARIABLE}( has no key|: (each|a) key m)", serve_oracle, config)
     monkeypatch.setenv(API_KEY_VARIABLE, "other")
-    with pytest.raises(ValueError, match="--api-key-file"):
-        serve_oracle(ServerConfig(api_key_file=str(tmp_path / "none")))
+    refused("--api-key-file", serve_oracle, ServerConfig(api_key_file=str(tmp_path / "none")))

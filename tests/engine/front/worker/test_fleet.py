@@ -22,6 +22,7 @@ from engine.messages import Ask, AskView, Compile, OpenView
 from engine.requests.request import RequestSpec
 from engine.text.grammar import Grammar
 from hybridcache.adapters.routing.registry import find_router
+from tests.refused import refused
 
 CONFIG = EngineConfig(cache_gib=0.02, max_model_len=1024, check=True)
 PROMPT = np.arange(300, dtype=np.int32) % 200
@@ -289,8 +290,7 @@ def test_aborts_limits_and_the_end_of_a_fleet(monkeypatch: pytest.MonkeyPatch) -
         async with asyncio.timeout(120):
             while (await actor.tell.remote(Ask("report"))).num_running:
                 await asyncio.sleep(0.01)
-        with pytest.raises(ValueError, match="maximum context length"):
-            engine.submit(make_spec(max_tokens=100_000))
+        refused("maximum context length", engine.submit, make_spec(max_tokens=100_000))
         waiting = [engine.submit(make_spec(max_tokens=700)) for _ in range(2)]
         with monkeypatch.context() as patch, pytest.raises(QueueFull):
             patch.setattr(engine, "config", replace(CONFIG, max_running=1, max_queue=1))

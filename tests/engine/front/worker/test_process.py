@@ -25,6 +25,7 @@ from hybridcache.radix.protocol import PromptBoundaries
 from tests.engine.front.test_async_engine import read
 from tests.engine.schedule.test_scheduler_machine import answer
 from tests.oracle import OracleRunner, OracleSampler
+from tests.refused import refused
 from tests.watchdog import Watchdog
 
 BOOT = """
@@ -150,8 +151,7 @@ async def check_death(engine: AsyncEngine) -> None:
     with pytest.raises(EngineStopped, match=reason):
         await read(stream)
     await asyncio.gather(report, return_exceptions=True)
-    with pytest.raises(EngineStopped, match=reason):
-        engine.submit([1])
+    refused(reason, engine.submit, [1], kind=EngineStopped)
     with pytest.raises(EngineStopped, match=reason):
         await engine.report()
     await engine.drain()

@@ -26,6 +26,7 @@ from engine.plugins.tiers.records import (
     record_name,
 )
 from engine.weights.model_config import ModelError
+from tests.refused import refused
 
 OURS, THEIRS = {"weights": "ours"}, {"weights": "theirs"}
 
@@ -294,8 +295,7 @@ def test_a_folder_is_locked_while_the_model_is_loaded_and_released_if_that_fails
 ) -> None:
     def fail(config: EngineConfig) -> None:
         for _ in range(2):
-            with pytest.raises(StoreError, match="Another engine uses"):
-                Engine(config)
+            refused("Another engine uses", Engine, config, kind=StoreError)
             (tmp_path / "lock").unlink(missing_ok=True)
         raise ModelError("there is no such model")
 

@@ -17,6 +17,7 @@ from engine.weights.model_config import ModelError
 from hybridcache.geometry.units import GIB
 from tests.engine.plugins.tiers.test_disk import FailingSystem
 from tests.engine.test_hits_change_nothing import REPORT, MakeEngine, assert_same, prompts
+from tests.refused import refused
 
 SMALL = {"kv_tokens": 700, "slots": 6}
 
@@ -107,8 +108,7 @@ def test_a_different_engine_is_refused_and_the_folder_is_unchanged(
         match=r"differs in .*dtype.*: configure both.*remove the files.*state_dir_mismatch='empty'",
     ):
         make_engine(state_dir=str(folder), dtype="bfloat16")
-    with pytest.raises(StoreError, match="differs in weights"):
-        make_engine(state_dir=str(folder), seed=1)
+    refused("differs in weights", make_engine, state_dir=str(folder), seed=1, kind=StoreError)
     assert before == {path.name: path.read_bytes() for path in folder.iterdir()}
     caplog.clear()
     make_engine(state_dir=str(folder), seed=1, state_dir_mismatch="empty").close()

@@ -44,6 +44,7 @@ from tests.engine.weights.checkpoints import (
     rewrite,
 )
 from tests.kernels import interpreter
+from tests.refused import refused
 
 # --- Models ---------------------------------------------------------------------------------------
 
@@ -104,8 +105,7 @@ def test_int8_weights_stay_int8_and_hits_are_exact(prefix, checkpoint):
     assert torch.equal(hit[1:], cold[64:])
     as_model_slim(path)
     assert torch.equal(Driver(load(path)).cold_and_mixed(tokens)[0], cold)
-    with pytest.raises(ModelError, match="is already int8"):
-        convert(path, path.with_name("again"), "int8")
+    refused("is already int8", convert, path, path.with_name("again"), "int8", kind=ModelError)
 
 
 def as_model_slim(path):
@@ -511,8 +511,7 @@ def test_a_description_beside_the_config_is_read(name, form, checkpoint):
     found = WeightFiles(path, config).formats
     assert found is not None and said in found.describe()
     (path / name).write_text(json.dumps({"bits": 4}))
-    with pytest.raises(ModelError, match=f"{name} lacks a value|group_size None"):
-        WeightFiles(path, config)
+    refused(f"{name} lacks a value|group_size None", WeightFiles, path, config, kind=ModelError)
 
 
 def test_dynamic_gives_modules_their_own_bits(tmp_path):

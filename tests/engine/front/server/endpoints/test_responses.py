@@ -12,6 +12,7 @@ from engine.text.bounded import BoundedMemory
 from tests.engine.front.server.conftest import ServeAnswer
 from tests.engine.front.server.dialects import BONN, SCHEMA, STREAMED
 from tests.engine.front.server.test_tools import HERMES_CALL
+from tests.refused import refused
 
 ASK: dict[str, Any] = {"model": "builtin", "input": "Rain in Bonn?"}
 TOOLS: Any = [{"type": "function", "name": "weather", "parameters": SCHEMA, "strict": True}]
@@ -98,8 +99,7 @@ def test_references_stand_for_stored_items(serve_answer: ServeAnswer) -> None:
     with pytest.raises(openai.BadRequestError, match="not found: its response") as caught:
         client.responses.create(input=[start, *named], **options, extra_headers=salted)
     assert caught.value.param == "input.1.id"
-    with pytest.raises(openai.NotFoundError, match="not found"):
-        client.responses.retrieve(named[0]["id"])
+    refused("not found", client.responses.retrieve, named[0]["id"], kind=openai.NotFoundError)
     client.responses.delete(first.id)
     with pytest.raises(openai.BadRequestError, match="Send the item itself"):
         client.responses.create(input=[start, *named], **options)
@@ -114,10 +114,8 @@ def test_stored_responses_are_retrieved_and_deleted(serve_answer: ServeAnswer) -
         found = client.responses.retrieve(response.id)
         assert (found.output_text, found.metadata) == ("Yes.", response.metadata)
         client.responses.delete(response.id)
-        with pytest.raises(openai.NotFoundError, match="not found"):
-            client.responses.retrieve(response.id)
-        with pytest.raises(openai.NotFoundError, match="not found"):
-            client.responses.delete(response.id)
+        refused("not found", client.responses.retrieve, response.id, kind=openai.NotFoundError)
+        refused("not found", client.responses.delete, response.id, kind=openai.NotFoundError)
     unstored = client.responses.create(**ASK, store=False)
     with pytest.raises(openai.BadRequestError, match="not found"):
         client.responses.create(**ASK, previous_response_id=unstored.id)
