@@ -1,6 +1,6 @@
 """Measured launch parameters of this device, if a table for it is in this folder.
 
-Without a table, each launcher uses its defaults. `python -m experiments.gpu.kernels --mode tune`
+Without a table, each launcher uses its defaults. `python -m experiments.gpu --part tune`
 measures and writes a table. Cached and recomputed results must be bit-identical, so a choice may
 depend only on data that cannot change the bits:
 

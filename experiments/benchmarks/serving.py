@@ -17,8 +17,8 @@ import subprocess
 import sys
 import time
 from bisect import bisect_left
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from itertools import accumulate
 from multiprocessing.connection import Connection
@@ -361,33 +361,15 @@ def _spread(seconds: Sequence[float] | npt.NDArray[np.float64]) -> dict[str, flo
     )
 
 
-def sweep(
-    servers: Mapping[str, AbstractContextManager[int]],
-    jobs: Sequence[Job],
-    loads: Sequence[int],
-    targets: Targets,
-    **window: Any,
-) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
-    """Yield (name, work) of each load, a concurrency, on each server, with an empty cache.
+def measured_load(
+    port: int, jobs: Sequence[Job], load: int, targets: Targets, **window: Any
+) -> dict[str, Any]:
+    """Return the figures of a load, a concurrency, on a server whose cache is emptied before.
 
-    A server is a context with its port, and starts with the first of its works that is done.
-    ``window``: options of ``drive``. A work raises ValueError if a request failed.
+    ``window``: options of ``drive``. Raises ValueError if a request failed.
     """
-    for cache, server in servers.items():
-        with ExitStack() as started:
-            ports: list[int] = []
-
-            def measure(load: int) -> dict[str, Any]:
-                if not ports:  # noqa: B023
-                    ports.append(started.enter_context(server))  # noqa: B023
-                    drive(ports[0], [jobs[0][:1]], 1, seconds=window["seconds"])  # noqa: B023
-                _request(ports[0], "POST", "/reset_prefix_cache")  # noqa: B023
-                run = drive(ports[0], jobs, load, **window)  # noqa: B023
-                found = {"cache": cache, "load": f"{load} at once"}  # noqa: B023
-                return found | summary(run, targets)
-
-            for load in loads:
-                yield f"{cache}, {load} at once", lambda: measure(load)  # noqa: B023
+    _request(port, "POST", "/reset_prefix_cache")
+    return summary(drive(port, jobs, load, **window), targets)
 
 
 def _request(port: int, method: str, path: str) -> None:

@@ -1,4 +1,4 @@
-"""Search for fast launch parameters of this device (`experiments.gpu.kernels --mode tune`).
+"""Search for fast launch parameters of this device (`experiments.gpu --part tune`).
 
 Uses the cases of the benchmark. Every kernel of a case runs with each candidate of
 `kernels.tuning`. A candidate is refused if it is wrong or does not fit the device. It is also

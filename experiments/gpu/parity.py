@@ -1,26 +1,23 @@
 """Compare the engine on this device with the CPU, and hits with cold runs bit for bit.
 
-    python -m experiments.gpu.parity --out DIR [--dry]
-
 A part of `make gpu`. Fails if logits are far from the CPU's or a hit changes a bit. In float32,
 logits may differ only by the order of sums. In bfloat16, every device rounds differently, so both
 are compared with the CPU in float32. The device may then be slightly farther from it than the CPU
 in bfloat16. That comparison has no experts, because rounding decides between near-equal ones.
+Parity uses stored weights, which are the same on both devices. Other tests draw weights on the
+device. float32 compiles longest and comes last.
 """
 
 from __future__ import annotations
 
-import argparse
-import sys
-import tempfile
-import traceback
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import pytest
 import torch
 from msgspec.structs import asdict
 
@@ -34,10 +31,10 @@ from engine.runner.model_runner import ModelRunner
 from engine.runner.sampler import Sampler
 from engine.schedule.scheduler import Batch, Segment
 from engine.text.answers import RequestOutput
-from experiments.provenance import code_hash, resumed
 from tests.engine.device_models import SMALL, SMALL_DENSE, TINY, write_checkpoint, write_geometry
 from tests.kernels import interpreter
 
+IS_DRY = os.environ.get("TRITON_INTERPRET") == "1"
 FLOAT32_ERROR = 1e-3
 """Maximum root mean square error of logits against the CPU in float32, relative to their standard
 deviation."""
@@ -100,78 +97,46 @@ class Feed:
         return list(logits.cpu().split([end - start for _, start, end in parts]))
 
 
-def make_runner(path: str, dry: bool, dtype: str, **options: Any) -> ModelRunner:
-    """Return a runner on the device with all kernels fused, or on the CPU with the interpreter if
-    ``dry``."""
-    placement: dict[str, Any] = {"device": "cpu", "kernels": override_all("fused")} if dry else {}
-    memory = {"cache_gib": 0.02 if dry else 10.0}
-    config = EngineConfig(
-        model=path,
-        dtype=dtype,
-        max_running=MAX_RUNNING,
-        warm_up=False,
-        **(placement | memory | options),
-    )
-    return load_runner(config)
+DRAWN = {"load_format": "dummy"}
+USUAL = "float32" if IS_DRY else "bfloat16"
+"""Number format. Triton's interpreter cannot multiply bfloat16."""
+FORMATS: tuple[tuple[str, str | None], ...] = ("bfloat16", None), ("bfloat16", "fp8")
+FORMATS += ("bfloat16", "int8"), ("float32", None)
+FORMATS = FORMATS[3 * IS_DRY :]
+LENGTHS = [70, 40] if IS_DRY else [2500, 1, 63, 64, 65, 130, 700, 1030, 333, 96]
+Record = Callable[..., None]
 
 
-def parity(path: str, dry: bool, dtype: str, tokens: list[int]) -> dict[str, Any]:
-    """Compare the logits of one prompt with those of the CPU's PyTorch kernels."""
-
-    def logits(runner: ModelRunner) -> torch.Tensor:
-        feed = Feed(runner)
-        return feed.forward([(feed.place(tokens), 0, len(tokens))])[0].float()
-
-    def on_cpu(dtype: str) -> torch.Tensor:
-        plain: dict[str, Any] = {"device": "cpu", "kernels": "", "cache_gib": 0.6}
-        return logits(make_runner(path, dry, dtype, **plain))
-
-    expected = on_cpu("float32")
-    rounded = on_cpu(dtype) if dtype != "float32" else None
-    return {"check": "parity", "dtype": dtype} | compare(
-        logits(make_runner(path, dry, dtype)), expected, rounded
-    )
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Folder of a model without weights."""
+    if IS_DRY:
+        interpreter.repair()
+    return write_geometry(tmp_path_factory.mktemp("drawn"), TINY if IS_DRY else SMALL)
 
 
-def compare(
-    got: torch.Tensor, expected: torch.Tensor, rounded: torch.Tensor | None = None
-) -> dict[str, Any]:
-    """Return the distance of ``got`` from ``expected``, both ``[T, vocab]``, and whether it passes.
-
-    ``rounded`` is the CPU's result in the dtype of ``got``, or None for float32.
-    """
-
-    def error(logits: torch.Tensor) -> float:
-        return float((logits - expected).square().mean().sqrt() / expected.std())
-
-    bound = FLOAT32_ERROR if rounded is None else MORE_THAN_CPU * error(rounded)
-    divergence = torch.nn.functional.kl_div(
-        got.log_softmax(-1), expected.log_softmax(-1), log_target=True, reduction="batchmean"
-    )
-    return {
-        "passed": error(got) < bound,
-        "relative_error": error(got),
-        "bound": bound,
-        "kl": float(divergence),
-        "same_argmax": float((got.argmax(-1) == expected.argmax(-1)).float().mean()),
-    }
+def make_runner(path: str, dtype: str, **options: Any) -> ModelRunner:
+    """Return a runner on the device with all kernels fused, or on the CPU with the interpreter."""
+    placement: dict[str, Any] = {"device": "cpu", "kernels": override_all("fused")}
+    placement = placement if IS_DRY else {}
+    memory = {"cache_gib": 0.02 if IS_DRY else 10.0}
+    sizes = {"max_running": MAX_RUNNING, "warm_up": False}
+    settings = placement | memory | sizes | options
+    return load_runner(EngineConfig(model=path, dtype=dtype, **settings))
 
 
-def exactness(
-    path: str, dry: bool, dtype: str, lengths: Sequence[int], **options: Any
-) -> dict[str, Any]:
-    """Compute every prompt separately from zero, then resume all in one batch, and compare the
-    logits.
-
-    The first prompt resumes at its last checkpoint, the others at random ones.
-    """
-    feed = Feed(make_runner(path, dry, dtype, load_format="dummy", **options))
+@pytest.mark.parametrize("dtype, quantization", FORMATS)
+def test_hits_are_exact(dtype: str, quantization: str | None, drawn: str, record: Record) -> None:
+    """Every prompt is computed separately from zero, then all are resumed in one batch: the first
+    at its last checkpoint, the others at random ones."""
+    if not Device.resolve("cpu" if IS_DRY else None).supports(quantization):
+        pytest.skip(f"The device has no {quantization}.")
+    feed = Feed(make_runner(drawn, dtype, **DRAWN, quantization=quantization))
     draw = np.random.default_rng(2)
-    cold, logits, resumed, parts, restores = [], [], [], [], []
-    for length in lengths:
+    logits, resumed, parts, restores = [], [], [], []
+    for length in LENGTHS:
         tokens = draw.integers(0, 256, length).tolist()
         prompt = feed.place(tokens)
-        cold.append(prompt)
         logits += feed.forward([(prompt, 0, length)])
         last = (length - 1) // 64
         at = 64 * int(draw.integers(0, last + 1) if resumed else last)
@@ -184,22 +149,15 @@ def exactness(
         int((hit != whole[start:]).sum())
         for hit, whole, (_, start, _) in zip(hits, logits, parts, strict=True)
     )
-    return {
-        "check": "hits are exact",
-        "dtype": dtype,
-        "passed": num_wrong == 0,
-        "prompts": len(lengths),
-        "resumed_at": [start for _, start, _ in parts],
-        "logits": sum(hit.numel() for hit in hits),
-        "logits_that_differ": num_wrong,
-        **options,
-    }
+    starts = [start for _, start, _ in parts]
+    record(resumed_at=starts, logits=sum(map(torch.numel, hits)), logits_that_differ=num_wrong)
+    assert not num_wrong
 
 
-def at_start(path: str, dry: bool, dtype: str) -> dict[str, Any]:
-    """Run the check of every start on the device."""
-    found = check_exactness(make_runner(path, dry, dtype, load_format="dummy").loaded)
-    return {"check": "at the start", "dtype": dtype, "passed": not found.different} | asdict(found)
+def test_the_check_of_every_start_passes(drawn: str, record: Record) -> None:
+    found = check_exactness(make_runner(drawn, USUAL, **DRAWN).loaded)
+    record(**asdict(found))
+    assert not found.different
 
 
 class Talk(NamedTuple):
@@ -229,89 +187,45 @@ def converse(engine: Engine, talk: Talk, seed: int) -> list[list[RequestOutput]]
     return turns
 
 
-def same_answers(path: str, dry: bool, talk: Talk) -> dict[str, Any]:
-    """Compare greedy answers of conversations in the whole engine, with and without the cache."""
+def test_a_cache_changes_no_answer(drawn: str, record: Record) -> None:
+    """Greedy answers of conversations in the whole engine, with and without the cache."""
+    talk = Talk(1, 2, 66, 1) if IS_DRY else Talk(16, 4, 300, 32)
     answers, cached = {}, {}
     for cache in ("hybrid", "none"):
-        dtype = "float32" if dry else "bfloat16"
-        runner = make_runner(path, dry, dtype, load_format="dummy", prefix_cache=cache)
-        config = EngineConfig(model=path, prefix_cache=cache, exact=cache != "none")
+        runner = make_runner(drawn, USUAL, **DRAWN, prefix_cache=cache)
+        config = EngineConfig(model=drawn, prefix_cache=cache, exact=cache != "none")
         engine = Engine(config, runner=runner, sampler=Sampler())
         turns = converse(engine, talk, seed=3)
         answers[cache] = [[output.token_ids for output in turn] for turn in turns]
         cached[cache] = sum(output.cached_len for turn in turns for output in turn)
         engine.check()
-    same = sum(a == b for a, b in zip(answers["hybrid"], answers["none"], strict=True))
-    return {
-        "check": "a cache changes no answer",
-        "passed": same == talk.num_turns and cached["hybrid"] > 0 == cached["none"],
-        "turns": talk.num_turns,
-        "turns_alike": same,
-        "cached_tokens": cached["hybrid"],
-    }
+    record(cached_tokens=cached["hybrid"])
+    assert answers["hybrid"] == answers["none"]
+    assert cached["hybrid"] > 0 == cached["none"]
 
 
-def checks(dry: bool, directory: Path) -> dict[str, Callable[[], dict[str, Any]]]:
-    """Return all checks by name, in the order of a run: float32 compiles longest and comes last.
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"][IS_DRY:])
+def test_logits_are_those_of_the_cpu(dtype: str, tmp_path: Path, record: Record) -> None:
+    """Compared with PyTorch's kernels on one prompt."""
+    model = SMALL_DENSE if dtype == "bfloat16" else TINY if IS_DRY else SMALL
+    path = write_checkpoint(tmp_path, model)
+    tokens = np.random.default_rng(0).integers(0, 256, 40 if IS_DRY else 700).tolist()
 
-    Parity uses stored weights, which are the same on both devices. Other checks draw weights on the
-    device.
-    """
-    geometry = TINY if dry else SMALL
-    path = write_geometry(directory / "drawn", geometry)
-    tokens = np.random.default_rng(0).integers(0, 256, 40 if dry else 700).tolist()
-    lengths = [70, 40] if dry else [2500, 1, 63, 64, 65, 130, 700, 1030, 333, 96]
+    def logits(dtype: str, **options: Any) -> torch.Tensor:
+        feed = Feed(make_runner(path, dtype, **options))
+        return feed.forward([(feed.place(tokens), 0, len(tokens))])[0].float()
 
-    def logits_of(name: str, model: dict[str, Any], dtype: str) -> dict[str, Any]:
-        return parity(write_checkpoint(directory / name, model), dry, dtype, tokens)
+    plain: dict[str, Any] = {"device": "cpu", "kernels": "", "cache_gib": 0.6}
+    got, expected = logits(dtype), logits("float32", **plain)
 
-    found: dict[str, Callable[[], dict[str, Any]]] = {}
-    if not dry:  # Triton's interpreter cannot multiply bfloat16.
-        found["hits bfloat16"] = lambda: exactness(path, dry, "bfloat16", lengths)
-        for quantization in ("fp8", "int8"):
-            if Device.resolve(None).supports(quantization):
-                found[f"hits {quantization}"] = partial(
-                    exactness, path, dry, "bfloat16", lengths, quantization=quantization
-                )
-    usual = "float32" if dry else "bfloat16"
-    found["start"] = lambda: at_start(path, dry, usual)
-    found["answers"] = lambda: same_answers(
-        path, dry, Talk(1, 2, 66, 1) if dry else Talk(16, 4, 300, 32)
+    def error(logits: torch.Tensor) -> float:
+        return float((logits - expected).square().mean().sqrt() / expected.std())
+
+    is_exact = dtype == "float32"
+    bound = FLOAT32_ERROR if is_exact else MORE_THAN_CPU * error(logits(dtype, **plain))
+    divergence = torch.nn.functional.kl_div(
+        got.log_softmax(-1), expected.log_softmax(-1), log_target=True, reduction="batchmean"
     )
-    if not dry:
-        found["parity bfloat16"] = lambda: logits_of("dense", SMALL_DENSE, "bfloat16")
-    found["hits float32"] = lambda: exactness(path, dry, "float32", lengths)
-    found["parity float32"] = lambda: logits_of("experts", geometry, "float32")
-    return found
-
-
-def guarded(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """Return the record of a check. A failure costs this check only."""
-    try:
-        return work()
-    except Exception as failure:
-        traceback.print_exc()
-        reason = f"{type(failure).__name__}: {failure}".splitlines()[0]
-        return {"passed": False, "failure": reason}
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--dry", action="store_true", help="tiny shapes, interpreted on the CPU")
-    parser.add_argument("--out", type=Path, required=True, help="folder of parity.jsonl")
-    options = parser.parse_args()
-    if options.dry:
-        interpreter.repair()
-    file, settings, passed = options.out / "parity.jsonl", {"code": code_hash()}, []
-    with tempfile.TemporaryDirectory() as directory:
-        works = checks(options.dry, Path(directory)).items()
-        jobs = [(name, partial(guarded, work)) for name, work in works]
-        for record in resumed(file, settings, jobs, is_final=lambda record: record["passed"]):
-            print(record, flush=True)
-            passed.append(record["passed"])
-    print(f"{sum(passed)} of {len(passed)} checks passed.")
-    return 0 if all(passed) else 1
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    same = (got.argmax(-1) == expected.argmax(-1)).float().mean()
+    record(relative_error=error(got), bound=bound, kl=float(divergence), same_argmax=float(same))
+    assert error(got) < bound

@@ -1,45 +1,41 @@
 """Measure serving on one device: decoding, drafts, prefix hits, `--exact` and load on a server.
 
-    python -m experiments.gpu.serving --part serve|http|big --out DIR [--dry]
-
 Decoding runs 1 to 64 streams with graphs and without. Steps that verify drafts run with a separate
-graph and without.
-
-These are parts of `make gpu`, with dummy weights in the geometry of real models. ``serve`` and
-``http`` use one of 2 billion parameters, ``big`` Qwen3-Next-80B-A3B's with 8-bit weights. Each
-writes DIR/<part>.jsonl, and keeps the records of the same code.
+graph and without. These are parts of `make gpu`, with dummy weights in the geometry of real models:
+one of 2 billion parameters, or Qwen3-Next-80B-A3B's with 8-bit and with 4-bit weights (``big``).
 """
 
 from __future__ import annotations
 
-import argparse
 import gc
+import os
 import statistics
-import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
-from itertools import chain
-from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+import pytest
 
 from engine.config import EngineConfig
 from engine.engine import Engine, load_runner
 from engine.requests.request import SamplingParams
 from engine.runner.backends import override_all
 from engine.runner.device import Device
-from engine.runner.model_runner import ModelRunner
 from engine.runner.sampler import Sampler
 from engine.runner.steps import Graphs
 from engine.schedule.report import StepReport
 from engine.text.answers import RequestOutput
-from experiments.benchmarks.serving import Targets, conversation_jobs, over_http, sweep
+from experiments.benchmarks.serving import (
+    Job,
+    Targets,
+    conversation_jobs,
+    drive,
+    measured_load,
+    over_http,
+)
 from experiments.gpu.parity import Talk, converse
-from experiments.provenance import code_hash, resumed
 from hybridcache.geometry.units import GIB
 from hybridcache.radix.protocol import PromptBoundaries
 from tests.engine.device_models import (
@@ -51,6 +47,7 @@ from tests.engine.device_models import (
 )
 from tests.kernels import interpreter
 
+IS_DRY = os.environ.get("TRITON_INTERPRET") == "1"
 MAX_RUNNING = 64
 MAX_DRAFTED = 4
 """Streams with drafts. More would not get full drafts."""
@@ -62,7 +59,7 @@ SERVED_SHARE = 0.5
 Fixed, because otherwise the memory that one run leaves would determine the next.
 """
 
-EIGHT_BIT_BYTES, FOUR_BIT_BYTES = 90 * GIB, 56 * GIB
+NEEDED_BYTES = {"fp8": 90 * GIB, "int8": 90 * GIB, "int4-128": 56 * GIB}
 """Memory for Qwen3-Next-80B-A3B with 8-bit weights (75 GiB), and with 4 bits (39 GiB): the weights,
 a layer in 16 bits while it is converted, and the cache. An H100 has less than the former."""
 
@@ -135,37 +132,43 @@ DRY = Scale(
     ramp=0,
     max_model_len=1024,
 )
-DRY_BIG = replace(DRY, talk=Talk(1, 2, 2, 2))
+SCALES = {"serve": DRY if IS_DRY else FULL}
+SCALES["big"] = replace(DRY, talk=Talk(1, 2, 2, 2)) if IS_DRY else BIG
+FORMATS: dict[str, dict[str, Any]] = {
+    "serve": {},
+    "big fp8 rows": {"quantization": "fp8", "fp8_activations": True},
+    "big fp8": {"quantization": "fp8"},
+    "big int8": {"quantization": "int8"},
+    "big int4": {"quantization": "int4-128"},
+}
+MODELS = ("serve", "big int8") if IS_DRY else tuple(FORMATS)
 
 
 class Bench:
     """One engine, and the reports of its steps."""
 
-    def __init__(self, path: str, dry: bool, scale: Scale, **options: Any) -> None:
+    def __init__(self, path: str, scale: Scale, **options: Any) -> None:
+        self.scale = scale
         sizes: dict[str, Any] = {
             "max_running": scale.max_running,
             "max_model_len": scale.max_model_len,
         }
-        if dry:
+        if IS_DRY:
             sizes = {"device": "cpu", "kernels": override_all("fused"), "cache_gib": 0.02}
         self.config = EngineConfig(model=path, load_format="dummy", **(sizes | options))
         self.steps: list[StepReport] = []
         begin = time.perf_counter()
         self.runner = load_runner(self.config)
         self.load_s = time.perf_counter() - begin
-        self.engine = Engine(
-            self.config,
-            runner=self.runner,
-            sampler=Sampler(),
-        )
+        self.engine = Engine(self.config, runner=self.runner, sampler=Sampler())
         self.engine.observers.append(self.steps.append)
         self._draw = np.random.default_rng(0)
+        self._captured = self.runner.graphs
 
     def start(self) -> dict[str, Any]:
         """Return the times of the start, and the sizes that it chose."""
         warmed = self.runner.warmed
         return {
-            "measure": "start",
             "load_s": self.load_s,
             "warm_up_s": warmed.seconds if warmed else None,
             "warm_up_bytes": warmed.num_bytes if warmed else None,
@@ -175,10 +178,19 @@ class Bench:
             "device": self.runner.device.describe(),
         }
 
+    def use(self, graphs: str) -> None:
+        """Run the next steps with ``all`` graphs, those of ``decode`` steps, a graph per dense
+        piece of steps that verify drafts (``pieces``), or none (``off``)."""
+        captured = self._captured
+        uses = {"all": captured, "decode": Graphs(captured.decodes), "off": Graphs()}
+        if captured.decodes is None and graphs != "off":
+            pytest.skip("The device has no graphs.")
+        self.runner.graphs = (uses | {"pieces": captured._replace(verifies=None)})[graphs]
+
     def close(self) -> None:
         """Free the device's memory, so that the next engine can use all of it."""
         device = self.runner.device
-        del self.engine, self.runner
+        del self.engine, self.runner, self._captured
         gc.collect()
         device.release()
 
@@ -198,17 +210,17 @@ class Bench:
             done += [output for output in self.engine.step() if output.is_finished]
         return done
 
-    def decoding(self, streams: int, scale: Scale) -> dict[str, Any]:
+    def decoding(self, streams: int) -> dict[str, Any]:
         """Measure streams that begin together.
 
         The decode step is a step in which all streams decode and nothing else happens, as in
         published times per token. TPOT also contains steps shared with the prefills of later
         prompts.
         """
-        prompts = [self.tokens(scale.num_input) for _ in range(streams)]
+        prompts = [self.tokens(self.scale.num_input) for _ in range(streams)]
         self.answer(prompts, 2)
         self.engine.reset_prefix_cache()
-        done = self.answer(prompts, scale.num_output)
+        done = self.answer(prompts, self.scale.num_output)
         full = [
             s for s in self.steps if not s.num_prefill_tokens and s.num_decode_tokens == streams
         ]
@@ -216,10 +228,9 @@ class Bench:
         hosts = [(s.schedule_s + s.commit_s) / t for s, t in zip(full, times, strict=True)]
         tpot = [output.timings.tpot_s(len(output.output)) or 0.0 for output in done]
         return {
-            "measure": "decoding",
             "streams": streams,
-            "input": scale.num_input,
-            "output": scale.num_output,
+            "input": self.scale.num_input,
+            "output": self.scale.num_output,
             "ttft_ms_mean": 1e3 * statistics.mean(output.timings.ttft_s or 0.0 for output in done),
             "decode_step_ms_median": median([1e3 * time for time in times]),
             "decode_steps": len(full),
@@ -227,47 +238,76 @@ class Bench:
             "host_share_median": median(hosts),
         }
 
-    def verifying(self, streams: int, scale: Scale) -> dict[str, Any]:
+    def verifying(self, streams: int) -> dict[str, Any]:
         """Measure steps that only verify drafts. Answers are generated twice, so the tree predicts
         the second."""
-        prompts = [self.tokens(scale.num_input) for _ in range(streams)]
+        prompts = [self.tokens(self.scale.num_input) for _ in range(streams)]
         self.engine.reset_prefix_cache()
-        self.answer(prompts, scale.num_output)
-        done = self.answer(prompts, scale.num_output)
+        self.answer(prompts, self.scale.num_output)
+        done = self.answer(prompts, self.scale.num_output)
         full = [s for s in self.steps if not s.num_prefill_tokens and s.num_decode_tokens > streams]
         drafts = [output.drafts for output in done]
         lengths = [1 + sum(d.accepted.values()) / max(d.num_verified, 1) for d in drafts]
         return {
-            "measure": "verifying",
             "streams": streams,
-            "input": scale.num_input,
-            "output": scale.num_output,
+            "input": self.scale.num_input,
+            "output": self.scale.num_output,
             "verify_step_ms_median": median([1e3 * seconds(step) for step in full]),
             "verify_steps": len(full),
             "tokens_verified_median": median([step.num_decode_tokens for step in full]),
             "acceptance_len": lengths,
         }
 
-    def hit(self, scale: Scale, share: float = 0.9) -> dict[str, Any]:
+    def hit(self, share: float = 0.9) -> dict[str, Any]:
         """Measure the TTFT of a prompt with a cached ``share``, relative to that of a new
         prompt."""
-        at = int(scale.num_long * share) // 64 * 64
-        self.answer([self.tokens(scale.num_long)], 1)
+        at = int(self.scale.num_long * share) // 64 * 64
+        self.answer([self.tokens(self.scale.num_long)], 1)
         cold, warm, cached = [], [], []
-        for _ in range(scale.num_repeats):
+        for _ in range(self.scale.num_repeats):
             prefix = self.tokens(at)
             for times in (cold, warm):
-                prompt = prefix + self.tokens(scale.num_long - at)
+                prompt = prefix + self.tokens(self.scale.num_long - at)
                 [output] = self.answer([prompt], 1, at)
                 times.append(output.timings.ttft_s or 0.0)
             cached.append(output.cached_len)
         return {
-            "measure": "prefix hit",
-            "prompt": scale.num_long,
+            "prompt": self.scale.num_long,
             "cached": cached,
             "cold_ttft_ms": [1e3 * t for t in cold],
             "hit_ttft_ms": [1e3 * t for t in warm],
             "ratio_median": statistics.median(b / a for a, b in zip(cold, warm, strict=True)),
+        }
+
+    def price(self) -> dict[str, Any]:
+        """Measure `--exact`: medians over runs and turns but the first, with it and without.
+
+        Conversations reuse all computed tokens, or with `--exact` only those of prefills: the
+        states and KV of an answer are computed again as part of the next prompt. No kernel is
+        slower, so the cost consists of these tokens. The runs of both modes alternate.
+        """
+        self.runner.graphs = self._captured
+        runs: dict[bool, list[dict[str, float]]] = {False: [], True: []}
+        for repeat in range(self.scale.num_talks):
+            for exact in (False, True) if repeat % 2 else (True, False):
+                engine = Engine(
+                    replace(self.config, exact=exact), runner=self.runner, sampler=Sampler()
+                )
+                begin = time.perf_counter()
+                turns = converse(engine, self.scale.talk, seed=repeat)
+                seconds = time.perf_counter() - begin
+                runs[exact].append({"seconds": seconds} | later_turns(turns))
+        fast, slow = (
+            {key: statistics.median(run[key] for run in found) for key in found[0]}
+            for found in (runs[False], runs[True])
+        )
+        pairs = zip(runs[True], runs[False], strict=True)
+        ratios = [exact["ttft_ms"] / fast["ttft_ms"] for exact, fast in pairs]
+        return {
+            "without": fast,
+            "exact": slow,
+            "ttft_ratio_median": statistics.median(ratios),
+            "ttft_ratios": [min(ratios), max(ratios)],
         }
 
 
@@ -279,61 +319,6 @@ def median(values: Sequence[float]) -> float | None:
 def seconds(step: StepReport) -> float:
     """Return the seconds from the scheduling of a step to its commit."""
     return step.schedule_s + step.forward_s + step.sample_s + step.wait_s + step.commit_s
-
-
-Work = Callable[[], dict[str, Any]]
-
-
-def measure(path: str, dry: bool, scale: Scale, **options: Any) -> Iterator[tuple[str, Work]]:
-    """Yield (name, work) for all records of one model, with the captured graphs and without them.
-
-    Each work must be done before the next one is taken, because the graphs are changed.
-    """
-    bench = Bench(path, dry, scale, **options)
-    runner = bench.runner
-    yield "start", lambda: bench.start() | options
-    captured = runner.graphs
-    uses = {"all": captured, "decode": Graphs(captured.decodes), "off": Graphs()}
-    for graphs in scale.graphs if captured.decodes is not None else ("off",):
-        runner.graphs = uses[graphs]
-        setting = {"graphs": graphs, **options}
-        for streams in scale.streams:
-            work = partial(bench.decoding, streams, scale)
-            yield f"decoding {streams}, graphs {graphs}", lambda: work() | setting  # noqa: B023
-        yield f"prefix hit, graphs {graphs}", lambda: bench.hit(scale) | setting  # noqa: B023
-    runner.graphs = captured
-    yield "exact", lambda: price(runner, bench.config, scale) | options
-    bench.close()
-
-
-def price(runner: ModelRunner, config: EngineConfig, scale: Scale) -> dict[str, Any]:
-    """Measure `--exact`: medians over runs and turns but the first, with it and without.
-
-    Conversations reuse all computed tokens, or with `--exact` only those of prefills: the states
-    and KV of an answer are computed again as part of the next prompt. No kernel is slower, so the
-    cost consists of these tokens. The runs of both modes alternate.
-    """
-    runs: dict[bool, list[dict[str, float]]] = {False: [], True: []}
-    for repeat in range(scale.num_talks):
-        for exact in (False, True) if repeat % 2 else (True, False):
-            engine = Engine(replace(config, exact=exact), runner=runner, sampler=Sampler())
-            begin = time.perf_counter()
-            turns = converse(engine, scale.talk, seed=repeat)
-            seconds = time.perf_counter() - begin
-            runs[exact].append({"seconds": seconds} | later_turns(turns))
-    fast, slow = (
-        {key: statistics.median(run[key] for run in found) for key in found[0]}
-        for found in (runs[False], runs[True])
-    )
-    pairs = zip(runs[True], runs[False], strict=True)
-    ratios = [exact["ttft_ms"] / fast["ttft_ms"] for exact, fast in pairs]
-    return {
-        "measure": "exact",
-        "without": fast,
-        "exact": slow,
-        "ttft_ratio_median": statistics.median(ratios),
-        "ttft_ratios": [min(ratios), max(ratios)],
-    }
 
 
 def later_turns(turns: Sequence[Sequence[RequestOutput]]) -> dict[str, float]:
@@ -349,102 +334,121 @@ def later_turns(turns: Sequence[Sequence[RequestOutput]]) -> dict[str, float]:
     }
 
 
-def drafted(path: str, dry: bool, scale: Scale) -> Iterator[tuple[str, Work]]:
-    """Yield (name, work) for steps with drafts: as one graph, as a graph per dense piece, and
-    without graphs."""
-    bench = Bench(path, dry, scale, draft="tree:4", max_running=MAX_DRAFTED)
-    runner = bench.runner
-    captured = runner.graphs
-    uses = {"all": captured, "pieces": captured._replace(verifies=None)}
-    uses = (uses if captured.verifies is not None else {}) | {"off": Graphs()}
-    for name, runner.graphs in uses.items():
-        for count in sorted({min(count, MAX_DRAFTED) for count in scale.streams}):
-            work = partial(bench.verifying, count, scale)
-            yield f"verifying {count}, {name}", lambda: work() | {"graphs": name}  # noqa: B023
-    bench.close()
+Record = Callable[..., None]
 
 
-def http(path: str, dry: bool, scale: Scale, vocab_size: int) -> Iterator[tuple[str, Work]]:
-    """Yield (name, work) for loads of generated conversations on a server process, with the cache
-    and without."""
-    scale = replace(scale, max_model_len=scale.max_model_len // 2)  # Twice the longest prompt.
-    device = Device.resolve("cpu" if dry else None)
+@pytest.fixture(scope="module")
+def bench(request: pytest.FixtureRequest, tmp_path_factory: Any) -> Iterator[Bench]:
+    """Engine of a model of ``FORMATS``, or with drafts."""
+    name = request.param
+    kind = "big" if name.startswith("big") else "serve"
+    options = {"draft": "tree:4", "max_running": MAX_DRAFTED} if name == "drafts" else FORMATS[name]
+    if IS_DRY:
+        interpreter.repair()
+    elif kind == "big":
+        device, quantization = Device.resolve(None), options["quantization"]
+        missing = missing_for(quantization, device.free_bytes(), has_fp8=device.supports("fp8"))
+        if missing:
+            pytest.skip(missing)
+    config = TINY if IS_DRY else QWEN3_NEXT_80B if kind == "big" else DENSE_2B
+    path = write_geometry(tmp_path_factory.mktemp("model"), config)
+    found = Bench(path, SCALES[kind], **options)
+    yield found
+    found.close()
+
+
+def missing_for(quantization: str, free_bytes: int, *, has_fp8: bool) -> str:
+    """Return why weights of a format are not measured, or an empty text. 8-bit integers take the
+    place of floats on a device without them."""
+    if quantization in ("fp8", "int8") and has_fp8 != (quantization == "fp8"):
+        return f"The device {'has' if has_fp8 else 'lacks'} fp8."
+    needed = NEEDED_BYTES[quantization]
+    if free_bytes < needed:
+        return f"{quantization} needs {needed // GIB} GiB; {free_bytes // GIB} GiB are free."
+    return ""
+
+
+def scale_of(name: str) -> Scale:
+    return SCALES[name.split()[0]]
+
+
+GRAPHS = [(name, graphs) for name in MODELS for graphs in scale_of(name).graphs]
+DECODED = [(*one, count) for one in GRAPHS for count in scale_of(one[0]).streams]
+DRAFTED = sorted({min(count, MAX_DRAFTED) for count in SCALES["serve"].streams})
+
+
+@pytest.mark.parametrize("bench", MODELS, indirect=True)
+def test_start(bench: Bench, record: Record) -> None:
+    record(**bench.start())
+
+
+@pytest.mark.parametrize("bench, graphs, streams", DECODED, indirect=["bench"])
+def test_decoding(bench: Bench, graphs: str, streams: int, record: Record) -> None:
+    bench.use(graphs)
+    record(graphs=graphs, **bench.decoding(streams))
+
+
+@pytest.mark.parametrize("bench, graphs", GRAPHS, indirect=["bench"])
+def test_prefix_hits(bench: Bench, graphs: str, record: Record) -> None:
+    bench.use(graphs)
+    record(graphs=graphs, **bench.hit())
+
+
+@pytest.mark.parametrize("bench", MODELS, indirect=True)
+def test_exact(bench: Bench, record: Record) -> None:
+    record(**bench.price())
+
+
+@pytest.mark.parametrize("streams", DRAFTED)
+@pytest.mark.parametrize("graphs", ["all", "pieces", "off"])
+@pytest.mark.parametrize("bench", ["drafts"], indirect=True)
+def test_verifying(bench: Bench, graphs: str, streams: int, record: Record) -> None:
+    bench.use(graphs)
+    record(graphs=graphs, **bench.verifying(streams))
+
+
+class Server(NamedTuple):
+    """Server process, the conversations of its load, and its settings."""
+
+    port: int
+    jobs: Sequence[Job]
+    settings: dict[str, Any]
+
+
+ADMISSIONS = {"hybrid": EngineConfig().admission, "none": "oldest"}
+
+
+@pytest.fixture(scope="module", params=ADMISSIONS)
+def server(request: pytest.FixtureRequest, tmp_path_factory: Any) -> Iterator[Server]:
+    """Server with the cache or without, which has answered one prompt."""
+    for package in ("starlette", "uvicorn", "httpx", "prometheus_client", "zmq"):
+        pytest.importorskip(package)
+    config, scale = TINY if IS_DRY else DENSE_2B, SCALES["serve"]
+    path = write_geometry(folder := tmp_path_factory.mktemp("served"), config)
+    write_tokenizer(folder)
+    device, cap = Device.resolve("cpu" if IS_DRY else None), scale.max_model_len // 4
+    free = 0.02 if IS_DRY else round(SERVED_SHARE * device.free_bytes() / GIB, 1)
     settings: dict[str, Any] = {
         "max_running": SERVED_RUNNING,
-        "max_model_len": scale.max_model_len,
-        "cache_gib": 0.02 if dry else round(SERVED_SHARE * device.free_bytes() / GIB, 1),
+        "max_model_len": 2 * cap,  # Twice the longest prompt.
+        "cache_gib": free,
+        "token_budget": EngineConfig().settled(on_cpu=device.is_cpu).token_budget,
+        "prefix_cache": request.param,
+        "admission": ADMISSIONS[request.param],
     }
-    flags = ["--model", path, *(["--device", "cpu"] if dry else [])]
+    flags = ["--model", path, *(["--device", "cpu"] if IS_DRY else [])]
     for name, value in settings.items():
         flags += [f"--{name.replace('_', '-')}", str(value)]
-    settings["token_budget"] = EngineConfig().settled(on_cpu=device.is_cpu).token_budget
-    flags += ["--token-budget", str(settings["token_budget"])]
-    dummy = {"load_format": "dummy"}
-    admissions = {"hybrid": EngineConfig().admission, "none": "oldest"}
-    servers = {
-        cache: over_http([*flags, "--prefix-cache", cache, "--admission", admission], dummy)
-        for cache, admission in admissions.items()
-    }
-    jobs = conversation_jobs(
-        scale.num_jobs,
-        vocab_size=vocab_size,
-        cap=scale.max_model_len // 2,
-        num_output=scale.num_answer,
-    )
-    window = {"seconds": scale.seconds, "ramp": scale.ramp}
-    for name, work in sweep(servers, jobs, scale.concurrency, TARGETS, **window):
-        yield name, lambda: {"measure": "serving"} | window | work() | settings  # noqa: B023
+    given = {"vocab_size": config["vocab_size"], "cap": cap, "num_output": scale.num_answer}
+    jobs = conversation_jobs(scale.num_jobs, **given)
+    with over_http(flags, {"load_format": "dummy"}) as port:
+        drive(port, [jobs[0][:1]], 1, seconds=scale.seconds)
+        yield Server(port, jobs, settings)
 
 
-def formats_for(free_bytes: int, *, has_fp8: bool) -> list[dict[str, Any]]:
-    """Return the formats of the weights of ``big`` that fit, in the order of their value."""
-    formats: list[dict[str, Any]] = []
-    if free_bytes >= EIGHT_BIT_BYTES:
-        eight = {"quantization": "fp8" if has_fp8 else "int8"}
-        formats += [eight | {"fp8_activations": True}] * has_fp8 + [eight]
-    if free_bytes >= FOUR_BIT_BYTES:
-        formats.append({"quantization": "int4-128"})
-    return formats
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("--part", choices=("serve", "http", "big"), required=True)
-    parser.add_argument("--dry", action="store_true", help="tiny shapes, interpreted on the CPU")
-    parser.add_argument("--out", type=Path, required=True, help="folder of the results")
-    options = parser.parse_args()
-    part, dry = options.part, options.dry
-    if dry:
-        interpreter.repair()
-    formats = [{"quantization": "int8"}] if part == "big" and dry else []
-    if part == "big" and not dry:
-        device = Device.resolve(None)
-        formats = formats_for(free := device.free_bytes(), has_fp8=device.supports("fp8"))
-        if not formats:
-            needed = FOUR_BIT_BYTES // GIB
-            print(f"Skipped: big needs {needed} GiB; {free // GIB} GiB are free.", file=sys.stderr)
-            return 0
-    settings, file = {"code": code_hash()}, options.out / f"{part}.jsonl"
-    full, small = (BIG, DRY_BIG) if part == "big" else (FULL, DRY)
-    scale = small if dry else full
-    config = TINY if dry else QWEN3_NEXT_80B if part == "big" else DENSE_2B
-    with tempfile.TemporaryDirectory() as folder:
-        path = write_geometry(Path(folder), config)
-        if part == "http":
-            write_tokenizer(Path(folder))
-            jobs = http(path, dry, scale, config["vocab_size"])
-        elif part == "big":
-            jobs = (
-                (", ".join([name, *map(str, options.values())]), work)
-                for options in formats
-                for name, work in measure(path, dry, scale, **options)
-            )
-        else:
-            jobs = chain(measure(path, dry, scale), drafted(path, dry, scale))
-        for record in resumed(file, settings, jobs):
-            print(record, flush=True)
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+@pytest.mark.parametrize("load", SCALES["serve"].concurrency)
+def test_http(server: Server, load: int, record: Record) -> None:
+    window = {"seconds": SCALES["serve"].seconds, "ramp": SCALES["serve"].ramp}
+    found = measured_load(server.port, server.jobs, load, TARGETS, **window)
+    record(cache=server.settings["prefix_cache"], load=f"{load} at once")
+    record(**window | found | server.settings)

@@ -1,21 +1,20 @@
-"""Cases of `experiments.gpu.kernels`: a module per kernel folder, each with ``cases(setup)``."""
+"""Cases of `experiments.gpu.kernels`: a module per group of kernels.
+
+Each has ``plans(is_dry)``, which yields a function and its arguments for each case, so that a case
+has a name before its tensors are made. The function receives a `Setup` first."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import pkgutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
-from types import ModuleType
-from typing import Any
+from importlib import import_module
+from typing import Any, NamedTuple
 
+import pytest
 import torch
 
-from kernels.attention.sequences import Sequences
-from kernels.packed import TILE, Exports, Packed
-from tests.kernels.records import taking
-
-LENGTHS = ((8192,), (1024,) * 8, (64, 1000, 3000, 17, 2048, 500, 1500, 63))
-"""Packed prompts: a long one, several of equal length, and several of mixed lengths."""
+from engine.runner.device import Device
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +37,11 @@ class Setup:
         """Return normal numbers, by default in the activations' dtype."""
         return torch.randn(*shape, device=self.device).to(dtype or self.dtype)
 
+    def require(self, format: str) -> None:
+        """Skip the case on a device without a number format."""
+        if not Device.resolve(self.device).supports(format):
+            pytest.skip(f"The device has no {format}.")
+
     def int32(self, values: Any) -> torch.Tensor:
         """Return an int32 table for a kernel."""
         return torch.tensor(list(values), dtype=torch.int32, device=self.device)
@@ -48,7 +52,6 @@ class Case:
     """One kernel on one shape. The first call of each contender is compared, later ones are
     timed."""
 
-    name: str
     run: Callable[[], torch.Tensor]
     """Runs our kernel. The returned tensor is compared with ``expected``."""
     expected: Callable[[], torch.Tensor]
@@ -85,124 +88,44 @@ def error(result: torch.Tensor, expected: torch.Tensor) -> float:
     return float(ratio.nan_to_num(nan=float("inf"), posinf=float("inf")))
 
 
-Kernels = tuple[Callable[..., torch.Tensor], Callable[..., torch.Tensor]]
-"""Kernel and its reference."""
 Inputs = Sequence[torch.Tensor | None]
 Rivals = Mapping[str, Callable[[], torch.Tensor]]
 
 
-def prompt_case(
-    setup: Setup,
-    name: str,
-    kernels: Kernels,
-    inputs: Inputs,
-    output: torch.Tensor,
-    states: torch.Tensor,
-    lengths: Sequence[int],
-    num_flops: int = 0,
-    rivals: Callable[[Packed], Rivals] = lambda packed: {},
-) -> Case:
-    """Return a case of packed prompts from zero. The result is like ``output``.
+class Plan(NamedTuple):
+    """Case whose tensors are not made yet."""
 
-    The rival ``exporting`` also saves two states of the longest prompt, in the last two of
-    ``states``.
-    """
-    ours, reference = map(taking, kernels)
-    slots = setup.int32(range(len(lengths)))
-    resumed = torch.zeros(len(lengths), dtype=torch.bool, device=setup.device)
-    packed, on_cpu = (Packed.from_lengths(lengths, device) for device in (setup.device, "cpu"))
-    longest = max(range(len(lengths)), key=lengths.__getitem__)
-    ends = sorted({TILE, lengths[longest] // 2 // TILE * TILE} - {0})
-    exports = [(longest, end, len(lengths) + i) for i, end in enumerate(ends)]
-    run = partial(ours, *inputs, states=states, packed=packed, slots=slots, resumed=resumed)
-    shape = f"x {lengths[0]}" if len(set(lengths)) == 1 else "mixed"
-    return Case(
-        name=f"{name} {len(lengths)} {shape}",
-        run=partial(run, exports=None),
-        expected=lambda: reference(
-            *(None if x is None else x.float().cpu() for x in inputs),
-            states=states.float().cpu(),
-            packed=on_cpu,
-            slots=slots.cpu(),
-            resumed=resumed.cpu(),
-            exports=None,
-        ),
-        num_bytes=num_bytes(inputs, output) + states[:-2].nbytes,
-        num_flops=num_flops,
-        rivals={"exporting": partial(run, exports=Exports.plan(packed, exports))} | rivals(packed),
-    )
+    group: str
+    build: Callable[..., Case]
+    arguments: tuple[Any, ...]
+
+    @property
+    def name(self) -> str:
+        kind = self.build.__name__.strip("_").replace("_", " ")
+        return " ".join([self.group, kind, *map(_word, self.arguments)])
+
+    def case(self, setup: Setup) -> Case:
+        """Return the case, with tensors of a fixed seed."""
+        torch.manual_seed(0)
+        return self.build(setup, *self.arguments)
 
 
-def decode_case(
-    setup: Setup,
-    name: str,
-    kernels: Kernels,
-    inputs: Inputs,
-    output: torch.Tensor,
-    states: torch.Tensor,
-    rivals: Rivals | None = None,
-    loaded_bytes: int | None = None,
-) -> Case:
-    """Return a case of one token of each state's sequence, which changes the states."""
-    slots, changed = setup.int32(range(len(states))), states.clone()
-    ours, reference = (partial(taking(one), *inputs, slots=slots) for one in kernels)
-    return Case(
-        name=f"{name} {len(states)}",
-        run=partial(ours, states=changed),
-        expected=partial(reference, states=states.clone()),
-        num_bytes=2 * states.nbytes + num_bytes(inputs, output),
-        rivals={"torch": partial(reference, states=states.clone()), **(rivals or {})},
-        moved_bytes=None if loaded_bytes is None else 2 * states.nbytes + loaded_bytes,
-        reset=lambda: changed.copy_(states),
-    )
+def _word(argument: object) -> str:
+    """Return an argument in a name. Lengths are those of packed prompts."""
+    if isinstance(argument, tuple):
+        same = f"x {argument[0]}" if len({*argument}) == 1 else "mixed"
+        return f"{len(argument)} {same}"
+    return str(argument)
 
 
-def verify_case(
-    setup: Setup,
-    name: str,
-    kernels: Kernels,
-    inputs: Inputs,
-    output: torch.Tensor,
-    states: torch.Tensor,
-    num_steps: int,
-) -> Case:
-    """Return a case of ``num_steps`` tokens per sequence, with a new state after each of them.
-
-    ``states`` has those of the sequences, followed by those of the steps.
-    """
-    num_sequences = len(states) // (num_steps + 1)
-    layout = {
-        "packed": Packed.from_lengths([num_steps] * num_sequences, setup.device),
-        "slots": setup.int32(range(num_sequences)),
-        "step_slots": setup.int32(range(num_sequences, len(states))),
-    }
-    ours, reference = (partial(taking(one), *inputs, states=states, **layout) for one in kernels)
-    return Case(
-        name=f"{name} {num_sequences} x {num_steps}",
-        run=ours,
-        expected=reference,
-        num_bytes=states.nbytes + num_bytes(inputs, output),
-        rivals={"torch": reference},
-    )
-
-
-def gates_case(
-    name: str, kernels: tuple[ModuleType, ModuleType], inputs: Inputs, rivals: Rivals | None = None
-) -> Case:
-    """Return a case of the gates of a recurrence, for its fused module and its reference."""
-    ours, plain = (lambda module=module: module.gates(*inputs)[0] for module in kernels)
-    results = kernels[1].gates(*inputs)
-    return Case(
-        name, ours, plain, num_bytes(inputs, *results), rivals={"torch": plain, **(rivals or {})}
-    )
+def plans(is_dry: bool, *groups: str) -> Iterator[Plan]:
+    """Yield all plans, or those of some groups, with tiny shapes if ``is_dry``."""
+    for module in pkgutil.iter_modules(__path__):
+        if module.name in (groups or (module.name,)):
+            declared = import_module(f"{__name__}.{module.name}").plans(is_dry)
+            yield from (Plan(module.name, build, tuple(of)) for build, *of in declared)
 
 
 def num_bytes(inputs: Inputs, *outputs: torch.Tensor) -> int:
     """Return the bytes of inputs, which are read once, and of outputs, which are written once."""
     return sum(x.nbytes for x in (*inputs, *outputs) if x is not None)
-
-
-def scattered(setup: Setup, num: int, length: int) -> dict[str, Any]:
-    """Return the layout of ``num`` sequences whose rows are scattered over a pool."""
-    table = setup.int32(torch.randperm(num * length).tolist()).view(num, length)
-    return {"table": table, "sequences": Sequences.of(range(num), [length] * num, setup.device)}

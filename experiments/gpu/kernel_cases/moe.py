@@ -1,107 +1,115 @@
-"""Experts of Qwen3-Next: 10 of 512, 2048 -> 512 -> 2048, full precision and 8-bit.
+"""Experts of Qwen3-Next: 10 of 512, 2048 -> 512 -> 2048, full precision, 8 and 4 bits.
 
 With 8-bit floats, the last expert is the shared one of all tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from functools import partial
+from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache, partial
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 
-from engine.runner.device import Device
 from experiments.gpu.kernel_cases import Case, Setup
 from kernels.linear.formats import Matrix
 from kernels.linear.grouped import Grouped
 from kernels.moe import fused, reference
 
-
-def cases(setup: Setup) -> Iterator[Case]:
-    """Yield routing, and the experts of one token up to a prefill."""
-    num_experts, k, hidden, inner = (6, 2, 32, 24) if setup.is_dry else (512, 10, 2048, 512)
-    w13 = _weights(setup, num_experts, 2 * inner, hidden)
-    w2 = _weights(setup, num_experts, hidden, inner)
-    int8 = [part for w in (w13, w2) for part in reference.quantize_experts(w, "int8")]
-    fp8 = None
-    if setup.is_dry or Device.resolve(setup.device).supports("fp8"):
-        fp8 = [part for w in (w13, w2) for part in reference.quantize_experts(w, "fp8")]
-    int4 = {}
-    for group in (128, 32):
-        up, down = (Matrix.of(w).quantized(Grouped(4, group)) for w in (w13, w2))
-        int4[group] = up, down, up.format.experts(fused, up, down, setup.dtype)
-    for num_tokens in (2, 20) if setup.is_dry else (1, 4, 16, 64, 1024, 4096):
-        logits = setup.randn(num_tokens, num_experts)
-        x = setup.randn(num_tokens, hidden)
-        yield Case(
-            name=f"route {num_tokens}",
-            run=lambda logits=logits: fused.route(logits, k, True)[0],
-            expected=lambda logits=logits: reference.route(logits, k, True)[0],
-            num_bytes=logits.nbytes + 8 * num_tokens * k,
-            rivals={"torch": lambda logits=logits: _torch_route(logits, k)},
-        )
-        weights, experts = reference.route(logits, k, True)
-        num_used = len(experts.unique())
-        for name, run, plain, parts in (
-            ("experts", fused.prepare(w13, w2), reference.experts, (w13, w2)),
-            ("int8 experts", fused.prepare_8bit(*int8, x.dtype), reference.experts_8bit, int8),
-        ):
-            read = sum(part.nbytes for part in parts) * num_used // num_experts
-            given = (x, weights, experts)
-            yield Case(
-                name=f"{name} {num_tokens}",
-                run=partial(run, x, weights, _sorted(run, experts, num_experts)),
-                expected=partial(plain, *given, *parts),
-                num_bytes=2 * x.nbytes + read,
-                num_flops=6 * num_tokens * k * hidden * inner,
-                rivals={
-                    "loop": partial(plain, *given, *parts),
-                    "torch grouped_mm, full weights": partial(_torch_experts, *given, w13, w2),
-                },
-                rival_tolerance=6e-2 if parts is int8 else None,
-            )
-        for group, (up, down, run_int4) in int4.items():
-            read = (up.num_bytes + down.num_bytes) * num_used // num_experts
-            wide = partial(_widened, up, down, setup.dtype)
-            yield Case(
-                name=f"int4 experts in {group} {num_tokens}",
-                run=partial(run_int4, x, weights, _sorted(run_int4, experts, num_experts)),
-                expected=lambda given=(x, weights, experts), wide=wide: reference.experts(
-                    *given, *wide()
-                ),
-                num_bytes=2 * x.nbytes + read,
-                num_flops=6 * num_tokens * k * hidden * inner,
-            )
-        if fp8 is None:
-            continue
-        gates = logits[:, -1:]
-        routed = reference.route(logits[:, :-1], k, True)
-        read = sum(part.nbytes for part in fp8) * (len(routed[1].unique()) + 1) // num_experts
-        for name, fp8_rows in (("fp8 experts", False), ("fp8 experts and rows", True)):
-            given, options = (x, *routed, *fp8, gates), {"fp8_rows": fp8_rows}
-            run = fused.prepare_8bit(*fp8, x.dtype, **options)
-            chosen = _sorted(run, routed[1], num_experts - 1)
-            yield Case(
-                name=f"{name} {num_tokens}",
-                run=partial(run, x, routed[0], chosen, gates),
-                expected=partial(reference.experts_8bit, *given, **options),
-                num_bytes=2 * x.nbytes + read,
-                num_flops=6 * num_tokens * (k + 1) * hidden * inner,
-            )
+FORMATS = ("full", "int8", "int4 in 128", "int4 in 32", "fp8", "fp8 rows")
 
 
-def _sorted(product: fused.Prepared, experts: torch.Tensor, num_experts: int) -> fused.Sorted:
-    """Return experts in blocks, because a model's routing sorts them."""
-    return fused.Sorted(experts, fused.make_blocks(experts, num_experts, product.most_rows))
+def plans(is_dry: bool) -> Iterator[tuple[Any, ...]]:
+    """Yield routing, and the experts of one token up to a prefill, format by format."""
+    sizes = (2, 20) if is_dry else (1, 4, 16, 64, 1024, 4096)
+    yield from ((route, num_tokens) for num_tokens in sizes)
+    yield from ((experts, format, num_tokens) for format in FORMATS for num_tokens in sizes)
 
 
-def _widened(up: Matrix, down: Matrix, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    return up.widened(dtype), down.widened(dtype)
+def _sizes(setup: Setup) -> tuple[int, int, int, int]:
+    """Return the number of experts and of chosen ones, and the sizes of both layers."""
+    return (6, 2, 32, 24) if setup.is_dry else (512, 10, 2048, 512)
 
 
-def _weights(setup: Setup, *shape: int) -> torch.Tensor:
-    return torch.empty(shape, device=setup.device, dtype=setup.dtype).normal_(0, 0.05)
+class Experts(NamedTuple):
+    """Weights of all experts in one format."""
+
+    product: fused.Prepared
+    plain: Callable[..., torch.Tensor]
+    """Reference, of rows, weights and experts."""
+    full: Sequence[torch.Tensor]
+    """Weights before they were quantised."""
+    num_bytes: int
+
+
+@lru_cache(1)
+def experts_in(setup: Setup, format: str) -> Experts:
+    """Return the experts of a format. The last ones are kept, because they take seconds."""
+    num_experts, _, hidden, inner = _sizes(setup)
+    shapes = (num_experts, 2 * inner, hidden), (num_experts, hidden, inner)
+    full = [setup.randn(*shape).mul_(0.05) for shape in shapes]
+    kind, _, how = format.partition(" ")
+    setup.require(kind)
+    if kind == "full":
+        count = sum(part.nbytes for part in full)
+        return Experts(fused.prepare(*full), partial(_plain, reference.experts, full), full, count)
+    if kind == "int4":
+        group = Grouped(4, int(how.removeprefix("in ")))
+        stacks = [Matrix.of(w).quantized(group) for w in full]
+        product = stacks[0].format.experts(fused, *stacks, setup.dtype)
+        parts = [stack.widened(setup.dtype) for stack in stacks]
+        count = sum(stack.num_bytes for stack in stacks)
+        return Experts(product, partial(_plain, reference.experts, parts), full, count)
+    parts = [part for w in full for part in reference.quantize_experts(w, kind)]
+    options = {"fp8_rows": True} if how else {}
+    product = fused.prepare_8bit(*parts, setup.dtype, **options)
+    plain = partial(_plain, partial(reference.experts_8bit, **options), parts)
+    return Experts(product, plain, full, sum(part.nbytes for part in parts))
+
+
+def _plain(
+    product: Callable[..., torch.Tensor], parts: Sequence[torch.Tensor], *given: torch.Tensor
+) -> torch.Tensor:
+    """Call a reference, which takes the gates of shared experts after the weights."""
+    return product(*given[:3], *parts, *given[3:])
+
+
+def route(setup: Setup, num_tokens: int) -> Case:
+    num_experts, k, _, _ = _sizes(setup)
+    logits = setup.randn(num_tokens, num_experts)
+    return Case(
+        run=lambda: fused.route(logits, k, True)[0],
+        expected=lambda: reference.route(logits, k, True)[0],
+        num_bytes=logits.nbytes + 8 * num_tokens * k,
+        rivals={"torch": partial(_torch_route, logits, k)},
+    )
+
+
+def experts(setup: Setup, format: str, num_tokens: int) -> Case:
+    """Return a case of one format, with rivals of full and of 8-bit integer weights."""
+    of, (num_experts, k, hidden, inner) = experts_in(setup, format), _sizes(setup)
+    is_shared = format.startswith("fp8")
+    logits, x = setup.randn(num_tokens, num_experts), setup.randn(num_tokens, hidden)
+    routed = num_experts - is_shared
+    weights, chosen = reference.route(logits[:, :routed], k, True)
+    gates = [logits[:, -1:]] * is_shared
+    # A model's routing sorts its experts into blocks.
+    blocks = fused.make_blocks(chosen, routed, of.product.most_rows)
+    plain = partial(of.plain, x, weights, chosen, *gates)
+    rivals = {}
+    if format in ("full", "int8"):
+        whole = partial(_torch_experts, x, weights, chosen, *of.full)
+        rivals = {"loop": plain, "torch grouped_mm, full weights": whole}
+    num_used = len(chosen.unique()) + is_shared
+    return Case(
+        run=partial(of.product, x, weights, fused.Sorted(chosen, blocks), *gates),
+        expected=plain,
+        num_bytes=2 * x.nbytes + of.num_bytes * num_used // num_experts,
+        num_flops=6 * num_tokens * (k + is_shared) * hidden * inner,
+        rivals=rivals,
+        rival_tolerance=6e-2 if format == "int8" else None,
+    )
 
 
 def _torch_route(logits: torch.Tensor, k: int) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Tests of the load generator: summaries of given times, sweeps with the oracle runner over HTTP,
+"""Tests of the load generator: summaries of given times, loads with the oracle runner over HTTP,
 and the processor time of clients."""
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from experiments.benchmarks.serving import (
     Targets,
     conversation_jobs,
     drive,
+    measured_load,
     summary,
-    sweep,
 )
 from tests.engine.front.server.conftest import oracle_engine
 from tests.served import serving
@@ -54,18 +54,17 @@ def test_summary_follows_the_definitions() -> None:
     assert lax["goodput_per_s"] == 0.5
 
 
-def test_sweep_reports_hit_rates_with_and_without_cache() -> None:
+def test_loads_report_hit_rates_with_and_without_cache() -> None:
     draw = np.random.default_rng(0)
     shared = draw.integers(0, 256, 140, dtype=np.int32)
     lengths = draw.integers(150, 450, 6, endpoint=True) - 140
     unique = [draw.integers(0, 256, length, dtype=np.int32) for length in lengths]
     jobs = [[NextTurn(np.concatenate((shared, tokens)), 5)] for tokens in unique]
     window = {"seconds": 60.0, "num_clients": 1}
-    servers = {cache: oracle_server(cache) for cache in ("hybrid", "none")}
-    works = dict(sweep(servers, jobs, (1, 4), TARGETS, **window))
-    assert [*works] == [f"{cache}, {load} at once" for cache in servers for load in (1, 4)]
-    servers = {cache: oracle_server(cache) for cache in ("hybrid", "none")}
-    records = [work() for name, work in sweep(servers, jobs, (1, 4), TARGETS, **window)]
+    records = []
+    for cache in ("hybrid", "none"):
+        with oracle_server(cache) as port:
+            records += [measured_load(port, jobs, load, TARGETS, **window) for load in (1, 4)]
     assert [record["requests"] for record in records] == [6] * 4
     assert all(record["tpot_ms"]["p50"] >= 0 for record in records)
     assert all(record["token_hit_rate"] == 0 for record in records[2:])

@@ -1,140 +1,87 @@
-"""Tests of ``python -m experiments.gpu``: parts, their records and limits, and messages without a
-GPU."""
+"""Tests of ``python -m experiments.gpu``: reports that the next call continues, processes that end,
+and messages without a GPU."""
 
 from __future__ import annotations
 
-import multiprocessing
 import os
-import signal
+import subprocess
 import sys
-import tarfile
-import time
-import weakref
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
 from experiments.gpu import __main__ as gpu
-from experiments.gpu import serving as gpu_serving
-from experiments.provenance import read_json_lines, resumed
+from experiments.gpu import serving
+from experiments.provenance import read_json_lines
 from hybridcache.geometry.units import GIB
-from tests.endurance.faults import is_gone
 from tests.engine.device_models import TINY, write_geometry
+from tests.selection import ROOT
 from tests.stub_device import stubbed
-from tests.waiting import wait_until
+
+CASES = """
+import os, time
+from pathlib import Path
+import pytest
+
+FIXED = Path(__file__).with_name("fixed")
+RUNS = Path(__file__).with_name("runs")
+
+def test_right(record):
+    RUNS.write_text(RUNS.read_text() + "x" if RUNS.exists() else "x")
+    record(error=0.5)
+
+def test_wrong():
+    assert FIXED.exists()
+
+def test_that_ends_its_process():
+    FIXED.exists() or os._exit(70)
+
+@pytest.mark.timeout(1)
+def test_that_hangs():
+    FIXED.exists() or time.sleep(60)
+
+def test_last():
+    pass
+"""
 
 
-@pytest.fixture
-def parts(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
-    """Parts of one line of Python each."""
-    lines = {"check": "pass", "bench": "pass", "big": "raise SystemExit(3)"}
-    monkeypatch.setattr(gpu, "PARTS", {name: part_of(line) for name, line in lines.items()})
-    monkeypatch.setattr(gpu, "code_hash", lambda: "0123456789ab")
-    return lines
-
-
-def part_of(line: str, limit_s: float = 60.0, files: str = "bench.jsonl", **more) -> gpu.GpuPart:
-    """Return a part that runs one line of Python."""
-    return gpu.GpuPart(lambda out, dry: [sys.executable, "-c", line], limit_s, files=files, **more)
-
-
-def run(out: Path, *arguments: str) -> int:
-    return gpu.main(["--dry", "--out", str(out), *arguments])
-
-
-def test_failed_part_fails_the_run_but_others_still_run(
-    parts: dict[str, str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    assert run(tmp_path) == 1
-    assert (
-        capfd.readouterr().out.splitlines()[-1].endswith(": check passed, bench passed, big failed")
-    )
-    _, [record] = read_json_lines(gpu.done_file(tmp_path, "big"))
-    assert record["verdict"] == "failed"
-    assert record["seconds"] >= 0
-
-
-def test_only_failed_parts_run_again_with_the_same_code(
-    parts: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    assert run(tmp_path) == 1
-    assert [gpu.is_done(tmp_path, part) for part in parts] == [True, True, False]
-    assert not gpu.is_done(tmp_path, "parity")
-    (tmp_path / "bench.jsonl").touch()
-    assert run(tmp_path, "--part", "bench") == 0
-    assert (tmp_path / "bench.jsonl").exists()
-    assert run(tmp_path, "--part", "bench", "--again") == 0
-    assert not (tmp_path / "bench.jsonl").exists()  # Old records are deleted.
-    monkeypatch.setattr(gpu, "code_hash", lambda: "ba9876543210")
-    assert not gpu.is_done(tmp_path, "bench")
+def run(folder: Path) -> tuple[int, dict[str, str]]:
+    """Run the cases once more. Returns the status, and the last outcome of each test."""
+    (folder / "cases.py").write_text(CASES)
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "experiments.gpu.report", "--report"]
+    command += [folder / "report.jsonl", "-n", "1", "--dist", "load"]
+    command += ["--timeout-method", "thread", f"--rootdir={folder}", folder / "cases.py"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    _, records = read_json_lines(folder / "report.jsonl")
+    assert "error" not in records[0] or records[0]["error"] == 0.5, done.stdout
+    return done.returncode, {one["test"].partition("::")[2]: one["outcome"] for one in records}
 
 
 @pytest.mark.full
-def test_children_of_a_hanging_part_are_stopped(
-    parts: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (child := tmp_path / "child").touch()
-    shell = f"sleep 600 & echo $! > {child}; sleep 600"
-    monkeypatch.setitem(gpu.PARTS, "big", gpu.GpuPart(lambda out, dry: ["sh", "-c", shell], 0.5))
-    assert gpu.run_part("big", tmp_path, dry=True) == "timed out"
-    if pid := child.read_text():  # A slow shell is stopped before it has a child.
-        wait_until(lambda: is_gone(int(pid)))
+def test_a_report_is_continued_and_a_lost_process_costs_one_test(tmp_path: Path) -> None:
+    status, outcomes = run(tmp_path)
+    failed = ("test_wrong", "test_that_ends_its_process", "test_that_hangs")
+    assert status == 1
+    assert {name for name, outcome in outcomes.items() if outcome == "failed"} == {*failed}
+    assert outcomes["test_right"] == outcomes["test_last"] == "passed"
+    (tmp_path / "fixed").touch()
+    status, outcomes = run(tmp_path)
+    assert status == 0 and {*outcomes.values()} == {"passed"}
+    assert (tmp_path / "runs").read_text() == "x"
 
 
-def test_a_call_ends_within_its_budget_and_the_next_one_continues(
-    parts: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(gpu, "LEAST_S", 0.0)
-    monkeypatch.setattr(gpu, "GRACE_S", 0.2)
-    monkeypatch.setitem(gpu.PARTS, "big", part_of("import time; time.sleep(600)", 600.0))
-    monkeypatch.setitem(gpu.PARTS, "late", part_of("pass"))
+def test_a_failed_part_fails_the_call_but_others_still_run(monkeypatch, capfd, tmp_path) -> None:
+    status = {"check": 0, "bench": 1, "serve": 5}
+    monkeypatch.setattr(gpu, "PARTS", {name: ((name,), "") for name in status})
 
-    def now_s() -> float:
-        """Return a time that leaves one second to ``big`` and none to ``late``."""
-        return 599.0 * gpu.is_done(tmp_path, "bench") + gpu.done_file(tmp_path, "big").exists()
+    def pytest_of(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
+        return subprocess.CompletedProcess(command, status[command[-1]])
 
-    monkeypatch.setattr(gpu, "time", SimpleNamespace(monotonic=now_s))
-    assert run(tmp_path, "--budget", "600") == 3
-    _, [record] = read_json_lines(gpu.done_file(tmp_path, "big"))
-    assert record["verdict"] == "stopped"
-    assert [gpu.is_done(tmp_path, part) for part in ("check", "bench", "late")] == [
-        True,
-        True,
-        False,
-    ]
-    monkeypatch.setitem(gpu.PARTS, "big", part_of("pass"))
-    monkeypatch.setattr(gpu, "time", time)
-    assert run(tmp_path, "--budget", "600") == 0
-    assert gpu.is_done(tmp_path, "late")
-
-
-def test_a_signal_leaves_an_archive_of_the_finished_records(tmp_path, monkeypatch) -> None:
-    """The parts write a record, and then wait for the signal."""
-    out = tmp_path / "out"
-    line = f"import pathlib, time; pathlib.Path({str(out)!r}, 'one.jsonl').touch(); time.sleep(600)"
-    monkeypatch.setattr(gpu, "PARTS", {"check": part_of(line, 600)})
-    arguments = ["--dry", "--part", "check", "--out", str(out)]
-    process = multiprocessing.get_context("fork").Process(target=gpu.main, args=(arguments,))
-    process.start()
-    wait_until((out / "one.jsonl").exists)
-    process.terminate()
-    process.join(120)
-    assert process.exitcode == 128 + signal.SIGTERM
-    with tarfile.open(tmp_path / "out.tar.gz") as found:
-        assert {"out/one.jsonl", "out/check.done.jsonl"} < set(found.getnames())
-
-
-def test_a_finished_work_holds_no_memory_while_the_next_begins(tmp_path: Path) -> None:
-    def jobs():
-        for name in "ab":
-            held = set()
-            alive = weakref.ref(held)
-            yield name, lambda held=held: {"size": len(held)}
-            del held
-            assert alive() is None
-
-    assert len(list(resumed(tmp_path / "one.jsonl", {}, jobs()))) == 2
+    monkeypatch.setattr(gpu.subprocess, "run", pytest_of)
+    assert gpu.main(["--dry", "--out", str(tmp_path)]) == 1
+    said = capfd.readouterr().out.splitlines()[-1]
+    assert said == "check passed, bench failed, serve passed"
 
 
 @pytest.mark.full
@@ -144,40 +91,33 @@ def test_speeds_are_measured_with_and_without_graphs(
 ) -> None:
     """A stub device, which computes nothing, gives all records of the parts that need a GPU."""
     pytest.importorskip("triton")
+    monkeypatch.setattr(serving, "IS_DRY", False)
     path = write_geometry(tmp_path, TINY)
     with stubbed(monkeypatch):
-        records = [work() for _, work in gpu_serving.measure(path, False, gpu_serving.DRY)]
-    start, *measured = records
+        bench = serving.Bench(path, serving.DRY)
+        start = bench.start()
+        for graphs in ("all", "decode", "off"):
+            bench.use(graphs)
+            decoding = bench.decoding(2)
+            assert decoding["decode_steps"] > 0 and decoding["decode_step_ms_median"] > 0
+            assert bench.hit()["cached"] == [64]
+        priced = bench.price()
     assert "graphs" in start["warm_up"] and start["warm_up_bytes"] > 0
     assert (start["token_budget"], start["max_running"]) == (8192, 64)
-    decoding = next(record for record in measured if record["measure"] == "decoding")
-    assert decoding["decode_steps"] > 0 and decoding["decode_step_ms_median"] > 0
-    speeds = [(r["measure"], r["graphs"]) for r in measured if "graphs" in r]
-    measures = ("decoding", "prefix hit")
-    assert speeds == [(m, graphs) for graphs in ("all", "decode", "off") for m in measures]
-    fast, exact = (measured[-1][mode] for mode in ("without", "exact"))
-    assert fast["token_hit_rate"] > exact["token_hit_rate"] and measured[-1]["ttft_ratios"]
-
-
-def test_a_model_too_large_for_the_device_is_skipped(monkeypatch, tmp_path, capsys) -> None:
-    device = SimpleNamespace(free_bytes=lambda: 39 * GIB, supports=lambda format: True)
-    monkeypatch.setattr(gpu_serving, "Device", SimpleNamespace(resolve=lambda name: device))
-    monkeypatch.setattr(sys, "argv", ["serving", "--part", "big", "--out", str(tmp_path)])
-    assert gpu_serving.main() == 0
-    assert "needs 56 GiB; 39 GiB are free" in capsys.readouterr().err
+    fast, exact = priced["without"], priced["exact"]
+    assert fast["token_hit_rate"] > exact["token_hit_rate"] and priced["ttft_ratios"]
 
 
 def test_a_large_model_is_measured_in_the_formats_that_fit() -> None:
     """An H100 has 79 GiB, an H200 139."""
-    four, fp8 = {"quantization": "int4-128"}, {"quantization": "fp8"}
-    assert gpu_serving.formats_for(79 * GIB, has_fp8=True) == [four]
-    found = gpu_serving.formats_for(139 * GIB, has_fp8=True)
-    assert found == [fp8 | {"fp8_activations": True}, fp8, four]
-    found = gpu_serving.formats_for(139 * GIB, has_fp8=False)
-    assert found == [{"quantization": "int8"}, four]
 
+    def fitting(gib: int, has_fp8: bool) -> list[str]:
+        names = ("fp8", "int8", "int4-128")
+        told = {name: serving.missing_for(name, gib * GIB, has_fp8=has_fp8) for name in names}
+        return [name for name, missing in told.items() if not missing]
 
-def test_the_first_call_begins_all_parts_that_say_the_most() -> None:
-    first = ["check", "repeat", "parity", "big", "tune", "http"]
-    assert list(gpu.PARTS)[: len(first)] == first
-    assert sum(gpu.PARTS[part].limit_s for part in first) <= 560
+    assert fitting(79, True) == fitting(79, False) == ["int4-128"]
+    assert fitting(139, True) == ["fp8", "int4-128"]
+    assert fitting(139, False) == ["int8", "int4-128"]
+    said = serving.missing_for("int4-128", 39 * GIB, has_fp8=True)
+    assert said == "int4-128 needs 56 GiB; 39 GiB are free."

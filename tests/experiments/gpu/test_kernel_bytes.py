@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 
 import pytest
-import torch
 
-from experiments.gpu.kernel_cases import Case, Setup
+from experiments.gpu.kernel_cases import Setup, plans
 from tests.kernels import interpreter
 
 pytest.importorskip("triton")
-FOLDERS = ("gdn", "norm", "state_copy")
 
 
 @pytest.fixture
@@ -40,22 +37,16 @@ def moved(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return counted
 
 
-def cases() -> list[Case]:
-    torch.manual_seed(0)
-    setup = Setup("cpu", is_dry=True)
-    modules = (
-        importlib.import_module(f"experiments.gpu.kernel_cases.{folder}") for folder in FOLDERS
-    )
-    every = [case for module in modules for case in module.cases(setup)]
-    return [case for case in every if case.moved_bytes is not None]
-
-
 def test_declared_bytes_match_loads_and_stores(moved) -> None:
+    setup, groups = Setup("cpu", is_dry=True), ("recurrences", "pointwise")
+    every = [(plan.name, plan.case(setup)) for plan in plans(True, *groups)]
     names = []
-    for case in cases():
+    for name, case in every:
+        if case.moved_bytes is None:
+            continue
         moved.clear()
         case.run()
-        assert sum(moved) == case.moved_bytes, case.name
-        assert case.moved_bytes < 1.1 * case.num_bytes, case.name
-        names.append(case.name.split()[0])
-    assert set(names) == {"gdn", "rms_norm", "gated_rms_norm", "state_copy"}
+        assert sum(moved) == case.moved_bytes, name
+        assert case.moved_bytes < 1.1 * case.num_bytes, name
+        names.append(" ".join(name.split()[1:3]))
+    assert {"decode gdn", "norm rms_norm", "gated norm", "state copy"} == set(names)

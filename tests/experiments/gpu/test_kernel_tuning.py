@@ -34,7 +34,7 @@ def case(kernel: str, key: tuple, results: dict[int, float], **options) -> Case:
             raise RuntimeError("out of resources")
         return torch.full((4,), results[warps])
 
-    return Case("a case", run, lambda: torch.ones(4), num_bytes=1, **options)
+    return Case(run, lambda: torch.ones(4), num_bytes=1, **options)
 
 
 def seconds_of(times: dict[int, float], kernel: str, key: tuple) -> Callable:

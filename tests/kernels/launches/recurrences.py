@@ -3,23 +3,11 @@
 import math
 from functools import partial
 from importlib import import_module
-from typing import NamedTuple
 
 import torch
 
 from tests.kernels.arena import QWEN3_NEXT, make_arena, prompts, verified
-from tests.kernels.records import taking
-
-
-class Model(NamedTuple):
-    """Sizes of a layer. Mamba-2 has groups and a state where others have key heads and keys."""
-
-    kernel: str
-    groups: int
-    heads: int
-    key: int
-    value: int
-
+from tests.kernels.records import Model, taking
 
 MODELS = {
     "gdn": Model("gdn", 16, 32, 128, 128),  # Qwen3-Next
@@ -40,11 +28,10 @@ def recurrence(
     works = (getattr(module, f"{work}_{model.kernel}") for work in ("chunk", "decode"))
     chunk, decode = map(taking, works)
     D = [torch.empty(model.heads)] * (model.kernel == "mamba2")
-    bias = torch.empty(model.heads, *[model.key] * (model.kernel == "kda"))
-    parameters = torch.empty(model.heads), bias
+    parameters = [*map(torch.empty, model.gate_parameters)]
 
     def states(count: int) -> torch.Tensor:
-        sizes = QWEN3_NEXT._replace(recurrent=(36, *model[2:]))
+        sizes = QWEN3_NEXT._replace(recurrent=(36, *model.state))
         return make_arena(count, torch.bfloat16, state_dtype, sizes=sizes, fill=None).recurrent[5]
 
     gates = module.gates(*_gate_inputs(model, 160, dtype), *parameters)
@@ -57,18 +44,16 @@ def recurrence(
 
 def _tokens(model: Model, count: int, dtype: torch.dtype) -> list[torch.Tensor]:
     """Return slices of one wider tensor, as in a model."""
-    keys, own = (model.groups, model.key), (model.heads, model.value)
-    shapes = [own, keys, keys] if model.kernel == "mamba2" else [keys, keys, own]
-    widths = [math.prod(shape) for shape in shapes]
+    widths = [math.prod(shape) for shape in model.tokens]
     parts = torch.empty(count, sum(widths), dtype=dtype).split(widths, dim=1)
-    return [part.unflatten(1, shape) for part, shape in zip(parts, shapes, strict=True)]
+    return [part.unflatten(1, shape) for part, shape in zip(parts, model.tokens, strict=True)]
 
 
 def _gate_inputs(model: Model, count: int, dtype: torch.dtype) -> list[torch.Tensor]:
     a, b = torch.empty(count, 2 * model.heads, dtype=dtype).chunk(2, dim=1)
     if model.kernel == "kda":
         a = torch.empty(count, model.heads, model.key, dtype=dtype)
-    return [a] if model.kernel == "mamba2" else [a, b]
+    return [a, b][: len(model.gate_inputs)]
 
 
 def _launches():
