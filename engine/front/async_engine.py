@@ -141,8 +141,7 @@ class EngineHost:
             case RequestSpec():
                 self._submit(message)
             case Abort():
-                abort = partial(self.engine.abort, message.request_id, message.reason)
-                self.call_soon(lambda: patiently(abort))
+                self.call_soon(partial(self.engine.abort, message.request_id, message.reason))
             case EndEngine():
                 with self._wake:
                     self._is_open = False
@@ -197,7 +196,7 @@ class EngineHost:
     def _attempt(self, command: Callable[[], Result]) -> Result | None:
         """Run ``command`` between two steps. Returns None if it fails: the engine goes on."""
         try:
-            return command()
+            return patiently(command)
         except (RunnerLost, AssertionError):  # The second one is of ``check``.
             raise
         except Exception:
@@ -327,7 +326,7 @@ class EngineHost:
                 self._attempt(partial(engine.disconnect, at_once=False))
             for _ in range(num_commands):
                 self._attempt(self._commands.popleft())
-            self._attempt(partial(patiently, self._deliver))
+            self._attempt(self._deliver)
             if must_stop:
                 return False
             if engine.has_work():

@@ -9,6 +9,7 @@ import hmac
 import ipaddress
 import json
 import logging
+import math
 import os
 import re
 import secrets
@@ -27,7 +28,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from engine.front.server.bodies import ANTHROPIC, APIError, short
 from engine.front.server.settings import API_KEY_VARIABLE, ServerConfig
-from engine.text.bounded import REPLACEMENT
+from engine.text.bounded import REPLACEMENT, BoundedMemory
 
 logger = logging.getLogger(__name__)
 request_log = logging.getLogger(f"{__name__}.requests")
@@ -46,6 +47,8 @@ KEY = re.compile(rb"[\x21-\x7e]+")
 KEY_NAME = re.compile(rb"[\w.@+-]{1,40}")
 KEY_DIGITS = 8
 """Digits of the hash of a key that has no name: they stay when keys are added or removed."""
+MAX_GUESSES, GUESS_S = 20, 5.0
+"""Wrong keys that one address may send at once, and seconds after which it may send another."""
 NAME = re.compile(rb"[\x21-\x7e]{1,128}")
 """Pattern of the ids that clients may send in ``X-Request-Id``."""
 
@@ -77,6 +80,8 @@ class Access:
         """Distinct keys that requests may have, the operator's too; empty if none is required."""
         self.reload()
         self._secret = secrets.token_bytes(SECRET_BYTES)
+        self._guesses = BoundedMemory[str, tuple[float, frozenset[bytes]]](1 << 20)
+        """Of each address, the time at which its wrong keys are forgotten, and its right keys."""
 
     def reload(self) -> None:
         """Read the keys again. Raises ValueError, with nothing changed, as at the start."""
@@ -147,6 +152,12 @@ class Access:
     def refusal(self, scope: Scope) -> APIError | None:
         """Return the answer to a request that may not use its path, or None; record its key."""
         headers, path = dict(scope["headers"]), scope["path"]
+        if len(headers) < len(scope["headers"]):  # A proxy may have checked another one.
+            names = [name for name, _ in scope["headers"]]
+            if max(names.count(b"authorization"), names.count(b"x-api-key")) > 1:
+                return APIError(400, "A request has one Authorization and one x-api-key header.")
+        if self._config.trusted_proxy:
+            self._name_client(scope, headers.get(b"x-forwarded-for", b""))
         scheme, _, given = headers.get(b"authorization", b"").partition(b" ")
         if scheme.lower() != b"bearer":
             given = headers.get(b"x-api-key", b"")  # the header of Anthropic's clients
@@ -154,7 +165,13 @@ class Access:
         is_reserved, operator = path.startswith(OPERATORS), self._operator
         # All keys are compared, even after a match: the time must not depend on them.
         fits = sum(hmac.compare_digest(given, key) for key in self.accepted)
-        if is_reserved and operator is not None and not hmac.compare_digest(given, operator):
+        is_operators = operator is not None and hmac.compare_digest(given, operator)
+        needs_key = operator is not None if is_reserved else self.accepted and path not in OPEN
+        is_guess = given and needs_key
+        if is_guess and (wait_s := self._wait_s(scope, given, bool(fits or is_operators))):
+            message = f"Too many wrong keys came from this address: wait {wait_s} s."
+            return APIError(429, message, headers={"Retry-After": f"{wait_s}"})
+        if is_reserved and operator is not None and not is_operators:
             if not fits:
                 return _no_key("--admin-key-file")
             message = "This key may use the API; the cache needs the key of --admin-key-file."
@@ -175,6 +192,27 @@ class Access:
         message = "This path is reserved for the operator: send the request from the server's "
         message += "machine to localhost, or start the server with --admin-key-file."
         return APIError(403, message)
+
+    def _wait_s(self, scope: Scope, key: bytes, is_right: bool) -> int:
+        """Return the seconds until the address of a request may send this ``key``, 0 if it may now.
+        A right key that it has sent before it may always send. O(1)."""
+        address, now_s = (scope.get("client") or ("",))[0], time.monotonic()
+        until_s, used = self._guesses.get(address) or (0.0, frozenset[bytes]())
+        if is_right and key in used:
+            return 0
+        wait_s = max(until_s, now_s) + GUESS_S - now_s - MAX_GUESSES * GUESS_S
+        if wait_s > 0:
+            return math.ceil(wait_s)
+        until_s = until_s if is_right else max(until_s, now_s) + GUESS_S
+        self._guesses.put(address, (until_s, used | {key} if is_right else used), 256)
+        return 0
+
+    def _name_client(self, scope: Scope, forwarded: bytes) -> None:
+        """Let the client of a request be the last address that a trusted proxy has added."""
+        if scope.get("client") and scope["client"][0] in self._config.trusted_proxy:
+            with suppress(ValueError):
+                named = ipaddress.ip_address(forwarded.rsplit(b",", 1)[-1].strip().decode())
+                scope["client"] = f"{named}", 0
 
     def _answers_to(self, host: str) -> bool:
         """Return whether requests with this ``Host`` are answered. A page of another site, whose
@@ -251,34 +289,29 @@ def _log_request(scope: Scope, status: int, is_sent: bool, began_s: float) -> No
     """Write the line of a request. ``status`` is 0 if the client left before the answer began;
     ``is_sent``: it got the whole answer."""
     state, tokens = scope["state"], scope["state"].get("num_tokens")
-    took_ms = 1000 * (time.perf_counter() - began_s)
-    client, key = (scope.get("client") or (None,))[0], state.get("key_name")
-    parts = (
-        f"{scope['method']} {short(scope['path'], 200)} {status or 499}",
-        tokens and "prompt {:,}  cached {:,}  answer {:,}".format(*tokens),
-        f"{took_ms:.0f} ms",
-        state.get("answer_id"),
-        client and f"from {client}",
-        key and f"key {key}",
-        not is_sent and "not sent completely",
-        state.get("error"),
-    )
-    line = "  ".join(part for part in parts if part)
+    names = ("prompt_tokens", "cached_tokens", "answer_tokens")
     facts = {
         "method": scope["method"],
         "path": short(scope["path"], 200),
         "status": status or 499,
-        "prompt_tokens": tokens and tokens[0],
-        "cached_tokens": tokens and tokens[1],
-        "answer_tokens": tokens and tokens[2],
-        "ms": round(took_ms, 1),
-        "answer_id": state.get("answer_id"),
-        "request_id": state.get("request_id"),
-        "client": client,
-        "key": key,
+        **dict(zip(names, tokens or (None, None, None), strict=True)),
+        "ms": round(1000 * (time.perf_counter() - began_s), 1),
+        **{name: state.get(name) for name in ("answer_id", "request_id", "error")},
+        "client": (scope.get("client") or (None,))[0],
+        "key": state.get("key_name"),
         "is_sent": is_sent,
-        "error": state.get("error"),
     }
+    parts = (
+        "{method} {path} {status}".format(**facts),
+        tokens and "prompt {:,}  cached {:,}  answer {:,}".format(*tokens),
+        "{ms:.0f} ms".format(**facts),
+        facts["answer_id"],
+        facts["client"] and f"from {facts['client']}",
+        facts["key"] and f"key {facts['key']}",
+        not is_sent and "not sent completely",
+        facts["error"],
+    )
+    line = "  ".join(str(part) for part in parts if part)
     plain = "".join(letter if letter.isprintable() else "?" for letter in line)
     request_log.info("%s", plain, extra={"facts": facts})
 

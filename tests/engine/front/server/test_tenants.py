@@ -205,6 +205,48 @@ def test_operator_paths_with_a_key_require_the_key(
     assert live.get("/health").status_code == live.get("/metrics").status_code == 200
 
 
+def test_an_address_may_send_few_wrong_keys(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Right keys that it has sent before are accepted all the same. A trusted proxy names it."""
+    (tmp_path / "api").write_text("one\ntwo\n")
+    (tmp_path / "admin").write_text("operator\n")
+    now_s, files = [1000.0], {f"{name}_key_file": str(tmp_path / name) for name in ("api", "admin")}
+    access = Access(ServerConfig(trusted_proxy=("10.0.0.9",), **files))
+    monkeypatch.setattr("engine.front.server.access.time.monotonic", lambda: now_s[0])
+
+    def status(key: str, address: str = "10.0.0.1", path: str = "/v1/models", **more: str) -> int:
+        given = {"authorization": f"Bearer {key}", **more}
+        headers = [(name.encode(), value.encode()) for name, value in given.items()]
+        scope = {"headers": headers, "path": path, "client": (address, 1), "state": {}}
+        refusal = access.refusal(scope)
+        return 200 if refusal is None else refusal.status
+
+    assert status("one") == 200 == status("operator", path="/v1/cache")
+    guesses = [status(f"{number}", path=("/v1/cache", "/")[number % 2]) for number in range(50)]
+    assert guesses[::2] == [401] * 20 + [429] * 5 and guesses[1::2] == [200] * 25
+    assert status("two") == 429 and status("one") == 200 == status("operator", path="/v1/cache")
+    assert status("two", "10.0.0.2") == 200
+    now_s[0] += 5.01
+    assert [status("x"), status("x"), status("two")] == [401, 429, 429]
+    now_s[0] += 500
+    assert status("two") == 200
+    via = {"x-forwarded-for": "6.6.6.6, 7.7.7.7"}
+    assert [status("x", "10.0.0.9", **via) for _ in range(21)][-1] == 429
+    assert status("one", "10.0.0.9", **via | {"x-forwarded-for": "7.7.7.7, 8.8.8.8"}) == 200
+    assert status("one", "10.0.0.3", **via) == 200, "this proxy is not trusted"
+    assert status("one", "10.0.0.9", **{"x-forwarded-for": "odd"}) == 200
+
+
+def test_a_request_with_two_keys_is_refused(serve_oracle: Callable[..., Live]) -> None:
+    """A proxy may have checked the first, and this server would read the last."""
+    url = serve_oracle().url + "/v1/models"
+    for name in ("Authorization", "X-Api-Key"):
+        answer = httpx.get(url, headers=[(name, "Bearer one"), (name, "Bearer two")])
+        assert answer.status_code == 400 and "has one Authorization" in answer.text
+    assert httpx.get(url, headers={"Authorization": "Bearer a", "X-Api-Key": "b"}).is_success
+
+
 @pytest.mark.parametrize(
     "content", [b"", b"# a\n", b"a\nb\xff\x00c\n", b"k three words", b"k na:me", b"\x93\xd0\x07"]
 )
