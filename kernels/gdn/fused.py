@@ -36,7 +36,7 @@ from kernels.packed import ScanInputs, StepInputs
 from kernels.recurrence import block_of, decode, scan, scan_config, tile_tokens
 from kernels.strides import rows_contiguous
 from kernels.target import has_roomy_memory, is_hopper
-from kernels.tuning import tuned
+from kernels.tuning import Config, tuned
 
 # --- Gates of prompts; the decode kernel computes its own -----------------------------------------
 
@@ -74,21 +74,24 @@ def gates_kernel(
     stride_b,
     max_beta,
     HV: tl.constexpr,
+    K: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Program i: computes BLOCK of the ``T * HV`` gates, in token order."""
+    """Program i: computes BLOCK of the ``T * HV * K`` decays, in token order, and the step sizes of
+    the heads with their first channel in its block. K is 1 for one decay per head."""
     o_gate = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    mask = o_gate < num_tokens * HV
-    o_token, o_head = o_gate // HV, o_gate % HV
+    mask = o_gate < num_tokens * HV * K
+    o_token, o_channel = o_gate // (HV * K), o_gate % (HV * K)
+    o_head = o_channel // K
     b_gate, b_beta = compute_gates(
-        tl.load(p_a + o_token * stride_a + o_head, mask=mask),
+        tl.load(p_a + o_token * stride_a + o_channel, mask=mask),
         tl.load(p_b + o_token * stride_b + o_head, mask=mask),
         tl.load(p_A_log + o_head, mask=mask),
-        tl.load(p_dt_bias + o_head, mask=mask),
+        tl.load(p_dt_bias + o_channel, mask=mask),
         max_beta,
     )
     tl.store(p_gate + o_gate, b_gate, mask=mask)
-    tl.store(p_beta + o_gate, b_beta, mask=mask)
+    tl.store(p_beta + o_token * HV + o_head, b_beta, mask=mask & (o_channel % K == 0))
 
 
 def gates(
@@ -102,28 +105,17 @@ def gates(
     """Compute log-decay ``-exp(A_log) * softplus(a + dt_bias)`` and step size ``max_beta *
     sigmoid(b)``.
 
-    Both are float32 ``[T, HV]``. ``a``, ``b``: ``[T, HV]``; the heads of a token are contiguous,
-    with any stride between tokens. ``A_log``, ``dt_bias``: ``[HV]``.
+    Both are float32, of the shapes of ``a``, ``[T, HV]`` or ``[T, HV, K]``, and ``b``, ``[T, HV]``.
+    Each token is contiguous, with any stride between tokens. ``A_log``: ``[HV]``. ``dt_bias``:
+    ``[HV]`` or ``[HV, K]``.
     """
+    a, b = rows_contiguous(a), rows_contiguous(b)
     gate = a.new_empty(a.shape, dtype=torch.float32)
-    beta = a.new_empty(a.shape, dtype=torch.float32)
-    if not a.numel():
-        return gate, beta
-    a, b = (x if x.stride(-1) == 1 else x.contiguous() for x in (a, b))
-    gates_kernel[(triton.cdiv(a.numel(), BLOCK),)](
-        a,
-        b,
-        A_log,
-        dt_bias,
-        gate,
-        beta,
-        a.shape[0],
-        a.stride(0),
-        b.stride(0),
-        max_beta,
-        HV=a.shape[1],
-        BLOCK=BLOCK,
-    )
+    beta = b.new_empty(b.shape, dtype=torch.float32)
+    if a.numel():
+        sizes = {"HV": b.shape[1], "K": a[0].numel() // b.shape[1], "BLOCK": BLOCK}
+        given = a, b, A_log, dt_bias, gate, beta, len(a), a.stride(0), b.stride(0), max_beta
+        gates_kernel[(triton.cdiv(a.numel(), BLOCK),)](*given, **sizes)
     return gate, beta
 
 
@@ -190,6 +182,16 @@ def decode_gdn(token: Step, *, max_beta: float = 1.0, **where: Unpack[StepInputs
     contiguous, with any stride between tokens and between slots. The number of tokens of each
     sequence is read from ``packed.cu_seqlens``.
     """
+    config = tuned(
+        "gdn.decode_kernel", where["states"].dtype, token.key.shape[-1], token.value.shape[-1]
+    )
+    return decode_delta(step, token, max_beta, config, where)
+
+
+def decode_delta(
+    step: triton.JITFunction, token: Step, max_beta: float, config: Config, where: StepInputs
+) -> torch.Tensor:
+    """Compute one step of the delta rule; ``config`` are launch parameters that are not usual."""
     *tokens, A_log, dt_bias = token
     _, key, value, *_ = tokens = [rows_contiguous(x) for x in tokens]
     strides = tuple(x.stride(0) for x in tokens)
@@ -198,8 +200,7 @@ def decode_gdn(token: Step, *, max_beta: float = 1.0, **where: Unpack[StepInputs
         DeltaInputs(*tokens, A_log, dt_bias, max_beta, scale_of(token.key), strides),
         value.new_empty(value.shape),
         num_groups=key.shape[-2],
-        config={"num_warps": 2}
-        | tuned("gdn.decode_kernel", where["states"].dtype, key.shape[-1], value.shape[-1]),
+        config={"num_warps": 2, **config},
         **where,
     )
 

@@ -33,47 +33,14 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.gdn.fused import BLOCK, DeltaInputs, compute_gates, invert_unit_lower, write_and_read
+from kernels.gdn import fused as gdn
+from kernels.gdn.fused import compute_gates, decode_delta, invert_unit_lower, write_and_read
 from kernels.gdn.reference import Prompt, Step, scale_of
 from kernels.packed import ScanInputs, StepInputs
-from kernels.recurrence import block_of, decode, scan, scan_config, tile_tokens
+from kernels.recurrence import block_of, scan, scan_config, tile_tokens
 from kernels.strides import rows_contiguous
 
 # --- Gates of prompts; the decode kernel computes its own -----------------------------------------
-
-
-@triton.jit(do_not_specialize=["num_tokens"])
-def gates_kernel(
-    p_a,
-    p_b,
-    p_A_log,
-    p_dt_bias,
-    p_gate,
-    p_beta,
-    num_tokens,
-    stride_a,
-    stride_b,
-    H: tl.constexpr,
-    K: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """Program i: computes BLOCK of the ``T * H * K`` decays, in token order.
-
-    It also computes the step sizes of the heads with their first channel in its block.
-    """
-    o_gate = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    mask = o_gate < num_tokens * H * K
-    o_token, o_channel = o_gate // (H * K), o_gate % (H * K)
-    o_head = o_channel // K
-    b_gate, b_beta = compute_gates(
-        tl.load(p_a + o_token * stride_a + o_channel, mask=mask),
-        tl.load(p_b + o_token * stride_b + o_head, mask=mask),
-        tl.load(p_A_log + o_head, mask=mask),
-        tl.load(p_dt_bias + o_channel, mask=mask),
-        1.0,
-    )
-    tl.store(p_gate + o_gate, b_gate, mask=mask)
-    tl.store(p_beta + o_token * H + o_head, b_beta, mask=mask & (o_channel % K == 0))
 
 
 def gates(
@@ -87,25 +54,7 @@ def gates(
     ``a``: ``[T, H, K]``. ``b``: ``[T, H]``. Each token is contiguous, with any stride between
     tokens. ``A_log``: ``[H]``. ``dt_bias``: ``[H, K]``.
     """
-    a, b = rows_contiguous(a), rows_contiguous(b)
-    gate = a.new_empty(a.shape, dtype=torch.float32)
-    beta = b.new_empty(b.shape, dtype=torch.float32)
-    if a.numel():
-        gates_kernel[(triton.cdiv(a.numel(), BLOCK),)](
-            a,
-            b,
-            A_log,
-            dt_bias,
-            gate,
-            beta,
-            a.shape[0],
-            a.stride(0),
-            b.stride(0),
-            H=a.shape[1],
-            K=a.shape[2],
-            BLOCK=BLOCK,
-        )
-    return gate, beta
+    return gdn.gates(a, b, A_log, dt_bias)
 
 
 # --- Token by token: as `kernels.gdn`, with a decay vector over the rows of the state -------------
@@ -139,17 +88,7 @@ def decode_kda(token: Step, **where: Unpack[StepInputs]) -> torch.Tensor:
     contiguous, with any stride between tokens and between slots. The number of tokens of each
     sequence is read from ``packed.cu_seqlens``.
     """
-    *tokens, A_log, dt_bias = token
-    _, key, value, *_ = tokens = [rows_contiguous(x) for x in tokens]
-    strides = tuple(x.stride(0) for x in tokens)
-    return decode(
-        step,
-        DeltaInputs(*tokens, A_log, dt_bias, 1.0, scale_of(token.key), strides),
-        value.new_empty(value.shape),
-        num_groups=key.shape[-2],
-        config={"num_warps": 2},
-        **where,
-    )
+    return decode_delta(step, token, 1.0, {}, where)
 
 
 # --- Prompts: all tiles in parallel, then one scan per sequence, head and slice of V --------------
