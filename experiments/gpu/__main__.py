@@ -28,7 +28,6 @@ tests with tiny shapes in Triton's interpreter and writes into out/gpu-dry.
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import os
 import subprocess
 import sys
@@ -39,8 +38,6 @@ import torch
 
 from experiments.provenance import ROOT
 
-COLLECTED = ROOT / ".whl"
-"""Folder of `make gpu-wheels`."""
 HERE = "experiments/gpu"
 LONGEST_S = 600
 """Most seconds of a test on a device."""
@@ -60,20 +57,6 @@ PARTS: dict[str, tuple[tuple[str, ...], str]] = {
     "float32": ((f"{KERNELS}::test_right_in_float32", *TESTED), "fp32 or in_float32"),
 }
 """Tests of each part, and the expression that selects them."""
-
-
-def install_wheels() -> None:
-    """Install the collected wheels that are missing, without a network."""
-    names = {"pyzmq": "zmq", "pytest_xdist": "xdist"}
-    absent = [
-        str(path)
-        for path in sorted(COLLECTED.glob("*.whl"))
-        if not importlib.util.find_spec(names.get(name := path.name.split("-")[0].lower(), name))
-    ]
-    if absent:
-        options = ["--no-index", "--no-deps", "--quiet", "--disable-pip-version-check"]
-        # A failure is no end: tests that lack a package are skipped.
-        subprocess.run([sys.executable, "-m", "pip", "install", *options, *absent], check=False)
 
 
 def run_part(part: str, out: Path, dry: bool, again: bool, only: str = "") -> bool:
@@ -117,7 +100,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("No GPU found. Use --dry to test the script without one.", file=sys.stderr)
         return 2
     out = (options.out or ROOT / "out" / ("gpu-dry" if options.dry else "gpu")).resolve()
-    install_wheels()
     verdicts = {}
     for part in options.part:
         print(f"-- {part}", flush=True)

@@ -20,8 +20,8 @@ import kernels.cache_write.fused
 import kernels.cache_write.reference
 import kernels.rotary.fused
 import kernels.rotary.reference
-from experiments.gpu import kernel_rivals
 from experiments.gpu.kernel_cases import Case, Setup
+from experiments.gpu.kernel_rivals import fla
 from kernels.norm import fused, reference
 from kernels.state_copy import fused as copies
 from kernels.state_copy import reference as plain_copies
@@ -51,16 +51,19 @@ def norm(setup: Setup, kind: str, num_tokens: int) -> Case:
     narrow = weight.to(x.dtype)
     rivals = {"torch": lambda: F.rms_norm(x, weight.shape, narrow, EPS)}
     run, expected = partial(fused.rms_norm, x, weight, EPS), x.float()
-    residual, moved = None, 2 * x.nbytes
+    moved, path = 2 * x.nbytes, "modules.norm.layernorm.rms_norm"
+    others = fla(path, lambda norm: norm(x, narrow, None, eps=EPS))
     if kind.endswith("residual"):
         residual, moved = setup.randn(*shape), 4 * x.nbytes
         rivals["torch"] = lambda: F.rms_norm(x + residual, weight.shape, narrow, EPS)
         run, expected = partial(_first, run, residual=residual), x + residual
+        given = {"residual": residual, "eps": EPS, "prenorm": True}
+        others = fla(path, lambda norm: norm(x, narrow, None, **given)[0])
     return Case(
         run=run,
         expected=partial(reference.rms_norm, expected, weight, EPS),
         num_bytes=moved + weight.nbytes,
-        rivals=rivals | kernel_rivals.rms_norm(x, narrow, EPS, residual),
+        rivals=rivals | others,
         moved_bytes=moved + _loaded_weight_bytes(x, weight),
     )
 
@@ -80,7 +83,10 @@ def gated_norm(setup: Setup, num_tokens: int) -> Case:
         expected=partial(reference.gated_rms_norm, x.float(), weight, gate.float(), EPS),
         num_bytes=3 * x.nbytes + weight.nbytes,
         rivals={"torch": lambda: F.rms_norm(x, narrow.shape, narrow, EPS) * F.silu(gate)}
-        | kernel_rivals.gated_rms_norm(x, narrow, gate, EPS),
+        | fla(
+            "modules.norm.fused_norm_gate.rms_norm_gated",
+            lambda norm: norm(x, gate, narrow, None, eps=EPS),
+        ),
         moved_bytes=3 * x.nbytes + _loaded_weight_bytes(x, weight),
     )
 
@@ -103,11 +109,18 @@ def rotate(setup: Setup, num_tokens: int) -> Case:
     query, key = (x.contiguous() for x in heads[:2])
     given = query, key, *angles
     plain = partial(_first, kernels.rotary.reference.rotate, *given)
+    # Both halves of the angles are equal.
+    half = [angle.chunk(2, dim=-1)[0].contiguous() for angle in angles]
+
+    def both(rotary: Callable[..., Any]) -> torch.Tensor:
+        turned, _ = (rotary(x[None], *half) for x in (query, key))
+        return turned[0]
+
     return Case(
         run=partial(_first, kernels.rotary.fused.rotate, *given),
         expected=plain,
         num_bytes=2 * (query.nbytes + key.nbytes) + 2 * angles[0].nbytes,
-        rivals={"torch": plain} | kernel_rivals.rotate(query, key, *angles),
+        rivals={"torch": plain} | fla("modules.rotary.rotary_embedding", both),
     )
 
 
@@ -118,7 +131,8 @@ def silu_and_mul(setup: Setup, num_tokens: int) -> Case:
         run=partial(kernels.activation.fused.silu_and_mul, x),
         expected=partial(kernels.activation.reference.silu_and_mul, x),
         num_bytes=x.nbytes * 3 // 2,
-        rivals={"torch": lambda: F.silu(gate) * up} | kernel_rivals.silu_and_mul(gate, up),
+        rivals={"torch": lambda: F.silu(gate) * up}
+        | fla("modules.activations.swiglu", lambda swiglu: swiglu(gate, up)),
     )
 
 

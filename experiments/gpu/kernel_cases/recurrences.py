@@ -17,8 +17,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from experiments.gpu import kernel_rivals
 from experiments.gpu.kernel_cases import Case, Rivals, Setup, num_bytes
+from experiments.gpu.kernel_rivals import fla
 from kernels.packed import TILE, Exports, Packed, num_tiles
 from kernels.recurrence import BLOCK_V
 from kernels.tuning import Config, using
@@ -40,6 +40,7 @@ TINY = {
     "conv1d": Model("conv1d", 1, 1, 48, 4),
 }
 SQUARE = Model("mamba2", 2, 4, 64, 64)
+FLA_OPTIONS = {"output_final_state": True, "use_qk_l2norm_in_kernel": True}
 STEPS = 4
 """Tokens of a sequence that are verified at once."""
 
@@ -153,12 +154,19 @@ def prompts(
     run = partial(ours, *inputs, **here)
     rivals: Rivals = {"exporting": partial(run, exports=Exports.plan(packed, exports))}
     if layer.kernel == "gdn":
-        rivals |= kernel_rivals.chunk_gdn(*inputs, packed, torch.zeros_like(states[:-2]))
+        given = [x[None] for x in (*inputs[:4], factor.to(setup.dtype))]
+        more = {"cu_seqlens": packed.cu_seqlens.long()} | FLA_OPTIONS
+        initial = torch.zeros_like(states[:-2])
+        path = "ops.gated_delta_rule.chunk_gated_delta_rule"
+        rivals |= fla(path, lambda chunk: chunk(*given, initial_state=initial, **more)[0][0])
     elif layer.kernel == "kda":
         gdn, _ = Layer(setup, layer.model._replace(kernel="gdn")).functions(work)
         rivals |= {"gdn": partial(gdn, *tokens, -decay, factor, **here, exports=None)}
     elif is_conv:
-        rivals |= kernel_rivals.prefill_conv1d(*inputs[:2], packed)
+        given = {"activation": "silu", "cu_seqlens": packed.cu_seqlens.long()}
+        given |= {"output_final_state": True}
+        path = "modules.causal_conv1d.causal_conv1d"
+        rivals |= fla(path, lambda conv: conv(inputs[0][None], inputs[1], **given)[0][0])
         if len({*lengths}) == 1:
             rivals |= {"torch": partial(_torch_conv1d, *inputs[:2], len(lengths))}
     return Case(
@@ -196,7 +204,8 @@ def gates(setup: Setup, name: str, num_tokens: int) -> Case:
     ours, plain = layer.functions("gates")
     rivals: Rivals = {"torch": lambda: plain(*inputs)[0]}
     if layer.kernel == "gdn":
-        rivals |= kernel_rivals.gates(inputs[0], *inputs[2:])
+        path = "ops.gated_delta_rule.gate.fused_gdn_gate"
+        rivals |= fla(path, lambda gate: gate(inputs[0][None], *inputs[2:])[0])
     count = num_bytes(inputs, *plain(*inputs))
     return Case(lambda: ours(*inputs)[0], rivals["torch"], count, rivals=rivals)
 
@@ -211,10 +220,18 @@ def decode(setup: Setup, name: str, num_sequences: int) -> Case:
     rivals: Rivals = {"torch": partial(plain, states=states.clone())}
     moved = None
     if layer.kernel == "gdn":
-        rivals |= kernel_rivals.decode_gdn(*inputs, states)
+        query, key, value, a, b = (x[:, None] for x in inputs[:5])
+        more = dict(zip(("g", "beta", "A_log", "dt_bias"), (a, b, *inputs[5:]), strict=True))
+        more |= {"initial_state": states, "use_gate_in_kernel": True} | FLA_OPTIONS
+        more |= {"use_beta_sigmoid_in_kernel": True}
+        path = "ops.gated_delta_rule.fused_recurrent_gated_delta_rule"
+        rivals |= fla(path, lambda decode: decode(query, key, value, **more)[0][:, 0])
         moved = 2 * states.nbytes + _loaded_bytes(tokens, given, num_sequences)
     elif layer.kernel == "conv1d":
-        rivals |= kernel_rivals.decode_conv1d(*inputs[:2], states)
+        cache = F.pad(states, (1, 0))  # Its windows have W inputs, ours W - 1.
+        more = {"weight": inputs[1], "activation": "silu"}
+        path = "modules.causal_conv1d.causal_conv1d_update"
+        rivals |= fla(path, lambda update: update(inputs[0], cache, **more)[0])
     return Case(
         run=partial(ours, states=changed),
         expected=partial(plain, states=states.clone()),
