@@ -534,50 +534,22 @@ class Prepared(NamedTuple):
         shared = None if shared_gate is None else num_experts - 1
         if blocks is None:
             blocks = make_blocks(experts, num_experts if shared is None else shared, self.most_rows)
-        num_shared = 0 if shared is None else triton.cdiv(num_tokens, blocks.rows)
-        num_blocks = num_shared + blocks.num_blocks
-        num_pairs = num_tokens * k
-        num_rows = num_pairs if shared is None else num_pairs + num_tokens
-        inner = hidden.new_empty(num_rows, inner_size)
-        results = hidden.new_empty(num_rows, hidden_size)
+        num_pairs, num_shared = num_tokens * k, 0 if shared is None else num_tokens
+        num_rows = num_pairs + num_shared
+        num_blocks = triton.cdiv(num_shared, blocks.rows) + blocks.num_blocks
         where = (blocks.pairs, blocks.experts, blocks.count, num_pairs)
-        config = {
-            "K": k,
-            "SHARED": shared,
-            "BM": 64,
-            "BT": blocks.rows,
-            "num_stages": pipeline_stages(4),
-        } | NO_WORDS
+        is_narrow = self._is_narrow(num_tokens, blocks.rows)
+        same = {"K": k, "SHARED": shared, "BT": blocks.rows}
+        up = same | self._tile(self.w13, hidden.dtype, blocks.rows, is_narrow=is_narrow)
+        down = same | self._tile(self.w2, hidden.dtype, blocks.rows)
         x, x_scale, inner_scale = hidden, None, None
         if self.fp8_rows:
-            config |= {"num_warps": 8 if blocks.rows > MOST_ROWS else 4}
             x, x_scale = (
                 quantize_rows(hidden) if quantized is None else (quantized.rows, quantized.scale)
             )
-        up, down = (config | one.config(blocks.rows) for one in (self.w13, self.w2))
-        for name, stack, tile in (("gate_up", self.w13, up), ("down", self.w2, down)):
-            tile["BK"] = _depth(hidden.dtype, stack)
-            if self.fp8_rows:
-                is_large = stack is self.w13 or blocks.rows > MOST_ROWS
-                tile |= fp8_config(stack.num_columns, blocks.rows, is_large=is_large)
-            if (
-                not self.fp8_rows
-                and stack.form is None
-                and (stack.scale is None or stack.scale.ndim == 2)
-            ):
-                assert isinstance(stack.weight, torch.Tensor)
-                outputs = inner_size if stack is self.w13 else hidden_size
-                key = hidden.dtype, stack.weight.dtype, outputs, stack.num_columns, blocks.rows
-                tile |= tuned(f"moe.{name}_kernel", *key)
-        is_narrow = (
-            self.fp8_rows
-            and inner_size % SCALE_BLOCK == 0
-            and num_tokens >= LEAST_NARROW
-            and blocks.rows <= MOST_ROWS
-        )
+        inner = hidden.new_empty(num_rows, inner_size)
+        results = hidden.new_empty(num_rows, hidden_size)
         if is_narrow:
-            up |= {"BM": SCALE_BLOCK, "num_warps": 8 if blocks.rows > 32 else 4}
-            up |= {"num_stages": pipeline_stages(3)}
             inner = hidden.new_empty(num_rows, inner_size, dtype=torch.float8_e4m3fn)
             num_scales = inner_size // SCALE_BLOCK
             inner_scale = hidden.new_empty(num_rows, num_scales, dtype=torch.float32)
@@ -612,6 +584,35 @@ class Prepared(NamedTuple):
         gate_stride = 0 if shared_gate is None else shared_gate.stride(0)
         summands = Summands(results, weights, experts, shared_gate, gate_stride)
         return ExpertSums(summands, num_tokens, num_tokens)
+
+    def _is_narrow(self, num_tokens: int, num_rows: int) -> bool:
+        """Return True if the first product writes its rows in fp8, with scales by block."""
+        fits = self.w2.num_columns % SCALE_BLOCK == 0 and num_rows <= MOST_ROWS
+        return self.fp8_rows and fits and num_tokens >= LEAST_NARROW
+
+    def _tile(
+        self, stack: Stack, dtype: torch.dtype, num_rows: int, *, is_narrow: bool = False
+    ) -> dict[str, Any]:
+        """Return the launch parameters of a product with blocks of ``num_rows``."""
+        is_first = stack is self.w13
+        tile: dict[str, Any] = {"BM": 64, "num_stages": pipeline_stages(4), **NO_WORDS}
+        if self.fp8_rows:
+            tile["num_warps"] = 8 if num_rows > MOST_ROWS else 4
+        tile |= stack.config(num_rows)
+        tile["BK"] = _depth(dtype, stack)
+        if self.fp8_rows:
+            is_large = is_first or num_rows > MOST_ROWS
+            tile |= fp8_config(stack.num_columns, num_rows, is_large=is_large)
+        elif stack.form is None and (stack.scale is None or stack.scale.ndim == 2):
+            assert isinstance(stack.weight, torch.Tensor)
+            num_outputs = self.w2.num_columns if is_first else self.w2.num_rows
+            name = "moe.gate_up_kernel" if is_first else "moe.down_kernel"
+            key = dtype, stack.weight.dtype, num_outputs, stack.num_columns, num_rows
+            tile |= tuned(name, *key)
+        if is_narrow:
+            tile |= {"BM": SCALE_BLOCK, "num_warps": 8 if num_rows > 32 else 4}
+            tile |= {"num_stages": pipeline_stages(3)}
+        return tile
 
 
 def _depth(dtype: torch.dtype, stack: Stack) -> int:
