@@ -6,7 +6,8 @@ Needs SGLang (`make sglang`). Its unchanged scheduler serves the requests of gen
 in turn, with its own radix cache, over a model that answers as the trace says
 (`tests/sglang/scheduler.py`). The rebuilt cache serves the same requests with the same
 numbers of KV rows and states. ``cached_tokens`` of both are compared. Token ids are taken modulo
-the vocabulary, in both. Writes sglang_counters.jsonl.
+the vocabulary, in both. With ``sessions``, clients of both name their sessions and end them
+(``--enable-session-radix-cache``). Writes sglang_counters.jsonl.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 import os
 import tempfile
+from collections.abc import Sequence
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,7 @@ from experiments.studies.common import QWEN3_NEXT, keep, plain_table, rounded
 from hybridcache import open_trace
 from hybridcache.lab.rivals.protocol import BaselineConfig, replay
 from hybridcache.lab.rivals.sglang import SglangCache
+from hybridcache.radix.tree import SESSION_END
 from tests.sglang import cpu
 
 TRACES = ("chat", "few-shot", "short", "branch", "resend", "agent-tree")
@@ -32,7 +35,9 @@ KV_PER_STATE = 3400
 CONTEXT_LEN, VOCAB = 65_536, 1000
 
 
-def compare(num_states: int, num_requests: int) -> list[dict[str, Any]]:
+def compare(
+    num_states: int, num_requests: int, sessions: bool = False, traces: Sequence[str] = TRACES
+) -> list[dict[str, Any]]:
     """Return the token hit rates of both in percent, and the number of requests with other hits, by
     trace."""
     os.environ["SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN"] = "1"
@@ -46,19 +51,30 @@ def compare(num_states: int, num_requests: int) -> list[dict[str, Any]]:
         scheduler = own.new_scheduler(
             Path(folder), num_rows, num_states, max_requests=1, backend=None,
             context_len=CONTEXT_LEN, chunked_prefill_size=config.prefill_chunk,
+            enable_session_radix_cache=sessions,
         )  # fmt: skip
-        for name in TRACES:
-            rebuilt = SglangCache(config, num_kv_tokens=num_rows, num_slots=num_states)
+        tree = scheduler.tree_cache
+        for name in traces:
+            rebuilt = SglangCache(config, "extra_buffer", None, num_rows, num_states, sessions)
             hits, prompts = [], 0
-            for number, request in enumerate(open_trace(name).head(num_requests)):
+            requests = [*open_trace(name).head(num_requests)]
+            last = {request.session: number for number, request in enumerate(requests)}
+            for number, request in enumerate(requests):
                 prompt, answer = request.tokens % VOCAB, request.output % VOCAB
                 scheduler.tp_worker.answer = answer
                 sent = scheduler.submit(f"{name}{number}", prompt.tolist(), len(answer))
+                key, ends = f"{name} {request.session}", last[request.session] == number
+                if sessions:
+                    sent.session_id = key
+                    sent.session_generation = tree.ensure_session_generation(key)
                 while scheduler.step():
                     pass
                 assert list(sent.output_ids) == answer.tolist()
+                if sessions and ends:
+                    tree.release_radix_session(key)
                 prompts += len(prompt)
-                hits.append((sent.cached_tokens, replay(rebuilt, prompt, answer)))
+                facts = {"session": key, "stop_reason": SESSION_END * ends}
+                hits.append((sent.cached_tokens, replay(rebuilt, prompt, answer, **facts)))
             assert scheduler.flush_cache()
             engine, ours = np.array(hits).T
             record = {"trace": name, "states": num_states, "kv": num_rows, "requests": len(hits)}

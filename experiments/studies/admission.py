@@ -34,8 +34,9 @@ SPLITS_FILE = ROOT / "experiments" / "splits.toml"
 SPLITS = tomllib.loads(SPLITS_FILE.read_text(encoding="utf-8"))["admission"]
 VOCABULARY = 50_000
 UNLIMITED = ("oldest", "sessions")
-REBUILT = (*common.REBUILT, "marconi-static-64")
-"""Rebuilt systems, and Marconi with states at the engine's grid, as kernels can save them."""
+REBUILT = (*common.REBUILT, "marconi-static-64", "sglang-session")
+"""Rebuilt systems, Marconi with states at the engine's grid, as kernels can save them, and SGLang
+with named sessions that clients end."""
 CACHES = (common.LRU_ADAPTIVE, *REBUILT)
 """Caches that are compared with the default pair. `lru@adaptive` is served with `sessions`; rebuilt
 systems admit in the order of arrival."""
@@ -161,7 +162,7 @@ def admissions(name: str) -> tuple[str, ...]:
 
 def scenario(workload: MixedLoad, name: str, seed: int, rate: float, admission: str) -> Scenario:
     """Return one cell. ``admission`` may be one of ``CACHES``, with its own admission. Clients
-    report the end of a session only to policies with a fixed limit."""
+    report the end of a session only to policies with a fixed limit, and to `sglang-session`."""
     geometry = ModelGeometry.preset("qwen3-next")
     return Scenario(
         name,
@@ -175,7 +176,7 @@ def scenario(workload: MixedLoad, name: str, seed: int, rate: float, admission: 
         seeds=(seed,),
         token_budget=workload.token_budget,
         admission="sessions" if admission in CACHES else admission,
-        tells_ends=admission.startswith("live"),
+        tells_ends=admission.startswith("live") or admission == "sglang-session",
     )
 
 

@@ -338,23 +338,14 @@ def table(rows: list[dict[str, Any]]) -> Iterator[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument(
-        "--only", default="", help="only systems with this in their name; writes no file"
-    )
-    options = parser.parse_args()
-    cells = [
-        cell
-        for cell in (*vllm_cells(), *lightllm_cells(), *sglang_cells(), *marconi_cells())
-        if options.only in cell.peer
-    ]
+    argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0]).parse_args()
+    cells = [*vllm_cells(), *lightllm_cells(), *sglang_cells(), *marconi_cells()]
     rows = []
     for cell in (bar := tqdm(cells, disable=None)):
         bar.set_description(f"{cell.peer}, {cell.workload}")
         rows.append(measure(cell))
     text = "\n".join(table(rows))
-    if not options.only:
-        keep("peers_table", rows).with_suffix(".md").write_text(text + "\n", encoding="utf-8")
+    keep("peers_table", rows).with_suffix(".md").write_text(text + "\n", encoding="utf-8")
     print(text)
 
 

@@ -264,6 +264,14 @@ def soak(*arguments, hash_seed="0"):
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.parametrize(("states", "trace", "sessions"), [(8, "agent-tree", True), (8, "chat", 0)])
+def test_the_rebuilt_cache_hits_as_sglang_request_by_request(states, trace, sessions):
+    call = f"compare({states}, 40, {sessions}, [{trace!r}])"
+    code = f"from experiments.sglang.counters import compare; print({call}[0]['other_hits'])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1:] == ["0"], done.stdout + done.stderr[-3000:]
+
+
 @pytest.mark.parametrize("shared", ["images", "adapters", "salts"])
 def test_soak_finds_prefixes_that_cross_between(shared):
     """Negative controls of the isolation that the soak checks."""

@@ -46,10 +46,7 @@ class LightllmCache:
     """LightLLM on its main branch; ``page`` and ``big_page`` in tokens (None: off)."""
 
     def __init__(
-        self,
-        config: BaselineConfig,
-        page: int = 512,
-        big_page: int | None = None,
+        self, config: BaselineConfig, page: int = 512, big_page: int | None = None
     ) -> None:
         self.page = max(1, page // config.unit)
         self.big_page = None if big_page is None else big_page // config.unit
@@ -111,9 +108,7 @@ class LightllmCache:
                 evictable = not node.children and not node.references
                 assert evictable == (self._leaf_key(node) in self.leaves), "leaf set is stale"
         total = self.free_tokens + cached + self.held_tokens
-        assert total == self.num_tokens, (
-            f"{self.free_tokens} free + {cached} cached + held != total"
-        )
+        assert total == self.num_tokens, "rows: free + cached + held != total"
         assert self.free_states + states == HOST_STATES, "host states: free + cached != total"
 
     def _page_at(self, start: int, end: int) -> int:

@@ -51,7 +51,7 @@ class _Slot:
 class LlamaCppCache:
     """llama.cpp's server with ``num_slots`` slots, which share the KV cells of the budget."""
 
-    takes_boundaries = True
+    takes = ("boundaries",)
 
     def __init__(self, config: BaselineConfig, num_slots: int = SLOTS) -> None:
         self.config = config

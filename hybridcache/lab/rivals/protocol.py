@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from hybridcache.config import GRID
 from hybridcache.radix.tokens import Tokens
@@ -72,21 +72,23 @@ class Baseline(Protocol):
 
 
 def begin(
-    baseline: Baseline, tokens: Tokens, namespace: Hashable, boundaries: tuple[int, ...]
+    baseline: Baseline, tokens: Tokens, namespace: Hashable, **facts: Any
 ) -> PeerSession | None:
-    """Begin a request. Only a system that asks its callers for boundaries (``takes_boundaries``)
-    gets them."""
-    if getattr(baseline, "takes_boundaries", False):
-        return baseline.begin(tokens, namespace, boundaries)  # type: ignore[call-arg]
-    return baseline.begin(tokens, namespace)
+    """Begin a request. A system gets those of ``facts`` that it names in ``takes``: the known
+    ``boundaries``, the client's ``session``, the ``stop_reason`` of the answer, which it uses only
+    then, and a ``clock``."""
+    taken = {name: facts[name] for name in getattr(baseline, "takes", ()) if name in facts}
+    return baseline.begin(tokens, namespace, **taken)
 
 
 BaselineFactory = Callable[[BaselineConfig], Baseline]
 
 
-def replay(baseline: Baseline, tokens: Tokens, output: Tokens, namespace: Hashable = None) -> int:
+def replay(
+    baseline: Baseline, tokens: Tokens, output: Tokens, namespace: Hashable = None, **facts: Any
+) -> int:
     """Begin and finish one request on its own; returns its ``cached_len``, 0 if it does not fit."""
-    session = baseline.begin(tokens, namespace)
+    session = begin(baseline, tokens, namespace, **facts)
     if session is None:
         return 0
     session.finish(output)

@@ -18,6 +18,11 @@ decide its hit rates:
 - A running request holds a live state and, with ``extra_buffer``, two more to save to, from its
   admission to its end. At most a fifth as many requests as slots (``end``: a third) run at once.
 
+With ``sessions`` (its flag ``--enable-session-radix-cache``, pull request 29173), the newest state
+of each branch of an open session is evicted after all others, and so is the KV of its whole text,
+that of fewer sessions first. A state whose KV a session still uses is evicted without the KV. A
+request whose answer saves no state leaves its session where it was.
+
 Left out: pages of more than one token, the host tier (HiCache), speculative decoding, retraction,
 and lazy buffers. The server needs slots for one request to start; here one always runs. The server
 sweeps leaves that are left without a state; here they are the next to be evicted.
@@ -25,10 +30,11 @@ sweeps leaves that are left without a state; here they are the next to be evicte
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Hashable
+from collections import Counter, OrderedDict
+from collections.abc import Hashable, Iterable
 from dataclasses import dataclass, field
-from typing import Literal
+from itertools import chain, islice
+from typing import Any, Literal
 
 import numpy as np
 from sortedcontainers import SortedDict
@@ -44,6 +50,7 @@ from hybridcache.lab.traces.prefix_tree import (
     walk,
 )
 from hybridcache.radix.tokens import Tokens
+from hybridcache.radix.tree import SESSION_END
 
 STATE_TO_KV_RATIO = 0.9
 DECODE_INTERVAL = 256
@@ -52,8 +59,68 @@ DECODE_INTERVAL = 256
 PlacementWord = Literal["end", "extra_buffer"]
 
 
+class SessionReferences:
+    """References of open sessions to their newest states, or to the KV above their ends."""
+
+    def __init__(self, states: OrderedDict[PrefixNode, None] | None) -> None:
+        """``states``, the least recently used first, or None for references to KV."""
+        self._states = states
+        self.counts: Counter[PrefixNode] = Counter()
+        self._ends: dict[Hashable, set[PrefixNode]] = {}
+        """Nodes at which a session continues, one on each branch."""
+
+    def add(self, session: Hashable, node: PrefixNode) -> None:
+        """Let ``session`` continue from the nearest item at or above ``node``."""
+        ends, end = self._ends.setdefault(session, set()), self._nearest(node)
+        if end is None or end in ends:
+            return
+        above = next((step for step in islice(end.path(), 1, None) if step in ends), None)
+        self._move(above, end)
+        ends.add(end)
+        if above is not None:
+            ends.remove(above)
+
+    def close(self, session: Hashable) -> None:
+        for end in self._ends.pop(session, ()):
+            self._move(end, None)
+
+    def removed(self, leaf: PrefixNode) -> None:
+        """Let sessions that end at a removed leaf continue from the nearest item above it."""
+        assert leaf.parent is not None
+        for ends in [ends for ends in self._ends.values() if leaf in ends]:
+            above = self._nearest(leaf.parent)
+            self._move(leaf, None if above in ends else above)
+            ends.remove(leaf)
+            if above is not None:
+                ends.add(above)
+        self.counts.pop(leaf, None)
+
+    def check(self) -> None:
+        """Raise AssertionError unless the counts are those of the ends. O(ends * depth)."""
+        covered = map(self._covered, chain.from_iterable(self._ends.values()))
+        assert +self.counts == Counter(chain.from_iterable(covered)), "references of sessions"
+
+    def _nearest(self, node: PrefixNode) -> PrefixNode | None:
+        return next((at for at in node.path() if self._states is None or at.has_state), None)
+
+    def _covered(self, end: PrefixNode) -> Iterable[PrefixNode]:
+        return end.path() if self._states is None else (end,)
+
+    def _move(self, source: PrefixNode | None, target: PrefixNode | None) -> None:
+        """Move a reference along a path. A state that gains the first one, or loses the last one,
+        is then the most recently used of its kind."""
+        both = (target, 1), (source, -1)
+        for node, change in [(at, by) for at, by in both if at is not None]:
+            for step in self._covered(node):
+                self.counts[step] += change
+            if self.counts[node] == (change > 0) and self._states and node in self._states:
+                self._states.move_to_end(node)
+
+
 class SglangCache:
     """SGLang 0.5.23. ``num_kv_tokens`` and ``num_slots`` override the split of the bytes."""
+
+    takes: tuple[str, ...] = ()
 
     def __init__(
         self,
@@ -62,6 +129,7 @@ class SglangCache:
         max_states_per_path: int | None = None,
         num_kv_tokens: int | None = None,
         num_slots: int | None = None,
+        sessions: bool = False,
     ) -> None:
         kv_bytes = config.budget_bytes / (1 + STATE_TO_KV_RATIO)
         self.config = config
@@ -82,16 +150,22 @@ class SglangCache:
         self.roots: dict[Hashable, PrefixNode] = {}
         self.states: OrderedDict[PrefixNode, None] = OrderedDict()
         self.leaves: SortedDict[int, PrefixNode] = SortedDict()
+        self.references: tuple[SessionReferences, ...] = ()
+        """Those to KV and to states, with ``sessions``."""
+        if sessions:
+            self.takes = "session", "stop_reason"
+            self.references = SessionReferences(None), SessionReferences(self.states)
 
     def begin(
-        self, tokens: Tokens, namespace: Hashable = None, boundaries: tuple[int, ...] = ()
+        self, tokens: Tokens, namespace: Hashable = None, **facts: Any
     ) -> SglangSession | None:
         if self.num_running >= self.max_running:
             return None
         root = self.roots.setdefault(namespace, new_root())
         node, kv_len = self.match(root, tokens[:-1])
-        session = SglangSession(self, root, tokens, node)
-        if not session.prefill(kv_len, boundaries):
+        ends = facts.get("stop_reason") == SESSION_END
+        session = SglangSession(self, root, tokens, node, facts.get("session"), ends)
+        if not session.prefill(kv_len, facts.get("boundaries", ())):
             session.abort()
             return None
         return session
@@ -122,12 +196,15 @@ class SglangCache:
         assert self.free_slots + len(with_state) + self.held_slots == self.num_slots, "slot books"
         assert with_state == set(self.states), "state list"
         assert leaves == set(self.leaves.values()), "leaf set"
+        for references in self.references:
+            references.check()
 
     def match(self, root: PrefixNode, tokens: Tokens) -> tuple[PrefixNode, int]:
         """Return the deepest node with a state, and the length of the KV match; splits its edge."""
         node, matched = walk(root, tokens)
         if matched < node.depth:
-            node = split(node, matched)
+            lower, node = node, split(node, matched)
+            self._copy_references(node, lower)
         self.refresh(node)
         while node.parent is not None and not node.has_state:
             node = node.parent
@@ -175,14 +252,44 @@ class SglangCache:
         if leaf.has_state:
             self.drop_state(leaf)
         self.free_tokens += len(leaf.tokens)
-        self.list_leaf(remove_leaf(leaf))
+        parent = remove_leaf(leaf)
+        for references in self.references:
+            references.removed(leaf)
+        self.list_leaf(parent)
+
+    def evict_leaf(self) -> None:
+        """Evict an unlocked leaf."""
+        leaf: PrefixNode = self.leaves.peekitem(0)[1]
+        if self.references:
+            leaf = min(self.leaves.values(), key=self.references[0].counts.__getitem__)
+        self.unlist_leaf(leaf)
+        self.drop_leaf(leaf)
+
+    def evict_state(self) -> bool:
+        """Evict a state, and the KV of a leaf with it. Returns False if all are in use."""
+        unlocked = (node for node in self.states if not node.state_locks)
+        victim, drops_kv = None if self.references else next(unlocked, None), True
+        if self.references:
+            of_kv, of_states = (references.counts for references in self.references)
+            victim = min(unlocked, key=lambda node: of_states[node] > 0, default=None)
+            drops_kv = victim is None or of_states[victim] > 0 or not of_kv[victim]
+        if victim is None:
+            return False
+        if drops_kv and self.leaves.get(victim.time) is victim:
+            self.unlist_leaf(victim)
+            self.drop_leaf(victim)
+        else:
+            self.drop_state(victim)
+        return True
 
     def insert(self, root: PrefixNode, tokens: Tokens) -> PrefixNode:
         """Transfer one held slot, and the KV of ``tokens`` that the tree lacks, to the tree. The
         slot is freed if a state is already present. The caller no longer owns the new KV."""
         walked, matched = walk(root, tokens)
         self.unlist_leaf(walked)
-        node, new, _ = grow(walked, matched, tokens)
+        node, new, fork = grow(walked, matched, tokens)
+        if fork is not None:
+            self._copy_references(fork, walked)
         self.held_tokens -= new
         self.held_slots -= 1
         if node.has_state:
@@ -195,6 +302,11 @@ class SglangCache:
         self.list_leaf(walked)
         self._cap_path(node)
         return node
+
+    def _copy_references(self, upper: PrefixNode, lower: PrefixNode) -> None:
+        """Give ``upper`` the references to KV of ``lower``, from which it was split off."""
+        for references in self.references[:1]:
+            references.counts[upper] = references.counts[lower]
 
     def _cap_path(self, tail: PrefixNode) -> None:
         if self.max_states_per_path is None:
@@ -216,6 +328,8 @@ class SglangSession(PeerSession):
     root: PrefixNode
     tokens: Tokens
     node: PrefixNode
+    session: Hashable
+    ends: bool
     held: int = 0
     num_slots: int = 0
     num_chunks: int = 0
@@ -250,6 +364,10 @@ class SglangSession(PeerSession):
             tracked = total if is_end else total // cache.decode_interval * cache.decode_interval
             if tracked > length or is_end:
                 self._publish(np.concatenate([self.tokens, output])[:tracked])
+                for references in cache.references:
+                    references.add(self.session, self.node)
+        for references in cache.references if self.ends else ():
+            references.close(self.session)
         self.abort()
 
     def abort(self) -> None:
@@ -266,15 +384,8 @@ class SglangSession(PeerSession):
     def take_slot(self) -> bool:
         """Take one more slot, evicting the least recently used state. False if all are in use."""
         cache = self.cache
-        if not cache.free_slots:
-            victim = next((node for node in cache.states if not node.state_locks), None)
-            if victim is None:
-                return False
-            if cache.leaves.get(victim.time) is victim:
-                cache.unlist_leaf(victim)
-                cache.drop_leaf(victim)
-            else:
-                cache.drop_state(victim)
+        if not cache.free_slots and not cache.evict_state():
+            return False
         cache.free_slots -= 1
         cache.held_slots += 1
         self.num_slots += 1
@@ -284,8 +395,7 @@ class SglangSession(PeerSession):
         """Take KV rows, evicting leaves. Returns False, and takes nothing, if refused."""
         cache = self.cache
         while cache.free_tokens < num_tokens and cache.leaves:
-            _, leaf = cache.leaves.popitem(0)
-            cache.drop_leaf(leaf)
+            cache.evict_leaf()
         if cache.free_tokens < num_tokens:
             return False
         cache.free_tokens -= num_tokens

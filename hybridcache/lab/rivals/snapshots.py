@@ -28,7 +28,7 @@ STEP = 8192
 class TensorRtCache(SglangCache):
     """TensorRT-LLM with snapshots at conversation boundaries and branches."""
 
-    takes_boundaries = True
+    takes = ("boundaries",)
 
     def __init__(self, config: BaselineConfig) -> None:
         super().__init__(config)

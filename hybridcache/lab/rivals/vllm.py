@@ -36,6 +36,7 @@ import math
 from collections import OrderedDict
 from collections.abc import Hashable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -44,6 +45,8 @@ from hybridcache.radix.tokens import Tokens
 
 KERNEL_BLOCK = 16
 """Page of the attention kernel, in tokens: inflated block sizes are multiples of it."""
+PIN_S = 2.0
+"""Longest pin of CacheTTL's released scheduler, and mean duration of a tool up to which it pins."""
 _ATTENTION = -1
 """Number of the attention group in a key; the state groups count from 0."""
 
@@ -114,6 +117,9 @@ class VllmCache:
             return None
         return VllmSession(self, tokens, hashes, hit)
 
+    def finished(self, session: VllmSession) -> None:
+        """Do nothing for a finished request."""
+
     def check(self) -> None:
         """Raise AssertionError if the accounting of the pool is inconsistent. O(blocks)."""
         self.pool.check()
@@ -153,6 +159,58 @@ class VllmCache:
         return blocks if len(blocks) == self.num_state_groups else ()
 
 
+class VllmTtlCache(VllmCache):
+    """vLLM with CacheTTL's pins: the blocks that a session can reuse after a call of a tool, with
+    their state, are kept until its next request begins, for ``PIN_S`` at most, unless calls take
+    longer on average. The latest pin ends early if no request could run otherwise.
+
+    Source: arXiv 2511.02230 and the rule of its released scheduler. Left out: a pin is also kept
+    while the session's next request waits, and sessions enter in the order of their first request.
+    """
+
+    takes = "session", "stop_reason", "clock"
+
+    def __init__(self, config: BaselineConfig) -> None:
+        super().__init__(config)
+        self.pins: dict[Hashable, tuple[float, list[int]]] = {}
+        """Time of the end and blocks of each pinned session."""
+        self._called_s: dict[Hashable, float] = {}
+        """Time of each session's latest call."""
+        self._calls_s: list[float] = []
+        """Durations of calls. Traces do not name the tools, so there is one."""
+        self._running: dict[VllmSession, dict[str, Any]] = {}
+
+    def begin(self, tokens: Tokens, namespace: Hashable = None, **facts: Any) -> VllmSession | None:
+        name, now_s = facts.get("session"), facts.get("clock", float)()
+        if name in self._called_s:
+            self._calls_s.append(now_s - self._called_s.pop(name))
+        for other in [one for one, pin in self.pins.items() if pin[0] <= now_s and one != name]:
+            self._unpin(other)
+        while (served := super().begin(tokens, namespace)) is None:
+            if self._running or not self.pins:
+                return None
+            self._unpin(max(self.pins, key=lambda one: self.pins[one][0]))
+        self._unpin(name)
+        self._running[served] = facts
+        return served
+
+    def finished(self, session: VllmSession) -> None:
+        facts = self._running.pop(session)
+        if facts.get("stop_reason") == "tool_use":
+            name, now_s = facts["session"], facts["clock"]()
+            self._called_s[name] = now_s
+            if sum(self._calls_s) <= PIN_S * len(self._calls_s):
+                hit = self._match(session.hashes.digests, len(session.hashes.digests) * self.unit)
+                self._unpin(name)
+                self.pins[name] = now_s + PIN_S, [*hit.states, *hit.attention]
+                for block in self.pins[name][1]:
+                    self.pool.take(block)
+
+    def _unpin(self, name: Hashable) -> None:
+        _, blocks = self.pins.pop(name, (0.0, []))
+        self.pool.release(reversed(blocks))
+
+
 class VllmSession(PeerSession):
     """One request: its block tables, one of attention and one {depth in blocks: block} of each
     state group."""
@@ -163,7 +221,7 @@ class VllmSession(PeerSession):
         self.cached_len = hit.length
         self.num_chunks = 0
         self._length = len(tokens)
-        self._hashes = hashes
+        self.hashes = hashes
         self._junction = hit.junction
         size = cache.block_size
         self._kept = {(self._length - 1) // size, hit.junction // size}
@@ -188,7 +246,7 @@ class VllmSession(PeerSession):
 
     def finish(self, output: Tokens) -> None:
         """Decode ``output``, all but its last token computed, and release the request."""
-        self._hashes.extend(output)
+        self.hashes.extend(output)
         total = self._length + max(0, len(output) - 1)
         for end in self._decode_stops(total):
             if len(self.pool.free) <= self.cache.num_state_groups:
@@ -197,6 +255,7 @@ class VllmSession(PeerSession):
         self.pool.release(reversed(self._attention))
         for table in self._states:
             self.pool.release(table[depth] for depth in sorted(table, reverse=True))
+        self.cache.finished(self)
 
     def _chunk_end(self, start: int) -> int:
         """Return the end of the chunk that begins at ``start``."""
@@ -279,7 +338,7 @@ class VllmSession(PeerSession):
         self._num_registered = max(self._num_registered, end // size)
 
     def _register(self, block: int, group: int, length: int) -> None:
-        digest = self._hashes.digests[length // self.cache.unit - 1]
+        digest = self.hashes.digests[length // self.cache.unit - 1]
         self.pool.register(block, (group, digest), length)
 
 

@@ -17,7 +17,7 @@ from collections import deque
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
@@ -43,6 +43,7 @@ from hybridcache.lab.traces.trace import Trace, TraceRequest
 from hybridcache.policies.registry import make_admission
 from hybridcache.radix.protocol import PromptBoundaries
 from hybridcache.radix.tokens import Tokens
+from hybridcache.radix.tree import SESSION_END
 from hybridcache.scheduling.cache_manager import CacheManager
 from hybridcache.scheduling.planner import StepPlanner
 from hybridcache.scheduling.request import ScheduledRequest
@@ -388,9 +389,13 @@ class PeerLoop(LoopRun):
         """Begin waiting requests in order. One that does not fit on its own is refused."""
         while self.waiting and len(self.running) < self.max_running:
             request = self.waiting[0]
-            turn = request.turn
-            prompt, known = turn.text[: turn.prompt_len], turn.boundaries.positions
-            request.served = begin(self.peer, prompt, turn.namespace, known)
+            turn, place = request.turn, request.place
+            prompt = turn.text[: turn.prompt_len]
+            facts: dict[str, Any] = {"boundaries": turn.boundaries.positions, "session": place}
+            is_told = self.tells_ends and self.pause_s(place, self.next_turns[place] + 1) is None
+            facts["stop_reason"] = SESSION_END if is_told else turn.stop_reason
+            facts["clock"] = lambda: self.now_s
+            request.served = begin(self.peer, prompt, turn.namespace, **facts)
             if request.served is None and self.running:
                 return
             self.waiting.popleft()

@@ -234,7 +234,8 @@ class BaselineTarget:
         self.baseline = BASELINES[str(scenario.baseline)](config)
 
     def begin(self, request: TraceRequest) -> PeerSession | None:
-        return begin(self.baseline, request.tokens, request.namespace, request.boundaries)
+        facts = request._asdict() | {"clock": lambda: request.timestamp_s}
+        return begin(self.baseline, facts.pop("tokens"), facts.pop("namespace"), **facts)
 
     def counters(self) -> dict[str, int]:
         return {}

@@ -21,7 +21,7 @@ from hybridcache.lab.rivals.protocol import Baseline, BaselineConfig, begin, rep
 from hybridcache.lab.rivals.sglang import SglangCache
 from hybridcache.lab.rivals.snapshots import OllamaCache, TensorRtCache
 from hybridcache.lab.rivals.systems import BASELINES
-from hybridcache.lab.rivals.vllm import VllmCache
+from hybridcache.lab.rivals.vllm import VllmCache, VllmTtlCache
 from hybridcache.lab.traces.generators import GENERATORS
 from hybridcache.radix.tokens import Tokens
 
@@ -79,6 +79,26 @@ def test_sglang_charges_a_running_request_all_its_states(placement: Any, states:
     assert running.pop() is None and peer.held_slots == 2 * states
     assert [session.finish(text(9, 5)) for session in running if session] == [None] * 2
     assert peer.held_slots == 0
+
+
+def test_sglang_evicts_states_of_open_sessions_last_and_their_newest_only() -> None:
+    peer = sglang(placement="end", num_kv_tokens=100_000, num_slots=6, sessions=True)
+
+    def turn(session: int, tokens: Tokens, ends: bool = False) -> int:
+        served = begin(peer, tokens, None, session=session, stop_reason="session_end" * ends)
+        assert served is not None
+        served.finish(text(9, 20))
+        peer.check()
+        return served.cached_len
+
+    turn(1, text(1, 100))
+    assert turn(1, np.concatenate((text(1, 100), text(9, 20), text(2, 80)))) == 120
+    turn(2, text(3, 100), ends=True)
+    for seed in range(10, 14):
+        turn(seed, text(seed, 100), ends=True)
+    again = np.concatenate((text(1, 100), text(9, 20), text(2, 80), text(9, 20), text(4, 9)))
+    assert turn(1, again) == 220, "session 1 is open, so its newest state outlasts newer ones"
+    assert turn(2, np.concatenate((text(3, 100), text(9, 20), text(5, 9)))) == 0
 
 
 def test_sglang_cap_drops_the_shallowest_states_of_a_path() -> None:
@@ -165,6 +185,32 @@ def test_invariants_hold_and_hits_are_prefixes_of_earlier_prompts(
     peer.check()
 
 
+@pytest.mark.parametrize(
+    ("call_s", "returns_s", "hits"), [(1, 1.5, True), (1, 4, False), (9, 1, False)]
+)
+def test_vllm_ttl_pins_a_session_whose_tools_are_fast(
+    call_s: float, returns_s: float, hits: bool
+) -> None:
+    now_s, prompt = [0.0], text(0, 3000)
+    peer = VllmTtlCache(replace(QWEN3_NEXT, budget_bytes=GIB))
+
+    def turn(session: int, tokens: Tokens, stop_reason: str = "") -> int:
+        facts = {"session": session, "stop_reason": stop_reason, "clock": lambda: now_s[0]}
+        served = begin(peer, tokens, None, **facts)
+        assert served is not None
+        served.finish(text(9, 20))
+        peer.check()
+        return served.cached_len
+
+    turn(1, text(2, 50), "tool_use")
+    now_s[0] += call_s
+    turn(1, prompt, "tool_use")
+    for seed in range(10, 30):
+        now_s[0] += returns_s / 20
+        turn(seed, text(seed, 3000))
+    assert bool(turn(1, prompt)) == hits
+
+
 # --- Systems rebuilt from pull requests: prompts that can be counted by hand ----------------------
 
 
@@ -172,7 +218,7 @@ def followed(
     peer: Baseline, prompt: Tokens, boundaries: tuple[int, ...] = (), seed: int = 9
 ) -> int:
     """Return the reused tokens of a request with an answer of 21 tokens."""
-    session = begin(peer, prompt, None, boundaries)
+    session = begin(peer, prompt, None, boundaries=boundaries)
     assert session is not None
     session.finish(text(seed, 21))
     peer.check()
