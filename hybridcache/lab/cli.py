@@ -43,7 +43,7 @@ from hybridcache.lab.scenario import (
     settings_of,
 )
 from hybridcache.lab.traces import open_trace
-from hybridcache.lab.traces.frame import make_folder
+from hybridcache.lab.traces.frame import written
 from hybridcache.lab.traces.own import write_own
 from hybridcache.lab.traces.progress import shown_progress
 from hybridcache.lab.traces.statistics import trace_stats
@@ -262,13 +262,13 @@ def _new_file(path: Path) -> Iterator[TextIO]:
     fails. Pipes and devices are written too."""
     is_new = not path.exists()
     opens = gzip.open if path.suffix == ".gz" else open
-    with opens(make_folder(path) if is_new else path, "wt", encoding="utf-8") as file:
-        try:
+    try:
+        with written(path, is_new=is_new), opens(path, "wt", encoding="utf-8") as file:
             yield cast("TextIO", file)
-        except BaseException:
-            if is_new:
-                path.resolve().unlink()
-            raise
+    except BaseException:
+        if is_new:
+            path.resolve().unlink(missing_ok=True)
+        raise
 
 
 # --- Simulations ----------------------------------------------------------------------------------
@@ -391,7 +391,7 @@ def _compared(result: SimulationResult) -> list[str]:
 def _write_requests(path: Path, results: Sequence[SimulationResult]) -> None:
     """Write the requests of all runs."""
     runs = [run for result in results for merged in result for run in merged.draws or (merged,)]
-    with make_folder(path).open("w", encoding="utf-8", newline="") as file:
+    with written(path), path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["trace", "run", "gib", *RequestRecord._fields])
         for run in runs:
@@ -412,7 +412,8 @@ def _write_scenario(options: argparse.Namespace, scenarios: Sequence[Scenario]) 
     scenario.competitors()
     for admission in named_policies(scenario.admission, split=True):
         make_admission(admission)
-    make_folder(path).write_text(scenario.to_toml(), encoding="utf-8")
+    with written(path):
+        path.write_text(scenario.to_toml(), encoding="utf-8")
     print(f"scenario: {path}")
     return 0
 

@@ -106,7 +106,8 @@ SKIPPED = ("seed", "stop", "logit_bias")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return the exit code of the process."""
     if arguments is None:
-        prepare_streams(is_server=sys.argv[1:2] in (["serve"], ["record"]))
+        is_asked = {"-h", "--help"} & {*sys.argv}
+        prepare_streams(is_server=sys.argv[1:2] in (["serve"], ["record"]) and not is_asked)
         end_by_exception(signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
         warnings.showwarning = lambda text, *_, **__: print(f"engine: {text}", file=sys.stderr)
         limit_spinning()

@@ -83,7 +83,7 @@ class TraceWriter:
         self.skipped: Counter[str] = Counter()
         """Number of requests that are not in the trace, by reason."""
         header = {"format": "hybridcache", "version": 1, "unit": 1, "counted_by": counted_by}
-        self._file.write(_line(header))
+        self._append(_line(header))
 
     def begin(self, body: bytes) -> Recording:
         """Start to record a request with this complete ``body``. O(1)."""
@@ -114,15 +114,22 @@ class TraceWriter:
         while self._pending and (line := self._pending[0].line) is not None:
             self._pending.popleft()
             if line:
-                end = self._file.tell()
                 try:
-                    while line:
-                        line = line[self._file.write(line) :]
+                    self._append(line)
                     self.num_requests += 1
                 except OSError as error:
-                    with suppress(OSError):
-                        self._file.truncate(self._file.seek(end))  # No half of a line.
                     self.skip(f"the file cannot be written ({error.strerror})")
+
+    def _append(self, line: bytes) -> None:
+        """Write a line whole, or no part of it. Raises OSError."""
+        end = self._file.tell()
+        try:
+            while line:
+                line = line[self._file.write(line) :]
+        except OSError:
+            with suppress(OSError):
+                self._file.truncate(self._file.seek(end))
+            raise
 
     def _line_of(self, exchange: Recording) -> bytes:
         if exchange.answer is None:

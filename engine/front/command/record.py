@@ -81,16 +81,14 @@ def run(arguments: argparse.Namespace) -> int:
     with bind(ServerConfig(host=arguments.host, port=arguments.port)) as listener:
         try:
             file = out.open("xb", buffering=0)
+            keeps_text = arguments.text == "keep"
+            writer = TraceWriter(
+                file, keeps_text=keeps_text, tokenizer=tokenizer, counted_by=counted_by
+            )
         except OSError as error:
             why = f"{out} cannot be created ({error.strerror}): name a new file."
             raise ValueError(why) from None
         with file:
-            writer = TraceWriter(
-                file,
-                keeps_text=arguments.text == "keep",
-                tokenizer=tokenizer,
-                counted_by=counted_by,
-            )
             proxy = Proxy(upstream, writer)
             config = uvicorn.Config(
                 proxy,

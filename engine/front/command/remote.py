@@ -99,9 +99,15 @@ def agent(arguments: argparse.Namespace) -> int:
         return 0
     if file.exists():
         raise ValueError(f"{file} exists: add what the command prints without --write to it.")
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.touch(mode=0o600)
-    file.write_text(text, "utf-8")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch(mode=0o600)
+        file.write_text(text, "utf-8")
+    except OSError as error:
+        if file.exists():
+            file.unlink()
+        why = f"{file} cannot be written ({error.strerror}): use the command without --write."
+        raise ValueError(why) from None
     print(f"Written: {file}")
     return 0
 

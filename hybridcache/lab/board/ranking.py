@@ -47,7 +47,7 @@ from hybridcache.lab.runs.simulate import optimum, run_cell
 from hybridcache.lab.scenario import Scenario, named_policies, sources_of, written_policy
 from hybridcache.lab.traces import open_trace, seeded
 from hybridcache.lab.traces.arrivals import interleave, parse_starts
-from hybridcache.lab.traces.frame import make_folder
+from hybridcache.lab.traces.frame import written
 from hybridcache.lab.traces.intervals import FEWEST_UNITS, Interval, interval, paired
 from hybridcache.lab.traces.progress import Progress
 from hybridcache.lab.traces.trace import Held, Trace, TraceRequest
@@ -633,7 +633,8 @@ class Board:
             **{"left_out": self.left_out, "notes": self.notes},
             **{"scores": scores, "runs": [run.as_record() for run in self.runs]},
         }
-        make_folder(Path(path)).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        with written(Path(path)) as file:
+            file.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
     @classmethod
     def read(cls, *paths: str | Path) -> Board:

@@ -28,7 +28,7 @@ from hybridcache.lab.results.report import (
     notes_on,
 )
 from hybridcache.lab.results.result import ClosedLoopRun, Difference, RunResult, SweepRuns
-from hybridcache.lab.traces.frame import make_folder
+from hybridcache.lab.traces.frame import make_folder, written
 from hybridcache.radix.api import Losses
 
 if TYPE_CHECKING:
@@ -388,7 +388,8 @@ def save(
         title_fontsize=8,
     )
     if path:
-        figure.savefig(figure_path(path), dpi=130)
+        with written(figure_path(path)) as file:
+            figure.savefig(file, dpi=130)
     return figure
 
 

@@ -26,7 +26,7 @@ from typing import Any, Protocol, TypeVar
 from hybridcache.command.extras import version
 from hybridcache.geometry.units import counted
 from hybridcache.lab.results.result import StoredResult
-from hybridcache.lab.traces.frame import make_folder, warn
+from hybridcache.lab.traces.frame import make_folder, warn, written
 from hybridcache.lab.traces.progress import Progress, shown_progress
 from hybridcache.lab.traces.trace import Trace
 from hybridcache.radix.protocol import PolicyError
@@ -79,7 +79,7 @@ def run_grid(
     if path:
         assert kind is not None, "runs in a file have a kind"
         _check_results_file(path, kind)
-        with path.open("a+b") as file:  # Its last line may have been cut.
+        with written(path), path.open("a+b") as file:  # Its last line may have been cut.
             file.seek(0)
             file.truncate(file.read().rfind(b"\n") + 1)
         identity = identity_of(trace)
@@ -99,7 +99,7 @@ def run_grid(
                 if path:
                     kept = {"key": keys[number], "kind": type(result).__name__}
                     record = kept | {"version": version()} | result.as_record()
-                    with path.open("ab") as file:
+                    with written(path), path.open("ab") as file:
                         file.write(json.dumps(record).encode() + b"\n")
             show(len(results) + len(failures), len(jobs))
     said = (f"{_title(jobs[number])} failed: {failures[number]}" for number in sorted(failures))

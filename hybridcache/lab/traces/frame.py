@@ -318,6 +318,19 @@ def make_folder(path: Path) -> Path:
 
 
 @contextmanager
+def written(path: Path, *, is_new: bool = True) -> Iterator[Path]:
+    """Make the folder of a file that is written inside of the ``with``, unless it exists and may be
+    a device. ValueError with its path if that fails."""
+    try:
+        yield make_folder(path) if is_new else path
+    except OSError as error:
+        if error.filename or isinstance(error, BrokenPipeError):
+            raise
+        why = f"{path} cannot be written ({error.strerror}): free space, or name another place"
+        raise ValueError(why) from None
+
+
+@contextmanager
 def open_bytes(path: str | Path) -> Iterator[Any]:
     """Open a file, plain or compressed (``OPENERS``), and skip its byte order mark. Reading may
     raise one of ``DAMAGED``. ValueError without a library, or for several files in an archive."""

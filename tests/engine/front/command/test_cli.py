@@ -16,7 +16,7 @@ import socket
 import subprocess
 import sys
 import termios
-import warnings
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -25,38 +25,76 @@ from msgspec import structs
 from engine import Engine
 from engine.config import BUILTIN_PROMPTS
 from engine.errors import WireError
-from engine.front.command import cli
-from engine.front.command.cli import main
+from engine.front.command.cli import COMMANDS, main
 from hybridcache.command.signals import prepare_streams
+from hybridcache.lab.cli import main as hybridcache
 from tests.test_refusals import exit_code
 
 COMMAND = (sys.executable, "-m", "engine")
 SMALL = ("--cache-gib", "0.05", "--max-model-len", "2048")
 
 
-@pytest.mark.parametrize("kind", ["full", "closed", "unread"])
-@pytest.mark.parametrize("name", ["stdout", "stderr"])
-@pytest.mark.parametrize("is_server", [True, False])
-def test_output_that_cannot_be_written_ends_commands_and_no_server(
-    kind: str, name: str, is_server: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+RUN = "simulate --trace short?head=9 --gib 1 --policy lru --no-bound"
+PRINT = {
+    main: f"--version|--help|serve --help|generate a --max-tokens 1 {' '.join(SMALL)}|grafana|"
+    f"chat {' '.join(SMALL)}|convert --help|record --help|agent --help|bench --help",
+    hybridcache: f"--version|trace stats short?head=9|trace convert short?head=9 /dev/stdout|{RUN}|"
+    "optimum --trace short?head=9 --gib 1|benchmark --help|leaderboard --help",
+}
+
+
+def ended(program: Callable[[], int], words: str, kind: str) -> tuple[int, str]:
+    """Run a command in a fork, in which a stream or each file is on a full disk, the reader has
+    gone, or Python has no streams, as if they were closed when it started. Returns its exit code
+    and its output, which is read after its end."""
     reader, writer = os.pipe()
-    if kind == "full":
-        os.dup2(os.open("/dev/full", os.O_WRONLY), writer)
-    elif kind == "closed":
+    if kind == "closed":
         os.close(reader)
-    elif not is_server:  # It waits.
-        return
-    for each in ("stdout", "stderr"):
-        monkeypatch.setattr(sys, each, getattr(sys, each))
-    opened = os.fdopen(writer, "w", closefd=False)
-    monkeypatch.setattr(sys, name, opened)
-    prepare_streams(is_server=is_server)
-    for number in range(20):  # More than a pipe holds.
-        is_told = not is_server and name == "stdout" and number == 0
-        match = "Broken pipe" if kind == "closed" else "cannot be written \\(No space left"
-        with pytest.raises(OSError, match=match) if is_told else contextlib.nullcontext():
-            print("x" * 9000, file=getattr(sys, name), flush=True)
+    if (child := os.fork()) == 0:
+        with contextlib.ExitStack() as at_end:
+            at_end.callback(os._exit, 99)
+            sys.stdin, sys.argv = io.StringIO("hi"), ["program", *words.split()]
+            for number, name in enumerate(("stdout", "stderr"), 1):
+                os.dup2(os.open("/dev/full", os.O_WRONLY) if name == kind else writer, number)
+                setattr(sys, name, os.fdopen(number, "w", closefd=False))
+            if kind == "none":
+                sys.stdin = sys.stdout = sys.stderr = None  # type: ignore[assignment]
+            try:
+                code = program()
+            except SystemExit as error:
+                code = error.code
+            sys.stderr.flush()
+            sys.stdout.flush()
+            is_inherited = kind != "none" or os.get_inheritable(sys.stdin.fileno())
+            os._exit(code if is_inherited else 98)
+    os.close(writer)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    return code, "" if kind == "closed" else os.fdopen(reader).read()
+
+
+@pytest.mark.parametrize("kind", ["stdout", "stderr", "closed", "unread"])
+def test_output_that_cannot_be_written_ends_no_server(kind: str) -> None:
+    def serve() -> int:
+        prepare_streams(is_server=True)
+        for stream in [sys.stdout, sys.stderr] * 20:  # More than a pipe holds.
+            print("x" * 9000, file=stream, flush=True)
+        return 0
+
+    assert ended(serve, "", kind)[0] == 0
+
+
+@pytest.mark.parametrize("kind", ["stdout", "stderr", "none"])
+@pytest.mark.parametrize("program", PRINT)
+def test_every_command_says_that_its_output_cannot_be_written(
+    program: Callable[[], int], kind: str
+) -> None:
+    assert COMMANDS.keys() <= {words.split()[0] for words in PRINT[main].split("|")}
+    for words in PRINT[program].split("|"):
+        why = {"stdout": " cannot be written (No space"}
+        code, said = ended(program, words, kind)
+        assert code == 2 * (kind in why) and why.get(kind, "") in said, (words, said)
+        sentences = re.findall("^(?:engine|hybridcache).*: (?!.*Errno)", said, re.M)
+        assert kind not in why or len(sentences) == 1, (words, said)
 
 
 def test_a_closed_pipe_ends_a_process_without_a_traceback() -> None:
@@ -74,17 +112,6 @@ def test_a_closed_pipe_ends_a_process_without_a_traceback() -> None:
 def test_a_process_without_standard_streams_ends() -> None:
     closed = ["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", *COMMAND, "chat", *SMALL]
     assert subprocess.run(closed).returncode == 0
-
-
-def test_a_chat_without_standard_streams_ends(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Python has None in place of a stream that is closed when it starts."""
-    monkeypatch.setattr(cli, "end_by_exception", lambda *_: None)
-    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
-    monkeypatch.setattr(sys, "argv", ["engine", "chat", *SMALL])
-    for name in ("stdin", "stdout", "stderr"):
-        monkeypatch.setattr(sys, name, None)
-    assert main() == 0
-    assert os.get_inheritable(sys.stdin.fileno()) and sys.stderr.name == os.devnull
 
 
 def run(*arguments: str) -> int:
@@ -262,9 +289,7 @@ class Missing(importlib.abc.MetaPathFinder):
         if name.split(".")[0] in optional:
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 sys.meta_path.insert(0, Missing())
-from engine.front.command import cli
 from engine.front.command.cli import main
-from hybridcache.command.signals import prepare_streams
 for line in sys.stdin:
     print("$", line.strip(), flush=True)
     try:

@@ -6,6 +6,7 @@ import json
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 
@@ -42,6 +43,9 @@ def test_settings_name_the_server_and_its_key(
         assert part in printed
     assert ("s3cret" in printed) == (agent == "claude") != (API_KEY_VARIABLE in printed)
     assert not any(word in printed for word in ("NAME", '"KEY"', "8000/", "131072", "8192"))
+    with patch.object(Path, "write_text", side_effect=OSError(28, "No space left")):
+        assert cli.main([*command, "--write"]) == 2
+    assert "written (No space left): use the command without" in capsys.readouterr().err
     assert cli.main([*command, "--write"]) == 0
     file = tmp_path / PLACES[agent]
     assert file.read_text() == printed and file.stat().st_mode & 0o77 == 0
