@@ -10,6 +10,7 @@ import json
 import os
 import pty
 import re
+import resource
 import select
 import signal
 import socket
@@ -17,6 +18,7 @@ import subprocess
 import sys
 import termios
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -41,6 +43,11 @@ PRINT = {
     hybridcache: f"--version|trace stats short?head=9|trace convert short?head=9 /dev/stdout|{RUN}|"
     "optimum --trace short?head=9 --gib 1|benchmark --help|leaderboard --help",
 }
+WRITE = {
+    main: "convert builtin FILE --to int8|record --to http://x --port 0 --out FILE",
+    hybridcache: f"trace convert short FILE|trace convert short FILE.gz|{RUN} --figure FILE.png|"
+    f"{RUN} --output FILE|{RUN} --requests FILE|{RUN} --write-scenario FILE",
+}
 
 
 def ended(program: Callable[[], int], words: str, kind: str) -> tuple[int, str]:
@@ -57,7 +64,9 @@ def ended(program: Callable[[], int], words: str, kind: str) -> tuple[int, str]:
             for number, name in enumerate(("stdout", "stderr"), 1):
                 os.dup2(os.open("/dev/full", os.O_WRONLY) if name == kind else writer, number)
                 setattr(sys, name, os.fdopen(number, "w", closefd=False))
-            if kind == "none":
+            if kind == "file":
+                resource.setrlimit(resource.RLIMIT_FSIZE, (9, 9))
+            elif kind == "none":
                 sys.stdin = sys.stdout = sys.stderr = None  # type: ignore[assignment]
             try:
                 code = program()
@@ -83,15 +92,15 @@ def test_output_that_cannot_be_written_ends_no_server(kind: str) -> None:
     assert ended(serve, "", kind)[0] == 0
 
 
-@pytest.mark.parametrize("kind", ["stdout", "stderr", "none"])
+@pytest.mark.parametrize("kind", ["stdout", "stderr", "file", "none"])
 @pytest.mark.parametrize("program", PRINT)
 def test_every_command_says_that_its_output_cannot_be_written(
-    program: Callable[[], int], kind: str
+    program: Callable[[], int], kind: str, tmp_path: Path
 ) -> None:
     assert COMMANDS.keys() <= {words.split()[0] for words in PRINT[main].split("|")}
-    for words in PRINT[program].split("|"):
-        why = {"stdout": " cannot be written (No space"}
-        code, said = ended(program, words, kind)
+    for number, words in enumerate((WRITE if kind == "file" else PRINT)[program].split("|")):
+        why = {"stdout": " cannot be written (No space", "file": f"{tmp_path}/{number}"}
+        code, said = ended(program, words.replace("FILE", f"{tmp_path}/{number}"), kind)
         assert code == 2 * (kind in why) and why.get(kind, "") in said, (words, said)
         sentences = re.findall("^(?:engine|hybridcache).*: (?!.*Errno)", said, re.M)
         assert kind not in why or len(sentences) == 1, (words, said)
