@@ -455,10 +455,10 @@ def test_a_dangling_link_is_no_missing_file(name: str, tmp_path: Path) -> None:
 
 
 def test_chat_templates_are_found_in_all_their_places(tmp_path: Path) -> None:
-    def render(**named: Any) -> str:
+    def render(tools: Any = None, **named: Any) -> str:
         template = HFTokenizer(write(tmp_path, "granite", **named)).chat_template
         assert isinstance(template, ChatTemplate)
-        return template.render([{"role": "user", "content": "hi"}])
+        return template.render([{"role": "user", "content": "hi"}], tools=tools)
 
     assert render(chat_template="{{ bos_token }}{{ messages[0].content }}") == "hi"
     named = [{"name": name, "template": name} for name in ("default", "tool_use")]
@@ -466,6 +466,14 @@ def test_chat_templates_are_found_in_all_their_places(tmp_path: Path) -> None:
     source = "{{ {'b': 1, 'a': '<'}|tojson(separators=(',', ':'), sort_keys=true) }}"
     (tmp_path / "chat_template.jinja").write_text(source)
     assert render() == '{"a":"<","b":1}', "as transformers writes it"
+    (folder := tmp_path / "additional_chat_templates").mkdir()
+    for name in ("tool_use", "rag"):
+        (folder / f"{name}.jinja").write_text(f"{name} {{{{ tools|length }}}}\n")
+    theirs = PreTrainedTokenizerFast.from_pretrained(tmp_path)
+    said, tool = [{"role": "user", "content": "hi"}], {"name": "f", "parameters": {}}
+    for tools in (None, [{"type": "function", "function": tool}]):
+        text = theirs.apply_chat_template(said, tools, tokenize=False)
+        assert render(tools) == text and text.startswith("tool_use 1" if tools else "{")
 
 
 TEXT = "hello  world, hello caché <tool> x<tool>  y <|im_end|>" + " hello" * 100
