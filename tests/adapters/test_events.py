@@ -13,7 +13,7 @@ from tests.refused import refused
 
 
 def test_event_of_a_segment_needs_no_walk_to_the_root():
-    cache, mirror = hybrid(num_kv_tokens=4000), Mirror(page_size=1)
+    cache, mirror = hybrid(num_kv_tokens=4000), Mirror(unit=1)
     cache.subscribe(EventStream(mirror.apply))
     tokens, rows = ids(range(1000)), cache.allocate_kv(1000)
     node = cache.insert(tokens[:998], rows[:998], namespace="tenant").node
@@ -28,7 +28,7 @@ def test_event_of_a_segment_needs_no_walk_to_the_root():
 
 
 def test_namespaces_with_similar_text_are_different():
-    cache, mirror = hybrid(num_slots=20), Mirror(page_size=1)
+    cache, mirror = hybrid(num_slots=20), Mirror(unit=1)
     cache.subscribe(EventStream(mirror.apply))
     tenants = [("a", 1), "('a', 1)", ("tuple", "a", 1), ("repr", "b'salt'"), b"salt", "b'salt'"]
     tenants += [1, "1", "\ud800", repr("\ud800"), None, "None"]
@@ -38,7 +38,8 @@ def test_namespaces_with_similar_text_are_different():
         assert mirror.match(ids("shared", range(number)), tenant).kv_match_len == 6 + number
         assert mirror.match(ids("shared", range(40)), tenant).kv_match_len == 6 + number
     cache.reset()
-    assert not mirror.nodes
+    mirror.check()
+    assert not mirror.num_tokens
 
 
 @pytest.mark.parametrize("other", [True, 1.0, np.float64(1), np.int64(1), 1 + 0j, Decimal(1)])
@@ -47,7 +48,7 @@ def test_values_that_only_compare_equal_to_a_namespace_are_rejected(other, wrap)
     """Since 1 == True == 1.0, a method could otherwise confuse the namespaces of two tenants."""
     prompt, one, other = ids([1, 2, 3, 4]), wrap(1), wrap(other)
     assert one == other
-    cache, mirror = hybrid(), Mirror(page_size=1)
+    cache, mirror = hybrid(), Mirror(unit=1)
     cache.subscribe(EventStream(mirror.apply))
     serve(cache, prompt, [3], one)
     rows = cache.allocate_kv(4)

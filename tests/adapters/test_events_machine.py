@@ -9,9 +9,9 @@ import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from hybridcache.adapters.events import EventsLost, EventStream, Mirror
+from hybridcache.adapters.events import EventsLost, EventStream, Mirror, UnitTree
 from hybridcache.adapters.routing.outbox import Outbox
-from tests.adapters.segments import segments_of
+from tests.adapters.segments import PlainMirror, segments_of
 from tests.radix.serving import hybrid
 from tests.refused import refused
 
@@ -43,25 +43,31 @@ class EventsMachine(RuleBasedStateMachine):
             "ghost_bytes": ghost_bytes,
         }
         self.step = max(page_size, grid)
+        self.tree = UnitTree()
         self.cache = hybrid(**self.options)
         self.receipts = []
         self.prompts = {}
         self.rows = {}
         """Row of the last token of each published prefix. Pages are shared as a whole, so a prefix
         includes the rest of its page."""
-        self.outbox, self.remote = Outbox(self.cache, num_kept), self.new_mirror()
+        self.outbox, self.remote = Outbox(self.cache, num_kept), self.new_mirror(5)
         self.num_requests = 0
         self.subscribe()
 
-    def new_mirror(self):
-        grid = None if self.is_hybrid else self.cache.grid
-        return Mirror(self.options["page_size"], grid)
+    def new_mirror(self, number):
+        return Mirror(self.step, self.is_hybrid, self.tree, number)
 
     def subscribe(self):
-        """Create a subscriber. It first receives the current contents."""
-        self.mirror = self.new_mirror()
-        self.stream = EventStream(self.mirror.apply)
+        """Create two subscribers, which first receive the current contents: a plain mirror, and one
+        that shares its tree with a late reader's."""
+        self.plain = PlainMirror(self.step, self.options["page_size"], self.is_hybrid)
+        self.mirror = self.new_mirror(0)
+        self.stream = EventStream(self.apply, self.step)
         self.cache.subscribe(self.stream)
+
+    def apply(self, event):
+        self.plain.apply(event)
+        self.mirror.apply(event)
 
     @rule(
         prompts=st.lists(st.tuples(INDEX, PREFIX_LEN, MORE), min_size=1, max_size=6),
@@ -77,7 +83,7 @@ class EventsMachine(RuleBasedStateMachine):
             )
             earlier.append(tokens)
             self.serve(tokens, namespace)
-            assert segments_of(self.mirror.nodes.values()) == segments_of(self.cache._tree.nodes())
+            assert segments_of(self.plain.nodes.values()) == segments_of(self.cache._tree.nodes())
             self.num_requests += 1
             self.outbox.cover(self.num_requests)
             if flushes:
@@ -93,7 +99,9 @@ class EventsMachine(RuleBasedStateMachine):
     def match(self, tokens, namespace):
         """Match on the cache and on its mirror."""
         match = self.cache.match(tokens, namespace)
-        assert self.mirror.match(tokens, namespace) == (match.cached_len, match.kv_match_len)
+        held = match.kv_match_len - match.kv_match_len % self.step
+        assert self.plain.match(tokens, namespace) == (match.cached_len, held)
+        assert self.mirror.match(tokens, namespace) == (match.cached_len, held)
         return match
 
     def serve(self, tokens, namespace):
@@ -160,7 +168,7 @@ class EventsMachine(RuleBasedStateMachine):
         batches = self.outbox.since(self.remote.next_sequence)
         if batches is None:
             self.outbox.restart()
-            self.remote = self.new_mirror()
+            self.remote.clear()
             batches = self.outbox.since(0)
         for batch in batches[num_lost:]:
             if batch.sequence != self.remote.next_sequence:
@@ -172,22 +180,33 @@ class EventsMachine(RuleBasedStateMachine):
     @rule()
     def resubscribe(self):
         self.cache.unsubscribe(self.stream)
+        self.mirror.clear()
         self.subscribe()
 
     def teardown(self):
         if hasattr(self, "cache"):
             self.outbox.flush()
             self.read(0)
-            assert segments_of(self.remote.nodes.values()) == segments_of(self.cache._tree.nodes())
+            for namespace, prompts in self.prompts.items():
+                for tokens in prompts:
+                    expected = self.plain.match(tokens, namespace)
+                    assert self.remote.match(tokens, namespace) == expected
+            self.remote.clear()
+            self.mirror.clear()
+            assert not self.tree.root.children
 
     @invariant()
     def subscribers_are_up_to_date(self):
         if hasattr(self, "cache"):
             self.cache.check(held_tokens=0, held_slots=0)
-            assert segments_of(self.mirror.nodes.values()) == segments_of(self.cache._tree.nodes())
+            assert segments_of(self.plain.nodes.values()) == segments_of(self.cache._tree.nodes())
             stats = self.cache.stats
             assert stats.inserted_tokens - stats.evicted_tokens == self.cache.cached_tokens
             assert stats.inserted_slots - stats.evicted_slots == self.cache.num_checkpoints
+            self.mirror.check()
+            self.remote.check()
+            held = self.mirror.num_tokens, self.mirror.num_checkpoints
+            assert held == (self.cache.cached_tokens, self.cache.num_checkpoints)
 
 
 TestEvents = EventsMachine.TestCase

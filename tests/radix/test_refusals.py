@@ -23,7 +23,7 @@ from hybridcache.radix.protocol import Prefill, PromptBoundaries
 from hybridcache.scheduling.cache_manager import CacheManager
 from hybridcache.scheduling.planner import StepPlanner
 from hybridcache.scheduling.request import ScheduledRequest
-from tests.adapters.segments import segments_of
+from tests.adapters.segments import PlainMirror, segments_of
 from tests.radix.serving import PerToken, hybrid, ids, publish
 from tests.refused import refused
 
@@ -147,7 +147,7 @@ def test_a_listener_that_raises_is_unsubscribed_and_breaks_nothing(event, caplog
                 raise OSError("the socket is closed")
             return super().__getattribute__(name)
 
-    cache, mirror, broken = hybrid(), Mirror(page_size=1), Broken()
+    cache, mirror, broken = hybrid(), PlainMirror(unit=1), Broken()
     cache.subscribe(broken)
     cache.subscribe(EventStream(mirror.apply))
     for tokens in (ids("abcde"), ids("aX"), ids("abcdeZ")):

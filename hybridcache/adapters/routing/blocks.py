@@ -7,6 +7,7 @@ also reports states: as blocks of groups whose ``kv_cache_spec_kind`` is not ``f
 from __future__ import annotations
 
 import math
+from array import array
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
 from itertools import count
@@ -132,7 +133,7 @@ class BlockEvents:
                     above.children.add(name)
                 block = _Block(next(self._ids), space, start + size, parent)
                 self._blocks[name] = block
-                part = tuple(tokens[number * size : (number + 1) * size])
+                part = array("i", tokens[number * size : (number + 1) * size]).tobytes()
                 found.append(KVStored(block.id, above_id, space, start, part))
             parent = name
 
@@ -142,7 +143,7 @@ class BlockEvents:
             block.states.add(event["group_idx"])
             if len(block.states) == self._num_groups and not block.is_resumable:
                 block.is_resumable = True
-                found.append(CheckpointStored(block.id, block.end, "", 0))
+                found.append(CheckpointStored(block.id, block.end))
 
     def _take(self, name: Hashable, group: int | None, found: list[Event]) -> None:
         block = self._blocks.get(name)

@@ -6,6 +6,7 @@ import secrets
 import threading
 from collections import deque
 from collections.abc import Hashable
+from math import lcm
 from typing import NamedTuple
 
 from hybridcache.adapters.events import Event, EventStream
@@ -53,7 +54,7 @@ class Outbox:
 
     def _watch(self, cache: HybridRadixCache) -> None:
         self._events: list[Event] = []
-        self._stream = EventStream(self._events.append)
+        self._stream = EventStream(self._events.append, lcm(cache.grid, cache.page_size))
         cache.subscribe(self._stream)
 
     def cover(self, request: Hashable) -> None:

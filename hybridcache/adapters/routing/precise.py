@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 import math
-from bisect import bisect_right
-from collections import defaultdict, deque
+from collections import Counter, deque
 from collections.abc import Hashable, Iterable
 from hashlib import blake2b
-from typing import ClassVar
+from itertools import chain
+from typing import ClassVar, NamedTuple
 
-from hybridcache.adapters.events import CheckpointStored, Event, KVRemoved, Mirror
+import numpy as np
+import numpy.typing as npt
+
+from hybridcache.adapters.events import (
+    Event,
+    KVRemoved,
+    Mirror,
+    Units,
+    UnitTree,
+    root_hash,
+    unit_hashes,
+)
 from hybridcache.adapters.routing.protocol import (
     Choice,
     ReplicaId,
@@ -17,169 +28,216 @@ from hybridcache.adapters.routing.protocol import (
     Router,
     RouteRequest,
 )
-from hybridcache.policies.placement import Rule
-from hybridcache.radix.protocol import Placed, Prefill
-from hybridcache.radix.tokens import common_prefix_len
+from hybridcache.radix.protocol import Prefill
 
 MOST_BUSY = 0.95
 """Upper bound of the estimated utilisation. Above it queues grow without limit."""
-EVIDENCE = 4.0
-"""Checkpoints per rule that are assumed saved before any event arrives."""
-RECENT = 64.0
-"""Planned checkpoints per rule after which the counts are halved."""
 REUSE_WEIGHT = 2.0
 """Weight of the share of evicted tokens that are asked for again. Chosen on chats, agents and
 conversations; without it, chats lose up to 4 points of hits."""
 LIFETIMES = 2.0
 """Age in lifetimes of cached tokens up to which a request for evicted tokens counts as their
 reuse."""
-
-
-class SavedShares:
-    """Fraction of planned checkpoints that replicas save, by rule, learned from their events.
-
-    The router's copy of a learning placement policy sees no requests, so it plans every position
-    the policy could save. Events show which rules the replicas follow at present.
-    """
-
-    def __init__(self) -> None:
-        self._planned: defaultdict[Rule, float] = defaultdict(float)
-        self._saved: defaultdict[Rule, float] = defaultdict(float)
-
-    def plan(self, rule: Rule) -> None:
-        """Count a planned checkpoint of a request that events now cover."""
-        self._planned[rule] += 1.0
-        if self._planned[rule] > RECENT:
-            self._planned[rule] *= 0.5
-            self._saved[rule] *= 0.5
-
-    def save(self, rule: Rule) -> None:
-        """Count a saved checkpoint."""
-        self._saved[rule] += 1.0
-
-    def is_saved(self, rule: Rule) -> bool:
-        """Return whether at least half of the planned checkpoints of ``rule`` are saved."""
-        return 2 * (self._saved[rule] + EVIDENCE) >= self._planned[rule] + EVIDENCE
+MOST_SEEN = 1 << 20
+"""Number of prefixes that ``Reuse`` remembers, in about 150 bytes each."""
 
 
 class Reuse:
     """Value of cached tokens that are evicted, from the share that prompts ask for again."""
 
-    def __init__(self, grid: int) -> None:
-        self._grid = grid
+    def __init__(self, unit: int) -> None:
+        self._unit = unit
         self._seen: dict[int, float] = {}
         """Number of tokens that all replicas had evicted when a prefix was last asked for, by the
         hash of the prefix, the longest unused first."""
+        self._step = 1
+        """One prefix in ``_step`` is counted, by its hash, so that ``MOST_SEEN`` are enough."""
         self._missed = 0.0
         self.evicted = 0
         """Number of tokens that replicas have evicted."""
 
-    def value(self, held_tokens: int) -> float:
+    def value(self, held_tokens: float) -> float:
         """Return 0 if evicted tokens are never asked for again, 1 if half of them are. It is 1 at
         first: ``held_tokens`` count as evicted and half of them as asked for."""
         total = self.evicted + held_tokens
         return min((REUSE_WEIGHT * self._missed + held_tokens) / total, 1.0) if total else 1.0
 
-    def ask(self, request: RouteRequest, known_len: int, held_tokens: int) -> None:
-        """Count a prompt of which ``known_len`` tokens are cached somewhere. All replicas hold
-        ``held_tokens``. O(n)."""
-        tokens, step = request.tokens.tobytes(), 4 * self._grid
-        oldest = self.evicted - LIFETIMES * held_tokens
-        prefix, is_seen = hash(request.namespace), True
-        for end in range(step, len(tokens) + 1, step):
-            prefix = hash((prefix, tokens[end - step : end]))
-            since = self._seen.pop(prefix, None)
-            is_seen = is_seen and since is not None and since > oldest
-            self._missed += self._grid * (is_seen and end > 4 * known_len)
-            self._seen[prefix] = self.evicted
-        while self._seen and next(iter(self._seen.values())) < oldest:
-            del self._seen[next(iter(self._seen))]
+    def ask(self, hashes: Units, known_len: int, held_tokens: float) -> None:
+        """Count a prompt, by the hashes of its units, of which ``known_len`` tokens are cached
+        somewhere. All replicas hold ``held_tokens``. O(n)."""
+        seen, oldest = self._seen, self.evicted - LIFETIMES * held_tokens
+        known = known_len // self._unit
+        missed = 0
+        for number in np.flatnonzero(hashes % self._step == 0).tolist():
+            prefix = int(hashes[number])
+            since = seen.pop(prefix, None)
+            missed += number >= known and since is not None and since > oldest
+            seen[prefix] = self.evicted
+        self._missed += missed * self._unit * self._step
+        while seen and next(iter(seen.values())) < oldest:
+            del seen[next(iter(seen))]
+        while len(seen) > MOST_SEEN:
+            self._step *= 2
+            self._seen = seen = {one: at for one, at in seen.items() if one % self._step == 0}
+
+
+InFlight = dict[Hashable, tuple[int, ...]]
+"""Prompts in flight to one replica: running requests, and those that ended since its events. Each
+has the hashes of the prefixes at which the placement policy may save a checkpoint."""
+FACTS = ("up", "tokens", "waiting", "head", "head since", "written", "written since", "work")
+"""Rows of the numbers of replicas."""
+
+
+class Plan(NamedTuple):
+    """Prefill of a prompt on a replica."""
+
+    saves: list[int]
+    """Positions at which the placement policy may save checkpoints."""
+    seconds: float
+    saved_s: float
+    """Seconds that the next prompt with the same KV saves by its checkpoints."""
+    new_bytes: int
 
 
 class CheckpointSeconds(Router):
     """Choose the replica on which a request costs the whole fleet the least time, in seconds.
 
-    There are no parameters. The cost has four parts:
+    There are no parameters. The cost has these parts:
 
     - Wait: time until the replica has finished its present work, estimated when that was sent.
     - Prefill from the deepest checkpoint available by then. This is a checkpoint reported by
       events, or one that a prompt in flight will save according to the replicas' placement policy.
-    - Displacement: new KV and states evict others. Their prefill time counts as far as evicted
-      tokens are asked for again (``Reuse``), and grows with the rate at which the replica's memory
-      is overwritten (``pressures``).
+      If matching KV has no checkpoint at its end, other prompts went there before. This one saves
+      one, and the prefill time that the next one saves by it is subtracted.
+    - Displacement: new KV and the state at its end evict others. Their prefill time counts as far
+      as evicted tokens are asked for again (``Reuse``), and grows with the rate at which the
+      replica's memory is overwritten.
     - Delay of later requests. In a queue with Poisson arrivals, work of x seconds behind w seconds
       delays arrivals / (1 - utilisation) * x * (w + x / 2) seconds of others.
 
     Ties, such as prompts seen by no replica, are broken by consistent hashing of the branch: the
     tokens after the resumable prefix. Prompts that share a branch then meet before any event
-    arrives. O(replicas x matched nodes). Memory is O(tokens cached).
+    arrives. O(prompt + matched nodes), and arithmetic on arrays of replicas. Memory is O(units
+    cached).
     """
 
     follows_events: ClassVar[bool] = True
 
     def __init__(self, spec: ReplicaSpec) -> None:
         super().__init__(spec)
+        self.unit = math.lcm(spec.grid, spec.page_size)
+        self.tree = UnitTree()
         self.mirrors: dict[ReplicaId, Mirror] = {}
         self.in_flight: dict[ReplicaId, InFlight] = {}
         self.write_rates: dict[ReplicaId, WriteRate] = {}
-        self.shares = SavedShares()
-        self.reuse = Reuse(spec.grid)
+        self.reuse = Reuse(self.unit)
+        self._planned: dict[int, Counter[int]] = {}
+        """Number of prompts in flight to each replica that save a checkpoint, by its prefix."""
+        self._numbers: dict[ReplicaId, int] = {}
+        self._ids: list[ReplicaId | None] = []
+        """Replicas by their numbers. The number of one that has left is given again."""
+        self._facts = np.zeros((len(FACTS), 0))
+        self._salts = np.zeros(0, np.uint64)
         self._num_requests, self._first_s = 0, math.inf
 
     def joined(self, replica: ReplicaId, now: float) -> None:
         super().joined(replica, now)
-        self.mirrors[replica] = self._empty_mirror()
+        if None not in self._ids:
+            self._ids.append(None)
+            self._facts = np.pad(self._facts, ((0, 0), (0, 1)))
+            self._salts = np.pad(self._salts, (0, 1))
+        number = self._numbers[replica] = self._ids.index(None)
+        self._ids[number], self._salts[number] = replica, hash64(repr(replica).encode())
+        self.mirrors[replica] = Mirror(self.unit, self.spec.stateful, self.tree, number)
         self.in_flight[replica] = {}
         self.write_rates[replica] = WriteRate(self.spec.capacity_bytes, now)
-
-    def _empty_mirror(self) -> Mirror:
-        return Mirror(self.spec.page_size, None if self.spec.stateful else self.spec.grid)
+        self._note(replica)
 
     def left(self, replica: ReplicaId, now: float) -> tuple[Hashable, ...]:
         lost = super().left(replica, now)
-        self.mirrors.pop(replica, None)
-        self.in_flight.pop(replica, None)
-        self.write_rates.pop(replica, None)
+        if replica in self.mirrors:
+            self.mirrors.pop(replica).clear()
+            for request in tuple(self.in_flight[replica]):
+                self._forget(replica, request)
+            del self.in_flight[replica], self.write_rates[replica]
+            number = self._numbers.pop(replica)
+            self._ids[number], self._facts[:, number] = None, 0.0
         return lost
 
+    def _note(self, replica: ReplicaId) -> None:
+        """Write the column of a replica, after any change. O(waiting)."""
+        load, writes = self.loads[replica], self.write_rates[replica]
+        facts = 1.0, self.mirrors[replica].num_tokens, *load.work(), *writes.totals()
+        self._facts[:, self._numbers[replica]] = facts
+
+    def _forget(self, replica: ReplicaId, request: Hashable) -> None:
+        """Remove a prompt in flight, if there is one."""
+        number = self._numbers[replica]
+        for prefix in self.in_flight[replica].pop(request, ()):
+            counts = self._planned[prefix]
+            counts[number] -= 1
+            if not counts[number]:
+                del counts[number]
+            if not counts:
+                del self._planned[prefix]
+
     def choose(self, request: RouteRequest, now: float) -> Choice:
-        num_ids = len(request.tokens)
-        known: dict[ReplicaId, tuple[int, int, int, list[int]]] = {}
-        cost: dict[ReplicaId, float] = {}
-        per_id = self.seconds(0, num_ids) / max(num_ids, 1)
-        capacity, pressures = self.spec.capacity_bytes, self.pressures(now)
-        held = sum(mirror.num_tokens for mirror in self.mirrors.values())
-        matches = {
-            replica: mirror.match(request.tokens, request.namespace)
-            for replica, mirror in self.mirrors.items()
-        }
-        self.reuse.ask(request, max(one.kv_match_len for one in matches.values()), held)
+        num_ids, unit = len(request.tokens), self.unit
+        ids = unit_hashes(request.tokens.tobytes(), unit, root_hash(request.namespace))
+        hashes = np.frombuffer(ids, np.int64)
+        depths, matched = self.lengths(ids, hashes, num_ids)
+        is_up, tokens, waiting, head, since, written, logged, work = self._facts
+        held = float(tokens.sum())
+        self.reuse.ask(hashes, int(matched.max()) * unit, held)
         reuse, mean = self.reuse.value(held), held / len(self.mirrors)
-        delays = self.arrivals(now) / (1.0 - self.utilisation(now))
-        for replica, load in self.loads.items():
-            cached_len, kv_match_len = matches[replica]
-            depth = max(cached_len, depth_after(self.in_flight[replica], request))
-            positions = self.forecast(request, depth, kv_match_len)
-            new_bytes = (num_ids - max(kv_match_len, depth)) * self.spec.kv_bytes
-            new_bytes += len(positions) * self.spec.state_bytes
-            known[replica] = depth, kv_match_len, new_bytes, positions
-            # Tokens per byte differ by replica only as far as that matters: by chance, if most
-            # evicted tokens are never asked for again.
-            tokens = self.mirrors[replica].num_tokens ** reuse * mean ** (1.0 - reuse)
-            displaced = new_bytes * tokens / capacity if capacity else 0.0
-            work = self.seconds(depth, num_ids) + per_id * reuse * pressures[replica] * displaced
-            wait = load.wait_s(now)
-            cost[replica] = wait + work + delays * work * (wait + work / 2)
-        least = min(cost.values())
-        equal = [replica for replica, seconds in cost.items() if seconds <= least]
-        deepest = max(depth for depth, *_ in known.values())
-        branch = tuple(request.tokens[deepest : deepest + self.spec.grid].tolist())
-        chosen = rendezvous(repr((request.namespace, deepest, branch)).encode(), equal)
-        depth, kv_match_len, new_bytes, positions = known[chosen]
-        rules = tuple(placed[1:] for placed in self._plan(request, depth, kv_match_len))
-        self.in_flight[chosen][request.id] = request, tuple(sorted(positions)), rules
-        self.write_rates[chosen].sent(new_bytes, self.seconds(depth, num_ids), now)
-        return Choice(chosen, depth)
+        wait = np.maximum(waiting - np.clip(now - since, 0.0, head), 0.0)
+        passed = (now - logged) * is_up
+        rates = np.where(passed > 0, written / np.maximum(passed, 1e-6), 0.0)
+        # The square root: Hartstein et al., "Cache miss behavior: is it sqrt(2)?", 2006.
+        mean_rate = rates.sum() / len(self.mirrors)
+        pressures = np.sqrt(rates / mean_rate) if mean_rate else np.ones(len(rates))
+        busy = min(work.sum() / passed.sum(), MOST_BUSY) if passed.any() else 0.0
+        delays = self.arrivals(now) / (1.0 - busy)
+
+        # Replicas with equal lengths compute and store the same.
+        codes, kinds = np.unique(depths * (len(hashes) + 1) + matched, return_inverse=True)
+        pairs = [divmod(code, len(hashes) + 1) for code in codes.tolist()]
+        plans = [self.forecast(request, depth * unit, length * unit) for depth, length in pairs]
+        of_kinds = [(one.seconds, one.saved_s, float(one.new_bytes)) for one in plans]
+        own, saved, new_bytes = np.array(of_kinds).T[:, kinds]
+        # Tokens per byte differ by replica only as far as that matters: by chance, if most
+        # evicted tokens are never asked for again.
+        displaced = new_bytes * tokens**reuse * mean ** (1.0 - reuse)
+        per_token = self.seconds(0, num_ids) / max(num_ids, 1)
+        lost = per_token / (self.spec.capacity_bytes or math.inf) * reuse * pressures * displaced
+        total = own + lost
+        cost = wait + total - saved + delays * total * (wait + total / 2)
+        cost[is_up == 0.0] = math.inf
+        equal = np.flatnonzero(cost <= cost.min())
+        deepest = int(depths.max()) * unit
+        branch = request.tokens[deepest : deepest + unit].tobytes()
+        tie = repr((request.namespace, deepest)).encode() + branch
+        number = int(equal[rendezvous(tie, self._salts[equal])])
+        chosen, plan = self._ids[number], plans[kinds[number]]
+        assert chosen is not None
+        prefixes = tuple(int(hashes[at // unit - 1]) for at in plan.saves if at >= unit)
+        self.in_flight[chosen][request.id] = prefixes
+        for prefix in prefixes:
+            self._planned.setdefault(prefix, Counter())[number] += 1
+        self.write_rates[chosen].sent(plan.new_bytes, plan.seconds, now)
+        return Choice(chosen, int(depths[number]) * unit)
+
+    def lengths(self, ids: bytes, hashes: Units, num_ids: int) -> tuple[Units, Units]:
+        """Return (units that can be resumed, units of matching KV) of each numbered replica, from
+        its events and its prompts in flight. O(prompt + matched nodes)."""
+        most = (num_ids - 1) // self.unit
+        depths, matched = self.tree.match(ids, most, len(self._ids))
+        if not self.spec.stateful:
+            depths = np.minimum(matched, most)
+        for at, prefix in enumerate(hashes[:most].tolist() if self._planned else (), 1):
+            for number in self._planned.get(prefix, ()):
+                depths[number] = max(depths[number], at)
+        return depths, matched
 
     def arrivals(self, now: float) -> float:
         """Count a request. Returns the requests per second and replica since the first one."""
@@ -188,42 +246,38 @@ class CheckpointSeconds(Router):
         passed = max(now - self._first_s, 1e-6)
         return self._num_requests / passed / len(self.loads) if now > self._first_s else 0.0
 
-    def pressures(self, now: float) -> dict[ReplicaId, float]:
-        """Return the relative value of memory on each replica: the square root of its overwrite
-        rate, 1 at the mean (Hartstein et al., "Cache miss behavior: is it sqrt(2)?", 2006)."""
-        rates = {replica: own.rate(now) for replica, own in self.write_rates.items()}
-        mean = sum(rates.values()) / max(len(rates), 1)
-        return {replica: math.sqrt(rate / mean) if mean else 1.0 for replica, rate in rates.items()}
+    def forecast(self, request: RouteRequest, cached_len: int, kv_match_len: int) -> Plan:
+        """Return what a replica does that computes a prompt from ``cached_len``. A state at a fork
+        has no price, because prompts share it."""
+        spec, num_ids = self.spec, len(request.tokens)
+        known, saves = max(cached_len, kv_match_len), [num_ids]
+        if spec.placement is not None and spec.stateful:
+            boundaries = request.boundaries
+            prefill = Prefill(num_ids, cached_len, known, known, boundaries, self.unit)
+            saves = [one.position for one in prefill.on_grid(spec.placement.plan(prefill))]
+        seconds = self.seconds(cached_len, num_ids)
+        shared = max((at for at in saves if at <= known), default=cached_len)
+        saved_s = seconds - self.seconds(shared, num_ids) if shared > cached_len else 0.0
+        new_bytes = (num_ids - known) * spec.kv_bytes + spec.state_bytes
+        return Plan(saves, seconds, saved_s, new_bytes)
 
-    def utilisation(self, now: float) -> float:
-        """Return the fraction of time that the replicas spend on prefill, at most ``MOST_BUSY``,
-        estimated from the requests sent to them."""
-        work_s = sum(own.work_s for own in self.write_rates.values())
-        seconds = sum(now - own.since_s for own in self.write_rates.values())
-        return min(work_s / seconds, MOST_BUSY) if seconds > 0 else 0.0
+    def route(self, request: RouteRequest, now: float) -> Choice:
+        choice = super().route(request, now)
+        self._note(choice.replica)
+        return choice
 
-    def forecast(self, request: RouteRequest, cached_len: int, kv_match_len: int) -> list[int]:
-        """Return the positions at which computing a prompt from ``cached_len`` saves
-        checkpoints."""
-        if self.spec.placement is None or not self.spec.stateful:
-            return [len(request.tokens)]
-        planned = self._plan(request, cached_len, kv_match_len)
-        return [placed.position for placed in planned if self.shares.is_saved(placed[1:])]
-
-    def _plan(self, request: RouteRequest, cached_len: int, kv_match_len: int) -> list[Placed]:
-        """Return the checkpoints that the placement policy may save."""
-        placement, step = self.spec.placement, math.lcm(self.spec.grid, self.spec.page_size)
-        if placement is None or not self.spec.stateful:
-            return []
-        known = max(cached_len, kv_match_len)
-        prefill = Prefill(len(request.tokens), cached_len, known, known, request.boundaries, step)
-        return prefill.on_grid(placement.plan(prefill))
+    def prefilled(self, request: Hashable, now: float) -> None:
+        super().prefilled(request, now)
+        if (where := self._where.get(request)) is not None:
+            self._note(where)
 
     def ended(self, request: Hashable, now: float) -> None:
         where = self._where.get(request)
         if where is not None and request in self.loads[where].waiting:
-            self.in_flight[where].pop(request, None)
+            self._forget(where, request)
         super().ended(request, now)
+        if where is not None:
+            self._note(where)
 
     def on_events(
         self,
@@ -235,71 +289,35 @@ class CheckpointSeconds(Router):
     ) -> None:
         """Apply a batch of events to the mirror of ``replica``, which batch 0 resets. Events of a
         replica that has left are ignored."""
-        if replica not in self.mirrors:
+        mirror = self.mirrors.get(replica)
+        if mirror is None:
             return
         events = tuple(events)
         if sequence == 0:
-            self.mirrors[replica] = self._empty_mirror()
-        nodes = self.mirrors[replica].nodes
+            mirror.clear()
         for event in events:
-            if isinstance(event, KVRemoved) and event.id in nodes:
-                self.reuse.evicted += nodes[event.id].end - nodes[event.id].start
-        self.mirrors[replica].apply_batch(sequence, events, epoch)
-        counts = sequence > 0  # Batch 0 can repeat checkpoints that were already counted.
-        if counts:
-            for event in events:
-                if isinstance(event, CheckpointStored):
-                    self.shares.save((event.label, event.distance))
-        else:  # It has all contents; batches that covered requests may be lost.
+            if isinstance(event, KVRemoved):
+                self.reuse.evicted += mirror.length_of(event.id)
+        mirror.apply_batch(sequence, events, epoch)
+        if sequence == 0:  # It has all contents; batches that covered requests may be lost.
             ended = [one for one in self.in_flight[replica] if one not in self._where]
             covered = [*covered, *ended]
         for request in covered:
-            prompt = self.in_flight[replica].pop(request, None)
-            if prompt is not None and counts:
-                for rule in prompt[2]:
-                    self.shares.plan(rule)
+            self._forget(replica, request)
+        self._note(replica)
 
     def check(self) -> None:
         super().check()
         assert self.mirrors.keys() == self.in_flight.keys() == self.loads.keys()
-        assert self.write_rates.keys() == self.loads.keys()
-        for mirror in self.mirrors.values():
-            nodes = mirror.nodes.values()
-            assert mirror.num_tokens == sum(node.end - node.start for node in nodes)
-            assert mirror.num_checkpoints == sum(node.checkpoint is not None for node in nodes)
-
-
-# --- Prompts without events yet -------------------------------------------------------------------
-
-
-InFlight = dict[Hashable, tuple[RouteRequest, tuple[int, ...], tuple[Rule, ...]]]
-"""Prompts in flight to one replica: running requests, and those that ended since its events.
-
-Each has the positions at which it saves a checkpoint, ascending, and the rules of all positions at
-which the placement policy may save.
-"""
-
-
-def depth_after(prompts: InFlight, request: RouteRequest) -> int:
-    """Return the number of ids of ``request`` that can be resumed after all ``prompts`` are
-    computed.
-
-    O(prompts + shared ids).
-
-    >>> import numpy as np
-    >>> long, short = np.array([1, 2, 3, 4], np.int32), np.array([1, 2, 9], np.int32)
-    >>> prompts = {"a": (RouteRequest("a", long), (2, 4), (("every", 0),) * 2)}
-    >>> depth_after(prompts, RouteRequest("b", short))
-    2
-    """
-    deepest = 0
-    for other, positions, _ in prompts.values():
-        if other.namespace == request.namespace and positions and positions[-1] > deepest:
-            shared = min(common_prefix_len(other.tokens, request.tokens), len(request.tokens) - 1)
-            number = bisect_right(positions, shared)
-            if number:
-                deepest = max(deepest, positions[number - 1])
-    return deepest
+        assert self.write_rates.keys() == self._numbers.keys() == self.loads.keys()
+        prompts = chain(*(one.values() for one in self.in_flight.values()))
+        totals = {prefix: counts.total() for prefix, counts in self._planned.items()}
+        assert Counter(chain(*prompts)) == totals
+        before = self._facts.copy()
+        for replica, mirror in self.mirrors.items():
+            mirror.check()
+            self._note(replica)
+        assert (self._facts == before).all()
 
 
 class WriteRate:
@@ -311,8 +329,8 @@ class WriteRate:
     >>> write_rate = WriteRate(100, now=0.0)
     >>> for second in range(1, 5):
     ...     write_rate.sent(50, 0.25, now=float(second))
-    >>> write_rate.rate(now=4.0), write_rate.rate(now=8.0), write_rate.work_s
-    (50.0, 16.666666666666668, 0.5)
+    >>> write_rate.totals()
+    (100, 2.0, 0.5)
     """
 
     def __init__(self, capacity_bytes: int | None, now: float) -> None:
@@ -330,35 +348,30 @@ class WriteRate:
         while len(self._log) > 2 and self._log[1][1] <= self._bytes - self._capacity:
             self._log.popleft()
 
-    @property
-    def since_s(self) -> float:
-        """Start of the log: one capacity ago, or the time at which the replica joined."""
-        return self._log[0][0]
-
-    @property
-    def work_s(self) -> float:
-        """Prefill seconds sent to the replica since ``since_s``."""
-        return self._seconds - self._log[0][2]
-
-    def rate(self, now: float) -> float:
-        """Return the bytes per second since ``since_s``, or 0 if no time has passed. Periods under
-        a microsecond count as one."""
-        since, before, _ = self._log[0]
-        return (self._bytes - before) / max(now - since, 1e-6) if now > since else 0.0
+    def totals(self) -> tuple[int, float, float]:
+        """Return (bytes, start, prefill seconds) of the log. It starts one capacity ago, or at the
+        time at which the replica joined."""
+        since, num_bytes, seconds = self._log[0]
+        return self._bytes - num_bytes, since, self._seconds - seconds
 
 
 # --- Ties -----------------------------------------------------------------------------------------
 
 
-def rendezvous(key: bytes, replicas: Iterable[ReplicaId]) -> ReplicaId:
-    """Return the replica with the highest weight for ``key`` (Thaler and Ravishankar, 1998). When a
-    replica leaves or joins, only its own keys move. O(replicas).
+def hash64(key: bytes) -> int:
+    """Return a 64-bit hash, equal in all processes."""
+    return int.from_bytes(blake2b(key, digest_size=8).digest(), "little")
 
-    >>> rendezvous(b"a", (0, 1, 2)) == rendezvous(b"a", (2, 1, 0))
+
+def rendezvous(key: bytes, salts: npt.NDArray[np.uint64]) -> int:
+    """Return the index of the highest weight for ``key`` (Thaler and Ravishankar, 1998), by
+    ``salts``, uint64[n]. If a replica leaves or joins, only its own keys move. O(n).
+
+    >>> salts = np.array([3, 5, 8], np.uint64)
+    >>> rendezvous(b"a", salts) == 2 - rendezvous(b"a", salts[::-1])
     True
     """
-
-    def weight(replica: ReplicaId) -> bytes:
-        return blake2b(key, digest_size=8, key=repr(replica).encode()[:64]).digest()
-
-    return max(replicas, key=weight)
+    mixed = salts ^ np.uint64(hash64(key))
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):  # splitmix64
+        mixed = (mixed ^ (mixed >> np.uint64(shift))) * np.uint64(factor)
+    return int(np.argmax(mixed ^ (mixed >> np.uint64(31))))

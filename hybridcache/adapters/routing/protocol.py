@@ -85,14 +85,17 @@ class ReplicaLoad:
         """Number of requests that have not ended."""
         return len(self.waiting) + len(self._decoding)
 
+    def work(self) -> tuple[float, float, float]:
+        """Return (estimated seconds of all requests without a first token, those of the oldest, its
+        start). O(waiting)."""
+        head = next(iter(self.waiting.values()), 0.0)
+        return sum(self.waiting.values()), head, self._head_since_s
+
     def wait_s(self, now: float) -> float:
         """Return the seconds until all requests here have their first tokens. A prefill that
         exceeds its estimate counts as 0. O(waiting)."""
-        if not self.waiting:
-            return 0.0
-        head = next(iter(self.waiting.values()))
-        passed = min(max(now - self._head_since_s, 0.0), head)
-        return max(sum(self.waiting.values()) - passed, 0.0)
+        waiting, head, since = self.work()
+        return max(waiting - min(max(now - since, 0.0), head), 0.0)
 
     def sent(self, request: Hashable, seconds: float, now: float) -> None:
         """Add ``request`` with an estimate of its prefill time."""

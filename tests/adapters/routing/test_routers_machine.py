@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import copy
 import random
+from bisect import bisect_right
 
 import numpy as np
 import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from hybridcache.adapters.events import EventsLost, EventStream
-from hybridcache.adapters.routing.precise import CheckpointSeconds, Reuse, depth_after
+from hybridcache.adapters.events import EventsLost, EventStream, root_hash, unit_hashes
+from hybridcache.adapters.routing.precise import CheckpointSeconds, Reuse
 from hybridcache.adapters.routing.protocol import (
     Choice,
     NoReplica,
@@ -26,6 +27,8 @@ from hybridcache.adapters.routing.registry import ROUTERS, find_router
 from hybridcache.policies.registry import parse_placement
 from hybridcache.radix.lease import Lease, LeaseRequest
 from hybridcache.radix.protocol import PromptBoundaries
+from hybridcache.radix.tokens import common_prefix_len
+from tests.adapters.segments import PlainMirror
 from tests.radix.serving import PerToken, hybrid
 from tests.refused import refused
 
@@ -51,7 +54,10 @@ class Replica:
         self.placement = parse_placement(placement)
         self.events, self.covered, self.batches, self.num_batches = [], [], [], 0
         self.epoch = id(self)
-        self.cache.subscribe(EventStream(self.events.append))
+        self.cache.subscribe(EventStream(self.events.append, GRID))
+        self.known, self.in_flight = PlainMirror(GRID), {}
+        """What the router knows: applied batches, and the requests that they do not cover with the
+        positions of their checkpoints."""
 
     def compute(self, request):
         """Prefill a prompt, end the request and record a batch of events."""
@@ -100,20 +106,24 @@ class RoutersMachine(RuleBasedStateMachine):
     @rule(
         number=st.integers(0, 99),
         prefix_len=st.integers(0, 20),
-        new=st.lists(st.integers(0, 2), min_size=1, max_size=9),
+        new=st.lists(st.integers(0, 2), max_size=9),
     )
     def route(self, number, prefix_len, new):
-        tokens = (*self.prompts[number % len(self.prompts)][:prefix_len], *new)
+        tokens = (*self.prompts[number % len(self.prompts)][:prefix_len], *new) or (0,)
         self.num_requests += 1
         request = asked(self.num_requests, tokens)
         if not self.replicas:
             with pytest.raises(NoReplica):
                 self.router.route(request, self.now)
             return
-        expected = plain_choice(self.router, request, self.now)
+        expected = plain_choice(self.router, self.replicas, request, self.now)
         choice = self.router.route(request, self.now)
         assert choice.replica in self.replicas
-        assert expected is None or choice == expected
+        if expected is not None:
+            least = min(cost for cost, _, _ in expected.values())
+            cost, depth, saved = expected[choice.replica]
+            assert cost <= least + 1e-9 and choice.expected_len == depth
+            self.replicas[choice.replica].in_flight[request.id] = request, saved
         self.prompts.append(tokens)
         self.requests[request.id] = request, choice.replica, False
 
@@ -125,6 +135,8 @@ class RoutersMachine(RuleBasedStateMachine):
         request, at, is_prefilled = self.requests[id_]
         if is_prefilled or not is_computed:
             self.router.ended(id_, self.now)
+            if not is_prefilled:
+                self.replicas[at].in_flight.pop(id_, None)
             del self.requests[id_]
         else:
             self.replicas[at].compute(request)
@@ -137,7 +149,12 @@ class RoutersMachine(RuleBasedStateMachine):
         """Deliver the oldest batch of a replica."""
         replica = sorted(self.replicas)[number % len(self.replicas)]
         if self.replicas[replica].batches:
-            self.router.on_events(replica, *self.replicas[replica].batches.pop(0))
+            batch = self.replicas[replica].batches.pop(0)
+            self.router.on_events(replica, *batch)
+            for event in batch[1]:
+                self.replicas[replica].known.apply(event)
+            for request in batch[2]:
+                self.replicas[replica].in_flight.pop(request, None)
 
     @rule(seconds=st.floats(0, 3))
     def wait(self, seconds):
@@ -169,46 +186,71 @@ class RoutersMachine(RuleBasedStateMachine):
         for name, replica in self.replicas.items():
             for batch in replica.batches:
                 self.router.on_events(name, *batch)
+                for event in batch[1]:
+                    replica.known.apply(event)
             assert len(self.router.in_flight[name]) == 0
+        for prompt in self.prompts:
+            for end in range(1, len(prompt) + 1):
+                request = asked(0, prompt[:end])
+                hashes = hashes_of(request)
+                found = GRID * np.array(self.router.lengths(hashes.tobytes(), hashes, end))
+                for name, replica in self.replicas.items():
+                    number = self.router._numbers[name]
+                    assert tuple(found[:, number]) == replica.known.match(request.tokens)
 
 
-def plain_choice(router, request, now):
-    """Return the choice of a plain version of the rule of ``checkpoint``.
-
-    None for other routers, and if a tie is broken by hashing.
-    """
+def plain_choice(router, replicas, request, now):
+    """Return (cost, depth, positions of checkpoints) of each replica by a plain version of the rule
+    of ``checkpoint``, or None for other routers."""
     if type(router) is not CheckpointSeconds:
         return None
     num_ids, costs = len(request.tokens), {}
-    rates = {replica: writes.rate(now) for replica, writes in router.write_rates.items()}
+    writes = {name: one.totals() for name, one in router.write_rates.items()}
+    rates = {
+        name: num_bytes / max(now - since, 1e-6) if now > since else 0.0
+        for name, (num_bytes, since, _) in writes.items()
+    }
     mean = sum(rates.values()) / len(rates)
-    passed = sum(now - writes.since_s for writes in router.write_rates.values())
-    work = sum(writes.work_s for writes in router.write_rates.values())
-    idle = max(1 - work / passed, 0.05) if passed else 1.0
-    num_held = {name: one.num_tokens for name, one in router.mirrors.items()}
+    passed = sum(now - since for _, since, _ in writes.values())
+    idle = max(1 - sum(work for _, _, work in writes.values()) / passed, 0.05) if passed else 1.0
+    num_held = {
+        name: sum(len(node.tokens) for node in one.known.nodes.values())
+        for name, one in replicas.items()
+    }
     held = sum(num_held.values())
-    known = max(one.match(request.tokens).kv_match_len for one in router.mirrors.values())
+    found = {name: one.known.match(request.tokens) for name, one in replicas.items()}
     reuse = copy.deepcopy(router.reuse)
-    reuse.ask(request, known, held)
+    reuse.ask(hashes_of(request), max(one.kv_match_len for one in found.values()), held)
     value, since = reuse.value(held), min(router._first_s, now)
     arrivals = (router._num_requests + 1) / max(now - since, 1e-6) / len(rates) * (now > since)
-    for replica, load in router.loads.items():
-        mirror = router.mirrors[replica]
-        found = mirror.match(request.tokens)
-        depth = max(found.cached_len, depth_after(router.in_flight[replica], request))
-        kv_len = max(depth, found.kv_match_len)
-        wanted = {kv_len // GRID * GRID: "branch"}
-        wanted.setdefault((num_ids - 1) // GRID * GRID, "backoff")
-        saved = [p for p in wanted if p > depth and router.shares.is_saved(wanted[p])]
-        new = (num_ids - kv_len) * KV_BYTES + len(saved) * STATE_BYTES
-        pressure = (rates[replica] / mean) ** 0.5 if mean else 1.0
-        tokens = num_held[replica] ** value * (held / len(rates)) ** (1 - value)
+    for name, load in router.loads.items():
+        depth = max(found[name].cached_len, depth_after(replicas[name].in_flight, request))
+        kv_len = max(depth, found[name].kv_match_len)
+        fork, end = kv_len // GRID * GRID, (num_ids - 1) // GRID * GRID
+        saved = sorted({at for at in (fork, end) if at > depth})
+        new = (num_ids - kv_len) * KV_BYTES + STATE_BYTES
+        prefix = max(fork - depth, 0) if kv_len > depth else 0
+        pressure = (rates[name] / mean) ** 0.5 if mean else 1.0
+        tokens = num_held[name] ** value * (held / len(rates)) ** (1 - value)
         lost = value * pressure * new * tokens / router.spec.capacity_bytes
         own, wait = (num_ids - depth + lost) / 4, load.wait_s(now)
-        costs[replica] = wait + own + arrivals * own * (wait + own / 2) / idle, depth
-    least = min(cost for cost, _ in costs.values())
-    cheapest = [replica for replica, (cost, _) in costs.items() if cost <= least + 1e-9]
-    return Choice(cheapest[0], costs[cheapest[0]][1]) if len(cheapest) == 1 else None
+        delay = arrivals * own * (wait + own / 2) / idle
+        costs[name] = wait + own - prefix / 4 + delay, depth, saved
+    return costs
+
+
+def depth_after(prompts, request):
+    """Return the number of ids that can be resumed after all ``prompts`` are computed."""
+    deepest = 0
+    for other, positions in prompts.values():
+        shared = min(common_prefix_len(other.tokens, request.tokens), len(request.tokens) - 1)
+        deepest = max(deepest, *[0, *positions][: bisect_right(positions, shared) + 1], 0)
+    return deepest
+
+
+def hashes_of(request):
+    ids = request.tokens.tobytes()
+    return np.frombuffer(unit_hashes(ids, GRID, root_hash(request.namespace)), np.int64)
 
 
 TestRouters = RoutersMachine.TestCase
@@ -225,7 +267,7 @@ def test_reuse_counts_prompts_whose_tokens_were_evicted_within_two_lifetimes() -
             if not uses or uses[-1] <= evicted - 2 * 60:
                 break
             missed += GRID * (end > known)
-        reuse.ask(asked(number, tokens), known, 60)
+        reuse.ask(hashes_of(asked(number, tokens)), known, 60)
         earlier.append((tokens, evicted))
         assert reuse.value(60) == min((2 * missed + 60) / (evicted + 60), 1.0)
         reuse.evicted = evicted = evicted + draw.randrange(40) * draw.randrange(2)
@@ -259,10 +301,10 @@ def test_forecasts_do_not_train_the_placement_policy() -> None:
             request = asked(number, tuple(range(number * 100, number * 100 + 90)))
             found.append(router.forecast(request, 0, 0))
             replica = router.route(request, float(number)).replica
-            assert router.in_flight[replica][number][1] == tuple(sorted(found[-1]))
+            assert len(router.in_flight[replica][number]) == len(found[-1].saves)
             router.prefilled(number, number + 0.2)
             router.ended(number, number + 0.5)
-        assert found[0] and all(positions == found[0] for positions in found)
+        assert found[0].saves and all(plan == found[0] for plan in found)
 
 
 def test_text_router_applies_the_thresholds_of_sglang() -> None:
@@ -288,10 +330,19 @@ def test_a_lost_batch_raises_and_batch_0_starts_over() -> None:
         router.on_events(0, *replica.batches[1][:3], replica.epoch + 1)
     router.on_events(0, *replica.batches[1])
     all_events = []
-    replica.cache.subscribe(EventStream(all_events.append))
+    replica.cache.subscribe(EventStream(all_events.append, GRID))
     router.on_events(0, 0, all_events)
     assert router.mirrors[0].num_tokens == replica.cache.cached_tokens
     router.check()
+
+
+def test_a_prompt_is_not_resumed_at_its_own_end() -> None:
+    replica, router = Replica(), fleet("checkpoint", 1)
+    replica.compute(asked("long", tuple(range(9))))
+    router.on_events(0, *replica.batches[0])
+    for length, expected in ((8, 0), (9, 8), (12, 8)):
+        assert router.route(asked(length, tuple(range(length))), 0.0).expected_len == expected
+        router.ended(length, 0.0)
 
 
 class NewestReplica(Router):

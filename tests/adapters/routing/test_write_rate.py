@@ -25,7 +25,4 @@ def test_the_write_rate_covers_the_last_capacity_of_bytes(
             points.append((now, num_bytes, seconds))
         full = num_bytes - capacity if capacity is not None else -1
         since, bytes_before, before = [points[0], *(p for p in points[:-1] if p[1] <= full)][-1]
-        assert (write_rate.since_s, write_rate.work_s) == (since, seconds - before)
-        later = now + 2.0
-        assert write_rate.rate(later) == (num_bytes - bytes_before) / (later - since)
-        assert write_rate.rate(since) == 0.0
+        assert write_rate.totals() == (num_bytes - bytes_before, since, seconds - before)
