@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
+import math
 import os
 import re
 import subprocess
@@ -98,19 +99,41 @@ def test_readme_counts_policies_and_rebuilt_systems() -> None:
     assert counts in README.read_text()
 
 
+@pytest.mark.parametrize("page", sorted((ROOT / "docs/tutorials").glob("*.md")), ids=name_of)
+def test_tutorials_say_how_long_they_take(page: Path) -> None:
+    """At 190 words a minute."""
+    minutes = math.ceil(len(page.read_text().split()) / 190)
+    said = ("Zero", "One", "Two", "Three", "Four", "Five", "Six")[minutes]
+    assert re.search(rf"^{said} minutes to read", page.read_text(), re.M)
+
+
+def test_each_family_has_names_to_copy_and_each_variable_a_row() -> None:
+    how_to, models = ROOT / "docs/how-to", (ROOT / "docs/engine/models.md").read_text()
+    models = models.partition("\n## ")[0]
+    names = (how_to / "which-model.md").read_text()
+    listed = re.findall(r"^\| `.*\| ([A-Z][\w.-]*(?: (?:\d|[A-Z]\w+))?)(?=[ ,])", models, re.M)
+    assert len(listed) == 10
+    for family in listed:
+        [row] = re.findall(rf"^\| {family}[ ,].*\|$", names, re.M)
+        assert re.search(r"`[\w.-]+/[\w.-]+`", row) and re.search(r"-GGUF:Q\w+`|none", row)
+    variables = {*re.findall(r'"(HYBRIDCACHE_[A-Z_]+)"', "\n".join(sources("engine", "kernels")))}
+    assert variables <= {*re.findall(r"^\| `(\w+)`", (how_to / "deploy.md").read_text(), re.M)}
+
+
+def sources(*folders: str) -> Iterator[str]:
+    for folder in folders:
+        yield from (file.read_text() for file in ROOT.glob(f"{folder}/**/*.py"))
+
+
 def test_quoted_symptoms_are_texts_of_the_sources() -> None:
-    files = (
-        file
-        for name in ("engine", "kernels", "hybridcache")
-        for file in ROOT.glob(f"{name}/**/*.py")
-    )
-    sources = re.sub(r'"\s*\n\s*f?"', "", "\n".join(file.read_text() for file in files))
+    texts = "\n".join(sources("engine", "kernels", "hybridcache"))
+    texts = re.sub(r'"\s*\n\s*f?"', "", texts)
     page = (ROOT / "docs/how-to/troubleshooting.md").read_text()
     symptoms = re.findall(
         r"`([^`]+)`", "\n".join(re.findall(r"^\| ([^|]*) \|", page, re.MULTILINE))
     )
     parts = [part.strip() for symptom in symptoms for part in symptom.split("...")]
-    assert len(parts) > 20 and [part for part in parts if part not in sources] == []
+    assert len(parts) > 20 and [part for part in parts if part not in texts] == []
 
 
 def test_readme_policy_can_be_simulated(tmp_path: Path) -> None:

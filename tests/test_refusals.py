@@ -402,6 +402,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("t5.gguf", "in t5.gguf is of the kind 't5', which is not supported: name the directory"),
         ("bare.gguf", "prompt must be token ids, or a text of them as numbers, because this model"),
         ("ok.gguf --tokenizer bare.gguf", "bare.gguf has no tokenizer: name a directory or GGUF"),
+        ("ok.gguf --max-model-len 10000000", "tokens: lower it, or raise --cache-gib."),
         ("ok.gguf --revision main", "--revision main needs a model of the hub, as in --model OR"),
         *((f"{number}", words) for number, (*_, words) in enumerate(DIRECTORIES)),
         *((usable, ANSWERED) for usable in ("one", "blob", "bare.gguf --tokenizer builtin")),

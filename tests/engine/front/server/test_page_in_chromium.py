@@ -179,6 +179,7 @@ def test_page_asks_for_the_operators_key(tab: Any, tmp_path: Path) -> None:
             tab.get_by_role("button", name="Open").click()
             tab.get_by_text(answer).wait_for()
         assert tab.locator(".note").inner_text() == "Loading the cache …"
+        assert "No request yet" not in tab.content()
         goes_on.set()
         wait_until_live(tab)
         live.headers["Authorization"] = "Bearer api"
