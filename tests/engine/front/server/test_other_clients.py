@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
+import socket
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
+import openai
 import pytest
 from pydantic import BaseModel
 
-from .conftest import ServeAnswer
+from tests import documents
+
+from .conftest import Live, ServeAnswer
 from .dialects import BONN, CHAT
 from .test_tools import HERMES_CALL, TOOLS
 
@@ -57,6 +63,31 @@ def test_litellm_runs_a_tool_loop(
     assert (call.function.name, json.loads(call.function.arguments)) == ("weather", BONN)
     result = {"role": "tool", "tool_call_id": call.id, "content": "dry"}
     assert ask([*CHAT, message.model_dump(exclude_none=True), result]).content == "Dry."
+
+
+@pytest.mark.timeout(180)
+def test_litellm_routes_to_two_models_behind_one_address(
+    tmp_path: Path, serve_oracle: Callable[..., Live]
+) -> None:
+    """As the page says, with the program of ``pip install 'litellm[proxy]'`` on the PATH."""
+    program = shutil.which("litellm") or pytest.skip("litellm[proxy] is not on the PATH")
+    page = NODE_MODULES.parents[2] / "docs/how-to/deploy.md"
+    [text] = [one.text for one in documents.blocks(page) if one.note == "file: models.yaml"]
+    lives, file = [serve_oracle(), serve_oracle()], tmp_path / "models.yaml"
+    for number, live in enumerate(lives):
+        text = text.replace(f":800{number}/", f":{live.port}/")
+    file.write_text(re.sub("hosted_vllm/(small|large)", "hosted_vllm/builtin", text))
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = f"{free.getsockname()[1]}"
+    keys = {"LITELLM_MASTER_KEY": "sk-1", "LITELLM_LOCAL_MODEL_COST_MAP": "True"}
+    command = [program, "--config", file, "--host", "127.0.0.1", "--port", port]
+    with subprocess.Popen(command, env={"PATH": os.environ["PATH"]} | keys) as proxy:
+        url = f"http://127.0.0.1:{port}"
+        client = openai.OpenAI(base_url=url, api_key="sk-1", max_retries=60)
+        for name in ("small", "large", "large"):
+            client.chat.completions.create(model=name, messages=CHAT, max_tokens=3)
+        proxy.terminate()
+    assert [live.report()["usage"]["requests"] for live in lives] == [1, 2]
 
 
 class Pick(BaseModel):
