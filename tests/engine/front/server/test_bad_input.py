@@ -175,7 +175,6 @@ BAD: dict[str, list[tuple[dict[str, Any], str]]] = {
         ({"metadata": 5}, "metadata"),
         ({"num_ctx": 4096}, "'num_ctx' is a setting of the server: start it with --max-model-len"),
         ({"think": False}, "'reasoning_effort'"),
-        ({"options": {}}, "write its parameters beside the messages"),
         ({"cache_salt": ""}, "that is not empty"),
         ({"messages": None}, "'messages' is missing"),
         ({"messages": [{"role": "user", "content": 5}]}, "messages.0.content"),

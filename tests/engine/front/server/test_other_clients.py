@@ -82,8 +82,7 @@ def test_litellm_routes_to_two_models_behind_one_address(
     keys = {"LITELLM_MASTER_KEY": "sk-1", "LITELLM_LOCAL_MODEL_COST_MAP": "True"}
     command = [program, "--config", file, "--host", "127.0.0.1", "--port", port]
     with subprocess.Popen(command, env={"PATH": os.environ["PATH"]} | keys) as proxy:
-        url = f"http://127.0.0.1:{port}"
-        client = openai.OpenAI(base_url=url, api_key="sk-1", max_retries=60)
+        client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}", api_key="sk-1", max_retries=60)
         for name in ("small", "large", "large"):
             client.chat.completions.create(model=name, messages=CHAT, max_tokens=3)
         proxy.terminate()
