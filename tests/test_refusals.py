@@ -457,6 +457,9 @@ def test_flags_of_other_programs_name_those_of_the_engine(
         message = capsys.readouterr().err
         assert said in message and len(message.splitlines()) == 1
         assert {*re.findall(r"--[a-z][a-z0-9-]*", said)} <= known and flag not in known
+    texts = "\n".join(file.read_text() for file in BUILTIN_DIR.parents[1].rglob("*.py"))
+    python = re.findall(r'In Python, "\s*"EngineConfig\((\w+)=', texts)
+    assert python and known.isdisjoint("--" + name.replace("_", "-") for name in python)
     assert exit_code(engine, ["generate", "--api-key", "7"]) == 2  # It has no --api-key-file.
     assert "use --api-key-file" not in capsys.readouterr().err
 

@@ -81,6 +81,7 @@ FOREIGN = {
         "use --chat-template-kwargs": "--default-chat-template-kwargs",
         "use --no-log-requests": "--disable-log-requests",
         "settings are flags, there is no configuration file": "--config",
+        "start a server for each model, with a router in front": "--models-dir --models-max",
         "omit it, this is always so or not needed": "--enable-prefix-caching "
         "--enable-chunked-prefill --trust-remote-code",
         "use --prefix-cache none": "--no-enable-prefix-caching --disable-radix-cache",

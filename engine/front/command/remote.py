@@ -46,7 +46,7 @@ def connect(url: str) -> tuple[httpx.Client, str, int]:
         client = httpx.Client(base_url=base, headers=headers, timeout=PATIENCE_S)
         answer = client.get("/v1/models")
         if answer.status_code == 401:
-            raise ValueError(f"{base} requires a key: export one as {API_KEY_VARIABLE}.")
+            raise ValueError(f"{base} requires a valid key: export one as {API_KEY_VARIABLE}.")
         model = answer.raise_for_status().json()["data"][0]
     except (httpx.HTTPError, httpx.InvalidURL) as error:
         raise ValueError(f"No server answers at {base} ({error}): give http://HOST:PORT.") from None

@@ -183,7 +183,7 @@ class Metrics(Collector):
         yield _counter("cache_rebuilds", REBUILDS, usage["rebuilds"])
         for index, name in enumerate(OF_KEYS):
             by_key = {(key,): counts[index] for key, counts in self.by_key.items()}
-            yield _counter(f"key_{name}", f"{name} of HTTP requests, by API key.", by_key, "key")
+            yield _counter(f"key_{name}", f"Number of {name} by API key.", by_key, "key")
         if report.transfers is not None:
             for name, key, help in TRANSFERS:
                 yield _counter(name, help, report.transfers[key])

@@ -155,9 +155,8 @@ class RecordStore:
                 problem = f"{self.folder} contains the state of an engine that differs in {differ}"
             if problem and not empties:
                 raise StoreError(
-                    f"{problem}: configure both the same, use another --state-dir, or remove the "
-                    "files in this one, which deletes its entries. In Python, "
-                    "EngineConfig(state_dir_mismatch='empty') removes them."
+                    f"{problem}: configure both the same, use another state_dir, or set "
+                    "state_dir_mismatch='empty', which deletes the entries in this one."
                 )
             if problem:
                 logger.warning("%s: its entries are deleted (state_dir_mismatch).", problem)

@@ -105,7 +105,7 @@ def test_a_different_engine_is_refused_and_the_folder_is_unchanged(
         make_engine(state_dir=str(folder))
     with pytest.raises(
         StoreError,
-        match=r"differs in .*dtype.*: configure both.*remove the files.*state_dir_mismatch='empty'",
+        match=r"differs in .*dtype.*: configure both.*set state_dir_mismatch='empty', which",
     ):
         make_engine(state_dir=str(folder), dtype="bfloat16")
     refused("differs in weights", make_engine, state_dir=str(folder), seed=1, kind=StoreError)
