@@ -44,13 +44,25 @@ def extras_of(package: str) -> list[str]:
 def how_to_install(error: ModuleNotFoundError, prefer: str | None = None) -> str:
     """Explain a missing package in one sentence. ``prefer`` is the extra to name if it has it.
 
-    >>> how_to_install(ModuleNotFoundError("No module named 'tiktoken'", name="tiktoken.core"))
-    "tiktoken is not installed: pip install 'hybrid-radix-cache[lab]'"
+    >>> missing = ModuleNotFoundError("No module named 'tiktoken'", name="tiktoken.core")
+    >>> how_to_install(missing).endswith("[lab]'")
+    True
     """
     package = (error.name or "").split(".")[0]
     extras = extras_of(package)
     if not extras:
         return str(error)
     extra = prefer if prefer in extras else extras[0]
-    wanted = ENGINE_DISTRIBUTION if extra == "engine" else f"'{CACHE_DISTRIBUTION}[{extra}]'"
-    return f"{package} is not installed: pip install {wanted}"
+    if extra == "engine":
+        return f"{package} is not installed: pip install {_source(ENGINE_DISTRIBUTION)}"
+    return f"{package} is not installed: pip install '{_source(CACHE_DISTRIBUTION)}[{extra}]'"
+
+
+def _source(distribution: str) -> str:
+    """Return the folder or file from which a distribution was installed, or its name if that was
+    an index."""
+    with suppress(metadata.PackageNotFoundError):
+        url = metadata.distribution(distribution).read_text("direct_url.json") or ""
+        if found := re.search(r'"url": *"file://([^"]*)"', url):
+            return found[1]
+    return distribution

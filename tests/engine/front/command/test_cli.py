@@ -328,5 +328,5 @@ def test_commands_without_their_extras_name_the_missing_extra() -> None:
         if command in works:
             assert code == "0" and printed, (command, printed)
         else:
-            sentence = r"engine( \w+)?: \w+ is not installed: pip install hybrid-radix-engine\n"
+            sentence = r"engine( \w+)?: \w+ is not installed: pip install \S+engine\n"
             assert code == "2" and re.fullmatch(sentence, printed), (command, printed)
