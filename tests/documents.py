@@ -181,8 +181,9 @@ def _check_commands(text: str, where: str, server: str | None = None) -> None:
         elif words[0] == "pytest":
             assert all((ROOT / word).exists() for word in words[1:] if "/" in word), where
         elif words[0] == "python":
-            name = words[2].replace(".", "/") + ".py" if words[1] == "-m" else words[1]
-            assert (ROOT / name).exists(), f"{where}: there is no {name}"
+            name = words[2].replace(".", "/") if words[1] == "-m" else words[1].removesuffix(".py")
+            files = (ROOT / f"{name}.py", ROOT / name / "__main__.py")
+            assert any(file.exists() for file in files), f"{where}: there is no {name}"
         else:
             supported = ("cd", "git", "ray", "export")
             assert words[0] in supported, f"{where}: the command {words[0]!r} cannot be checked"

@@ -109,7 +109,7 @@ class ModelGeometry:
         try:
             sizes, _ = read(text)
         except KeyError as error:
-            raise ValueError(f"a model without field {error} is not supported") from error
+            raise ValueError(f"the field {error} is missing: add it") from error
         except SizesError:
             raise
         except (TypeError, ValueError, AttributeError, ZeroDivisionError) as error:

@@ -160,7 +160,7 @@ IN_TURN = ["mamba", "attention"] * 4
         ({"layers_block_type": IN_TURN} | MAMBA, 4, 4, "4 of mamba, 4 of attention (layers_b"),
         ({"hybrid_pattern": "M-M*M-M-"} | MAMBA, 1, 4, "4 of mamba, 3 of mlp, 1 of attention"),
         ({}, 8, 0, "none with a state: there is none of layer_types"),
-        ({"layers_block_type": IN_TURN}, 0, 0, "without field 'mamba_n_heads'"),
+        ({"layers_block_type": IN_TURN}, 0, 0, "the field 'mamba_n_heads' is missing: add it"),
         ({"attn_layer_period": 4, "attn_layer_offset": 1}, 0, 0, "attn_layer_period tells of lin"),
         ({"layers_block_type": ["mamba", "hybrid"] * 4} | MAMBA, 0, 0, "unknown types: hybrid"),
     ],
