@@ -2,8 +2,8 @@
 
     python -m experiments.studies.router [--traces chat agent] [--processes 2] [--seeds 3]
 
-The routers ignore the caches, estimate them from the routed prompts, or follow the resumable
-lengths by events.
+The routers ignore the caches, estimate them from the routed prompts, or follow their KV or the
+resumable lengths by events. Those with a name in capitals are rebuilt rules of other routers.
 
 All replicas have the same size. The load would keep them busy all the time if every prompt were
 computed cold. There are three conditions:
@@ -29,7 +29,9 @@ from hybridcache.lab.scenario import Scenario
 
 REPLICAS = 8
 LOAD = 1.0
-ROUTERS = ("least_loaded", "text", "checkpoint")
+RIVALS = ("TwoChoices", "PrefixAffinity", "BlocksAndWait", "StatesAndWait", "Blind")
+RULES = (f"hybridcache.lab.rivals.routers:{name}" for name in RIVALS)
+ROUTERS = ("least_loaded", "text", *RULES, "checkpoint")
 
 
 class Condition(NamedTuple):
@@ -78,7 +80,7 @@ def measure(job: tuple[str, Condition, int]) -> list[dict[str, Any]]:
 
 def table(records: common.Records) -> Table:
     """Return one row per condition and router, as means over traces and seeds."""
-    records = [{**one, "router": one["fleet"]["router"]} for one in records]
+    records = [{**one, "router": one["fleet"]["router"].split(":")[-1]} for one in records]
     rows = [
         [
             condition,

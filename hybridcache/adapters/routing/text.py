@@ -68,11 +68,13 @@ class CacheAware(Router):
             if expected <= CACHE_THRESHOLD * len(tokens):
                 chosen = min(self.sent, key=lambda one: self.sent[one].cached_tokens)
                 expected = 0
-        self._record(self.sent[chosen], tokens, space)
+        self.record(chosen, tokens, space)
         return Choice(chosen, expected)
 
-    def _record(self, sent: HybridRadixCache, tokens: Tokens, namespace: Hashable) -> None:
+    def record(self, replica: ReplicaId, tokens: Tokens, namespace: Hashable) -> None:
+        """Note that a replica got a prompt."""
         request = LeaseRequest(tokens, namespace, stateful=False)
+        sent = self.sent[replica]
         lease = Lease.begin(sent, self._placement, request)
         assert lease is not None, "no slot is needed"
         with lease:

@@ -19,6 +19,8 @@ from tests.lab.runs.test_simulate import Seconds
 from tests.refused import refused
 
 GEOMETRY = ModelGeometry.preset("qwen3-next")
+RIVALS = ["TwoChoices", "PrefixAffinity", "StatesAndWait", "BlocksAndWait", "Blind"]
+ALL = [*ROUTERS, *(f"hybridcache.lab.rivals.routers:{name}" for name in RIVALS)]
 TIMES = Roofline.fitting(GEOMETRY)
 SHORT, AGENT = open_trace("short").kept(), open_trace("agent?head=60").kept()
 
@@ -29,7 +31,7 @@ def cell(router: str, trace: Trace = SHORT, gib: float = 1.0, **fleet: object) -
     return run_fleet(trace, scenario, FleetConfig(router=router, **facts))
 
 
-@pytest.mark.parametrize("router", list(ROUTERS))
+@pytest.mark.parametrize("router", ALL)
 def test_fleet_of_one_equals_a_single_cache(router: str) -> None:
     """With every router, requests that do not overlap have the hits and times of those served in
     turn."""

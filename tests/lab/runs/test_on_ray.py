@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import subprocess
 import sys
 from collections.abc import Callable
@@ -9,9 +10,13 @@ from types import SimpleNamespace
 from typing import Any
 from unittest.mock import Mock
 
+import numpy as np
 import pytest
 
 from hybridcache import simulate
+from hybridcache.adapters.routing.protocol import ReplicaSpec, RouteRequest
+from hybridcache.lab.rivals.routers import PrefixAffinity
+from tests.radix.serving import PerToken
 
 SWEEP = {"model": "qwen3-next", "gib": [1, 4], "policy": ["lru", "survival"]}
 COMMAND = ["simulate", "--trace", "short", "--model", "qwen3-next", "--gib", "1,4"]
@@ -66,3 +71,26 @@ def test_ray_cluster_gives_the_same_results() -> None:
         assert outputs[0] == outputs[1] and outputs[0]
     finally:
         ray.shutdown()
+
+
+def test_the_rule_of_prefixes_chooses_as_the_tree_of_ray() -> None:
+    place = "ray.llm._internal.serve.routing_policies.prefix_aware.prefix_tree"
+    tree, draw = pytest.importorskip(place).PrefixTree(), random.Random(3)
+    names, router, earlier = ["a", "b", "c"], PrefixAffinity(ReplicaSpec(PerToken())), [""]
+    tree.add_tenants(names, 0.0)
+    for name in names:
+        router.joined(name, 0.0)
+    for number in range(400):
+        new = draw.choices("abcdefgh", k=draw.randrange(1, 30))
+        text = draw.choice(earlier)[: draw.randrange(40)] + "".join(new)
+        earlier.append(text)
+        matched, near = tree.prefix_match(text, names)
+        if len(matched) < 0.1 * len(text):
+            matched, near = "", tree.get_smallest_tenants()
+        least = min(router.loads[one].num_running for one in near)
+        request = RouteRequest(number, np.array([*map(ord, text)], np.int32))
+        choice = router.route(request, float(number))
+        assert choice.replica in near and router.loads[choice.replica].num_running == least + 1
+        assert choice.expected_len == len(matched)
+        tree.insert(text, choice.replica, float(number))
+        router.ended(draw.randrange(number + 1), float(number))
