@@ -209,6 +209,38 @@ def hit_rate(run: Mapping[str, Any]) -> float:
     return float(run["cached_tokens"] / run["prompt_tokens"])
 
 
+def mean(runs: common.Records, field: str) -> float:
+    """Return the mean of a field."""
+    return fmean(run[field] for run in runs)
+
+
+def _policy_cells(
+    runs: Mapping[str, common.Records], caches: Sequence[common.Records]
+) -> Iterator[Cell]:
+    """Yield hits and gain of ``UNLIMITED``, times of them and of the best limit, those of the first
+    and of the best other cache, and the ratios to the best simple rule."""
+    oldest, sessions = ([100 * hit_rate(run) for run in runs[policy]] for policy in UNLIMITED)
+    yield from (fmean(oldest), fmean(sessions), paired(sessions, oldest))
+    limits = [policy for policy in runs if policy.startswith("live")]
+    limit = min(limits, key=lambda policy: mean(runs[policy], "ttft_mean_s"))
+    times = [
+        [mean(of, "ttft_mean_s") for of in served if of] for served in (caches[:1], caches[1:])
+    ]
+    others = [min(of, default=None) for of in times]
+    for field, more in (("ttft_mean_s", others), ("ttft_p99_s", [])):
+        yield [*(mean(runs[policy], field) for policy in (*UNLIMITED, limit)), *more]
+    for field in ("ttft_mean_s", "makespan_s"):
+        best = min(("oldest", *limits), key=lambda policy: mean(runs[policy], field))
+        yield ratio(*([run[field] for run in runs[policy]] for policy in ("sessions", best)))
+
+
+def _references(caches: Sequence[common.Records]) -> Iterator[float | None]:
+    """Yield the hits of the first cache, of the best other one, and the bound."""
+    lru, *peers = ([hit_rate(run) for run in of] for of in caches)
+    best: list[float] = max(filter(None, peers), key=fmean, default=[])
+    yield from map(common.percent, (lru, best, [run["bound"] for run in caches[0]]))
+
+
 def table(records: common.Records) -> Table:
     """Return one row per workload and rate, over the seeds that all policies have.
 
@@ -217,44 +249,17 @@ def table(records: common.Records) -> Table:
     ``YARDSTICKS`` are hit rates, and the bound in any order. The best rebuilt system is that of the
     highest mean.
     """
-    rows = []
+    rows: list[list[Cell]] = []
     for (trace, rate), of in common.grouped(records, "trace", "rate").items():
-        by_policy = {
-            policy: {run["seed"]: run for run in runs}
-            for policy, runs in common.grouped(of, "admission").items()
-        }
-        caches = [[*by_policy.pop(name, {}).values()] for name in CACHES]
-        rates = [[hit_rate(run) for run in runs] for runs in caches]
-        yardsticks = (
-            rates[0],
-            max(filter(None, rates[1:]), key=fmean, default=[]),
-            [run["bound"] for run in caches[0]],
-        )
-        lru, *peers = [[run["ttft_mean_s"] for run in runs] for runs in caches if runs] or [[]]
-        others = [fmean(lru) if lru else None, min(map(fmean, peers), default=None)]
-        seeds = sorted(set.intersection(*map(set, by_policy.values())))
-        if not seeds:
-            continue
-
-        def runs_of(policy: str) -> common.Records:
-            return [by_policy[policy][seed] for seed in seeds]  # noqa: B023
-
-        def values(policy: str, field: str) -> list[float]:
-            return [run[field] for run in runs_of(policy)]
-
-        oldest, sessions = (
-            [100 * hit_rate(run) for run in runs_of(policy)] for policy in UNLIMITED
-        )
-        row: list[Cell] = [trace, rate, fmean(oldest), fmean(sessions), paired(sessions, oldest)]
-        limits = [name for name in by_policy if name.startswith("live")]
-        limit = min(limits, key=lambda name: fmean(values(name, "ttft_mean_s")))
-        for field in ("ttft_mean_s", "ttft_p99_s"):
-            cells = [fmean(values(policy, field)) for policy in (*UNLIMITED, limit)]
-            row.append([*cells, *others] if field == "ttft_mean_s" else cells)
-        for field in ("ttft_mean_s", "makespan_s"):
-            best = min((values(name, field) for name in ("oldest", *limits)), key=fmean)
-            row.append(ratio(values("sessions", field), best))
-        rows.append([*row, *map(common.percent, yardsticks)])
+        runs = common.grouped(sorted(of, key=lambda run: run["seed"]), "admission")
+        caches = [runs.pop(name, []) for name in CACHES]
+        seeds = set.intersection(*({run["seed"] for run in each} for each in runs.values()))
+        if seeds:
+            by_policy = {
+                policy: [run for run in each if run["seed"] in seeds]
+                for policy, each in runs.items()
+            }
+            rows.append([trace, rate, *_policy_cells(by_policy, caches), *_references(caches)])
     columns = [Column("workload"), Column("sessions/s", form="g"), Column("hits, `oldest`", "%")]
     columns += [Column("`sessions`", "%"), Column("gain", "points")]
     every = "`oldest`, `sessions`, best limit on sessions"

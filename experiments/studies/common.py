@@ -21,8 +21,8 @@ from tqdm import tqdm
 from experiments import provenance
 from experiments.provenance import ROOT, write_json_lines
 from experiments.tables import Column, Table
-from hybridcache import ModelGeometry, Trace, open_trace, simulate
-from hybridcache.lab.results.result import RunResult
+from hybridcache import ModelGeometry, Trace, closed_loop, open_trace, simulate
+from hybridcache.lab.results.result import ClosedLoopRun, RunResult
 from hybridcache.lab.rivals.optimum import MemoryBudget, Relaxation, build_trie
 from hybridcache.lab.runs.closed_loop import sessions_of
 from hybridcache.lab.runs.grid import prepare_worker
@@ -201,6 +201,35 @@ def replay(
     return tuple(simulate(trace, gib=gib, **settings).runs)
 
 
+def serve(
+    trace: Trace, gib: Sequence[float], pair: str, rate: float, seed: int, **settings: Any
+) -> tuple[ClosedLoopRun, ...]:
+    """Serve ``rate`` sessions a second in closed loop, else as ``replay``."""
+    settings = {"admission": "sessions", "progress": False} | caches(pair) | settings
+    return tuple(closed_loop(trace, gib=gib, rate=rate, seeds=[seed], **settings).runs)
+
+
+def hit_rates(
+    trace: Trace,
+    gib: Sequence[float],
+    name: str,
+    rate: float | None = None,
+    seed: int = 0,
+    **settings: Any,
+) -> list[float]:
+    """Return the token hit rates of a pair, a rebuilt system or the bound, one per size: in turn,
+    or in closed loop at a ``rate`` of sessions, where only the bound in any order holds."""
+    if name == BOUND:
+        in_turn = rate is None
+        return bounds(trace, settings["model"], gib) if in_turn else [bound_in_any_order(trace)]
+    runs: Sequence[RunResult | ClosedLoopRun]
+    if rate is None:
+        runs = replay(trace, gib, name, **settings)
+    else:
+        runs = serve(trace, gib, name, rate, seed, **settings)
+    return [run.token_hit_rate for run in runs]
+
+
 def caches(pair: str) -> dict[str, Any]:
     """Return the settings of a simulation for ``eviction@placement`` or a rebuilt system."""
     if pair in REBUILT:
@@ -209,8 +238,9 @@ def caches(pair: str) -> dict[str, Any]:
     return {"policy": policy, "checkpoints": [placement]}
 
 
-def bounds(trace: Trace, geometry: ModelGeometry, gib: Sequence[float]) -> list[float]:
+def bounds(trace: Trace, model: ModelGeometry | str, gib: Sequence[float]) -> list[float]:
     """Return the token hit rates that no cache of each size exceeds in a replay in turn."""
+    geometry = ModelGeometry.preset(model) if isinstance(model, str) else model
     relaxation = Relaxation(build_trie(trace))
     row_bytes = geometry.kv_bytes_per_token * trace.unit
     budgets = (MemoryBudget(budget_bytes(size), row_bytes, geometry.state_bytes) for size in gib)

@@ -39,7 +39,6 @@ from experiments.tables import Column, Table
 from hybridcache import ModelGeometry, Trace, TraceRequest, open_trace
 from hybridcache.lab.board import Split
 from hybridcache.lab.results.result import RunResult
-from hybridcache.lab.runs.closed_loop import closed_loop
 from hybridcache.lab.traces.intervals import interval, paired
 from hybridcache.lab.traces.trace import Held
 
@@ -217,10 +216,7 @@ def conditions(seed: int) -> Iterator[TraceCase]:
 
     for label, kinds in MIXES.items():
         yield case("tenants", label, partial(tenants, kinds, seed), 12)
-    chats, served = (
-        partial(open_trace, CHATS.format(seed)),
-        {"admission": "sessions", "seeds": [seed]},
-    )
+    chats, served = partial(open_trace, CHATS.format(seed)), {"seed": seed}
     for starts in ARRIVALS:
         yield case("arrivals", starts, chats, 4, rate=0.5, starts=starts, **served)
     for count in RUNNING:
@@ -234,28 +230,14 @@ def conditions(seed: int) -> Iterator[TraceCase]:
         yield case("tokens that a state is worth", worth, chat, gib, model=model)
 
 
-def rate_of(case: TraceCase, pair: str) -> float:
-    """Return the token hit rate of a pair, a rebuilt system or the bound. If requests overlap, only
-    the bound in any order holds."""
-    trace = case.open()
-    if pair == common.BOUND and "rate" in case.settings:
-        return common.bound_in_any_order(trace)
-    if pair == common.BOUND:
-        return common.bounds(trace, ModelGeometry.preset(case.settings["model"]), case.gib)[0]
-    if "rate" in case.settings:
-        settings: dict[str, Any] = {**case.settings, **common.caches(pair)}
-        [run] = closed_loop(trace, gib=case.gib[0], progress=False, **settings).runs
-        return run.cached_tokens / run.prompt_tokens
-    return common.replay(trace, case.gib, pair, **case.settings)[0].token_hit_rate
-
-
 def measure_conditions(job: tuple[int, int]) -> list[Record]:
     """Return one record per pair, rebuilt system and bound of (row, seed)."""
     row, seed = job
     case = list(conditions(seed))[row]
     return [
-        case.fields | {"pair": name, "token_hit_rate": rounded(rate_of(case, pair))}
+        case.fields | {"pair": name, "token_hit_rate": rounded(rate)}
         for name, pair in MEASURED.items()
+        for rate in common.hit_rates(case.open(), case.gib, pair, **case.settings)
     ]
 
 

@@ -35,7 +35,7 @@ from typing import Any, NamedTuple
 from experiments.provenance import ROOT
 from experiments.studies import common
 from experiments.tables import Cell, Column, Table
-from hybridcache import ModelGeometry, Trace, closed_loop, open_trace
+from hybridcache import ModelGeometry, Trace, open_trace
 from hybridcache.lab.traces.intervals import interval, paired, ratio
 from hybridcache.lab.traces.sizes import budget_bytes
 
@@ -174,16 +174,7 @@ def serve_sessions(
     trace: Trace, model: str, pair: str, job: TraceJob, rate: float
 ) -> dict[str, Any]:
     """Return the record of a closed loop of ``rate`` sessions per second."""
-    [found] = closed_loop(
-        trace,
-        model=model,
-        gib=job.gib,
-        rate=rate,
-        admission="sessions",
-        seeds=[job.seed or 0],
-        progress=False,
-        **common.caches(pair),
-    ).runs
+    [found] = common.serve(trace, job.gib, pair, rate, job.seed or 0, model=model)
     return {
         "split": job.split,
         "trace": job.label,
@@ -227,6 +218,31 @@ def pairs_table(records: common.Records, split: str) -> Table:
     return Table(columns, rows)
 
 
+def _groups(split: str, *, is_generated: bool, is_seen: bool) -> list[str]:
+    """Return the rows of the table that contain a cell."""
+    if not split.startswith("evaluation"):
+        return [split]
+    group = f"{split}, {'generated' if is_generated else 'published traces'}"
+    return [group] if is_seen else [group, f"{group}, unseen"]
+
+
+def _known(
+    cells: Mapping[tuple[str, Any, float], Mapping[str, float]],
+    split: str,
+    trace: str,
+    seed: int | None,
+    gib: float,
+) -> tuple[float, ...]:
+    """Return the best rebuilt system and the bound of a cell: NaN if they have none, and nothing if
+    they were not run."""
+    if split.endswith(OVER_SIZES):
+        return math.nan, math.nan
+    cell = cells.get((_SHARE.sub("", trace), seed, gib))
+    if cell is None:
+        return ()
+    return math.nan if split.endswith(POOLS) else cell[common.BEST_REBUILT], cell[common.BOUND]
+
+
 def losses_table(
     records: common.Records, cells: Mapping[tuple[str, Any, float], Mapping[str, float]] = {}
 ) -> Table:
@@ -238,29 +254,15 @@ def losses_table(
     found: dict[str, list[list[float]]] = {}
     hits: dict[str, list[tuple[float, ...]]] = {}
     for (split, trace, gib), runs in common.grouped(records, "split", "trace", "gib").items():
-        rates = {
-            pair: [100 * run["token_hit_rate"] for run in of]
-            for pair, of in common.grouped(runs, "pair").items()
-        }
-        best = max(rates.values(), key=fmean)
-        losses = [one - ours for one, ours in zip(best, rates[common.DEFAULT], strict=True)]
-        groups = [split]
-        if split.startswith("evaluation"):
-            kind = "generated" if trace in generated else "published traces"
-            groups = [f"{split}, {kind}"]
-            groups += [f"{split}, {kind}, unseen"] * (trace.partition(", ")[0] not in seen)
-        seeds = [run["seed"] for run in runs if run["pair"] == common.DEFAULT]
-        known = [cells.get((_SHARE.sub("", trace), seed, gib)) for seed in seeds]
-        if split.endswith(OVER_SIZES):
-            known = [dict.fromkeys(common.YARDSTICKS, math.nan)]
-        ours, lru = rates[common.DEFAULT], rates[common.LRU_ADAPTIVE]
-        measured = [
-            (one, other, math.nan if split.endswith(POOLS) else cell[common.BEST_REBUILT],
-             cell[common.BOUND])
-            for one, other, cell in zip(ours, lru, known, strict=True)
-            if cell
-        ]  # fmt: skip
-        for group in groups:
+        of = common.grouped(runs, "pair")
+        rates = {pair: [100 * run["token_hit_rate"] for run in each] for pair, each in of.items()}
+        best, ours = max(rates.values(), key=fmean), rates[common.DEFAULT]
+        losses = [one - other for one, other in zip(best, ours, strict=True)]
+        known = [_known(cells, split, trace, run["seed"], gib) for run in of[common.DEFAULT]]
+        pairs = zip(ours, rates[common.LRU_ADAPTIVE], known, strict=True)
+        measured = [(one, other, *of_cell) for one, other, of_cell in pairs if of_cell]
+        is_seen = trace.partition(", ")[0] in seen
+        for group in _groups(split, is_generated=trace in generated, is_seen=is_seen):
             found.setdefault(group, []).append(losses)
             hits.setdefault(group, []).extend(measured)
     rows = []

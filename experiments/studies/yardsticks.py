@@ -18,7 +18,7 @@ from experiments.studies import common, default
 from experiments.studies.common import BOUND, LRU_ADAPTIVE, REBUILT, YARDSTICKS
 from experiments.studies.default import TraceJob
 from experiments.tables import Column, Table
-from hybridcache import ModelGeometry, closed_loop, open_trace
+from hybridcache import open_trace
 
 NAME = "yardsticks"
 CAPACITY = "capacity"
@@ -43,25 +43,15 @@ def measure(job: TraceJob) -> list[dict[str, Any]]:
     """Return the record of one job."""
     if job.split == CAPACITY:
         workload = common.WORKLOADS[job.spec]
-        trace, geometry, grid = workload.open(job.spec).kept(), workload.geometry, workload.grid
+        trace = workload.open(job.spec).kept()
+        settings: dict[str, Any] = {"model": workload.geometry, "grid": workload.grid}
     else:
-        trace, grid = open_trace(job.spec).kept(), 64
-        geometry = ModelGeometry.preset(default.splits_file()["model"])
-    rates: dict[str, list[float]] = {}
-    for name in (LRU_ADAPTIVE, *REBUILT):
-        if job.rate is None:
-            runs = common.replay(trace, job.gib, name, model=geometry, grid=grid)
-            rates[name] = [run.token_hit_rate for run in runs]
-            continue
-        found = closed_loop(
-            trace, gib=job.gib, model=geometry, rate=job.rate, admission="sessions",
-            seeds=[job.seed or 0], progress=False, **common.caches(name),
-        )  # fmt: skip
-        rates[name] = [run.token_hit_rate for run in found.runs]
-    in_turn = job.rate is None
-    rates[BOUND] = (
-        common.bounds(trace, geometry, job.gib) if in_turn else [common.bound_in_any_order(trace)]
-    )
+        trace = open_trace(job.spec).kept()
+        settings = {"model": default.splits_file()["model"]}
+    rates = {
+        name: common.hit_rates(trace, job.gib, name, job.rate, job.seed or 0, **settings)
+        for name in (LRU_ADAPTIVE, *REBUILT, BOUND)
+    }
     fields = {"split": job.split, "trace": job.label, "seed": job.seed, "gib": list(job.gib)}
     return [fields | {"token_hit_rates": common.rounded(rates)}]
 
