@@ -118,10 +118,10 @@ def read_json_lines(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     return first["provenance"], records
 
 
-def known_records(path: Path | None, settings: Mapping[str, Any]) -> list[dict[str, Any]]:
+def known_records(path: Path, settings: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Return the records of ``path`` if they were written with the same settings, else none."""
     try:
-        before, records = read_json_lines(path) if path else ({}, [])
+        before, records = read_json_lines(path)
     except (OSError, ValueError, KeyError):
         return []
     return records if before.get("settings") == settings else []
@@ -131,20 +131,17 @@ def resumed(
     file: Path,
     settings: Mapping[str, Any],
     jobs: Iterable[tuple[str, Callable[[], dict[str, Any]]]],
-    is_final: Callable[[Mapping[str, Any]], bool] = lambda record: True,
 ) -> Iterator[dict[str, Any]]:
     """Yield the record of each (name, work), and write all records into ``file`` after each.
 
-    Final records that the file has with the same settings are not made again.
+    Records that the file has with the same settings are not made again.
     """
-    known = {one["name"]: one for one in known_records(file, settings) if is_final(one)}
+    known = {one["name"]: one for one in known_records(file, settings)}
     records = []
     for name, work in jobs:
-        record = known.pop(name, None) or {"name": name} | work()
-        del work  # It may hold an engine, whose memory the next one needs.
-        records.append(record)
+        records.append(known.pop(name, None) or {"name": name} | work())
         write_json_lines(file, [*records, *known.values()], settings)
-        yield record
+        yield records[-1]
 
 
 def _command() -> list[str]:

@@ -66,73 +66,47 @@ a layer in 16 bits while it is converted, and the cache. An H100 has less than t
 TARGETS = Targets(ttft_s=1.0, tpot_s=0.05)
 
 
+LONG_TALK = Talk(16, 4, 500, 100)
+
+
 @dataclass(frozen=True, slots=True)
 class Scale:
     """Extent of the measurements."""
 
-    streams: tuple[int, ...]
-    num_input: int
-    num_output: int
-    num_long: int
+    streams: tuple[int, ...] = (1, 4, 16, 64)
+    num_input: int = 1024
+    num_output: int = 128
+    num_long: int = 8192
     """Length of the prompt for prefix hits."""
-    num_repeats: int
-    talk: Talk
-    num_talks: int
+    num_repeats: int = 5
+    talk: Talk = LONG_TALK
+    num_talks: int = 2
     """Number of runs of all conversations in each mode."""
-    concurrency: tuple[int, ...]
-    num_jobs: int
-    num_answer: int
-    seconds: float
+    concurrency: tuple[int, ...] = (256, 64)
+    num_jobs: int = 512
+    num_answer: int = 128
+    seconds: float = 20.0
     """Time of one load, after its ramp."""
-    ramp: int
+    ramp: int = 2
     """Turns of each conversation before that time."""
-    max_model_len: int
+    max_model_len: int = 16384
     graphs: tuple[str, ...] = ("all", "decode", "off")
     """Uses of the graphs that are compared."""
     max_running: int = MAX_RUNNING
 
 
-FULL = Scale(
-    streams=(1, 4, 16, 64),
-    num_input=1024,
-    num_output=128,
-    num_long=8192,
-    num_repeats=5,
-    talk=Talk(16, 4, 500, 100),
-    num_talks=2,
-    concurrency=(256, 64),
-    num_jobs=512,
-    num_answer=128,
-    seconds=20.0,
-    ramp=2,
-    max_model_len=16384,
-)
-BIG = replace(
-    FULL,
-    streams=(1, 4, 8, 16, 32, 64, 128, 256),
+STREAMS = (1, 4, 8, 16, 32, 64, 128, 256)
+"""The batches of SGLang's tables, once each, so that the whole part takes two minutes."""
+BIG = Scale(
+    STREAMS,
     num_output=48,
     talk=Talk(16, 3, 500, 100),
     num_talks=1,
     graphs=("all",),
     max_running=256,
 )
-"""The batches of SGLang's tables, once each, so that the whole part takes two minutes."""
-DRY = Scale(
-    streams=(2,),
-    num_input=8,
-    num_output=3,
-    num_long=72,
-    num_repeats=1,
-    talk=Talk(1, 2, 60, 5),
-    num_talks=1,
-    concurrency=(2,),
-    num_jobs=2,
-    num_answer=3,
-    seconds=30.0,
-    ramp=0,
-    max_model_len=1024,
-)
-SCALES = {"serve": DRY if IS_DRY else FULL}
+DRY = Scale((2,), 8, 3, 72, 1, Talk(1, 2, 60, 5), 1, (2,), 2, 3, 30.0, 0, 1024)
+SCALES = {"serve": DRY if IS_DRY else Scale()}
 SCALES["big"] = replace(DRY, talk=Talk(1, 2, 2, 2)) if IS_DRY else BIG
 FORMATS: dict[str, dict[str, Any]] = {
     "serve": {},

@@ -26,7 +26,7 @@ from __future__ import annotations
 import math
 import re
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from statistics import fmean, geometric_mean
@@ -35,7 +35,8 @@ from typing import Any, NamedTuple
 from experiments.provenance import ROOT
 from experiments.studies import common
 from experiments.tables import Cell, Column, Table
-from hybridcache import ModelGeometry, Trace, open_trace
+from hybridcache import ModelGeometry, open_trace
+from hybridcache.lab.results.result import ClosedLoopRun, RunResult
 from hybridcache.lab.traces.intervals import interval, paired, ratio
 from hybridcache.lab.traces.sizes import budget_bytes
 
@@ -97,8 +98,14 @@ class TraceJob(NamedTuple):
 
     @property
     def label(self) -> str:
-        """Trace with the rate of a closed loop, as the records name it."""
-        return self.trace + ("" if self.rate is None else f", {self.rate:g} sessions/s")
+        """Trace with the rate of a closed loop or the share of KV, as the records name it."""
+        share = "" if self.kv_share is None else f", {self.kv_share:.0%} KV"
+        return self.trace + ("" if self.rate is None else f", {self.rate:g} sessions/s") + share
+
+    @property
+    def told(self) -> tuple[str, ...]:
+        """Pairs whose records have their sessions."""
+        return COMPARED if self.split == "evaluation" and self.seed is None else ()
 
     @property
     def memory(self) -> dict[str, Any]:
@@ -133,58 +140,34 @@ def jobs_of(split: str, splits: dict[str, Any], seeds: int) -> Iterator[TraceJob
     state_bytes = ModelGeometry.load(splits["model"]).state_bytes
     for kv_share in KV_SHARES if split.endswith(POOLS) else (None,):
         least = 0.0 if kv_share is None else LEAST_STATES * state_bytes / (1 - kv_share)
-
-        for spec, gib in config.get("gib", {}).items():
-            fitting = tuple(size for size in gib if budget_bytes(size) >= least)
-            for seed in config["seeds"][:seeds] if fitting else ():
-                yield TraceJob(split, spec, seed, fitting, kv_share=kv_share)
-        for spec, gib in config.get("files", {}).items():
-            path, fitting = (
-                common.published(spec),
-                tuple(s for s in gib if budget_bytes(s) >= least),
-            )
-            if path is not None and fitting:
-                yield TraceJob(split, spec, None, fitting, path, kv_share=kv_share)
+        for kind in ("gib", "files"):
+            for spec, gib in config.get(kind, {}).items():
+                fitting = tuple(size for size in gib if budget_bytes(size) >= least)
+                path = common.published(spec) if kind == "files" else ""
+                if fitting and path is not None:
+                    for seed in [None] if path else config["seeds"][:seeds]:
+                        yield TraceJob(split, spec, seed, fitting, path, kv_share=kv_share)
 
 
 def run(model: str, job: TraceJob) -> list[dict[str, Any]]:
-    """Return one record per pair and size."""
-    trace = open_trace(job.spec).kept()
-    if job.rate is not None:
-        return [serve_sessions(trace, model, pair, job, job.rate) for pair in PAIRS]
-    records = []
+    """Return one record per pair and size: of a replay, or of a closed loop."""
+    trace, records = open_trace(job.spec).kept(), []
     for pair in PAIRS:
-        runs = common.replay(trace, job.gib, pair, model=model, **job.memory)
-        share = "" if job.kv_share is None else f", {job.kv_share:.0%} KV"
-        for gib, simulated in zip(job.gib, runs, strict=True):
-            rate = common.rounded(simulated.token_hit_rate)
-            record = {"split": job.split, "trace": job.trace + share, "gib": gib}
-            record["seed"] = job.seed
-            record |= {"pair": pair, "token_hit_rate": rate}
-            if job.split == "evaluation" and job.seed is None and pair in COMPARED:
-                record["requests"] = simulated.requests
-                record["sessions"] = [
-                    [one.cached_tokens, one.prompt_tokens] for one in simulated.by_session
-                ]
-            records.append(record)
+        runs: Sequence[RunResult | ClosedLoopRun]
+        if job.rate is None:
+            runs = common.replay(trace, job.gib, pair, model=model, **job.memory)
+        else:
+            runs = common.serve(trace, job.gib, pair, job.rate, job.seed or 0, model=model)
+        for gib, one in zip(job.gib, runs, strict=True):
+            record = {"split": job.split, "trace": job.label, "gib": gib, "seed": job.seed}
+            record |= {"pair": pair, "token_hit_rate": one.token_hit_rate}
+            if isinstance(one, ClosedLoopRun):
+                record |= {"ttft_mean_s": one.ttft_mean_s, "makespan_s": one.makespan_s}
+            elif isinstance(one, RunResult) and pair in job.told:
+                tokens = [[of.cached_tokens, of.prompt_tokens] for of in one.by_session]
+                record |= {"requests": one.requests, "sessions": tokens}
+            records.append(common.rounded(record))
     return records
-
-
-def serve_sessions(
-    trace: Trace, model: str, pair: str, job: TraceJob, rate: float
-) -> dict[str, Any]:
-    """Return the record of a closed loop of ``rate`` sessions per second."""
-    [found] = common.serve(trace, job.gib, pair, rate, job.seed or 0, model=model)
-    return {
-        "split": job.split,
-        "trace": job.label,
-        "gib": job.gib[0],
-        "seed": job.seed,
-        "pair": pair,
-        "token_hit_rate": common.rounded(found.token_hit_rate),
-        "ttft_mean_s": common.rounded(found.ttft_mean_s),
-        "makespan_s": common.rounded(found.makespan_s),
-    }
 
 
 def pairs_table(records: common.Records, split: str) -> Table:

@@ -9,6 +9,7 @@ import sys
 import tomllib
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 from unittest.mock import Mock
 
 import numpy as np
@@ -16,6 +17,7 @@ import pytest
 
 from experiments import page, provenance, reproduce, sections
 from experiments.benchmarks import measure_prefill
+from experiments.provenance import read_json_lines, resumed
 from experiments.sections import policies
 from experiments.studies import (
     ablation,
@@ -331,3 +333,14 @@ def test_the_ablation_measures_rules_constants_and_windows(monkeypatch: pytest.M
     rows = ablation.learning_table(records).texts()
     assert [row[0] for row in rows] == ["start"] * 5 + ["change"] * 5
     assert min(float(row[2]) for row in rows[:5]) < 30 and ablation.survival.SAMPLE == 1024
+
+
+def test_records_with_the_same_settings_are_not_made_again(tmp_path: Path) -> None:
+    file, made = tmp_path / "one.jsonl", list[str]()
+
+    def run(code: str) -> list[dict[str, Any]]:
+        jobs = ((name, lambda name=name: made.append(name) or {"size": 1}) for name in "ab")
+        return [*resumed(file, {"code": code}, jobs)]
+
+    assert run("one") == run("one") == read_json_lines(file)[1] and made == ["a", "b"]
+    assert len(run("another")) == 2 and made == ["a", "b"] * 2
