@@ -84,7 +84,7 @@ class HybridManager(KVCacheManager):
         track.match, track.cached_len, track.is_waiting = None, 0, False
         if track.is_cold:
             return self.empty_kv_cache_blocks, 0, 0
-        tree, unit, num_tokens = self.tree, self.layout.unit, request.num_tokens
+        tree, num_tokens = self.tree, request.num_tokens
         if not self.prefix_cache_lookup_enabled(request):
             # All of the prompt is computed, and saved as that of a cold request.
             self._plan(request, track, *[tree.find(request, 0)[0]] * 2)
@@ -93,14 +93,29 @@ class HybridManager(KVCacheManager):
             num_tokens = min(num_tokens, max_cache_hit_length + 1)
         found, match = tree.find(request, num_tokens)
         track.note(found, match, request.num_tokens, self.layout)
-        last = max((request.num_tokens - 1) // unit - self.layout.drop, 0)
-        deeper = request.block_hashes[track.cached_len // unit : last]
-        blocks, copied = tree.blocks_of(match), self.states[0].cached_blocks_this_step
-        # A state that a copy of this step writes cannot be copied in the same step.
-        is_copied = any(one.block_hash in copied for one in blocks[self.layout.states[0]][-1:])
-        track.is_waiting = is_copied or not self._coming.isdisjoint(deeper)
+        track.is_waiting = self._is_early(request, match)
         self._plan(request, track, found, match)
-        return self.create_kv_cache_blocks(tuple(blocks)), track.cached_len, 0
+        return self.create_kv_cache_blocks(tuple(tree.blocks_of(match))), track.cached_len, 0
+
+    def is_early(self, request: Request) -> bool:
+        """Return whether a waiting request hits deeper, or only then, in the next step."""
+        is_new = request.num_computed_tokens == 0 and self.prefix_cache_lookup_enabled(request)
+        if not is_new or self.tracks[request.request_id].is_cold:
+            return False
+        copies = self.states[0].cached_blocks_this_step
+        if not copies and self._coming.isdisjoint(request.block_hashes):
+            return False
+        return self._is_early(request, self.tree.find(request, request.num_tokens)[1])
+
+    def _is_early(self, request: Request, match: PrefixMatch) -> bool:
+        layout, tree = self.layout, self.tree
+        # A state that a copy of this step writes cannot be copied in the same step.
+        copies = self.states[0].cached_blocks_this_step
+        if match.resumed is not None and tree.states[match.resumed.slot][0].block_hash in copies:
+            return True
+        last = max((request.num_tokens - 1) // layout.unit - layout.drop, 0)
+        deeper = request.block_hashes[match.cached_len // WORDS : last]
+        return not self._coming.isdisjoint(deeper)
 
     def _plan(self, request: Request, track: Track, found: PrefixMatch, match: PrefixMatch) -> None:
         """Plan the states of a request, once, from what is known of its prompt and the match that
@@ -165,11 +180,7 @@ class HybridManager(KVCacheManager):
             return None
         request_id, tree, match = request.request_id, self.tree, track.match
         tree.locks[request_id] = tree.cache.lock(None if match is None else match.node)
-        # Keep room for the copies of planned states, so that they preempt no request.
-        reserve = len(self.states) * (bool(track.stops) + bool(track.interval))
-        self.watermark_blocks += reserve
         new = super().allocate_slots(request, *args, **kwargs)
-        self.watermark_blocks -= reserve
         if new is None:
             tree.unlock(request_id)
             # A hit holds blocks beside their copies: it may need more than the prompt alone.
@@ -451,6 +462,12 @@ class HybridScheduler(AsyncScheduler):
         size = len(groups[0].layer_names) * groups[0].kv_cache_spec.page_size_bytes
         drop = int(self.use_eagle_block_drop)
         return Layout(unit, self.block_size, size, drop, attention[0], tuple(states))
+
+    def _handle_blocked_waiting_request(self, request: Request) -> bool:
+        # A request that is skipped here lets those behind it pass, and is the first of the next
+        # step.
+        is_ready = super()._handle_blocked_waiting_request(request)
+        return is_ready and not self.kv_cache_manager.is_early(request)
 
     def _mamba_block_aligned_split(
         self, request: Request, num_new_tokens: int, *num_new_computed_tokens: int

@@ -264,6 +264,26 @@ def test_equal_prompts_of_one_step_wait_for_the_first():
     assert sorted(steps.serve(*[turn(prompt, 4) for _ in range(4)])) == [0, 288, 288, 288]
 
 
+def test_others_pass_a_request_that_waits_for_a_state_of_this_step():
+    steps, prompt = Steps(), prompt_of((1, 300))
+    for one in (prompt, prompt, prompt_of((2, 300))):
+        steps.engine.submit(deque([turn(one, 4)]))
+    steps.engine.step()
+    assert [one.request_id for one in steps.scheduler.running] == ["r1", "r3"]
+    steps.serve()
+    assert steps.hits == [0, 0, 288]
+
+
+def test_planned_states_keep_no_request_waiting():
+    """Two prompts fit into 14 blocks, and not with room for their planned states."""
+    steps = Steps(num_blocks=15)
+    for seed in (1, 2):
+        steps.engine.submit(deque([turn(prompt_of((seed, 700)), 40)]))
+    steps.engine.step()
+    assert len(steps.scheduler.running) == 2
+    steps.serve()
+
+
 def test_a_declared_boundary_is_hit_at_its_second_sighting():
     prompts = [prompt_of((1, 200), (seed, 300)) for seed in (2, 3)]
     plain = [Steps().serve(turn(one, 4)) for one in prompts]

@@ -19,6 +19,7 @@ SEAMS = (
     # scheduler.py
     "core.sched.async_scheduler:AsyncScheduler._mamba_block_aligned_split(request, num_new_tokens, "
     "num_new_local_computed_tokens, num_external_computed_tokens)",
+    "core.sched.async_scheduler:AsyncScheduler._handle_blocked_waiting_request(request)",
     "core.sched.async_scheduler:AsyncScheduler._update_after_schedule(scheduler_output)",
     "core.sched.async_scheduler:AsyncScheduler._connector_finished(request)",
     "core.kv_cache_manager:KVCacheManager.get_computed_blocks(request)",
