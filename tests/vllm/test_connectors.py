@@ -17,7 +17,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.offloading.scheduler import (
 from vllm.v1.core.sched.scheduler import Scheduler
 
 from hybridcache.vllm.check import isolation
-from hybridcache.vllm.check.engine import SMALL, Options, StubEngine, run
+from hybridcache.vllm.check.engine import COPY_S, SMALL, STEP_S, TOKEN_S, Options, StubEngine, run
 from hybridcache.vllm.check.isolation import PARTS, Turn, drop_from_hashes, mixed
 from hybridcache.vllm.check.transfers import Transfers
 
@@ -185,3 +185,16 @@ def test_a_decode_node_receives_the_tokens_that_vllm_would_ask_for():
         remote = engine.scheduler.connector
         sent.append((remote.asked_tokens, remote.external_tokens))
     assert sent[0] == sent[1] and sent[0][1] < sent[0][0] * 0.8
+
+
+def test_the_time_model_counts_steps_tokens_and_copies():
+    """Two prompts of 300 tokens in turn, the second one behind a hit of 288 in a copied block."""
+    engine = StubEngine(Options(**SMALL, blocks=60))
+    finish(engine, *[turns(1, 1)[0]] * 2)
+    report = engine.report
+    assert report.computed_tokens == 2 * 399 - 288
+    expected = report.computed_tokens * TOKEN_S + report.copied_blocks * COPY_S
+    num_steps = round((report.seconds - expected) / STEP_S)
+    assert report.seconds == pytest.approx(num_steps * STEP_S + expected) and num_steps > 198
+    first, second = engine.ttfts_s
+    assert STEP_S < second < first - 200 * TOKEN_S

@@ -38,6 +38,9 @@ MAX_LEN = 1 << 18
 """Longest prompt with its answer."""
 ENCODER_TOKENS = 512
 """Budget of a step, and half of the cache, for encoded images."""
+STEP_S, TOKEN_S, COPY_S = 8e-3, 25e-6, 26e-6
+"""Time model: seconds of a step, of each of its tokens, and of each block copy. Guessed for
+Qwen3-Next-80B-A3B on one large GPU."""
 POWERS = np.cumprod(np.full(MAX_LEN, 6364136223846793005, np.uint64)).view(np.int64)
 
 SMALL = {
@@ -137,6 +140,12 @@ class Report:
     preemptions: int = 0
     aborts: int = 0
     copied_blocks: int = 0
+    computed_tokens: int = 0
+    """Tokens of all steps, those of preempted requests and drafts included."""
+    seconds: float = 0.0
+    """Time of the steps in the time model, and below that from a request to its first token."""
+    ttft_mean_s: float = 0.0
+    ttft_p95_s: float = 0.0
 
     @property
     def num_wrong(self) -> int:
@@ -291,8 +300,10 @@ class Live:
     prefix: np.ndarray
     rest: deque[Any]
     """Later requests of the session."""
+    sent_s: float
     done: int = 0
     """Tokens that the worker has computed and accepted."""
+    has_first_token: bool = False
     abort_at: int = 0
     """Length at which the client aborts. 0 is never."""
 
@@ -314,6 +325,8 @@ class StubEngine:
         self._hasher = get_request_block_hasher(options.unit or options.block_size, sha256)
         self._pending: deque[tuple[Any, ModelRunnerOutput]] = deque()
         self._numbers = count(1)
+        self.ttfts_s: list[float] = []
+        """Time to the first token of each request, in the time model."""
 
     def submit(self, session: deque[Any]) -> None:
         """Add the next request of a session."""
@@ -343,7 +356,8 @@ class StubEngine:
         )
         base += identity("salt", salt)
         prefix = base + np.append(0, np.cumsum(contents * POWERS[: len(contents)]))
-        live = self.live[request.request_id] = Live(request, text, prefix, session)
+        sent_s = self.report.seconds
+        live = self.live[request.request_id] = Live(request, text, prefix, session, sent_s)
         if options.chaos and chance.random() < options.chaos:
             live.abort_at = chance.randrange(1, len(text))
         self.scheduler.add_request(request)
@@ -395,7 +409,10 @@ class StubEngine:
         begun |= output.scheduled_cached_reqs.resumed_req_ids
         if (meta := output.kv_connector_metadata) is not None:
             self.transfers.start(meta, report.steps)
-        contents.copy(output.kv_cache_block_copies or ())
+        copies, num_tokens = output.kv_cache_block_copies or (), output.total_num_scheduled_tokens
+        contents.copy(copies)
+        report.computed_tokens += num_tokens
+        report.seconds += (num_tokens > 0) * STEP_S + num_tokens * TOKEN_S + len(copies) * COPY_S
         sampled: list[list[int]] = []
         for request_id, num_tokens in output.num_scheduled_tokens.items():
             live = self.live[request_id]
@@ -420,6 +437,9 @@ class StubEngine:
             contents.compute(tables, live.prefix, start, end, min(live.done, end))
             tokens = live.text[first : first + accepted + 1] or [1]
             sampled.append([] if request.is_prefill_chunk else tokens)
+            if sampled[-1] and not live.has_first_token:
+                live.has_first_token = True
+                self.ttfts_s.append(report.seconds - live.sent_s)
         ids = list(output.num_scheduled_tokens)
         return ModelRunnerOutput(
             req_ids=ids,
@@ -442,4 +462,7 @@ def run(requests: Iterable[Any], options: Options) -> Report:
         while waiting and len(engine.live) < options.sessions:
             engine.submit(waiting.popleft())
         engine.step()
-    return engine.report
+    report, waits_s = engine.report, engine.ttfts_s or [0.0]
+    report.ttft_mean_s = float(np.mean(waits_s))
+    report.ttft_p95_s = float(np.percentile(waits_s, 95))
+    return report
