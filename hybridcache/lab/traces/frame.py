@@ -662,18 +662,16 @@ class FileReader:
 
     def __call__(self) -> Iterator[TraceRequest]:
         """Yield the requests in order of time. BadRecordError for one that cannot be read."""
-        notes = Notes(self.path)
-        self.judge_times(notes)
-        yield from self.ordered(self.parsed(self.records(self.bad), self.parser(notes)))
+        notes, unit = Notes(self.path), self.time_unit()
+        if unit.is_odd:
+            said = f"times are read in {unit.name}: {unit.because}"
+            notes.say(f"{said}; ?times=s, ms, us or ns decides")
+        yield from self.requests(notes)
         notes.end()
 
-    def judge_times(self, notes: Notes) -> None:
-        """Warn if the times suggest another unit."""
-        unit = self.time_unit()
-        if unit.is_odd:
-            notes.say(
-                f"times are read in {unit.name}: {unit.because}; ?times=s, ms, us or ns decides"
-            )
+    def requests(self, notes: Notes) -> Iterator[TraceRequest]:
+        """Yield the requests of one pass."""
+        return self.ordered(self.parsed(self.records(self.bad), self.parser(notes)))
 
     def parsed(
         self, records: Records, parse: Callable[[Record], Iterable[_T]]
@@ -777,9 +775,7 @@ class SessionReader(FileReader):
         """Longest prompt. A session ends before the first that is longer."""
         return LONGEST
 
-    def __call__(self) -> Iterator[TraceRequest]:
-        notes = Notes(self.path)
-        self.judge_times(notes)
+    def requests(self, notes: Notes) -> Iterator[TraceRequest]:
         parse = self.parser(notes)
 
         def session(record: Record) -> Iterator[list[TraceRequest]]:
@@ -795,5 +791,4 @@ class SessionReader(FileReader):
             yield sorted(found, key=lambda request: request.timestamp_s)
 
         sessions = (found for _, found in self.parsed(self.records(self.bad), session))
-        yield from interleave(sessions, self.starts, self.pause, unit=self.unit, seed=self.seed)
-        notes.end()
+        return interleave(sessions, self.starts, self.pause, unit=self.unit, seed=self.seed)
