@@ -16,17 +16,10 @@ from typing import Any, TypeVar
 from urllib.parse import parse_qsl, urlencode
 
 from hybridcache.command.parser import or_known
+from hybridcache.geometry.families import defined
 from hybridcache.lab.traces.arrivals import Pauses, parse_starts
-from hybridcache.lab.traces.formats.coding_agent import CodingAgentReader
-from hybridcache.lab.traces.formats.conversations import ConversationsReader, TauBenchReader
-from hybridcache.lab.traces.formats.counts import CountsReader
-from hybridcache.lab.traces.formats.dynamo import DynamoReader
 from hybridcache.lab.traces.formats.jsonl import OwnReader
 from hybridcache.lab.traces.formats.messages import MessagesReader
-from hybridcache.lab.traces.formats.mooncake import BailianReader, MooncakeReader
-from hybridcache.lab.traces.formats.mooncake_sessions import MooncakeSessionsReader
-from hybridcache.lab.traces.formats.sharegpt import ShareGPTReader
-from hybridcache.lab.traces.formats.sharegpt_counts import ShareGPTCountsReader
 from hybridcache.lab.traces.frame import FileReader, Record, is_csv, warn
 from hybridcache.lab.traces.generators import GENERATORS
 from hybridcache.lab.traces.text import NO_TOKENIZER, packaged_file
@@ -34,26 +27,16 @@ from hybridcache.lab.traces.trace import BadRecords, Trace
 
 _Number = TypeVar("_Number", int, float)
 
-# Formats are tried in this order.
+LATE = ("mooncake", "conversations", "messages", "counts")
+"""Formats that others are special cases of. They are tried after these, in this order."""
 READERS: dict[str, type[FileReader]] = {
-    reader.word: reader
-    for reader in (
-        OwnReader,
-        CodingAgentReader,
-        DynamoReader,
-        BailianReader,
-        MooncakeSessionsReader,
-        MooncakeReader,
-        ShareGPTReader,
-        ShareGPTCountsReader,
-        TauBenchReader,
-        ConversationsReader,
-        MessagesReader,
-        CountsReader,
+    word: reader
+    for reader, word in sorted(
+        defined(f"{__name__}.formats", "word"),
+        key=lambda one: LATE.index(one[1]) if one[1] in LATE else -1,
     )
 }
-
-
+"""Readers by the names of their formats, in the order in which these are tried."""
 SHIPPED = {
     path.name.removesuffix(".jsonl.gz"): path
     for path in sorted((Path(__file__).parent / "shipped").glob("*.jsonl.gz"))
@@ -153,11 +136,9 @@ def _read(rest: str, options: Mapping[str, str], bad: BadRecords) -> Trace:
         if path.exists() and not path.is_file():
             raise ValueError(f"trace {rest!r} is not a regular file: it is read several times")
         if not path.exists():
-            known = (
-                "" if colon else f" and no such generator{or_known(rest, [*GENERATORS, *SHIPPED])}"
-            )
-            if colon and not is_named:
-                known = f", and {word!r} is not a reader ({', '.join(READERS)})"
+            known = f" and no such generator{or_known(rest, [*GENERATORS, *SHIPPED])}"
+            if colon:
+                known = "" if is_named else f", and {word!r} is not a reader ({', '.join(READERS)})"
             raise FileNotFoundError(f"no trace {rest!r}: there is no file {path}{known}")
         word = word if is_named else recognise(path)
     kinds = {field.name: str(field.type) for field in fields(READERS[word])}
