@@ -84,7 +84,7 @@ def read(section: Section, tensors: Mapping[str, torch.Tensor]) -> Quantization:
     ]
     common = {**section}
     check_served("GPTQ", common, SERVED_VALUES)
-    groups: list[tuple[Section, list[str]]] = [(common, [])]
+    groups: dict[str, tuple[Section, list[str]]] = {repr(common): (common, [])}
     for module in sorted(modules_with(tensors, "qweight").names):
         is_packed, own = next(
             ((on, own) for names, on, own in rules if names.has(module)), (True, {})
@@ -96,14 +96,9 @@ def read(section: Section, tensors: Mapping[str, torch.Tensor]) -> Quantization:
             )
         values = common | own
         check_served(f"GPTQ, dynamic of {module},", values, SERVED_VALUES)
-        found = next((modules for known, modules in groups if known == values), None)
-        if found is None:
-            groups.append((values, found := []))
-        found.append(module)
-    schemes = [(_scheme(values, tensors, modules), modules) for values, modules in groups]
-    return Quantization(
-        tuple((scheme, Names.of(modules)) for scheme, modules in schemes), Names.of(())
-    )
+        groups.setdefault(repr(values), (values, []))[1].append(module)
+    schemes = [(_scheme(one, tensors, names), Names.of(names)) for one, names in groups.values()]
+    return Quantization(tuple(schemes), Names.of(()))
 
 
 def _scheme(

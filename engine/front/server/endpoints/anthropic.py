@@ -256,11 +256,9 @@ class MessagesRequest(CountRequest, kw_only=True):
     stop_sequences: Stops | None = None
 
     def as_chat(self, **sampling: Any) -> ChatRequest:
+        same = ("max_tokens", "temperature", "top_p", "top_k")
         return super().as_chat(
-            max_tokens=self.max_tokens,
-            temperature=self.temperature,
-            top_p=self.top_p,
-            top_k=self.top_k,
+            **{name: getattr(self, name) for name in same},
             stop=self.stop_sequences,
             thinking_token_budget=self.thinking and self.thinking.budget_tokens,
         )
