@@ -40,10 +40,9 @@ from engine.text.answers import (
     Timings,
     Transferred,
 )
+from engine.text.gguf_tokenizer import read_generation_config
 from engine.text.grammar import Grammar, GrammarError
 from engine.text.tokenizer import CLOSE, IdTokenizer, StreamDecoder, Tokenizer
-from engine.text.tokenizer_files import read_json
-from hybridcache.geometry.gguf import gguf_file
 from hybridcache.radix.protocol import NO_BOUNDARIES, PromptBoundaries, require_boundaries
 from hybridcache.radix.tokens import PLAIN, Tokens, require_namespace
 from hybridcache.scheduling.request import ScheduledRequest
@@ -154,14 +153,7 @@ def sampling_defaults(config: EngineConfig) -> dict[str, Any]:
     ConfigError for a value that is not allowed."""
     if config.model is None or config.sampling_defaults == "none":
         return {}
-    path = Path(config.model)
-    if (file := gguf_file(path)) is not None:
-        from engine.text.gguf_tokenizer import read_generation_config
-
-        named: dict[str, Any] = {**read_generation_config(file)}
-    else:
-        path /= "generation_config.json"
-        named = read_json(path)
+    path, named = read_generation_config(Path(config.model))
     found = {name: named[name] for name in RECOMMENDED if named.get(name) is not None}
     top_k = found.get("top_k")
     if isinstance(top_k, float) and top_k.is_integer():

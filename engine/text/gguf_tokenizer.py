@@ -4,12 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from engine.text.tokenizer import BackendTokenizer, Settings
-from engine.text.tokenizer_files import CONTRACTIONS, KIMI_WORDS, SPACES, cased, merges_into
+from engine.text.tokenizer_files import (
+    CONTRACTIONS,
+    KIMI_WORDS,
+    SPACES,
+    cased,
+    merges_into,
+    read_json,
+)
 from hybridcache.geometry.gguf import GgufFile, gguf_file
 from hybridcache.geometry.sizes import ModelError
 
@@ -112,10 +119,14 @@ def load_tokenizer(model: Path, max_ids: int | None) -> BackendTokenizer | None:
     )
 
 
-def read_generation_config(file: GgufFile) -> dict[str, float]:
-    """Return the defaults of sampling that the file recommends, as in a generation_config.json."""
+def read_generation_config(model: Path) -> tuple[Path, dict[str, Any]]:
+    """Return the file with the defaults of sampling that a model recommends, and the defaults: of a
+    generation_config.json, or of a GGUF file."""
+    if (file := gguf_file(model)) is None:
+        path = model / "generation_config.json"
+        return path, read_json(path)
     named = {name: file.metadata.get(f"general.sampling.{key}") for key, name in SAMPLING.items()}
-    return {name: value for name, value in named.items() if isinstance(value, int | float)}
+    return model, {name: of for name, of in named.items() if isinstance(of, int | float)}
 
 
 class _Reader:

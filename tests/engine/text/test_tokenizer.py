@@ -846,7 +846,8 @@ def test_recommended_sampling_is_read(tmp_path: Path) -> None:
     values = {"temp": 0.6, "top_k": 20, "top_p": 0.95, "min_p": 0.0, "sequence": "k;p"}
     file = stored(tmp_path, {f"general.sampling.{key}": value for key, value in values.items()})
     expected = {"temperature": 0.6, "top_k": 20, "top_p": 0.95, "min_p": 0.0}
-    assert read_generation_config(file) == expected
+    path = file.paths[0]
+    assert read_generation_config(path) == (path, expected)
 
 
 @pytest.mark.parametrize(
