@@ -38,6 +38,7 @@ PARTS = {
     "torn": Part("calls", 16, 400, 3_000),
     "stores": Part("kills", 3, 50, 200),
     "faults": Part("faults", 4, 10, 10),
+    "limits": Part("limits", 2, 10, 60),
     "soak": Part("requests", 60, 5_000, 200_000),
     "grammars": Part("grammars", 5, 100, 100),
     "hostile": Part("rounds", 1, 1, 3),

@@ -131,11 +131,18 @@ SIZES = {
         "head_dim": 128,
         "num_hidden_layers": 1,
     },
+    "lfm2_moe": {  # LFM2-8B-A1B, with the experts of the small model
+        "hidden_size": 2048,
+        "intermediate_size": 7168,
+        "moe_intermediate_size": 1792,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+    },
 }
 ROWS = (*range(1, 18), 31, 32, 33, 63, 64, 65, 97, 127, 128, 129)
 
 
-FORMATS = (("float32", None), ("bfloat16", None), ("bfloat16", "int8"))
+FORMATS = (("float32", None), ("bfloat16", None), ("bfloat16", "int8"), ("bfloat16", "int4"))
 
 
 def cases():
