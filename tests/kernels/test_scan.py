@@ -23,7 +23,7 @@ from kernels.mamba1 import reference as mamba1
 from kernels.mamba2 import reference as mamba2
 from kernels.packed import TILE_SIZES, Exports, Packed
 from tests.kernels.compiled import assert_verifies, backends
-from tests.kernels.records import taking
+from tests.kernels.records import Model, taking
 
 KERNELS = ("gdn", "kda", "mamba2", "mamba1")
 PROMPTS = pytest.mark.parametrize(("backend", "dtype"), backends(*KERNELS))
@@ -52,21 +52,19 @@ class Scan:
         self._chunk = taking(getattr(backend, f"chunk_{self.name}"))
         self._decode = taking(getattr(backend, f"decode_{self.name}"))
 
+    def model(self, sizes: Sizes) -> Model:
+        return Model(self.name, sizes.heads if self.name == "kda" else sizes.groups, *sizes[1:])
+
     def state_shape(self, sizes: Sizes) -> tuple[int, ...]:
         return sizes[2:] if self.name == "mamba1" else sizes[1:]
 
     def draw(self, count: int, sizes: Sizes, dtype: torch.dtype) -> Prompt:
         """Return tokens that are slices of one wider tensor, as in a model: rows are not
         contiguous."""
-        groups, heads, key, value = sizes
-        if self.name == "kda":
-            groups = heads
-        own, keys = (heads, value), (groups, key)
-        shapes: list[tuple[int, ...]] = [keys, keys, own]
+        _, heads, key, value = sizes
+        shapes = self.model(sizes).tokens
         if self.name == "mamba1":
             shapes = [(value,), (key,), (key,)]
-        elif self.name == "mamba2":
-            shapes = [own, keys, keys]
         widths = [math.prod(shape) for shape in shapes]
         mixed = torch.randn(count, sum(widths) + 3, device=self.device).to(dtype)
         parts = mixed.split([*widths, 3], dim=1)[:3]
@@ -124,18 +122,11 @@ class Scan:
 
     def draw_steps(self, count: int, sizes: Sizes, dtype: torch.dtype) -> Step:
         """Return tokens and parameters of a decoding step of ``count`` sequences."""
-        groups, heads, key, value = sizes
-        shapes: list[tuple[int, ...]]
+        _, heads, key, value = sizes
+        model = self.model(sizes)
+        shapes, (_, per_head) = model.tokens + model.gate_inputs, model.gate_parameters
         if self.name == "mamba1":
             shapes, per_head = [(value,), (key,), (key,), (value,)], (value,)
-        elif self.name == "mamba2":
-            shapes, per_head = [(heads, value), (groups, key), (groups, key), (heads,)], (heads,)
-        elif self.name == "kda":
-            shapes = [(heads, key), (heads, key), (heads, value), (heads, key), (heads,)]
-            per_head = (heads, key)
-        else:
-            shapes = [(groups, key), (groups, key), (heads, value), (heads,), (heads,)]
-            per_head = (heads,)
         tokens = [torch.randn(count, *shape, device=self.device).to(dtype) for shape in shapes]
         bias = torch.randn(per_head, device=self.device)
         if self.name == "mamba1":
