@@ -260,15 +260,9 @@ def _trace_convert(options: argparse.Namespace) -> int:
 def _new_file(path: Path) -> Iterator[TextIO]:
     """Open a file for text, compressed with the ending ``.gz``. A new one is removed if writing
     fails. Pipes and devices are written too."""
-    is_new = not path.exists()
     opens = gzip.open if path.suffix == ".gz" else open
-    try:
-        with written(path, is_new=is_new), opens(path, "wt", encoding="utf-8") as file:
-            yield cast("TextIO", file)
-    except BaseException:
-        if is_new:
-            path.resolve().unlink(missing_ok=True)
-        raise
+    with written(path), opens(path, "wt", encoding="utf-8") as file:
+        yield cast("TextIO", file)
 
 
 # --- Simulations ----------------------------------------------------------------------------------

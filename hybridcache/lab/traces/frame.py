@@ -318,13 +318,16 @@ def make_folder(path: Path) -> Path:
 
 
 @contextmanager
-def written(path: Path, *, is_new: bool = True) -> Iterator[Path]:
+def written(path: Path) -> Iterator[Path]:
     """Make the folder of a file that is written inside of the ``with``, unless it exists and may be
-    a device. ValueError with its path if that fails."""
+    a device. ValueError with its path if that fails; a new file is then removed."""
+    is_new = not path.exists()
     try:
         yield make_folder(path) if is_new else path
-    except OSError as error:
-        if error.filename or isinstance(error, BrokenPipeError):
+    except BaseException as error:
+        if is_new:
+            path.resolve().unlink(missing_ok=True)
+        if not isinstance(error, OSError) or error.filename or isinstance(error, BrokenPipeError):
             raise
         why = f"{path} cannot be written ({error.strerror}): free space, or name another place"
         raise ValueError(why) from None

@@ -74,22 +74,18 @@ class TraceStats:
         return self.ideal_tokens / self.prompt_tokens
 
 
-ODD_RATES: dict[float, str] = {
-    0: "no prompt begins as an earlier one: if some should",
-    100: "nearly all tokens of prompts repeat an earlier one: if they should not",
-}
-"""Sentences about ideal hit rates that a file has which is not read as it was meant."""
-
-
 def doubts(ideal_hit_rate: float) -> list[str]:
-    """Return the sentence about an ideal hit rate that is printed as 0 or 100 %; else none.
+    """Return the sentence about an ideal hit rate that is printed as 0 or 100 %, as that of a file
+    that is not read as it was meant; else none.
 
     >>> doubts(0.4)
     []
     """
-    compared = "compare the unit, the columns and the namespaces that `trace stats` prints"
-    sentence = ODD_RATES.get(round(100 * ideal_hit_rate, 1))  # as it is printed
-    return [f"{sentence}, {compared} with the file"] if sentence else []
+    if 0 < (percent := round(100 * ideal_hit_rate, 1)) < 100:
+        return []
+    seen = "nearly all tokens of prompts repeat an earlier one: if they should not"
+    seen = seen if percent else "no prompt begins as an earlier one: if some should"
+    return [f"{seen}, compare the unit, columns and namespaces of `trace stats` with the file"]
 
 
 def trace_stats(trace: Trace, *, progress: Callable[[int], None] | None = None) -> TraceStats:
