@@ -1,8 +1,10 @@
 """The results pages: a finding, a figure and a folded table per section, all from result files.
 
-``results_page.md`` is the template. Each ``<!-- page: NAME -->`` begins ``results-NAME.md``; the
-text before the first one is ``results.md``. Each ``<!-- result: NAME -->`` becomes the section of
-that name: the finding in one sentence, the figure, the command, and the table in ``<details>``.
+``results_page.md`` is the template of the results. Each ``<!-- page: NAME -->`` begins
+``results-NAME.md``; the text before the first one is ``results.md``. Each ``<!-- result: NAME -->``
+becomes the section of that name: the finding in one sentence, the figure, the command, and the
+table in ``<details>``. In ``report.md``, the template of the report, ``<!-- finding: NAME -->`` and
+``<!-- figure: NAME -->`` become the finding of a section, the latter below its figure.
 The figures are SVG files with colours for light and dark pages, drawn from the same tables.
 """
 
@@ -20,9 +22,11 @@ from experiments.sections import Section, svg
 from experiments.tables import Column, Table
 
 TEMPLATE = ROOT / "experiments" / "results_page.md"
+REPORT = ROOT / "experiments" / "report.md"
+SAID = re.compile(r"<!-- (finding|figure): ([\w ]+) -->")
 BEGIN = re.compile(r"^<!-- page: ([\w-]+) -->\n(# .*)\n", re.MULTILINE)
 NOTE = (
-    "\n<!-- Generated from experiments/results_page.md by "
+    "\n<!-- Generated from experiments/{} by "
     "`python -m experiments.reproduce --page`. Do not edit. -->\n"
 )
 TERMS = "\nTerms, intervals and the default model: [results](results.md).\n"
@@ -38,8 +42,8 @@ def render(name: str, section: Section, figures: dict[Path, str], origin: str) -
     try:
         table = section.table()
     except FileNotFoundError as error:
-        return f"No results yet: `{Path(error.filename or str(error)).name}`."
-    path = provenance.FIGURES / f"results_{name.replace(' ', '_')}.svg"
+        return missing(error)
+    path = figure_of(name)
     alt = f"Figure of {section.figure.axis}, by {table.columns[0].name}."
     figures[path] = svg(section.figure.draw(table))
     return "\n\n".join(
@@ -50,6 +54,35 @@ def render(name: str, section: Section, figures: dict[Path, str], origin: str) -
             f"<details><summary>Table</summary>\n\n{table.markdown()}\n\n</details>",
         )
     )
+
+
+def missing(error: FileNotFoundError) -> str:
+    """Return the text of a section without results."""
+    return f"No results yet: `{Path(error.filename or str(error)).name}`."
+
+
+def figure_of(name: str) -> Path:
+    """Return the path of the figure of a section."""
+    return provenance.FIGURES / f"results_{name.replace(' ', '_')}.svg"
+
+
+def report(template: str) -> str:
+    """Return the report with the findings of all results, each with the name of its part."""
+
+    def said(found: re.Match[str]) -> str:
+        section = SECTIONS[found[2]]
+        try:
+            finding = section.finding(section.table()).removesuffix(".")
+        except FileNotFoundError as error:
+            return missing(error)
+        text = f"{finding} (`{section.part}`)."
+        if found[1] == "finding":
+            return text
+        path = figure_of(found[2])
+        return f"![{section.figure.axis}](../experiments/figures/{path.name})\n\n*{text}*"
+
+    title, _, body = SAID.sub(said, template).partition("\n")
+    return f"{title}\n{NOTE.format(REPORT.name)}{body.rstrip()}\n"
 
 
 def pages(
@@ -68,9 +101,12 @@ def pages(
     written, rows = {}, []
     for name, title, body in zip(rest[::3], rest[1::3], rest[2::3], strict=True):
         file = f"results-{name}.md"
-        written[file] = f"{title}\n{NOTE}{TERMS}{body.rstrip()}\n"
+        written[file] = f"{title}\n{NOTE.format(TEMPLATE.name)}{TERMS}{body.rstrip()}\n"
         headings = "; ".join(re.findall(r"^## (.*)", body, re.MULTILINE))
         rows.append([f"[{title.rpartition(': ')[2]}]({file})", headings])
     index = Table([Column("page"), Column("sections")], rows).markdown()
     title, _, body = first.replace("<!-- result: pages -->", index).partition("\n")
-    return {"results.md": f"{title}\n{NOTE}{body.rstrip()}\n"} | written, figures
+    written["report.md"] = report(REPORT.read_text(encoding="utf-8"))
+    return {
+        "results.md": f"{title}\n{NOTE.format(TEMPLATE.name)}{body.rstrip()}\n"
+    } | written, figures

@@ -102,6 +102,7 @@ LIKE = {
     "engine/layers": "engine/models",
     "engine/plugins": "engine",
     "engine/front/server/endpoints": "engine/front",
+    "hybridcache/adapters/routing": "hybridcache/adapters",
     "hybridcache/lab/results": "hybridcache/lab",
     "hybridcache/policies/eviction": "hybridcache/policies",
 }
@@ -123,7 +124,7 @@ CONFIG = """
 [tool.mutmut]
 source_paths = ["hybridcache", "engine", "kernels"]
 only_mutate = {mutated}
-do_not_mutate_patterns = ['raise \\w+', 'assert ', 'logger']
+do_not_mutate_patterns = ['raise \\w+', 'assert ', 'logger', 'linewidth=']
 also_copy = ["tests", "experiments", "docs", "README.md"]
 pytest_add_cli_args_test_selection = {tests}
 pytest_add_cli_args = ["-p", "no:xdist", "-p", "no:cacheprovider", "-p", "tests.mutation",

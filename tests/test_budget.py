@@ -36,7 +36,8 @@ def test_numbers_are_within_the_budget(
     assert found.keys() == limits.keys()
     assert min(found.values()) > 5
     above = {name: number for name, number in found.items() if number > limits[name]}
-    rule = "raise a price by 20 lines with a test and the reason; for more remove lines elsewhere"
+    rule = "raise a price by up to 20 lines with a test and the reason (--update); for "
+    rule += "more remove as many elsewhere, or name the issue that grants them"
     limits = {name: limits[name] for name in above}
     assert not above, "\n".join([*budget.compare(above, limits), rule])
 

@@ -28,6 +28,7 @@ from experiments.studies import (
     capacity,
     compare,
     default,
+    headroom,
     leaderboard,
     router,
     tiers,
@@ -50,6 +51,18 @@ from hybridcache.policies.registry import DEFAULT_PLACEMENT
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+
+def _headroom(table: Table) -> str:
+    """Return the finding on the facts about later requests."""
+    gains = {name: gain.mean for name, gain in table.named("gain").items()}
+    rate = table.named("token hit rate")[headroom.NOTHING].mean
+    return (
+        f"The default pair hits {rate:.1f} %, and the plan with hindsight "
+        f"{gains[headroom.PLAN]:.1f} points more. Told whether an item is used again, it gains "
+        f"{gains[headroom.AGAIN]:.1f} points at evictions and {gains[headroom.FILTER]:.1f} when "
+        f"positions are saved; the end of each session is worth {gains[headroom.ENDS]:.1f}."
+    )
 
 
 SIZES = {"small memory": 0.2, "medium": 0.4, "large": 0.6}
@@ -285,6 +298,11 @@ SECTIONS = {
         says(f"The default pair gains {POINTS} over LRU with fixed rules.", gain="gain"),
         Dots({"default pair": "default pair", LRU_ADAPTIVE: LRU_ADAPTIVE,
               "LRU, fixed rules": "lru, fixed rules"} | SHOWN, HITS.head, (1,)),
+    ),
+    "headroom": Section(
+        "headroom", study(headroom.NAME, headroom.table), _headroom,
+        Dots({"mean gain": "gain", "least": "least gain", "most": "most gain"},
+             "gain over no fact, points"),
     ),
     "capacity": Section("capacity", capacity_table, _capacity, CapacityCurves()),
     "hints": Section(

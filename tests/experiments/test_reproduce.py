@@ -252,7 +252,7 @@ def test_results_pages_and_figures_are_up_to_date(without_engine: Listed) -> Non
     """Update them by ``python -m experiments.reproduce --page``. Another release of matplotlib
     writes the same figure in other words."""
     texts = without_engine.texts
-    written = {path.name: path.read_text() for path in (ROOT / "docs").glob("results*.md")}
+    written = {path.name: path.read_text() for path in (ROOT / "docs").glob("re[ps]*t*.md")}
     assert written == texts
     assert max(len(text.split()) for text in texts.values()) <= 3_000
     is_pinned = f"matplotlib=={version('matplotlib')}" in (ROOT / "constraints.txt").read_text()

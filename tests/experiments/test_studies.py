@@ -26,6 +26,7 @@ from experiments.studies import (
     closed_loop,
     compare,
     default,
+    headroom,
     leaderboard,
     overload,
     peers,
@@ -44,6 +45,7 @@ from hybridcache.lab.traces.intervals import Interval
 from hybridcache.lab.traces.trace import Trace, TraceRequest
 from hybridcache.policies.placement import Adaptive
 from hybridcache.radix.protocol import Prefill
+from hybridcache.radix.tokens import common_prefix_len
 from tests.engine.front.server.conftest import oracle_engine
 from tests.lab.traces.test_bad_traces import GOOD, written
 from tests.policies.items import FakeItem
@@ -344,3 +346,46 @@ def test_records_with_the_same_settings_are_not_made_again(tmp_path: Path) -> No
 
     assert run("one") == run("one") == read_json_lines(file)[1] and made == ["a", "b"]
     assert len(run("another")) == 2 and made == ["a", "b"] * 2
+
+
+def test_the_future_knows_the_next_use_and_the_positions_that_are_resumed_from() -> None:
+    requests = list(open_trace("short?head=40"))
+    future = headroom.Future(requests, grid := 16)
+    whole = [np.concatenate((one.tokens, one.output)) for one in requests]
+    resumed: list[set[int]] = [set() for _ in requests]
+    for number, request in enumerate(requests):
+        most = len(request.tokens) - 1
+        shared = [min(common_prefix_len(request.tokens, text), most) for text in whole[:number]]
+        if depth := max(shared, default=0) // grid * grid:
+            for earlier in np.flatnonzero(np.array(shared) >= depth):
+                resumed[earlier].add(depth)
+    assert future.resumed == resumed and any(resumed)
+    rng, found = np.random.default_rng(1), 0
+    for _ in zip(range(30), future, strict=False):
+        number = int(rng.integers(len(requests)))
+        length = int(rng.integers(1, len(whole[number])))
+        later = (
+            at
+            for at, one in enumerate(requests)
+            if at > future.now
+            and len(one.tokens) > length
+            and common_prefix_len(one.tokens, whole[number]) >= length
+        )
+        use = next(later, None)
+        assert future.next_use(number, length) == use
+        found += use is not None
+    assert 0 < found < 30
+
+
+def test_a_run_that_knows_a_fact_is_compared_with_one_that_knows_none() -> None:
+    trace = open_trace("short?head=100")
+    runs = {fact: headroom.run_with(fact, trace, 0.5) for fact in headroom.FACTS}
+    plain = runs.pop(headroom.NOTHING)
+    for fact, run in runs.items():
+        difference = run.compare(plain)
+        won = sum(row["tokens"] for row in difference.to_dicts())
+        assert won == run.cached_tokens - plain.cached_tokens and difference.ours == fact
+    assert runs[headroom.TIMES].cached_tokens > plain.cached_tokens
+    assert runs[headroom.PLACES].cached_tokens > plain.cached_tokens
+    ended = [one.stop_reason == "session_end" for one in headroom.told(trace)]
+    assert sum(ended) == len({one.session for one in trace})

@@ -50,7 +50,7 @@ from hybridcache.lab.traces.arrivals import interleave, parse_starts
 from hybridcache.lab.traces.frame import written
 from hybridcache.lab.traces.intervals import FEWEST_UNITS, Interval, interval, paired
 from hybridcache.lab.traces.progress import Progress
-from hybridcache.lab.traces.trace import Held, Trace, TraceRequest
+from hybridcache.lab.traces.trace import Held, Tabular, Trace, TraceRequest
 from hybridcache.policies.registry import DEFAULT_EVICTION, DEFAULT_PLACEMENT, EvictionSpec
 from hybridcache.radix.tokens import Tokens
 
@@ -585,7 +585,7 @@ Read = Callable[[Measured], list[float]]
 
 
 @dataclass(frozen=True, slots=True)
-class Board:
+class Board(Tabular):
     """Figures of several systems on the same cells and seeds."""
 
     split: Split
@@ -709,6 +709,21 @@ class Board:
     def loops(self, system: str, figure: str) -> np.ndarray | None:
         """Return a figure of each closed loop: [seeds, loops], or None."""
         return self.matrix(system, lambda run: [one[figure] for one in run.loops if figure in one])
+
+    def __iter__(self) -> Iterator[Row]:
+        return iter(self.rows())
+
+    def to_dicts(self) -> list[Plain]:
+        """Return a flat dictionary per row, with the limits of intervals as ``_low``, ``_high``."""
+        found = list[Plain]()
+        for row in self:
+            found.append(flat := {})
+            for one in fields(row):
+                flat[one.name] = value = getattr(row, one.name)
+                if isinstance(value, Interval):
+                    ends = {f"{one.name}_low": value.low, f"{one.name}_high": value.high}
+                    flat |= {one.name: value.mean} | ends
+        return found
 
     def rows(self) -> list[Row]:
         """Return a row per system, the most hits first, with the best rebuilt system of each cell,

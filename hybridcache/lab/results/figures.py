@@ -143,9 +143,8 @@ def set_titles(
 
 def _notes(results: Sequence[SweepRuns], words: Sequence[str]) -> list[str]:
     """Return the notes on the numbers that are drawn, each once."""
-    found = [note for result in results for note in notes_on(result, words)]
-    if "hit" in words:
-        found += [note for result in results for note in interval_notes(result)]
+    of_hits = interval_notes if "hit" in words else lambda _: []
+    found = [note for one in results for note in (*notes_on(one, words), *of_hits(one))]
     return [f"{note[:1].upper()}{note[1:]}." for note in dict.fromkeys(found)]
 
 

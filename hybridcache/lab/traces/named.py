@@ -137,9 +137,14 @@ def _decoded(field: str, value: object) -> object:
 
 
 def _inside(value: object, name: str) -> object:
-    """Return the value of a field in objects, as in ``metadata.user``; None if it is missing."""
-    for part in name.split(".")[1:]:
-        value = value.get(part) if isinstance(value, dict) else None
+    """Return the value of a field in objects, as in ``metadata.user``. ValueError if it is
+    missing."""
+    place, *parts = name.split(".")
+    for part in parts:
+        if not isinstance(value, dict) or part not in value:
+            known = f"has {', '.join(value)}" if isinstance(value, dict) else "is no object"
+            raise ValueError(f"there is no column {name!r}; {place} {known}")
+        place, value = f"{place}.{part}", value[part]
     return value
 
 

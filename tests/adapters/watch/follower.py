@@ -20,19 +20,20 @@ def follow(nodes: dict[int, dict[str, Any]], records: list[list[Any]]) -> None:
                     "start": start,
                     "end": end,
                     "slot": None,
+                    "label": None,
                 }
             case "split":
                 id_, upper, position, _ = rest
                 lower = nodes[id_]
-                nodes[upper] = lower | {"end": position, "slot": None}
+                nodes[upper] = lower | {"end": position, "slot": None, "label": None}
                 lower |= {"start": position, "parent": upper}
             case "kv-gone":
                 assert nodes.pop(rest[0])["slot"] is None
             case "checkpoint":
-                nodes[rest[0]]["slot"] = rest[1]
+                nodes[rest[0]] |= {"slot": rest[1], "label": rest[2]}
             case "checkpoint-gone":
                 assert nodes[rest[0]]["slot"] is not None
-                nodes[rest[0]]["slot"] = None
+                nodes[rest[0]] |= {"slot": None, "label": None}
             case _:
                 assert kind in ("time", "memory", "slabs", "request")
 
@@ -56,5 +57,6 @@ def truth(cache: Any) -> dict[int, dict[str, Any]]:
             "start": node.start,
             "end": node.end,
             "slot": None if node.checkpoint is None else node.checkpoint.slot,
+            "label": None if node.checkpoint is None else node.checkpoint.title[:80],
         }
     return found

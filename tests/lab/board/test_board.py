@@ -383,7 +383,9 @@ def test_packaged_split_is_the_evaluation_split_of_the_studies() -> None:
 
 
 def test_scores_are_means_over_cells_with_intervals_over_seeds(tiny: Board) -> None:
-    rows = {row.name: row for row in tiny.rows()}
+    rows = {row.name: row for row in tiny}
+    flat = {row["name"]: row["hit_rate"] for row in tiny.to_dicts()}
+    assert flat == {name: row.hit_rate.mean for name, row in rows.items()}
     row, rates = rows["lru"], tiny.replays("lru")
     by_seed = rates.mean(axis=1)
     assert row.hit_rate.mean == pytest.approx(np.mean(by_seed))

@@ -56,6 +56,8 @@ def test_records_sum_to_the_figures_of_their_run(sweep: SimulationResult) -> Non
 
 
 def test_an_eviction_and_the_request_that_misses_it_name_each_other() -> None:
+    equal = simulate(turns("ABCA"), gib=4, policy=["lru", "fifo"])
+    assert "more than" not in equal.verdict(), "three sessions have no interval"
     small, ample = simulate(turns("ABCA"), gib=[GIB, 4], policy="lru", by_request=True)
     assert [one.lost_age for one in small.by_request] == [0, 0, 0, 1]
     evicted = [one for one in small.evictions if one.kind == "checkpoint" and one.missed]
@@ -102,7 +104,12 @@ def test_a_plan_says_what_it_keeps_and_a_rebuilt_system_nothing(sweep: Simulatio
 
 
 def test_figures_of_each_seed_are_kept() -> None:
-    merged = simulate("chat?head=60", gib=1, policy="lru", seeds=3, by_request=True).runs[0]
+    more = {"seeds": 3, "by_request": True, "host_gib": 1}
+    merged = simulate("chat?head=60", gib=1, policy="lru", **more).runs[0]
+    tiers = merged.tier_bytes
+    assert tiers and tiers == {
+        name: sum(run.tier_bytes[name] for run in merged.draws) for name in tiers
+    }
     assert len(merged.draws) == 3 and merged.by_request is None
     assert sum(run.cached_tokens for run in merged.draws) == merged.cached_tokens
     refused("one seed", merged.compare, merged)

@@ -506,3 +506,6 @@ def test_a_column_may_be_inside_of_an_object(tmp_path: Path) -> None:
     path = f"{lines(tmp_path / 'x', *records)}?tokenizer=bytes"
     found = open_trace(f"{path}&session=metadata.user&time=metadata.at")
     assert [(one.session, one.timestamp_s) for one in found] == [("a", 0), ("b", 5)]
+    for name, known in {"metadata.usr": "has user, at", "metadata.at.s": "at is no object"}.items():
+        said = f"no column '{name}'; metadata.*{known}"
+        refused(said, open_trace, f"{path}&session={name}")
