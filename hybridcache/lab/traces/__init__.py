@@ -27,7 +27,7 @@ from hybridcache.lab.traces.trace import BadRecords, Trace
 
 _Number = TypeVar("_Number", int, float)
 
-LATE = ("mooncake", "conversations", "messages", "counts")
+LATE = ("mooncake-sessions", "mooncake", "conversations", "messages", "counts")
 """Formats that others are special cases of. They are tried after these, in this order."""
 READERS: dict[str, type[FileReader]] = {
     word: reader

@@ -155,6 +155,7 @@ def test_records_are_lines_or_an_array(reader: str, tmp_path: Path) -> None:
         path.write_text(text)
         found.append([str(request) for request in open_trace(f"{path}{options}")])
     assert found[0] == found[1] != []
+    assert traces.recognise(path) == reader
     bare = {name: one for name, one in good.items() if name not in UNASKED}
     assert len(list(open_trace(written(path, reader, bare, bare)))) >= 2
 
