@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from array import array
 from collections.abc import Hashable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import count
 from typing import Any
 
@@ -35,9 +35,9 @@ class _Block:
     end: int
     """Tokens from the start of the prompt."""
     parent: Hashable
-    children: set[Hashable] = field(default_factory=set)
-    states: set[int] = field(default_factory=set)
-    """State groups that have a state at the end."""
+    children: tuple[Hashable, ...] = ()
+    states: int = 0
+    """State groups that have a state at the end, as bits: sets would take 432 bytes per block."""
     is_resumable: bool = False
 
 
@@ -130,7 +130,7 @@ class BlockEvents:
                     start, above_id = 0, None
                 else:
                     space, start, above_id = above.namespace, above.end, above.id
-                    above.children.add(name)
+                    above.children += (name,)
                 block = _Block(next(self._ids), space, start + size, parent)
                 self._blocks[name] = block
                 part = array("i", tokens[number * size : (number + 1) * size]).tobytes()
@@ -140,15 +140,15 @@ class BlockEvents:
     def _store_state(self, event: Mapping[str, Any], found: list[Event]) -> None:
         block = self._blocks.get(event["block_hashes"][-1])
         if block is not None:
-            block.states.add(event["group_idx"])
-            if len(block.states) == self._num_groups and not block.is_resumable:
+            block.states |= 1 << event["group_idx"]
+            if block.states.bit_count() == self._num_groups and not block.is_resumable:
                 block.is_resumable = True
                 found.append(CheckpointStored(block.id, block.end))
 
     def _take(self, name: Hashable, group: int | None, found: list[Event]) -> None:
         block = self._blocks.get(name)
-        if block is not None and group in block.states:
-            block.states.remove(group)
+        if block is not None and group is not None and block.states >> group & 1:
+            block.states ^= 1 << group
             if block.is_resumable:
                 block.is_resumable = False
                 found.append(CheckpointRemoved(block.id, block.end))
@@ -159,7 +159,7 @@ class BlockEvents:
         """Remove a block and all behind it, the last ones first."""
         above = self._blocks.get(self._blocks[name].parent)
         if above is not None:
-            above.children.discard(name)
+            above.children = tuple(one for one in above.children if one != name)
         path = [name]
         for one in path:
             path.extend(self._blocks[one].children)
