@@ -216,7 +216,7 @@ def rooms() -> dict[str, Room]:
 def prepare(files: Sequence[str], tests: Sequence[str], work: Path) -> bool:
     """Copy the repository, with mutmut's settings, to ``work``. Keeps earlier results.
 
-    Return whether a file was copied.
+    Return whether a file was copied, or removed because the repository does not have it.
     """
     command = ["git", "-C", str(ROOT), "ls-files", "--cached", "--others", "--exclude-standard"]
     listed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
@@ -230,6 +230,11 @@ def prepare(files: Sequence[str], tests: Sequence[str], work: Path) -> bool:
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(source, target)
             is_changed = True
+    for package in ("hybridcache", "engine", "kernels", "tests", "experiments"):
+        for old in {*(work / package).rglob("*.py"), *(work / "mutants" / package).rglob("*.py")}:
+            if not (ROOT / old.relative_to(work).as_posix().removeprefix("mutants/")).exists():
+                old.unlink()
+                is_changed = True
     config = CONFIG.format(
         mutated=list(files),
         tests=[f"tests/{one}" for one in tests],

@@ -99,6 +99,16 @@ def test_rooms_of_mutants_name_files_and_tests() -> None:
             assert (ROOT / "tests" / path.partition("::")[0]).exists(), (name, path)
 
 
+def test_a_copy_for_mutants_loses_files_that_the_repository_lost(tmp_path: Path) -> None:
+    olds = [tmp_path / "hybridcache/old.py", tmp_path / "mutants/engine/old.py"]
+    for old in olds:
+        old.parent.mkdir(parents=True)
+        old.write_text("")
+    assert mutation.prepare([], [], tmp_path) and not any(old.exists() for old in olds)
+    assert not mutation.prepare([], [], tmp_path)
+    assert (tmp_path / "hybridcache/config.py").exists()
+
+
 def test_a_sample_of_a_seed_is_always_the_same() -> None:
     files = [file for room in mutation.rooms().values() for file in room.files]
     drawn = mutation.draw(files, 200, 9)
