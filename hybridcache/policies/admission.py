@@ -238,6 +238,8 @@ class SessionGate(AdmissionPolicy):
     at its arrival are computed first, each once, which takes ``ahead``. So its wait is at most
     ``DUE_S + (DUE_FACTOR + 1) * ahead``, and until running requests leave a place and memory.
     ``Oldest`` computes the same prompts first. Tenants, pauses and later requests change nothing.
+    With ``most_s`` (N), a request is due after N seconds at most: its wait is then at most that and
+    ``ahead``, for which more lost text is repeated.
 
     The share of the memory that active sessions may fill is found by congestion control. Once per
     cycle of a pause and an answer, it falls by a tenth if a session's text was evicted, and grows
@@ -253,8 +255,9 @@ class SessionGate(AdmissionPolicy):
     lost to eviction, which is the cost of congestion, in place of hit rate and memory use.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, most_s: float = inf) -> None:
         self.debt, self._limit, self._worth = _Debt(), _Limit(), _Worth()
+        self._most_s = most_s
         self._squares, self._products = 0.0, 0.0
         """Sums over steps, discounted: tokens**2, and tokens * seconds."""
         self._token_s = 0.0
@@ -311,7 +314,8 @@ class SessionGate(AdmissionPolicy):
             lengths = self._queued.get(request)
             if lengths is None:
                 lengths = self._queued[request] = [self._own_len(request, load), 0]
-            due_at_s = request.arrival_s + DUE_S + factor_s * (num_ahead + lengths[1])
+            due_s = DUE_S + factor_s * (num_ahead + lengths[1])
+            due_at_s = request.arrival_s + min(self._most_s, due_s)
             num_ahead += lengths[0]
             if due_at_s <= load.now_s:
                 due.append(request)

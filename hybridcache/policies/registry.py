@@ -76,7 +76,7 @@ ADMISSION_NAMES: dict[str, NamedPolicy] = {
     "oldest": NamedPolicy(admission.Oldest),
     "cached-first": NamedPolicy(admission.CachedFirst),
     "longest-match": NamedPolicy(admission.LongestMatch),
-    "sessions": NamedPolicy(admission.SessionGate),
+    "sessions": NamedPolicy(admission.SessionGate, "seconds"),
     "live": NamedPolicy(admission.LiveSessions, "sessions", "16"),
 }
 """Names of admission policies."""

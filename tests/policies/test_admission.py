@@ -264,6 +264,16 @@ def test_a_due_request_precedes_all_that_arrived_after_it() -> None:
     assert arrivals(policy.order([lost, younger, late], load)) == [1, 3, 4], "turns wait as well"
 
 
+def test_an_operator_bounds_the_time_until_a_request_is_due() -> None:
+    policy, load = make_admission("sessions:5"), FakeLoad(running=[None])
+    congest(policy, load, lost=10**9)
+    ahead, new = (FakeRequest(n, session(n, 1), 16_000, arrival_s=load.now_s) for n in range(2))
+    assert arrivals(policy.order([ahead, new], load)) == []
+    assert policy.wakes_at_s == pytest.approx(load.now_s + 5)
+    load.now_s += 5.1
+    assert arrivals(policy.order([ahead, new], load)) == [0, 1]
+
+
 def test_prompts_that_share_a_head_delay_others_by_it_once() -> None:
     """A hundred prompts with one long head wait; the head is computed after they arrived."""
     policy, load = make_admission("sessions"), FakeLoad(running=[None])
