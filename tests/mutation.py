@@ -78,6 +78,8 @@ TESTS = {
     "hybridcache/geometry": "geometry engine/models/test_published_configs.py test_doctests.py "
     "engine/test_checkpoint_dtype.py engine/weights/test_gguf.py engine/weights/test_gguf_files.py",
     "hybridcache/lab": "lab geometry",
+    # The others need a worker.
+    "hybridcache/vllm": "vllm/test_scheduler.py vllm/test_connectors.py vllm/test_seams.py",
     "engine": "engine/test_engine.py engine/schedule/test_schedule.py engine/test_failing_alone.py "
     "engine/test_plugins.py engine/front/test_async_engine.py engine/runner/test_memory.py "
     "engine/plugins/disaggregation",
