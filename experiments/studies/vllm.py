@@ -3,16 +3,19 @@
 `python -m experiments.studies.vllm` writes study_vllm.jsonl. It needs vLLM, as `make vllm` installs
 it. Schedulers, block pools and cache managers are vLLM's; the worker computes no tokens and checks
 all contents (hybridcache.vllm.check). The model is Qwen3-Next: blocks of 1,056 tokens. Each session
-sends its next request at once. In other cells both schedulers have host memory. A run that was
-stopped is continued by the same command. `--review` runs only the cells that were published first.
+sends its next request at once. In other cells both schedulers have host memory, or more sessions
+are served than fit. A run that was stopped is continued by the same command. `--review` runs only
+the cells that were published first.
 """
 
 from __future__ import annotations
 
 import argparse
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import asdict
 from functools import partial
+from itertools import count
 from statistics import fmean
 from typing import Any, NamedTuple
 
@@ -31,13 +34,15 @@ TOGETHER, ALONE = 16, 1
 
 
 class SizedTrace(NamedTuple):
-    """One trace and three sizes in GiB."""
+    """One trace and its sizes in GiB."""
 
     spec: str
-    gib: tuple[float, float, float]
+    gib: tuple[float, ...]
     review: dict[int, tuple[float, ...]]
     """Sizes that were published first, by sessions at once."""
     has_seeds: bool = True
+    calls: int = 1 << 30
+    """First requests of each session that are served."""
 
 
 WORKLOADS = {
@@ -58,6 +63,14 @@ WORKLOADS = {
     "short": SizedTrace("short", (1, 2, 4), {}),
     "phased-heads": SizedTrace("phased-heads", (1, 2, 4), {}),
 }
+AGENTS = "live-agents?live=16&sessions=20&shortest=8000&longest=16000"
+OVERLOAD = {
+    "long agents": SizedTrace(AGENTS, (1.5, 2, 3, 4), {}),
+    "mini-swe-agent": SizedTrace("mini-swe-agent", (1, 1.5, 2, 2.5), {}, False, calls=12),
+    "append-only-chat": SizedTrace("append-only-chat", (1.5, 3), {}),
+    "chat in overload": SizedTrace("chat", (2, 3), {}),
+}
+"""Cells in which 1.2 to 4 times as many sessions are served as fit."""
 AS_IS = "as it is"
 FLAGS: dict[str, dict[str, Any]] = {
     "--prefix-match-unit 32": {"unit": 32},
@@ -69,12 +82,15 @@ WHOLE_BLOCKS, EVICTION_ONLY = "no match unit", "eviction only"
 fixed places."""
 IN_BLOCKS = (WHOLE_BLOCKS, EVICTION_ONLY)
 """Variants that are run only in the cells with several sessions that were published first."""
+FIXED = "fixed places"
+"""HybridScheduler without learning, in the cells of ``OVERLOAD``."""
 VARIANTS: dict[str, dict[str, Any]] = {
     AS_IS: {"scheduler": "vllm", "unit": 0},
     **{flag: {"scheduler": "vllm", **options} for flag, options in FLAGS.items()},
     OURS: {},
     WHOLE_BLOCKS: {"unit": 0},
     EVICTION_ONLY: {"unit": 0, "settings": {"placement": "branch,backoff,end"}},
+    FIXED: {"settings": {"placement": "branch,backoff,end"}},
 }
 HOST = (1, 3)
 """Host memory as multiples of the device's, in the cells with several sessions."""
@@ -117,16 +133,17 @@ def jobs_of(seeds: int, review: bool) -> Iterator[VllmRun]:
     others = [
         (trace, gib, TOGETHER, seed)
         for seed in range(0 if review else seeds)
-        for trace, workload in WORKLOADS.items()
+        for trace, workload in (WORKLOADS | OVERLOAD).items()
         for gib in (workload.gib if workload.has_seeds or not seed else ())
     ]
     cells = dict.fromkeys([*published, *others])
     for cell in sorted(cells, key=lambda cell: (cell[3], cell[2] == ALONE)):
         is_first = cell in published and cell[2] == TOGETHER
+        is_overload = cell[0] in OVERLOAD
         for variant in VARIANTS:
-            if is_first or variant not in IN_BLOCKS:
+            if is_overload if variant == FIXED else is_first or variant not in IN_BLOCKS:
                 yield VllmRun(*cell, variant)
-        if cell[2] == TOGETHER and not review:
+        if cell[2] == TOGETHER and not review and not is_overload:
             for multiple in HOST:
                 yield from (VllmRun(*cell, with_host(one, multiple)) for one in CONNECTORS)
 
@@ -135,15 +152,17 @@ def measure(job: VllmRun) -> dict[str, Any]:
     """Run one variant of one cell."""
     from hybridcache.vllm.check.engine import Options, run  # Imported here: it imports vLLM.
 
-    spec = WORKLOADS[job.trace].spec
+    spec, *_, calls = (WORKLOADS | OVERLOAD)[job.trace]
     trace = open_trace(common.seeded(spec, job.seed) if job.seed else spec)
+    number: defaultdict[Any, count[int]] = defaultdict(count)
     name, _, host = job.variant.partition(", ")
     options = dict(VARIANTS[name if host else job.variant])
     if host:
         num_bytes = int(job.gib * int(host.split()[0]) * 2**30)
         extra = {"kv_connector_extra_config": {"cpu_bytes_to_use": num_bytes}}
         options["kv_transfer_config"] = CONNECTORS[name] | extra
-    report = run(trace, Options(job.gib, sessions=job.sessions, **options))
+    requests = [one for one in trace if one.session is None or next(number[one.session]) < calls]
+    report = run(requests, Options(job.gib, sessions=job.sessions, **options))
     record = asdict(report) | {"hit_rate": report.hit_rate, "num_wrong": report.num_wrong}
     return job._asdict() | record
 
@@ -154,7 +173,7 @@ def table(records: common.Records, sessions: int = TOGETHER) -> Table:
     seeds = [
         {one["variant"]: one for one in of}
         for of in common.grouped(records, "trace", "gib", "sessions", "seed").values()
-        if of[0]["sessions"] == sessions
+        if of[0]["sessions"] == sessions and of[0]["trace"] in WORKLOADS
     ]
     cells: dict[tuple[str, float], list[dict[str, Any]]] = {}
     for runs in seeds:
@@ -200,6 +219,8 @@ def host_table(records: common.Records) -> Table:
         runs = {one["variant"]: one for one in of}
         if {OURS, *names} <= runs.keys():
             cells.setdefault((of[0]["trace"], of[0]["gib"]), []).append(runs)
+    if not cells:
+        raise FileNotFoundError("cells with host memory of study_vllm.jsonl")
     rows: list[list[Cell]] = []
     for (trace, gib), found in cells.items():
         percent = {
@@ -230,7 +251,8 @@ def main() -> None:
     records = [*tqdm(resumed(file, settings, jobs), total=len(jobs), disable=None)]
     for sessions in (TOGETHER, ALONE):
         print(table(records, sessions))
-    print(host_table(records))
+    if not options.review:
+        print(host_table(records))
 
 
 if __name__ == "__main__":
