@@ -291,6 +291,23 @@ SECTIONS = {
     "vllm in turn": Section(
         "vllm", study("study_vllm", partial(vllm.table, sessions=vllm.ALONE)), VLLM, VLLM_CURVES
     ),
+    "vllm overload": Section(
+        "vllm", study("study_vllm", vllm.overload_table),
+        says("In overload, HybridScheduler hits {gain.mean:.1f} points more than vLLM as it is "
+             "({gain.low:.1f} to {gain.high:.1f}), and the mean TTFT of the time model changes by "
+             "{ttft.mean:.0f} % ({ttft.low:.0f} to {ttft.high:.0f}).",
+             gain="gain", ttft="change of the mean TTFT"),
+        Dots({"gain": "gain"}, "points of token hit rate", (0, 1)),
+    ),
+    "vllm host": Section(
+        "vllm", study("study_vllm", vllm.host_table),
+        says("With as much host memory as device memory, HybridScheduler hits {one.mean:.1f} "
+             "points more than vLLM with the same ({one.low:.1f} to {one.high:.1f}), and with "
+             "three times as much {three.mean:.1f} ({three.low:.1f} to {three.high:.1f}).",
+             one="gain with 1 times", three="gain with 3 times"),
+        Dots({"1 times": "gain with 1 times", "3 times": "gain with 3 times"},
+             "points of token hit rate", (0, 1)),
+    ),
     "sharegpt": Section(
         "sharegpt", sharegpt_table, _sharegpt,
         Dots({"saved": HITS.name}, "saved prompt tokens, %", (0, 1)),

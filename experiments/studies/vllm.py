@@ -210,6 +210,39 @@ def table(records: common.Records, sessions: int = TOGETHER) -> Table:
     return Table(columns, rows)
 
 
+def overload_table(records: common.Records) -> Table:
+    """Return a row per cell of ``OVERLOAD``, as means over the seeds: token hit rates, tokens that
+    are computed, preempted requests included, forward passes, and the time model's time to the
+    first token."""
+    cells = common.grouped([one for one in records if one["trace"] in OVERLOAD], "trace", "gib")
+    if not cells:
+        raise FileNotFoundError("cells in overload of study_vllm.jsonl")
+    rows: list[list[Cell]] = []
+    for (trace, gib), found in cells.items():
+        of = common.grouped(found, "variant")
+
+        def mean(field: str, scale: float, *names: str, of: Any = of) -> list[float]:
+            return [scale * fmean(one[field] for one in of[name]) for name in names]
+
+        hits = mean("hit_rate", 100, AS_IS, *FLAGS, FIXED, OURS)
+        ttft = mean("ttft_mean_s", 1e3, AS_IS, OURS)
+        both = [("computed_tokens", 1e-3), ("steps", 1), ("ttft_p95_s", 1e3)]
+        rows.append([
+            trace, gib, len(of[OURS]), [hits[0], max(hits[:3]), *hits[3:]], hits[-1] - hits[0],
+            *(mean(field, scale, AS_IS, OURS) for field, scale in both), ttft,
+            100 * (ttft[1] / ttft[0] - 1), sum(one["num_wrong"] for one in found),
+        ])  # fmt: skip
+    pair = f"{AS_IS}, ours"
+    heads = "thousands of computed tokens", "forward passes", "95 % of TTFT, ms", "mean TTFT, ms"
+    columns = [
+        *(Column("trace"), Column("GiB", form="g"), Column("seeds", form="d")),
+        *(Column(f"{AS_IS}, best of two flags, {FIXED}, ours: %"), Column("gain", "points")),
+        *(Column(f"{head}: {pair}", form=".0f") for head in heads),
+        *(Column("change of the mean TTFT", "%"), Column("wrong", form="d")),
+    ]
+    return Table(columns, rows)
+
+
 def host_table(records: common.Records) -> Table:
     """Return a row per cell with host memory, as means over the seeds that have all variants: token
     hit rates, the gain over vLLM with the same host memory, and wrong rows and states."""
@@ -252,7 +285,7 @@ def main() -> None:
     for sessions in (TOGETHER, ALONE):
         print(table(records, sessions))
     if not options.review:
-        print(host_table(records))
+        print(overload_table(records), host_table(records), sep="\n")
 
 
 if __name__ == "__main__":

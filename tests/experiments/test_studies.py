@@ -32,6 +32,7 @@ from experiments.studies import (
     peers,
     promises,
     tiers,
+    vllm,
     yardsticks,
 )
 from experiments.studies import common as lab
@@ -389,3 +390,20 @@ def test_a_run_that_knows_a_fact_is_compared_with_one_that_knows_none() -> None:
     assert runs[headroom.PLACES].cached_tokens > plain.cached_tokens
     ended = [one.stop_reason == "session_end" for one in headroom.told(trace)]
     assert sum(ended) == len({one.session for one in trace})
+
+
+def test_overload_in_vllm_shows_hits_and_time_of_each_cell():
+    fields = {"trace": "long agents", "gib": 2, "seed": 0, "num_wrong": 0, "steps": 10}
+    fields |= {"computed_tokens": 2000, "ttft_p95_s": 0.4}
+    rates = {vllm.AS_IS: 0.1, **dict.fromkeys(vllm.FLAGS, 0.12), vllm.FIXED: 0.3, vllm.OURS: 0.25}
+    records = [
+        fields | {"variant": name, "hit_rate": rate, "ttft_mean_s": 0.3 if rate > 0.2 else 0.2}
+        for name, rate in rates.items()
+    ]
+    found = vllm.overload_table(records)
+    assert found.rows[0][3] == pytest.approx([10, 12, 30, 25])
+    assert [one.mean for one in found.values("gain")] == pytest.approx([15])
+    assert found.values("change of the mean TTFT")[0].mean == pytest.approx(50)
+    for empty in (vllm.overload_table, vllm.host_table):
+        with pytest.raises(FileNotFoundError):
+            empty([])
