@@ -36,6 +36,8 @@ class Track:
     is_running: bool = False
     is_loading: bool = False
     """True while a connector writes the blocks of the request."""
+    missed: PrefixMatch | None = None
+    """Match whose missed state a connector may still bring."""
     num_loaded: int = 0
     """Tokens that a connector brings."""
     stops: dict[int, Placed] = field(default_factory=dict)
@@ -144,8 +146,7 @@ class Places:
             one.earlier_uses += 1
         if match.resumed is not None:
             policy.on_hit(match.resumed)
-        if found.missed is not None:
-            policy.on_ghost_hit(found.missed, found.missed_tokens)
+        track.missed = found
         # The part of a unit at the end is at least one row, and less than a unit.
         rest = min(-(-(request.num_tokens % unit) * WORDS // unit), WORDS - 1)
         # The policy takes a boundary in the last unit, however long, for the end of the prompt.
@@ -174,6 +175,16 @@ class Places:
             one.earlier_uses -= 1
         track.stops = {layout.tokens(one.position): one for one in planned}
         self.plan_answer(request, track)
+
+    def note_missed(self, track: Track) -> None:
+        """Notify the policy of the evicted state that an admitted request has missed. One that a
+        connector brings was found: it has earned what it saves."""
+        if (found := track.missed) is not None and (missed := found.missed) is not None:
+            if track.num_loaded and track.cached_len >= self.tree.layout.tokens(missed.position):
+                self.policy.on_hit(missed)
+            else:
+                self.policy.on_ghost_hit(missed, found.missed_tokens)
+        track.missed = None
 
     def plan_answer(self, request: Request, track: Track) -> None:
         """Plan the answer of a request, also of a preempted one, which the policy knows."""

@@ -193,6 +193,7 @@ class HybridManager(KVCacheManager):
         if num_loaded := kwargs.get("num_external_computed_tokens", 0):
             track.note_load(kwargs["num_new_computed_tokens"], num_loaded)
             track.is_loading = kwargs["delay_cache_blocks"]
+        self.places.note_missed(track)
         self._admitted.append(request)
         self._prefilling[request_id] = track
         track.stops = {end: one for end, one in track.stops.items() if end > track.cached_len}
@@ -291,7 +292,9 @@ class HybridManager(KVCacheManager):
             is_superseded = not one.is_shared and one.position < deepest[request_id]
             if is_superseded and request.is_finished():
                 continue
-            if self.offers is not None and not (one.is_shared or request.is_finished()):
+            track = self.tracks.get(request_id)
+            is_last = track is None or not (track.stops or track.interval)
+            if self.offers is not None and not (one.is_shared or is_last):
                 self.offers.append(one)
                 continue
             if one.position % layout.block_size == 0:

@@ -16,6 +16,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.offloading.scheduler import (
 )
 from vllm.v1.core.sched.scheduler import Scheduler
 
+from hybridcache import open_trace
 from hybridcache.vllm.check import isolation
 from hybridcache.vllm.check.engine import COPY_S, SMALL, STEP_S, TOKEN_S, Options, StubEngine, run
 from hybridcache.vllm.check.isolation import PARTS, Turn, drop_from_hashes, mixed
@@ -198,3 +199,17 @@ def test_the_time_model_counts_steps_tokens_and_copies():
     assert report.seconds == pytest.approx(num_steps * STEP_S + expected) and num_steps > 198
     first, second = engine.ttfts_s
     assert STEP_S < second < first - 200 * TOKEN_S
+
+
+def test_states_that_a_short_device_loses_come_from_the_host():
+    """Prompts come again with other answers. On the device none survives until its next turn."""
+    trace = [*open_trace("resend")]
+    host = {"cpu_bytes_to_use": 3 * 2**30}
+    ours, theirs = (
+        run(
+            trace,
+            Options(1, name, kv_transfer_config=transfer | {"kv_connector_extra_config": host}),
+        )
+        for name, transfer in (("hybridcache", HOST), ("vllm", STOCK))
+    )
+    assert ours.num_wrong == 0 and ours.hit_tokens > 0.9 * theirs.hit_tokens > 0
