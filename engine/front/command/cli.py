@@ -42,8 +42,8 @@ GROUPS = {
     "model": "revision tokenizer chat_template dtype",
     "prefix cache": "prefix_cache checkpoints checkpoint_dtype eviction grid exact admission "
     "host_gib disk_gib state_dir_mismatch",
-    "clients": "served_model_name admin_key_file salt_by_key allowed_host trusted_proxy cors_origin "
-    "keep_alive_s idle_timeout_s drain_s",
+    "clients": "served_model_name admin_key_file salt_by_key allowed_host trusted_proxy "
+    "cors_origin keep_alive_s idle_timeout_s drain_s",
     "chats": "default_max_tokens chat_template_kwargs preserve_thinking images",
     "speed and several engines": "token_budget step_s graphs draft tp replicas ray router role "
     "transfer_at prefill",
