@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections import deque
 
 import msgspec
+import pytest
+
+pytest.importorskip("vllm")
 
 from hybridcache.adapters.routing.blocks import BlockEvents
 from hybridcache.adapters.routing.precise import CheckpointSeconds
