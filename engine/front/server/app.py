@@ -108,6 +108,7 @@ class Server(uvicorn.Server):
                 self.app,
                 interface="asgi3",
                 http=ClientConnection,
+                proxy_headers=False,  # Access reads them, of trusted proxies.
                 limit_concurrency=most_connections(),
                 timeout_keep_alive=idle_s,
                 headers=[("Keep-Alive", f"timeout={idle_s}")],

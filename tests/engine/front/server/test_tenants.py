@@ -238,6 +238,26 @@ def test_an_address_may_send_few_wrong_keys(
     assert status("one", "10.0.0.9", **{"x-forwarded-for": "odd"}) == 200
 
 
+@pytest.mark.parametrize(
+    ("proxies", "last", "client"), [((), 429, "127.0.0.1"), (("127.0.0.1",), 401, "7.7.7.20")]
+)
+def test_only_a_trusted_proxy_names_the_client(
+    serve_oracle: Callable[..., Live],
+    tmp_path: Path,
+    caplog: Any,
+    proxies: tuple[str, ...],
+    last: int,
+    client: str,
+) -> None:
+    (tmp_path / "keys").write_text("k\n")
+    settings = {"api_key_file": str(tmp_path / "keys"), "log_requests": True}
+    live = serve_oracle(ServerConfig(trusted_proxy=proxies, **settings))
+    for number in range(21):
+        via = {"X-Forwarded-For": f"6.6.6.6, 7.7.7.{number}", "Authorization": "Bearer x"}
+        status = live.get("/v1/models", **via).status_code
+    assert status == last and f"from {client} " in caplog.messages[-1] + " "
+
+
 def test_a_request_with_two_keys_is_refused(serve_oracle: Callable[..., Live]) -> None:
     """A proxy may have checked the first, and this server would read the last."""
     url = serve_oracle().url + "/v1/models"
