@@ -7,6 +7,7 @@ import errno
 import hashlib
 import hmac
 import ipaddress
+import itertools
 import json
 import logging
 import math
@@ -16,7 +17,7 @@ import secrets
 import sys
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -85,22 +86,25 @@ class Access:
 
     def reload(self) -> None:
         """Read the keys again. Raises ValueError, with nothing changed, as at the start."""
-        config, names, operator = self._config, dict[bytes, str](), None
+        config, found, operator = self._config, dict[bytes, tuple[str, str]](), None
         if (named := os.environ.get(API_KEY_VARIABLE)) is not None:
-            names |= _sendable([named.encode()], API_KEY_VARIABLE)
+            found |= _sendable({API_KEY_VARIABLE: named.encode()}, API_KEY_VARIABLE)
         if config.api_key_file is not None:
-            names |= _read_keys("--api-key-file", config.api_key_file)
-        accepted = list(names)
+            found |= _read_keys("--api-key-file", config.api_key_file)
+        accepted = list(found)
         if config.salt_by_key and not accepted:
             raise ValueError(f"--salt-by-key needs --api-key-file or {API_KEY_VARIABLE}.")
-        num_keys = len({name or key for key, name in names.items()})
+        num_keys = len({name or key for key, (name, _) in found.items()})
         if (file := config.admin_key_file) is not None:
-            found = _read_keys("--admin-key-file", file)
-            operator, *more = found
+            admin = _read_keys("--admin-key-file", file)
+            operator, *more = admin
             if more:
                 raise ValueError(f"--admin-key-file {file} must contain a single key.")
-            names, accepted = found | names, [*accepted, operator] if accepted else []
-        self._names = names
+            if operator in found:
+                said = f"{admin[operator][1]} has the key of {found[operator][1]}, which would make"
+                raise ValueError(f"{said} that client an operator: write another key into it.")
+            found, accepted = found | admin, [*accepted, operator] if accepted else []
+        self._names = {key: name for key, (name, _) in found.items()}
         """Name of each key in its file; empty if it has none there. Keys of one name are equal."""
         self._operator = operator
         """Key of the operator, or None if its requests are distinguished by their address."""
@@ -254,29 +258,39 @@ def _is_local(url: str) -> bool:
         return False
 
 
-def _read_keys(flag: str, file: str) -> dict[bytes, str]:
-    """Read the keys in the ``file`` of this ``flag``, one per line, with their names, without
-    comments (``#``)."""
+def _read_keys(flag: str, file: str) -> dict[bytes, tuple[str, str]]:
+    """Read the keys in the ``file`` of this ``flag``, one per line, with their names and places,
+    without comments (``#``)."""
     try:
         text = Path(file).read_bytes().removeprefix(codecs.BOM_UTF8)
     except OSError as error:
         raise ValueError(f"{flag} {file!r} cannot be read ({error.strerror}).") from error
     lines = [re.split(rb"(?:^|\s)#", line, maxsplit=1)[0] for line in text.splitlines()]
-    return _sendable(lines, f"{flag} {file}")
+    source = f"{flag} {file}"
+    places = (f"line {number} of {source}" for number in itertools.count(1))
+    return _sendable(dict(zip(places, lines, strict=False)), source)
 
 
-def _sendable(lines: list[bytes], source: str) -> dict[bytes, str]:
-    """Return the keys in ``lines``, each with the name behind it, or "". Raises ValueError without
-    one, or if a key is not printable or a name not a word."""
-    found: dict[bytes, str] = {}
-    for key, *name in filter(None, map(bytes.split, lines)):
-        if not KEY.fullmatch(key):
-            said = "must be printable ASCII; `openssl rand -hex 24` prints such a key."
-            raise ValueError(f"{source}: each key {said}")
-        if len(name) > 1 or not all(map(KEY_NAME.fullmatch, name)):
+def _sendable(lines: Mapping[str, bytes], source: str) -> dict[bytes, tuple[str, str]]:
+    """Return the keys in ``lines``, which are by place, each with the name behind it, or "", and
+    its place. Raises ValueError without one, if a key is not printable or a name not a word, or if
+    a key has two names."""
+    found: dict[bytes, tuple[str, str]] = {}
+    for place, line in lines.items():
+        key, *more = line.split() or [b""]
+        name = b" ".join(more).decode("latin-1")
+        if key and not KEY.fullmatch(key):
+            said = "each key must be printable ASCII; `openssl rand -hex 24` prints such a key."
+            raise ValueError(f"{place}: {said}")
+        if more and not KEY_NAME.fullmatch(b" ".join(more)):
             said = "a key may be followed by a name: at most 40 letters, digits or any of . @ + - _"
-            raise ValueError(f"{source}: {said}")
-        found[key] = b"".join(name).decode()
+            raise ValueError(f"{place}: {said}")
+        before, first = found.get(key, (name, ""))
+        if before != name:
+            said = f"the key of {first} has another name here: remove one of the two lines."
+            raise ValueError(f"{place}: {said}")
+        if key:
+            found[key] = name, place
     if not found:
         raise ValueError(f"{source} has no key: write one into it.")
     return found

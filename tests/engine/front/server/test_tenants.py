@@ -268,16 +268,27 @@ def test_a_request_with_two_keys_is_refused(serve_oracle: Callable[..., Live]) -
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"# a\n", b"a\nb\xff\x00c\n", b"k three words", b"k na:me", b"\x93\xd0\x07"]
+    ("content", "message"),
+    [
+        (b"", "FILE has no key"),
+        (b"# a\n", "FILE has no key"),
+        (b"a\nb\xff\x00c\n", "line 2 of FILE: each key must be printable ASCII"),
+        (b"\x93\xd0\x07", "line 1 of FILE: each key must be printable ASCII"),
+        (b"k three words", "line 1 of FILE: a key may be followed by a name"),
+        (b"# a\r\n\r\nk na:me\r\n", "line 3 of FILE: a key may be followed by a name"),
+        (b"k a\n\nk b\n", "line 3 of FILE: the key of line 1 of FILE has another name here"),
+        (b"k\nk a\n", "line 2 of FILE: the key of line 1 of FILE has another name here"),
+    ],
 )
 @pytest.mark.parametrize("setting", ["api_key_file", "admin_key_file"])
 def test_files_without_a_key_that_clients_can_send_are_refused(
-    setting: str, content: bytes, tmp_path: Path
+    setting: str, content: bytes, message: str, tmp_path: Path
 ) -> None:
     (tmp_path / "key").write_bytes(content)
-    with pytest.raises(ValueError, match=r"has no key|be printable ASCII|a name") as caught:
+    with pytest.raises(ValueError, match="key") as caught:
         Access(ServerConfig(**{setting: str(tmp_path / "key")}))
-    assert "--" + setting.replace("_", "-") in str(caught.value)
+    file = f"--{setting.replace('_', '-')} {tmp_path / 'key'}"
+    assert str(caught.value).startswith(message.replace("FILE", file))
 
 
 def ask(live: Live, path: str, body: dict[str, Any], headers: dict[str, str]) -> tuple[str, Any]:
@@ -356,9 +367,10 @@ def test_pages_of_other_sites_cannot_use_a_server_without_keys(
 
 
 def test_keys_are_read_again(tmp_path: Path) -> None:
-    file = tmp_path / "keys"
+    file, admin = tmp_path / "keys", tmp_path / "admin"
     file.write_text("a\nb\n")
-    access = Access(ServerConfig(api_key_file=str(file)))
+    admin.write_text("operator\n")
+    access = Access(ServerConfig(api_key_file=str(file), admin_key_file=str(admin)))
 
     def accepted(key: str) -> bool:
         headers = [(b"authorization", b"Bearer " + key.encode())]
@@ -369,9 +381,11 @@ def test_keys_are_read_again(tmp_path: Path) -> None:
     file.write_text("b\nc\n")
     access.reload()
     assert [*map(accepted, ["a", "b", "c", ""])] == [False, True, True, False]
-    file.write_text("")
-    refused("has no key", access.reload)
-    assert accepted("b") and accepted("c")
+    line = f"line 1 of --admin-key-file {admin} has the key of line 2 of --api-key-file {file}"
+    for text, message in (("", "has no key"), ("b x\nd\nb y", "line 3 of "), ("d\noperator", line)):
+        file.write_text(text)
+        refused(message, access.reload)
+        assert [*map(accepted, ["b", "c", "d", "operator"])] == [True, True, False, True]
 
 
 @pytest.mark.full("1")
