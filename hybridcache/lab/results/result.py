@@ -11,6 +11,7 @@ from typing import Any, ClassVar, NamedTuple, Self
 
 import numpy as np
 
+from hybridcache.command.parser import or_known
 from hybridcache.geometry.model import ModelGeometry
 from hybridcache.lab.rivals.optimum import Optimum
 from hybridcache.lab.traces.intervals import Interval, RateInterval, linear_ratio
@@ -234,7 +235,10 @@ class RunResult(_Run):
                 facts = number, one.session, turn, one.prompt_tokens, tokens, _reason(less)
                 ages = less.lost_age if less.lost else None, more.hit, more.hit_uses
                 rows.append(dict(zip(Difference.columns, (*facts, *ages), strict=True)))
-        return Difference(self.label, label, self.gib, self.prompt_tokens, rows)
+        if math.isclose(self.gib, other.gib, rel_tol=SAME_SIZE):
+            return Difference(self.label, label, self.gib, self.prompt_tokens, rows)
+        mine, its = (f" at {one.gib:.4g} GiB" for one in (self, other))
+        return Difference(self.label + mine, label + its, None, self.prompt_tokens, rows)
 
     def _sums(self) -> list[tuple[str, int, int, int]]:
         return [one[:4] for one in self.by_session]
@@ -318,7 +322,8 @@ class Difference(Tabular):
 
     ours: str
     theirs: str
-    gib: float
+    gib: float | None
+    """Memory of both runs, GiB; None if it differs: ``ours`` and ``theirs`` then end with it."""
     prompt_tokens: int
     """Of all requests."""
     rows: list[Plain]
@@ -337,7 +342,8 @@ class Difference(Tabular):
     def title(self) -> str:
         """Line with the two runs, the size and the difference of their token hit rates."""
         share = f"{100 * sum(row['tokens'] for row in self.rows) / self.prompt_tokens:+.2f} points"
-        return f"{self.ours} less {self.theirs} at {self.gib:.4g} GiB: {share}"
+        size = "" if self.gib is None else f" at {self.gib:.4g} GiB"
+        return f"{self.ours} less {self.theirs}{size}: {share}"
 
     def by_reason(self, key: str = "reason") -> dict[str, list[Plain]]:
         """Return the rows by the run with fewer tokens, and why it did not have the others, or by
@@ -521,7 +527,14 @@ class Runs(Tabular):
         return [run.as_row() for run in self.runs]
 
     def labelled(self, names: Mapping[str, str]) -> Self:
-        """Return the same runs with other labels in tables and figures: old label to new."""
+        """Return the same runs with other labels in tables and figures: old label to new.
+        ValueError for a label that no run has, and if two competitors get one label."""
+        labels = dict.fromkeys(run.label for run in self.runs)
+        if unknown := [name for name in names if name not in labels]:
+            raise ValueError(f"no run is labelled {unknown[0]!r}{or_known(unknown[0], labels)}")
+        for name, count in Counter(names.get(label, label) for label in labels).items():
+            if count > 1:
+                raise ValueError(f"{count} competitors would be labelled {name!r}: use other names")
         configs = [run.config | {"label": names.get(run.label, run.label)} for run in self.runs]
         runs = tuple(replace(run, config=of) for run, of in zip(self.runs, configs, strict=True))
         return replace(self, runs=runs)  # type: ignore[type-var]

@@ -82,7 +82,12 @@ class Tabular:
     def to_frame(self) -> Any:
         """Return the rows as a ``pandas.DataFrame``. ModuleNotFoundError without pandas, which this
         project does not install."""
-        return importlib.import_module("pandas").DataFrame(self.to_dicts())
+        try:
+            pandas = importlib.import_module("pandas")
+        except ModuleNotFoundError as error:
+            reason = "to_frame needs pandas: pip install pandas, or call to_dicts"
+            raise ModuleNotFoundError(reason, name=error.name) from error
+        return pandas.DataFrame(self.to_dicts())
 
 
 @dataclass(frozen=True, slots=True)

@@ -66,10 +66,13 @@ def test_an_eviction_and_the_request_that_misses_it_name_each_other() -> None:
     (row,) = ample.compare(small).to_dicts()
     assert row["request"] == 4 and row["tokens"] == ample.cached_tokens > 3900
     assert row["reason"] == f"evicted {missed.label}, never used" and row["lost_age"] == 1
-    assert f"lru: evicted {missed.label}, never used" in ample.compare(small).table()
-    assert row["generation"] == 1 and "lru: generation 1" in ample.compare(small).table(
-        "generation"
-    )
+    table = ample.compare(small).table()
+    assert table.startswith("lru at 4 GiB less lru at 0.5 GiB: +")
+    assert f"lru at 0.5 GiB: evicted {missed.label}, never used" in table
+    turn = ample.compare(small).table("generation")
+    assert row["generation"] == 1 and "lru at 0.5 GiB: generation 1" in turn
+    title = small.compare(optimum(turns("ABCA"), gib=1)[0]).title
+    assert title.startswith("lru at 0.5 GiB less best plan at 1 GiB: ")
     refused("by must be one of request, session, gen", ample.compare(small).table, "turn")
     (back,) = small.compare(ample).to_dicts()
     assert back == row | {"tokens": -row["tokens"]}
@@ -123,7 +126,25 @@ def test_every_result_is_a_frame(sweep: SimulationResult, monkeypatch) -> None:
     for result in (sweep, loop, plans, trace, run.compare(other)):
         assert result.to_frame() == result.to_dicts() and result.to_dicts()
     assert trace.to_dicts()[0]["prompt_tokens"] == 4000 and len(plans.to_dicts()) == 2
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    missing = partial(refused, kind=ModuleNotFoundError)
+    for result in (sweep, loop, plans, trace, run.compare(other)):
+        missing("to_frame needs pandas: pip install pandas", result.to_frame)
+
+
+def test_labels_stay_apart(sweep: SimulationResult) -> None:
     assert next(iter(sweep.labelled({"survival": "ours"}))).label == "ours"
+    loop = closed_loop("short?head=9", gib=1, rate=4, policy=["lru", "survival"])
+    for result in (sweep, loop):
+        swapped = result.labelled({"lru": "survival", "survival": "lru"})
+        assert {run.label for run in swapped} == {run.label for run in result}
+        for names, said in (
+            ({"lru": "x", "survival": "x"}, "2 competitors would be labelled 'x'"),
+            ({"survival": "lru"}, "2 competitors would be labelled 'lru'"),
+            ({"nosuch": "x"}, "'nosuch'; known: .*lru"),
+            ({"LRU": "x"}, "no run is labelled 'LRU', did you mean 'lru'"),
+        ):
+            refused(said, result.labelled, names)
 
 
 def test_the_command_writes_requests_and_compares_the_first_policy(tmp_path, capsys) -> None:
