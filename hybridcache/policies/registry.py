@@ -61,6 +61,8 @@ EVICTION_NAMES: dict[str, NamedPolicy] = {
     "survival": NamedPolicy(Survival),
 }
 """Names for ``CacheConfig.eviction``. Simulations have more (``hybridcache/lab/rivals``)."""
+SIMULATED = "arc", "clock", "lfu", "random", "s3-fifo", "w-tinylfu"
+"""Names of eviction policies that only simulations have."""
 
 PLACEMENT_NAMES: dict[str, NamedPolicy] = {
     "end": NamedPolicy(placement.End),
@@ -158,6 +160,8 @@ def _maker(
     if entry is None:
         if colon and not number.isdecimal():
             return factory_of(load(spec, protocol), protocol)
+        if name in SIMULATED and protocol is EvictionPolicy:
+            raise ValueError(f"{what} {name!r} is for simulations only; known: {', '.join(table)}")
         known = [*known_names(table), *["none"] * (table is PLACEMENT_NAMES)]
         raise ValueError(f"unknown {what} {name!r}{or_known(name, known)}, or module:Class")
     if not colon and not entry.example:

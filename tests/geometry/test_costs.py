@@ -162,6 +162,7 @@ IN_TURN = ["mamba", "attention"] * 4
         ({}, 8, 0, "none with a state: there is none of layer_types"),
         ({"layers_block_type": IN_TURN}, 0, 0, "the field 'mamba_n_heads' is missing: add it"),
         ({"attn_layer_period": 4, "attn_layer_offset": 1}, 0, 0, "attn_layer_period tells of lin"),
+        ({"hybrid_override_pattern": "M*" * 4, "mamba_num_heads": 8}, 0, 0, "to nemotron_h"),
         ({"layers_block_type": ["mamba", "hybrid"] * 4} | MAMBA, 0, 0, "unknown types: hybrid"),
     ],
 )

@@ -14,12 +14,13 @@ import pytest
 
 from engine import Engine, EngineConfig, SamplingParams
 from hybridcache.lab.cli import main
+from hybridcache.lab.rivals.evictions import LAB_NAMES
 from hybridcache.lab.runs.closed_loop import closed_loop
 from hybridcache.lab.runs.simulate import simulate
 from hybridcache.lab.traces import open_trace
 from hybridcache.policies.eviction.fifo import FIFO
 from hybridcache.policies.eviction.scored import ScorePolicy
-from hybridcache.policies.registry import EVICTION_NAMES, make_eviction, parse_placement
+from hybridcache.policies.registry import EVICTION_NAMES, SIMULATED, make_eviction, parse_placement
 from hybridcache.radix.protocol import Item, Placed, PolicyError, Prefill
 from hybridcache.scheduling.request import AdmissionPolicy, ServerLoad, WaitingRequest
 from tests.oracle import OracleRunner, OracleSampler
@@ -155,6 +156,9 @@ def test_an_object_that_is_no_policy_is_named() -> None:
     for pair in ("lru@backoff", "user_policies:CheapestFirst@adaptive", "mine:Dice(2)@adaptive"):
         refused(r"here checkpoints \(--checkpoints\) names the", make_eviction, pair)
     refused("unknown eviction policy 'LRU', did you mean 'lru'", make_eviction, "LRU")
+    assert set(SIMULATED) == set(LAB_NAMES)
+    for name in SIMULATED:
+        refused(f"'{name}' is for simulations only; known: lru", make_eviction, name)
 
 
 def test_an_endless_plan_ends_with_the_prompt() -> None:

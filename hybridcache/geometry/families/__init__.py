@@ -111,6 +111,11 @@ def _of_unknown_type(text: Fields, model_type: str) -> ModelSizes:
             "which no layer_types list: add these, or set the model_type of a known family "
             "with the same keys."
         )
+    if name == "hybrid_override_pattern" and "mamba_num_heads" in text:
+        raise SizesError(
+            f"model_type {model_type!r} is unknown, and its keys are those of Nemotron-H: set "
+            "model_type to nemotron_h."
+        )
     _attention(text)
     mlp = fields.experts(text) or fields.dense(text)
     mixers = {sort: (READERS[sort](text),) for sort in {*types} - {MLP_ALONE}}

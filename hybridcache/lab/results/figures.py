@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from hybridcache.command.extras import how_to_install
 from hybridcache.geometry.units import counted
 from hybridcache.lab.results.report import (
     LOSSES_NOTE,
@@ -71,8 +72,10 @@ def figure_path(path: str | Path) -> Path:
 @contextmanager
 def _fonts() -> Iterator[None]:
     """Use the fonts of this package's own figures."""
-    import matplotlib
-
+    try:
+        import matplotlib
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(how_to_install(error, "lab"), name=error.name) from error
     with matplotlib.rc_context(_FONTS):
         yield
 
@@ -316,6 +319,8 @@ def panels(
 
     width, height = panel
     if size is not None:
+        if np.shape(size) != (2,) or not all(0 < one < math.inf for one in size):
+            raise ValueError(f"size must be (width, height) in inches, above 0 (got {size!r})")
         columns = max(1, min(columns, int(size[0] / LEAST_PANEL[0])))
     num_rows = -(-count // columns)
     # Rows of nearly equal numbers of panels, the first rows with one more.
@@ -345,7 +350,9 @@ def save(
     """Add one legend for all panels, unless ``legend`` is False, with the caption as its title, and
     write the figure to ``path`` (None for no file). The figure grows by the height of both, or has
     ``size`` (inches). Functions with ``title=False`` draw neither title nor caption. ValueError if
-    panels do not fit into ``size``."""
+    panels do not fit into ``size``, and for another ``legend``."""
+    if not isinstance(legend, bool | None):
+        raise ValueError(f"legend must be True (below the panels) or False (got {legend!r})")
     entries = {
         label: handle
         for axis in axes

@@ -164,8 +164,9 @@ class SimulationResult(SweepRuns):
         """Draw metrics over the sizes, a panel each; by default the token hit rate, and its share
         of the best plan if the result has plans. The figure is also written to ``path`` (PNG,
         SVG or PDF), if there is one. ``size``: width and height in inches, such as (3.3, 2.6) for
-        a column of a paper; ``title=False`` leaves out title and notes, and
-        ``legend=False`` the legend; a text replaces the title."""
+        a column of a paper; ``title=False`` leaves out title and notes, a text replaces the
+        title; ``legend=False`` leaves out the legend, which is always below the panels.
+        ValueError for other values."""
         return sweep_figure([self], path, metric, size, title, legend)
 
     def losses_figure(

@@ -130,6 +130,10 @@ def test_every_result_is_a_frame(sweep: SimulationResult, monkeypatch) -> None:
     missing = partial(refused, kind=ModuleNotFoundError)
     for result in (sweep, loop, plans, trace, run.compare(other)):
         missing("to_frame needs pandas: pip install pandas", result.to_frame)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    difference = partial(difference_figure, run.compare(other))
+    for draw in (sweep.figure, sweep.losses_figure, loop.figure, difference):
+        missing(r"matplotlib is not installed: pip install .*\[lab\]", draw)
 
 
 def test_labels_stay_apart(sweep: SimulationResult) -> None:

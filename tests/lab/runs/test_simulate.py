@@ -677,6 +677,11 @@ def test_figures_have_the_size_asked_for_and_no_empty_cells(small: SimulationRes
     ):
         assert tuple(figure.get_size_inches()) in ((3.3, 2.6), (7, 4), (7, 3))
         assert _is_inside(figure)
+    for size in (3.3, (3.3,), (3.3, 0), "large"):
+        for draw in (small.figure, small.losses_figure):
+            refused(r"^size must be \(width, height\) in inches", draw, size=size)
+    for legend in ("below", "outside", 1):
+        refused(r"^legend must be True \(below the panels\)", small.figure, legend=legend)
     three = [replace(run, config=run.config | {"label": f"p{n}"}) for n in range(3) for run in ours]
     many = replace(small, runs=tuple(three))
     with pytest.raises(
