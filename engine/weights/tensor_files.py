@@ -13,6 +13,7 @@ from engine.weights.layer_names import INDEX_NAME, INDEX_NAMES, MODEL_SLIM_FILE,
 from engine.weights.model_config import ModelError
 from hybridcache.geometry.gguf import unreadable
 from hybridcache.geometry.units import enumerated as enumerated
+from hybridcache.geometry.units import format_bytes
 
 FULL_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
@@ -32,6 +33,11 @@ def open_file(path: Path) -> dict[str, torch.Tensor]:
     try:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.offset_keys()}
+    except (RuntimeError, MemoryError) as error:  # As a rule, the file is larger than the memory.
+        needed, cause = format_bytes(path.stat().st_size), str(error).rsplit(": ", 1)[-1]
+        why = f"the weights need {needed} ({path}), which cannot be mapped into memory ({cause})"
+        said = "use a smaller model, one with fewer bits, or one in several files"
+        raise WeightsError(f"{why}: {said}.") from None
     except (OSError, SafetensorError) as error:
         raise WeightsError(f"{path} {_damage(path) or f'cannot be read: {error}'}.") from None
 

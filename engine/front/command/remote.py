@@ -7,6 +7,7 @@ import argparse
 import json
 import os
 import random
+import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
+from engine.config import BUILTIN_NAME
 from engine.front.server.settings import API_KEY_VARIABLE
 from hybridcache.geometry.units import format_seconds
 
@@ -40,6 +42,7 @@ def connect(url: str) -> tuple[httpx.Client, str, int]:
     and its answer. Raises ValueError."""
     import httpx  # Here: the parser of the command line needs no server's packages.
 
+    url = url if "://" in url else f"http://{url}"
     base, key = url.rstrip("/").removesuffix("/v1"), os.environ.get(API_KEY_VARIABLE, "none")
     headers = {"Authorization": f"Bearer {key}"}
     try:
@@ -62,6 +65,9 @@ PLACES = {
     "qwen": ".qwen/settings.json",
 }
 """Agent -> its file in the home folder. ``agents/`` has the contents."""
+LEAST = {"claude": 65536, "codex": 32768, "opencode": 32768, "qwen": 32768}
+LEAST_OF_BUILTIN = 131072
+"""Agent -> recommended context, tokens, and that of the built-in model, whose tokens are bytes."""
 KEYS = {"opencode": f"{{env:{API_KEY_VARIABLE}}}", "qwen": f"${API_KEY_VARIABLE}"}
 """How a file names the variable with the key. Claude Code's has the key itself."""
 
@@ -80,9 +86,14 @@ def settings(agent: str, url: str, name: str, context: int, key: str | None) -> 
     return text
 
 
+def short_name(agent: str) -> str:
+    """Return the name of an agent here: qwen-code is qwen."""
+    return agent.removesuffix("-code")
+
+
 def add_agent(parser: argparse.ArgumentParser) -> None:
     """Add the flags of ``engine agent``."""
-    parser.add_argument("agent", choices=PLACES, help="the program")
+    parser.add_argument("agent", choices=PLACES, type=short_name, help="the program")
     url = "http://127.0.0.1:8000"
     parser.add_argument("--url", default=url, help="address of the server (default: %(default)s)")
     said = "write the file in the home folder, unless there is one; else the settings are printed"
@@ -94,6 +105,10 @@ def agent(arguments: argparse.Namespace) -> int:
     client, name, context = connect(arguments.url)
     base, file = str(client.base_url).rstrip("/"), Path.home() / PLACES[arguments.agent]
     text = settings(arguments.agent, base, name, context, os.environ.get(API_KEY_VARIABLE))
+    least = LEAST[arguments.agent] if name != BUILTIN_NAME else LEAST_OF_BUILTIN
+    if context < least:
+        said = f"the settings are for a context of {context:,} tokens, short for this agent"
+        print(f"engine agent: {said}: --max-model-len {least} of the server.", file=sys.stderr)
     if not arguments.write:
         print(text, end="")
         return 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import resource
 import tempfile
 from pathlib import Path
 
@@ -92,6 +93,8 @@ def test_files_are_those_that_transformers_reads(case, tmp_path):
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 12345\n"
 WHOLE = serialized({"a": torch.arange(5.0)})
+VAST = b'{"a": {"dtype": "I8", "shape": [1099511627776], "data_offsets": [0, 1099511627776]}}'
+VAST = len(VAST).to_bytes(8, "little") + VAST
 FAULTS: dict[str, tuple[bytes, str]] = {
     "empty": (b"", "is empty"),
     "pointer": (POINTER, r"is a pointer of Git LFS, .*git lfs pull"),
@@ -105,6 +108,8 @@ FAULTS: dict[str, tuple[bytes, str]] = {
         b"<!DOCTYPE html><html>404</html>",
         "is a web page or XML, perhaps the error of a dow",
     ),
+    "vast": (VAST, r"^the weights need 1,024\.0 GiB .*Cannot allocate.*: use a smaller model"),
+    "limited": (VAST, r"^the weights need 1,024\.0 GiB .*Cannot allocate.*: use a smaller model"),
 }
 """Contents of a file, and the true reason of its refusal."""
 
@@ -113,9 +118,18 @@ FAULTS: dict[str, tuple[bytes, str]] = {
 def test_refusals_of_files_have_the_true_reason(fault, tmp_path):
     content, reason = FAULTS[fault]
     (tmp_path / "model.safetensors").write_bytes(content)
-    with pytest.raises(WeightsError, match=reason) as error:
-        [path] = find_files(tmp_path)
-        open_file(path)
+    if content == VAST:  # A sparse file.
+        os.truncate(tmp_path / "model.safetensors", len(content) + (1 << 40))
+    if fault == "vast" and Path("/proc/sys/vm/overcommit_memory").read_text() == "1\n":
+        pytest.skip("This system maps files that are larger than its memory.")
+    soft, most = limits = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (1 << 39 if fault == "limited" else soft, most))
+    try:
+        with pytest.raises(WeightsError, match=reason) as error:
+            [path] = find_files(tmp_path)
+            open_file(path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limits)
     assert "\n" not in str(error.value) and "model.safetensors" in str(error.value)
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from unittest.mock import patch
 
+import httpx
 import pytest
 
 from engine.front.command import cli
@@ -52,6 +54,22 @@ def test_settings_name_the_server_and_its_key(
     assert cli.main([*command, "--write"]) == 2 and "exists" in capsys.readouterr().err
 
 
+def test_a_context_shorter_than_the_table_of_agents_is_reported(capsys: Output) -> None:
+    page = (Path(cli.__file__).parents[3] / "docs/how-to/agents.md").read_text()
+    rows = re.findall(r"^\| (\w+(?: Code)?) [\d.]+ \|[^|]*\| ([\d,]+) \| ([\d,]+) \|$", page, re.M)
+    assert len(rows) == len(PLACES)
+    for agent, *sizes in rows:
+        for least, name in zip(sizes, ("some", "builtin"), strict=True):
+            size = int(least.replace(",", ""))
+            for context in (size - 1, size):
+                found = httpx.Client(base_url="http://x"), name, context
+                with patch("engine.front.command.remote.connect", return_value=found):
+                    assert cli.main(["agent", agent.lower().replace(" ", "-")]) == 0
+                said = capsys.readouterr().err
+                assert (f"of {context:,} tokens" in said) == (context < size)
+                assert (f"--max-model-len {size} " in said) == (context < size)
+
+
 def test_benchmark_counts_what_the_server_counts(
     live: Live, monkeypatch: pytest.MonkeyPatch, capsys: Output
 ) -> None:
@@ -59,7 +77,7 @@ def test_benchmark_counts_what_the_server_counts(
     live.headers["Authorization"] = "Bearer s3cret"
     before = live.report()["usage"]
     flags = ["--agents", "3", "--turns", "3", "--words", "60", "--answer", "5"]
-    assert cli.main(["bench", live.url, *flags, "--json"]) == 0
+    assert cli.main(["bench", live.url.removeprefix("http://"), *flags, "--json"]) == 0
     figures = json.loads(capsys.readouterr().out)
     after = live.report()["usage"]
     used = {
