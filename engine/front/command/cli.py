@@ -302,6 +302,8 @@ def serve_engine(engine_config: EngineConfig, server_config: ServerConfig) -> in
         if needs_key:  # Also in the curl command of the screen.
             header = " -H 'Content-Type"
             screen = screen.replace(header, " -H 'Authorization: Bearer KEY'" + header)
+            said = f", one of {API_KEY_VARIABLE}" * (API_KEY_VARIABLE in os.environ)
+            print(f"  keys         {len(access.accepted):,} accepted{said}")
         print(screen, flush=True)
         serve(engine, server_config, listener, access)
     if engine.failure is not None:

@@ -164,7 +164,8 @@ def test_keys_are_read_again_and_a_killed_engine_is_reported_once(
     server: subprocess.Popen[str], tmp_path: Path
 ) -> None:
     """Its keys come from a pipe, of which each content can be read once."""
-    _, url = _address(server)
+    screen, url = _address(server)
+    assert "keys         1 accepted\n" in screen
 
     def client(key: str) -> httpx.Client:
         return httpx.Client(headers={"Authorization": f"Bearer {key}"}, timeout=120)
