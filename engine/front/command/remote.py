@@ -50,7 +50,10 @@ def connect(url: str) -> tuple[httpx.Client, str, int]:
         answer = client.get("/v1/models")
         if answer.status_code == 401:
             raise ValueError(f"{base} requires a valid key: export one as {API_KEY_VARIABLE}.")
-        model = answer.raise_for_status().json()["data"][0]
+        if not answer.is_success:
+            said = f"{base} answered {answer.status_code} to /v1/models: {answer.text[:300]!r}"
+            raise ValueError(f"{said}: give the address of a server, http://HOST:PORT.")
+        model = answer.json()["data"][0]
     except (httpx.HTTPError, httpx.InvalidURL) as error:
         raise ValueError(f"No server answers at {base} ({error}): give http://HOST:PORT.") from None
     return client, model["id"], model.get("max_model_len") or 32768

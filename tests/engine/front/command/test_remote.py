@@ -40,6 +40,9 @@ def test_settings_name_the_server_and_its_key(
     monkeypatch.setenv(API_KEY_VARIABLE, "s3cret")
     assert cli.main(command) == 0
     printed = capsys.readouterr().out
+    assert cli.main(["bench", f"{live.url}/else"]) == 2
+    said = capsys.readouterr().err
+    assert "/else answered 404 to /v1/models: " in said and said.count("\n") == 1
     (tomllib.loads if agent == "codex" else json.loads)(printed)
     for part in (live.url, "builtin", "4096", "1800000"):
         assert part in printed
