@@ -9,9 +9,13 @@ import sys
 from base64 import b64encode
 from pathlib import Path
 
-from docutils.core import publish_string
-from myst_parser.docutils_ import Parser
-from weasyprint import HTML
+try:
+    from docutils.core import publish_string
+    from myst_parser.docutils_ import Parser
+    from weasyprint import HTML
+except (ImportError, OSError) as error:
+    needs = "pip install -e '.[docs]' weasyprint, and Pango of the system"
+    sys.exit(f"printable.py needs {needs} ({str(error).splitlines()[0]})")
 
 DOCS = Path(__file__).resolve().parent
 IMAGE = re.compile(r'(?:src|data)="([^"]+\.svg)"')

@@ -8,9 +8,10 @@ import inspect
 import math
 import os
 import re
+import runpy
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -24,14 +25,17 @@ from engine.models import families
 from hybridcache import CacheConfig
 from hybridcache.adapters.routing.registry import ROUTERS
 from hybridcache.lab.results.report import METRICS
+from hybridcache.lab.results.result import RequestRecord
 from hybridcache.lab.rivals.evictions import ALL_NAMES
 from hybridcache.lab.rivals.systems import BASELINES
 from hybridcache.lab.traces import READERS
 from hybridcache.lab.traces.generators import GENERATORS
+from hybridcache.policies.placement import ANSWER_END, BACK, HEAD, REJOIN
 from hybridcache.policies.registry import ADMISSION_NAMES, EVICTION_NAMES, PLACEMENT_NAMES
 from hybridcache.scheduling.planner import StepPlanner
 from tests import documents, served
 from tests.documents import ROOT
+from tests.refused import refused
 
 README = ROOT / "README.md"
 LAB = ROOT / "hybridcache/lab/README.md"
@@ -278,9 +282,22 @@ def test_embedding_pages_import_only_public_names(page: str, generate: ModuleTyp
         (BASELINES, "simulator"),
         (ROUTERS, "simulator"),
         (families(), "../engine/models"),
+        ((ANSWER_END[0], BACK, HEAD, REJOIN), "../concepts/placement"),
+        (RequestRecord._fields, "../how-to/explain-a-difference"),
     ],
-    ids=["readers", "generators", "baselines", "routers", "families"],
+    ids=["readers", "generators", "baselines", "routers", "families", "labels", "columns"],
 )
-def test_registered_names_are_in_the_reference(names: dict[str, object], page: str) -> None:
+def test_registered_names_are_in_the_reference(names: Iterable[str], page: str) -> None:
     documented = set(re.findall(r"`([\w-]+)`", reference(page)))
     assert set(names) - documented == set()
+
+
+def test_a_report_without_its_packages_names_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "docutils.core", None)
+    said = refused(
+        "needs pip install -e .*weasyprint",
+        runpy.run_path,
+        f"{ROOT}/docs/printable.py",
+        kind=SystemExit,
+    )
+    assert "docutils.core" in said
