@@ -22,6 +22,8 @@ import engine
 import hybridcache
 from engine import Engine, EngineConfig
 from engine.models import families
+from experiments.studies import headroom
+from experiments.studies.headroom import FACTS
 from hybridcache import CacheConfig
 from hybridcache.adapters.routing.registry import ROUTERS
 from hybridcache.lab.results.report import METRICS
@@ -284,8 +286,9 @@ def test_embedding_pages_import_only_public_names(page: str, generate: ModuleTyp
         (families(), "../engine/models"),
         ((ANSWER_END[0], BACK, HEAD, REJOIN), "../concepts/placement"),
         (RequestRecord._fields, "../how-to/explain-a-difference"),
+        ([name for name, of in vars(headroom).items() if of in FACTS], "../results-headroom"),
     ],
-    ids=["readers", "generators", "baselines", "routers", "families", "labels", "columns"],
+    ids=["readers", "generators", "baselines", "routers", "families", "labels", "columns", "facts"],
 )
 def test_registered_names_are_in_the_reference(names: Iterable[str], page: str) -> None:
     documented = set(re.findall(r"`([\w-]+)`", reference(page)))
