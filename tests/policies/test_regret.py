@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -68,28 +67,6 @@ def test_all_ghosts_on_the_path_count_as_used_except_superseded_ones() -> None:
     assert uses == [1, 0, 1]
     policy.on_ghost_hit_above(FakeItem("from a file"))
     assert not survival.stages, "stages remain open after their use"
-
-
-class Half(FakeItem):
-    """Checkpoint, or the leaf KV that ends at it."""
-
-    __slots__ = ("node",)
-
-
-def test_leaf_kv_is_evicted_in_the_order_of_its_checkpoint() -> None:
-    policy, nodes = Survival(), []
-    for name, is_superseded, now in (("tip", False, 0), ("superseded", True, 9)):
-        state = Half(name, label="decode", superseded=is_superseded, last_used=now)
-        node = SimpleNamespace(checkpoint=state, kv=Half(name, kind="kv", last_used=now))
-        nodes.append(node)
-        for item in (node.checkpoint, node.kv):
-            item.node = node
-            policy.add(item)
-    assert policy.victim("kv") is nodes[1].kv
-    for node in nodes:
-        node.checkpoint.superseded ^= True
-        policy.add(node.checkpoint)
-    assert policy.victim("kv") is nodes[0].kv, "its checkpoint has been superseded since"
 
 
 def test_nothing_grows_while_nothing_is_evicted() -> None:

@@ -485,8 +485,7 @@ class Survival(EvictionPolicy):
       a namespace, and no namespace gets more by them.
 
     Candidates are leaf KV without a checkpoint, which goes first, and checkpoints, for a leaf with
-    its tail. Leaf KV is a candidate alone if KV has a separate pool; its class and age are those of
-    the checkpoint at its end, without which it is not used. A use refreshes the consumed
+    its tail. Leaf KV is a candidate alone if KV has a separate pool. A use refreshes the consumed
     checkpoint. O(1) per event, O(1024) per victim.
 
     Source: this project. The index is that of Gittins (1979), on hazards as in LHD (NSDI'18).
@@ -695,11 +694,6 @@ class Survival(EvictionPolicy):
         if item not in self._stale:  # else ``victim`` computes it
             span, size_bytes = item.span_and_size()
             worth = span / size_bytes
-        tail = item.node.kv if self._kv.items and columns is not self._kv else None
-        if columns is self._kv:  # It is used with its checkpoint.
-            memo = getattr(item.node.checkpoint, "memo", None) or memo
-        elif tail is not None and (place := self._kv.places.get(tail)) is not None:
-            self._kv.put(tail, memo.row * NUM_BINS, memo.entered, self._kv.worths.item(place))
         columns.put(item, memo.row * NUM_BINS, memo.entered, worth)
 
     def _enter(self, item: Item, memo: _Memo, used: bool | None) -> None:
