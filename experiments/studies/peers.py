@@ -18,7 +18,7 @@ Some figures are left out because their workload cannot be drawn again:
 - reports by users and maintainers of SGLang and vLLM about their own traffic
 
 Single prompts with a known result (block sizes, third sightings, pinned memory, the branching kit)
-are tests: tests/lab/baselines.
+are tests: tests/lab/rivals.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ DRAWS = 21
 """Draws of a workload if its figures depend on them. Odd, so that a figure that is all or nothing
 has a median."""
 NOTE = """vLLM's rebuilt cache reuses the same tokens in every request as vLLM 0.33's own cache
-manager (tests/lab/baselines/vllm_hits.json), so the two columns differ only by the draw. Three
+manager (tests/lab/rivals/vllm_hits.json), so the two columns differ only by the draw. Three
 figures depend on it by more than the band. At 6 GiB and with a match unit, a round stores about
 as many blocks as there are, where least-recently-used order changes from all hits to none. A
 round of resend stores 464 to 523 blocks of bfloat16 states: with up to 486 of them everything

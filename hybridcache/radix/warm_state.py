@@ -20,7 +20,7 @@ from hybridcache.radix.protocol import EvictionPolicy, PlacementPolicy
 from hybridcache.radix.tokens import Tokens, read_namespace
 from hybridcache.radix.tree import GHOST_NODE_BYTES, Checkpoint, RadixNode, is_superseded_in_tiers
 
-MAGIC = b"HCMEMRY8"
+MAGIC = b"HCMEMRY9"
 MAX_BYTES = 1 << 30
 """Maximum size of a body, which a small file may unpack to."""
 NOTHING = (-1, 0, 0, 0, 0, 0, 0)
