@@ -32,7 +32,7 @@ import numpy as np
 
 from hybridcache.geometry.units import counted
 from hybridcache.lab.traces.arrivals import Pauses, Starts, interleave
-from hybridcache.lab.traces.trace import BadRecords, FreshIds, TraceRequest, as_ids, units
+from hybridcache.lab.traces.trace import UNNAMED, BadRecords, FreshIds, TraceRequest, as_ids, units
 from hybridcache.radix.tokens import Tokens
 
 LONGEST = 1 << 24
@@ -45,6 +45,7 @@ DAMAGED = (EOFError, zlib.error, lzma.LZMAError, OSError, zipfile.BadZipFile, Un
 DAMAGE = "damaged, or not UTF-8: everything from this line on is lost ({})"
 UNANSWERED = "left out, because no answer follows a question"
 CUT = "cut before the first prompt of more than {:,} tokens: cap=N sets another limit"
+UNTIMED = "without a time: one second between records"
 FEWEST, SAMPLED = 10, 1000
 """Least number of times, and largest of records, by which the unit of times is judged."""
 FASTEST_S, FASTEST_DELAY_S = 0.01, 0.1
@@ -86,9 +87,15 @@ class Record(dict[str, object]):
     """An object of a trace file. Its methods return a field of one type. KeyError if it is missing,
     ValueError, which names it, if it is invalid."""
 
-    def optional(self, read: Callable[[str], _T], name: str, default: _T) -> _T:
-        """Return ``read(name)``, or ``default`` if there is no such field."""
-        return read(name) if name in self else default
+    def optional(
+        self, read: Callable[[str], _T], name: str, default: _T, notes: Notes | None = None
+    ) -> _T:
+        """Return ``read(name)``, or ``default`` without such a field, which ``notes`` count."""
+        if self.get(name) is not None:
+            return read(name)
+        if notes is not None:
+            notes.count(f"without {name}: {default} is assumed", "record")
+        return default
 
     def first(self, names: Iterable[str]) -> str | None:
         """Return the first of ``names`` with a value other than null, or None."""
@@ -259,17 +266,19 @@ def request_of_blocks(
     blocks: Tokens,
     unit: int,
     fresh: FreshIds,
+    notes: Notes,
     lengths: tuple[str, str] = ("input_length", "output_length"),
 ) -> TraceRequest:
     """Return the request, without session and time, of a prompt known in ``blocks`` of ``unit``
     tokens. ``lengths`` are the fields with the tokens of prompt and answer. The prompt's last,
     partial block may be missing, and is then never shared. The answer fills it first."""
-    length, answer = record.whole(lengths[0], least=1), record.optional(record.whole, lengths[1], 0)
+    length = record.whole(lengths[0], least=1)
     if len(blocks) not in (length // unit, units(length, unit)):
         raise ValueError(
             f"{len(blocks)} hash_ids do not cover {lengths[0]} {length} in blocks of {unit} "
             "tokens; say their size with ?unit="
         )
+    answer = record.optional(record.whole, lengths[1], 0, notes)
     if len(blocks) < units(length, unit):
         blocks = np.concatenate((blocks, fresh.take(1)))
     output = fresh.take(units(length + answer, unit) - len(blocks))
@@ -286,9 +295,15 @@ class Notes:
         self.at_end: Callable[[], None] = lambda: None
         """Function that gives the notes on the whole pass."""
 
-    def count(self, message: str, unit: str = "conversation", number: int = 1) -> None:
-        """Count a conversation, or several of another ``unit``, for the warning ``message``."""
+    def count(self, message: str, unit: str = "conversation", number: int = 1) -> int:
+        """Count a conversation, or several of another ``unit``, for the warning ``message``. Return
+        their number so far."""
         self._counts[unit, message] += number
+        return self._counts[unit, message]
+
+    def unnamed(self) -> str:
+        """Return the name of the session of a record that names none, and count it."""
+        return f"{UNNAMED}{self.count('without a session: each is a session of its own', 'record')}"
 
     def say(self, message: str) -> None:
         """Issue a warning about the file."""
@@ -642,10 +657,10 @@ class FileReader:
         record, name = self.time_of(record)
         return ((one, record.number(one)) for one in (name,) if one)
 
-    def clock(self) -> Callable[[Record], float]:
+    def clock(self, notes: Notes) -> Callable[[Record], float]:
         """Return the function that gives the time of the next record, in seconds; without times,
-        its number. ValueError for another kind of time than the first record's."""
-        per_s, untimed, first = self.time_unit().per_s, count(), list[tuple[str, str | None]]()
+        its number, which is noted. ValueError for another kind of time than the first record's."""
+        per_s, first = self.time_unit().per_s, list[tuple[str, str | None]]()
 
         def time_s(record: Record) -> float:
             record, name = self.time_of(record)
@@ -654,7 +669,7 @@ class FileReader:
                 problem = f"but the records above have {first[0][0]} ({first[0][1] or name})"
                 raise ValueError(f"it has {kind}, {problem}")
             first[:] = first or [(kind, name)]
-            return when_s if name else float(next(untimed))
+            return when_s if name else notes.count(UNTIMED, "record") - 1.0
 
         return time_s
 

@@ -249,9 +249,9 @@ class Named(Record):
         """
         usage = self.record.get("usage")
         answer, length, reason, thinks = answer_of(self.get("answer"), usage, notes)
-        is_limit = self.used.get("length", "").startswith("max_")
-        if not length and "length" in self and not (is_limit and answer is not None):
-            length = self.record.whole(self.used["length"])
+        is_limit = self.used.get("length", "max_").startswith("max_")
+        if not length and not (is_limit and answer is not None):
+            length = self.answer_length(notes)
         if "messages" in self:
             messages = [spelled(message) for message in self.objects("messages")]
             said = plain_chat(messages, self.get("system"), self.get("tools"), notes)
@@ -278,6 +278,12 @@ class Named(Record):
         if thinks:
             request = request._replace(answer_survives=False)
         return request._replace(stop_reason=reason), text
+
+    def answer_length(self, notes: Notes) -> int:
+        """Return the length of an answer in a field of its own; a limit, or 0, is noted."""
+        if (name := self.used.get("length", "")).startswith("max_"):
+            notes.count(f"whose answer is taken to have {name}", "record")
+        return self.record.optional(self.record.whole, name or "an answer or its length", 0, notes)
 
     def message(self) -> Record:
         """Return a single message."""
@@ -410,6 +416,7 @@ class Prompts:
         self._num_answers += "answer" in record
         self._unread |= record.unread
         if name == "":
+            self._notes.count("without a session: each continues a prompt it begins with", "prompt")
             number, continues = self._continued.session(f"{record.namespace()}\0{said}")
             self._num_continued += continues
             return f"{UNNAMED}{number}"

@@ -95,7 +95,7 @@ def test_generated_sessions_join_no_named_one(
     trace = open_trace(f"{word}:{path}{'?tokenizer=bytes' * is_text}")
     with catch_warnings(record=True, action="always") as caught:
         assert len({request.session for request in trace}) == 5
-    assert not caught
+    assert len([one for one in caught if " without a session: each " in str(one.message)]) == 1
     with (tmp_path / "own").open("w") as file, catch_warnings(action="ignore"):
         write_own(trace, file)
         [run] = simulate(trace, gib=1, bound=False, policy="lru").runs
@@ -249,7 +249,7 @@ def test_unread_fields_are_named_if_there_is_no_answer(tmp_path: Path) -> None:
 # --- Kinds of files -----------------------------------------------------------------------------
 
 
-@pytest.mark.filterwarnings("error::hybridcache.lab.traces.frame.TraceWarning")
+@pytest.mark.filterwarnings("ignore::hybridcache.lab.traces.frame.TraceWarning")
 @pytest.mark.parametrize("has_times", [False, True])
 @pytest.mark.parametrize("form", ["csv", "jsonl"])
 def test_single_messages_are_assembled_to_prompts(
@@ -357,7 +357,6 @@ print(load_chat_text("qwen3.5").encode("A radix tree, 42.<|im_end|>").tolist())
     assert json.loads(done.stdout) == QWEN_IDS
 
 
-@pytest.mark.filterwarnings("error::hybridcache.lab.traces.frame.TraceWarning")
 def test_csv_file_of_prompts_is_read(tmp_path: Path) -> None:
     path = tmp_path / "prompts.csv"
     path.write_text(
@@ -366,7 +365,7 @@ def test_csv_file_of_prompts_is_read(tmp_path: Path) -> None:
         '0,b,"be brief, please. what?",,a tree\n0.5,a,be brief,,\n'
     )
     assert recognise(path) == "messages"
-    with pytest.warns(TraceWarning):
+    with pytest.warns(TraceWarning, match="1 record whose answer is taken to have max_tokens"):
         first, _, second = open_trace(f"{path}?tokenizer=bytes")
     assert (first.session, first.timestamp_s, answer_text(first)) == ("b", 0, "a tree")
     assert (second.session, second.timestamp_s, len(second.output)) == ("a", 1.5, 9)
@@ -484,7 +483,7 @@ OPENAI = {"messages": SAID, "choices": [CHOICE], "usage": {"completion_tokens": 
 ANTHROPIC = {"messages": SAID, "content": [{"type": "text", "text": "fine"}]}
 
 
-@pytest.mark.filterwarnings("error::hybridcache.lab.traces.frame.TraceWarning")
+@pytest.mark.filterwarnings("error:.*answer:hybridcache.lab.traces.frame.TraceWarning")
 @pytest.mark.parametrize(
     ("record", "options", "length"),
     [

@@ -53,14 +53,14 @@ class CodingAgentReader(SessionReader):
 
         def parse(record: Record) -> Iterator[TraceRequest]:
             name = distinct(str(record.get("id", "session")), taken)
-            names, rows = {name: name}, list(requests_of(record, name, unit))
+            names, rows = {name: name}, list(requests_of(record, name, unit, notes, 0))
             offset = known.reserve(1 + max((int(ids.max()) for *_, ids in rows), default=0))
             for sizes, shared, when_s, agent, request, ids in rows:
                 if agent not in names:
                     names[agent] = distinct(agent, taken)
                 tokens = ids + np.int32(offset)
                 tokens[:shared] = np.concatenate((blocks(sizes[0]), blocks(*sizes)))[:shared]
-                one = request_of_blocks(request, tokens, unit, fresh, ("in", "out"))
+                one = request_of_blocks(request, tokens, unit, fresh, notes, ("in", "out"))
                 kept = chat_boundaries(len(one.tokens), (shared,), (len(tokens),)).positions
                 one = one._replace(
                     timestamp_s=when_s / per_s, session=names[agent], boundaries=kept
@@ -70,18 +70,19 @@ class CodingAgentReader(SessionReader):
         return parse
 
 
-def requests_of(owner: Record, name: str, unit: int, start_s: float = 0.0) -> Iterator[Any]:
+def requests_of(owner: Record, name: str, unit: int, notes: Notes, at_s: float) -> Iterator[Any]:
     """Yield (blocks of tools and system prompt, number of shared ones, time, name, request, ids) of
     a session, and of its subagents, whose names are the session's with their ids. Requests that do
     not begin as the first one (a title, a summary) keep their own ids."""
     names = "tool_tokens", "system_tokens"
-    tools, system = (owner.optional(owner.whole, name, 0) for name in names)
+    tools, system = (owner.optional(owner.whole, name, 0, notes) for name in names)
     sizes = tools // unit, (tools + system) // unit - tools // unit
     head = np.zeros(0, np.int32)
     for request in owner.objects("requests"):
-        when_s = start_s + request.seconds("t")
+        when_s = at_s + request.seconds("t")
         if request.get("type") == "subagent":
-            yield from requests_of(request, f"{name}/{request.key('agent_id')}", unit, when_s)
+            agent = f"{name}/{request.key('agent_id')}"
+            yield from requests_of(request, agent, unit, notes, when_s)
         elif len(ids := request.id_runs("hash_ids")):
             if not len(head) and len(ids) >= sum(sizes):
                 head = ids[: sum(sizes)]

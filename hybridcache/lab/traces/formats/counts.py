@@ -6,7 +6,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import count
 from typing import ClassVar
 
 import numpy as np
@@ -14,7 +13,7 @@ import numpy as np
 from hybridcache.lab.traces.formats.messages import FAILED
 from hybridcache.lab.traces.frame import Notes, Record
 from hybridcache.lab.traces.named import NAMES, Named, NamedTimes
-from hybridcache.lab.traces.trace import UNNAMED, FreshIds, KnownIds, TraceRequest
+from hybridcache.lab.traces.trace import FreshIds, KnownIds, TraceRequest
 from hybridcache.radix.tokens import Tokens
 
 COUNTS = ("prompt_tokens", "input_tokens", "num_prompt_tokens", "input_length")
@@ -37,25 +36,25 @@ class CountsReader(NamedTimes):
         return has_session and not named.has_prompt and named.record.first(COUNTS) is not None
 
     def parser(self, notes: Notes) -> Callable[[Record], Iterator[TraceRequest]]:
-        clock, known, fresh = self.clock(), KnownIds(), FreshIds()
+        clock, known, fresh = self.clock(notes), KnownIds(), FreshIds()
         head = np.arange(known.reserve(self.system), self.system, dtype=np.int32)
-        last, alone = dict[object, Tokens](), count(1)
+        last = dict[object, Tokens]()
         wanted = dict(one.split(":", 1) for one in self.where.split(",") if ":" in one)
 
         def parse(raw: Record) -> Iterator[TraceRequest]:
             record = Named(raw, self.names)
             row, name = record.record, self.prompt or raw.first(COUNTS) or COUNTS[0]
-            if any(str(raw[column]) != value for column, value in wanted.items()):
-                return notes.count(OTHER, "row")
-            if record.has_failed or row.number(name) in (None, 0):
-                return notes.count(FAILED if record.has_failed else EMPTY, "row")
-            session = record.key("session") if "session" in record else f"{UNNAMED}{next(alone)}"
+            is_other = any(str(raw[column]) != value for column, value in wanted.items())
+            if is_other or record.has_failed or row.number(name) in (None, 0):
+                notes.count(OTHER if is_other else FAILED if record.has_failed else EMPTY, "row")
+                return
+            session = record.key("session") if "session" in record else notes.unnamed()
             namespace = record.namespace()
             before = last.get((namespace, session), head)
-            length, answer = row.whole(name, 1), record.used.get("length")
+            length, answer = row.whole(name, 1), record.answer_length(notes)
             first = known.reserve(added := max(0, length - len(before)))
             new = np.arange(first, first + added, dtype=np.int32)
-            output = fresh.take(row.whole(answer) if answer else 0)
+            output = fresh.take(answer)
             tokens, now_s = np.concatenate((before[:length], new)), clock(record)
             last[namespace, session] = np.concatenate((tokens, output))
             yield TraceRequest(now_s, session, namespace, tokens, output)

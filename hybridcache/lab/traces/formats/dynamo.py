@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from hybridcache.lab.traces.formats.counts import COUNTS
 from hybridcache.lab.traces.formats.mooncake import MooncakeReader
-from hybridcache.lab.traces.frame import FileReader, Record, Records
+from hybridcache.lab.traces.frame import FileReader, Record, Records, warn
 from hybridcache.lab.traces.named import NAMES
 from hybridcache.lab.traces.trace import BadRecords, units
 
@@ -30,8 +30,11 @@ class DynamoReader(MooncakeReader):
         length = first.optional(first.whole, "input_length", 0)
         number = len(first.optional(first.values_of, self.hashes, []))
         likely = (one for one in BLOCKS if number in (length // one, units(length, one)))
-        size = first.optional(first.whole, "trace_block_size", 0) or next(likely, BLOCKS[0])
-        object.__setattr__(self, "unit", self.unit or size)
+        size = first.optional(first.whole, "trace_block_size", 0)
+        if first and not size:
+            size = next(likely, BLOCKS[0])
+            warn(f"{self.path}: no trace_block_size: {size} tokens are assumed; ?unit=N sets it")
+        object.__setattr__(self, "unit", self.unit or size or BLOCKS[0])
 
     @staticmethod
     def recognises(record: Record) -> bool:

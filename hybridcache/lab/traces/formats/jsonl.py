@@ -5,14 +5,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
-from itertools import count
 from typing import Any, ClassVar
 
 import numpy as np
 
 from hybridcache.lab.traces.frame import FileReader, Notes, Record, TimeUnit
 from hybridcache.lab.traces.own import FIELDS, READ, header_of
-from hybridcache.lab.traces.trace import UNNAMED, FreshIds, TraceRequest, checked, units
+from hybridcache.lab.traces.trace import FreshIds, TraceRequest, checked, units
 from hybridcache.radix.tokens import Tokens
 
 
@@ -47,20 +46,23 @@ class OwnReader(FileReader):
         return header_of(self.path)[1]
 
     def parser(self, notes: Notes) -> Callable[[Record], Iterator[TraceRequest]]:
-        unit, fresh, numbers, clock = self.unit, FreshIds(), count(), self.clock()
+        unit, fresh, clock = self.unit, FreshIds(), self.clock(notes)
         last = dict[Hashable, Tokens]()
         """Last prompt and answer of each session, for ``prefix``."""
 
         def parse(record: Record) -> Iterator[TraceRequest]:
             if unread := ", ".join(name for name in record if name not in READ):
                 notes.count(f"with fields that are not read: {unread}", "record")
-            values: dict[str, Any] = {"session": f"{UNNAMED}{next(numbers)}", "namespace": None}
+            values: dict[str, Any] = {"namespace": None}
             for name, (field, read) in FIELDS.items():
                 if record.get(name) is not None:
                     values[field] = read(record, name)
+            if "session" not in values:
+                values["session"] = notes.unnamed()
             tokens = _prompt(record, last.get(values["session"], np.zeros(0, np.int32)))
             if "output" not in values:
-                values["output"] = fresh.take(units(values.get("answer_tokens", 0), unit))
+                length = record.optional(record.whole, "output_length", 0, notes)
+                values["output"] = fresh.take(units(length, unit))
             if unit == 1:  # the ids of the answer tell its length
                 values.pop("answer_tokens", None)
             request = checked(TraceRequest(0.0, tokens=tokens, **values), unit)

@@ -47,7 +47,7 @@ class MessagesReader(NamedReader):
 
     def parser(self, notes: Notes) -> Callable[[Record], Iterator[TraceRequest]]:
         chat, names = load_chat_text(self.tokenizer, self.template), self.names
-        clock, fresh, prompts = self.clock(), FreshIds(), Prompts(notes)
+        clock, fresh, prompts = self.clock(notes), FreshIds(), Prompts(notes)
         conversations = defaultdict[str | int, SessionMessages](SessionMessages)
 
         def parse(raw: Record) -> Iterator[TraceRequest]:

@@ -9,14 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
-from itertools import count
 from typing import Any, ClassVar
 
 import numpy as np
 
 from hybridcache.lab.traces.frame import FileReader, Notes, Record, request_of_blocks
 from hybridcache.lab.traces.named import NAMES
-from hybridcache.lab.traces.trace import UNNAMED, FreshIds, TraceRequest
+from hybridcache.lab.traces.trace import FreshIds, TraceRequest
 
 PARTIAL = "partial in one request and whole in another: give it two ids, or hits are not true"
 
@@ -35,7 +34,7 @@ class MooncakeReader(FileReader):
         return {"hash_ids", "input_length"} <= record.keys()
 
     def parser(self, notes: Notes) -> Callable[[Record], Iterator[TraceRequest]]:
-        fresh, clock, session = FreshIds(), self.clock(), self.sessions()
+        fresh, clock, session = FreshIds(), self.clock(notes), self.sessions(notes)
         numbers, whole, partial = dict[str | int, int](), set[str | int](), set[str | int]()
 
         def parse(record: Record) -> Iterator[TraceRequest]:
@@ -43,7 +42,7 @@ class MooncakeReader(FileReader):
             if not {*map(type, hashes)} <= {int, str}:
                 raise ValueError(f"{self.hashes} holds more than whole numbers and texts")
             blocks = np.asarray([numbers.setdefault(one, len(numbers)) for one in hashes], np.int32)
-            request = request_of_blocks(record, blocks, self.unit, fresh)
+            request = request_of_blocks(record, blocks, self.unit, fresh, notes)
             facts, when_s = self.facts(record) | {"session": session(record)}, clock(record)
             num_whole = record.whole("input_length") // self.unit
             whole.update(hashes[:num_whole])
@@ -58,10 +57,10 @@ class MooncakeReader(FileReader):
         """Return other fields of the request."""
         return {}
 
-    def sessions(self) -> Callable[[Record], Hashable]:
+    def sessions(self, notes: Notes) -> Callable[[Record], Hashable]:
         """Return the function that gives the session of the next record."""
-        others, known = (f"{UNNAMED}{number}" for number in count(1)), NAMES["session"]
-        return lambda one: one.key(name) if (name := one.first(known)) else next(others)
+        known = NAMES["session"]
+        return lambda one: one.key(name) if (name := one.first(known)) else notes.unnamed()
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +76,7 @@ class BailianReader(MooncakeReader):
     def recognises(record: Record) -> bool:
         return {"hash_ids", "parent_chat_id"} <= record.keys()
 
-    def sessions(self) -> Callable[[Record], Hashable]:
+    def sessions(self, notes: Notes) -> Callable[[Record], Hashable]:
         by_last_chat: dict[str | int, str | int] = {}
 
         def session(record: Record) -> str | int:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from hybridcache.lab.traces.formats.mooncake import MooncakeReader
-from hybridcache.lab.traces.frame import TIMES, FileReader, Line, Record
+from hybridcache.lab.traces.frame import TIMES, FileReader, Line, Notes, Record
 from hybridcache.lab.traces.named import NAMES
 from hybridcache.lab.traces.trace import TraceRequest
 
@@ -30,13 +30,16 @@ class MooncakeSessionsReader(MooncakeReader):
     def facts(self, record: Record) -> dict[str, Any]:
         return {"service_s": 0.0}
 
-    def clock(self) -> Callable[[Record], float]:
-        timed, per_s, last = FileReader.clock(self), self.time_unit().per_s, dict[Hashable, float]()
+    def clock(self, notes: Notes) -> Callable[[Record], float]:
+        timed, per_s = FileReader.clock(self, notes), self.time_unit().per_s
+        last = dict[Hashable, float]()
 
         def when_s(record: Record) -> float:
             name = record.key(record.first(NAMES["session"]) or "session_id")
             if record.first(TIMES) is None:
-                delay = record.seconds("delay") if "delay" in record or name in last else 0.0
+                is_first = "delay" not in record and name not in last
+                delay = 0.0 if is_first else record.seconds("delay")
+                notes.count("without a time: they begin with the trace", "session", is_first)
                 last[name] = last.get(name, 0.0) + delay / per_s
             else:
                 last[name] = timed(record)
