@@ -247,7 +247,7 @@ def changed_outputs(part: Rebuilt) -> list[str]:
 def compare(parts: Sequence[Rebuilt], folder: Path) -> int:
     """Run ``parts`` in ``folder`` and print the cells that agree with the results and those that
     differ. Returns 1 if a part failed, or differs in a cell of both; 0 if cells of data that are
-    absent are missing."""
+    absent are missing, and if cells are new."""
     different = 0
     for part in parts:
         if part.missing:
@@ -280,7 +280,8 @@ def cells_of(records: Sequence[dict[str, Any]], known: Cells | None = None) -> C
 
 def differences(part: Rebuilt, folder: Path, most: int = 20) -> tuple[list[str], bool]:
     """Return a line on the cells that agree and per figure that differs between the results and
-    those in ``folder``, the largest relative difference first; and whether all of both agree."""
+    those in ``folder``, the largest relative difference first; and whether all of both agree, which
+    new cells do not change."""
     lines: list[str] = []
     found: list[tuple[float, str]] = []
     is_whole = True
@@ -303,7 +304,7 @@ def differences(part: Rebuilt, folder: Path, most: int = 20) -> tuple[list[str],
             is_whole &= bool(part.absent_data)
         if new := len(after) - len(both):
             lines[-1] += f"; {new} are new"
-            is_whole = False
+            is_whole &= bool(both)
         for key in both:
             old, now = before[key], after[key]
             for field in dict.fromkeys((*old, *now)):
