@@ -512,13 +512,26 @@ class ClosedLoopRun(_Run):
 
 
 class Runs(Tabular):
-    """Runs that can be iterated, named and tabulated."""
+    """Runs that can be iterated, counted, named and tabulated."""
 
     __slots__ = ()
     runs: tuple[Any, ...]
 
     def __iter__(self) -> Iterator[Any]:
         return iter(self.runs)
+
+    def __len__(self) -> int:
+        return len(self.runs)
+
+    def __getitem__(self, place: int | slice | str) -> Any:
+        """Return the run at a place, or the list of those with a label. KeyError for a label that
+        no run has."""
+        if not isinstance(place, str):
+            return self.runs[place]
+        labels = dict.fromkeys(run.label for run in self.runs)
+        if place not in labels:
+            raise KeyError(f"no run is labelled {place!r}{or_known(place, labels)}")
+        return [run for run in self.runs if run.label == place]
 
     def to_dicts(self) -> list[Plain]:
         """Return a flat dictionary per run that did not fail: its settings and figures. Replays

@@ -29,7 +29,7 @@ from hybridcache.lab.results.result import Plain, StoredResult
 from hybridcache.lab.runs.serving import RequestLog
 from hybridcache.lab.runs.target import LeasedRequest, LeaseTarget, build_target
 from hybridcache.lab.scenario import Scenario
-from hybridcache.lab.traces.trace import Trace, TraceRequest
+from hybridcache.lab.traces.trace import Tabular, Trace, TraceRequest
 from hybridcache.radix.offload import PrefillTimes
 
 TPOT_S = 0.02
@@ -56,7 +56,7 @@ class FleetConfig:
 
 
 @dataclass(frozen=True, slots=True)
-class FleetResult(StoredResult):
+class FleetResult(StoredResult, Tabular):
     """One cell. Counts are in tokens, for any unit of the trace."""
 
     trace: str
@@ -77,6 +77,11 @@ class FleetResult(StoredResult):
 
     def as_record(self) -> Plain:
         return StoredResult.as_record(self) | {"token_hit_rate": self.token_hit_rate}
+
+    def to_dicts(self) -> list[Plain]:
+        """Return one flat dictionary: settings of the fleet and figures."""
+        figures = self.as_record()
+        return [figures.pop("fleet") | figures]
 
 
 def run_fleet(trace: Trace, scenario: Scenario, fleet: FleetConfig) -> FleetResult:

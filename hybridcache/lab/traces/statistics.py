@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 
 from hybridcache.lab.traces.intervals import percentiles
 from hybridcache.lab.traces.prefix_tree import InfiniteCache
-from hybridcache.lab.traces.trace import FreshIds, Trace, TraceRequest, has_sessions
+from hybridcache.lab.traces.trace import FreshIds, Tabular, Trace, TraceRequest, has_sessions
 from hybridcache.radix.tokens import common_prefix_len
 
 _PAGES = (16, 64, 512)
@@ -31,7 +32,7 @@ class Summary:
 
 
 @dataclass(frozen=True, slots=True)
-class TraceStats:
+class TraceStats(Tabular):
     """Statistics in tokens, for any unit of the trace."""
 
     name: str
@@ -72,6 +73,20 @@ class TraceStats:
     def ideal_hit_rate(self) -> float:
         """``ideal_tokens`` of ``prompt_tokens``."""
         return self.ideal_tokens / self.prompt_tokens
+
+    def to_dicts(self) -> list[dict[str, Any]]:
+        """Return one flat dictionary, with columns such as ``prompt_mean`` and ``output_p95``."""
+        row: dict[str, Any] = {"ideal_hit_rate": self.ideal_hit_rate}
+        for name in (one.name for one in fields(self)):
+            if isinstance(value := getattr(self, name), Summary):
+                ranks = {f"p{rank}": of for rank, of in value.percentiles.items()}
+                whole = {"mean": value.mean, **ranks, "largest": value.largest}
+                row |= {f"{name}_{part}": of for part, of in whole.items()}
+            elif isinstance(value, dict):
+                row |= {f"{name}_{key}": of for key, of in value.items()}
+            else:
+                row[name] = value
+        return [row]
 
 
 def doubts(ideal_hit_rate: float) -> list[str]:

@@ -18,8 +18,11 @@ from hybridcache import Trace, TraceRequest, closed_loop, optimum, simulate
 from hybridcache.lab.cli import main
 from hybridcache.lab.results.figures import difference_figure
 from hybridcache.lab.results.result import RunResult
+from hybridcache.lab.runs.fleet import FleetConfig, run_fleet
 from hybridcache.lab.runs.simulate import SimulationResult
+from hybridcache.lab.scenario import Scenario
 from hybridcache.lab.traces.progress import shown_progress
+from hybridcache.lab.traces.statistics import trace_stats
 from tests.refused import refused
 
 GIB = 0.5
@@ -123,17 +126,27 @@ def test_every_result_is_a_frame(sweep: SimulationResult, monkeypatch) -> None:
     run, other = sweep.by_label()["survival"][0], sweep.by_label()["lru"][0]
     loop = closed_loop("short?head=20", gib=1, rate=4, admission="oldest")
     plans, trace = optimum("short?head=20", gib=[1, 2]), turns("ABA")
-    for result in (sweep, loop, plans, trace, run.compare(other)):
+    fleet = run_fleet(trace, Scenario(trace, gib=1.0), FleetConfig(replicas=2))
+    results = sweep, loop, plans, trace, run.compare(other), fleet, trace_stats(trace)
+    for result in results:
         assert result.to_frame() == result.to_dicts() and result.to_dicts()
+        assert not any(isinstance(one, dict) for row in result.to_dicts() for one in row.values())
     assert trace.to_dicts()[0]["prompt_tokens"] == 4000 and len(plans.to_dicts()) == 2
     monkeypatch.setitem(sys.modules, "pandas", None)
     missing = partial(refused, kind=ModuleNotFoundError)
-    for result in (sweep, loop, plans, trace, run.compare(other)):
+    for result in results:
         missing("to_frame needs pandas: pip install pandas", result.to_frame)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     difference = partial(difference_figure, run.compare(other))
     for draw in (sweep.figure, sweep.losses_figure, loop.figure, difference):
         missing(r"matplotlib is not installed: pip install .*\[lab\]", draw)
+
+
+def test_runs_are_a_sequence_with_labels(sweep: SimulationResult) -> None:
+    assert len(sweep) == len(sweep.runs) == len([*sweep])
+    assert sweep[0] is sweep.runs[0] and sweep[-2:] == sweep.runs[-2:]
+    assert {label: sweep[label] for label in sweep.by_label()} == sweep.by_label()
+    refused("no run is labelled 'lruu'.*lru", lambda: sweep["lruu"], kind=KeyError)
 
 
 def test_labels_stay_apart(sweep: SimulationResult) -> None:
