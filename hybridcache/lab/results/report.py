@@ -82,7 +82,7 @@ def leading(labels: Sequence[str]) -> str:
 
 def most_hits(runs: Sequence[RunResult], units: str) -> tuple[RunResult, str]:
     """Return the policy of our own with the most hits among ``runs`` of one size, and a sentence:
-    policies with equal hits, its paired difference to the second with a 95 % interval over
+    policies with equal hits, its paired difference to each other one with a 95 % interval over
     ``units``, the policies that do not differ from it, and rebuilt systems that have more."""
     ordered = sorted(runs, key=lambda run: -run.token_hit_rate)
     first, *others = [run for run in ordered if run.config["baseline"] is None]
@@ -91,8 +91,8 @@ def most_hits(runs: Sequence[RunResult], units: str) -> tuple[RunResult, str]:
         same = [run.label for run in others if run.cached_tokens == first.cached_tokens]
         equal = ", ".join(r.label for r in others if ties(r, first) and r.label not in same)
         text = leading((first.label, *same))
-        if others and not ties(others[0], first):
-            text += f", {first.above(others[0])} points more than {others[0].label}"
+        fewer = (one for one in others if not ties(one, first))
+        text += "".join(f", {first.above(one)} points more than {one.label}" for one in fewer)
         if equal:
             text += f" (not different: {equal})"
         if num_units < FEWEST_UNITS:

@@ -17,6 +17,7 @@ from collections import deque
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -37,6 +38,7 @@ from hybridcache.lab.scenario import (
     named_policies,
     seeds_of,
 )
+from hybridcache.lab.traces.intervals import paired
 from hybridcache.lab.traces.progress import Progress
 from hybridcache.lab.traces.sizes import sizes
 from hybridcache.lab.traces.trace import Trace, TraceRequest
@@ -539,8 +541,27 @@ class ClosedLoopResult(Runs):
                 )
             header = ["admission, sessions/s", *(metric.title for metric in LOOP_METRICS)]
             tables.append("\n".join([title, text_table(header, rows), *notes]))
-        notes = [*uncharged_notes(self.runs), *self.trace_notes, *self.failures]
-        return "\n".join(["\n\n".join(tables), *notes])
+        notes = [*self._differences(), *uncharged_notes(self.runs)]
+        return "\n".join(["\n\n".join(tables), *notes, *self.trace_notes, *self.failures])
+
+    def _differences(self) -> list[str]:
+        """Return a sentence per size, admission policy and rate of several seeds: the cache with
+        the most hits, and its differences to the others, paired by seed."""
+        said, cells = list[str](), dict[tuple[float, str, float], dict[str, list[float]]]()
+        for run in self.runs:
+            of_cell = cells.setdefault((run.gib, run.admission, run.rate), {})
+            of_cell.setdefault(run.label, []).append(100 * run.token_hit_rate)
+        for (gib, admission, rate), rates in cells.items():
+            first, *others = sorted(rates, key=lambda label: -fmean(rates[label]))
+            counts = {*map(len, rates.values())}
+            if others and len(counts) == 1 and counts != {1}:  # None failed.
+                less = (
+                    f"{paired(rates[first], rates[one])} points more than {one}" for one in others
+                )
+                said.append(
+                    f"{admission}, {rate:g} at {gib:.3g} GiB: {first} hits {', '.join(less)}"
+                )
+        return said
 
     def figure(
         self,

@@ -31,6 +31,7 @@ from hybridcache.lab.runs.closed_loop import (
     simulate_closed_loop,
 )
 from hybridcache.lab.scenario import Scenario
+from hybridcache.lab.traces.intervals import paired
 from hybridcache.lab.traces.trace import Trace, TraceRequest
 from hybridcache.policies.registry import DEFAULT_EVICTION, DEFAULT_PLACEMENT, parse_placement
 from hybridcache.radix.cache import HybridRadixCache
@@ -495,6 +496,19 @@ def test_closed_loop_runs_are_written_and_resumed(tmp_path: Path) -> None:
         f"{run.label}, sessions",
         "mine:LongestNameOfAll",
     ]
+
+
+def test_caches_are_compared_by_seed() -> None:
+    several = {"gib": 0.5, "rate": 2, "policy": ["survival", "lru"], "admission": "oldest"}
+    result = closed_loop("short?head=60", seeds=5, **several)
+    first, other = (
+        [100 * run.token_hit_rate for run in result[name]] for name in several["policy"]
+    )
+    best, rest = ("survival", "lru") if sum(first) > sum(other) else ("lru", "survival")
+    points = abs(paired(first, other).mean)
+    said = rf"oldest, 2 at 0\.5 GiB: {best} hits {points:.1f} \[.*\] points more than {rest}"
+    assert re.search(said, result.table())
+    assert "more than" not in closed_loop("short?head=60", **several).table(), "one seed"
 
 
 @pytest.mark.parametrize("title", [True, False])

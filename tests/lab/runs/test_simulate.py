@@ -492,6 +492,10 @@ def test_verdict_has_a_line_per_size_and_flags_of_a_size_that_the_policy_leads()
         return SimulationResult("t", geometry, tuple(runs), None).verdict().split("\n")
 
     geometry = Scenario("short").geometry()
+    assert re.search(
+        r"points more than lru, .* points more than fifo",
+        verdict(gdsf=[400], lru=[100], fifo=[50])[0],
+    )
     lines = verdict(lru=[100, 500, 500], gdsf=[400, 450, 500])
     assert [line.partition(", ")[0] for line in lines] == [
         "at 1 GiB: gdsf has the most hits",
