@@ -198,8 +198,8 @@ def compile_library(compiler: str, flags: Sequence[str], path: Path) -> None:
     """Compile all sources with these flags into ``path``, with a process for each core.
 
     The common header is compiled once for all sources, and the largest source comes first. The
-    library does not name OpenMP's runtime: it uses that of torch. Raises OSError and
-    SubprocessError.
+    library does not name OpenMP's runtime: it uses that of torch. It appears whole, and sealed.
+    Raises OSError and SubprocessError.
     """
     sources = sorted(_sources(), key=lambda source: source.stat().st_size, reverse=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as directory:
@@ -222,7 +222,23 @@ def compile_library(compiler: str, flags: Sequence[str], path: Path) -> None:
             objects = list(pool.map(compile_one, range(len(sources))))
         library = Path(directory) / path.name
         run("-shared", "-s", *objects, "-o", str(library))
+        seal(library)
         os.replace(library, path)
+
+
+def seal(library: Path) -> None:
+    """Append the digest of a library to it. A loader ignores what follows the last section."""
+    digest = hashlib.sha256(library.read_bytes()).digest()
+    with library.open("ab") as file:
+        file.write(digest)
+
+
+def is_whole(library: Path) -> bool:
+    """Return True if the file ends with the digest of what precedes it: no bit has changed since
+    ``seal``. A damaged library could end the process. O(its bytes), 1 ms. Raises OSError."""
+    content = library.read_bytes()
+    size = len(content) - hashlib.sha256().digest_size
+    return hashlib.sha256(content[:size]).digest() == content[size:]
 
 
 def compile_levels(folder: Path, levels: Sequence[Level]) -> list[Path]:
@@ -248,8 +264,11 @@ def _load_level() -> Library | None:
     level = best_level(instructions())
     if level is None or selected_level() not in (None, level):
         return None
+    path = LEVELS_FOLDER / level.file_name
     with suppress(OSError):  # For example an older C library than that of the build.
-        return Library(_open(LEVELS_FOLDER / level.file_name), level.name)
+        if is_whole(path):
+            return Library(_open(path), level.name)
+        logger.warning("%s is damaged: install the package again.", path)
     return None
 
 
@@ -278,7 +297,8 @@ def _load_compiled() -> Library | None:
         try:
             with open_folder() as folder:
                 path = folder / name
-                if not path.is_file():
+                if not (path.is_file() and is_whole(path)):
+                    kept = f"again, because {path} is damaged" if path.is_file() else kept
                     _compile_once(compiler, path, kept, flags)
                 return Library(_open(path), build)
         except (OSError, RuntimeError) as error:

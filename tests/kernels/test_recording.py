@@ -97,6 +97,25 @@ class TestCompiling:
         assert os.stat(own_cache / "hybridcache").st_mode & 0o77 == 0
 
     @COMPILED
+    @pytest.mark.skipif(not library.level_name(), reason="this processor has none of the levels")
+    @pytest.mark.parametrize("place", [-3, 5000])
+    def test_a_damaged_library_is_not_loaded_but_compiled_again(self, caplog, place) -> None:
+        level = library.levels_of(platform.machine())[0]
+        library.compile_levels(library.LEVELS_FOLDER, [level])
+        for build, said in ((level.name, "{}: install"), ("native", "again, because {} (1 to 2")):
+            made = library.load()
+            assert made.build == build
+            file = Path(made.functions._name)
+            content = bytearray(file.read_bytes())
+            content[place] ^= 1
+            file.unlink()  # It is loaded: what is written into the file would reach this process.
+            file.write_bytes(content)
+            caplog.clear()
+            library.load().functions.one()
+            assert said.format(f"{file} is damaged") in caplog.text
+        assert library.is_whole(file)
+
+    @COMPILED
     @pytest.mark.parametrize("has_home", [True, False])
     def test_unwritable_cache_uses_a_temporary_folder_that_is_removed(
         self, monkeypatch, caplog, own_cache, tmp_path, has_home
