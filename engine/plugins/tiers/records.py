@@ -130,17 +130,18 @@ class RecordStore:
     @property
     def weights_digest(self) -> str | None:
         """Field ``weights`` of the folder's fingerprint, or None if the files differ."""
-        stored = self._fingerprint()
-        if stored is None or not self._files or stored[1] != self._files:
-            return None
-        return stored[0].get("weights")
+        with suppress(OSError):  # ``open`` reports it.
+            stored = self._fingerprint()
+            if stored is not None and self._files and stored[1] == self._files:
+                return stored[0].get("weights")
+        return None
 
     def open(self, fields: Mapping[str, str], *, empties: bool = False) -> RecordStore:
         """Check the fingerprint of the folder, or write that of a new one. Returns the store.
 
         Raises StoreError, with nothing changed, if the folder belongs to other ``fields`` or
-        another format, or cannot be written. With ``empties`` the entries of other fields are
-        removed, which the log says.
+        another format, or cannot be read or written. With ``empties`` the entries of other fields
+        are removed, which the log says.
         """
         ours = {"format": FORMAT, **fields}
         self._digest = digest_of(ours)
@@ -250,12 +251,13 @@ class RecordStore:
             os.close(self._claims.pop())
 
     def _fingerprint(self) -> tuple[dict[str, str], object] | None:
-        """Return fields and files of ``fingerprint.json``, or None if it is missing or damaged."""
+        """Return fields and files of ``fingerprint.json``, or None if it is missing or damaged.
+        Raises OSError if it cannot be read."""
         try:
             content = json.loads(self.read_file(NAME))
             is_sound = content["digest"] == digest_of(content["fields"]).hex()
             return (content["fields"], content.get("files")) if is_sound else None
-        except (OSError, ValueError, TypeError, LookupError, RecursionError):
+        except (FileNotFoundError, OddFile, ValueError, TypeError, LookupError, RecursionError):
             return None
 
     def _crc(self, record_id: int, rest: bytes) -> int:

@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from hypothesis import settings
@@ -266,6 +267,23 @@ def test_the_digest_of_weights_is_kept_until_their_files_change(tmp_path: Path) 
         found.append(store.weights_digest)
         store.open(OURS).close()
     assert found == [None, "ours", None]
+
+
+def test_a_fingerprint_that_cannot_be_read_is_no_other_version(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With ``empties`` the entries would be deleted for a failure of a moment."""
+    store = RecordStore(tmp_path).open(FIELDS)
+    store.write(1, b"", b"kept")
+    store.close()
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with monkeypatch.context() as patch:
+        patch.setattr(RecordStore, "read_file", Mock(side_effect=OSError(errno.EIO, "bad")))
+        store = RecordStore(tmp_path)
+        assert store.weights_digest is None
+        refused("bad", store.open, FIELDS, empties=True, kind=StoreError)
+        store.close()
+    assert before == {path.name: path.read_bytes() for path in tmp_path.iterdir()}
 
 
 def test_a_new_fingerprint_is_synced_before_use(
