@@ -352,6 +352,9 @@ class Listener:
     def kv_removed(self, node: RadixNode) -> None:
         """Handle that a leaf loses its KV. Its checkpoint was removed before."""
 
+    def checkpoint_relabelled(self, node: RadixNode) -> None:
+        """Handle that the answer of ``node.checkpoint`` has ended, for its new stop reason."""
+
     def checkpoint_stored(self, node: RadixNode) -> None:
         """Handle that ``node``, which is resident, has a checkpoint at its end."""
 

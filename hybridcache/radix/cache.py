@@ -1028,6 +1028,8 @@ class HybridRadixCache:
                 renamed.append(ended.node)
         for changed in renamed:
             self._review(changed)
+            if self._listeners and changed.checkpoint is not None:
+                self._notify("checkpoint_relabelled", changed)
 
     def _append(
         self, node: RadixNode, ids: bytes, first: int, rows: Indices, ends: Sequence[int]

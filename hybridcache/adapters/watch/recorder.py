@@ -76,6 +76,8 @@ class Recorder(Listener):
         self._records.append(record)
         self._saved.add(node.serial)
 
+    checkpoint_relabelled = checkpoint_stored
+
     def checkpoint_removed(self, node: RadixNode) -> None:
         self._saved.discard(node.serial)
         self._records.append(["checkpoint-gone", node.serial])

@@ -30,7 +30,7 @@ def follow(nodes: dict[int, dict[str, Any]], records: list[list[Any]]) -> None:
             case "kv-gone":
                 assert nodes.pop(rest[0])["slot"] is None
             case "checkpoint":
-                nodes[rest[0]] |= {"slot": rest[1], "label": rest[2].partition("/")[0]}
+                nodes[rest[0]] |= {"slot": rest[1], "label": rest[2]}
             case "checkpoint-gone":
                 assert nodes[rest[0]]["slot"] is not None
                 nodes[rest[0]] |= {"slot": None, "label": None}
@@ -57,8 +57,6 @@ def truth(cache: Any) -> dict[int, dict[str, Any]]:
             "start": node.start,
             "end": node.end,
             "slot": None if node.checkpoint is None else node.checkpoint.slot,
-            "label": None
-            if node.checkpoint is None
-            else node.checkpoint.title.partition("/")[0],  # The stop reason comes later.
+            "label": None if node.checkpoint is None else node.checkpoint.title[:80],
         }
     return found
