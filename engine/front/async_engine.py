@@ -530,6 +530,10 @@ class AsyncEngine:
         self._seen_s = -math.inf
         self.on_lost: Callable[[int], None] = lambda number: None
         """Called with the number of requests of which only one side knew, once each has ended."""
+        self.on_gap: Callable[[float], None] = lambda seconds: None
+        """Called with the seconds between two outputs of an answer."""
+        self._told_s: dict[str, float] = {}
+        """Time of the last output of each request in progress that has one, by its id."""
         self._loop: asyncio.AbstractEventLoop | None = None
         self.failure: str | None = None
         """Reason of an unexpected end of the engine, or None."""
@@ -636,13 +640,20 @@ class AsyncEngine:
             case Seen(view):
                 self.seen, self._seen_s = view, time.monotonic()
             case Outputs(outputs):
+                now_s = time.perf_counter()
                 for output in outputs:
                     if (stream := self._streams.get(output.request_id)) is None:
                         continue
                     try:
                         stream.put(output)
+                        if output.new_token_ids:
+                            before_s = self._told_s.get(output.request_id)
+                            self._told_s[output.request_id] = now_s
+                            if before_s is not None:
+                                self.on_gap(now_s - before_s)
                         if output.finish_reason is not None:
                             del self._streams[output.request_id]
+                            self._told_s.pop(output.request_id, None)
                     except (MemoryError, StepFailed):  # The next beat ends it.
                         stream.is_broken = True
 

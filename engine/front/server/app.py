@@ -267,6 +267,7 @@ def create_app(
     app = Starlette(routes=routes, lifespan=lifespan, exception_handlers=HANDLERS)
     app.state.metrics, app.state.page = context.metrics, page
     engine.on_lost = context.metrics.counters["lost_requests"].inc
+    engine.on_gap = context.metrics.histograms["itl_seconds"].observe
 
     def count(status: int, key_name: str | None, num_tokens: Sequence[int]) -> None:
         context.metrics.counters["http_requests"].labels(str(status)).inc()

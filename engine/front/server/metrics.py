@@ -63,9 +63,11 @@ HISTOGRAMS = {
     "ttft_seconds": ("Time from arrival to the first token.", SLOW_S),
     "tpot_seconds": ("Time per token after the first.", FAST_S),
     "e2e_seconds": ("Time from arrival to the end.", SLOW_S),
+    "itl_seconds": ("Time between two pieces of an answer, counted while it runs.", FAST_S),
 }
-"""Times of ended requests: help and buckets."""
+"""Help and buckets of times: of ended requests, but the last one."""
 LIVE = "Sessions with an open request, or idle for 300 s at most; one that moved, per replica."
+WAITING = "Sessions with a waiting request."
 OLDEST = "Age of the oldest waiting request."
 AGE = "Age of the values of this scrape: 0, or the time since a long step began."
 PREFILLING = "Tokens of running prompts that are not complete: those computed, and all."
@@ -112,7 +114,7 @@ class Metrics(Collector):
         for name, values in (("requests", get_args(FinishReason)), ("lost_tokens", Losses._fields)):
             for value in values:  # Rates and alerts need the series before the first such request.
                 self.counters[name].labels(value)
-        self._histograms = {
+        self.histograms = {
             name: Histogram(name, help, namespace="engine", buckets=buckets, registry=registry)
             for name, (help, buckets) in HISTOGRAMS.items()
         }
@@ -149,7 +151,7 @@ class Metrics(Collector):
         counters["generated_tokens"].inc(num_tokens)
         counters["token_steps"].inc(max(0, num_tokens - num_accepted))
         durations = timings.queue_s, timings.ttft_s, timings.tpot_s(num_tokens), timings.e2e_s
-        for histogram, duration_s in zip(self._histograms.values(), durations, strict=True):
+        for histogram, duration_s in zip(self.histograms.values(), durations, strict=False):
             if duration_s is not None:
                 histogram.observe(duration_s)
 
@@ -171,8 +173,7 @@ class Metrics(Collector):
         yield _gauge("running_requests", "Requests being computed.", report.num_running)
         yield _gauge("waiting_requests", "Requests in the queue.", report.num_waiting)
         yield _gauge("live_sessions", LIVE, queue.live_sessions)
-        help = "Sessions with a waiting request."
-        yield _gauge("waiting_sessions", help, queue.waiting_sessions)
+        yield _gauge("waiting_sessions", WAITING, queue.waiting_sessions)
         yield _gauge("oldest_wait_seconds", OLDEST, queue.oldest_wait_s)
         yield _gauge("report_age_seconds", AGE, report.age_s)
         parts = {("computed",): report.num_prefilled, ("all",): report.num_to_prefill}
@@ -183,7 +184,8 @@ class Metrics(Collector):
         yield _counter("cache_rebuilds", REBUILDS, usage["rebuilds"])
         for index, name in enumerate(OF_KEYS):
             by_key = {(key,): counts[index] for key, counts in self.by_key.items()}
-            yield _counter(f"key_{name}", f"Number of {name} by API key.", by_key, "key")
+            help = f"Number of {name} by API key, for answers of the model."
+            yield _counter(f"key_{name}", help, by_key, "key")
         if report.transfers is not None:
             for name, key, help in TRANSFERS:
                 yield _counter(name, help, report.transfers[key])

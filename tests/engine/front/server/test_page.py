@@ -169,6 +169,22 @@ def test_monitors_and_pages_do_not_wait_for_a_step(
     assert age_s() == 0 and live.report()["usage"]["requests"] == 2 - is_first
 
 
+def test_an_answer_that_crawls_shows_in_the_metrics(serve_oracle: Callable[..., Live]) -> None:
+    """Times of ended requests would show it at the end only."""
+    live = serve_oracle(step_s=0.05)
+
+    def sample(name: str) -> float:
+        lines = live.get("/metrics").text.splitlines()
+        return float(next(one for one in lines if one.startswith(f"engine_{name} ")).split()[1])
+
+    connection = live.send("/v1/completions", {"prompt": PROMPT, "max_tokens": 999, "stream": True})
+    wait_until(lambda: sample("itl_seconds_count") > 5)
+    assert sample("itl_seconds_sum") > 0.2 and sample("tpot_seconds_count") == 0
+    connection.close()
+    live.wait_until_idle()
+    assert not live.server._engine._told_s
+
+
 def test_a_report_has_the_progress_of_prompts() -> None:
     engine = oracle_engine(token_budget=64)
     engine.submit(list(range(200)), SamplingParams(max_tokens=1))
