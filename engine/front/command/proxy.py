@@ -21,6 +21,7 @@ from starlette.types import Receive, Scope, Send
 
 from engine.errors import JsonObject
 from engine.front.chat_prompt import NO_CHAT, Conversation, Rendering
+from engine.front.server.access import plain_address
 from engine.front.server.bodies import APIError, ClientGone, converted, settled
 from engine.front.server.schemas import ChatRequest, Message, plain_message, text_of
 from engine.front.server.tool_calls.form import prepared
@@ -336,6 +337,7 @@ class Proxy:
     def _request(self, scope: Scope, body: bytes) -> httpx.Request:
         """Return the request for upstream, with path and query byte for byte.
 
+        It has the client's address, unless that is of this machine, as the proxy's own.
         ``httpx.AsyncClient.build_request`` is not used: it would add cookies of other clients.
         """
         target = self._url.raw_path.rstrip(b"/") + scope["raw_path"]
@@ -343,6 +345,8 @@ class Proxy:
             target += b"?" + scope["query_string"]
         skipped = CONNECTION | {b"content-length", b"accept-encoding"}
         headers = [(name, value) for name, value in scope["headers"] if name not in skipped]
+        if not (client := plain_address(scope["client"][0])).is_loopback:
+            headers.append((b"x-forwarded-for", f"{client}".encode()))
         has_body = body or scope["method"] in ("POST", "PUT", "PATCH")
         return httpx.Request(
             scope["method"],

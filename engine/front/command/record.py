@@ -93,6 +93,7 @@ def run(arguments: argparse.Namespace) -> int:
             config = uvicorn.Config(
                 proxy,
                 log_config=None,
+                proxy_headers=False,  # The server reads them.
                 timeout_graceful_shutdown=GRACE_S,
                 server_header=False,
                 date_header=False,

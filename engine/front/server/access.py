@@ -81,6 +81,7 @@ class Access:
         """Distinct keys that requests may have, the operator's too; empty if none is required."""
         self.reload()
         self._secret = secrets.token_bytes(SECRET_BYTES)
+        self._proxies = [*map(_network, config.trusted_proxy)]
         self._guesses = BoundedMemory[str, tuple[float, frozenset[bytes]]](1 << 20)
         """Of each address, the time at which its wrong keys are forgotten, and its right keys."""
 
@@ -160,8 +161,8 @@ class Access:
             names = [name for name, _ in scope["headers"]]
             if max(names.count(b"authorization"), names.count(b"x-api-key")) > 1:
                 return APIError(400, "A request has one Authorization and one x-api-key header.")
-        if self._config.trusted_proxy:
-            self._name_client(scope, headers.get(b"x-forwarded-for", b""))
+        if self._proxies or ":" in (scope.get("client") or ("",))[0]:
+            self._name_client(scope)
         scheme, _, given = headers.get(b"authorization", b"").partition(b" ")
         if scheme.lower() != b"bearer":
             given = headers.get(b"x-api-key", b"")  # the header of Anthropic's clients
@@ -211,12 +212,17 @@ class Access:
         self._guesses.put(address, (until_s, used | {key} if is_right else used), 256)
         return 0
 
-    def _name_client(self, scope: Scope, forwarded: bytes) -> None:
-        """Let the client of a request be the last address that a trusted proxy has added."""
-        if scope.get("client") and scope["client"][0] in self._config.trusted_proxy:
-            with suppress(ValueError):
-                named = ipaddress.ip_address(forwarded.rsplit(b",", 1)[-1].strip().decode())
-                scope["client"] = f"{named}", 0
+    def _name_client(self, scope: Scope) -> None:
+        """Let the client of a request be the last address that is not a trusted proxy's: its own,
+        or one of those that such proxies have added."""
+        lines = [value for name, value in scope["headers"] if name == b"x-forwarded-for"]
+        added = b",".join(lines).decode("latin-1").split(",") if self._proxies else []
+        with suppress(ValueError):
+            for text in (*(scope.get("client") or ())[:1], *reversed(added)):
+                client = plain_address(text.strip())
+                scope["client"] = f"{client}", scope["client"][1]
+                if not any(client in network for network in self._proxies):
+                    return
 
     def _answers_to(self, host: str) -> bool:
         """Return whether requests with this ``Host`` are answered. A page of another site, whose
@@ -228,6 +234,20 @@ class Access:
         with suppress(ValueError):
             return urlsplit("//" + host).hostname in [one.lower() for one in allowed]
         return False
+
+
+def plain_address(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
+    """Return an address; that of IPv4 for ``::ffff:127.0.0.1``, as clients of a server at ``::``
+    have it. Raises ValueError."""
+    address = ipaddress.ip_address(text)
+    return getattr(address, "ipv4_mapped", None) or address
+
+
+def _network(text: str) -> ipaddress.IPv4Network | ipaddress.IPv6Network:
+    """Return the network of a trusted proxy, or that of its address alone. Raises ValueError."""
+    with suppress(ValueError):
+        return ipaddress.ip_network(text if "/" in text else plain_address(text), strict=False)
+    raise ValueError(f"--trusted-proxy must be addresses or networks, as 10.0.0.0/8 (got {text}).")
 
 
 def _no_key(source: str) -> APIError:
@@ -340,10 +360,10 @@ class Requests:
         app: ASGIApp,
         access: Access,
         is_logged: bool | None,
-        count: Callable[[int, str | None, Sequence[int]], None],
+        count: Callable[[int, str | None, Sequence[int] | None], None],
     ) -> None:
         """``count`` is called for each answer with its status, the name of the key, and the tokens
-        of prompt, cache and answer."""
+        of prompt, cache and answer, None if it is not the model's."""
         self._app, self._access, self._count = app, access, count
         self._is_logged = sys.stderr.isatty() if is_logged is None else is_logged
 
@@ -377,7 +397,6 @@ class Requests:
             raise
         finally:
             if scope["path"] not in PROBES:
-                tokens = state.get("num_tokens") or (0, 0, 0)
-                self._count(status or 499, state.get("key_name"), tokens)
+                self._count(status or 499, state.get("key_name"), state.get("num_tokens"))
             if self._is_logged and scope["path"] not in PROBES:
                 _log_request(scope, status, is_sent, began_s)

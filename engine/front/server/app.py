@@ -269,9 +269,9 @@ def create_app(
     engine.on_lost = context.metrics.counters["lost_requests"].inc
     engine.on_gap = context.metrics.histograms["itl_seconds"].observe
 
-    def count(status: int, key_name: str | None, num_tokens: Sequence[int]) -> None:
+    def count(status: int, key_name: str | None, num_tokens: Sequence[int] | None) -> None:
         context.metrics.counters["http_requests"].labels(str(status)).inc()
-        if key_name is not None:
+        if key_name is not None and num_tokens is not None:
             context.metrics.count_key(key_name, num_tokens)
 
     app.add_middleware(Requests, access=access, is_logged=config.log_requests, count=count)

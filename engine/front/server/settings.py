@@ -83,8 +83,9 @@ class ServerConfig:
     """Names by which clients may reach this server, or *; besides those of this machine; by default
     only these, if it listens on a loopback address and requires no key, and else every name."""
     trusted_proxy: tuple[str, ...] = ()
-    """Addresses of proxies whose X-Forwarded-For is believed; its last entry is then the client of
-    the log and of the limit for wrong keys; by default every client is who connects."""
+    """Addresses or networks (10.0.0.0/8) of proxies whose X-Forwarded-For is believed; its last
+    entry that is none of them is then the client of the log and of the limit for wrong keys; by
+    default every client is who connects."""
     cors_origin: tuple[str, ...] = ()
     """Origins of web pages that may use this server, or *; written as https://host or
     http://host:port; by default only the server's own."""

@@ -241,6 +241,18 @@ def test_a_trace_of_overlapping_requests_can_be_replayed(setup: Setup, seed: int
     assert times == sorted(times) and result.runs[0].requests == 24
 
 
+def test_the_address_of_a_client_is_passed_on(setup: Setup) -> None:
+    """Those of this machine need none: the proxy is there too."""
+    for client, added in (
+        ("::ffff:10.0.0.7", [b"10.0.0.7"]),
+        ("::1", []),
+    ):
+        scope = {"method": "GET", "raw_path": b"/", "query_string": b"", "client": (client, 1)}
+        sent = setup.proxy._request(scope | {"headers": [(b"x-forwarded-for", b"1.1.1.1")]}, b"")
+        found = [value for name, value in sent.headers.raw if name.lower() == b"x-forwarded-for"]
+        assert found == [b"1.1.1.1", *added]
+
+
 def test_interrupted_answers_are_recorded_as_far_as_they_went(setup: Setup) -> None:
     """Cover answers cut off by the client, by upstream, and by the end of the recording."""
     with httpx.stream(

@@ -212,7 +212,7 @@ def test_an_address_may_send_few_wrong_keys(
     (tmp_path / "api").write_text("one\ntwo\n")
     (tmp_path / "admin").write_text("operator\n")
     now_s, files = [1000.0], {f"{name}_key_file": str(tmp_path / name) for name in ("api", "admin")}
-    access = Access(ServerConfig(trusted_proxy=("10.0.0.9",), **files))
+    access = Access(ServerConfig(trusted_proxy=("10.0.0.9", "10.9.0.0/16"), **files))
     monkeypatch.setattr("engine.front.server.access.time.monotonic", lambda: now_s[0])
 
     def status(key: str, address: str = "10.0.0.1", path: str = "/v1/models", **more: str) -> int:
@@ -236,6 +236,20 @@ def test_an_address_may_send_few_wrong_keys(
     assert status("one", "10.0.0.9", **via | {"x-forwarded-for": "7.7.7.7, 8.8.8.8"}) == 200
     assert status("one", "10.0.0.3", **via) == 200, "this proxy is not trusted"
     assert status("one", "10.0.0.9", **{"x-forwarded-for": "odd"}) == 200
+    for proxy in ("10.0.0.9", "10.9.8.7", "::ffff:10.0.0.9"):
+        for far in ("7.7.7.7", "7.7.7.7, 10.9.1.1", "::ffff:7.7.7.7, 10.0.0.9,10.9.1.1"):
+            assert status("x", proxy, **{"x-forwarded-for": f"6.6.6.6, {far}"}) == 429
+    assert status("x", "::ffff:7.7.7.7") == 429
+    refused("--trusted-proxy must be", Access, ServerConfig(trusted_proxy=("10.0.0.0/99",)))
+
+
+def test_a_client_of_this_machine_is_one_at_every_address() -> None:
+    """A server at ``::`` has clients of IPv4 whose addresses are mapped into IPv6."""
+    access = Access(ServerConfig(host="::"))
+    for address, is_local in (("::ffff:127.0.0.1", True), ("::ffff:10.0.0.1", False)):
+        headers = [(b"host", b"localhost")]
+        scope = {"type": "http", "headers": headers, "path": "/v1/cache", "client": (address, 1)}
+        assert (access.refusal({**scope, "state": {}}) is None) == is_local
 
 
 @pytest.mark.parametrize(
@@ -323,7 +337,8 @@ def test_one_name_stands_for_a_key_everywhere(
     nameless = hashlib.sha256(b"k4").hexdigest()[:8]
     cached = {name: of["cached_tokens"] for name, of in report["keys"].items()}
     assert cached.items() >= {"bob": counts[2], "dave": 0, nameless: counts[4]}.items()
-    assert report["keys"]["bob"]["requests"] == 4
+    assert report["keys"]["bob"]["requests"] == 3, "a GET is no request with an answer"
+    assert report["keys"].keys() == {"bob", "dave", nameless}, "nor are those of the operator"
     roots = {line.split("'")[1].split(":")[0] for line in report["tree"] if "namespace" in line}
     assert roots == {"bob", "dave", nameless}
     metrics = live.get("/metrics").text
