@@ -77,13 +77,21 @@ class Page:
         if len(self._views) >= MAX_READERS:
             raise APIError(429, f"{MAX_READERS} pages are connected already: close one.")
         events = self._follow(replica)
-        return SentEvents(events, lambda error: event(str(error), "ended"), BUSY_S, self._busy)
+        busy = partial(self._busy, replica)
+        return SentEvents(events, lambda error: event(str(error), "ended"), BUSY_S, busy)
 
-    def _busy(self) -> bytes:
-        """Return the event with the progress of the prompts that are computed."""
+    def _busy(self, replica: int) -> bytes:
+        """Return the event with the progress of the prompts that are computed, as last reported."""
         seen = self._context.engine.seen
+        if self._num_replicas > 1:  # They report when they are asked.
+            self._asking = asyncio.ensure_future(self._ask_replicas())
+            seen = dict(enumerate(seen.get("replicas", {}).values(), 1)).get(replica, {})
         shown = {name: seen.get(name, 0) for name in ("num_prefilled", "num_to_prefill")}
         return event(shown, "busy")
+
+    async def _ask_replicas(self) -> None:
+        with suppress(EngineStopped):
+            await self._context.engine.view()
 
     async def _follow(self, replica: int) -> AsyncGenerator[bytes, None]:
         """Yield the complete state, and then every change."""
@@ -92,7 +100,7 @@ class Page:
         try:
             await asyncio.wait({opening}, timeout=FRESH_S)
             if not opening.done():
-                yield self._busy()
+                yield self._busy(replica)
             try:
                 view = await asyncio.shield(opening)
             except ValueError as error:  # The tree is too large, or the replica is not up.

@@ -87,11 +87,12 @@ class Lanes {
 
   told(one) {
     if (one.state === "waiting") return "waiting";
-    if (GOING.has(one.state)) return one.state === "prefill" ? `prefill ${percent(one.computed, one.prompt)}` : count(one.answer, "token");
+    if (one.state === "prefill") return `prefill ${percent(one.computed, one.prompt)}`;
+    if (one.state === "decode") return `${count(one.answer, "token")}${one.rate ? ` · ${digits(one.rate)} tok/s` : ""}`;
     const parts = [`${percent(one.cached, one.prompt)} hit`];
     if (one.first_token_s !== null) parts.push(seconds(one.first_token_s - one.arrived_s));
     const rate = speed(one);
-    if (rate) parts.push(`${rate.toFixed(rate < 10 ? 1 : 0)} tok/s`);
+    if (rate) parts.push(`${digits(rate)} tok/s`);
     return parts.join(" · ");
   }
 
@@ -130,6 +131,8 @@ class Lanes {
 function matches(talk, wanted) {
   return [`#${talk.id}`, talk.namespace ?? "", ...talk.ids].some((text) => String(text).toLowerCase().includes(wanted));
 }
+
+const digits = (rate) => rate.toFixed(rate < 10 ? 1 : 0);
 
 // Tokens a second after the first; null where there were not two.
 function speed(one) {

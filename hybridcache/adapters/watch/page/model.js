@@ -1,5 +1,6 @@
 // One cache as its records tell of it. README.md of hybridcache/adapters/watch describes the records.
 const MAX_GHOSTS = 1500;
+const RATED_S = 1; // The rate of a running answer is that of its latest second, or step.
 const FADE = 32; // A ghost is gone from the picture after so many requests.
 const GOING = new Set(["waiting", "prefill", "decode"]); // Every other state is why a request ended.
 
@@ -118,7 +119,9 @@ class Model {
 
   request(data, isPast) {
     const known = this.requests.get(data.id);
-    const one = { ...data, isCounted: known?.isCounted ?? false };
+    const one = { ...data, isCounted: known?.isCounted ?? false, since: known?.since ?? [this.clock, data.answer], rate: known?.rate ?? null };
+    const [clock, answer] = one.since;
+    if (this.clock - clock >= RATED_S) { one.rate = (data.answer - answer) / (this.clock - clock); one.since = [this.clock, data.answer]; }
     this.requests.set(data.id, one);
     if (!one.isCounted && data.state !== "waiting" && data.scheduled_s !== null) {
       one.isCounted = true;

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import http.client
 import json
 import socket
 import threading
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from engine import Engine
 from engine.front.cache_watch import Watch
+from engine.front.server.endpoints.observe import Page
 from engine.front.server.settings import ServerConfig
 from engine.requests.request import SamplingParams
 from tests.adapters.watch.follower import follow, truth
@@ -193,6 +196,23 @@ def test_a_report_has_the_progress_of_prompts() -> None:
         engine.step()
         shares.append((engine.report().num_prefilled, engine.report().num_to_prefill))
     assert shares == [(64, 200), (128, 200), (192, 200), (0, 0)]
+
+
+def test_a_page_of_a_replica_has_the_progress_of_its_prompts() -> None:
+    engine: Any = SimpleNamespace(seen={})
+    shares = {f"replica-{n}": {"num_prefilled": n, "num_to_prefill": 9} for n in (0, 1, 2)}
+
+    async def view() -> None:
+        engine.seen = {"num_prefilled": 3, "num_to_prefill": 27, "replicas": shares}
+
+    async def told() -> list[Any]:
+        engine.view, found, page = view, [], Page(SimpleNamespace(engine=engine), 3)
+        for replica in (2, 2, 4):
+            found.append(json.loads(page._busy(replica).split(b"data: ")[1]))
+            await page._asking
+        return [one["num_prefilled"] for one in found]
+
+    assert asyncio.run(told()) == [0, 1, 0]
 
 
 def test_first_event_describes_an_arena_once(make_engine: Callable[..., Engine]) -> None:

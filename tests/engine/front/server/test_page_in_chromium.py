@@ -189,7 +189,7 @@ def test_page_asks_for_the_operators_key(tab: Any, tmp_path: Path) -> None:
 
 
 def test_page_shows_the_progress_of_a_prompt(tab: Any) -> None:
-    """A short answer has no rate, and the built-in model its examples under another name."""
+    """An answer has a rate after a second, and the built-in model examples under any name."""
     goes_on, engine = threading.Event(), oracle_engine(token_budget=64)
     engine.observers.append(lambda step: (64, 128) not in step.prefilled or goes_on.wait(60))
     with serving(engine, ServerConfig(served_model_name=("mine",))) as live:
@@ -202,6 +202,9 @@ def test_page_shows_the_progress_of_a_prompt(tab: Any) -> None:
             asking.submit(ask, live, "another one, " * 60)
             tab.get_by_text(re.compile(r"computing a prompt, \d+ %")).wait_for()
             goes_on.set()
+        engine.runner.step_s = 0.05
+        with live.send("/v1/completions", {"prompt": "a", "max_tokens": 999, "stream": True}):
+            tab.get_by_text(re.compile(r"\d tokens · [\d.]+ tok/s")).wait_for()
 
 
 @pytest.mark.parametrize("path", ["/", "/v1/cache"])
