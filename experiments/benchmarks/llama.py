@@ -20,7 +20,7 @@ import itertools
 import os
 import statistics
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -91,6 +91,8 @@ GEOMETRIES: dict[str, dict[str, Any]] = {
 }
 """Qwen3.5 models: dense ones, twice the size of the built-in one and Qwen3.5-0.8B's layers with a
 smaller vocabulary, and one with 128 experts in each of eight layers."""
+DIRECT = ("F32", "F16", "BF16", "Q8_0", "Q4_0")
+"""Formats of files that are written without llama.cpp."""
 FORMATS = {"float32": "F32", "bfloat16": "BF16", "int8": "Q8_0"}
 """Formats of this engine for a checkpoint, and of llama.cpp's file."""
 FILES = ("Q8_0", "Q4_0", "Q4_K_M", "Q6_K", "IQ4_XS")
@@ -124,16 +126,8 @@ def against_llama(
     Raises:
         CrashError: llama.cpp crashed. Its process is separate, so the benchmark can continue.
     """
-    llama, gguf = modules
-    path = Path(directory) / f"{FORMATS.get(dtype, dtype)}.gguf"
-    vocabulary = {"tokenizer.ggml.model": "none"}
-    if dtype in FILES:
-        whole = Path(directory) / "whole.gguf"
-        write_gguf(gguf, Path(directory), whole, "BF16", vocabulary)
-        rival.quantize(llama, whole, path, dtype)
-        whole.unlink()
-    else:
-        write_gguf(gguf, Path(directory), path, FORMATS[dtype], vocabulary)
+    path, format = Path(directory) / f"{dtype}.gguf", FORMATS.get(dtype, dtype)
+    write_file(modules, Path(directory), path, format, {"tokenizer.ggml.model": "none"})
     theirs = rival.RemoteModel(path, streams=8, room=ROOM, threads=threads)
     ours = runner_of(directory, dtype)
     tokens = prompt_tokens()
@@ -227,6 +221,25 @@ def make_checkpoint(config: dict[str, Any], directory: str) -> None:
     loaded = transformers.AutoConfig.for_model(kind, **config, dtype="float32")
     model = transformers.AutoModelForCausalLM.from_config(loaded, dtype=torch.float32)
     model.save_pretrained(directory)
+
+
+def write_file(
+    modules: tuple[ModuleType, ModuleType],
+    source: Path,
+    path: Path,
+    format: str,
+    more: Mapping[str, Any],
+) -> None:
+    """Write the GGUF file ``path`` of the checkpoint ``source``, with ``more`` metadata. llama.cpp
+    quantizes it, except to a format that needs no choice."""
+    llama, gguf = modules
+    if format in DIRECT:
+        write_gguf(gguf, source, path, format, more)
+        return
+    whole = path.with_name("whole.gguf")
+    write_gguf(gguf, source, whole, "BF16", more)
+    rival.quantize(llama, whole, path, format)
+    whole.unlink()
 
 
 def prefill(runner: ModelRunner, tokens: np.ndarray) -> None:

@@ -1,7 +1,7 @@
 """Count the prompt tokens that a server computes a second time, for this engine and llama-server.
 
     make llama                                              # builds llama-server, some minutes
-    python -m experiments.benchmarks.second_turn --size small        # about a minute
+    python -m experiments.benchmarks.second_turn            # small: prompts of 600 tokens
     python -m experiments.benchmarks.second_turn --size published    # the plan of docs/results.md
     python -m experiments.benchmarks.second_turn --model FILE.gguf --tokens 2000 16000 --at-once 1 4
 
@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import http.client
 import itertools
 import json
 import os
@@ -29,7 +28,6 @@ import random
 import resource
 import shutil
 import signal
-import socket
 import statistics
 import subprocess
 import sys
@@ -38,6 +36,7 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -50,6 +49,7 @@ from engine.config import BUILTIN_DIR
 from engine.weights.model_config import read_config
 from experiments import provenance
 from experiments.benchmarks import llama_cpp as rival
+from experiments.benchmarks.server import exchange, free_port, running, send
 from experiments.studies.common import Records, grouped, positive, rounded
 from experiments.tables import Cell, Column, Table
 from experiments.texts import KEYS, NAMES, THINGS
@@ -66,44 +66,35 @@ MAX_OTHERS = 0.05
 MODELS = provenance.ROOT / "out" / "models"
 """Folder of written models. They are written once."""
 MAX_LEN = 32768
-DIRECT = ("F32", "F16", "BF16", "Q8_0", "Q4_0")
-"""Formats that are written without llama.cpp."""
 WORDS = (*KEYS, *NAMES, *THINGS)
 
 
 # --- Cases ----------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class ClientRequest:
+class ClientRequest(NamedTuple):
     """One request of a client."""
 
-    messages: Sequence[Message]
-    tools: Sequence[Mapping[str, Any]] = ()
-    variables: Mapping[str, Any] | None = None
+    body: dict[str, Any]
+    """Messages, and options such as tools."""
     row: str = ""
     """Row of the table, or empty if the request is not counted."""
     cut: int | None = None
     """Number of pieces of the answer after which the client closes the connection."""
     restart: bool = False
     """Restart the server first."""
-    ends: bool = False
-    """Report that no request of this conversation follows."""
 
 
 class Text:
-    """Text of one client, drawn from seeds. ``size``: characters of a prompt."""
+    """Text drawn from a seed, of one client. ``size``: characters of a prompt."""
 
-    def __init__(self, name: str, client: int, size: int) -> None:
-        self.size = size
-        self._own, self._common = random.Random(f"{name} {client}"), random.Random(name)
-        self.common = self.draw(0.5, self._common)
-        """Text that all clients of a case share."""
+    def __init__(self, seed: str, size: int) -> None:
+        self.size, self.random = size, random.Random(seed)
 
-    def draw(self, share: float, source: random.Random | None = None) -> str:
+    def draw(self, share: float) -> str:
         """Return words of about ``share`` times the size of a prompt."""
-        source = source or self._own
-        return " ".join(source.choice(WORDS) for _ in range(max(int(share * self.size / 6), 2)))
+        count = max(int(share * self.size / 6), 2)
+        return " ".join(self.random.choice(WORDS) for _ in range(count))
 
     def tools(self) -> list[dict[str, Any]]:
         """Return four tools of a fifth of a prompt."""
@@ -116,40 +107,30 @@ class Text:
             for name in ("read", "write", "search", "run")
         ]
 
-    def order(self, count: int, turns: int) -> list[int]:
-        """Return each of ``count`` numbers ``turns`` times in random order."""
-        order = list(range(count)) * turns
-        self._own.shuffle(order)
-        return order
-
 
 @dataclass
 class ClientChat:
     """One conversation as its client keeps it."""
 
     text: Text
-    system: str = ""
-    tools: Sequence[Mapping[str, Any]] = ()
-    variables: Mapping[str, Any] | None = None
+    system: str
+    options: dict[str, Any] = field(default_factory=dict)
+    """Fields of each request, such as tools."""
     messages: list[Message] = field(default_factory=list)
     num_calls: int = 0
 
-    def ask(self, row: str = "", **options: Any) -> Generator[ClientRequest, Message, Message]:
-        """Send the messages and append the answer, which is returned."""
-        head = [{"role": "system", "content": self.system}] if self.system else []
-        sent = [*head, *map(dict, self.messages)]
-        answer = yield ClientRequest(sent, self.tools, self.variables, row, **options)
+    def ask(self, row: str = "", **how: Any) -> Steps:
+        """Send the messages and append the answer."""
+        messages = [{"role": "system", "content": self.system}, *map(dict, self.messages)]
+        answer = yield ClientRequest({"messages": messages, **self.options}, row, **how)
         self.messages.append(answer)
-        return answer
 
-    def turn(
-        self, share: float, row: str = "", **options: Any
-    ) -> Generator[ClientRequest, Message, Message]:
+    def turn(self, share: float, row: str = "", **how: Any) -> Steps:
         """Send one more message of the user."""
         self.messages.append({"role": "user", "content": self.text.draw(share)})
-        return (yield from self.ask(row, **options))
+        yield from self.ask(row, **how)
 
-    def step(self, share: float, row: str = "") -> Generator[ClientRequest, Message, Message]:
+    def step(self, share: float, row: str = "") -> Steps:
         """Let the last answer call a tool and send its result of ``share``."""
         self.num_calls += 1
         call = {"name": "read", "arguments": json.dumps({"path": f"{self.num_calls}.txt"})}
@@ -157,18 +138,16 @@ class ClientChat:
         self.messages[-1]["tool_calls"] = [{"id": name, "type": "function", "function": call}]
         result = {"role": "tool", "tool_call_id": name, "content": self.text.draw(share)}
         self.messages.append(result)
-        return (yield from self.ask(row))
+        yield from self.ask(row)
 
-    def fork(self) -> ClientChat:
-        """Return a copy that goes on by itself."""
-        return ClientChat(
-            self.text, self.system, self.tools, self.variables, [*map(dict, self.messages)]
-        )
+    def fork(self, count: int | None = None) -> ClientChat:
+        """Return a copy with the first ``count`` messages, or all, that goes on by itself."""
+        return replace(self, messages=[*map(dict, self.messages[:count])], num_calls=0)
 
 
 def opened(text: Text, **options: Any) -> ClientChat:
     """Return a chat with a system message of half a prompt."""
-    return ClientChat(text, system=text.draw(0.5), **options)
+    return ClientChat(text, text.draw(0.5), options)
 
 
 def next_turn(text: Text, count: int) -> Steps:
@@ -184,7 +163,7 @@ def tool_result(text: Text, count: int) -> Steps:
 
 
 def thoughts(text: Text, count: int) -> Steps:
-    chat = opened(text, variables={"enable_thinking": True})
+    chat = opened(text, chat_template_kwargs={"enable_thinking": True})
     for row in ("", "", "thoughts stripped, third turn"):
         yield from chat.turn(0.2, row)
 
@@ -192,10 +171,10 @@ def thoughts(text: Text, count: int) -> Steps:
 def edits(text: Text, count: int) -> Steps:
     chat = opened(text)
     yield from chat.turn(0.5)
-    longer = ClientChat(text, chat.system, messages=[dict(chat.messages[0])])
+    longer = chat.fork(1)
     longer.messages[0]["content"] += " please"
     yield from longer.ask("last message edited at its end")
-    yield from ClientChat(text, chat.system).turn(0.5, "last message rewritten")
+    yield from chat.fork(0).turn(0.5, "last message rewritten")
     yield from chat.turn(0.1, "back to the original after an edit")
 
 
@@ -203,9 +182,9 @@ def early_edit(text: Text, count: int) -> Steps:
     chat = opened(text)
     for _ in range(5):
         yield from chat.turn(0.1)
-    chat.messages = chat.messages[:5]
-    chat.messages[4]["content"] += " again"
-    yield from chat.ask("edit at turn 3 of 5")
+    edited = chat.fork(5)
+    edited.messages[4]["content"] += " again"
+    yield from edited.ask("edit at turn 3 of 5")
 
 
 def steered(text: Text, count: int) -> Steps:
@@ -218,7 +197,7 @@ def subagent(text: Text, count: int) -> Steps:
     chat = opened(text, tools=text.tools())
     yield from chat.turn(0.2)
     yield from chat.step(0.1)
-    child = ClientChat(text, chat.system, chat.tools)
+    child = chat.fork(0)
     yield from child.turn(0.2, "subagent with the same system prompt")
     yield from child.step(0.1)
     yield from chat.step(0.1, "back to the parent")
@@ -248,35 +227,36 @@ def restarted(text: Text, count: int) -> Steps:
 
 def dated_session(text: Text, count: int) -> Steps:
     rest = text.draw(0.5)
-    for minute in (10, 11):
-        chat = ClientChat(text, system=f"{minute} o'clock, Monday. {rest}")
-        yield from chat.turn(0.2, "new session, date at its start" if minute == 11 else "")
+    for minute, row in ((10, ""), (11, "new session, date at its start")):
+        yield from ClientChat(text, f"{minute} o'clock, Monday. {rest}").turn(0.2, row)
 
 
 def dated_turns(text: Text, count: int) -> Steps:
     chat = opened(text)
     rest = chat.system
-    for minute in (10, 11, 12):
+    for minute, row in ((10, ""), (11, ""), (12, "date first, new at each turn")):
         chat.system = f"{minute} o'clock, Monday. {rest}"
-        yield from chat.turn(0.2, "date first, new at each turn" if minute == 12 else "")
+        yield from chat.turn(0.2, row)
 
 
 def tools_behind(text: Text, count: int) -> Steps:
     shared, tools = text.draw(0.4), text.tools()
     for folder, which in (("alpha", ""), ("beta", "second"), ("gamma", "third")):
-        chat = ClientChat(text, f"{shared} Directory: {folder}.", tools)
+        chat = ClientChat(text, f"{shared} Directory: {folder}.", {"tools": tools})
         yield from chat.turn(0.2, which and f"{which} folder, tools behind the system text")
 
 
 def many(row: str, text: Text, count: int, reports_ends: bool = False) -> Steps:
-    number = max(NUM_MANY // count, 1)
-    chats = [opened(text) for _ in range(number)]
+    chats = [opened(text) for _ in range(max(NUM_MANY // count, 1))]
     for chat in chats:
         yield from chat.turn(0.3)
-    left = text.order(number, 2)
+    left = [*range(len(chats))] * 2
+    text.random.shuffle(left)
     while left:
         index = left.pop(0)
-        yield from chats[index].turn(0.1, row, ends=reports_ends and index not in left)
+        if reports_ends and index not in left:
+            chats[index].options["metadata"] = {"session_end": "true"}
+        yield from chats[index].turn(0.1, row)
 
 
 def long_run(text: Text, count: int) -> Steps:
@@ -291,8 +271,9 @@ def long_run(text: Text, count: int) -> Steps:
 
 
 def one_folder(text: Text, count: int) -> Steps:
-    tools = Text("tools", 0, text.size).tools()
-    chat = ClientChat(text, f"{text.common} Directory: alpha.", tools)
+    tools, common = (Text(seed, text.size) for seed in ("tools 0", "one folder"))
+    system = f"{common.draw(0.5)} Directory: alpha."
+    chat = ClientChat(text, system, {"tools": tools.tools()})
     yield from chat.turn(0.2, "two agents in one folder, first request")
     for _ in range(2):
         yield from chat.step(0.1, "two agents in one folder, later requests")
@@ -318,28 +299,32 @@ class ClientCase(NamedTuple):
     """Case with the same texts and order, or empty."""
 
 
-CASES: dict[str, ClientCase] = {
+SHORT: dict[str, ClientCase] = {
+    "subagent": ClientCase(subagent),
+    "edits": ClientCase(edits),
+    "branches": ClientCase(branches),
+    "restart": ClientCase(restarted, needs="state"),
     "next turn": ClientCase(next_turn),
     "tool result": ClientCase(tool_result),
     "thoughts": ClientCase(thoughts),
-    "edits": ClientCase(edits),
     "early edit": ClientCase(early_edit),
     "steer": ClientCase(steered),
-    "subagent": ClientCase(subagent),
-    "branches": ClientCase(branches),
-    "twelve": ClientCase(twelve),
-    "restart": ClientCase(restarted, needs="state"),
     "dated session": ClientCase(dated_session),
-    "dated turns": ClientCase(dated_turns),
-    "tools behind": ClientCase(tools_behind),
+}
+LONG: dict[str, ClientCase] = {
     "scarce": ClientCase(partial(many, SCARCE), needs="scarce"),
     "ended": ClientCase(
         partial(many, f"{SCARCE}, {ENDED}", reports_ends=True), 1, "scarce", "scarce"
     ),
     "tiered": ClientCase(partial(many, f"{SCARCE}, {TIERED}"), needs="tiered"),
+    "twelve": ClientCase(twelve),
     "long run": ClientCase(long_run),
     "one folder": ClientCase(one_folder, least=2),
+    "dated turns": ClientCase(dated_turns),
+    "tools behind": ClientCase(tools_behind),
 }
+"""Cases of many requests, or of few ones with another order of the system message."""
+CASES = SHORT | LONG
 
 
 # --- Client ---------------------------------------------------------------------------------------
@@ -365,14 +350,6 @@ class Sent:
     name: str = ""
     """Id of the answer."""
 
-    @property
-    def body(self) -> dict[str, Any]:
-        """Messages, tools and variables of the request."""
-        body: dict[str, Any] = {"messages": list(self.ask.messages)}
-        body |= {"tools": list(self.ask.tools)} if self.ask.tools else {}
-        body |= {"metadata": {"session_end": "true"}} if self.ask.ends else {}
-        return body | ({"chat_template_kwargs": self.ask.variables} if self.ask.variables else {})
-
     def read(self, told: Mapping[str, Any]) -> bool:
         """Add one message of the stream. Returns True if it has a piece of the answer."""
         if "error" in told:
@@ -383,13 +360,13 @@ class Sent:
             self.num_prompt = usage["prompt_tokens"]
             self.cached_len = (usage.get("prompt_tokens_details") or {}).get("cached_tokens", 0)
         self.name = told.get("id") or self.name
-        before = len(self.text) + len(self.thoughts) + len(self.answer_ids)
-        for choice in told.get("choices") or ():
-            delta = choice.get("delta") or {}
-            self.text += delta.get("content") or ""
-            self.thoughts += delta.get("reasoning_content") or delta.get("reasoning") or ""
-            self.answer_ids += choice.get("token_ids") or []
-        return len(self.text) + len(self.thoughts) + len(self.answer_ids) > before
+        choice = (told.get("choices") or [{}])[0]
+        delta, ids = choice.get("delta") or {}, choice.get("token_ids") or []
+        text = delta.get("content") or ""
+        thoughts = delta.get("reasoning_content") or delta.get("reasoning") or ""
+        self.text, self.thoughts = self.text + text, self.thoughts + thoughts
+        self.answer_ids += ids
+        return bool(text or thoughts or ids)
 
 
 @dataclass
@@ -403,12 +380,8 @@ class Client:
     sent: list[Sent] = field(default_factory=list)
 
     def exchange(self, method: str, path: str, body: Any = None) -> Any:
-        """Return the JSON of an answer. Raises RuntimeError for a status other than 200."""
-        with self._open(method, path, body) as answer:
-            text = answer.read()
-        if answer.status != 200:
-            raise RuntimeError(f"{method} {path}: status {answer.status}, {text[:300]!r}")
-        return json.loads(text)
+        """Return the JSON of an answer. Raises HTTPException for a status other than 200."""
+        return exchange(self.port, method, path, body)
 
     def chat(self, ask: ClientRequest) -> Message:
         """Send one request and return its answer as the client sends it back."""
@@ -418,7 +391,7 @@ class Client:
         if self.answer_id is not None:
             options["logit_bias"] = {str(self.answer_id): 100}
         pieces = 0
-        with self._open("POST", "/v1/chat/completions", sent.body | options) as answer:
+        with send(self.port, "POST", "/v1/chat/completions", ask.body | options) as answer:
             for line in answer:
                 if answer.status != 200:
                     raise RuntimeError(f"status {answer.status}, {line[:300]!r}")
@@ -432,41 +405,39 @@ class Client:
         self.sent.append(sent)
         return {"role": "assistant", "content": sent.text}
 
-    def _open(self, method: str, path: str, body: Any) -> http.client.HTTPResponse:
-        """Send a request. Returns its answer; closing it closes the connection."""
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=600)
-        payload = None if body is None else json.dumps(body).encode()
-        headers = {"Content-Type": "application/json", "Connection": "close"}
-        connection.request(method, path, payload, headers)
-        return connection.getresponse()
+    def ids_of(self, sent: Sent) -> tuple[npt.NDArray[np.int32], Sequence[int]]:
+        """Return the rendered ids of a prompt and its answer; llama-server has endpoints for it."""
+        if sent.ids is not None:
+            return sent.ids, sent.answer_ids
+        text = self.exchange("POST", "/apply-template", sent.ask.body)["prompt"]
+        options = {"add_special": True, "parse_special": True}
+        prompt, whole = (
+            self.exchange("POST", "/tokenize", {"content": part, **options})["tokens"]
+            for part in (text, text + sent.thoughts + sent.text)
+        )
+        return np.asarray(prompt, np.int32), whole[len(prompt) :]
 
 
-def drive(client: Client, steps: Sequence[Steps], restart: Callable[[], None]) -> list[Sent]:
+def drive(client: Client, steps: Sequence[Steps], restart: Callable[[], object]) -> list[Sent]:
     """Run the clients of a case at the same time. Returns their requests."""
-    client.sent = []
-    failures: list[Exception] = []
+    gate = threading.Barrier(len(steps), restart)  # All clients wait for a restart.
 
     def run(script: Steps) -> None:
+        answer = None
         try:
-            answer = None
-            with contextlib.suppress(StopIteration):
-                while True:
-                    ask = script.send(answer)
-                    if ask.restart:
-                        gate.wait()
-                    answer = client.chat(ask)
-        except Exception as error:
-            failures.append(error)
+            while True:
+                ask = script.send(answer)
+                if ask.restart:
+                    gate.wait()
+                answer = client.chat(ask)
+        except (StopIteration, threading.BrokenBarrierError):
+            return
+        except BaseException:
             gate.abort()
+            raise
 
-    gate = threading.Barrier(len(steps), restart)  # All clients wait for a restart.
-    threads = [threading.Thread(target=run, args=(script,)) for script in steps]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    if failures:
-        raise failures[0]
+    with ThreadPoolExecutor(len(steps)) as clients:
+        [*clients.map(run, steps)]
     return client.sent
 
 
@@ -486,23 +457,23 @@ def counts(sent: Sequence[Sent], ids_of: Ids) -> Iterator[dict[str, Any]]:
         answered = np.asarray(answer if one.ask.cut else answer[:-1], np.int32)
         computed.append(np.concatenate((ids, answered)))
     rows: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    for at, one in enumerate(sent):
+    for one, prompt in zip(sent, prompts, strict=True):
         if not one.ask.row:
             continue
         known = possible = 0
         for other, ids in zip(sent, computed, strict=True):
             if other is not one and other.sent_s < one.end_s:
-                shared = common_prefix_len(ids, prompts[at])
+                shared = common_prefix_len(ids, prompt)
                 possible = max(possible, shared)
                 known = max(known, shared) if other.end_s <= one.sent_s else known
         faults = []
-        if one.num_prompt != len(prompts[at]):
-            faults.append(f"{one.num_prompt} prompt tokens reported, {len(prompts[at])} rendered")
+        if one.num_prompt != len(prompt):
+            faults.append(f"{one.num_prompt} prompt tokens reported, {len(prompt)} rendered")
         if one.cached_len > possible:
             faults.append(f"{one.cached_len} cached tokens reported, {possible} known")
         rows[one.ask.row].append(
             {
-                "prompt": len(prompts[at]),
+                "prompt": len(prompt),
                 "known": known,
                 "cached": one.cached_len,
                 "read_again": max(known - one.cached_len, 0),
@@ -511,16 +482,15 @@ def counts(sent: Sequence[Sent], ids_of: Ids) -> Iterator[dict[str, Any]]:
             }
         )
     for row, found in rows.items():
-        again = [one["read_again"] for one in found]
+        of = {name: [one[name] for one in found] for name in found[0]}
         yield {
             "row": row,
             "requests": len(found),
-            **{name: sum(one[name] for one in found) for name in ("prompt", "known", "cached")},
-            "read_again": sum(again),
-            "read_again_mean": statistics.fmean(again),
-            "read_again_most": max(again),
-            "ttft_s": statistics.median(one["ttft_s"] for one in found),
-            "faults": [fault for one in found for fault in one["faults"]],
+            **{name: sum(of[name]) for name in ("prompt", "known", "cached", "read_again")},
+            "read_again_mean": statistics.fmean(of["read_again"]),
+            "read_again_most": max(of["read_again"]),
+            "ttft_s": statistics.median(of["ttft_s"]),
+            "faults": [*itertools.chain(*of["faults"])],
         }
 
 
@@ -544,94 +514,53 @@ class ServerMemory(NamedTuple):
         return cls(NUM_FITTING * length, NUM_FITTING * one, NUM_MANY * one)
 
 
-@dataclass
-class Side:
+class Side(NamedTuple):
     """One server with some options."""
 
     name: str
     flags: Sequence[str] = ()
     is_llama: bool = False
-    threads: int = 1
-    process: subprocess.Popen[bytes] | None = None
-    client: Client = field(default_factory=partial(Client, 0))
-    command: Sequence[str] = ()
 
-    def start(self, model: Path, needs: str, num_tokens: int, folder: Path) -> None:
-        """Start the server with what a case of prompts of ``num_tokens`` needs."""
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.client = Client(free.getsockname()[1])
-        options = ["--port", str(self.client.port), *self.flags]
-        if needs in ("scarce", "tiered"):
-            options += self._scarce(ServerMemory.of(model, num_tokens), needs == "tiered")
-        if self.is_llama:
-            command = [str(LLAMA_SERVER), "-m", str(model), "-t", str(self.threads)]
+    def command(
+        self, model: Path, needs: str, num_tokens: int, folder: Path, threads: int
+    ) -> list[str]:
+        """Return the command with what a case of prompts of ``num_tokens`` needs."""
+        memory = ServerMemory.of(model, num_tokens)
+        host_bytes = memory.host_bytes if needs == "tiered" else 0
+        is_scarce = needs in ("scarce", "tiered")
+        if self.is_llama:  # Its checkpoints are outside of the memory.
+            command = [str(LLAMA_SERVER), "-m", str(model), "-t", str(threads)]
+            scarce = ["-np", str(NUM_FITTING), "-kvu", "-c", str(memory.num_tokens)]
+            scarce += ["--cache-ram", str(host_bytes // 2**20 + 1 if host_bytes else 0)]
         else:
             command = [sys.executable, "-m", "engine", "serve", "--model", str(model)]
-            options += ["--device", "cpu"]
-            options += ["--state-dir", str(folder)] if needs == "state" else []
-        self.command = [*command, *options]
-        self._run()
+            command += ["--device", "cpu"]
+            command += ["--state-dir", str(folder)] if needs == "state" else []
+            scarce = ["--cache-gib", f"{memory.num_bytes / GIB:.6f}"]
+            scarce += ["--host-gib", f"{host_bytes / GIB:.6f}"] if host_bytes else []
+        return [*command, *self.flags, *(scarce if is_scarce else ())]
 
-    def _scarce(self, memory: ServerMemory, has_tier: bool) -> list[str]:
-        """Return the options for little memory. llama-server's checkpoints are outside of it."""
-        if self.is_llama:
-            mib = str(memory.host_bytes // 2**20 + 1 if has_tier else 0)
-            slots = ["-np", str(NUM_FITTING), "-kvu", "-c", str(memory.num_tokens)]
-            return [*slots, "--cache-ram", mib]
-        host = ["--host-gib", f"{memory.host_bytes / GIB:.6f}"] if has_tier else []
-        return ["--cache-gib", f"{memory.num_bytes / GIB:.6f}", *host]
 
-    def reset(self) -> None:
-        """Empty the cache; restart a server that cannot."""
-        if self.is_llama:
-            self.restart()
-        else:
-            self.client.exchange("POST", "/reset_prefix_cache")
+BEST = ("-np", "8", "--ctx-checkpoints", "256", "--checkpoint-min-step", "0")
+SIDES = (
+    Side("engine"),
+    Side("llama-server", is_llama=True),
+    Side("llama-server, best options", BEST, is_llama=True),
+    Side("engine, grid 16", ("--grid", "16")),
+)
+RIVALS = ("engine", "llama-server")
+"""Servers of the published table."""
 
-    def _run(self) -> None:
-        from experiments.benchmarks.serving import start_server
 
-        variables = {"PYTHONPATH": str(provenance.ROOT), "OMP_NUM_THREADS": str(self.threads)}
-        options = {"env": os.environ | variables, "stderr": subprocess.DEVNULL}
-        self.process = start_server(
-            self.command, self.client.port, start_new_session=True, **options
-        )
-
-    def stop(self) -> None:
-        """End the server, if it runs."""
-        from experiments.benchmarks.serving import end_server
-
-        if self.process is not None:
-            end_server(self.process)
-            self.process = None
-
-    def restart(self) -> None:
-        """End the server and start it with the same options."""
-        self.stop()
-        self._run()
-
-    def resident_bytes(self) -> int | None:
-        """Return the memory of the server's processes, or None if it is not known."""
-        total = 0
-        for folder in Path("/proc").glob("[0-9]*") if self.process is not None else ():
-            with contextlib.suppress(OSError, ValueError):
-                if os.getsid(int(folder.name)) == self.process.pid:  # type: ignore[union-attr]
-                    text = (folder / "smaps_rollup").read_text()
-                    total += int(text.split("\nPss:")[1].split()[0]) * 1024
-        return total or None
-
-    def ids_of(self, sent: Sent) -> tuple[npt.NDArray[np.int32], Sequence[int]]:
-        """Return the rendered ids of a prompt and its answer; llama-server has endpoints for it."""
-        if sent.ids is not None:
-            return sent.ids, sent.answer_ids
-        text = self.client.exchange("POST", "/apply-template", sent.body)["prompt"]
-        options = {"add_special": True, "parse_special": True}
-        prompt, whole = (
-            self.client.exchange("POST", "/tokenize", {"content": part, **options})["tokens"]
-            for part in (text, text + sent.thoughts + sent.text)
-        )
-        return np.asarray(prompt, np.int32), whole[len(prompt) :]
+def resident_bytes(process: subprocess.Popen[bytes]) -> int | None:
+    """Return the memory of the processes of a server, or None if it is not known."""
+    total = 0
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError, ValueError):
+            if os.getsid(int(folder.name)) == process.pid:
+                text = (folder / "smaps_rollup").read_text()
+                total += int(text.split("\nPss:")[1].split()[0]) * 1024
+    return total or None
 
 
 def make_model(name: str, format: str) -> Path:
@@ -649,19 +578,14 @@ def make_model(name: str, format: str) -> Path:
     assert modules is not None, rival.ABSENT
     MODELS.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=MODELS) as folder:
-        source, whole, part = BUILTIN_DIR, Path(folder) / "whole.gguf", Path(folder) / path.name
+        source, part = BUILTIN_DIR, Path(folder) / path.name
         if name != "builtin":
             source = Path(folder)
             config = llama.GEOMETRIES[name] | {"max_position_embeddings": MAX_LEN}
             llama.make_checkpoint(config, folder)
             for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
                 shutil.copy(BUILTIN_DIR / file, source)
-        is_direct = format in DIRECT
-        vocabulary = gguf_files.vocabulary(source, "gpt-2")
-        kind, target = (format, part) if is_direct else ("BF16", whole)
-        gguf_files.write_gguf(modules[1], source, target, kind, vocabulary)
-        if not is_direct:
-            rival.quantize(modules[0], whole, part, format)
+        llama.write_file(modules, source, part, format, gguf_files.vocabulary(source, "gpt-2"))
         part.replace(path)
     return path
 
@@ -688,72 +612,57 @@ class CasePlan(NamedTuple):
         return names | {"tokens": self.num_tokens, "at_once": self.at_once}
 
 
-SHORT = (
-    *("subagent", "edits", "branches", "restart", "next turn", "tool result", "thoughts"),
-    *("early edit", "steer", "dated session"),
-)
-LONG = (
-    "scarce",
-    "ended",
-    "tiered",
-    "twelve",
-    "long run",
-    "one folder",
-    "dated turns",
-    "tools behind",
-)
-COUNTED = CasePlan("builtin", "Q8_0", 600, 1, LONG)
+SIZES = ("tokens", "at_once")
+KEY = ("side", "case", "model", "format", *SIZES)
+"""Fields that name a case of one server."""
+COUNTED = CasePlan("builtin", "Q8_0", 600, 1, tuple(LONG))
 """Cases of many requests, for counts. Their times are those of a tiny model."""
 PUBLISHED = (
-    CasePlan("530m", "Q4_K_M", 2000, 1, SHORT),
+    CasePlan("530m", "Q4_K_M", 2000, 1, tuple(SHORT)),
     CasePlan("1b-moe", "Q4_K_M", 2000, 1, ("subagent", "branches")),
     CasePlan("530m", "Q4_K_M", 2000, 4, ("subagent",)),
     COUNTED,
     CasePlan("530m", "Q4_K_M", 16000, 1, ("subagent",)),
 )
 """Plans of the published table, in order."""
-RIVALS = ("engine", "llama-server")
-"""Servers of the published table."""
 
 
-def measure(side: Side, name: str, plan: CasePlan) -> Iterator[dict[str, Any]]:
-    """Run one case on a server that was started with what it needs."""
-    case = CASES[name]
-    clients = max(plan.at_once, case.least)
-    sample = Text("sample", 0, 2000).draw(1)
-    size = plan.num_tokens * len(sample) // len(tokenized(side.client, sample))
-    side.client.answer_id = tokenized(side.client, " pear")[-1]
-    drawn_as = case.drawn_as or name
-    steps = [case.steps(Text(drawn_as, at, size), clients) for at in range(clients)]
-    sent = drive(side.client, steps, side.restart)
-    resident = side.resident_bytes()
-    for found in counts(sent, side.ids_of):
-        named = {"side": side.name, "case": name, **plan.fields}
-        yield {**named, **found, "resident_bytes": resident}
-
-
-def compare(side: Side, model: Path, plan: CasePlan, names: Sequence[str]) -> list[dict[str, Any]]:
-    """Run cases with the same needs on one server, which is emptied between them.
-
-    Times are None if the machine was not idle.
-    """
-    found: list[dict[str, Any]] = []
+def measure(side: Side, plan: CasePlan, name: str, threads: int) -> list[dict[str, Any]]:
+    """Run one case on a server of its own. Times are None if the machine was not idle."""
+    case, model = CASES[name], make_model(plan.model, plan.format)
+    clients, client = max(plan.at_once, case.least), Client(free_port())
+    variables = {"PYTHONPATH": str(provenance.ROOT), "OMP_NUM_THREADS": str(threads)}
+    options = {"env": os.environ | variables, "stderr": subprocess.DEVNULL}
+    servers: list[subprocess.Popen[bytes]] = []
     begin, used, own = time.perf_counter(), used_s(), own_s()
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            side.start(model, CASES[names[0]].needs, plan.num_tokens, Path(folder))
-            for name in names:
-                if name != names[0]:
-                    side.reset()
-                found += measure(side, name, plan)
-        finally:
-            side.stop()
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+        command = side.command(model, case.needs, plan.num_tokens, Path(folder), threads)
+        command += ["--port", str(client.port)]
+
+        def start() -> None:
+            stack.close()
+            server = running(command, client.port, start_new_session=True, **options)
+            servers.append(stack.enter_context(server))
+
+        def ids(text: str) -> list[int]:
+            body = {"content" if side.is_llama else "prompt": text, "add_special_tokens": False}
+            found: list[int] = client.exchange("POST", "/tokenize", body)["tokens"]
+            return found
+
+        start()
+        sample = Text("sample 0", 2000).draw(1)
+        size = plan.num_tokens * len(sample) // len(ids(sample))
+        client.answer_id = ids(" pear")[-1]
+        texts = (Text(f"{case.drawn_as or name} {at}", size) for at in range(clients))
+        sent = drive(client, [case.steps(text, clients) for text in texts], start)
+        resident = resident_bytes(servers[-1])
+        found = [*counts(sent, client.ids_of)]
     processors = (time.perf_counter() - begin) * (os.cpu_count() or 1)
     others = (used_s() - used - (own_s() - own)) / processors
     for one in found:
-        one["others"] = others
         one["ttft_s"] = one["ttft_s"] if others <= MAX_OTHERS else None
-    return found
+    named = {"side": side.name, "case": name, **plan.fields}
+    return [{**named, **one, "resident_bytes": resident, "others": others} for one in found]
 
 
 def used_s() -> float:
@@ -768,47 +677,28 @@ def own_s() -> float:
     return sum(one.ru_utime + one.ru_stime for one in used)
 
 
-def tokenized(client: Client, text: str) -> list[int]:
-    """Return the ids of a text by the server's endpoint, whose field has one of two names."""
-    for name in ("content", "prompt"):
-        with contextlib.suppress(RuntimeError):
-            body = {name: text, "add_special_tokens": False}
-            tokens: list[int] = client.exchange("POST", "/tokenize", body)["tokens"]
-            return tokens
-    raise RuntimeError("The server has no endpoint /tokenize.")
-
-
 class Results:
     """Result file whose records are replaced case by case."""
 
     def __init__(self, path: Path) -> None:
         self.path, self.commit = path, provenance.provenance()["commit"]
-        try:
-            _, self.records = provenance.read_json_lines(path)
-        except FileNotFoundError:
-            self.records = []
+        records = provenance.read_json_lines(path)[1] if path.exists() else []
+        self.cases = grouped(records, *KEY)
 
-    @staticmethod
-    def _case(record: Mapping[str, Any]) -> tuple[Any, ...]:
-        return tuple(record[name] for name in ("side", "case", *CasePlan._fields[:2], *SIZES))
-
-    def has(self, side: Side, plan: CasePlan, case: str) -> bool:
+    def has(self, side: str, plan: CasePlan, case: str) -> bool:
         """Return True if this commit has measured a case, with times or in the plan for counts."""
-        wanted = self._case({"side": side.name, "case": case, **plan.fields})
-        found = [one for one in self.records if self._case(one) == wanted]
-        is_for_counts = plan.fields == COUNTED.fields
-        has_times = is_for_counts or all(one["ttft_s"] is not None for one in found)
+        named = {"side": side, "case": case, **plan.fields}
+        found = self.cases.get(tuple(named[name] for name in KEY), [])
+        has_times = plan.fields == COUNTED.fields or all(one["ttft_s"] is not None for one in found)
         return bool(found) and has_times and found[0]["commit"] == self.commit
 
     def add(self, found: Records, settings: Mapping[str, Any]) -> None:
         """Write the records of some cases in place of those of the same cases."""
-        new = {self._case(one) for one in found}
-        kept = [one for one in self.records if self._case(one) not in new]
-        self.records = [*kept, *(rounded({**one, "commit": self.commit}) for one in found)]
-        provenance.write_json_lines(self.path, self.records, settings)
+        self.cases |= grouped([rounded({**one, "commit": self.commit}) for one in found], *KEY)
+        records = itertools.chain(*self.cases.values())
+        provenance.write_json_lines(self.path, records, settings)
 
 
-SIZES = ("tokens", "at_once")
 COLUMNS: dict[Column, Callable[[Mapping[str, Any]], Cell]] = {
     Column("read again", "tokens", ".0f"): lambda one: one["read_again_mean"],
     Column("hits", "%"): lambda one: 100 * one["cached"] / one["prompt"],
@@ -821,77 +711,59 @@ COLUMNS: dict[Column, Callable[[Mapping[str, Any]], Cell]] = {
 def table(records: Records, without: str = "") -> Table:
     """Return the columns of each server except ``without``."""
     sides = [*dict.fromkeys((*RIVALS, *(one["side"] for one in records)))]
-    shown = {column: read for column, read in COLUMNS.items() if column.name != without}
+    cells = [
+        (column._replace(name=f"{side}: {column.name}"), side, read)
+        for column, read in COLUMNS.items()
+        for side in sides
+        if column.name != without
+    ]
     rows = []
     for key, of in grouped(records, "row", "model", *SIZES).items():
         found = {one["side"]: one for one in of}
-        rows.append([*key])
-        for read in shown.values():
-            rows[-1] += [read(found[side]) if side in found else None for side in sides]
+        rows.append([*key, *(read(found[side]) if side in found else None
+                             for _, side, read in cells)])  # fmt: skip
     columns = [Column(name, form="d") for name in ("case", "model", "prompt", "clients")]
-    columns += [one._replace(name=f"{side}: {one.name}") for one in shown for side in sides]
-    return Table(columns, rows)
-
-
-def sides_of(options: argparse.Namespace) -> list[Side]:
-    """Return the servers to compare."""
-    sides = [Side("engine")]
-    if LLAMA_SERVER.is_file():
-        best = ["-np", "8", "--ctx-checkpoints", "256", "--checkpoint-min-step", "0"]
-        sides.append(Side("llama-server", is_llama=True))
-        sides.append(Side("llama-server, best options", flags=best, is_llama=True))
-    else:
-        print("llama-server is not built. Run `make llama` (some minutes).")
-    sides.append(Side("engine, grid 16", flags=["--grid", "16"]))
-    return [replace(side, threads=options.threads) for side in sides]
+    return Table([*columns, *(column for column, *_ in cells)], rows)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="builtin", help="builtin, 7m, 530m or a GGUF file")
-    parser.add_argument("--format", default="Q8_0", help="of a model that is written: Q4_0, ...")
-    parser.add_argument("--size", choices=("small", "full", "published"), default="full")
-    parser.add_argument("--tokens", type=positive, nargs="+", help="of a prompt: 2000 16000")
-    parser.add_argument("--at-once", type=positive, nargs="+", help="clients: 1 4")
-    parser.add_argument("--cases", nargs="+", choices=CASES, help="by default all")
-    parser.add_argument("--sides", nargs="+", help="names of the servers, by default all")
-    parser.add_argument("--threads", type=positive, default=os.cpu_count() or 1)
-    parser.add_argument("--resume", action="store_true", help="leave out cases of this commit")
+    add = parser.add_argument
+    add("--model", default="builtin", help="builtin, 530m, 1b-moe or a GGUF file")
+    add("--format", default="Q8_0", help="of a model that is written: Q4_0, ...")
+    add("--size", choices=("small", "published"), default="small")
+    add("--tokens", type=positive, nargs="+", default=[600], help="of a prompt: 2000 16000")
+    add("--at-once", type=positive, nargs="+", default=[1], help="clients: 1 4")
+    add("--cases", nargs="+", choices=CASES, default=[*CASES], help="by default all")
+    add("--sides", nargs="+", help="names of the servers, by default all")
+    add("--threads", type=positive, default=os.cpu_count() or 1)
+    add("--resume", action="store_true", help="leave out cases of this commit")
     options = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # Servers are stopped on the way.
-    is_small = options.size == "small"
-    tokens = options.tokens or ([600] if is_small else [2000, 16000])
-    clients = options.at_once or ([1] if is_small else [1, 4])
-    cases = options.cases or list(CASES)
-    plans = [CasePlan(options.model, options.format, t, n, cases) for t in tokens for n in clients]
-    names = options.sides
+    sizes, names = itertools.product(options.tokens, options.at_once), options.sides
+    plans = [CasePlan(options.model, options.format, *size, options.cases) for size in sizes]
     if options.size == "published":
-        kept = [[case for case in plan.cases if case in cases] for plan in PUBLISHED]
-        plans = [plan._replace(cases=cases) for plan, cases in zip(PUBLISHED, kept, strict=True)]
-        names = names or [*RIVALS]
-    sides = [side for side in sides_of(options) if not names or side.name in names]
-    results = Results(provenance.WRITTEN / "second_turn.jsonl")
-    settings = {"threads": options.threads}
-    ran: list[dict[str, Any]] = []
+        plans, names = [*PUBLISHED], names or RIVALS
+    if not LLAMA_SERVER.is_file():
+        print("llama-server is not built. Run `make llama` (some minutes).")
+    sides = [side for side in SIDES if not names or side.name in names]
+    sides = [side for side in sides if LLAMA_SERVER.is_file() or not side.is_llama]
+    results, ran = Results(provenance.WRITTEN / "second_turn.jsonl"), list[dict[str, Any]]()
     for plan in plans:
-        model = make_model(plan.model, plan.format) if plan.cases else Path()
-        groups: dict[str, list[str]] = defaultdict(list)
-        for name in plan.cases:  # Small ones share a server.
-            groups[CASES[name].needs if is_small else name].append(name)
-        for group, side in itertools.product(groups.values(), sides):
-            left = [one for one in group if not (options.resume and results.has(side, plan, one))]
-            if not left:
+        wanted = [case for case in plan.cases if case in options.cases]
+        for case, side in itertools.product(wanted, sides):
+            if options.resume and results.has(side.name, plan, case):
                 continue
-            found = compare(side, model, plan, left)
-            results.add(found, settings)
+            found = measure(side, plan, case, options.threads)
+            results.add(found, {"threads": options.threads})
             ran += found
             for one in found:
                 for fault in one["faults"]:
                     print(f"{side.name}, {one['row']}: {fault}", file=sys.stderr)
-            busy = f", no times: others used {found[0]['others']:.0%} of the processors"
-            idle = found[0]["others"] <= MAX_OTHERS
-            print(f"{plan.model}, {plan.num_tokens} tokens, {plan.at_once} at once, "
-                  f"{', '.join(left)}: {side.name}{'' if idle else busy}", flush=True)  # fmt: skip
+            others = found[0]["others"]
+            busy = f", no times: others used {others:.0%} of the processors"
+            print(f"{plan.model}, {plan.num_tokens} tokens, {plan.at_once} at once, {case}: "
+                  f"{side.name}{busy if others > MAX_OTHERS else ''}", flush=True)  # fmt: skip
     print(results.path)
     print(table(ran))
 

@@ -8,7 +8,6 @@ one job after another. Client processes share the connections, and read each mes
 
 from __future__ import annotations
 
-import http.client
 import math
 import multiprocessing
 import selectors
@@ -18,7 +17,7 @@ import sys
 import time
 from bisect import bisect_left
 from collections.abc import Hashable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
 from multiprocessing.connection import Connection
@@ -28,11 +27,10 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from experiments.benchmarks.server import exchange, free_port, running
 from experiments.provenance import ROOT
 from hybridcache import open_trace
 
-START_S = 300.0
-"""Time limit for the start of a server, in seconds."""
 NUM_CLIENTS = 4
 """Processes of clients."""
 HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: %d\r\n"
@@ -368,20 +366,8 @@ def measured_load(
 
     ``window``: options of ``drive``. Raises ValueError if a request failed.
     """
-    _request(port, "POST", "/reset_prefix_cache")
+    exchange(port, "POST", "/reset_prefix_cache")
     return summary(drive(port, jobs, load, **window), targets)
-
-
-def _request(port: int, method: str, path: str) -> None:
-    """Send a request without a body. Raises OSError or HTTPException if it fails."""
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=START_S)
-    try:
-        connection.request(method, path)
-        response = connection.getresponse()
-        if response.status != 200:
-            raise http.client.HTTPException(f"{path}: {response.status} {response.reason}")
-    finally:
-        connection.close()
 
 
 SERVE = """
@@ -405,40 +391,9 @@ def serve_command(
 def over_http(flags: Sequence[str], engine: Mapping[str, object]) -> Iterator[int]:
     """Start a server process with ``flags`` and further fields of its ``EngineConfig``, and yield
     its port. The server ends with the context."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    server = start_server([*serve_command(engine), "--port", str(port), *flags], port)
-    try:
+    port = free_port()
+    with running([*serve_command(engine), "--port", str(port), *flags], port):
         yield port
-    finally:
-        end_server(server)
-
-
-def start_server(command: Sequence[str], port: int, **options: Any) -> subprocess.Popen[bytes]:
-    """Start a server and wait until it is ready. ``options`` are those of ``Popen``. Raises
-    ValueError if it ends, or is not ready within ``START_S``."""
-    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, **options)
-    last_s = time.monotonic() + START_S
-    try:
-        while server.poll() is None and time.monotonic() < last_s:
-            with suppress(OSError, http.client.HTTPException):
-                _request(port, "GET", "/health")
-                return server
-            time.sleep(0.1)
-        raise ValueError(f"{command[0]} did not become ready; see its output above.")
-    except BaseException:
-        end_server(server)
-        raise
-
-
-def end_server(server: subprocess.Popen[bytes]) -> None:
-    """End a server, by force after a minute."""
-    server.terminate()
-    try:
-        server.wait(60)
-    except subprocess.TimeoutExpired:
-        server.kill()
-        server.wait()
 
 
 def conversation_jobs(count: int, *, vocab_size: int, cap: int, num_output: int) -> list[Job]:

@@ -25,7 +25,6 @@ from experiments.benchmarks.second_turn import (
     Results,
     Sent,
     ServerMemory,
-    Side,
     Steps,
     Text,
 )
@@ -99,7 +98,7 @@ def test_tokens_read_again(name: str, tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(second_turn, "NUM_FITTING", 2)
     case = CASES[name]
     drawn_as = case.drawn_as or name
-    clients = [case.steps(Text(drawn_as, at, SIZE), case.least) for at in range(case.least)]
+    clients = [case.steps(Text(f"{drawn_as} {at}", SIZE), case.least) for at in range(case.least)]
     with contextlib.ExitStack() as stack:
 
         def start() -> Client:
@@ -107,7 +106,7 @@ def test_tokens_read_again(name: str, tmp_path: Path, monkeypatch: pytest.Monkey
             return stack.enter_context(served(case.needs, tmp_path))
 
         sent = in_turn(start(), clients, start)
-    found = [*second_turn.counts(sent, Side("engine").ids_of)]
+    found = [*second_turn.counts(sent, Client(0).ids_of)]
     assert not any(one["faults"] for one in found), found
     assert [one["read_again"] for one in found] == READ_AGAIN[name]
 
@@ -120,7 +119,8 @@ def folders(text: Text, is_marked: bool) -> Steps:
         parts = [shared | mark, {"type": "text", "text": f" Directory: {folder}."}]
         asked = {"role": "user", "content": text.draw(0.2)}
         row = "second folder" if folder == "beta" else ""
-        yield ClientRequest([{"role": "system", "content": parts}, asked], tools, row=row)
+        messages = [{"role": "system", "content": parts}, asked]
+        yield ClientRequest({"messages": messages, "tools": tools}, row)
 
 
 def test_rows_above_a_grid_step_are_explained_with_remedies_that_help(tmp_path: Path) -> None:
@@ -129,10 +129,10 @@ def test_rows_above_a_grid_step_are_explained_with_remedies_that_help(tmp_path: 
         with served("", tmp_path, **options) as client:
             sent = in_turn(client, [steps], lambda: client)
             told = client.exchange("GET", f"/v1/cache/explanations/{sent[1].name}")
-        first, *_ = second_turn.counts(sent, Side("engine").ids_of)
+        first, *_ = second_turn.counts(sent, client.ids_of)
         return first["read_again"], told["advice"] or ""
 
-    text = partial(Text, "edits", 0, SIZE)
+    text = partial(Text, "edits 0", SIZE)
     read_again, advice = run(CASES["edits"].steps(text(), 1))
     assert read_again == 251 and "--checkpoints adaptive,backoff:2" in advice
     finer, _ = run(CASES["edits"].steps(text(), 1), checkpoints=("adaptive", "backoff:2"))
@@ -162,12 +162,12 @@ def test_results_replace_cases_and_the_page_has_what_was_run(
         Results(file).add([record(side, second, 32, None), record(side, first, 9, None)], {})
         Results(file).add([record(side, first, 12, seconds)], {})
     results = Results(file)
-    assert [one["read_again_mean"] for one in results.records] == [32, 12, 32, 12]
-    ours = Side("engine")
-    assert [results.has(ours, PUBLISHED[0], case) for case in (first, second)] == [True, False]
-    assert not results.has(ours, PUBLISHED[1], first)
+    kept = [one for of in results.cases.values() for one in of]
+    assert [one["read_again_mean"] for one in kept] == [32, 12, 32, 12]
+    assert [results.has("engine", PUBLISHED[0], case) for case in (first, second)] == [True, False]
+    assert not results.has("engine", PUBLISHED[1], first)
     results.commit = "another"
-    assert not results.has(ours, PUBLISHED[0], first)
+    assert not results.has("engine", PUBLISHED[0], first)
     table = section.table()
     assert table.texts() == [
         [f"row of {first}", "12", "12", "0.5", "2", "1", "1", "0.25"],
