@@ -50,6 +50,10 @@ FIRST, LAST = 0x100000, 0x10FFFD
 """Private-use characters that stand for a message, and for its turn."""
 END = f"{chr(LAST)} "
 """Mark behind the content that an answer continues, with white space."""
+ASK: JsonObject = {"role": "user", "content": PROBE}
+CALL: JsonObject = {"id": PROBE, "type": "function", "function": {"name": PROBE, "arguments": {}}}
+CALLING: JsonObject = {"role": "assistant", "content": PROBE, "tool_calls": [CALL]}
+"""Messages of chats that a template is tried with: a question, and an answer with a call."""
 _PLACES = re.compile(f"([{chr(FIRST)}-{chr(LAST)}])")
 ENTRY_BYTES = 512
 """Approximate size of an answer without its ids and its reasoning."""
@@ -237,7 +241,6 @@ class Rendering:
                 raise TemplateError("the template leaves out the content of the last message")
             # The template removes white space at the end of contents if it does so behind the mark.
             self.text = before if behind.startswith(END[1]) else before.rstrip()
-        self._codes = _codes(self.text)
         self.tokens = self.encode(self.text)
         """int32[n]."""
 
@@ -281,7 +284,12 @@ class Rendering:
             later = self._render(future)
         except TemplateError:
             return []
-        same, tokens = common_prefix_len(self._codes, _codes(later)), self.tokens
+        tokens, raw = (
+            self.tokens,
+            (t.encode("utf-32-le", "surrogatepass") for t in (self.text, later)),
+        )
+        ours, theirs = (np.frombuffer(text, np.int32) for text in raw)
+        same = common_prefix_len(ours, theirs)
         known_len = min([same, *(span.start for span in self.spans if span.close > same)])
         number = bisect(self.walls, known_len, key=re.Match.end)
         split = self.walls[number - 1].start() if number else 0
@@ -322,26 +330,18 @@ class Rendering:
                 yield Span(start, last, close.end(), turn)
 
 
-def _codes(text: str) -> Tokens:
-    """Return the code of each character: int32[n]."""
-    return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.int32)
-
-
 def _futures(messages: Sequence[Message], with_tools: bool, thinks: bool) -> list[list[Message]]:
     """Return possible later chats that share a beginning with this one. ``thinks``: the answer may
     contain reasoning."""
     num_system = 0
     while num_system < len(messages) and messages[num_system]["role"] in ("system", "developer"):
         num_system += 1
-    ask: Message = {"role": "user", "content": PROBE}
     answer: Message = {"role": "assistant", "content": PROBE}
-    futures = [[*messages[:num_system], ask], [*messages, answer, ask]]
+    futures = [[*messages[:num_system], ASK], [*messages, answer, ASK]]
     if with_tools or messages[-1]["role"] == "tool":
-        call = {"id": PROBE, "type": "function", "function": {"name": PROBE, "arguments": {}}}
-        thoughts = {"reasoning_content": PROBE} if thinks else {}
-        tool_turn: Message = {**answer, **thoughts, "tool_calls": [call]}
+        calling = CALLING | ({"reasoning_content": PROBE} if thinks else {})
         result: Message = {"role": "tool", "tool_call_id": PROBE, "name": PROBE, "content": PROBE}
-        futures.append([*messages, tool_turn, result])
+        futures.append([*messages, calling, result])
     return futures
 
 
@@ -349,17 +349,16 @@ def _future_behind(
     messages: Sequence[Message], index: int | None, content: str | None
 ) -> list[Message]:
     """Return a chat that equals this one up to a ``PromptCut``, and differs right after it."""
-    ask: Message = {"role": "user", "content": PROBE}
     if index is None:
-        return [{"role": "system", "content": PROBE}, ask]
+        return [{"role": "system", "content": PROBE}, ASK]
     before, last = list(messages[:index]), messages[index]
     if content is None and last["role"] == "assistant":
-        after = {"role": "tool", "content": PROBE} if last.get("tool_calls") else ask
+        after = {"role": "tool", "content": PROBE} if last.get("tool_calls") else ASK
         return [*before, last, after]
     shared = last["content"] if content is None else content
     assert isinstance(shared, str), "a cut is at the end of a text"
     chat: list[Message] = [*before, {**last, "content": shared + PROBE}]
-    return chat if any(message["role"] == "user" for message in chat) else [*chat, ask]
+    return chat if any(message["role"] == "user" for message in chat) else [*chat, ASK]
 
 
 class ControlTokens(NamedTuple):
@@ -386,37 +385,27 @@ def controls_of(tokens: tuple[str, ...]) -> ControlTokens:
 
 def mark_control_tokens(controls: ControlTokens, value: Any) -> Any:
     """Return ``value`` with ``MARK`` in its texts, so that none can become a control token, alone
-    or with adjacent text. Only a container of such a text is copied. O(size of ``value``).
+    or with adjacent text. O(size of ``value``).
 
     A control token is inside a text, or the text ends with a beginning of the token, or it starts
     with an end of it.
     """
-    marked = value
     if isinstance(value, str):
+        marked = value
         before = MARK * value.startswith(controls.tails.get(value[:1], ()))
         after = MARK * value.endswith(controls.heads.get(value[-1:], ()))
         for token in controls.tokens if controls.pattern.search(value) else ():
             while token in marked:  # Again for tokens that overlapped.
                 marked = marked.replace(token, token[0] + MARK + token[1:])
         return before + marked + after
+    mark = partial(mark_control_tokens, controls)
     if isinstance(value, list | tuple):
-        for at, entry in enumerate(value):
-            if (new := mark_control_tokens(controls, entry)) is not entry:
-                marked = [*value] if marked is value else marked
-                marked[at] = new
-    elif isinstance(value, Mapping):
-        names: dict[str, str] = {}
-        for name, entry in value.items():
-            if (new := mark_control_tokens(controls, entry)) is not entry:
-                marked = {**value} if marked is value else marked
-                marked[name] = new
-            # Names that templates may use, such as ``text``, stay as they are.
-            is_free = not str(name).isidentifier()
-            if is_free and (new := mark_control_tokens(controls, name)) is not name:
-                names[name] = new
-        if names:
-            marked = {names.get(name, name): entry for name, entry in marked.items()}
-    return marked
+        return [*map(mark, value)]
+    if isinstance(value, Mapping):
+        # Names that templates may use, such as ``text``, stay as they are.
+        names = (name if str(name).isidentifier() else mark(name) for name in value)
+        return dict(zip(names, map(mark, value.values()), strict=True))
+    return value
 
 
 def said_by(message: Mapping[str, object]) -> tuple[str, list[list[object]], str]:

@@ -471,9 +471,10 @@ class AnswerReader:
     def _read_parts(self) -> Iterator[Event | None]:
         """Yield the events in the order of the text, and None where more of it is needed."""
         if self._thinks and not self.is_thinking:
-            while self._may_begin(OPEN):
+            while (begin := self._rest.lstrip()) != OPEN and OPEN.startswith(begin):
+                if self._is_whole:
+                    break
                 yield None
-            begin = self._rest.lstrip()
             if begin.startswith(OPEN):  # Reasoning starts only at the beginning of an answer.
                 self._rest, self.is_thinking = begin.removeprefix(OPEN), True
         if self.is_thinking:
@@ -487,11 +488,6 @@ class AnswerReader:
                 yield TextDelta(self._rest)
                 self._rest = ""
             yield None
-
-    def _may_begin(self, mark: str) -> bool:
-        """Return True if more text could complete ``mark`` after white space."""
-        begin = self._rest.lstrip()
-        return not self._is_whole and len(begin) < len(mark) and mark.startswith(begin)
 
     def _certain(self, marks: Sequence[str]) -> str:
         """Return the beginning of the rest that cannot be part of one of ``marks``, without white

@@ -23,7 +23,7 @@ from engine.errors import JsonObject
 from engine.front.chat_prompt import NO_CHAT, Conversation, Rendering
 from engine.front.server.access import plain_address
 from engine.front.server.bodies import APIError, ClientGone, converted, settled
-from engine.front.server.schemas import ChatRequest, Message, plain_message, text_of
+from engine.front.server.schemas import ChatRequest, Message, plain_message
 from engine.front.server.tool_calls.form import prepared
 from engine.front.server.transport import unless_gone
 from engine.text.tokenizer import Tokenizer
@@ -176,7 +176,7 @@ class TraceWriter:
         prompt has them). Raises ValueError if the chat cannot be rendered."""
         given = [plain_message(one, "messages") for one in (*body["messages"], answer)]
         sent = ChatRequest(messages=converted(given, list[Message], "messages"))
-        chat = [one.as_template_input(one.role, text_of(one.content)) for one in sent.messages]
+        chat = [one.as_template_input() for one in sent.messages]
         tokenizer, tools = self._tokenizer, body.get("tools")
         if tokenizer is not None and tokenizer.chat_template is not None:
             chat = prepared(chat, tokenizer.chat_template)

@@ -229,10 +229,8 @@ class Body(FixedObject, kw_only=True):
 
 
 Kind = TypeVar("Kind", bound=Body)
-CHATS = "messages", "input"
-"""Lists of a body that are chats."""
-LISTS = *CHATS, "tools"
-"""Lists of a body that are read entry by entry."""
+LISTS = "messages", "input", "tools"
+"""Lists of a body that are read entry by entry; the first two are chats."""
 
 
 def decode(kind: type[Kind], raw: bytes, refuses_images: bool = False) -> Kind:
@@ -242,32 +240,26 @@ def decode(kind: type[Kind], raw: bytes, refuses_images: bool = False) -> Kind:
         text = raw.decode()
         if num_nodes(raw) > MAX_NODES:
             raise ValueError(TOO_MANY)
-        body = read_json(text)
+        body = settled(read_json(text))
         if not isinstance(body, dict):
             raise ValueError("it has no names and values between { and }")
     except ValueError as error:
         raise APIError(400, f"The body cannot be read ({error}): send one JSON object.") from None
-    given: JsonObject = {}
-    for name, value in body.items():
-        if name in LISTS and isinstance(value, list):
-            form, entries = kind.ENTRIES.get(name), list[Json]()
-            for at, entry in enumerate(map(settled, value)):
-                if name in CHATS:
-                    entry = _written(entry, f"{name}.{at}", refuses_images)
-                try:
-                    if form is not None and isinstance(entry, dict):
-                        entry = form(entry, f"{name}.{at}")
-                except ValueError as error:
-                    raise APIError(400, str(error)) from None
-                entries.append(entry)
-            given[name] = entries
-        elif value is not None:
-            value = settled(value)
-            if name not in kind.NEUTRAL:
-                given[name] = value
-            elif (allowed := kind.NEUTRAL[name]) is not None and value not in allowed:
-                raise APIError(400, f"'{name}' is not supported: omit it.")
-    return converted(given, kind)
+    try:
+        for name, allowed in kind.NEUTRAL.items():
+            value = body.pop(name, None)
+            if value is not None and allowed is not None and value not in allowed:
+                raise ValueError(f"'{name}' is not supported: omit it.")
+        for name in LISTS:
+            form, entries = kind.ENTRIES.get(name), body.get(name)
+            for at, entry in enumerate(entries if isinstance(entries, list) else ()):
+                place = f"{name}.{at}"
+                if name != "tools":
+                    entry = _written(entry, place, refuses_images)
+                body[name][at] = form(entry, place) if form and isinstance(entry, dict) else entry
+    except ValueError as error:
+        raise APIError(400, str(error)) from None
+    return converted(body, kind)
 
 
 MEDIA = {
@@ -336,8 +328,7 @@ def num_nodes(raw: bytes) -> int:
 
 
 FREE = {
-    *("arguments", "chat_template_kwargs", "input", "input_schema"),
-    *("json", "parameters", "schema"),
+    *("arguments", "input", "input_schema", "json", "parameters", "schema"),
 }
 """Names of objects of any form, such as JSON schemas and arguments of calls."""
 

@@ -4,16 +4,17 @@ Types and the widest ranges are checked here, limits of the engine where the val
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import fields
 from functools import lru_cache, partial
+from itertools import accumulate
 from typing import Annotated, Any, ClassVar, Literal, TypedDict
 
 import msgspec
 from msgspec import Meta, structs
 
 from engine.errors import Json, JsonObject
-from engine.front.chat_prompt import Conversation, PromptCut
+from engine.front.chat_prompt import ASK, CALLING, Conversation, PromptCut
 from engine.front.server.bodies import (
     MAX_NODES,
     TOO_MANY,
@@ -140,7 +141,7 @@ class OpenAIBody(Body, kw_only=True):
     session_id: str | None = None
     """SGLang's name of ``metadata.session_id``."""
     cache_ttl_ms: Count | None = None
-    """SGLang's time to live in milliseconds: a promise to return within it."""
+    """SGLang's time to live in milliseconds: a given to return within it."""
     agent_hint: AgentHint | None = None
 
     @property
@@ -193,7 +194,7 @@ class Sampling(OpenAIBody, kw_only=True):
     @property
     def session(self) -> SessionMarks:
         """Facts about the session in the hints and in the metadata, which come first and whose
-        values are texts in OpenAI's API. Raises ValueError unless the promised time is a number of
+        values are texts in OpenAI's API. Raises ValueError unless the givend time is a number of
         at least 0."""
         metadata = self.hints | (self.metadata or {})
         marks: SessionMarks = {"ends_session": str(metadata.get("session_end")).lower() == "true"}
@@ -261,17 +262,19 @@ class Message(msgspec.Struct, kw_only=True):
     cache_control: CacheControl | None = None
     extra: JsonObject = {}
 
-    def as_template_input(self, role: Role, content: str) -> JsonObject:
-        """Return the message for a chat template, with this role and content."""
-        message: JsonObject = {"role": role, **self.extra, "content": content}
+    def as_template_input(self, role: Role | None = None, content: str | None = None) -> JsonObject:
+        """Return the message for a chat template, with another role and content if given."""
+        if content is None:
+            content = "".join(part.text for part in parts_of(self.content))
+        message: JsonObject = {"role": role or self.role, **self.extra, "content": content}
         if self.tool_calls is not None:
             message["tool_calls"] = self.tool_calls
         return message
 
 
-def text_of(content: str | Sequence[TextPart] | None) -> str:
-    """Return the content of a message as one text. Its parts begin with the text between them."""
-    return content if isinstance(content, str) else "".join(part.text for part in content or ())
+def parts_of(content: str | list[TextPart] | None) -> list[TextPart]:
+    """Return a content as a list of parts."""
+    return [TextPart(text=content)] if isinstance(content, str) else content or []
 
 
 SYSTEM = "system", "developer"
@@ -288,21 +291,31 @@ def _writes(template: ChatTemplate, roles: tuple[str, ...]) -> bool:
     return all(f"{PROBE}{at}" in text for at in range(len(roles)))
 
 
+def _roles(template: ChatTemplate, roles: list[Role]) -> tuple[list[Role], int]:
+    """Return the roles of a chat as a template writes them, and the number of system messages at
+    the beginning that are one message for it, with one role."""
+    if "developer" not in template.source or not _writes(template, ("developer", "user")):
+        roles = ["system" if role == "developer" else role for role in roles]
+    num_first = next((at for at, role in enumerate(roles) if role not in SYSTEM), len(roles))
+    for at in range(num_first, len(roles)):
+        places = "system", "user", "assistant", roles[at], "user"
+        if roles[at] in SYSTEM and not _writes(template, places):
+            roles[at] = "user"
+    if num_first > 1 and not _writes(template, (*roles[: min(num_first, 3)], "user")):
+        return roles[:1] + roles[num_first:], num_first
+    return roles, 1
+
+
 @lru_cache(maxsize=64)
 def _joint(template: ChatTemplate, role: Role) -> str:
     """Return the text between two parts of a message with this role. Takes two renders."""
-    ask: JsonObject = {"role": "user", "content": PROBE}
-    call: JsonObject = {"id": PROBE, "type": "function"}
-    call["function"] = {"name": PROBE, "arguments": {}}
-    calling: JsonObject = {"role": "assistant", "content": PROBE, "tool_calls": [call]}
-    earlier: dict[Role, list[JsonObject]] = {"assistant": [ask], "tool": [ask, calling]}
-    before = earlier.get(role, [])
+    before = {"assistant": [ASK], "tool": [ASK, CALLING]}.get(role, [])
     parts = [{"type": "text", "text": f"{PROBE}{number}"} for number in (1, 2)]
     try:
-        text = template.render([*before, {"role": role, "content": parts}, ask])
+        text = template.render([*before, {"role": role, "content": parts}, ASK])
         found = re.search(f"{PROBE}1(.{{0,16}}?){PROBE}2", text, re.DOTALL)
         said = found[0] if found else ""
-        same = template.render([*before, {"role": role, "content": said}, ask])
+        same = template.render([*before, {"role": role, "content": said}, ASK])
         return found[1] if found and same == text else "\n"
     except TemplateError:
         return "\n"
@@ -318,13 +331,11 @@ def plain_message(message: JsonObject, place: str) -> JsonObject:
     extra = {name: value for name, value in message.items() if name not in KNOWN}
     found = {name: message[name] for name in KNOWN if name in message} | {"extra": extra}
     if isinstance(content := message.get("content"), list):
-        parts = [one if isinstance(one, dict) else {} for one in content]
-        thoughts = [thoughts_of(one) for one in parts if one.get("type") in THOUGHT_PARTS]
-        if thoughts:
+        kinds = [one.get("type") if isinstance(one, dict) else None for one in content]
+        parts = [*zip(content, kinds, strict=True)]
+        if thoughts := [thoughts_of(one) for one, kind in parts if kind in THOUGHT_PARTS]:
             extra.setdefault("reasoning_content", "\n".join(filter(None, thoughts)))
-            kinds = [one.get("type") for one in parts]
-            pairs = zip(content, kinds, strict=True)
-            found["content"] = [one for one, kind in pairs if kind not in THOUGHT_PARTS]
+            found["content"] = [one for one, kind in parts if kind not in THOUGHT_PARTS]
     if extra and (said := thoughts_of(extra)):
         extra["reasoning_content"] = said
     if isinstance(refusal := message.get("refusal"), str) and not message.get("content"):
@@ -359,14 +370,11 @@ def _plain_call(call: Json, place: str) -> Json:
 def _without_billing(message: Message) -> bool:
     """Remove the billing header, which changes in each request, from a system message. Returns
     False if nothing is left of it."""
-    content = message.content or ""
-    if isinstance(content, str):
-        message.content = without_billing(content)
-        return message.content == content or bool(message.content.strip())
-    parts = [structs.replace(part, text=without_billing(part.text)) for part in content]
-    if parts != content:
-        message.content = [part for part in parts if part.text.strip()]
-    return bool(message.content)
+    parts = parts_of(message.content)
+    kept = [structs.replace(part, text=without_billing(part.text)) for part in parts]
+    if kept != parts:
+        message.content = [part for part in kept if part.text.strip()]
+    return kept == parts or bool(message.content)
 
 
 def parsed_arguments(text: str) -> JsonObject:
@@ -412,7 +420,7 @@ Messages = Annotated[list[Message], Meta(min_length=1, max_length=MAX_MESSAGES)]
 class ChatRequest(Sampling, kw_only=True):
     """POST /v1/chat/completions, and the chat that the body of another dialect means."""
 
-    ENTRIES: ClassVar[Mapping[str, Callable[[JsonObject, str], JsonObject]]] = {
+    ENTRIES: ClassVar = {
         "messages": plain_message,
         "tools": partial(checked_tool, served=("function",)),
     }
@@ -463,38 +471,23 @@ class ChatRequest(Sampling, kw_only=True):
         template writes there, or a line break if it does not support parts. The last ``MAX_CUTS``
         marked places before the end count.
         """
-        has_developer = "developer" in template.source and _writes(template, ("developer", "user"))
-        roles = [one.role for one in self.messages]
-        if not has_developer:
-            roles = ["system" if role == "developer" else role for role in roles]
-        num_first = next((at for at, role in enumerate(roles) if role not in SYSTEM), len(roles))
-        for at in range(num_first, len(roles)):
-            places = "system", "user", "assistant", roles[at], "user"
-            if roles[at] in SYSTEM and not _writes(template, places):
-                roles[at] = "user"
-        groups = [[one] for one in self.messages]
-        if num_first > 1 and not _writes(template, (*roles[: min(num_first, 3)], "user")):
-            groups[:num_first], roles[:num_first] = [self.messages[:num_first]], roles[:1]
+        roles, num_joined = _roles(template, [one.role for one in self.messages])
+        groups = [self.messages[:num_joined], *([one] for one in self.messages[num_joined:])]
         chat, cuts = list[JsonObject](), list[PromptCut]()
         if any(tool.get("cache_control") for tool in self.tools or ()):
             cuts.append(PromptCut(None))
         for role, group in zip(roles, groups, strict=True):
-            texts, length, marks = list[str](), 0, list[tuple[int, int]]()
-            for one in group:
-                parts = one.content or ()
-                parts = [TextPart(text=parts)] if isinstance(parts, str) else parts
-                between = _joint(template, role) if len(parts) > 1 else ""
-                for number, part in enumerate(parts, 1):
-                    texts.append((between if number > 1 else "\n\n" if texts else "") + part.text)
-                    length += len(texts[-1])
-                    owners = (part, one) if number == len(parts) else (part,)
-                    if any(owner.cache_control is not None for owner in owners):
-                        marks.append((len(texts), length))
-            if not texts and len(group) == 1 and group[0].cache_control is not None:
-                marks.append((0, 0))
-            content = "".join(texts)
-            for number, end in marks[-MAX_CUTS - 1 :]:
-                cuts.append(PromptCut(len(chat), content[:end] if number < len(texts) else None))
+            texts, marks = list[str](), list[bool]()
+            for one in [one for one in group if one.content] or group[:1]:
+                first, *others = parts_of(one.content or "")
+                texts.append(("\n\n" if texts else "") + first.text)
+                texts += [_joint(template, role) + part.text for part in others]
+                marks += [part.cache_control is not None for part in (first, *others)]
+                marks[-1] |= one.cache_control is not None
+            content, ends = "".join(texts), [*accumulate(map(len, texts))]
+            for at in [at for at, is_marked in enumerate(marks) if is_marked][-MAX_CUTS - 1 :]:
+                shared = content[: ends[at]] if at + 1 < len(texts) else None
+                cuts.append(PromptCut(len(chat), shared))
             chat.append(group[0].as_template_input(role, content))
         return Conversation(
             chat,

@@ -7,7 +7,7 @@ assistant's ``reasoning_content``, and a tool use is one of its calls.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Iterator
 from functools import partial
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -34,6 +34,7 @@ from engine.front.server.schemas import (
     TextPart,
     TopK,
     TopP,
+    parts_of,
 )
 from engine.front.server.writers import Call, new_id
 from engine.requests.request import MAX_COUNT
@@ -75,8 +76,7 @@ class ToolResult(msgspec.Struct, kw_only=True, tag_field="type", tag="tool_resul
     def as_message(self) -> Message:
         """Return the tool message. Templates do not support failed tools, so the failure is added
         to the text."""
-        content = self.content or ""
-        parts = [TextPart(text=content)] if isinstance(content, str) else content
+        parts = parts_of(self.content or "")
         if self.is_error and not (parts and parts[0].text.lower().startswith("error")):
             first = parts[0].text if parts else ""
             parts = [TextPart(text=f"Error: {first}"), *parts[1:]]
@@ -175,14 +175,12 @@ class CountRequest(Body, kw_only=True):
     """POST /v1/messages/count_tokens: the fields that determine the prompt."""
 
     # The cache's own explanations replace ``diagnostics``.
-    NEUTRAL: ClassVar[Mapping[str, Collection[object] | None]] = {
+    NEUTRAL: ClassVar = {
         **dict.fromkeys(("diagnostics", "service_tier")),
         **dict.fromkeys(("mcp_servers", "fallbacks"), ([],)),
         "speed": ("standard",),
     }
-    ENTRIES: ClassVar[Mapping[str, Callable[[JsonObject, str], JsonObject]]] = {
-        "tools": partial(checked_tool, served=("custom",))
-    }
+    ENTRIES: ClassVar = {"tools": partial(checked_tool, served=("custom",))}
 
     model: str
     messages: Annotated[list[Turn], Meta(min_length=1, max_length=MAX_MESSAGES)]
@@ -220,7 +218,7 @@ class CountRequest(Body, kw_only=True):
     def as_chat(self, **sampling: Any) -> ChatRequest:
         """Return the chat request, with the fields ``sampling``. Raises ValueError if a field is
         not supported. O(blocks)."""
-        system = [TextPart(text=self.system)] if isinstance(self.system, str) else self.system
+        system = parts_of(self.system)
         messages = [Message(role="system", content=system)] if system else []
         for turn in self.messages:
             messages += turn.as_messages()

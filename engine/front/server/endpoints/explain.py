@@ -22,7 +22,7 @@ from engine.config import EngineConfig
 from engine.errors import Json, JsonObject
 from engine.front.chat_prompt import said_by
 from engine.front.server.bodies import APIError, json_response, quoted
-from engine.front.server.schemas import ChatRequest, Message, text_of
+from engine.front.server.schemas import ChatRequest, Message
 from engine.front.server.settings import ServerConfig
 from engine.front.server.writers import Call, ServingContext
 from engine.text.answers import RequestOutput
@@ -126,7 +126,7 @@ class AnsweredChat:
     @cached_property
     def messages(self) -> list[JsonObject]:
         """Messages as the template reads them."""
-        return [one.as_template_input(one.role, text_of(one.content)) for one in self.sent]
+        return [one.as_template_input() for one in self.sent]
 
 
 def _cause(lost: dict[str, int], parting: dict[str, Any] | None, known_len: int) -> str | None:

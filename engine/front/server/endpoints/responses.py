@@ -7,7 +7,7 @@ A conversation is a flat list of items. The assistant's items between two messag
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -34,6 +34,7 @@ from engine.front.server.schemas import (
     ResponseFormat,
     TextPart,
     parsed_arguments,
+    parts_of,
 )
 from engine.front.server.writers import Call, ServingContext, new_id
 from engine.messages import EndSession
@@ -200,10 +201,7 @@ class ResponsesRequest(OpenAIBody, kw_only=True):
     """POST /v1/responses."""
 
     NEUTRAL = NEUTRAL
-    ENTRIES: ClassVar[Mapping[str, Callable[[JsonObject, str], JsonObject]]] = {
-        "input": plain_item,
-        "tools": plain_tool,
-    }
+    ENTRIES: ClassVar = {"input": plain_item, "tools": plain_tool}
 
     input: str | Annotated[list[AnyItem | ItemReference], Meta(max_length=MAX_MESSAGES)]
     instructions: str | None = None
@@ -282,9 +280,9 @@ def _messages(instructions: str | None, items: Sequence[AnyItem]) -> list[Messag
     return messages
 
 
-def _continued(before: str | Sequence[TextPart] | None, new: Content) -> list[TextPart]:
+def _continued(before: str | list[TextPart] | None, new: Content) -> list[TextPart]:
     """Return the parts of a content that goes on with those of another item."""
-    parts = [TextPart(text=before)] if isinstance(before, str) else list(before or ())
+    parts = [*parts_of(before)]
     more = [new] if isinstance(new, str) else [part.text for part in new]
     if parts and more:
         more[0] = parts.pop().text + more[0]

@@ -364,6 +364,7 @@ class CallReader(AnswerReader):
         """Read text and calls. White space around a call is not text."""
         marks, closes, close = self._form.MARKS, self._closes, self._form.CLOSE
         begins, breaks = any_of(marks), any_of((*closes, *marks))
+        beginnings = {one[:end] for one in (*closes, *marks) for end in range(len(one))}
         num_retries, has_calls = MAX_RETRIES, False
         while True:
             found = begins.search(self._rest)
@@ -393,9 +394,8 @@ class CallReader(AnswerReader):
                 has_calls = True
                 yield from map(self._made, parsed.calls)
                 self._rest = self._rest[start + parsed.end :]
-                while any(map(self._may_begin, (*closes, *marks))):
+                while (behind := self._rest.lstrip()) in beginnings and not self._is_whole:
                     yield None
-                behind = self._rest.lstrip()
                 is_part = self._is_cut and close.startswith(behind)
                 self._rest = "" if is_part else behind.removeprefix(close)
                 is_left = close and self._rest == behind and found[0] == marks[0]
