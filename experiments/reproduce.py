@@ -361,8 +361,20 @@ def listing(parts: Sequence[Rebuilt]) -> str:
 
 
 def write_pages() -> None:
-    """Write ``docs/results*.md`` and their figures."""
-    texts, figures = whole_pages()
+    """Write ``docs/results*.md`` and their figures. Names the results that are not those of a
+    finished run; ValueError if one of them lacks a cell that is drawn."""
+    known: dict[str, str] = {}
+    for entry in read_record().values():
+        known |= entry["files"]
+    found = {name: of for part in read_parts() for name, of in digests(part).items() if of}
+    are_rows = (name for name in found if name.endswith(".jsonl"))
+    odd = [name for name in are_rows if known.get(name) != found[name]]
+    if odd:
+        print(f"reproduce: cut, edited or being written: {', '.join(odd)}", file=sys.stderr)
+    try:
+        texts, figures = whole_pages()
+    except LookupError as error:
+        raise ValueError(f"a result lacks the cell {error}: run its part again") from error
     for path, text in ({PAGES / name: text for name, text in texts.items()} | figures).items():
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")

@@ -270,6 +270,22 @@ def test_a_result_without_rows_is_named(
     refused(r"study_vllm\.jsonl", page.render, "vllm", page.SECTIONS["vllm"], {}, "")
 
 
+def test_a_result_that_is_being_written_is_named(
+    tree: Tree, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    part = tree.part()
+    monkeypatch.setattr(reproduce, "read_parts", lambda: (part,))
+    monkeypatch.setattr(reproduce, "whole_pages", lambda: {}[512])
+    assert reproduce.main(["--page"]) == 2
+    assert capsys.readouterr().err == "reproduce: a result lacks the cell 512: run its part again\n"
+    (tree.results / "bench_simulate_default.jsonl").write_text('{"provenance": {}}\n{"gib": 1}\n')
+    assert reproduce.main(["--page"]) == 2
+    assert f"cut, edited or being written: {OUTPUT}\n" in capsys.readouterr().err
+    reproduce.write_record(part, part.code, 1.0)
+    assert reproduce.main(["--page"]) == 2
+    assert "written" not in capsys.readouterr().err, "it is that of a finished run"
+
+
 def test_finished_part_says_so_and_can_be_compared(
     tree: Tree, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
