@@ -16,6 +16,7 @@ import openai
 import pytest
 from pydantic import BaseModel
 
+from engine.front.server.settings import ServerConfig
 from tests import documents
 
 from .conftest import Live, ServeAnswer
@@ -67,13 +68,15 @@ def test_litellm_runs_a_tool_loop(
 
 @pytest.mark.timeout(180)
 def test_litellm_routes_to_two_models_behind_one_address(
-    tmp_path: Path, serve_oracle: Callable[..., Live]
+    tmp_path: Path, serve_oracle: Callable[..., Live], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """As the page says, with the program of ``pip install 'litellm[proxy]'`` on the PATH."""
+    """As the page says, with the program of ``pip install 'litellm[proxy]'`` on the PATH. Headers
+    tell people apart."""
     program = shutil.which("litellm") or pytest.skip("litellm[proxy] is not on the PATH")
     page = NODE_MODULES.parents[2] / "docs/how-to/deploy.md"
     [text] = [one.text for one in documents.blocks(page) if one.note == "file: models.yaml"]
-    lives, file = [serve_oracle(), serve_oracle()], tmp_path / "models.yaml"
+    logs = ServerConfig(log_requests=True)
+    lives, file = [serve_oracle(logs), serve_oracle(logs)], tmp_path / "models.yaml"
     for number, live in enumerate(lives):
         text = text.replace(f":800{number}/", f":{live.port}/")
     file.write_text(re.sub("hosted_vllm/(small|large)", "hosted_vllm/builtin", text))
@@ -85,8 +88,17 @@ def test_litellm_routes_to_two_models_behind_one_address(
         client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}", api_key="sk-1", max_retries=60)
         for name in ("small", "large", "large"):
             client.chat.completions.create(model=name, messages=CHAT, max_tokens=3)
+        cached = []
+        for person in ("ada", "bob", "bob"):
+            options: Any = {"messages": [{"role": "user", "content": "Rain in Bonn? " * 20}]}
+            options["extra_headers"] = {"x-cache-salt": person, "X-Request-Id": f"of-{person}"}
+            answer = client.chat.completions.create(model="large", max_tokens=3, **options)
+            cached.append(answer.usage.prompt_tokens_details.cached_tokens or 0)
         proxy.terminate()
-    assert [live.report()["usage"]["requests"] for live in lives] == [1, 2]
+    assert [live.report()["usage"]["requests"] for live in lives] == [1, 5]
+    assert cached[:2] == [0, 0] and cached[2] > 0
+    named = [one.facts["request_id"] for one in caplog.records if hasattr(one, "facts")]
+    assert "of-ada" in named and named.count("of-bob") == 2
 
 
 class Pick(BaseModel):
