@@ -284,7 +284,8 @@ def _read_keys(flag: str, file: str) -> dict[bytes, tuple[str, str]]:
     try:
         text = Path(file).read_bytes().removeprefix(codecs.BOM_UTF8)
     except OSError as error:
-        raise ValueError(f"{flag} {file!r} cannot be read ({error.strerror}).") from error
+        said = f"{flag} {file!r} cannot be read ({error.strerror}): name a file with a key, such as"
+        raise ValueError(f"{said} `openssl rand -hex 24 > FILE` writes.") from error
     lines = [re.split(rb"(?:^|\s)#", line, maxsplit=1)[0] for line in text.splitlines()]
     source = f"{flag} {file}"
     places = (f"line {number} of {source}" for number in itertools.count(1))

@@ -13,7 +13,7 @@ import httpx
 import pytest
 
 from engine.front.command import cli
-from engine.front.command.remote import PLACES
+from engine.front.command.remote import PLACES, _figures
 from engine.front.server.settings import API_KEY_VARIABLE, ServerConfig
 from tests.engine.front.server.conftest import Live, oracle_engine, serving
 
@@ -93,6 +93,11 @@ def test_benchmark_counts_what_the_server_counts(
     assert cli.main(["bench", live.url, "--agents", "1", "--turns", "1", "--answer", "2"]) == 0
     table = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in table] == ["requests", "first", "all", "Medians"]
+
+
+def test_pieces_that_arrive_together_make_no_high_rate() -> None:
+    turns = [(0.1, 0.001, 9, 0, 5), (0.1, 0.001, 9, 0, 5), (0.1, 0.998, 9, 0, 3)]
+    assert _figures(turns)["tokens_per_s"] == pytest.approx(10)
 
 
 def test_wrong_commands_end_with_one_sentence(capsys: Output) -> None:
