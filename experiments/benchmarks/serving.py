@@ -12,15 +12,15 @@ import math
 import multiprocessing
 import selectors
 import socket
-import subprocess
 import sys
 import time
 from bisect import bisect_left
 from collections.abc import Hashable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate
-from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
 
 import msgspec
@@ -28,7 +28,6 @@ import numpy as np
 import numpy.typing as npt
 
 from experiments.benchmarks.server import exchange, free_port, running
-from experiments.provenance import ROOT
 from hybridcache import open_trace
 
 NUM_CLIENTS = 4
@@ -180,57 +179,59 @@ class Share(NamedTuple):
     seconds: float
 
 
-def serve_load(file: int) -> None:
-    """Be a client process, which gets its work from a pipe and sends its share or an error."""
-    pipe = Connection(file)
-    try:
-        pipe.send(_share(pipe, *pipe.recv()))
-    except (OSError, RuntimeError) as error:
-        pipe.send(str(error))
+_window: Any = None
+"""Shared by the clients of a load: the number of clients that are not ready, and the time at which
+the last one became ready, infinite before. A client that fails ends the window."""
 
 
-def _share(pipe: Connection, port: int, jobs: Sequence[Job], count: int, ramp: int) -> Share:
-    """Send ``jobs`` on ``count`` connections until the time that the pipe sends. It is asked for
-    once each connection has ``ramp`` answers or no job."""
+def _join(window: Any) -> None:
+    """Begin a client process."""
+    global _window
+    _window = window
+
+
+def _ready() -> None:
+    """Report that this client is ready."""
+    with _window.get_lock():
+        _window[0] -= 1
+        if not _window[0]:
+            _window[1] = time.monotonic()
+
+
+def _share(port: int, jobs: Sequence[Job], count: int, ramp: int, seconds: float) -> Share:
+    """Send ``jobs`` on ``count`` connections until the window ends. This client is ready once each
+    connection has ``ramp`` answers or no job."""
     began_s, used_s = time.monotonic(), time.process_time()
-    answers, waiting, until_s = list[ClientAnswer](), iter(jobs), math.inf
+    answers, waiting, is_ready = list[ClientAnswer](), iter(jobs), not ramp
     with selectors.DefaultSelector() as selector, ExitStack() as sockets:
-        selector.register(pipe, selectors.EVENT_READ)
-        if not ramp:
-            pipe.send(None)
-            until_s = pipe.recv()
-        num_open = 0
-        for _ in range(count):
-            connection = LoadConnection(port, waiting)
-            sockets.enter_context(connection.socket)
-            if connection.ask():
-                selector.register(connection.socket, selectors.EVENT_READ, connection)
-                num_open += 1
-        num_ramping = num_open
-        if ramp and not num_ramping:
-            pipe.send(None)
-        while num_open and (now_s := time.monotonic()) < until_s:
-            for key, _ in selector.select(min(until_s - now_s, 1.0)):
-                if key.data is None:
-                    until_s = pipe.recv()
-                    continue
-                connection = key.data
-                if (answer := connection.read()) is None:
-                    continue
-                answers.append(answer)
-                is_open = connection.ask()
-                if not is_open:
-                    selector.unregister(connection.socket)
-                    num_open -= 1
-                is_ramped = connection.num_answers == ramp
-                if is_ramped or (not is_open and connection.num_answers < ramp):
-                    num_ramping -= 1
-                    if not num_ramping:
-                        pipe.send(None)
+        try:
+            if is_ready:
+                _ready()
+                while _window[1] == math.inf:
+                    time.sleep(1e-3)
+            for _ in range(count):
+                connection = LoadConnection(port, waiting)
+                sockets.enter_context(connection.socket)
+                if connection.ask():
+                    selector.register(connection.socket, selectors.EVENT_READ, connection)
+            while time.monotonic() < _window[1] + seconds:
+                at_work = selector.get_map()
+                if not is_ready and all(key.data.num_answers >= ramp for key in at_work.values()):
+                    is_ready = True
+                    _ready()
+                if not at_work:
+                    break
+                for key, _ in selector.select(0.1):
+                    if (answer := key.data.read()) is not None:
+                        answers.append(answer)
+                        if not key.data.ask():
+                            selector.unregister(key.fileobj)
+        except BaseException:
+            _window[1] = -math.inf
+            raise
+        num_cut = len(selector.get_map())
     client_s, seconds = time.process_time() - used_s, time.monotonic() - began_s
-    if until_s == math.inf:
-        pipe.recv()
-    return Share(answers, num_open, client_s, seconds)
+    return Share(answers, num_cut, client_s, seconds)
 
 
 @dataclass(frozen=True, slots=True)
@@ -263,30 +264,17 @@ def drive(
     answers that end in it count. Unfinished requests are then cut off. Raises ValueError if a
     request failed.
     """
-    num_clients = min(num_clients, concurrency)
-    pipes, clients = list[Connection](), list[subprocess.Popen[bytes]]()
-    try:
-        for number in range(num_clients):
-            ours, theirs = multiprocessing.Pipe()
-            pipes.append(ours)
-            with theirs:
-                code = f"from {__name__} import serve_load; serve_load({theirs.fileno()})"
-                command, file = [sys.executable, "-c", code], theirs.fileno()
-                clients.append(subprocess.Popen(command, cwd=ROOT, pass_fds=[file]))
-            count = len(range(number, concurrency, num_clients))
-            ours.send((port, jobs[number::num_clients], count, ramp))
-        for pipe in pipes:
-            _received(pipe)
-        begin_s = time.monotonic()
-        for pipe in pipes:
-            pipe.send(begin_s + seconds)
-        shares = [_received(pipe) for pipe in pipes]
-    finally:
-        for pipe in pipes:
-            pipe.close()
-        for client in clients:
-            client.kill()
-            client.wait()
+    num_clients, spawn = min(num_clients, concurrency), multiprocessing.get_context("spawn")
+    window = spawn.Array("d", [num_clients, math.inf])
+    with ProcessPoolExecutor(num_clients, spawn, initializer=_join, initargs=(window,)) as clients:
+        counts = [len(range(number, concurrency, num_clients)) for number in range(num_clients)]
+        parts = [jobs[number::num_clients] for number in range(num_clients)]
+        work = partial(_share, port, ramp=ramp, seconds=seconds)
+        try:
+            shares = [*clients.map(work, parts, counts)]
+        except (OSError, RuntimeError) as error:
+            raise ValueError(f"A request failed: {error}") from None
+    begin_s = window[1]
     every = [answer for share in shares for answer in share.answers]
     answers = [answer for answer in every if answer.piece_times_s[-1] >= begin_s]
     num_cut = sum(share.num_cut for share in shares)
@@ -296,17 +284,6 @@ def drive(
     client_us = 1e6 * sum(share.client_s for share in shares) / max(num_messages, 1)
     busiest = max(share.client_s / share.seconds for share in shares)
     return LoadRun(answers, num_cut, seconds, client_us, busiest)
-
-
-def _received(pipe: Connection) -> Any:
-    """Return the next message of a client. Raises ValueError for an error."""
-    try:
-        message = pipe.recv()
-    except EOFError:
-        raise ValueError("A client ended without a result; see its output above.") from None
-    if isinstance(message, str):
-        raise ValueError(f"A request failed: {message}")
-    return message
 
 
 class Targets(NamedTuple):
