@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import importlib
 import multiprocessing
-import signal
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import suppress
-from multiprocessing.connection import Connection
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -35,20 +34,16 @@ def load() -> tuple[ModuleType, ModuleType] | None:
     return importlib.import_module("llama_cpp"), importlib.import_module("gguf")
 
 
-class CrashError(Exception):
-    """Raised if the process of llama.cpp ended."""
+CrashError = BrokenProcessPool
+"""Raised if the process of a `RemoteModel` ended."""
 
 
 class RemoteModel:
     """`LlamaModel` in a second process, which may crash. Methods return their seconds there."""
 
     def __init__(self, path: Path, **sizes: int) -> None:
-        context = multiprocessing.get_context("spawn")
-        self._line, end = context.Pipe()
-        self._process = context.Process(target=_serve, args=(end, path, sizes), daemon=True)
-        self._process.start()
-        end.close()
-        self._receive()
+        spawn = multiprocessing.get_context("spawn")
+        self._process = ProcessPoolExecutor(1, spawn, initializer=_open, initargs=(path, sizes))
 
     def clear(self) -> float:
         return self._call("clear")[0]
@@ -64,38 +59,28 @@ class RemoteModel:
 
     def close(self) -> None:
         """End the process, which frees the model."""
-        self._line.close()
-        self._process.join(timeout=10)
-        self._process.kill()
+        self._process.shutdown()
 
     def _call(self, name: str, *arguments: Any) -> tuple[float, Any]:
-        with suppress(BrokenPipeError):  # `_receive` reports the end of the process.
-            self._line.send((name, arguments))
-        return self._receive()
-
-    def _receive(self) -> tuple[float, Any]:
-        try:
-            seconds, result = self._line.recv()
-        except (EOFError, ConnectionResetError):
-            self._process.join()
-            code = self._process.exitcode or 0
-            reason = signal.Signals(-code).name if code < 0 else f"exit status {code}"
-            raise CrashError(f"the other side crashed ({reason})") from None
-        return seconds, result
+        return self._process.submit(_timed, name, *arguments).result()
 
 
-def _serve(line: Connection, path: Path, sizes: dict[str, int]) -> None:
-    """Call methods of a model as they are received, until the line is closed."""
+_model: LlamaModel | None = None
+"""Model of this process, which belongs to a `RemoteModel`."""
+
+
+def _open(path: Path, sizes: dict[str, int]) -> None:
+    global _model
     modules = load()
     assert modules is not None, ABSENT
-    model = LlamaModel(modules[0], path, **sizes)
-    line.send((0.0, None))
-    with suppress(EOFError):
-        while True:
-            name, arguments = line.recv()
-            start = time.perf_counter()
-            result = getattr(model, name)(*arguments)
-            line.send((time.perf_counter() - start, result))
+    _model = LlamaModel(modules[0], path, **sizes)
+
+
+def _timed(name: str, *arguments: Any) -> tuple[float, Any]:
+    """Return the seconds and the result of a method of the model."""
+    start = time.perf_counter()
+    result = getattr(_model, name)(*arguments)
+    return time.perf_counter() - start, result
 
 
 class LlamaModel:
