@@ -31,7 +31,7 @@ from kernels.linear.formats import Matrix
 from kernels.linear.grouped import Grouped
 from kernels.native import has, kernel_choices
 from kernels.packed import Packed
-from tests.kernels.records import taking
+from tests.kernels.records import Model, taking
 
 OUTPUTS, INPUTS = 8192, 2048
 ROWS = (1, 8, 64, 512)
@@ -120,30 +120,33 @@ def around(decay: float, *shape: int) -> torch.Tensor:
     return decay * (0.5 + torch.rand(*shape))
 
 
+def shapes_of(name: str) -> tuple[list[tuple[int, ...]], tuple[int, ...]]:
+    """Return the shapes of a token and of a state."""
+    if name == "mamba1":
+        return [(SIZE,), (16,), (16,)], (16, SIZE)
+    model = Model(name, 1 if name == "mamba2" else HEADS, HEADS, KEY, VALUE)
+    return model.tokens, model.state
+
+
 def prompt_call(name: str, kernel: Callable[..., object], decay: float) -> Call:
     """Return a call that computes a prompt with this mean decay."""
     torch.manual_seed(0)
-    kernel = taking(kernel)
+    kernel, (shapes, state) = taking(kernel), shapes_of(name)
     where = {
+        "states": torch.zeros(1, *state),
         "packed": Packed.from_lengths([PROMPT]),
         "slots": torch.zeros(1, dtype=torch.int32),
         "resumed": torch.zeros(1, dtype=torch.bool),
         "exports": None,
     }
+    inputs = draw(PROMPT, *shapes)
     if name == "mamba1":
-        x, B, C = draw(PROMPT, (SIZE,), (16,), (16,))
-        states, step = torch.zeros(1, 16, SIZE), torch.rand(PROMPT, SIZE) + 0.5
-        A, D = around(decay, 16, SIZE), torch.ones(SIZE)
-        return lambda: kernel(x, B, C, step, A, D, states=states, **where)
-    states = torch.zeros(1, HEADS, KEY, VALUE)
-    if name == "mamba2":
-        x, B, C = draw(PROMPT, (HEADS, VALUE), (1, KEY), (1, KEY))
-        gate, step, D = around(decay, PROMPT, HEADS), torch.rand(PROMPT, HEADS), torch.ones(HEADS)
-        return lambda: kernel(x, B, C, gate, step, D, states=states, **where)
-    tokens = draw(PROMPT, (HEADS, KEY), (HEADS, KEY), (HEADS, VALUE))
-    gate = around(decay, PROMPT, HEADS, *([KEY] if name == "kda" else []))
-    beta = torch.rand(PROMPT, HEADS)
-    return lambda: kernel(*tokens, gate, beta, states=states, **where)
+        inputs += [torch.rand(PROMPT, SIZE) + 0.5, around(decay, 16, SIZE), torch.ones(SIZE)]
+    else:
+        gate = around(decay, PROMPT, HEADS, *([KEY] if name == "kda" else []))
+        inputs += [gate, torch.rand(PROMPT, HEADS)]
+        inputs += [torch.ones(HEADS)] if name == "mamba2" else []
+    return lambda: kernel(*inputs, **where)
 
 
 def decode_call(name: str, kernel: Callable[..., object], decay: float) -> tuple[Call, Call]:
@@ -153,30 +156,23 @@ def decode_call(name: str, kernel: Callable[..., object], decay: float) -> tuple
     adds nothing.
     """
     torch.manual_seed(0)
-    kernel = taking(kernel)
-    slots = torch.arange(STREAMS, dtype=torch.int32)
+    kernel, (shapes, state) = taking(kernel), shapes_of(name)
+    inputs = draw(STREAMS, *shapes)
+    if name.startswith("mamba"):
+        inputs = [x * 0 for x in inputs]
     if name == "mamba1":
-        tokens = [x * 0 for x in draw(STREAMS, (SIZE,), (16,), (16,))]
-        dt, A = torch.ones(STREAMS, SIZE).bfloat16(), around(decay, 16, SIZE)
-        parameters = [dt, A, torch.zeros(SIZE), torch.ones(SIZE)]
-        shape: tuple[int, ...] = (16, SIZE)
+        inputs += [torch.ones(STREAMS, SIZE).bfloat16(), around(decay, 16, SIZE)]
+        inputs += [torch.zeros(SIZE), torch.ones(SIZE)]
     else:
-        shape = (HEADS, KEY, VALUE)
+        gates = (HEADS, KEY) if name == "kda" else (HEADS,)
+        zeros, bias = torch.zeros(STREAMS, *gates).bfloat16(), torch.zeros(*gates)
         rate = torch.full((HEADS,), math.log(-decay / math.log(2)))
-        zeros, off = torch.zeros(STREAMS, HEADS), torch.full((STREAMS, HEADS), -200.0)
-        zeros, off, bias = zeros.bfloat16(), off.bfloat16(), torch.zeros(HEADS)
-        if name == "mamba2":
-            tokens = [x * 0 for x in draw(STREAMS, (HEADS, VALUE), (1, KEY), (1, KEY))]
-            parameters = [zeros, rate, bias, torch.ones(HEADS)]
-        else:
-            tokens = draw(STREAMS, (HEADS, KEY), (HEADS, KEY), (HEADS, VALUE))
-            if name == "kda":
-                zeros, bias = zeros[..., None].repeat(1, 1, KEY), bias[:, None].repeat(1, KEY)
-            parameters = [zeros, off, rate, bias]
-    former = torch.randn(STREAMS, *shape) * 1e-37
-    states = former.clone()
-    call = lambda: kernel(*tokens, *parameters, states=states, slots=slots)  # noqa: E731
-    return call, lambda: states.copy_(former)
+        off = torch.full((STREAMS, HEADS), -200.0).bfloat16()
+        is_mamba = name == "mamba2"
+        inputs += [zeros, rate, bias, torch.ones(HEADS)] if is_mamba else [zeros, off, rate, bias]
+    former = torch.randn(STREAMS, *state) * 1e-37
+    states, slots = former.clone(), torch.arange(STREAMS, dtype=torch.int32)
+    return lambda: kernel(*inputs, states=states, slots=slots), lambda: states.copy_(former)
 
 
 def draw(num_tokens: int, *shapes: tuple[int, ...]) -> list[torch.Tensor]:

@@ -13,13 +13,15 @@ import argparse
 import time
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 from statistics import median
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 
-from experiments.studies.common import keep
+from experiments.benchmarks.timing import alternate
+from experiments.studies.common import keep, plain_table, positive
 
 NUM_DECODING, NUM_ADMITTED, PROMPT = 64, 32, 8192
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -103,29 +105,26 @@ def admit(engine: Any) -> Callable[[int], float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--rounds", type=positive, default=9)
     rounds = parser.parse_args().rounds
     records = []
     for what, begin, size in (("step", decode, 64), ("request", admit, NUM_ADMITTED)):
-        measures = {name: begin(engine_of(options)) for name, options in VARIANTS.items()}
-        times: dict[str, list[float]] = {name: [] for name in VARIANTS}
-        for _ in range(rounds + 1):
-            for name, measure in measures.items():
-                times[name].append(measure(size))
+        engines = {name: begin(engine_of(options)) for name, options in VARIANTS.items()}
+        calls = {name: partial(measure, size) for name, measure in engines.items()}
+        times = alternate(calls, rounds)  # Each returns its own seconds.
         for name, seconds in times.items():
-            ratios = [one / base for one, base in zip(seconds[1:], times["vllm"][1:], strict=True)]
+            ratios = [one / base for one, base in zip(seconds, times["vllm"], strict=True)]
             records.append(
                 {
                     "per": what,
                     "scheduler": name,
-                    "us": 1e6 * median(seconds[1:]),
+                    "us": 1e6 * median(seconds),
                     "ratio": median(ratios),
                     "lowest_ratio": min(ratios),
                     "highest_ratio": max(ratios),
                 }
             )
-            print(records[-1])
-    keep("bench_vllm", records, {"rounds": rounds})
+    keep("bench_vllm", records, {"rounds": rounds}, plain_table)
 
 
 if __name__ == "__main__":
