@@ -58,6 +58,8 @@ class HybridManager(KVCacheManager):
         """Set up the fields of this class."""
         self.layout = layout
         self.states = [self.coordinator.single_type_managers[group] for group in layout.states]
+        for manager in self.states:  # Planned stops replace the state inside a prefill.
+            manager.has_prefill_checkpoint_blocks = False
         # The tree gives a block its keys, when hits can end in it.
         self.coordinator.cache_blocks = lambda *_: None
         pool = derive(self.block_pool, HybridPool)

@@ -144,6 +144,17 @@ def test_a_copy_that_is_not_carried_out_is_found(monkeypatch):
     assert report.wrong_rows > 100 < report.wrong_states * 1000
 
 
+def test_a_state_that_kernels_export_inside_a_prefill_costs_no_hits(monkeypatch):
+    """vLLM reserves a block for it. Here planned stops replace it, and no block is reserved."""
+    plain, mamba2, kda = (serve(chats(8, 4), 40, exports=one) for one in (0, 1, 64))
+    assert mamba2.num_wrong == 0 == kda.num_wrong
+    assert mamba2.hit_tokens == kda.hit_tokens == plain.hit_tokens > 0
+    options = {"scheduler": "vllm", "exports": 1}
+    assert serve(chats(8, 4), 120, **options).num_wrong == 0
+    monkeypatch.setattr(Contents, "_export", lambda *_: None)
+    assert serve(chats(8, 4), 120, **options).wrong_states > 0
+
+
 def test_hits_exceed_those_of_vllm_with_each_of_its_flags():
     requests = chats(8, 4)
     ours = serve(requests, 60).hit_rate

@@ -1,4 +1,9 @@
-"""Engine without tensors: vLLM's scheduler, and a worker that stores identities of prefixes."""
+"""Engine without tensors: vLLM's scheduler, and a worker that stores identities of prefixes.
+
+Limit: this worker writes one state per step, that after the accepted tokens. vLLM's worker also
+copies states of accepted drafts at ends of blocks. So the check cannot judge states of a decode
+with drafts, only those of prefills and all rows.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +11,7 @@ import inspect
 import random
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count
 from types import SimpleNamespace
 from typing import Any
@@ -22,6 +27,7 @@ from vllm.config import (
 )
 from vllm.sampling_params import SamplingParams
 from vllm.utils.hashing import sha256
+from vllm.v1 import kv_cache_interface
 from vllm.v1.core.encoder_cache_manager import EncoderCacheManager
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
@@ -100,6 +106,9 @@ class Options:
     """Bytes of one token's KV in one layer."""
     state_bytes: int = 8192 * 3 * 2 + 32 * 128 * 128 * 4
     """Bytes of one layer's state."""
+    exports: int = 0
+    """Alignment of the state that kernels export inside a prefill, tokens: 1 for Mamba-2, 64 for
+    KDA and FlashInfer. 0 exports none."""
     mamba_cache_mode: str = "align"
     """``--mamba-cache-mode``. vLLM 0.26 and 0.27 also have ``all``: a state in each block."""
 
@@ -218,6 +227,9 @@ def make_scheduler(options: Options) -> Any:
         mamba_cache_mode=options.mamba_cache_mode,
         num_speculative_blocks=options.drafts,
     )
+    if options.exports:
+        exported = {"num_prefill_checkpoint_blocks": 1}
+        state = replace(state, prefill_checkpoint_alignment=options.exports, **exported)
     kinds = [attention, *[state] * options.state_groups]
     retention = {"prefix_cache_retention_interval": options.retention}
     known = inspect.signature(KVCacheConfig).parameters  # vLLM 0.28 and earlier have it elsewhere.
@@ -254,6 +266,7 @@ class Contents:
     def __init__(self, options: Options, report: Report) -> None:
         self.size, self.report = options.block_size, report
         self.has_all_states = options.mamba_cache_mode == "all"
+        self.exports, self.unit = options.exports, options.unit or options.block_size
         self.rows = np.full((options.num_blocks, self.size), GARBAGE, np.int64)
         self.state = np.full(options.num_blocks, GARBAGE, np.int64)
 
@@ -283,11 +296,23 @@ class Contents:
             self.report.wrong_states += int(found != prefix[start])
         rows = np.where(np.arange(start, end) < kept, prefix[start + 1 : end + 1], GARBAGE)
         self.rows[self._rows_of(tables[0], start, end)] = rows
+        self._export(tables, prefix, start, end)
         for table in tables[1:]:
             for end in range((start // self.size + 1) * self.size, kept, self.size):
                 if self.has_all_states:
                     self.state[table[end // self.size - 1]] = prefix[end]
             self.state[table[(kept - 1) // self.size]] = prefix[kept]
+
+    def _export(
+        self, tables: Sequence[Sequence[int]], prefix: np.ndarray, start: int, end: int
+    ) -> None:
+        """Export the state inside a prefill that vLLM's scheduler expects of such kernels."""
+        position = (end - 1) // self.unit * self.unit
+        if self.exports and kv_cache_interface.is_mamba_prefill_checkpoint_valid(
+            start, end, position, self.unit, self.size, self.exports
+        ):
+            blocks = [table[-(-end // self.size) - 2] for table in tables[1:]]
+            self.state[[one for one in blocks if one]] = prefix[position]
 
 
 @dataclass(eq=False)
