@@ -20,7 +20,10 @@ from hybridcache import open_trace
 from hybridcache.vllm.check import isolation
 from hybridcache.vllm.check.engine import COPY_S, SMALL, STEP_S, TOKEN_S, Options, StubEngine, run
 from hybridcache.vllm.check.isolation import PARTS, Turn, drop_from_hashes, mixed
-from hybridcache.vllm.check.transfers import Transfers
+from hybridcache.vllm.check.transfers import RemotePrefill, Transfers
+from hybridcache.vllm.places import PROMPT_TOKENS
+from hybridcache.vllm.pool import HybridPool, derive
+from tests.refused import refused
 
 NUM_CHUNKS = 600
 
@@ -72,6 +75,27 @@ def test_rows_and_states_are_those_of_the_prompt(scheduler, transfer, mode):
     assert report.external_tokens > 0 or report.stored_blocks > 0
     assert bool(report.failed_loads) == bool(options.get("failures"))
     assert bool(report.resets) == bool(options.get("resets"))
+
+
+def test_a_failed_load_ends_its_request_by_the_policy_of_vllm():
+    requests = [*mixed(1, sessions=16)]
+    report = serve(requests, failures=0.3, late=1, kv_transfer_config=HOST)
+    assert report.num_wrong == 0 < report.failed_loads
+    assert report.requests + report.failed_loads == len(requests)
+
+
+class LMCacheTwin(RemotePrefill):
+    """Connector with a name that is refused."""
+
+
+def test_connectors_whose_contents_nobody_has_checked_are_refused():
+    given = {"kv_connector": "LMCacheTwin", "kv_connector_module_path": __name__}
+    options = Options(**SMALL, blocks=60, kv_transfer_config=given)
+    refused(r"connector LMCacheTwin \(--kv-transfer-config\)", StubEngine, options)
+
+
+def test_objects_of_other_plug_ins_are_not_derived():
+    refused("HybridPool from vLLM's BlockPool", derive, object(), HybridPool, kind=TypeError)
 
 
 @pytest.mark.parametrize("part", PARTS)
@@ -152,9 +176,10 @@ def test_the_next_turn_resumes_from_the_host_at_the_end_of_the_answer(transfer, 
     engine = StubEngine(Options(**SMALL, blocks=40, kv_transfer_config=transfer))
     first, second = turns(1, 2)
     finish(engine, first, *(turns(seed, 1)[0] for seed in range(2, 14)))
-    before = engine.report.external_tokens
+    before, loaded = engine.report.external_tokens, PROMPT_TOKENS.labels("loaded")._value
+    counted = loaded.get()
     finish(engine, second)
-    assert engine.report.external_tokens - before == expected
+    assert engine.report.external_tokens - before == loaded.get() - counted == expected
 
 
 def test_a_state_that_the_next_turn_needs_no_more_is_not_stored():
