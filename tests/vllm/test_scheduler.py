@@ -7,6 +7,7 @@ import sys
 import tomllib
 from collections import deque
 from collections.abc import Sequence
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,7 +18,7 @@ import pytest
 pytest.importorskip("vllm")
 
 from vllm.distributed.kv_events import BlockStored
-from vllm.sampling_params import SamplingParams
+from vllm.sampling_params import SamplingParams, StructuredOutputsParams
 from vllm.v1.core.kv_cache_manager import KVCacheManager
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.request import Request, RequestStatus
@@ -273,6 +274,22 @@ def test_the_lock_of_an_admission_gives_way_to_its_own_blocks(monkeypatch):
 def test_equal_prompts_of_one_step_wait_for_the_first():
     steps, prompt = Steps(), prompt_of((1, 300))
     assert sorted(steps.serve(*[turn(prompt, 4) for _ in range(4)])) == [0, 288, 288, 288]
+
+
+def test_a_prompt_whose_grammar_is_compiled_lets_others_pass_and_hits_later(monkeypatch):
+    steps, prompt = Steps(), prompt_of((1, 300))
+    choice = StructuredOutputsParams(choice=["a"])
+    with monkeypatch.context() as patched:
+        patched.setattr(check, "SamplingParams", partial(SamplingParams, structured_outputs=choice))
+        steps.engine.submit(deque([turn(prompt, 4)]))
+    [live] = steps.engine.live.values()
+    steps.engine.submit(deque([turn(prompt, 4)]))
+    for _ in range(2):
+        steps.engine.step()
+    assert steps.hits == [0] and not live.request.num_computed_tokens
+    live.request.structured_output_request.grammar = object()
+    steps.serve()
+    assert steps.hits == [0, 288]
 
 
 def test_others_pass_a_request_that_waits_for_a_state_of_this_step():
