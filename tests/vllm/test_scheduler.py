@@ -21,6 +21,7 @@ from vllm.distributed.kv_events import BlockStored
 from vllm.sampling_params import SamplingParams, StructuredOutputsParams
 from vllm.v1.core.kv_cache_manager import KVCacheManager
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.request import Request, RequestStatus
 
 from hybridcache import open_trace
@@ -276,6 +277,17 @@ def test_equal_prompts_of_one_step_wait_for_the_first():
     assert sorted(steps.serve(*[turn(prompt, 4) for _ in range(4)])) == [0, 288, 288, 288]
 
 
+def test_next_turns_of_samples_resume_from_their_own_answers():
+    """vLLM makes one request of each of n samples."""
+    steps, prompt = Steps(), prompt_of((1, 300))
+    samples = [turn(prompt, 100, name) for name in "abc"]
+    for number, one in enumerate(samples):
+        one.output = one.output + number
+    assert sorted(steps.serve(*samples)) == [0, 288, 288]
+    later = [turn([*prompt, *one.output, *prompt_of((2, 50))], 4) for one in samples]
+    assert steps.serve(*later) == [384] * 3
+
+
 def test_a_prompt_whose_grammar_is_compiled_lets_others_pass_and_hits_later(monkeypatch):
     steps, prompt = Steps(), prompt_of((1, 300))
     choice = StructuredOutputsParams(choice=["a"])
@@ -290,6 +302,26 @@ def test_a_prompt_whose_grammar_is_compiled_lets_others_pass_and_hits_later(monk
     live.request.structured_output_request.grammar = object()
     steps.serve()
     assert steps.hits == [0, 288]
+
+
+@pytest.mark.parametrize("level", [0, 1])
+def test_requests_go_on_after_sleep(level):
+    """As in ``EngineCore.sleep``, whose level 1 also empties the cache."""
+    steps, prompt = Steps(), prompt_of((1, 300))
+    steps.serve(turn(prompt, 4))
+    steps.engine.submit(deque([turn(prompt, 40)]))
+    for _ in range(3):
+        steps.engine.step()
+    steps.scheduler.set_pause_state(PauseState.PAUSED_ALL)
+    if level:
+        assert steps.scheduler.reset_prefix_cache(reset_running_requests=True, reset_connector=True)
+    before = steps.engine.report.computed_tokens
+    for _ in range(3):
+        steps.engine.step()
+    assert steps.engine.report.computed_tokens == before
+    steps.scheduler.set_pause_state(PauseState.UNPAUSED)
+    steps.serve()
+    assert steps.hits == [0, 288] + [0] * level
 
 
 def test_others_pass_a_request_that_waits_for_a_state_of_this_step():
