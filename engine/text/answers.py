@@ -508,15 +508,17 @@ class AnswerReader:
         """Read up to ``</think>``, or up to the end of the text that cannot be part of one of
         ``marks``."""
         before, close, _ = self._rest.partition(CLOSE)
-        yield from self._as_thought(before.rstrip() if close else self._certain(marks))
+        yield from self._told(before.rstrip() if close else self._certain(marks))
         if close:
             self._rest, self.is_thinking = self._rest.lstrip().removeprefix(CLOSE), False
         else:
             yield None
 
-    def _as_thought(self, text: str) -> Iterator[Event]:
-        """Read ``text``, the beginning of the rest, as reasoning."""
+    def _told(self, text: str) -> Iterator[Event]:
+        """Read ``text``, the beginning of the rest, as reasoning or as text of the answer."""
         self._rest = self._rest[len(text) :]
-        if thoughts := text if self._has_thoughts else text.lstrip():
+        if text and not self.is_thinking:
+            yield TextDelta(text)
+        elif thoughts := text if self._has_thoughts else text.lstrip():
             self._has_thoughts = True
             yield ReasoningDelta(thoughts)

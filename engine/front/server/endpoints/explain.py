@@ -230,7 +230,8 @@ class Explanations:
         O(tokens and messages). ``may_be_new``: ``earlier`` may belong to another conversation.
         docs/engine/capabilities.md describes the fields."""
         limit, losses, cached_len = later.prompt_len, later.losses, later.cached_len
-        parting, earlier_len, known_len = None, 0, 0
+        parting, earlier_len, known_len, unknown = None, 0, 0, "forgotten"
+        asks_other = is_new = False
         if earlier is None:  # Tokens may be cached from completions or from before a restart.
             shared_len = min(limit - losses.never_seen, limit - 1)
             is_new = shared_len < max(self._grid, 1)
@@ -241,17 +242,11 @@ class Explanations:
             shared_len = min(at, max(known_len - 1, 0), limit - 1)
             if at < min(known_len, limit):
                 parting = self._part(earlier, later, at)
-            is_new = may_be_new and parting is not None and at < self._grid
-            is_new = is_new and not _continues(earlier, later)
-        asks_other = (
-            parting is not None
-            and earlier is not None
-            and may_be_new
-            and parting["change"] == "messages"
-            and _asks_other(earlier, later)
-        )
-        overlaps = earlier is not None and earlier.ended_s > later.began_s
-        unknown = "in_progress" if overlaps else "forgotten"
+                is_new = may_be_new and at < self._grid and not _continues(earlier, later)
+                if may_be_new and parting["change"] == "messages":
+                    asks_other = _asks_other(earlier, later)
+            if earlier.ended_s > later.began_s:
+                unknown = "in_progress"
         by_cause = losses._asdict() | {unknown: losses.never_seen}
         start, lost = cached_len, dict[str, int]()
         for name in LOST:
@@ -261,10 +256,9 @@ class Explanations:
         is_other = cached_len > shared_len
         cause = _cause(lost, None if is_other or asks_other else parting, known_len)
         cause = NEW if is_new else cause
+        advice = self._advice(cause)
         if cause == "system" and earlier is not None and self._has_tools_behind(earlier, later):
-            advice: str | None = ADVICE[TOOLS_BEHIND]
-        else:
-            advice = self._advice(cause)
+            advice = ADVICE[TOOLS_BEHIND]
         if cause in ("messages", "system", "never_checkpointed") and lost["never_checkpointed"]:
             nearer = self._nearer(shared_len, earlier_len)
             advice = " ".join(filter(None, [advice, nearer]))
@@ -277,9 +271,8 @@ class Explanations:
             advice = "Nothing is to be done: it reused all that both have in common"
             advice += ", but for less than one step of --grid." if any(lost.values()) else "."
         lost = {name: number for name, number in lost.items() if number}
-        words = [
-            f"{cached_len:,} of {limit:,} tokens were reused, {limit - cached_len:,} computed."
-        ]
+        computed = f"{limit - cached_len:,} computed"
+        words = [f"{cached_len:,} of {limit:,} tokens were reused, {computed}."]
         if is_new:
             words.append("It is a new conversation, or its beginning changed.")
         elif asks_other:
@@ -287,12 +280,11 @@ class Explanations:
         if earlier is None:
             words.append(_FROM_OTHER if cached_len else _ALONE)
         if parting is not None:
-            where = f" ({parting['path']})" if parting["path"] else ""
-            shown = f", {parting['was']!r} became {parting['now']!r}" if parting["was"] else ""
-            words.append(
-                f"It differs from the earlier request after {counted(parting['at'], 'token')}: "
-                f"{FIRST_QUESTION if asks_other else CHANGED[parting['change']]}{where}{shown}."
-            )
+            place = counted(parting["at"], "token")
+            what = FIRST_QUESTION if asks_other else CHANGED[parting["change"]]
+            what += f" ({parting['path']})" if parting["path"] else ""
+            what += f", {parting['was']!r} became {parting['now']!r}" if parting["was"] else ""
+            words.append(f"It differs from the earlier request after {place}: {what}.")
         if lost and not is_new:
             sharing = "that both share" if earlier_len else "that the cache knew"
             parts = ", ".join(f"{number:,} {LOST[name]}" for name, number in lost.items())

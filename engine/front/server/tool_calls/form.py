@@ -18,15 +18,7 @@ from engine.errors import JsonObject
 from engine.front.server.bodies import APIError
 from engine.front.server.schemas import ChatRequest, Choice, NamedTool
 from engine.front.server.tool_calls.parameters import Parameters
-from engine.text.answers import (
-    MAX_NAME,
-    AnswerReader,
-    Event,
-    RequestOutput,
-    TextDelta,
-    ToolCall,
-    begin_of,
-)
+from engine.text.answers import MAX_NAME, AnswerReader, Event, RequestOutput, ToolCall, begin_of
 from engine.text.grammar import Grammar, GrammarError, quoted
 from engine.text.tokenizer import CLOSE, OPEN, ChatTemplate, any_of
 from hybridcache.geometry.families import defined
@@ -42,6 +34,7 @@ THOUGHT = "A call of a tool was left in the reasoning, because "
 """Starts of warnings about an answer; the reason follows."""
 UNNAMED = "The argument {!r} of a call is not in the schema of the tool"
 BROKEN_OFF = "it breaks off"
+STRICT = "the schema of a strict tool is not enforced there"
 LEFT_OVER = "Text next to a call of a tool, inside of its marks, is part of the answer"
 ANY_OBJECT = {"type": "object"}
 ANY = "/(?s:.*)/"
@@ -279,7 +272,7 @@ class CallReader(AnswerReader):
         if reason is not None and self.warning is not None:
             self.warned = {"warning": f"{self.warning}."}
 
-    def _warn(self, why: str) -> None:
+    def _warn(self, why: str | None) -> None:
         self.warning = self.warning or why
 
     def _ends_in_mark(self) -> bool:
@@ -298,18 +291,16 @@ class CallReader(AnswerReader):
     def _read_reasoning(self) -> Iterator[Event | None]:
         """Read up to ``</think>``. Calls are part of the reasoning, unless the answer ends behind
         them: then they are made. There is a warning of those that are not, if no call follows."""
-        marks, num_retries, why = self._form.MARKS, MAX_RETRIES, None
+        num_retries, left = MAX_RETRIES, None
         while self.is_thinking:
-            marks = marks if num_retries else ()
+            marks = self._form.MARKS if num_retries else ()
             found = any_of((CLOSE, *marks)).search(self._rest)
             if found is None or found[0] == CLOSE:
-                if found is None and self._is_whole and self._ends_in_mark():
-                    why = BROKEN_OFF
-                if found is None and self._is_whole and why is not None:
-                    self._warn(THOUGHT + why)
+                if found is None and self._is_whole:
+                    self._warn(THOUGHT + BROKEN_OFF if self._ends_in_mark() else left)
                 yield from self._read_thought((CLOSE, *marks))
                 continue
-            yield from self._as_thought(text := self._rest[: found.start()].rstrip())
+            yield from self._told(text := self._rest[: found.start()].rstrip())
             at, end = found.start() - len(text), found.end() - len(text)
             calls, why = list[ParsedCall](), None
             while why is None:
@@ -319,46 +310,42 @@ class CallReader(AnswerReader):
                     num_retries -= 1
                     break
                 calls += parsed.calls
-                while (next_at := self._behind(at + parsed.end)) is None:
-                    yield None
-                at = end = next_at
+                at = end = yield from self._behind(at + parsed.end)
                 if at == len(self._rest):
+                    is_strict = any(self._form.functions[one.name].is_strict for one in calls)
+                    end_why = f"{BROKEN_OFF} behind it" if self._is_cut else None
+                    why = STRICT if is_strict else end_why
                     break
                 if (mark := any_of(marks).match(self._rest, at)) is None:
                     why = "more reasoning or an answer follows it"
                 else:
                     end = mark.end()
-            if why is None and any(self._form.functions[one.name].is_strict for one in calls):
-                why = "the schema of a strict tool is not enforced there"
-            if why is None and self._is_cut:
-                why = f"{BROKEN_OFF} behind it"
             if why is None:
                 yield from map(self._made, calls)
-                self._rest, self.is_thinking, self._left = "", False, None
-            else:
-                # A part of a call that an answer follows is only a word about calls.
-                if calls or isinstance(parsed, Calls):
-                    self._left = THOUGHT + why
-                yield from self._as_thought(self._rest[:end].rstrip())
+                self._rest, self.is_thinking, self._left, left = "", False, None, None
+                continue
+            left = THOUGHT + why
+            # A part of a call that an answer follows is only a word about calls.
+            self._left = left if calls or isinstance(parsed, Calls) else self._left
+            yield from self._told(self._rest[:end].rstrip())
         while not self._rest.strip():
-            if self._is_whole and why is not None:
-                self._warn(THOUGHT + why)
+            if self._is_whole:
+                self._warn(left)
             yield None
         self._rest = self._rest.lstrip()
 
-    def _behind(self, at: int) -> int | None:
+    def _behind(self, at: int) -> Generator[None, None, int]:
         """Return the position of the text behind a call in reasoning that ends ``at``: the end of
-        the rest if the answer has no more text. None if that is not known yet."""
-        after = self._rest[at:].lstrip()
-        if not self._is_whole and any(m.startswith(after) for m in (*self._closes, CLOSE)):
-            return None
-        after = after.removeprefix(self._form.CLOSE).lstrip()
-        marks = CLOSE, *self._form.MARKS
-        if not after.removeprefix(CLOSE).strip():
-            return len(self._rest) if self._is_whole else None
-        if not self._is_whole and any(m != after and m.startswith(after) for m in marks):
-            return None
-        return len(self._rest) - len(after)
+        the rest if the answer has no more text. Yields None where more is needed."""
+        close, marks = self._form.CLOSE, (CLOSE, *self._form.MARKS)
+        while True:
+            text = self._rest[at:].lstrip()
+            after = text.removeprefix(close).lstrip()
+            is_over = not after.removeprefix(CLOSE).strip()
+            is_open = is_over or any(one != after and one.startswith(after) for one in marks)
+            if self._is_whole or not (is_open or close.startswith(text)):
+                return len(self._rest) - (0 if is_over else len(after))
+            yield None
 
     def _read_text(self) -> Iterator[Event | None]:
         """Read text and calls. White space around a call is not text."""
@@ -373,18 +360,13 @@ class CallReader(AnswerReader):
                 self._is_broken_off = True
             certain = self._certain((*marks, *closes))
             text = self._rest[: found.start()].rstrip() if found else certain
-            if text:
-                if has_calls and close and close in text:
-                    self._warn(LEFT_OVER)
-                yield TextDelta(text)
-            self._rest = self._rest[len(text) :]
+            if has_calls and close and close in text:
+                self._warn(LEFT_OVER)
+            yield from self._told(text)
             if found is None:
                 if self._is_whole and not has_calls:
-                    if self._left is not None:
-                        self._warn(self._left)
-                    if self._rest:
-                        yield TextDelta(self._rest)
-                        self._rest = ""
+                    self._warn(self._left)
+                    yield from self._told(self._rest)
                 yield None
                 continue
             start = found.start() - len(text)
@@ -398,9 +380,9 @@ class CallReader(AnswerReader):
                     yield None
                 is_part = self._is_cut and close.startswith(behind)
                 self._rest = "" if is_part else behind.removeprefix(close)
-                is_left = close and self._rest == behind and found[0] == marks[0]
+                is_left = close and behind and self._rest == behind and found[0] == marks[0]
                 if is_left and not begins.match(behind):
-                    self._warn(LEFT_OVER) if behind else None
+                    self._warn(LEFT_OVER)
                 continue
             self._warn(f"{BROKEN}{why}")
             self._is_broken_off = self._is_cut
@@ -409,9 +391,7 @@ class CallReader(AnswerReader):
             if mark is not None:
                 num_retries -= 1
                 end = mark.end() if mark.group() == close else mark.start()
-            broken = self._rest[:end].rstrip()
-            yield TextDelta(broken)
-            self._rest = self._rest[len(broken) :]
+            yield from self._told(self._rest[:end].rstrip())
 
     def _parse_call(
         self, start: int, at: int, stop: str | None = None

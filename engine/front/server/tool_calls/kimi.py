@@ -6,8 +6,8 @@ import re
 
 from engine.errors import JsonObject
 from engine.front.server.tool_calls.form import CallForm, Calls, ParsedCall
-from engine.front.server.tool_calls.hermes import end_of_json
-from engine.front.server.tool_calls.parameters import STRING_PARTS, Parameters, read_leniently
+from engine.front.server.tool_calls.hermes import end_of_json, is_certain
+from engine.front.server.tool_calls.parameters import Parameters, read_leniently
 from engine.text.answers import MAX_NAME
 from engine.text.grammar import GrammarError, quoted
 
@@ -49,9 +49,7 @@ class Kimi(CallForm):
             end = end_of_json(text, at)
             arguments = read_leniently(text[at:end])
         except (ValueError, RecursionError):
-            in_string = any(not string["end"] for string in STRING_PARTS.finditer(text, at))
-            is_over = text[at : at + 1] not in ("", "{") or text.endswith(END_CALL)
-            return MALFORMED if is_over and not in_string else None
+            return MALFORMED if is_certain(text, at, (END_CALL,)) else None
         tail = _TAIL.match(text, end)
         assert tail is not None, "white space always matches"
         if not isinstance(arguments, dict) or (tail["mark"] is None and text[tail.end() :]):

@@ -244,46 +244,47 @@ class Parameters:
         names, ``end`` is the expression of the end of a value. Raises GrammarError."""
         lines, parts = list[str](), []
         for number, (name, is_needed, schema) in enumerate(self.arguments()):
-            texts, kinds, nested, is_limited = list[str](), set[str](), set[str](), False
-            branches = self.branches(schema)
-            for one in branches:
-                of_one = kinds_of(one)
-                if _members(one) is not None and LIMITS.isdisjoint(one):
-                    texts += [_any_member(one)] if of_one else []
-                    continue
-                kinds |= of_one - {"string"}
-                if not LIMITS.isdisjoint(one):
-                    nested |= of_one & {"array", "object"}
-                    is_limited = is_limited or not of_one.isdisjoint(("integer", "number"))
-                if "string" in of_one:
-                    texts.append(" & ".join(self._text_limits(name, one)))
-            if "VALUE" not in texts:
-                nested |= kinds & {"array", "object"}
-            apart = [member for one in branches for member in _members(one) or ("", "")]
-            is_one_of = len(texts) > 1 and any("oneOf" in one for one in branches)
-            if self.is_strict and texts:
-                if is_one_of and any(apart.count(one) > 1 for one in apart):
-                    raise self._unenforced("oneOf", repr(name[:MAX_NAME]))
-                if is_limited:  # A text that is read as a number may break its limits.
-                    keyword = next((one for one in UNIONS if one in schema), "type")
-                    raise self._unenforced(keyword, repr(name[:MAX_NAME]))
+            texts, nested = self._texts(name, schema)
             if not texts:
                 value = f"({self.json(schema)}) {end}"
             elif "VALUE" in texts and not nested:
                 value = "value"
             else:  # One terminal: the matcher chooses the longest, and does not go back.
                 value, terminal = f"{rule}_{number}_text", f"{rule}_{number}_text".upper()
-                texts += [f"/{SCALAR[kind]}/" for kind in sorted(kinds & {*SCALAR})]
                 union = " | ".join(f"({one})" for one in texts)
-                first = "|".join(BRACKETS[kind] for kind in sorted(nested))
+                first = "|".join(BRACKETS[kind] for kind in nested)
                 is_text = f" & ~/({first})(?s:.*)/" if nested else ""
                 lines.append(f"{terminal}: ({union}){is_text}")
                 lines.append(f"{value}[suffix={end}]: {terminal}")
                 if nested:
-                    both = {"allOf": [schema, {"type": sorted(nested)}]}
+                    both = {"allOf": [schema, {"type": nested}]}
                     value = f"({value} | ({self.json(both)}) {end})"
             parts.append((name, is_needed, value))
         return parts, lines
+
+    def _texts(self, name: str, schema: Any) -> tuple[list[str], list[str]]:
+        """Return expressions of the values of an argument that are written as text, none if all are
+        JSON, and the types that are written as JSON beside them. Raises GrammarError."""
+        texts, kinds, limited = list[str](), set[str](), set[str]()
+        branches = self.branches(schema)
+        for one in branches:
+            of_one, is_limited = kinds_of(one), not LIMITS.isdisjoint(one)
+            is_listed = _members(one) is not None and not is_limited
+            if "string" in of_one or (of_one and is_listed):
+                texts.append(" & ".join(self._text_limits(name, one)))
+            kinds |= set() if is_listed else of_one
+            limited |= of_one if is_limited else set()
+        apart = [member for one in branches for member in _members(one) or ("", "")]
+        is_one_of = len(texts) > 1 and any("oneOf" in one for one in branches)
+        if self.is_strict and texts:
+            if is_one_of and any(apart.count(one) > 1 for one in apart):
+                raise self._unenforced("oneOf", repr(name[:MAX_NAME]))
+            if limited & {"integer", "number"}:  # A text that is read as one may break its limits.
+                keyword = next((one for one in UNIONS if one in schema), "type")
+                raise self._unenforced(keyword, repr(name[:MAX_NAME]))
+        nested = sorted((limited if "VALUE" in texts else kinds) & {*BRACKETS})
+        scalars = [f"/{SCALAR[kind]}/" for kind in sorted(kinds & {*SCALAR})]
+        return texts + scalars if texts else [], nested
 
     def _text_limits(self, name: str, schema: Schema) -> list[str]:
         """Return expressions of terminals that a text must all match."""
