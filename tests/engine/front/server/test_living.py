@@ -48,11 +48,13 @@ def _metrics(live: Live) -> dict[str, float]:
     return samples
 
 
+@pytest.mark.parametrize("has_left", [True, False])
 @pytest.mark.parametrize("stream", [True, False])
 @pytest.mark.parametrize("path", bodies(""))
 def test_disconnect_frees_memory(
-    serve_oracle: Callable[..., Live], stream: bool, path: str
+    serve_oracle: Callable[..., Live], stream: bool, path: str, has_left: bool
 ) -> None:
+    """A client that only closes its sending side counts as gone: the server closes the rest."""
     live = serve_oracle(step_s=0.005)
     body = bodies("x" * 200, 3000)[path] | {"stream": stream, "temperature": 0}
     connection = live.send(path, body)
@@ -60,6 +62,11 @@ def test_disconnect_frees_memory(
     received = b""
     while stream and received.count(b"data: ") < 9:
         received += connection.recv(4096)
+    if not has_left:
+        connection.shutdown(socket.SHUT_WR)
+        while piece := connection.recv(4096):
+            received += piece
+        assert stream or not received
     connection.close()
     live.wait_until_idle()
     live.check_conserved()
