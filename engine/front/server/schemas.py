@@ -141,7 +141,7 @@ class OpenAIBody(Body, kw_only=True):
     session_id: str | None = None
     """SGLang's name of ``metadata.session_id``."""
     cache_ttl_ms: Count | None = None
-    """SGLang's time to live in milliseconds: a given to return within it."""
+    """SGLang's time to live in milliseconds: a promise to return within it."""
     agent_hint: AgentHint | None = None
 
     @property
@@ -194,7 +194,7 @@ class Sampling(OpenAIBody, kw_only=True):
     @property
     def session(self) -> SessionMarks:
         """Facts about the session in the hints and in the metadata, which come first and whose
-        values are texts in OpenAI's API. Raises ValueError unless the givend time is a number of
+        values are texts in OpenAI's API. Raises ValueError unless the promised time is a number of
         at least 0."""
         metadata = self.hints | (self.metadata or {})
         marks: SessionMarks = {"ends_session": str(metadata.get("session_end")).lower() == "true"}
