@@ -34,7 +34,16 @@ from hybridcache.radix.tree import SESSION_END, SHARED
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 
-EDGES = np.array([*range(4), *(round(2 ** (half / 2)) for half in range(4, 45))], np.int64)
+_FAR = 10
+"""Old ages are binned by their number of 2**10 requests."""
+EDGES = np.array(
+    [
+        *range(4),
+        *(round(2 ** (half / 2)) for half in range(4, 33)),
+        *(round(2 ** (half / 2 - _FAR)) << _FAR for half in range(33, 45)),
+    ],
+    np.int64,
+)
 """Left edges of the age bins, in requests, two per octave. The last bin has no right edge."""
 NUM_BINS = len(EDGES)
 _EDGE_LIST: list[int] = EDGES.tolist()
@@ -42,10 +51,11 @@ WIDTHS: Floats = np.diff(EDGES, append=2 * EDGES[-1]).astype(np.float64)
 UNUSED = 16.0
 """Requests without a use that precede each stage, as the prior assumes."""
 _MIDDLES: Floats = EDGES + WIDTHS / 2
-_SMALL = 1 << 16
-_BIN_OF = (np.searchsorted(EDGES, np.arange(_SMALL), side="right") - 1).astype(np.intp)
-_BIN_SINCE = _BIN_OF[::-1].copy()
-"""The same backwards: at ``now``, bins by time of entry begin at ``_SMALL - 1 - now``."""
+_BIN_OF, _FAR_BIN_OF = (
+    (np.searchsorted(EDGES, ages, side="right") - 1).astype(np.int8)
+    for ages in (np.arange(1 << 16), np.arange((EDGES[-1] >> _FAR) + 1) << _FAR)
+)
+"""Bins of young and of old ages; the larger one counts. A binary search takes five times longer."""
 DOUBT = 2.0
 """Standard deviations by which the difference between the uses of a class and the prediction of its
 parent is reduced, and that between the uses with a fact in all classes and their prediction."""
@@ -64,17 +74,10 @@ SAVED = (
 """Attributes of ``Hazards`` that are saved as they are."""
 
 
-def age_bins(ages: Ints, oldest: int) -> npt.NDArray[np.intp]:
-    """Return the bin of every age. No age exceeds ``oldest``; negative ages count as 0. O(n)."""
-    if oldest >= _SMALL:
-        return np.searchsorted(EDGES, np.maximum(ages, 0), side="right") - 1
-    return _BIN_OF.take(ages, mode="clip")
-
-
-def _cells(first: Ints, ages: Ints, oldest: int) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+def _cells(first: Ints, ages: Ints) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
     """Return the cell of each stage in a table with rows that begin at ``first``, and the time that
-    it spent in the last bin. For ``oldest`` see ``age_bins``."""
-    bins = age_bins(ages, oldest)
+    it spent in the last bin."""
+    bins = np.maximum(_BIN_OF.take(ages, mode="clip"), _FAR_BIN_OF.take(ages >> _FAR, mode="clip"))
     return first + bins, ages - EDGES[bins] + 0.5
 
 
@@ -321,7 +324,7 @@ class Hazards:
     def _at_risk(self, now: int, num_bins: int) -> Floats:
         """Return the time spent in each bin by all stages, open or ended, by row."""
         codes = np.fromiter(self.stages.values(), np.int64, len(self.stages))
-        cells, spent = _cells((codes & _ROW_MASK) * num_bins, now - (codes >> _ROW_BITS), now)
+        cells, spent = _cells((codes & _ROW_MASK) * num_bins, now - (codes >> _ROW_BITS))
         shape = len(self._parents), num_bins
         open_ = np.bincount(cells, minlength=shape[0] * num_bins).astype(np.float64)
         reached = open_.reshape(shape) + self._reached[: shape[0], :num_bins]
@@ -333,7 +336,7 @@ class Hazards:
         """Add the stages that ended to the tables."""
         num_ended, codes = len(self._ended), np.array(self._ended + self._used, np.int64)
         ages, rows = codes >> _ROW_BITS, codes & _ROW_MASK
-        cells, spent = _cells(rows * NUM_BINS, ages, max(self._ended, default=0) >> _ROW_BITS)
+        cells, spent = _cells(rows * NUM_BINS, ages)
         ended = cells[:num_ended]
         np.add.at(self._reached.reshape(-1), ended, 1.0)
         np.add.at(self._partial.reshape(-1), ended, spent[:num_ended])
@@ -758,13 +761,10 @@ class Survival(EvictionPolicy):
                 first = self._random.randrange(count - SAMPLE)
                 last, rates = first + SAMPLE, None
             if rates is None:
-                times = columns.times[first:last]
-                if now < _SMALL:
-                    bins = _BIN_SINCE[_SMALL - 1 - now :].take(times, mode="clip")
-                else:
-                    bins = age_bins(now - times, now)
-                bins += columns.cells[first:last]
-                rates = self.hazards.index.take(bins)
+                ages = now - columns.times[first:last]
+                bins = _BIN_OF.take(ages, mode="clip")
+                np.maximum(bins, _FAR_BIN_OF.take(ages >> _FAR, mode="clip"), out=bins)
+                rates = self.hazards.index.take(columns.cells[first:last] + bins)
                 worths = columns.worths[first:last]
                 values = rates * (worths if trust == 1.0 else worths**trust)
             place = int(values.argmin())

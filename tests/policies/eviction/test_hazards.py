@@ -26,6 +26,7 @@ from hybridcache.policies.eviction.survival import (
     WEIGHT,
     WIDTHS,
     Hazards,
+    _cells,
     index_of,
 )
 from hybridcache.policies.placement import MEMORY
@@ -235,6 +236,8 @@ def test_an_age_at_the_edge_of_a_bin_is_in_that_bin() -> None:
     hazards.index[0] = range(NUM_BINS)
     assert [hazards.index_at(0, edge) for edge in EDGES.tolist()] == [*range(len(EDGES))]
     assert hazards.index_at(0, int(EDGES[9]) - 1) == 8
+    ages = [*range(-2, 70_000), *(edge + step for edge in EDGE_LIST[30:] for step in (-1, 0, 1))]
+    assert _cells(np.array(0), np.array(ages))[0].tolist() == [bin_of(max(age, 0)) for age in ages]
 
 
 def test_the_index_of_several_classes_matches_the_plain_one() -> None:
