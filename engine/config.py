@@ -223,9 +223,9 @@ class EngineConfig(Settings):
     wait less; a part has at least 64 tokens; 0: no limit; by default 1 on a CPU without
     --token-budget, and no limit elsewhere."""
     admission: str = "sessions"
-    """Policy that admits waiting requests: sessions, oldest, cached-first, longest-match, live:N,
-    or module:Class; sessions: resident ones first, others as the cache permits; live:N: that many
-    sessions at a time."""
+    """Policy that admits waiting requests: sessions, sessions:N, oldest, cached-first,
+    longest-match, live:N, or module:Class; sessions: resident ones first, others as the cache
+    permits, and after N seconds; live:N: that many sessions at a time."""
     max_queue: Annotated[int, COUNT] = 1024
     """Requests in progress beyond --max-running; further ones are refused."""
     overlap: Literal["auto", "on", "off"] = "auto"
