@@ -348,28 +348,25 @@ def measured_load(
 
 
 SERVE = """
-from dataclasses import replace
-from engine.front.command import cli
-serve = cli.serve_engine
-cli.serve_engine = lambda engine, server: serve(replace(engine, **{}), replace(server, **{}))
-raise SystemExit(cli.main())
+from engine.config import EngineConfig
+from engine.front.command.cli import serve_engine
+from engine.front.server.settings import ServerConfig
+raise SystemExit(serve_engine(EngineConfig(**{}), ServerConfig(**{})))
 """
 
 
-def serve_command(
-    engine: Mapping[str, object] | None = None, server: Mapping[str, object] | None = None
-) -> list[str]:
-    """Return the command of `engine serve`, to be continued by its flags. ``engine`` and ``server``
-    are fields of its two configurations that have no flag."""
-    return [sys.executable, "-c", SERVE.format(dict(engine or {}), dict(server or {})), "serve"]
+def serve_command(engine: Mapping[str, object], server: Mapping[str, object]) -> list[str]:
+    """Return the command of a server with fields of its two configurations, also of those that are
+    no flags of `engine serve`."""
+    return [sys.executable, "-c", SERVE.format(dict(engine), dict(server))]
 
 
 @contextmanager
-def over_http(flags: Sequence[str], engine: Mapping[str, object]) -> Iterator[int]:
-    """Start a server process with ``flags`` and further fields of its ``EngineConfig``, and yield
-    its port. The server ends with the context."""
+def over_http(engine: Mapping[str, object]) -> Iterator[int]:
+    """Start a server process with fields of its ``EngineConfig``, and yield its port. The server
+    ends with the context."""
     port = free_port()
-    with running([*serve_command(engine), "--port", str(port), *flags], port):
+    with running(serve_command(engine, {"port": port}), port):
         yield port
 
 

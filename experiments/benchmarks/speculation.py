@@ -21,6 +21,7 @@ import argparse
 import random
 import statistics
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import product
 from typing import Any
@@ -29,8 +30,6 @@ import torch
 from tqdm import tqdm
 
 from engine import Engine, EngineConfig, RequestOutput, SamplingParams
-from engine.engine import load_runner
-from engine.runner.sampler import Sampler
 from engine.text.tokenizer_files import HFTokenizer
 from experiments import texts
 from experiments.benchmarks.timing import alternate, ratio_spread
@@ -162,19 +161,13 @@ def compare(engines: dict[str, Engine], workload: str, streams: int) -> Iterator
         }
 
 
-def make_engine(draft: str) -> Engine:
-    config = EngineConfig(device="cpu", cache_gib=0.25, max_running=8, draft=draft)
-    runner = load_runner(config)
-    sampler = Sampler()
-    return Engine(config, runner=runner, sampler=sampler, tokenizer=HFTokenizer())
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--threads", type=positive, default=2, help="threads of PyTorch")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    engines = {draft: make_engine(draft) for draft in DRAFTS}
+    sizes = EngineConfig(device="cpu", cache_gib=0.25, max_running=8)
+    engines = {draft: Engine(replace(sizes, draft=draft)) for draft in DRAFTS}
     results = []
     for workload, streams in tqdm(list(product(WORKLOADS, STREAMS)), desc="workloads"):
         for record in compare(engines, workload, streams):

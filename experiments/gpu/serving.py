@@ -410,12 +410,11 @@ def server(request: pytest.FixtureRequest, tmp_path_factory: Any) -> Iterator[Se
         "prefix_cache": request.param,
         "admission": ADMISSIONS[request.param],
     }
-    flags = ["--model", path, *(["--device", "cpu"] if IS_DRY else [])]
-    for name, value in settings.items():
-        flags += [f"--{name.replace('_', '-')}", str(value)]
+    fields = settings | {"model": path, "load_format": "dummy"}
+    fields |= {"device": "cpu"} if IS_DRY else {}
     given = {"vocab_size": config["vocab_size"], "cap": cap, "num_output": scale.num_answer}
     jobs = conversation_jobs(scale.num_jobs, **given)
-    with over_http(flags, {"load_format": "dummy"}) as port:
+    with over_http(fields) as port:
         drive(port, [jobs[0][:1]], 1, seconds=scale.seconds)
         yield Server(port, jobs, settings)
 

@@ -28,7 +28,7 @@ from tests.endurance.faults import child_of, server_port
 NUM_CLIENTS = 16
 MIB = {"explain_mib": 2, "replay_mib": 2, "responses_mib": 2}
 """Memory limits, small enough that every store is full and evicts before half of the run."""
-FLAGS = ("--draft", "tree", "--max-model-len", "4096", "--cache-gib", "0.1")
+ENGINE = {"draft": "tree", "max_model_len": 4096, "cache_gib": 0.1, "max_queue": 64}
 FORGOTTEN = "forgotten"
 """Outcome of a request that continues a response which the server no longer stores."""
 GROWTH = 1.1
@@ -247,7 +247,7 @@ def verdict(
 
 def run(seed: int, num_requests: int) -> dict[str, Any]:
     """Serve ``num_requests``. Returns the outcomes, speed and growth."""
-    command = [*serve_command({"max_queue": 64}, MIB), "--port", "0", *FLAGS]
+    command = serve_command(ENGINE, {"port": 0, **MIB})
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
         try:
             port = server_port(server)
