@@ -46,6 +46,12 @@ REASONS: dict[Finish | None, str] = {
     "length": "max_tokens",
     "tool_calls": "tool_use",
 }
+DELTAS = {
+    "thinking": ("thinking_delta", "thinking"),
+    "text": ("text_delta", "text"),
+    "tool_use": ("input_json_delta", "partial_json"),
+}
+"""Type of a block -> (type of its pieces, name of their text)."""
 CHOICES: dict[str, Choice] = {"auto": "auto", "any": "required", "none": "none"}
 
 
@@ -288,24 +294,16 @@ class _MessagesWriter(PartWriter):
         self._told: JsonObject = {"context_management": {"applied_edits": []}} if asked else {}
         thinking = body.thinking
         self._omits_thinking = thinking is not None and thinking.display == "omitted"
-        self._thoughts = hashlib.sha256()
-        """Digest of the reasoning of the open block."""
+        self._block: dict[str, Any] = {}
+        """Open block, without its text."""
 
     def failed(self, failure: APIError) -> bytes:
         return named_event(failure.body(self._call.request.scope))
 
     def whole(self) -> JsonObject:
-        """Return the message, whose content is put together from the blocks of its stream."""
-        content = list[JsonObject]()
-        for one in (*self.parts(joined(self._answer.events)), *self.close()):
-            match one:
-                case {"content_block": dict(block)}:
-                    content.append(block)
-                case {"delta": {"partial_json": str(text)}}:
-                    content[-1]["input"] = read_json(text)
-                case {"delta": dict(delta)}:
-                    content[-1] |= {name: part for name, part in delta.items() if name != "type"}
-        return self._message(content, self._ending()) | self._told
+        for _ in (*self.parts(joined(self._answer.events)), *self.close()):
+            pass
+        return self._message(self.done, self._ending()) | self._told
 
     def write(self, index: int, is_first: bool) -> Iterator[bytes]:
         """Yield the events of one block at a time, at first after ``message_start``."""
@@ -369,28 +367,28 @@ class _MessagesWriter(PartWriter):
         block: JsonObject = {"type": "text", "text": ""}
         if isinstance(one, ReasoningDelta):
             block = {"type": "thinking", "thinking": "", "signature": ""}
-            self._thoughts = hashlib.sha256()
         elif isinstance(one, ToolCall):
             block = {"type": "tool_use", "id": new_id("toolu", "_"), "name": one.name, "input": {}}
-        yield {"type": "content_block_start", "index": self._place, "content_block": block}
+        self._block = block
+        yield {"type": "content_block_start", "index": len(self.done), "content_block": block}
 
-    def extend(self, one: Event) -> Iterator[JsonObject]:
-        match one:
-            case ReasoningDelta(text):
-                self._thoughts.update(text.encode())
-                if not self._omits_thinking:
-                    yield self._delta({"type": "thinking_delta", "thinking": text})
-            case TextDelta(text):
-                yield self._delta({"type": "text_delta", "text": text})
-            case ToolCall(_, arguments):
-                yield self._delta({"type": "input_json_delta", "partial_json": arguments})
+    def extend(self, text: str) -> Iterator[JsonObject]:
+        if self._kind is not ReasoningDelta or not self._omits_thinking:
+            kind, name = DELTAS[self._block["type"]]
+            yield self._delta({"type": kind, name: text})
 
-    def complete(self, is_cut: bool) -> Iterator[JsonObject]:
+    def complete(self, text: str, is_cut: bool) -> Iterator[JsonObject]:
+        block = {**self._block}
+        if self._kind is ToolCall:
+            block["input"] = read_json(text)
+        elif self._kind is TextDelta or not self._omits_thinking:
+            block[block["type"]] = text
         if self._kind is ReasoningDelta:
             # Clients drop thinking without a signature; it proves nothing.
-            sign = self._thoughts.hexdigest()
+            block["signature"] = sign = hashlib.sha256(text.encode()).hexdigest()
             yield self._delta({"type": "signature_delta", "signature": sign})
-        yield {"type": "content_block_stop", "index": self._place}
+        yield {"type": "content_block_stop", "index": len(self.done)}
+        self.done.append(block)
 
     def _delta(self, delta: JsonObject) -> JsonObject:
-        return {"type": "content_block_delta", "index": self._place, "delta": delta}
+        return {"type": "content_block_delta", "index": len(self.done), "delta": delta}

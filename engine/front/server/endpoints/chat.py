@@ -240,8 +240,10 @@ class PartWriter(ChatWriter):
         super().__init__(call, chat, answer_id)
         self._kind: type[Event] | None = None
         """Kind of the open part, or None."""
-        self._place = 0
-        """Number of completed parts, which is the index of the open one."""
+        self._pieces: list[str] = []
+        """Its text."""
+        self.done: list[JsonObject] = []
+        """Completed parts."""
 
     @property
     def _answer(self) -> AnswerReader:
@@ -252,27 +254,27 @@ class PartWriter(ChatWriter):
         for one in events:
             if self._kind is not type(one):
                 yield from self.close()
-                self._kind = type(one)
+                self._kind, self._pieces = type(one), []
                 yield from self.open(one)
-            yield from self.extend(one)
+            self._pieces.append(one.arguments if isinstance(one, ToolCall) else one.text)
+            yield from self.extend(self._pieces[-1])
             if isinstance(one, ToolCall):
                 yield from self.close()
 
     def close(self, is_cut: bool = False) -> Iterator[JsonObject]:
         """End the open part, if there is one. ``is_cut``: a limit ended the answer inside it."""
         if self._kind is not None:
-            yield from self.complete(is_cut)
+            yield from self.complete("".join(self._pieces), is_cut)
             self._kind = None
-            self._place += 1
 
     @abstractmethod
     def open(self, one: Event) -> Iterator[JsonObject]:
         """Yield the beginning of a part."""
 
     @abstractmethod
-    def extend(self, one: Event) -> Iterator[JsonObject]:
-        """Yield the next piece of the open part."""
+    def extend(self, text: str) -> Iterator[JsonObject]:
+        """Yield the next piece of the open part: its text or arguments."""
 
     @abstractmethod
-    def complete(self, is_cut: bool) -> Iterator[JsonObject]:
-        """Yield the end of the open part."""
+    def complete(self, text: str, is_cut: bool) -> Iterator[JsonObject]:
+        """Yield the end of the open part with all its ``text``, and add the part to ``done``."""

@@ -89,17 +89,13 @@ class _CompletionWriter(Writer):
         if self._body.logprobs is None:
             return None
         tokenizer = self._context.tokenizer
-        written: dict[str, list[Json]] = {
-            name: [] for name in ("tokens", "token_logprobs", "top_logprobs", "text_offset")
-        }
+        rows = list[tuple[Json, ...]]()
         for token_id, score in zip(token_ids, scores, strict=False):
-            top = None
+            top, logprob = None, None if score is None else finite(score.logprob)
             if score is not None:
                 best = score.top_logprobs[: self._body.logprobs]
                 top = {token_text(tokenizer, one): finite(number) for one, number in best}
-            written["tokens"].append(token_text(tokenizer, token_id))
-            written["token_logprobs"].append(None if score is None else finite(score.logprob))
-            written["top_logprobs"].append(top)
-            written["text_offset"].append(self._offsets[index])
+            rows.append((token_text(tokenizer, token_id), logprob, top, self._offsets[index]))
             self._offsets[index] += len(self._decoders[index].push(token_id))
-        return written
+        names = "tokens", "token_logprobs", "top_logprobs", "text_offset"
+        return {name: [row[at] for row in rows] for at, name in enumerate(names)}

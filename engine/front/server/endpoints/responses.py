@@ -38,7 +38,7 @@ from engine.front.server.schemas import (
 )
 from engine.front.server.writers import Call, ServingContext, new_id
 from engine.messages import EndSession
-from engine.text.answers import Event, ReasoningDelta, TextDelta, ToolCall, joined
+from engine.text.answers import Event, ReasoningDelta, ToolCall, joined
 from engine.text.bounded import BoundedMemory
 from hybridcache.adapters.client_habits import RENDERED, line_of, told
 
@@ -312,15 +312,6 @@ class StoredResponse:
     """The response as JSON."""
 
 
-@dataclass(frozen=True, slots=True)
-class StoredItem:
-    """One item of the output of a stored response."""
-
-    item: AnyItem
-    item_bytes: int
-    """Size of its JSON."""
-
-
 ITEM_FACTOR = 4
 """Approximate memory of parsed items relative to the size of their JSON."""
 
@@ -331,7 +322,7 @@ class Responses:
     def __init__(self, context: ServingContext) -> None:
         self._context = context
         limit_bytes = int(context.config.responses_mib * 2**20)
-        self._store = BoundedMemory[tuple[Tenant, str], StoredResponse | StoredItem](limit_bytes)
+        self._store = BoundedMemory[tuple[Tenant, str], StoredResponse | AnyItem](limit_bytes)
         """Responses and the items of their output, by their ids."""
 
     async def create(self, call: Call, body: ResponsesRequest) -> Response:
@@ -350,19 +341,17 @@ class Responses:
                 )
             size, items = size + before.items_bytes, [*before.items]
         for at, item in enumerate(body.items):
-            if not isinstance(item, ItemReference):
-                items.append(item)
-                continue
-            found = self._store.get((tenant, item.id))
-            if not isinstance(found, StoredItem):
-                raise APIError(
-                    400,
-                    f"Item with id {quoted(item.id)} not found: its response was not stored, or "
-                    "was evicted to make room. Send the item itself.",
-                    param=f"input.{at}.id",
-                )
-            size += found.item_bytes
-            items.append(found.item)
+            if isinstance(item, ItemReference):
+                found = self._store.get((tenant, item.id))
+                if found is None or isinstance(found, StoredResponse):
+                    raise APIError(
+                        400,
+                        f"Item with id {quoted(item.id)} not found: its response was not stored, "
+                        "or was evicted to make room. Send the item itself.",
+                        param=f"input.{at}.id",
+                    )
+                size, item = size + len(msgspec.json.encode(found)), found
+            items.append(item)
         call = replace(call, size=size)
         chat = await chat_of(call, lambda: body.as_chat(items))
 
@@ -374,9 +363,8 @@ class Responses:
                 num_bytes = ITEM_FACTOR * stored.items_bytes + len(content)
                 self._store.put((tenant, response_id), stored, num_bytes)
                 for one, item in zip(output, parsed, strict=True):
-                    num_bytes = len(msgspec.json.encode(one))
-                    entry = StoredItem(item, num_bytes)
-                    self._store.put((tenant, str(one["id"])), entry, ITEM_FACTOR * num_bytes)
+                    num_bytes = ITEM_FACTOR * len(msgspec.json.encode(one))
+                    self._store.put((tenant, str(one["id"])), item, num_bytes)
 
         return await _ResponsesWriter(call, chat, body, keep).answer(body.stream)
 
@@ -418,12 +406,8 @@ class _ResponsesWriter(PartWriter):
         self._keep, self._namespaces = keep, body.namespaces
         self._numbers = itertools.count()
         """Numbers of the next events."""
-        self._output: list[JsonObject] = []
-        """Completed items."""
         self._item: dict[str, Any] = {}
         """Open item."""
-        self._pieces: list[str] = []
-        """Its text."""
         asked = (body.text and body.text.format) or ResponseFormat(type="text")
         self._head = {
             "id": self.answer_id,
@@ -471,7 +455,7 @@ class _ResponsesWriter(PartWriter):
         closing = list(self.close(is_cut))
         status = "incomplete" if is_cut else "completed"
         response = self._response(status, self._usage()) | self._answer.warned
-        self._keep(self.answer_id, self._output, response)
+        self._keep(self.answer_id, self.done, response)
         return [*closing, response]
 
     def _response(self, status: str, usage: JsonObject | None) -> JsonObject:
@@ -481,7 +465,7 @@ class _ResponsesWriter(PartWriter):
             "status": status,
             "error": None,
             "incomplete_details": {"reason": "max_output_tokens"} if is_cut else None,
-            "output": list(self._output),
+            "output": [*self.done],
             "usage": usage,
         }
 
@@ -511,20 +495,17 @@ class _ResponsesWriter(PartWriter):
             if one.name in self._namespaces:
                 fields["namespace"], fields["name"] = self._namespaces[one.name]
         head = {"id": new_id(KINDS[kind][0], "_"), "type": kind, "status": "in_progress"}
-        self._item, self._pieces = head | fields, []
-        place, item = self._place, self._item
+        place, item = len(self.done), head | fields
+        self._item = item
         yield {"type": "response.output_item.added", "output_index": place, "item": item}
         if kind != "function_call":
             yield self._of_item("content_part.added", part=self._part(""))
 
-    def extend(self, one: Event) -> Iterator[JsonObject]:
-        match one:
-            case ReasoningDelta(text) | TextDelta(text) | ToolCall(_, text):
-                self._pieces.append(text)
-                yield self._of_item(f"{KINDS[self._item['type']][1]}.delta", delta=text)
+    def extend(self, text: str) -> Iterator[JsonObject]:
+        yield self._of_item(f"{KINDS[self._item['type']][1]}.delta", delta=text)
 
-    def complete(self, is_cut: bool) -> Iterator[JsonObject]:
-        kind, text = self._item["type"], "".join(self._pieces)
+    def complete(self, text: str, is_cut: bool) -> Iterator[JsonObject]:
+        kind, place = self._item["type"], len(self.done)
         if kind == "function_call":
             content: JsonObject = {"arguments": text}
             yield self._of_item(f"{KINDS[kind][1]}.done", name=self._item["name"], arguments=text)
@@ -534,13 +515,12 @@ class _ResponsesWriter(PartWriter):
             yield self._of_item(f"{KINDS[kind][1]}.done", text=text)
             yield self._of_item("content_part.done", part=part)
         item = self._item | content | {"status": "incomplete" if is_cut else "completed"}
-        place = self._place
         yield {"type": "response.output_item.done", "output_index": place, "item": item}
-        self._output.append(item)
+        self.done.append(item)
 
     def _of_item(self, event: str, **more: Json) -> JsonObject:
         """Return an event of the open item."""
-        place = {"item_id": self._item["id"], "output_index": self._place}
+        place = {"item_id": self._item["id"], "output_index": len(self.done)}
         if self._item["type"] != "function_call":
             place["content_index"] = 0
         if self._item["type"] == "message" and "part" not in more:

@@ -184,12 +184,10 @@ class Parameters:
         branches, plain = self._found[name] or [{}], text.strip()
         kinds = set[str]().union(*map(kinds_of, branches))
         members = [member for one in branches for member in _members(one) or ()]
-        if (text in members or plain in members) and "string" in kinds:
-            return (text if text in members else plain), True
-        if kinds == {"string"}:
-            return text, True
         is_text = "string" in kinds
-        if is_text and text != plain:
+        if is_text and (text in members or plain in members):
+            return (text if text in members else plain), True
+        if is_text and (text != plain or len(kinds) == 1):
             return text, True
         try:
             value = read_literal(plain, is_text)
@@ -229,8 +227,8 @@ class Parameters:
         named = {name: one for name, one in self.properties().items() if one is not False}
         needed = [{*_listed(one, "required")} for one in roots] or [set()]
         if self.is_strict:
-            refused = [name for one in roots for name in one if name in LIMITS - NAMED]
-            refused += [name for one in roots for name in one if name in ("enum", "const")]
+            limits = LIMITS - NAMED | {"enum", "const"}
+            refused = [name for one in roots for name in one if name in limits]
             others = [one.get("additionalProperties") for one in roots]
             refused += ["additionalProperties"] * any(isinstance(one, Mapping) for one in others)
             refused += ["anyOf"] * (len(roots) > 1) + ["required"] * (not needed[0] <= {*named})
