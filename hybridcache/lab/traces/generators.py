@@ -4,7 +4,7 @@ id is one token, and requests arrive one second apart if a workload says nothing
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial, wraps
 from heapq import heappop, heappush
 from itertools import islice
@@ -13,11 +13,13 @@ from typing import Any, ParamSpec
 import numpy as np
 
 from hybridcache.lab.traces.arrivals import Starts, interleave
-from hybridcache.lab.traces.trace import Trace, TraceRequest
+from hybridcache.lab.traces.trace import FreshIds, Trace, TraceRequest
 from hybridcache.radix.protocol import chat_boundaries
 from hybridcache.radix.tokens import Tokens
 
 _VOCAB = 150_000
+IMAGES = 1 << 29
+"""Least id of the placeholders of an image."""
 _ANSWER = 32
 """Tokens of answers in workloads that differ in prompts only."""
 Requests = Iterator[TraceRequest]
@@ -99,17 +101,35 @@ def _rounds(
     added: Callable[[], int],
     answered: Callable[[], int],
     is_mixed: bool = True,
+    images: Sequence[Tokens] = (),
 ) -> Requests:
     """Continue each conversation ``turns`` times: with ``is_mixed`` in a new random order in each
-    round. ``added`` and ``answered`` draw the lengths of questions and answers."""
+    round. ``added`` and ``answered`` draw the lengths of questions and answers. Before 7 of 10
+    questions is one of ``images``, if there are any."""
     beginnings = [(len(history),) if len(history) else () for history in histories]
     for _ in range(turns):
         order = range(len(histories))
         for number in draw.rng.permutation(order).tolist() if is_mixed else order:
-            prompt = np.concatenate((histories[number], draw.text(added())))
+            shown = images and draw.rng.random() < 0.7
+            image = images[draw.between(0, len(images) - 1)] if shown else draw.text(0)
+            prompt = np.concatenate((histories[number], image, draw.text(added())))
             answer = draw.text(answered())
             histories[number] = np.concatenate((prompt, answer))
             yield draw.request(number, prompt, answer, *beginnings[number])
+
+
+@generator
+def image_chat(seed: int = 0, images: int = 12, boundaries: bool = True) -> Requests:
+    """Generate 40 conversations of 4 turns over 4 system prompts of 500 tokens. 7 of 10 turns show
+    one of ``images``, which other conversations show too, then about 100 tokens; answers of 60.
+
+    An image has 256 or 1,024 placeholders: one id of at least 2**29, made of its hash.
+    """
+    draw = Draw(seed, boundaries)
+    hashes = draw.rng.integers(IMAGES, FreshIds.FLOOR, images, dtype=np.int32)
+    shown = [np.full(256 << 2 * (number % 2), one) for number, one in enumerate(hashes)]
+    systems = [draw.text(500) for _ in range(4)] * 10
+    return _rounds(draw, systems, 4, partial(draw.spread, 100), lambda: 60, images=shown)
 
 
 @generator

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import pickle
-from itertools import islice, pairwise
+from itertools import combinations, islice, pairwise
 
 import numpy as np
 import pytest
@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from hybridcache.lab.runs.grid import identity_of
 from hybridcache.lab.traces.arrivals import Pauses, Starts, interleave, parse_starts
-from hybridcache.lab.traces.generators import GENERATORS, conversations
+from hybridcache.lab.traces.generators import GENERATORS, IMAGES, conversations
 from hybridcache.lab.traces.statistics import trace_stats
 from hybridcache.lab.traces.trace import Trace, TraceRequest
 from hybridcache.radix.tokens import common_prefix_len
@@ -58,6 +58,19 @@ def test_agents_repeat_a_head_that_no_boundary_declares() -> None:
         assert np.array_equal(one.tokens, first[(number + 9) % 18].tokens), "it is tried twice"
     shared = [common_prefix_len(first[1].tokens, first[other].tokens) for other in (2, 3, 10)]
     assert shared == [0, 1600, len(first[1].tokens)]
+
+
+def test_images_of_equal_length_come_in_several_conversations_and_share_nothing() -> None:
+    requests = list(GENERATORS["image-chat"]())
+    begun = [one.tokens for one in requests[:40] if one.tokens[500] >= IMAGES]
+    sizes = {int(of[500]): int((of == of[500]).sum()) for of in begun}
+    seen = {one: {of.session for of in requests if one in of.tokens} for one in sizes}
+    assert {*sizes.values()} == {256, 1024} and min(map(len, seen.values())) > 3
+    pairs = [pair for pair in combinations(begun, 2) if np.array_equal(*(of[:500] for of in pair))]
+    for one, two in pairs:
+        is_same = one[500] == two[500]
+        assert common_prefix_len(one, two) == 500 + is_same * sizes[int(one[500])]
+    assert len({one[500] == two[500] for one, two in pairs}) == 2
 
 
 def test_live_agents_are_few_and_come_back_after_a_few_requests_of_others() -> None:
