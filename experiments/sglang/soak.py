@@ -39,10 +39,15 @@ STRATEGIES = {
     "extra_buffer_lazy overlapped drafted": 24,
     "no_buffer images": 12,
     "extra_buffer overlapped images": 24,
+    "no_buffer prefill": 12,
+    "extra_buffer prefill": 24,
+    "extra_buffer overlapped prefill": 24,
+    "no_buffer decode": 24,
+    "extra_buffer decode": 40,
 }
 """State slots per strategy: the maximum of six running requests, or a few more. ``drafted`` is
 multi-token prediction, ``tiered`` keeps evicted prefixes on the host, and with ``images`` half of
-the turns begin with one."""
+the turns begin with one. ``prefill`` and ``decode`` are the nodes of SGLang's disaggregation."""
 NUM_KV_TOKENS = 1800
 
 
@@ -69,10 +74,17 @@ def soak(
     os.environ["SGLANG_TEST_RETRACT"] = str(int(not in_turn))
     os.environ["SGLANG_TEST_RETRACT_INTERVAL"] = "61"
     cpu.stand_in()
+    from tests.sglang import transfer
     from tests.sglang.random_load import RandomLoad
     from tests.sglang.scheduler import new_scheduler
 
     name, *modes = strategy.split()
+    node: dict[str, object] = {}
+    for mode in {"prefill", "decode"}.intersection(modes):
+        transfer.install()
+        node = {"disaggregation_mode": mode, "disaggregation_transfer_backend": "nixl"}
+        node["disaggregation_decode_enable_radix_cache"] = mode == "decode"
+        node["num_reserved_decode_tokens"] = 16
     with tempfile.TemporaryDirectory() as folder:
         scheduler = new_scheduler(
             Path(folder),
@@ -86,8 +98,10 @@ def soak(
             radix_eviction_policy=eviction,
             chunked_prefill_size=256,
             mamba_track_interval=64,
+            **node,
         )
-        load = RandomLoad(scheduler, seed, 0.5 if "images" in modes else 0.0)
+        share, most = 0.5 * ("images" in modes), 6 if "decode" in modes else num_requests
+        load = RandomLoad(scheduler, seed, share, most)
         record: dict[str, object] = {"strategy": strategy, "eviction": eviction}
         if in_turn:
             hits = load.run_in_turn(num_requests)

@@ -35,6 +35,7 @@ from sglang.srt.runtime_context import (
 )
 from sglang.srt.utils.rank_consensus_checker import rank_consensus
 
+from hybridcache.allocators.moves import Indices
 from hybridcache.allocators.pools import SlotAllocator
 from hybridcache.config import CacheConfig, build_on
 from hybridcache.radix.api import Listener
@@ -146,6 +147,8 @@ class HybridRadixBackend(base.BasePrefixCache):
         if self._events.followed is not None:
             self._cache.unsubscribe(self._events)
         self._cache = self._make()
+        self._sent: dict[str, list[Indices]] = {}
+        """Rows of each request that were sent, and are the tree's in other rows."""
         self._ends: OrderedDict[str, RadixNode | None] = OrderedDict()
         """Node at the end of the newest request of each open session."""
         if self._events.recorder.enabled:
@@ -310,7 +313,10 @@ class HybridRadixBackend(base.BasePrefixCache):
         result = self._cache.insert(tokens, rows, checkpoints, namespace, owned, (), after)
         num_known = len(result.duplicates)
         if num_known:
-            self._rows.free(result.duplicates)
+            # A decode node may still be reading those that a prefill node has sent.
+            num_sent = max(req.start_send_idx - owned, 0)
+            self._sent.setdefault(req.rid, []).append(result.duplicates[:num_sent])
+            self._rows.free(result.duplicates[num_sent:])
             known = self._cache.gather(result.node)[owned : owned + num_known]
             place = (kv.req_pool_idx, slice(owned, owned + num_known))
             self.req_to_token_pool.write(place, self._rows.to_device(known).to(torch.int32))
@@ -323,7 +329,10 @@ class HybridRadixBackend(base.BasePrefixCache):
         return not result.rejected_slots
 
     def on_release(self, req: Req, *, checkpointed: bool) -> None:
-        """Free the slots of an aborted or preempted request."""
+        """Free rows whose transfer has ended, and slots of an aborted or preempted request."""
+        for rows in self._sent.pop(req.rid, ()):
+            self._rows.free(rows)
+        self._settle()
         if not checkpointed and self._states is not None:
             self._states.release(req, None, taken=False)
 

@@ -68,6 +68,7 @@ def why_not(
     params = ctx.params
     has_windows = ctx.is_hybrid_swa or params.sliding_window_size is not None
     tiered, is_drafted = ctx.enable_hierarchical_cache, spec.speculative_algorithm is not None
+    is_node = disagg.disaggregation_mode != "null"
     is_known = chosen_eviction(ctx, memory) in EVICTION_NAMES
     refused = {
         "models with sliding windows": has_windows,
@@ -75,10 +76,12 @@ def why_not(
         "--enable-hierarchical-cache on attention-only models": tiered and not ctx.is_hybrid_ssm,
         "--enable-hierarchical-cache with --pp-size > 1": tiered and params.pp_size > 1,
         "--enable-hierarchical-cache with --speculative-algorithm": tiered and is_drafted,
+        "--disaggregation-mode with --speculative-algorithm": is_node and is_drafted,
+        "--enable-hierarchical-cache with --disaggregation-mode decode": tiered
+        and disagg.disaggregation_mode == "decode",
         "LMCache": memory.enable_lmcache,
         "FlexKV": memory.enable_flexkv,
         "--enable-unified-memory": memory.enable_unified_memory,
-        "--disaggregation-mode": disagg.disaggregation_mode != "null",
         "decode context parallelism": parallel.dcp_enabled,
         "--speculative-algorithm EAGLE on attention-only models": params.is_eagle
         and not ctx.is_hybrid_ssm,

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 from sglang.srt.configs.mamba_utils import Mamba2CacheParams, Mamba2StateShape
+from sglang.srt.disaggregation.decode import HybridMambaDecodeReqToTokenPool
 from sglang.srt.environ import envs
 from sglang.srt.mem_cache.allocator import PagedTokenToKVPoolAllocator, TokenToKVPoolAllocator
 from sglang.srt.mem_cache.cache_init_params import CacheInitParams
@@ -77,10 +78,12 @@ def new_pools(
     page_size: int = 1,
     max_requests: int = 8,
     context_len: int = 8192,
+    decodes: bool = False,
 ) -> World:
     """Return the pools of one attention and three linear layers, without a cache.
 
     A state has the bytes of 3,072 tokens, as in Qwen3-Next. Without slots, there is only attention.
+    With ``decodes`` the pool of requests is that of a decode node.
     """
     kv: dict[str, Any] = {
         "size": num_kv_tokens,
@@ -105,18 +108,27 @@ def new_pools(
             conv_kernel=2,
         )
         cache_params = Mamba2CacheParams(shape=shape, layers=LINEAR_LAYERS)
-    requests = HybridReqToTokenPool(
-        size=max_requests,
-        mamba_size=num_slots,
-        mamba_spec_state_size=max_requests,
-        max_context_len=context_len,
-        device="cpu",
-        enable_memory_saver=False,
-        cache_params=cache_params,
-        mamba_layer_ids=LINEAR_LAYERS,
-        enable_mamba_extra_buffer=extra_buffer,
-        enable_mamba_extra_buffer_lazy=lazy,
-    )
+    fields: dict[str, Any] = {
+        "size": max_requests,
+        "mamba_size": num_slots,
+        "max_context_len": context_len,
+        "device": "cpu",
+        "enable_memory_saver": False,
+        "cache_params": cache_params,
+        "mamba_layer_ids": LINEAR_LAYERS,
+        "enable_mamba_extra_buffer": extra_buffer,
+    }
+    if decodes:
+        requests = HybridMambaDecodeReqToTokenPool(
+            speculative_num_draft_tokens=0,
+            pre_alloc_size=2,
+            enable_overlap_schedule=False,
+            **fields,
+        )
+    else:
+        requests = HybridReqToTokenPool(
+            mamba_spec_state_size=max_requests, enable_mamba_extra_buffer_lazy=lazy, **fields
+        )
     kv_pool = HybridLinearKVPool(
         full_attention_layer_ids=ATTENTION_LAYERS, mamba_pool=requests.mamba_pool, **kv
     )

@@ -6,11 +6,11 @@ import random
 from typing import Any, NamedTuple
 
 from sglang.srt.managers.io_struct import AbortReq
-from sglang.srt.managers.schedule_batch import Modality, MultimodalDataItem
+from sglang.srt.managers.schedule_batch import FINISH_ABORT, Modality, MultimodalDataItem
 
 from hybridcache.allocators.moves import DEVICE, HOST
 from hybridcache.radix.tiers import TieredRadixCache
-from tests.sglang.scheduler import VOCAB, CPUScheduler, hashes
+from tests.sglang.scheduler import ROOMS, VOCAB, CPUScheduler, hashes
 
 NAMES = ((None, None), ("adapter", None), (None, "salt"), ("adapter", "salt"))
 """Adapters and salts. A conversation keeps its own, with few exceptions."""
@@ -49,8 +49,12 @@ def placeholders(image: int, length: int) -> list[int]:
 class RandomLoad:
     """Conversations, mostly recent ones, that continue, fork and repeat; some are aborted."""
 
-    def __init__(self, scheduler: CPUScheduler, seed: int, image_share: float = 0.0) -> None:
-        """``image_share`` of the turns begin with one of three images of equal size."""
+    def __init__(
+        self, scheduler: CPUScheduler, seed: int, image_share: float = 0.0, most: int = 10_000
+    ) -> None:
+        """``image_share`` of the turns begin with one of three images of equal size. At most
+        ``most`` requests wait or run at once."""
+        self.most = most
         self.scheduler = scheduler
         self.image_share = image_share
         self.random = random.Random(seed)
@@ -67,8 +71,10 @@ class RandomLoad:
         """
         draining = False
         while self.submitted < num_requests or self.running:
-            while self.submitted < num_requests and not draining and self.random.random() < 0.6:
+            left = 0 if draining else num_requests - self.submitted
+            while left and len(self.running) < self.most and self.random.random() < 0.6:
                 self._submit()
+                left -= 1
             if self.running and self.random.random() < 0.01:
                 self._abort()
             idle = not self.scheduler.step()
@@ -151,6 +157,9 @@ class RandomLoad:
             if not request.finished():
                 continue
             del self.running[rid]
+            if isinstance(request.finished_reason, FINISH_ABORT):  # its transfer failed
+                self.aborted += 1
+                continue
             self._verify(request)
             self.retracted += request.retraction_count
             self.prompt_tokens += len(request.origin_input_ids)
@@ -172,8 +181,11 @@ class RandomLoad:
         a request."""
         scheduler = self.scheduler
         tree = scheduler.tree_cache
-        held = scheduler.invariant_checker._requests_owning_rows()
-        rows = sum(r.kv.kv_allocated_len - r.kv.cache_protected_len for r in held)
+        unfinished = [req for _, req in ROOMS.values() if req.kv.holds_kv or not req.finished()]
+        held = [req for req in unfinished if req.kv.holds_kv or req.kv.holds_mamba]
+        owners = [r.kv for r in held if r.kv.holds_kv]
+        rows = sum(kv.kv_allocated_len - kv.cache_protected_len for kv in owners)
+        rows += sum(len(rows) for sent in tree._sent.values() for rows in sent)
         tree.tree.check(held_tokens=rows)
         pool = scheduler.req_to_token_pool
         slots = pool.mamba_allocator.available_size() + sum(_slots(r.kv) for r in held)

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import MagicMock
 from zlib import crc32
 
 import numpy as np
@@ -46,6 +47,8 @@ from tests.sglang.pools import CHUNK, World, new_pools
 from tests.sglang.waits import Streams, Waits
 
 VOCAB = 64
+ROOMS: dict[int, tuple[CPUScheduler, Req]] = {}
+"""Submitted requests, by the number of their transfer between nodes."""
 CONFIG = {
     "architectures": ["Qwen3NextForCausalLM"],
     "model_type": "qwen3_next",
@@ -107,6 +110,8 @@ class HashModel:
             model_config=model_config,
             token_to_kv_pool=world.rows.get_kvcache(),
             token_to_kv_pool_allocator=world.rows,
+            effective_logical_max_total_num_tokens=world.rows.size,
+            kv_cache_dtype_str="bfloat16",
             req_to_token_pool=world.requests,
             mtp_draft_device_pools=(),
             mtp_draft_mamba_pools=(),
@@ -356,13 +361,23 @@ class CPUScheduler(Scheduler):
 
     def step(self) -> bool:
         """Run one iteration of SGLang's event loop. Returns False if there was nothing to do."""
-        plan = self.get_next_batch_to_run(
-            running_batch=self.running_batch, last_batch=self.last_batch
-        )
+        batches = {"running_batch": self.running_batch, "last_batch": self.last_batch}
+        mode = self.disaggregation_mode.value
+        if mode == "prefill":
+            self.waiting_queue.extend(self.disagg_prefill_bootstrap_queue.pop_bootstrapped())
+            plan = self.get_next_disagg_prefill_batch_to_run(**batches)
+        elif mode == "decode":
+            self.process_decode_queue()
+            plan = self.get_next_disagg_decode_batch_to_run(self.running_batch)
+        else:
+            plan = self.get_next_batch_to_run(**batches)
         self.running_batch = plan.running_batch
         busy = (self._run_overlap if self.enable_overlap else self._run_normal)(plan.batch_to_run)
-        self.invariant_checker.self_check_during_busy()
-        return busy
+        if mode == "prefill":
+            self.process_disagg_prefill_inflight_queue()
+        if mode == "null":  # of a transfer it knows nothing
+            self.invariant_checker.self_check_during_busy()
+        return busy or not self.is_fully_idle()
 
     def _run_normal(self, batch: Any) -> bool:
         """Process a batch as in ``event_loop_normal``."""
@@ -401,6 +416,8 @@ class CPUScheduler(Scheduler):
         its adapter and salt: ``extra_key``, ``cache_salt``."""
         req = Req(
             rid=rid,
+            bootstrap_host="prefill",
+            bootstrap_room=1 + len(ROOMS),
             origin_input_text="",
             origin_input_ids=array("q", tokens),
             sampling_params=SamplingParams(
@@ -409,6 +426,7 @@ class CPUScheduler(Scheduler):
             vocab_size=self.model_config.vocab_size,
             **names,
         )
+        ROOMS[req.bootstrap_room] = self, req
         req.sampling_params.normalize(None)
         self.init_req_max_new_tokens(req)
         self._add_request_to_queue(req)
@@ -437,6 +455,7 @@ def new_scheduler(
     mamba_hook._platform_supports_mamba_cache_extra_buffer = lambda: True
     bootstrap._bind_threads_if_cpu = lambda *, device: None
     torch.Tensor.pin_memory = lambda tensor, *_: tensor
+    torch.cuda.Event, torch.cuda.current_stream = MagicMock, torch.cpu.current_stream
     make_tensor = torch.tensor
     torch.tensor = lambda *given, pin_memory=False, **named: make_tensor(*given, **named)
     if draft_length:
@@ -467,6 +486,7 @@ def new_scheduler(
     )
     publish(args, role="scheduler", ranks=SpawnRanks(world_rank=0, dp_rank=None, gpu_id=0))
     pools = {"extra_buffer": strategy != "no_buffer", "lazy": strategy == "extra_buffer_lazy"}
+    pools["decodes"] = settings.get("disaggregation_mode") == "decode"
     world = new_pools(
         num_kv_tokens, num_slots, max_requests=max_requests, context_len=context_len, **pools
     )

@@ -272,10 +272,13 @@ def test_the_rebuilt_cache_hits_as_sglang_request_by_request(states, trace, sess
     assert done.stdout.splitlines()[-1:] == ["0"], done.stdout + done.stderr[-3000:]
 
 
-@pytest.mark.parametrize("shared", ["images", "adapters", "salts"])
-def test_soak_finds_prefixes_that_cross_between(shared):
+@pytest.mark.parametrize(
+    ("shared", "mode"),
+    [("images", "images"), ("adapters", "images"), ("salts", "images"), ("salts", "decode")],
+)
+def test_soak_finds_prefixes_that_cross_between(shared, mode):
     """Negative controls of the isolation that the soak checks."""
-    done = run_soak("--requests", "60", "--strategy", "no_buffer images", "--shared", shared)
+    done = run_soak("--requests", "120", "--strategy", f"no_buffer {mode}", "--shared", shared)
     assert done.returncode and ("wrong rows" in done.stderr or "wrong state" in done.stderr)
 
 
@@ -292,6 +295,9 @@ def test_soak_finds_prefixes_that_cross_between(shared):
         "extra_buffer overlapped tiered",
         "no_buffer images",
         "extra_buffer overlapped images",
+        "extra_buffer prefill",
+        "extra_buffer overlapped prefill",
+        "no_buffer decode",
     ],
 )
 def test_scheduler_serves_random_requests_under_memory_pressure(strategy):

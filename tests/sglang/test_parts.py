@@ -363,7 +363,11 @@ def settings(**changed):
         ({"enable_lmcache": True}, "LMCache"),
         ({"enable_flexkv": True}, "FlexKV"),
         ({"enable_unified_memory": True}, "--enable-unified-memory"),
-        ({"disaggregation_mode": "decode"}, "--disaggregation-mode"),
+        (TIERED | {"disaggregation_mode": "decode"}, "--disaggregation-mode decode"),
+        (
+            {"disaggregation_mode": "prefill", "speculative_algorithm": "NEXTN"},
+            "--disaggregation-mode with --speculative-algorithm",
+        ),
         ({"dcp_enabled": True}, "decode context parallelism"),
         ({"is_eagle": True, "is_hybrid_ssm": False}, "--speculative-algorithm"),
         ({"eviction_policy": "priority"}, "eviction policy"),
