@@ -20,12 +20,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
+from sglang.srt.disaggregation.kv_events import namespaced_block_hash
 from sglang.srt.mem_cache import base_prefix_cache as base
 from sglang.srt.mem_cache.cache_init_params import CacheInitParams
 from sglang.srt.mem_cache.events import KVCacheEventRecorder
 from sglang.srt.mem_cache.radix_cache import RadixKey
 from sglang.srt.mem_cache.registry import TreeCacheBuildContext, default_radix_cache_factory
-from sglang.srt.mem_cache.utils import split_node_hash_value
+from sglang.srt.mem_cache.utils import hash_str_to_int64, split_node_hash_value
 from sglang.srt.runtime_context import (
     get_disagg,
     get_memory,
@@ -44,6 +45,7 @@ from hybridcache.radix.tokens import Tokens
 from hybridcache.radix.tree import SESSION_END, NodeHandle, PathPart, RadixNode
 from hybridcache.sglang.translation import (
     EVERY_VARIABLE,
+    STATES_VARIABLE,
     HostReader,
     HostTier,
     LossMeter,
@@ -490,10 +492,12 @@ class Shadow:
 
 class EventRecorder(Listener):
     """Listener that feeds SGLang's recorder, which identifies a page by the hash of its path and
-    stores it at nodes: here, at a ``Shadow`` of each. SGLang has no events for checkpoints."""
+    stores it at nodes: here, at a ``Shadow`` of each. States are reported if ``STATES_VARIABLE`` is
+    1."""
 
     def __init__(self, params: CacheInitParams, words: TokenWords) -> None:
         self._words = words
+        self._reports_states = os.environ.get(STATES_VARIABLE) == "1"
         self.recorder = KVCacheEventRecorder(
             enabled=params.enable_kv_cache_events,
             page_size=params.page_size,
@@ -532,6 +536,21 @@ class EventRecorder(Listener):
 
     def kv_removed(self, node: RadixNode) -> None:
         self.recorder.record_remove(self._shadows.pop(node.serial))
+
+    def checkpoint_stored(self, node: RadixNode) -> None:
+        self._report("BlockStored", node)
+
+    def checkpoint_removed(self, node: RadixNode) -> None:
+        self._report("BlockRemoved", node)
+
+    def _report(self, kind: str, node: RadixNode) -> None:
+        """Send an event of a state as vLLM encodes it: SGLang's records have no group."""
+        if self._reports_states:
+            shadow, recorder = self._shadows[node.serial], self.recorder
+            name = hash_str_to_int64(recorder._node_event_hash_values(shadow)[-1])
+            name = namespaced_block_hash(name, namespace_seed=recorder._namespace_seed(shadow))
+            group = {"group_idx": 1, "kv_cache_spec_kind": "mamba", "block_size": self._page_size}
+            recorder._queue.append({"type": kind, "block_hashes": [name], **group})
 
 
 # --- Construction ---------------------------------------------------------------------------------

@@ -172,6 +172,8 @@ class TokenWords:
 
 EVERY_VARIABLE = "HYBRIDCACHE_SGLANG_EVERY"
 """Environment variable with the distance of stable positions in tokens; see ``branch_position``."""
+STATES_VARIABLE = "HYBRIDCACHE_SGLANG_STATE_EVENTS"
+"""Environment variable with 1 if KV events also report states, in vLLM's form."""
 BOUNDARIES = "hybridcache_boundaries"
 """Key of a request's ``custom_params``: lengths that later prompts are known to share."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import subprocess
 import sys
 from array import array
@@ -16,11 +17,15 @@ from tests.sglang.caller import CORES, PATH, Caller
 
 # isort: split
 
+import msgspec
+import numpy as np
 import torch
 from sglang.srt.disaggregation.kv_events import AllBlocksCleared, BlockRemoved, BlockStored
 from sglang.srt.managers.schedule_batch import FINISH_LENGTH, Req
 from sglang.srt.sampling.sampling_params import SamplingParams
 
+from hybridcache.adapters.events import Mirror
+from hybridcache.adapters.routing.blocks import BlockEvents
 from hybridcache.sglang import cache as backend
 from hybridcache.sglang import translation
 from hybridcache.sglang.cache import sizes_in_bytes
@@ -199,6 +204,37 @@ def test_kv_events_have_the_same_blocks_as_sglangs():
         assert sorted(stored) == sorted(gone)
         found[core] = sorted(stored)
     assert found["hybridcache"] == found["python"] and len(found["python"]) == 24
+
+
+@pytest.mark.parametrize("page_size", [1, 4])
+def test_the_consumer_of_vllms_events_expects_each_hit(page_size, monkeypatch):
+    """Rows and states, with splits, evictions and salts; nothing inside an image is expected."""
+    monkeypatch.setenv(translation.STATES_VARIABLE, "1")
+    caller = Caller("hybridcache", 200, 12, events=True, page_size=page_size)
+    blocks, mirror = BlockEvents(page_size, 1), Mirror(page_size)
+
+    def follow():
+        batch = msgspec.msgpack.encode([0.0, caller.cache.take_events()])
+        for event in blocks.read(blocks.next_sequence, batch):
+            mirror.apply(event)
+
+    draw, found, texts = random.Random(0), set(), [[]]
+    for _ in range(300):
+        salt, known = draw.choice([None, "a"]), draw.choice(texts[-6:])[: draw.randrange(0, 40, 4)]
+        texts.append(text := [*known, *draw.choices(range(9), k=draw.choice((4, 12)))])
+        follow()
+        expected = mirror.match(np.array([*text, 99], np.int32), salt and (salt,)).cached_len
+        assert expected == caller.match([*text, 99], salt=salt)[0]
+        found.add(expected)
+        caller.evict(max(0, 60 - caller.rows.available_size()), not caller.slots.available_size())
+        caller.insert(text, salt=salt)
+    assert blocks.num_unknown_parents == 0 and len(found) > 4
+    caller.cache.reset()
+    follow()
+    assert not mirror.num_tokens
+    caller.insert([1, 2, 3, 4, *placeholders(1, 8)])
+    follow()
+    assert mirror.num_tokens == 4
 
 
 def test_pipeline_stages_use_the_same_sizes(monkeypatch):

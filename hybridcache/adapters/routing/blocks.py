@@ -1,7 +1,8 @@
 """Translator of the block events of vLLM and SGLang to cache events, for routers of their replicas.
 
-Both send msgpack maps with ``type`` ``BlockStored``, ``BlockRemoved`` or ``AllBlocksCleared``. vLLM
-also reports states: as blocks of groups whose ``kv_cache_spec_kind`` is not ``full_attention``.
+Both send msgpack maps with ``type`` ``BlockStored``, ``BlockRemoved`` or ``AllBlocksCleared``.
+States are blocks of groups whose ``kv_cache_spec_kind`` is not ``full_attention``: vLLM reports
+them, and this project's cache in SGLang if it is told to.
 """
 
 from __future__ import annotations
@@ -130,10 +131,14 @@ class BlockEvents:
                     start, above_id = 0, None
                 else:
                     space, start, above_id = above.namespace, above.end, above.id
-                    above.children += (name,)
+                try:
+                    part = array("i", tokens[number * size : (number + 1) * size]).tobytes()
+                except OverflowError:  # SGLang's placeholders of an image
+                    return
                 block = _Block(next(self._ids), space, start + size, parent)
                 self._blocks[name] = block
-                part = array("i", tokens[number * size : (number + 1) * size]).tobytes()
+                if above is not None:
+                    above.children += (name,)
                 found.append(KVStored(block.id, above_id, space, start, part))
             parent = name
 
