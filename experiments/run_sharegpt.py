@@ -225,15 +225,12 @@ def answer(engine: Engine, request: TraceRequest) -> RequestOutput:
     """Return the output with the first token of an answer."""
     from engine import SamplingParams
 
-    engine.submit(
-        request.tokens % engine.runner.vocab_size,
+    [output] = engine.generate(
+        [request.tokens % engine.runner.vocab_size],
         SamplingParams(max_tokens=1, temperature=0, ignore_eos=True),
         boundaries=PromptBoundaries(request.boundaries, request.answer_survives),
     )
-    while True:
-        for output in engine.step():
-            if output.is_finished:
-                return output
+    return output
 
 
 def record(

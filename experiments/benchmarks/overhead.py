@@ -11,10 +11,10 @@ scheduler, sampler and tokenizer are the engine's own.
 from __future__ import annotations
 
 import argparse
-import shutil
 import statistics
-import tempfile
 import time
+from contextlib import ExitStack
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -70,9 +70,6 @@ def measure(num_running: int, sampling: SamplingParams, num_steps: int = 1000) -
     percentile of their sum; and the processor time of a step with its sending."""
     reports: list[StepReport] = []
     sending_s, processor_s = list[float](), list[float]()
-    folder = tempfile.mkdtemp(prefix="engine-")
-    server = Sockets(folder, is_server=True)
-    channel = Sockets(folder, is_server=False)
     engine = Engine(
         EngineConfig(max_running=num_running, token_budget=num_running * 1_024),
         runner=IdleRunner(),
@@ -84,18 +81,19 @@ def measure(num_running: int, sampling: SamplingParams, num_steps: int = 1000) -
         # As in a process: the outputs are added up where they are read.
         spec = RequestSpec([i % 256] * PROMPT_LEN, sampling)
         engine.enqueue(engine.make(engine.validate(spec)))
-    while len(reports) < 50 + num_steps:
-        used_s = time.process_time()
-        outputs = engine.step()
-        begin = time.perf_counter()
-        channel.send(Outputs(tuple(outputs)))
-        sending_s.append(time.perf_counter() - begin)
-        processor_s.append(time.process_time() - used_s)
-        while server.receive() is not None:
-            pass  # Work of the receiving process.
-    for end in (channel, server):
-        end.close()
-    shutil.rmtree(folder, ignore_errors=True)
+    with TemporaryDirectory(prefix="engine-") as folder, ExitStack() as sockets:
+        server, channel = (Sockets(folder, is_server=one) for one in (True, False))
+        for end in (server, channel):
+            sockets.callback(end.close)
+        while len(reports) < 50 + num_steps:
+            used_s = time.process_time()
+            outputs = engine.step()
+            begin = time.perf_counter()
+            channel.send(Outputs(tuple(outputs)))
+            sending_s.append(time.perf_counter() - begin)
+            processor_s.append(time.process_time() - used_s)
+            while server.receive() is not None:
+                pass  # Work of the receiving process.
     steps = [report for report in reports[50:] if report.num_decode_tokens == num_running]
     found = {
         stage.removesuffix("_s") + "_us": statistics.median(getattr(r, stage) for r in steps) * 1e6

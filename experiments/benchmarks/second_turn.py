@@ -379,10 +379,6 @@ class Client:
     """The only token of answers."""
     sent: list[Sent] = field(default_factory=list)
 
-    def exchange(self, method: str, path: str, body: Any = None) -> Any:
-        """Return the JSON of an answer. Raises HTTPException for a status other than 200."""
-        return exchange(self.port, method, path, body)
-
     def chat(self, ask: ClientRequest) -> Message:
         """Send one request and return its answer as the client sends it back."""
         sent = Sent(ask, time.perf_counter())
@@ -409,10 +405,10 @@ class Client:
         """Return the rendered ids of a prompt and its answer; llama-server has endpoints for it."""
         if sent.ids is not None:
             return sent.ids, sent.answer_ids
-        text = self.exchange("POST", "/apply-template", sent.ask.body)["prompt"]
+        text = exchange(self.port, "POST", "/apply-template", sent.ask.body)["prompt"]
         options = {"add_special": True, "parse_special": True}
         prompt, whole = (
-            self.exchange("POST", "/tokenize", {"content": part, **options})["tokens"]
+            exchange(self.port, "POST", "/tokenize", {"content": part, **options})["tokens"]
             for part in (text, text + sent.thoughts + sent.text)
         )
         return np.asarray(prompt, np.int32), whole[len(prompt) :]
@@ -612,8 +608,7 @@ class CasePlan(NamedTuple):
         return names | {"tokens": self.num_tokens, "at_once": self.at_once}
 
 
-SIZES = ("tokens", "at_once")
-KEY = ("side", "case", "model", "format", *SIZES)
+KEY = ("side", "case", "model", "format", "tokens", "at_once")
 """Fields that name a case of one server."""
 COUNTED = CasePlan("builtin", "Q8_0", 600, 1, tuple(LONG))
 """Cases of many requests, for counts. Their times are those of a tiny model."""
@@ -646,7 +641,7 @@ def measure(side: Side, plan: CasePlan, name: str, threads: int) -> list[dict[st
 
         def ids(text: str) -> list[int]:
             body = {"content" if side.is_llama else "prompt": text, "add_special_tokens": False}
-            found: list[int] = client.exchange("POST", "/tokenize", body)["tokens"]
+            found: list[int] = exchange(client.port, "POST", "/tokenize", body)["tokens"]
             return found
 
         start()
@@ -699,6 +694,8 @@ class Results:
         provenance.write_json_lines(self.path, records, settings)
 
 
+HEADS = {"row": "case", "model": "model", "tokens": "prompt", "at_once": "clients"}
+"""Fields that name a row, and their columns."""
 COLUMNS: dict[Column, Callable[[Mapping[str, Any]], Cell]] = {
     Column("read again", "tokens", ".0f"): lambda one: one["read_again_mean"],
     Column("hits", "%"): lambda one: 100 * one["cached"] / one["prompt"],
@@ -708,8 +705,8 @@ COLUMNS: dict[Column, Callable[[Mapping[str, Any]], Cell]] = {
 """Cells of one server in one row. Memory is that of its processes after the case."""
 
 
-def table(records: Records, without: str = "") -> Table:
-    """Return the columns of each server except ``without``."""
+def table(records: Records, without: str = "", heads: Sequence[str] = tuple(HEADS)) -> Table:
+    """Return the columns of each server except ``without``, after those of ``heads``."""
     sides = [*dict.fromkeys((*RIVALS, *(one["side"] for one in records)))]
     cells = [
         (column._replace(name=f"{side}: {column.name}"), side, read)
@@ -718,11 +715,11 @@ def table(records: Records, without: str = "") -> Table:
         if column.name != without
     ]
     rows = []
-    for key, of in grouped(records, "row", "model", *SIZES).items():
+    for key, of in grouped(records, *HEADS).items():
         found = {one["side"]: one for one in of}
-        rows.append([*key, *(read(found[side]) if side in found else None
+        rows.append([*key[: len(heads)], *(read(found[side]) if side in found else None
                              for _, side, read in cells)])  # fmt: skip
-    columns = [Column(name, form="d") for name in ("case", "model", "prompt", "clients")]
+    columns = [Column(HEADS[name], form="d") for name in heads]
     return Table([*columns, *(column for column, *_ in cells)], rows)
 
 

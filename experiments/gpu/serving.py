@@ -176,13 +176,8 @@ class Bench:
     ) -> list[RequestOutput]:
         """Serve all prompts at once, until their end."""
         sampling = SamplingParams(max_tokens=num_output, temperature=0.0, ignore_eos=True)
-        for prompt in prompts:
-            self.engine.submit(prompt, sampling, boundaries=PromptBoundaries(boundaries))
         self.steps.clear()
-        done = []
-        while self.engine.has_work():
-            done += [output for output in self.engine.step() if output.is_finished]
-        return done
+        return self.engine.generate(prompts, sampling, boundaries=PromptBoundaries(boundaries))
 
     def decoding(self, streams: int) -> dict[str, Any]:
         """Measure streams that begin together.

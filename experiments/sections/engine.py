@@ -164,13 +164,12 @@ def second_turn_table(
     plans: Sequence[second_turn.CasePlan] = second_turn.PUBLISHED[:1], without: str = "hits"
 ) -> Table:
     """Return tokens read again and times of both servers. One plan has no columns of its size."""
-    table = second_turn.table(second_turn_records(plans), without)
-    kept = [i for i in range(len(table.columns)) if len(plans) > 1 or not 1 <= i <= 3]
-    columns = [table.columns[i] for i in kept]
+    heads = tuple(second_turn.HEADS)[: None if len(plans) > 1 else 1]
+    table = second_turn.table(second_turn_records(plans), without, heads)
     times = (table.values(f"{side}: TTFT") for side in second_turn.RIVALS)
     ratios = [ours.mean / theirs.mean for ours, theirs in zip(*times, strict=True)]
-    return Table([*columns, RATIO], [
-        [*(row[i] for i in kept), None if math.isnan(ratio) else ratio]
+    return Table([*table.columns, RATIO], [
+        [*row, None if math.isnan(ratio) else ratio]
         for row, ratio in zip(table.rows, ratios, strict=True)
     ])  # fmt: skip
 

@@ -28,6 +28,7 @@ from experiments.benchmarks.second_turn import (
     Steps,
     Text,
 )
+from experiments.benchmarks.server import exchange
 from hybridcache.geometry.units import GIB
 from tests.served import serving
 
@@ -128,7 +129,7 @@ def test_rows_above_a_grid_step_are_explained_with_remedies_that_help(tmp_path: 
         """Return the tokens read again in the first row, and the advice of its explanation."""
         with served("", tmp_path, **options) as client:
             sent = in_turn(client, [steps], lambda: client)
-            told = client.exchange("GET", f"/v1/cache/explanations/{sent[1].name}")
+            told = exchange(client.port, "GET", f"/v1/cache/explanations/{sent[1].name}")
         first, *_ = second_turn.counts(sent, client.ids_of)
         return first["read_again"], told["advice"] or ""
 
