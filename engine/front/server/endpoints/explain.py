@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property, partial
+from itertools import accumulate, pairwise
 from typing import Any
 
 import numpy as np
@@ -211,8 +212,7 @@ class Explanations:
         chats = sorted((chat for _, chat in self.memory.listed()), key=lambda chat: chat.began_s)
         listed = [chat for chat in chats if chat.namespace == later.namespace]
         at = next((i for i, chat in enumerate(listed) if chat is later), 0)
-        best, best_len = None, 0
-        continued = None
+        best, best_len, continued = None, 0, None
         for other in listed[max(at - NEAREST, 0) : at]:
             shared = common_prefix_len(other.tokens, later.tokens[: later.prompt_len])
             if shared and shared >= best_len:
@@ -248,14 +248,11 @@ class Explanations:
             if earlier.ended_s > later.began_s:
                 unknown = "in_progress"
         by_cause = losses._asdict() | {unknown: losses.never_seen}
-        start, lost = cached_len, dict[str, int]()
-        for name in LOST:
-            end = start + by_cause.get(name, 0)
-            lost[name] = max(min(end, shared_len) - start, 0)
-            start = end
-        is_other = cached_len > shared_len
-        cause = _cause(lost, None if is_other or asks_other else parting, known_len)
-        cause = NEW if is_new else cause
+        ends = accumulate((by_cause.get(name, 0) for name in LOST), initial=cached_len)
+        spans = zip(LOST, pairwise(ends), strict=True)
+        lost = {name: max(min(end, shared_len) - start, 0) for name, (start, end) in spans}
+        is_certain = cached_len <= shared_len and not asks_other
+        cause = NEW if is_new else _cause(lost, parting if is_certain else None, known_len)
         advice = self._advice(cause)
         if cause == "system" and earlier is not None and self._has_tools_behind(earlier, later):
             advice = ADVICE[TOOLS_BEHIND]

@@ -258,25 +258,23 @@ def _messages(instructions: str | None, items: Sequence[AnyItem]) -> list[Messag
     for item in items:
         match item:
             case MessageItem(role="assistant"):
-                last = _assistant(messages, lambda last: last.content is None or last.tool_calls)
+                last = _assistant(messages, has_text=True)
                 last.content = _continued(last.content, item.content)
             case MessageItem():
                 messages.append(Message(role=item.role, content=_continued(None, item.content)))
             case ReasoningItem():
-                last = _assistant(messages, lambda last: last == Message(role="assistant"))
                 thoughts = "\n".join(part.text for part in item.content or item.summary)
-                last.extra = {"reasoning_content": thoughts}
+                extra: JsonObject = {"reasoning_content": thoughts}
+                messages.append(Message(role="assistant", extra=extra))
             case CallItem():
                 name = _joined(item.namespace, item.name)
                 function: JsonObject = {"name": name, "arguments": parsed_arguments(item.arguments)}
                 call: JsonObject = {"id": item.call_id, "type": "function", "function": function}
-                last = _assistant(messages, lambda last: True)
+                last = _assistant(messages)
                 last.tool_calls = [*(last.tool_calls or ()), call]
             case ResultItem():
-                result: JsonObject = {"tool_call_id": item.call_id}
-                messages.append(
-                    Message(role="tool", content=_continued(None, item.output), extra=result)
-                )
+                content, extra = _continued(None, item.output), {"tool_call_id": item.call_id}
+                messages.append(Message(role="tool", content=content, extra=extra))
     return messages
 
 
@@ -289,13 +287,11 @@ def _continued(before: str | list[TextPart] | None, new: Content) -> list[TextPa
     return [*parts, *(TextPart(text=text) for text in more)]
 
 
-def _assistant(messages: list[Message], is_open: Callable[[Message], object]) -> Message:
-    """Return the last message if it is the assistant's and may have the next part, else a new one.
-
-    Reasoning comes before text, and text before calls. Text continues after calls that have no
-    result yet.
-    """
-    if not messages or messages[-1].role != "assistant" or not is_open(messages[-1]):
+def _assistant(messages: list[Message], has_text: bool = False) -> Message:
+    """Return the last message if it is the assistant's and may have a call, or the next text, else
+    a new one. Text continues after calls that have no result yet."""
+    last = messages[-1] if messages else Message(role="user")
+    if last.role != "assistant" or (has_text and last.content is not None and not last.tool_calls):
         messages.append(Message(role="assistant"))
     return messages[-1]
 

@@ -240,7 +240,6 @@ class CallReader(AnswerReader):
         """``options``: those of ``AnswerReader``."""
         super().__init__(**options)
         self._form = form
-        self._closes = (form.CLOSE,) if form.CLOSE else ()
         self.warning: str | None = None
         """Sentence about the first call that cannot be made, or is doubtful."""
         self._left: str | None = None
@@ -349,17 +348,17 @@ class CallReader(AnswerReader):
 
     def _read_text(self) -> Iterator[Event | None]:
         """Read text and calls. White space around a call is not text."""
-        marks, closes, close = self._form.MARKS, self._closes, self._form.CLOSE
-        begins, breaks = any_of(marks), any_of((*closes, *marks))
-        beginnings = {one[:end] for one in (*closes, *marks) for end in range(len(one))}
+        marks, close = self._form.MARKS, self._form.CLOSE
+        signs = (close, *marks) if close else marks
+        begins, breaks = any_of(marks), any_of(signs)
+        beginnings = {one[:end] for one in signs for end in range(len(one))}
         num_retries, has_calls = MAX_RETRIES, False
         while True:
             found = begins.search(self._rest)
             if found is None and self._is_whole and self._ends_in_mark():
                 self._warn(f"{BROKEN}{BROKEN_OFF}")
                 self._is_broken_off = True
-            certain = self._certain((*marks, *closes))
-            text = self._rest[: found.start()].rstrip() if found else certain
+            text = self._rest[: found.start()].rstrip() if found else self._certain(signs)
             if has_calls and close and close in text:
                 self._warn(LEFT_OVER)
             yield from self._told(text)
