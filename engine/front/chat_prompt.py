@@ -234,15 +234,19 @@ class Rendering:
         """Turns that are replaced by sampled tokens, in order."""
         self._ending = self.text[-64:].rstrip() if chat.add_generation_prompt else ""
         if chat.continues_last:
-            last = self._messages[-1]
-            marked = {**last, "content": f"{last.get('content') or ''}{END}"}
-            before, mark, behind = self._render([*self._messages[:-1], marked]).rpartition(END[0])
-            if not mark:
-                raise TemplateError("the template leaves out the content of the last message")
-            # The template removes white space at the end of contents if it does so behind the mark.
-            self.text = before if behind.startswith(END[1]) else before.rstrip()
+            self.text = self._open_end()
         self.tokens = self.encode(self.text)
         """int32[n]."""
+
+    def _open_end(self) -> str:
+        """Return the text up to the end of the content of the last message. Takes one render."""
+        *others, last = self._messages
+        marked = {**last, "content": f"{last.get('content') or ''}{END}"}
+        before, mark, behind = self._render([*others, marked]).rpartition(END[0])
+        if not mark:
+            raise TemplateError("the template leaves out the content of the last message")
+        # The template removes white space at the end of contents if it does so behind the mark.
+        return before if behind.startswith(END[1]) else before.rstrip()
 
     def prompt(self) -> ChatPrompt:
         """Return the prompt with the positions at which later chats differ. Takes at most three

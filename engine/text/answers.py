@@ -398,6 +398,10 @@ def as_message(events: Sequence[Event]) -> dict[str, Any]:
 Finish = FinishReason | Literal["tool_calls"]
 
 
+_OPENING = {OPEN[:end] for end in range(len(OPEN))}
+"""Beginnings of the mark of reasoning."""
+
+
 class AnswerReader:
     """Reads the text of one answer as it grows. The events do not depend on the pieces in which the
     text arrives. Calls of tools are text, except in its subclass that reads a form of calls."""
@@ -471,9 +475,7 @@ class AnswerReader:
     def _read_parts(self) -> Iterator[Event | None]:
         """Yield the events in the order of the text, and None where more of it is needed."""
         if self._thinks and not self.is_thinking:
-            while (begin := self._rest.lstrip()) != OPEN and OPEN.startswith(begin):
-                if self._is_whole:
-                    break
+            while (begin := self._rest.lstrip()) in _OPENING and not self._is_whole:
                 yield None
             if begin.startswith(OPEN):  # Reasoning starts only at the beginning of an answer.
                 self._rest, self.is_thinking = begin.removeprefix(OPEN), True

@@ -327,9 +327,7 @@ def num_nodes(raw: bytes) -> int:
     return len(b"".join(marks.split(b'"')[::2]))  # Without the pieces inside texts.
 
 
-FREE = {
-    *("arguments", "input", "input_schema", "json", "parameters", "schema"),
-}
+FREE = {"arguments", "input", "input_schema", "json", "parameters", "schema"}
 """Names of objects of any form, such as JSON schemas and arguments of calls."""
 
 
@@ -363,9 +361,13 @@ def converted(value: object, of_type: type[Result], place: str = "") -> Result:
     try:
         return msgspec.convert(value, of_type, str_keys=True)
     except msgspec.ValidationError as error:
-        if isinstance(error.__cause__, ValueError):
-            raise APIError(400, str(error.__cause__)) from None
-        text, _, at = str(error).replace("`", "").partition(" - at ")
+        raise _refusal(error, of_type, place) from None
+
+
+def _refusal(error: msgspec.ValidationError, of_type: type[Result], place: str) -> APIError:
+    if isinstance(error.__cause__, ValueError):
+        return APIError(400, str(error.__cause__))
+    text, _, at = str(error).replace("`", "").partition(" - at ")
     what = "A name in " if at.startswith("key") else "A value of " if at.endswith("[...]") else ""
     fields: tuple[str, ...] = getattr(of_type, "__struct_fields__", ())
     path = at.rpartition("$")[2].removesuffix("[...]")
@@ -382,7 +384,7 @@ def converted(value: object, of_type: type[Result], place: str = "") -> Result:
         said = short(text.replace("Expected ", "must be "), 120)
         said = re.sub("Invalid (enum )?value (.*)", r"cannot be \2: see /openapi.json", said)
     param = param.removeprefix(".")
-    raise APIError(400, f"{what}{quoted(param)} {said}.", param=param, code=code)
+    return APIError(400, f"{what}{quoted(param)} {said}.", param=param, code=code)
 
 
 def _about_unknown(name: str, fields: Collection[str]) -> str:

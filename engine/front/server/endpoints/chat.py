@@ -65,6 +65,7 @@ class ChatWriter(Writer):
         context, body, template = self._context, self._body, self._context.tokenizer.chat_template
         prompt = self._prompt = await run(self._call.size, partial(render, self._call, body))
         assert template is not None, "render raises an error without one"
+        self._template = template
         calls = tool_calls(body, template) if body.tools else None
         forms = body.forms(self.FORMAT)
         read = AnswerReader if calls is None else calls.reader
@@ -104,9 +105,7 @@ class ChatWriter(Writer):
         reader = self.readers[index]
         reader.read(output)
         if reader.finish is not None and not reader.is_over:
-            template = self._context.tokenizer.chat_template
-            assert template is not None, "a chat was rendered"
-            [message] = prepared([as_message(reader.events)], template)
+            [message] = prepared([as_message(reader.events)], self._template)
             self._context.history.keep(self._prompt, message, output)
         elif reader.is_over and reader.finish is None:
             self._stream.abort("stop", output.request_id)
