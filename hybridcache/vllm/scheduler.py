@@ -454,7 +454,9 @@ class HybridScheduler(AsyncScheduler):
                 self.connector is not None
                 and type(self.connector).__name__.startswith(UNKNOWN_CONNECTORS)
             ),
-            "context parallelism": self.dcp_world_size * self.pcp_world_size > 1,
+            "context parallelism (attention blocks become longer than those of states)": (
+                self.dcp_world_size * self.pcp_world_size > 1
+            ),
             "drafts of several MTP modules": self.num_prefill_lookahead > 1,
             f"the cache groups of this model ({names})": len(attention) != 1
             or len(states) != len(managers) - 1,

@@ -573,6 +573,9 @@ REFUSED = {
     "--no-enable-prefix-caching": lambda config: vars(config.cache_config).update(
         enable_prefix_caching=False
     ),
+    r"context parallelism \(attention blocks become longer": lambda config: vars(
+        config.parallel_config
+    ).update(decode_context_parallel_size=2),
     "several MTP modules": lambda config: vars(config).update(num_prefill_lookahead_tokens=2),
 }
 
