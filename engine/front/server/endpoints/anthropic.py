@@ -83,13 +83,13 @@ class ToolResult(msgspec.Struct, kw_only=True, tag_field="type", tag="tool_resul
         """Return the tool message. Templates do not support failed tools, so the failure is added
         to the text."""
         parts = parts_of(self.content or "")
-        if self.is_error and not (parts and parts[0].text.lower().startswith("error")):
-            first = parts[0].text if parts else ""
-            parts = [TextPart(text=f"Error: {first}"), *parts[1:]]
+        texts = [part.text for part in parts]
+        if self.is_error and not texts[0].lower().startswith("error"):
+            texts[0] = f"Error: {texts[0]}"
         marks = [one for one in (self.cache_control, *(p.cache_control for p in parts)) if one]
         return Message(
             role="tool",
-            content=[TextPart(text=part.text) for part in parts],
+            content=[TextPart(text=text) for text in texts],
             cache_control=marks[0] if marks else None,
             extra={"tool_call_id": self.tool_use_id},
         )

@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 
+from engine.front.server.bodies import decode
+from engine.front.server.endpoints.anthropic import CountRequest
 from tests.engine.front.server.conftest import Live, ServeAnswer
 from tests.engine.front.server.dialects import BONN, SCHEMA
 from tests.engine.front.server.test_tools import HERMES_CALL
@@ -37,6 +39,16 @@ def events(live: Live, **changes: Any) -> list[dict[str, Any]]:
         found.append(json.loads(data.removeprefix("data: ")))
         assert name == f"event: {found[-1]['type']}"
     return found
+
+
+@pytest.mark.parametrize("said", ["no such file", "Error: no such file"])
+def test_a_failed_result_says_so_and_keeps_its_mark(said: str) -> None:
+    parts = [{"type": "text", "text": said, "cache_control": EPHEMERAL}]
+    result = {"type": "tool_result", "tool_use_id": "a", "content": parts, "is_error": True}
+    sent = {"model": "builtin", "messages": [{"role": "user", "content": [result]}]}
+    [told] = decode(CountRequest, json.dumps(sent).encode()).as_chat().messages
+    assert told.as_template_input()["content"] == "Error: no such file"
+    assert told.cache_control == EPHEMERAL
 
 
 def test_usage_counts_cache_reads_and_writes(serve_answer: ServeAnswer) -> None:
