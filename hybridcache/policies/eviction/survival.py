@@ -763,7 +763,8 @@ class Survival(EvictionPolicy):
             if rates is None:
                 ages = now - columns.times[first:last]
                 bins = _BIN_OF.take(ages, mode="clip")
-                np.maximum(bins, _FAR_BIN_OF.take(ages >> _FAR, mode="clip"), out=bins)
+                if now >= len(_BIN_OF):
+                    np.maximum(bins, _FAR_BIN_OF.take(ages >> _FAR, mode="clip"), out=bins)
                 rates = self.hazards.index.take(columns.cells[first:last] + bins)
                 worths = columns.worths[first:last]
                 values = rates * (worths if trust == 1.0 else worths**trust)
