@@ -32,8 +32,8 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from experiments.benchmarks import tree_work
-from experiments.benchmarks.tree_work import InterleavedChats, Work, new_cache
+from experiments.benchmarks import tree
+from experiments.benchmarks.tree import InterleavedChats, Work, new_cache
 from experiments.studies.common import keep, plain_table, positive
 from tests.sglang.cpu import stand_in, version
 
@@ -155,7 +155,7 @@ def replay(
     gc.collect()
     if backend == "direct":
         cache = new_cache(NUM_KV_TOKENS, NUM_SLOTS, eviction=eviction)
-        run = tree_work.replay(InterleavedChats(live, 2000, 5), cache)
+        run = tree.replay(InterleavedChats(live, 2000, 5), cache)
         return run.token_hit_rate, run.verbs.sum(1)
     done = TimedReplay(new_world(backend, NUM_KV_TOKENS, NUM_SLOTS, eviction=eviction), placement)
     done.run(work)

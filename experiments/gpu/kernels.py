@@ -18,7 +18,7 @@ which hides the host's time. The record says so. If the host took longer than th
 Ours, the rivals and the limit alternate in one run. The limit is bytes over the measured copy
 bandwidth or FLOPs over the measured GEMM rate, whichever takes longer. A wrong contender is not
 timed; if ours is wrong, the test fails. A rival that raises is reported. Without a device it also
-fails the test, unless Triton's interpreter cannot run it. `experiments.gpu.kernel_rivals` finds
+fails the test, unless Triton's interpreter cannot run it. `find_rivals` finds
 flash-linear-attention.
 
 With ``TRITON_INTERPRET=1``, tiny shapes run in Triton's interpreter, and nothing is timed.
@@ -38,8 +38,8 @@ import pytest
 import torch
 
 from engine.runner.device import Device
-from experiments.gpu import kernel_rivals, kernel_tuning
-from experiments.gpu.kernel_cases import Case, Plan, Setup, error, plans
+from experiments.gpu import kernel_tuning
+from experiments.gpu.kernel_cases import Case, Plan, Setup, error, find_rivals, plans
 from experiments.provenance import provenance
 from kernels import tuning
 from tests.kernels import interpreter
@@ -64,7 +64,7 @@ def setup() -> Setup:
     if IS_DRY:
         interpreter.repair()
         return Setup("cpu", True)
-    kernel_rivals.find()
+    find_rivals()
     return Setup(torch.accelerator.current_accelerator().type, False)
 
 

@@ -22,10 +22,10 @@ import argparse
 import json
 import math
 import random
-import subprocess
 import sys
-import tempfile
+from concurrent.futures import ProcessPoolExecutor
 from importlib.util import find_spec
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +82,7 @@ def answer(llm: Any, prompts: list[list[int]], num_tokens: int) -> list[dict[str
     return found
 
 
-def prompts_of(llm: Any, options: argparse.Namespace) -> list[list[list[int]]]:
+def prompts_of(llm: Any, options: argparse.Namespace) -> Rounds:
     """Return the prompts of each round, with the answers of this engine in them."""
     draw = random.Random(1)
     vocabulary = llm.llm_engine.vllm_config.model_config.get_vocab_size()
@@ -103,14 +103,14 @@ def prompts_of(llm: Any, options: argparse.Namespace) -> list[list[list[int]]]:
     return rounds
 
 
-def compute(run: str, options: argparse.Namespace, folder: Path) -> None:
-    """Compute a run and write its answers. The first run also writes the prompts."""
+Rounds = list[list[list[int]]]
+
+
+def compute(run: str, options: argparse.Namespace, rounds: Rounds) -> tuple[Rounds, list[Any]]:
+    """Compute a run, and the prompts if ``rounds`` is empty. Returns them and their answers."""
     llm = engine_of(run, options)
-    file = folder / "prompts.json"
-    if run == RUNS[0]:
-        file.write_text(json.dumps(prompts_of(llm, options)))
-    answers = [answer(llm, prompts, options.tokens) for prompts in json.loads(file.read_text())]
-    (folder / f"{run}.json").write_text(json.dumps([one for part in answers for one in part]))
+    rounds = rounds or prompts_of(llm, options)
+    return rounds, [one for prompts in rounds for one in answer(llm, prompts, options.tokens)]
 
 
 def compare(mine: list[dict[str, Any]], plain: list[dict[str, Any]]) -> dict[str, Any]:
@@ -146,22 +146,15 @@ def main() -> int:
     parser.add_argument("--tokens", type=int, default=48, help="tokens of an answer")
     parser.add_argument("--conversations", type=int, default=8)
     parser.add_argument("--engine", type=json.loads, default={}, help="further arguments of LLM")
-    parser.add_argument("--run", choices=RUNS, help=argparse.SUPPRESS)
-    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.run:
-        compute(options.run, options, options.folder)
-        return 0
     if find_spec("vllm") is None:
         parser.error("vLLM is not installed in this environment.")
     found: dict[str, Any] = {"check": "hits in vLLM", "model": options.model, "unit": options.unit}
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
+    answers, rounds = dict[str, list[Any]](), Rounds()
+    with ProcessPoolExecutor(1, get_context("spawn"), max_tasks_per_child=1) as processes:
         for run in RUNS:
             print(f"{run} ...", flush=True)
-            again = [sys.executable, "-m", "experiments.gpu.vllm_hits", *sys.argv[1:]]
-            subprocess.run([*again, "--run", run, "--folder", name], check=True)
-        answers = {run: json.loads((folder / f"{run}.json").read_text()) for run in RUNS}
+            rounds, answers[run] = processes.submit(compute, run, options, rounds).result()
     found |= {run: compare(answers[run], answers["none"]) for run in RUNS[1:]}
     ours = found["hybridcache"]
     allowed = MORE * max(found["chunked"]["mean_error"], found["vllm"]["mean_error"], ROUNDING)

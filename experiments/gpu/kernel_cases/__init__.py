@@ -1,20 +1,30 @@
 """Cases of `experiments.gpu.kernels`: a module per group of kernels.
 
 Each has ``plans(is_dry)``, which yields a function and its arguments for each case, so that a case
-has a name before its tensors are made. The function receives a `Setup` first."""
+has a name before its tensors are made. The function receives a `Setup` first.
+
+Kernels of flash-linear-attention (fla-core 0.6) are called with the same tensors for comparison.
+fla-core must be in a separate folder, because transformers would use it if it found it. `make
+rivals` installs it into ``out/rivals``, like `pip install --no-deps --target`. Only the benchmark
+uses that folder, with the same torch and triton. A rival that is not installed is left out; one
+that fails is reported.
+"""
 
 from __future__ import annotations
 
 import pkgutil
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
+from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 
 from engine.runner.device import Device
+from experiments.provenance import ROOT
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +100,20 @@ def error(result: torch.Tensor, expected: torch.Tensor) -> float:
 
 Inputs = Sequence[torch.Tensor | None]
 Rivals = Mapping[str, Callable[[], torch.Tensor]]
+
+
+def find_rivals() -> None:
+    """Add the folder of fla-core to the end of the import path."""
+    sys.path.append(str(ROOT / "out" / "rivals"))
+
+
+def fla(path: str, run: Callable[[Callable[..., Any]], torch.Tensor]) -> Rivals:
+    """Return the rival that passes the function ``path`` of the package to ``run``. It is imported
+    by each call, so that a missing function is a failure of this rival only."""
+    module, _, name = path.rpartition(".")
+    if not find_spec("fla"):
+        return {}
+    return {"fla": lambda: run(getattr(import_module(f"fla.{module}"), name))}
 
 
 class Plan(NamedTuple):

@@ -20,8 +20,7 @@ import kernels.cache_write.fused
 import kernels.cache_write.reference
 import kernels.rotary.fused
 import kernels.rotary.reference
-from experiments.gpu.kernel_cases import Case, Setup
-from experiments.gpu.kernel_rivals import fla
+from experiments.gpu.kernel_cases import Case, Setup, fla
 from kernels.norm import fused, reference
 from kernels.state_copy import fused as copies
 from kernels.state_copy import reference as plain_copies

@@ -17,8 +17,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from experiments.gpu.kernel_cases import Case, Rivals, Setup, num_bytes
-from experiments.gpu.kernel_rivals import fla
+from experiments.gpu.kernel_cases import Case, Rivals, Setup, fla, num_bytes
 from kernels.packed import TILE, Exports, Packed, num_tiles
 from kernels.recurrence import BLOCK_V
 from kernels.tuning import Config, using
