@@ -19,9 +19,8 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
-import sys
 import tempfile
+from multiprocessing import get_context
 from pathlib import Path
 
 from experiments.studies.common import keep
@@ -66,7 +65,7 @@ def confuse(what: str) -> None:
 
 
 def soak(
-    strategy: str, eviction: str, num_requests: int, seed: int, in_turn: bool
+    strategy: str, eviction: str, num_requests: int, seed: int, in_turn: bool, shared: str | None
 ) -> dict[str, object]:
     """Serve ``num_requests`` in this process. Raises AssertionError with the first fault."""
     os.environ["SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY"] = "1"
@@ -74,6 +73,8 @@ def soak(
     os.environ["SGLANG_TEST_RETRACT"] = str(int(not in_turn))
     os.environ["SGLANG_TEST_RETRACT_INTERVAL"] = "61"
     cpu.stand_in()
+    if shared:
+        confuse(shared)
     from tests.sglang import transfer
     from tests.sglang.random_load import RandomLoad
     from tests.sglang.scheduler import new_scheduler
@@ -113,9 +114,7 @@ def soak(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--requests", type=int, default=10_000, help="total over all strategies")
-    parser.add_argument(
-        "--strategy", choices=list(STRATEGIES), help="run only this one, in this process"
-    )
+    parser.add_argument("--strategy", choices=list(STRATEGIES), help="run only this one")
     parser.add_argument("--eviction", default="plain-lru", help="SGLang's --radix-eviction-policy")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument(
@@ -124,21 +123,11 @@ def main() -> None:
     parser.add_argument("--shared", help="confuse images, adapters or salts: the soak fails")
     parser.add_argument("--no-record", action="store_true", help="write no results")
     options = parser.parse_args()
-    if options.strategy:
-        if options.shared:
-            cpu.stand_in()
-            confuse(options.shared)
-        given = options.eviction, options.requests, options.seed, options.in_turn
-        records = [soak(options.strategy, *given)]
-    else:
-        records = []
-        for strategy in STRATEGIES:
-            share = str(options.requests // len(STRATEGIES))
-            command = [sys.executable, "-m", "experiments.sglang.soak", "--no-record"]
-            command += ["--strategy", strategy, "--requests", share, "--seed", str(options.seed)]
-            command += ["--eviction", options.eviction]
-            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-            records.append(json.loads(done.stdout.splitlines()[-1]))
+    strategies = [options.strategy] if options.strategy else [*STRATEGIES]
+    share = options.requests // len(strategies)
+    given = options.eviction, share, options.seed, options.in_turn, options.shared
+    with get_context("spawn").Pool(1, maxtasksperchild=1) as pool:  # settings are global
+        records = pool.starmap(soak, [(strategy, *given) for strategy in strategies], 1)
     if not options.no_record:
         keep("soak_sglang", records, {"sglang": cpu.version(), "kv": NUM_KV_TOKENS} | STRATEGIES)
     for record in records:
