@@ -2,6 +2,7 @@
 
 python -m tests.run all [PART ...]          everything, part by part (`make test-all`)
 python -m tests.run environments [PART ...] the suite without a compiler, without a terminal, ...
+python -m tests.run newest PACKAGE ...      the quick tests, and which newest release breaks one
 
 Each part or environment writes its output to a file in ``out/`` and one line to the screen. A part
 of ``all`` that passed on this commit, without changes of it, is not run again.
@@ -19,6 +20,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from importlib import metadata
 from pathlib import Path
 
 from kernels import library
@@ -200,6 +202,8 @@ EXACTNESS = [
     )
 ]
 """Tests that hits are exact, in all families and formats, with 1 and 2 threads."""
+NEWEST = "newest", "newest vllm", "newest sglang", "newest ray"
+"""Targets of ``tests/Makefile`` that install the newest releases of the index."""
 BARE = {"HOME": "/proc", "XDG_CACHE_HOME": "/proc/none", "TRITON_HOME": "/proc"}
 BARE |= {"LANG": "C", "LC_ALL": "C", "TERM": ""}
 BACKGROUND = "trap '' INT; exec nohup setsid --wait \"$@\" <&-"
@@ -261,18 +265,45 @@ def run_environments(names: Sequence[str]) -> int:
             Part(f"{name}, exactness", exactness, imitated(name) | EVERYTHING, lacks(name))
         )
         parts.append(Part("background", ["sh", "-c", BACKGROUND, "sh", *command], BARE))
+        parts += [Part(name, ["make", name.replace(" ", "-")]) for name in NEWEST]
         return run_chosen(parts, names, OUT / "test-environments")
+
+
+def run_newest(packages: Sequence[str]) -> int:
+    """Run the quick tests with the installed releases, and those that fail with the version of
+    ``constraints.txt`` of one package after the other: print whose newest release breaks them."""
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pins = dict(line.split("==") for line in lines if "==" in line and line[0] != "#")
+    now = {one: metadata.version(one) for one in packages}
+    print(", ".join(f"{one} {now[one]} (tested with {pins.get(one)})" for one in packages))
+    install = [sys.executable, "-m", "pip", "install", "--quiet"]
+    failed = failures([])
+    for one in packages if failed else ():
+        if pins.get(one, now[one]) != now[one]:
+            subprocess.run([*install, f"{one}=={pins[one]}"], check=True)
+            broken = ", ".join(sorted({*failed} - {*failures(failed)}))
+            print(f"{one} {now[one]} breaks: {broken or 'nothing alone'}", flush=True)
+            subprocess.run([*install, f"{one}=={now[one]}"], check=True)
+    return 1 if failed else 0
+
+
+def failures(tests: Sequence[str]) -> list[str]:
+    """Run tests, print pytest's last lines, and return the names of those that fail."""
+    done = subprocess.run([*PYTEST, *tests], cwd=ROOT, capture_output=True, text=True)
+    print("\n".join((done.stdout + done.stderr).splitlines()[-LAST_LINES:]), flush=True)
+    found = re.findall(r"^(?:FAILED|ERROR) ([^\s[]+(?:\[.*?\])?)(?: - .*)?$", done.stdout, re.M)
+    return found or ["tests"] * (done.returncode != 0)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="tests.run", description=__doc__.splitlines()[0])
     ways = parser.add_subparsers(dest="way", required=True)
-    for name in ("all", "environments"):
+    for name in ("all", "environments", "newest"):
         ways.add_parser(name).add_argument("parts", nargs="*", metavar="PART")
     options = parser.parse_args(arguments)
     if options.way == "all":
         return run_chosen(all_parts(), options.parts, OUT / "test-all", commit())
-    return run_environments(options.parts)
+    return (run_newest if options.way == "newest" else run_environments)(options.parts)
 
 
 if __name__ == "__main__":
