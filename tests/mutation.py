@@ -67,7 +67,7 @@ FORMS = "engine/weights/forms engine/front/command/test_convert.py"
 TESTS = {
     "hybridcache": "lab/runs/test_simulate.py radix/test_refusals.py",
     "hybridcache/command": "lab/test_cli.py lab/runs/test_simulate.py",
-    "hybridcache/allocators": "allocators radix",
+    "hybridcache/allocators": "allocators radix scheduling",
     "hybridcache/radix": f"{SCHEDULED} allocators adapters/test_events.py policies "
     "adapters/test_events_machine.py engine/test_policy_state.py",
     "hybridcache/scheduling": f"{SCHEDULED} lab/runs/test_closed_loop.py {DRAFTED}/test_drafts.py",

@@ -73,6 +73,13 @@ def test_every_count_of_an_account_is_halved() -> None:
     assert vars(account) == kept | {name: count / 2 for name, count in before.items()}
 
 
+def test_saves_and_missed_tokens_fade_together() -> None:
+    placement = Adaptive()
+    placement._num_placed, placement._missed_tokens = MEMORY, 6.0
+    placement.on_saved(Placed(64, "branch"))
+    assert (placement._num_placed, placement._missed_tokens) == ((MEMORY + 1) / 2, 3.0)
+
+
 @pytest.mark.parametrize(
     ("rejoins", "boundary_hit", "missed", "is_saved"),
     [(12, 6400, 40, True), (12, 6400, 60, False), (12, 0, 60, True), (6, 6400, 100, True),

@@ -18,9 +18,11 @@ from hybridcache.policies.admission import (
     DUE_FACTOR,
     DUE_S,
     FLOOR,
+    LEAST_LIMIT,
     LOOK_AHEAD,
     TOKENS_A_PASS,
     SessionGate,
+    _Limit,
 )
 from hybridcache.policies.registry import make_admission
 from hybridcache.radix.protocol import PromptBoundaries
@@ -460,3 +462,20 @@ def test_a_custom_admission_policy_orders_requests() -> None:
         assert arrivals(make_admission(policy).order(requests, FakeLoad())) == found
     with pytest.raises(ValueError, match="return waiting requests, each at most once"):
         make_admission(type("Own", (NewestFirst,), {"order": lambda *_: [1]})).order(requests, None)
+
+
+def test_the_limit_moves_once_per_cycle_or_at_once_between_its_bounds() -> None:
+    limit, shares = _Limit(), []
+    for now_s, factor, step, at_once in (
+        (0, 0.5, 0.0, False),
+        (9, 0.5, 0.0, False),
+        (9, 0.5, 0.0, True),
+        (18, 1.0, 0.125, False),
+        (19, 1.0, 0.125, False),
+        (20, 0.5, 0.0, True),
+        (21, 0.5, 0.0, True),
+        (31, 1.0, 2.0, False),
+    ):
+        limit.update(now_s, 10, factor, step, at_once)
+        shares.append(limit.share)
+    assert shares == [0.5, 0.5, 0.25, 0.25, 0.375, 0.1875, LEAST_LIMIT, 1.0]

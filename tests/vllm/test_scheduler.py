@@ -324,6 +324,29 @@ def test_requests_go_on_after_sleep(level):
     assert steps.hits == [0, 288] + [0] * level
 
 
+def test_the_text_that_prompts_of_one_step_share_is_saved():
+    """They share 264 tokens, and 164 with the prompt before."""
+    steps = Steps(chunk=128)
+    groups = [(100, 90)], [(200, 90), (333, 90)], [(200, 40)]
+    drawn = [[prompt_of((9, 64), (2, size), (size, rest)) for size, rest in one] for one in groups]
+    hits = [steps.serve(*(turn(one, 4) for one in prompts)) for prompts in drawn]
+    assert hits == [[0], [96, 96], [256]]
+
+
+def test_the_policy_is_told_of_saved_states_and_listeners_of_removed_keys():
+    """A key that another block has is not removed for listeners."""
+    steps, told = Steps(), []
+    manager = steps.scheduler.kv_cache_manager
+    policy, pool, tree = manager.places.policy, manager.block_pool, manager.tree
+    policy.on_saved, policy.on_dropped = told.append, lambda _: told.append(None)
+    steps.serve(turn(prompt_of((1, 300)), 4))
+    assert len(told) == len(tree.states) > 0 and None not in told
+    pool.enable_kv_cache_events = True
+    [key, *_] = (block.block_hash for blocks in tree.states.values() for block in blocks)
+    pool._emit_block_removed_events([key])
+    assert not pool.take_events()
+
+
 def test_others_pass_a_request_that_waits_for_a_state_of_this_step():
     steps, prompt = Steps(), prompt_of((1, 300))
     for one in (prompt, prompt, prompt_of((2, 300))):

@@ -10,6 +10,7 @@ import csv
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -349,6 +350,7 @@ def test_qwen_tokenizer_works_without_transformers(tmp_path: Path) -> None:
     """The ids were checked with transformers."""
     code = """
 import sys
+from dataclasses import replace
 sys.modules["transformers"] = None
 from hybridcache.lab.traces.text import load_chat_text
 print(load_chat_text("qwen3.5").encode("A radix tree, 42.<|im_end|>").tolist())
@@ -408,6 +410,8 @@ def test_answers_repeated_by_the_next_prompt_are_counted(
     stats = trace_stats(open_trace(f"{path}?tokenizer=bytes"))
     assert stats.repeated_answers == pytest.approx(share)
     assert ("answers found again" in stats_table(stats)) == (share is not None)
+    for seconds, text in ((10.0, "over 10 s;"), (9.96, "over 10.0 s;")):
+        assert text in stats_table(replace(stats, duration_s=seconds))
 
 
 def test_published_conversations_and_logs_of_the_responses_api_are_read(tmp_path: Path) -> None:
