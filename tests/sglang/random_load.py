@@ -43,6 +43,8 @@ def placeholders(image: int, length: int) -> list[int]:
     """Return the ids that SGLang puts in place of an image of ``length`` tokens."""
     item = MultimodalDataItem(modality=Modality.IMAGE)
     item.set_hash(image)
+    if not hasattr(item, "padding_sequence"):  # SGLang 0.5.22
+        return [item.pad_value] * length
     return item.padding_sequence(length)
 
 
