@@ -1,7 +1,7 @@
 """Write docs/report.md as one HTML file and as a PDF: python docs/printable.py [FOLDER].
 
-FOLDER is out/report by default. It needs `pip install -e '.[docs]' weasyprint`, and the library
-Pango of the system.
+FOLDER is out/report by default. It needs `pip install -e '.[docs]'`, and the library Pango of the
+system.
 """
 
 import re
@@ -14,7 +14,7 @@ try:
     from myst_parser.docutils_ import Parser
     from weasyprint import HTML
 except (ImportError, OSError) as error:
-    needs = "pip install -e '.[docs]' weasyprint, and Pango of the system"
+    needs = "pip install -e '.[docs]', and Pango of the system"
     sys.exit(f"printable.py needs {needs} ({str(error).splitlines()[0]})")
 
 DOCS = Path(__file__).resolve().parent

@@ -298,7 +298,7 @@ def test_registered_names_are_in_the_reference(names: Iterable[str], page: str) 
 def test_a_report_without_its_packages_names_them(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "docutils.core", None)
     said = refused(
-        "needs pip install -e .*weasyprint",
+        "needs pip install -e .*docs.*Pango",
         runpy.run_path,
         f"{ROOT}/docs/printable.py",
         kind=SystemExit,
