@@ -12,6 +12,7 @@ import runpy
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator
+from dataclasses import fields
 from pathlib import Path
 from types import ModuleType
 
@@ -30,6 +31,7 @@ from hybridcache.lab.results.report import METRICS
 from hybridcache.lab.results.result import RequestRecord
 from hybridcache.lab.rivals.evictions import ALL_NAMES
 from hybridcache.lab.rivals.systems import BASELINES
+from hybridcache.lab.runs.fleet import FleetConfig
 from hybridcache.lab.traces import READERS
 from hybridcache.lab.traces.generators import GENERATORS
 from hybridcache.policies.placement import ANSWER_END, BACK, HEAD, REJOIN
@@ -283,12 +285,23 @@ def test_embedding_pages_import_only_public_names(page: str, generate: ModuleTyp
         (GENERATORS, "traces"),
         (BASELINES, "simulator"),
         (ROUTERS, "simulator"),
+        ([one.name for one in fields(FleetConfig)], "simulator"),
         (families(), "../engine/models"),
         ((ANSWER_END[0], BACK, HEAD, REJOIN), "../concepts/placement"),
         (RequestRecord._fields, "../how-to/explain-a-difference"),
         ([name for name, of in vars(headroom).items() if of in FACTS], "../results-headroom"),
     ],
-    ids=["readers", "generators", "baselines", "routers", "families", "labels", "columns", "facts"],
+    ids=[
+        "readers",
+        "generators",
+        "baselines",
+        "routers",
+        "fleets",
+        "families",
+        "labels",
+        "columns",
+        "facts",
+    ],
 )
 def test_registered_names_are_in_the_reference(names: Iterable[str], page: str) -> None:
     documented = set(re.findall(r"`([\w-]+)`", reference(page)))

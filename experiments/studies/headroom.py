@@ -206,9 +206,14 @@ class Known(PlacementPolicy):
 
 
 def told(trace: Trace) -> list[TraceRequest]:
-    """Return the requests of ``trace``; the last of each session tells that it has ended."""
+    """Return the requests of ``trace``; the last of each session tells that it has ended.
+    ValueError for a trace without sessions, of which each request would end."""
     requests = list(trace)
-    for number in {request.session: at for at, request in enumerate(requests)}.values():
+    last = {request.session: number for number, request in enumerate(requests)}
+    if len(last) == len(requests):
+        problem = "no session has a second request, so that no end of a session is known"
+        raise ValueError(f"{trace.full_name}: {problem}: name sessions, or tell another fact")
+    for number in last.values():
         requests[number] = requests[number]._replace(stop_reason=SESSION_END)
     return requests
 

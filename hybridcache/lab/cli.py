@@ -376,7 +376,10 @@ def _simulate(options: argparse.Namespace) -> int:
 
 
 def _compared(result: SimulationResult) -> list[str]:
-    """Return the differences between the first competitor and the others, by size."""
+    """Return the differences between the first competitor and the others, by size, or the reason
+    why there are none."""
+    if len(result) and result[0].draws:
+        return ["no differences by request: each draw has other requests; leave out --seeds"]
     first, *others = result.by_label().values()
     pairs = [pair for runs in others for pair in product(first, runs) if pair[0].by_request]
     return [one.compare(two).table() for one, two in pairs if one.gib == two.gib]

@@ -390,6 +390,9 @@ def test_a_run_that_knows_a_fact_is_compared_with_one_that_knows_none() -> None:
     assert runs[headroom.PLACES].cached_tokens > plain.cached_tokens
     ended = [one.stop_reason == "session_end" for one in headroom.told(trace)]
     assert sum(ended) == len({one.session for one in trace})
+    alone = open_trace("few-shot?head=3")
+    with pytest.raises(ValueError, match="no end of a session is known: name sessions"):
+        headroom.run_with(headroom.ENDS, alone, 0.5)
 
 
 def test_overload_in_vllm_shows_hits_and_time_of_each_cell():

@@ -25,6 +25,7 @@ from hybridcache.adapters.routing.protocol import ReplicaId, ReplicaSpec, RouteR
 from hybridcache.adapters.routing.registry import find_router
 from hybridcache.geometry.model import ModelGeometry
 from hybridcache.geometry.times import Roofline
+from hybridcache.geometry.units import counted
 from hybridcache.lab.results.result import Plain, StoredResult
 from hybridcache.lab.runs.serving import RequestLog
 from hybridcache.lab.runs.target import LeasedRequest, LeaseTarget, build_target
@@ -41,6 +42,7 @@ class FleetConfig:
     """Replicas and their router."""
 
     replicas: int = 8
+    """Number of caches, each with the memory of the scenario."""
     router: str = "checkpoint"
     """A word of ``ROUTERS``, or ``module:Class``."""
     load: float | None = None
@@ -51,6 +53,7 @@ class FleetConfig:
     failures: int = 0
     """Number of replicas that fail, evenly over the trace; each is replaced by an empty one."""
     replaced_s: float = 30.0
+    """Seconds from a failure until the empty replica."""
     seed: int = 0
     """Number of the replica that fails first."""
 
@@ -86,11 +89,17 @@ class FleetResult(StoredResult, Tabular):
 
 def run_fleet(trace: Trace, scenario: Scenario, fleet: FleetConfig) -> FleetResult:
     """Run a fleet over a trace, which is best held in memory (``Trace.kept``). Every replica has
-    the cache, the memory and the machine of ``scenario``, which has one policy and size. O(events
-    log events)."""
+    the cache, the memory and the machine of ``scenario``. ValueError unless it has one competitor
+    and one size, no ``baseline``, and ``trace`` a request. O(events log events)."""
     points, _ = scenario.points(trace, max(scenario.page_size, trace.unit))
-    geometry, [cell] = scenario.geometry(), scenario.cells(points)
+    geometry, (cell, *others) = scenario.geometry(), scenario.cells(points)
+    if others or cell.baseline:
+        given = cell.title + f" and {counted(len(others), 'other')}" * bool(others)
+        needed = "a fleet needs one policy with one placement at one size, gib=N, and no baseline"
+        raise ValueError(f"{needed} (got {given}): run a fleet for each")
     work = [(one.timestamp_s, geometry.flops(0, one.num_tokens(trace.unit))) for one in trace]
+    if not work:
+        raise ValueError(f"{trace.full_name}: {trace.is_empty_because}")
     first_s, seconds = work[0][0], work[-1][0] - work[0][0]
     times = cell.prefill_times(geometry)
     if fleet.load is not None:

@@ -173,6 +173,10 @@ def test_the_command_writes_requests_and_compares_the_first_policy(tmp_path, cap
     with path.open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 60 and {row["run"] for row in rows} == {"lru", "fifo"}
+    assert main([*command, "--seeds", "2", "--requests", str(path)]) == 0
+    assert "no differences by request: each draw has other requests;" in capsys.readouterr().out
+    with path.open(newline="") as file:
+        assert len({row["trace"].partition("&")[0] for row in csv.DictReader(file)}) == 2
 
 
 def test_a_notebook_has_progress_and_needs_a_file_for_other_processes(monkeypatch, capsys) -> None:

@@ -45,6 +45,16 @@ def test_fleet_of_one_equals_a_single_cache(router: str) -> None:
     assert one.rerouted == 0 < one.token_hit_rate == one.as_record()["token_hit_rate"]
 
 
+@pytest.mark.parametrize(
+    "given",
+    [{"gib": (1.0, 2.0)}, {"gib": None}, {"policy": "lru,fifo"}, {"baseline": "vllm"}, {"head": 0}],
+)
+def test_a_fleet_has_one_policy_and_size_and_a_request(given: dict[str, object]) -> None:
+    trace = SHORT.head(given.pop("head", 1))
+    with pytest.raises(ValueError, match=r"a fleet needs one policy .* at one size|no request"):
+        run_fleet(trace, Scenario(trace, **{"gib": 1.0} | given), FleetConfig())
+
+
 def test_next_turn_starts_after_the_answer_of_the_previous_one() -> None:
     tokens = np.arange(70, dtype=np.int32)
     requests = [
