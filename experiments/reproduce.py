@@ -303,7 +303,10 @@ def differences(part: Rebuilt, folder: Path, most: int = 20) -> tuple[list[str],
             )
             is_whole &= bool(part.absent_data)
         if new := len(after) - len(both):
-            lines[-1] += f"; {new} are new"
+            known = {part for key in before for part in key}
+            named = [*dict.fromkeys(part for key in after for part in key if part not in known)]
+            lines[-1] += f"; {new} are new ({', '.join(named[:6]) or 'other pairs'}), so that "
+            lines[-1] += "columns of the table that summarise cells, such as the best, can change"
             is_whole &= bool(both)
         for key in both:
             old, now = before[key], after[key]

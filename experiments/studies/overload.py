@@ -21,8 +21,7 @@ from statistics import fmean
 from typing import Any
 
 from experiments.studies import common
-from experiments.studies.admission import CACHES, SPLITS, WORKLOADS, scenario, waits
-from experiments.studies.common import REBUILT
+from experiments.studies.admission import CACHES, REBUILT, SPLITS, WORKLOADS, scenario, waits
 from experiments.tables import Cell, Column, Table
 from hybridcache.lab.runs.closed_loop import simulate_closed_loop
 

@@ -340,7 +340,7 @@ def test_cells_are_paired_by_their_settings(tree: Tree, tmp_path: Path) -> None:
         ([2, 0, 1], (), True, "3 of 3 common cells agree"),
         ([0, 2], ("x/absent.jsonl",), True, "2 of 2 common cells agree; 1 were not run: x/absent"),
         ([0, 2], (), False, "2 of 2 common cells agree; 1 were not run: not known why"),
-        ([0, 1, 2, 3], (), True, "3 of 3 common cells agree; 1 are new"),
+        ([0, 1, 2, 3], (), True, "3 common cells agree; 1 are new (seed 3), so that"),
         ([3], ("x/absent.jsonl",), False, "0 of 0 common cells agree; 3 were not run: x/absent"),
     ):
         provenance.write_json_lines(folder / name, [cells[number] for number in kept])
