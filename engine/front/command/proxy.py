@@ -21,7 +21,7 @@ from starlette.types import Receive, Scope, Send
 
 from engine.errors import JsonObject
 from engine.front.chat_prompt import NO_CHAT, Conversation, Rendering
-from engine.front.server.access import plain_address
+from engine.front.server.access import SALT_HEADER, key_in, plain_address
 from engine.front.server.bodies import APIError, ClientGone, converted, settled
 from engine.front.server.schemas import ChatRequest, Message, plain_message
 from engine.front.server.tool_calls.form import prepared
@@ -50,6 +50,7 @@ class Recording:
     """A request that is recorded, and its answer so far."""
 
     seconds: float
+    headers: Mapping[bytes, bytes]
     body: bytes
     answer: httpx.Response | None = None
     """Status and headers of the answer. None before the answer starts."""
@@ -86,9 +87,9 @@ class TraceWriter:
         header = {"format": "hybridcache", "version": 1, "unit": 1, "counted_by": counted_by}
         self._append(_line(header))
 
-    def begin(self, body: bytes) -> Recording:
+    def begin(self, headers: Mapping[bytes, bytes], body: bytes) -> Recording:
         """Start to record a request with this complete ``body``. O(1)."""
-        exchange = Recording(time.monotonic() - self._began_s, body)
+        exchange = Recording(time.monotonic() - self._began_s, headers, body)
         self._pending.append(exchange)
         return exchange
 
@@ -150,10 +151,14 @@ class TraceWriter:
                 chain = hashlib.blake2b(raw, key=chain, digest_size=32).digest()
                 hashed.append(int.from_bytes(chain[:4], "little") & 0x7FFFFFFF)
             ids, output = hashed[: len(ids)], hashed[len(ids) :]
+        # As by default in the server, different keys and different salts share nothing.
+        in_header = exchange.headers.get(SALT_HEADER.encode(), b"").decode(errors="replace")
+        salt = in_header or body.get("cache_salt")
+        owner = [body.get("model"), key_in(exchange.headers).hex(), salt]
         line: JsonObject = {
             "timestamp": round(exchange.seconds, 3),
-            "session": self._digest(_beginning(body)),
-            "namespace": self._digest([body.get("model"), body.get("cache_salt")]),
+            "session": self._digest([owner, _beginning(body)]),
+            "namespace": self._digest(owner),
             "tokens": ids,
             "output": output,
         }
@@ -305,7 +310,7 @@ class Proxy:
 
     async def _pass_on(self, scope: Scope, body: bytes, receive: Receive, send: Send) -> None:
         is_recorded = scope["method"] == "POST" and scope["path"].endswith(RECORDED)
-        exchange = self._writer.begin(body) if is_recorded else None
+        exchange = self._writer.begin(dict(scope["headers"]), body) if is_recorded else None
         if scope["method"] == "POST" and scope["path"].endswith(ANSWERS) and not is_recorded:
             self._thread.submit(self._writer.skip, "only chat completions are written")
         try:

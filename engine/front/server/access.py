@@ -163,10 +163,7 @@ class Access:
                 return APIError(400, "A request has one Authorization and one x-api-key header.")
         if self._proxies or ":" in (scope.get("client") or ("",))[0]:
             self._name_client(scope)
-        scheme, _, given = headers.get(b"authorization", b"").partition(b" ")
-        if scheme.lower() != b"bearer":
-            given = headers.get(b"x-api-key", b"")  # the header of Anthropic's clients
-        given = given.strip()
+        given = key_in(headers)
         is_reserved, operator = path.startswith(OPERATORS), self._operator
         # All keys are compared, even after a match: the time must not depend on them.
         fits = sum(hmac.compare_digest(given, key) for key in self.accepted)
@@ -234,6 +231,14 @@ class Access:
         with suppress(ValueError):
             return urlsplit("//" + host).hostname in [one.lower() for one in allowed]
         return False
+
+
+def key_in(headers: Mapping[bytes, bytes]) -> bytes:
+    """Return the API key in the ``headers`` of a request, or nothing if there is none."""
+    scheme, _, given = headers.get(b"authorization", b"").partition(b" ")
+    if scheme.lower() != b"bearer":
+        given = headers.get(b"x-api-key", b"")  # the header of Anthropic's clients
+    return given.strip()
 
 
 def plain_address(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:

@@ -241,6 +241,23 @@ def test_a_trace_of_overlapping_requests_can_be_replayed(setup: Setup, seed: int
     assert times == sorted(times) and result.runs[0].requests == 24
 
 
+def test_equal_chats_of_different_keys_or_salts_share_nothing(setup: Setup) -> None:
+    """No key is in the file. Header or body, and the name of the header, make no difference."""
+    key, other = {"Authorization": "Bearer first-key"}, {"Authorization": "bearer other-key"}
+    salt, as_salt = {"x-cache-salt": "my-salt"}, {"cache_salt": "my-salt"}
+    sent: list[tuple[dict[str, str], dict[str, str]]] = [
+        (key, {}), (other, {}), (key | salt, {}), ({}, {}),
+        ({"x-api-key": "first-key"}, {}), (key, as_salt),
+    ]  # fmt: skip
+    for headers, more in sent:
+        httpx.post(setup.url, json=chat("equal", **more), headers=headers, timeout=120)
+    lines = lines_of(setup.path, len(sent))
+    for name in ("session", "namespace"):
+        first = [line[name] for line in lines]
+        assert len({*first}) == 4 and first[4:] == [first[0], first[2]]
+    assert "first-key" not in setup.path.read_text() and b"first-key".hex() not in str(lines)
+
+
 def test_the_address_of_a_client_is_passed_on(setup: Setup) -> None:
     """Those of this machine need none: the proxy is there too."""
     for client, added in (
