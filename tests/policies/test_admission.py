@@ -266,6 +266,20 @@ def test_a_due_request_precedes_all_that_arrived_after_it() -> None:
     assert arrivals(policy.order([lost, younger, late], load)) == [1, 3, 4], "turns wait as well"
 
 
+def test_a_request_that_waits_for_itself_alone_enters_before_the_first_answer() -> None:
+    """The debt is high, and computing the prompt takes an eighth of a second."""
+    policy, load = make_admission("sessions"), FakeLoad(session_share=0.6)
+    policy.computed(8000, 1.0, load)
+    lost = FakeRequest(0, session(0, known_len=10**6), 10**6, is_prefilling=False)
+    policy.admitted(lost, load)
+    load.running, load.open_sessions = [lost], [lost.session]
+    new = FakeRequest(1, session(1, num_requests=1))
+    load.now_s = 0.124
+    assert arrivals(policy.order([new], load)) == []
+    load.now_s = 0.126
+    assert arrivals(policy.order([new], load)) == [1]
+
+
 def test_an_operator_bounds_the_time_until_a_request_is_due() -> None:
     policy, load = make_admission("sessions:5"), FakeLoad(running=[None])
     congest(policy, load, lost=10**9)

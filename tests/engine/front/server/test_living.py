@@ -315,6 +315,31 @@ def test_no_comment_is_written_into_a_stream_whose_events_follow_each_other(
     assert [piece for piece in sent if piece] == [*[b"6\r\ndirect\r\n"] * 4, b"last"]
 
 
+@pytest.mark.parametrize("fault", [None, "1.0", "disconnected", "closing", "paused"])
+def test_events_are_written_at_once_while_the_client_reads_chunks(fault: str | None) -> None:
+    connection = SimpleNamespace(
+        cycle=SimpleNamespace(
+            scope={"http_version": "1.0" if fault == "1.0" else "1.1"},
+            disconnected=fault == "disconnected",
+        ),
+        transport=SimpleNamespace(is_closing=lambda: fault == "closing"),
+        flow=SimpleNamespace(write_paused=fault == "paused"),
+    )
+    ready = list[bool]()
+
+    async def events() -> AsyncGenerator[bytes]:
+        ready.append(answer.is_ready)
+        yield b"last"
+
+    async def send(message: Any) -> None:
+        pass
+
+    answer = transport.SentEvents(events())
+    scope = {"type": "http", "state": {"connection": connection}}
+    asyncio.run(answer(scope, asyncio.Event().wait, send))
+    assert ready == [fault is None]
+
+
 ENDED = {"metadata": {"session_end": "true"}}
 
 
