@@ -151,7 +151,8 @@ def test_a_listener_that_raises_is_unsubscribed_and_breaks_nothing(event, caplog
     cache.subscribe(broken)
     cache.subscribe(EventStream(mirror.apply))
     for tokens in (ids("abcde"), ids("aX"), ids("abcdeZ")):
-        publish(cache, tokens, [2, len(tokens)])
+        node = publish(cache, tokens, [2, len(tokens)]).node
+        cache.label_tip(node, "stop")
         cache.check(held_tokens=0, held_slots=0)
     cache.evict(num_tokens=2, num_slots=1)
     cache.check(held_tokens=0, held_slots=0)
