@@ -175,7 +175,7 @@ class Access:
             return APIError(429, message, headers={"Retry-After": f"{wait_s}"})
         if is_reserved and operator is not None and not is_operators:
             if not fits:
-                return _no_key("--admin-key-file")
+                return _no_key(given, "The operator's key")
             message = "This key may use the API; the cache needs the key of --admin-key-file."
             return APIError(403, message)
         host = headers.get(b"host", b"").decode("latin-1")
@@ -186,7 +186,7 @@ class Access:
             return APIError(403, message)
         if self.accepted and path not in OPEN:
             if not fits:
-                return _no_key(f"--api-key-file or {API_KEY_VARIABLE}")
+                return _no_key(given, "An API key")
             name = self._names.get(given) or hashlib.sha256(given).hexdigest()[:KEY_DIGITS]
             scope["state"] |= {"api_key": given, "key_name": name}
         if not is_reserved or operator is not None or _is_from_here(Request(scope)):
@@ -255,8 +255,10 @@ def _network(text: str) -> ipaddress.IPv4Network | ipaddress.IPv6Network:
     raise ValueError(f"--trusted-proxy must be addresses or networks, as 10.0.0.0/8 (got {text}).")
 
 
-def _no_key(source: str) -> APIError:
-    message = f"Send a valid key of {source} as Authorization: Bearer KEY."
+def _no_key(given: bytes, needed: str) -> APIError:
+    message = f"{needed} is required: send Authorization: Bearer KEY, or x-api-key: KEY."
+    if given:
+        message = "This key is not accepted here: check it, or ask the operator for another one."
     challenge = {"WWW-Authenticate": "Bearer"}
     return APIError(401, message, code="invalid_api_key", headers=challenge)
 
@@ -299,8 +301,8 @@ def _read_keys(flag: str, file: str) -> dict[bytes, tuple[str, str]]:
 
 def _sendable(lines: Mapping[str, bytes], source: str) -> dict[bytes, tuple[str, str]]:
     """Return the keys in ``lines``, which are by place, each with the name behind it, or "", and
-    its place. Raises ValueError without one, if a key is not printable or a name not a word, or if
-    a key has two names."""
+    its place. Raises ValueError without one, if a key is not printable or a name not a word, if a
+    name is as long as its key, as in a line that begins with it, or if a key has two names."""
     found: dict[bytes, tuple[str, str]] = {}
     for place, line in lines.items():
         key, *more = line.split() or [b""]
@@ -310,6 +312,9 @@ def _sendable(lines: Mapping[str, bytes], source: str) -> dict[bytes, tuple[str,
             raise ValueError(f"{place}: {said}")
         if more and not KEY_NAME.fullmatch(b" ".join(more)):
             said = "a key may be followed by a name: at most 40 letters, digits or any of . @ + - _"
+            raise ValueError(f"{place}: {said}")
+        if key and len(key) <= len(name):  # A name is public: /metrics has it.
+            said = "a line is KEY NAME, the key first, and longer than its name."
             raise ValueError(f"{place}: {said}")
         before, first = found.get(key, (name, ""))
         if before != name:

@@ -182,7 +182,8 @@ def serve(
             told.remove(signal.SIGHUP)
             try:
                 access.reload()
-                logger.warning("The keys were read again.")
+                number = counted(len(access.accepted), "key")
+                logger.warning("The keys were read again: %s accepted.", number)
             except ValueError as error:
                 logger.error("The keys stay as they are: %s", error)
         return bool(told or engine.failure)

@@ -168,8 +168,9 @@ def test_api_keys_and_cors_origins(
     def status(path: str = "/v1/models", **headers: str) -> int:
         return httpx.get(live.url + path, headers=headers).status_code
 
-    assert status() == 401 and status(authorization="Bearer wrong") == 401
-    assert status(authorization="secret") == 401
+    assert status(authorization="Bearer wrong") == 401 == status(authorization="secret")
+    assert "An API key is required" in httpx.get(live.url + "/v1/models").text
+    assert "not accepted" in httpx.get(live.url + "/v1/models", headers={"x-api-key": "x"}).text
     assert status(authorization="Bearer secret") == status(authorization="Bearer other") == 200
     assert status(**{"x-api-key": "secret"}) == 200
     assert status("/health") == 200 and status("/metrics") == 200

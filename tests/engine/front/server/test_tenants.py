@@ -292,8 +292,9 @@ def test_a_request_with_two_keys_is_refused(serve_oracle: Callable[..., Live]) -
         (b"\x93\xd0\x07", "line 1 of FILE: each key must be printable ASCII"),
         (b"k three words", "line 1 of FILE: a key may be followed by a name"),
         (b"# a\r\n\r\nk na:me\r\n", "line 3 of FILE: a key may be followed by a name"),
-        (b"k a\n\nk b\n", "line 3 of FILE: the key of line 1 of FILE has another name here"),
-        (b"k\nk a\n", "line 2 of FILE: the key of line 1 of FILE has another name here"),
+        (b"k1 a\n\nk1 b\n", "line 3 of FILE: the key of line 1 of FILE has another name here"),
+        (b"key-1 bob\nada a-secret\n", "line 2 of FILE: a line is KEY NAME, the key first"),
+        (b"k1\nk1 a\n", "line 2 of FILE: the key of line 1 of FILE has another name here"),
     ],
 )
 @pytest.mark.parametrize("setting", ["api_key_file", "admin_key_file"])
@@ -324,19 +325,19 @@ def test_one_name_stands_for_a_key_everywhere(
     serve_oracle: Callable[..., Live], tmp_path: Path, caplog: Any
 ) -> None:
     """Keys with the same name share the cache and stored answers, so that a key can be replaced."""
-    (tmp_path / "api").write_text("k1 bob # of the team\nk2 dave\nk3 bob\nk4\n")
-    (tmp_path / "admin").write_text("k5\n")
+    (tmp_path / "api").write_text("key-1 bob # of the team\nkey-2 dave\nkey-3 bob\nkey-4\n")
+    (tmp_path / "admin").write_text("key-5\n")
     files = {f"{name}_key_file": str(tmp_path / f"{name}") for name in ("api", "admin")}
     live = serve_oracle(ServerConfig(log_requests=True, **files))
-    counts = [cached_tokens(live, Authorization=f"Bearer k{n}") for n in (1, 2, 3, 4, 4)]
+    counts = [cached_tokens(live, Authorization=f"Bearer key-{n}") for n in (1, 2, 3, 4, 4)]
     assert counts[:2] == [0, 0] and counts[2] > 0 == counts[3] and counts[4] > 0
-    stored = live.post("/v1/responses", {"input": "x"}, Authorization="Bearer k1").json()["id"]
+    stored = live.post("/v1/responses", {"input": "x"}, Authorization="Bearer key-1").json()["id"]
     for number, status in ((3, 200), (2, 404)):
-        answer = live.get(f"/v1/responses/{stored}", Authorization=f"Bearer k{number}")
+        answer = live.get(f"/v1/responses/{stored}", Authorization=f"Bearer key-{number}")
         assert answer.status_code == status
-    live.headers["Authorization"] = "Bearer k5"
+    live.headers["Authorization"] = "Bearer key-5"
     report = live.report()
-    nameless = hashlib.sha256(b"k4").hexdigest()[:8]
+    nameless = hashlib.sha256(b"key-4").hexdigest()[:8]
     cached = {name: of["cached_tokens"] for name, of in report["keys"].items()}
     assert cached.items() >= {"bob": counts[2], "dave": 0, nameless: counts[4]}.items()
     assert report["keys"]["bob"]["requests"] == 3, "a GET is no request with an answer"
@@ -345,8 +346,8 @@ def test_one_name_stands_for_a_key_everywhere(
     assert roots == {"bob", "dave", nameless}
     metrics = live.get("/metrics").text
     assert f'engine_key_cached_tokens_total{{key="bob"}} {float(counts[2])}' in metrics
-    assert "key bob" in caplog.text and "key dave" in caplog.text and "k1" not in caplog.text
-    answer = live.http.get("/v1/cache", headers={"Authorization": "Bearer k1"})
+    assert "key bob" in caplog.text and "key dave" in caplog.text and "key-1" not in caplog.text
+    answer = live.http.get("/v1/cache", headers={"Authorization": "Bearer key-1"})
     assert answer.status_code == 403 and "may use the API" in answer.text
 
 
@@ -399,7 +400,11 @@ def test_keys_are_read_again(tmp_path: Path) -> None:
     access.reload()
     assert [*map(accepted, ["a", "b", "c", ""])] == [False, True, True, False]
     line = f"line 1 of --admin-key-file {admin} has the key of line 2 of --api-key-file {file}"
-    for text, message in (("", "has no key"), ("b x\nd\nb y", "line 3 of "), ("d\noperator", line)):
+    for text, message in (
+        ("", "has no key"),
+        ("bb x\nd\nbb y", "line 3 of "),
+        ("d\noperator", line),
+    ):
         file.write_text(text)
         refused(message, access.reload)
         assert [*map(accepted, ["b", "c", "d", "operator"])] == [True, True, False, True]
