@@ -194,6 +194,10 @@ LONG = 4096
 """Bytes, characters or tokens above which work is done in a thread."""
 _threads = ThreadPoolExecutor(2, thread_name_prefix="server")
 """Threads for long work, which does not delay short work."""
+LARGE_BODY, MAX_LARGE_BODIES = 4 << 20, 8
+"""Bytes above which a body is large, and number of large ones that are received at once."""
+MEDIA_SHARE = 7 / 8
+"""Part of ``max_body_mib`` that only images, documents and sound may fill."""
 MAX_NODES = 100_000
 """Maximum names, lists and objects of a JSON text: decoding holds the interpreter for 50 ms."""
 TOO_MANY = f"it has more than {MAX_NODES:,} names, lists and objects"
@@ -233,9 +237,11 @@ LISTS = "messages", "input", "tools"
 """Lists of a body that are read entry by entry; the first two are chats."""
 
 
-def decode(kind: type[Kind], raw: bytes, refuses_images: bool = False) -> Kind:
+def decode(kind: type[Kind], raw: bytes, config: ServerConfig) -> Kind:
     """Return the body ``raw`` as ``kind``; lone surrogates become U+FFFD. Raises APIError 400 with
-    one sentence about the first fault, or the first image. O(its size)."""
+    one sentence about the first fault, or the first refused image, and 413 for much text. O(its
+    size)."""
+    refuses_images, most_mib = config.images == "refuse", config.max_body_mib * (1 - MEDIA_SHARE)
     try:
         text = raw.decode()
         if num_nodes(raw) > MAX_NODES:
@@ -259,7 +265,15 @@ def decode(kind: type[Kind], raw: bytes, refuses_images: bool = False) -> Kind:
                 body[name][at] = form(entry, place) if form and isinstance(entry, dict) else entry
     except ValueError as error:
         raise APIError(400, str(error)) from None
+    if len(raw) > most_mib * 2**20 < len(repr(body)):
+        raise _too_large("The body without images, documents and sound", most_mib, config)
     return converted(body, kind)
+
+
+def _too_large(what: str, most_mib: float, config: ServerConfig) -> APIError:
+    message = f"{what} is larger than {most_mib:g} MiB: send less, or serve with "
+    message += f"ServerConfig(max_body_mib=N), now {config.max_body_mib:g}, of engine.serve_engine."
+    return APIError(413, message)
 
 
 MEDIA = {
@@ -403,39 +417,46 @@ class ClientGone(APIError):
         super().__init__(499, "The client has disconnected.")
 
 
-async def read_body(request: Request, kind: type[Kind], config: ServerConfig) -> tuple[Kind, int]:
+async def read_body(
+    request: Request, kind: type[Kind], config: ServerConfig, large: asyncio.Semaphore
+) -> tuple[Kind, int]:
     """Return the body as ``kind`` and its bytes. Raises APIError 400, 408 (slow), 413 (large), 415
-    (packed)."""
+    (packed). ``large`` bounds the memory of large bodies: each waits for it until it is decoded."""
     encoding = request.headers.get("content-encoding", "identity").strip().lower()
     if encoding not in ("", "identity"):
         message = f"Content-Encoding {quoted(encoding)} is not supported: send the body unpacked."
         raise APIError(415, message)
-    raw, most = bytearray(), int(config.max_body_mib * 2**20)
+    raw, most, is_large = bytearray(), int(config.max_body_mib * 2**20), False
     size = int(request.headers.get("content-length", 0))
     try:
         async with asyncio.timeout(config.body_timeout_s):
             pieces = request.stream()
-            while size <= most and (piece := await anext(pieces, b"")):
+            while size <= most:
+                if size > LARGE_BODY and not is_large:
+                    is_large = await large.acquire()
+                if not (piece := await anext(pieces, b"")):
+                    break
                 raw += piece
                 size = max(size, len(raw))
+        if size > most:
+            raise _too_large("The body", config.max_body_mib, config)
+        content_type = request.headers.get("content-type", "").split(";")[0].strip().lower()
+        if not re.fullmatch(r"application/(.*\+)?json", content_type):
+            # Foreign web pages cannot set this header without permission, so they cannot post to a
+            # server on localhost.
+            raise APIError(
+                400,
+                "The body needs the header Content-Type: application/json. "
+                "With curl, add -H 'Content-Type: application/json'.",
+            )
+        return await run(size, partial(decode, kind, bytes(raw), config)), size
     except TimeoutError:
         raise APIError(408, "The body did not arrive in time: send it again.") from None
     except ClientDisconnect:
         raise ClientGone from None
-    if size > most:
-        message = f"The body is larger than {config.max_body_mib:g} MiB: send less, or serve with "
-        message += "ServerConfig(max_body_mib=N) of engine.serve_engine in Python."
-        raise APIError(413, message)
-    content_type = request.headers.get("content-type", "").split(";")[0].strip().lower()
-    if not re.fullmatch(r"application/(.*\+)?json", content_type):
-        # Foreign web pages cannot set this header without permission, so they cannot post to a
-        # server on localhost.
-        raise APIError(
-            400,
-            "The body needs the header Content-Type: application/json. "
-            "With curl, add -H 'Content-Type: application/json'.",
-        )
-    return await run(size, partial(decode, kind, bytes(raw), config.images == "refuse")), size
+    finally:
+        if is_large:
+            large.release()
 
 
 def json_response(value: object) -> Response:

@@ -48,8 +48,8 @@ class ServerConfig:
     chat_template_kwargs: str | None = None
     """Switches of the chat template, such as {"enable_thinking": false}; a JSON object, for
     requests that do not set them."""
-    max_body_mib: Annotated[float, BODY_MIB] = 4.0
-    """Maximum size of a request body, MiB."""
+    max_body_mib: Annotated[float, BODY_MIB] = 32.0
+    """Maximum size of a request body, MiB; without its images, documents and sound an eighth."""
     body_timeout_s: Annotated[float, SECONDS] = 60.0
     """Seconds that a request body may take to arrive."""
     default_max_tokens: Annotated[int | None, COUNT] = None

@@ -23,6 +23,7 @@ from engine.front.async_engine import AsyncEngine, RequestStream
 from engine.front.chat_prompt import Replay
 from engine.front.server.access import Access, Tenant
 from engine.front.server.bodies import (
+    MAX_LARGE_BODIES,
     APIError,
     Body,
     json_response,
@@ -67,6 +68,7 @@ class ServingContext:
         """Name in answers."""
         self.switches = config.default_switches or {}
         self.fingerprint = engine.facts.exactness.fingerprint
+        self.large_bodies = asyncio.Semaphore(MAX_LARGE_BODIES)
         self.metrics = Metrics(engine.channel.pid)
         self.created = int(time.time())
 
@@ -74,7 +76,7 @@ class ServingContext:
         """Return the route of requests with a body of this ``kind``."""
 
         async def operation(request: Request) -> Response:
-            body, size = await read_body(request, kind, self.config)
+            body, size = await read_body(request, kind, self.config, self.large_bodies)
             self.check_model(body.model)
             tenant = self.access.tenant(request.scope, body.cache_salt)
             return await handler(Call(self, request, size, tenant), body)

@@ -6,6 +6,7 @@ import gzip
 import json
 import re
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from itertools import product
 from typing import Any
 
@@ -402,6 +403,22 @@ def test_body_above_the_limit_is_refused(serve_oracle: Callable[..., Live]) -> N
             assert "max_body_mib" in error["message"]
             assert error["type"] == "request_too_large" or "messages" not in path
     small.check_conserved()
+
+
+def test_images_may_fill_a_body_that_text_may_not(serve_oracle: Callable[..., Live]) -> None:
+    """As in the session of an agent, which sends all its screenshots with each turn. More of them
+    than are received at once wait."""
+    live, url = serve_oracle(), "data:image/png;base64," + "A" * (6 << 20)
+    image = [{"type": "image_url", "image_url": {"url": url}}]
+
+    def status(content: Any) -> int:
+        chat = {"messages": [{"role": "user", "content": content}], "max_tokens": 1}
+        return live.post("/v1/chat/completions", chat).status_code
+
+    with ThreadPoolExecutor(10) as clients:
+        assert [*clients.map(status, [image] * 10)] == [200] * 10
+    assert [status(url), status(image * 6)] == [413] * 2
+    live.check_conserved()
 
 
 @STREAMED
