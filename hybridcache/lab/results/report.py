@@ -289,6 +289,8 @@ def stats_table(stats: TraceStats) -> str:
         )
         if stats.repeated_answers < 0.9:
             lines[-1] += " (the rest is unknown, left out, or in other tokens there)"
+    if stats.limits:
+        lines.append(stats.limits)
     if stats.arrivals:
         lines.append(f"arrivals: {stats.arrivals}")
     if stats.times:

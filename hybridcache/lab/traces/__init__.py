@@ -153,7 +153,18 @@ def _read(rest: str, options: Mapping[str, str], bad: BadRecords) -> Trace:
     arrivals, times = getattr(reader, "arrivals", ""), reader.time_unit()
     said = f"{times.name}, {times.because}" if reader.usual_times else ""
     name = path.name.split(".")[0]
-    return Trace(name, unit, reader, bad, counted_by, recipe, arrivals, columns, said)
+    return Trace(
+        name,
+        unit,
+        reader,
+        bad,
+        counted_by,
+        recipe,
+        arrivals,
+        columns,
+        said,
+        reader.limits.format(reader),
+    )
 
 
 def recognise(path: Path) -> str:

@@ -52,6 +52,9 @@ FASTEST_S, FASTEST_DELAY_S = 0.01, 0.1
 """Least plausible median of the distances between times, and of the delays in a session."""
 SLOW_S, SLOWEST_S = 60.0, 3600.0
 """Median distances above which milliseconds are in doubt, and no unit is plausible."""
+OF_FORMAT = "the usual unit, as the file names none"
+BLOCKS = "answers have no ids, so that no prompt reuses one; the grid is a block of {0.unit} tokens"
+"""Limits of formats with hashes of blocks."""
 UNITS = {"s": 1.0, "ms": 1e3, "us": 1e6, "ns": 1e9}
 """Parts of a second, by the names of units."""
 SINCE_1970 = ((9e17, "ns"), (9e14, "us"), (9e11, "ms"))
@@ -243,7 +246,7 @@ def unit_of_times(
             return TimeUnit(name, f"numbers of {largest:.3g} are times since 1970")
     distinct = sorted(set(times))
     if len(times) < FEWEST or len(distinct) < 2:
-        return TimeUnit(usual, "as the format has them")
+        return TimeUnit(usual, OF_FORMAT)
     median = float(np.median(np.diff(distinct))) * (1 + 1e-9)
     likely = min(UNITS, key=lambda one: abs(math.log(median / UNITS[one])))
     gap_s, reasons = median / UNITS[usual], []
@@ -253,12 +256,16 @@ def unit_of_times(
         reasons.append("all are multiples of 1,000")
     is_doubted = usual == "ms" and SLOW_S < gap_s <= SLOWEST_S
     is_other = bool(reasons) and likely != usual and not is_doubted
-    if usual == "ms" and any(time % 1 for time in distinct):
+    average_s = max(gap_s, (largest - distinct[0]) / (len(times) - 1) / UNITS[usual])
+    is_whole = not any(time % 1 for time in distinct)
+    if usual == "ms" and not is_whole:
         reasons.append("milliseconds with fractions are rare")
+    if usual == "s" and is_whole and average_s > SLOW_S and not reasons:
+        reasons.append(f"whole numbers {average_s:.3g} s apart on average may be milliseconds")
     said = " and ".join(reasons)
     if is_other:
         return TimeUnit(likely, f"in {usual} {said}", True)
-    return TimeUnit(usual, "as the format has them" + f", although {said}" * bool(said), bool(said))
+    return TimeUnit(usual, OF_FORMAT + f", although {said}" * bool(said), bool(said))
 
 
 def request_of_blocks(
@@ -607,6 +614,8 @@ class FileReader:
     """Name of the format, as in ``word:path``."""
     usual_times: ClassVar[str] = ""
     """Unit of the times in this format; empty if it has none."""
+    limits: ClassVar[str] = ""
+    """Sentence on reuse that the format cannot show, with fields of the reader; or empty."""
 
     @property
     def unit(self) -> int:

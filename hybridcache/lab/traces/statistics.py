@@ -14,6 +14,7 @@ from hybridcache.lab.traces.trace import FreshIds, Tabular, Trace, TraceRequest,
 from hybridcache.radix.tokens import common_prefix_len
 
 _PAGES = (16, 64, 512)
+NO_ANSWERS = "no answer has ids: a later prompt that contains one finds the tokens before it alone"
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +69,8 @@ class TraceStats(Tabular):
     """Unit of the times in the file, and the reason for it."""
     arrivals: str = ""
     """Arrivals that are drawn; empty if times are recorded or generated."""
+    limits: str = ""
+    """Sentence on reuse that the trace cannot show; empty if there is none."""
 
     @property
     def ideal_hit_rate(self) -> float:
@@ -116,10 +119,12 @@ def trace_stats(trace: Trace, *, progress: Callable[[int], None] | None = None) 
     # Ids of answers that a prompt of their session follows, and of those it repeats.
     num_answered = num_repeated = 0
     has_answer_ids = False  # True if any answer is more than a length.
+    is_known = False  # The same of answers that no prompt of their session follows.
     for request in trace.in_order():
         held_before = cache.num_ids
         seen = cache.serve(request)
         namespaces.add(request.namespace)
+        is_known |= bool(len(request.output)) and bool(request.output.min() < FreshIds.FLOOR)
         before = last.get(request.session)
         last[request.session] = request
         if before is not None:
@@ -128,8 +133,7 @@ def trace_stats(trace: Trace, *, progress: Callable[[int], None] | None = None) 
                 follows = request.tokens[len(before.tokens) :]
                 num_repeated += common_prefix_len(before.output, follows)
             if not has_answer_ids and len(before.output):
-                is_known = before.output.min() < FreshIds.FLOOR
-                has_answer_ids = bool(is_known or num_repeated)
+                has_answer_ids = bool(before.output.min() < FreshIds.FLOOR or num_repeated)
         now_s, num_tokens = request.timestamp_s, request.num_tokens(unit)
         if seen.length and seen.last_visit is not None:
             held_then = visits[seen.last_visit - 1][-1]
@@ -164,4 +168,5 @@ def trace_stats(trace: Trace, *, progress: Callable[[int], None] | None = None) 
         columns=trace.columns,
         times=trace.times,
         arrivals=trace.arrivals,
+        limits=trace.limits or NO_ANSWERS * (not is_known and not has_answer_ids),
     )

@@ -114,6 +114,8 @@ class Trace(Tabular):
     """Columns of a CSV file that are read for each field, and the unused ones."""
     times: str = ""
     """Unit of the times in its file, and the reason for it; empty if it has none."""
+    limits: str = ""
+    """Sentence on reuse that its format cannot show; empty if there is none."""
 
     def __post_init__(self) -> None:
         require_index(self.unit, f"{self.name}: unit, the tokens of an id,", 1)
@@ -131,8 +133,9 @@ class Trace(Tabular):
 
     @property
     def notes(self) -> list[str]:
-        """Notes under tables: the tokenizer, and drawn arrivals."""
+        """Notes under tables: the tokenizer, limits of the format, and drawn arrivals."""
         notes = [f"tokens counted by: {self.counted_by}"] if self.counted_by else []
+        notes += filter(None, [self.limits])
         notes += [f"arrivals: {self.arrivals} (?seed=1 draws others)"] if self.arrivals else []
         return notes
 

@@ -888,6 +888,30 @@ def test_times_of_conversations_are_not_read_and_the_note_says_so(
     assert note.startswith("arrivals: drawn, timestamp of the file is not read: poisson:1 sessions")
 
 
+@pytest.mark.parametrize(
+    ("name", "options", "row", "said"),
+    [
+        ("counts", "", {"prompt_tokens": 700}, "system prompts too: 0 (?system=N)"),
+        ("counts", "?system=64", {"prompt_tokens": 700}, "system prompts too: 64 (?system=N)"),
+        (
+            "mooncake",
+            "",
+            {"input_length": 700, "hash_ids": [1, 2]},
+            "grid is a block of 512 tokens",
+        ),
+        ("jsonl", "", {"tokens": [1, 2, 3], "output_length": 2}, "no answer has ids: a later"),
+    ],
+)
+def test_stats_and_tables_say_which_reuse_a_format_cannot_show(
+    tmp_path: Path, name: str, options: str, row: dict[str, object], said: str
+) -> None:
+    (tmp_path / "t").write_text(json.dumps(row | {"session": "a"}))
+    trace = open_trace(f"{name}:{tmp_path / 't'}{options}")
+    assert stats_table(trace_stats(trace)).count(said) == 1
+    table = simulate(trace, gib=1, policy="lru", progress=False).table()
+    assert table.count(said) == (name != "jsonl")
+
+
 def test_stats_of_a_trace_without_sessions_count_none(tmp_path: Path) -> None:
     path, blocks = tmp_path / "blocks.jsonl", {"input_length": 512, "output_length": 1}
     records = [blocks | {"timestamp": 1000 * n, "hash_ids": [n]} for n in range(3)]

@@ -456,14 +456,14 @@ def test_numbers_may_be_texts_in_every_format(reader: str, tmp_path: Path) -> No
     ("word", "first", "step", "span", "said"),
     [
         ("mooncake", 5, 1, 39, "read in s: in ms the median distance would be 0.001 s"),
-        ("mooncake", 0.5, 60.5, 2.3595, "in ms: as the .* milliseconds with fractions are rare"),
+        ("mooncake", 0.5, 60.5, 2.3595, "in ms: the usual .* milliseconds with fractions are rare"),
         ("mooncake", 5, 60, 2.34, ""),
         (
             "mooncake",
             0,
             2e6,
             78_000,
-            "in ms: as the .*, although the median distance would be 2e.03",
+            "in ms: the usual .*, although the median distance would be 2e.03",
         ),
         ("mooncake", 0, 2e9, 78, "read in ns: in ms the median distance would be 2e.06 s"),
         ("mooncake", 5, 0, 0, ""),
@@ -473,10 +473,24 @@ def test_numbers_may_be_texts_in_every_format(reader: str, tmp_path: Path) -> No
         ("bailian", 1.7e9, 0.125, 4.875, ""),
         ("bailian", 0, 2000, 78, "read in ms: in s all are multiples of 1,000"),
         ("bailian", 7, 4001, 156.039, "read in ms: in s the median distance would be 4e.03 s"),
-        ("jsonl", 0, 0.001, 0.039, "in s: as the .*, although the median distance would be 0.001"),
+        (
+            "jsonl",
+            0,
+            0.001,
+            0.039,
+            "in s: the usual .*, although the median distance would be 0.001",
+        ),
         ("jsonl", 0, 0.01, 0.39, ""),  # As in a load test.
         ("messages", 100, 5000, 195, "read in ms"),
         ("messages", 1.7e18, 1e9, 39, ""),
+        (
+            "counts",
+            0,
+            2700.0,
+            105_300,
+            "in s: the usual unit, .* names none, although whole numbers",
+        ),
+        ("counts", 0, 2700.5, 105_319.5, ""),
         ("counts", 0, 1000, 39, "read in ms: in s all are multiples of 1,000"),
     ],
 )

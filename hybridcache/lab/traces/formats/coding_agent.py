@@ -16,7 +16,7 @@ import numpy as np
 
 from hybridcache.lab.traces.arrivals import Starts
 from hybridcache.lab.traces.dialects import STOP_REASONS
-from hybridcache.lab.traces.frame import Notes, Record, SessionReader, request_of_blocks
+from hybridcache.lab.traces.frame import BLOCKS, Notes, Record, SessionReader, request_of_blocks
 from hybridcache.lab.traces.trace import FreshIds, KnownIds, TraceRequest, distinct
 from hybridcache.radix.protocol import chat_boundaries
 from hybridcache.radix.tokens import Tokens, common_prefix_len
@@ -28,6 +28,7 @@ class CodingAgentReader(SessionReader):
 
     word: ClassVar[str] = "coding-agent"
     usual_times: ClassVar[str] = "s"
+    limits: ClassVar[str] = BLOCKS
     starts: Starts = field(default_factory=lambda: Starts("fixed", 1 / 300))
     unit: int = 64
 

@@ -25,6 +25,7 @@ class CountsReader(NamedTimes):
     """Rows with a number of prompt tokens and a session."""
 
     word: ClassVar[str] = "counts"
+    limits: ClassVar[str] = "tokens that sessions share, system prompts too: {0.system} (?system=N)"
     where: str = ""
     """Rows to read, as ``column:value``, joined by commas."""
     system: int = 0

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from hybridcache.lab.traces.frame import FileReader, Notes, Record, request_of_blocks
+from hybridcache.lab.traces.frame import BLOCKS, FileReader, Notes, Record, request_of_blocks
 from hybridcache.lab.traces.named import NAMES
 from hybridcache.lab.traces.trace import FreshIds, TraceRequest
 
@@ -26,6 +26,7 @@ class MooncakeReader(FileReader):
 
     word: ClassVar[str] = "mooncake"
     usual_times: ClassVar[str] = "ms"
+    limits: ClassVar[str] = BLOCKS
     hashes: ClassVar[str] = "hash_ids"
     unit: int = 512
 
