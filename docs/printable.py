@@ -7,6 +7,7 @@ system.
 import re
 import sys
 from base64 import b64encode
+from html import escape
 from pathlib import Path
 
 try:
@@ -49,7 +50,14 @@ def page(text):
         writer="html5",
         settings_overrides=settings,
     )
-    return IMAGE.sub(embedded, html.replace("</head>", STYLE, 1))
+    [facts] = re.findall(r"^(The .*), version (.*), results until (.*)\.$", text, re.MULTILINE)
+    names = ("author", "generator", "dcterms.created")
+    said = (facts[0], f"hybridcache {facts[1]}", facts[2])
+    meta = "".join(
+        f'<meta name="{name}" content="{escape(one)}">'
+        for name, one in zip(names, said, strict=True)
+    )
+    return IMAGE.sub(embedded, html.replace("</head>", meta + STYLE, 1))
 
 
 def embedded(found):

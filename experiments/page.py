@@ -14,6 +14,7 @@ import pkgutil
 import re
 from collections.abc import Callable
 from importlib import import_module
+from itertools import count
 from pathlib import Path
 
 from experiments import provenance, sections
@@ -23,6 +24,7 @@ from experiments.tables import Column, Table
 
 TEMPLATE = ROOT / "experiments" / "results_page.md"
 REPORT = ROOT / "experiments" / "report.md"
+CITATION = ROOT / "CITATION.cff"
 SAID = re.compile(r"<!-- (finding|figure): ([\w ]+) -->")
 BEGIN = re.compile(r"^<!-- page: ([\w-]+) -->\n(# .*)\n", re.MULTILINE)
 NOTE = (
@@ -66,8 +68,11 @@ def figure_of(name: str) -> Path:
     return provenance.FIGURES / f"results_{name.replace(' ', '_')}.svg"
 
 
-def report(template: str) -> str:
-    """Return the report with the findings of all results, each with the name of its part."""
+def report(template: str, origin: Callable[[str], str]) -> str:
+    """Return the report with the findings of all results, each with the name of its part, and with
+    author, version, and the ``origin`` of each part."""
+    cited: dict[str, str] = {}
+    numbers = count(1)
 
     def said(found: re.Match[str]) -> str:
         section = SECTIONS[found[2]]
@@ -76,12 +81,25 @@ def report(template: str) -> str:
         except FileNotFoundError as error:
             return missing(error)
         text = f"{finding} (`{section.part}`)."
+        cited[section.part] = origin(section.part)
         if found[1] == "finding":
             return text
         path = figure_of(found[2])
-        return f"![{section.figure.axis}](../experiments/figures/{path.name})\n\n*{text}*"
+        text = f"*Figure {next(numbers)}. {text}*"
+        return f"![{section.figure.axis}](../experiments/figures/{path.name})\n\n{text}"
 
-    title, _, body = SAID.sub(said, template).partition("\n")
+    text, citation = SAID.sub(said, template), CITATION.read_text(encoding="utf-8").strip()
+    names, version = (re.findall(rf"{key}: (.*)", citation) for key in ("- name", "\nversion"))
+    dates = {place.rpartition(", ")[2] for place in cited.values()}
+    authors = f"{', '.join(names)}, version {version[0]}, results until {max(dates)}"
+    rows = [[f"`{part}`", place] for part, place in sorted(cited.items())]
+    for mark, inserted in (
+        ("authors", authors.replace('"', "") + "."),
+        ("parts", Table([Column("part"), Column("commit, date")], rows).markdown()),
+        ("citation", f"```yaml\n{citation}\n```"),
+    ):
+        text = text.replace(f"<!-- {mark} -->", inserted)
+    title, _, body = text.partition("\n")
     return f"{title}\n{NOTE.format(REPORT.name)}{body.rstrip()}\n"
 
 
@@ -106,7 +124,7 @@ def pages(
         rows.append([f"[{title.rpartition(': ')[2]}]({file})", headings])
     index = Table([Column("page"), Column("sections")], rows).markdown()
     title, _, body = first.replace("<!-- result: pages -->", index).partition("\n")
-    written["report.md"] = report(REPORT.read_text(encoding="utf-8"))
+    written["report.md"] = report(REPORT.read_text(encoding="utf-8"), origin)
     return {
         "results.md": f"{title}\n{NOTE.format(TEMPLATE.name)}{body.rstrip()}\n"
     } | written, figures

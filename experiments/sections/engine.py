@@ -284,7 +284,8 @@ SECTIONS = {
         says("The simulator forecasts the engine's hit rate within {hits.most:.1f} points and its "
              "mean TTFT within {ttft.most:.0f} %.",
              hits="forecast less engine", ttft="mean TTFT of the forecast"),
-        Dots({"forecast less engine": "forecast less engine"}, "points of token hit rate", (0, 1)),
+        Dots({"forecast less engine": "forecast less engine"},
+             "token hit rate of the forecast less the engine's, points", (0, 1)),
     ),
     "vllm": Section("vllm", study("study_vllm", vllm.table), VLLM, VLLM_CURVES),
     "vllm in turn": Section(

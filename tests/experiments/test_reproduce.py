@@ -356,3 +356,12 @@ def test_each_module_can_be_imported() -> None:
             importlib.import_module(name)
         except ModuleNotFoundError as error:
             assert error.name == "sglang", f"{name}: {error}"
+
+
+def test_a_report_has_author_commits_and_numbered_figures() -> None:
+    marks = "authors", "figure: tiers", "figure: grid", "parts", "citation"
+    template = "# T\n\n" + "\n\n".join(f"<!-- {mark} -->" for mark in marks)
+    text = page.report(template, lambda part: f"of {part}, 2030-01-02")
+    assert "\nThe hybridcache authors, version 0.4.0, results until 2030-01-02.\n" in text
+    assert "*Figure 1. " in text and "*Figure 2. " in text
+    assert "| `tiers` | of tiers, 2030-01-02 |" in text and page.CITATION.read_text() in text
