@@ -50,13 +50,9 @@ def page(text):
         writer="html5",
         settings_overrides=settings,
     )
-    [facts] = re.findall(r"^(The .*), version (.*), results until (.*)\.$", text, re.MULTILINE)
-    names = ("author", "generator", "dcterms.created")
-    said = (facts[0], f"hybridcache {facts[1]}", facts[2])
-    meta = "".join(
-        f'<meta name="{name}" content="{escape(one)}">'
-        for name, one in zip(names, said, strict=True)
-    )
+    [(author, date)] = re.findall(r"^(The .*), version .*, results until (.*)\.$", text, re.M)
+    facts = {"author": author, "dcterms.created": date}.items()
+    meta = "".join(f'<meta name="{name}" content="{escape(one)}">' for name, one in facts)
     return IMAGE.sub(embedded, html.replace("</head>", meta + STYLE, 1))
 
 
