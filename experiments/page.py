@@ -91,7 +91,9 @@ def report(template: str, origin: Callable[[str], str]) -> str:
     text, citation = SAID.sub(said, template), CITATION.read_text(encoding="utf-8").strip()
     names, version = (re.findall(rf"{key}: (.*)", citation) for key in ("- name", "\nversion"))
     dates = {place.rpartition(", ")[2] for place in cited.values()}
-    authors = f"{', '.join(names)}, version {version[0]}, results until {max(dates)}"
+    authors = (
+        f"{', '.join(names)}, version {version[0]}, results until {max(dates, default='none')}"
+    )
     rows = [[f"`{part}`", place] for part, place in sorted(cited.items())]
     for mark, inserted in (
         ("authors", authors.replace('"', "") + "."),
