@@ -46,6 +46,7 @@ def test_no_back_off_is_at_the_end_of_the_prompt() -> None:
     prefill = Prefill(640, 0, 0, 0, (), 64)
     planned = prefill.on_grid(parse_placement("backoff:2").plan(prefill))
     assert [placed.position for placed in planned] == [576, 512]
+    assert prefill.on_grid([Placed(199, "end", 2)]) == [Placed(192, "end", 2)]
 
 
 @pytest.mark.parametrize(("fits", "room"), [(1, 1), (2, 1), (3, 1), (4, 2), (5, 2), (7, 3), (8, 4)])

@@ -255,6 +255,7 @@ def test_invalid_lengths_are_refused_and_the_lease_stays_usable() -> None:
         with pytest.raises(ValueError, match=f"10 tokens .* and 20 have KV rows .got {given}"):
             getattr(lease, call)(*text, *numbers)
     refused("stop_reason must be", lease.finish, prompt, 20, stop_reason="banana")
+    refused(r"int32 of shape \(20, 1\)", lease.finish, prompt[:20, None], 20)
     assert cache.render() == before
     check(cache, lease)
     lease.finish(prompt, 20)

@@ -386,7 +386,7 @@ def index_of(hazard: Floats) -> Floats:
             time[time <= 0.0] = np.inf
         first = best[: len(used)]
         np.maximum(first, np.divide(used, time, out=used), out=first)
-    return np.where(survive[:-1] < 1e-280, hazard.T, best).T
+    return best.T
 
 
 # --- The policy -----------------------------------------------------------------------------------

@@ -5,7 +5,6 @@ The choices of ``checkpoint`` are compared with a plain version of its rule.
 
 from __future__ import annotations
 
-import copy
 import random
 from bisect import bisect_right
 
@@ -15,7 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from hybridcache.adapters.events import EventsLost, EventStream, root_hash, unit_hashes
-from hybridcache.adapters.routing.precise import CheckpointSeconds, Reuse
+from hybridcache.adapters.routing.precise import CheckpointSeconds, Reuse, WriteRate
 from hybridcache.adapters.routing.protocol import (
     Choice,
     NoReplica,
@@ -80,9 +79,11 @@ class Replica:
 
 
 class RoutersMachine(RuleBasedStateMachine):
-    @initialize(name=st.sampled_from(sorted(ROUTERS)), replicas=st.integers(1, 3))
+    @initialize(
+        name=st.just("checkpoint") | st.sampled_from(sorted(ROUTERS)), replicas=st.integers(1, 3)
+    )
     def make(self, name, replicas):
-        self.router = find_router(name)(spec())
+        self.router, self.reuse = find_router(name)(spec()), Reuse(GRID)
         self.replicas, self.requests, self.prompts, self.now = {}, {}, [()], 0.0
         self.num_replicas = self.num_requests = 0
         for _ in range(replicas):
@@ -91,6 +92,8 @@ class RoutersMachine(RuleBasedStateMachine):
     @rule()
     def join(self):
         self.replicas[self.num_replicas] = Replica()
+        writes = WriteRate(self.router.spec.capacity_bytes, self.now)
+        self.replicas[self.num_replicas].writes = writes
         self.router.joined(self.num_replicas, self.now)
         self.num_replicas += 1
 
@@ -116,13 +119,15 @@ class RoutersMachine(RuleBasedStateMachine):
             with pytest.raises(NoReplica):
                 self.router.route(request, self.now)
             return
-        expected = plain_choice(self.router, self.replicas, request, self.now)
+        expected = plain_choice(self.router, self.replicas, self.reuse, request, self.now)
         choice = self.router.route(request, self.now)
         assert choice.replica in self.replicas
         if expected is not None:
-            least = min(cost for cost, _, _ in expected.values())
-            cost, depth, saved = expected[choice.replica]
+            least = min(cost for cost, *_ in expected.values())
+            cost, depth, saved, new = expected[choice.replica]
             assert cost <= least + 1e-9 and choice.expected_len == depth
+            seconds = (len(tokens) - depth) / 4
+            self.replicas[choice.replica].writes.sent(new, seconds, self.now)
             self.replicas[choice.replica].in_flight[request.id] = request, saved
         self.prompts.append(tokens)
         self.requests[request.id] = request, choice.replica, False
@@ -199,13 +204,13 @@ class RoutersMachine(RuleBasedStateMachine):
                     assert tuple(found[:, number]) == replica.known.match(request.tokens)
 
 
-def plain_choice(router, replicas, request, now):
-    """Return (cost, depth, positions of checkpoints) of each replica by a plain version of the rule
-    of ``checkpoint``, or None for other routers."""
+def plain_choice(router, replicas, reuse, request, now):
+    """Return (cost, depth, positions of checkpoints, bytes) of each replica by a plain version of
+    the rule of ``checkpoint``, or None for other routers."""
     if type(router) is not CheckpointSeconds:
         return None
     num_ids, costs = len(request.tokens), {}
-    writes = {name: one.totals() for name, one in router.write_rates.items()}
+    writes = {name: one.writes.totals() for name, one in replicas.items()}
     rates = {
         name: num_bytes / max(now - since, 1e-6) if now > since else 0.0
         for name, (num_bytes, since, _) in writes.items()
@@ -219,14 +224,15 @@ def plain_choice(router, replicas, request, now):
     }
     held = sum(num_held.values())
     found = {name: one.known.match(request.tokens) for name, one in replicas.items()}
-    reuse = copy.deepcopy(router.reuse)
+    reuse.evicted = router.reuse.evicted
     reuse.ask(hashes_of(request), max(one.kv_match_len for one in found.values()), held)
     value, since = reuse.value(held), min(router._first_s, now)
     arrivals = (router._num_requests + 1) / max(now - since, 1e-6) / len(rates) * (now > since)
     for name, load in router.loads.items():
         depth = max(found[name].cached_len, depth_after(replicas[name].in_flight, request))
         kv_len = max(depth, found[name].kv_match_len)
-        fork, end = kv_len // GRID * GRID, (num_ids - 1) // GRID * GRID
+        end = (num_ids - 1) // GRID * GRID  # No prompt is resumed at its own end.
+        fork = min(kv_len // GRID * GRID, end)
         saved = sorted({at for at in (fork, end) if at > depth})
         new = (num_ids - kv_len) * KV_BYTES + STATE_BYTES
         prefix = max(fork - depth, 0) if kv_len > depth else 0
@@ -235,7 +241,7 @@ def plain_choice(router, replicas, request, now):
         lost = value * pressure * new * tokens / router.spec.capacity_bytes
         own, wait = (num_ids - depth + lost) / 4, load.wait_s(now)
         delay = arrivals * own * (wait + own / 2) / idle
-        costs[name] = wait + own - prefix / 4 + delay, depth, saved
+        costs[name] = wait + own - prefix / 4 + delay, depth, saved, new
     return costs
 
 
@@ -254,6 +260,25 @@ def hashes_of(request):
 
 
 TestRouters = RoutersMachine.TestCase
+
+
+def test_checkpoint_chooses_the_cheapest_replica_in_a_long_run() -> None:
+    """Most tokens are new, so few of those evicted are asked for again. A replica leaves and
+    another one joins."""
+    draw, machine = random.Random(1), RoutersMachine()
+    machine.make("checkpoint", 3)
+    for step in range(500):
+        new = [draw.randrange(30) for _ in range(draw.randrange(10))]
+        machine.route(draw.randrange(99), draw.randrange(24), new)
+        while draw.random() < 0.6 and machine.requests:
+            machine.advance(draw.randrange(99), draw.random() < 0.8)
+        machine.deliver(draw.randrange(9))
+        machine.wait(3 * draw.random() ** 3)
+        if step == 200:
+            machine.leave(1)
+        if step == 300:
+            machine.join()
+    machine.teardown()
 
 
 def test_reuse_counts_prompts_whose_tokens_were_evicted_within_two_lifetimes() -> None:
