@@ -2,10 +2,13 @@
 
 engine serve                                # in another terminal
 python examples/05_serve_an_agent.py [http://127.0.0.1:8000]
+
+If the server has keys, export yours as HYBRIDCACHE_API_KEY.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import Any
 
@@ -30,7 +33,8 @@ def turn(client: httpx.Client, model: str, messages: list[dict[str, str]]) -> di
 def main(arguments: list[str]) -> None:
     """Run the agent twice: the second one changes the middle of its system message."""
     address = arguments[0] if arguments else "http://127.0.0.1:8000"
-    with httpx.Client(base_url=address, timeout=60) as client:
+    headers = {"Authorization": f"Bearer {os.environ.get('HYBRIDCACHE_API_KEY', 'none')}"}
+    with httpx.Client(base_url=address, headers=headers, timeout=60) as client:
         try:
             models = client.get("/v1/models").raise_for_status().json()
         except httpx.ConnectError:

@@ -75,7 +75,7 @@ class JsonFormatter(logging.Formatter):
 def log_to_stderr(level: str, *names: str, is_json: bool = False) -> None:
     """Send the logs ``names`` from ``level`` on to the standard error output, with times."""
     handler = logging.StreamHandler()
-    plain = logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S")
+    plain = logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S%z")
     handler.setFormatter(JsonFormatter() if is_json else plain)
     for name in names:
         log = logging.getLogger(name)

@@ -272,7 +272,7 @@ def serve_engine(engine_config: EngineConfig, server_config: ServerConfig) -> in
         needs_key = bool(server_config.api_key_file or os.environ.get(API_KEY_VARIABLE))
         if not needs_key and not ipaddress.ip_address(listener.getsockname()[0]).is_loopback:
             print(
-                f"engine serve: --host {server_config.host} accepts clients of other machines, and "
+                f"warning: --host {server_config.host} accepts clients of other machines, and "
                 "no key is required: set --api-key-file, or let a proxy or firewall limit access.",
                 file=sys.stderr,
                 flush=True,
@@ -304,6 +304,9 @@ def serve_engine(engine_config: EngineConfig, server_config: ServerConfig) -> in
             screen = screen.replace(header, " -H 'Authorization: Bearer KEY'" + header)
             said = f", one of {API_KEY_VARIABLE}" * (API_KEY_VARIABLE in os.environ)
             print(f"  keys         {len(access.accepted):,} accepted{said}")
+        if listener.getsockname()[0] in ("0.0.0.0", "::"):
+            place = address.rpartition(":")[2]
+            print(f"  team         http://HOST:{place}, HOST: name or address of this machine")
         print(screen, flush=True)
         serve(engine, server_config, listener, access)
     if engine.failure is not None:

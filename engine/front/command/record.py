@@ -59,6 +59,7 @@ def run(arguments: argparse.Namespace) -> int:
     if named.scheme not in ("http", "https") or not named.hostname:
         raise ValueError(f"{arguments.to!r} is not an address as http://127.0.0.1:8000.")
     upstream = arguments.to.rstrip("/").removesuffix("/v1")
+    import httpx
     import uvicorn
 
     from engine.front.command.proxy import PIECE, Proxy, TraceWriter
@@ -77,6 +78,11 @@ def run(arguments: argparse.Namespace) -> int:
             raise ValueError(f"{path} has no tokenizer: name a file or directory with one.")
         counted_by = f"the tokenizer of {display_name(path)}"
         model = BUILTIN_NAME if path == BUILTIN_DIR else str(path)
+    try:  # Before the file is made, which a second start would find.
+        httpx.get(upstream, timeout=10, trust_env=named.scheme == "https").close()
+    except httpx.ConnectError as error:
+        why = f"No server answers at {upstream} ({error}): start it first, or correct --to."
+        raise ValueError(why) from None
     log_to_stderr("warning", "engine", "uvicorn")
     with bind(ServerConfig(host=arguments.host, port=arguments.port)) as listener:
         try:

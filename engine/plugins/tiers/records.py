@@ -147,16 +147,16 @@ class RecordStore:
         self._digest = digest_of(ours)
         try:
             stored = self._fingerprint()
-            problem = ""
+            problem, remedy = "", "restore it from a copy of the folder"
             if stored is None and any(map(FILE.fullmatch, os.listdir(self._folder_fd))):
                 problem = f"{self.folder / NAME} is missing or damaged"
             theirs = ours if stored is None else stored[0]
             if names := [one for one in {**ours, **theirs} if ours.get(one) != theirs.get(one)]:
-                differ = ", ".join(names)
+                differ, remedy = ", ".join(names), "configure both the same"
                 problem = f"{self.folder} contains the state of an engine that differs in {differ}"
             if problem and not empties:
                 raise StoreError(
-                    f"{problem}: configure both the same, use another state_dir, or set "
+                    f"{problem}: {remedy}, use another state_dir, or set "
                     "state_dir_mismatch='empty', which deletes the entries in this one."
                 )
             if problem:

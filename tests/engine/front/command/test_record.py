@@ -22,6 +22,7 @@ import openai
 import pytest
 import uvicorn
 
+from engine.front.command.cli import main
 from engine.front.command.proxy import Proxy, TraceWriter
 from engine.text.tokenizer_files import HFTokenizer
 from hybridcache import open_trace, simulate
@@ -327,6 +328,12 @@ def test_a_trace_that_cannot_be_written_is_reported(tmp_path: Path) -> None:
         assert process.wait(120) == 0
     assert "0 requests" in printed and not list(open_trace(str(path)))
     behind.stop()
+
+
+def test_a_server_that_does_not_answer_leaves_no_file(tmp_path: Path, capsys: Any) -> None:
+    flags = ["--to", "http://127.0.0.1:9/v1", "--out", f"{tmp_path / 'trace'}", "--port", "0"]
+    assert main(["record", *flags]) == 2 and not [*tmp_path.iterdir()]
+    assert "No server answers at http://127.0.0.1:9 (" in capsys.readouterr().err
 
 
 @pytest.mark.full("SIGTERM")

@@ -11,8 +11,9 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 import engine.front.server
+from engine.front.server.settings import ServerConfig
 
-from .conftest import Live
+from .conftest import oracle_engine, serving
 
 DASHBOARD: dict[str, Any] = json.loads(
     (Path(engine.front.server.__file__).parent / "grafana.json").read_text()
@@ -23,21 +24,25 @@ LABELS = re.compile(r"by \(([\w, ]+)\)")
 
 
 @pytest.fixture(scope="module")
-def labels_of(live: Live) -> dict[str, set[str]]:
-    """Return the labels of each sample by its name, after one request.
+def labels_of(tmp_path_factory: pytest.TempPathFactory) -> dict[str, set[str]]:
+    """Return the labels of each sample by its name, after one request with a key.
 
     A counter without samples yet gets the labels of its definition.
     """
-    live.post("/v1/completions", {"prompt": "a dashboard's request", "max_tokens": 3})
-    labels_by_name: dict[str, set[str]] = {}
-    for family in text_string_to_metric_families(live.get("/metrics").text):
-        suffixes = {"counter": ["_total"], "histogram": ["_bucket"]}.get(family.type, [""])
-        for suffix in suffixes:
-            labels_by_name[family.name + suffix] = set()
-        for sample in family.samples:
-            labels_by_name.setdefault(sample.name, set()).update(sample.labels)
-    for counter in live.server.app.state.metrics.counters.values():
-        labels_by_name.setdefault(f"{counter._name}_total", set()).update(counter._labelnames)
+    keys = tmp_path_factory.mktemp("keys") / "keys"
+    keys.write_text("key-1 bob")
+    with serving(oracle_engine(), ServerConfig(api_key_file=str(keys))) as live:
+        live.headers["Authorization"] = "Bearer key-1"
+        live.post("/v1/completions", {"prompt": "a dashboard's request", "max_tokens": 3})
+        labels_by_name: dict[str, set[str]] = {}
+        for family in text_string_to_metric_families(live.get("/metrics").text):
+            suffixes = {"counter": ["_total"], "histogram": ["_bucket"]}.get(family.type, [""])
+            for suffix in suffixes:
+                labels_by_name[family.name + suffix] = set()
+            for sample in family.samples:
+                labels_by_name.setdefault(sample.name, set()).update(sample.labels)
+        for counter in live.server.app.state.metrics.counters.values():
+            labels_by_name.setdefault(f"{counter._name}_total", set()).update(counter._labelnames)
     return labels_by_name
 
 

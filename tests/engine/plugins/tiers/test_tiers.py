@@ -110,6 +110,10 @@ def test_a_different_engine_is_refused_and_the_folder_is_unchanged(
         make_engine(state_dir=str(folder), dtype="bfloat16")
     refused("differs in weights", make_engine, state_dir=str(folder), seed=1, kind=StoreError)
     assert before == {path.name: path.read_bytes() for path in folder.iterdir()}
+    (folder / "fingerprint.json").write_bytes(b"{")
+    damaged = "fingerprint.json is missing or damaged: restore it"
+    refused(damaged, make_engine, state_dir=str(folder), kind=StoreError)
+    (folder / "fingerprint.json").write_bytes(before["fingerprint.json"])
     caplog.clear()
     make_engine(state_dir=str(folder), seed=1, state_dir_mismatch="empty").close()
     assert re.search(r"differs in weights, .*: its entries are deleted", caplog.text)
