@@ -263,8 +263,8 @@ TestRouters = RoutersMachine.TestCase
 
 
 def test_checkpoint_chooses_the_cheapest_replica_in_a_long_run() -> None:
-    """Most tokens are new, so few of those evicted are asked for again. A replica leaves and
-    another one joins."""
+    """Most tokens are new, so few of those evicted are asked for again. Replicas leave and
+    others join."""
     draw, machine = random.Random(1), RoutersMachine()
     machine.make("checkpoint", 3)
     for step in range(500):
@@ -273,10 +273,10 @@ def test_checkpoint_chooses_the_cheapest_replica_in_a_long_run() -> None:
         while draw.random() < 0.6 and machine.requests:
             machine.advance(draw.randrange(99), draw.random() < 0.8)
         machine.deliver(draw.randrange(9))
-        machine.wait(3 * draw.random() ** 3)
-        if step == 200:
+        machine.wait((3000 if step > 250 else 3) * draw.random() ** 3 * (step % 20 > 5))
+        if step % 100 == 50:
             machine.leave(1)
-        if step == 300:
+        if step % 100 == 80:
             machine.join()
     machine.teardown()
 
@@ -314,6 +314,13 @@ def test_prompts_with_a_common_prefix_meet_before_any_event() -> None:
         chosen.add(router.route(request, 10.0 * number).replica)
         router.ended(number, 10.0 * number)
     assert len(chosen) == 1
+
+
+def test_prompts_in_flight_are_those_of_their_namespace() -> None:
+    router = fleet("checkpoint", 1)
+    for number, (namespace, expected) in enumerate((("a", 0), ("a", 16), ("b", 0), (None, 0))):
+        request = RouteRequest(number, np.arange(18, dtype=np.int32), namespace)
+        assert router.route(request, 0.0).expected_len == expected
 
 
 def test_forecasts_do_not_train_the_placement_policy() -> None:

@@ -626,6 +626,7 @@ def test_figures_draw_every_run(small: SimulationResult) -> None:
     pytest.importorskip("matplotlib")
     [axis] = small.figure().axes
     assert len(axis.collections) == 3, "each line has bars of its intervals"
+    assert {bars.get_alpha() for bars in axis.collections} == {0.35}, "bars are behind lines"
     lines = [line for line in axis.get_lines() if line.get_marker() != "None"]
     widths = [line.get_linewidth() for line in lines]
     assert widths == sorted(widths, reverse=True), "a line must not hide the lines under it"
