@@ -254,6 +254,53 @@ def test_no_request_is_admitted_after_a_refusal_until_one_has_left(end):
     assert second.is_running
 
 
+def test_each_preemption_is_counted():
+    owner = planner(manager=manager(cache=hybrid(100)), token_budget=256)
+    old, young = request(0, 60, max_len=99), request(1, 30, max_len=99)
+    young.num_preemptions = 4
+    for one in (old, young):
+        owner.add(one)
+    while young.num_preemptions == 4:
+        step(owner)
+    assert (old.num_preemptions, young.num_preemptions) == (0, 5)
+
+
+def test_a_restarted_manager_has_all_rows():
+    owner = manager()
+    assert owner.begin(request(0, 5)) and owner.begin(request(1, 5))
+    owner.restart()
+    assert owner.begin(request(2, 5)) and owner.begin(request(3, 5))
+    assert not owner.begin(request(4, 5))
+
+
+def test_a_state_that_a_client_asks_for_is_saved_under_its_own_label():
+    owner = planner()
+    owner.add(request(0, 16, save_at=(8,)))
+    step(owner)
+    nodes = owner.manager.cache.iter_nodes()
+    assert "asked" in {one.checkpoint.label for one in nodes if one.checkpoint is not None}
+
+
+def test_a_held_request_is_matched_once_in_its_own_namespace():
+    found = []
+
+    class Full(Counting):
+        max_loads = 0
+        is_holding = Loader.is_holding
+
+        def wants(self, request, match):
+            found.append(match.kv_match_len)
+            return True
+
+    owned = manager(cache=hybrid())
+    publish(owned.cache, ids(range(5)))
+    loader = Full(owned)
+    for namespace in (None, "b"):
+        one = scheduled(ids(range(9)), spec=spec(namespace=namespace))
+        assert loader.holds(one) and loader.holds(one) and loader.requests >= {one}
+    assert found == [5, 0]
+
+
 def test_the_oldest_request_runs_alone_if_the_policy_withholds_all(monkeypatch):
     owner, seen = planner(token_budget=256), []
     monkeypatch.setattr(owner.admission, "order", lambda waiting, load: ())

@@ -59,7 +59,7 @@ class SessionsMachine(RuleBasedStateMachine):
         name, session = self.submit(prompt, tenant, boundaries)
         if place < 0:
             plain = Plain(tenant)
-            assert session not in self.pairs
+            assert session not in self.pairs and session.number == len(self.pairs) + 1
         else:
             best = [self.known[at] for length, at in found if length == known_len]
             plain = self.pairs[session]
@@ -155,4 +155,5 @@ def test_first_prompt_of_one_token_is_recognised_in_a_longer_one() -> None:
     sessions = Sessions(MAX_KNOWN)
     first = sessions.arrived("a", np.array([5], np.int32), 0.0)
     sessions.left(first, 2, 1.0)
+    assert first.num_tokens == 2, "the prompt and its answer"
     assert sessions.arrived("b", np.array([5, 6], np.int32), 2.0) is first

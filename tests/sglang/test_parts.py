@@ -247,7 +247,13 @@ def test_running_request_donates_its_tracked_slot_and_gets_another():
 
 @pytest.mark.parametrize(
     ("latest", "before", "expected"),
-    [(None, None, None), (128, None, (128, 0)), (192, 128, (128, 1)), (192, None, None)],
+    [
+        (None, None, None),
+        (128, None, (128, 0)),
+        (150, None, (150, 0)),
+        (192, 128, (128, 1)),
+        (192, None, None),
+    ],
 )
 def test_finished_request_offers_its_deepest_usable_state(latest, before, expected):
     _, _, _, states = fake_cache()

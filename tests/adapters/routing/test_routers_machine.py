@@ -310,10 +310,18 @@ def test_prompts_with_a_common_prefix_meet_before_any_event() -> None:
     router = fleet("checkpoint", 8)
     chosen = set()
     for number in range(6):
-        request = asked(number, (*range(40), 100 + number))
+        request = asked(number, (*range(40), *range(100 * number, 100 * number + 8)))
         chosen.add(router.route(request, 10.0 * number).replica)
         router.ended(number, 10.0 * number)
     assert len(chosen) == 1
+
+
+def test_replicas_with_equal_costs_share_branches_and_namespaces() -> None:
+    for requests in (
+        [asked(0, range(100 * number, 100 * number + 20)) for number in range(20)],
+        [RouteRequest(0, np.arange(20, dtype=np.int32), number) for number in range(20)],
+    ):
+        assert len({fleet("checkpoint", 8).route(one, 0.0).replica for one in requests}) > 4
 
 
 def test_prompts_in_flight_are_those_of_their_namespace() -> None:
