@@ -54,6 +54,16 @@ def test_a_follower_is_admitted_as_soon_as_it_can_resume(namespace: str | None) 
     assert [output.cached_len for output in engine.step()] == [0, 576]
 
 
+def test_a_request_whose_admission_failed_gives_its_memory_back() -> None:
+    engine = make_engine()
+    engine.submit(ids(100), answer(1))
+    scheduler = engine._scheduler
+    [request] = scheduler.waiting
+    assert scheduler.manager.begin(request) and request.lease.extend(64)
+    assert scheduler.recover() == () and scheduler.manager.held() == (0, 0)
+    engine.check()
+
+
 def test_a_follower_does_not_wait_for_a_preempted_leader() -> None:
     engine = make_engine(kv_tokens=512, token_budget=64, checkpoints=("end",))
     engine.submit(ids(128, first=50), answer(200))

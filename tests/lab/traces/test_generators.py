@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import pickle
+from dataclasses import replace
 from itertools import combinations, islice, pairwise
 
 import numpy as np
@@ -163,4 +164,6 @@ def test_interleaving_keeps_each_session_in_order(
 def test_a_generator_binds_its_options_at_once(name):
     refused("unexpected keyword argument 'sed'", GENERATORS[name], sed=1, kind=TypeError)
     assert inspect.signature(GENERATORS[name]).return_annotation == "Trace"
-    assert identity_of(GENERATORS[name]()) == identity_of(GENERATORS[name](seed=0))
+    trace = GENERATORS[name]()
+    assert identity_of(trace) == identity_of(GENERATORS[name](seed=0))
+    assert identity_of(trace) != identity_of(replace(trace, unit=trace.unit + 1))

@@ -86,6 +86,14 @@ def test_ended_texts_are_kept_for_their_namespace() -> None:
     assert draft(drafter, make_request(text[:10], "a")) == [], "newer texts displaced it"
 
 
+def test_a_drafter_that_finds_nothing_is_called_later_each_time() -> None:
+    length, pauses = DraftLength(8), list[int]()
+    for _ in range(5):
+        length.learn(100, 0, 0)
+        pauses.append(length.wakes - 100)
+    assert pauses == [1, 2, 4, 8, 8]
+
+
 def test_a_drafter_that_is_never_right_drafts_rarely() -> None:
     length, tried = DraftLength(8), list[tuple[int, int]]()
     for step in range(20_000):
