@@ -195,9 +195,13 @@ def test_a_plan_counts_a_use_of_lost_checkpoints_only_while_the_policy_decides(m
         assert before == [(one, one.earlier_uses) for one in found]
         seen.extend(before)
 
+    survives, prefill = [], places.Prefill
+    monkeypatch.setattr(
+        places, "Prefill", lambda **of: survives.append(of["answer_survives"]) or prefill(**of)
+    )
     monkeypatch.setattr(places.Places, "plan", plan)
     serve(chats(8, 4), 40)
-    assert seen
+    assert seen and survives and all(survives)
 
 
 def test_with_drafts_no_token_of_a_step_in_flight_is_published_at_the_end(monkeypatch):
