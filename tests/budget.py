@@ -442,7 +442,10 @@ def main() -> None:
         for name, most in tens.items():
             page = re.sub(rf"^\| {name} \| [\d,]+ \|$", f"| {name} | {most:,} |", page, flags=re.M)
         PAGE.write_text(page)
-    print("\n".join(compare(found, read_store())))
+    limits = read_store()
+    print("\n".join(compare(found, limits)))
+    if above := [name for name, number in found.items() if number > limits.get(name, 0)]:
+        raise SystemExit(f"{len(above)} above the limit, see CONTRIBUTING.md: {'; '.join(above)}")
 
 
 if __name__ == "__main__":

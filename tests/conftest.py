@@ -35,8 +35,10 @@ if os.environ.get("KERNELS_ON_DEVICE") == "1":
 elif not any(os.path.exists(path) for path in ("/dev/nvidiactl", "/dev/kfd")):
     os.environ["TRITON_INTERPRET"] = "1"
 
-# Read once, when torch is first imported.
+# Read once, when torch is first imported. A forked process that computes with several threads waits
+# for ever for those of its parent.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # Methods for tests only, read at the import of `kernels.library`, also by servers that tests start.
 os.environ["HYBRIDCACHE_CXXFLAGS"] = "-DPLAIN_TILES"

@@ -196,8 +196,11 @@ _threads = ThreadPoolExecutor(2, thread_name_prefix="server")
 """Threads for long work, which does not delay short work."""
 LARGE_BODY, MAX_LARGE_BODIES = 4 << 20, 8
 """Bytes above which a body is large, and number of large ones that are received at once."""
-MEDIA_SHARE = 7 / 8
-"""Part of ``max_body_mib`` that only images, documents and sound may fill."""
+MEDIA_SHARE, REST = 7 / 8, " without images, documents and sound"
+"""Part of ``max_body_mib`` that only images, documents and sound may fill, and what is left."""
+PIECE = 1 << 18
+DATA = re.compile(rb"(?<![A-Za-z0-9+/=])[A-Za-z0-9+/=]{4096,}")
+"""Bytes of a body that are searched at once for long base64, which costs little to read."""
 MAX_NODES = 100_000
 """Maximum names, lists and objects of a JSON text: decoding holds the interpreter for 50 ms."""
 TOO_MANY = f"it has more than {MAX_NODES:,} names, lists and objects"
@@ -242,9 +245,15 @@ def decode(kind: type[Kind], raw: bytes, config: ServerConfig) -> Kind:
     one sentence about the first fault, or the first refused image, and 413 for much text. O(its
     size)."""
     refuses_images, most_mib = config.images == "refuse", config.max_body_mib * (1 - MEDIA_SHARE)
+    most, rest = int(most_mib * 2**20), raw
+    if len(raw) > most:  # In pieces, between which other threads run.
+        starts = range(0, len(raw), PIECE)
+        rest = b"".join(DATA.sub(b"", raw[at : at + PIECE]) for at in starts)
+    if len(rest) > most:
+        raise _too_large(most_mib, config, REST)
     try:
         text = raw.decode()
-        if num_nodes(raw) > MAX_NODES:
+        if num_nodes(rest) > MAX_NODES:
             raise ValueError(TOO_MANY)
         body = settled(read_json(text))
         if not isinstance(body, dict):
@@ -265,13 +274,13 @@ def decode(kind: type[Kind], raw: bytes, config: ServerConfig) -> Kind:
                 body[name][at] = form(entry, place) if form and isinstance(entry, dict) else entry
     except ValueError as error:
         raise APIError(400, str(error)) from None
-    if len(raw) > most_mib * 2**20 < len(repr(body)):
-        raise _too_large("The body without images, documents and sound", most_mib, config)
+    if len(raw) > most < len(repr(body)):
+        raise _too_large(most_mib, config, REST)
     return converted(body, kind)
 
 
-def _too_large(what: str, most_mib: float, config: ServerConfig) -> APIError:
-    message = f"{what} is larger than {most_mib:g} MiB: send less, or serve with "
+def _too_large(most_mib: float, config: ServerConfig, what: str = "") -> APIError:
+    message = f"The body{what} is larger than {most_mib:g} MiB: send less, or serve with "
     message += f"ServerConfig(max_body_mib=N), now {config.max_body_mib:g}, of engine.serve_engine."
     return APIError(413, message)
 
@@ -439,7 +448,7 @@ async def read_body(
                 raw += piece
                 size = max(size, len(raw))
         if size > most:
-            raise _too_large("The body", config.max_body_mib, config)
+            raise _too_large(config.max_body_mib, config)
         content_type = request.headers.get("content-type", "").split(";")[0].strip().lower()
         if not re.fullmatch(r"application/(.*\+)?json", content_type):
             # Foreign web pages cannot set this header without permission, so they cannot post to a

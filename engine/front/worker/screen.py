@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from shlex import quote
 
 from engine.config import BUILTIN_PROMPTS
 from engine.engine import Engine
@@ -93,7 +94,7 @@ def _first_steps(engine: Engine, address: str) -> list[tuple[str, str]]:
     if isinstance(engine.tokenizer, IdTokenizer):
         body = {"prompt": [1, 2, 3], "max_tokens": 32}
     header = "Content-Type: application/json"
-    command = f"curl {address}/{path} -H '{header}' -d '{json.dumps(body)}'"
+    command = f"curl {quote(f'{address}/{path}')} -H '{header}' -d '{json.dumps(body)}'"
     return [*rows, ("try", command)]
 
 
