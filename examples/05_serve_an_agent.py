@@ -3,7 +3,8 @@
 engine serve                                # in another terminal
 python examples/05_serve_an_agent.py [http://127.0.0.1:8000]
 
-If the server has keys, export yours as HYBRIDCACHE_API_KEY.
+If the server has keys, export yours as HYBRIDCACHE_API_KEY; the operator's, if there is one: it may
+ask for reasons.
 """
 
 from __future__ import annotations
@@ -39,6 +40,8 @@ def main(arguments: list[str]) -> None:
             models = client.get("/v1/models").raise_for_status().json()
         except httpx.ConnectError:
             sys.exit(f"No server answers at {address}: start one with `engine serve`.")
+        except httpx.HTTPStatusError as error:
+            sys.exit(error.response.json()["error"]["message"])
         model = models["data"][0]["id"]
         for system in (SYSTEM, SYSTEM.replace("brief", "short", 31).replace("short", "brief", 30)):
             messages = [{"role": "system", "content": system}]
@@ -50,8 +53,9 @@ def main(arguments: list[str]) -> None:
                 print(f"{messages[-1]['content']!r}: {reused} of {usage['prompt_tokens']} reused")
                 if len(messages) == 3:
                     place = f"/v1/cache/explanations/{response['id']}"
-                    found = client.get(place).raise_for_status().json()
-                    print(found.get("text", "no earlier request shares a prefix"))
+                    found = client.get(place).json()
+                    refusal = found.get("error", {}).get("message", "no earlier chat to compare")
+                    print(found.get("text", refusal))
 
 
 if __name__ == "__main__":

@@ -77,7 +77,7 @@ FIRST_QUESTION = "the first message after the system message differs"
 NEAR_END = 2
 """Number of states before the end of prompts that advice names."""
 _TOO_LITTLE_MEMORY = ("refused", "checkpoint_evicted", "kv_evicted", "forgotten")
-_ALONE = "No stored request shares any of it."
+_ALONE = "No stored request with the same key and salt shares any of it."
 _FROM_OTHER = (
     "The reused tokens are of a request that is not stored, such as one from before a restart, or "
     "a text completion."
