@@ -296,10 +296,20 @@ def size_axis(axis: Axes, label: str = "", sizes: Sequence[float] = ()) -> None:
 
 
 def _plain_ticks(axis: Axis, multiples: Sequence[int]) -> None:
-    """Write plain numbers on a logarithmic axis, at ``multiples`` of the powers of ten."""
+    """Write plain numbers on a logarithmic axis, at ``multiples`` of the powers of ten, or at some
+    powers only if there is no room for all of them."""
     from matplotlib.ticker import LogLocator, NullFormatter
 
-    axis.set_major_locator(LogLocator(10, multiples))
+    class Places(LogLocator):
+        def tick_values(self, vmin: float, vmax: float) -> Sequence[float]:
+            self.set_params(subs=multiples)
+            places = super().tick_values(vmin, vmax)
+            if len(places) == 0:  # Powers need strides, which other multiples do not support.
+                self.set_params(subs=(1,))
+                places = super().tick_values(vmin, vmax)
+            return places
+
+    axis.set_major_locator(Places(10))
     axis.set_major_formatter(lambda value, _: _number(value))
     axis.set_minor_formatter(NullFormatter())
 
@@ -439,7 +449,7 @@ def closed_loop_figure(
             axis.plot(rates, list(map(fmean, by_rate.values())), label=label, **look)
             lows, highs = (list(map(end, by_rate.values())) for end in (min, max))
             axis.vlines(rates, lows, highs, look["color"], linewidth=0.6)
-        size_axis(axis, "sessions a second", sorted({run.rate for run in here}))
+        size_axis(axis, "sessions/s", sorted({run.rate for run in here}))
         axis.set_ylabel(name)
         if name.endswith("TTFT, s"):
             axis.set_yscale("log")

@@ -498,6 +498,21 @@ def test_closed_loop_runs_are_written_and_resumed(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.parametrize("height", [3.4, 4.4, 9.0])
+def test_logarithmic_axes_of_small_figures_have_numbers(height: float) -> None:
+    run = closed_loop("short?head=9", gib=1, rate=1).runs[0]
+    slow = replace(run, rate=900.0, ttft_mean_s=1500.0, ttft_p99_s=9000.0)
+    fast = replace(run, rate=0.01, ttft_mean_s=0.012, ttft_p99_s=0.012)
+    more = [replace(run, rate=rate) for rate in (0.1, 0.3, 1.0, 3.0, 10.0)]
+    figure = closed_loop_figure([fast, slow, *more], None, size=(3.3, height), title=False)
+    figure.draw_without_rendering()
+    for axis in [figure.axes[1].yaxis, figure.axes[2].yaxis, figure.axes[0].xaxis]:
+        low, high = axis.get_view_interval()
+        assert sum(low <= place <= high for place in axis.get_majorticklocs()) >= 2
+    assert max(a.xaxis.label.get_window_extent().x1 for a in figure.axes) <= figure.bbox.x1
+    assert max(a.yaxis.label.get_window_extent().y1 for a in figure.axes) <= figure.bbox.y1
+
+
 def test_caches_are_compared_by_seed() -> None:
     several = {"gib": 0.5, "rate": 2, "policy": ["survival", "lru"], "admission": "oldest"}
     result = closed_loop("short?head=60", seeds=5, **several)
