@@ -171,7 +171,8 @@ class Dots:
         if not self.near:
             return rows
         centre = next(values[0].mean for name, values, _ in rows if name == self.near)
-        close = [name for name, of, _ in rows if abs(of[0].mean - centre) <= SLASH]
+        rules = ((name, of[0].mean) for name, of, _ in rows if name != BEST_REBUILT)
+        close = [name for name, mean in rules if abs(mean - centre) <= SLASH]
         if len(close) < 3:
             return rows
         return [

@@ -365,3 +365,11 @@ def test_a_report_has_author_commits_and_numbered_figures() -> None:
     assert "\nThe hybridcache authors, version 0.4.0, results until 2030-01-02.\n" in text
     assert "*Figure 1. " in text and "*Figure 2. " in text
     assert "| `tiers` | of tiers, 2030-01-02 |" in text and page.CITATION.read_text() in text
+
+
+def test_the_best_rebuilt_system_is_not_counted_among_the_rules_near_lru() -> None:
+    section = page.SECTIONS["leaderboard"]
+    table = section.table()
+    rows = {name for name, *_ in section.figure.rows(table)}
+    assert "best rebuilt system" in rows and "lru and 6 more" in rows
+    assert "and 6 rules are within a point of `lru`" in section.finding(table)
