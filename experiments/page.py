@@ -4,7 +4,8 @@
 ``results-NAME.md``; the text before the first one is ``results.md``. Each ``<!-- result: NAME -->``
 becomes the section of that name: the finding in one sentence, the figure, the command, and the
 table in ``<details>``. In ``report.md``, the template of the report, ``<!-- finding: NAME -->`` and
-``<!-- figure: NAME -->`` become the finding of a section, the latter below its figure.
+``<!-- figure: NAME -->`` become the finding of a section, the latter below its figure, with its
+cells if the section names them.
 The figures are SVG files with colours for light and dark pages, drawn from the same tables.
 """
 
@@ -85,7 +86,8 @@ def report(template: str, origin: Callable[[str], str]) -> str:
         if found[1] == "finding":
             return text
         path = figure_of(found[2])
-        text = f"*Figure {next(numbers)}. {text}*"
+        more = f" {section.cells()}" if section.cells else ""
+        text = f"*Figure {next(numbers)}. {text}{more}*"
         return f"![{section.figure.axis}](../experiments/figures/{path.name})\n\n{text}"
 
     text, citation = SAID.sub(said, template), CITATION.read_text(encoding="utf-8").strip()

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from io import StringIO
 from statistics import fmean
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from experiments import provenance
 from experiments.studies import default, yardsticks
@@ -332,6 +332,17 @@ class Section(NamedTuple):
     finding: Callable[[Table], str]
     """Returns the sentence with the result."""
     figure: TableFigure
+    cells: Callable[[], str] | None = None
+    """Returns traces, sizes and seeds below the figure of a report."""
+
+
+def cells_of(cells: Iterable[tuple[str, Any]]) -> str:
+    """Return the sentence with the sizes, GiB, of each trace, without parameters of generators."""
+    found = [(trace.partition("?")[0], [f"{gib:g}" for gib in of]) for trace, of in cells if of]
+    short = ((name, ", ".join(of) if len(of) < 5 else f"{of[0]} to {of[-1]}") for name, of in found)
+    num_cells = sum(len(of) for _, of in found)
+    listed = "; ".join(f"`{name}` {sizes}" for name, sizes in short)
+    return f"{num_cells} cells of {len(found)} traces (memory in GiB): {listed}."
 
 
 class Range(NamedTuple):

@@ -16,6 +16,7 @@ from experiments.sections import (
     Dots,
     Point,
     Section,
+    cells_of,
     panel_lines,
     records_of,
     says,
@@ -259,10 +260,28 @@ def _router(table: Table) -> str:
     return f"{most} has the most hits in {names.count(most)} of {len(names)} conditions."
 
 
+def _capacity_cells() -> str:
+    runs = [one for one in records_of("study_capacity") if "gain" in one]
+    seeds = f"{SEEDS} seeds; lines without a band have one."
+    return f"{cells_of((one['trace'], one['gib']) for one in runs)} {seeds}"
+
+
+def _ranking_cells() -> str:
+    split = Split.load().subset(num_seeds=SEEDS)
+    loops = cells_of((cell.spec, [gib for gib, _ in cell.loops]) for cell in split.cells)
+    replays = cells_of((cell.spec, cell.sizes) for cell in split.cells)
+    return f"Replays: {replays} Closed loops: {loops} {SEEDS} seeds."
+
+
+def _headroom_cells() -> str:
+    return f"{cells_of(headroom.CELLS.items())} One draw of each trace."
+
+
 SECTIONS = {
     "leaderboard": Section(
         "leaderboard", leaderboard_table, _ranking,
         Dots({"closed loop": "closed loop: hits", "replay": "replay: hits"}, HITS.head, near="lru"),
+        _ranking_cells,
     ),
     "default": Section("default", pairs_table, _pairs, Dots({"replay": HITS.name}, HITS.head)),
     "pairs in closed loop": Section(
@@ -304,8 +323,9 @@ SECTIONS = {
         "headroom", study(headroom.NAME, headroom.table), _headroom,
         Dots({"mean gain": "gain", "least": "least gain", "most": "most gain"},
              "gain over no fact, points"),
+        _headroom_cells,
     ),
-    "capacity": Section("capacity", capacity_table, _capacity, CapacityCurves()),
+    "capacity": Section("capacity", capacity_table, _capacity, CapacityCurves(), _capacity_cells),
     "hints": Section(
         "hints", hints_table, says(f"Boundary hints raise the hit rate by {POINTS}.", gain="gain"),
         Dots({"with hints": HITS.name}, HITS.head),

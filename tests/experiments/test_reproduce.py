@@ -359,11 +359,16 @@ def test_each_module_can_be_imported() -> None:
 
 
 def test_a_report_has_author_commits_and_numbered_figures() -> None:
-    marks = "authors", "figure: tiers", "figure: grid", "parts", "citation"
+    marks = "authors", "figure: tiers", "figure: headroom", "parts", "citation"
     template = "# T\n\n" + "\n\n".join(f"<!-- {mark} -->" for mark in marks)
     text = page.report(template, lambda part: f"of {part}, 2030-01-02")
     assert "\nThe hybridcache authors, version 0.4.0, results until 2030-01-02.\n" in text
     assert "*Figure 1. " in text and "*Figure 2. " in text
+    sizes = "`live-agents` 2; `chat` 2. One draw of each trace."
+    assert (
+        "10 cells of 5 traces (memory in GiB): `toolbench-dfs` 0.25, 0.5, 1;" in text
+        and sizes in text
+    )
     assert "| `tiers` | of tiers, 2030-01-02 |" in text and page.CITATION.read_text() in text
 
 
