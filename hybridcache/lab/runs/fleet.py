@@ -14,7 +14,7 @@ import heapq
 import math
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import count
 
@@ -87,10 +87,11 @@ class FleetResult(StoredResult, Tabular):
         return [figures.pop("fleet") | figures]
 
 
-def run_fleet(trace: Trace, scenario: Scenario, fleet: FleetConfig) -> FleetResult:
-    """Run a fleet over a trace, which is best held in memory (``Trace.kept``). Every replica has
-    the cache, the memory and the machine of ``scenario``. ValueError unless it has one competitor
-    and one size, no ``baseline``, and ``trace`` a request. O(events log events)."""
+def run_fleet(trace: str | Trace, scenario: Scenario, fleet: FleetConfig) -> FleetResult:
+    """Run a fleet over a trace, which is best held in memory (``Trace.kept``), or its name. Every
+    replica has the cache, the memory and the machine of ``scenario``. ValueError unless it has one
+    competitor and one size, no ``baseline``, and ``trace`` a request. O(events log events)."""
+    trace = replace(scenario, trace=trace).opened()
     points, _ = scenario.points(trace, max(scenario.page_size, trace.unit))
     geometry, (cell, *others) = scenario.geometry(), scenario.cells(points)
     if others or cell.baseline:

@@ -55,6 +55,14 @@ def test_a_fleet_has_one_policy_and_size_and_a_request(given: dict[str, object])
         run_fleet(trace, Scenario(trace, **{"gib": 1.0} | given), FleetConfig())
 
 
+def test_a_fleet_opens_a_trace_by_its_name() -> None:
+    named, opened = (
+        run_fleet(trace, Scenario("short", gib=1.0), FleetConfig())
+        for trace in ("short?head=9", open_trace("short?head=9"))
+    )
+    assert named == opened and named.requests == 9
+
+
 def test_next_turn_starts_after_the_answer_of_the_previous_one() -> None:
     tokens = np.arange(70, dtype=np.int32)
     requests = [
