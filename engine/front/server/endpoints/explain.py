@@ -99,8 +99,8 @@ ADVICE = {
     TOOLS_BEHIND: "The chat template writes the tools behind the system message, so they are "
     "computed again too: put text that changes into the first user message, or write the tools "
     "before it (--chat-template tools-first, for Qwen2.5 and Qwen3).",
-    NEW: "Nothing is to be done, unless the system message begins with text that changes: put such "
-    "text at its end.",
+    NEW: "Nothing is to be done, unless the system message begins with text that changes (put such "
+    "text at its end), or another key's chat has it (--no-salt-by-key lets keys share).",
 }
 """Advice by the cause of an explanation, as far as no setting decides it."""
 
@@ -505,7 +505,7 @@ async def explanation(
     names = " and ".join(quoted(each) for each in (name, compared_with) if each is not None)
     raise APIError(
         404,
-        f"No chat with the id {names} of its answer is stored, or not with this cache_salt: "
+        f"No chat with the id {names} of its answer is stored, or not with this key and salt: "
         "text completions are not, and older chats were evicted. Send the chat again and ask then; "
         "ServerConfig(explain_mib=N) of engine.serve_engine in Python keeps more.",
     )

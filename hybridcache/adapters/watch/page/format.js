@@ -1,6 +1,6 @@
 // Words, numbers and small elements.
 const CAUSES = [
-  ["never_seen", "new", "No earlier request had these tokens in this position."],
+  ["never_seen", "new", "No earlier request of the same key and salt had these tokens in this position."],
   ["kv_evicted", "KV evicted", "The KV of these tokens was cached and then evicted."],
   ["checkpoint_evicted", "checkpoint evicted", "Their KV is cached, but the checkpoint behind them was evicted."],
   ["never_checkpointed", "never checkpointed", "Their KV is cached, but no state was saved behind them."],
