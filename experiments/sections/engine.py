@@ -178,7 +178,7 @@ def _admission(table: Table) -> str:
     ratios = table.means("mean TTFT to best of `oldest` and limits")
     worst = table.texts()[ratios.index(max(ratios))]
     return (
-        f"The mean TTFT of `sessions` is within 5 % of the best limit in "
+        f"The mean TTFT of `sessions` is within 5 % of the best of `oldest` and four limits in "
         f"{sum(ratio <= 1.05 for ratio in ratios)} of {len(ratios)} cells, and at most "
         f"{max(ratios):.2f} times it ({worst[0]}, {worst[1]} sessions/s)."
     )
