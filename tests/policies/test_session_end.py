@@ -12,6 +12,7 @@ from engine.front.server.bodies import decode
 from engine.front.server.endpoints.anthropic import MessagesRequest
 from engine.front.server.endpoints.responses import ResponsesRequest
 from engine.front.server.schemas import Sampling
+from engine.front.server.settings import ServerConfig
 from hybridcache import CacheConfig, LeaseRequest, build_prefix_cache, parse_placement
 from tests.radix.serving import serve_lease
 
@@ -120,7 +121,7 @@ def test_clients_name_sessions_and_times_as_in_other_engines(
     body: dict[str, Any], session: dict[str, Any]
 ) -> None:
     kind = next((kind for name, kind in KINDS.items() if name in body), Sampling)
-    asked = decode(kind, json.dumps(body).encode())
+    asked = decode(kind, json.dumps(body).encode(), ServerConfig())
     if kind is not Sampling:
         asked = asked.as_chat(*([asked.items] if kind is ResponsesRequest else []))
     assert asked.session == {"ends_session": False, "session": ""} | session

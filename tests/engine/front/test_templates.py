@@ -20,6 +20,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from engine.front.chat_prompt import MARK, Conversation, Rendering, controls_of, mark_control_tokens
 from engine.front.server.bodies import decode
 from engine.front.server.schemas import ChatRequest
+from engine.front.server.settings import ServerConfig
 from engine.text import sandbox
 from engine.text.sandbox import TOO_MUCH, Renderer, TemplateError
 from engine.text.tokenizer import ChatTemplate
@@ -280,7 +281,7 @@ def test_a_conversation_has_every_part_and_the_last_marked_places(
         }
         for role, parts in given_messages
     ]
-    body = decode(ChatRequest, json.dumps({"messages": messages}).encode())
+    body = decode(ChatRequest, json.dumps({"messages": messages}).encode(), ServerConfig())
     source = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
     chat = body.conversation(ChatTemplate(source), {})
     texts = [[text for text, _ in parts] for _, parts in given_messages]

@@ -287,7 +287,7 @@ def store(
         "tools": body.get("tools"),
         "chat_template_kwargs": body.get("variables"),
     }
-    chat = decode(ChatRequest, json.dumps(sent).encode())
+    chat = decode(ChatRequest, json.dumps(sent).encode(), ServerConfig())
     began_s = time.perf_counter()
     call: Any = SimpleNamespace(tenant=Tenant("key", namespace), size=100, began_s=began_s)
     explanations.remember(name, call, chat, output, answer)

@@ -9,6 +9,7 @@ import pytest
 
 from engine.front.server.bodies import decode
 from engine.front.server.endpoints.anthropic import CountRequest
+from engine.front.server.settings import ServerConfig
 from tests.engine.front.server.conftest import Live, ServeAnswer
 from tests.engine.front.server.dialects import BONN, SCHEMA
 from tests.engine.front.server.test_tools import HERMES_CALL
@@ -46,7 +47,7 @@ def test_a_failed_result_says_so_and_keeps_its_mark(said: str) -> None:
     parts = [{"type": "text", "text": said, "cache_control": EPHEMERAL}]
     result = {"type": "tool_result", "tool_use_id": "a", "content": parts, "is_error": True}
     sent = {"model": "builtin", "messages": [{"role": "user", "content": [result]}]}
-    [told] = decode(CountRequest, json.dumps(sent).encode()).as_chat().messages
+    [told] = decode(CountRequest, json.dumps(sent).encode(), ServerConfig()).as_chat().messages
     assert told.as_template_input()["content"] == "Error: no such file"
     assert told.cache_control == EPHEMERAL
 

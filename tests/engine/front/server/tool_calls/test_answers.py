@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from engine.front.server.bodies import APIError, decode
 from engine.front.server.schemas import ChatRequest
+from engine.front.server.settings import ServerConfig
 from engine.front.server.tool_calls.form import CallForm, forms, tool_calls
 from engine.front.server.tool_calls.hermes import Hermes
 from engine.front.server.tool_calls.tags import Xml
@@ -399,7 +400,7 @@ def test_random_texts_are_read_the_same_in_any_pieces(
 )
 def test_the_form_is_recognised_in_the_template(source: str, expected: type) -> None:
     sent = {"messages": [{"role": "user", "content": "Hi."}], "tools": TOOLS, "tool_choice": "none"}
-    body = decode(ChatRequest, json.dumps(sent).encode())
+    body = decode(ChatRequest, json.dumps(sent).encode(), ServerConfig())
     assert type(tool_calls(body, ChatTemplate(source))) is expected
     body.tool_choice = None
     for without, why in (("{{ messages }}", "has no tools"), ("{{ tools }}", "is not supported")):
