@@ -80,9 +80,11 @@ def run(arguments: argparse.Namespace) -> int:
         model = BUILTIN_NAME if path == BUILTIN_DIR else str(path)
     try:  # Before the file is made, which a second start would find.
         httpx.get(upstream, timeout=10, trust_env=named.scheme == "https").close()
-    except httpx.ConnectError as error:
+    except (httpx.ConnectError, httpx.ConnectTimeout) as error:
         why = f"No server answers at {upstream} ({error}): start it first, or correct --to."
         raise ValueError(why) from None
+    except httpx.TransportError:  # It listens, and is slow or busy.
+        pass
     log_to_stderr("warning", "engine", "uvicorn")
     with bind(ServerConfig(host=arguments.host, port=arguments.port)) as listener:
         try:

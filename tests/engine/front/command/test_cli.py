@@ -18,7 +18,9 @@ import subprocess
 import sys
 import termios
 from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import pytest
@@ -44,7 +46,7 @@ PRINT = {
     "optimum --trace short?head=9 --gib 1|benchmark --help|leaderboard --help",
 }
 WRITE = {
-    main: "convert builtin FILE --to int8|record --to http://x --port 0 --out FILE",
+    main: "convert builtin FILE --to int8|record --to SERVER --port 0 --out FILE",
     hybridcache: f"trace convert short FILE|trace convert short FILE.gz|{RUN} --figure FILE.png|"
     f"{RUN} --output FILE|{RUN} --requests FILE|{RUN} --write-scenario FILE",
 }
@@ -100,7 +102,11 @@ def test_every_command_says_that_its_output_cannot_be_written(
     assert COMMANDS.keys() <= {words.split()[0] for words in PRINT[main].split("|")}
     for number, words in enumerate((WRITE if kind == "file" else PRINT)[program].split("|")):
         why = {"stdout": " cannot be written (No space", "file": f"{tmp_path}/{number}"}
-        code, said = ended(program, words.replace("FILE", f"{tmp_path}/{number}"), kind)
+        words = words.replace("FILE", f"{tmp_path}/{number}")
+        with HTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler) as server:
+            Thread(target=server.handle_request, daemon=True).start()
+            words = words.replace("SERVER", f"http://127.0.0.1:{server.server_port}")
+            code, said = ended(program, words, kind)
         assert code == 2 * (kind in why) and why.get(kind, "") in said, (words, said)
         sentences = re.findall("^(?:engine|hybridcache).*: (?!.*Errno)", said, re.M)
         assert kind not in why or len(sentences) == 1, (words, said)
