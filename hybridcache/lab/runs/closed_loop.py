@@ -546,15 +546,15 @@ class ClosedLoopResult(Runs):
 
     def _differences(self) -> list[str]:
         """Return a sentence per size, admission policy and rate of several seeds: the cache with
-        the most hits, and its differences to the others, paired by seed."""
+        the most hits, and its differences to the others, paired by seed, but to equal ones."""
         said, cells = list[str](), dict[tuple[float, str, float], dict[str, list[float]]]()
         for run in self.runs:
             of_cell = cells.setdefault((run.gib, run.admission, run.rate), {})
             of_cell.setdefault(run.label, []).append(100 * run.token_hit_rate)
         for (gib, admission, rate), rates in cells.items():
             first, *others = sorted(rates, key=lambda label: -fmean(rates[label]))
-            counts = {*map(len, rates.values())}
-            if others and len(counts) == 1 and counts != {1}:  # None failed.
+            others = [one for one in others if rates[one] != rates[first]]
+            if others and {*map(len, rates.values())} == {len(rates[first])} != {1}:  # None failed.
                 less = (
                     f"{paired(rates[first], rates[one])} points more than {one}" for one in others
                 )

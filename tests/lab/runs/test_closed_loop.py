@@ -524,6 +524,10 @@ def test_caches_are_compared_by_seed() -> None:
     said = rf"oldest, 2 at 0\.5 GiB: {best} hits {points:.1f} \[.*\] points more than {rest}"
     assert re.search(said, result.table())
     assert "more than" not in closed_loop("short?head=60", **several).table(), "one seed"
+    equal = closed_loop(
+        "short?head=60", seeds=2, **several | {"policy": ["lru", "sieve"], "gib": 64}
+    )
+    assert "more than" not in equal.table()
 
 
 @pytest.mark.parametrize("title", [True, False])
