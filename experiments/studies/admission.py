@@ -25,7 +25,7 @@ from experiments.tables import Cell, Column, Table
 from hybridcache import open_trace
 from hybridcache.geometry.model import ModelGeometry
 from hybridcache.geometry.units import GIB
-from hybridcache.lab.runs.closed_loop import simulate_closed_loop
+from hybridcache.lab.runs.closed_loop import run_closed_loop
 from hybridcache.lab.scenario import Scenario
 from hybridcache.lab.traces.intervals import paired, ratio
 from hybridcache.lab.traces.trace import Trace, TraceRequest
@@ -156,6 +156,9 @@ WORKLOADS = {
 }
 
 
+FIGURES = ("prompt_tokens", "cached_tokens", "ttft_mean_s", "ttft_p99_s", "makespan_s")
+
+
 def admissions(name: str) -> tuple[str, ...]:
     return *UNLIMITED, *(f"live:{limit}" for limit in WORKLOADS[name].fixed)
 
@@ -180,24 +183,13 @@ def scenario(workload: MixedLoad, name: str, seed: int, rate: float, admission: 
     )
 
 
-def waits(answered: Sequence[Any]) -> dict[str, float]:
-    """Return prompt and cached tokens of requests, and their times to the first token."""
-    ttft_s = np.array([one.first_token_s - one.arrival_s for one in answered])
-    return {
-        "prompt_tokens": sum(one.prompt_len for one in answered),
-        "cached_tokens": sum(one.cached_len for one in answered),
-        "ttft_mean_s": float(ttft_s.mean()),
-        "ttft_p99_s": float(np.percentile(ttft_s, 99)),
-    }
-
-
 def serve(job: tuple[str, int, float, str]) -> list[dict[str, Any]]:
     """Return the record of (workload, seed, rate, admission policy)."""
     name, seed, rate, admission = job
     workload = WORKLOADS[name]
     trace = workload.trace(name, seed)
-    served = simulate_closed_loop(trace, scenario(workload, *job))
-    found = waits(served.answered) | {"makespan_s": served.now_s}
+    served = run_closed_loop(trace, scenario(workload, *job))
+    found = {figure: getattr(served, figure) for figure in FIGURES}
     if admission == common.LRU_ADAPTIVE:
         found["bound"] = common.bound_in_any_order(trace)
     place = {"trace": name, "seed": seed, "rate": rate, "admission": admission}

@@ -16,14 +16,18 @@ from typing import Any
 import numpy as np
 
 from experiments.studies import common
-from hybridcache.lab.runs.simulate import simulate
 from hybridcache.lab.traces.intervals import FEWEST_UNITS, interval
 from hybridcache.policies.registry import DEFAULT_EVICTION
 
 OURS = common.DEFAULT.replace("@", " @ ")
 """The default pair. All other policies use ``STATIC_PLACEMENT``."""
-PEERS = (*common.REBUILT, "lightllm")
 POLICIES = ("lru", "lfu", "lhd", "gdsf", DEFAULT_EVICTION)
+COMPETITORS = {
+    **{name: f"{name}@{common.STATIC_PLACEMENT}" for name in POLICIES},
+    **{f"{name} (rebuilt)": name for name in (*common.REBUILT, "lightllm")},
+    OURS: common.DEFAULT,
+}
+"""Pairs of policies and rebuilt systems by their labels."""
 
 
 def main() -> None:
@@ -44,25 +48,11 @@ def main() -> None:
 
 
 def competitors(name: str) -> list[dict[str, Any]]:
-    """Return one record per competitor with one figure per size. A policy is named ``eviction`` if
-    its placement is ``STATIC_PLACEMENT``, else ``eviction @ placement``."""
+    """Return one record per competitor with one figure per size."""
     workload = common.WORKLOADS[name]
     trace, sizes = workload.open(name).kept(), workload.sizes()
     settings: dict[str, Any] = {"model": workload.geometry, "grid": workload.grid}
-    result = simulate(
-        trace,
-        gib=sizes,
-        policy=POLICIES,
-        checkpoints=common.STATIC_PLACEMENT,
-        baseline=PEERS,
-        bound=False,
-        progress=False,
-        **settings,
-    )
-    by_label = {
-        label if runs[0].config["baseline"] else runs[0].config["policy"]: runs
-        for label, runs in result.by_label().items()
-    }
+    found = {of: common.replay(trace, sizes, COMPETITORS[of], **settings) for of in COMPETITORS}
     return [
         {
             "trace": name,
@@ -75,7 +65,7 @@ def competitors(name: str) -> list[dict[str, Any]]:
             "token_hit_rate": common.rounded([run.token_hit_rate for run in runs]),
             "ttft_p99_s": common.rounded([run.ttft_s[99] for run in runs]),
         }
-        for label, runs in (by_label | {OURS: common.replay(trace, sizes, **settings)}).items()
+        for label, runs in found.items()
     ]
 
 

@@ -198,19 +198,11 @@ def mixed_seconds(engine: Engine, steps: MeasuredTimes, context: int) -> float:
 
 def step_times(tables: Sequence[dict[str, Any]]) -> MeasuredTimes:
     """Return the means of tables of ``measure``."""
-    prefill, decode = (
-        np.mean([table[name] for table in tables], axis=0).tolist()
+    means = {
+        name: np.mean([table[name] for table in tables], axis=0).tolist()
         for name in ("table_s", "decode_s")
-    )
-    first = tables[0]
-    return MeasuredTimes(
-        tuple(first["starts"]),
-        tuple(first["lengths"]),
-        tuple(map(tuple, prefill)),
-        "measured on this engine",
-        tuple(first["decodes"]),
-        tuple(decode),
-    )
+    }
+    return MeasuredTimes.of(tables[0] | means, "measured on this engine")
 
 
 def compare(

@@ -232,9 +232,9 @@ def hit_rates(
 
 def caches(pair: str) -> dict[str, Any]:
     """Return the settings of a simulation for ``eviction@placement`` or a rebuilt system."""
-    if pair in REBUILT:
+    policy, is_pair, placement = pair.partition("@")
+    if not is_pair:
         return {"policy": (), "baseline": [pair]}
-    policy, _, placement = pair.partition("@")
     return {"policy": policy, "checkpoints": [placement]}
 
 

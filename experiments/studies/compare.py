@@ -38,7 +38,6 @@ from experiments.studies.common import grouped, rates, rounded
 from experiments.tables import Column, Table
 from hybridcache import ModelGeometry, Trace, TraceRequest, open_trace
 from hybridcache.lab.board import Split
-from hybridcache.lab.results.result import RunResult
 from hybridcache.lab.traces.intervals import interval, paired
 from hybridcache.lab.traces.trace import Held
 
@@ -62,12 +61,6 @@ TRACES = {
     "arena": tuple(name for name in common.WORKLOADS if name != "tree-of-thoughts"),
 }
 """Workloads of the studies of one."""
-POINTS = {"grid": 3, "arena": 5}
-VARIANTS: dict[str, dict[str, Settings]] = {
-    "grid": {str(grid): {"grid": grid} for grid in GRIDS},
-    "arena": {memory: {"memory": memory} for memory in ("moves", "budget")},
-}
-"""Settings of each variant, by study."""
 LEFT_OUT: dict[str, tuple[str, Record]] = {
     "hints": ("hints", {"boundaries": ()}),
     "stop-reasons": ("stop_reasons", {"stop_reason": ""}),
@@ -75,44 +68,32 @@ LEFT_OUT: dict[str, tuple[str, Record]] = {
 """Name of an information in the records, and the fields of requests without it, by study."""
 
 
-def workload_case(study: str, name: str, seed: int) -> TraceCase:
-    """Return the case of a workload."""
-    workload = common.WORKLOADS[name]
-    settings: dict[str, Any] = {"model": workload.geometry}
-    if study == "arena":
-        settings["grid"] = workload.grid
-    fields = {"trace": name, "seed": seed}
-    opened = partial(workload.open, name, seed)
-    return TraceCase(fields, opened, workload.sizes(POINTS[study]), settings)
-
-
-def replays(case: TraceCase, variants: Mapping[str, Settings]) -> dict[str, tuple[RunResult, ...]]:
-    """Return the runs of each variant, one per size."""
-    trace = case.open().kept()
-    return {
-        name: common.replay(trace, case.gib, **{**case.settings, **settings})
-        for name, settings in variants.items()
-    }
-
-
 def measure_grid(job: tuple[str, int]) -> list[Record]:
     """Return one record per grid and size of (trace, seed)."""
-    case = workload_case("grid", *job)
+    name, seed = job
+    workload = common.WORKLOADS[name]
+    trace, gib = workload.open(name, seed).kept(), workload.sizes(3)
     return [
-        rounded(case.fields | {"grid": int(name), "gib": run.gib}
-                | {"token_hit_rate": run.token_hit_rate})
-        for name, runs in replays(case, VARIANTS["grid"]).items()
-        for run in runs
-    ]  # fmt: skip
+        {"trace": name, "seed": seed, "grid": grid}
+        | rounded({"gib": run.gib, "token_hit_rate": run.token_hit_rate})
+        for grid in GRIDS
+        for run in common.replay(trace, gib, model=workload.geometry, grid=grid)
+    ]
 
 
 def measure_arena(job: tuple[str, int]) -> list[Record]:
     """Return one record per size of (trace, seed)."""
-    case, records = workload_case("arena", *job), []
-    for arena, ideal in zip(*replays(case, VARIANTS["arena"]).values(), strict=True):
+    name, seed = job
+    workload, records = common.WORKLOADS[name], list[Record]()
+    trace, gib = workload.open(name, seed).kept(), workload.sizes(5)
+    settings: dict[str, Any] = {"model": workload.geometry, "grid": workload.grid}
+    both = (common.replay(trace, gib, memory=of, **settings) for of in ("moves", "budget"))
+    for arena, ideal in zip(*both, strict=True):
         assert arena.moved_slabs is not None and arena.moved_kv_bytes is not None
-        record = case.fields | {
-            "grid": case.settings["grid"],
+        record = {
+            "trace": name,
+            "seed": seed,
+            "grid": workload.grid,
             "gib": arena.gib,
             "requests": arena.requests,
             "token_hit_rate": arena.token_hit_rate,

@@ -23,9 +23,7 @@ from experiments.tables import Cell, Column, Table
 from hybridcache import Placed, PlacementPolicy, Trace, open_trace
 from hybridcache.lab.results.result import RunResult
 from hybridcache.lab.rivals.optimum import best_plan
-from hybridcache.lab.runs.serving import serve
-from hybridcache.lab.runs.summary import summarise
-from hybridcache.lab.runs.target import build_target
+from hybridcache.lab.runs.simulate import run_cell
 from hybridcache.lab.scenario import Scenario
 from hybridcache.lab.traces.trace import TraceRequest
 from hybridcache.policies.eviction.scored import Columns
@@ -234,9 +232,7 @@ def run_with(fact: str, trace: Trace, gib: float) -> RunResult:
         by_request=True,
     )
     [cell] = cell.cells((gib,))
-    target = build_target(cell, trace.unit)
-    log = serve(target, future, trace.unit, cell)
-    found = summarise(cell, log, target, trace.full_name)
+    found = run_cell(replace(trace, source=future.__iter__), cell)
     return replace(found, config=found.config | {"label": fact})
 
 

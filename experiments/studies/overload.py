@@ -20,8 +20,10 @@ from math import inf, isinf
 from statistics import fmean
 from typing import Any
 
+import numpy as np
+
 from experiments.studies import common
-from experiments.studies.admission import CACHES, REBUILT, SPLITS, WORKLOADS, scenario, waits
+from experiments.studies.admission import CACHES, REBUILT, SPLITS, WORKLOADS, scenario
 from experiments.tables import Cell, Column, Table
 from hybridcache.lab.runs.closed_loop import simulate_closed_loop
 
@@ -82,13 +84,14 @@ def window_figures(answered: Sequence[Any], start_s: float, end_s: float) -> dic
     """Return hit rate and waiting times of the requests that arrived from ``start_s`` to ``end_s``,
     and the number of first tokens in that time."""
     chosen = [one for one in answered if start_s <= one.arrival_s < end_s]
-    found = waits(chosen)
+    ttft_s = np.array([one.first_token_s - one.arrival_s for one in chosen])
     later_s = [one.first_token_s - one.arrival_s for one in chosen if one.turn]
+    cached_tokens = sum(one.cached_len for one in chosen)
     return {
         "requests": len(chosen),
-        "token_hit_rate": found["cached_tokens"] / found["prompt_tokens"],
-        "ttft_mean_s": found["ttft_mean_s"],
-        "ttft_p99_s": found["ttft_p99_s"],
+        "token_hit_rate": cached_tokens / sum(one.prompt_len for one in chosen),
+        "ttft_mean_s": float(ttft_s.mean()),
+        "ttft_p99_s": float(np.percentile(ttft_s, 99)),
         "first_tokens": sum(start_s <= one.first_token_s < end_s for one in answered),
         "later_mean_s": fmean(later_s),
         "later_in_time": fmean(wait_s <= IN_TIME_S for wait_s in later_s),

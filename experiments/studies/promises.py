@@ -21,6 +21,7 @@ import numpy as np
 
 from experiments.studies import common
 from experiments.tables import Cell, Column, Table
+from hybridcache.lab.runs import serving
 from hybridcache.lab.runs.target import build_target
 from hybridcache.lab.scenario import Scenario
 from hybridcache.lab.traces.intervals import paired
@@ -77,17 +78,15 @@ def _requests(tenant: str, client: str, seed: int) -> Iterator[TraceRequest]:
 def serve(job: tuple[str, float, str, int]) -> list[dict[str, Any]]:
     """Return a record with the hit rates of both tenants for (namespaces, memory, client, seed)."""
     namespaces, gib, client, seed = job
-    target = build_target(Scenario("promises", gib=gib), 1)
-    cached, asked = Counter[Any](), Counter[Any]()
-    for request in requests(client, seed):
-        tenant = request.namespace
-        asked[tenant] += len(request.tokens)
-        if namespaces == "shared":
-            request = request._replace(namespace=None)
-        if (served := target.begin(request)) is not None:
-            cached[tenant] += served.cached_len
-            served.prefilled()
-            served.finish(request.output)
+    cell, cached, asked = Scenario("promises", gib=gib), Counter[Any](), Counter[Any]()
+    sent = requests(client, seed)
+    tenants = [one.namespace for one in sent]
+    if namespaces == "shared":
+        sent = [one._replace(namespace=None) for one in sent]
+    log = serving.serve(build_target(cell, 1), sent, 1, cell)
+    for tenant, prompt, reused in zip(tenants, log.prompt_tokens, log.cached_tokens, strict=True):
+        asked[tenant] += prompt
+        cached[tenant] += reused
     rates = {f"hits_{tenant}": cached[tenant] / asked[tenant] for tenant in "AB"}
     facts = {"namespaces": namespaces, "gib": gib, "client": client, "seed": seed}
     return [facts | common.rounded(rates)]

@@ -25,9 +25,7 @@ from experiments.tables import Cell, Column, Table
 from hybridcache.geometry.model import ModelGeometry
 from hybridcache.geometry.times import Roofline
 from hybridcache.geometry.units import GIB
-from hybridcache.lab.runs.serving import serve
-from hybridcache.lab.runs.summary import summarise
-from hybridcache.lab.runs.target import build_target
+from hybridcache.lab.runs.simulate import run_cell
 from hybridcache.lab.scenario import Scenario
 from hybridcache.lab.traces.intervals import interval
 from hybridcache.lab.traces.trace import Trace
@@ -77,10 +75,7 @@ def measure(job: tuple[str, int]) -> list[dict[str, Any]]:
     ]
     cells += [(peer, GOAL_CELL, {"baseline": peer, "gib": GOAL_GIB}) for peer in common.REBUILT]
     for label, memory, settings in cells:
-        cell = replace(base, **settings)
-        target = build_target(cell, trace.unit)
-        log = serve(target, trace, trace.unit, cell)
-        result = summarise(cell, log, target, trace.name)
+        result = run_cell(trace, replace(base, **settings))
         record = {"trace": name, "seed": seed, "policy": label, "cell": memory}
         for field in ("requests", "token_hit_rate", "seconds", "seconds_saved", "copy_seconds"):
             record[field] = getattr(result, field)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import argparse
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import asdict
 from functools import partial
 from itertools import count
@@ -167,18 +167,28 @@ def measure(job: VllmRun) -> dict[str, Any]:
     return job._asdict() | record
 
 
+PLACE = Column("trace"), Column("GiB", form="g"), Column("seeds", form="d")
+"""First columns of each table."""
+
+
+def complete(
+    records: common.Records, variants: Collection[str], sessions: int = TOGETHER
+) -> dict[tuple[str, float], list[dict[str, Any]]]:
+    """Return the runs by variant of each seed that has all ``variants``, by cell of ``WORKLOADS``
+    with ``sessions`` at once."""
+    cells: dict[tuple[str, float], list[dict[str, Any]]] = {}
+    groups = common.grouped(records, "trace", "gib", "sessions", "seed")
+    for (trace, gib, at_once, _), of in groups.items():
+        runs = {one["variant"]: one for one in of}
+        if at_once == sessions and trace in WORKLOADS and runs.keys() >= {*variants}:
+            cells.setdefault((trace, gib), []).append(runs)
+    return cells
+
+
 def table(records: common.Records, sessions: int = TOGETHER) -> Table:
     """Return a row per cell with ``sessions`` at once, as means over the seeds that have all flags:
     token hit rates, and forward passes."""
-    seeds = [
-        {one["variant"]: one for one in of}
-        for of in common.grouped(records, "trace", "gib", "sessions", "seed").values()
-        if of[0]["sessions"] == sessions and of[0]["trace"] in WORKLOADS
-    ]
-    cells: dict[tuple[str, float], list[dict[str, Any]]] = {}
-    for runs in seeds:
-        if {AS_IS, OURS, *FLAGS} <= runs.keys():
-            cells.setdefault((runs[OURS]["trace"], runs[OURS]["gib"]), []).append(runs)
+    cells = complete(records, {AS_IS, OURS, *FLAGS}, sessions)
 
     def mean(found: list[dict[str, Any]], variant: str, field: str) -> float | None:
         known = [runs[variant][field] for runs in found if variant in runs]
@@ -197,16 +207,10 @@ def table(records: common.Records, sessions: int = TOGETHER) -> Table:
             ours - best, *(percent.get(name) for name in IN_BLOCKS),
             [mean(found, AS_IS, "steps"), mean(found, OURS, "steps")], wrong,
         ])  # fmt: skip
-    columns = [
-        *(Column("trace"), Column("GiB", form="g"), Column("seeds", form="d")),
-        *(
-            Column(HITS, form=".1f"),
-            Column("gain", "points"),
-            Column("gain over the best", "points"),
-        ),
-        *(Column(f"{name}, first seed", "%") for name in IN_BLOCKS),
-        *(Column("forward passes: as it is, ours", form=".0f"), Column("wrong", form="d")),
-    ]
+    columns = [*PLACE, Column(HITS)]
+    columns += [Column(name, "points") for name in ("gain", "gain over the best")]
+    columns += [Column(f"{name}, first seed", "%") for name in IN_BLOCKS]
+    columns += [Column("forward passes: as it is, ours", form=".0f"), Column("wrong", form="d")]
     return Table(columns, rows)
 
 
@@ -234,12 +238,12 @@ def overload_table(records: common.Records) -> Table:
         ])  # fmt: skip
     pair = f"{AS_IS}, ours"
     heads = "thousands of computed tokens", "forward passes", "95 % of TTFT, ms", "mean TTFT, ms"
-    columns = [
-        *(Column("trace"), Column("GiB", form="g"), Column("seeds", form="d")),
-        *(Column(f"{AS_IS}, best of two flags, {FIXED}, ours: %"), Column("gain", "points")),
+    columns = [*PLACE, Column(f"{AS_IS}, best of two flags, {FIXED}, ours: %")]
+    columns += [
+        Column("gain", "points"),
         *(Column(f"{head}: {pair}", form=".0f") for head in heads),
-        *(Column("change of the mean TTFT", "%"), Column("wrong", form="d")),
     ]
+    columns += [Column("change of the mean TTFT", "%"), Column("wrong", form="d")]
     return Table(columns, rows)
 
 
@@ -247,12 +251,7 @@ def host_table(records: common.Records) -> Table:
     """Return a row per cell with host memory, as means over the seeds that have all variants: token
     hit rates, the gain over vLLM with the same host memory, and wrong rows and states."""
     names = [with_host(one, multiple) for multiple in HOST for one in CONNECTORS]
-    cells: dict[tuple[str, float], list[dict[str, Any]]] = {}
-    for of in common.grouped(records, "trace", "gib", "sessions", "seed").values():
-        runs = {one["variant"]: one for one in of}
-        if {OURS, *names} <= runs.keys():
-            cells.setdefault((of[0]["trace"], of[0]["gib"]), []).append(runs)
-    if not cells:
+    if not (cells := complete(records, {OURS, *names})):
         raise FileNotFoundError("cells with host memory of study_vllm.jsonl")
     rows: list[list[Cell]] = []
     for (trace, gib), found in cells.items():
@@ -263,8 +262,7 @@ def host_table(records: common.Records) -> Table:
         wrong = sum(runs[name]["num_wrong"] for runs in found for name in names)
         gains = [ours - theirs for theirs, ours in pairs]
         rows.append([trace, gib, len(found), percent[OURS], *pairs, *gains, wrong])
-    columns = [Column("trace"), Column("GiB", form="g"), Column("seeds", form="d")]
-    columns.append(Column(f"{OURS} without it", "%"))
+    columns = [*PLACE, Column(f"{OURS} without it", "%")]
     columns += [Column(f"{one} times, {AS_IS}, {OURS}: %", form=".1f") for one in HOST]
     columns += [Column(f"gain with {one} times", "points") for one in HOST]
     return Table([*columns, Column("wrong", form="d")], rows)

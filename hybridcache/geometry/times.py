@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import math
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from hybridcache.geometry.model import ModelGeometry
 
@@ -131,21 +131,20 @@ class MeasuredTimes:
         return f"measured, {self.source}, to {self.lengths[-1]:,} tokens and linear beyond"
 
     @classmethod
+    def of(cls, record: Mapping[str, Any], source: str) -> MeasuredTimes:
+        """Return the table of a record, whose names are those of the fields."""
+        axes = tuple(record["starts"]), tuple(record["lengths"])
+        steps = (tuple(record.get(name, ())) for name in ("decodes", "decode_s"))
+        return cls(*axes, tuple(map(tuple, record["table_s"])), source, *steps)
+
+    @classmethod
     def load(cls, path: str | Path) -> MeasuredTimes:
         """Read JSON of the form {"starts": [...], "lengths": [...], "table_s": [[...], ...]}.
 
         Raises ValueError with the path if the file has another form.
         """
         try:
-            record = json.loads(Path(path).read_text(encoding="utf-8"))
-            return cls(
-                tuple(record["starts"]),
-                tuple(record["lengths"]),
-                tuple(tuple(row) for row in record["table_s"]),
-                str(path),
-                tuple(record.get("decodes", ())),
-                tuple(record.get("decode_s", ())),
-            )
+            return cls.of(json.loads(Path(path).read_text(encoding="utf-8")), str(path))
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path}: not a table of prefill times: {error}") from error
 
