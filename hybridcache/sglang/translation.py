@@ -482,8 +482,7 @@ class HostTier:
                     self._memory[there, :width].copy_(packed[here], non_blocking=True)
             else:
                 rows = on_device(one.dst, self._device)
-                shape = len(one.src), self._width
-                packed = torch.empty(shape, dtype=torch.uint8, device=self._device)
+                packed = tensors[0].new_empty((len(one.src), self._width))
                 for here, there in _runs(one.src):
                     packed[here].copy_(self._memory[there], non_blocking=True)
                 if one.kind != "kv":

@@ -186,7 +186,7 @@ def test_interrupt_gives_one_line_that_names_the_results_file(
     assert line.startswith("hybridcache: stopped; what was done is in") and str(output) in line
 
 
-@pytest.mark.full("SIGTERM")
+@pytest.mark.full("SIGKILL")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL], ids=["SIGTERM", "SIGKILL"])
 def test_worker_processes_end_with_the_command(tmp_path: Path, number: int) -> None:
     with simulating(tmp_path / "runs.jsonl", 2) as run_:

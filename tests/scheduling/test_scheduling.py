@@ -254,15 +254,22 @@ def test_no_request_is_admitted_after_a_refusal_until_one_has_left(end):
     assert second.is_running
 
 
-def test_each_preemption_is_counted():
-    owner = planner(manager=manager(cache=hybrid(100)), token_budget=256)
-    old, young = request(0, 60, max_len=99), request(1, 30, max_len=99)
+@pytest.mark.parametrize(
+    ("room", "lengths", "num_steps", "counted"), [(100, (60, 30), 6, 5), (300, (120, 200), 3, 4)]
+)
+def test_a_step_without_memory_admits_nothing(room, lengths, num_steps, counted):
+    """The youngest request is preempted for an older one and counted, or sits the step out."""
+    owned = manager(cache=hybrid(room), num_rows=3)
+    owner = planner(manager=owned, max_running=3, token_budget=128)
+    old, young = (request(2 * at, length, length + 39) for at, length in enumerate(lengths))
     young.num_preemptions = 4
     for one in (old, young):
         owner.add(one)
-    while young.num_preemptions == 4:
+    for _ in range(num_steps):
         step(owner)
-    assert (old.num_preemptions, young.num_preemptions) == (0, 5)
+    owner.add(late := request(1, 3))
+    step(owner)
+    assert (late.is_running, old.num_preemptions, young.num_preemptions) == (False, 0, counted)
 
 
 def test_a_restarted_manager_has_all_rows():
@@ -302,13 +309,18 @@ def test_a_held_request_is_matched_once_in_its_own_namespace():
 
 
 def test_the_oldest_request_runs_alone_if_the_policy_withholds_all(monkeypatch):
-    owner, seen = planner(token_budget=256), []
+    now_s, seen = [0.0], []
+    owner = planner(token_budget=256, clock=lambda: now_s[-1])
     monkeypatch.setattr(owner.admission, "order", lambda waiting, load: ())
     monkeypatch.setattr(owner.admission, "computed", lambda *given: seen.append(given))
-    for one in (first := request(0, 20), request(1, 20)):
+    for one in (first := request(0, 20), last := request(1, 20)):
         owner.add(one)
     assert [list(step(owner)) for _ in range(2)] == [[first]] * 2
-    assert seen == [(20, 0.0, owner._load)]
+    owner.leave(first)
+    assert list(step(owner)) == [last]
+    now_s.append(3.0)
+    owner.leave(last)  # Its prefill ends now, and not when another request comes.
+    assert seen == [(20, 0.0, owner._load), (20, 3.0, owner._load)]
 
 
 def test_leaders_are_forgotten_when_they_are_computed():

@@ -419,6 +419,8 @@ def test_a_reset_forgets_everything_also_while_requests_run():
     tree = steps.scheduler.kv_cache_manager.tree
     tree.check()
     assert not steps.scheduler.kv_cache_manager.tracks and not tree.locks
+    tree.cache.allocate_slot()
+    refused("slots", tree.check, kind=AssertionError)
 
 
 class Consumer:
