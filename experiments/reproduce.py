@@ -356,7 +356,10 @@ def listing(parts: Sequence[Rebuilt]) -> str:
         if state == "due" and part.absent_data:
             state = f"due, without {', '.join(part.absent_data)} ({SOURCES})"
         lines.append(f"{part.name:18} {part.minutes:4.0f} min  {state:10}  {part.publishes}")
-    lines.append(f"{'all':18} {sum(part.minutes for part in parts):4.0f} min")
+    lines.append(
+        f"{'all':18} {sum(part.minutes for part in parts):4.0f} min  "
+        "due: no finished run of this code is recorded here"
+    )
     return "\n".join(lines)
 
 

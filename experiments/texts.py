@@ -85,10 +85,7 @@ _LOSSES = (
     "{o} takes {a} of them.",
     "Then {a} {t} are sold.",
 )
-_TIMES = (
-    "Then {n} gets {a} times as many.",
-    "The number of {t} grows {a} times.",
-)
+_TIMES = ("Then {n} gets {a} times as many.", "The number of {t} grows {a} times.")
 
 
 def _step(

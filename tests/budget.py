@@ -427,6 +427,13 @@ def read_store() -> dict[str, int]:
     return limits
 
 
+def rises(prices: dict[str, int]) -> list[str]:
+    """Return a line for each price above that of the store, and for more than 20 lines the rule."""
+    rule, before = " - more than 20 needs an equal fall or an issue that grants it", read_store()
+    more = ((name, price - before.get(name, 0)) for name, price in prices.items())
+    return [f"raised by {n:,}: {name}{rule * (n > 20)}" for name, n in more if n > 0]
+
+
 def main() -> None:
     found = measure()
     if "--update" in sys.argv:
@@ -436,6 +443,7 @@ def main() -> None:
         }
         for name, start in SUMS.items():
             tens[name] = sum(n for one, n in tens.items() if one.startswith(start))
+        print(*rises(tens), sep="\n")
         kept = json.dumps({name: tens[name] for name in tens if name not in SUMS}, indent=1)
         STORE.write_text(f"{kept}\n")
         page = PAGE.read_text()

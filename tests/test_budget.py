@@ -53,6 +53,8 @@ def test_the_page_prints_the_limits() -> None:
     rows = dict(re.findall(r"^\| ([\w ]+) \| ([\d,]+) \|$", part, re.M))
     limits = budget.read_store()
     assert len(rows) > 4
+    found = [budget.rises({"tests: Jamba": limits["tests: Jamba"] + n}) for n in (30, 9, 0)]
+    assert [len(one) for one in found] == [1, 1, 0] and "more than 20" in found[0][0]
     assert rows == {name: f"{limits[name]:,}" for name in rows}
 
 

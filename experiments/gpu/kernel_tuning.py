@@ -81,11 +81,7 @@ def tune(cases: Iterable[Case], seconds: Seconds | None) -> list[Trial]:
 
 
 def _try(
-    trial: Trial,
-    case: Case,
-    expected: torch.Tensor,
-    default: torch.Tensor,
-    seconds: Seconds | None,
+    trial: Trial, case: Case, expected: torch.Tensor, default: torch.Tensor, seconds: Seconds | None
 ) -> None:
     is_by_tokens = "tokens" in tuning.TUNABLES[trial.kernel].keys
     tables: dict[int, tuning.Table] = {}

@@ -102,11 +102,7 @@ def test_repeats(plan: Plan, setup: Setup) -> None:
 
 @EVERY
 def test_times(
-    plan: Plan,
-    setup: Setup,
-    clock: DeviceTimer | None,
-    machine: Machine | None,
-    record: Record,
+    plan: Plan, setup: Setup, clock: DeviceTimer | None, machine: Machine | None, record: Record
 ) -> None:
     found = measure(plan.case(setup), clock, machine)
     record(**found)

@@ -259,10 +259,7 @@ def compare(
     forecast["caches"] = caches | {common.BOUND: common.bound_in_any_order(trace)}
     place = {"admission": admission, "rate": rate, "seed": seed}
     steps = {"prefill_s": times.table_s, "decode_s": times.decode_s, "mixed_s": fmean(mixed)}
-    return [
-        place | {"source": "engine"} | found,
-        place | {"source": "forecast"} | forecast | steps,
-    ]
+    return [place | {"source": "engine"} | found, place | {"source": "forecast"} | forecast | steps]
 
 
 def mean_prompt_len(sessions: Sequence[Sequence[TurnPlan]]) -> int:

@@ -503,7 +503,7 @@ def _board(options: argparse.Namespace) -> int:
         raise ValueError(f"--json {options.json}: the file exists: remove it, or name another")
     named = options.built_in
     found = board(
-        options.policies,
+        tuple(filter(None, split_specs(",".join(options.policies)))),
         Split.load(options.split),
         built_in=None if named is None else tuple(filter(None, split_specs(named))),
         quick=options.quick,

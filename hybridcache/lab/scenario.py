@@ -618,10 +618,7 @@ def named_policies(given: object, *, split: bool = False) -> tuple[str | OwnPoli
         given = tuple(filter(None, split_specs(given)))
     found = _each(given)
     if split and ALL in found:
-        found = [
-            *sorted(ALL_NAMES),
-            *(one for one in found if one != ALL and one not in ALL_NAMES),
-        ]
+        found = [*sorted(ALL_NAMES), *(one for one in found if one != ALL and one not in ALL_NAMES)]
     return tuple(map(_policy, found))
 
 

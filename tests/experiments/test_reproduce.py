@@ -89,7 +89,7 @@ def test_part_runs_again_only_after_a_change_of_code_or_outputs(
     assert "about 1 min" in capsys.readouterr().out
     tree.commit()
     assert reproduce.run(parts) == 0 and tree.runs == 1, "a commit of results is not a change"
-    assert " done " in reproduce.listing(parts)
+    assert " done " in reproduce.listing(parts) and "due: no" in reproduce.listing(parts)
     (tree.root / "experiments" / OUTPUT).unlink()
     assert reproduce.run(parts) == 0 and tree.runs == 2, "an output was deleted"
     (tree.root / "experiments" / "splits.toml").write_text("seeds = [1, 2]\n")

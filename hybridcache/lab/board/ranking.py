@@ -20,7 +20,6 @@ import tomllib
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import lru_cache, partial
-from html import escape
 from importlib import resources
 from itertools import product
 from pathlib import Path
@@ -801,10 +800,6 @@ class Board(Tabular):
         return less, (float(gains[at]), labels[at]), (int((gains < -LOST).sum()), len(gains))
 
     # --- Text -------------------------------------------------------------------------------------
-
-    def _repr_html_(self) -> str:
-        """Return the table for a notebook."""
-        return f"<pre>{escape(self.table())}</pre>"
 
     def table(self) -> str:
         """Return the board as text: a table of the replays and one of the closed loops. Columns

@@ -53,6 +53,10 @@ Title = bool | str
 """True for the default title and caption, False for none, or a title of one's own."""
 Size = tuple[float, float] | None
 """Width and height of a whole figure in inches; None for a size by its panels."""
+Target = str | Path | None
+"""File of a figure, or None."""
+Sweeps = Sequence[SweepRuns]
+Loops = Sequence[ClosedLoopRun]
 LEAST_PANEL = 1.5, 1.5
 """Smallest panel with its labels in inches, in a figure of a given size."""
 TITLE_CHARS, CAPTION_CHARS = 14, 17
@@ -82,8 +86,8 @@ def _fonts() -> Iterator[None]:
 
 @_fonts()
 def sweep_figure(
-    results: Sequence[SweepRuns],
-    path: str | Path | None,
+    results: Sweeps,
+    path: Target,
     words: str | Sequence[str] | None = None,
     size: Size = None,
     title: Title = True,
@@ -163,11 +167,11 @@ LOSSES = dict(
 
 @_fonts()
 def losses_figure(
-    results: Sequence[SweepRuns], path: str | Path | None, size: Size = None, title: Title = True
+    results: Sweeps, path: Target, size: Size = None, title: Title = True, legend: bool = True
 ) -> Figure:
     """Draw the loss causes stacked over the size, a panel per trace and competitor. The white area
-    was reused; bars have the 95 % interval of its height. ``size`` and ``title`` are those of
-    ``save``. ValueError if no run has causes."""
+    was reused; bars have the 95 % interval of its height. ``size``, ``title`` and ``legend`` are
+    those of ``save``. ValueError if no run has causes."""
     shown = [
         (result, label, runs)
         for result in results
@@ -189,30 +193,30 @@ def losses_figure(
     ]
     set_titles(figure, axes, titles, title)
     caption = " ".join([LOSSES_NOTE, *dict.fromkeys(notes)]) if title else ""
-    return save(figure, axes, path, caption, size)
+    return save(figure, axes, path, caption, size, legend)
 
 
 @_fonts()
 def difference_figure(
-    found: Difference, path: str | Path | None = None, size: Size = None, title: Title = True
+    of: Difference, path: Target = None, size: Size = None, title: Title = True, legend: bool = True
 ) -> Figure:
     """Draw the tokens that one run won and lost against another over the requests, in points of the
-    token hit rate: a line per reason, and their sum in black. ``size`` and ``title`` are those of
-    ``save``."""
+    token hit rate: a line per reason, and their sum in black. ``size``, ``title`` and ``legend``
+    are those of ``save``."""
     figure, [axis] = panels(1, 1, (4.6, 3.5), size)
-    lines = [*found.by_reason().items()]
+    lines = [*of.by_reason().items()]
     lines.sort(key=lambda line: -abs(sum(row["tokens"] for row in line[1])))
-    for n, (name, rows) in enumerate([*lines[:6], ("all", found.rows)]):
-        points = np.cumsum([0, *(100 * row["tokens"] / found.prompt_tokens for row in rows)])
-        look = line_look(n, 7) if rows is not found.rows else {"color": "black", "linewidth": 1.4}
+    for n, (name, rows) in enumerate([*lines[:6], ("all", of.rows)]):
+        points = np.cumsum([0, *(100 * row["tokens"] / of.prompt_tokens for row in rows)])
+        look = line_look(n, 7) if rows is not of.rows else {"color": "black", "linewidth": 1.4}
         look |= {"drawstyle": "steps-post", "label": name, "markevery": -(-len(rows) // 8)}
         axis.plot([0, *(row["request"] for row in rows)], points, **look)
     axis.axhline(0, color="black", linewidth=0.5)
     axis.set_xlabel("request")
     axis.set_ylabel("token hit rate, points")
     if title:
-        set_titles(figure, [axis], [[found.title]], title)
-    return save(figure, [axis], path, "", size)
+        set_titles(figure, [axis], [[of.title]], title)
+    return save(figure, [axis], path, "", size, legend)
 
 
 def stack_losses(axis: Axes, runs: Sequence[RunResult]) -> None:
@@ -419,11 +423,11 @@ CLOSED_LOOP_PANELS: dict[str, Callable[[ClosedLoopRun], float]] = {
 
 @_fonts()
 def closed_loop_figure(
-    runs: Sequence[ClosedLoopRun], path: str | Path | None, size: Size = None, title: Title = True
+    runs: Loops, path: Target, size: Size = None, title: Title = True, legend: bool = True
 ) -> Figure:
     """Draw hits, times to first token and makespan over the rate of sessions: four panels per
     trace and size, a line per cache and admission policy. Points are means over seeds; bars reach
-    from the smallest to the largest. ``size`` and ``title`` are those of ``save``."""
+    from the smallest to the largest. ``size``, ``title`` and ``legend`` are those of ``save``."""
     names = {run.config["trace"]: run.trace_name for run in runs}
     is_clear = len(set(names.values())) == len(names)
     cells = list(dict.fromkeys((run.config["trace"], run.gib) for run in runs))
@@ -466,4 +470,4 @@ def closed_loop_figure(
         set_titles(figure, axes, titles, title)
     has_bars = bool(title) and len({run.seed for run in runs}) > 1
     note = "Bars: the smallest to the largest of all seeds." * has_bars
-    return save(figure, axes, path, note, size)
+    return save(figure, axes, path, note, size, legend)

@@ -91,8 +91,8 @@ def most_hits(runs: Sequence[RunResult], units: str) -> tuple[RunResult, str]:
         same = [run.label for run in others if run.cached_tokens == first.cached_tokens]
         equal = ", ".join(r.label for r in others if ties(r, first) and r.label not in same)
         text = leading((first.label, *same))
-        fewer = (one for one in others if not ties(one, first))
-        text += "".join(f", {first.above(one)} points more than {one.label}" for one in fewer)
+        for n, one in enumerate(one for one in others if not ties(one, first)):
+            text += f", {first.above(one)} {'points more ' * (n == 0)}than {one.label}"
         if equal:
             text += f" (not different: {equal})"
         if num_units < FEWEST_UNITS:

@@ -540,17 +540,21 @@ class Runs(Tabular):
         return [run.as_row() for run in self.runs]
 
     def labelled(self, names: Mapping[str, str]) -> Self:
-        """Return the same runs with other labels in tables and figures: old label to new.
-        ValueError for a label that no run has, and if two competitors get one label."""
-        labels = dict.fromkeys(run.label for run in self.runs)
+        """Return the same runs with other labels in tables and figures: old label to new, and in
+        closed loop also old admission policy to new. ValueError for a label that no run has, and if
+        two competitors get one label."""
+        loops = [run.admission for run in self.runs if isinstance(run, ClosedLoopRun)]
+        labels = dict.fromkeys([*(run.label for run in self.runs), *loops])
         if unknown := [name for name in names if name not in labels]:
             raise ValueError(f"no run is labelled {unknown[0]!r}{or_known(unknown[0], labels)}")
         for name, count in Counter(names.get(label, label) for label in labels).items():
             if count > 1:
                 raise ValueError(f"{count} competitors would be labelled {name!r}: use other names")
         configs = [run.config | {"label": names.get(run.label, run.label)} for run in self.runs]
-        runs = tuple(replace(run, config=of) for run, of in zip(self.runs, configs, strict=True))
-        return replace(self, runs=runs)  # type: ignore[type-var]
+        runs = [replace(run, config=of) for run, of in zip(self.runs, configs, strict=True)]
+        if loops:
+            runs = [replace(run, admission=names.get(run.admission, run.admission)) for run in runs]
+        return replace(self, runs=tuple(runs))  # type: ignore[type-var]
 
 
 @dataclass(frozen=True, slots=True)

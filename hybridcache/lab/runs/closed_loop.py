@@ -77,13 +77,7 @@ class SimulatedRequest(ScheduledRequest):
     """A request with a fixed answer, its session's number ``place``, and its times."""
 
     def __init__(
-        self,
-        spec: SessionTurn,
-        place: int,
-        turn: int,
-        *,
-        arrival: int,
-        arrival_s: float,
+        self, spec: SessionTurn, place: int, turn: int, *, arrival: int, arrival_s: float
     ) -> None:
         text = spec.text
         prompt = text[: spec.prompt_len]
@@ -490,11 +484,7 @@ def figures_of(served: LoopRun, trace: Trace, cell: Scenario) -> ClosedLoopRun:
         token_budget=cell.token_budget,
         tells_ends=cell.tells_ends,
         config=identify(cell, trace.full_name, served.priority_classes)
-        | {
-            "starts": cell.starts,
-            "max_running": cell.max_running,
-            "times": _describe_steps(cell),
-        },
+        | {"starts": cell.starts, "max_running": cell.max_running, "times": _describe_steps(cell)},
     )
 
 
@@ -518,17 +508,24 @@ class ClosedLoopResult(Runs):
         for label, gib in dict.fromkeys((run.label, run.gib) for run in self.runs):
             chosen = [run for run in self.runs if (run.label, run.gib) == (label, gib)]
             first, rows = chosen[0], []
+            figures, equal = dict[object, str](), dict[str, list[str]]()
             for admission, rate in dict.fromkeys((run.admission, run.rate) for run in chosen):
                 same = [run for run in chosen if (run.admission, run.rate) == (admission, rate)]
-                rows.append(
-                    [f"{admission}, {rate:g}", *(metric.text(*same) for metric in LOOP_METRICS)]
-                )
+                name = f"{admission}, {rate:g}"
+                rows.append([name, *(metric.text(*same) for metric in LOOP_METRICS)])
+                values = rate, *(metric.value(run) for metric in LOOP_METRICS for run in same)
+                if (other := figures.setdefault(values, admission)) != admission:
+                    equal.setdefault(f"{other} and {admission}", []).append(f"{rate:g}")
             requests = counted(first.num_requests, "request")
             model = first.config["model"]
             title = (
                 f"{first.trace_name}, {model}, {gib:.3g} GiB, {label}: {requests} in closed loop"
             )
             notes = [f"goodput: requests a second with a TTFT of at most {first.limit_s:g} s"]
+            notes += [
+                f"equal, as no request was kept back: {names} at {', '.join(rates)} sessions/s"
+                for names, rates in equal.items()
+            ]
             refused = max(run.num_refused for run in chosen)
             if refused:
                 notes.append(f"left out: {counted(refused, 'request')} longer than the memory")
@@ -569,12 +566,13 @@ class ClosedLoopResult(Runs):
         *,
         size: tuple[float, float] | None = None,
         title: bool | str = True,
+        legend: bool = True,
     ) -> Figure:
         """Draw hits, times to first token and makespan over the rate, a line per cache.
         The figure is also written to ``path`` (PNG, SVG or PDF), if there is one. ``size``: width
         and height in inches; ``title=False`` leaves out title and notes; a text
-        replaces the title."""
-        return closed_loop_figure(self.runs, path, size, title)
+        replaces the title; ``legend=False`` leaves out the legend."""
+        return closed_loop_figure(self.runs, path, size, title, legend)
 
 
 def closed_loop(

@@ -13,7 +13,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from html import escape
 from pathlib import Path
 from statistics import fmean
 from types import MappingProxyType
@@ -48,6 +47,7 @@ from hybridcache.lab.traces.prefix_tree import InfiniteCache
 from hybridcache.lab.traces.progress import Progress, shown_progress
 from hybridcache.lab.traces.statistics import doubts
 from hybridcache.lab.traces.trace import Tabular, Trace
+from hybridcache.policies.registry import DEFAULT_EVICTION
 from hybridcache.radix.tokens import require_bool
 
 if TYPE_CHECKING:
@@ -60,10 +60,6 @@ class SimulationResult(SweepRuns):
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.trace}: {counted(len(self.runs), 'run')})"
-
-    def _repr_html_(self) -> str:
-        """Return the table of token hit rates for a notebook."""
-        return f"<pre>{escape(self.table())}</pre>"
 
     def table(self, metric: str | Sequence[str] = "hit") -> str:
         """Return a table of each metric, one or several of ``METRICS`` in
@@ -138,6 +134,7 @@ class SimulationResult(SweepRuns):
         if not means.get(best):
             return "\n".join(lines)
         equal = [label for label, of_all in means.items() if of_all == means[best]]
+        best = next((one for one in equal if one.partition("@")[0] == DEFAULT_EVICTION), best)
         mean = f"in the mean of {len(first)} sizes, {leading(equal)}"
         leads = [
             run
@@ -175,10 +172,11 @@ class SimulationResult(SweepRuns):
         *,
         size: tuple[float, float] | None = None,
         title: bool | str = True,
+        legend: bool = True,
     ) -> Figure:
         """Draw the prompt tokens by loss cause over the sizes, a panel per competitor. Arguments
         are those of ``figure``; panels keep the competitor's name."""
-        return losses_figure([self], path, size, title)
+        return losses_figure([self], path, size, title, legend)
 
 
 @dataclass(frozen=True, slots=True, repr=False)

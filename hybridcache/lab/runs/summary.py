@@ -39,12 +39,7 @@ def identify(scenario: Scenario, trace: str, priority_classes: bool | None) -> P
     }
 
 
-def summarise(
-    scenario: Scenario,
-    log: RequestLog,
-    target: Target,
-    trace: str,
-) -> RunResult:
+def summarise(scenario: Scenario, log: RequestLog, target: Target, trace: str) -> RunResult:
     """Return the figures of one run over the trace with the recipe ``trace``. O(requests)."""
     counters = target.counters()
     geometry = scenario.geometry()

@@ -180,6 +180,11 @@ def recognise(path: Path) -> str:
             return known.word
     if {"tokens", "prefix"} & first.keys() and not is_csv(path):
         return OwnReader.word  # its error names the value
+    if "custom_id" in first:
+        raise ValueError(
+            f"{path} has answers of the Batch API without their prompts: join it to the file of "
+            "requests by custom_id (docs/reference/traces.md)"
+        )
     raise ValueError(
         f"{path}: no format recognises its fields ({', '.join(first) or 'none'}); a file of texts "
         "has a field prompt or messages, or fields role, content and session, or is named "

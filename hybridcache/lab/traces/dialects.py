@@ -116,7 +116,7 @@ def is_response(value: object) -> bool:
     """Return True for a message or a response, False for an answer that is another JSON value."""
     if not isinstance(value, dict):
         return False
-    has_field = any(name in value for name in ("choices", "content", "usage"))
+    has_field = any(name in value for name in ("choices", "content", "usage", "body"))
     is_message = isinstance(value.get("message"), dict)
     return has_field or is_message or isinstance(value.get("output"), list)
 
@@ -135,6 +135,8 @@ def answer_of(response: object, usage: object = None, notes: Notes | None = None
         f"its answer is {shown(response)}, not a text, a message, or a response with a message, a "
         "text or its usage"
     )
+    if isinstance(response, dict) and isinstance(response.get("body"), dict):
+        response = response["body"]  # The Batch API's
     whole = Record(response) if isinstance(response, dict) else Record()
     choice = whole.objects("choices")[0] if whole.get("choices") else Record()
     usage = whole.get("usage") or choice.get("usage") or usage

@@ -123,7 +123,7 @@ def _are_objects(value: object) -> bool:
     return value is None or (isinstance(value, list) and all(type(one) is dict for one in value))
 
 
-IN_JSON = ("messages", "tools", "tool_calls", "function_call", *BODIES)
+IN_JSON = ("messages", "tools", "tool_calls", "function_call", "metadata", *BODIES)
 """Fields that may be JSON text, as in a CSV file; so may an answer that is a response."""
 
 
@@ -200,6 +200,10 @@ class Named(Record):
                 raise ValueError(f"there is no column {own!r}; it has {', '.join(record)}")
             if found := record.first((own,) if own else known):
                 self.used[field], self[field] = found, _decoded(field, record[found])
+        inner = _decoded("metadata", record.get("metadata"))
+        about = Record(inner) if isinstance(inner, dict) else Record()
+        if "session" not in self and (found := about.first(NAMES["session"])):
+            self.used["session"], self["session"] = f"metadata.{found}", about[found]
         said = record.first(("choices", "content")) if "messages" in record else None
         if said and self.used.get("answer", said) == said:
             self.used["answer"] = said  # The record is the request and the response.
@@ -230,7 +234,7 @@ class Named(Record):
     def unread(self) -> set[str]:
         """Names of the fields with a value that are not read."""
         given = {name for name, value in self.record.items() if value is not None}
-        return given.difference(self.used.values())
+        return given.difference(name.partition(".")[0] for name in self.used.values())
 
     @property
     def is_whole(self) -> bool:

@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from html import escape
 from itertools import islice
 from numbers import Integral, Real
 from pathlib import Path
@@ -78,6 +79,11 @@ class Tabular:
     def to_dicts(self) -> list[dict[str, Any]]:
         """Return a flat dictionary per row."""
         raise NotImplementedError
+
+    def _repr_html_(self) -> str | None:
+        """Return the table for a notebook; None if the result has none."""
+        table = getattr(self, "table", None)
+        return None if table is None else f"<pre>{escape(table())}</pre>"
 
     def to_frame(self) -> Any:
         """Return the rows as a ``pandas.DataFrame``. ModuleNotFoundError without pandas, which this

@@ -450,7 +450,7 @@ def test_custom_policy_is_scored_and_resumed(
         f'{text}"short?head=20" = {{sizes = [0.5], loops = [[0.5, 4]]}}'
     )
     monkeypatch.chdir(tmp_path)
-    arguments = ["leaderboard", "mine_board:Mine", "lru@backoff", "--built-in", "lru"]
+    arguments = ["leaderboard", "mine_board:Mine,lru@backoff", "--built-in", "lru"]
     arguments += ["--split", "split.toml", "--output", "kept.jsonl"]
     assert main([*arguments, "--json", "all.json"]) == 0
     assert "2 seeds each" in capsys.readouterr().out

@@ -44,9 +44,7 @@ def test_items_of_any_kind_and_size_are_conserved(eviction: str, pages: str, cap
 
     def make(name: str) -> FakeItem:
         kind = "kv" if name in "aceg" else "checkpoint"
-        return FakeItem(
-            name, kind=kind, size_bytes=ord(name) - 96, span=32 * (ord("i") - ord(name))
-        )
+        return FakeItem(name, kind=kind, size_bytes=ord(name) - 96, span=32 * (105 - ord(name)))
 
     first, second = (
         ItemCache(ALL_NAMES[eviction].make(), capacity, make).serve(pages) for _ in "ab"

@@ -50,17 +50,12 @@ def test_fleet_of_one_equals_a_single_cache(router: str) -> None:
     [{"gib": (1.0, 2.0)}, {"gib": None}, {"policy": "lru,fifo"}, {"baseline": "vllm"}, {"head": 0}],
 )
 def test_a_fleet_has_one_policy_and_size_and_a_request(given: dict[str, object]) -> None:
-    trace = SHORT.head(given.pop("head", 1))
-    with pytest.raises(ValueError, match=r"a fleet needs one policy .* at one size|no request"):
-        run_fleet(trace, Scenario(trace, **{"gib": 1.0} | given), FleetConfig())
-
-
-def test_a_fleet_opens_a_trace_by_its_name() -> None:
-    named, opened = (
-        run_fleet(trace, Scenario("short", gib=1.0), FleetConfig())
-        for trace in ("short?head=9", open_trace("short?head=9"))
+    trace, words = (
+        SHORT.head(given.pop("head", 1)),
+        "a fleet needs one policy .* at one size|no req",
     )
-    assert named == opened and named.requests == 9
+    refused(words, run_fleet, trace, Scenario(trace, **{"gib": 1.0} | given), FleetConfig())
+    assert run_fleet("short?head=9", Scenario("short", gib=1.0), FleetConfig()).requests == 9
 
 
 def test_next_turn_starts_after_the_answer_of_the_previous_one() -> None:

@@ -261,10 +261,7 @@ def test_equal_chats_of_different_keys_or_salts_share_nothing(setup: Setup) -> N
 
 def test_the_address_of_a_client_is_passed_on(setup: Setup) -> None:
     """Those of this machine need none: the proxy is there too."""
-    for client, added in (
-        ("::ffff:10.0.0.7", [b"10.0.0.7"]),
-        ("::1", []),
-    ):
+    for client, added in (("::ffff:10.0.0.7", [b"10.0.0.7"]), ("::1", [])):
         scope = {"method": "GET", "raw_path": b"/", "query_string": b"", "client": (client, 1)}
         sent = setup.proxy._request(scope | {"headers": [(b"x-forwarded-for", b"1.1.1.1")]}, b"")
         found = [value for name, value in sent.headers.raw if name.lower() == b"x-forwarded-for"]
