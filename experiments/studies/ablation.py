@@ -11,11 +11,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 from itertools import pairwise, product
-from statistics import fmean
 from typing import Any
 
+import numpy as np
+
 from experiments.studies import common, default
-from experiments.tables import Column, Table
+from experiments.tables import Cell, Column, Table
 from hybridcache import open_trace
 from hybridcache.lab.runs.serving import serve
 from hybridcache.lab.runs.target import build_target
@@ -150,39 +151,32 @@ def windows(trace: Trace, first: int, gib: float, pair: str) -> list[float | Non
 
 def table(records: common.Records) -> Table:
     """Return the change of the mean hit rate by variant, and the worst cell, in points."""
-    by_variant = common.grouped([one for one in records if "variant" in one], "variant", "factor")
-    [all_parts] = [by_variant.pop(key) for key in [*by_variant] if key[0] == "all"]
-    rows = []
-    for (variant, factor), found in by_variant.items():
-        changes = [
-            100 * (one - other)
-            for its, whole in zip(found, all_parts, strict=True)
-            for one, other in zip(its["token_hit_rates"], whole["token_hit_rates"], strict=True)
-        ]
+    variants = common.grouped([one for one in records if "variant" in one], "variant", "factor")
+    rates = {key: np.concatenate([one["token_hit_rates"] for one in of])
+             for key, of in variants.items()}  # fmt: skip
+    whole, rows = rates.pop(("all", 1.0)), []
+    for (variant, factor), found in rates.items():
+        changes = 100 * (found - whole)
         times = "" if factor == 1.0 else f" times {factor:g}"
-        rows.append([variant + times, fmean(changes), min(changes)])
+        rows.append([variant + times, float(changes.mean()), float(changes.min())])
     columns = [Column("variant"), Column("mean change", "points", "+.2f")]
     return Table([*columns, Column("worst cell", "points", "+.1f")], rows)
 
 
 def learning_table(records: common.Records) -> Table:
-    """Return the regret of pairs by window: points below the best pair of each cell and window."""
-    cells = common.grouped(
-        [one for one in records if "since" in one], "since", "trace", "seed", "gib"
-    )
-    regrets: dict[tuple[str, str], list[list[float]]] = {}
-    for (since, *_), runs in cells.items():
-        for place in range(len(WINDOWS) - 1):
-            rates = {run["pair"]: run["windows"][place] for run in runs}
-            if None in rates.values():
-                continue
-            for pair, rate in rates.items():
-                regret = regrets.setdefault((since, pair), [[] for _ in WINDOWS[1:]])
-                regret[place].append(100 * (max(rates.values()) - rate))
+    """Return the regret of pairs by window: points below the best pair of each cell and window.
+    Windows that are empty in one of the cell's runs do not count."""
+    rows: list[list[Cell]] = []
+    of_since = common.grouped([one for one in records if "since" in one], "since")
+    for since, runs in of_since.items():
+        cells = common.grouped(runs, "trace", "seed", "gib").values()
+        rates = np.array([[run["windows"] for run in cell] for cell in cells], float)
+        regrets = np.ma.masked_invalid(100 * (rates.max(axis=1, keepdims=True) - rates))
+        pairs = dict.fromkeys(run["pair"] for run in runs)
+        by_pair = zip(pairs, regrets.mean(axis=0).tolist(), strict=True)
+        rows += [[since, f"`{pair}`", *means] for pair, means in by_pair]
     columns = [Column("since"), Column("pair")]
     columns += [Column(f"regret to request {number}", "points") for number in WINDOWS[1:]]
-    rows = [[since, f"`{pair}`", *(fmean(of) if of else None for of in by)]
-            for (since, pair), by in regrets.items()]  # fmt: skip
     return Table(columns, rows)
 
 

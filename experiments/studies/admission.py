@@ -22,7 +22,6 @@ import numpy as np
 from experiments.provenance import ROOT
 from experiments.studies import common
 from experiments.tables import Cell, Column, Table
-from hybridcache import open_trace
 from hybridcache.geometry.model import ModelGeometry
 from hybridcache.geometry.units import GIB
 from hybridcache.lab.runs.closed_loop import run_closed_loop
@@ -102,9 +101,7 @@ class MixedLoad:
     def trace(self, name: str, seed: int) -> Trace:
         """Return the sessions of ``seed``, or those of the file."""
         if self.file:
-            found = common.published(self.file)
-            assert found is not None, f"{self.file} is missing"
-            read = open_trace(found)
+            read = common.opened(self.file)
             return Trace(name, read.unit, read.__iter__)
         requests = tuple(self._requests(np.random.default_rng(seed)))
         return Trace(name, 1, requests.__iter__)

@@ -68,18 +68,12 @@ class Workload:
     def is_file(self) -> bool:
         """True if ``spec`` names a published trace, which is not part of the repository. See
         ``published``."""
-        return "." in self.spec.partition("?")[0]
+        return is_published(self.spec)
 
     def open(self, name: str, seed: int = 0) -> Trace:
         """Return the trace or its start, with ``name`` as its short name. ``seed`` is that of
         random parts."""
-        found = published(self.spec) if self.is_file else self.spec
-        if found is None:
-            folders = ", ".join(map(str, DATA))
-            raise FileNotFoundError(f"{name}: {self.spec} not found in {folders}.")
-        if seed and not self.has_times:
-            found = seeded(found, seed)
-        trace = replace(open_trace(found), name=name)
+        trace = replace(opened(self.spec, 0 if self.has_times else seed), name=name)
         return trace if self.quick is None else trace.head(self.quick)
 
     def seeds(self, count: int) -> range:
@@ -110,6 +104,11 @@ DATA = (ROOT / "data", *map(Path, filter(None, os.environ.get(MORE_DATA, "").spl
 the checkout, and those that the environment variable ``HYBRIDCACHE_DATA`` names."""
 
 
+def is_published(spec: str) -> bool:
+    """Return True if ``spec`` names a file, False for a generator."""
+    return "." in spec.partition("?")[0]
+
+
 def published(spec: str) -> str | None:
     """Return ``spec`` with the path of its file, or None, which is said on standard error, if the
     file is missing."""
@@ -118,6 +117,15 @@ def published(spec: str) -> str | None:
         name = spec.partition("?")[0]
         _say(f"left out: {name}: no such file in {' or '.join(map(str, DATA))}")
     return found
+
+
+def opened(spec: str, seed: int = 0) -> Trace:
+    """Return a generated or published trace with the ``seed`` of its random parts. Raises
+    FileNotFoundError for a published trace that is missing."""
+    found = published(spec) if is_published(spec) else spec
+    if found is None:
+        raise FileNotFoundError(f"{spec} not found in {', '.join(map(str, DATA))}.")
+    return open_trace(seeded(found, seed) if seed else found)
 
 
 def in_data(spec: str) -> str | None:

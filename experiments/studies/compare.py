@@ -142,9 +142,7 @@ def declared() -> Record:
 def measure_stop_reasons(job: tuple[str, int | None, tuple[float, ...]]) -> list[Record]:
     """Return one record per size of (trace, seed, sizes), for the default pair."""
     name, seed, gib = job
-    path = common.published(name)
-    assert path is not None
-    opened = partial(open_trace, path if seed is None else common.seeded(path, seed))
+    opened = partial(common.opened, name, seed or 0)
     case = TraceCase({"trace": name, "seed": seed}, opened, gib, {"model": declared()["model"]})
     return measure_left_out("stop-reasons", case)
 

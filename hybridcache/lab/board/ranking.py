@@ -23,6 +23,7 @@ from functools import lru_cache, partial
 from importlib import resources
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -162,19 +163,12 @@ class Split:
     @classmethod
     def of(cls, record: Plain) -> Split:
         """Return the split of an ``asdict`` after a trip through JSON."""
-        cells = [
-            Cell(
-                **one
-                | {
-                    "sizes": one["sizes"] if isinstance(one["sizes"], str) else (*one["sizes"],),
-                    "loops": tuple((size, rate) for size, rate in one.get("loops", ())),
-                    "sha256": tuple(one.get("sha256", ())),
-                }
-            )
-            for one in record["cells"]
-        ]
-        listed = {name: tuple(value) for name, value in record.items() if isinstance(value, list)}
-        return cls(**record | listed | {"cells": tuple(cells)})
+        values = _tuples(record)
+        cells = list[Cell]()
+        for one in values["cells"]:
+            sizes = one["sizes"] if isinstance(one["sizes"], str) else (*one["sizes"],)
+            cells.append(Cell(**one | {"sizes": sizes}))
+        return cls(**values | {"cells": tuple(cells)})
 
     def subset(self, is_quick: bool = False, num_seeds: int | None = None) -> Split:
         """Return the quick subset, or the first seeds. ValueError for a wrong number of seeds."""
@@ -192,6 +186,13 @@ class Split:
         if not self.machine:
             return None
         return Roofline(ModelGeometry.load(self.model), **self.machine)  # type: ignore[arg-type]
+
+
+def _tuples(value: Any) -> Any:
+    """Return a value of JSON with tuples in place of lists."""
+    if isinstance(value, dict):
+        return {name: _tuples(one) for name, one in value.items()}
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
 
 
 # --- Data -----------------------------------------------------------------------------------------
