@@ -220,8 +220,8 @@ class EngineConfig(Settings):
     step_s: Annotated[float | None, BOUND] = None
     """Seconds that a step of a prompt should take, or half of it while others wait; long prompts
     are computed in smaller parts, with the same bits, so that other requests, /metrics and the page
-    wait less; a part has at least 64 tokens; 0: no limit; by default 1 on a CPU without
-    --token-budget, and no limit elsewhere."""
+    wait less; a part has at least 64 tokens, and at most --token-budget; 0: no limit; by default 1
+    on a CPU without --token-budget, and no limit elsewhere."""
     admission: str = "sessions"
     """Policy that admits waiting requests: sessions, sessions:N, oldest, cached-first,
     longest-match, live:N, or module:Class; sessions: resident ones first, others as the cache

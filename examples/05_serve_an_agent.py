@@ -9,6 +9,7 @@ ask for reasons.
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 from typing import Any
@@ -33,15 +34,18 @@ def turn(client: httpx.Client, model: str, messages: list[dict[str, str]]) -> di
 
 def main(arguments: list[str]) -> None:
     """Run the agent twice: the second one changes the middle of its system message."""
-    address = arguments[0] if arguments else "http://127.0.0.1:8000"
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("address", nargs="?", default="http://127.0.0.1:8000", help="of the server")
+    given = parser.parse_args(arguments).address.rstrip("/").removesuffix("/v1")
+    address = given if "://" in given else f"http://{given}"
     headers = {"Authorization": f"Bearer {os.environ.get('HYBRIDCACHE_API_KEY', 'none')}"}
     with httpx.Client(base_url=address, headers=headers, timeout=60) as client:
         try:
             models = client.get("/v1/models").raise_for_status().json()
-        except httpx.ConnectError:
-            sys.exit(f"No server answers at {address}: start one with `engine serve`.")
         except httpx.HTTPStatusError as error:
-            sys.exit(error.response.json()["error"]["message"])
+            sys.exit(f"{address} answered {error.response.status_code}: {error.response.text}")
+        except httpx.HTTPError as error:
+            sys.exit(f"No server answers at {address} ({error}): start one with `engine serve`.")
         model = models["data"][0]["id"]
         for system in (SYSTEM, SYSTEM.replace("brief", "short", 31).replace("short", "brief", 30)):
             messages = [{"role": "system", "content": system}]

@@ -99,6 +99,7 @@ SPIN_COUNT = "1000"
 """Rounds that a waiting thread spins before it sleeps. The 300,000 of OpenMP take longer than a
 time slice, so on a busy machine waiting threads would delay those that compute."""
 RECORD = ("--to URL --out FILE [options]", "pass requests on to a server and write a trace of them")
+GENERATE = ("[options] [PROMPT ...]", "continue prompts or answer them")
 CONVERT = ("MODEL OUT --to FORMAT [options]", "convert weights to eight or four bits")
 SKIPPED = ("seed", "stop", "logit_bias")
 """Sampling parameters that are not flags of ``generate``, or are defined separately."""
@@ -181,37 +182,23 @@ def _add_sampling(parser: Parser, *skipped: str) -> argparse._ArgumentGroup:
 
 
 def _add_generate(generate: Parser) -> None:
-    generate.add_argument(
-        "prompt", nargs="*", help="texts to continue; by default one text from standard input"
-    )
-    generate.add_argument(
-        "--chat",
-        action="store_true",
-        help="send each prompt as a message of the user, whose answer has no limit by default",
-    )
-    generate.add_argument("--json", action="store_true", help="print one JSON object per prompt")
-    sampling = _add_sampling(generate)
-    sampling.add_argument(
-        "--sampling-seed", type=int, metavar="N", help="the same seed gives the same tokens"
-    )
-    sampling.add_argument(
-        "--stop",
-        action="append",
-        default=[],
-        metavar="TEXT",
-        help="end the answer before this text; may be repeated",
-    )
+    add = generate.add_argument
+    add("prompt", nargs="*", help="texts to continue; by default one text from standard input")
+    said = "send each prompt as a message of the user, whose answer has no limit by default"
+    add("--chat", action="store_true", help=said)
+    add("--json", action="store_true", help="print one JSON object per prompt")
+    add = _add_sampling(generate).add_argument
+    add("--sampling-seed", type=int, metavar="N", help="the same seed gives the same tokens")
+    said = "end the answer before this text; may be repeated"
+    add("--stop", action="append", default=[], metavar="TEXT", help=said)
     add_grouped_flags(generate, (EngineConfig,), GROUPS)
 
 
 def _add_chat(chat: Parser) -> None:
     chat.add_argument("--system", metavar="TEXT", help="system message of the chat")
-    _add_sampling(chat, "max_tokens", "logprobs").add_argument(
-        "--max-tokens",
-        type=int,
-        metavar="N",
-        help="maximum number of tokens of an answer; by default there is no limit",
-    )
+    add = _add_sampling(chat, "max_tokens", "logprobs").add_argument
+    said = "maximum number of tokens of an answer; by default there is no limit"
+    add("--max-tokens", type=int, metavar="N", help=said)
     add_grouped_flags(chat, (EngineConfig,), GROUPS)
 
 
@@ -239,9 +226,8 @@ def _add_convert(convert: Parser) -> None:
 def _engine_config(arguments: argparse.Namespace) -> EngineConfig:
     if named := getattr(arguments, "named", None):
         if arguments.model not in (None, named):
-            raise ConfigError(
-                f"MODEL is {named} and --model is {arguments.model}: give one of them."
-            )
+            said = f"MODEL is {named} and --model is {arguments.model}"
+            raise ConfigError(f"{said}: give one of them.")
         arguments.model = named
     return read_config(EngineConfig, arguments)
 
@@ -303,7 +289,7 @@ def serve_engine(engine_config: EngineConfig, server_config: ServerConfig) -> in
             header = " -H 'Content-Type"
             screen = screen.replace(header, " -H 'Authorization: Bearer KEY'" + header)
             said = f", one of {API_KEY_VARIABLE}" * (API_KEY_VARIABLE in os.environ)
-            print(f"  keys         {len(access.accepted):,} accepted{said}")
+            print(f"  keys         {access.words()}{said}")
         if listener.getsockname()[0] in ("0.0.0.0", "::"):
             place = address.rpartition(":")[2]
             print(f"  team         http://HOST:{place}, HOST: name or address of this machine")
@@ -374,9 +360,8 @@ def _chat(arguments: argparse.Namespace) -> int:
     engine, sampling = _loaded(arguments)
     tokenizer, system = engine.tokenizer, arguments.system
     if tokenizer is None or tokenizer.chat_template is None:
-        raise ValueError(
-            f"{engine.model_name} has no chat template: use `engine generate`, or another --model."
-        )
+        said = "has no chat template: use `engine generate`, or another --model."
+        raise ValueError(f"{engine.model_name} {said}")
     if sys.stdin.isatty() and engine.config.model is None:
         print("The built-in model solves small word problems, such as:", BUILTIN_PROMPTS[0])
     messages: list[JsonObject] = [] if system is None else [{"role": "system", "content": system}]
@@ -448,12 +433,7 @@ def _summary(output: RequestOutput) -> str:
 
 COMMANDS: dict[str, tuple[Command, Callable[[Parser], None], str, str]] = {
     "serve": (_serve, _add_serve, "[MODEL] [options]", "answer OpenAI clients over HTTP"),
-    "generate": (
-        _generate,
-        _add_generate,
-        "[options] [PROMPT ...]",
-        "continue prompts or answer them",
-    ),
+    "generate": (_generate, _add_generate, *GENERATE),
     "chat": (_chat, _add_chat, "[options]", "chat with a model in this terminal"),
     "convert": (_convert, _add_convert, *CONVERT),
     "record": (record.run, record.add_flags, *RECORD),

@@ -4,13 +4,14 @@
 from __future__ import annotations
 
 import argparse
+import asyncio
 import json
 import os
 import random
 import sys
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from importlib.resources import files
 from pathlib import Path
 from statistics import median
@@ -37,26 +38,29 @@ def grafana(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def connect(url: str) -> tuple[httpx.Client, str, int]:
+def connect(url: str) -> tuple[httpx.AsyncClient, str, int]:
     """Return a client of the server at ``url``, its model's name, and the most tokens of a prompt
     and its answer. Raises ValueError."""
     import httpx  # Here: the parser of the command line needs no server's packages.
 
     url = url if "://" in url else f"http://{url}"
-    base, key = url.rstrip("/").removesuffix("/v1"), os.environ.get(API_KEY_VARIABLE, "none")
-    headers = {"Authorization": f"Bearer {key}"}
+    base, key = url.rstrip("/").removesuffix("/v1"), os.environ.get(API_KEY_VARIABLE)
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
     try:
-        client = httpx.Client(base_url=base, headers=headers, timeout=PATIENCE_S)
-        answer = client.get("/v1/models")
-        if answer.status_code == 401:
-            raise ValueError(f"{base} requires a valid key: export one as {API_KEY_VARIABLE}.")
-        if not answer.is_success:
-            said = f"{base} answered {answer.status_code} to /v1/models: {answer.text[:300]!r}"
-            raise ValueError(f"{said}: give the address of a server, http://HOST:PORT.")
-        model = answer.json()["data"][0]
+        answer = httpx.get(f"{base}/v1/models", headers=headers, timeout=PATIENCE_S)
     except (httpx.HTTPError, httpx.InvalidURL) as error:
         raise ValueError(f"No server answers at {base} ({error}): give http://HOST:PORT.") from None
-    return client, model["id"], model.get("max_model_len") or 32768
+    if answer.status_code == 401:
+        said = "refused the key in {}: correct it" if key else "requires a key: export yours as {}"
+        raise ValueError(f"{base} {said.format(API_KEY_VARIABLE)}.")
+    with suppress(ValueError, LookupError, TypeError):
+        model, limits = answer.json()["data"][0], httpx.Limits(max_connections=None)
+        client = httpx.AsyncClient(
+            base_url=base, headers=headers, timeout=PATIENCE_S, limits=limits
+        )
+        return client, model["id"], model.get("max_model_len") or 32768
+    said = f"{base} answered {answer.status_code} to /v1/models: {answer.text[:300]!r}"
+    raise ValueError(said + ": give the address of a server, http://HOST:PORT.")
 
 
 # --- Settings of agents ---------------------------------------------------------------------------
@@ -160,6 +164,8 @@ def bench(arguments: argparse.Namespace) -> int:
     for name in FLAGS:
         if (number := getattr(arguments, name)) < 1:
             raise ValueError(f"--{name} must be an integer of 1 or more (got {number}).")
+    import httpx
+
     client, model, _ = connect(arguments.url)
     started, num_turns = time.time_ns(), arguments.turns
 
@@ -167,20 +173,25 @@ def bench(arguments: argparse.Namespace) -> int:
         draw = random.Random(f"{started} {name}")  # New words, which no cache has.
         return f"{draw.getrandbits(64):x} " + " ".join(draw.choices(WORDS.split(), k=number))
 
-    def conversation(number: int) -> list[Turn]:
+    async def conversation(number: int) -> list[Turn]:
         messages, turns = [{"role": "system", "content": text("system", arguments.words)}], []
         for turn in range(num_turns):
             messages.append({"role": "user", "content": text((number, turn), 40)})
-            said, measured = _ask(client, model, messages, arguments.answer)
+            said, measured = await _ask(client, model, messages, arguments.answer)
             messages.append({"role": "assistant", "content": said})
             turns.append(measured)
             bar.update()
         return turns
 
+    async def conversations() -> list[list[Turn]]:
+        return await asyncio.gather(*map(conversation, range(arguments.agents)))
+
     total = arguments.agents * num_turns
-    bar = tqdm(total=total, unit="request", leave=False, disable=None)
-    with bar, ThreadPoolExecutor(arguments.agents) as agents:
-        found = list(agents.map(conversation, range(arguments.agents)))
+    try:
+        with tqdm(total=total, unit="request", leave=False, disable=None) as bar:
+            found = asyncio.run(conversations())
+    except httpx.HTTPError as error:
+        raise ValueError(f"The server broke off: {error or type(error).__name__}.") from None
     seconds, turns = (time.time_ns() - started) / 1e9, [one for each in found for one in each]
     later = [one for turns in found for one in turns[1:]]
     groups = {"first turns": [turns[0] for turns in found], "later turns": later, "all": turns}
@@ -206,15 +217,18 @@ def _figures(turns: Sequence[Turn]) -> dict[str, float]:
     return first | {"hit_rate": rate, "tokens_per_s": speed}
 
 
-def _ask(client: httpx.Client, model: str, messages: object, length: int) -> tuple[str, Turn]:
+async def _ask(
+    client: httpx.AsyncClient, model: str, messages: object, length: int
+) -> tuple[str, Turn]:
     """Send a chat. Returns the text of the answer and its figures. Raises ValueError."""
     body = {"model": model, "messages": messages, "max_tokens": length, "ignore_eos": True}
     body |= {"stream": True, "stream_options": {"include_usage": True}, "temperature": 0}
     began_s, times, said, usage = time.perf_counter(), list[float](), "", dict[str, Any]()
-    with client.stream("POST", "/v1/chat/completions", json=body) as answer:
+    async with client.stream("POST", "/v1/chat/completions", json=body) as answer:
         if answer.status_code != 200:
-            raise ValueError(f"The server answered {answer.status_code}: {answer.read().decode()}")
-        for line in answer.iter_lines():
+            await answer.aread()
+            raise ValueError(f"The server answered {answer.status_code}: {answer.text}")
+        async for line in answer.aiter_lines():
             piece = json.loads(line[6:]) if line.startswith("data: {") else {}
             if "error" in piece:
                 raise ValueError(f"The server broke off: {piece['error']}")

@@ -30,6 +30,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from engine.front.server.bodies import ANTHROPIC, APIError, short
 from engine.front.server.settings import API_KEY_VARIABLE, ServerConfig
 from engine.text.bounded import REPLACEMENT, BoundedMemory
+from hybridcache.geometry.units import counted
 
 logger = logging.getLogger(__name__)
 request_log = logging.getLogger(f"{__name__}.requests")
@@ -48,6 +49,8 @@ KEY = re.compile(rb"[\x21-\x7e]+")
 KEY_NAME = re.compile(rb"[\w.@+-]{1,40}")
 KEY_DIGITS = 8
 """Digits of the hash of a key that has no name: they stay when keys are added or removed."""
+SHORT_KEY = 12
+"""Characters below which a key is said to be short."""
 MAX_GUESSES, GUESS_S = 20, 5.0
 """Wrong keys that one address may send at once, and seconds after which it may send another."""
 NAME = re.compile(rb"[\x21-\x7e]{1,128}")
@@ -113,6 +116,12 @@ class Access:
         """True if requests with different keys share no cache entries. By default they do not if
         clients have several keys, because the number of reused tokens reveals shared prompts."""
         self.accepted = list(dict.fromkeys(accepted))
+
+    def words(self) -> str:
+        """Return the number of accepted keys, and that one is short, if so."""
+        least = min(map(len, self._names), default=SHORT_KEY)
+        said = f"; one of {counted(least, 'character')} can be guessed: openssl rand -hex 24"
+        return f"{len(self.accepted):,} accepted" + said * (least < SHORT_KEY)
 
     def keep_secret(self, folder: str) -> None:
         """Use the secret of ``folder``, in which the cache is kept for the next start. It is there

@@ -182,8 +182,7 @@ def serve(
             told.remove(signal.SIGHUP)
             try:
                 access.reload()
-                number = counted(len(access.accepted), "key")
-                logger.warning("The keys were read again: %s accepted.", number)
+                logger.warning("The keys were read again: %s.", access.words())
             except ValueError as error:
                 logger.error("The keys stay as they are: %s", error)
         return bool(told or engine.failure)

@@ -77,8 +77,8 @@ class ServerConfig:
     key stands for it in the log, the page, /v1/cache and the metrics; HYBRIDCACHE_API_KEY can have
     one more; SIGHUP reads the files of keys again."""
     salt_by_key: bool | None = None
-    """Requests with different API keys share no cache entries; as with different salts (default: if
-    there are several keys)."""
+    """Requests with different API keys share no cache entries; as with different salts; after a
+    change, earlier entries of --state-dir are not found (default: if there are several keys)."""
     allowed_host: tuple[str, ...] = ()
     """Names by which clients may reach this server, or *; besides those of this machine; by default
     only these, if it listens on a loopback address and requires no key, and else every name."""
@@ -115,6 +115,8 @@ class ServerConfig:
             raise ConfigError(f"--chat-template-kwargs must be {said}.")
         if not all(one.isprintable() and one for one in self.served_model_name):
             raise ConfigError("--served-model-name must be printable names with commas between.")
+        if any("/" in one or one.count(":") == 1 for one in self.allowed_host):
+            raise ConfigError("--allowed-host must be names, without https:// and a port.")
         for origin in self.cors_origin:
             if not ORIGIN.fullmatch(origin):
                 raise ConfigError(

@@ -166,7 +166,7 @@ def test_keys_are_read_again_and_a_killed_engine_is_reported_once(
 ) -> None:
     """Its keys come from a pipe, of which each content can be read once."""
     screen, url = _address(server)
-    assert "keys         1 accepted\n" in screen
+    assert "keys         1 accepted; one of 3 characters can be guessed: openssl" in screen
 
     def client(key: str) -> httpx.Client:
         return httpx.Client(headers={"Authorization": f"Bearer {key}"}, timeout=120)
@@ -187,7 +187,7 @@ def test_keys_are_read_again_and_a_killed_engine_is_reported_once(
             assert server.wait(120) == 1
     log = server.stderr.read()
     assert log.count("The engine's process was ended by SIGKILL") == 1, log
-    assert "The keys were read again: 1 key accepted." in log and "Traceback" not in log
+    assert "were read again: 1 accepted; one of 3 " in log and "Traceback" not in log
 
 
 LONG = {"prompt": "go on", "max_tokens": 1500, "ignore_eos": True, "stream": True}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 import tomllib
@@ -35,8 +36,9 @@ def test_settings_name_the_server_and_its_key(
     """The file is written once, readable by its owner only."""
     monkeypatch.setenv("HOME", str(tmp_path))
     command = ["agent", agent, "--url", f"{live.url}/v1"]
-    monkeypatch.delenv(API_KEY_VARIABLE, raising=False)
-    assert cli.main(command) == 2 and API_KEY_VARIABLE in capsys.readouterr().err
+    for wrong, message in (("", "requires a key"), ("wrong", "refused the key in")):
+        monkeypatch.setenv(API_KEY_VARIABLE, wrong)
+        assert cli.main(command) == 2 and message in capsys.readouterr().err
     monkeypatch.setenv(API_KEY_VARIABLE, "s3cret")
     assert cli.main(command) == 0
     printed = capsys.readouterr().out
@@ -65,7 +67,7 @@ def test_a_context_shorter_than_the_table_of_agents_is_reported(capsys: Output) 
         for least, name in zip(sizes, ("some", "builtin"), strict=True):
             size = int(least.replace(",", ""))
             for context in (size - 1, size):
-                found = httpx.Client(base_url="http://x"), name, context
+                found = httpx.AsyncClient(base_url="http://x"), name, context
                 with patch("engine.front.command.remote.connect", return_value=found):
                     assert cli.main(["agent", agent.lower().replace(" ", "-")]) == 0
                 said = capsys.readouterr().err
@@ -93,6 +95,24 @@ def test_benchmark_counts_what_the_server_counts(
     assert cli.main(["bench", live.url, "--agents", "1", "--turns", "1", "--answer", "2"]) == 0
     table = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in table] == ["requests", "first", "all", "Medians"]
+
+
+@pytest.mark.parametrize(
+    ("code", "event"), {130: KeyboardInterrupt(), 2: httpx.ReadError("x")}.items()
+)
+def test_a_benchmark_does_not_wait_for_its_other_conversations(
+    code: int, event: BaseException, live: Live, monkeypatch: pytest.MonkeyPatch, capsys: Output
+) -> None:
+    async def ask(*_: object) -> None:
+        if event_left.pop():
+            raise event
+        await asyncio.sleep(600)
+
+    event_left = [False, True, False, False]
+    monkeypatch.setenv(API_KEY_VARIABLE, "s3cret")
+    monkeypatch.setattr("engine.front.command.remote._ask", ask)
+    assert cli.main(["bench", live.url]) == code
+    assert ("broke off: x.\n" in capsys.readouterr().err) == (code == 2)
 
 
 def test_pieces_that_arrive_together_make_no_high_rate() -> None:

@@ -241,6 +241,8 @@ def test_an_address_may_send_few_wrong_keys(
         for far in ("7.7.7.7", "7.7.7.7, 10.9.1.1", "::ffff:7.7.7.7, 10.0.0.9,10.9.1.1"):
             assert status("x", proxy, **{"x-forwarded-for": f"6.6.6.6, {far}"}) == 429
     assert status("x", "::ffff:7.7.7.7") == 429
+    for host in ("https://llm.example.com", "llm.example.com:443"):
+        refused("--allowed-host must be", ServerConfig, allowed_host=("::1", host))
     refused("--trusted-proxy must be", Access, ServerConfig(trusted_proxy=("10.0.0.0/99",)))
 
 
@@ -398,6 +400,7 @@ def test_keys_are_read_again(tmp_path: Path) -> None:
     assert [*map(accepted, "abc")] == [True, True, False]
     file.write_text("b\nc\n")
     access.reload()
+    assert access.words().startswith("3 accepted; one of 1 character can be guessed")
     assert [*map(accepted, ["a", "b", "c", ""])] == [False, True, True, False]
     line = f"line 1 of --admin-key-file {admin} has the key of line 2 of --api-key-file {file}"
     for text, message in (
