@@ -100,7 +100,9 @@ def short_name(agent: str) -> str:
 
 def add_agent(parser: argparse.ArgumentParser) -> None:
     """Add the flags of ``engine agent``."""
-    parser.add_argument("agent", choices=PLACES, type=short_name, help="the program")
+    parser.add_argument(
+        "agent", choices=PLACES, type=short_name, help="claude, codex, opencode or qwen"
+    )
     url = "http://127.0.0.1:8000"
     parser.add_argument("--url", default=url, help="address of the server (default: %(default)s)")
     said = "write the file in the home folder, unless there is one; else the settings are printed"

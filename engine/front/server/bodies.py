@@ -149,8 +149,8 @@ async def _refuse(request: Request, error: Exception) -> Response:
         path, message = request.url.path, str(error.detail)
         if error.status_code == 404:
             hints = (hint for start, hint in ABSENT.items() if path.startswith(start))
-            general = f"The path {path} does not exist: see /openapi.json for all paths."
-            message = next(hints, general)
+            said = "OpenAI's clients need an address with /v1, Anthropic's one without"
+            message = next(hints, f"There is no path {path}: see /openapi.json; {said}.")
         elif error.status_code == 405:
             message = f"{path} does not support {request.method}: see /openapi.json."
         error = APIError(error.status_code, message, headers=error.headers)

@@ -154,7 +154,7 @@ def test_serve_starts_with_one_screen_and_drains_on_sigterm(server: subprocess.P
     assert re.search(r"are refused(; 1 request may run for 30 s more .*)?\.\n", log)
     assert log.startswith("warning: --host 0.0.0.0 accepts clients of other machines")
     assert re.search(
-        r"^\d{4}-\d\d-\d\d [\d:]{8}[+-]\d{4} GET /nothing 404  \d+ ms  from 127.0.0.1  The path",
+        r"^\d{4}-\d\d-\d\d [\d:]{8}[+-]\d{4} GET /nothing 404  \d+ ms  from 127.0.0.1  There is",
         log,
         re.M,
     ), log

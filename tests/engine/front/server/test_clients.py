@@ -206,6 +206,7 @@ def test_model_has_several_names_or_any(serve_oracle: Callable[..., Live]) -> No
         ("/v1/embeddings", "Embeddings are not served"),
         ("/v1/load_lora_adapter", "merge the adapter"),
         ("/v1/none", "see /openapi.json"),
+        ("/chat/completions", "an address with /v1"),
     ],
 )
 def test_paths_of_other_servers_name_the_nearest_that_works(
