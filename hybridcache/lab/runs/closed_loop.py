@@ -523,7 +523,7 @@ class ClosedLoopResult(Runs):
             )
             notes = [f"goodput: requests a second with a TTFT of at most {first.limit_s:g} s"]
             notes += [
-                f"equal, as no request was kept back: {names} at {', '.join(rates)} sessions/s"
+                f"equal, with one order of admission: {names} at {', '.join(rates)} sessions/s"
                 for names, rates in equal.items()
             ]
             refused = max(run.num_refused for run in chosen)
