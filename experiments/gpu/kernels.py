@@ -27,7 +27,6 @@ With ``TRITON_INTERPRET=1``, tiny shapes run in Triton's interpreter, and nothin
 from __future__ import annotations
 
 import hashlib
-import os
 import statistics
 import time
 from collections.abc import Callable
@@ -40,6 +39,7 @@ import torch
 from engine.runner.device import Device
 from experiments.gpu import kernel_tuning
 from experiments.gpu.kernel_cases import Case, Plan, Setup, error, find_rivals, plans
+from experiments.gpu.report import IS_DRY, Record
 from experiments.provenance import provenance
 from kernels import tuning
 from tests.kernels import interpreter
@@ -48,7 +48,6 @@ ROUNDS = 5
 """Turns of every contender of a case."""
 CALLS = 8
 """Timed calls per turn."""
-IS_DRY = os.environ.get("TRITON_INTERPRET") == "1"
 REPEATS = 2 if IS_DRY else 50
 """Calls of a kernel whose bits are compared."""
 PLANS = [*plans(IS_DRY)]
@@ -56,7 +55,6 @@ PLANS = [*plans(IS_DRY)]
 FIRST = [*{plan.group: plan for plan in reversed(PLANS)}.values()] if IS_DRY else PLANS
 EVERY = pytest.mark.parametrize("plan", PLANS, ids=lambda plan: plan.name)
 SOME = pytest.mark.parametrize("plan", FIRST, ids=lambda plan: plan.name)
-Record = Callable[..., None]
 
 
 @pytest.fixture(scope="session")

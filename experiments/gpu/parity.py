@@ -10,8 +10,7 @@ device. float32 compiles longest and comes last.
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,10 +30,10 @@ from engine.runner.model_runner import ModelRunner
 from engine.runner.sampler import Sampler
 from engine.schedule.scheduler import Batch, Segment
 from engine.text.answers import RequestOutput
+from experiments.gpu.report import IS_DRY, Record
 from tests.engine.device_models import SMALL, SMALL_DENSE, TINY, write_checkpoint, write_geometry
 from tests.kernels import interpreter
 
-IS_DRY = os.environ.get("TRITON_INTERPRET") == "1"
 FLOAT32_ERROR = 1e-3
 """Maximum root mean square error of logits against the CPU in float32, relative to their standard
 deviation."""
@@ -104,7 +103,6 @@ FORMATS: tuple[tuple[str, str | None], ...] = ("bfloat16", None), ("bfloat16", "
 FORMATS += ("bfloat16", "int8"), ("float32", None)
 FORMATS = FORMATS[3 * IS_DRY :]
 LENGTHS = [70, 40] if IS_DRY else [2500, 1, 63, 64, 65, 130, 700, 1030, 333, 96]
-Record = Callable[..., None]
 
 
 @pytest.fixture(scope="module")

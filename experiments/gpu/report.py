@@ -23,6 +23,10 @@ from experiments.provenance import ROOT, code_hash, known_records, write_json_li
 
 LOST = 70
 """Exit status of a process whose device refuses further work."""
+IS_DRY = os.environ.get("TRITON_INTERPRET") == "1"
+"""True for tiny shapes in Triton's interpreter, without times."""
+Record = Callable[..., None]
+"""Function that adds figures to the line of a test."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -54,8 +58,8 @@ def pytest_runtest_teardown() -> Iterator[None]:
 
 
 @pytest.fixture
-def record(record_property: Callable[[str, object], None]) -> Callable[..., None]:
-    """Add figures to the line of this test."""
+def record(record_property: Callable[[str, object], None]) -> Record:
+    """Return the function that adds figures to the line of this test."""
 
     def add(**figures: object) -> None:
         record_property("figures", json.dumps(figures))

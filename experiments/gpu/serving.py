@@ -8,10 +8,9 @@ one of 2 billion parameters, or Qwen3-Next-80B-A3B's with 8-bit and with 4-bit w
 from __future__ import annotations
 
 import gc
-import os
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -36,6 +35,7 @@ from experiments.benchmarks.serving import (
     over_http,
 )
 from experiments.gpu.parity import Talk, converse
+from experiments.gpu.report import IS_DRY, Record
 from hybridcache.geometry.units import GIB
 from hybridcache.radix.protocol import PromptBoundaries
 from tests.engine.device_models import (
@@ -47,7 +47,6 @@ from tests.engine.device_models import (
 )
 from tests.kernels import interpreter
 
-IS_DRY = os.environ.get("TRITON_INTERPRET") == "1"
 MAX_RUNNING = 64
 MAX_DRAFTED = 4
 """Streams with drafts. More would not get full drafts."""
@@ -301,9 +300,6 @@ def later_turns(turns: Sequence[Sequence[RequestOutput]]) -> dict[str, float]:
         "ttft_ms": 1e3 * statistics.median(output.timings.ttft_s or 0.0 for output in later),
         "tpot_ms": 1e3 * statistics.median(o.timings.tpot_s(len(o.output)) or 0.0 for o in later),
     }
-
-
-Record = Callable[..., None]
 
 
 @pytest.fixture(scope="module")

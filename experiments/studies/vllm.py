@@ -4,8 +4,7 @@
 it. Schedulers, block pools and cache managers are vLLM's; the worker computes no tokens and checks
 all contents (hybridcache.vllm.check). The model is Qwen3-Next: blocks of 1,056 tokens. Each session
 sends its next request at once. In other cells both schedulers have host memory, or more sessions
-are served than fit. A run that was stopped is continued by the same command. `--review` runs only
-the cells that were published first.
+are served than fit. A run that was stopped is continued by the same command.
 """
 
 from __future__ import annotations
@@ -122,7 +121,7 @@ class VllmRun(NamedTuple):
     variant: str
 
 
-def jobs_of(seeds: int, review: bool) -> Iterator[VllmRun]:
+def jobs_of(seeds: int) -> Iterator[VllmRun]:
     """Yield all runs. Those of the first seed come first, and of these the published ones."""
     published = [
         (trace, gib, sessions, 0)
@@ -132,7 +131,7 @@ def jobs_of(seeds: int, review: bool) -> Iterator[VllmRun]:
     ]
     others = [
         (trace, gib, TOGETHER, seed)
-        for seed in range(0 if review else seeds)
+        for seed in range(seeds)
         for trace, workload in (WORKLOADS | OVERLOAD).items()
         for gib in (workload.gib if workload.has_seeds or not seed else ())
     ]
@@ -143,7 +142,7 @@ def jobs_of(seeds: int, review: bool) -> Iterator[VllmRun]:
         for variant in VARIANTS:
             if is_overload if variant == FIXED else is_first or variant not in IN_BLOCKS:
                 yield VllmRun(*cell, variant)
-        if cell[2] == TOGETHER and not review and not is_overload:
+        if cell[2] == TOGETHER and not is_overload:
             for multiple in HOST:
                 yield from (VllmRun(*cell, with_host(one, multiple)) for one in CONNECTORS)
 
@@ -271,19 +270,13 @@ def host_table(records: common.Records) -> Table:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--seeds", type=common.positive, default=3, help="number of seeds")
-    parser.add_argument("--review", action="store_true", help="only the first published cells")
     options = parser.parse_args()
-    jobs = [
-        (" ".join(map(str, job)), partial(measure, job))
-        for job in jobs_of(options.seeds, options.review)
-    ]
+    jobs = [(" ".join(map(str, job)), partial(measure, job)) for job in jobs_of(options.seeds)]
     file = provenance.WRITTEN / "study_vllm.jsonl"
     settings = {"code": provenance.code_hash(["hybridcache"])}
     records = [*tqdm(resumed(file, settings, jobs), total=len(jobs), disable=None)]
-    for sessions in (TOGETHER, ALONE):
-        print(table(records, sessions))
-    if not options.review:
-        print(overload_table(records), host_table(records), sep="\n")
+    print(table(records), table(records, ALONE), sep="\n")
+    print(overload_table(records), host_table(records), sep="\n")
 
 
 if __name__ == "__main__":
