@@ -117,8 +117,7 @@ ABSENT = {
     "/api/embed": "Embeddings are not served: this server only generates text.",
     "/api/": "Ollama's own API is not served: use /v1/chat/completions.",
     "/v1/embeddings": "Embeddings are not served: this server only generates text.",
-    "/v1/load_lora_adapter": "LoRA is not supported: merge the adapter into the model, and serve "
-    "the result.",
+    "/v1/load_lora_adapter": "LoRA is not supported: merge the adapter into the model.",
 }
 """Beginnings of paths that clients of other servers use -> what to use here."""
 ABSENT_FIELDS = {
