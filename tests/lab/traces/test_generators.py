@@ -165,5 +165,6 @@ def test_a_generator_binds_its_options_at_once(name):
     refused("unexpected keyword argument 'sed'", GENERATORS[name], sed=1, kind=TypeError)
     assert inspect.signature(GENERATORS[name]).return_annotation == "Trace"
     trace = GENERATORS[name]()
+    assert not list(trace.head(0))
     assert identity_of(trace) == identity_of(GENERATORS[name](seed=0))
     assert identity_of(trace) != identity_of(replace(trace, unit=trace.unit + 1))
