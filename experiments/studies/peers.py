@@ -63,6 +63,8 @@ hits, from 495 on nothing."""
 
 
 CHUNKS = "chunks a request"
+PLACE = "peer", "workload", "size", "figure", "published"
+"""Fields of a cell in its record."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -262,12 +264,8 @@ def measure(cell: PeerCell) -> dict[str, Any]:
     measured one."""
     figures = [served(cell, seed) for seed in range(cell.draws)]
     band = WITHIN * cell.published if cell.figure == CHUNKS else WITHIN
-    return {
-        "peer": cell.peer,
-        "workload": cell.workload,
-        "size": cell.size,
-        "figure": cell.figure,
-        "published": cell.published,
+    place = {name: getattr(cell, name) for name in PLACE}
+    return place | {
         "rebuilt": round(median(figures), 4),
         "lowest": round(min(figures), 4),
         "highest": round(max(figures), 4),
