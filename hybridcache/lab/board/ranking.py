@@ -17,7 +17,7 @@ import hashlib
 import json
 import secrets
 import tomllib
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import lru_cache, partial
 from importlib import resources
@@ -50,7 +50,7 @@ from hybridcache.lab.traces.arrivals import interleave, parse_starts
 from hybridcache.lab.traces.frame import written
 from hybridcache.lab.traces.intervals import FEWEST_UNITS, Interval, interval, paired
 from hybridcache.lab.traces.progress import Progress
-from hybridcache.lab.traces.trace import Held, Tabular, Trace, TraceRequest
+from hybridcache.lab.traces.trace import Held, Tabular, Trace, TraceRequest, by_session
 from hybridcache.policies.registry import DEFAULT_EVICTION, DEFAULT_PLACEMENT, EvictionSpec
 from hybridcache.radix.tokens import Tokens
 
@@ -256,15 +256,13 @@ def disguised(trace: Trace, seed: int, place: int) -> Trace:
     So an entry that kept the requests of one size, or draws the trace again, finds none of its ids.
     The ids are drawn anew in each call, and change no hit. O(tokens).
     """
-    rng, sessions = np.random.default_rng((seed, place)), dict[Hashable, list[TraceRequest]]()
+    rng, held = np.random.default_rng((seed, place)), by_session(trace.in_order())
     factor, added = 2 * secrets.randbelow(1 << 30) + 1, secrets.randbelow(1 << 31)
 
     def renamed(ids: Tokens) -> Tokens:
         return ((ids.astype(np.int64) * factor + added) % (1 << 31)).astype(np.int32)
 
-    for one in trace.in_order():
-        sessions.setdefault(one.session, []).append(one)
-    found, held = list[TraceRequest](), [*sessions.values()]
+    found = list[TraceRequest]()
     order = np.argsort(np.arange(len(held)) + rng.uniform(0, NEAR, len(held)), kind="stable")
     for at, number in enumerate(order.tolist()):
         later_s = held[at][0].timestamp_s - held[number][0].timestamp_s
@@ -282,10 +280,7 @@ def _missing(cell: Cell, folder: Path | None) -> str:
 
 def _restarted(trace: Trace, starts: str, seed: int) -> Iterator[TraceRequest]:
     """Yield the requests of a trace whose sessions begin at times drawn with ``seed``."""
-    sessions: dict[Hashable, list[TraceRequest]] = {}
-    for request in trace:
-        sessions.setdefault(request.session, []).append(request)
-    return interleave(sessions.values(), parse_starts(starts), unit=trace.unit, seed=seed)
+    return interleave(by_session(trace), parse_starts(starts), unit=trace.unit, seed=seed)
 
 
 # --- Runs -----------------------------------------------------------------------------------------

@@ -41,7 +41,7 @@ from hybridcache.lab.scenario import (
 from hybridcache.lab.traces.intervals import paired
 from hybridcache.lab.traces.progress import Progress
 from hybridcache.lab.traces.sizes import sizes
-from hybridcache.lab.traces.trace import Trace, TraceRequest
+from hybridcache.lab.traces.trace import Trace, TraceRequest, by_session
 from hybridcache.policies.registry import make_admission
 from hybridcache.radix.protocol import PromptBoundaries
 from hybridcache.radix.tokens import Tokens
@@ -112,10 +112,7 @@ def simulate_closed_loop(trace: Trace, cell: Scenario) -> LoopRun:
 
 def sessions_of(trace: Trace) -> list[list[SessionTurn]]:
     """Return the turns of each session of ``trace``, in the order of the first requests."""
-    found: dict[Hashable, list[TraceRequest]] = {}
-    for request in trace:
-        found.setdefault(request.session, []).append(request)
-    return [[*_turns(n, requests, trace.unit)] for n, requests in enumerate(found.values())]
+    return [[*_turns(n, requests, trace.unit)] for n, requests in enumerate(by_session(trace))]
 
 
 def _turns(session: int, requests: Sequence[TraceRequest], unit: int) -> Iterator[SessionTurn]:

@@ -312,6 +312,14 @@ class BadRecords:
         return f"{counted(self.count, 'bad record')} left out{first}"
 
 
+def by_session(requests: Iterable[TraceRequest]) -> list[list[TraceRequest]]:
+    """Return the requests of each session, in the order of the first requests."""
+    found: dict[Hashable, list[TraceRequest]] = {}
+    for request in requests:
+        found.setdefault(request.session, []).append(request)
+    return [*found.values()]
+
+
 def plain_name(name: Hashable) -> str | int:
     """Return a session or namespace as the readers of files accept it."""
     return name if isinstance(name, int | str) and not isinstance(name, bool) else str(name)
