@@ -234,7 +234,7 @@ class Named(Record):
     def unread(self) -> set[str]:
         """Names of the fields with a value that are not read."""
         given = {name for name, value in self.record.items() if value is not None}
-        return given.difference(name.partition(".")[0] for name in self.used.values())
+        return given.difference(*((used, used.partition(".")[0]) for used in self.used.values()))
 
     @property
     def is_whole(self) -> bool:
