@@ -98,8 +98,9 @@ class PageAllocator(BaseAllocator):
     """Stack of free pages. A page is ``page_size`` consecutive KV rows.
 
     Capacity and counts are in rows (tokens). The stack is one int32 array with its height, so that
-    taking or freeing many pages is one copy. Its lowest ``_num_implied`` entries are equal to their
-    positions and not written, because a disk tier has many rows and is mostly empty.
+    taking or freeing many pages is one copy. Below it, the first ``_num_implied`` pages are free
+    and not written, because a disk tier has many rows and is mostly empty. So host memory depends
+    on the highest stack, not on the number of rows.
 
     >>> pages = PageAllocator(8, page_size=4)
     >>> rows = pages.allocate(5)
@@ -124,7 +125,7 @@ class PageAllocator(BaseAllocator):
         self.page_size = page_size
         num_pages = num_tokens // page_size
         self._stack = np.empty(num_pages, dtype=np.int32)
-        self._height = self._num_implied = num_pages
+        self._height, self._num_implied = 0, num_pages
         self._offsets = np.arange(page_size, dtype=np.int32)
 
     def allocate(self, num_tokens: int) -> Indices | None:
@@ -135,14 +136,15 @@ class PageAllocator(BaseAllocator):
         num_pages, budget = -(-num_tokens // self.page_size), self.budget
         top, num_rows = self._height, num_pages * self.page_size
         bottom, num_bytes = top - num_pages, num_rows * self.unit_bytes
-        if bottom < 0 or (budget is not None and num_bytes > budget.free_bytes):
+        if -bottom > self._num_implied or (budget is not None and num_bytes > budget.free_bytes):
             return None
         if num_tokens < 0:
             raise ValueError(f"num_tokens must not be negative (got {num_tokens}).")
-        if bottom < self._num_implied:
-            first, implied = max(0, min(bottom, self._num_implied - BLOCK)), self._num_implied
-            self._stack[first:implied] = np.arange(first, implied, dtype=np.int32)
-            self._num_implied = first
+        if bottom < 0:
+            first, implied = max(0, self._num_implied - max(-bottom, BLOCK)), self._num_implied
+            pages = np.concatenate((np.arange(first, implied, dtype=np.int32), self._stack[:top]))
+            self._stack[: len(pages)] = pages
+            bottom, top, self._num_implied = bottom + implied - first, len(pages), first
         pages = self._stack[bottom:top]
         if budget is not None:
             budget.free_bytes -= num_bytes
@@ -159,7 +161,7 @@ class PageAllocator(BaseAllocator):
     def _free_pages(self) -> Indices:
         """Return all free pages, unordered. O(capacity)."""
         implied = np.arange(self._num_implied, dtype=np.int32)
-        return np.concatenate([implied, self._stack[self._num_implied : self._height]])
+        return np.concatenate([implied, self._stack[: self._height]])
 
     def free(self, rows: Indices) -> None:
         """Return ``rows``, which were allocated, to the pool: whole pages in row order. O(n).
@@ -385,10 +387,9 @@ class ArenaAllocator(PageAllocator):
         num_slabs = -(-num_pages // self._slab_pages)
         opened = self.free_slabs[-num_slabs:]
         del self.free_slabs[-num_slabs:]
-        pages, height = self._pages_of(opened[::-1]), self._height
-        self._height = top = height + len(pages)
-        self._stack[len(pages) : top] = self._stack[:height]
-        self._stack[: len(pages)] = pages
+        pages = np.concatenate((self._pages_of(opened[::-1]), self._stack[: self._height]))
+        self._height = len(pages)
+        self._stack[: self._height] = pages
 
     def _restack(self, pages: Indices) -> None:
         """Replace the stack by ``pages``."""

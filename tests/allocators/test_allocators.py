@@ -113,6 +113,10 @@ def test_memory_of_the_stack_depends_on_the_allocated_pages():
     assert pages._num_implied == len(pages._stack) - allocators_pages.BLOCK
     pages.free(rows)
     assert pages.num_free == pages.capacity
+    full = PageAllocator(4 * allocators_pages.BLOCK)
+    full._stack[:] = -1
+    assert all(full.allocate(1024) is not None for _ in range(4 * allocators_pages.BLOCK // 1024))
+    assert full.num_free == 0 and {*full._stack[allocators_pages.BLOCK :].tolist()} == {-1}
 
 
 @pytest.mark.parametrize("budget", [None, 1000])
