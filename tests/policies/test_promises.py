@@ -73,7 +73,7 @@ class PromiseMachine(RuleBasedStateMachine):
         policy, columns = self.policy, self.policy._checkpoints
         victim = policy.victim("checkpoint")
         assert victim in self.items
-        places = {item: columns.places[item] for item in self.items}
+        places = {item: item.memo.place for item in self.items}
         ages = {item: policy.hazards.now - columns.times[place] for item, place in places.items()}
         trust = min(policy.hazards.num_uses / TRUSTED_AFTER or 1.0, 1.0)
         charged = {
@@ -89,7 +89,7 @@ class PromiseMachine(RuleBasedStateMachine):
         assert not is_free or values[victim] <= min(values.values()) * (1 + 1e-9)
         self.items.remove(victim)
         policy.discard(victim, evicted=True)
-        assert all(item in columns.places for item in policy._lent)
+        assert all(columns.items[item.memo.place] is item for item in policy._lent)
 
     def teardown(self) -> None:
         """Compare the order of all that is left with the one without promises, in later time."""

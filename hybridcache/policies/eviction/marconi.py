@@ -7,7 +7,7 @@ from collections import OrderedDict
 import numpy as np
 import numpy.typing as npt
 
-from hybridcache.policies.eviction.scored import Columns
+from hybridcache.policies.eviction.scored import Columns, Seat
 from hybridcache.radix.protocol import EvictionPolicy, Item, Kind
 
 ATTENTION_TOKENS = 30_000
@@ -37,6 +37,7 @@ class Marconi(EvictionPolicy):
         if item.dead:
             self._dead[item] = None
         else:
+            item.memo = item.memo or Seat()
             self._columns[item.kind].put(item, 0, item.last_used, efficiency(item))
 
     touch = add

@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from hybridcache.policies.eviction.scored import Columns, doubled
+from hybridcache.policies.eviction.scored import Columns, Seat, doubled
 from hybridcache.policies.placement import MEMORY, REJOIN
 from hybridcache.radix.protocol import EvictionPolicy, Item, Kind
 from hybridcache.radix.tree import SESSION_END, SHARED
@@ -61,8 +61,6 @@ DOUBT = 2.0
 parent is reduced, and that between the uses with a fact in all classes and their prediction."""
 WEIGHT = 4.0
 """Uses that weigh as much as a prediction: in an age bin, and in the effect of a fact."""
-_LATER: Floats = np.tri(NUM_BINS, k=-1)
-"""Is 1 where the row's bin comes after the column's."""
 _ROW_BITS = 24
 _ROW_MASK = (1 << _ROW_BITS) - 1
 """Stages are coded as one number: time of entry or age, shifted by this number of bits, and row."""
@@ -329,7 +327,8 @@ class Hazards:
         open_ = np.bincount(cells, minlength=shape[0] * num_bins).astype(np.float64)
         reached = open_.reshape(shape) + self._reached[: shape[0], :num_bins]
         partial = np.bincount(cells, spent, shape[0] * num_bins).reshape(shape)
-        beyond = reached @ _LATER[:num_bins, :num_bins]  # Exact: counts are dyadic fractions.
+        # Number of stages that came further. It is exact, because counts are dyadic fractions.
+        beyond = reached[:, ::-1].cumsum(axis=1)[:, ::-1] - reached
         return beyond * WIDTHS[:num_bins] + (partial + self._partial[: shape[0], :num_bins])
 
     def _count_ended(self) -> None:
@@ -419,8 +418,8 @@ two tips or more, octave of the position, half octave), and the stop reason of t
 if that is known."""
 
 
-class _Memo:
-    """Data of one item: its stage and its place in its lineage."""
+class _Memo(Seat):
+    """Data of one item: its stage, and its place in the order and in its lineage."""
 
     __slots__ = (
         "active",
@@ -435,6 +434,7 @@ class _Memo:
     )
 
     def __init__(self, item: Item) -> None:
+        self.place = -1
         self.uses = item.uses
         self.superseded = item.superseded
         self.turn = 0
@@ -501,8 +501,10 @@ class Survival(EvictionPolicy):
         self._random = random.Random(seed)
         self._checkpoints = Columns()
         self._kv = Columns()
-        self._dead: OrderedDict[Item, None] = OrderedDict()
+        self._dead: dict[Item, None] = {}
         """Leaf KV that goes first: without a checkpoint, or with one of an ended session."""
+        self._next_dead: dict[Item, None] = {}
+        """The first ones of ``_dead``, last first."""
         self._ended: OrderedDict[Item, None] = OrderedDict()
         """Checkpoints of ended sessions, which go next."""
         self._idle_kv: dict[Item, None] | None = {}
@@ -539,7 +541,7 @@ class Survival(EvictionPolicy):
     def load_memo(self, item: Item, state: list[Any] | None) -> None:
         item.memo = None
         if state is not None:
-            item.memo = _Memo.__new__(_Memo)
+            item.memo = _Memo(item)
             for name, value in zip(_Memo.__slots__, state, strict=True):
                 setattr(item.memo, name, value)
 
@@ -548,14 +550,12 @@ class Survival(EvictionPolicy):
         if item.last_used > hazards.now:
             hazards.now = item.last_used
         self._just_used = False
-        columns = self._checkpoints
         if item.kind == "kv":
             is_first = item.dead or item.node.checkpoint in self._ended
             unranked = self._dead if is_first else self._idle_kv
             if unranked is not None:
                 unranked[item] = None
                 return
-            columns = self._kv
         memo = item.memo
         if memo is None:
             item.memo = memo = _Memo(item)
@@ -568,11 +568,11 @@ class Survival(EvictionPolicy):
             self._enter(item, memo, used=True)
         elif item.superseded != memo.superseded:
             self._enter(item, memo, used=False)
-        if item.stop_reason == SESSION_END or (self._ended and columns is not self._kv):
+        if item.stop_reason == SESSION_END or (self._ended and item.kind != "kv"):
             self._move_tail(item)
             if item in self._ended:
                 return
-        self._put(item, memo, columns)
+        self._put(item, memo)
 
     def _move_tail(self, item: Item) -> None:
         """Let the checkpoint ``item`` of an ended session, and its leaf KV, go first; or its KV no
@@ -580,9 +580,8 @@ class Survival(EvictionPolicy):
         tail = item.node.kv
         if item.stop_reason == SESSION_END and item.superseded:
             self._ended[item] = None
-            is_moved = tail in self._kv.places or (
-                self._idle_kv is not None and tail in self._idle_kv
-            )
+            memo = None if tail is None else tail.memo
+            is_moved = tail in (self._idle_kv or ()) or (memo is not None and memo.place >= 0)
         else:
             is_moved = tail in self._dead
         if is_moved and tail is not None:
@@ -597,9 +596,8 @@ class Survival(EvictionPolicy):
         memo = item.memo
         if memo is not None and item.uses > memo.uses:
             self._enter(item, memo, used=True)
-            columns = self._kv if item.kind == "kv" else self._checkpoints
-            if item in columns.places:
-                self._put(item, memo, columns)
+            if memo.place >= 0:
+                self._put(item, memo)
 
     def discard(self, item: Item, evicted: bool) -> None:
         self._just_used = False
@@ -611,8 +609,7 @@ class Survival(EvictionPolicy):
             if evicted and item is self._exchange[0]:
                 self._lend(*self._exchange)
             self._exchange = None
-        if self._lent:
-            self._lent.pop(item, None)
+        self._lent.pop(item, None)
         above = item.above
         if above is not None:
             self._stale[above] = None
@@ -622,6 +619,7 @@ class Survival(EvictionPolicy):
             self._checkpoints.remove(item)
         elif item in self._dead:
             del self._dead[item]
+            self._next_dead.pop(item, None)
         else:
             self._kv.remove(item)
         if evicted and not is_kv and self._is_last and above is not None and above.superseded:
@@ -634,8 +632,8 @@ class Survival(EvictionPolicy):
         memo = item.memo
         if isinstance(memo, _Memo):
             self._enter(item, memo, used=None)
-            if item in self._checkpoints.places:
-                self._put(item, memo, self._checkpoints)
+            if memo.place >= 0:
+                self._put(item, memo)
                 if item.stop_reason == SESSION_END and item.superseded:
                     self.discard(item, evicted=False)
                     self.add(item)
@@ -653,7 +651,9 @@ class Survival(EvictionPolicy):
 
     def victim(self, kind: Kind | None) -> Item | None:
         if kind != "checkpoint" and self._dead:
-            return next(iter(self._dead))
+            if not self._next_dead:
+                self._next_dead = dict.fromkeys([*islice(self._dead, SAMPLE)][::-1])
+            return next(reversed(self._next_dead))
         if kind != "kv" and self._ended:
             return next(iter(self._ended))
         hazards = self.hazards
@@ -662,14 +662,14 @@ class Survival(EvictionPolicy):
         if self._lent:
             now_s = self.clock()
             for item in [item for item in self._lent if item.promise_at(now_s) is None]:
-                self._put(item, item.memo, self._columns_of(item))
+                self._put(item, item.memo)
         columns, stale = self._checkpoints, self._stale
         # A random one too, which bounds the age of changes that were not noticed.
         if num_items := len(columns.items):
             draw, num_bits = self._random.getrandbits, num_items.bit_length()
             while (place := draw(num_bits)) >= num_items:  # As ``random.choice``, in fewer calls.
                 pass
-            stale[columns.items[place]] = None
+            self._update_worths((columns.items[place],))
         self._stale, waiting = {}, {}
         ranks_kv = kind == "kv" or (kind is None and not columns.items)
         if ranks_kv and self._idle_kv is not None:  # The first time.
@@ -682,21 +682,20 @@ class Survival(EvictionPolicy):
     def _update_worths(self, items: Iterable[Item]) -> None:
         """Compute the outdated values of those of ``items`` that are candidates."""
         for item in items:
-            columns, place = self._checkpoints, self._checkpoints.places.get(item)
-            if place is None:
-                columns, place = self._kv, self._kv.places.get(item)
-            if place is not None and item not in self._lent:
+            memo = item.memo
+            if memo is not None and memo.place >= 0 and item not in self._lent:
                 span, size_bytes = item.span_and_size()
-                columns.worths[place] = span / size_bytes
+                worths = (self._kv if item.kind == "kv" else self._checkpoints).worths
+                worths[memo.place] = span / size_bytes
 
-    def _put(self, item: Item, memo: _Memo, columns: Columns) -> None:
-        """Enter the numbers of ``item`` in ``columns``."""
-        if self._lent:
-            self._lent.pop(item, None)
+    def _put(self, item: Item, memo: _Memo) -> None:
+        """Enter the numbers of ``item`` in its columns."""
+        self._lent.pop(item, None)
         worth = 0.0
         if item not in self._stale:  # else ``victim`` computes it
             span, size_bytes = item.span_and_size()
             worth = span / size_bytes
+        columns = self._kv if item.kind == "kv" else self._checkpoints
         columns.put(item, memo.row * NUM_BINS, memo.entered, worth)
 
     def _enter(self, item: Item, memo: _Memo, used: bool | None) -> None:
@@ -784,9 +783,6 @@ class Survival(EvictionPolicy):
 
     # --- Promises ---------------------------------------------------------------------------------
 
-    def _columns_of(self, item: Item) -> Columns:
-        return self._kv if item.kind == "kv" else self._checkpoints
-
     def _instead_of(
         self, item: Item, values: Floats, items: Sequence[Item], now_s: float, trust: float
     ) -> Item:
@@ -812,9 +808,9 @@ class Survival(EvictionPolicy):
 
     def _lend(self, evicted: Item, promised: Item) -> None:
         """Give ``promised`` the place of ``evicted`` in the order, until its promise ends."""
-        columns = self._columns_of(evicted)
-        place = columns.places.get(evicted)
-        if place is not None and promised in columns.places:
+        columns = self._kv if evicted.kind == "kv" else self._checkpoints
+        place = evicted.memo.place
+        if min(place, promised.memo.place) >= 0:
             numbers = (columns.cells, columns.times, columns.worths)
             columns.put(promised, *(column.item(place) for column in numbers))
             self._lent[promised] = None
