@@ -85,7 +85,7 @@ class BaseAllocator:
         return min(num_unused, affordable - affordable % self.page_size)
 
 
-BLOCK = 1 << 16
+BLOCK = 1 << 12
 """Minimum number of pages that are written to the stack together."""
 
 
