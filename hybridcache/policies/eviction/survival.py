@@ -669,7 +669,9 @@ class Survival(EvictionPolicy):
             draw, num_bits = self._random.getrandbits, num_items.bit_length()
             while (place := draw(num_bits)) >= num_items:  # As ``random.choice``, in fewer calls.
                 pass
-            self._update_worths((columns.items[place],))
+            if (item := columns.items[place]) not in self._lent:
+                span, size_bytes = item.span_and_size()
+                columns.worths[place] = span / size_bytes
         self._stale, waiting = {}, {}
         ranks_kv = kind == "kv" or (kind is None and not columns.items)
         if ranks_kv and self._idle_kv is not None:  # The first time.
