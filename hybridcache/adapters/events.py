@@ -294,6 +294,8 @@ class Mirror:
         """Epoch of batch 0."""
         self.num_tokens = 0
         """Number of tokens with KV."""
+        self.num_evicted = 0
+        """Number of tokens whose KV was removed."""
         self.num_checkpoints = 0
 
     def apply_batch(self, sequence: int, events: Iterable[Event], epoch: int = 0) -> None:
@@ -322,10 +324,8 @@ class Mirror:
                         "EventStream the unit of the mirror."
                     )
                 last = above.units[-HASH_BYTES:]
-                known = (
-                    int.from_bytes(last, byteorder, signed=True) if last else root_hash(namespace)
-                )
-                hashes, end = unit_hashes(tokens, unit, known), first + len(tokens) // TOKEN_BYTES
+                top = int.from_bytes(last, byteorder, signed=True) if last else root_hash(namespace)
+                hashes, end = unit_hashes(tokens, unit, top), first + len(tokens) // TOKEN_BYTES
                 edges[id_] = self._tree.hold(above, hashes, self._bit), start, end
                 self.num_tokens += end - start
             case KVSplit(id_, upper_id, position):
@@ -336,17 +336,13 @@ class Mirror:
                 node, start, end = edges.pop(id_)
                 self._tree.drop(node, start // unit, self._bit)
                 self.num_tokens -= end - start
+                self.num_evicted += end - start
             case CheckpointStored(id_, position):
                 edges[id_][0].saved |= 0 if position % unit else self._bit
                 self.num_checkpoints += 1
             case CheckpointRemoved(id_, position):
                 edges[id_][0].saved &= ~(0 if position % unit else self._bit)
                 self.num_checkpoints -= 1
-
-    def length_of(self, id_: int) -> int:
-        """Return the number of tokens of an edge, or 0 if there is none with this id."""
-        _, start, end = self._edges.get(id_, (None, 0, 0))
-        return end - start
 
     def clear(self) -> None:
         """Forget everything. O(nodes)."""

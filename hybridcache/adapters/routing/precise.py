@@ -12,15 +12,7 @@ from typing import ClassVar, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from hybridcache.adapters.events import (
-    Event,
-    KVRemoved,
-    Mirror,
-    Units,
-    UnitTree,
-    root_hash,
-    unit_hashes,
-)
+from hybridcache.adapters.events import Event, Mirror, Units, UnitTree, root_hash, unit_hashes
 from hybridcache.adapters.routing.protocol import (
     Choice,
     ReplicaId,
@@ -203,8 +195,7 @@ class CheckpointSeconds(Router):
         codes, kinds = np.unique(depths * (len(hashes) + 1) + matched, return_inverse=True)
         pairs = [divmod(code, len(hashes) + 1) for code in codes.tolist()]
         plans = [self.forecast(request, depth * unit, length * unit) for depth, length in pairs]
-        of_kinds = [(one.seconds, one.saved_s, float(one.new_bytes)) for one in plans]
-        own, saved, new_bytes = np.array(of_kinds).T[:, kinds]
+        own, saved, new_bytes = np.array([one[1:] for one in plans], float).T[:, kinds]
         # Tokens per byte differ by replica only as far as that matters: by chance, if most
         # evicted tokens are never asked for again.
         displaced = new_bytes * tokens**reuse * mean ** (1.0 - reuse)
@@ -292,13 +283,11 @@ class CheckpointSeconds(Router):
         mirror = self.mirrors.get(replica)
         if mirror is None:
             return
-        events = tuple(events)
         if sequence == 0:
             mirror.clear()
-        for event in events:
-            if isinstance(event, KVRemoved):
-                self.reuse.evicted += mirror.length_of(event.id)
+        before = mirror.num_evicted
         mirror.apply_batch(sequence, events, epoch)
+        self.reuse.evicted += mirror.num_evicted - before
         if sequence == 0:  # It has all contents; batches that covered requests may be lost.
             ended = [one for one in self.in_flight[replica] if one not in self._where]
             covered = [*covered, *ended]
