@@ -105,6 +105,15 @@ class HybridOffloadingScheduler(OffloadingConnectorScheduler):
             return at - local
         return 0
 
+    def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
+        status = self._req_status[request.request_id]
+        is_part = num_external_tokens > 0 and status.partial_tail_boundary is not None
+        super().update_state_after_alloc(request, blocks, num_external_tokens)
+        # vLLM counts the block that a hit ends in as stored. Its rest is computed only after that:
+        # without the whole block, no later hit goes beyond it.
+        for state in status.group_states if is_part else ():
+            state.next_stored_chunk_idx -= 1
+
     def _build_partial_tail_store_jobs(self, scheduler_output: Any) -> Any:
         block_state = scheduler_output.kv_connector_block_state
         handed = block_state.boundary_state_offloads if block_state else ()

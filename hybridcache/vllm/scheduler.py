@@ -275,28 +275,25 @@ class HybridManager(KVCacheManager):
 
         A state that the next step moves to a copy is held back until then. One that is for the next
         turn alone is held back until its request ends, and given up for a deeper one: both tiers
-        give up superseded states first. Of the states inside blocks, a connector takes one per
-        request and step.
+        give up superseded states first. While no answer can be copied, none is held back: the
+        deeper one may never come, and the device is about to evict this one. Of the states inside
+        blocks, a connector takes one per request and step.
         """
         super().take_boundary_state_offloads()
         found: dict[str, list[tuple[int, int, int]]] = {}
         partial: dict[str, Offer] = {}
         offers, self.offers = self.offers or [], [] if self.offers is not None else None
-        deepest: dict[str, int] = {}
-        for one in offers:
-            request_id = one.request.request_id
-            deepest[request_id] = max(deepest.get(request_id, 0), one.position)
+        by_depth = sorted(offers, key=lambda one: one.position)
+        deepest = {one.request.request_id: one.position for one in by_depth}
         for one in reversed(offers):
             request, layout, blocks = one.request, self.layout, self.tree.states.get(one.slot)
             request_id = request.request_id
-            if blocks is None or blocks is not one.blocks:
-                continue  # Evicted.
             is_superseded = not one.is_shared and one.position < deepest[request_id]
-            if is_superseded and request.is_finished():
-                continue
+            if blocks is not one.blocks or (is_superseded and request.is_finished()):
+                continue  # Evicted, or given up.
             track = self.tracks.get(request_id)
-            is_last = track is None or not (track.stops or track.interval)
-            if self.offers is not None and not (one.is_shared or is_last):
+            has_next = track is not None and (track.stops or track.interval) and self._can_copy()
+            if self.offers is not None and has_next and not one.is_shared:
                 self.offers.append(one)
                 continue
             if one.position % layout.block_size == 0:
@@ -330,19 +327,20 @@ class HybridManager(KVCacheManager):
         """
         pool, tables = self.block_pool, self.coordinator.get_blocks(request.request_id)
         sources = self._running_state(tables, start)
-        if any(block.is_null for block in sources):
+        if any(block.is_null for block in sources) or not (track.copy or self._can_copy()):
             return
-        if not track.copy:
-            # Keep a block for each running request, so that no copy preempts one.
-            if pool.get_num_free_blocks() < len(sources) + len(self.tracks):
-                return
-            track.copy = pool.get_new_blocks(len(sources))
+        track.copy = track.copy or pool.get_new_blocks(len(sources))
         track.copied_len = start
         for manager, source, block in zip(self.states, sources, track.copy, strict=True):
             manager._pending_cow_copies.append((source, block))
             source.ref_cnt += 1
             block.ref_cnt += 1
         COPIED_BYTES.inc(self.layout.block_bytes * len(sources))
+
+    def _can_copy(self) -> bool:
+        """Return whether a state can be copied. Each running request keeps a block, so that no copy
+        preempts one."""
+        return self.block_pool.get_num_free_blocks() >= len(self.states) + len(self.tracks)
 
     def _give_back_copy(self) -> bool:
         """Free the copy of the newest answer. Returns False if there is none."""
@@ -356,20 +354,19 @@ class HybridManager(KVCacheManager):
     # --- Ends -------------------------------------------------------------------------------------
 
     def free(self, request: Request) -> None:
-        """Publish the computed tokens of a request that ended or is preempted, and free it."""
-        track = self.tracks.pop(request.request_id, None)
-        if track is not None and track.is_running:
-            self._end(request, track)
+        self._end(request)
         super().free(request)
 
     def pop_blocks_for_free(self, request: Request) -> list[KVCacheBlock]:
-        """Do the same for a request whose blocks a step in flight may still write."""
-        track = self.tracks.pop(request.request_id, None)
-        if track is not None and track.is_running:
-            self._end(request, track)
+        # A step in flight may still write these blocks.
+        self._end(request)
         return super().pop_blocks_for_free(request)
 
-    def _end(self, request: Request, track: Track) -> None:
+    def _end(self, request: Request) -> None:
+        """Publish the computed tokens of a request that ended or is preempted."""
+        track = self.tracks.pop(request.request_id, None)
+        if track is None or not track.is_running:
+            return
         request_id, layout = request.request_id, self.layout
         tables = self.coordinator.get_blocks(request_id)
         self._prefilling.pop(request_id, None)

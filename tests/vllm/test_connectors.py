@@ -191,6 +191,15 @@ def test_a_state_that_the_next_turn_needs_no_more_is_not_stored():
     assert engine.report.stored_blocks == 5 and len(tree.states) > 1
 
 
+def test_the_block_that_a_hit_ended_in_is_stored_when_it_is_whole():
+    """A chat without the device's cache: each turn resumes at the end of the answer before it."""
+    engine = StubEngine(Options(**SMALL, blocks=60, kv_transfer_config=HOST))
+    for one, expected in zip(turns(1, 5), np.cumsum([0, 384, 768, 1184, 1568]), strict=True):
+        finish(engine, one)
+        assert engine.report.external_tokens == expected
+        assert engine.scheduler.reset_prefix_cache()
+
+
 def test_a_reset_with_the_connector_forgets_the_host():
     engine = StubEngine(Options(**SMALL, blocks=60, kv_transfer_config=HOST))
     loaded, (first, second) = [], turns(1, 2)
