@@ -15,6 +15,9 @@ import vllm
 from hybridcache.vllm import TESTED, require_version
 from tests.refused import refused
 
+OFFLOADING = "vllm.distributed.kv_transfer.kv_connector.v1.offloading.scheduler:" + (
+    "OffloadingConnectorScheduler"
+)
 SEAMS = (
     # scheduler.py
     "core.sched.async_scheduler:AsyncScheduler._mamba_block_aligned_split(request, num_new_tokens, "
@@ -45,13 +48,10 @@ SEAMS = (
     "core.kv_cache_utils:FreeKVCacheBlockQueue.remove(block)",
     "core.kv_cache_utils:FreeKVCacheBlockQueue.prepend_n(blocks)",
     # connector.py
-    "vllm.distributed.kv_transfer.kv_connector.v1.offloading.scheduler:"
-    "OffloadingConnectorScheduler._lookup(req_status, max_num_new_tokens)",
-    "vllm.distributed.kv_transfer.kv_connector.v1.offloading.scheduler:"
-    "OffloadingConnectorScheduler._build_partial_tail_store_jobs(scheduler_output)",
-    "vllm.distributed.kv_transfer.kv_connector.v1.offloading.scheduler:"
-    "OffloadingConnectorScheduler._make_boundary_key(request, group_idx, boundary_tokens, "
-    "req_context)",
+    f"{OFFLOADING}._lookup(req_status, max_num_new_tokens)",
+    f"{OFFLOADING}.update_state_after_alloc(request, blocks, num_external_tokens)",
+    f"{OFFLOADING}._build_partial_tail_store_jobs(scheduler_output)",
+    f"{OFFLOADING}._make_boundary_key(request, group_idx, boundary_tokens, req_context)",
 )
 """Code below ``vllm.v1``, or of a module named in full, that is overridden or called, with the
 first parameters after ``self``.
