@@ -187,8 +187,7 @@ def test_a_state_that_the_next_turn_needs_no_more_is_not_stored():
     finish(engine, *turns(1, 1))
     # 399 tokens: three blocks of rows, and the state after 384 of them in two groups. That at the
     # end of the prompt, which the device has too, would be three blocks more.
-    tree = engine.scheduler.kv_cache_manager.tree
-    assert engine.report.stored_blocks == 5 and len(tree.states) > 1
+    assert engine.report.stored_blocks == 5 < 3 * len(engine.scheduler.kv_cache_manager.tree.states)
 
 
 def test_the_block_that_a_hit_ended_in_is_stored_when_it_is_whole():

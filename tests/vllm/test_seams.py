@@ -15,9 +15,8 @@ import vllm
 from hybridcache.vllm import TESTED, require_version
 from tests.refused import refused
 
-OFFLOADING = "vllm.distributed.kv_transfer.kv_connector.v1.offloading.scheduler:" + (
-    "OffloadingConnectorScheduler"
-)
+CONNECTORS = "vllm.distributed.kv_transfer.kv_connector.v1"
+OFFLOADING = f"{CONNECTORS}.offloading.scheduler:OffloadingConnectorScheduler"
 SEAMS = (
     # scheduler.py
     "core.sched.async_scheduler:AsyncScheduler._mamba_block_aligned_split(request, num_new_tokens, "
