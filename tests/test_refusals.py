@@ -388,7 +388,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("none.gguf", "none.gguf does not exist."),
+        ("none.gguf", "none.gguf does not exist: correct the path, or download it."),
         ("none", "none is not a model: use a directory with config.json or a GGUF file, the file"),
         ("empty", "empty is not a model: use"),
         ("plain.txt", "plain.txt is not a model: use"),

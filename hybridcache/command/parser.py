@@ -106,6 +106,8 @@ class Parser(argparse.ArgumentParser):
             # argparse accepts the beginning of a flag, too.
             unknown = [f for f in flags if not any(k.startswith(f.split("=")[0]) for k in known)]
             message = self._unknown(unknown) if unknown else message
+        message = message.replace("invalid int value:", "expected an integer such as 8, got")
+        message = message.replace("invalid float value:", "expected a number such as 8, got")
         found = re.search(r"(invalid choice: '(.*?)') \(choose from (.*)\)", message)
         if found and (near := did_you_mean(found[2], re.findall(r"[^', ]+", found[3]))):
             message = message[: found.end(1)] + near

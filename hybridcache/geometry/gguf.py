@@ -41,7 +41,7 @@ OTHER_FILES = ("mmproj", "mtp-", "imatrix", "ggml-vocab")
 USUAL_LABEL = "q4_k_m"
 
 
-ABSENT = "does not exist"
+ABSENT = "does not exist: correct the path, or download it"
 
 
 def unreadable(path: Path) -> str | None:

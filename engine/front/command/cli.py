@@ -203,24 +203,15 @@ def _add_chat(chat: Parser) -> None:
 
 
 def _add_convert(convert: Parser) -> None:
-    convert.add_argument("model", help="model directory in full precision")
-    convert.add_argument("out", help="directory to create")
-    convert.add_argument(
-        "--to",
-        choices=("int8", "fp8", "int4", "int4-128"),
-        required=True,
-        help="int8: one scale per output channel, as in compressed-tensors; fp8: one per block of "
-        "128 x 128; int4: compressed-tensors with a scale per 32 columns, or per 128",
-    )
-    convert.add_argument(
-        "--ignore",
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="PATTERN",
-        help="additional layers to leave unchanged: words of their names, such as "
-        "linear_attn.out_proj, or a regular expression after re:",
-    )
+    add = convert.add_argument
+    add("model", help="model directory in full precision")
+    add("out", help="directory to create")
+    said = "int8: one scale per output channel, as in compressed-tensors; fp8: one per block of "
+    said += "128 x 128; int4: compressed-tensors with a scale per 32 columns, or per 128"
+    add("--to", choices=("int8", "fp8", "int4", "int4-128"), required=True, help=said)
+    said = "additional layers to leave unchanged: words of their names, such as "
+    said += "linear_attn.out_proj, or a regular expression after re:"
+    add("--ignore", nargs="+", action="extend", default=[], metavar="PATTERN", help=said)
 
 
 def _engine_config(arguments: argparse.Namespace) -> EngineConfig:
@@ -257,12 +248,9 @@ def serve_engine(engine_config: EngineConfig, server_config: ServerConfig) -> in
     with bind(server_config) as listener, ExitStack() as stack:
         needs_key = bool(server_config.api_key_file or os.environ.get(API_KEY_VARIABLE))
         if not needs_key and not ipaddress.ip_address(listener.getsockname()[0]).is_loopback:
-            print(
-                f"warning: --host {server_config.host} accepts clients of other machines, and "
-                "no key is required: set --api-key-file, or let a proxy or firewall limit access.",
-                file=sys.stderr,
-                flush=True,
-            )
+            said = f"warning: --host {server_config.host} accepts clients of other machines, and no"
+            said += " key is required: set --api-key-file, or let a proxy or firewall limit access."
+            print(said, file=sys.stderr, flush=True)
         address = local_address(listener)
         start: Callable[[], tuple[AsyncEngine, str]]
         if server_config.replicas > 1:

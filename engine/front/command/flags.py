@@ -60,13 +60,15 @@ def add_grouped_flags(parser: Parser, configs: Iterable[type], groups: Mapping[s
 
 
 class ShortHelp(HelpFormatter):
-    """Shows only the first clause of each help, and the default."""
+    """Shows only the first clause of each help, and the one with the default."""
 
     def _expand_help(self, action: argparse.Action) -> str:
         text = super()._expand_help(action)
         default = re.search(r" \(default: [^()]*\)$", text)
         said = text[: default.start()] if default else text
-        return said.partition("; ")[0] + (default[0] if default else "")
+        first, *others = said.split("; ")
+        kept = [one for one in others if one.startswith("by default")]
+        return "; ".join([first, *kept]) + (default[0] if default else "")
 
 
 def read_config(

@@ -8,6 +8,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from engine.config import BUILTIN_DIR, BUILTIN_NAME
+from engine.front.command.remote import base_of, no_answer
 from engine.weights.hub import display_name, resolve_folder
 from hybridcache.command.signals import log_to_stderr
 from hybridcache.geometry.gguf import is_gguf
@@ -21,33 +22,16 @@ def add_flags(record: argparse.ArgumentParser) -> None:
     """Add the flags of the command."""
     record.add_argument("--to", required=True, metavar="URL", help="server to pass requests on to")
     record.add_argument("--out", required=True, metavar="FILE", help="trace to write")
-    record.add_argument(
-        "--text",
-        choices=("hash", "keep"),
-        default="hash",
-        help="hash: the trace shows only which prompts have a common prefix; keep: it has all "
-        "prompts and answers (default: hash)",
-    )
-    record.add_argument(
-        "--tokenizer",
-        metavar="DIR",
-        help="directory or GGUF file with the served model's tokenizer and chat template, "
-        "ORG/NAME, or builtin; without it four characters are counted as a token, which is an "
-        "estimate",
-    )
-    record.add_argument(
-        "--host",
-        default="127.0.0.1",
-        metavar="TEXT",
-        help="address to listen on (default: %(default)s)",
-    )
-    record.add_argument(
-        "--port",
-        type=int,
-        default=8001,
-        metavar="N",
-        help="port to listen on (default: %(default)s)",
-    )
+    said = "hash: the trace shows only which prompts have a common prefix; keep: it has all "
+    said += "prompts and answers (default: hash)"
+    record.add_argument("--text", choices=("hash", "keep"), default="hash", help=said)
+    said = "directory or GGUF file with the served model's tokenizer and chat template, ORG/NAME, "
+    said += "or builtin; without it four characters are counted as a token, which is an estimate"
+    record.add_argument("--tokenizer", metavar="DIR", help=said)
+    said = "address to listen on (default: %(default)s)"
+    record.add_argument("--host", default="127.0.0.1", metavar="TEXT", help=said)
+    said = said.replace("address", "port")
+    record.add_argument("--port", type=int, default=8001, metavar="N", help=said)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -55,10 +39,10 @@ def run(arguments: argparse.Namespace) -> int:
 
     Raises ValueError if an address, the file or the tokenizer cannot be used.
     """
-    named, out = urlsplit(arguments.to), Path(arguments.out)
+    upstream, out = base_of(arguments.to), Path(arguments.out)
+    named = urlsplit(upstream)
     if named.scheme not in ("http", "https") or not named.hostname:
-        raise ValueError(f"{arguments.to!r} is not an address as http://127.0.0.1:8000.")
-    upstream = arguments.to.rstrip("/").removesuffix("/v1")
+        raise ValueError(f"{arguments.to!r} is not an address such as http://127.0.0.1:8000.")
     import httpx
     import uvicorn
 
@@ -81,8 +65,7 @@ def run(arguments: argparse.Namespace) -> int:
     try:  # Before the file is made, which a second start would find.
         httpx.get(upstream, timeout=10, trust_env=named.scheme == "https").close()
     except (httpx.ConnectError, httpx.ConnectTimeout) as error:
-        why = f"No server answers at {upstream} ({error}): start it first, or correct --to."
-        raise ValueError(why) from None
+        raise ValueError(no_answer(upstream, error, "start it first, or correct --to")) from None
     except httpx.TransportError:  # It listens, and is slow or busy.
         pass
     log_to_stderr("warning", "engine", "uvicorn")

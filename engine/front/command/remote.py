@@ -38,18 +38,30 @@ def grafana(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def base_of(url: str) -> str:
+    """Return the address of a server, with a scheme and without ``/v1``."""
+    return (url if "://" in url else f"http://{url}").rstrip("/").removesuffix("/v1")
+
+
+def no_answer(base: str, error: Exception, remedy: str) -> str:
+    """Return the sentence for a server that cannot be reached."""
+    if "CERTIFICATE_VERIFY_FAILED" in str(error):
+        said, remedy = "The certificate of", "use its name, and SSL_CERT_FILE for a CA of your own"
+        return f"{said} {base} is not trusted ({error}): {remedy}."
+    return f"No server answers at {base} ({error}): {remedy}."
+
+
 def connect(url: str) -> tuple[httpx.AsyncClient, str, int]:
     """Return a client of the server at ``url``, its model's name, and the most tokens of a prompt
     and its answer. Raises ValueError."""
     import httpx  # Here: the parser of the command line needs no server's packages.
 
-    url = url if "://" in url else f"http://{url}"
-    base, key = url.rstrip("/").removesuffix("/v1"), os.environ.get(API_KEY_VARIABLE)
+    base, key = base_of(url), os.environ.get(API_KEY_VARIABLE)
     headers = {"Authorization": f"Bearer {key}"} if key else {}
     try:
         answer = httpx.get(f"{base}/v1/models", headers=headers, timeout=PATIENCE_S)
     except (httpx.HTTPError, httpx.InvalidURL) as error:
-        raise ValueError(f"No server answers at {base} ({error}): give http://HOST:PORT.") from None
+        raise ValueError(no_answer(base, error, "give http://HOST:PORT")) from None
     if answer.status_code == 401:
         said = "refused the key in {}: correct it" if key else "requires a key: export yours as {}"
         raise ValueError(f"{base} {said.format(API_KEY_VARIABLE)}.")
@@ -75,6 +87,8 @@ PLACES = {
 LEAST = {"claude": 65536, "codex": 32768, "opencode": 32768, "qwen": 32768}
 LEAST_OF_BUILTIN = 131072
 """Agent -> recommended context, tokens, and that of the built-in model, whose tokens are bytes."""
+FIRST = {"claude": 85031, "codex": 38585, "opencode": 37731, "qwen": 65986}
+"""Agent -> bytes of its longest first prompt."""
 KEYS = {"opencode": f"{{env:{API_KEY_VARIABLE}}}", "qwen": f"${API_KEY_VARIABLE}"}
 """How a file names the variable with the key. Claude Code's has the key itself."""
 
@@ -93,16 +107,10 @@ def settings(agent: str, url: str, name: str, context: int, key: str | None) -> 
     return text
 
 
-def short_name(agent: str) -> str:
-    """Return the name of an agent here: qwen-code is qwen."""
-    return agent.removesuffix("-code")
-
-
 def add_agent(parser: argparse.ArgumentParser) -> None:
     """Add the flags of ``engine agent``."""
-    parser.add_argument(
-        "agent", choices=PLACES, type=short_name, help="claude, codex, opencode or qwen"
-    )
+    kind: dict[str, Any] = {"type": lambda name: name.removesuffix("-code")}  # As in qwen-code.
+    parser.add_argument("agent", choices=PLACES, help="claude, codex, opencode or qwen", **kind)
     url = "http://127.0.0.1:8000"
     parser.add_argument("--url", default=url, help="address of the server (default: %(default)s)")
     said = "write the file in the home folder, unless there is one; else the settings are printed"
@@ -116,7 +124,9 @@ def agent(arguments: argparse.Namespace) -> int:
     text = settings(arguments.agent, base, name, context, os.environ.get(API_KEY_VARIABLE))
     least = LEAST[arguments.agent] if name != BUILTIN_NAME else LEAST_OF_BUILTIN
     if context < least:
-        said = f"the settings are for a context of {context:,} tokens, short for this agent"
+        first = FIRST[arguments.agent] // (1 if name == BUILTIN_NAME else 4)
+        said = f"the settings are for a context of {context:,} tokens, short for {arguments.agent}"
+        said += f", whose first prompt has about {first:,}"
         print(f"engine agent: {said}: --max-model-len {least} of the server.", file=sys.stderr)
     if not arguments.write:
         print(text, end="")

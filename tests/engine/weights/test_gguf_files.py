@@ -162,7 +162,7 @@ def test_truncated_files_are_refused_at_every_length(tmp_path) -> None:
 
 
 def test_files_that_are_no_files_are_refused(tmp_path) -> None:
-    assert "absent.gguf does not exist." in refusal(tmp_path / "absent.gguf")
+    assert "absent.gguf does not exist: correct the path" in refusal(tmp_path / "absent.gguf")
     assert "is a folder: name a file." in refusal(tmp_path)
 
 

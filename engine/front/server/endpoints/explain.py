@@ -74,6 +74,7 @@ CHANGED = {
 """Causes of a difference between two prompts."""
 FIRST_QUESTION = "the first message after the system message differs"
 """Difference from another conversation with the same system message and tools."""
+WITHHELD = ", whose words are not shown because keys or salts keep chats apart"
 NEAR_END = 2
 """Number of states before the end of prompts that advice names."""
 _TOO_LITTLE_MEMORY = ("refused", "checkpoint_evicted", "kv_evicted", "forgotten")
@@ -281,6 +282,7 @@ class Explanations:
             what = FIRST_QUESTION if asks_other else CHANGED[parting["change"]]
             what += f" ({parting['path']})" if parting["path"] else ""
             what += f", {parting['was']!r} became {parting['now']!r}" if parting["was"] else ""
+            what += WITHHELD if later.namespace is not None else ""
             words.append(f"It differs from the earlier request after {place}: {what}.")
         if lost and not is_new:
             sharing = "that both share" if earlier_len else "that the cache knew"
@@ -505,7 +507,7 @@ async def explanation(
     names = " and ".join(quoted(each) for each in (name, compared_with) if each is not None)
     raise APIError(
         404,
-        f"No chat with the id {names} of its answer is stored, or not with this key and salt: "
-        "text completions are not, and older chats were evicted. Send the chat again and ask then; "
-        "ServerConfig(explain_mib=N) of engine.serve_engine in Python keeps more.",
+        f"No chat with the answer id {names} is stored with this key and salt: older ones are "
+        "evicted, a restart keeps none, and completions have none. Send it again, or raise "
+        "ServerConfig(explain_mib=N).",
     )

@@ -166,7 +166,7 @@ def test_generate_prints_cached_and_lost_tokens(capsys: pytest.CaptureFixture[st
     assert run("generate", prompt, *flags, "--stop-token-ids", stops) == 0
     assert json.loads(capsys.readouterr().out)["token_ids"] == first["token_ids"][:3]
     assert run("generate", prompt, "--stop-token-ids", "5,x") == 2
-    assert "--stop-token-ids: invalid int value: '5,x'." in capsys.readouterr().err
+    assert "--stop-token-ids: expected an integer such as 8, got '5,x'." in capsys.readouterr().err
 
 
 def test_commands_report_a_failed_answer(

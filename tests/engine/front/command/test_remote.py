@@ -61,9 +61,11 @@ def test_settings_name_the_server_and_its_key(
 
 def test_a_context_shorter_than_the_table_of_agents_is_reported(capsys: Output) -> None:
     page = (Path(cli.__file__).parents[3] / "docs/how-to/agents.md").read_text()
-    rows = re.findall(r"^\| (\w+(?: Code)?) [\d.]+ \|[^|]*\| ([\d,]+) \| ([\d,]+) \|$", page, re.M)
+    row = r"^\| (\w+(?: Code)?) [\d.]+ \|([^|]*) \| ([\d,]+) \| ([\d,]+) \|$"
+    rows = re.findall(row, page, re.M)
     assert len(rows) == len(PLACES)
-    for agent, *sizes in rows:
+    for agent, prompt, *sizes in rows:
+        short = agent.lower().partition(" ")[0]
         for least, name in zip(sizes, ("some", "builtin"), strict=True):
             size = int(least.replace(",", ""))
             for context in (size - 1, size):
@@ -71,8 +73,9 @@ def test_a_context_shorter_than_the_table_of_agents_is_reported(capsys: Output) 
                 with patch("engine.front.command.remote.connect", return_value=found):
                     assert cli.main(["agent", agent.lower().replace(" ", "-")]) == 0
                 said = capsys.readouterr().err
-                assert (f"of {context:,} tokens" in said) == (context < size)
-                assert (f"--max-model-len {size} " in said) == (context < size)
+                first = int(prompt[-6:].replace(",", "")) // (1 if name == "builtin" else 4)
+                words = f"of {context:,} tokens, short for {short}, whose first prompt has about "
+                assert (f"{words}{first:,}: --max-model-len {size} " in said) == (context < size)
 
 
 def test_benchmark_counts_what_the_server_counts(
@@ -80,14 +83,12 @@ def test_benchmark_counts_what_the_server_counts(
 ) -> None:
     monkeypatch.setenv(API_KEY_VARIABLE, "s3cret")
     live.headers["Authorization"] = "Bearer s3cret"
-    before = live.report()["usage"]
+    names, before = ("requests", "prompt_tokens", "cached_tokens"), live.report()["usage"]
     flags = ["--agents", "3", "--turns", "3", "--words", "60", "--answer", "5"]
     assert cli.main(["bench", live.url.removeprefix("http://"), *flags, "--json"]) == 0
     figures = json.loads(capsys.readouterr().out)
     after = live.report()["usage"]
-    used = {
-        name: after[name] - before[name] for name in ("requests", "prompt_tokens", "cached_tokens")
-    }
+    used = {name: after[name] - before[name] for name in names}
     assert used["requests"] == figures["all"]["requests"] == 9
     assert figures["all"]["hit_rate"] == used["cached_tokens"] / used["prompt_tokens"] > 0.3
     assert figures["first turns"]["hit_rate"] < figures["later turns"]["hit_rate"] < 1
@@ -123,6 +124,7 @@ def test_pieces_that_arrive_together_make_no_high_rate() -> None:
 def test_wrong_commands_end_with_one_sentence(capsys: Output) -> None:
     for command, message in {
         "bench 127.0.0.1:1": "give http://HOST:PORT",
+        "record --to 127.0.0.1:1 --out x": "No server answers at http://127.0.0.1:1",
         "bench http://127.0.0.1:1": "No server answers at http://127.0.0.1:1",
         "bench http://127.0.0.1:1 --turns 0": "--turns must be",
         "agent codex --url http://[oops": "No server answers",
@@ -130,6 +132,15 @@ def test_wrong_commands_end_with_one_sentence(capsys: Output) -> None:
         assert cli.main(command.split()) == 2
         said = capsys.readouterr().err
         assert message in said and said.count("\n") == 1
+
+
+def test_a_certificate_that_is_not_trusted_is_told_from_no_server(capsys: Output) -> None:
+    fault = httpx.ConnectError("[SSL: CERTIFICATE_VERIFY_FAILED] self-signed certificate")
+    with patch("httpx.get", side_effect=fault):
+        for command in ("agent codex --url", "bench", "record --out x --to"):
+            assert cli.main([*command.split(), "https://127.0.0.1:1"]) == 2
+            said = capsys.readouterr().err
+            assert "is not trusted" in said and "SSL_CERT_FILE" in said and said.count("\n") == 1
 
 
 def test_grafana_prints_the_dashboard(capsys: Output) -> None:

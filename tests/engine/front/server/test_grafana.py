@@ -11,9 +11,11 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 import engine.front.server
+from engine.config import EngineConfig
+from engine.engine import Engine
 from engine.front.server.settings import ServerConfig
 
-from .conftest import oracle_engine, serving
+from .conftest import serving
 
 DASHBOARD: dict[str, Any] = json.loads(
     (Path(engine.front.server.__file__).parent / "grafana.json").read_text()
@@ -31,7 +33,8 @@ def labels_of(tmp_path_factory: pytest.TempPathFactory) -> dict[str, set[str]]:
     """
     keys = tmp_path_factory.mktemp("keys") / "keys"
     keys.write_text("key-1 bob")
-    with serving(oracle_engine(), ServerConfig(api_key_file=str(keys))) as live:
+    config = EngineConfig(cache_gib=0.05, host_gib=0.01, state_dir=str(keys.parent / "state"))
+    with serving(Engine(config), ServerConfig(api_key_file=str(keys))) as live:
         live.headers["Authorization"] = "Bearer key-1"
         live.post("/v1/completions", {"prompt": "a dashboard's request", "max_tokens": 3})
         labels_by_name: dict[str, set[str]] = {}

@@ -78,7 +78,7 @@ def test_litellm_routes_to_two_models_behind_one_address(
     logs = ServerConfig(log_requests=True)
     lives, file = [serve_oracle(logs), serve_oracle(logs)], tmp_path / "models.yaml"
     for number, live in enumerate(lives):
-        text = text.replace(f":800{number}/", f":{live.port}/")
+        text = text.replace(f":800{2 * number}/", f":{live.port}/")
     file.write_text(re.sub("hosted_vllm/(small|large)", "hosted_vllm/builtin", text))
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = f"{free.getsockname()[1]}"

@@ -52,10 +52,10 @@ def test_operator_sees_comparison_with_nearest_earlier_chat(live: Live) -> None:
     assert live.post("/reset_prefix_cache", {}).status_code == 200
     again = live.post("/v1/chat/completions", chats[2]).json()["id"]
     assert "reset" in live.get(f"/v1/cache/explanations/{again}").json()["advice"]
-    unknown = live.get("/v1/cache/explanations/chatcmpl-none")
-    assert (
-        unknown.status_code == 404 and "id 'chatcmpl-none' of its answer is stored" in unknown.text
-    )
+    name = "chatcmpl-" + "0" * 32
+    unknown = live.get(f"/v1/cache/explanations/{name}?compared_with={name}")
+    assert unknown.status_code == 404 and f"id '{name}' and '{name}' is stored" in unknown.text
+    assert 'explain_mib=N).","' in unknown.text
 
 
 def test_requests_at_once_are_compared_in_the_order_of_their_starts(

@@ -16,7 +16,7 @@ from engine import EngineConfig, RequestSpec, ServerConfig
 from engine.front.chat_prompt import Conversation, Rendering
 from engine.front.server.access import Tenant
 from engine.front.server.bodies import decode
-from engine.front.server.endpoints.explain import Explanations
+from engine.front.server.endpoints.explain import WITHHELD, Explanations
 from engine.front.server.schemas import ChatRequest
 from engine.text.answers import AnswerReader, RequestOutput, as_message
 from engine.text.tokenizer import ChatTemplate
@@ -309,5 +309,6 @@ def test_every_labelled_miss_is_explained(pair: Pair) -> None:
 @pytest.mark.parametrize("pair", PAIRS[:30:5], ids=lambda pair: pair.name)
 def test_in_a_namespace_no_text_is_shown(pair: Pair) -> None:
     shown = run(pair)[0]["parted"]
-    hidden = run(pair, namespace="tenant")[0]["parted"]
-    assert hidden == shown | dict.fromkeys(("before", "was", "now"))
+    told = run(pair, namespace="tenant")[0]
+    assert told["parted"] == shown | dict.fromkeys(("before", "was", "now"))
+    assert WITHHELD in told["text"]
