@@ -78,6 +78,9 @@ class Parser(argparse.ArgumentParser):
         sys.stdout.flush()  # Here, so that the command reports a failure.
         super().exit(status, message)
 
+    def print_help(self, file: Any = None) -> None:
+        print(self.format_help(), end="", file=file)  # argparse would hide that the disk is full.
+
     def format_help(self) -> str:
         if len(self._actions) > 12:  # Else the usage would be longer than a screen.
             needed = [a for a in self._actions if a.required and a.option_strings]
