@@ -335,10 +335,11 @@ def _signature(thing: Any) -> str:
 
 def _fields(thing: type) -> Iterator[tuple[str, str]]:
     """Yield the fields and attributes of a class, with their types, and the strings that follow
-    them. An attribute that ``__init__`` assigns is public if a string follows it."""
-    body = class_body(thing)
+    them, or the help of their flags. An attribute of ``__init__`` is public with such a string."""
+    body, known = class_body(thing), getattr(thing, "__dataclass_fields__", {})
     for name, kind, text in documented(body):
         if kind and name not in INTERNAL:
+            text = text or (known[name].metadata.get("help", "") if name in known else "")
             yield f"{name}: " + LIMITED.sub(r"\1", kind), _plain(text)
     for node in body:
         if isinstance(node, ast.FunctionDef) and node.name == "__init__":

@@ -255,6 +255,7 @@ def compare(parts: Sequence[Rebuilt], folder: Path) -> int:
             continue
         for name in part.outputs:
             (folder / name).unlink(missing_ok=True)  # Of an earlier comparison.
+        print(f"{part.name}: running, about {part.minutes:.0f} min", flush=True)
         code = part.run(HYBRIDCACHE_RESULTS=str(folder.resolve()))
         lines, agrees = differences(part, folder)
         if code:

@@ -338,11 +338,14 @@ class Section(NamedTuple):
 
 def cells_of(cells: Iterable[tuple[str, Any]]) -> str:
     """Return the sentence with the sizes, GiB, of each trace, without parameters of generators."""
-    found = [(trace.partition("?")[0], [f"{gib:g}" for gib in of]) for trace, of in cells if of]
-    short = ((name, ", ".join(of) if len(of) < 5 else f"{of[0]} to {of[-1]}") for name, of in found)
-    num_cells = sum(len(of) for _, of in found)
-    listed = "; ".join(f"`{name}` {sizes}" for name, sizes in short)
-    return f"{num_cells} cells of {len(found)} traces (memory in GiB): {listed}."
+    kept, found = [cell for cell in cells if cell[1]], dict[str, list[str]]()
+    for trace, of in kept:
+        found.setdefault(trace.partition("?")[0], []).extend(f"{gib:g}" for gib in of)
+    sizes = {name: [*dict.fromkeys(of)] for name, of in found.items()}
+    short = (", ".join(of) if len(of) < 5 else f"{of[0]} to {of[-1]}" for of in sizes.values())
+    listed = "; ".join(f"`{name}` {text}" for name, text in zip(sizes, short, strict=True))
+    num_cells = sum(map(len, found.values()))
+    return f"{num_cells} cells of {len(kept)} traces (memory in GiB): {listed}."
 
 
 class Range(NamedTuple):

@@ -203,7 +203,7 @@ def _ranking(table: Table) -> str:
         f"`{first}` hits {hits[first].mean:.1f} % in closed loops and {replay[first].mean:.1f} % "
         f"in replays; `{second}` follows with {hits[second].mean:.1f} and "
         f"{replay[second].mean:.1f} %, and {close} rules are within a point of `lru` "
-        f"({hits['lru'].mean:.1f} %)."
+        f"in closed loops ({hits['lru'].mean:.1f} %)."
     )
 
 

@@ -89,13 +89,21 @@ class Parser(argparse.ArgumentParser):
         return super().format_help()
 
     def parse_known_args(self, args=None, namespace=None):  # type: ignore[no-untyped-def]
-        self._given = args or ()
+        self._given, self._seen = args or (), list[argparse.Action]()
         if "-hf" in self._given and "-hf" in self.foreign:  # argparse reads -h and -f.
             self.error(self._unknown(["-hf"]))
         parsed, unknown = super().parse_known_args(args, namespace)
         if unknown:
             self.error(self._unknown(unknown))
         return parsed, unknown
+
+    def _get_values(self, action: argparse.Action, arg_strings: list[str]) -> object:
+        is_new = action not in self._seen or isinstance(action, argparse._AppendAction)
+        if action.option_strings and not is_new:
+            once = "it is given twice: give it once, with commas between the values of a list"
+            raise argparse.ArgumentError(action, once)
+        self._seen.append(action)
+        return super()._get_values(action, arg_strings)
 
     def _get_value(self, action: argparse.Action, arg_string: str) -> object:
         if action.type is Path and not arg_string:  # Path("") is the working directory.

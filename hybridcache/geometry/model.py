@@ -12,10 +12,11 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cache
 from importlib.resources import files
 from importlib.util import find_spec
+from numbers import Integral
 from pathlib import Path
 
 from hybridcache.command.extras import ENGINE_DISTRIBUTION
@@ -52,6 +53,7 @@ class ModelGeometry:
     num_linear_layers: int
     """Layers that store one state per sequence (GDN, KDA, Mamba ...)."""
     kv_bytes_per_token: int
+    """Size of one token's KV row in all these layers, at least 1."""
     recurrent_elements: int
     """Number of values in the recurrent states of one sequence."""
     conv_bytes: int
@@ -75,6 +77,10 @@ class ModelGeometry:
 
     def __post_init__(self) -> None:
         _refuse_unknown(state_dtype=self.state_dtype)
+        for one in fields(self):
+            value, least = getattr(self, one.name), int(one.name == "kv_bytes_per_token")
+            if one.type == "int" and not (isinstance(value, Integral) and int(value) >= least):
+                raise ValueError(f"{one.name} must be whole, at least {least} (got {value!r}).")
 
     @classmethod
     @cache  # Each run of a sweep reads its model.
@@ -260,4 +266,5 @@ def preset_name(name: str) -> str:
     if found:
         raise ValueError(f"model {name!r} means several: {', '.join(found)}")
     # Names on the Hub begin with an owner.
-    raise ValueError(f"there is no model {name!r}{or_known(name.rpartition('/')[2], names)}")
+    known = or_known(name.rpartition("/")[2], names)
+    raise ValueError(f"there is no model {name!r}{known}; others: docs/how-to/own-model.md")

@@ -338,7 +338,7 @@ def _simulate(options: argparse.Namespace) -> int:
     metrics = options.metric.split(",")
     for name in ALONE if options.closed_loop else ():
         if getattr(options, name) != options.parser.get_default(name):
-            raise ValueError(f"--{name} has no meaning with --closed-loop: leave it out")
+            raise ValueError(f"--{name} is not recorded with --closed-loop: leave it out")
     for word in metrics:
         find_metric(word)
     if "optimum" in metrics and not options.optimum:

@@ -181,6 +181,11 @@ def test_ambiguous_or_unknown_preset_lists_the_names(name: str) -> None:
     refused(r"Qwen3\.5-0\.8B", ModelGeometry.preset, name)
 
 
+def test_sizes_are_whole_numbers() -> None:
+    for wrong in ({"kv_bytes_per_token": 0}, {"active_params": None}, {"conv_bytes": -1}):
+        refused("must be whole, at least", replace, ModelGeometry.preset("qwen3-next"), **wrong)
+
+
 def test_load_accepts_a_directory_a_file_and_a_preset(tmp_path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(QWEN3_NEXT))
     from_dir = ModelGeometry.load(str(tmp_path))

@@ -106,7 +106,8 @@ def sorts(text: Fields, known: Collection[str], name: str = "layer_types") -> li
     words = [word if word in known else LEGACY_LAYER_TYPES.get(word, word) for word in given]
     unknown = {spelled for spelled, word in zip(given, words, strict=True) if word not in known}
     if unknown:
-        raise SizesError(f"{name} has unknown types: {', '.join(sorted(unknown))}.")
+        names = ", ".join(sorted(unknown))
+        raise SizesError(f"{name} has unknown types: {names} (docs/how-to/own-model.md).")
     if len(words) != num_layers(text):
         raise SizesError(
             f"{name} in config.json must name {num_layers(text)} layers, the value of "

@@ -247,7 +247,8 @@ def losses_table(runs: Sequence[RunResult]) -> str:
 
 LOSSES_NOTE = (
     "Each token is counted under the first cause on its path (its KV before its checkpoint). "
-    "Without that cause it may have been lost to another one."
+    "Without that cause it may have been lost to another one. The KV up to an evicted checkpoint "
+    "soon follows it, so most of these tokens count as kv evicted (--requests names checkpoints)."
 )
 
 

@@ -225,7 +225,8 @@ class RunResult(_Run):
                 theirs.append(RequestRecord(*one[:3], tokens, 0.0, "not kept"))
         if not ours or [one[:3] for one in ours] != [one[:3] for one in theirs]:
             missing = f"{self.label} and {label} have no records of the same requests"
-            raise ValueError(f"{missing}: simulate both at once, with by_request=True and one seed")
+            advice = "with by_request=True and one seed (of several: run.draws[i])"
+            raise ValueError(f"{missing}: simulate both at once, {advice}")
         rows, turns = [], Counter[str]()
         for number, (one, two) in enumerate(zip(ours, theirs, strict=True), 1):
             turns[one.session] += 1

@@ -16,6 +16,7 @@ import heapq
 from collections import deque
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -42,6 +43,7 @@ from hybridcache.lab.traces.intervals import paired
 from hybridcache.lab.traces.progress import Progress
 from hybridcache.lab.traces.sizes import sizes
 from hybridcache.lab.traces.trace import Trace, TraceRequest, by_session
+from hybridcache.policies.admission import KEPT_S
 from hybridcache.policies.registry import make_admission
 from hybridcache.radix.protocol import PromptBoundaries
 from hybridcache.radix.tokens import Tokens
@@ -523,6 +525,9 @@ class ClosedLoopResult(Runs):
                 f"equal, with one order of admission: {names} at {', '.join(rates)} sessions/s"
                 for names, rates in equal.items()
             ]
+            if any(run.admission.startswith("live:") and not run.tells_ends for run in chosen):
+                kept = f"live:N: an ended session keeps its place for {KEPT_S:g} s"
+                notes.append(f"{kept}, because clients do not tell its end (--tells-ends)")
             refused = max(run.num_refused for run in chosen)
             if refused:
                 notes.append(f"left out: {counted(refused, 'request')} longer than the memory")
@@ -539,22 +544,22 @@ class ClosedLoopResult(Runs):
         return "\n".join(["\n\n".join(tables), *notes, *self.trace_notes, *self.failures])
 
     def _differences(self) -> list[str]:
-        """Return a sentence per size, admission policy and rate of several seeds: the cache with
-        the most hits, and its differences to the others, paired by seed, but to equal ones."""
-        said, cells = list[str](), dict[tuple[float, str, float], dict[str, list[float]]]()
-        for run in self.runs:
-            of_cell = cells.setdefault((run.gib, run.admission, run.rate), {})
-            of_cell.setdefault(run.label, []).append(100 * run.token_hit_rate)
-        for (gib, admission, rate), rates in cells.items():
+        """Return a sentence per size, rate and admission policy of several seeds: the cache with
+        the most hits, and its differences to the others, paired by seed, but to equal ones. Then a
+        sentence per size, rate and cache on admission policies."""
+        said, cells = list[str](), dict[tuple[str, float, float], dict[str, list[float]]]()
+        for place, run in product((0, 1), self.runs):
+            names = run.admission, run.label
+            of_cell = cells.setdefault((names[place], run.gib, run.rate), {})
+            of_cell.setdefault(names[1 - place], []).append(100 * run.token_hit_rate)
+        for (same, gib, rate), rates in cells.items():
             first, *others = sorted(rates, key=lambda label: -fmean(rates[label]))
             others = [one for one in others if rates[one] != rates[first]]
             if others and {*map(len, rates.values())} == {len(rates[first])} != {1}:  # None failed.
                 less = (
                     f"{paired(rates[first], rates[one])} points more than {one}" for one in others
                 )
-                said.append(
-                    f"{admission}, {rate:g} at {gib:.3g} GiB: {first} hits {', '.join(less)}"
-                )
+                said.append(f"{same}, {rate:g} at {gib:.3g} GiB: {first} hits {', '.join(less)}")
         return said
 
     def figure(
@@ -594,7 +599,7 @@ def closed_loop(
     ['oldest']
     """
     asked = Scenario.of(trace, settings)
-    asked.refuse(REPLAY_ONLY, "has no meaning in closed loop: leave it out")
+    asked.refuse(REPLAY_ONLY, "is of replays alone: leave it out in closed loop")
     opened, times = asked.opened(), _describe_steps(asked)
     admissions = named_policies(asked.admission, split=True)
     if not admissions:

@@ -300,7 +300,8 @@ def _over_seeds(asked: Scenario, options: Plain) -> SimulationResult:
     opened, seeds = asked.opened(), seeds_of(asked)
     if not drawn_part(opened):
         raise ValueError(
-            f"seeds must be left out for {opened.name}: no part is drawn, so no seed changes it."
+            f"seeds must be left out for {opened.name}: no part is drawn, so no seed changes it. "
+            "Its intervals are over sessions; a closed loop draws their arrivals."
         )
     traces = [seeded(opened.recipe, seed) for seed in seeds]
     first = open_trace(traces[0])

@@ -41,7 +41,7 @@ SHIPPED = {
     path.name.removesuffix(".jsonl.gz"): path
     for path in sorted((Path(__file__).parent / "shipped").glob("*.jsonl.gz"))
 }
-"""Traces of the package by name: ids of published texts, which no policy was tuned on."""
+"""Traces of the package by name: ids of published texts, on which no constant was chosen."""
 
 
 def open_trace(spec: str | Path, *, skip_bad: bool = False) -> Trace:

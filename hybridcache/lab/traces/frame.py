@@ -257,7 +257,7 @@ def unit_of_times(
     is_doubted = usual == "ms" and SLOW_S < gap_s <= SLOWEST_S
     is_other = bool(reasons) and likely != usual and not is_doubted
     average_s = max(gap_s, (largest - distinct[0]) / (len(times) - 1) / UNITS[usual])
-    is_whole = not any(time % 1 for time in distinct)
+    is_whole = all(abs(time - round(time)) < 1e-3 for time in distinct)
     if usual == "ms" and not is_whole:
         reasons.append("milliseconds with fractions are rare")
     if usual == "s" and is_whole and average_s > SLOW_S and not reasons:

@@ -405,20 +405,20 @@ class Continued:
 
 class Prompts:
     """Sessions of the prompts of a file. A note at its end tells if most continue no other, and
-    names unread fields if no answer was found."""
+    names unread fields if no time, session or answer was found."""
 
     def __init__(self, notes: Notes) -> None:
         self._notes, notes.at_end = notes, self._end
         self._continued = Continued()
         self._last: dict[str | int, tuple[int, int]] = {}
         """Length and hash of the last prompt of a named session."""
-        self._num_later = self._num_continued = self._num_answers = 0
-        self._unread = set[str]()
+        self._num_later = self._num_continued = 0
+        self._unread, self._found = set[str](), set[str]()
 
     def session(self, name: str | int, record: Named, said: str) -> str | int:
         """Return the session of the next prompt: ``name``, or by its text if that is empty."""
-        self._num_answers += "answer" in record
-        self._unread |= record.unread
+        self._found |= record.keys()
+        self._unread |= record.unread - {"usage"}
         if name == "":
             self._notes.count("without a session: each continues a prompt it begins with", "prompt")
             number, continues = self._continued.session(f"{record.namespace()}\0{said}")
@@ -434,10 +434,12 @@ class Prompts:
         is_new = not self._last and self._continued.count >= FEWEST and not self._num_continued
         if is_new or self._num_later > 2 * self._num_continued:
             self._notes.say(NOT_CONTINUED)
-        if self._unread and not self._num_answers:
+        absent = [name for name in ABSENT if name not in self._found]
+        if self._unread and absent:
             names = ", ".join(sorted(self._unread))
             self._notes.say(
-                f"no answer was found; name its field as in ?answer=NAME: {names} are not read"
+                f"no {' and no '.join(absent)} was found; name its field as in "
+                f"?{absent[-1]}=NAME: {names} are not read"
             )
 
 

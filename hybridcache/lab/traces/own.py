@@ -28,6 +28,14 @@ FIELDS: dict[str, tuple[str, Callable[[Record, str], object]]] = {
 """Fields of a line that are a field of a request, with their types."""
 READ = {"timestamp", "tokens", "prefix", *FIELDS, "request", "answer"}
 """Known fields. ``engine record`` adds the last two if it keeps the text."""
+OTHER_NAMES = {"token_ids": "tokens", "input_ids": "tokens", "prompt_token_ids": "tokens"}
+OTHER_NAMES |= {"output_ids": "output", "output_token_ids": "output", "session_id": "session"}
+"""Names of fields in the files of other programs."""
+
+
+def usual(record: Record) -> Record:
+    """Return ``record`` with the names of our own format for ``OTHER_NAMES``."""
+    return Record((OTHER_NAMES.get(name, name), value) for name, value in record.items())
 
 
 def header_of(path: Path) -> tuple[int, str, bool]:

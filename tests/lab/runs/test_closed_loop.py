@@ -521,6 +521,10 @@ def test_caches_are_compared_by_seed() -> None:
     said = rf"oldest, 2 at 0\.5 GiB: {best} hits {points:.1f} \[.*\] points more than {rest}"
     assert re.search(said, result.table())
     assert "more than" not in closed_loop("short?head=60", **several).table(), "one seed"
+    loops = several | {"policy": "lru", "admission": ["oldest", "live:2"]}
+    said = r"lru, 2 at 0\.5 GiB: \S+ hits \S+ \[.*\] points more than (oldest|live:2)"
+    assert re.search(said, text := closed_loop("short?head=60", seeds=5, **loops).table())
+    assert "(--tells-ends)" in text
     tie = closed_loop("short?head=60", seeds=2, **several | {"policy": ["lru", "sieve"], "gib": 64})
     assert "more than" not in tie.table()
 

@@ -492,6 +492,7 @@ def test_numbers_may_be_texts_in_every_format(reader: str, tmp_path: Path) -> No
             "in s: the usual unit, .* names none, although whole numbers",
         ),
         ("counts", 0, 2700.5, 105_319.5, ""),
+        ("counts", 1e-4, 2700, 105_300, "although whole numbers"),
         ("counts", 0, 1000, 39, "read in ms: in s all are multiples of 1,000"),
     ],
 )

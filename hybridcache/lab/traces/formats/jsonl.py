@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from hybridcache.lab.traces.frame import FileReader, Notes, Record, TimeUnit
-from hybridcache.lab.traces.own import FIELDS, READ, header_of
+from hybridcache.lab.traces.own import FIELDS, READ, header_of, usual
 from hybridcache.lab.traces.trace import FreshIds, TraceRequest, checked, units
 from hybridcache.radix.tokens import Tokens
 
@@ -25,7 +25,8 @@ class OwnReader(FileReader):
     @staticmethod
     def recognises(record: Record) -> bool:
         """Return whether the record is the header line, or has ``tokens`` or a ``prefix``."""
-        ids = record.get("tokens"), record.get("prefix")
+        own = record if {"messages", "prompt"} & record.keys() else usual(record)
+        ids = own.get("tokens"), own.get("prefix")
         return record.get("format") == "hybridcache" or any(isinstance(one, list) for one in ids)
 
     @staticmethod
@@ -51,6 +52,7 @@ class OwnReader(FileReader):
         """Last prompt and answer of each session, for ``prefix``."""
 
         def parse(record: Record) -> Iterator[TraceRequest]:
+            record = usual(record)
             if unread := ", ".join(name for name in record if name not in READ):
                 notes.count(f"with fields that are not read: {unread}", "record")
             values: dict[str, Any] = {"namespace": None}
