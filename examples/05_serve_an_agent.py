@@ -39,7 +39,8 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("address", nargs="?", default="http://127.0.0.1:8000", help="of the server")
     given = parser.parse_args(arguments).address.rstrip("/").removesuffix("/v1")
     address = given if "://" in given else f"http://{given}"
-    headers = {"Authorization": f"Bearer {os.environ.get('HYBRIDCACHE_API_KEY', 'none')}"}
+    key = os.environ.get("HYBRIDCACHE_API_KEY")
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
     with httpx.Client(base_url=address, headers=headers, timeout=60) as client:
         try:
             models = client.get("/v1/models").raise_for_status().json()

@@ -106,7 +106,7 @@ class Access:
                 raise ValueError(f"--admin-key-file {file} must contain a single key.")
             if operator in found:
                 said = f"{admin[operator][1]} has the key of {found[operator][1]}, which would make"
-                raise ValueError(f"{said} that client an operator: write another key into it.")
+                raise ValueError(f"{said} that client an operator: write (or export) another key.")
             found, accepted = found | admin, [*accepted, operator] if accepted else []
         self._names = {key: name for key, (name, _) in found.items()}
         """Name of each key in its file; empty if it has none there. Keys of one name are equal."""
@@ -320,7 +320,7 @@ def _sendable(lines: Mapping[str, bytes], source: str) -> dict[bytes, tuple[str,
             said = "each key must be printable ASCII; `openssl rand -hex 24` prints such a key."
             raise ValueError(f"{place}: {said}")
         if more and not KEY_NAME.fullmatch(b" ".join(more)):
-            said = "a key may be followed by a name: at most 40 letters, digits or any of . @ + - _"
+            said = "the key comes first, then a name, if any: at most 40 letters, digits or .@+-_"
             raise ValueError(f"{place}: {said}")
         if key and len(key) <= len(name):  # A name is public: /metrics has it.
             said = "a line is KEY NAME, the key first, and longer than its name."
