@@ -9,7 +9,7 @@ from typing import TextIO
 
 import numpy as np
 
-from hybridcache.lab.traces.frame import Record, records_of
+from hybridcache.lab.traces.frame import TIMES, Record, records_of
 from hybridcache.lab.traces.trace import BadRecordError, BadRecords, Trace, TraceRequest, plain_name
 from hybridcache.radix.tokens import Tokens, common_prefix_len
 
@@ -26,7 +26,7 @@ FIELDS: dict[str, tuple[str, Callable[[Record, str], object]]] = {
     "returns_within": ("returns_within_s", Record.seconds),
 }
 """Fields of a line that are a field of a request, with their types."""
-READ = {"timestamp", "tokens", "prefix", *FIELDS, "request", "answer"}
+READ = {*TIMES, "tokens", "prefix", *FIELDS, "request", "answer"}
 """Known fields. ``engine record`` adds the last two if it keeps the text."""
 OTHER_NAMES = {"token_ids": "tokens", "input_ids": "tokens", "prompt_token_ids": "tokens"}
 OTHER_NAMES |= {"output_ids": "output", "output_token_ids": "output", "session_id": "session"}

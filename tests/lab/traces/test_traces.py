@@ -453,8 +453,9 @@ def test_a_block_that_is_partial_in_one_request_and_whole_in_another_is_a_warnin
     assert len(said) == len(set(lengths)) - 1
 
 
+@pytest.mark.filterwarnings("error")
 def test_ids_may_have_the_names_of_other_programs(tmp_path: Path) -> None:
-    own = {"session": "a", "tokens": [1, 2], "output": [3]}
-    other = {"session_id": "a", "input_ids": [1, 2], "output_ids": [3]}
+    own = {"session": "a", "tokens": [1, 2], "output": [3], "timestamp": 7}
+    other = {"session_id": "a", "input_ids": [1, 2], "output_ids": [3], "ts": 7}
     paths = [lines(tmp_path / f"{n}.jsonl", one, one) for n, one in enumerate((own, other))]
     assert len({str([*open_trace(path)]) for path in paths}) == 1
