@@ -179,6 +179,6 @@ def test_api_keys_and_cors_origins(
     assert preflight.headers["access-control-allow-origin"] == "https://a.example"
     for wrong in ("", " ", "a b c", "é"):
         monkeypatch.setenv(API_KEY_VARIABLE, wrong)
-        refused(f"{API_KEY_VARIABLE}( has no key|: (each|a) key m)", serve_oracle, config)
+        refused(f"{API_KEY_VARIABLE}( has no key|: (each|the) key)", serve_oracle, config)
     monkeypatch.setenv(API_KEY_VARIABLE, "other")
     refused("--api-key-file", serve_oracle, ServerConfig(api_key_file=str(tmp_path / "none")))
