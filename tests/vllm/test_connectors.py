@@ -245,4 +245,4 @@ def test_states_that_a_short_device_loses_come_from_the_host():
         )
         for name, transfer in (("hybridcache", HOST), ("vllm", STOCK))
     )
-    assert ours.num_wrong == 0 and ours.hit_tokens > 0.9 * theirs.hit_tokens > 0
+    assert ours.num_wrong == 0 and ours.hit_rate > 0.6 > theirs.hit_rate > 0
