@@ -30,7 +30,7 @@ def add_flags(record: argparse.ArgumentParser) -> None:
     record.add_argument("--tokenizer", metavar="DIR", help=said)
     said = "address to listen on (default: %(default)s)"
     record.add_argument("--host", default="127.0.0.1", metavar="TEXT", help=said)
-    said = said.replace("address", "port")
+    said = "port to listen on (default: %(default)s)"
     record.add_argument("--port", type=int, default=8001, metavar="N", help=said)
 
 

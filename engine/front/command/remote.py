@@ -109,8 +109,8 @@ def settings(agent: str, url: str, name: str, context: int, key: str | None) -> 
 
 def add_agent(parser: argparse.ArgumentParser) -> None:
     """Add the flags of ``engine agent``."""
-    kind: dict[str, Any] = {"type": lambda name: name.removesuffix("-code")}  # As in qwen-code.
-    parser.add_argument("agent", choices=PLACES, help="claude, codex, opencode or qwen", **kind)
+    said, kind = "claude, codex, opencode or qwen", lambda name: name.removesuffix("-code")
+    parser.add_argument("agent", choices=PLACES, type=kind, help=said)
     url = "http://127.0.0.1:8000"
     parser.add_argument("--url", default=url, help="address of the server (default: %(default)s)")
     said = "write the file in the home folder, unless there is one; else the settings are printed"

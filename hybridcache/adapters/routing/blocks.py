@@ -127,23 +127,26 @@ class BlockEvents:
             self.num_unknown_parents += 1
             return
         extras = [one or () for one in event.get("extra_keys") or [()] * len(names)]
-        part, end = array("i"), first
+        part, new = array("i"), dict[int, None]()
         try:
-            while end < len(names) and all(isinstance(one, str) for one in extras[end]):
-                part += array("i", tokens[end * size : (end + 1) * size])
-                end += 1
+            for at in range(first, len(names)):
+                is_image = not all(isinstance(one, str) for one in extras[at])
+                if is_image or names[at] in new or names[at] in self._blocks:
+                    break  # A block in two runs could not be removed.
+                part += array("i", tokens[at * size : (at + 1) * size])
+                new[names[at]] = None
         except OverflowError:  # SGLang's placeholders of an image
             pass
-        if first == end:
+        if not new:
             return
         above = None if before is None else self._cut(before, True, found)
         known = extras[0] or (event.get("lora_name"), event.get("cache_salt"))
         space: Hashable = tuple(one for one in known if one is not None) or None
-        run = _Run(next(self._ids), space, 0, names[first:end], above)
+        run = _Run(next(self._ids), space, 0, [*new], above)
         if above is not None:
             run.start, run.namespace = self._end(above), above.namespace
             above.children += (run,)
-        self._blocks |= dict.fromkeys(run.names, run)
+        self._blocks |= dict.fromkeys(new, run)
         above_id = None if above is None else above.id
         found.append(KVStored(run.id, above_id, run.namespace, run.start, part.tobytes()))
 

@@ -35,6 +35,8 @@ BATCHES = (
     ([state(1, "BlockRemoved"), state(1, "BlockRemoved")], ["CheckpointRemoved 0"]),
     ([rows(n, type="BlockRemoved") for n in (4, 3)], ["KVSplit 1", "KVRemoved 1", "KVRemoved 6"]),
     ([{"type": "AllBlocksCleared"}], [f"KVRemoved {id}" for id in (0, 5, 2, 4, 3)]),
+    ([rows(1, 1), rows(2), rows(3, 2)], ["1 7<None@0 None", "2 8<None@0 None", "3 9<None@0 None"]),
+    ([rows(1, 2, 3, type="BlockRemoved")], [f"KVRemoved {id}" for id in (7, 8, 9)]),
 )
 
 
