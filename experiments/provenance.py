@@ -12,7 +12,7 @@ import platform
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -130,18 +130,21 @@ def known_records(path: Path, settings: Mapping[str, Any]) -> list[dict[str, Any
 def resumed(
     file: Path,
     settings: Mapping[str, Any],
-    jobs: Iterable[tuple[str, Callable[[], dict[str, Any]]]],
-) -> Iterator[dict[str, Any]]:
-    """Yield the record of each (name, work), and write all records into ``file`` after each.
+    jobs: Mapping[str, Any],
+    measured: Callable[[Sequence[Any]], Iterable[dict[str, Any]]],
+) -> list[dict[str, Any]]:
+    """Return the record of each job, by name, and write all records into ``file`` after each.
 
-    Records that the file has with the same settings are not made again.
+    ``measured`` yields the records of jobs in their order. Records that the file has with the same
+    settings are not made again.
     """
     known = {one["name"]: one for one in known_records(file, settings)}
+    new = iter(measured([job for name, job in jobs.items() if name not in known]))
     records = []
-    for name, work in jobs:
-        records.append(known.pop(name, None) or {"name": name} | work())
+    for name in jobs:
+        records.append(known.pop(name, None) or {"name": name} | next(new))
         write_json_lines(file, [*records, *known.values()], settings)
-        yield records[-1]
+    return records
 
 
 def _command() -> list[str]:

@@ -33,7 +33,7 @@ COMPETITORS = {
 def main() -> None:
     options = common.command_line(__doc__, *common.WORKLOADS).parse_args()
     names = [name for name in options.traces if common.WORKLOADS[name].is_available]
-    records = common.measured(competitors, names, options.processes)
+    records = [*common.measured(competitors, names, options.processes)]
     generated = [name for name in names if not common.WORKLOADS[name].is_file]
     seeds = range(options.seeds if options.seeds >= FEWEST_UNITS else 0)
     jobs = list(product(generated, seeds))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cache
@@ -281,13 +281,14 @@ def references(title: str = "{}") -> list[Column]:
     return [Column(title.format(name), "%", reference=name) for name in YARDSTICKS]
 
 
-def measured(work: Callable[[Any], Any], jobs: Sequence[Any], processes: int) -> list[Any]:
-    """Return ``work(job)`` for each job, computed in new processes if there are several."""
+def measured(work: Callable[[Any], Any], jobs: Sequence[Any], processes: int) -> Iterator[Any]:
+    """Yield ``work(job)`` for each job, computed in new processes if there are several."""
     if processes == 1:
-        return list(map(work, tqdm(jobs, disable=None)))
+        yield from map(work, tqdm(jobs, disable=None))
+        return
     spawn = get_context("spawn")
     with ProcessPoolExecutor(processes, spawn, initializer=prepare_worker) as pool:
-        return list(tqdm(pool.map(work, jobs), total=len(jobs), disable=None))
+        yield from tqdm(pool.map(work, jobs), total=len(jobs), disable=None)
 
 
 def run_study(

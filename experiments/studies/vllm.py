@@ -9,7 +9,6 @@ are served than fit. A run that was stopped is continued by the same command.
 
 from __future__ import annotations
 
-import argparse
 from collections import defaultdict
 from collections.abc import Collection, Iterator
 from dataclasses import asdict
@@ -17,8 +16,6 @@ from functools import partial
 from itertools import count
 from statistics import fmean
 from typing import Any, NamedTuple
-
-from tqdm import tqdm
 
 from experiments import provenance
 from experiments.provenance import resumed
@@ -268,13 +265,12 @@ def host_table(records: common.Records) -> Table:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--seeds", type=common.positive, default=3, help="number of seeds")
-    options = parser.parse_args()
-    jobs = [(" ".join(map(str, job)), partial(measure, job)) for job in jobs_of(options.seeds)]
+    options = common.command_line(__doc__, seeds=3).parse_args()
+    jobs = {" ".join(map(str, job)): job for job in jobs_of(options.seeds)}
     file = provenance.WRITTEN / "study_vllm.jsonl"
     settings = {"code": provenance.code_hash(["hybridcache"])}
-    records = [*tqdm(resumed(file, settings, jobs), total=len(jobs), disable=None)]
+    run = partial(common.measured, measure, processes=options.processes)
+    records = resumed(file, settings, jobs, run)
     print(table(records), table(records, ALONE), sep="\n")
     print(overload_table(records), host_table(records), sep="\n")
 

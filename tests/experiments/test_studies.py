@@ -7,6 +7,7 @@ import itertools
 import json
 import sys
 import tomllib
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -339,14 +340,19 @@ def test_the_ablation_measures_rules_constants_and_windows(monkeypatch: pytest.M
 
 
 def test_records_with_the_same_settings_are_not_made_again(tmp_path: Path) -> None:
-    file, made = tmp_path / "one.jsonl", list[str]()
+    file, made = tmp_path / "one.jsonl", list[int]()
 
-    def run(code: str) -> list[dict[str, Any]]:
-        jobs = ((name, lambda name=name: made.append(name) or {"size": 1}) for name in "ab")
-        return [*resumed(file, {"code": code}, jobs)]
+    def measured(jobs: Sequence[int]) -> Iterator[dict[str, int]]:
+        for size in jobs:
+            made.append(size)
+            yield {"size": size}
 
-    assert run("one") == run("one") == read_json_lines(file)[1] and made == ["a", "b"]
-    assert len(run("another")) == 2 and made == ["a", "b"] * 2
+    def run(code: str, **jobs: int) -> list[dict[str, Any]]:
+        return resumed(file, {"code": code}, jobs, measured)
+
+    assert run("one", b=2) == [{"name": "b", "size": 2}]
+    assert run("one", a=1, b=2, c=3) == read_json_lines(file)[1] and made == [2, 1, 3]
+    assert [one["size"] for one in run("another", a=1, b=2)] == [1, 2] and made[3:] == [1, 2]
 
 
 def test_the_future_knows_the_next_use_and_the_positions_that_are_resumed_from() -> None:
