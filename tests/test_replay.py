@@ -3,18 +3,17 @@ faults where they are."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 
 from engine.runner.backends import override_all
-from hybridcache.policies.eviction.lru import LRU
 from hybridcache.policies.placement import Backoff
 from kernels.gdn import reference as gdn
 from tests import replay
-from tests.faults.injection import Patch
+from tests.faults.injection import Fault
+from tests.faults.test_cache_faults import FAULTS
 from tests.selection import is_quick
 
 SPEC = "tree-of-thoughts?problems=2&depth=2&beam=2&proposals=3&samples=2"
@@ -45,25 +44,14 @@ def test_bits_are_those_stored() -> None:
     assert not found, "\n".join([*found[:3], UPDATE])
 
 
-def evict_the_newest(patch: Patch) -> None:
-    @patch(LRU, "victim")
-    def victim(_: Any, self: Any, kind: Any) -> Any:
-        found = [one for one in self.candidates() if kind in (None, one.kind)]
-        return max(found, key=lambda one: (one.last_used, one.serial), default=None)
+def one_step_earlier(original: Any, self: Any, prefill: Any) -> Any:
+    return [one._replace(position=one.position - 64) for one in original(self, prefill)]
 
 
-def place_one_step_earlier(patch: Patch) -> None:
-    @patch(Backoff, "plan")
-    def plan(original: Any, self: Any, prefill: Any) -> Any:
-        return [one._replace(position=one.position - 64) for one in original(self, prefill)]
-
-
-def round_up_one_number(patch: Patch) -> None:
-    @patch(gdn, "decode_gdn")
-    def decode_gdn(original: Any, *arguments: Any, **options: Any) -> Any:
-        out = original(*arguments, **options)
-        out.view(-1)[0] = torch.nextafter(out.view(-1)[0], torch.tensor(torch.inf))
-        return out
+def one_number_rounded_up(original: Any, *arguments: Any, **options: Any) -> Any:
+    out = original(*arguments, **options)
+    out.view(-1)[0] = torch.nextafter(out.view(-1)[0], torch.tensor(torch.inf))
+    return out
 
 
 def decide() -> replay.Log:
@@ -76,18 +64,18 @@ def compute() -> replay.Log:
 
 
 @pytest.mark.parametrize(
-    ("inject", "run", "kind"),
+    ("fault", "run", "kind"),
     [
-        (evict_the_newest, decide, "evict: "),
-        (place_one_step_earlier, decide, "save: "),
-        (round_up_one_number, compute, "token "),
+        (FAULTS["lru evicts the newest item"], decide, "evict: "),
+        (Fault(decide, Backoff, "plan", one_step_earlier), decide, "save: "),
+        (Fault(compute, gdn, "decode_gdn", one_number_rounded_up), compute, "token "),
     ],
 )
 def test_the_first_difference_is_named(
-    inject: Callable[[Patch], None], run: replay.Run, kind: str, monkeypatch: pytest.MonkeyPatch
+    fault: Fault, run: replay.Run, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     right = run()
-    inject(Patch(monkeypatch))
+    fault.inject(monkeypatch)
     wrong = run()
     place = next(
         i for i, (one, other) in enumerate(zip(right, wrong, strict=False)) if one != other

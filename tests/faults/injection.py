@@ -14,39 +14,34 @@ from hypothesis import HealthCheck, Phase, settings
 from hypothesis.stateful import run_state_machine_as_test
 
 Check = Callable[[], None]
-Inject = Callable[["Patch"], None]
+Replacement = Callable[..., Any]
+"""Function that receives the original method before its arguments."""
 
 
-class Patch:
-    """Replacement of methods until the end of a test."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self._monkeypatch = monkeypatch
-
-    def __call__(self, owner: Any, name: str) -> Callable[[Callable[..., Any]], None]:
-        """Return a decorator that replaces ``owner.name`` by a function. The function receives the
-        original method before the other arguments."""
-        original = getattr(owner, name)
-        original = getattr(original, "__func__", original)
-
-        def install(replacement: Callable[..., Any]) -> None:
-            def method(*args: Any, **kwargs: Any) -> Any:
-                return replacement(original, *args, **kwargs)
-
-            is_class_method = isinstance(vars(owner).get(name), classmethod)
-            self._monkeypatch.setattr(
-                owner, name, classmethod(method) if is_class_method else method
-            )
-
-        return install
+def do_nothing(*_: Any, **__: Any) -> None:
+    pass
 
 
 class Fault(NamedTuple):
-    """Fault with the check that must detect it."""
+    """Replacement of the method ``owner.name``, and the check that must detect it."""
 
-    inject: Inject
     check: Check
     """Function that fails with the fault and passes without it."""
+    owner: Any
+    name: str
+    replacement: Replacement = do_nothing
+
+    def inject(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        original = getattr(self.owner, self.name)
+        original = getattr(original, "__func__", original)
+
+        def method(*args: Any, **kwargs: Any) -> Any:
+            return self.replacement(original, *args, **kwargs)
+
+        is_class_method = isinstance(vars(self.owner).get(self.name), classmethod)
+        monkeypatch.setattr(
+            self.owner, self.name, classmethod(method) if is_class_method else method
+        )
 
 
 def machine(machine_class: type, max_examples: int = 100, steps: int = 30) -> Check:
@@ -74,23 +69,15 @@ def machine(machine_class: type, max_examples: int = 100, steps: int = 30) -> Ch
 class Faults(dict[str, Fault]):
     """Faults by description."""
 
-    def detected_by(self, check: Check) -> Callable[[Inject], None]:
-        """Return a decorator that adds a fault. The function's name is its description."""
+    def of(self, check: Check, owner: Any, name: str) -> Callable[[Replacement], Replacement]:
+        """Return a decorator that adds a fault. The name of the replacement is its description."""
 
-        def add(inject: Inject) -> None:
-            self[inject.__name__.strip("_").replace("_", " ")] = Fault(inject, check)
+        def add(replacement: Replacement) -> Replacement:
+            description = replacement.__name__.replace("_", " ")
+            self[description] = Fault(check, owner, name, replacement)
+            return replacement
 
         return add
-
-    def add_silent(self, description: str, owner: Any, name: str, check: Check) -> None:
-        """Add the fault that the method ``owner.name`` does nothing."""
-
-        def inject(patch: Patch) -> None:
-            @patch(owner, name)
-            def do_nothing(*_: Any, **__: Any) -> None:
-                pass
-
-        self[description] = Fault(inject, check)
 
     @property
     def checks(self) -> list[Check]:
@@ -100,7 +87,7 @@ class Faults(dict[str, Fault]):
 
 def assert_detected(fault: Fault, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fail unless an assertion or an argument check of the code fails with the fault."""
-    fault.inject(Patch(monkeypatch))
+    fault.inject(monkeypatch)
     try:
         fault.check()
     except (AssertionError, ValueError, KeyError, RuntimeError) as error:

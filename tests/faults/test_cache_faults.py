@@ -16,8 +16,8 @@ from hybridcache.adapters.routing.outbox import Outbox
 from hybridcache.allocators.moves import Move, StepQueue
 from hybridcache.allocators.pools import PageAllocator, SlotAllocator
 from hybridcache.lab.rivals import evictions
+from hybridcache.policies.eviction.lru import LRU
 from hybridcache.policies.eviction.survival import Survival
-from hybridcache.policies.registry import EVICTION_NAMES
 from hybridcache.radix.cache import HybridRadixCache
 from hybridcache.radix.lease import Lease
 from hybridcache.radix.tiers import TieredRadixCache
@@ -25,7 +25,7 @@ from tests.adapters.test_events_machine import EventsMachine
 from tests.allocators import test_arena
 from tests.allocators.test_allocators import AllocatorMachine
 from tests.allocators.test_arena import ArenaMachine
-from tests.faults.injection import Check, Faults, Patch, assert_detected, machine
+from tests.faults.injection import Check, Fault, Faults, assert_detected, machine
 from tests.lab.rivals import test_textbook
 from tests.policies import test_regret
 from tests.radix import test_rules, test_tiers
@@ -72,241 +72,195 @@ def short_tables() -> None:
 # --- Methods of the cache -----------------------------------------------------------------------
 
 
-@FAULTS.detected_by(arena)
-def a_lock_does_not_protect(patch: Patch) -> None:
-    @patch(HybridRadixCache, "lock")
-    def lock(original: Any, self: Any, node: Any) -> Any:
-        handle = original(self, node)
-        self.unlock(handle)
-        return handle
+@FAULTS.of(arena, HybridRadixCache, "lock")
+def a_lock_does_not_protect(original: Any, self: Any, node: Any) -> Any:
+    handle = original(self, node)
+    self.unlock(handle)
+    return handle
 
 
-@FAULTS.detected_by(CACHE)
-def a_match_ignores_the_namespace(patch: Patch) -> None:
-    @patch(HybridRadixCache, "match")
-    def match(original: Any, self: Any, tokens: Any, namespace: Any = None) -> Any:
-        return original(self, tokens)
+@FAULTS.of(CACHE, HybridRadixCache, "match")
+def a_match_ignores_the_namespace(
+    original: Any, self: Any, tokens: Any, namespace: Any = None
+) -> Any:
+    return original(self, tokens)
 
 
-@FAULTS.detected_by(CACHE)
-def a_request_resumes_at_the_very_end_of_its_prompt(patch: Patch) -> None:
-    @patch(HybridRadixCache, "match")
-    def match(original: Any, self: Any, tokens: Any, namespace: Any = None) -> Any:
-        return original(self, np.append(tokens, np.int32(5)), namespace)
+@FAULTS.of(CACHE, HybridRadixCache, "match")
+def a_request_resumes_at_the_very_end_of_its_prompt(
+    original: Any, self: Any, tokens: Any, namespace: Any = None
+) -> Any:
+    return original(self, np.append(tokens, np.int32(5)), namespace)
 
 
-@FAULTS.detected_by(test_rules.test_match_changes_nothing)
-def a_match_counts_as_a_use(patch: Patch) -> None:
-    @patch(HybridRadixCache, "match")
-    def match(original: Any, self: Any, tokens: Any, namespace: Any = None) -> Any:
-        found = original(self, tokens, namespace)
-        self.touch(found)
-        return found
+@FAULTS.of(test_rules.test_match_changes_nothing, HybridRadixCache, "match")
+def a_match_counts_as_a_use(original: Any, self: Any, tokens: Any, namespace: Any = None) -> Any:
+    found = original(self, tokens, namespace)
+    self.touch(found)
+    return found
 
 
-@FAULTS.detected_by(CACHE)
-def evicted_prefixes_are_reported_as_never_seen(patch: Patch) -> None:
-    @patch(HybridRadixCache, "match")
-    def match(original: Any, self: Any, tokens: Any, namespace: Any = None) -> Any:
-        found = original(self, tokens, namespace)
-        losses = found.losses
-        seen = losses._replace(never_seen=losses.never_seen + losses.kv_evicted, kv_evicted=0)
-        return found._replace(losses=seen)
+@FAULTS.of(CACHE, HybridRadixCache, "match")
+def evicted_prefixes_are_reported_as_never_seen(
+    original: Any, self: Any, tokens: Any, namespace: Any = None
+) -> Any:
+    found = original(self, tokens, namespace)
+    losses = found.losses
+    seen = losses._replace(never_seen=losses.never_seen + losses.kv_evicted, kv_evicted=0)
+    return found._replace(losses=seen)
 
 
-@FAULTS.detected_by(CACHE)
-def a_match_ignores_ghosts(patch: Patch) -> None:
-    @patch(HybridRadixCache, "match")
-    def match(original: Any, self: Any, tokens: Any, namespace: Any = None) -> Any:
-        found = original(self, tokens, namespace)
-        return found._replace(seen_len=found.kv_match_len, missed=None)
+@FAULTS.of(CACHE, HybridRadixCache, "match")
+def a_match_ignores_ghosts(original: Any, self: Any, tokens: Any, namespace: Any = None) -> Any:
+    found = original(self, tokens, namespace)
+    return found._replace(seen_len=found.kv_match_len, missed=None)
 
 
-@FAULTS.detected_by(arena)
-def a_policy_is_not_notified_of_misses(patch: Patch) -> None:
-    @patch(HybridRadixCache, "touch")
-    def touch(original: Any, self: Any, match: Any) -> None:
-        original(self, match._replace(missed=None))
+@FAULTS.of(arena, HybridRadixCache, "touch")
+def a_policy_is_not_notified_of_misses(original: Any, self: Any, match: Any) -> None:
+    original(self, match._replace(missed=None))
 
 
-@FAULTS.detected_by(CACHE)
-def an_insert_drops_all_checkpoints(patch: Patch) -> None:
-    @patch(HybridRadixCache, "insert")
-    def insert(
-        original: Any, self: Any, tokens: Any, rows: Any, saved: Any = (), *rest: Any, **more: Any
-    ) -> Any:
-        return original(self, tokens, rows, (), *rest, **more)
+@FAULTS.of(CACHE, HybridRadixCache, "insert")
+def an_insert_drops_all_checkpoints(
+    original: Any, self: Any, tokens: Any, rows: Any, saved: Any = (), *rest: Any, **more: Any
+) -> Any:
+    return original(self, tokens, rows, (), *rest, **more)
 
 
-@FAULTS.detected_by(CACHE)
-def a_checkpoint_is_stored_one_step_too_early(patch: Patch) -> None:
-    @patch(HybridRadixCache, "insert")
-    def insert(
-        original: Any, self: Any, tokens: Any, rows: Any, saved: Any = (), *rest: Any, **more: Any
-    ) -> Any:
-        step = max(self.grid, self.page_size)
-        early = [
-            (position - step if position > step else position, slot) for position, slot in saved
-        ]
-        return original(self, tokens, rows, early, *rest, **more)
+@FAULTS.of(CACHE, HybridRadixCache, "insert")
+def a_checkpoint_is_stored_one_step_too_early(
+    original: Any, self: Any, tokens: Any, rows: Any, saved: Any = (), *rest: Any, **more: Any
+) -> Any:
+    step = max(self.grid, self.page_size)
+    early = [(position - step if position > step else position, slot) for position, slot in saved]
+    return original(self, tokens, rows, early, *rest, **more)
 
 
-@FAULTS.detected_by(arena)
-def duplicate_rows_are_not_returned(patch: Patch) -> None:
-    @patch(HybridRadixCache, "insert")
-    def insert(original: Any, self: Any, *args: Any, **more: Any) -> Any:
-        result = original(self, *args, **more)
-        return result._replace(duplicates=result.duplicates[:0])
+@FAULTS.of(arena, HybridRadixCache, "insert")
+def duplicate_rows_are_not_returned(original: Any, self: Any, *args: Any, **more: Any) -> Any:
+    result = original(self, *args, **more)
+    return result._replace(duplicates=result.duplicates[:0])
 
 
-@FAULTS.detected_by(arena)
-def rejected_slots_are_not_returned(patch: Patch) -> None:
-    @patch(HybridRadixCache, "insert")
-    def insert(original: Any, self: Any, *args: Any, **more: Any) -> Any:
-        return original(self, *args, **more)._replace(rejected_slots=())
+@FAULTS.of(arena, HybridRadixCache, "insert")
+def rejected_slots_are_not_returned(original: Any, self: Any, *args: Any, **more: Any) -> Any:
+    return original(self, *args, **more)._replace(rejected_slots=())
 
 
-@FAULTS.detected_by(short_tables)
-def a_request_publishes_tokens_that_are_not_computed(patch: Patch) -> None:
-    @patch(Lease, "publish")
-    def publish(original: Any, self: Any, tokens: Any, computed_len: int) -> Any:
-        return original(self, tokens, min(computed_len + 4, len(tokens), self.extended_len))
+@FAULTS.of(short_tables, Lease, "publish")
+def a_request_publishes_tokens_that_are_not_computed(
+    original: Any, self: Any, tokens: Any, computed_len: int
+) -> Any:
+    return original(self, tokens, min(computed_len + 4, len(tokens), self.extended_len))
 
 
-@FAULTS.detected_by(arena)
-def an_eviction_frees_more_than_requested(patch: Patch) -> None:
-    @patch(HybridRadixCache, "evict")
-    def evict(original: Any, self: Any, num_tokens: int = 0, num_slots: int = 0) -> Any:
-        return original(self, num_tokens + self.page_size, num_slots)
+@FAULTS.of(arena, HybridRadixCache, "evict")
+def an_eviction_frees_more_than_requested(
+    original: Any, self: Any, num_tokens: int = 0, num_slots: int = 0
+) -> Any:
+    return original(self, num_tokens + self.page_size, num_slots)
 
 
-@FAULTS.detected_by(arena)
-def a_refused_allocation_evicts(patch: Patch) -> None:
-    @patch(HybridRadixCache, "allocate_kv")
-    def allocate_kv(original: Any, self: Any, num_tokens: int) -> Any:
-        rows = original(self, num_tokens)
-        if rows is None:
-            self.evict(num_tokens)
-        return rows
+@FAULTS.of(arena, HybridRadixCache, "allocate_kv")
+def a_refused_allocation_evicts(original: Any, self: Any, num_tokens: int) -> Any:
+    rows = original(self, num_tokens)
+    if rows is None:
+        self.evict(num_tokens)
+    return rows
 
 
-@FAULTS.detected_by(CACHE)
-def rows_of_a_path_are_gathered_in_reverse(patch: Patch) -> None:
-    @patch(HybridRadixCache, "gather")
-    def gather(original: Any, self: Any, node: Any) -> Any:
-        return original(self, node)[::-1]
+@FAULTS.of(CACHE, HybridRadixCache, "gather")
+def rows_of_a_path_are_gathered_in_reverse(original: Any, self: Any, node: Any) -> Any:
+    return original(self, node)[::-1]
 
 
-@FAULTS.detected_by(CACHE)
-def lru_evicts_the_newest_item(patch: Patch) -> None:
-    last: list[Any] = []
-
-    @patch(EVICTION_NAMES["lru"].make, "add")
-    def add(original: Any, self: Any, item: Any) -> None:
-        original(self, item)
-        last[:] = [item]
-
-    @patch(EVICTION_NAMES["lru"].make, "victim")
-    def victim(original: Any, self: Any, kind: Any) -> Any:
-        chosen = original(self, kind)
-        return last[0] if chosen is not None and last and last[0].kind == chosen.kind else chosen
+@FAULTS.of(CACHE, LRU, "victim")
+def lru_evicts_the_newest_item(_: Any, self: Any, kind: Any) -> Any:
+    found = [one for one in self.candidates() if kind in (None, one.kind)]
+    return max(found, key=lambda one: (one.last_used, one.serial), default=None)
 
 
 # --- Allocators ---------------------------------------------------------------------------------
 
 
-@FAULTS.detected_by(ALLOCATORS)
-def the_last_freed_page_is_lost(patch: Patch) -> None:
-    @patch(PageAllocator, "free")
-    def free(original: Any, self: Any, rows: Any) -> None:
-        original(self, rows[: max(0, len(rows) - self.page_size)])
+@FAULTS.of(ALLOCATORS, PageAllocator, "free")
+def the_last_freed_page_is_lost(original: Any, self: Any, rows: Any) -> None:
+    original(self, rows[: max(0, len(rows) - self.page_size)])
 
 
-@FAULTS.detected_by(ALLOCATORS)
-def a_page_is_allocated_twice(patch: Patch) -> None:
-    @patch(PageAllocator, "allocate")
-    def allocate(original: Any, self: Any, num_tokens: int) -> Any:
-        rows = original(self, num_tokens)
-        if rows is not None and len(rows):
-            self.free(rows[-self.page_size :])
-        return rows
+@FAULTS.of(ALLOCATORS, PageAllocator, "allocate")
+def a_page_is_allocated_twice(original: Any, self: Any, num_tokens: int) -> Any:
+    rows = original(self, num_tokens)
+    if rows is not None and len(rows):
+        self.free(rows[-self.page_size :])
+    return rows
 
 
-@FAULTS.detected_by(ALLOCATORS)
-def freed_bytes_are_not_returned_to_the_budget(patch: Patch) -> None:
-    @patch(PageAllocator, "free")
-    def free(original: Any, self: Any, rows: Any) -> None:
-        original(self, rows)
-        if self.budget is not None:
-            self.budget.free_bytes -= 1
+@FAULTS.of(ALLOCATORS, PageAllocator, "free")
+def freed_bytes_are_not_returned_to_the_budget(original: Any, self: Any, rows: Any) -> None:
+    original(self, rows)
+    if self.budget is not None:
+        self.budget.free_bytes -= 1
 
 
-@FAULTS.detected_by(machine(ArenaMachine))
-def moved_rows_keep_their_old_numbers(patch: Patch) -> None:
-    @patch(Move, "rename")
-    def rename(original: Any, self: Any, rows: Any) -> Any:
-        return original(self, rows.copy())
+@FAULTS.of(machine(ArenaMachine), Move, "rename")
+def moved_rows_keep_their_old_numbers(original: Any, self: Any, rows: Any) -> Any:
+    return original(self, rows.copy())
 
 
-@FAULTS.detected_by(test_arena.test_moves_are_taken_once_and_in_order)
-def moves_are_taken_in_reverse_order(patch: Patch) -> None:
-    @patch(StepQueue, "take")
-    def take(original: Any, self: Any) -> Any:
-        plan = original(self)
-        return replace(plan, transfers=plan.transfers[::-1])
+@FAULTS.of(test_arena.test_moves_are_taken_once_and_in_order, StepQueue, "take")
+def moves_are_taken_in_reverse_order(original: Any, self: Any) -> Any:
+    plan = original(self)
+    return replace(plan, transfers=plan.transfers[::-1])
 
 
-@FAULTS.detected_by(machine(ArenaMachine))
-def moves_are_taken_twice(patch: Patch) -> None:
-    @patch(StepQueue, "take")
-    def take(original: Any, self: Any) -> Any:
-        plan = original(self)
-        for move in plan.transfers[:1]:
-            self.rows_moved(move)
-        return plan
+@FAULTS.of(machine(ArenaMachine), StepQueue, "take")
+def moves_are_taken_twice(original: Any, self: Any) -> Any:
+    plan = original(self)
+    for move in plan.transfers[:1]:
+        self.rows_moved(move)
+    return plan
 
 
-@FAULTS.detected_by(arena)
-def moved_rows_are_gathered_from_their_old_place(patch: Patch) -> None:
-    last: dict[int, Any] = {}
+OLD_ROWS: dict[int, Any] = {}
 
-    @patch(HybridRadixCache, "gather")
-    def gather(original: Any, self: Any, node: Any) -> Any:
-        return last.setdefault(id(node), original(self, node).copy())
+
+@FAULTS.of(arena, HybridRadixCache, "gather")
+def moved_rows_are_gathered_from_their_old_place(original: Any, self: Any, node: Any) -> Any:
+    return OLD_ROWS.setdefault(id(node), original(self, node).copy())
 
 
 # --- Tiers --------------------------------------------------------------------------------------
 
 
-@FAULTS.detected_by(fetch_into_a_lease)
-def a_fetch_reports_success_without_copying(patch: Patch) -> None:
-    @patch(TieredRadixCache, "load")
-    def fetch(original: Any, self: Any, resumable: Any) -> bool:
-        return True
+@FAULTS.of(fetch_into_a_lease, TieredRadixCache, "load")
+def a_fetch_reports_success_without_copying(original: Any, self: Any, resumable: Any) -> bool:
+    return True
 
 
-@FAULTS.detected_by(TIERS)
-def copies_between_tiers_are_reversed(patch: Patch) -> None:
-    @patch(StepQueue, "take")
-    def take(original: Any, self: Any) -> Any:
-        plan = original(self)
-        return replace(plan, transfers=plan.transfers[::-1])
+@FAULTS.of(TIERS, StepQueue, "take")
+def copies_between_tiers_are_reversed(original: Any, self: Any) -> Any:
+    plan = original(self)
+    return replace(plan, transfers=plan.transfers[::-1])
 
 
-@FAULTS.detected_by(TIERS)
-def the_last_copy_between_tiers_is_missing(patch: Patch) -> None:
-    @patch(StepQueue, "take")
-    def take(original: Any, self: Any) -> Any:
-        plan = original(self)
-        return replace(plan, transfers=plan.transfers[:-1])
+@FAULTS.of(TIERS, StepQueue, "take")
+def the_last_copy_between_tiers_is_missing(original: Any, self: Any) -> Any:
+    plan = original(self)
+    return replace(plan, transfers=plan.transfers[:-1])
 
 
-@FAULTS.detected_by(test_tiers.test_an_offloaded_state_is_superseded_only_while_a_deeper_one_exists)
-def a_match_offers_only_the_first_offloaded_state(patch: Patch) -> None:
-    @patch(HybridRadixCache, "match")
-    def match(original: Any, self: Any, tokens: Any, namespace: Any = None) -> Any:
-        found = original(self, tokens, namespace)
-        return found._replace(loadable=found.loadable[:1])
+@FAULTS.of(
+    test_tiers.test_an_offloaded_state_is_superseded_only_while_a_deeper_one_exists,
+    HybridRadixCache,
+    "match",
+)
+def a_match_offers_only_the_first_offloaded_state(
+    original: Any, self: Any, tokens: Any, namespace: Any = None
+) -> Any:
+    found = original(self, tokens, namespace)
+    return found._replace(loadable=found.loadable[:1])
 
 
 # --- Policies -----------------------------------------------------------------------------------
@@ -332,29 +286,26 @@ LFU, CLOCK, ARC = map(policy_check, ("lfu", "clock", "arc"))
 # --- Events and routing -------------------------------------------------------------------------
 
 
-@FAULTS.detected_by(EVENTS)
-def the_oldest_missing_batch_is_not_resent(patch: Patch) -> None:
-    @patch(Outbox, "since")
-    def since(original: Any, self: Any, sequence: int) -> Any:
-        return original(self, sequence + 1) or []
+@FAULTS.of(EVENTS, Outbox, "since")
+def the_oldest_missing_batch_is_not_resent(original: Any, self: Any, sequence: int) -> Any:
+    return original(self, sequence + 1) or []
 
 
 # --- Methods that do nothing --------------------------------------------------------------------
 
 GHOSTS = test_regret.test_all_ghosts_on_the_path_count_as_used_except_superseded_ones
-for silent in (
-    ("a lock is never released", HybridRadixCache, "unlock", CACHE),
-    ("a use is not counted", HybridRadixCache, "touch", arena),
-    ("a reset does nothing", HybridRadixCache, "reset", CACHE),
-    ("a freed slot is lost", SlotAllocator, "free", ALLOCATORS),
-    ("lfu ignores uses", evictions.LFU, "touch", LFU),
-    ("clock ignores uses", evictions.Clock, "touch", CLOCK),
-    ("arc ignores ghost hits", evictions.ARC, "on_ghost_hit", ARC),
-    ("survival ignores ghosts above the missed one", Survival, "on_ghost_hit_above", GHOSTS),
-    ("evicted checkpoints are not reported", EventStream, "checkpoint_removed", EVENTS),
-    ("splits are not reported", EventStream, "kv_split", EVENTS),
-):
-    FAULTS.add_silent(*silent)
+FAULTS |= {
+    "a lock is never released": Fault(CACHE, HybridRadixCache, "unlock"),
+    "a use is not counted": Fault(arena, HybridRadixCache, "touch"),
+    "a reset does nothing": Fault(CACHE, HybridRadixCache, "reset"),
+    "a freed slot is lost": Fault(ALLOCATORS, SlotAllocator, "free"),
+    "lfu ignores uses": Fault(LFU, evictions.LFU, "touch"),
+    "clock ignores uses": Fault(CLOCK, evictions.Clock, "touch"),
+    "arc ignores ghost hits": Fault(ARC, evictions.ARC, "on_ghost_hit"),
+    "survival ignores ghosts above the missed one": Fault(GHOSTS, Survival, "on_ghost_hit_above"),
+    "evicted checkpoints are not reported": Fault(EVENTS, EventStream, "checkpoint_removed"),
+    "splits are not reported": Fault(EVENTS, EventStream, "kv_split"),
+}
 
 
 SLOW = {

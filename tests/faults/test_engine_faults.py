@@ -8,7 +8,6 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -28,7 +27,7 @@ from tests.engine.plugins.speculation import test_drafters
 from tests.engine.plugins.tiers.test_records import StoreMachine
 from tests.engine.requests.test_token_counts import TokenCountsMachine
 from tests.engine.schedule.test_scheduler_machine import SchedulerMachine
-from tests.faults.injection import Check, Fault, Faults, Patch, assert_detected, machine
+from tests.faults.injection import Check, Fault, Faults, assert_detected, machine
 from tests.oracle import OracleRunner, OracleSampler
 
 FAULTS = Faults()
@@ -93,252 +92,214 @@ DRAFTS = serving("serving with drafts", drafts="scripted")
 STORE = machine(StoreMachine)
 
 
-def edit(patch: Patch, change: Callable[[Batch], Batch]) -> None:
-    """Apply ``change`` to each batch before the runner gets it."""
+Change = Callable[[Batch], Batch]
 
-    @patch(OracleRunner, "forward")
-    def forward(original: Any, self: Any, batch: Batch, drawn: Sequence[int] = ()) -> Any:
-        return original(self, change(batch), drawn)
+
+def in_batches(check: Check, description: str = "") -> Callable[[Change], None]:
+    """Return a decorator that adds the fault of a change of each batch before the runner gets it.
+    The name of the change is the description of the fault, unless there is one."""
+
+    def add(change: Change) -> None:
+        def forward(original: Any, self: Any, batch: Batch, drawn: Sequence[int] = ()) -> Any:
+            return original(self, change(batch), drawn)
+
+        name = description or change.__name__.replace("_", " ")
+        FAULTS[name] = Fault(check, OracleRunner, "forward", forward)
+
+    return add
 
 
 # --- Batches ------------------------------------------------------------------------------------
 
 
-@FAULTS.detected_by(POOLS)
-def a_state_is_restored_from_another_slot(patch: Patch) -> None:
-    def shift(batch: Batch) -> Batch:
-        restores = ((max(0, source - 1), target) for source, target in batch.restores)
-        return replace(batch, restores=tuple(restores))
-
-    edit(patch, shift)
+@in_batches(POOLS)
+def a_state_is_restored_from_another_slot(batch: Batch) -> Batch:
+    restores = ((max(0, source - 1), target) for source, target in batch.restores)
+    return replace(batch, restores=tuple(restores))
 
 
-@FAULTS.detected_by(POOLS)
-def rows_of_the_table_are_written_at_the_next_position(patch: Patch) -> None:
-    def shift(batch: Batch) -> Batch:
-        writes = [(row, start + (start > 0), rows) for row, start, rows in batch.row_writes]
-        return replace(batch, row_writes=tuple(writes))
-
-    edit(patch, shift)
+@in_batches(POOLS)
+def rows_of_the_table_are_written_at_the_next_position(batch: Batch) -> Batch:
+    writes = [(row, start + (start > 0), rows) for row, start, rows in batch.row_writes]
+    return replace(batch, row_writes=tuple(writes))
 
 
-@FAULTS.detected_by(POOLS)
-def checkpoints_are_not_written(patch: Patch) -> None:
-    def drop(batch: Batch) -> Batch:
-        segments = (structs.replace(segment, exports=()) for segment in batch.segments)
-        return replace(batch, segments=tuple(segments))
-
-    edit(patch, drop)
+@in_batches(POOLS)
+def checkpoints_are_not_written(batch: Batch) -> Batch:
+    segments = (structs.replace(segment, exports=()) for segment in batch.segments)
+    return replace(batch, segments=tuple(segments))
 
 
-@FAULTS.detected_by(POOLS)
-def a_prefill_starts_one_token_too_late(patch: Patch) -> None:
-    def shift(batch: Batch) -> Batch:
-        moved = (
-            structs.replace(segment, token_ids=segment.token_ids[1:], start=segment.start + 1)
-            if not segment.is_decode and len(segment.token_ids) > 1 and not segment.exports
-            else segment
-            for segment in batch.segments
-        )
-        return replace(batch, segments=tuple(moved))
-
-    edit(patch, shift)
+@in_batches(POOLS)
+def a_prefill_starts_one_token_too_late(batch: Batch) -> Batch:
+    moved = (
+        structs.replace(segment, token_ids=segment.token_ids[1:], start=segment.start + 1)
+        if not segment.is_decode and len(segment.token_ids) > 1 and not segment.exports
+        else segment
+        for segment in batch.segments
+    )
+    return replace(batch, segments=tuple(moved))
 
 
-@FAULTS.detected_by(POOLS)
-def a_request_reads_with_the_wrong_namespace(patch: Patch) -> None:
-    def rename(batch: Batch) -> Batch:
-        renamed = (structs.replace(segment, namespace="other") for segment in batch.segments[:1])
-        return replace(batch, segments=(*renamed, *batch.segments[1:]))
-
-    edit(patch, rename)
+@in_batches(POOLS)
+def a_request_reads_with_the_wrong_namespace(batch: Batch) -> Batch:
+    renamed = (structs.replace(segment, namespace="other") for segment in batch.segments[:1])
+    return replace(batch, segments=(*renamed, *batch.segments[1:]))
 
 
-@FAULTS.detected_by(POOLS)
-def two_requests_write_the_same_rows(patch: Patch) -> None:
-    def share(batch: Batch) -> Batch:
-        if len(batch.row_writes) < 2:
-            return batch
-        first, (row, start, own), *rest = batch.row_writes
-        count = min(len(first[2]), len(own))
-        same = np.concatenate((first[2][:count], own[count:]))
-        return replace(batch, row_writes=(first, (row, start, same), *rest))
-
-    edit(patch, share)
+@in_batches(POOLS)
+def two_requests_write_the_same_rows(batch: Batch) -> Batch:
+    if len(batch.row_writes) < 2:
+        return batch
+    first, (row, start, own), *rest = batch.row_writes
+    count = min(len(first[2]), len(own))
+    same = np.concatenate((first[2][:count], own[count:]))
+    return replace(batch, row_writes=(first, (row, start, same), *rest))
 
 
-@FAULTS.detected_by(POOLS)
-def two_requests_run_in_one_slot(patch: Patch) -> None:
-    def share(batch: Batch) -> Batch:
-        same = (structs.replace(one, slot=batch.segments[0].slot) for one in batch.segments)
-        return replace(batch, segments=tuple(same))
-
-    edit(patch, share)
+@in_batches(POOLS)
+def two_requests_run_in_one_slot(batch: Batch) -> Batch:
+    same = (structs.replace(one, slot=batch.segments[0].slot) for one in batch.segments)
+    return replace(batch, segments=tuple(same))
 
 
-@FAULTS.detected_by(OVERLAP)
-def late_tokens_are_swapped_between_requests(patch: Patch) -> None:
-    def swap(batch: Batch) -> Batch:
-        rows = [row for _, row in batch.late_tokens][::-1]
-        late = zip(batch.late_tokens, rows, strict=True)
-        return replace(batch, late_tokens=tuple((segment, row) for (segment, _), row in late))
-
-    edit(patch, swap)
+@in_batches(OVERLAP)
+def late_tokens_are_swapped_between_requests(batch: Batch) -> Batch:
+    rows = [row for _, row in batch.late_tokens][::-1]
+    late = zip(batch.late_tokens, rows, strict=True)
+    return replace(batch, late_tokens=tuple((segment, row) for (segment, _), row in late))
 
 
-@FAULTS.detected_by(ARENA)
-def rows_move_in_the_wrong_direction(patch: Patch) -> None:
-    def reverse(batch: Batch) -> Batch:
-        moves = (
-            move._replace(src=move.dst, dst=move.src) if isinstance(move, Move) else move
-            for move in batch.moves
-        )
-        return replace(batch, moves=tuple(moves))
-
-    edit(patch, reverse)
+@in_batches(ARENA)
+def rows_move_in_the_wrong_direction(batch: Batch) -> Batch:
+    moves = (
+        move._replace(src=move.dst, dst=move.src) if isinstance(move, Move) else move
+        for move in batch.moves
+    )
+    return replace(batch, moves=tuple(moves))
 
 
-@FAULTS.detected_by(ARENA)
-def a_step_waits_for_several_slabs(patch: Patch) -> None:
-    @patch(Lease, "take_checkpoint_slots")
-    def take_checkpoint_slots(original: Any, self: Any, start: int, end: int, *_: Any) -> Any:
-        return original(self, start, end)
+@FAULTS.of(ARENA, Lease, "take_checkpoint_slots")
+def a_step_waits_for_several_slabs(original: Any, self: Any, start: int, end: int, *_: Any) -> Any:
+    return original(self, start, end)
 
 
-@FAULTS.detected_by(HOST)
-def copies_between_tiers_are_reversed(patch: Patch) -> None:
-    edit(patch, lambda batch: replace(batch, moves=batch.moves[::-1]))
+@in_batches(HOST)
+def copies_between_tiers_are_reversed(batch: Batch) -> Batch:
+    return replace(batch, moves=batch.moves[::-1])
+
+
+for _name, _part, _check in (
+    ("the last state is not restored", "restores", POOLS),
+    ("the last rows of the table are not written", "row_writes", POOLS),
+    ("the last moved rows are not copied", "moves", ARENA),
+):
+    in_batches(_check, _name)(
+        lambda batch, part=_part: replace(batch, **{part: getattr(batch, part)[:-1]})
+    )
 
 
 # --- Leases of requests -------------------------------------------------------------------------
 
 
-@FAULTS.detected_by(POOLS)
-def requests_share_one_namespace_in_the_cache(patch: Patch) -> None:
-    @patch(Lease, "begin")
-    def begin(original: Any, cls: Any, cache: Any, placement: Any, request: Any, *rest: Any) -> Any:
-        return original(cls, cache, placement, request._replace(namespace=None), *rest)
+@FAULTS.of(POOLS, Lease, "begin")
+def requests_share_one_namespace_in_the_cache(
+    original: Any, cls: Any, cache: Any, placement: Any, request: Any, *rest: Any
+) -> Any:
+    return original(cls, cache, placement, request._replace(namespace=None), *rest)
 
 
-@FAULTS.detected_by(serving("exact mode", exact=True))
-def exact_mode_publishes_decoded_tokens(patch: Patch) -> None:
-    @patch(Lease, "begin")
-    def begin(original: Any, cls: Any, cache: Any, placement: Any, request: Any, *rest: Any) -> Any:
-        return original(cls, cache, placement, request._replace(exact=False), *rest)
+@FAULTS.of(serving("exact mode", exact=True), Lease, "begin")
+def exact_mode_publishes_decoded_tokens(
+    original: Any, cls: Any, cache: Any, placement: Any, request: Any, *rest: Any
+) -> Any:
+    return original(cls, cache, placement, request._replace(exact=False), *rest)
 
 
-@FAULTS.detected_by(ARENA)
-def new_rows_of_a_lease_do_not_follow_moves(patch: Patch) -> None:
-    @patch(Lease, "rows_moved")
-    def rows_moved(original: Any, self: Any, move: Any) -> Any:
-        self._indexed_len = self.extended_len
-        return original(self, move)
+@FAULTS.of(ARENA, Lease, "rows_moved")
+def new_rows_of_a_lease_do_not_follow_moves(original: Any, self: Any, move: Any) -> Any:
+    self._indexed_len = self.extended_len
+    return original(self, move)
 
 
-@FAULTS.detected_by(ARENA)
-def a_lease_does_not_report_replaced_duplicates(patch: Patch) -> None:
-    @patch(Lease, "_insert")
-    def insert(original: Any, self: Any, *rest: Any) -> Any:
-        with mock.patch.object(Lease, "_note_changed"):
-            return original(self, *rest)
+@FAULTS.of(ARENA, Lease, "_insert")
+def a_lease_does_not_report_replaced_duplicates(original: Any, self: Any, *rest: Any) -> Any:
+    with mock.patch.object(Lease, "_note_changed"):
+        return original(self, *rest)
 
 
-@FAULTS.detected_by(ARENA)
-def a_state_is_not_copied_before_resuming(patch: Patch) -> None:
-    @patch(StepQueue, "take")
-    def take(original: Any, self: Any) -> Any:
-        self.restores.clear()
-        return original(self)
+@FAULTS.of(ARENA, StepQueue, "take")
+def a_state_is_not_copied_before_resuming(original: Any, self: Any) -> Any:
+    self.restores.clear()
+    return original(self)
 
 
-@FAULTS.detected_by(ARENA)
-def an_unwritten_checkpoint_is_published(patch: Patch) -> None:
-    @patch(Lease, "take_checkpoint_slots")
-    def take_checkpoint_slots(original: Any, self: Any, *span: Any) -> Any:
-        return (original(self, *span) or ())[:0]
+@FAULTS.of(ARENA, Lease, "take_checkpoint_slots")
+def an_unwritten_checkpoint_is_published(original: Any, self: Any, *span: Any) -> Any:
+    return (original(self, *span) or ())[:0]
 
 
 # --- Drafts -------------------------------------------------------------------------------------
 
 
-@FAULTS.detected_by(DRAFTS)
-def one_wrong_draft_is_accepted(patch: Patch) -> None:
-    @patch(OracleRunner, "commit")
-    def commit(original: Any, self: Any, batch: Batch, accepted: Sequence[int]) -> None:
-        lengths = [len(segment.token_ids) for segment in batch.segments if segment.num_drafts]
-        more = [min(count + 1, length) for count, length in zip(accepted, lengths, strict=True)]
-        original(self, batch, more)
+@FAULTS.of(DRAFTS, OracleRunner, "commit")
+def one_wrong_draft_is_accepted(
+    original: Any, self: Any, batch: Batch, accepted: Sequence[int]
+) -> None:
+    lengths = [len(segment.token_ids) for segment in batch.segments if segment.num_drafts]
+    more = [min(count + 1, length) for count, length in zip(accepted, lengths, strict=True)]
+    original(self, batch, more)
 
 
-@FAULTS.detected_by(DRAFTS)
-def states_do_not_advance_by_the_accepted_drafts(patch: Patch) -> None:
-    @patch(OracleRunner, "commit")
-    def commit(original: Any, self: Any, batch: Batch, accepted: Sequence[int]) -> None:
-        original(self, batch, [1] * len(accepted))
+@FAULTS.of(DRAFTS, OracleRunner, "commit")
+def states_do_not_advance_by_the_accepted_drafts(
+    original: Any, self: Any, batch: Batch, accepted: Sequence[int]
+) -> None:
+    original(self, batch, [1] * len(accepted))
 
 
 # --- Sampling and requests ----------------------------------------------------------------------
 
 
-@FAULTS.detected_by(POOLS)
-def tokens_are_sampled_from_logits_of_another_request(patch: Patch) -> None:
-    @patch(OracleSampler, "launch")
-    def launch(original: Any, self: Any, logits: Any, requests: Any, rows: Any) -> Any:
-        return original(self, logits, requests, list(rows)[::-1])
+@FAULTS.of(POOLS, OracleSampler, "launch")
+def tokens_are_sampled_from_logits_of_another_request(
+    original: Any, self: Any, logits: Any, requests: Any, rows: Any
+) -> Any:
+    return original(self, logits, requests, list(rows)[::-1])
 
 
-@FAULTS.detected_by(machine(TokenCountsMachine))
-def a_repeated_token_is_counted_once(patch: Patch) -> None:
-    @patch(TokenCounts, "add")
-    def add(original: Any, self: Any, tokens: Any) -> None:
-        original(self, tokens)
-        self.numbers[:] = np.minimum(self.numbers, 1)
+@FAULTS.of(machine(TokenCountsMachine), TokenCounts, "add")
+def a_repeated_token_is_counted_once(original: Any, self: Any, tokens: Any) -> None:
+    original(self, tokens)
+    self.numbers[:] = np.minimum(self.numbers, 1)
 
 
-@FAULTS.detected_by(test_engine.test_namespaces_share_nothing)
-def the_namespace_of_a_request_is_dropped(patch: Patch) -> None:
-    @patch(Engine, "submit")
-    def submit(original: Any, self: Any, prompt: Any, sampling: Any = None, **options: Any) -> str:
-        return original(self, prompt, sampling, **options | {"namespace": None})
+@FAULTS.of(test_engine.test_namespaces_share_nothing, Engine, "submit")
+def the_namespace_of_a_request_is_dropped(
+    original: Any, self: Any, prompt: Any, sampling: Any = None, **options: Any
+) -> str:
+    return original(self, prompt, sampling, **options | {"namespace": None})
 
 
 # --- Stores -------------------------------------------------------------------------------------
 
 
-@FAULTS.detected_by(STORE)
-def a_damaged_record_is_accepted(patch: Patch) -> None:
-    @patch(RecordStore, "read")
-    def read(original: Any, self: Any, number: int, out: memoryview) -> bool:
-        original(self, number, out)
-        return True
+@FAULTS.of(STORE, RecordStore, "read")
+def a_damaged_record_is_accepted(original: Any, self: Any, number: int, out: memoryview) -> bool:
+    original(self, number, out)
+    return True
 
 
-# --- Methods that do nothing, and batches without their last part -------------------------------
+# --- Methods that do nothing ----------------------------------------------------------------------
 
-ACCEPTANCE, STORE = (
-    test_drafters.test_a_drafter_that_is_never_right_drafts_rarely,
-    machine(StoreMachine),
-)
-for silent in (
-    ("a lease does not report moved rows", Lease, "_note_changed", ARENA),
-    ("an aborted lease keeps its memory", Lease, "abort", ARENA),
-    ("a preempted or finished request keeps its memory", Lease, "finish", POOLS),
-    ("a drafter without acceptance continues drafting", DraftLength, "learn", ACCEPTANCE),
-    ("a removed record is still readable", RecordStore, "remove_file", STORE),
-):
-    FAULTS.add_silent(*silent)
-
-
-def drop_last(part: str, patch: Patch) -> None:
-    """Drop the last element of a part of each batch."""
-    edit(patch, lambda batch: replace(batch, **{part: getattr(batch, part)[:-1]}))
-
-
-FAULTS["the last state is not restored"] = Fault(partial(drop_last, "restores"), POOLS)
-FAULTS["the last rows of the table are not written"] = Fault(
-    partial(drop_last, "row_writes"), POOLS
-)
-FAULTS["the last moved rows are not copied"] = Fault(partial(drop_last, "moves"), ARENA)
+ACCEPTANCE = test_drafters.test_a_drafter_that_is_never_right_drafts_rarely
+FAULTS |= {
+    "a lease does not report moved rows": Fault(ARENA, Lease, "_note_changed"),
+    "an aborted lease keeps its memory": Fault(ARENA, Lease, "abort"),
+    "a preempted or finished request keeps its memory": Fault(POOLS, Lease, "finish"),
+    "a drafter without acceptance continues drafting": Fault(ACCEPTANCE, DraftLength, "learn"),
+    "a removed record is still readable": Fault(STORE, RecordStore, "remove_file"),
+}
 
 
 @pytest.mark.parametrize("name", FAULTS)
