@@ -132,6 +132,11 @@ def write_gguf(
             format = gguf.GGMLQuantizationType.F16
         stored = gguf.quants.quantize(values, format)
         writer.add_tensor(own, stored, raw_dtype=format)
+    finish(writer)
+
+
+def finish(writer: Any) -> None:
+    """Write the file of a ``GGUFWriter`` with what was added to it."""
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

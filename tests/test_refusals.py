@@ -38,7 +38,7 @@ from hybridcache.lab.scenario import LOAD, Scenario
 from hybridcache.policies.registry import parse_placement
 from tests.engine.test_engine import make_engine
 from tests.engine.test_hits_change_nothing import ATTENTION_ONLY
-from tests.gguf_files import vocabulary, write_gguf
+from tests.gguf_files import finish, vocabulary, write_gguf
 from tests.refused import refused
 from tests.selection import ROOT
 
@@ -332,10 +332,7 @@ def write(path: Path, arch: str, **metadata: Any) -> None:
     for key, value in metadata.items():
         writer.add_key_value(key.replace("__", "."), value, gguf.GGUFValueType.get_type(value))
     writer.add_tensor("token_embd.weight", np.zeros((4, 4), np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    finish(writer)
 
 
 CONFIG = json.dumps(ATTENTION_ONLY)

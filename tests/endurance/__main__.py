@@ -2,7 +2,6 @@
 
     python -m tests.endurance cache faults --size large
     python -m tests.endurance soak --size 20000 --seed 7
-    python -m tests.endurance fuzz --size 60 --seed $RANDOM
 
 ``small`` is a size of the test suite, ``medium`` of `make test-all`, ``large`` of the make target
 of the part. A failure ends the run, with the part and the seed that reproduce it.
@@ -33,7 +32,6 @@ class Part(NamedTuple):
 
 PARTS = {
     "cache": Part("operations", 1_800, 60_000, 1_000_000),
-    "fuzz": Part("seconds", 1, 60, 600),
     "waits": Part("loads", 2, 10, 10),
     "torn": Part("calls", 16, 400, 3_000),
     "stores": Part("kills", 3, 50, 200),

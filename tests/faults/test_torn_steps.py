@@ -387,7 +387,16 @@ def test_the_steps_preempt_move_load_and_draft() -> None:
 # --- A model with weights of four bits -----------------------------------------------------------
 
 
-def check_quantized(quantization: str, most: int) -> None:
+@pytest.mark.parametrize(
+    ("quantization", "most"),
+    [
+        ("int4", 2),
+        *(pytest.param(kind, 200, marks=pytest.mark.full) for kind in ("int4", "int4-128")),
+    ],
+)
+def test_an_exception_at_lines_of_a_step_changes_no_answer_of_four_bits(
+    quantization: str, most: int
+) -> None:
     """Raise at ``most`` source lines of steps that compute, evenly spread. The disturbed answers
     have the same tokens, and the next ones also the same bits."""
     try:
@@ -431,18 +440,6 @@ def answers_of(
     engine.check()
     assert not any(last[name].failure for name in names)
     return [last[name] for name in names]
-
-
-@pytest.mark.full
-@pytest.mark.parametrize("quantization", ["int4", "int4-128"])
-def test_an_exception_at_any_line_of_a_step_changes_no_answer_of_four_bits(
-    quantization: str,
-) -> None:
-    check_quantized(quantization, 200)
-
-
-def test_an_exception_at_some_lines_of_a_step_changes_no_answer_of_four_bits() -> None:
-    check_quantized("int4", 2)
 
 
 # --- The other calls -----------------------------------------------------------------------------
@@ -674,7 +671,11 @@ class Embedder:
         assert self.cache.cached_tokens == self.cache.num_checkpoints == 0
 
 
-def check_verbs(settings: str, most: int) -> None:
+@pytest.mark.parametrize("settings", CACHES)
+@pytest.mark.parametrize("most", [15, pytest.param(10_000, marks=pytest.mark.full)])
+def test_after_an_exception_at_lines_of_its_verbs_a_rebuilt_cache_works(
+    settings: str, most: int
+) -> None:
     """Raise at ``most`` lines of the verbs, and at a line of ``rebuilt``; work must go on."""
     embedder, tracer, rng = Embedder(settings), Raise(), random.Random(settings)
     tracer.run(embedder.work)
@@ -688,17 +689,6 @@ def check_verbs(settings: str, most: int) -> None:
         embedder.cache = embedder.cache.rebuilt()
         embedder.cache.check(0, 0)
         embedder.finish()
-
-
-@pytest.mark.full
-@pytest.mark.parametrize("settings", CACHES)
-def test_after_an_exception_at_any_line_a_rebuilt_cache_works(settings: str) -> None:
-    check_verbs(settings, 10_000)
-
-
-@pytest.mark.parametrize("settings", CACHES)
-def test_after_an_exception_at_some_lines_a_rebuilt_cache_works(settings: str) -> None:
-    check_verbs(settings, 15)
 
 
 # --- The disk ------------------------------------------------------------------------------------

@@ -99,15 +99,12 @@ class PromiseMachine(RuleBasedStateMachine):
         assert not self.policy._lent
 
 
-@pytest.mark.full
-def test_promises_cost_their_own_namespace_and_leave_no_trace_at_length() -> None:
-    run_state_machine_as_test(PromiseMachine, settings=at_least(300))
+FEW = settings(max_examples=25, stateful_step_count=30, deadline=None)
 
 
-def test_promises_cost_their_own_namespace_and_leave_no_trace() -> None:
-    run_state_machine_as_test(
-        PromiseMachine, settings=settings(max_examples=25, stateful_step_count=30, deadline=None)
-    )
+@pytest.mark.parametrize("runs", [FEW, pytest.param(at_least(300), marks=pytest.mark.full)])
+def test_promises_cost_their_own_namespace_and_leave_no_trace(runs: settings) -> None:
+    run_state_machine_as_test(PromiseMachine, settings=runs)
 
 
 class Tenants:

@@ -44,7 +44,7 @@ from engine.text.tokenizer_files import KIMI_WORDS, HFTokenizer, has_tokenizer
 from engine.weights.hub import SMALL_FILES
 from engine.weights.model_config import ModelError
 from hybridcache.geometry.gguf import GgufFile
-from tests.gguf_files import vocabulary
+from tests.gguf_files import finish, vocabulary
 from tests.refused import refused
 from tests.selection import num_examples
 
@@ -686,9 +686,7 @@ def stored(folder: Path, metadata: dict[str, Any]) -> GgufFile:
     for key, value in metadata.items():
         name = key if "." in key else f"tokenizer.ggml.{key}"
         writer.add_key_value(name, value, gguf.GGUFValueType.get_type(value))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.close()
+    finish(writer)
     return GgufFile(folder / "model.gguf")
 
 

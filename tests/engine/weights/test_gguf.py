@@ -24,7 +24,7 @@ from engine.weights.parameters import Parameter, Source
 from hybridcache.geometry.gguf import GgufFile
 from hybridcache.geometry.gguf_config import ARCHITECTURES
 from tests.engine.small_models import FAMILIES, load
-from tests.gguf_files import changed, text_config, write_gguf
+from tests.gguf_files import changed, finish, text_config, write_gguf
 
 WRITTEN = [
     name
@@ -284,10 +284,7 @@ def rewritten(path: Path, change: Callable[[dict[str, np.ndarray]], None], **met
         writer.add_key_value(key, value, gguf.GGUFValueType.get_type(value))
     for name, values in tensors.items():
         writer.add_tensor(name, np.ascontiguousarray(values))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    finish(writer)
     return model_of(path.with_name("again.gguf"))
 
 
@@ -507,9 +504,7 @@ def test_metadata_that_no_model_has_is_refused(name, metadata, message, written)
 
 def test_unknown_architectures_are_named(tmp_path) -> None:
     writer = gguf.GGUFWriter(tmp_path / "model.gguf", "mamba")
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.close()
+    finish(writer)
     with pytest.raises(
         ModelError, match=r"the architecture 'mamba' in model\.gguf .* falcon-h1, gr"
     ):

@@ -21,7 +21,7 @@ from engine.weights.model_config import ModelError
 from hybridcache.geometry import gguf as reader
 from hybridcache.geometry.gguf import GGML_TYPES, GgufFile, choose_files, gguf_file
 from kernels.linear import blocks
-from tests.gguf_files import write_gguf
+from tests.gguf_files import finish, write_gguf
 
 METADATA = {
     "small": 7,
@@ -57,10 +57,7 @@ def write(path: Path, metadata=METADATA, tensors=TENSORS, alignment=None, **opti
     for name, (values, kind) in tensors.items():
         own = gguf.GGMLQuantizationType[kind]
         writer.add_tensor(name, gguf.quants.quantize(values, own), raw_dtype=own)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    finish(writer)
     return path
 
 

@@ -248,30 +248,23 @@ def test_after_an_error_of_the_file_system_the_disk_is_off_until_the_next_start(
     disk.close()
 
 
-def test_a_smaller_folder_removes_the_oldest_records(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("has_states", "num_kept"), [(False, 2), (True, 3)])
+def test_a_smaller_folder_removes_the_oldest_records_and_keeps_states_with_their_kv(
+    has_states: bool, num_kept: int, tmp_path: Path
+) -> None:
     disk = open_disk(tmp_path)
     paths = [prompt(number) for number in range(8)]
     write(disk, *paths)
-    limit = settled(disk).num_bytes // 4 + 1
-    disk.close()
-    disk = open_disk(tmp_path, max_bytes=limit)
-    assert readable(settled(disk), *paths) == [False] * 6 + [True] * 2
-    disk.close()
-
-
-def test_a_smaller_folder_keeps_states_with_their_kv(tmp_path: Path) -> None:
-    disk = open_disk(tmp_path)
-    paths = [prompt(number) for number in range(8)]
-    write(disk, *paths)
-    for path in paths:
+    for path in paths if has_states else ():
         read = reader(path, STATE_ROWS, "checkpoint")
         disk.write_through("checkpoint", path, STATE_ROWS, read)
-    write(disk, *(prompt(number, 60) for number in range(8)))
+    write(disk, *(prompt(number, 60) for number in range(8) if has_states))
     limit = settled(disk).num_bytes // 4 + 1
     disk.close()
     disk = open_disk(tmp_path, max_bytes=limit)
-    assert readable(settled(disk), *paths) == [False] * 5 + [True] * 3
-    assert sum(item.is_state for item in disk.prefixes.items.values()) == 3
+    assert readable(settled(disk), *paths) == [False] * (8 - num_kept) + [True] * num_kept
+    num_states = sum(item.is_state for item in disk.prefixes.items.values())
+    assert num_states == num_kept * has_states
     disk.close()
 
 
