@@ -89,27 +89,25 @@ class Tiling(NamedTuple):
 @lru_cache(maxsize=8)
 def lay_out(lengths: tuple[int, ...], tile_size: int, device: torch.device) -> Tiling:
     """Compute the layout. Cached, because every linear layer of a step uses the same one. O(T)."""
-    counts = [num_tiles(length, tile_size) for length in lengths]
-    order = sorted(range(len(counts)), key=lambda b: -counts[b])
-    active = [sum(count > step for count in counts) for step in range(max(counts, default=0))]
-    step_starts = np.array(running_sum(active)[:-1], dtype=np.int64)
-    token_starts = running_sum(lengths)
-    num_places = sum(active) * tile_size
-    places = np.empty(token_starts[-1], dtype=np.int64)
-    sources = np.empty(num_places, dtype=np.int64)
-    for rank, sequence in enumerate(order):
-        steps = np.arange(counts[sequence])
-        first_places = (step_starts[steps] + rank)[:, None] * tile_size
-        at = (first_places + np.arange(tile_size)).flatten()
-        first, end = token_starts[sequence : sequence + 2]
-        places[first:end] = at[: end - first]
-        # Padding reads a token of the same sequence, so it cannot affect other sequences.
-        sources[at] = np.minimum(np.arange(len(at)) + first, end - 1)
-    padding = np.ones(num_places, dtype=np.bool_)
-    padding[places] = False
-    is_plain = len(places) == num_places and bool((places == np.arange(len(places))).all())
+    sizes = np.array(lengths, np.int64)
+    counts = -(-sizes // tile_size)
+    order = np.argsort(-counts, kind="stable")
+    active = [int((counts > step).sum()) for step in range(counts.max(initial=0))]
+    step_starts = np.array(running_sum(active), np.int64)
+    # Of each place, in the order of the sequences: its sequence, and its position there.
+    owner = np.repeat(np.arange(len(sizes)), counts * tile_size)
+    inside = np.concatenate([np.arange(0), *map(np.arange, counts * tile_size)])
+    tile, row = np.divmod(inside, tile_size)
+    at = (step_starts[tile] + np.argsort(order)[owner]) * tile_size + row
+    is_token = inside < sizes[owner]
+    places = at[is_token]
+    padding, sources = np.empty(len(at), np.bool_), np.empty(len(at), np.int64)
+    padding[at] = ~is_token
+    # Padding reads a token of the same sequence, so it cannot affect other sequences.
+    sources[at] = (sizes.cumsum() - sizes)[owner] + np.minimum(inside, sizes[owner] - 1)
+    is_plain = np.array_equal(places, np.arange(len(at)))
     return Tiling(
-        order=order,
+        order=order.tolist(),
         active=active,
         sources=None if is_plain else torch.from_numpy(sources).to(device),
         padding=torch.from_numpy(padding).to(device) if padding.any() else None,

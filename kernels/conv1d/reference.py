@@ -12,11 +12,13 @@ Source: Mamba (arXiv 2312.00752), section 3.4, where the short convolution prece
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Unpack
 
+import numpy as np
 import torch
 
-from kernels.packed import ScanInputs, StepInputs
+from kernels.packed import ScanInputs, StepInputs, running_sum
 
 BLOCK = 2**17
 """Number of elements computed at once."""
@@ -41,21 +43,8 @@ def prefill_conv1d(
     states, slots, packed = where["states"], where["slots"], where["packed"]
     check_window(x, weight, states)
     reach = weight.shape[1] - 1
-    windows = states[slots.long()].masked_fill_(~where["resumed"][:, None, None], 0).mT
-    pieces, starts, start = [], [], 0
-    for window, tokens in zip(windows, x.split(packed.lengths), strict=True):
-        pieces += [window.to(x.dtype), tokens]
-        starts.append(start)
-        start += reach + len(tokens)
-    # [T + B (W - 1), C], every sequence after its window
-    padded = torch.cat(pieces) if pieces else x
-    rows = [
-        padded.new_empty(0, dtype=torch.long),
-        *(
-            torch.arange(s, s + n, device=x.device)
-            for s, n in zip(starts, packed.lengths, strict=True)
-        ),
-    ]
+    windows = states[slots.long()].masked_fill_(~where["resumed"][:, None, None], 0)
+    padded, rows = _behind(windows, x, packed.lengths)
     num_rows, channels = max(len(padded) - reach, 0), len(weight)
     out = padded.new_empty(num_rows, channels)
     # A few rows at a time, so that every pass hits the processor's cache.
@@ -64,15 +53,16 @@ def prefill_conv1d(
         stop = min(begin + room, num_rows)
         block = padded[begin : stop + reach].float()
         taps = [block[w : w + stop - begin] for w in range(reach + 1)]
-        out[begin:stop] = _finish(_taps(taps, weight), bias, silu, torch.float32)
+        out[begin:stop] = _convolved(taps, weight, bias, silu, torch.float32)
     own = zip(range(len(slots)), packed.lengths, slots.tolist(), strict=True)
     saves = [(sequence, length, slot) for sequence, length, slot in own if length]
     if (exports := where["exports"]) is not None:
         saves += zip(exports.sequences, exports.ends, exports.slots, strict=True)
+    starts = running_sum(packed.lengths)
     for sequence, end, slot in saves:
-        first = starts[sequence] + end
+        first = starts[sequence] + sequence * reach + end
         states[slot].copy_(padded[first : first + reach].mT)
-    return out[torch.cat(rows)]
+    return out[rows]
 
 
 def decode_conv1d(
@@ -94,31 +84,36 @@ def decode_conv1d(
     if packed is None:
         window = torch.cat([states[index], x[:, :, None].to(states.dtype)], dim=2)  # [B, C, W]
         states[index] = window[:, :, 1:]
-        return _finish(_taps(list(window.unbind(2)), weight), bias, silu, x.dtype)
+        return _convolved(window.unbind(2), weight, bias, silu, x.dtype)
     assert step_slots is not None, "several tokens per sequence need slots for their windows"
-    reach = weight.shape[1] - 1
-    windows, pieces, starts = states[index].mT, list[torch.Tensor](), list[int]()
-    for b, tokens in enumerate(x.split(packed.lengths)):
-        starts += range(len(starts) + b * reach, len(starts) + b * reach + len(tokens))
-        pieces += [windows[b], tokens.to(states.dtype)]
-    # [T + B (W - 1), C], every sequence after its window
-    padded = torch.cat(pieces) if pieces else x
-    first = torch.tensor(starts, dtype=torch.long, device=x.device)
-    taps = [padded[first + w] for w in range(reach + 1)]
+    padded, first = _behind(states[index], x.to(states.dtype), packed.lengths)
+    taps = [padded[first + w] for w in range(weight.shape[1])]
     states[step_slots.long()] = torch.stack(taps[1:], dim=2)
-    return _finish(_taps(taps, weight), bias, silu, x.dtype)
+    return _convolved(taps, weight, bias, silu, x.dtype)
 
 
-def _taps(taps: list[torch.Tensor], weight: torch.Tensor) -> torch.Tensor:
+def _behind(
+    windows: torch.Tensor, x: torch.Tensor, lengths: Sequence[int]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the tokens of each sequence behind its window, ``[T + B (W - 1), C]``, and the row of
+    the oldest input of each token."""
+    pieces = [x[:0]]
+    for window, tokens in zip(windows.mT, x.split(lengths), strict=True):
+        pieces += [window.to(x.dtype), tokens]
+    rows = np.arange(len(x)) + np.repeat(np.arange(len(windows)) * windows.shape[2], lengths)
+    return torch.cat(pieces), torch.from_numpy(rows).to(x.device)
+
+
+def _convolved(
+    taps: Sequence[torch.Tensor],
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    silu: bool,
+    dtype: torch.dtype,
+) -> torch.Tensor:
     total = taps[0].float() * weight[:, 0].float()
     for w, tap in enumerate(taps[1:], start=1):
         total.addcmul_(tap.float(), weight[:, w].float())
-    return total
-
-
-def _finish(
-    total: torch.Tensor, bias: torch.Tensor | None, silu: bool, dtype: torch.dtype
-) -> torch.Tensor:
     if bias is not None:
         total += bias.float()
     if not silu:
