@@ -315,9 +315,13 @@ class HybridRadixCache:
                 grid_len = saved_len
         offload = self.offload
         loadable = () if offload is None else offload.loadable(deepest, cached_len, num_tokens)
-        never_seen, kv_evicted = num_tokens - seen_len, seen_len - kv_match_len
-        never_saved, below_grid = grid_len - saved_len, kv_match_len - grid_len
-        losses = Losses(never_seen, kv_evicted, saved_len - cached_len, never_saved, below_grid)
+        losses = Losses(
+            num_tokens - seen_len,
+            seen_len - kv_match_len,
+            saved_len - cached_len,
+            grid_len - saved_len,
+            kv_match_len - grid_len,
+        )
         return PrefixMatch(
             num_tokens,
             cached_len,
@@ -527,11 +531,10 @@ class HybridRadixCache:
         self._locked_slots -= node.checkpoint is not None
         if self._unsettled.pop(node, None) is None:
             self._unsettled[node] = -1
-        if self._withheld:
-            for item in (node.checkpoint, node.kv):
-                if item in self._withheld:
-                    self._withheld.discard(item)
-                    self.policy.add(item)
+        for item in (node.checkpoint, node.kv):
+            if item in self._withheld:
+                self._withheld.discard(item)
+                self.policy.add(item)
 
     def _usable(self, node: NodeHandle | None) -> RadixNode | None:
         """Return the node in which ``node`` ends, or None for None.
@@ -899,10 +902,8 @@ class HybridRadixCache:
         if not self._keeps:
             return InsertResult(0, EMPTY, tuple(rejected), None)
         node = base if base is not None else self._tree.root(namespace)
-        inside, first = None, node.end
-        kv_match_len = first
-        if node.children is not None:
-            node, inside, kv_match_len = self._tree.walk(node, ids, first)
+        first = node.end
+        node, inside, kv_match_len = self._tree.walk(node, ids, first)
         if owned_from > kv_match_len:
             raise ValueError(
                 f"owned_from is {owned_from}, but the cache holds only {kv_match_len} of these "
@@ -916,8 +917,9 @@ class HybridRadixCache:
                 self._withdraw(kv)
             ends.sort()
             leaf = self._append(node, ids, first, kv_indices, ends)
-            self.cached_tokens += num_tokens - kv_match_len
-            self.stats.inserted_tokens += num_tokens - kv_match_len
+            num_new = num_tokens - kv_match_len
+            self.cached_tokens += num_new
+            self.stats.inserted_tokens += num_new
             if type(node.children) is dict and len(node.children) == 2:
                 self._review(node)
         elif kv is not None:
@@ -1010,10 +1012,10 @@ class HybridRadixCache:
         """
         last = tip = self._usable(node)
         renamed = list[RadixNode]() if last is None else claim(last, session)
-        while tip is not None and type(tip.children) is not dict and tip.checkpoint is None:
-            tip = tip.parent
-        if tip is not None and type(tip.children) is not dict and tip.checkpoint is not None:
-            item = tip.checkpoint
+        while tip is not None and type(tip.children) is not dict:
+            if (item := tip.checkpoint) is None:
+                tip = tip.parent
+                continue
             item.promise = None
             if returns_within_s is not None:
                 now_s = self.policy.clock()
@@ -1022,6 +1024,7 @@ class HybridRadixCache:
                 item.stop_reason = stop_reason
                 self.policy.on_relabelled(item)
                 renamed.append(tip)
+            break
         if stop_reason == SESSION_END and session and last is not None:
             for ended in mark_ended(last, session):
                 self.policy.on_relabelled(ended)

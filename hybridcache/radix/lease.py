@@ -232,8 +232,8 @@ class Lease:
         """Earlier contents of the rolling slot, until they are overwritten for certain."""
         if cache.arena is not None:
             cache.arena.holders[self] = None
-        if cached_len and request.table_row is not None:
-            self._note_changed(request.table_row, 0, cached_len)
+        if cached_len:
+            self._note_changed(0, cached_len)
         if match.resumed is not None and state_slot is not None:
             cache.steps.restores[self] = match.resumed.slot, state_slot
 
@@ -445,9 +445,7 @@ class Lease:
         self.extended_len = end
         if cache.steps.transfers:
             self._await_transfers(start)
-        table_row = self._request.table_row
-        if table_row is not None:
-            self._note_changed(table_row, start, end)
+        self._note_changed(start, end)
         if start == self.cached_len:
             self._count()
         return True
@@ -458,11 +456,13 @@ class Lease:
         self._awaited_from = min(start, self._awaited_from) if due is self._awaited else start
         self._awaited = due
 
-    def _note_changed(self, table_row: int, start: int, end: int) -> None:
-        """Put the rows of positions [start, end) into the next step plan."""
-        writes = self.cache.steps.row_writes
-        _, first, last = writes.get(self, (table_row, start, end))
-        writes[self] = table_row, min(start, first), max(end, last)
+    def _note_changed(self, start: int, end: int) -> None:
+        """Put the rows of positions [start, end) into the next step plan, if the request has a row
+        of the request table."""
+        writes, table_row = self.cache.steps.row_writes, self._request.table_row
+        if table_row is not None:
+            _, first, last = writes.get(self, (table_row, start, end))
+            writes[self] = table_row, min(start, first), max(end, last)
 
     def rows_moved(self, move: Move) -> int:
         """Rename the rows of an emptied slab (``RowHolder``), and return how many of them are held.
@@ -476,9 +476,8 @@ class Lease:
         self._slabs.discard(move.slab)
         self._slabs.update(np.bincount(move.dst // slab_rows).nonzero()[0].tolist())
         moved = move.rename(self._rows[start : self.extended_len]) + start
-        table_row = self._request.table_row
-        if len(moved) and table_row is not None:
-            self._note_changed(table_row, int(moved[0]), int(moved[-1]) + 1)
+        if len(moved):
+            self._note_changed(int(moved[0]), int(moved[-1]) + 1)
         return len(moved) - int(moved.searchsorted(self.published_len))
 
     def _count(self) -> None:
@@ -572,8 +571,6 @@ class Lease:
             raise self._misuse(start, end)
         if start >= self.prompt_len:
             return self._roll(start, end, max_slots)
-        if not self._planned and not self._pending:
-            return ()
         num_taken = 0
         for position, placed in tuple(self._planned.items()):
             if start < position <= end:
@@ -595,14 +592,16 @@ class Lease:
         interval = self._interval
         if interval is None or (position := end // interval * interval) <= start:
             return ()
-        rolling = self._rolling
-        if rolling is None and max_slots is not None and max_slots <= 0:
+        if (rolling := self._rolling) is not None:
+            slot = rolling[1]
+        elif max_slots is not None and max_slots <= 0:
             return None
-        slot = self.cache.allocate_slot(self._lock) if rolling is None else rolling[1]
-        if slot is None:
+        elif (new := self.cache.allocate_slot(self._lock)) is None:
             return ()
-        if rolling is None and self.cache.steps.transfers:
-            self._await_transfers(start)
+        else:
+            slot = new
+            if self.cache.steps.transfers:
+                self._await_transfers(start)
         if rolling is None or rolling[0] != position:
             self._overwritten, self._rolling = rolling, (position, slot)
         return ((position, slot),)
@@ -717,10 +716,9 @@ class Lease:
             pending[computed_len, own_slot] = planned.pop(computed_len, kept)
             own_slot = self.state_slot = None
         self._planned, self._rolling = {}, None
-        if pending and max(pending)[0] > published_len:
-            for saved in [saved for saved in pending if saved[0] > published_len]:
-                cache.free_slot(saved[1])
-                placement.on_dropped(pending.pop(saved))
+        for saved in [saved for saved in pending if saved[0] > published_len]:
+            cache.free_slot(saved[1])
+            placement.on_dropped(pending.pop(saved))
         for placed in planned.values():
             placement.on_dropped(placed)
         tip: NodeHandle | None = self._lock.node
@@ -753,10 +751,8 @@ class Lease:
         the tree has not taken, are freed.
         """
         cache, first, before, saved = self.cache, self.published_len, self._lock, self._pending
-        later: dict[Saved, Placed] = {}
-        if saved and not is_last and max(saved)[0] > computed_len:
-            later = {one: placed for one, placed in saved.items() if one[0] > computed_len}
-            saved = {one: placed for one, placed in saved.items() if one[0] <= computed_len}
+        later = {one: placed for one, placed in saved.items() if one[0] > computed_len}
+        saved = {one: placed for one, placed in saved.items() if one not in later}
         ids, rows = tokens[first:computed_len].tobytes(), self._rows[:computed_len]
         self.published_len, duplicates, rejected_slots, node = cache.publish(
             ids, rows, saved.items(), self._request.namespace, first, before.node
@@ -771,8 +767,8 @@ class Lease:
             cache.unlock(before)
             if len(duplicates):
                 self._unread_len = end = first + len(duplicates)
+                self._note_changed(first, end)
                 if self._request.table_row is not None:
-                    self._note_changed(self._request.table_row, first, end)
                     self._read_rows()  # Now: later moves are noted for rows that were read.
         for (_, slot), placed in saved.items():
             if slot in rejected_slots:
