@@ -538,6 +538,7 @@ class Intake:
         """
         self.config, self.tokenizer = config, tokenizer
         self.vocab_size, self.max_model_len = vocab_size, max_model_len
+        self._ids = f"token ids from 0 to {vocab_size - 1}"
         self.sampling_defaults = sampling_defaults(config)
         """Defaults of ``SamplingParams`` that the model recommends."""
         self.default_sampling = SamplingParams(**self.sampling_defaults)
@@ -560,8 +561,7 @@ class Intake:
         except ValueError:
             tokens = np.empty((0, 0))
         if tokens.ndim != 1 or (len(tokens) and tokens.dtype.kind not in "iu"):
-            ids = f"token ids from 0 to {self.vocab_size - 1}"
-            raise ValueError(f"prompt must be a text or a flat list of {ids}.")
+            raise ValueError(f"prompt must be a text or a flat list of {self._ids}.")
         self.check(tokens, sampling, spec.prompt_logprobs)
         if type(spec.namespace) not in PLAIN:
             require_namespace(spec.namespace)
@@ -584,12 +584,12 @@ class Intake:
     ) -> None:
         """Raise ValueError for a prompt and parameters that cannot be served. ``num_scores``: the
         spec's ``prompt_logprobs``. O(length of the prompt)."""
-        ids = f"token ids from 0 to {self.vocab_size - 1}"
         if not len(tokens):
             raise ValueError("prompt must have at least one token (got none).")
         least, most = int(tokens.min()), int(tokens.max())
         if least < 0 or most >= self.vocab_size:
-            raise ValueError(f"prompt must contain {ids} (got {least if least < 0 else most}).")
+            wrong = least if least < 0 else most
+            raise ValueError(f"prompt must contain {self._ids} (got {wrong}).")
         if num_scores is not None:
             SCORES.check("prompt_logprobs", num_scores)
         if sampling.max_tokens == 0 and num_scores is None:
@@ -600,7 +600,7 @@ class Intake:
         named = {"stop_token_ids": sampling.stop_token_ids, "logit_bias": dict(sampling.logit_bias)}
         for name, given in named.items():
             if given and max(given) >= self.vocab_size:
-                raise ValueError(f"{name} must contain {ids} (got {max(given)}).")
+                raise ValueError(f"{name} must contain {self._ids} (got {max(given)}).")
         has_text = self.tokenizer is not None and not isinstance(self.tokenizer, IdTokenizer)
         if sampling.thinking_token_budget is not None and not has_text:
             raise ValueError("thinking_token_budget requires a tokenizer, and the engine has none.")

@@ -71,11 +71,11 @@ class Sampler:
         """Start drawing a token for each request, from its row of ``logits [N, vocab]``. ``rows``
         ascend."""
         logits = _pick(logits, rows)
-        wanted: dict[int, int] = {}
-        for row, request in enumerate(requests):
-            num_top = request.params.logprobs
-            if num_top is not None:
-                wanted[row] = num_top
+        wanted = {
+            row: num_top
+            for row, request in enumerate(requests)
+            if (num_top := request.params.logprobs) is not None
+        }
         scores = _ruled(logits, requests)
         if all(request.params.is_greedy for request in requests):
             return Drawn(scores.argmax(dim=-1), logits, wanted)
@@ -130,11 +130,11 @@ def _ruled(logits: torch.Tensor, requests: Sequence[SamplingInput]) -> torch.Ten
     added = {row: ruling.added for row, ruling in rulings if ruling.added is not None}
     repeats = {row: ruling.repeats for row, ruling in rulings if ruling.repeats is not None}
     masks = {row: ruling.mask for row, ruling in rulings if ruling.mask is not None}
+    if not (added or repeats or masks):
+        return logits
     device, size = logits.device, logits.shape[-1]
-    flat = given = logits
-    if added or repeats:
-        logits = logits.to(torch.float32, copy=True)
-        flat = logits.view(-1)
+    logits = logits.to(torch.float32 if added or repeats else logits.dtype, copy=True)
+    flat = logits.view(-1)
     if added:
         places = np.concatenate([ids + row * size for row, (ids, _) in added.items()])
         values = np.concatenate([values for _, values in added.values()])
@@ -148,12 +148,11 @@ def _ruled(logits: torch.Tensor, requests: Sequence[SamplingInput]) -> torch.Ten
         found = flat[index]
         flat[index] = torch.where(found > 0, found / factor, found * factor) - less
     masked = np.array([*masks])
-    for part in _parts(len(masks), size) if masks else ():
+    for part in _parts(len(masks), size):
         bits = upload(np.stack([*masks.values()][part]), torch.uint8, device)[:, :, None]
         bits = bits >> torch.arange(8, dtype=torch.uint8, device=device)
         forbidden = (bits & 1 == 0).flatten(1)[:, :size]
         index = upload(masked[part], torch.int64, device)
-        logits = logits.clone() if logits is given else logits
         logits[index] = logits[index].masked_fill(forbidden, -torch.inf)
     return logits
 
