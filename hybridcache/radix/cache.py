@@ -115,7 +115,7 @@ class RowIndex:
         """Rename the rows of ``move`` in their edges, and return how many of them are cached.
         O(rows of those edges + rows added since the last move)."""
         if self.new:
-            added = [edge.rows for edge in self.new.values()]
+            added = [edge.indices for edge in self.new.values()]
             # Four times as fast as with int32 for an index, which numpy casts a piece at a time.
             index = np.concatenate(added, dtype=np.intp)
             self._serials[index] = np.repeat(list(self.new), list(map(len, added)))
@@ -128,7 +128,9 @@ class RowIndex:
         for serial in {*serials[ends].tolist(), serials.item(-1)}:
             # A row that left the tree keeps the serial of an edge that is gone, or has lost it.
             if (edge := self._known.get(serial)) is not None:
-                num_owned += len(move.rename(edge.rows))
+                rows = edge.indices.copy()
+                num_owned += len(move.rename(rows))
+                edge.rows = rows.tobytes()
         return num_owned
 
     def renumbered(self, edge: Edge) -> None:
@@ -141,7 +143,7 @@ class RowIndex:
         known = {edge.serial: edge for edge in edges}
         assert known == self._known | self.new, "the edges known are not those of the tree"
         for serial in self._known.keys() - self.new.keys():
-            is_found = self._serials[self._known[serial].rows] == serial
+            is_found = self._serials[self._known[serial].indices] == serial
             assert is_found.all(), f"a row of edge {serial} is lost"
 
 
@@ -345,7 +347,7 @@ class HybridRadixCache:
             above = above.parent
         if not parts:
             return EMPTY
-        rows = np.concatenate(parts[::-1])
+        rows = np.frombuffer(bytearray().join(parts[::-1]), INT32)
         return rows[: node.length] if isinstance(node, PathPart) else rows
 
     def protected(self) -> Protected:
@@ -782,16 +784,16 @@ class HybridRadixCache:
         self.policy.discard(kv, evicted=True)
         if leaf.checkpoint is not None:
             self._drop_checkpoint(leaf)
-        freed: list[Indices] = []
+        freed: list[bytes] = []
         while kv is not None:
             if leaf.pins:  # Of a returned lock. A ghost may be split, and has no pins then.
                 self.protected()
-            parent, rows = leaf.parent, kv.rows
+            parent = leaf.parent
             assert parent is not None
             above = parent.kv
             if self._listeners:
                 self._notify("kv_removed", leaf)
-            freed.append(rows)
+            freed.append(kv.rows)
             if above is not None:
                 above.uses += kv.uses
                 if kv.last_used > above.last_used:
@@ -799,9 +801,9 @@ class HybridRadixCache:
             if self._row_index is not None:
                 self._row_index.remove(kv)
             leaf.kv = None
-            kv.rows = EMPTY  # a policy's queue may hold the edge for a while yet
+            kv.rows = b""  # a policy's queue may hold the edge for a while yet
             self._tree.fade(leaf)
-            self.ghosts.add(leaf, rows)
+            self.ghosts.add(leaf, freed[-1])
             if parent.children is not None:
                 if type(parent.children) is RadixNode:  # The path does not fork any more.
                     self._review(parent)
@@ -811,8 +813,7 @@ class HybridRadixCache:
                     self.policy.add(above)
                 break
             leaf, kv = parent, above
-        if len(freed) > 1:
-            rows = np.concatenate(freed)
+        rows = np.frombuffer(b"".join(freed), INT32)
         self._pages.free(rows)
         self.cached_tokens -= len(rows)
         self.stats.evicted_tokens += len(rows)
@@ -984,9 +985,11 @@ class HybridRadixCache:
             kv, first = last.kv, last.start
             if kv is not None and first < end:
                 low, high = max(first, start), min(last.end, end)
-                part = kv.rows[low - first : high - first]
+                changed = kv.indices.copy()
+                part = changed[low - first : high - first]
                 former[low - start : high - start] = part
                 part[:] = rows[low - start : high - start]
+                kv.rows = changed.tobytes()
                 if self._row_index is not None:
                     self._row_index.renumbered(kv)
             last = last.parent
@@ -1077,7 +1080,7 @@ class HybridRadixCache:
         index, listeners = self._row_index, self._listeners
         for node in path:
             end = node.end - first
-            node.kv = Edge(node, rows[start:end].copy(), now, serial, item_bytes)
+            node.kv = Edge(node, rows[start:end].tobytes(), now, serial, item_bytes)
             if index is not None:
                 index.new[serial] = node.kv
             if listeners:
@@ -1130,11 +1133,10 @@ class HybridRadixCache:
         upper, kv = self._tree.split(lower, position), lower.kv
         assert kv is not None
         upper.pins = 1 if lower.pins else 0
-        cut = len(kv.rows) - (lower.end - position)
-        serial, rows = self.num_items, kv.rows
-        upper.kv = Edge(upper, rows[:cut].copy(), kv.created, serial, self.item_bytes)
+        serial, rows, cut = self.num_items, kv.rows, len(upper.edge)
+        upper.kv = Edge(upper, rows[:cut], kv.created, serial, self.item_bytes)
         self.num_items += 1
-        kv.rows = rows[cut:].copy()
+        kv.rows = rows[cut:]
         if self._row_index is not None:
             self._row_index.new[serial] = upper.kv
         if self._listeners:
@@ -1287,7 +1289,7 @@ class HybridRadixCache:
     def _check_rows(self, edges: list[Edge]) -> None:
         pages, counted = self._pages, self.cached_tokens
         pages.check()
-        cached = np.concatenate([EMPTY, *(edge.rows for edge in edges)])
+        cached = np.frombuffer(b"".join(edge.rows for edge in edges), INT32)
         assert len(cached) == counted, f"{len(cached)} rows cached, counted {counted}"
         is_in_range = cached.min(initial=0) >= 0 and cached.max(initial=-1) < pages.capacity
         assert is_in_range, "a cached row is out of range"

@@ -262,7 +262,7 @@ class _Checks(HybridRadixCache):
         super()._store_rows(path, rows, first)
         for node in path:
             assert node.kv is not None
-            self._owners.put(node.kv.rows, CACHED)
+            self._owners.put(node.kv.indices, CACHED)
 
     def _require_held(self, rows: Indices) -> None:
         """Raise ValueError unless callers of ``allocate_kv`` hold ``rows``, each given once."""

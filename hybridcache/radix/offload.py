@@ -86,10 +86,10 @@ class OffloadTiers(GhostList):
         self.copied_rows: dict[tuple[str, str], int] = {}
         """Rows copied so far, by (source tier, destination tier)."""
 
-    def add(self, ghost: RadixNode, rows: Indices = EMPTY) -> None:
+    def add(self, ghost: RadixNode, rows: bytes = b"") -> None:
         """Offer ``rows``, of which the KV is still there, to the tiers; list ``ghost`` if they do
         not take it."""
-        if not len(rows) or not self.add_kv(ghost, rows):
+        if not rows or not self.add_kv(ghost, np.frombuffer(rows, np.int32)):
             super().add(ghost)
 
     def discard(self, path: Iterable[RadixNode]) -> None:

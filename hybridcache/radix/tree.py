@@ -7,8 +7,9 @@ it has no KV on the device. Resident children and ghosts are separate families, 
 of the KV and the length of the seen tokens are two plain walks without recursion.
 
 An edge is stored as the bytes of its int32 ids (4 per token), so that an edge is compared with one
-``memcmp``. A split copies both parts, so that no node keeps the memory of an evicted one. The key
-of a child is the first page of its edge, in bytes.
+``memcmp``. Its KV rows are stored as bytes too, because an array takes 100 bytes more. A split
+copies both parts, so that no node keeps the memory of an evicted one. The key of a child is the
+first page of its edge, in bytes.
 
 ``RadixTree`` has no policy and no memory: the cache decides when a node changes. ``GhostList``
 discards the oldest ghosts beyond its limit of bytes.
@@ -24,7 +25,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias, final
 import numpy as np
 
 from hybridcache.allocators.moves import Indices
-from hybridcache.radix.tokens import EMPTY, PLAIN, Tokens, common_prefix_len, require_namespace
+from hybridcache.radix.tokens import PLAIN, Tokens, common_prefix_len, require_namespace
 
 TOKEN_BYTES = 4
 """Bytes of one int32 token id."""
@@ -341,10 +342,11 @@ class Edge(Item):
     distance = 0
 
     def __init__(
-        self, node: RadixNode, rows: Indices, now: int, serial: int, item_bytes: ItemBytes
+        self, node: RadixNode, rows: bytes, now: int, serial: int, item_bytes: ItemBytes
     ) -> None:
         self.node = node
         self.position = node.end
+        # Bytes of the int32 rows, which the cache replaces.
         self.rows = rows
         self.created = self.last_used = now
         self.serial = serial
@@ -354,10 +356,8 @@ class Edge(Item):
 
     @property
     def indices(self) -> Indices:
-        """KV rows, int32[n]: a read-only view of ``rows``, which the cache changes."""
-        view = self.rows.view()
-        view.flags.writeable = False
-        return view
+        """KV rows: int32[n], read-only. The cache replaces them if they move."""
+        return np.frombuffer(self.rows, np.int32)
 
     @property
     def promise(self) -> Promise | None:  # type: ignore[override]
@@ -786,7 +786,7 @@ class RadixTree:
             is_bare = not node.children and checkpoint is None and not node.locks
             assert is_bare, f"ghost {node} has resident children, a checkpoint or a lock"
         else:
-            assert len(kv.rows) == length, f"{node} has {len(kv.rows)} rows"
+            assert len(kv.rows) == len(node.edge), f"{node} has {len(kv.indices)} rows"
             assert kv.node is node, f"the rows of {node} belong to {kv.node}"
         if checkpoint is not None:
             assert checkpoint.node is node, f"checkpoint of {node} belongs elsewhere"
@@ -847,8 +847,8 @@ class GhostList:
         """Iterate over all ghosts, the next to be removed first."""
         return iter(self._order)
 
-    def add(self, ghost: RadixNode, rows: Indices = EMPTY) -> None:
-        """Add ``ghost``, which has just lost its KV. ``rows`` held it, and are free by now."""
+    def add(self, ghost: RadixNode, rows: bytes = b"") -> None:
+        """Add ``ghost``, which has just lost its KV in ``rows``."""
         parent = ghost.parent
         assert parent is not None
         self._order[ghost] = None
