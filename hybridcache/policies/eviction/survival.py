@@ -76,7 +76,7 @@ def _cells(first: Ints, ages: Ints) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]
     """Return the cell of each stage in a table with rows that begin at ``first``, and the time that
     it spent in the last bin."""
     bins = np.maximum(_BIN_OF.take(ages, mode="clip"), _FAR_BIN_OF.take(ages >> _FAR, mode="clip"))
-    return first + bins, ages - EDGES[bins] + 0.5
+    return first + bins, ages - EDGES.take(bins) + 0.5
 
 
 class _Generation(NamedTuple):
@@ -277,7 +277,7 @@ class Hazards:
             else:
                 shape, doubt = hazard.take(parents, axis=0), DOUBT
             exposed, num_used = exposure[places], uses[places]
-            foretold = np.matmul(exposed[:, None, :], shape[:, :, None])[:, 0, 0]
+            foretold = (exposed * shape).sum(axis=1)
             if models is not None or length > self._general_from:
                 all_used, all_foretold = np.bincount(facts, num_used), np.bincount(facts, foretold)
                 effects = _level(all_used, all_foretold, DOUBT, WEIGHT)[facts]
@@ -298,8 +298,9 @@ class Hazards:
             self._families.append(generation << _ROW_BITS | (0 if parent is None else parent + 1))
             fact = generation, parent if is_modelled else key[-1]
             self._facts.append(numbers.setdefault(fact, len(numbers)))
+        by_family = sorted(range(len(self._families)), key=self._families.__getitem__)
         families, facts = np.array((self._families, self._facts), np.int64)
-        self._order = order = families.argsort(kind="stable")
+        self._order = order = np.array(by_family)
         families, facts, priors = families.take(order), facts.take(order), np.array(self._priors)
         place_of = np.empty(len(order) + 1, np.int64)
         place_of[0], place_of[order + 1] = -1, np.arange(len(order))
@@ -358,9 +359,8 @@ def _level(
     standard deviations. ``added`` uses are added to each."""
     difference = uses - foretold
     if doubt:
-        spread = np.sqrt(np.maximum(np.maximum(uses, foretold), 1.0))
-        clear = np.maximum(np.abs(difference) - doubt * spread, 0.0)
-        difference = np.copysign(clear, difference)
+        doubtful = doubt * np.sqrt(np.maximum(np.maximum(uses, foretold), 1.0))
+        difference = difference - np.minimum(np.maximum(difference, -doubtful), doubtful)
     return np.asarray(np.maximum((foretold + difference + added) / (foretold + added), 1e-3))
 
 
@@ -378,7 +378,7 @@ def index_of(hazard: Floats) -> Floats:
     np.cumsum(survive[:-1] * np.expm1(-steps) * widths / steps, axis=0, out=spent[1:])
     best = np.zeros((num_bins, num_rows))
     # With very few survivors, rounding can keep the expected time from growing.
-    is_stuck = (spent[1:] >= spent[:-1]).any()
+    is_stuck = (spent[:-1] - spent[1:]).min() <= 0.0
     for length in range(1, num_bins + 1):
         used, time = ends[:, :-length] - ends[:, length:]
         if is_stuck:
