@@ -20,6 +20,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Collection, Hashable, Iterable, Iterator
 from itertools import chain, islice
+from operator import attrgetter
 from typing import Any, Literal, NamedTuple, TypeAlias, final
 
 import numpy as np
@@ -185,14 +186,14 @@ class Item:
     Write only ``memo``, and that in eviction policies only: other attributes are the cache's.
     """
 
-    __slots__ = ("created", "item_bytes", "last_used", "memo", "node", "position", "serial", "uses")
+    __slots__ = ("created", "item_bytes", "last_used", "memo", "node", "serial", "uses")
 
     memo: Any
     """Data of the policy. None at first, and kept as long as the item lives. An item that was read
     from a file can lack it: see ``EvictionPolicy.on_ghost_hit``."""
     kind: Kind
     """Kind of the freed memory: KV rows, or a checkpoint's slot."""
-    position: int
+    position: int = property(attrgetter("node.end"))  # type: ignore[assignment]
     """Number of tokens from the root to its end."""
     serial: int
     """Creation number among all items of the cache. Breaks ties, so that runs are reproducible."""
@@ -345,7 +346,6 @@ class Edge(Item):
         self, node: RadixNode, rows: bytes, now: int, serial: int, item_bytes: ItemBytes
     ) -> None:
         self.node = node
-        self.position = node.end
         # Bytes of the int32 rows, which the cache replaces.
         self.rows = rows
         self.created = self.last_used = now
@@ -396,7 +396,6 @@ class Checkpoint(Item):
         self, node: RadixNode, slot: int, now: int, serial: int, item_bytes: ItemBytes
     ) -> None:
         self.node = node
-        self.position = node.end
         self.slot = slot
         self.created = self.last_used = now
         self.serial = serial

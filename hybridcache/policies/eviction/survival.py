@@ -247,8 +247,9 @@ class Hazards:
         num_bins = bisect_right(_EDGE_LIST, latest)
         hazard = self._hazards(now, num_bins)
         self.index[: len(hazard), :num_bins] = index_of(hazard)
-        heavy = (self._events[: len(hazard)].sum(axis=1) > MEMORY).nonzero()[0]
-        if len(heavy):
+        num_events = self._events[: len(hazard)].sum(axis=1)
+        if num_events.max(initial=0.0) > MEMORY:
+            heavy = (num_events > MEMORY).nonzero()[0]
             for counts in (self._events, self._reached, self._partial):
                 counts[heavy] *= 0.5
         return True
@@ -300,7 +301,7 @@ class Hazards:
             self._facts.append(numbers.setdefault(fact, len(numbers)))
         by_family = sorted(range(len(self._families)), key=self._families.__getitem__)
         families, facts = np.array((self._families, self._facts), np.int64)
-        self._order = order = np.array(by_family)
+        self._order = order = np.array(by_family, np.int64)
         families, facts, priors = families.take(order), facts.take(order), np.array(self._priors)
         place_of = np.empty(len(order) + 1, np.int64)
         place_of[0], place_of[order + 1] = -1, np.arange(len(order))
@@ -378,7 +379,7 @@ def index_of(hazard: Floats) -> Floats:
     np.cumsum(survive[:-1] * np.expm1(-steps) * widths / steps, axis=0, out=spent[1:])
     best = np.zeros((num_bins, num_rows))
     # With very few survivors, rounding can keep the expected time from growing.
-    is_stuck = (spent[:-1] - spent[1:]).min() <= 0.0
+    is_stuck = (spent[:-1] - spent[1:]).min(initial=1.0) <= 0.0
     for length in range(1, num_bins + 1):
         used, time = ends[:, :-length] - ends[:, length:]
         if is_stuck:
