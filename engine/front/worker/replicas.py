@@ -11,11 +11,11 @@ import signal
 import sys
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Coroutine, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol, TypeVar, cast
+from typing import Any, cast
 
 import numpy as np
 from msgspec import structs
@@ -219,22 +219,8 @@ BROKEN_OFF = StepFailed("the replica that computed it died; send the request aga
 logger = logging.getLogger(__name__)
 
 
-Result = TypeVar("Result", covariant=True)
-
-
-class Remote(Protocol[Result]):
-    """Method of an actor, called in its process."""
-
-    def remote(self, *arguments: object) -> Result: ...
-
-
-class Actor(Protocol):
-    """``EngineReplica`` in another process."""
-
-    generate: Remote[AsyncIterator[Awaitable[RequestOutput]]]
-    events: Remote[AsyncIterator[Awaitable[EventBatch]]]
-    tell: Remote[Awaitable[Any]]
-    facts: Remote[object]
+Actor = Any
+"""``EngineReplica`` in another process: ``remote`` of a method calls it there."""
 
 
 class Progress:
@@ -428,7 +414,7 @@ class FleetChannel(EngineChannel):
                         self._end(request, whole)
                         return
                     if whole.new_token_ids or whole.new_text:
-                        self._deliver(whole)
+                        self.front.receive(Outputs((whole,)))
             except asyncio.CancelledError:
                 if outputs is not None:
                     self._fleet.cancel(outputs)
@@ -450,10 +436,7 @@ class FleetChannel(EngineChannel):
         if self._requests.get(request.request_id) is request:
             del self._requests[request.request_id]
             self.router.ended(request.request_id, time.monotonic())
-            self._deliver(last)
-
-    def _deliver(self, output: RequestOutput) -> None:
-        self.front.receive(Outputs((output,)))
+            self.front.receive(Outputs((last,)))
 
     async def _answer(self, question: Question) -> None:
         try:
@@ -582,8 +565,7 @@ class RayFleet:
 
     def start(self, name: str) -> Actor:
         """Return a new replica, which is loading its model."""
-        replica: Actor = self._class.options(name=name).remote(self._config)
-        return replica
+        return self._class.options(name=name).remote(self._config)
 
     def facts(self, replicas: Iterable[Actor], address: str) -> Facts:
         """Wait until all ``replicas`` have loaded their models, and return the facts of the

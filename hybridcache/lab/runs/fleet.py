@@ -235,8 +235,7 @@ class Fleet:
             return
         request = asked.request
         known = RouteRequest(asked.number, request.tokens, request.namespace, request.boundaries)
-        choice = self.router.route(known, now)
-        replica = self.replicas[choice.replica]
+        replica = self.replicas[self.router.route(known, now).replica]
         replica.queue.append(asked)
         self._start(replica, now)
 
