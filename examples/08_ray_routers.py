@@ -31,10 +31,13 @@ from hybridcache import open_trace
 UNIT, TOKENS_PER_S, LIVE = 64, 10_000, 16
 VLLM = str(Path(__file__).resolve().parent / "07_ray_serve.py")
 AFFINITY = "ray.llm._internal.serve.routing_policies.prefix_aware.prefix_aware_router"
-SPEC = {"unit": UNIT, "num_state_groups": 1, "tokens_per_s": TOKENS_PER_S, "state_bytes": 1}
+SPEC = {"unit": UNIT, "num_state_groups": 1, "tokens_per_s": TOKENS_PER_S}
 TRACES = ["chat", "agent", "few-shot", "conversations?live=16&num_conversations=40&turns=4"]
 ROUTERS: dict[str, dict[str, Any]] = {
-    "RayRouter": {"request_router_class": "hybridcache.adapters.routing.ray_serve:RayRouter"},
+    "RayRouter": {
+        "request_router_class": "hybridcache.adapters.routing.ray_serve:RayRouter",
+        "request_router_kwargs": SPEC,
+    },
     "PrefixCacheAffinityRouter": {"request_router_class": f"{AFFINITY}:PrefixCacheAffinityRouter"},
     "two choices": {},
 }
@@ -86,10 +89,7 @@ def measure(
     trace: str, router: str, replicas: int, num_states: int, num_requests: int
 ) -> dict[str, Any]:
     """Serve a trace behind one router. Returns hits in percent and the mean TTFT in seconds."""
-    settings = ROUTERS[router]
-    if router == "RayRouter":
-        settings = settings | {"request_router_kwargs": SPEC | {"capacity_bytes": num_states}}
-    config = RequestRouterConfig(request_routing_stats_period_s=0.2, **settings)
+    config = RequestRouterConfig(request_routing_stats_period_s=0.2, **ROUTERS[router])
     stub = Stub.options(num_replicas=replicas, request_router_config=config)
     handle = serve.run(stub.bind(num_states), name=router.replace(" ", "-"), route_prefix=None)
     sessions: dict[Any, list[list[int]]] = {}

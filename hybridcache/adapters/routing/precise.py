@@ -73,9 +73,11 @@ class Reuse:
             self._seen = seen = {one: at for one, at in seen.items() if one % self._step == 0}
 
 
-InFlight = dict[Hashable, tuple[int, ...]]
+STATE, KV = 0, 1
+InFlight = dict[Hashable, list[tuple[int, int]]]
 """Prompts in flight to one replica: running requests, and those that ended since its events. Each
-has the hashes of the prefixes at which the placement policy may save a checkpoint."""
+has (STATE, hash) of the prefixes at which the placement policy may save a checkpoint, and (KV,
+hash) of all prefixes until its first token."""
 FACTS = ("up", "tokens", "waiting", "head", "head since", "written", "written since", "work")
 """Rows of the numbers of replicas."""
 
@@ -100,7 +102,8 @@ class CheckpointSeconds(Router):
     - Prefill from the deepest checkpoint available by then. This is a checkpoint reported by
       events, or one that a prompt in flight will save according to the replicas' placement policy.
       If matching KV has no checkpoint at its end, other prompts went there before. This one saves
-      one, and the prefill time that the next one saves by it is subtracted.
+      one, and the prefill time that the next one saves by it is subtracted. KV that waiting
+      prompts will compute counts as matching.
     - Displacement: new KV and the state at its end evict others. Their prefill time counts as far
       as evicted tokens are asked for again (``Reuse``), and grows with the rate at which the
       replica's memory is overwritten.
@@ -123,8 +126,8 @@ class CheckpointSeconds(Router):
         self.in_flight: dict[ReplicaId, InFlight] = {}
         self.write_rates: dict[ReplicaId, WriteRate] = {}
         self.reuse = Reuse(self.unit)
-        self._planned: dict[int, Counter[int]] = {}
-        """Number of prompts in flight to each replica that save a checkpoint, by its prefix."""
+        self._planned: dict[tuple[int, int], dict[int, int]] = {}
+        """Number of prompts in flight to each replica that leave a checkpoint or KV, by prefix."""
         self._numbers: dict[ReplicaId, int] = {}
         self._ids: list[ReplicaId | None] = []
         """Replicas by their numbers. The number of one that has left is given again."""
@@ -162,16 +165,18 @@ class CheckpointSeconds(Router):
         facts = 1.0, self.mirrors[replica].num_tokens, *load.work(), *writes.totals()
         self._facts[:, self._numbers[replica]] = facts
 
-    def _forget(self, replica: ReplicaId, request: Hashable) -> None:
-        """Remove a prompt in flight, if there is one."""
-        number = self._numbers[replica]
-        for prefix in self.in_flight[replica].pop(request, ()):
-            counts = self._planned[prefix]
+    def _forget(self, replica: ReplicaId, request: Hashable, first: int = STATE) -> None:
+        """Remove a prompt in flight, if there is one, or only its KV."""
+        number, keys = self._numbers[replica], self.in_flight[replica].get(request, [])
+        while keys and keys[-1][0] >= first:
+            counts = self._planned[key := keys.pop()]
             counts[number] -= 1
             if not counts[number]:
                 del counts[number]
             if not counts:
-                del self._planned[prefix]
+                del self._planned[key]
+        if first == STATE:
+            self.in_flight[replica].pop(request, None)
 
     def choose(self, request: RouteRequest, now: float) -> Choice:
         num_ids, unit = len(request.tokens), self.unit
@@ -211,10 +216,11 @@ class CheckpointSeconds(Router):
         number = int(equal[rendezvous(tie, self._salts[equal])])
         chosen, plan = self._ids[number], plans[kinds[number]]
         assert chosen is not None
-        prefixes = tuple(int(hashes[at // unit - 1]) for at in plan.saves if at >= unit)
-        self.in_flight[chosen][request.id] = prefixes
-        for prefix in prefixes:
-            self._planned.setdefault(prefix, Counter())[number] += 1
+        keys = [(STATE, int(hashes[at // unit - 1])) for at in plan.saves if at >= unit]
+        self.in_flight[chosen][request.id] = keys = keys + [(KV, one) for one in hashes.tolist()]
+        for key in keys:
+            counts = self._planned.setdefault(key, {})
+            counts[number] = counts.get(number, 0) + 1
         self.write_rates[chosen].sent(plan.new_bytes, plan.seconds, now)
         return Choice(chosen, int(depths[number]) * unit)
 
@@ -222,12 +228,19 @@ class CheckpointSeconds(Router):
         """Return (units that can be resumed, units of matching KV) of each numbered replica, from
         its events and its prompts in flight. O(prompt + matched nodes)."""
         most = (num_ids - 1) // self.unit
-        depths, matched = self.tree.match(ids, most, len(self._ids))
+        found = self.tree.match(ids, most, len(self._ids))
+        units, known = hashes.tolist() if self._planned else [], (set[int](), set[int]())
+        for at in range(len(units), 0, -1):
+            for row in (STATE, KV)[at > most :]:
+                counts = self._planned.get((row, units[at - 1]), {})
+                # A prompt with the KV of a longer prefix has this one's too.
+                if len(counts) > (len(known[KV]) if row == KV else 0):
+                    new = [*(counts.keys() - known[row])]
+                    found[row, new] = np.maximum(found[row, new], at)
+                    known[row].update(new)
+        depths, matched = found
         if not self.spec.stateful:
-            depths = np.minimum(matched, most)
-        for at, prefix in enumerate(hashes[:most].tolist() if self._planned else (), 1):
-            for number in self._planned.get(prefix, ()):
-                depths[number] = max(depths[number], at)
+            depths = np.maximum(depths, np.minimum(matched, most))
         return depths, matched
 
     def arrivals(self, now: float) -> float:
@@ -260,6 +273,7 @@ class CheckpointSeconds(Router):
     def prefilled(self, request: Hashable, now: float) -> None:
         super().prefilled(request, now)
         if (where := self._where.get(request)) is not None:
+            self._forget(where, request, KV)
             self._note(where)
 
     def ended(self, request: Hashable, now: float) -> None:
@@ -300,7 +314,7 @@ class CheckpointSeconds(Router):
         assert self.mirrors.keys() == self.in_flight.keys() == self.loads.keys()
         assert self.write_rates.keys() == self._numbers.keys() == self.loads.keys()
         prompts = chain(*(one.values() for one in self.in_flight.values()))
-        totals = {prefix: counts.total() for prefix, counts in self._planned.items()}
+        totals = {prefix: sum(counts.values()) for prefix, counts in self._planned.items()}
         assert Counter(chain(*prompts)) == totals
         before = self._facts.copy()
         for replica, mirror in self.mirrors.items():

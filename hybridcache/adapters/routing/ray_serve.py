@@ -24,6 +24,7 @@ from ray.serve.request_router import PendingRequest, RequestRouter, RunningRepli
 from hybridcache.adapters.routing.blocks import BlockEvents
 from hybridcache.adapters.routing.protocol import ReplicaSpec, RouteRequest
 from hybridcache.adapters.routing.registry import find_router
+from hybridcache.policies.registry import parse_placement
 
 
 class Speed(NamedTuple):
@@ -47,13 +48,15 @@ class RayRouter(RequestRouter):  # type: ignore[misc]
         state_bytes: int = 0,
         capacity_bytes: int | None = None,
         router: str = "checkpoint",
+        checkpoints: str = "branch,end",
     ) -> None:
         """Read ``request_router_kwargs``: the prefill speed of a replica, its
         ``--prefix-match-unit``, its cache groups with states (0 for attention-only models), bytes
-        of one token's KV and of one state, and the memory of its cache."""
-        sizes = kv_bytes, state_bytes, capacity_bytes
-        times, stateful = Speed(tokens_per_s), num_state_groups > 0
-        self.router = find_router(router)(ReplicaSpec(times, 1, unit, unit, *sizes, stateful))
+        of one token's KV and of one state, the memory of its cache, and the positions of a prompt
+        at which it saves states: of vLLM the fork and the end."""
+        sizes = kv_bytes, state_bytes, capacity_bytes, num_state_groups > 0
+        times, placed = Speed(tokens_per_s), parse_placement(checkpoints)
+        self.router = find_router(router)(ReplicaSpec(times, 1, unit, unit, *sizes, placed))
         self._layout = unit, num_state_groups
         self._followers: dict[str, asyncio.Task[None]] = {}
         self._sequences: dict[str, int] = {}
@@ -95,10 +98,13 @@ class RayRouter(RequestRouter):  # type: ignore[misc]
         if not up or not self.router.loads:
             return [candidate_replicas]
         chosen, now = self.router.least_loaded(), time.monotonic()
-        if pending_request is not None and (ids := tokens_of(pending_request)) is not None:
+        ids = pending_request and pending_request.kwargs.get("request_token_ids")
+        if pending_request and ids is not None and len(ids):
             request_id = pending_request.metadata.internal_request_id
             self.router.ended(request_id, now)  # Ray asks again if the replica was full.
-            chosen = self.router.route(RouteRequest(request_id, ids), now).replica
+            chosen = self.router.route(
+                RouteRequest(request_id, np.asarray(ids, np.int32)), now
+            ).replica
         first = [up[chosen]] if chosen in up else []
         return [first, [one for one in candidate_replicas if one not in first]]
 
@@ -162,11 +168,4 @@ class RayRouter(RequestRouter):  # type: ignore[misc]
         number, covered = self._sequences[name], tuple(self._covered[name])
         self._covered[name].clear()
         self._sequences[name] = number + 1
-        events = blocks.read(blocks.next_sequence, payload)
-        self.router.on_events(name, number, events, covered)
-
-
-def tokens_of(pending: PendingRequest) -> np.ndarray | None:
-    """Return the prompt's ids, int32[n], or None if the request does not have them."""
-    ids = pending.kwargs.get("request_token_ids")
-    return None if ids is None or not len(ids) else np.asarray(ids, np.int32)
+        self.router.on_events(name, number, blocks.read(blocks.next_sequence, payload), covered)

@@ -223,18 +223,17 @@ def plain_choice(router, replicas, reuse, request, now):
         for name, one in replicas.items()
     }
     held = sum(num_held.values())
-    found = {name: one.known.match(request.tokens) for name, one in replicas.items()}
+    found = {name: lengths(one, router.loads[name], request) for name, one in replicas.items()}
     reuse.evicted = router.reuse.evicted
-    reuse.ask(hashes_of(request), max(one.kv_match_len for one in found.values()), held)
+    reuse.ask(hashes_of(request), max(kv_len for _, kv_len in found.values()), held)
     value, since = reuse.value(held), min(router._first_s, now)
     arrivals = (router._num_requests + 1) / max(now - since, 1e-6) / len(rates) * (now > since)
     for name, load in router.loads.items():
-        depth = max(found[name].cached_len, depth_after(replicas[name].in_flight, request))
-        kv_len = max(depth, found[name].kv_match_len)
+        depth, kv_len = found[name]
         end = (num_ids - 1) // GRID * GRID  # No prompt is resumed at its own end.
         fork = min(kv_len // GRID * GRID, end)
         saved = sorted({at for at in (fork, end) if at > depth})
-        new = (num_ids - kv_len) * KV_BYTES + STATE_BYTES
+        new = (num_ids - max(depth, kv_len)) * KV_BYTES + STATE_BYTES
         prefix = max(fork - depth, 0) if kv_len > depth else 0
         pressure = (rates[name] / mean) ** 0.5 if mean else 1.0
         tokens = num_held[name] ** value * (held / len(rates)) ** (1 - value)
@@ -245,13 +244,16 @@ def plain_choice(router, replicas, reuse, request, now):
     return costs
 
 
-def depth_after(prompts, request):
-    """Return the number of ids that can be resumed after all ``prompts`` are computed."""
-    deepest = 0
-    for other, positions in prompts.values():
-        shared = min(common_prefix_len(other.tokens, request.tokens), len(request.tokens) - 1)
-        deepest = max(deepest, *[0, *positions][: bisect_right(positions, shared) + 1], 0)
-    return deepest
+def lengths(replica, load, request):
+    """Return the numbers of ids that can be resumed, and that have KV, after all prompts in flight
+    are computed. KV of those with a first token is known by events only."""
+    depth, kv_len = replica.known.match(request.tokens)
+    for name, (other, positions) in replica.in_flight.items():
+        shared = common_prefix_len(other.tokens, request.tokens)
+        kv_len = max(kv_len, shared // GRID * GRID * (name in load.waiting))
+        most = min(shared, len(request.tokens) - 1)
+        depth = max(depth, *[0, *positions][: bisect_right(positions, most) + 1])
+    return depth, kv_len
 
 
 def hashes_of(request):
@@ -341,7 +343,7 @@ def test_forecasts_do_not_train_the_placement_policy() -> None:
             request = asked(number, tuple(range(number * 100, number * 100 + 90)))
             found.append(router.forecast(request, 0, 0))
             replica = router.route(request, float(number)).replica
-            assert len(router.in_flight[replica][number]) == len(found[-1].saves)
+            assert len(router.in_flight[replica][number]) == len(found[-1].saves) + 90 // GRID
             router.prefilled(number, number + 0.2)
             router.ended(number, number + 0.5)
         assert found[0].saves and all(plan == found[0] for plan in found)
