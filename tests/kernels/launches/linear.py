@@ -3,6 +3,8 @@
 fp8 is launched only on targets that support it.
 """
 
+from functools import partial
+
 import torch
 import triton
 
@@ -16,10 +18,6 @@ from kernels.linear.grouped import Grouped
 def linear_of(num_tokens: int, dtype: torch.dtype = torch.bfloat16) -> None:
     weight = torch.empty(1, 1, dtype=dtype).expand(12288, 2048)
     linear(torch.empty(num_tokens, 2048, dtype=dtype), weight)
-
-
-def _int8(num_tokens: int) -> None:
-    _quantized(num_tokens, torch.int8)
 
 
 def _fp8(num_tokens: int, *blocks: int, fp8_rows: bool = False) -> None:
@@ -54,36 +52,27 @@ def _joined(num_tokens: int, dtype: torch.dtype, *blocks: int, fp8_rows: bool = 
     join([product, gates])(torch.empty(num_tokens, 2048, dtype=torch.bfloat16))
 
 
+SIZES = {"one": 1, "some": 64, "prefill": 512}
+"""Tokens of a launch by the end of its name."""
+KINDS = {
+    "": linear_of,
+    "int8_": lambda num_tokens: _quantized(num_tokens, torch.int8),
+    "fp8_": _fp8,
+    "fp8_block_": lambda num_tokens: _fp8(num_tokens, 32),
+    "fp8_rows_": lambda num_tokens: _fp8(num_tokens, 32, fp8_rows=True),
+    "int4_": lambda num_tokens: _four_bits(num_tokens, Grouped(4, 128)),
+    "int4_in_32_": lambda num_tokens: _four_bits(num_tokens, Grouped(4, 32)),
+}
 LAUNCHES = {
+    **{f"{kind}{size}": partial(KINDS[kind], SIZES[size]) for kind in KINDS for size in SIZES},
     "joined_int8_one": lambda: _joined(1, torch.int8),
     "joined_fp8_some": lambda: _joined(64, torch.float8_e4m3fn),
     "joined_fp8_prefill": lambda: _joined(512, torch.float8_e4m3fn),
-    "one": lambda: linear_of(1),
-    "prefill": lambda: linear_of(512),
-    "some": lambda: linear_of(64),
     "float16_prefill": lambda: linear_of(512, torch.float16),
     "float32": lambda: linear_of(64, torch.float32),
-    "int8_one": lambda: _int8(1),
-    "int8_some": lambda: _int8(64),
-    "int8_prefill": lambda: _int8(512),
-    "fp8_one": lambda: _fp8(1),
-    "fp8_some": lambda: _fp8(64),
-    "fp8_prefill": lambda: _fp8(512),
-    "fp8_block_one": lambda: _fp8(1, 32),
-    "fp8_block_some": lambda: _fp8(64, 32),
-    "fp8_block_prefill": lambda: _fp8(512, 32),
-    "fp8_rows_one": lambda: _fp8(1, 32, fp8_rows=True),
-    "fp8_rows_some": lambda: _fp8(64, 32, fp8_rows=True),
-    "fp8_rows_prefill": lambda: _fp8(512, 32, fp8_rows=True),
     "fp8_rows_of_channels_prefill": lambda: _fp8(512, fp8_rows=True),
-    "int4_one": lambda: _four_bits(1, Grouped(4, 128)),
-    "int4_some": lambda: _four_bits(64, Grouped(4, 128)),
-    "int4_prefill": lambda: _four_bits(512, Grouped(4, 128)),
     "int4_zeros_one": lambda: _four_bits(1, Grouped(4, 128, True, torch.float16)),
     "int4_zeros_some": lambda: _four_bits(64, Grouped(4, 128, True, torch.float16)),
-    "int4_in_32_one": lambda: _four_bits(1, Grouped(4, 32)),
-    "int4_in_32_some": lambda: _four_bits(64, Grouped(4, 32)),
-    "int4_in_32_prefill": lambda: _four_bits(512, Grouped(4, 32)),
     "mxfp4_one": lambda: _four_bits(1, GGML_TYPES[39]),
     "q4_k_one": lambda: _four_bits(1, GGML_TYPES[12]),
     "joined_int4_one": lambda: _four_bits(1, Grouped(4, 128), is_joined=True),

@@ -1,6 +1,8 @@
 """Launches of Qwen3-Next's experts with the shared one, for few tokens and for a prefill, in
 bfloat16 and 8-bit."""
 
+from functools import partial
+
 import torch
 import triton
 
@@ -41,7 +43,7 @@ def _experts_8bit(
 
 
 def _fp8_rows(num_tokens: int, *, in_blocks: bool = True) -> None:
-    _experts_8bit(num_tokens, torch.float8_e4m3fn, in_blocks=in_blocks, fp8_rows=True)
+    _experts_8bit(num_tokens, FP8, in_blocks=in_blocks, fp8_rows=True)
 
 
 def _four_bits(num_tokens: int, format: GroupFormat) -> None:
@@ -77,20 +79,19 @@ def _without_gates() -> None:
     experts(torch.empty(8, 2688, dtype=torch.bfloat16), weights, chosen, w1, w2)
 
 
+SIZES = {"one": 1, "some": 64, "prefill": 2048}
+"""Tokens of a launch by the end of its name."""
+FP8 = torch.float8_e4m3fn
+KINDS = {
+    "": _experts,
+    "int8_": partial(_experts_8bit, dtype=torch.int8),
+    "fp8_": partial(_experts_8bit, dtype=FP8),
+    "fp8_block_": partial(_experts_8bit, dtype=FP8, in_blocks=True),
+}
 LAUNCHES = {
+    **{f"{kind}{size}": partial(KINDS[kind], SIZES[size]) for kind in KINDS for size in SIZES},
     "without_gates": _without_gates,
     "sigmoid": lambda: route_sigmoid(torch.empty(8, 256), torch.empty(256), 8, True, scale=2.4),
-    "one": lambda: _experts(1),
-    "some": lambda: _experts(64),
-    "prefill": lambda: _experts(2048),
-    "int8_one": lambda: _experts_8bit(1, torch.int8),
-    "int8_some": lambda: _experts_8bit(64, torch.int8),
-    "int8_prefill": lambda: _experts_8bit(2048, torch.int8),
-    "fp8_one": lambda: _experts_8bit(1, torch.float8_e4m3fn),
-    "fp8_some": lambda: _experts_8bit(64, torch.float8_e4m3fn),
-    "fp8_prefill": lambda: _experts_8bit(2048, torch.float8_e4m3fn),
-    "fp8_block_one": lambda: _experts_8bit(1, torch.float8_e4m3fn, in_blocks=True),
-    "fp8_block_some": lambda: _experts_8bit(64, torch.float8_e4m3fn, in_blocks=True),
     "fp8_rows_one": lambda: _fp8_rows(1),
     "fp8_rows_some": lambda: _fp8_rows(64),
     "fp8_rows_prefill": lambda: _fp8_rows(8192),
@@ -102,5 +103,4 @@ LAUNCHES = {
     "int4_in_32_prefill": lambda: _four_bits(4096, Grouped(4, 32)),
     "mxfp4_some": lambda: _four_bits(64, GGML_TYPES[39]),
     "q4_k_some": lambda: _four_bits(64, GGML_TYPES[12]),
-    "fp8_block_prefill": lambda: _experts_8bit(2048, torch.float8_e4m3fn, in_blocks=True),
 }
