@@ -16,29 +16,9 @@ import pytest
 from engine.config import BUILTIN_DIR
 from hybridcache.geometry.model import ModelGeometry, presets
 from hybridcache.geometry.times import MeasuredTimes, Roofline
+from tests.engine.device_models import QWEN3_NEXT_80B
 from tests.gguf_files import write_gguf
 from tests.refused import refused
-
-QWEN3_NEXT = {
-    "model_type": "qwen3_next",
-    "hidden_size": 2048,
-    "num_hidden_layers": 48,
-    "num_attention_heads": 16,
-    "num_key_value_heads": 2,
-    "head_dim": 256,
-    "linear_num_key_heads": 16,
-    "linear_num_value_heads": 32,
-    "linear_key_head_dim": 128,
-    "linear_value_head_dim": 128,
-    "linear_conv_kernel_dim": 4,
-    "full_attention_interval": 4,
-    "num_experts": 512,
-    "num_experts_per_tok": 10,
-    "moe_intermediate_size": 512,
-    "shared_expert_intermediate_size": 512,
-    "intermediate_size": 5120,
-    "vocab_size": 151936,
-}
 
 
 @pytest.mark.parametrize("name", list(presets()))
@@ -125,7 +105,7 @@ def test_configs_of_mamba_models_agree_with_their_presets(name: str) -> None:
 @pytest.mark.parametrize(
     "config",
     [
-        QWEN3_NEXT | {"layer_types": ["full_attention", "wormhole"]},
+        QWEN3_NEXT_80B | {"layer_types": ["full_attention", "wormhole"]},
         PUBLISHED["Granite-4.0-H-Tiny"] | {"layer_types": ["mamba", "wormhole"]},
         PUBLISHED["Jamba-1.5-Mini"] | {"model_type": "wormhole"},  # not an attention-only model
         {
@@ -187,14 +167,14 @@ def test_sizes_are_whole_numbers() -> None:
 
 
 def test_load_accepts_a_directory_a_file_and_a_preset(tmp_path) -> None:
-    (tmp_path / "config.json").write_text(json.dumps(QWEN3_NEXT))
+    (tmp_path / "config.json").write_text(json.dumps(QWEN3_NEXT_80B))
     from_dir = ModelGeometry.load(str(tmp_path))
     assert from_dir == ModelGeometry.load(str(tmp_path / "config.json"))
     assert from_dir.state_bytes == ModelGeometry.load("qwen3-next").state_bytes
     assert from_dir.name == tmp_path.name
     assert ModelGeometry.load("builtin").name == "builtin"
-    (tmp_path / "next-80b.json").write_text(json.dumps(QWEN3_NEXT | {"rms_norm_ep": 1}))
-    with pytest.warns(UserWarning, match="rms_norm_ep is not read, did you mean rms_norm_eps"):
+    (tmp_path / "next-80b.json").write_text(json.dumps(QWEN3_NEXT_80B | {"attention_bia": 1}))
+    with pytest.warns(UserWarning, match="attention_bia is not read, did you mean attention_bias"):
         assert ModelGeometry.load(str(tmp_path / "next-80b.json")).name == "next-80b"
 
 
