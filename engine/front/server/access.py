@@ -145,7 +145,7 @@ class Access:
         salts differ, or one is empty or not text. Salts are secret and namespaces are visible, so a
         namespace is a hash with a secret key."""
         name = SALT_HEADER.encode()
-        values = (value for header, value in scope["headers"] if header == name)
+        values = {value for header, value in scope["headers"] if header == name}
         given = {value.decode(errors="replace") for value in values}
         given |= set() if salt is None else {salt}
         # Invalid characters are decoded as U+FFFD, which would make different salts equal.
@@ -166,39 +166,39 @@ class Access:
     def refusal(self, scope: Scope) -> APIError | None:
         """Return the answer to a request that may not use its path, or None; record its key."""
         headers, path = dict(scope["headers"]), scope["path"]
-        if len(headers) < len(scope["headers"]):  # A proxy may have checked another one.
-            names = [name for name, _ in scope["headers"]]
-            if max(names.count(b"authorization"), names.count(b"x-api-key")) > 1:
-                return APIError(400, "A request has one Authorization and one x-api-key header.")
+        names = [name for name, _ in scope["headers"]]
+        if max(names.count(b"authorization"), names.count(b"x-api-key")) > 1:
+            # A proxy may have checked another one.
+            return APIError(400, "A request has one Authorization and one x-api-key header.")
         if self._proxies or ":" in (scope.get("client") or ("",))[0]:
             self._name_client(scope)
         given = key_in(headers)
         is_reserved, operator = path.startswith(OPERATORS), self._operator
+        has_operator = is_reserved and operator is not None  # Whose key no other site knows.
         # All keys are compared, even after a match: the time must not depend on them.
         fits = sum(hmac.compare_digest(given, key) for key in self.accepted)
         is_operators = operator is not None and hmac.compare_digest(given, operator)
-        needs_key = operator is not None if is_reserved else self.accepted and path not in OPEN
-        is_guess = given and needs_key
+        needs_api_key = bool(self.accepted) and path not in OPEN
+        is_guess = given and (has_operator or needs_api_key)
         if is_guess and (wait_s := self._wait_s(scope, given, bool(fits or is_operators))):
             message = f"Too many wrong keys came from this address: wait {wait_s} s."
             return APIError(429, message, headers={"Retry-After": f"{wait_s}"})
-        if is_reserved and operator is not None and not is_operators:
+        if has_operator and not is_operators:
             if not fits:
                 return _no_key(given, "The operator's key")
             message = "This key may use the API; the cache needs the key of --admin-key-file."
             return APIError(403, message)
         host = headers.get(b"host", b"").decode("latin-1")
-        has_operator = is_reserved and operator is not None  # Whose key no other site knows.
         if host and not has_operator and not self._answers_to(host):
             message = f"This server does not answer to the host {short(host, 200)!r}: without keys "
             message += "only to those of this machine. Start it with --allowed-host, or with keys."
             return APIError(403, message)
-        if self.accepted and path not in OPEN:
+        if needs_api_key:
             if not fits:
                 return _no_key(given, "An API key")
             name = self._names.get(given) or hashlib.sha256(given).hexdigest()[:KEY_DIGITS]
             scope["state"] |= {"api_key": given, "key_name": name}
-        if not is_reserved or operator is not None or _is_from_here(Request(scope)):
+        if not is_reserved or has_operator or _is_from_here(Request(scope)):
             return None
         message = "This path is reserved for the operator: send the request from the server's "
         message += "machine to localhost, or start the server with --admin-key-file."
@@ -418,5 +418,5 @@ class Requests:
         finally:
             if scope["path"] not in PROBES:
                 self._count(status or 499, state.get("key_name"), state.get("num_tokens"))
-            if self._is_logged and scope["path"] not in PROBES:
-                _log_request(scope, status, is_sent, began_s)
+                if self._is_logged:
+                    _log_request(scope, status, is_sent, began_s)

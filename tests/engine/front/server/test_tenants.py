@@ -241,6 +241,8 @@ def test_an_address_may_send_few_wrong_keys(
         for far in ("7.7.7.7", "7.7.7.7, 10.9.1.1", "::ffff:7.7.7.7, 10.0.0.9,10.9.1.1"):
             assert status("x", proxy, **{"x-forwarded-for": f"6.6.6.6, {far}"}) == 429
     assert status("x", "::ffff:7.7.7.7") == 429
+    access = Access(ServerConfig(api_key_file=files["api_key_file"]))
+    assert [status("x", path="/v1/cache") for _ in range(21)] == [401] * 20 + [429], "any path"
     for host in ("https://llm.example.com", "llm.example.com:443"):
         refused("--allowed-host must be", ServerConfig, allowed_host=("::1", host))
     refused("--trusted-proxy must be", Access, ServerConfig(trusted_proxy=("10.0.0.0/99",)))
