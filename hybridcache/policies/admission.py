@@ -307,16 +307,16 @@ class SessionGate(AdmissionPolicy):
         entering: list[WaitingRequest] = []
         wakes_at_s, num_ahead, factor_s = inf, 0, DUE_FACTOR * self._token_s
         self._num_orders += 1
+        # One is looked at again in each step: prompts that share a head cost it once.
         looked_at = waiting[self._num_orders % len(waiting)]
-        if looked_at in self._queued:  # One a step: prompts that share a head cost it once.
-            self._queued[looked_at][0] = self._own_len(looked_at, load)
         for request in waiting:
-            lengths = self._queued.get(request)
-            if lengths is None:
-                lengths = self._queued[request] = [self._own_len(request, load), 0]
-            due_s = DUE_S + factor_s * (num_ahead + lengths[1])
+            own_len, admitted_len = self._queued.get(request, (0, 0))
+            if request is looked_at or request not in self._queued:
+                own_len = self._own_len(request, load)
+                self._queued[request] = [own_len, admitted_len]
+            due_s = DUE_S + factor_s * (num_ahead + admitted_len)
             due_at_s = request.arrival_s + min(self._most_s, due_s)
-            num_ahead += lengths[0]
+            num_ahead += own_len
             if due_at_s <= load.now_s:
                 due.append(request)
             elif self._enters(request, load):
@@ -396,10 +396,8 @@ class SessionGate(AdmissionPolicy):
             return
         is_new = session.num_requests == 1
         lost_len = 0 if is_new else min(_lost_len(session, request.cached_len), request.lost_len)
-        is_lost = bool(lost_len) and self._keeps
-        self.debt.update(
-            now_s, lost_len * self._token_s * is_lost, request.num_tokens, self._token_s
-        )
+        lost_s = lost_len * self._token_s if lost_len and self._keeps else 0.0
+        self.debt.update(now_s, lost_s, request.num_tokens, self._token_s)
         self._admitted_at_s[request] = now_s, self._prompts_s
         self._worth.update(prompt_tokens=request.num_tokens - session.shared_len)
         is_entry = is_new or _is_most(lost_len, session)

@@ -161,6 +161,7 @@ class CacheManager:
             raise RuntimeError(f"request {request.request_id} has a lease already.")
         if not self._free_rows:
             return False
+        row = self._free_rows[-1]
         prefill_len = request.prompt_len if self._exact else request.num_tokens
         asked = LeaseRequest(
             tokens=request.tokens[:prefill_len],
@@ -169,8 +170,8 @@ class CacheManager:
             reuse=not request.wants_scores,
             exact=self._exact,
             stateful=self.stateful,
-            table_row=self._free_rows[-1],
-            own_slot=self._free_rows[-1] if self.owns_states else None,
+            table_row=row,
+            own_slot=row if self.owns_states else None,
             resumes=request.is_counted,
             returns_within_s=request.spec.returns_within_s,
             session=request.spec.session,
@@ -180,7 +181,7 @@ class CacheManager:
             return False
         for position in request.spec.save_at:
             lease.plan_checkpoint(position, "asked")
-        row = self._free_rows.pop()
+        self._free_rows.pop()
         self._requests[row] = request
         request.lease, request.row = lease, row
         request.computed_len = request.scheduled_len = lease.cached_len

@@ -318,13 +318,13 @@ class StepPlanner(Generic[R]):
         tokens = max(self._token_budget - num_decodes, TILE)
         is_alone = len(self.running) - num_decodes + len(self.waiting) <= 1
         num_for_short = 0 if is_alone else min(tokens // SHORT_SHARE, tokens - TILE)
-        budget = PrefillBudget(tokens, num_for_short, TILES * tokens // TILE)
+        short_len = 0
         step_s = self._step_s if is_alone and not num_decodes else self._step_s / SHARED
         if step_s < tokens / TILE * self._tile_s:
-            timed = min(tokens, max(1, ceil(step_s / self._tile_s)) * TILE)
+            tokens = min(tokens, max(1, ceil(step_s / self._tile_s)) * TILE)
             self._is_turn_of_short = turn = not self._is_turn_of_short and num_for_short > 0
-            short_len = turn * num_for_short
-            budget = PrefillBudget(timed, turn * timed, TILES * timed // TILE, short_len=short_len)
+            short_len, num_for_short = turn * num_for_short, turn * tokens
+        budget = PrefillBudget(tokens, num_for_short, TILES * tokens // TILE, short_len=short_len)
         ends: dict[R, int] = {}
         for request in tuple(self.running):
             if (lease := request.lease) is None:
@@ -584,8 +584,8 @@ class StepPlanner(Generic[R]):
         forgotten *= self._shares  # Else nothing is kept, so nothing is evicted.
         request.lost_len = losses.kv_evicted + losses.checkpoint_evicted + max(0, forgotten)
         if is_first:
-            now_s, cached_len = self._load.now_s, lease.cached_len
-            request.scheduled_s, request.cached_len, request.losses = now_s, cached_len, losses
+            request.scheduled_s, request.losses = self._load.now_s, losses
+            request.cached_len = lease.cached_len
             if session.num_requests == 1 and not session.num_admitted:
                 session.shared_len = min(lease.match.kv_match_len, request.prompt_len)
         self.admission.admitted(request, self._load)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from array import array
 from bisect import bisect_left, bisect_right
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict
 from collections.abc import Hashable
 
 import numpy as np
@@ -70,7 +70,7 @@ class Sessions:
     def __init__(self, max_known: int = MAX_KNOWN, *, recognises: bool = True) -> None:
         """Without ``recognises``, prompts are not compared: each begins a session."""
         self._max_known, self._recognises = max_known, recognises
-        self._anchors: dict[Hashable, _Anchors] = {}
+        self._anchors: defaultdict[Hashable, _Anchors] = defaultdict(_Anchors)
         self.open: dict[Session, None] = {}
         """Sessions with a waiting or running request."""
         self.idle: OrderedDict[Session, None] = OrderedDict()
@@ -112,10 +112,8 @@ class Sessions:
             self.open[session] = None
             return session
         num_tokens, known_len = len(prompt), 0
-        anchors = self._anchors.get(tenant)
-        if self._recognises:
-            if anchors is None:
-                anchors = self._anchors[tenant] = _Anchors()
+        anchors = self._anchors[tenant] if self._recognises else None
+        if anchors is not None:
             # The polynomial hash, modulo 2**64, of every prefix. Those of one length are compared.
             if len(self._powers) < num_tokens:
                 size = max(num_tokens, 2 * len(self._powers))
