@@ -141,7 +141,8 @@ class PageAllocator(BaseAllocator):
         if num_tokens < 0:
             raise ValueError(f"num_tokens must not be negative (got {num_tokens}).")
         if bottom < 0:
-            first, implied = max(0, self._num_implied - max(-bottom, BLOCK)), self._num_implied
+            implied = self._num_implied
+            first = max(0, implied - max(-bottom, BLOCK))
             pages = np.concatenate((np.arange(first, implied, dtype=np.int32), self._stack[:top]))
             self._stack[: len(pages)] = pages
             bottom, top, self._num_implied = bottom + implied - first, len(pages), first

@@ -292,12 +292,10 @@ class CacheStats:
             usage = self.others
             if len(self.by_namespace) < MAX_NAMESPACES:
                 usage = self.by_namespace[match.namespace] = Usage()
-        cached_len = match.cached_len
         usage.requests += 1
         usage.prompt_tokens += match.num_tokens
-        if cached_len:
-            usage.hits += 1
-            usage.cached_tokens += cached_len
+        usage.hits += match.cached_len > 0
+        usage.cached_tokens += match.cached_len
         losses = match.losses
         usage.never_seen += losses[0]
         usage.kv_evicted += losses[1]

@@ -191,7 +191,7 @@ class HybridRadixCache:
 
     lease_kind: Any = None
     """Class of its leases, or None for ``Lease``."""
-    lock_kind: Any = LockHandle
+    lock_kind: type[LockHandle] = LockHandle
     """Class of its locks."""
 
     def __init__(
@@ -290,7 +290,7 @@ class HybridRadixCache:
         deepest = node
         if inside is None and node.ghosts:
             deepest, seen_len, missed, forks = read_ghosts(self._tree, node, ids)
-        reachable = kv_match_len if kv_match_len < num_tokens else num_tokens - 1
+        reachable = min(kv_match_len, num_tokens - 1)
         grid_len = reachable - reachable % self.checkpoint_grid
         checkpoint: Checkpoint | None = None
         last: NodeHandle | None = None
@@ -301,8 +301,7 @@ class HybridRadixCache:
                 last = PathPart(end, cached_len)
         else:
             lost_len = 0
-            while node is not root:
-                assert node is not None
+            while node is not None:
                 if node.end < num_tokens:
                     if node.checkpoint is not None:
                         last, checkpoint = node, node.checkpoint
@@ -460,18 +459,17 @@ class HybridRadixCache:
         if last is None:
             return
         now, policy = self.now, self.policy
-        notes_uses = type(policy).touch is not EvictionPolicy.touch
         checkpoint = last.checkpoint
         if checkpoint is not None:
             checkpoint.last_used = now
             checkpoint.uses += 1
-            if notes_uses and checkpoint not in self._withheld:
+            if checkpoint not in self._withheld:
                 policy.touch(checkpoint)
         kv = last.kv
         assert kv is not None
         kv.last_used = now
         kv.uses += 1
-        if notes_uses and not last.children and kv not in self._withheld:
+        if not last.children and kv not in self._withheld:
             policy.touch(kv)
 
     def lock(self, node: NodeHandle | None) -> LockHandle:
@@ -493,8 +491,7 @@ class HybridRadixCache:
                 self._locked_slots += last.checkpoint is not None
                 if self._unsettled.pop(last, None) is None:
                     self._unsettled[last] = 1
-        handle: LockHandle = self.lock_kind(last, self)
-        return handle
+        return self.lock_kind(last, self)
 
     def lock_kv(self, tokens: Tokens, namespace: Hashable = None) -> LockHandle:
         """Protect the cached KV of ``tokens``, whether or not there is a checkpoint at its end.
@@ -796,8 +793,7 @@ class HybridRadixCache:
             freed.append(kv.rows)
             if above is not None:
                 above.uses += kv.uses
-                if kv.last_used > above.last_used:
-                    above.last_used = kv.last_used
+                above.last_used = max(above.last_used, kv.last_used)
             if self._row_index is not None:
                 self._row_index.remove(kv)
             leaf.kv = None

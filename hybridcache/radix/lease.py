@@ -803,7 +803,7 @@ class Lease:
             is_awaited = self._awaited is steps.transfers and computed_len > self._awaited_from
             if is_awaited or self in steps.restores:
                 raise RuntimeError(NOT_READY.format(computed_len))
-        end = self.prompt_len if computed_len > self.prompt_len else computed_len
+        end = min(self.prompt_len, computed_len)
         if first < end and tokens is not self._tokens:
             new = np.ascontiguousarray(tokens[first:end])
             prompt = self._tokens.base
