@@ -74,8 +74,7 @@ class Tiling(NamedTuple):
         """
         x = x[..., None] if x.ndim == 2 else x
         shape = self.num_tiles, x.shape[1], self.tile_size, x.shape[2]
-        out = x.new_empty(shape, dtype=torch.float32)
-        self.tile(x, out)
+        out = self.tile(x, x.new_empty(shape, dtype=torch.float32))
         if self.padding is not None:
             out.masked_fill_(self.padding.view(-1, 1, self.tile_size, 1), 0.0)
         return out

@@ -145,12 +145,11 @@ class EngineHost:
             case EndEngine():
                 with self._wake:
                     self._is_open = False
-                    self._must_stop = self._must_stop or message.at_once
+                    self._must_stop |= message.at_once
                     self._wake.notify()
             case Compile():
-                compiling = self.engine.compile
+                work = partial(self.engine.compile, message.grammar, message.namespace)
                 with suppress(RuntimeError):  # The engine ends, and with it all questions.
-                    work = partial(compiling, message.grammar, message.namespace)
                     self._compiler.submit(self._reply, message, work)
             case _:
                 if not isinstance(message, Alive):
@@ -642,18 +641,19 @@ class AsyncEngine:
             case Outputs(outputs):
                 now_s = time.perf_counter()
                 for output in outputs:
-                    if (stream := self._streams.get(output.request_id)) is None:
+                    request_id = output.request_id
+                    if (stream := self._streams.get(request_id)) is None:
                         continue
                     try:
                         stream.put(output)
                         if output.new_token_ids:
-                            before_s = self._told_s.get(output.request_id)
-                            self._told_s[output.request_id] = now_s
+                            before_s = self._told_s.get(request_id)
+                            self._told_s[request_id] = now_s
                             if before_s is not None:
                                 self.on_gap(now_s - before_s)
                         if output.finish_reason is not None:
-                            del self._streams[output.request_id]
-                            self._told_s.pop(output.request_id, None)
+                            del self._streams[request_id]
+                            self._told_s.pop(request_id, None)
                     except (MemoryError, StepFailed):  # The next beat ends it.
                         stream.is_broken = True
 

@@ -86,8 +86,8 @@ class Replay:
     ) -> ChatPrompt:
         """Render a chat with the turns that were sampled for its answers. With ``KEEPS_THINKING``,
         messages get the reasoning that their client dropped."""
-        variables, messages = chat.variables, [*chat.messages]
-        keeps = (variables or {}).get(KEEPS_THINKING, self._keeps_thinking) is True
+        variables, messages = chat.variables or {}, [*chat.messages]
+        keeps = variables.get(KEEPS_THINKING, self._keeps_thinking) is True
         sampled: dict[int, SampledTurn] = {}
         place = tenant, json.dumps(chat.tools, default=repr).encode()
         for index, message in enumerate(chat.messages):
@@ -98,7 +98,7 @@ class Replay:
             sampled[index] = turn
             if turn.reasoning and not reasoning:
                 messages[index] = {**message, "reasoning_content": turn.reasoning}
-        variables = {**(variables or {}), KEEPS_THINKING: True} if keeps else variables
+        variables = {**variables, KEEPS_THINKING: True} if keeps else variables
         chat = replace(chat, messages=messages, variables=variables)
         rendering = Rendering(self._tokenizer, chat, sampled, keeps, namespace)
         return replace(rendering.prompt(), place=place)
@@ -261,7 +261,8 @@ class Rendering:
         kept = {end for future in longer for end in self.shared(future)}
         header = ""
         if chat.add_generation_prompt:
-            kept |= {length} if self._keeps_thinking else set()
+            if self._keeps_thinking:
+                kept.add(length)
             header = self.text[self._controls[-1].start() :] if self._controls else ""
         marks: Marks = {
             "boundaries": chat_boundaries(length, {*self.shared(other), *cuts}, kept),
@@ -288,11 +289,10 @@ class Rendering:
             later = self._render(future)
         except TemplateError:
             return []
-        tokens, raw = (
-            self.tokens,
-            (t.encode("utf-32-le", "surrogatepass") for t in (self.text, later)),
+        ours, theirs = (
+            np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.int32)
+            for text in (self.text, later)
         )
-        ours, theirs = (np.frombuffer(text, np.int32) for text in raw)
         same = common_prefix_len(ours, theirs)
         known_len = min([same, *(span.start for span in self.spans if span.close > same)])
         number = bisect(self.walls, known_len, key=re.Match.end)
@@ -300,9 +300,9 @@ class Rendering:
         if split <= len(self.text) // 2:
             num_before = len(self.encode(self.text[:split]))
         else:
-            num_before = len(tokens) - len(self.encode(self.text, split))
+            num_before = len(self.tokens) - len(self.encode(self.text, split))
         end = self.encode(later, split, known_len)
-        return [num_before + common_prefix_len(tokens[num_before:], end)]
+        return [num_before + common_prefix_len(self.tokens[num_before:], end)]
 
     def _find_spans(self, turns: Mapping[int, SampledTurn]) -> Iterator[Span]:
         """Yield the turns that can be replaced, in order. ``turns`` are given by the index of their

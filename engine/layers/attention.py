@@ -100,10 +100,11 @@ class Attention(OneProduct):
         """Write this step's KV. Returns the queries, ``[T, HQ, D]``."""
         parts = projected[: inputs.num_tokens].split(self._widths, dim=-1)[1:]
         options: dict[str, object] = {}
-        if self._norms is not None and self._norms[0].size == self.sizes.head_dim:
-            options = {"norms": [norm.weight for norm in self._norms], "eps": self._norms[0].eps}
-        elif self._norms is not None:
-            parts = *(norm(x) for norm, x in zip(self._norms, parts, strict=False)), parts[2]
+        if (norms := self._norms) is not None:
+            if norms[0].size == self.sizes.head_dim:
+                options = {"norms": [norm.weight for norm in norms], "eps": norms[0].eps}
+            else:
+                parts = *(norm(x) for norm, x in zip(norms, parts, strict=False)), parts[2]
         if self._rotates:
             options["angles"] = inputs.angles
         heads = [part.unflatten(-1, (-1, self.sizes.head_dim)) for part in parts]

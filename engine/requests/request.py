@@ -283,8 +283,8 @@ class Request(ScheduledRequest):
         if (tokenizer := intake.tokenizer) is not None:
             if not sampling.ignore_eos:
                 ends = tokenizer.eos_token_ids
-            skips, starts_text = sampling.skip_special_tokens, spec.answer_starts_text
-            decoder = StreamDecoder(tokenizer, skips, starts_text)
+            skips = sampling.skip_special_tokens
+            decoder = StreamDecoder(tokenizer, skips, spec.answer_starts_text)
             phase: Phase = "text"
             template, stops = tokenizer.chat_template, sampling.stop or sampling.stop_token_ids
             if stops and template is not None and template.thinks:

@@ -14,6 +14,7 @@ from engine.messages import Exactness
 from engine.runner.backends import digest_of, digest_of_weights, machine_words
 from engine.runner.loading import LoadedModel
 from engine.runner.memory import Memory, MemoryPlan
+from engine.runner.sampler import pick
 from engine.runner.steps import (
     Copies,
     DecodeGraphs,
@@ -237,9 +238,7 @@ class ModelRunner:
         if last.is_decode and graphs is not None:
             logits = graphs.run(batch.segments, patch)
             if logits is not None:
-                if len(rows) == len(logits):
-                    return logits
-                return logits[upload(rows, torch.int64, device)]
+                return pick(logits, rows)
         drafted = [segment for segment in batch.segments if segment.num_drafts]
         verified = self.drafts.part(drafted) if self.drafts is not None and drafted else None
         token_ids, step = self.step_inputs.of(batch, verified)
@@ -249,7 +248,7 @@ class ModelRunner:
             hidden = self.graphs.prefills.run(token_ids, step)
         if hidden is None:
             hidden = self.model.forward(token_ids, step, self.tensors.pools)
-        return self.model.head(hidden[upload(rows, torch.int64, device)])
+        return self.model.head(pick(hidden, rows))
 
     def attach_tiers(self, copier: Callable[..., Any], num_host_rows: int) -> float | None:
         """Execute transfers between tiers with the result of ``copier``. Returns the measured

@@ -39,7 +39,7 @@ class Drawn:
         results = [tokens.where(logits.amax(dim=-1).isfinite(), NO_TOKEN)]
         if wanted:
             rows = list(wanted)
-            results += _score(_pick(logits, rows), _pick(tokens, rows), max(wanted.values()))
+            results += _score(pick(logits, rows), pick(tokens, rows), max(wanted.values()))
         self._copies = HostCopy(*results)
 
     def wait(self) -> list[SampledToken]:
@@ -70,7 +70,7 @@ class Sampler:
     ) -> Drawn:
         """Start drawing a token for each request, from its row of ``logits [N, vocab]``. ``rows``
         ascend."""
-        logits = _pick(logits, rows)
+        logits, vocab_size = pick(logits, rows), logits.shape[-1]
         wanted = {
             row: num_top
             for row, request in enumerate(requests)
@@ -84,11 +84,11 @@ class Sampler:
         # depend on the parameters of the request only, never on the rest of the batch.
         groups: dict[int | None, list[int]] = {}
         for row, request in enumerate(requests):
-            groups.setdefault(_width(request.params, logits.shape[-1]), []).append(row)
+            groups.setdefault(_width(request.params, vocab_size), []).append(row)
         for width, group in groups.items():
-            for part in _parts(len(group), logits.shape[-1]):
+            for part in _parts(len(group), vocab_size):
                 of_part = group[part]
-                picked, chosen = _pick(scores, of_part).float(), [requests[row] for row in of_part]
+                picked, chosen = pick(scores, of_part).float(), [requests[row] for row in of_part]
                 if width == 0:
                     found = picked.argmax(dim=-1)
                 elif width is None:
@@ -216,7 +216,7 @@ def _column(values: Sequence[float], like: torch.Tensor) -> torch.Tensor:
     return upload(values, like.dtype, like.device)[:, None]
 
 
-def _pick(tensor: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
+def pick(tensor: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
     """Select the given rows, which ascend."""
     return tensor if len(rows) == len(tensor) else tensor[upload(rows, torch.int64, tensor.device)]
 

@@ -127,8 +127,7 @@ class Answer:
         if output.num_chars > self.num_chars:
             self.text[self.num_pieces :] = [output.new_text]
             self.num_pieces, self.num_chars = self.num_pieces + 1, output.num_chars
-        if output.new_logprobs:
-            self.logprobs[first:end] = output.new_logprobs
+        self.logprobs[first:end] = output.new_logprobs
         if output.new_prompt_logprobs is not None:
             self.prompt_logprobs = output.new_prompt_logprobs
         self.num_tokens = end

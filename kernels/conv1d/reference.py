@@ -55,7 +55,7 @@ def prefill_conv1d(
         taps = [block[w : w + stop - begin] for w in range(reach + 1)]
         out[begin:stop] = _convolved(taps, weight, bias, silu, torch.float32)
     own = zip(range(len(slots)), packed.lengths, slots.tolist(), strict=True)
-    saves = [(sequence, length, slot) for sequence, length, slot in own if length]
+    saves = [one for one in own if one[1]]  # Sequences with tokens.
     if (exports := where["exports"]) is not None:
         saves += zip(exports.sequences, exports.ends, exports.slots, strict=True)
     starts = running_sum(packed.lengths)

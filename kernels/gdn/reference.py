@@ -115,7 +115,7 @@ def _solve_tiles(prompt: Prompt, layout: Tiling) -> Tiles:
     """
     query, key, value, gate, beta = prompt
     count, size, heads, key_dim = layout.num_tiles, layout.tile_size, *key.shape[1:]
-    value_heads, value_dim = value.shape[1], value.shape[2]
+    value_heads, value_dim = value.shape[1:]
     grouped = (count, heads, value_heads // heads)
     queries_keys = value.new_empty(count, heads, 2 * size, key_dim, dtype=torch.float32)
     query = normalise(layout.tile(query, queries_keys[:, :, :size]), scale_of(key))[:, :, None]

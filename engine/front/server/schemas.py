@@ -473,9 +473,8 @@ class ChatRequest(Sampling, kw_only=True):
         """
         roles, num_joined = _roles(template, [one.role for one in self.messages])
         groups = [self.messages[:num_joined], *([one] for one in self.messages[num_joined:])]
-        chat, cuts = list[JsonObject](), list[PromptCut]()
-        if any(tool.get("cache_control") for tool in self.tools or ()):
-            cuts.append(PromptCut(None))
+        are_tools_marked = any(tool.get("cache_control") for tool in self.tools or ())
+        chat, cuts = list[JsonObject](), [PromptCut(None)] * are_tools_marked
         for role, group in zip(roles, groups, strict=True):
             texts, marks = list[str](), list[bool]()
             for one in [one for one in group if one.content] or group[:1]:
@@ -492,7 +491,7 @@ class ChatRequest(Sampling, kw_only=True):
         return Conversation(
             chat,
             self.plain_tools if self.tools else None,
-            (switches | (self.chat_template_kwargs or {})) or None,
+            switches | (self.chat_template_kwargs or {}),
             [cut for cut in cuts if cut != PromptCut(len(chat) - 1)][-MAX_CUTS:],
             self.add_generation_prompt is not False and not self.continue_final_message,
             self.continue_final_message,

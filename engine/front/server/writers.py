@@ -240,7 +240,7 @@ class Writer(ABC):
             partial(body.samplings, logprobs=num_scores, defaults=engine.sampling_defaults)
         )
         self._stream = RequestStream(engine.abort, context.metrics.observe)
-        self._call.request.state.answer_id = self.answer_id
+        self._call.request.state.answer_id = own_id = self.answer_id
         try:
             choices = []
             for tokens in prompts:
@@ -252,7 +252,7 @@ class Writer(ABC):
             if forms:
                 is_thinking = marks.get("is_thinking", False)
                 grammar = await context.grammar_of(forms, namespace, is_thinking)
-            own_id, session = self.answer_id, body.session
+            session = body.session
             names = [f"{own_id}-{number}" if number else own_id for number in range(len(choices))]
             for number, (tokens, at, sampling) in enumerate(choices):
                 request_id = names[number]
@@ -333,8 +333,7 @@ class Writer(ABC):
 
     def _cache_headers(self) -> dict[str, str]:
         """Return the cache headers of an answer; {} before the first output."""
-        output = self._latest.get(0)
-        if output is None:
+        if (output := self._latest.get(0)) is None:
             return {}
         headers = {
             "x-cache-prompt-tokens": str(len(output.prompt_token_ids)),

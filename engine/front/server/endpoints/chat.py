@@ -69,12 +69,12 @@ class ChatWriter(Writer):
         calls = tool_calls(body, template) if body.tools else None
         forms = body.forms(self.FORMAT)
         read = AnswerReader if calls is None else calls.reader
-        is_thinking = prompt.marks["is_thinking"]
+        marks, is_thinking = prompt.marks, prompt.marks["is_thinking"]
         self.readers = [
             read(
                 thinks=template.thinks,
                 is_thinking=is_thinking,
-                starts_text=prompt.marks["answer_starts_text"],
+                starts_text=marks["answer_starts_text"],
                 end_token_ids=context.tokenizer.eos_token_ids,
             )
             for _ in range(body.n)
@@ -82,7 +82,6 @@ class ChatWriter(Writer):
         self._has_only_text = not (body.logprobs or body.return_token_ids)
         self._num_calls = Counter[int]()
         """Number of calls of each answer that were written."""
-        marks = prompt.marks
         if calls is not None:
             marks = {**marks, "call_marks": calls.marks}
             calls.restrict(forms, self.FORMAT, template.thinks and not is_thinking)
