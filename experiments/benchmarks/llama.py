@@ -9,9 +9,10 @@ Cases are one stream, eight streams, and a prompt of 512 tokens.
 Bfloat16 and int8 (W8A8) are compared with BF16 and Q8_0, and int8 also with this engine's bfloat16.
 In the other formats both sides read the same GGUF file. llama.cpp runs in a second process: if that
 crashes, the result says so and the benchmark continues. Runs alternate, so noise of the machine
-affects both sides. Results are medians and their ratio, with the spread. That both sides compute
-the same is a test (`tests/engine/models/test_beside_llama.py`). If llama.cpp is not built, the
-script says so and ends.
+affects both sides. Waiting threads of both sleep soon, as those of ``engine serve`` do; while they
+spin they halve the speed of the other side. Results are medians and their ratio, with the spread.
+That both sides compute the same is a test (`tests/engine/models/test_beside_llama.py`). If
+llama.cpp is not built, the script says so and ends.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import argparse
 import itertools
 import os
 import statistics
+import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -33,6 +35,7 @@ from tqdm import tqdm
 
 from engine import EngineConfig
 from engine.engine import load_runner
+from engine.front.command.cli import SPIN_COUNT
 from engine.runner.model_runner import ModelRunner
 from engine.schedule.scheduler import Batch, Segment
 from experiments.benchmarks import llama_cpp as rival
@@ -240,6 +243,8 @@ def main() -> None:
     if modules is None:
         print(rival.ABSENT)
         return
+    if "GOMP_SPINCOUNT" not in os.environ:  # It is read when torch and llama.cpp are imported.
+        os.execve(sys.executable, sys.orig_argv, os.environ | {"GOMP_SPINCOUNT": SPIN_COUNT})
     torch.set_num_threads(args.threads)
     results: list[dict[str, Any]] = []
     crashes: list[dict[str, str]] = []
