@@ -358,7 +358,7 @@ def _members(thing: type) -> dict[str, Any]:
     found, bases = {}, [base for base in thing.__mro__[1:] if base.__name__.startswith("_")]
     for name, value in (pair for one in (*bases, thing) for pair in vars(one).items()):
         raw = getattr(value, "__func__", value)
-        is_member = inspect.isfunction(raw) or isinstance(raw, property)
+        is_member = inspect.isfunction(getattr(raw, "fget", raw))  # No field that is computed.
         if is_member and not name.startswith("_") and name not in INTERNAL:
             found[name] = raw
     return found
