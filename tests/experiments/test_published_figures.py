@@ -227,7 +227,7 @@ def compared() -> list[str]:
     hits = [fmean(of) for of in zip(*(row[3] for row in cells.rows), strict=True)]
     gains = (extent(cells.means(name)) for name in ("gain", "gain over the best"))
     rows = [
-        f"| {hits[2]:.1f} % | {other:.1f} % | {low:.1f} to {high:.1f} points |"
+        f"| {hits[2]:.1f} % | {other:.1f} % | {round(low, 1) + 0.0:.1f} to {high:.1f} points |"
         for other, (low, high) in zip(hits, gains, strict=False)
     ]
     theirs = sglang_hits("rust", "lru", "end")
