@@ -171,14 +171,15 @@ def complete(
     records: common.Records, variants: Collection[str], sessions: int = TOGETHER
 ) -> dict[tuple[str, float], list[dict[str, Any]]]:
     """Return the runs by variant of each seed that has all ``variants``, by cell of ``WORKLOADS``
-    with ``sessions`` at once."""
+    with ``sessions`` at once, in that order."""
     cells: dict[tuple[str, float], list[dict[str, Any]]] = {}
     groups = common.grouped(records, "trace", "gib", "sessions", "seed")
     for (trace, gib, at_once, _), of in groups.items():
         runs = {one["variant"]: one for one in of}
         if at_once == sessions and trace in WORKLOADS and runs.keys() >= {*variants}:
             cells.setdefault((trace, gib), []).append(runs)
-    return cells
+    order = [(name, gib) for name, workload in WORKLOADS.items() for gib in workload.gib]
+    return dict(sorted(cells.items(), key=lambda cell: order.index(cell[0])))
 
 
 def table(records: common.Records, sessions: int = TOGETHER) -> Table:
@@ -191,8 +192,7 @@ def table(records: common.Records, sessions: int = TOGETHER) -> Table:
         return fmean(known) if known else None
 
     rows: list[list[Cell]] = []
-    order = [(name, gib) for name, workload in WORKLOADS.items() for gib in workload.gib]
-    for (trace, gib), found in sorted(cells.items(), key=lambda cell: order.index(cell[0])):
+    for (trace, gib), found in cells.items():
         rates = {name: mean(found, name, "hit_rate") for name in VARIANTS}
         percent = {name: 100 * rate for name, rate in rates.items() if rate is not None}
         best = max(percent[name] for name in (AS_IS, *FLAGS))
