@@ -307,16 +307,16 @@ class SessionGate(AdmissionPolicy):
         entering: list[WaitingRequest] = []
         wakes_at_s, num_ahead, factor_s = inf, 0, DUE_FACTOR * self._token_s
         self._num_orders += 1
-        # One is looked at again in each step: prompts that share a head cost it once.
-        looked_at = waiting[self._num_orders % len(waiting)]
+        queued, looked_at = self._queued, waiting[self._num_orders % len(waiting)]
+        if looked_at in queued:  # One a step: prompts that share a head cost it once.
+            queued[looked_at][0] = self._own_len(looked_at, load)
         for request in waiting:
-            own_len, admitted_len = self._queued.get(request, (0, 0))
-            if request is looked_at or request not in self._queued:
-                own_len = self._own_len(request, load)
-                self._queued[request] = [own_len, admitted_len]
-            due_s = DUE_S + factor_s * (num_ahead + admitted_len)
+            lengths = queued.get(request)
+            if lengths is None:
+                lengths = queued[request] = [self._own_len(request, load), 0]
+            due_s = DUE_S + factor_s * (num_ahead + lengths[1])
             due_at_s = request.arrival_s + min(self._most_s, due_s)
-            num_ahead += own_len
+            num_ahead += lengths[0]
             if due_at_s <= load.now_s:
                 due.append(request)
             elif self._enters(request, load):
