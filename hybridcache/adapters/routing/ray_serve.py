@@ -52,8 +52,8 @@ class RayRouter(RequestRouter):  # type: ignore[misc]
     ) -> None:
         """Read ``request_router_kwargs``: the prefill speed of a replica, its
         ``--prefix-match-unit``, its cache groups with states (0 for attention-only models), bytes
-        of one token's KV and of one state, the memory of its cache, and the positions of a prompt
-        at which it saves states: of vLLM the fork and the end."""
+        of one token's KV and of one state, the memory of its cache, and the placement of its
+        states (``--placement``): by default forks of prompts and ends of answers."""
         sizes = kv_bytes, state_bytes, capacity_bytes, num_state_groups > 0
         times, placed = Speed(tokens_per_s), parse_placement(checkpoints)
         self.router = find_router(router)(ReplicaSpec(times, 1, unit, unit, *sizes, placed))
