@@ -52,7 +52,7 @@ serve: install  ## serve the built-in model at http://127.0.0.1:8000/v1
 test: install  ## run a representative part of the tests, in four minutes on two cores
 	$(TESTING) $(BIN)/pytest --processes $(JOBS)
 
-test-all: install  ## run every test with long profiles, endurance, and a sample of mutants, part by part (an hour)
+test-all: install  ## run every test with long profiles, and endurance, part by part (an hour)
 	$(TESTING) $(BIN)/python -m tests.run all
 
 replay: install  ## compare decisions and bits with tests/replay.json; BASE=HEAD~1 compares with that commit, line by line

@@ -133,7 +133,7 @@ CONFIG = """
 source_paths = ["hybridcache", "engine", "kernels"]
 only_mutate = {mutated}
 do_not_mutate_patterns = ['raise \\w+', 'assert ', 'logger', 'linewidth=']
-also_copy = ["tests", "experiments", "docs", "README.md"]
+also_copy = ["tests", "experiments", "docs", "README.md", "Dockerfile", "Dockerfile.cuda"]
 pytest_add_cli_args_test_selection = {tests}
 pytest_add_cli_args = ["-p", "no:xdist", "-p", "no:cacheprovider", "-p", "tests.mutation",
     "--timeout=0", "-k", "{excluded}"]

@@ -21,7 +21,7 @@ def test_each_test_file_is_in_one_part() -> None:
     parts = [file for files in run.test_parts().values() for file in files]
     assert sorted(parts) == sorted((ROOT / "tests").rglob("test_*.py"))
     named = [part.name for part in run.all_parts()]
-    assert len(named) == len(set(named)) and {"endurance: soak", "mutation"} <= set(named)
+    assert len(named) == len(set(named)) and {"endurance: soak"} <= set(named)
 
 
 def test_a_part_that_passed_is_not_run_again_on_the_same_commit(

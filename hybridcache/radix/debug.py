@@ -131,7 +131,7 @@ class DebugLock(LockHandle):
         return f"LockHandle(end={end}, taken in {self.where})"
 
     def __del__(self) -> None:
-        if self.node is not None and not self.is_leases:
+        if not getattr(self, "is_leases", True) and self.node is not None:
             lost = "was dropped without unlock: its path stays locked"
             warnings.warn(f"{self!r} {lost}", ResourceWarning, stacklevel=2)
 

@@ -90,7 +90,9 @@ def write_memory(cache: HybridRadixCache, placement: Sequence[PlacementPolicy] =
             above = -1 - namespaces.setdefault(repr(parent.key), len(namespaces))
         facts = NOTHING
         if item is not None:
-            uses = item.uses, item.earlier_uses, (own or item).superseded
+            known = own or item  # A state in a tier does not count prompts that passed it.
+            earlier = known.earlier_uses + known.uses - item.uses
+            uses = item.uses, earlier, known.superseded
             facts = item.serial, item.created, item.last_used, *uses, item.distance
         rows.append((above, node.end, *facts))
         labels.append("" if item is None else item.label)

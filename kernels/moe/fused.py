@@ -38,7 +38,7 @@ from kernels.linear.words import Words, WordsForm, form_of, multiply_words, num_
 from kernels.moe.reference import prepare_products, quantize_experts
 from kernels.moe.routing import Sorting, counts_of, launch, route, route_sigmoid
 from kernels.moe.sums import NO_EXPERT, ExpertSums, Summands
-from kernels.target import pipeline_stages
+from kernels.target import has_tensor_memory, pipeline_stages
 from kernels.tuning import tuned
 
 __all__ = [
@@ -599,6 +599,8 @@ class Prepared(NamedTuple):
         if self.fp8_rows:
             tile["num_warps"] = 8 if num_rows > MOST_ROWS else 4
         tile |= stack.config(num_rows)
+        if is_first and tile["SPANS"] == 2 and num_rows > 32 and has_tensor_memory():
+            tile["SPANS"] = 1  # Triton 3.7 compiles gate and up in two spans to nothing.
         tile["BK"] = _depth(dtype, stack)
         if self.fp8_rows:
             is_large = is_first or num_rows > MOST_ROWS

@@ -398,7 +398,7 @@ def test_an_exception_at_lines_of_a_step_changes_no_answer_of_four_bits(
     quantization: str, most: int
 ) -> None:
     """Raise at ``most`` source lines of steps that compute, evenly spread. The disturbed answers
-    have the same tokens, and the next ones also the same bits."""
+    have the same tokens, or one is refused, and the next ones also have the same bits."""
     try:
         engine = plain_engine(quantization=quantization)
     except ModelError as error:
@@ -414,7 +414,9 @@ def test_an_exception_at_lines_of_a_step_changes_no_answer_of_four_bits(
         error = (MemoryError, KeyboardInterrupt)[number % 2]
         tracer = Raise(rng.randint(1, counts[place]), error, place)
         disturbed = answers_of(engine, prompts, tracer)
-        assert [one.token_ids for one in disturbed] == [one.token_ids for one in expected]
+        for one, undisturbed in zip(disturbed, expected, strict=True):
+            assert one.failure or one.token_ids == undisturbed.token_ids
+        assert sum(bool(one.failure) for one in disturbed) <= tracer.has_raised
         num_raised += tracer.has_raised
     assert num_raised >= 0.5 * most
     again = answers_of(engine, prompts, None)
@@ -438,7 +440,6 @@ def answers_of(
             outputs = engine.take_outputs()
         last |= {output.request_id: output for output in outputs}
     engine.check()
-    assert not any(last[name].failure for name in names)
     return [last[name] for name in names]
 
 

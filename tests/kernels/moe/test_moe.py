@@ -220,8 +220,8 @@ def test_blocks_have_each_pair_once(
     if is_routed:  # Padding is not routed; counts are zero again afterwards.
         live = (scores[:, 0] > 0.1).to(device)
         prepared = fused.prepare(*(torch.empty(num_experts, 2, 2, device=device) for _ in range(2)))
-        prepared.route(scores.to(device), k, True, live)
-        _, (experts, blocks) = prepared.route(scores.to(device), k, True, live)
+        prepared.route(scores.to(device), k, True, live=live)
+        _, (experts, blocks) = prepared.route(scores.to(device), k, True, live=live)
         assert torch.equal(experts, fused.route(scores.to(device), k, True, live)[1])
     count = int(blocks.count)
     assert count <= blocks.num_blocks
