@@ -107,6 +107,10 @@ class Live:
         self.engine.check()
 
 
+Serve = Callable[..., Live]
+"""Type of the fixtures ``serve_oracle`` and ``serve_answer``."""
+
+
 class SlowRunner(OracleRunner):
     """Oracle with a delay in each step, so that tests can act in the middle of an answer."""
 
@@ -200,12 +204,8 @@ def scripted_server() -> Iterator[Scripted]:
         yield Scripted(live, sampler, template)
 
 
-ServeAnswer = Callable[..., Live]
-"""Type of the fixture ``serve_answer``."""
-
-
 @pytest.fixture
-def serve_answer(scripted_server: Scripted) -> ServeAnswer:
+def serve_answer(scripted_server: Scripted) -> Serve:
     """Return ``Scripted.set_answers`` of a shared server."""
     return scripted_server.set_answers
 
@@ -218,7 +218,7 @@ def live() -> Iterator[Live]:
 
 
 @pytest.fixture
-def serve_oracle() -> Iterator[Callable[..., Live]]:
+def serve_oracle() -> Iterator[Serve]:
     """Return a function that starts a server with the given settings."""
     with contextlib.ExitStack() as stack:
 

@@ -18,7 +18,7 @@ from engine.text.tokenizer_files import HFTokenizer
 from tests.endurance import clients
 from tests.oracle import OracleRunner
 
-from .conftest import Live, ScriptedSampler, ServeAnswer, oracle_engine, serving
+from .conftest import Live, ScriptedSampler, Serve, oracle_engine, serving
 from .test_tools import HERMES_CALL, QWEN_XML, XML_CALL
 
 FORMS = [
@@ -97,7 +97,7 @@ def weather(city: str, days: int) -> str:
 
 
 @pytest.fixture(params=FORMS, ids=["hermes", "xml"])
-def live(serve_answer: ServeAnswer, request: pytest.FixtureRequest) -> Live:
+def live(serve_answer: Serve, request: pytest.FixtureRequest) -> Live:
     """Serve a model that calls ``weather`` and then answers."""
     template, call, answer = request.param
     return serve_answer(call, template, then=answer)

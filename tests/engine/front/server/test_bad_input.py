@@ -5,7 +5,6 @@ from __future__ import annotations
 import gzip
 import json
 import re
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from itertools import product
 from typing import Any
@@ -18,7 +17,7 @@ from hypothesis import strategies as st
 from engine.front.server.bodies import num_nodes
 from engine.front.server.settings import ServerConfig
 
-from .conftest import Live
+from .conftest import Live, Serve
 from .dialects import CHAT, DIALECT, STREAMED, TOOL, Dialect
 
 BODIES: dict[str, dict[str, Any]] = {
@@ -391,7 +390,7 @@ def test_unknown_paths_and_methods_are_refused(live: Live) -> None:
         assert (answer.status_code, answer.content) == (200, b"")
 
 
-def test_body_above_the_limit_is_refused(serve_oracle: Callable[..., Live]) -> None:
+def test_body_above_the_limit_is_refused(serve_oracle: Serve) -> None:
     small = serve_oracle(ServerConfig(max_body_mib=0.01))
     kind = {"Content-Type": "application/json"}
     for path, body in BODIES.items():
@@ -405,7 +404,7 @@ def test_body_above_the_limit_is_refused(serve_oracle: Callable[..., Live]) -> N
     small.check_conserved()
 
 
-def test_images_may_fill_a_body_that_text_may_not(serve_oracle: Callable[..., Live]) -> None:
+def test_images_may_fill_a_body_that_text_may_not(serve_oracle: Serve) -> None:
     """As in the session of an agent, which sends all its screenshots with each turn. More of them
     than are received at once wait."""
     live, url = serve_oracle(), "data:image/png;base64," + "A" * (6 << 20)
@@ -444,7 +443,7 @@ def test_overlong_prompt_is_refused_in_the_words_of_each_dialect(
 @STREAMED
 @DIALECT
 def test_answer_is_cut_at_the_end_of_the_context(
-    serve_answer: Callable[..., Live], dialect: Dialect, stream: bool
+    serve_answer: Serve, dialect: Dialect, stream: bool
 ) -> None:
     """Clients send the limits of larger models."""
     live = serve_answer("<think>Hm.</think>" + "x" * 500)
@@ -455,7 +454,7 @@ def test_answer_is_cut_at_the_end_of_the_context(
         assert any(word in answer.text for word in ("length", "incomplete", "context_window"))
 
 
-def test_each_prompt_of_a_batch_has_its_own_limit(serve_answer: Callable[..., Live]) -> None:
+def test_each_prompt_of_a_batch_has_its_own_limit(serve_answer: Serve) -> None:
     live = serve_answer("x" * 5000)
     two = {"prompt": ["x" * 4000, "x"], "max_tokens": 100}
     lengths = live.post("/v1/completions", two).json()["usage"]["completion_tokens"]

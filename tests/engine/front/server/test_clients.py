@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import re
-from collections.abc import Callable
 from datetime import datetime
 from typing import Any
 
@@ -15,7 +14,7 @@ import pytest
 from engine.text.tokenizer_files import HFTokenizer
 from tests.refused import refused
 
-from .conftest import Live
+from .conftest import Live, Serve
 
 GREEDY: dict[str, Any] = {"model": "builtin", "temperature": 0}
 LONG = "The quick brown fox jumps over the lazy dog. " * 12
@@ -90,9 +89,7 @@ def test_streamed_chat_equals_whole_one(server: str, request: pytest.FixtureRequ
 
 
 @pytest.mark.parametrize("thinking", [True, False])
-def test_decode_saves_no_state_in_dropped_reasoning(
-    serve_oracle: Callable[..., Live], thinking: bool
-) -> None:
+def test_decode_saves_no_state_in_dropped_reasoning(serve_oracle: Serve, thinking: bool) -> None:
     live = serve_oracle()
     options: dict[str, Any] = {
         "chat_template_kwargs": {"enable_thinking": thinking},
@@ -162,7 +159,7 @@ def test_echo_scores_the_prompt_without_the_cache(builtin: Live) -> None:
     assert first == second[: len(prompt)]
 
 
-def test_model_cards(serve_oracle: Callable[..., Live]) -> None:
+def test_model_cards(serve_oracle: Serve) -> None:
     from engine.front.server.settings import ServerConfig
 
     live = serve_oracle(ServerConfig(served_model_name=("org/mine",)))
@@ -178,7 +175,7 @@ def test_model_cards(serve_oracle: Callable[..., Live]) -> None:
     assert answer.status_code == 200, "the model's name is optional"
 
 
-def test_model_has_several_names_or_any(serve_oracle: Callable[..., Live]) -> None:
+def test_model_has_several_names_or_any(serve_oracle: Serve) -> None:
     """As Claude Code names one model for its work and others for its subagents."""
     from engine.front.server.settings import ServerConfig
 

@@ -11,7 +11,7 @@ import pytest
 
 from engine.front.server.settings import ServerConfig
 
-from .conftest import Live, ServeAnswer
+from .conftest import Live, Serve
 from .dialects import BONN, CHAT, DIALECT, DIALECTS, PROMPTS, STREAMED, TOOL, Dialect, prompt
 from .test_tools import HERMES_CALL, QWEN_XML, XML_CALL
 
@@ -27,7 +27,7 @@ FORM = pytest.mark.parametrize(
 @DIALECT
 @FORM
 def test_reasoning_text_and_calls_agree_whole_and_streamed(
-    serve_answer: ServeAnswer, dialect: Dialect, template: str | None, call: str, opening: str
+    serve_answer: Serve, dialect: Dialect, template: str | None, call: str, opening: str
 ) -> None:
     live = serve_answer(f"{opening}Hm.\n</think>\n\nLook.\n{call}\n{call}", template)
     usage = {"stream_options": {"include_usage": True}} if "chat" in dialect.path else {}
@@ -41,7 +41,7 @@ def test_reasoning_text_and_calls_agree_whole_and_streamed(
 @DIALECT
 @FORM
 def test_next_turn_accepts_the_returned_answer_and_has_its_prompt(
-    serve_answer: ServeAnswer, dialect: Dialect, template: str | None, call: str, opening: str
+    serve_answer: Serve, dialect: Dialect, template: str | None, call: str, opening: str
 ) -> None:
     """The template gets the reasoning, the call and the result."""
     live = serve_answer(f"{opening}Hm.</think>Now.\n{call}", template)
@@ -76,7 +76,7 @@ def test_next_turn_accepts_the_returned_answer_and_has_its_prompt(
 @STREAMED
 @pytest.mark.parametrize("choice", [None, "required"])
 def test_truncated_call_is_text_with_a_warning(
-    serve_answer: ServeAnswer,
+    serve_answer: Serve,
     dialect: Dialect,
     choice: str | None,
     limits: dict[str, Any],
@@ -96,7 +96,7 @@ def test_truncated_call_is_text_with_a_warning(
 @pytest.mark.parametrize("num_more", [0, 4], ids=["at the end", "in the next call"])
 @pytest.mark.parametrize("choice", [None, "required"])
 def test_limit_after_a_complete_call_keeps_the_call(
-    serve_answer: ServeAnswer, dialect: Dialect, choice: str | None, num_more: int
+    serve_answer: Serve, dialect: Dialect, choice: str | None, num_more: int
 ) -> None:
     """An agent loop that repeats on the reason "call" continues. A truncated next call is
     dropped."""
@@ -124,7 +124,7 @@ def test_limit_after_a_complete_call_keeps_the_call(
     ids=["no JSON", "open", "not offered", "infinite", "not allowed", "empty", "no tools"],
 )
 def test_text_that_is_no_call_stays_text(
-    serve_answer: ServeAnswer,
+    serve_answer: Serve,
     dialect: Dialect,
     tools: list[dict[str, Any]] | None,
     choice: str | None,
@@ -144,7 +144,7 @@ def test_text_that_is_no_call_stays_text(
 @STREAMED
 @FORM
 def test_stop_strings_and_tokens_count_behind_the_reasoning(
-    serve_answer: ServeAnswer,
+    serve_answer: Serve,
     dialect: Dialect,
     template: str | None,
     call: str,
@@ -170,9 +170,7 @@ def test_stop_strings_and_tokens_count_behind_the_reasoning(
             assert answer.reasoning == whole.reasoning and whole.text == "Yes. Question: no"
 
 
-def test_stop_strings_of_text_completions_count_behind_the_reasoning(
-    serve_answer: ServeAnswer,
-) -> None:
+def test_stop_strings_of_text_completions_count_behind_the_reasoning(serve_answer: Serve) -> None:
     """If the prompt opens it, or the answer does, of a model that writes reasoning."""
     live = serve_answer("Q so.\n</think>\n\nYes. Q no", QWEN_XML)
 
@@ -189,7 +187,7 @@ def test_stop_strings_of_text_completions_count_behind_the_reasoning(
     assert ask("Why?") == "<think>"
 
 
-def test_continued_reasoning_has_its_budget_and_no_stop_strings(serve_answer: ServeAnswer) -> None:
+def test_continued_reasoning_has_its_budget_and_no_stop_strings(serve_answer: Serve) -> None:
     """The last tokens of the prompt do not show that it ends inside reasoning."""
     live = serve_answer("abcdefgh</think>ok abc")
     chat = [*CHAT, {"role": "assistant", "content": "<think>\n" + "I wonder. " * 9}]
@@ -205,7 +203,7 @@ def test_continued_reasoning_has_its_budget_and_no_stop_strings(serve_answer: Se
 @FORM
 @pytest.mark.parametrize("end", ["", "\n</think>\n\n"])
 def test_a_call_at_the_end_of_the_reasoning_is_made(
-    serve_answer: ServeAnswer,
+    serve_answer: Serve,
     dialect: Dialect,
     template: str | None,
     call: str,
@@ -271,7 +269,7 @@ S, U, A, D = (
     ],
 )
 def test_all_endpoints_have_one_rule_for_system_messages_and_parts(
-    serve_answer: ServeAnswer, name: str, chat: list[dict[str, Any]], expected: str
+    serve_answer: Serve, name: str, chat: list[dict[str, Any]], expected: str
 ) -> None:
     """The template decides: what it rejects or leaves out is joined, or said by the user. The own
     field of a dialect is a first message."""
@@ -292,7 +290,7 @@ def test_all_endpoints_have_one_rule_for_system_messages_and_parts(
                 assert prompt(live, path, said[1:], **own) == len(tokens), path
 
 
-def test_marks_of_parts_stay_in_joined_messages(serve_answer: ServeAnswer) -> None:
+def test_marks_of_parts_stay_in_joined_messages(serve_answer: Serve) -> None:
     live = serve_answer("x", TEMPLATES["first only"])
     marked = {"type": "text", "cache_control": {"type": "ephemeral"}}
     chat = [
@@ -331,7 +329,7 @@ WRONG_CALLS = {
 @DIALECT
 @pytest.mark.parametrize("template", [None, QWEN_XML], ids=["hermes", "xml"])
 def test_strict_tool_call_follows_its_schema(
-    serve_answer: ServeAnswer, dialect: Dialect, template: str | None
+    serve_answer: Serve, dialect: Dialect, template: str | None
 ) -> None:
     """The schema applies from the start of the call on. Without ``strict``, the same answer has no
     call. A schema that cannot be followed is refused."""
@@ -359,7 +357,7 @@ def test_strict_tool_call_follows_its_schema(
 @DIALECT
 @FORM
 def test_a_required_call_of_a_tool_with_any_schema_is_served(
-    serve_answer: ServeAnswer, dialect: Dialect, template: str | None, call: str, opening: str
+    serve_answer: Serve, dialect: Dialect, template: str | None, call: str, opening: str
 ) -> None:
     """Limits that cannot be enforced are dropped, and the whole schema if none of it can be."""
     pytest.importorskip("llguidance")
@@ -375,7 +373,7 @@ def test_a_required_call_of_a_tool_with_any_schema_is_served(
 
 
 @DIALECT
-def test_reasoning_can_be_switched(serve_answer: ServeAnswer, dialect: Dialect) -> None:
+def test_reasoning_can_be_switched(serve_answer: Serve, dialect: Dialect) -> None:
     live = serve_answer("a</think>b")
     on, off = (dialect.ask(live, effort=effort) for effort in ("low", "none"))
     assert (on.reasoning, on.text) == ("a", "b")
@@ -400,7 +398,7 @@ NESTED: list[tuple[Dialect, str, Callable[[dict[str, Any]], Any]]] = [
     ("dialect", "place", "make"), NESTED, ids=[f"{one.path} {place}" for one, place, _ in NESTED]
 )
 def test_null_counts_as_absent_at_every_depth(
-    serve_answer: ServeAnswer, dialect: Dialect, place: str, make: Any
+    serve_answer: Serve, dialect: Dialect, place: str, make: Any
 ) -> None:
     """Clients send answers back with every field. Unknown options are refused, unknown fields of
     messages are not."""
@@ -415,7 +413,7 @@ def test_null_counts_as_absent_at_every_depth(
 
 @DIALECT
 def test_nulls_of_a_returned_answer_do_not_reach_the_template(
-    serve_answer: ServeAnswer, dialect: Dialect
+    serve_answer: Serve, dialect: Dialect
 ) -> None:
     live = serve_answer(f"<think>Hm.</think>Look.\n{HERMES_CALL}", then="Dry.")
     answer = dialect.ask(live, tools=[TOOL])
@@ -607,7 +605,7 @@ def test_the_billing_header_is_left_out_of_own_fields(live: Live, system: str, k
         assert prompt(live, path, CHAT, **{name: system}) == prompt(live, path, CHAT, **plain)
 
 
-def test_images_are_refused_if_the_server_says_so(serve_oracle: Callable[..., Live]) -> None:
+def test_images_are_refused_if_the_server_says_so(serve_oracle: Serve) -> None:
     live = serve_oracle(ServerConfig(images="refuse", served_model_name=("builtin",)))
     for number, (paths, chat, plain) in enumerate(MEDIA):
         for path in paths:
@@ -623,7 +621,7 @@ WRITES_THOUGHTS = """\
 {{- '|' ~ m.content ~ '<|im_end|>\\n' }}{% endfor %}"""
 
 
-def test_thoughts_are_read_under_all_names(serve_answer: ServeAnswer) -> None:
+def test_thoughts_are_read_under_all_names(serve_answer: Serve) -> None:
     live = serve_answer("x", WRITES_THOUGHTS)
     thoughts: list[dict[str, Any]] = [
         *({name: "Hm."} for name in ("reasoning_content", "reasoning", "thinking")),

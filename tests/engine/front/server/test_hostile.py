@@ -11,7 +11,7 @@ import copy
 import json
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from engine.front.server import transport
 from engine.front.server.settings import ServerConfig
 
-from .conftest import Live
+from .conftest import Live, Serve
 
 CHAT = [{"role": "user", "content": "hi"}]
 
@@ -56,7 +56,7 @@ def read_all(connection: socket.socket) -> bytes:
     ],
 )
 def test_headers_that_proxies_read_differently_are_refused(
-    serve_oracle: Callable[..., Live], pieces: tuple[bytes, ...], status: bytes
+    serve_oracle: Serve, pieces: tuple[bytes, ...], status: bytes
 ) -> None:
     with serve_oracle().connect() as connection:
         for piece in pieces:
@@ -65,7 +65,7 @@ def test_headers_that_proxies_read_differently_are_refused(
         assert connection.recv(65536).startswith(b"HTTP/1.1 " + status)
 
 
-def test_a_body_may_have_any_line_feeds(serve_oracle: Callable[..., Live]) -> None:
+def test_a_body_may_have_any_line_feeds(serve_oracle: Serve) -> None:
     live = serve_oracle()
     body = b'{"prompt": "x",\n "max_tokens":\n\t1}\n'
     for _ in range(2):  # The second request follows a body on the same connection.
@@ -74,9 +74,7 @@ def test_a_body_may_have_any_line_feeds(serve_oracle: Callable[..., Live]) -> No
         assert answer.status_code == 200
 
 
-def test_unfinished_headers_time_out(
-    serve_oracle: Callable[..., Live], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_unfinished_headers_time_out(serve_oracle: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a new connection, after an answer, and without any byte. A complete request may take
     longer, also if it arrived together with the one before it."""
     monkeypatch.setattr(transport, "HEADERS_S", 1.0)
@@ -120,7 +118,7 @@ def test_error_does_not_quote_a_long_value(live: Live, path: str, body: dict[str
     assert answer.status_code in (400, 404) and len(answer.content) < 1000
 
 
-def test_long_echoed_prompts_are_returned_whole(serve_oracle: Callable[..., Live]) -> None:
+def test_long_echoed_prompts_are_returned_whole(serve_oracle: Serve) -> None:
     live = serve_oracle(num_kv_tokens=16_384)
     prompt = "echo " * 700
     for n in (1, 3):
@@ -264,7 +262,7 @@ def strict_json(text: str) -> list[Any]:
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
 @pytest.mark.parametrize("path", EVERY_FIELD)
 def test_lone_surrogate_is_harmless_in_every_field(
-    serve_answer: Callable[..., Live], path: str, stream: bool
+    serve_answer: Serve, path: str, stream: bool
 ) -> None:
     """It is served as U+FFFD or refused before any computation. Stored responses stay readable."""
     live = serve_answer("Dry.")
@@ -294,9 +292,7 @@ def test_lone_surrogate_is_harmless_in_every_field(
 
 
 @pytest.mark.parametrize("path", EVERY_FIELD)
-def test_number_without_a_json_form_is_refused(
-    serve_answer: Callable[..., Live], path: str
-) -> None:
+def test_number_without_a_json_form_is_refused(serve_answer: Serve, path: str) -> None:
     live = serve_answer("Dry.")
     before = live.report()["usage"]["requests"]
     for number in ("1e400", "-1e400", "NaN", "Infinity", "-Infinity"):
@@ -360,7 +356,7 @@ BAD_ARGUMENTS = r'{"city": "Bo\ud83dnn", "days": 1e400, "deep": [NaN, "\udfff"]}
     ],
 )
 def test_bad_json_of_a_model_gives_a_valid_answer(
-    serve_answer: Callable[..., Live], path: str, call: str, stream: bool
+    serve_answer: Serve, path: str, call: str, stream: bool
 ) -> None:
     live = serve_answer(f"<think>Hm.</think>\n<tool_call>\n{call}\n</tool_call>")
     body = EVERY_FIELD[path] | {"stream": stream}
@@ -374,7 +370,7 @@ def test_bad_json_of_a_model_gives_a_valid_answer(
         assert stored.status_code == 200 and len(strict_json(stored.text)) == 1
 
 
-def test_unfinished_body_times_out(serve_oracle: Callable[..., Live]) -> None:
+def test_unfinished_body_times_out(serve_oracle: Serve) -> None:
     live = serve_oracle(ServerConfig(body_timeout_s=0.1))
     with live.connect() as connection:
         connection.sendall(POST % (100, b'{"prompt": '))

@@ -13,7 +13,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 from pathlib import Path
@@ -32,7 +32,7 @@ from engine.messages import Exactness
 from hybridcache.command.signals import JsonFormatter
 from tests.waiting import wait_until
 
-from .conftest import Live, oracle_engine, serving
+from .conftest import Live, Serve, oracle_engine, serving
 from .dialects import bodies
 
 ENDLESS = {"max_tokens": 3000, "ignore_eos": True, "temperature": 0}
@@ -52,7 +52,7 @@ def _metrics(live: Live) -> dict[str, float]:
 @pytest.mark.parametrize("stream", [True, False])
 @pytest.mark.parametrize("path", bodies(""))
 def test_disconnect_frees_memory(
-    serve_oracle: Callable[..., Live], stream: bool, path: str, has_left: bool
+    serve_oracle: Serve, stream: bool, path: str, has_left: bool
 ) -> None:
     """A client that only closes its sending side counts as gone: the server closes the rest."""
     live = serve_oracle(step_s=0.005)
@@ -80,7 +80,7 @@ def test_disconnect_frees_memory(
 
 @pytest.mark.parametrize("path", bodies(""))
 def test_events_written_at_once_are_those_of_the_slow_way(
-    serve_oracle: Callable[..., Live], monkeypatch: pytest.MonkeyPatch, path: str
+    serve_oracle: Serve, monkeypatch: pytest.MonkeyPatch, path: str
 ) -> None:
     """HTTP/1.0 has no chunks, so its events take the slow way. Ids add events without text."""
     live, num_direct, bodies_read = serve_oracle(step_s=0.002), list[int](), list[str]()
@@ -102,7 +102,7 @@ def test_events_written_at_once_are_those_of_the_slow_way(
 
 
 def test_client_that_stops_reading_is_disconnected(
-    serve_oracle: Callable[..., Live], monkeypatch: pytest.MonkeyPatch
+    serve_oracle: Serve, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its request is aborted and its memory freed. A slow reader still gets its answer."""
     monkeypatch.setattr(transport, "UNREAD_S", 0.5)
@@ -130,7 +130,7 @@ def test_client_that_stops_reading_is_disconnected(
     live.check_conserved()
 
 
-def test_metrics_agree_with_the_report(serve_oracle: Callable[..., Live]) -> None:
+def test_metrics_agree_with_the_report(serve_oracle: Serve) -> None:
     live = serve_oracle(num_kv_tokens=1024)
     for number in (0, 0, 1, 2, 3, 4, 5, 0):
         live.post(
@@ -162,7 +162,7 @@ def test_metrics_agree_with_the_report(serve_oracle: Callable[..., Live]) -> Non
     assert any(name.startswith("engine_build_info") for name in metrics)
 
 
-def test_failed_engine_answers_with_errors(serve_oracle: Callable[..., Live]) -> None:
+def test_failed_engine_answers_with_errors(serve_oracle: Serve) -> None:
     live = serve_oracle(step_s=0.002)
     with pytest.raises(openai.APIError, match="engine"):
         events = live.client.completions.create(
@@ -184,7 +184,7 @@ def test_failed_engine_answers_with_errors(serve_oracle: Callable[..., Live]) ->
     assert live.get("/v1/cache").status_code == live.get("/metrics").status_code == 503
 
 
-def test_failed_step_fails_only_its_running_requests(serve_oracle: Callable[..., Live]) -> None:
+def test_failed_step_fails_only_its_running_requests(serve_oracle: Serve) -> None:
     live = serve_oracle(max_running=2, step_s=0.002)
     forward = live.engine.runner.forward
 
@@ -220,7 +220,7 @@ def http_answer(connection: socket.socket) -> str:
 
 @pytest.mark.parametrize("drain_s", [0.2, 500.0], ids=["in time", "until a second signal"])
 def test_requests_unfinished_after_a_drain_get_an_error(
-    serve_oracle: Callable[..., Live], caplog: pytest.LogCaptureFixture, drain_s: float
+    serve_oracle: Serve, caplog: pytest.LogCaptureFixture, drain_s: float
 ) -> None:
     """The operator finds them in the log."""
     caplog.set_level(logging.INFO, "engine.front.server")
@@ -263,7 +263,7 @@ def test_requests_unfinished_after_a_drain_get_an_error(
 @pytest.mark.parametrize("path", bodies(""))
 @pytest.mark.parametrize("keep_alive_s", [None, 0.05])
 def test_silent_streams_send_headers_and_comments(
-    serve_oracle: Callable[..., Live], path: str, keep_alive_s: float | None
+    serve_oracle: Serve, path: str, keep_alive_s: float | None
 ) -> None:
     live = serve_oracle(ServerConfig(keep_alive_s=keep_alive_s))
     forward, pauses = live.engine.runner.forward, threading.Semaphore(0)
@@ -354,7 +354,7 @@ ENDED = {"metadata": {"session_end": "true"}}
     ],
 )
 def test_client_can_end_its_session(
-    serve_oracle: Callable[..., Live], path: str, fields: dict[str, Any], num_live: int
+    serve_oracle: Serve, path: str, fields: dict[str, Any], num_live: int
 ) -> None:
     live = serve_oracle()
     answer = live.post(path, bodies("hello", 4)[path] | fields)
@@ -368,7 +368,7 @@ def test_client_can_end_its_session(
 
 
 @pytest.mark.parametrize("path", bodies(""))
-def test_client_can_promise_its_next_turn(serve_oracle: Callable[..., Live], path: str) -> None:
+def test_client_can_promise_its_next_turn(serve_oracle: Serve, path: str) -> None:
     live = serve_oracle()
     body = bodies("hello " * 40, 24)[path]
     for wrong in ("soon", "-1", "inf"):
@@ -386,9 +386,7 @@ def test_client_can_promise_its_next_turn(serve_oracle: Callable[..., Live], pat
 
 
 @pytest.mark.parametrize("method", ["arrived", "order", "left"])
-def test_server_outlives_an_admission_policy_that_raises(
-    serve_oracle: Callable[..., Live], method: str
-) -> None:
+def test_server_outlives_an_admission_policy_that_raises(serve_oracle: Serve, method: str) -> None:
     """Each request is answered once: with its text, or with an error if the policy raised."""
     live = serve_oracle(admission=f"tests.policies.test_user:Raises({method!r})", max_running=2)
     body = bodies("hello", 4)["/v1/completions"]
@@ -425,7 +423,7 @@ def _answer_lines(caplog: pytest.LogCaptureFixture, number: int) -> list[str]:
 
 
 def test_statuses_are_counted_and_logged_as_json(
-    tmp_path: Path, serve_oracle: Callable[..., Live], caplog: pytest.LogCaptureFixture
+    tmp_path: Path, serve_oracle: Serve, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Also those of refusals."""
     caplog.set_level(logging.INFO, "engine.front.server.access.requests")
@@ -459,7 +457,7 @@ def test_statuses_are_counted_and_logged_as_json(
 
 
 def test_request_log_has_disconnected_requests(
-    serve_oracle: Callable[..., Live], caplog: pytest.LogCaptureFixture
+    serve_oracle: Serve, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, "engine.front.server.access.requests")
     live = serve_oracle(ServerConfig(log_requests=True), step_s=0.005)
@@ -475,7 +473,7 @@ def test_request_log_has_disconnected_requests(
 
 
 def test_request_log_has_499_for_a_stream_that_was_left_while_it_waited(
-    serve_oracle: Callable[..., Live], caplog: pytest.LogCaptureFixture
+    serve_oracle: Serve, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, "engine.front.server.access.requests")
     live = serve_oracle(ServerConfig(log_requests=True), step_s=0.005, max_running=1)

@@ -6,7 +6,6 @@ They work as in those servers. ``test_bad_input.py`` tests the refusal of others
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from engine.front.server.settings import API_KEY_VARIABLE, ServerConfig
 from engine.text.tokenizer import ChatTemplate
 from tests.refused import refused
 
-from .conftest import Live
+from .conftest import Live, Serve
 
 CHAT = [{"role": "user", "content": "Say something."}]
 
@@ -39,7 +38,7 @@ def events(live: Live, path: str, body: dict[str, Any]) -> list[dict[str, Any]]:
     return [json.loads(line[6:]) for line in lines if line.startswith("data: {")]
 
 
-def test_default_limit_of_a_chat_is_that_of_the_server(serve_oracle: Callable[..., Live]) -> None:
+def test_default_limit_of_a_chat_is_that_of_the_server(serve_oracle: Serve) -> None:
     live = serve_oracle(ServerConfig(default_max_tokens=7))
     chat: dict[str, Any] = {"messages": CHAT, "ignore_eos": True}
     for limit, expected in (({}, 7), ({"max_tokens": 9}, 9), ({"max_completion_tokens": 3}, 3)):
@@ -52,9 +51,7 @@ def test_default_limit_of_a_chat_is_that_of_the_server(serve_oracle: Callable[..
         ServerConfig(default_max_tokens=0)
 
 
-def test_switches_of_the_template_have_defaults_of_the_server(
-    serve_oracle: Callable[..., Live],
-) -> None:
+def test_switches_of_the_template_have_defaults_of_the_server(serve_oracle: Serve) -> None:
     """In all dialects; a request goes first, and so does its reasoning effort."""
     off = {"chat_template_kwargs": {"enable_thinking": False}}
     live = serve_oracle(ServerConfig(chat_template_kwargs='{"enable_thinking": false}'))
@@ -103,7 +100,7 @@ def test_extra_fields_of_a_stream(live: Live, path: str) -> None:
 
 
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
-def test_choices_of_a_request_are_one_session(serve_oracle: Callable[..., Live], path: str) -> None:
+def test_choices_of_a_request_are_one_session(serve_oracle: Serve, path: str) -> None:
     """Otherwise, the last choices would wait 300 s for the places of the first ones."""
     live = serve_oracle(admission="live:2")
     body: dict[str, Any] = {"n": 24, "max_tokens": 1, "metadata": {"session_end": "true"}}
@@ -158,7 +155,7 @@ def test_paths_of_other_servers(live: Live) -> None:
 
 
 def test_api_keys_and_cors_origins(
-    serve_oracle: Callable[..., Live], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    serve_oracle: Serve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(API_KEY_VARIABLE, "other")
     (tmp_path / "key").write_text("# of clients\nsecret\n")

@@ -8,7 +8,6 @@ import re
 import shutil
 import socket
 import subprocess
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,7 +18,7 @@ from pydantic import BaseModel
 from engine.front.server.settings import ServerConfig
 from tests import documents
 
-from .conftest import Live, ServeAnswer
+from .conftest import Serve
 from .dialects import BONN, CHAT
 from .test_tools import HERMES_CALL, TOOLS
 
@@ -45,7 +44,7 @@ const tool = { name: "weather", function: weather, parse: JSON.parse, parameters
 @pytest.mark.parametrize("dialect", ["openai", "anthropic"])
 @pytest.mark.parametrize("streams", [False, True], ids=["whole", "streamed"])
 def test_litellm_runs_a_tool_loop(
-    serve_answer: ServeAnswer, dialect: str, streams: bool, monkeypatch: pytest.MonkeyPatch
+    serve_answer: Serve, dialect: str, streams: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("LITELLM_LOCAL_MODEL_COST_MAP", "True")  # Otherwise it fetches prices.
     litellm = pytest.importorskip("litellm")
@@ -68,7 +67,7 @@ def test_litellm_runs_a_tool_loop(
 
 @pytest.mark.timeout(180)
 def test_litellm_routes_to_two_models_behind_one_address(
-    tmp_path: Path, serve_oracle: Callable[..., Live], caplog: pytest.LogCaptureFixture
+    tmp_path: Path, serve_oracle: Serve, caplog: pytest.LogCaptureFixture
 ) -> None:
     """As the page says, with the program of ``pip install 'litellm[proxy]'`` on the PATH. Headers
     tell people apart."""
@@ -108,7 +107,7 @@ class Pick(BaseModel):
 
 
 @pytest.mark.parametrize("mode", ["TOOLS", "TOOLS_STRICT", "JSON", "JSON_SCHEMA"])
-def test_instructor_gets_its_model(serve_answer: ServeAnswer, mode: str) -> None:
+def test_instructor_gets_its_model(serve_answer: Serve, mode: str) -> None:
     instructor = pytest.importorskip("instructor")
     pytest.importorskip("llguidance")
     answer_text = '{"kind": "a"}'
@@ -127,7 +126,7 @@ def test_instructor_gets_its_model(serve_answer: ServeAnswer, mode: str) -> None
 
 
 @pytest.mark.parametrize("streams", [False, True], ids=["whole", "streamed"])
-def test_javascript_client_runs_a_tool_loop(serve_answer: ServeAnswer, streams: bool) -> None:
+def test_javascript_client_runs_a_tool_loop(serve_answer: Serve, streams: bool) -> None:
     node = shutil.which("node")
     if node is None or not (NODE_MODULES / "openai").is_dir():
         pytest.skip("node, or openai for it, is not installed")

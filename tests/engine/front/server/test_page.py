@@ -22,7 +22,7 @@ from engine.requests.request import SamplingParams
 from tests.adapters.watch.follower import follow, truth
 from tests.waiting import wait_until
 
-from .conftest import Live, oracle_engine, serving
+from .conftest import Live, Serve, oracle_engine, serving
 
 PROMPT = "the same beginning for all who ask here, "
 
@@ -111,7 +111,7 @@ def test_page_is_served_and_loads_no_other_files(live: Live) -> None:
 
 
 def test_reader_follows_the_tree_and_the_requests(
-    serve_oracle: Callable[..., Live], read: Callable[..., Reader]
+    serve_oracle: Serve, read: Callable[..., Reader]
 ) -> None:
     live = serve_oracle(num_kv_tokens=2048)
     ask(live, PROMPT * 5)
@@ -136,7 +136,7 @@ def test_reader_follows_the_tree_and_the_requests(
 
 @pytest.mark.parametrize("is_first", [True, False])
 def test_monitors_and_pages_do_not_wait_for_a_step(
-    is_first: bool, serve_oracle: Callable[..., Live], read: Callable[..., Reader]
+    is_first: bool, serve_oracle: Serve, read: Callable[..., Reader]
 ) -> None:
     """They have the report after the last step, or the first question that of a heartbeat, and its
     age."""
@@ -172,7 +172,7 @@ def test_monitors_and_pages_do_not_wait_for_a_step(
     assert age_s() == 0 and live.report()["usage"]["requests"] == 2 - is_first
 
 
-def test_an_answer_that_crawls_shows_in_the_metrics(serve_oracle: Callable[..., Live]) -> None:
+def test_an_answer_that_crawls_shows_in_the_metrics(serve_oracle: Serve) -> None:
     """Times of ended requests would show it at the end only."""
     live = serve_oracle(step_s=0.05)
 
@@ -245,7 +245,7 @@ def test_page_has_the_served_name(read: Callable[..., Reader]) -> None:
 
 
 def test_node_shows_its_text_except_that_of_tenants(
-    serve_oracle: Callable[..., Live], read: Callable[..., Reader]
+    serve_oracle: Serve, read: Callable[..., Reader]
 ) -> None:
     live = serve_oracle()
     reader = read(live)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import threading
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from engine.front.server.settings import ServerConfig
 from tests.adapters.watch.browser import chromium, tab
 from tests.waiting import wait_until
 
-from .conftest import Live, oracle_engine, serving
+from .conftest import Live, Serve, oracle_engine, serving
 
 __all__ = ["chromium", "tab"]
 PROMPT = "the same beginning for all who ask here, " * 5
@@ -38,7 +37,7 @@ def wait_until_live(tab: Any) -> None:
     tab.wait_for_selector("#link[data-state=live]")
 
 
-def test_page_shows_new_requests_and_nodes(tab: Any, serve_oracle: Callable[..., Live]) -> None:
+def test_page_shows_new_requests_and_nodes(tab: Any, serve_oracle: Serve) -> None:
     live = serve_oracle()
     tab.goto(live.url)
     wait_until_live(tab)
@@ -217,7 +216,7 @@ def test_script_of_another_page_cannot_read(tab: Any, live: Live, path: str) -> 
 
 
 def test_page_links_to_each_replica(
-    tab: Any, serve_oracle: Callable[..., Live], monkeypatch: pytest.MonkeyPatch
+    tab: Any, serve_oracle: Serve, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = Watch.whole
 

@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import random
-from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from engine.front.server.settings import ServerConfig
 from tests.refused import refused
 from tests.waiting import wait_until
 
-from .conftest import Live, serving
+from .conftest import Live, Serve, serving
 from .dialects import bodies
 
 PROMPT = "what a tenant asks, again and again. " * 12
@@ -50,9 +49,7 @@ def are_all_cold(counts: list[dict[str, Any]]) -> bool:
     return is_cold and all(other == counts[0] for other in counts)
 
 
-def test_keys_share_nothing_with_salt_by_key(
-    serve_oracle: Callable[..., Live], tmp_path: Path
-) -> None:
+def test_keys_share_nothing_with_salt_by_key(serve_oracle: Serve, tmp_path: Path) -> None:
     (tmp_path / "keys").write_text("one\ntwo\n")
     keys = [{"Authorization": f"Bearer {key}"} for key in ("one", "two")]
     both = [(key, salt) for key in keys for salt in (None, "a", "one", "two")]
@@ -65,7 +62,7 @@ def test_keys_share_nothing_with_salt_by_key(
     assert cached_tokens(shared, **keys[0]) == 0 and cached_tokens(shared, **keys[1]) > 0
 
 
-def test_salt_header_works_on_every_method(serve_oracle: Callable[..., Live]) -> None:
+def test_salt_header_works_on_every_method(serve_oracle: Serve) -> None:
     live = serve_oracle()
     assert cached_tokens(live, "me") == 0
     assert cached_tokens(live, **{"x-cache-salt": "you"}) == 0
@@ -93,7 +90,7 @@ def test_salt_header_works_on_every_method(serve_oracle: Callable[..., Live]) ->
         assert httpx.request(method, path).status_code == 404
 
 
-def test_shown_namespaces_do_not_reveal_salts(serve_oracle: Callable[..., Live]) -> None:
+def test_shown_namespaces_do_not_reveal_salts(serve_oracle: Serve) -> None:
     """The hash of a salt depends on a secret that each server makes at its start."""
     namespaces = []
     for _ in range(2):
@@ -189,7 +186,7 @@ def test_operator_paths_without_a_key_require_a_local_client(
 
 @pytest.mark.parametrize(("method", "path"), PATHS)
 def test_operator_paths_with_a_key_require_the_key(
-    serve_oracle: Callable[..., Live], tmp_path: Path, method: str, path: str
+    serve_oracle: Serve, tmp_path: Path, method: str, path: str
 ) -> None:
     file = tmp_path / "key"
     file.write_text("s3cret\n")
@@ -261,7 +258,7 @@ def test_a_client_of_this_machine_is_one_at_every_address() -> None:
     ("proxies", "last", "client"), [((), 429, "127.0.0.1"), (("127.0.0.1",), 401, "7.7.7.20")]
 )
 def test_only_a_trusted_proxy_names_the_client(
-    serve_oracle: Callable[..., Live],
+    serve_oracle: Serve,
     tmp_path: Path,
     caplog: Any,
     proxies: tuple[str, ...],
@@ -278,7 +275,7 @@ def test_only_a_trusted_proxy_names_the_client(
     wait_until(lambda: f"from {client} " in caplog.messages[-1] + " ")  # After the answer.
 
 
-def test_a_request_with_two_keys_is_refused(serve_oracle: Callable[..., Live]) -> None:
+def test_a_request_with_two_keys_is_refused(serve_oracle: Serve) -> None:
     """A proxy may have checked the first, and this server would read the last."""
     url = serve_oracle().url + "/v1/models"
     for name in ("Authorization", "X-Api-Key"):
@@ -326,7 +323,7 @@ def ask(live: Live, path: str, body: dict[str, Any], headers: dict[str, str]) ->
 
 
 def test_one_name_stands_for_a_key_everywhere(
-    serve_oracle: Callable[..., Live], tmp_path: Path, caplog: Any
+    serve_oracle: Serve, tmp_path: Path, caplog: Any
 ) -> None:
     """Keys with the same name share the cache and stored answers, so that a key can be replaced."""
     (tmp_path / "api").write_text("key-1 bob # of the team\nkey-2 dave\nkey-3 bob\nkey-4\n")
@@ -418,7 +415,7 @@ def test_keys_are_read_again(tmp_path: Path) -> None:
 @pytest.mark.full("1")
 @pytest.mark.parametrize("seed", range(3))
 def test_tenants_stay_isolated_in_every_dialect(
-    serve_oracle: Callable[..., Live], tmp_path: Path, seed: int
+    serve_oracle: Serve, tmp_path: Path, seed: int
 ) -> None:
     """Random requests of several tenants: no answer contains another tenant's text."""
     rng = random.Random(seed)
@@ -458,7 +455,7 @@ def test_tenants_stay_isolated_in_every_dialect(
     live.check_conserved()
 
 
-def test_reasoning_is_restored_only_in_the_same_chat(serve_answer: Callable[..., Live]) -> None:
+def test_reasoning_is_restored_only_in_the_same_chat(serve_answer: Serve) -> None:
     """``preserve_thinking`` restores reasoning that a client left out. A guess of another client's
     answer must not reveal its reasoning, and no guess that of another tenant."""
     live = serve_answer("<think>The card number is 4929.</think>Yes.")
@@ -482,7 +479,7 @@ def test_reasoning_is_restored_only_in_the_same_chat(serve_answer: Callable[...,
 
 
 def test_each_tenant_compiles_its_own_grammars(
-    serve_oracle: Callable[..., Live], monkeypatch: pytest.MonkeyPatch
+    serve_oracle: Serve, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The time of an answer would tell whether another tenant used a schema."""
     guides = pytest.importorskip("engine.plugins.guided.guides")

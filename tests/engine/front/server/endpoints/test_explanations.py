@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from typing import Any
 
 import httpx
@@ -13,7 +12,7 @@ import pytest
 from engine import EngineConfig, ServerConfig
 from engine.front.server.endpoints.explain import AnsweredChat, Explanations
 from hybridcache.radix.api import Losses
-from tests.engine.front.server.conftest import Live
+from tests.engine.front.server.conftest import Live, Serve
 
 SYSTEM = "Explain what was missed, in a word or two. " * 8
 
@@ -58,9 +57,7 @@ def test_operator_sees_comparison_with_nearest_earlier_chat(live: Live) -> None:
     assert 'explain_mib=N).","' in unknown.text
 
 
-def test_requests_at_once_are_compared_in_the_order_of_their_starts(
-    serve_oracle: Callable[..., Live],
-) -> None:
+def test_requests_at_once_are_compared_in_the_order_of_their_starts(serve_oracle: Serve) -> None:
     """The later one ends first: the first one is new, and nothing is said to be evicted."""
     live = serve_oracle(step_s=0.02)
     chat = body(SYSTEM, max_tokens=60, ignore_eos=True, stream=True)

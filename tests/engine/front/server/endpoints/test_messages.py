@@ -10,7 +10,7 @@ import pytest
 from engine.front.server.bodies import decode
 from engine.front.server.endpoints.anthropic import CountRequest
 from engine.front.server.settings import ServerConfig
-from tests.engine.front.server.conftest import Live, ServeAnswer
+from tests.engine.front.server.conftest import Live, Serve
 from tests.engine.front.server.dialects import BONN, SCHEMA
 from tests.engine.front.server.test_tools import HERMES_CALL
 
@@ -52,7 +52,7 @@ def test_a_failed_result_says_so_and_keeps_its_mark(said: str) -> None:
     assert told.cache_control == EPHEMERAL
 
 
-def test_usage_counts_cache_reads_and_writes(serve_answer: ServeAnswer) -> None:
+def test_usage_counts_cache_reads_and_writes(serve_answer: Serve) -> None:
     live = serve_answer("Yes.")
     system = [{"type": "text", "text": "Marked. " + LONG, "cache_control": EPHEMERAL}]
     plain = {"system": LONG + "other", "messages": [{"role": "user", "content": "a" * 90}]}
@@ -70,7 +70,7 @@ def test_usage_counts_cache_reads_and_writes(serve_answer: ServeAnswer) -> None:
         assert len(LONG) <= written < count - 90 if is_marked else written == 0
 
 
-def test_omitted_thinking_keeps_its_signature(serve_answer: ServeAnswer) -> None:
+def test_omitted_thinking_keeps_its_signature(serve_answer: Serve) -> None:
     live = serve_answer("a</think>b")
     summarized = {"type": "enabled", "budget_tokens": 99}
     omitted = summarized | {"display": "omitted"}
@@ -108,7 +108,7 @@ AGENT = {
 """Fields that coding agents send with each request."""
 
 
-def test_billing_header_is_not_part_of_the_prompt(serve_answer: ServeAnswer) -> None:
+def test_billing_header_is_not_part_of_the_prompt(serve_answer: Serve) -> None:
     """A coding agent sends it, with another digest in each request."""
     live = serve_answer("Dry.")
 
@@ -144,7 +144,7 @@ def test_thinking_ends_at_its_budget(live: Live, budget: int) -> None:
     assert text["text"] == choice["message"]["content"]
 
 
-def test_anthropic_client_runs_a_tool_loop(serve_answer: ServeAnswer) -> None:
+def test_anthropic_client_runs_a_tool_loop(serve_answer: Serve) -> None:
     """Whole and streamed answers, token counts and errors through Anthropic's package."""
     anthropic = pytest.importorskip("anthropic")
     live = serve_answer(f"<think>Hm.</think>Look.\n{HERMES_CALL}")

@@ -9,7 +9,7 @@ import openai
 import pytest
 
 from engine.text.bounded import BoundedMemory
-from tests.engine.front.server.conftest import ServeAnswer
+from tests.engine.front.server.conftest import Serve
 from tests.engine.front.server.dialects import BONN, SCHEMA, STREAMED
 from tests.engine.front.server.test_tools import HERMES_CALL
 from tests.refused import refused
@@ -20,7 +20,7 @@ TOOLS: Any = [{"type": "function", "name": "weather", "parameters": SCHEMA, "str
 
 @STREAMED
 def test_functions_of_a_namespace_are_called_by_both_names(
-    serve_answer: ServeAnswer, stream: bool
+    serve_answer: Serve, stream: bool
 ) -> None:
     """As Codex offers the tools of a server, and sends their calls back."""
     call = HERMES_CALL.replace('"weather"', '"home__weather"')
@@ -47,7 +47,7 @@ def test_functions_of_a_namespace_are_called_by_both_names(
     assert same.usage.input_tokens == later.usage.input_tokens
 
 
-def test_stored_conversation_has_the_prompt_of_a_whole_one(serve_answer: ServeAnswer) -> None:
+def test_stored_conversation_has_the_prompt_of_a_whole_one(serve_answer: Serve) -> None:
     """Turns with ``previous_response_id``, tool calls included, give the same prompt as the whole
     conversation."""
     live = serve_answer(f"<think>Hm.</think>{HERMES_CALL}")
@@ -76,7 +76,7 @@ def test_stored_conversation_has_the_prompt_of_a_whole_one(serve_answer: ServeAn
     assert same.usage.input_tokens_details.cached_tokens >= third.usage.input_tokens // 64 * 64 - 64
 
 
-def test_references_stand_for_stored_items(serve_answer: ServeAnswer) -> None:
+def test_references_stand_for_stored_items(serve_answer: Serve) -> None:
     """Reasoning, text and calls by their ids, as AI SDK sends them, give the same prompt as the
     items themselves; they are known to their tenant only, and until their response is deleted."""
     client = serve_answer(f"<think>Hm.</think>So:{HERMES_CALL}", then="Dry.").client
@@ -105,7 +105,7 @@ def test_references_stand_for_stored_items(serve_answer: ServeAnswer) -> None:
         client.responses.create(input=[start, *named], **options)
 
 
-def test_stored_responses_are_retrieved_and_deleted(serve_answer: ServeAnswer) -> None:
+def test_stored_responses_are_retrieved_and_deleted(serve_answer: Serve) -> None:
     client = serve_answer("Yes.").client
     whole = client.responses.create(**ASK, metadata={"a": "b"})
     with client.responses.stream(**ASK) as stream:
