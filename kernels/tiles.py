@@ -31,12 +31,6 @@ def groups(count: int, size: int) -> Iterator[slice]:
     return (slice(first, first + size) for first in range(0, count, size))
 
 
-def add_products(out: torch.Tensor, left: torch.Tensor, right: torch.Tensor, size: int) -> None:
-    """Add ``left @ right`` to ``out``, by ``groups`` of ``size`` matrices."""
-    for group in groups(len(out), size):
-        out[group].baddbmm_(left[group], right[group])
-
-
 class Tiling(NamedTuple):
     """Tiles in the order of the scan: first the first tile of every sequence, then the second ones.
 
@@ -127,12 +121,16 @@ class Tiles(NamedTuple):
 
 
 def scan(
-    tiles: Tiles, layout: Tiling, **where: Unpack[ScanInputs]
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Carry every sequence's state through its tiles.
+    solve: Callable[[Tiling], Tiles], value: torch.Tensor, **where: Unpack[ScanInputs]
+) -> torch.Tensor:
+    """Carry every sequence's state through its tiles, whose factors ``solve`` computes.
 
-    Returns N and ``scale exp(G) Q S`` of each tile.
+    Returns the read-outs, with shape and dtype of ``value``.
     """
+    layout = lay_out(where["packed"].lengths, where["packed"].tile_size, value.device)
+    if not layout.active:
+        return torch.empty_like(value)
+    tiles = solve(layout)
     states, (order, index, carried, saves) = where["states"], carry(layout, **where)
     heads = carried.shape[1]
     new_values = torch.empty_like(tiles.new_values, memory_format=torch.contiguous_format)
@@ -149,7 +147,9 @@ def scan(
             one.mul_(tiles.decay[span]).baddbmm_(tiles.writer[span].mT, new)
         save(states, state, [saves.get((sequence, step), ()) for sequence in order[:num_active]])
     states[index] = carried.to(states.dtype)
-    return new_values, read_out
+    for group in groups(len(read_out), heads):
+        read_out[group].baddbmm_(tiles.attention[group], new_values[group])
+    return layout.untile(read_out.unflatten(0, (-1, heads)), value.dtype)
 
 
 def carry(
@@ -182,29 +182,31 @@ def save(states: torch.Tensor, carried: torch.Tensor, slots: Sequence[Sequence[i
 def decode(
     step: Callable[..., torch.Tensor],
     token: Sequence[torch.Tensor],
-    out: torch.Tensor,
+    value: torch.Tensor,
     **where: Unpack[StepInputs],
 ) -> torch.Tensor:
     """Carry states ``[S, HV, K, V]`` through the tokens of their sequences.
 
     ``step(state, *token)`` updates the states ``[HV, K, V]`` of one sequence in place, and returns
-    their read-outs ``[HV, V]``. ``token`` has factors ``[T, HV, ...]``. Writes to ``out``
-    ``[T, HV, V]``, and returns it. The other arguments are those of the decoding functions.
+    their read-outs ``[HV, V]``. ``token`` has factors ``[T, HV, ...]``. Returns the read-outs of
+    all tokens, with shape and dtype of ``value``. The other arguments are those of the decoding
+    functions.
     """
     states, slots = where["states"], where["slots"]
+    out = torch.empty(value.shape, dtype=torch.float32, device=value.device)
     if (packed := where.get("packed")) is not None:
         step_slots = where.get("step_slots")
         assert step_slots is not None, "several tokens per sequence need slots for their states"
         for rows, state in steps(states, packed, slots, step_slots):
             for one, row in zip(state, rows.tolist(), strict=True):
                 out[row] = step(one, *(part[row] for part in token))
-        return out
+        return out.to(value.dtype)
     for i, slot in enumerate(slots.tolist()):
         state = states[slot].float()
         out[i] = step(state, *(part[i] for part in token))
         if state.data_ptr() != states[slot].data_ptr():
             states[slot] = state
-    return out
+    return out.to(value.dtype)
 
 
 def steps(

@@ -24,13 +24,14 @@ Transformers with the Delta Rule (arXiv 2406.06484), section 3.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple, Unpack
 
 import torch
 import torch.nn.functional as F
 
 from kernels.packed import ScanInputs, StepInputs
-from kernels.tiles import Tiles, Tiling, add_products, decays_, decode, lay_out, scan
+from kernels.tiles import Tiles, Tiling, decays_, decode, scan
 
 L2_EPS = 1e-6
 
@@ -97,14 +98,7 @@ def chunk_gdn(prompt: Prompt, **where: Unpack[ScanInputs]) -> torch.Tensor:
     ``where``: see `kernels.packed.ScanInputs`. States are ``[S, HV, K, V]`` of any strides.
     Returns ``[T, HV, V]`` in value's dtype.
     """
-    value = prompt.value
-    layout = lay_out(where["packed"].lengths, where["packed"].tile_size, value.device)
-    if not layout.active:
-        return torch.empty_like(value)
-    tiles = _solve_tiles(prompt, layout)
-    new_values, out = scan(tiles, layout, **where)
-    add_products(out, tiles.attention, new_values, value.shape[1])
-    return layout.untile(out.view(layout.num_tiles, -1, *out.shape[1:]), value.dtype)
+    return scan(partial(_solve_tiles, prompt), prompt.value, **where)
 
 
 def _solve_tiles(prompt: Prompt, layout: Tiling) -> Tiles:
@@ -163,8 +157,7 @@ def decode_gdn(token: Step, *, max_beta: float = 1.0, **where: Unpack[StepInputs
     query, key, value, *inputs = token
     gate, beta = gates(*inputs, max_beta=max_beta)
     factors = prepare(query, key, value, decays_(gate)[..., None, None], beta)
-    out = torch.empty(value.shape, dtype=torch.float32, device=value.device)
-    return decode(write_and_read, factors, out, **where).to(value.dtype)
+    return decode(write_and_read, factors, value, **where)
 
 
 def normalise(x: torch.Tensor, scale: float) -> torch.Tensor:

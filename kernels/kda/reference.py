@@ -33,6 +33,7 @@ Source: Kimi Linear (arXiv 2510.26692), section 3.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Unpack
 
 import torch
@@ -40,7 +41,7 @@ import torch.nn.functional as F
 
 from kernels.gdn.reference import Prompt, Step, normalise, prepare, scale_of, write_and_read
 from kernels.packed import ScanInputs, StepInputs
-from kernels.tiles import Tiles, Tiling, add_products, decays_, decode, groups, lay_out, scan
+from kernels.tiles import Tiles, Tiling, decays_, decode, groups, scan
 
 
 def gates(
@@ -66,14 +67,7 @@ def chunk_kda(prompt: Prompt, **where: Unpack[ScanInputs]) -> torch.Tensor:
     ``gate`` is ``[T, H, K]``. ``where``: see `kernels.packed.ScanInputs`. States are ``[S, H, K,
     V]`` of any strides. Returns ``[T, H, V]`` in value's dtype.
     """
-    value = prompt.value
-    layout = lay_out(where["packed"].lengths, where["packed"].tile_size, value.device)
-    if not layout.active:
-        return torch.empty_like(value)
-    tiles = _solve_tiles(prompt, layout)
-    new_values, out = scan(tiles, layout, **where)
-    add_products(out, tiles.attention, new_values, value.shape[1])
-    return layout.untile(out.view(layout.num_tiles, -1, *out.shape[1:]), value.dtype)
+    return scan(partial(_solve_tiles, prompt), prompt.value, **where)
 
 
 def _solve_tiles(prompt: Prompt, layout: Tiling) -> Tiles:
@@ -168,8 +162,7 @@ def decode_kda(token: Step, **where: Unpack[StepInputs]) -> torch.Tensor:
     query, key, value, *inputs = token
     gate, beta = gates(*inputs)
     factors = prepare(query, key, value, decays_(gate)[..., None], beta)
-    out = torch.empty(value.shape, dtype=torch.float32, device=value.device)
-    return decode(write_and_read, factors, out, **where).to(value.dtype)
+    return decode(write_and_read, factors, value, **where)
 
 
 def _new(like: torch.Tensor, *shape: int) -> torch.Tensor:

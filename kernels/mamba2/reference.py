@@ -206,8 +206,7 @@ def decode_mamba2(
         decays_(gate)[..., None, None],
         values * D.float()[:, None],
     )
-    out = torch.empty_like(values)
-    return decode(_advance, factors, out, **where).to(x.dtype)
+    return decode(_advance, factors, x, **where)
 
 
 def _by_head(x: torch.Tensor, group: int) -> torch.Tensor:
