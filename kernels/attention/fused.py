@@ -12,13 +12,14 @@ head. It walks the keys from position 0 in tiles of BN.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Unpack
 
 import torch
 import triton
 import triton.language as tl
 
 from kernels.activation.fused import sigmoid_mul
-from kernels.attention.sequences import Sequences
+from kernels.attention.sequences import KVInputs, PackedKVInputs
 from kernels.attention.splits import (
     COMBINED,
     SPLIT,
@@ -169,18 +170,15 @@ def decode_attention(
     key_pool: torch.Tensor,
     value_pool: torch.Tensor,
     *,
-    table: torch.Tensor,
-    sequences: Sequences,
-    scale: float,
     gate: torch.Tensor | None = None,
+    **where: Unpack[KVInputs],
 ) -> torch.Tensor:
     """Compute attention of one token per sequence; see ``reference.decode_attention``.
 
     ``max(sequences.kv_lens)`` bounds the launch. The actual lengths are those in
     ``sequences.kv_len_table``.
     """
-    pools = key_pool, value_pool
-    return _launch(query, pools, table, sequences, None, scale, gate)
+    return _launch(query, (key_pool, value_pool), gate, None, **where)
 
 
 def verify_attention(
@@ -188,11 +186,8 @@ def verify_attention(
     key_pool: torch.Tensor,
     value_pool: torch.Tensor,
     *,
-    table: torch.Tensor,
-    sequences: Sequences,
-    packed: Packed,
-    scale: float,
     gate: torch.Tensor | None = None,
+    **where: Unpack[PackedKVInputs],
 ) -> torch.Tensor:
     """Compute causal attention of several tokens per sequence, with `decode_attention`'s bits.
 
@@ -201,21 +196,18 @@ def verify_attention(
     one chunk (`is_one_chunk`), in ``packed.cu_seqlens``. Several chunks are formed by
     ``packed.lengths``.
     """
-    pools = key_pool, value_pool
-    return _launch(query, pools, table, sequences, packed, scale, gate)
+    return _launch(query, (key_pool, value_pool), gate, **where)
 
 
 def _launch(
     query: torch.Tensor,
     pools: tuple[torch.Tensor, torch.Tensor],
-    table: torch.Tensor,
-    sequences: Sequences,
-    packed: Packed | None,
-    scale: float,
     gate: torch.Tensor | None,
+    packed: Packed | None,
+    **where: Unpack[KVInputs],
 ) -> torch.Tensor:
     """Attend one token of each sequence, or the tokens in ``packed``."""
-    query = query.contiguous()
+    query, table, sequences = query.contiguous(), where["table"], where["sequences"]
     out = torch.empty_like(query)
     if not len(query):
         return out
@@ -252,7 +244,7 @@ def _launch(
             num_splits,
             table.stride(0),
             row_stride("a KV row", *pools),
-            scale * LOG2_E,
+            where["scale"] * LOG2_E,
             *more,
             HQ=num_heads,
             G=group,
@@ -358,18 +350,16 @@ def prefill_attention(
     key_pool: torch.Tensor,
     value_pool: torch.Tensor,
     *,
-    table: torch.Tensor,
-    sequences: Sequences,
-    packed: Packed,
-    scale: float,
     gate: torch.Tensor | None = None,
+    **where: Unpack[PackedKVInputs],
 ) -> torch.Tensor:
     """Compute attention of new tokens to themselves and to all earlier tokens.
 
     See ``reference.prefill_attention``. A token has equal bits for every chunk of its sequence that
     starts at a multiple of ``packed.tile_size``.
     """
-    query = query.contiguous()
+    query, packed = query.contiguous(), where["packed"]
+    table, sequences = where["table"], where["sequences"]
     out = torch.empty_like(query)
     num_heads, size = query.shape[1:]
     group = num_heads // key_pool.shape[1]
@@ -395,7 +385,7 @@ def prefill_attention(
             packed.tables,
             table.stride(0),
             row_stride("a KV row", key_pool, value_pool),
-            scale * LOG2_E,
+            where["scale"] * LOG2_E,
             HQ=num_heads,
             G=group,
             D=size,

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Unpack
+
 import torch
 
 from kernels.activation.native import sigmoid_mul
 from kernels.attention import reference
-from kernels.attention.sequences import Sequences
+from kernels.attention.sequences import KVInputs, PackedKVInputs
 from kernels.native import DTYPES, address, function, has_whole_rows, prompts_function, whole_rows
 from kernels.packed import Packed
 
@@ -21,16 +23,12 @@ def prefill_attention(
     key_pool: torch.Tensor,
     value_pool: torch.Tensor,
     *,
-    table: torch.Tensor,
-    sequences: Sequences,
-    packed: Packed,
-    scale: float,
     gate: torch.Tensor | None = None,
+    **where: Unpack[PackedKVInputs],
 ) -> torch.Tensor:
     """Compute ``reference.prefill_attention``. Threads share the work by queries and heads."""
-    out = prefill(query, key_pool, value_pool, table, sequences, packed, scale, query.shape[-1])
+    out = prefill(query, key_pool, value_pool, query.shape[-1], **where)
     if out is None:
-        where = {"table": table, "sequences": sequences, "packed": packed, "scale": scale}
         out = reference.prefill_attention(query, key_pool, value_pool, **where)
     return gated(out, gate)
 
@@ -39,11 +37,8 @@ def prefill(
     query: torch.Tensor,
     key_pool: torch.Tensor,
     value_pool: torch.Tensor,
-    table: torch.Tensor,
-    sequences: Sequences,
-    packed: Packed,
-    scale: float,
     value_dim: int,
+    **where: Unpack[PackedKVInputs],
 ) -> torch.Tensor | None:
     """Compute attention of prompts with the first ``value_dim`` numbers of values: ``[T, HQ,
     value_dim]``. None if the library cannot."""
@@ -53,13 +48,14 @@ def prefill(
     query = whole_rows(query)
     num_heads, head_dim = query.shape[1:]
     num_kv_heads = key_pool.shape[1]
+    table, sequences = where["table"], where["sequences"]
     out = torch.empty(len(query), num_heads, value_dim, dtype=query.dtype)
     kernel(
         query.data_ptr(), query.stride(0), key_pool.data_ptr(), value_pool.data_ptr(),
         key_pool.stride(0), table.data_ptr(), table.stride(0), sequences.row_table.data_ptr(),
-        sequences.kv_len_table.data_ptr(), packed.cu_seqlens.data_ptr(), out.data_ptr(),
+        sequences.kv_len_table.data_ptr(), where["packed"].cu_seqlens.data_ptr(), out.data_ptr(),
         len(sequences.row_table), num_kv_heads, num_heads // num_kv_heads, head_dim, value_dim,
-        scale, torch.get_num_threads(),
+        where["scale"], torch.get_num_threads(),
     )  # fmt: skip
     return out
 
@@ -69,16 +65,14 @@ def decode_attention(
     key_pool: torch.Tensor,
     value_pool: torch.Tensor,
     *,
-    table: torch.Tensor,
-    sequences: Sequences,
-    scale: float,
     gate: torch.Tensor | None = None,
+    **where: Unpack[KVInputs],
 ) -> torch.Tensor:
     """Compute ``reference.decode_attention``."""
-    if not _decodes(query, key_pool, value_pool):
-        where = {"table": table, "sequences": sequences, "scale": scale}
-        return gated(reference.decode_attention(query, key_pool, value_pool, **where), gate)
-    return gated(_decode(query, key_pool, value_pool, table, sequences, None, scale), gate)
+    out = _decode(query, key_pool, value_pool, None, **where)
+    if out is None:
+        out = reference.decode_attention(query, key_pool, value_pool, **where)
+    return gated(out, gate)
 
 
 def verify_attention(
@@ -86,30 +80,22 @@ def verify_attention(
     key_pool: torch.Tensor,
     value_pool: torch.Tensor,
     *,
-    table: torch.Tensor,
-    sequences: Sequences,
-    packed: Packed,
-    scale: float,
     gate: torch.Tensor | None = None,
+    **where: Unpack[PackedKVInputs],
 ) -> torch.Tensor:
     """Compute ``reference.verify_attention`` with the bits of `decode_attention`.
 
     Lengths are those of ``packed.cu_seqlens``.
     """
-    if not _decodes(query, key_pool, value_pool):
-        where = {"table": table, "sequences": sequences, "packed": packed, "scale": scale}
-        return gated(reference.verify_attention(query, key_pool, value_pool, **where), gate)
-    starts = packed.cu_seqlens
-    return gated(_decode(query, key_pool, value_pool, table, sequences, starts, scale), gate)
+    out = _decode(query, key_pool, value_pool, **where)
+    if out is None:
+        out = reference.verify_attention(query, key_pool, value_pool, **where)
+    return gated(out, gate)
 
 
 def gated(out: torch.Tensor, gate: torch.Tensor | None) -> torch.Tensor:
     """Compute ``reference.gated``."""
     return out if gate is None else sigmoid_mul(out.flatten(1), gate).view_as(out)
-
-
-def _decodes(query: torch.Tensor, key_pool: torch.Tensor, value_pool: torch.Tensor) -> bool:
-    return query.shape[-1] <= MAX_HEAD and _is_served(query, key_pool, value_pool)
 
 
 def _is_served(query: torch.Tensor, key_pool: torch.Tensor, value_pool: torch.Tensor) -> bool:
@@ -126,11 +112,15 @@ def _decode(
     query: torch.Tensor,
     key_pool: torch.Tensor,
     value_pool: torch.Tensor,
-    table: torch.Tensor,
-    sequences: Sequences,
-    cu_seqlens: torch.Tensor | None,
-    scale: float,
-) -> torch.Tensor:
+    packed: Packed | None,
+    **where: Unpack[KVInputs],
+) -> torch.Tensor | None:
+    """Compute attention of one token per sequence, or of those in ``packed``. None if the library
+    cannot."""
+    if query.shape[-1] > MAX_HEAD or not _is_served(query, key_pool, value_pool):
+        return None
+    table, sequences = where["table"], where["sequences"]
+    cu_seqlens = None if packed is None else packed.cu_seqlens
     num_heads, head_dim = query.shape[1:]
     num_kv_heads = key_pool.shape[1]
     query = whole_rows(query)
@@ -139,7 +129,7 @@ def _decode(
         query.data_ptr(), query.stride(0), key_pool.data_ptr(), value_pool.data_ptr(),
         key_pool.stride(0), table.data_ptr(), table.stride(0), sequences.row_table.data_ptr(),
         sequences.kv_len_table.data_ptr(), address(cu_seqlens), out.data_ptr(),
-        len(sequences.row_table), num_kv_heads, num_heads // num_kv_heads, head_dim, scale,
-        torch.get_num_threads(),
+        len(sequences.row_table), num_kv_heads, num_heads // num_kv_heads, head_dim,
+        where["scale"], torch.get_num_threads(),
     )  # fmt: skip
     return out

@@ -12,12 +12,13 @@ with float32 and bfloat16, one and two threads, and head sizes 40 to 256.
 
 from __future__ import annotations
 
+from typing import Unpack
+
 import torch
 import torch.nn.functional as F
 
 from kernels.activation.reference import sigmoid_mul
-from kernels.attention.sequences import Sequences
-from kernels.packed import Packed
+from kernels.attention.sequences import KVInputs, PackedKVInputs
 
 TILE = 64
 """Positions per tile of queries."""
@@ -30,36 +31,31 @@ def prefill_attention(
     key_pool: torch.Tensor,
     value_pool: torch.Tensor,
     *,
-    table: torch.Tensor,
-    sequences: Sequences,
-    packed: Packed,
-    scale: float,
     gate: torch.Tensor | None = None,
+    **where: Unpack[PackedKVInputs],
 ) -> torch.Tensor:
     """Compute attention of new tokens to themselves and to all earlier tokens.
 
     The KV of the new tokens must be in the pool.
 
     Args:
-        query: ``[T, HQ, D]``, the packed new tokens: the last ``packed.lengths[b]`` of the
-            ``sequences.kv_lens[b]`` tokens of sequence b.
+        query: ``[T, HQ, D]``, the packed new tokens.
         key_pool, value_pool: ``[N, HKV, D]``; HQ is a multiple of HKV.
-        table: int32 ``[R, M]``, the request table: KV indices by row and position.
-        scale: factor of the scores.
         gate: ``[T, HQ * D]``, of which the output is multiplied by the sigmoid, or None.
+        where: see `kernels.attention.sequences.PackedKVInputs`.
 
     Returns:
         ``[T, HQ, D]`` in the query's dtype. O(T * length * HQ * D).
     """
-    out = torch.empty_like(query)
+    out, sequences, lengths = torch.empty_like(query), where["sequences"], where["packed"].lengths
     offset = 0
-    for row, kv_len, length in zip(sequences.rows, sequences.kv_lens, packed.lengths, strict=True):
+    for row, kv_len, length in zip(sequences.rows, sequences.kv_lens, lengths, strict=True):
         if length:
-            indices = table[row, :kv_len]
+            indices = where["table"][row, :kv_len]
             keys = _padded_rows(key_pool, indices)
             values = keys if value_pool is key_pool else _padded_rows(value_pool, indices)
             span = slice(offset, offset + length)
-            _prefill_one(query[span], keys, values, kv_len - length, scale, out[span])
+            _prefill_one(query[span], keys, values, kv_len - length, where["scale"], out[span])
             offset += length
     return gated(out, gate)
 
@@ -69,20 +65,18 @@ def decode_attention(
     key_pool: torch.Tensor,
     value_pool: torch.Tensor,
     *,
-    table: torch.Tensor,
-    sequences: Sequences,
-    scale: float,
     gate: torch.Tensor | None = None,
+    **where: Unpack[KVInputs],
 ) -> torch.Tensor:
     """Compute attention of the last token of each sequence, ``query [B, HQ, D]``.
 
     Every sequence is computed separately, from an aligned copy of its query, so results do not
     depend on the batch. Returns ``[B, HQ, D]``.
     """
-    out = torch.empty_like(query)
+    out, sequences, scale = torch.empty_like(query), where["sequences"], where["scale"]
     num_kv_heads = key_pool.shape[1]
     for b, (row, kv_len) in enumerate(zip(sequences.rows, sequences.kv_lens, strict=True)):
-        indices = table[row, :kv_len]
+        indices = where["table"][row, :kv_len]
         keys = _rows(key_pool, indices).transpose(0, 1)[None]
         values = keys
         if value_pool is not key_pool:
@@ -97,11 +91,8 @@ def verify_attention(
     key_pool: torch.Tensor,
     value_pool: torch.Tensor,
     *,
-    table: torch.Tensor,
-    sequences: Sequences,
-    packed: Packed,
-    scale: float,
     gate: torch.Tensor | None = None,
+    **where: Unpack[PackedKVInputs],
 ) -> torch.Tensor:
     """Compute causal attention of the last tokens of each sequence, packed ``query [T, HQ, D]``.
 
@@ -109,17 +100,17 @@ def verify_attention(
     those of `decode_attention`, called once per token: every product has the shape of its position.
     Returns ``[T, HQ, D]``.
     """
-    out = torch.empty_like(query)
+    out, sequences, lengths = torch.empty_like(query), where["sequences"], where["packed"].lengths
     num_kv_heads, t = key_pool.shape[1], 0
-    for row, kv_len, length in zip(sequences.rows, sequences.kv_lens, packed.lengths, strict=True):
-        indices = table[row, :kv_len]
+    for row, kv_len, length in zip(sequences.rows, sequences.kv_lens, lengths, strict=True):
+        indices = where["table"][row, :kv_len]
         keys, values = (
             _rows(pool, indices).transpose(0, 1)[None] for pool in (key_pool, value_pool)
         )
         for end in range(kv_len - length + 1, kv_len + 1):
             grouped = query[t].clone().view(1, num_kv_heads, -1, query.shape[-1])
             attended = F.scaled_dot_product_attention(
-                grouped, keys[:, :, :end], values[:, :, :end], scale=scale
+                grouped, keys[:, :, :end], values[:, :, :end], scale=where["scale"]
             )
             out[t] = attended.view_as(out[t])
             t += 1

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypedDict
 
 import torch
 
+from kernels.packed import Packed
 from kernels.upload import upload
 
 
@@ -36,3 +38,20 @@ class Sequences:
             row_table=upload(rows, torch.int32, device),
             kv_len_table=upload(kv_lens, torch.int32, device),
         )
+
+
+class KVInputs(TypedDict):
+    """Arguments that attention has to one token per sequence."""
+
+    table: torch.Tensor
+    """int32 ``[R, M]``, the request table: KV indices by row and position."""
+    sequences: Sequences
+    scale: float
+    """Factor of the scores."""
+
+
+class PackedKVInputs(KVInputs):
+    """Arguments that attention has to several tokens per sequence."""
+
+    packed: Packed
+    """New tokens: the last ``lengths[b]`` of the ``sequences.kv_lens[b]`` tokens of sequence b."""

@@ -11,12 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Unpack
 
 import torch
 import triton
 import triton.language as tl
 
-from kernels.attention.sequences import Sequences
+from kernels.attention.sequences import KVInputs, PackedKVInputs
 from kernels.attention.splits import (
     COMBINED,
     SPLIT,
@@ -27,7 +28,6 @@ from kernels.attention.splits import (
     num_programs,
 )
 from kernels.attention.tile import LOG2_E
-from kernels.packed import Packed
 from kernels.strides import row_stride
 from kernels.target import has_roomy_memory
 
@@ -217,18 +217,16 @@ def prefill_mla(
     query: torch.Tensor,
     pool: torch.Tensor,
     *,
-    table: torch.Tensor,
-    sequences: Sequences,
-    packed: Packed,
-    scale: float,
     rank: int,
+    **where: Unpack[PackedKVInputs],
 ) -> torch.Tensor:
     """Compute attention of new tokens to themselves and to all earlier tokens.
 
     See ``reference.prefill_mla``. One launch. A token has equal bits for every chunk of its
     sequence that starts at a multiple of ``packed.tile_size``.
     """
-    query = query.contiguous()
+    query, packed = query.contiguous(), where["packed"]
+    table, sequences = where["table"], where["sequences"]
     num_heads, size = query.shape[1:]
     out = query.new_empty(*query.shape[:2], rank)
     heads = min(MAX_HEADS, triton.next_power_of_2(num_heads))
@@ -246,7 +244,7 @@ def prefill_mla(
             packed.tables,
             table.stride(0),
             row_stride("a row of latents", pool),
-            scale * LOG2_E,
+            where["scale"] * LOG2_E,
             H=num_heads,
             HEADS=heads,
             TILE=packed.tile_size,
@@ -261,17 +259,15 @@ def decode_mla(
     query: torch.Tensor,
     pool: torch.Tensor,
     *,
-    table: torch.Tensor,
-    sequences: Sequences,
-    scale: float,
     rank: int,
+    **where: Unpack[KVInputs],
 ) -> torch.Tensor:
     """Compute attention of one token per sequence; see ``reference.decode_mla``.
 
     Two launches per group of sequences that share a workspace. ``max(sequences.kv_lens)`` bounds
     the launch. The actual lengths are those in ``sequences.kv_len_table``.
     """
-    query = query.contiguous()
+    query, table, sequences = query.contiguous(), where["table"], where["sequences"]
     batch, num_heads, size = query.shape
     out = query.new_empty(batch, num_heads, rank)
     if batch == 0:
@@ -298,7 +294,7 @@ def decode_mla(
             num_splits,
             table.stride(0),
             row_stride("a row of latents", pool),
-            scale * LOG2_E,
+            where["scale"] * LOG2_E,
             H=num_heads,
             HEADS=MAX_HEADS,
             BS=SPLIT,

@@ -6,15 +6,15 @@ The attention is that of `kernels.attention.native`, with the latents as keys an
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Unpack
 
 import torch
 
 from kernels.attention import native as attention
-from kernels.attention.sequences import Sequences
+from kernels.attention.sequences import PackedKVInputs
 from kernels.linear import native as linear
 from kernels.mla import reference
 from kernels.mla.reference import decode_mla, multiply_heads
-from kernels.packed import Packed
 
 __all__ = ["decode_mla", "multiply_heads", "prefill_mla", "prepare_heads"]
 
@@ -23,19 +23,13 @@ def prefill_mla(
     query: torch.Tensor,
     pool: torch.Tensor,
     *,
-    table: torch.Tensor,
-    sequences: Sequences,
-    packed: Packed,
-    scale: float,
     rank: int,
+    **where: Unpack[PackedKVInputs],
 ) -> torch.Tensor:
     """Compute ``reference.prefill_mla``."""
     rows = pool[:, None]
-    out = attention.prefill(query, rows, rows, table, sequences, packed, scale, rank)
-    if out is None:
-        where = {"table": table, "sequences": sequences, "packed": packed, "scale": scale}
-        return reference.prefill_mla(query, pool, rank=rank, **where)
-    return out
+    out = attention.prefill(query, rows, rows, rank, **where)
+    return reference.prefill_mla(query, pool, rank=rank, **where) if out is None else out
 
 
 def prepare_heads(weight: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:

@@ -23,41 +23,35 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Unpack
 
 import torch
 
 from kernels.attention import reference as attention
-from kernels.attention.sequences import Sequences
+from kernels.attention.sequences import KVInputs, PackedKVInputs
 from kernels.linear.prepacked import by_blocks, has_products
-from kernels.packed import Packed
 
 
 def prefill_mla(
     query: torch.Tensor,
     pool: torch.Tensor,
     *,
-    table: torch.Tensor,
-    sequences: Sequences,
-    packed: Packed,
-    scale: float,
     rank: int,
+    **where: Unpack[PackedKVInputs],
 ) -> torch.Tensor:
     """Compute attention of new tokens to themselves and to all earlier tokens.
 
     The rows of the new tokens must be in the pool.
 
     Args:
-        query: ``[T, H, R + P]``, the packed new tokens: the last ``packed.lengths[b]`` of the
-            ``sequences.kv_lens[b]`` tokens of sequence b.
+        query: ``[T, H, R + P]``, the packed new tokens.
         pool: ``[N, R + P]``; the first ``rank`` = R numbers are the latent.
-        table: int32 ``[S, M]``, the request table: rows of the pool by request and position.
-        scale: factor of the scores.
+        where: see `kernels.attention.sequences.PackedKVInputs`.
 
     Returns:
         ``[T, H, R]`` in the query's dtype. O(T * length * H * (R + P)).
     """
     rows = pool[:, None]
-    where = {"table": table, "sequences": sequences, "packed": packed, "scale": scale}
     return attention.prefill_attention(query, rows, rows, **where)[..., :rank]
 
 
@@ -65,17 +59,14 @@ def decode_mla(
     query: torch.Tensor,
     pool: torch.Tensor,
     *,
-    table: torch.Tensor,
-    sequences: Sequences,
-    scale: float,
     rank: int,
+    **where: Unpack[KVInputs],
 ) -> torch.Tensor:
     """Compute attention of the last token of each sequence, ``query [B, H, R + P]``.
 
     Returns ``[B, H, R]``.
     """
     rows = pool[:, None]
-    where = {"table": table, "sequences": sequences, "scale": scale}
     return attention.decode_attention(query, rows, rows, **where)[..., :rank]
 
 
