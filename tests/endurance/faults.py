@@ -346,6 +346,11 @@ def out_of_memory_in_a_step(server: Broken) -> None:
     server.wait_until(2)
     server.fails.touch()
     wait_until(lambda: not server.fails.exists())
+    _end_whole(*connections)
+
+
+def _end_whole(*connections: socket.socket) -> None:
+    """Read the answers to their ends, which the limit of tokens sets."""
     for connection in connections:
         with contextlib.closing(connection):
             assert '"finish_reason":"length"' in read_answer(connection)[1]
@@ -358,10 +363,7 @@ def clock_jumps(server: Broken) -> None:
     server.jumping.touch()
     try:
         started = time.monotonic()
-        connections = [server.stream(200, number) for number in range(4)]
-        for connection in connections:
-            with contextlib.closing(connection):
-                assert '"finish_reason":"length"' in read_answer(connection)[1]
+        _end_whole(*[server.stream(200, number) for number in range(4)])
         time.sleep(1.1)
         assert server.answer()[0] == 200 and time.monotonic() - started < 300
         for line in server.get("/metrics").decode().splitlines():
@@ -383,8 +385,7 @@ def stopped_engine(server: Broken) -> None:
         time.sleep(1)
     finally:
         os.kill(engine, signal.SIGCONT)
-    with contextlib.closing(connection):
-        assert '"finish_reason":"length"' in read_answer(connection)[1]
+    _end_whole(connection)
 
 
 def _end(server: Broken, engine: int) -> int:

@@ -81,7 +81,6 @@ class StoreMachine(RuleBasedStateMachine):
         super().__init__()
         self.folder = Path(tempfile.mkdtemp())
         self.model = ReferenceStore()
-        self.damaged: set[int] = set()
         self.store, _ = reopen(self.folder)
         self.next_id = self.store.next_id
 
@@ -125,8 +124,7 @@ class StoreMachine(RuleBasedStateMachine):
         path = data.draw(st.sampled_from(files(self.folder)))
         raw = path.read_bytes()
         path.write_bytes(raw[: data.draw(st.integers(0, len(raw) - 1))])
-        self.damaged.add(int(path.stem, 16))
-        self.restart()
+        self.restart(path)
 
     @precondition(lambda self: self.model.living)
     @rule(data=st.data(), change=st.integers(1, 255))
@@ -135,8 +133,7 @@ class StoreMachine(RuleBasedStateMachine):
         raw = bytearray(path.read_bytes())
         raw[data.draw(st.integers(0, len(raw) - 1))] ^= change
         path.write_bytes(raw)
-        self.damaged.add(int(path.stem, 16))
-        self.restart()
+        self.restart(path)
 
     @precondition(lambda self: len(self.model.living) > 1)
     @rule(data=st.data())
@@ -144,26 +141,25 @@ class StoreMachine(RuleBasedStateMachine):
         pair = st.lists(st.sampled_from(files(self.folder)), min_size=2, max_size=2, unique=True)
         source, target = data.draw(pair)
         shutil.copy(source, target)
-        self.damaged.add(int(target.stem, 16))
-        self.restart()
+        self.restart(target)
 
     @rule()
-    def restart(self) -> None:
+    def restart(self, *damaged: Path) -> None:
+        is_damaged = {int(path.stem, 16) for path in damaged}
         self.store.close()
         self.store = RecordStore(self.folder).open(OURS)
         found = {record.id: record for record in self.store.scan()}
         self.next_id = max(self.next_id, self.store.next_id)
-        self.model.restart(set(found), self.damaged)
+        self.model.restart(set(found), is_damaged)
         for record_id, record in found.items():
             meta, payload = self.model.written[record_id]
             assert (record.meta, record.payload_bytes) == (meta, len(payload))
             again = read(self.store, record_id, len(payload))
             assert again in (payload, None), "wrong bits"
             if again is None:
-                assert record_id in self.damaged, "an intact payload was refused"
+                assert record_id in is_damaged, "an intact payload was refused"
                 self.store.remove_file(record_name(record_id))
                 self.model.remove(record_id)
-        self.damaged.clear()
 
     @invariant()
     def the_folder_has_the_living_records(self) -> None:
