@@ -10,7 +10,7 @@ from vllm.logger import init_logger
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.request import Request
 
-from hybridcache.policies.placement import HEADER
+from hybridcache.policies.placement import ANSWER_END, HEADER
 from hybridcache.radix.api import PrefixMatch
 from hybridcache.radix.protocol import Placed, PlacementPolicy, Prefill, end_of_prompt
 from hybridcache.vllm import NAME
@@ -128,6 +128,16 @@ class Places:
 
     def __init__(self, policy: PlacementPolicy, tree: BlockTree, saves_answers: bool) -> None:
         self.policy, self.tree, self.saves_answers = policy, tree, saves_answers
+        self.num_computed = self._calm_at = 0
+        """Tokens computed so far, and those at which an overload is over."""
+        self._has_asked = False
+        """True after the first request for the state of an answer, saved or evicted."""
+
+    def note_overload(self) -> None:
+        """Note that a request is preempted, or waits for blocks. It counts until as many tokens as
+        the pool holds are computed: then all that was saved before it is gone."""
+        held = self.tree.pool.num_gpu_blocks * self.tree.layout.block_size
+        self._calm_at = self.num_computed + held
 
     def plan(
         self,
@@ -146,7 +156,8 @@ class Places:
             one.earlier_uses += 1
         if match.resumed is not None:
             policy.on_hit(match.resumed)
-        track.missed = found
+        track.missed, asked = found, match.resumed or found.missed
+        self._has_asked |= asked is not None and asked.label == ANSWER_END[0]
         # The part of a unit at the end is at least one row, and less than a unit.
         rest = min(-(-(request.num_tokens % unit) * WORDS // unit), WORDS - 1)
         # The policy takes a boundary in the last unit, however long, for the end of the prompt.
@@ -187,8 +198,13 @@ class Places:
         track.missed = None
 
     def plan_answer(self, request: Request, track: Track) -> None:
-        """Plan the answer of a request, also of a preempted one, which the policy knows."""
+        """Plan the answer of a request, also of a preempted one, which the policy knows.
+
+        In an overload each answer is saved, if requests ask for answers at all. What a policy hopes
+        to keep then leaves the cache before its first use, so nothing that it counts ends the hope.
+        """
         if self.saves_answers and not request.resumable:
-            interval = self.policy.decode_interval() or 0
+            is_overload = self._has_asked and self.num_computed < self._calm_at
+            interval = self.policy.decode_interval() or int(is_overload)
             track.interval = -(-interval // WORDS) * self.tree.layout.unit
         track.is_planned = True

@@ -160,9 +160,7 @@ class HybridManager(KVCacheManager):
     ) -> KVCacheBlocks | None:
         track, start = self.tracks[request.request_id], request.num_computed_tokens
         if track.is_running:
-            new = super().allocate_slots(request, num_new_tokens, *args, **kwargs)
-            while new is None and self._give_back_copy():
-                new = super().allocate_slots(request, num_new_tokens, *args, **kwargs)
+            new = self._allocate(request, num_new_tokens, *args, **kwargs)
             is_answer = track.interval > 0 and start >= request.num_prompt_tokens
             if new is not None and is_answer and start % track.interval == 0:
                 self._copy_state(request, track, start)
@@ -174,6 +172,14 @@ class HybridManager(KVCacheManager):
             self._coming.add(request.block_hashes[end // self.layout.unit - 1])
         return new
 
+    def _allocate(self, request: Request, *args: Any, **kwargs: Any) -> KVCacheBlocks | None:
+        """Allocate blocks. Copies of answers are given back before a request is preempted or
+        waits."""
+        new = super().allocate_slots(request, *args, **kwargs)
+        while new is None and self._give_back_copy():
+            new = super().allocate_slots(request, *args, **kwargs)
+        return new
+
     def _admit(
         self, request: Request, track: Track, *args: Any, **kwargs: Any
     ) -> KVCacheBlocks | None:
@@ -182,8 +188,9 @@ class HybridManager(KVCacheManager):
             return None
         request_id, tree, match = request.request_id, self.tree, track.match
         tree.locks[request_id] = tree.cache.lock(None if match is None else match.node)
-        new = super().allocate_slots(request, *args, **kwargs)
+        new = self._allocate(request, *args, **kwargs)
         if new is None:
+            self.places.note_overload()
             tree.unlock(request_id)
             # A hit holds blocks beside their copies: it may need more than the prompt alone.
             pool = self.block_pool
@@ -210,6 +217,7 @@ class HybridManager(KVCacheManager):
 
     def step_scheduled(self, num_scheduled_tokens: dict[str, int], requests: Any) -> None:
         """Publish the prompts, as far as the step that was scheduled computes them."""
+        self.places.num_computed += sum(num_scheduled_tokens.values())
         for request_id in [one for one in self._prefilling if one in num_scheduled_tokens]:
             request, track = requests[request_id], self._prefilling[request_id]
             end = min(request.num_computed_tokens, request.num_tokens)
@@ -385,7 +393,9 @@ class HybridManager(KVCacheManager):
                 label = "preempt" if end <= request.num_prompt_tokens else "decode"
                 states[end] = track.stops.pop(end, Placed(layout.rows(end), label)), blocks
         self._publish(request, tables, end, states)
-        if request.is_finished():
+        if not request.is_finished():
+            self.places.note_overload()
+        else:
             given = request.sampling_params and request.sampling_params.extra_args
             marks = session_marks(given or {}, request.cache_salt)
             self.tree.cache.label_tip(self.tree.locks[request_id].node, *marks)

@@ -94,9 +94,9 @@ def test_a_hit_that_does_not_fit_beside_its_copies_is_given_up(num_blocks, monke
             raise StuckError(engine.report)
 
     monkeypatch.setattr(StubEngine, "step", step)
-    first = turn(prompt_of((1, 700)), 100, "a")
+    first = turn(prompt_of((1, 700)), 130, "a")
     text = [*first.tokens, *first.output]
-    again = turn(text + prompt_of((2, 100)), 20, "a")
+    again = turn(text + prompt_of((2, 70)), 20, "a")
     for overlap in (False, True):
         report = serve([first, again], num_blocks, overlap=overlap)
         assert report.num_wrong == 0 == report.hit_tokens and report.requests == 2
@@ -255,6 +255,27 @@ def test_the_next_turn_resumes_at_the_end_of_the_answer():
     # The last token of an answer is never computed: 399 tokens are 12 units of 32.
     assert steps.serve(turn([*text, *prompt_of((2, 50))], 5)) == [384]
     assert steps.engine.report.copied_blocks > 0
+
+
+def test_an_overload_saves_answers_until_the_pool_is_filled_anew():
+    """It does so after the first request for an answer."""
+    steps, seeds = Steps(num_blocks=30, settings={"placement": "branch"}), iter(range(99))
+
+    def next_hit() -> int:
+        first = turn(prompt_of((next(seeds), 300)), 100)
+        steps.serve(first)
+        return steps.serve(turn([*first.tokens, *first.output, *prompt_of((next(seeds), 50))], 5))
+
+    steps.serve(*(turn(prompt_of((next(seeds), 1200)), 20) for _ in range(3)))  # One waits.
+    assert next_hit() == [0]
+    rules = steps.scheduler.kv_cache_manager.places.policy
+    rules.decode_interval, plain = lambda: 1, rules.decode_interval
+    assert next_hit() == [384]
+    rules.decode_interval = plain
+    assert next_hit() == [384]
+    for _ in range(3):
+        steps.serve(turn(prompt_of((next(seeds), 900)), 5))
+    assert next_hit() == [0]
 
 
 def test_the_lock_of_an_admission_gives_way_to_its_own_blocks(monkeypatch):
