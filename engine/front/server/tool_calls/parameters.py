@@ -320,7 +320,8 @@ def kinds_of(schema: Schema) -> set[str]:
     named = {*_types(given)}
     if members is not None:
         shown = [KINDS[type(member)] for member in members]
-        found = set[str]().union(*(one & named if named else one for one in shown))
+        is_typed = named or given == []  # Two types that exclude each other.
+        found = set[str]().union(*(one & named if is_typed else one for one in shown))
     else:
         implied = {kind for kind, words in IMPLIED.items() if any(one in schema for one in words)}
         found = named or (set() if given == [] else implied or {"string"})

@@ -11,7 +11,7 @@ from typing import Any
 import jsonschema
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from engine.front.server.tool_calls.form import CallForm, form_of
@@ -185,6 +185,7 @@ def is_valid(schema: Any, value: Any) -> bool:
 
 @pytest.mark.parametrize("form", KINDS)
 @given(SCHEMAS, st.lists(VALUES, min_size=4, max_size=8))
+@example({"allOf": [{"type": "integer"}, {"type": "string", "enum": [""]}]}, [""])
 def test_strict_tools_accept_the_values_that_match_their_schema(
     form: type[CallForm], schema: Any, values: list[Any]
 ) -> None:
