@@ -28,6 +28,8 @@ class HybridOffloadingConnector(OffloadingConnector):
 
     takes_answers = False
     """Whether states inside the blocks of answers may be handed over."""
+    num_host_blocks = 0
+    """Blocks that the host has room for. 0 is not known."""
 
     def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any) -> None:
         # vLLM's default keeps no blocks of answers, which the next turn of a chat resumes from.
@@ -37,6 +39,8 @@ class HybridOffloadingConnector(OffloadingConnector):
         if self.connector_scheduler is not None:
             ours = derive(self.connector_scheduler, HybridOffloadingScheduler)
             self.takes_answers = ours.finds_any_state and not ours.config.offload_prompt_only
+            if ours.finds_any_state:
+                self.num_host_blocks = getattr(ours.manager, "_num_chunks", 0)
 
 
 class _Computed:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 from prometheus_client import Counter
@@ -17,6 +19,8 @@ from hybridcache.vllm import NAME
 from hybridcache.vllm.pool import WORDS, BlockTree, Layout
 
 logger = init_logger(f"vllm.{__name__}")
+FADING = 1 - 1 / 64
+"""Weight of earlier hits of a simulated host, per prompt."""
 HINTS = ("boundaries", "explain", "session", "session_end", "returns_within_s")
 
 
@@ -120,6 +124,45 @@ WRONG_HINTS = Counter("hybridcache_wrong_hints", "Hints of requests that were ig
 COPIED_BYTES = Counter("hybridcache_copied_bytes", "Bytes of block copies for states of answers.")
 
 
+class SimulatedHost:
+    """Memory of a host, simulated on the block hashes of prompts whose states are at multiples of
+    one grid: which of them it would have, in the order of their last use.
+
+    Each prompt uses its whole blocks of rows, and saves states at its end, at the end of what was
+    seen before, and at declared boundaries. States at any unit bring the most tokens each. Those at
+    ends of blocks are shared by more prompts and need no part of a block, so that fewer fill the
+    host.
+    """
+
+    def __init__(self, num_blocks: int, layout: Layout, grid: int) -> None:
+        self.num_blocks, self.layout, self.grid = num_blocks, layout, grid
+        self.hits = 0.0
+        """Tokens of the latest hits; earlier ones fade."""
+        self._costs: dict[Any, int] = {}
+        """Blocks of each state, by hash, and of each block of rows, by a tuple of its hash. Least
+        recently used first."""
+        self._num_used = 0
+
+    def serve(self, request: Request, shared: Iterable[int]) -> None:
+        """Count the hit of a prompt, and save its states, also at the ``shared`` positions."""
+        costs, hashes, grid = self._costs, request.block_hashes, self.grid
+        unit, size, num_tokens = self.layout.unit, self.layout.block_size, request.num_tokens
+        rows = [(hashes[end // unit - 1],) for end in range(size, num_tokens + 1, size)]
+        num_rows = next((at for at, one in enumerate(rows) if one not in costs), len(rows))
+        last = min(num_tokens - 1, (num_rows + 1) * size - 1) // grid * grid
+        hit = next((at for at in range(last, 0, -grid) if hashes[at // unit - 1] in costs), 0)
+        self.hits = FADING * self.hits + hit
+        ends = sorted({at // grid * grid for at in (hit, num_tokens, *shared)} - {0})
+        used = dict.fromkeys(rows, 1)
+        for at in ends:
+            used[hashes[at // unit - 1]] = len(self.layout.states) + (at % size > 0)
+        for key, cost in reversed(used.items()):
+            self._num_used += cost - costs.pop(key, 0)
+            costs[key] = cost
+        while self._num_used > self.num_blocks:
+            self._num_used -= costs.pop(next(iter(costs)))
+
+
 class Places:
     """Decisions of a placement policy, in tokens.
 
@@ -132,6 +175,19 @@ class Places:
         """Tokens computed so far, and those at which an overload is over."""
         self._has_asked = False
         """True after the first request for the state of an answer, saved or evicted."""
+        self.num_host_blocks = 0
+        self._hosts: list[SimulatedHost] = []
+        """A simulation of the host's memory for each possible grid."""
+
+    def use_host(self, num_blocks: int) -> None:
+        """Plan for host memory of ``num_blocks`` too. The states of prompts are at ends of blocks
+        while a host with these would bring more tokens than one with states at any unit. Until that
+        is known they are there if the host is small: most of it then repeats what the device has.
+        """
+        layout, is_small = self.tree.layout, num_blocks <= 2 * self.tree.pool.num_gpu_blocks
+        self.num_host_blocks = num_blocks
+        grids = sorted((layout.unit, layout.block_size), reverse=is_small)
+        self._hosts = [SimulatedHost(num_blocks, layout, grid) for grid in grids if num_blocks]
 
     def note_overload(self) -> None:
         """Note that a request is preempted, or waits for blocks. It counts until as many tokens as
@@ -166,22 +222,33 @@ class Places:
             ends = (*ends, request.num_tokens)
         free_slots = self.tree.pool.num_unowned(64 * num_groups) // num_groups
         num_pending = min(num_pending, free_slots)
+        grid = unit
+        for host in self._hosts:
+            host.serve(request, (layout.tokens(found.seen_len), *ends))
+        if self._hosts:
+            grid = max(self._hosts, key=lambda one: one.hits).grid
         prefill = Prefill(
             prompt_len=max(layout.rows(request.num_tokens) + rest - drop, 1),
             cached_len=match.cached_len,
             kv_match_len=max(found.kv_match_len - drop, match.cached_len),
             seen_len=max(found.seen_len - drop, match.cached_len),
             boundaries=tuple(max(one * WORDS // unit - drop, 0) for one in ends),
-            grid=WORDS,
+            grid=grid // unit * WORDS,
             resumed=match.resumed,
             evicted=tuple(lost),
             forks=found.forks,
             answer_survives=self.saves_answers and not request.resumable,
             free_slots=free_slots - num_pending,
-            num_checkpoints=cache.num_checkpoints + num_pending,
+            num_checkpoints=cache.num_checkpoints
+            + num_pending
+            + self.num_host_blocks // (num_groups + 1),
         )
         policy.on_prefill(prefill)
-        planned = prefill.on_grid(policy.plan(prefill))
+        wanted = policy.plan(prefill)
+        if self._hosts and grid == layout.block_size:  # As simulated.
+            last = prefill.seen_len, prefill.prompt_len - 1
+            wanted = chain(wanted, (Placed(one, "end") for one in last))
+        planned = prefill.on_grid(wanted)
         for one in lost:
             one.earlier_uses -= 1
         track.stops = {layout.tokens(one.position): one for one in planned}
@@ -189,12 +256,15 @@ class Places:
 
     def note_missed(self, track: Track) -> None:
         """Notify the policy of the evicted state that an admitted request has missed. One that a
-        connector brings was found: it has earned what it saves."""
+        connector brings was found: it has earned what it saves, unless a deeper one was missed."""
         if (found := track.missed) is not None and (missed := found.missed) is not None:
-            if track.num_loaded and track.cached_len >= self.tree.layout.tokens(missed.position):
-                self.policy.on_hit(missed)
-            else:
-                self.policy.on_ghost_hit(missed, found.missed_tokens)
+            loaded = self.tree.layout.rows(track.cached_len) if track.num_loaded else 0
+            for one in self.tree.cache.evicted(found):
+                if one.position == loaded:
+                    self.policy.on_hit(one)
+            if missed.position > loaded:
+                num_tokens = min(found.missed_tokens, missed.position - loaded)
+                self.policy.on_ghost_hit(missed, num_tokens)
         track.missed = None
 
     def plan_answer(self, request: Request, track: Track) -> None:

@@ -273,8 +273,11 @@ class HybridManager(KVCacheManager):
         if 0 < end == num_computed_tokens and not any(
             one.is_null or one.block_hash for one in blocks
         ):
-            states[end] = Placed(layout.rows(end), "preempt"), blocks
-        # No rule of the placement saved this state, and the connector has it.
+            placed, known = Placed(layout.rows(end), "preempt"), self.tree.find(request, end + 1)[0]
+            if (lost := known.missed) is not None and lost.position == placed.position:
+                placed = placed._replace(label=lost.label, distance=lost.distance)
+            states[end] = placed, blocks
+        # No rule of the placement saves this state now, and the connector has it.
         if end in self.tree.publish(request, end, tables, states):
             self._keep(request.request_id, end, blocks)
 
@@ -433,6 +436,7 @@ class HybridScheduler(AsyncScheduler):
         if self.connector is not None:
             manager.offers = []
             manager.offers_answers = getattr(self.connector, "takes_answers", False)
+            manager.places.use_host(getattr(self.connector, "num_host_blocks", 0))
         # Time is counted in steps: no decision depends on a clock or a rank.
         manager.tree.cache.policy.set_clock(lambda: self.current_step * 0.05)
         logger.info(
